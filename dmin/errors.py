@@ -1,0 +1,9 @@
+"""The one exception a user is meant to read."""
+
+
+class DminError(Exception):
+    """Say what is wrong, where, what is allowed and how to mend it, in one paragraph.
+
+    The command line prints the message alone, without a traceback, and exits with status 1.
+    Anything else that escapes is a defect of dmin and keeps its traceback.
+    """
