@@ -1,0 +1,45 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer: they make .venv themselves.
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint wheel clean
+
+# The first of these that is there; name another with `make test PYTHON=/path/to/python`.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,\
+            $(shell command -v $(name))))
+ARGS ?=
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@echo 'More arguments travel in ARGS: make demo ARGS="seed=1", make test ARGS="-k store".'
+
+demo: .venv/.installed ## train a small model and trace its images to their training examples
+	@.venv/bin/dmin demo $(ARGS)
+
+test: .venv/.installed ## run the tests
+	@.venv/bin/pytest $(ARGS)
+
+lint: .venv/.installed ## check style, types and the floors of the import graph
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+wheel: .venv/.installed ## build the source distribution and the wheel into dist/
+	@rm -rf dist
+	@.venv/bin/python -m build --no-isolation
+
+clean: ## remove .venv, dist/ and the caches; outputs/ stays
+	rm -rf .venv dist build .*_cache .hypothesis
+	find dmin tests experiments -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp is made last, so an interrupted installation starts again.
+.venv/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "dmin needs Python 3.11 or newer; found: $$($(or $(PYTHON),false) --version 2>/dev/null \
+	|| echo none). Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Installing dmin and what it needs into .venv: once, one to five minutes, 2 GB or more ..."
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e '.[dev,lora]'
+	@touch $@
