@@ -1,0 +1,193 @@
+"""What every sketch has in common: a random linear map from all gradients of a model to R^k."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from dmin.errors import DminError
+from dmin.layer_gradients import Dense, GradientFactors
+
+
+class Parameter(NamedTuple):
+    """One attributed parameter: canonical name, shape, and the group its gradient is added to."""
+
+    name: str
+    shape: tuple[int, ...]
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The attributed parameters of a model, in order.
+
+    Args:
+        entries: one entry a parameter; tied weights appear once, under their first name.
+        groups: names of the groups; each gets its own k numbers of a row.
+    """
+
+    entries: tuple[Parameter, ...]
+    groups: tuple[str, ...] = ("model",)
+
+    @cached_property
+    def by_name(self) -> dict[str, Parameter]:
+        """The entries by name."""
+        return {entry.name: entry for entry in self.entries}
+
+    @cached_property
+    def count(self) -> int:
+        """Number of attributed scalars, P."""
+        return sum(prod(entry.shape) for entry in self.entries)
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Position of each parameter's first scalar in the concatenation of all."""
+        offsets, position = {}, 0
+        for entry in self.entries:
+            offsets[entry.name] = position
+            position += prod(entry.shape)
+        return offsets
+
+
+class Sketched(NamedTuple):
+    """What one backward pass leaves: the sketch and the norm of each example's gradient."""
+
+    values: Tensor  # [batch, groups, k]
+    squared_norm: Tensor  # [batch, groups], of the gradient itself when `exact`
+
+
+class Accumulator:
+    """Rows under construction: sketches and squared norms of a batch, summed over layers."""
+
+    def __init__(self, batch: int, groups: int, dim: int, like: Tensor, budget: int) -> None:
+        self.values = like.new_zeros(batch, groups, dim)
+        self.squared_norm = like.new_zeros(batch, groups)
+        self.budget = budget
+
+
+class Sketch(ABC):
+    """A random linear map S from the gradients of a model to k numbers a group.
+
+    ``E⟨S g, S h⟩ = ⟨g, h⟩``: inner products survive in the mean, with the variance each family
+    states. The map is keyed by (seed, parameter name), so it is the same in every process, on
+    every device, for every batch and in any order of layers.
+
+    A pass over a batch is ``state = begin(...)``, ``add(state, name, factors)`` for each parameter
+    as backward reaches it, ``finish(state)``. The sketch itself holds no state of the pass.
+
+    Args:
+        dim: k, numbers kept for each group.
+        seed: key of the map. Stores are comparable only when made with the same one.
+    """
+
+    family: str
+    norm_kind = "exact"
+
+    def __init__(self, dim: int = 4096, seed: int = 0) -> None:
+        if dim < 1:
+            raise DminError(f"sketch.dim={dim}: the sketch needs at least one number, say 4096.")
+        self.dim = dim
+        self.seed = seed
+        self.parameters: Parameters | None = None
+
+    def bind(self, parameters: Parameters) -> Self:
+        """Return this sketch for the parameters of one model.
+
+        Raises:
+            DminError: k exceeds the number of scalars, so nothing would be compressed.
+        """
+        if self.dim > parameters.count:
+            raise DminError(
+                f"sketch.dim={self.dim} is larger than the {parameters.count:,} attributed "
+                f"parameters: such a sketch only adds noise. Choose sketch.dim at most "
+                f"{parameters.count}, in practice a tenth of it or less."
+            )
+        bound = copy.copy(self)
+        bound.parameters = parameters
+        return bound
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings that define the map, as JSON: a part of the feature fingerprint."""
+        return {"family": self.family, "dim": self.dim, "seed": self.seed}
+
+    def begin(self, batch: int, like: Tensor, budget: int = 16 << 20) -> Accumulator:
+        """Start the rows of a batch.
+
+        Args:
+            batch: number of examples.
+            like: a tensor whose device and (wide) dtype the rows take.
+            budget: bytes that per-example gradients may take at once.
+        """
+        return Accumulator(batch, len(self._bound.groups), self.dim, like, budget)
+
+    @abstractmethod
+    def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
+        """Add the sketch of one parameter's gradients to the rows."""
+
+    def finish(self, state: Accumulator) -> Sketched:
+        """Return the finished rows."""
+        return Sketched(state.values, state.squared_norm)
+
+    def of(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Return the sketch of gradients given in full: the oracle, and the door for other vectors.
+
+        Args:
+            gradients: for each parameter name a tensor ``[batch, *shape]``; absent ones are zero.
+
+        Returns:
+            ``[batch, groups, k]``.
+        """
+        first = next(iter(gradients.values()))
+        state = self.begin(len(first), first.new_zeros((), dtype=_wide_dtype(first)))
+        for name, gradient in gradients.items():
+            self.add(state, name, Dense(gradient))
+        return self.finish(state).values
+
+    @property
+    def _bound(self) -> Parameters:
+        if self.parameters is None:
+            raise RuntimeError("call sketch.bind(parameters) first")
+        return self.parameters
+
+
+class FormedSketch(Sketch):
+    """A sketch of gradients that are formed, a few examples at a time, and folded at once.
+
+    The examples whose gradients stand in memory together are as many as the budget allows, at
+    least one: small slices also stay in the cache, which is where the time goes.
+    """
+
+    @abstractmethod
+    def fold(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the map of one parameter.
+
+        Returns:
+            bucket: int64 ``[P]``, in [0, k), for each scalar of the flattened parameter.
+            sign: float32 ``[P]``, ±1.
+        """
+
+    def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
+        """Form, measure, sign and fold the gradients of one parameter."""
+        parameter = self._bound.by_name[name]
+        values = state.values[:, parameter.group]
+        norms = state.squared_norm[:, parameter.group]
+        bucket, sign = self.fold(name, values.device)
+        sign = sign.to(values.dtype)
+        step = max(1, state.budget // (prod(parameter.shape) * values.element_size()))
+        for start in range(0, factors.batch, step):
+            examples = slice(start, start + step)
+            gradient = factors[examples].dense().flatten(1)
+            norms[examples] += torch.linalg.vector_norm(gradient, dim=1).square_()
+            values[examples].index_add_(1, bucket, gradient.mul_(sign))
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,53 @@
+"""OPORP, the compression of the DMin paper: the reference the others are measured against."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dmin.sketches.base import FormedSketch, Parameters
+
+
+class OPORP(FormedSketch):
+    """One permutation and one random sign vector over the whole gradient, then sums of groups.
+
+    Pad the concatenated gradient to ``k·m`` entries, permute, multiply by signs, add each run of m.
+    ``E⟨S g, S h⟩ = ⟨g, h⟩`` and ``Var⟨S g, S h⟩ ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) / k``
+    (Li & Li, "OPORP: One Permutation + One Random Projection", arXiv 2302.03505; the compression
+    of DMin, arXiv 2412.08637).
+
+    The permutation must be kept: 5 bytes a parameter here (bucket int32, sign int8; the published
+    code keeps 16), that is 3.5 MB for 0.7 M parameters and 60 GB for 12 B.
+
+    Args:
+        dim: k, any positive number.
+        seed: key of permutation and signs.
+    """
+
+    family = "oporp"
+
+    def bind(self, parameters: Parameters) -> Self:
+        """Return this sketch with the permutation drawn for the parameters of one model."""
+        bound = super().bind(parameters)
+        generator = torch.Generator().manual_seed(self.seed)
+        run = -(-parameters.count // self.dim)  # m; positions beyond P are padding
+        position = torch.randperm(self.dim * run, generator=generator)[: parameters.count]
+        bound._bucket = (position // run).int()
+        bound._sign = torch.randint(
+            0, 2, (parameters.count,), generator=generator, dtype=torch.int8
+        )
+        bound._sign.mul_(2).sub_(1)
+        return bound
+
+    def fold(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the stored buckets and signs of one parameter."""
+        start = self._bound.offsets[name]
+        part = slice(start, start + prod(self._bound.by_name[name].shape))
+        bucket, sign = self._bucket[part], self._sign[part]
+        return bucket.to(device, torch.int64), sign.to(device, torch.float32)
+
+    _bucket: Tensor  # int32 [P], in [0, k)
+    _sign: Tensor  # int8 [P], ±1
