@@ -1,0 +1,106 @@
+"""Which timesteps the gradients are taken at.
+
+A schedule picks from the *ladder* of a model: all its timesteps in the order of sampling, from
+pure noise down to the image (999, 998, …, 0 for a DDPM).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from dmin.errors import DminError
+
+
+class Schedule(ABC):
+    """A choice of timesteps, in the model's own unit, noisiest first."""
+
+    @abstractmethod
+    def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
+        """Return the timesteps chosen from a model's ladder."""
+
+    def __call__(self, ladder: Sequence[float]) -> tuple[float, ...]:
+        """Return the timesteps chosen from a model's ladder, checked to be distinct.
+
+        Raises:
+            DminError: the choice repeats a timestep, which would count it twice.
+        """
+        chosen = self.choose(ladder)
+        if len(set(chosen)) != len(chosen):
+            raise DminError(
+                f"timesteps={list(chosen)} repeat themselves: {len(chosen)} were asked for where "
+                f"the model has {len(ladder)}. Set timesteps.num lower."
+            )
+        return chosen
+
+
+class Stratified(Schedule):
+    """The middles of ``num`` equal parts of the ladder: even cover, down to low noise.
+
+    The default. Ten of a DDPM's thousand are t = 949, 849, …, 49.
+
+    Args:
+        num: T, how many.
+    """
+
+    def __init__(self, num: int = 10) -> None:
+        self.num = _positive(num)
+
+    def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
+        """Return the timestep in the middle of each part."""
+        size = len(ladder) / self.num
+        return tuple(ladder[int((part + 0.5) * size)] for part in range(self.num))
+
+
+class DMinCubic(Schedule):
+    """The published schedule of DMin: rungs ``⌊N·(i/T)³⌋``, crowded where there is only noise.
+
+    Ten of a DDPM's thousand are t = 999, 998, 991, 972, 935, 874, 783, 656, 487, 270. Most of
+    these hardly tell one image from another; it is here to reproduce the paper
+    (arXiv 2412.08637, published code).
+
+    Args:
+        num: T, how many.
+        skip_first: leave out rung 0 and end on the last, as the published code does for SD 1.x,
+            instead of the other way round.
+    """
+
+    def __init__(self, num: int = 10, skip_first: bool = False) -> None:
+        self.num = _positive(num)
+        self.skip_first = skip_first
+
+    def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
+        """Return the timesteps on the chosen rungs."""
+        steps = range(1, self.num + 1) if self.skip_first else range(self.num)
+        rungs = [math.floor(len(ladder) * step**3 / self.num**3) for step in steps]
+        return tuple(ladder[min(rung, len(ladder) - 1)] for rung in rungs)
+
+
+class Explicit(Schedule):
+    """Just these timesteps.
+
+    Args:
+        values: in the model's own unit; put in descending order.
+    """
+
+    def __init__(self, values: Sequence[float]) -> None:
+        if not values:
+            raise DminError("timesteps.values=[]: name at least one timestep, e.g. [500].")
+        self.values = tuple(sorted(values, reverse=True))
+
+    def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
+        """Return the timesteps, each of which the model must have."""
+        unknown = [value for value in self.values if value not in ladder]
+        if unknown:
+            raise DminError(
+                f"timesteps.values has {unknown}, which the model does not have: its timesteps run "
+                f"from {min(ladder)} to {max(ladder)} ({len(ladder)} of them)."
+            )
+        return self.values
+
+
+def _positive(num: int) -> int:
+    if num < 1:
+        raise DminError(f"timesteps.num={num}: at least one timestep is needed, 10 is usual.")
+    return num
