@@ -1,0 +1,110 @@
+"""What dmin asks of a diffusion model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dmin.errors import DminError
+
+Condition = Mapping[str, Tensor]
+"""What the model is conditioned on: named tensors with one row an example."""
+
+
+class Prediction(NamedTuple):
+    """A model's prediction at a timestep and what it was trained to be."""
+
+    prediction: Tensor  # [batch, C, H, W]
+    target: Tensor  # [batch, C, H, W]
+    weight: Tensor  # [batch], of the example's loss
+
+
+class DiffusionModel(nn.Module):
+    """A diffusion model as dmin sees it: encode, predict, sample.
+
+    A model of your own needs :attr:`network` and :meth:`predict`; :meth:`encode` when it has
+    latents or captions; :meth:`sample` and :meth:`condition` to generate queries.
+
+    Attributes:
+        network: the module whose parameters are attributed.
+        ladder: all timesteps in the order of sampling, pure noise first, in the model's own unit.
+    """
+
+    network: nn.Module
+    ladder: Sequence[float] = range(999, -1, -1)
+
+    def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
+        """Return what is diffused and what it is conditioned on; called once an example.
+
+        Args:
+            batch: ``image [batch, C, H, W]`` in [0, 1], ``label``, ``caption``, ``id``,
+                ``metadata``: the last four are lists.
+
+        Returns:
+            ``x0 [batch, ...]`` in the space the model diffuses, and the condition.
+        """
+        return 2 * batch["image"] - 1, {}
+
+    @abstractmethod
+    def predict(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """Return the network's prediction for noised examples, its target and weight.
+
+        Args:
+            x0: ``[batch, ...]`` from :meth:`encode`.
+            noise: standard normal, of the same shape.
+            t: ``[batch]``, timesteps from the ladder.
+            condition: from :meth:`encode`.
+        """
+
+    def condition(self, prompts: Sequence[Any]) -> Condition:
+        """Return the condition for sampling from prompts: class labels, or captions."""
+        return {}
+
+    def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int) -> Tensor:
+        """Generate one image a prompt, each from a seed of its own.
+
+        Args:
+            prompts: class labels or captions, as the model takes them.
+            seeds: as many; an image depends on its own seed and prompt only.
+            steps: denoising steps.
+
+        Returns:
+            ``[len(prompts), C, H, W]`` in [0, 1].
+        """
+        raise DminError(
+            f"{type(self).__name__} cannot generate images. Give queries as image files instead."
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what, beside the weights, defines the loss: part of the feature fingerprint."""
+        return {"model": type(self).__name__}
+
+
+def per_example_loss(prediction: Prediction) -> Tensor:
+    """Return the training loss of each example, ``[batch]``: weighted mean over its pixels.
+
+    ``L_b = w_b · mean_p (prediction_bp − target_bp)²``
+    """
+    error = (prediction.prediction - prediction.target).flatten(1)
+    return prediction.weight * error.square().mean(1)
+
+
+def mean_squared_output(prediction: Prediction) -> Tensor:
+    """Return the mean square of each example's prediction, ``[batch]`` (D-TRAK's readout).
+
+    Source: Zheng et al. 2024, "Intriguing Properties of Data Attribution on Diffusion Models".
+    """
+    return prediction.prediction.flatten(1).square().mean(1)
+
+
+READOUTS = {"loss": per_example_loss, "mean_squared_output": mean_squared_output}
+"""Functions of a prediction with one value an example, whose gradients can be collected."""
+
+
+def noise_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """Return a CPU generator for each seed, so that an image does not depend on its batch."""
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]

@@ -1,0 +1,151 @@
+"""DDPM in pixel space: ``UNet2DModel`` and its scheduler, class-conditional or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Tensor
+
+from dmin.errors import DminError
+from dmin.models.base import Condition, DiffusionModel, Prediction, noise_generators
+
+
+class DDPM(DiffusionModel):
+    """A denoising diffusion model of pixels (Ho et al. 2020).
+
+    The target follows the scheduler's ``prediction_type``: ε, v (Salimans & Ho 2022) or x0.
+
+    Args:
+        network: predicts from a noised image, a timestep and, if it was built with
+            ``num_class_embeds``, a class label.
+        scheduler: its training noise schedule.
+    """
+
+    def __init__(self, network: UNet2DModel, scheduler: DDPMScheduler) -> None:
+        super().__init__()
+        self.network = network
+        self.scheduler = scheduler
+        self.ladder = range(scheduler.config.num_train_timesteps - 1, -1, -1)
+        self.classes: int | None = network.config.num_class_embeds
+
+    @classmethod
+    def build(cls, network: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Self:
+        """Return an untrained model from the configs of ``UNet2DModel`` and ``DDPMScheduler``.
+
+        Raises:
+            DminError: diffusers refuses a setting.
+        """
+        _known(UNet2DModel, network, "network")
+        _known(DDPMScheduler, scheduler, "scheduler")
+        try:
+            return cls(UNet2DModel(**network), DDPMScheduler(**scheduler))
+        except (ValueError, TypeError) as error:
+            raise DminError(
+                f"diffusers cannot build a UNet2DModel from network: {error}"
+            ) from error
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Self:
+        """Load a checkpoint saved in the layout of diffusers' ``DDPMPipeline``.
+
+        Args:
+            path: folder with ``model_index.json``, ``unet/`` and ``scheduler/``.
+
+        Raises:
+            DminError: no such checkpoint.
+        """
+        if not (Path(path) / "model_index.json").is_file():
+            raise DminError(
+                f"model.path={path}: no diffusers checkpoint there (no model_index.json). Train one "
+                f"with `dmin train`, or give the folder of a saved DDPMPipeline."
+            )
+        pipeline = DDPMPipeline.from_pretrained(str(path))
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        return cls(pipeline.unet.eval(), scheduler)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Save in the layout of diffusers' ``DDPMPipeline``."""
+        DDPMPipeline(self.network, self.scheduler).save_pretrained(str(path))
+
+    def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
+        """Return images scaled from [0, 1] to the [−1, 1] that DDPMs are trained on, and labels."""
+        image = batch["image"]
+        size, channels = self.network.config.sample_size, self.network.config.in_channels
+        expected = (channels, *((size, size) if isinstance(size, int) else size))
+        if tuple(image.shape[1:]) != expected:
+            raise DminError(
+                f"images of shape {tuple(image.shape[1:])} do not fit a model of {expected} "
+                f"(channels, height, width). Set the size of the data to that of the model."
+            )
+        return 2 * image - 1, self.condition(batch["label"])
+
+    def condition(self, prompts: Sequence[Any]) -> Condition:
+        """Return the class labels as a tensor, or nothing for an unconditional model."""
+        if self.classes is None:
+            return {}
+        wrong = [p for p in prompts if not isinstance(p, int) or not 0 <= p < self.classes]
+        if wrong:
+            raise DminError(
+                f"label {wrong[0]!r}: the model knows the classes 0 … {self.classes - 1}. Use a "
+                f"dataset (or prompts) with integer labels in that range."
+            )
+        device = next(self.network.parameters()).device
+        return {"class_labels": torch.tensor(list(prompts), device=device)}
+
+    def predict(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """Return the network's prediction and the target of the scheduler's prediction type."""
+        t = t.long()
+        noised = self.scheduler.add_noise(x0, noise, t)
+        prediction = self.network(noised, t, **condition).sample
+        kind = self.scheduler.config.prediction_type
+        if kind == "epsilon":
+            target = noise
+        elif kind == "v_prediction":
+            target = self.scheduler.get_velocity(x0, noise, t)
+        elif kind == "sample":
+            target = x0
+        else:
+            raise DminError(
+                f"scheduler.prediction_type={kind!r}: allowed are epsilon, v_prediction, sample."
+            )
+        return Prediction(prediction, target, torch.ones(len(x0), device=x0.device))
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int = 100) -> Tensor:
+        """Generate by DDIM (Song et al. 2021), η = 0: the seed decides the image."""
+        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps)
+        condition = self.condition(prompts)
+        device = next(self.network.parameters()).device
+        size, channels = self.network.config.sample_size, self.network.config.in_channels
+        shape = (channels, *((size, size) if isinstance(size, int) else size))
+        start = [torch.randn(shape, generator=g) for g in noise_generators(seeds)]
+        x = torch.stack(start).to(device)
+        for t in scheduler.timesteps:
+            prediction = self.network(x, t.to(device), **condition).sample
+            x = scheduler.step(prediction, t, x).prev_sample
+        return ((x + 1) / 2).clamp(0, 1)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the loss: prediction type and noise schedule."""
+        config = self.scheduler.config
+        names = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "trained_betas")
+        schedule = {name: config.get(name) for name in (*names, "num_train_timesteps")}
+        return {**super().describe(), **schedule}
+
+
+def _known(target: type, settings: Mapping[str, Any], name: str) -> None:
+    """Refuse misspelt settings: diffusers' constructors accept and ignore some of them."""
+    import inspect
+
+    allowed = set(inspect.signature(target.__init__).parameters) - {"self"}
+    for key in settings:
+        if key not in allowed:
+            raise DminError(
+                f"{name}.{key}: {target.__name__} has no such setting. It has: "
+                f"{', '.join(sorted(allowed))}."
+            )
