@@ -1,0 +1,135 @@
+"""Datasets as Lightning takes them: shuffled batches to train on, fixed blocks to collect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lightning
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from dmin.data.base import Dataset, Example, collate
+
+
+class Blocks(Sampler[list[int]]):
+    """Blocks of consecutive examples: the unit of collecting, resuming and sharing out.
+
+    Rank r of w processes takes every w-th of the pending blocks, so the work of a rank is whole
+    blocks and the numbers inside a block do not depend on who computes it.
+
+    Args:
+        blocks: numbers of the blocks still to do.
+        block_size: examples a block (the last of the dataset may be shorter).
+        examples: number of examples in the dataset.
+        rank: this process.
+        world: number of processes.
+    """
+
+    def __init__(
+        self, blocks: Sequence[int], block_size: int, examples: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.blocks = list(blocks)[rank::world]
+        self.block_size = block_size
+        self.examples = examples
+
+    def __len__(self) -> int:
+        """Return the number of blocks this process takes."""
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the positions of each block's examples."""
+        for block in self.blocks:
+            start = block * self.block_size
+            yield list(range(start, min(start + self.block_size, self.examples)))
+
+
+class CollectData(lightning.LightningDataModule):
+    """The pending blocks of a dataset, shared out over the processes of a trainer.
+
+    Args:
+        dataset: the examples.
+        blocks: numbers of the blocks to do.
+        block_size: examples a block.
+        workers: processes that load examples; 0 loads in the main one.
+    """
+
+    def __init__(
+        self, dataset: Dataset, blocks: Sequence[int], block_size: int, workers: int = 0
+    ) -> None:
+        super().__init__()
+        self.dataset = dataset
+        self.blocks = blocks
+        self.block_size = block_size
+        self.workers = workers
+
+    def predict_dataloader(self) -> DataLoader[Example]:
+        """Return a loader of this process's blocks."""
+        rank = self.trainer.global_rank if self.trainer else 0
+        world = self.trainer.world_size if self.trainer else 1
+        blocks = Blocks(self.blocks, self.block_size, len(self.dataset), rank, world)
+        return DataLoader(
+            _Numbered(self.dataset),
+            batch_sampler=blocks,
+            collate_fn=_collate_numbered,
+            num_workers=self.workers,
+        )
+
+
+class TrainData(lightning.LightningDataModule):
+    """Batches drawn at random from a dataset, for a fixed number of steps.
+
+    Args:
+        dataset: the examples.
+        batch_size: examples a step.
+        steps: how many batches to draw; each epoch is a fresh permutation.
+        seed: key of the permutations.
+        workers: processes that load examples.
+    """
+
+    def __init__(
+        self, dataset: Dataset, batch_size: int, steps: int, seed: int = 0, workers: int = 0
+    ) -> None:
+        super().__init__()
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.steps = steps
+        self.seed = seed
+        self.workers = workers
+
+    def train_dataloader(self) -> DataLoader[Example]:
+        """Return a loader of exactly ``steps`` batches."""
+        size = min(self.batch_size, len(self.dataset))
+        batches = _random_batches(len(self.dataset), size, self.steps, self.seed)
+        return DataLoader(
+            self.dataset,  # type: ignore[arg-type]
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self.workers,
+        )
+
+
+def _random_batches(examples: int, size: int, steps: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    batches: list[list[int]] = []
+    while len(batches) < steps:
+        order = torch.randperm(examples, generator=generator).tolist()
+        batches += [order[i : i + size] for i in range(0, examples - size + 1, size)]
+    return batches[:steps]
+
+
+class _Numbered(torch.utils.data.Dataset[tuple[int, Example]]):
+    """Examples with their positions, so that a batch knows which block it is."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Example]:
+        return index, self.dataset[index]
+
+
+def _collate_numbered(items: Sequence[tuple[int, Example]]) -> dict[str, Any]:
+    return {**collate([example for _, example in items]), "position": [i for i, _ in items]}
