@@ -1,0 +1,151 @@
+"""Training a diffusion model on a dataset, or on a subset of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor
+
+from dmin.data.base import Dataset
+from dmin.data.module import TrainData
+from dmin.errors import DminError
+from dmin.models.base import DiffusionModel, per_example_loss
+
+
+class ModelFactory(Protocol):
+    """Builds an untrained model; weights are drawn from torch's global generator."""
+
+    def __call__(self) -> DiffusionModel:
+        """Return a new model."""
+
+
+class DiffusionTrainer(lightning.LightningModule):
+    """Minimises the model's own loss at uniformly drawn timesteps.
+
+    Args:
+        model: trained in place.
+        learning_rate: of AdamW, reached after ``warmup`` steps, then decayed to zero by a cosine.
+        warmup: steps of linear warm-up.
+        steps: total steps, for the cosine.
+        seed: key of timesteps and noise.
+    """
+
+    def __init__(
+        self, model: DiffusionModel, learning_rate: float, warmup: int, steps: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.learning_rate = learning_rate
+        self.warmup = warmup
+        self.steps = steps
+        self.generator = torch.Generator().manual_seed(seed)
+        self.ladder = torch.tensor(list(model.ladder))
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Return the mean loss of a batch."""
+        x0, condition = self.model.encode(batch)
+        noise = torch.randn(x0.shape, generator=self.generator).to(x0)
+        drawn = torch.randint(len(self.ladder), (len(x0),), generator=self.generator)
+        t = self.ladder[drawn].to(x0.device)
+        loss = per_example_loss(self.model.predict(x0, noise, t, condition)).mean()
+        if not torch.isfinite(loss):
+            raise DminError(
+                f"the training loss became {loss.item()} at step {batch_idx}. Lower "
+                f"train.learning_rate (now {self.learning_rate:g}) or look at the images."
+            )
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return AdamW with warm-up and cosine decay."""
+        parameters = self.model.network.parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
+        warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=max(1, self.warmup))
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, max(1, self.steps - self.warmup)
+        )
+        schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, decay], [self.warmup])
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def train(
+    model: ModelFactory,
+    dataset: Dataset,
+    *,
+    steps: int = 2000,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    warmup: int = 100,
+    ema_decay: float = 0.995,
+    seed: int = 0,
+    workers: int = 0,
+    trainer: lightning.Trainer | None = None,
+) -> DiffusionModel:
+    """Train a new model on a dataset for a fixed number of steps.
+
+    Args:
+        model: builds the untrained model; called after seeding, so the start is the seed's.
+        dataset: the training examples.
+        steps: optimiser steps.
+        batch_size: examples a step.
+        learning_rate: of AdamW.
+        warmup: steps of linear warm-up.
+        ema_decay: the weights returned are an exponential moving average with this decay a step.
+        seed: key of weights, order, timesteps and noise.
+        workers: processes that load examples.
+        trainer: a Lightning trainer whose ``max_steps`` is ``steps``; :func:`fit_trainer` if none.
+
+    Returns:
+        The model in eval mode, with averaged weights.
+
+    Raises:
+        DminError: the dataset is empty, a setting is out of range, or the loss became NaN.
+    """
+    if len(dataset) == 0:
+        raise DminError("train: the dataset is empty, so there is nothing to learn from.")
+    if steps < 1 or not 0 <= ema_decay < 1:
+        raise DminError(
+            f"train.steps={steps}, train.ema_decay={ema_decay}: at least one step and a decay in "
+            f"[0, 1) are needed."
+        )
+    lightning.seed_everything(seed, verbose=False)
+    untrained = model().train()
+    module = DiffusionTrainer(untrained, learning_rate, warmup, steps, seed)
+    data = TrainData(dataset, batch_size, steps, seed, workers)
+    trainer = trainer or fit_trainer()
+    trainer.fit_loop.epoch_loop.max_steps = steps
+    averaging = EMAWeightAveraging(decay=ema_decay)
+    trainer.callbacks.append(averaging)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
+            trainer.fit(module, datamodule=data)
+    finally:
+        trainer.callbacks.remove(averaging)
+    return untrained.eval()
+
+
+def fit_trainer(**settings: Any) -> lightning.Trainer:
+    """Return a Lightning trainer for one pass over a fixed number of batches.
+
+    Args:
+        settings: anything ``lightning.Trainer`` takes; wins over these defaults.
+    """
+    fit = {
+        "accelerator": "auto",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+    }
+    return lightning.Trainer(**{**fit, **settings})
