@@ -1,0 +1,21 @@
+"""A store of features (compressed per-example gradients): HDF5 segments under one manifest.
+
+::
+
+    store/
+      manifest.json                       what was computed, and of which dataset
+      segment-<first block>-<digest>.h5   sealed, immutable, named after its own bytes
+      *.tmp                               leftovers of killed writers, never read
+
+The unit of work is a *block*: ``block_size`` consecutive examples of the dataset. A segment holds
+whole blocks, so what is there is finished, and what is missing can be computed again. Stores with
+equal manifests are merged by copying their segments into one directory.
+
+Nothing here imports torch.
+"""
+
+from dmin.store.manifest import Layout, Manifest
+from dmin.store.reader import Block, Store, check_comparable
+from dmin.store.writer import Rows, StoreWriter
+
+__all__ = ["Block", "Layout", "Manifest", "Rows", "Store", "StoreWriter", "check_comparable"]

@@ -1,0 +1,244 @@
+"""The files of a store: what is in a segment, how one is committed, how one is checked."""
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+
+from dmin.errors import DminError
+from dmin.store.manifest import MANIFEST, Manifest
+
+SEGMENT_NAME = re.compile(r"segment-\d{8,}-([0-9a-f]{16})\.h5")
+
+REMEDIES = {
+    errno.EACCES: "give yourself permission to write there, or choose another directory",
+    errno.EPERM: "give yourself permission to write there, or choose another directory",
+    errno.EROFS: "the disk is mounted read-only: choose another directory",
+    errno.ENOTDIR: "a part of this path is a file, not a directory: choose another path",
+    errno.EEXIST: "a file of this name is in the way: choose another path",
+    errno.ENOSPC: "the disk is full: free space, then run the same command again, it resumes",
+    errno.EDQUOT: "your disk quota is used up: free space, then run the same command again",
+    errno.EFBIG: "files may not grow that large here: raise `ulimit -f` or lower segment_bytes",
+}
+
+
+class Content(NamedTuple):
+    """What a segment holds of one block: JSON texts and arrays, one entry a row each."""
+
+    texts: dict[str, list[str]]
+    arrays: dict[str, np.ndarray]
+
+
+class Segment(NamedTuple):
+    """One sealed file: its blocks, and the dataset position of each of its rows."""
+
+    path: Path
+    blocks: np.ndarray
+    rows: np.ndarray
+
+
+def os_failure(doing: str, path: Path, error: OSError) -> DminError:
+    """Say which path failed, why, and what helps."""
+    remedy = REMEDIES.get(error.errno or 0, "check that the disk works and that the path is right")
+    return DminError(f"Could not {doing} {path} ({error.strerror or error}): {remedy}.")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of the store in a directory.
+
+    Raises:
+        DminError: there is no store, or its manifest is damaged.
+    """
+    file = path / MANIFEST
+    try:
+        return Manifest.from_json(file.read_text("utf-8"), str(file))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        missing = f"{path} is not a store (it has no {MANIFEST})"
+        if not path.is_dir():
+            missing = f"There is no store at {path}"
+        raise DminError(
+            f"{missing}: check the path, or make a store with `dmin collect`."
+        ) from error
+    except OSError as error:
+        raise os_failure("read", file, error) from error
+    except UnicodeDecodeError as error:
+        raise DminError(
+            f"{file} is damaged ({error}): restore it from a copy, or collect into a new directory."
+        ) from error
+
+
+@contextlib.contextmanager
+def open_hdf5(path: Path) -> Iterator[h5py.File]:
+    """Open a segment for reading.
+
+    Segments never change, so no lock is taken: locks fail on some network file systems.
+    """
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            yield file
+    except OSError as error:
+        raise os_failure("read", path, error) from error
+
+
+def encode_segment(manifest: Manifest, blocks: Mapping[int, Content]) -> memoryview:
+    """Return the bytes of a segment, the same for the same content.
+
+    The file is made in memory: its digest is then that of what was meant, and a full disk is met by
+    an ordinary write and not inside HDF5, which may keep a file that it cannot flush open for ever.
+
+    Args:
+        manifest: of the store; its fingerprint is written into the segment.
+        blocks: what it is to hold, by number of the block; their order does not matter.
+    """
+    numbers = sorted(blocks)
+    rows = [row for number in numbers for row in manifest.block_rows(number)]
+    first = blocks[numbers[0]]
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file.attrs["manifest"] = manifest.fingerprint
+        file["blocks"] = np.asarray(numbers, dtype="<i8")
+        file["rows"] = np.asarray(rows, dtype="<i8")
+        for name in first.texts:
+            # One buffer of JSON: HDF5 is slow with a million strings.
+            lines = [line for number in numbers for line in blocks[number].texts[name]]
+            text = "[" + ",\n".join(lines) + "]"
+            file[name] = np.frombuffer(text.encode(), dtype=np.uint8)
+        for name, like in first.arrays.items():
+            dataset = file.create_dataset(name, (len(rows), *like.shape[1:]), like.dtype)
+            start = 0
+            for number in numbers:
+                part = blocks[number].arrays[name]
+                dataset[start : start + len(part)] = part
+                start += len(part)
+    return buffer.getbuffer()
+
+
+def segment_name(first_block: int, content: memoryview) -> str:
+    """Return the name of a segment: its first block, and the digest of its bytes."""
+    return f"segment-{first_block:08d}-{hashlib.sha256(content).hexdigest()[:16]}.h5"
+
+
+def commit(path: Path, content: bytes | memoryview, *, overwrite: bool = True) -> None:
+    """Write a file so that it is there whole or not at all, even after a power failure.
+
+    Args:
+        path: the file.
+        content: its bytes.
+        overwrite: replace a file of this name; otherwise the file that is there first stays.
+
+    Raises:
+        FileExistsError: there is such a file, and it may not be overwritten.
+        OSError: it was not written; the temporary file is removed.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.rename(temporary, path)
+        else:
+            os.link(temporary, path)  # unlike a rename, this fails if the name is taken
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    # Some network file systems cannot sync a directory; the file is whole there all the same.
+    with contextlib.suppress(OSError):
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def open_segments(
+    path: Path, manifest: Manifest, verify: bool, known: Mapping[str, Segment] | None = None
+) -> dict[str, Segment]:
+    """Find the sealed segments of a store.
+
+    Args:
+        path: the store.
+        manifest: the store's.
+        verify: compare the digest of each file with its name.
+        known: segments found before, by name; they are not opened again.
+
+    Returns:
+        The segments by name, in the order of their names.
+
+    Raises:
+        DminError: segments are damaged (all are named), or were written for another manifest.
+    """
+    known = known or {}
+    try:
+        names = sorted(name for name in os.listdir(path) if SEGMENT_NAME.fullmatch(name))
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            opened = pool.map(
+                lambda name: known.get(name) or _open_segment(path / name, manifest, verify), names
+            )
+            found = dict(zip(names, opened, strict=True))
+    except OSError as error:
+        raise os_failure("read", Path(error.filename or path), error) from error
+    sound = {name: each for name, each in found.items() if isinstance(each, Segment)}
+    if len(sound) < len(found):
+        damage = {name: each for name, each in found.items() if isinstance(each, str)}
+        raise _damaged(path, manifest, damage, sound)
+    return sound
+
+
+def _open_segment(path: Path, manifest: Manifest, verify: bool) -> Segment | str:
+    """Return a segment, or what is wrong with it."""
+    if verify:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        if not path.stem.endswith(f"-{digest}"):
+            return f"the digest of its bytes is {digest}"
+    with open(path, "rb"):
+        pass  # so that a missing permission is not taken for damage
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            written_for = file.attrs["manifest"]
+            segment = Segment(path, file["blocks"][:], file["rows"][:])
+    except (OSError, KeyError, RuntimeError) as error:
+        return f"HDF5 cannot read it: {error}"
+    if written_for != manifest.fingerprint:
+        raise DminError(
+            f"{path} was written for a store with manifest {written_for}, but {MANIFEST} beside it"
+            f" is {manifest.fingerprint}: if the file was copied here, move it away; if {MANIFEST}"
+            " was edited, restore it."
+        )
+    return segment
+
+
+def _damaged(
+    path: Path, manifest: Manifest, damage: Mapping[str, str], sound: Mapping[str, Segment]
+) -> DminError:
+    """Name the damaged files and the rows that no sound file has."""
+    missing = set(range(manifest.num_blocks)).difference(*(each.blocks for each in sound.values()))
+    lost = [row for block in sorted(missing) for row in manifest.block_rows(block)]
+    files = "; ".join(f"{name} ({reason})" for name, reason in damage.items())
+    begins = ", ".join(str(int(name.split("-")[1]) * manifest.block_size) for name in damage)
+    return DminError(
+        f"The store {path} has damaged segments: {files}. Their rows begin at {begins}; no sound"
+        f" segment has the rows {spans(lost) or '(none)'} of {manifest.num_examples}. Delete each"
+        " file named here and run the same `dmin collect` command again: only the missing blocks"
+        " are computed again."
+    )
+
+
+def spans(numbers: Sequence[int], most: int = 8) -> str:
+    """Write ascending numbers as spans, such as ``0-7, 16-23``."""
+    array = np.asarray(numbers, dtype=np.int64)
+    runs = np.split(array, np.flatnonzero(np.diff(array) > 1) + 1)
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs if len(run)]
+    return ", ".join(texts[:most]) + (" ..." if len(texts) > most else "")

@@ -1,0 +1,304 @@
+"""Writing a store: append blocks, seal them, resume, alone or with other processes."""
+
+import contextlib
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from dmin.errors import DminError
+from dmin.fingerprint import differences
+from dmin.store.manifest import MANIFEST, STORED_AS, Layout, Manifest
+from dmin.store.segments import (
+    Content,
+    Segment,
+    commit,
+    encode_segment,
+    open_segments,
+    os_failure,
+    read_manifest,
+    segment_name,
+    spans,
+)
+
+STALE_SECONDS = 24 * 3600.0
+
+
+@dataclass
+class Rows:
+    """The n rows of one block, in dataset order.
+
+    Args:
+        ids: the example ids, ``[n]``, unique in the dataset.
+        metadata: JSON, one mapping an example.
+        features: readout -> ``[n, draw, T, group, dim]``; stored as ``layout.dtype``.
+        norms: readout -> ``[n, draw, T, group]``, the gradient norms before scaling.
+        losses: ``[n, draw, T]``.
+    """
+
+    ids: list[str]
+    metadata: list[dict[str, Any]]
+    features: dict[str, np.ndarray]
+    norms: dict[str, np.ndarray]
+    losses: np.ndarray
+
+
+class StoreWriter:
+    """Create a store, or resume one, and append blocks to it.
+
+    Use it in a ``with`` statement: however that is left, by Ctrl-C as well, the blocks appended are
+    sealed. Several processes may write into one store; share the blocks out by their number
+    (``block % processes == rank``), not by their place in ``pending()``, which shrinks meanwhile.
+
+    Args:
+        path: the directory; made with its parents if it is not there.
+        manifest: what is going to be written.
+        segment_bytes: seal when this much is collected.
+        seal_seconds: seal at the first append this long after the first unsealed one, so that this
+            bounds what a kill can cost.
+        verify: compare the digests of the segments that are there with their names.
+
+    Raises:
+        DminError: the directory cannot be written, is not a store, is a store made with other
+            settings or of another dataset, or has damaged segments.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        manifest: Manifest,
+        *,
+        segment_bytes: int = 64 * 2**20,
+        seal_seconds: float = 60.0,
+        verify: bool = True,
+    ) -> None:
+        """Make or check the manifest, and look which blocks are there."""
+        self.path = Path(path)
+        self.segment_bytes = segment_bytes
+        self.seal_seconds = seal_seconds
+        self.verify = verify
+        self._collected: dict[int, Content] = {}
+        self._bytes = 0
+        self._first_append = 0.0
+        self._ids: set[str] = set()
+        self._segments: dict[str, Segment] = {}
+        self._sealed: set[int] = set()
+        self._closed = False
+        try:
+            self._create(manifest)
+        except OSError as error:
+            raise os_failure("make a store in", self.path, error) from error
+        # The store's own from here on: equal values may be written differently, as 1 and 1.0.
+        self.manifest = read_manifest(self.path)
+        _require_same(self.path, manifest, self.manifest)
+        self._remove_stale()
+        self.pending()
+
+    def __enter__(self) -> "StoreWriter":
+        """Return the writer."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Seal the blocks appended: they are right, whatever went wrong after them."""
+        try:
+            self.close()
+        except DminError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))  # what went wrong first is what the user must read
+
+    def pending(self) -> list[int]:
+        """Return the blocks that no process has sealed yet, ascending."""
+        self._segments = open_segments(self.path, self.manifest, self.verify, self._segments)
+        self._sealed = {int(b) for each in self._segments.values() for b in each.blocks}
+        return [block for block in range(self.manifest.num_blocks) if block not in self._sealed]
+
+    def append(self, block: int, rows: Rows) -> None:
+        """Take the rows of one block, and seal what is collected if it is large or old enough.
+
+        Args:
+            block: number of the block, see ``Manifest.block_rows``.
+            rows: all its rows; they are copied.
+
+        Raises:
+            DminError: the block is there already, a row is not allowed (nothing of the block is
+                taken then), or sealing failed (the rows stay collected then).
+        """
+        if self._closed:
+            raise DminError(f"The writer of {self.path} is closed: open it again to append.")
+        if block in self._sealed or block in self._collected:
+            raise DminError(f"Block {block} of {self.path} is there already: append `pending()`.")
+        count = len(self.manifest.block_rows(block))
+        content = Content(
+            _checked_texts(rows, count, self._ids),
+            _checked_arrays(rows, count, self.manifest.layout),
+        )
+        if not self._collected:
+            self._first_append = time.monotonic()
+        self._collected[block] = content
+        self._ids.update(rows.ids)
+        self._bytes += sum(array.nbytes for array in content.arrays.values())
+        waited = time.monotonic() - self._first_append
+        if self._bytes >= self.segment_bytes or waited >= self.seal_seconds:
+            self.seal()
+
+    def seal(self) -> None:
+        """Write the blocks collected as one segment; without any, do nothing.
+
+        Raises:
+            DminError: it could not be written. Nothing is left of it, the blocks stay collected,
+                and earlier segments stay valid.
+        """
+        if not self._collected:
+            return
+        blocks = sorted(self._collected)
+        content = encode_segment(self.manifest, self._collected)
+        try:
+            commit(self.path / segment_name(blocks[0], content), content)
+        except OSError as error:
+            count = sum(len(each.texts["ids"]) for each in self._collected.values())
+            raise DminError(
+                f"{os_failure('write a segment into', self.path, error)} {count} rows (blocks"
+                f" {spans(blocks)}) are not sealed; the segments sealed before stay valid."
+            ) from error
+        self._sealed.update(blocks)
+        self._collected.clear()
+        self._bytes = 0
+
+    def close(self) -> None:
+        """Seal what is collected; the writer takes no more."""
+        self.seal()
+        self._closed = True
+
+    def _create(self, manifest: Manifest) -> None:
+        """Make directory and manifest, unless a manifest is there: the first creator wins."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        strangers = [name for name in os.listdir(self.path) if not name.endswith(".tmp")]
+        file = self.path / MANIFEST
+        if file.exists():  # looked at after the listing: another process may just have made it
+            return
+        if strangers:
+            raise DminError(
+                f"{self.path} is not empty and not a store (it has {strangers[0]!r}, but no"
+                f" {MANIFEST}): choose an empty or new directory."
+            )
+        text = manifest.to_json().encode()
+        try:
+            commit(file, text, overwrite=False)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links, or a fault that will show again
+            commit(file, text)
+
+    def _remove_stale(self) -> None:
+        """Remove what killed writers left, once nobody can still be writing it."""
+        for leftover in self.path.glob("*.tmp"):
+            with contextlib.suppress(OSError):  # such as: a live writer has just renamed it
+                if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
+                    leftover.unlink()
+
+
+def _require_same(path: Path, here: Manifest, there: Manifest) -> None:
+    """Raise DminError unless a store can be resumed with this manifest."""
+    parts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "the dataset changed since collection": (
+            {"dataset": here.dataset, "num_examples": here.num_examples},
+            {"dataset": there.dataset, "num_examples": there.num_examples},
+        ),
+        "the features differ": ({"features": here.features}, {"features": there.features}),
+        "the layout differs": (
+            {"layout": asdict(here.layout), "block_size": here.block_size},
+            {"layout": asdict(there.layout), "block_size": there.block_size},
+        ),
+    }
+    said = [
+        f"{what} ({'; '.join(lines)})"
+        for what, (ours, theirs) in parts.items()
+        if (lines := differences(ours, theirs))
+    ]
+    if said:
+        raise DminError(
+            f"{path} holds a store that this command cannot continue: {', and '.join(said)}, where"
+            " here is this command and there is the store. Nothing was changed: go back to the"
+            " store's settings, or choose another directory."
+        )
+
+
+def _checked_texts(rows: Rows, count: int, taken: set[str]) -> dict[str, list[str]]:
+    """Return ids and metadata as JSON, one line a row, or raise DminError."""
+    for name, entries in (("ids", rows.ids), ("metadata", rows.metadata)):
+        if len(entries) != count:
+            raise DminError(
+                f"There are {len(entries)} {name} for a block of {count} rows: give one a row."
+            )
+    seen: set[str] = set()
+    metadata = []
+    for id, entry in zip(rows.ids, rows.metadata, strict=True):
+        if not isinstance(id, str):
+            raise DminError(f"The id {id!r} is a {type(id).__name__}: ids must be texts.")
+        if id in seen or id in taken:
+            raise DminError(f"Two examples have the id {id!r}: give every example its own id.")
+        seen.add(id)
+        try:
+            metadata.append(json.dumps(entry, sort_keys=True, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise DminError(
+                f"The metadata of example {id!r} cannot be written as JSON ({error}): use only"
+                " mappings, lists, texts, finite numbers, booleans and null."
+            ) from error
+    return {"ids": [json.dumps(id) for id in rows.ids], "metadata": metadata}
+
+
+def _checked_arrays(rows: Rows, count: int, layout: Layout) -> dict[str, np.ndarray]:
+    """Return copies of the arrays by the name of their dataset, or raise DminError."""
+    for name, arrays in (("features", rows.features), ("norms", rows.norms)):
+        if set(arrays) != set(layout.readouts):
+            raise DminError(
+                f"The {name} have the readouts {sorted(arrays)}, the store's layout has"
+                f" {sorted(layout.readouts)}: give exactly these."
+            )
+    shape = (count, *layout.row_shape)
+    given: dict[str, tuple[np.ndarray, tuple[int, ...], str]] = {
+        "losses": (rows.losses, shape[:3], "float32")
+    }
+    for readout in layout.readouts:
+        given[f"features/{readout}"] = (rows.features[readout], shape, layout.dtype)
+        given[f"norms/{readout}"] = (rows.norms[readout], shape[:4], "float32")
+    stored = {}
+    for name, (values, expected, dtype) in given.items():
+        with np.errstate(over="ignore"):  # an overflow is refused below, with the example's id
+            array = np.asarray(values, dtype=np.float32)
+        if array.shape != expected:
+            raise DminError(
+                f"The array {name} of a block has the shape {array.shape}; the store's layout asks"
+                f" for {expected}, its axes being rows, draw, timestep, group and dim."
+            )
+        _require_storable(name, array, STORED_AS[dtype], rows.ids, layout)
+        stored[name] = np.array(array, dtype=STORED_AS[dtype], order="C")
+    return stored
+
+
+def _require_storable(
+    name: str, array: np.ndarray, dtype: np.dtype[Any], ids: list[str], layout: Layout
+) -> None:
+    """Raise DminError, naming the example, unless all values are finite and fit the dtype."""
+    most = np.finfo(dtype).max
+    if np.abs(array).max() <= most:  # false for NaN as well
+        return
+    place = tuple(np.argwhere(~(np.abs(array) <= most))[0])
+    raise DminError(
+        f"The array {name} holds {array[place]} for example {ids[place[0]]!r} at timestep"
+        f" {layout.timesteps[place[2]]} (draw {place[1]}): only finite values up to {most:.6g} can"
+        f" be stored as {dtype.name}. Look at this example, run the model in float32 if it runs in"
+        " half precision, or leave the example out of the dataset."
+    )
