@@ -1,0 +1,120 @@
+"""The help pages and the "did you mean", from the standard library alone: they show at once."""
+
+import difflib
+import os
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+COMMANDS = {
+    "train": "Train a model on a dataset, or on a subset of it.",
+    "collect": "Collect the compressed gradients of the training examples into a store (once).",
+    "sample": "Generate query images, each with the prompt and seed that made it.",
+    "retrieve": "Find the training examples behind each query image, and show them.",
+    "evaluate": "Measure how far the answers can be trusted, against ground truth.",
+    "demo": "Do all of it on a small model, in minutes on a laptop.",
+}
+
+# The groups whose choices a command's examples are made of, as far as there are such choices.
+_EXAMPLE_GROUPS = {
+    "train": ("model", "data", "trainer"),
+    "collect": ("model", "data", "sketch"),
+    "sample": ("model", "queries"),
+    "retrieve": ("method", "data"),
+    "evaluate": ("benchmark", "method"),
+    "demo": (),
+}
+_WIDTH = 90
+
+
+def config_directory() -> Path:
+    """Return where the YAML files stand: in the package (a wheel), or beside it (a checkout)."""
+    package = Path(__file__).resolve().parents[1]
+    inside, beside = package / "conf", package.parent / "conf"
+    return inside if inside.is_dir() else beside
+
+
+def groups(directory: Path | None = None) -> dict[str, list[str]]:
+    """Return the configuration groups and the choices of each, from the names of the files."""
+    top = directory or config_directory()
+    found = {}
+    for folder, _, files in os.walk(top):
+        choices = sorted(Path(file).stem for file in files if file.endswith(".yaml"))
+        if choices and Path(folder) != top:
+            found[Path(folder).relative_to(top).as_posix()] = choices
+    return dict(sorted(found.items()))
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Return ``Did you mean a or b?`` for the options nearest to a name; empty when none is near.
+
+    An option also counts by its last part, for one who wrote ``dim`` and meant ``sketch.dim``.
+    """
+
+    def likeness(option: str) -> float:
+        forms = [(name, option, 1.0), (name.lower(), option.lower(), 0.9)]
+        if "." not in name:
+            forms.append((name, option.rpartition(".")[2], 0.9))
+        return max(weight * difflib.SequenceMatcher(None, a, b).ratio() for a, b, weight in forms)
+
+    scores = {option: likeness(option) for option in options}
+    least = max(0.6, max(scores.values(), default=0) - 0.1)
+    near = sorted((o for o in scores if scores[o] >= least), key=lambda o: -scores[o])
+    return f"Did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def overview() -> str:
+    """Return what ``dmin --help`` prints."""
+    commands = "\n".join(f"  {name:<10}{line}" for name, line in COMMANDS.items())
+    return f"""\
+dmin: which training examples made this diffusion model produce this image?
+
+usage: dmin <command> [setting=value ...]
+       dmin <command> --help | --cfg job
+       dmin --help | --version
+
+commands:
+{commands}
+
+Settings are Hydra overrides. `dmin <command> --help` lists the choices of each configuration
+group, `dmin <command> --cfg job` prints the whole configuration.
+For shell completion: eval "$(dmin --shell-completion install=bash)"
+"""
+
+
+def page(command: str) -> str:
+    """Return what ``dmin <command> --help`` prints."""
+    listed = groups()
+    shown = "\n".join(_entry(group, choices) for group, choices in listed.items()) or "  none"
+    settings = [
+        f"{group}={listed[group][0]}" for group in _EXAMPLE_GROUPS[command] if group in listed
+    ]
+    example = " ".join(["dmin", command, *settings])
+    return f"""\
+{COMMANDS[command]}
+
+usage: dmin {command} [setting=value ...] [Hydra options]
+
+examples:
+  {example}
+  dmin {command} --cfg job            print the composed configuration, run nothing
+  dmin {command} -m seed=0,1,2        one run for each value
+
+configuration groups (group=choice):
+{shown}
+
+Your own YAML files: --config-dir DIRECTORY. Values: section.key=value, as --cfg job shows them.
+All of Hydra's options: dmin {command} --hydra-help. A full traceback of any error:
+HYDRA_FULL_ERROR=1 dmin {command} ...
+"""
+
+
+def _entry(group: str, choices: list[str]) -> str:
+    indent = " " * 20
+    lines = textwrap.wrap(
+        ", ".join(choices), _WIDTH, initial_indent=indent, subsequent_indent=indent
+    )
+    head = f"  {group} "
+    if len(head) > len(indent):
+        return "\n".join([head.rstrip(), *lines])
+    return "\n".join([head.ljust(len(indent)) + lines[0].lstrip(), *lines[1:]])

@@ -1,0 +1,202 @@
+"""Hold a composed configuration against the signatures of what it would build, before building.
+
+A mapping with a ``_target_`` is a call: its keys must be arguments of the target, and its values
+must fit their annotations. The top of the configuration is treated as a call of `Root`.
+
+A target is imported where the command needs it (``needed``). Elsewhere it is held to its signature
+only if its module is imported already: a command that reads stores must not wait for Lightning,
+and the command that does need the node reports its mistakes. Missing values (``???``, a required
+argument, an interpolation that leads nowhere) are refused only where they are needed.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from dmin.cli.annotations import fits, parameters, spell, without_null
+from dmin.cli.help import did_you_mean, groups
+from dmin.cli.targets import load, loaded
+from dmin.errors import DminError
+
+
+@dataclass
+class Root:
+    """The settings at the top of a configuration; any other there is refused.
+
+    A section annotated with a dataclass of its own is held to that one's fields in the same way.
+    """
+
+    seed: int = 0
+    name: str | None = None
+    tags: list[str] | None = None
+    paths: dict | None = None
+    model: dict | None = None
+    data: dict | None = None
+    queries: dict | None = None
+    sketch: dict | None = None
+    timesteps: dict | None = None
+    noise: dict | None = None
+    collect: dict | None = None
+    method: dict | None = None
+    retrieve: dict | None = None
+    train: dict | None = None
+    sample: dict | None = None
+    benchmark: dict | None = None
+    evaluate: dict | None = None
+    demo: dict | None = None
+    trainer: dict | None = None
+    logger: dict | list | None = None
+    callbacks: dict | list | None = None
+    extras: dict | None = None
+
+
+ROOT_KEYS = tuple(setting.name for setting in fields(Root))
+
+# What Hydra's `instantiate` reads of a call, besides the arguments.
+_CALL_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
+
+
+def validate(cfg: DictConfig, needed: Collection[str] | None = None) -> None:
+    """Refuse unknown keys, values of the wrong type and missing values.
+
+    Args:
+        cfg: a composed configuration, without Hydra's own node.
+        needed: the dotted names of the subtrees that the command reads; None for all of them.
+            Missing values are refused, and targets imported, in these only.
+
+    Raises:
+        DminError: names the dotted key, what is wrong with it and what is allowed.
+    """
+    walk = _Walk(needed)
+    walk.call(cfg, "", Root)
+    for name in needed or ():
+        walk.expect(cfg, name)
+    if walk.missing:
+        choices = [
+            f"Choices of {name}: {', '.join(options)}."
+            for name, options in groups().items()
+            if name in walk.missing
+        ]
+        wanted = f"No value for {', '.join(walk.missing)}. Set {' '.join(walk.missing.values())}."
+        raise DminError(" ".join([wanted, *choices]))
+
+
+@dataclass
+class _Walk:
+    """One walk over a configuration. Missing values are gathered, to be named all at once."""
+
+    needed: Collection[str] | None
+    missing: dict[str, str] = field(default_factory=dict)  # dotted key -> the override to write
+
+    def needs(self, path: str) -> bool:
+        return self.needed is None or any(f"{path}.".startswith(f"{n}.") for n in self.needed)
+
+    def expect(self, cfg: DictConfig, path: str) -> None:
+        """Note a needed subtree that is not there at all; one that is null says so on purpose."""
+        parent, _, key = path.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        if isinstance(node, DictConfig) and key not in node.keys():  # noqa: SIM118
+            self.missing[path] = f"{path}=..." if path in groups() else f"+{path}=..."
+
+    def call(self, node: DictConfig, path: str, target: Callable[..., Any]) -> None:
+        """Check a mapping as the arguments of a call, or as the fields of a dataclass."""
+        arguments = parameters(target)
+        if arguments is None:  # a builtin that does not tell its signature
+            self.inside(node, path)
+            return
+        is_call = "_target_" in node
+        name = str(node["_target_"]) if is_call else path or "dmin"
+        named = {
+            p.name: p for p in arguments if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        }
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in arguments)
+        for key in node:
+            allowed = [*named, *(_CALL_KEYS if is_call else ())]
+            if key not in allowed and not (takes_any and not str(key).startswith("_")):
+                raise DminError(_unknown(str(key), path, name, list(named), allowed))
+        if is_call and self.needs(path) and not node.get("_partial_"):
+            placed = len(node.get("_args_") or ())
+            for p in arguments[placed:]:
+                is_given = p.name in node.keys()  # noqa: SIM118
+                if p.name in named and p.default is p.empty and not is_given:
+                    self.missing[f"{path}.{p.name}"] = f"+{path}.{p.name}=..."
+        for key, child, value in self.children(node, path):
+            if key not in named:
+                self.value(value, child)
+                continue
+            annotation = named[key].annotation
+            section = without_null(annotation)
+            if not is_call and is_dataclass(section) and isinstance(value, DictConfig):
+                self.call(value, child, section)  # type: ignore[arg-type]
+                continue
+            plain = _plain(value)
+            if not fits(plain, annotation):
+                given = f"{plain!r} ({type(plain).__name__})"
+                raise DminError(f"{child} is {given}, but {name} takes {spell(annotation)}.")
+            self.value(value, child)
+
+    def value(self, value: Any, path: str) -> None:
+        """Check the calls inside a value."""
+        if isinstance(value, DictConfig) and "_target_" in value:
+            target = self.target(value, path)
+            if target is not None:
+                self.call(value, path, target)
+                return
+        if isinstance(value, DictConfig | ListConfig):
+            self.inside(value, path)
+
+    def inside(self, node: DictConfig | ListConfig, path: str) -> None:
+        for _, child, value in self.children(node, path):
+            self.value(value, child)
+
+    def children(self, node: DictConfig | ListConfig, path: str) -> Iterator[tuple[Any, str, Any]]:
+        """Yield key, dotted path and value of the children that have one; note those without."""
+        keys: Iterable[Any] = node if isinstance(node, DictConfig) else range(len(node))
+        for key in keys:
+            child = f"{path}.{key}" if path else str(key)
+            is_missing = OmegaConf.is_missing(node, key)
+            try:
+                value = None if is_missing else node[key]
+            except InterpolationToMissingValueError:
+                is_missing = True
+            except OmegaConfBaseException as error:
+                if self.needs(child):
+                    reason = str(error).partition("\n")[0]
+                    raise DminError(f"{child} cannot be resolved: {reason}.") from error
+                continue
+            if not is_missing:
+                yield key, child, value
+            elif self.needs(child):
+                self.missing[child] = f"{child}=..."
+
+    def target(self, node: DictConfig, path: str) -> Callable[..., Any] | None:
+        """Return what a call calls; None when that is missing, or not imported nor needed."""
+        try:
+            name = node["_target_"]
+        except OmegaConfBaseException:
+            return None  # reported with the other values
+        if not isinstance(name, str):
+            raise DminError(f"{path}._target_ is {name!r}, not the dotted name of a class.")
+        found = load(name, f"{path}._target_") if self.needs(path) else loaded(name)
+        if found is not None and not callable(found):
+            raise DminError(f"{path}._target_ is {name}, which is not a class or a function.")
+        return found
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without OmegaConf's containers; as missing where it does not resolve."""
+    if not isinstance(value, DictConfig | ListConfig):
+        return value
+    try:
+        return OmegaConf.to_container(value, resolve=True)
+    except OmegaConfBaseException:
+        return "???"
+
+
+def _unknown(key: str, path: str, name: str, named: list[str], allowed: list[str]) -> str:
+    first = f"{path}.{key}".lstrip(".") + f" is not a setting of {name}."
+    takes = f"Allowed: {', '.join(named)}." if named else "It takes none."
+    return " ".join(filter(None, (first, did_you_mean(key, allowed), takes)))
