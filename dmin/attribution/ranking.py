@@ -1,0 +1,313 @@
+"""The answer to *which training examples made this image?*, as one table that is easy to keep."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dmin.errors import DminError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+SCHEMA = 1
+CORE_COLUMNS = ("query", "rank", "id", "row", "score")
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """The top-k training examples of each query, best first.
+
+    Q queries, K training examples a query, T timesteps.
+
+    Args:
+        method: name of the attribution method.
+        timesteps: the T timesteps, in the order of `contributions`.
+        query_ids: Q distinct names.
+        query_metadata: one small JSON dict a query: label and provenance.
+        train_rows: int64 [Q, K], rows of the training store.
+        train_ids: [Q][K] names of the training examples.
+        train_metadata: [Q][K] small JSON dicts, typically label, caption, file.
+        scores: float32 [Q, K], descending along K, in the units of the method.
+        contributions: float32 [Q, K, T], what each timestep adds to the score, or None.
+
+    Raises:
+        DminError: a part disagrees with the others in shape, order or sum.
+    """
+
+    method: str
+    timesteps: tuple[float, ...]
+    query_ids: list[str]
+    query_metadata: list[dict[str, Any]]
+    train_rows: np.ndarray
+    train_ids: list[list[str]]
+    train_metadata: list[list[dict[str, Any]]]
+    scores: np.ndarray
+    contributions: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        """Bring the arrays to their dtypes and hold every part to the shape of the scores."""
+        # A frozen dataclass is set through object: the conversions are part of its construction.
+        object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
+        object.__setattr__(self, "train_rows", np.asarray(self.train_rows, np.int64))
+        object.__setattr__(self, "scores", np.asarray(self.scores, np.float32))
+        if self.contributions is not None:
+            object.__setattr__(self, "contributions", np.asarray(self.contributions, np.float32))
+        self._check_shapes()
+        self._check_values()
+
+    def _check_shapes(self) -> None:
+        if self.scores.ndim != 2 or 0 in self.scores.shape:
+            _refuse("scores", list(self.scores.shape), "[queries, k], both at least 1")
+        queries, k = self.scores.shape
+        for name in ("query_ids", "query_metadata", "train_ids", "train_metadata"):
+            if len(getattr(self, name)) != queries:
+                _refuse(name, len(getattr(self, name)), f"{queries} entries, one a query")
+        for name in ("train_ids", "train_metadata"):
+            lengths = {len(row) for row in getattr(self, name)}
+            if lengths != {k}:
+                _refuse(name, sorted(lengths), f"{k} entries a query, as in scores")
+        if self.train_rows.shape != (queries, k):
+            _refuse("train_rows", list(self.train_rows.shape), f"[{queries}, {k}], as in scores")
+        expected = (queries, k, len(self.timesteps))
+        if self.contributions is not None and self.contributions.shape != expected:
+            _refuse(
+                "contributions", list(self.contributions.shape), f"{list(expected)}, one a timestep"
+            )
+
+    def _check_values(self) -> None:
+        repeated = sorted({name for name in self.query_ids if self.query_ids.count(name) > 1})
+        if repeated:
+            _refuse("query_ids", repeated[:3], "every query under a name of its own")
+        if len(set(self.timestep_names)) != len(self.timesteps):
+            _refuse("timesteps", list(self.timesteps), "every timestep once")
+        if not np.isfinite(self.scores).all():
+            where = np.argwhere(~np.isfinite(self.scores))[0].tolist()
+            _refuse("scores", f"{self.scores[tuple(where)]} at {where}", "finite numbers")
+        if (np.diff(self.scores, axis=1) > 0).any():
+            query = int(np.argwhere(np.diff(self.scores, axis=1) > 0)[0, 0])
+            _refuse("scores", f"a rise in query {query}", "descending scores: best first")
+        if self.contributions is None:
+            return
+        # Wide enough for half-precision arithmetic, far narrower than a forgotten weight.
+        scale = float(np.abs(self.contributions).sum(axis=2).max())
+        gap = float(np.abs(self.contributions.sum(axis=2) - self.scores).max())
+        if not gap <= 1e-2 * scale + 1e-12:
+            _refuse("contributions", f"a gap of {gap:.3g} to the scores", "terms that sum to them")
+
+    @property
+    def timestep_names(self) -> list[str]:
+        """Column names of the timesteps: `t0950` for whole steps, `t0.95` for times."""
+        if all(t.is_integer() for t in self.timesteps):
+            return [f"t{int(t):04d}" for t in self.timesteps]
+        return [f"t{t:.6g}" for t in self.timesteps]
+
+    def same_label(self, query: int, rank: int) -> bool | None:
+        """Say whether a training example carries its query's label; None where one has none."""
+        mine = self.query_metadata[query].get("label")
+        other = self.train_metadata[query][rank].get("label")
+        return None if mine is None or other is None else str(mine) == str(other)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Lay the ranking out as tidy rows, one for each query and rank.
+
+        Returns:
+            Dicts with the same keys in the same order: query, rank (from 1), id, row, score, the
+            metadata of the training example, the metadata of the query under `query_<key>`, and
+            the timesteps. A metadata key that would hide one of these becomes `metadata_<key>`.
+        """
+        times = self.timestep_names if self.contributions is not None else []
+        query_keys = _keys(self.query_metadata)
+        train_keys = _keys([example for row in self.train_metadata for example in row])
+        taken = {*CORE_COLUMNS, *times, *(f"query_{key}" for key in query_keys)}
+        columns = {key: f"metadata_{key}" if key in taken else key for key in train_keys}
+        records = []
+        for query, rank in np.ndindex(*self.scores.shape):
+            example, origin = self.train_metadata[query][rank], self.query_metadata[query]
+            record: dict[str, Any] = {
+                "query": self.query_ids[query],
+                "rank": rank + 1,
+                "id": self.train_ids[query][rank],
+                "row": int(self.train_rows[query, rank]),
+                "score": _number(self.scores[query, rank]),
+            }
+            record |= {column: example.get(key) for key, column in columns.items()}
+            record |= {f"query_{key}": origin.get(key) for key in query_keys}
+            if self.contributions is not None:
+                parts = self.contributions[query, rank]
+                record |= {name: _number(part) for name, part in zip(times, parts, strict=True)}
+            records.append(record)
+        return records
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `ranking.csv` (one line for each query and rank) and `ranking.json`.
+
+        Args:
+            folder: made if it is not there.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        records = self.records()
+        with (folder / "ranking.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            for record in records:
+                writer.writerow({key: _cell(value) for key, value in record.items()})
+        text = json.dumps(self._to_json(), ensure_ascii=False, indent=1, default=_plain)
+        (folder / "ranking.json").write_text(text + "\n", encoding="utf-8")
+        return folder
+
+    def _to_json(self) -> dict[str, Any]:
+        def example(query: int, rank: int) -> dict[str, Any]:
+            found = {
+                "id": self.train_ids[query][rank],
+                "row": int(self.train_rows[query, rank]),
+                "score": _number(self.scores[query, rank]),
+                "metadata": self.train_metadata[query][rank],
+            }
+            if self.contributions is not None:
+                found["contributions"] = [_number(c) for c in self.contributions[query, rank]]
+            return found
+
+        queries, k = self.scores.shape
+        return {
+            "schema": SCHEMA,
+            "method": self.method,
+            "timesteps": list(self.timesteps),
+            "queries": [
+                {
+                    "id": self.query_ids[query],
+                    "metadata": self.query_metadata[query],
+                    "examples": [example(query, rank) for rank in range(k)],
+                }
+                for query in range(queries)
+            ],
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> Ranking:
+        """Read a ranking back.
+
+        Args:
+            path: a `ranking.json`, or the folder that `save` wrote.
+
+        Raises:
+            DminError: there is no such file, or it holds no ranking of this version.
+        """
+        path = Path(path)
+        path = path / "ranking.json" if path.is_dir() else path
+        remedy = "name a ranking.json, or the folder that holds one"
+        if not path.is_file():
+            raise DminError(f"No ranking at {path}: {remedy}.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["schema"] != SCHEMA:
+                raise DminError(
+                    f"{path} holds a ranking of schema {content['schema']}, this dmin reads "
+                    f"{SCHEMA}: rank again, or read it with the dmin that wrote it."
+                )
+            queries = content["queries"]
+            found = [query["examples"] for query in queries]
+            parted = "contributions" in found[0][0]
+            return cls(
+                method=content["method"],
+                timesteps=tuple(content["timesteps"]),
+                query_ids=[query["id"] for query in queries],
+                query_metadata=[query["metadata"] for query in queries],
+                train_rows=np.array([[e["row"] for e in row] for row in found], np.int64),
+                train_ids=[[e["id"] for e in row] for row in found],
+                train_metadata=[[e["metadata"] for e in row] for row in found],
+                scores=np.array([[e["score"] for e in row] for row in found], np.float32),
+                contributions=np.array(
+                    [[e["contributions"] for e in row] for row in found], np.float32
+                )
+                if parted
+                else None,
+            )
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise DminError(f"{path} is not a ranking ({error!r}): {remedy}.") from error
+
+    def table(self, max_queries: int = 12, columns: int = 5) -> Table:
+        """Draw the ranking for a terminal, one line of training examples a query.
+
+        Args:
+            max_queries: queries shown, from the first.
+            columns: training examples shown of each, from the best.
+
+        Returns:
+            A table in which every cell gives id, label and score; a label that agrees with the
+            query's is bold and green.
+        """
+        from rich.table import Table
+        from rich.text import Text
+
+        queries, k = min(max_queries, len(self.query_ids)), min(columns, self.scores.shape[1])
+        table = Table(
+            title=Text(f"Training examples behind each query, by {self.method}", style="bold"),
+            caption=f"{queries} of {len(self.query_ids)} queries, "
+            f"{k} of {self.scores.shape[1]} examples each: id, label, score",
+            show_lines=any("label" in metadata for metadata in self.query_metadata),
+        )
+        table.add_column("query", style="bold", overflow="fold")
+        for rank in range(k):
+            table.add_column(str(rank + 1), justify="right", overflow="fold")
+        for query in range(queries):
+            head = Text(self.query_ids[query])
+            if (label := self.query_metadata[query].get("label")) is not None:
+                head.append(f"\n{label}", style="not bold")
+            table.add_row(head, *(self._terminal_cell(query, rank) for rank in range(k)))
+        return table
+
+    def _terminal_cell(self, query: int, rank: int) -> Text:
+        from rich.text import Text
+
+        # Text, never markup: an id may hold square brackets.
+        cell = Text(self.train_ids[query][rank], style="dim")
+        if (label := self.train_metadata[query][rank].get("label")) is not None:
+            style = "bold green not dim" if self.same_label(query, rank) else "not dim"
+            cell.append(f"\n{label}", style=style)
+        return cell.append(f"\n{format_score(self.scores[query, rank])}", style="not dim")
+
+
+def format_score(score: float) -> str:
+    """Write a score for people: three decimals, or powers of ten where these would say nothing."""
+    size = abs(score)
+    if not math.isfinite(size) or size == 0 or 5e-3 <= size < 1e4:
+        return f"{score:.3f}"
+    return f"{score:.1e}"
+
+
+def _number(value: Any) -> float:
+    """Take the shortest decimal that reads back as the same float32: .9, not .8999999762."""
+    return float(str(np.float32(value)))
+
+
+def _keys(metadata: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for example in metadata for key in example))
+
+
+def _plain(value: Any) -> Any:
+    """Let numpy scalars and arrays into JSON, and anything else as its text."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
+
+
+def _cell(value: Any) -> Any:
+    nested = isinstance(value, dict | list | tuple)
+    return json.dumps(value, ensure_ascii=False, default=_plain) if nested else value
+
+
+def _refuse(name: str, value: object, allowed: str) -> None:
+    raise DminError(
+        f"A ranking cannot have {name} = {value}: allowed is {allowed}. "
+        "Build it from the stores and the method's scores, and leave its order alone."
+    )

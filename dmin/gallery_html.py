@@ -1,0 +1,144 @@
+"""The gallery as one HTML file that needs nothing else: no network, no fonts, no server."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmin.attribution.ranking import Ranking, format_score
+from dmin.pictures import TINY, data_uri, to_picture
+
+Images = Callable[[str], np.ndarray]
+"""From an id to its image: [C, H, W] with C of 1 or 3, values in [0, 1]."""
+
+
+def save_html(
+    ranking: Ranking,
+    query_images: Images,
+    train_images: Images,
+    path: str | Path,
+    *,
+    title: str | None = None,
+    notes: dict[str, str] | None = None,
+) -> Path:
+    """Write a page on which every query can be walked through with the examples behind it.
+
+    Args:
+        ranking: all queries and all ranks are shown.
+        query_images: id of a query -> [C, H, W] in [0, 1], C of 1 or 3.
+        train_images: the same for training examples; asked once an id.
+        path: the HTML file to write; its folder is made if it is not there.
+        title: headline; by default it says what the page shows.
+        notes: run settings to show in the head, such as `{"training examples": "1797"}`.
+
+    Returns:
+        The path. Each image stands in the file once, at most 256 pixels a side: smaller ones as
+        they are, larger ones scaled down (as PNG or JPEG, whichever is smaller).
+
+    Raises:
+        DminError: an image has another shape or range.
+    """
+    title = title or "Training examples behind each image"
+    template = resources.files("dmin").joinpath("gallery.html").read_text(encoding="utf-8")
+    style, script = (_between(template, tag) for tag in ("style", "script"))
+    parts = {
+        "TITLE": html.escape(title),
+        # Only this script and this style may run: an id that smuggles in markup stays text.
+        "SCRIPT_HASH": _hash(script),
+        "STYLE_HASH": _hash(style),
+        "DATA": _script_json(_data(ranking, query_images, train_images, title, notes or {})),
+    }
+    # In one pass, so that nothing inside a part is taken for a placeholder.
+    page = re.sub(r"\{\{([A-Z_]+)\}\}", lambda match: parts[match[1]], template)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _data(
+    ranking: Ranking,
+    query_images: Images,
+    train_images: Images,
+    title: str,
+    notes: dict[str, str],
+) -> dict[str, Any]:
+    """Gather what the page shows; a training example that several queries share stands once."""
+    examples: dict[str, dict[str, Any]] = {}
+    for query, rank in np.ndindex(*ranking.scores.shape):
+        name = ranking.train_ids[query][rank]
+        if name not in examples:
+            examples[name] = _entry(
+                name,
+                ranking.train_metadata[query][rank],
+                train_images(name),
+                row=int(ranking.train_rows[query, rank]),
+            )
+    place = {name: index for index, name in enumerate(examples)}
+    queries = []
+    for query, name in enumerate(ranking.query_ids):
+        entry = _entry(name, ranking.query_metadata[query], query_images(name))
+        entry["top"] = [place[example] for example in ranking.train_ids[query]]
+        entry["scores"] = [format_score(score) for score in ranking.scores[query]]
+        entry["same"] = [ranking.same_label(query, rank) for rank in range(len(entry["top"]))]
+        if ranking.contributions is not None:
+            parts = ranking.contributions[query]
+            entry["parts"] = [[float(f"{part:.4g}") for part in row] for row in parts]
+        queries.append(entry)
+    return {
+        "title": title,
+        "method": ranking.method,
+        "timesteps": [f"{t:g}" for t in ranking.timesteps],
+        "notes": {str(key): str(value) for key, value in notes.items()},
+        "queries": queries,
+        "examples": list(examples.values()),
+    }
+
+
+def _entry(
+    name: str, metadata: dict[str, Any], image: np.ndarray, row: int | None = None
+) -> dict[str, Any]:
+    picture = to_picture(image, name)
+    entry: dict[str, Any] = {
+        "id": name,
+        "label": None if metadata.get("label") is None else str(metadata["label"]),
+        "meta": {str(key): _text(value) for key, value in metadata.items()},
+        "image": data_uri(picture),
+        "size": list(picture.size),
+        "tiny": max(picture.size) <= TINY,
+    }
+    return entry if row is None else entry | {"row": row}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict | list | tuple):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
+
+
+def _script_json(data: dict[str, Any]) -> str:
+    """Write JSON that cannot end the script element it stands in, whatever its strings hold."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _between(template: str, tag: str) -> str:
+    found = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
+    assert found is not None, f"gallery.html has no <{tag}>"
+    return found[1]
+
+
+def _hash(source: str) -> str:
+    digest = hashlib.sha256(source.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
