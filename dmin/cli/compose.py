@@ -73,11 +73,12 @@ def run(step: Step, name: str, argv: list[str]) -> None:
             try:
                 validate(cfg, getattr(step, "needs", None))
                 step(cfg)
-            except DminError as error:
+            except (DminError, InstantiationException) as error:
                 # In a sweep Hydra says which job it was. Else its note on that would only get in
                 # the way of the message, and a SystemExit passes it by.
-                if theirs[1] != "1" and HydraConfig.get().mode == RunMode.RUN:
-                    raise SystemExit(str(error)) from error
+                message = None if theirs[1] == "1" else explain(error)
+                if message is not None and HydraConfig.get().mode == RunMode.RUN:
+                    raise SystemExit(message) from error
                 raise
 
     try:
@@ -154,6 +155,10 @@ def _explain_choice(error: MissingConfigException) -> str:
 def _explain_composition(error: ConfigCompositionException) -> str:
     cause = error.__cause__
     message = str(error)
+    unset = re.match(r"You must specify '(.+)', e\.g", message)
+    if unset:
+        choices = ", ".join(message.partition("Available options:")[2].split())
+        return f"No choice of {unset[1]}. Set {unset[1]}=<choice>. Choices: {choices}."
     unknown = re.match(r"Could not override '(.+)'\.", message)
     if unknown and isinstance(cause, ConfigAttributeError | ConfigKeyError):
         key = unknown[1]

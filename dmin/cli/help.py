@@ -17,11 +17,11 @@ COMMANDS = {
 
 # The groups whose choices a command's examples are made of, as far as there are such choices.
 _EXAMPLE_GROUPS = {
-    "train": ("model", "data", "trainer"),
+    "train": ("train", "data", "trainer"),
     "collect": ("model", "data", "sketch"),
     "sample": ("model", "queries"),
-    "retrieve": ("method", "data"),
-    "evaluate": ("benchmark", "method"),
+    "retrieve": ("model", "data", "queries", "method"),
+    "evaluate": ("model", "data", "benchmark"),
     "demo": (),
 }
 _WIDTH = 90

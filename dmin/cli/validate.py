@@ -43,13 +43,8 @@ class Root:
     method: dict | None = None
     retrieve: dict | None = None
     train: dict | None = None
-    sample: dict | None = None
     benchmark: dict | None = None
-    evaluate: dict | None = None
-    demo: dict | None = None
     trainer: dict | None = None
-    logger: dict | list | None = None
-    callbacks: dict | list | None = None
     extras: dict | None = None
 
 
@@ -99,7 +94,8 @@ class _Walk:
         parent, _, key = path.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg
         if isinstance(node, DictConfig) and key not in node.keys():  # noqa: SIM118
-            self.missing[path] = f"{path}=..." if path in groups() else f"+{path}=..."
+            is_group = path in groups()
+            self.missing[path] = f"{path}=<choice>" if is_group else f"+{path}=<value>"
 
     def call(self, node: DictConfig, path: str, target: Callable[..., Any]) -> None:
         """Check a mapping as the arguments of a call, or as the fields of a dataclass."""
@@ -122,7 +118,7 @@ class _Walk:
             for p in arguments[placed:]:
                 is_given = p.name in node.keys()  # noqa: SIM118
                 if p.name in named and p.default is p.empty and not is_given:
-                    self.missing[f"{path}.{p.name}"] = f"+{path}.{p.name}=..."
+                    self.missing[f"{path}.{p.name}"] = f"+{path}.{p.name}=<value>"
         for key, child, value in self.children(node, path):
             if key not in named:
                 self.value(value, child)
@@ -170,7 +166,7 @@ class _Walk:
             if not is_missing:
                 yield key, child, value
             elif self.needs(child):
-                self.missing[child] = f"{child}=..."
+                self.missing[child] = f"{child}=<value>"
 
     def target(self, node: DictConfig, path: str) -> Callable[..., Any] | None:
         """Return what a call calls; None when that is missing, or not imported nor needed."""

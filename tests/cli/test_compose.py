@@ -28,6 +28,9 @@ CONF = {
     "model/small": "width: 1\n",
     "model/large": "width: 9\n",
     "model/broken": "width: [1\n",
+    "model/unset": "defaults: [{/data: '???'}]\n",
+    "data/digits": "size: 8\n",
+    "data/faces": "size: 64\n",
     "model/chained": "defaults: [/data: nowhere]\n",
 }
 
@@ -145,9 +148,13 @@ def test_composed_configuration_is_printed(capsys: pytest.CaptureFixture[str]) -
         (
             "model=smal",
             "In 'dmin': Could not find 'model/smal'. Did you mean small? "
-            "Choices of model: broken, chained, large, small.",
+            "Choices of model: broken, chained, large, small, unset.",
         ),
         ("model=chained", "In 'model/chained': Could not find 'data/nowhere'."),
+        (
+            "model=unset",
+            "No choice of data@model.data. Set data@model.data=<choice>. Choices: digits, faces.",
+        ),
         ("model=broken", "not valid YAML"),
         ("hydra.job.num=x", "Cannot set hydra.job.num=x: Value 'x' of type 'str' could not be"),
         ("prompt='a", "Cannot read prompt='a: "),
@@ -219,12 +226,24 @@ def test_refusal_in_a_sweep_says_which_job_it_was(capsys: pytest.CaptureFixture[
     assert "['seed=1']" in capsys.readouterr().err
 
 
-def test_refusal_inside_instantiate_is_its_message_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusal_inside_instantiate_is_its_message_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from hydra.utils import instantiate
 
     monkeypatch.setattr(sys.modules[__name__], "refusing", raiser(DminError("no")), raising=False)
     node = {"_target_": f"{__name__}.refusing"}
     assert refused(step=Recorder(lambda: instantiate(node))) == "no"
+    assert capsys.readouterr().err == ""
+
+
+def test_defect_inside_instantiate_keeps_its_exception() -> None:
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    with pytest.raises(InstantiationException, match="ZeroDivisionError"):
+        node = {"_target_": "operator.truediv", "_args_": [1, 0]}
+        run(Recorder(lambda: instantiate(node)), "collect", [])
 
 
 @pytest.mark.parametrize("multirun", [[], ["-m", "seed=1"]])
@@ -273,7 +292,7 @@ def test_exit_of_the_step_is_left_alone() -> None:
     ("line", "answer"),
     [
         ("dmin col", "collect"),
-        ("dmin collect model=", "model=broken model=chained model=large model=small"),
+        ("dmin collect model=", "model=broken model=chained model=large model=small model=unset"),
         ("dmin collect seed=1 model.w", "model.width="),
     ],
 )

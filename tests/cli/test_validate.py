@@ -126,15 +126,15 @@ class TestArguments:
 
     def test_in_a_nested_call_a_list_and_a_plain_section(self) -> None:
         refused(r"^model\.part\.widht ", model=toy(width=1, part=toy(widht=1)))
-        refused(r"^callbacks\.1\.widht ", callbacks=[toy(width=1), toy(widht=1)])
-        refused(r"^callbacks\.stop\.widht ", callbacks={"stop": toy(widht=1)})
+        refused(r"^extras\.many\.1\.widht ", extras={"many": [toy(width=1), toy(widht=1)]})
+        refused(r"^extras\.stop\.widht ", extras={"stop": toy(widht=1)})
 
     def test_missing_is_named_with_the_override_that_sets_it(self) -> None:
-        refused(r"^No value for model\.width\. Set \+model\.width=\.\.\.\.", model=toy())
+        refused(r"^No value for model\.width\. Set \+model\.width=<value>\.", model=toy())
 
     def test_all_that_is_missing_is_named_at_once(self) -> None:
         refused(
-            r"No value for model\.width, paths\.store\. Set model\.width=\.\.\. paths\.store=",
+            r"No value for model\.width, paths\.store\. Set model\.width=<value> paths\.store=",
             model=toy(width="???"),
             paths={"store": "???"},
         )
@@ -223,12 +223,12 @@ class TestNeeded:
         check(needed=("paths.a",), paths={"a": 1, "ab": "???"})
 
     def test_section_that_is_not_there(self) -> None:
-        refused(r"No value for paths\. Set \+paths=\.\.\.\.", needed=("paths",))
+        refused(r"No value for paths\. Set \+paths=<value>\.", needed=("paths",))
         check(needed=("paths",), paths=None)
 
     def test_group_that_is_not_chosen(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "groups", lambda: {"model": ["ddpm", "dit"]})
-        refused(r"Set model=\.\.\.\. Choices of model: ddpm, dit\.", needed=("model",))
+        refused(r"Set model=<choice>\. Choices of model: ddpm, dit\.", needed=("model",))
 
     def test_mistakes_elsewhere_are_refused_where_the_module_is_imported(self) -> None:
         refused(r"^data\.strickt", needed=("model",), model=None, data=toy("Toy.load", strickt=1))
