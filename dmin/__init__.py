@@ -1,0 +1,45 @@
+"""Which training examples made this diffusion model produce this image?
+
+>>> collector = GradientCollector(model)
+>>> store = collector.collect(images, "outputs/train")
+>>> ranking = retrieve(collector.collect(queries, "outputs/queries"), store, k=10)
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public names and where they live. They are imported when first used: `import dmin` is instant,
+# and reading a store needs neither torch nor Lightning.
+_PUBLIC = {
+    "BlockCyclic": "dmin.sketches",
+    "Capture": "dmin.capture",
+    "DMin": "dmin.attribution",
+    "DiffusionModel": "dmin.models",
+    "DminError": "dmin.errors",
+    "Example": "dmin.data",
+    "Examples": "dmin.data",
+    "Explicit": "dmin.timesteps",
+    "GradientCollector": "dmin.collect",
+    "OPORP": "dmin.sketches",
+    "Prediction": "dmin.models",
+    "Ranking": "dmin.attribution",
+    "SharedNoise": "dmin.noise",
+    "Side": "dmin.attribution",
+    "Store": "dmin.store",
+    "Stratified": "dmin.timesteps",
+    "retrieve": "dmin.attribution",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'dmin' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -86,6 +86,51 @@ class GradientCollector(lightning.LightningModule):
         self.microbatch = microbatch
         self.budget = budget
 
+    def collect(
+        self,
+        dataset: Dataset,
+        path: str | Path,
+        *,
+        block_size: int = 32,
+        dtype: str = "float16",
+        segment_bytes: int = 64 << 20,
+        seal_seconds: float = 60.0,
+        workers: int = 0,
+        trainer: lightning.Trainer | None = None,
+    ) -> Store:
+        """Collect the features of a dataset into a store, or the rest of them if some are there.
+
+        The work is cut into blocks of consecutive examples. A killed run loses the blocks that were
+        not sealed yet; the same call computes exactly what is missing, to the same bits on a CPU.
+
+        Args:
+            dataset: examples with stable ids.
+            path: the store's folder; made, or resumed if its manifest is the same.
+            block_size: examples a block.
+            dtype: of the stored rows, ``float16`` or ``float32``.
+            segment_bytes: rows are sealed into a file when they take this many bytes …
+            seal_seconds: … or when this much time has passed: the most that a kill can cost.
+            workers: processes that load examples.
+            trainer: any Lightning trainer; :func:`predict_trainer` if none.
+
+        Returns:
+            The complete store, verified.
+
+        Raises:
+            DminError: bad data, a NaN gradient, or a store of something else at that path.
+        """
+        manifest = self.manifest(dataset, block_size, dtype)
+        with StoreWriter(
+            path, manifest, segment_bytes=segment_bytes, seal_seconds=seal_seconds
+        ) as writer:
+            pending = writer.pending()
+            if pending:
+                data = CollectData(dataset, pending, block_size, workers)
+                _predict(self, data, writer, trainer or predict_trainer())
+        store = Store(path)
+        store.require_complete()
+        return store
+
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> tuple[int, Rows]:
         """Return the store rows of one block, with its first position in the dataset."""
         if torch.is_inference_mode_enabled():
@@ -117,7 +162,7 @@ class GradientCollector(lightning.LightningModule):
         keyed = [self.noise(x0.shape[1:], t, draw) for draw in range(draws) for t in self.timesteps]
         noise = torch.stack(keyed).to(x0)
         t = torch.tensor(self.timesteps * draws, device=x0.device)
-        # Every pair (example, draw and timestep), example by example: the order of the store's axes.
+        # Every pair (example, draw and timestep) in the order of the store's axes.
         example = torch.arange(len(x0), device=x0.device).repeat_interleave(draws * steps)
         keyed_at = torch.arange(draws * steps, device=x0.device).repeat(len(x0))
         parts = [
@@ -256,53 +301,6 @@ def predict_trainer(**settings: Any) -> lightning.Trainer:
     return lightning.Trainer(**{**fit, **settings})
 
 
-def collect(
-    collector: GradientCollector,
-    dataset: Dataset,
-    path: str | Path,
-    *,
-    block_size: int = 32,
-    dtype: str = "float16",
-    segment_bytes: int = 64 << 20,
-    seal_seconds: float = 60.0,
-    workers: int = 0,
-    trainer: lightning.Trainer | None = None,
-) -> Store:
-    """Collect the features of a dataset into a store, or the rest of them if some are there.
-
-    The work is cut into blocks of consecutive examples. A killed run loses the blocks that were
-    not sealed yet; the same call computes exactly what is missing, to the same bits on a CPU.
-
-    Args:
-        collector: model, sketch and timesteps.
-        dataset: examples with stable ids.
-        path: the store's folder; made, or resumed if its manifest is the same.
-        block_size: examples a block.
-        dtype: of the stored rows, ``float16`` or ``float32``.
-        segment_bytes: rows are sealed into a file when they take this many bytes …
-        seal_seconds: … or when this much time has passed: the most that a kill can cost.
-        workers: processes that load examples.
-        trainer: any Lightning trainer; :func:`predict_trainer` if none.
-
-    Returns:
-        The complete store, verified.
-
-    Raises:
-        DminError: bad data, a NaN gradient, or a store of something else at that path.
-    """
-    manifest = collector.manifest(dataset, block_size, dtype)
-    with StoreWriter(
-        path, manifest, segment_bytes=segment_bytes, seal_seconds=seal_seconds
-    ) as writer:
-        pending = writer.pending()
-        if pending:
-            data = CollectData(dataset, pending, block_size, workers)
-            _predict(collector, data, writer, trainer or predict_trainer())
-    store = Store(path)
-    store.require_complete()
-    return store
-
-
 def _predict(
     collector: GradientCollector,
     data: CollectData,
@@ -310,7 +308,8 @@ def _predict(
     trainer: lightning.Trainer,
 ) -> None:
     sink, device = SketchWriter(writer), next(collector.model.parameters()).device
-    trainer.callbacks.append(sink)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.append(sink)
     try:
         with warnings.catch_warnings():
             # `workers` was chosen, and blocks are all there is: neither warning tells news.
@@ -318,7 +317,7 @@ def _predict(
             warnings.filterwarnings("ignore", ".*custom batch sampler.*")
             trainer.predict(collector, datamodule=data, return_predictions=False)
     finally:
-        trainer.callbacks.remove(sink)
+        callbacks.remove(sink)
         collector.model.to(device)
     if trainer.interrupted:
         raise KeyboardInterrupt

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import lightning
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from dmin.data.base import Dataset
@@ -61,7 +62,7 @@ class DiffusionTrainer(lightning.LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return AdamW with warm-up and cosine decay."""
         parameters = self.model.network.parameters()
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
@@ -101,7 +102,7 @@ def train(
         ema_decay: the weights returned are an exponential moving average with this decay a step.
         seed: key of weights, order, timesteps and noise.
         workers: processes that load examples.
-        trainer: a Lightning trainer whose ``max_steps`` is ``steps``; :func:`fit_trainer` if none.
+        trainer: any Lightning trainer for one epoch; :func:`fit_trainer` if none.
 
     Returns:
         The model in eval mode, with averaged weights.
@@ -121,16 +122,16 @@ def train(
     module = DiffusionTrainer(untrained, learning_rate, warmup, steps, seed)
     data = TrainData(dataset, batch_size, steps, seed, workers)
     trainer = trainer or fit_trainer()
-    trainer.fit_loop.epoch_loop.max_steps = steps
     averaging = EMAWeightAveraging(decay=ema_decay)
-    trainer.callbacks.append(averaging)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.append(averaging)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
             trainer.fit(module, datamodule=data)
     finally:
-        trainer.callbacks.remove(averaging)
+        callbacks.remove(averaging)
     return untrained.eval()
 
 

@@ -69,7 +69,7 @@ class CollectData(lightning.LightningDataModule):
         world = self.trainer.world_size if self.trainer else 1
         blocks = Blocks(self.blocks, self.block_size, len(self.dataset), rank, world)
         return DataLoader(
-            _Numbered(self.dataset),
+            _Numbered(self.dataset),  # type: ignore[arg-type]
             batch_sampler=blocks,
             collate_fn=_collate_numbered,
             num_workers=self.workers,
@@ -101,6 +101,9 @@ class TrainData(lightning.LightningDataModule):
         """Return a loader of exactly ``steps`` batches."""
         size = min(self.batch_size, len(self.dataset))
         batches = _random_batches(len(self.dataset), size, self.steps, self.seed)
+        if self.trainer and self.trainer.world_size > 1:  # processes share out each batch
+            rank, world = self.trainer.global_rank, self.trainer.world_size
+            batches = [batch[rank::world] for batch in batches]
         return DataLoader(
             self.dataset,  # type: ignore[arg-type]
             batch_sampler=batches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -27,10 +28,14 @@ class DDPM(DiffusionModel):
 
     def __init__(self, network: UNet2DModel, scheduler: DDPMScheduler) -> None:
         super().__init__()
-        self.network = network
-        self.scheduler = scheduler
-        self.ladder = range(scheduler.config.num_train_timesteps - 1, -1, -1)
-        self.classes: int | None = network.config.num_class_embeds
+        self.network: UNet2DModel = network
+        self.scheduler: Any = scheduler
+        self.ladder = range(self.scheduler.config.num_train_timesteps - 1, -1, -1)
+        config: Any = network.config
+        self.classes: int | None = config.num_class_embeds
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.shape = (config.in_channels, height, width)
 
     @classmethod
     def build(cls, network: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Self:
@@ -60,8 +65,8 @@ class DDPM(DiffusionModel):
         """
         if not (Path(path) / "model_index.json").is_file():
             raise DminError(
-                f"model.path={path}: no diffusers checkpoint there (no model_index.json). Train one "
-                f"with `dmin train`, or give the folder of a saved DDPMPipeline."
+                f"model.path={path}: no diffusers checkpoint there (no model_index.json). Train "
+                f"one with `dmin train`, or give the folder of a saved DDPMPipeline."
             )
         pipeline = DDPMPipeline.from_pretrained(str(path))
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -69,16 +74,15 @@ class DDPM(DiffusionModel):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Save in the layout of diffusers' ``DDPMPipeline``."""
-        DDPMPipeline(self.network, self.scheduler).save_pretrained(str(path))
+        pipeline: Any = DDPMPipeline(self.network, self.scheduler)
+        pipeline.save_pretrained(str(path))
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         """Return images scaled from [0, 1] to the [−1, 1] that DDPMs are trained on, and labels."""
         image = batch["image"]
-        size, channels = self.network.config.sample_size, self.network.config.in_channels
-        expected = (channels, *((size, size) if isinstance(size, int) else size))
-        if tuple(image.shape[1:]) != expected:
+        if tuple(image.shape[1:]) != self.shape:
             raise DminError(
-                f"images of shape {tuple(image.shape[1:])} do not fit a model of {expected} "
+                f"images of shape {tuple(image.shape[1:])} do not fit a model of {self.shape} "
                 f"(channels, height, width). Set the size of the data to that of the model."
             )
         return 2 * image - 1, self.condition(batch["label"])
@@ -121,9 +125,7 @@ class DDPM(DiffusionModel):
         scheduler.set_timesteps(steps)
         condition = self.condition(prompts)
         device = next(self.network.parameters()).device
-        size, channels = self.network.config.sample_size, self.network.config.in_channels
-        shape = (channels, *((size, size) if isinstance(size, int) else size))
-        start = [torch.randn(shape, generator=g) for g in noise_generators(seeds)]
+        start = [torch.randn(self.shape, generator=g) for g in noise_generators(seeds)]
         x = torch.stack(start).to(device)
         for t in scheduler.timesteps:
             prediction = self.network(x, t.to(device), **condition).sample
@@ -140,9 +142,7 @@ class DDPM(DiffusionModel):
 
 def _known(target: type, settings: Mapping[str, Any], name: str) -> None:
     """Refuse misspelt settings: diffusers' constructors accept and ignore some of them."""
-    import inspect
-
-    allowed = set(inspect.signature(target.__init__).parameters) - {"self"}
+    allowed = set(inspect.signature(target).parameters)
     for key in settings:
         if key not in allowed:
             raise DminError(

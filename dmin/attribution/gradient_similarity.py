@@ -1,0 +1,60 @@
+"""The plain gradient methods DMin is measured against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmin.attribution.base import ExampleBlock, Method
+
+
+class GradDot(Method):
+    """Inner product of the gradients, timestep by timestep, without normalisation.
+
+    ``I(q, i) = Σ_t ⟨g_t(q), g_t(i)⟩``, averaged over noise draws
+
+    (TracIn with one checkpoint, Pruthi et al. 2020; DMin without its normalisation).
+    """
+
+    name = "grad_dot"
+
+    def transform_query(self, queries: ExampleBlock) -> Tensor:
+        """Return the sketched gradients of the queries, ``[Q, T, D·G·k]``."""
+        return _gradients(queries)
+
+    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``."""
+        return queries.flatten(1) @ _gradients(train).flatten(1).T
+
+    def contributions(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        """Return the inner product at each timestep, ``[Q, n, T]``."""
+        return torch.einsum("qtm,ntm->qnt", queries, _gradients(train))
+
+
+class GradCos(Method):
+    """Cosine of the gradients summed over timesteps and draws.
+
+    ``I(q, i) = cos(Σ_t g_t(q), Σ_t g_t(i))`` (GradCos in Charpiat et al. 2019).
+    """
+
+    name = "grad_cos"
+
+    def transform_query(self, queries: ExampleBlock) -> Tensor:
+        """Return unit summed gradients, ``[Q, G·k]``."""
+        return self._unit(queries)
+
+    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``."""
+        return queries @ self._unit(train).T
+
+    def _unit(self, block: ExampleBlock) -> Tensor:
+        features, norms = block.features["loss"], block.norms["loss"]
+        length = norms.square().sum(-1, keepdim=True).sqrt()[..., None]  # [n, D, T, 1, 1]
+        return torch.nn.functional.normalize((features * length).sum((1, 2)).flatten(1), dim=1)
+
+
+def _gradients(block: ExampleBlock) -> Tensor:
+    """Undo the unit scaling of the rows: ``[n, T, D·G·k]``, draws averaged by 1/√D a side."""
+    features, norms = block.features["loss"], block.norms["loss"]
+    length = norms.square().sum(-1, keepdim=True).sqrt()[..., None]
+    return (features * length / features.shape[1] ** 0.5).transpose(1, 2).flatten(2)

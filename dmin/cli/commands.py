@@ -1,0 +1,206 @@
+"""The steps behind the commands, each a few lines over the library."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.tree import Tree
+
+from dmin.cli.compose import needs
+from dmin.cli.record import recorded
+from dmin.cli.workspace import Workspace, build
+from dmin.errors import DminError
+from dmin.fingerprint import differences, fingerprint
+
+Body = Callable[[Workspace, dict[str, Any]], None]
+BODIES: dict[str, Body] = {}
+COMMANDS: dict[str, Callable[[DictConfig], None]] = {}
+FEATURES = ("model", "sketch", "timesteps", "noise", "collect", "data", "trainer")
+
+
+def command(*subtrees: str) -> Callable[[Body], Body]:
+    """Make a command of a body: workspace, printed settings, run record.
+
+    Args:
+        subtrees: the parts of the configuration that the body reads.
+    """
+
+    def decorate(body: Body) -> Body:
+        @needs(*subtrees)
+        @wraps(body)
+        def step(cfg: DictConfig) -> None:
+            work = Workspace(cfg)
+            if not work.is_main:  # one of the processes that Lightning started for the main one
+                body(work, {})
+                return
+            if cfg.extras.print_config:
+                work.console.print(_config_tree(body.__name__, cfg, subtrees))
+            with recorded(cfg, work.run_folder, body.__name__) as results:
+                body(work, results)
+
+        BODIES[body.__name__], COMMANDS[body.__name__] = body, step
+        return body
+
+    return decorate
+
+
+@command("train", "data", "trainer")
+def train(work: Workspace, results: dict[str, Any]) -> None:
+    """Train a model and save it at ``model.path``, unless it is there."""
+    path = Path(work.cfg.model.path)
+    settings = {"train": work.resolved("train")["train"], "data": work.resolved("data")["data"]}
+    if _trained(path, settings):
+        work.console.print(f"[bold]model[/]: found {path}")
+        return
+    model = build(work.need("train"))(dataset=work.data, trainer=work.trainer())
+    if not work.is_main:
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    (partial / "training.json").write_text(json.dumps(settings, indent=2) + "\n")
+    partial.rename(path)
+    results["model"] = str(path)
+    work.console.print(f"[bold]model[/]: saved {path}")
+
+
+@command(*FEATURES)
+def collect(work: Workspace, results: dict[str, Any]) -> None:
+    """Collect the gradients of the training examples into a store."""
+    store = work.train_store
+    if not work.is_main:
+        return
+    size = sum(file.stat().st_size for file in store.path.glob("*.h5"))
+    raw = 4 * work.collector.attributed.count * store.layout.draws * len(store.layout.timesteps)
+    results.update(
+        store=str(store.path), rows=len(store), bytes=size, digest=store.digest(), raw_bytes=raw
+    )
+    work.console.print(
+        f"[bold]store[/]: {store.path}\n"
+        f"  {len(store):,} rows, {size / 2**20:,.1f} MiB; {size / len(store) / 1024:,.1f} KiB an "
+        f"example instead of {raw / 1024:,.0f} KiB ({raw * len(store) / size:,.0f} times less)"
+    )
+
+
+@command("model", "queries")
+def sample(work: Workspace, results: dict[str, Any]) -> None:
+    """Generate the query images."""
+    from dmin.queries import Generated
+
+    source = build(work.cfg.queries)
+    if not isinstance(source, Generated):
+        raise DminError(
+            "`dmin sample` generates images: say queries=generated queries.prompts=[…]."
+        )
+    results["queries"] = len(work.queries(source))
+
+
+@command(*FEATURES, "queries", "method", "retrieve")
+def retrieve(work: Workspace, results: dict[str, Any]) -> None:
+    """Find the training examples behind each query, and show them."""
+    from dmin.attribution import retrieve as search
+    from dmin.gallery import save_png
+    from dmin.gallery_html import save_html
+
+    work.require_one_process()
+    train, queries = work.train_side(), work.query_side(build(work.cfg.queries))
+    options = work.cfg.retrieve
+    ranking = search(queries, train, build(work.cfg.method), options.k, options.rows)
+    folder = work.run_folder
+    ranking.save(folder)
+    images = (lambda id: queries.image(id).numpy()), (lambda id: train.image(id).numpy())
+    notes = {
+        "training examples": f"{len(train):,}",
+        "model": str(work.cfg.model.path),
+        "sketch": f"{work.collector.sketch.family}, k = {work.collector.sketch.dim:,}",
+        "timesteps": ", ".join(f"{t:g}" for t in train.store.layout.timesteps),
+    }
+    save_png(ranking, *images, folder / "gallery.png")
+    save_html(ranking, *images, folder / "gallery.html", notes=notes)
+    results["files"] = [str(folder / name) for name in ("gallery.png", "gallery.html")]
+    work.console.print(ranking.table())
+    work.console.print(
+        f"Look at\n  {folder / 'gallery.html'}\n  {folder / 'gallery.png'}\n"
+        f"  {folder / 'ranking.csv'}",
+        soft_wrap=True,
+    )
+
+
+@command(*FEATURES, "benchmark")
+def evaluate(work: Workspace, results: dict[str, Any]) -> None:
+    """Measure every method of a benchmark against ground truth."""
+    from dmin.evaluation import report
+
+    work.require_one_process()
+    benchmark = build(work.need("benchmark"))
+    with work.console.status("scoring") as status:
+        found = benchmark.run(
+            work.train_side(),
+            lambda name, task: work.query_side(task.queries, name.replace("_", "-")),
+            lambda text: status.update(f"scoring {text}"),
+        )
+    folder = work.run_folder
+    report.save_csv(found, folder / "results.csv")
+    (folder / "results.md").write_text(report.markdown(found))
+    report.save_plot(found, folder / "results.png")
+    results["table"] = [[r.task, r.method, r.metric, *r.estimate] for r in found]
+    for table in report.tables(found):
+        work.console.print(table)
+    work.console.print(
+        f"Look at\n  {folder / 'results.png'}\n  {folder / 'results.md'}", soft_wrap=True
+    )
+
+
+@command("train", *FEATURES, "queries", "method", "retrieve", "benchmark")
+def demo(work: Workspace, results: dict[str, Any]) -> None:
+    """Do everything, one step after the other."""
+    work.require_one_process()
+    steps = ("train", "collect", "sample", "retrieve", "evaluate")
+    for number, name in enumerate(steps, 1):
+        work.console.rule(f"[bold]{number}/{len(steps)}  dmin {name}[/]", align="left")
+        BODIES[name](work, results.setdefault(name, {}))
+
+
+def _trained(path: Path, settings: dict[str, Any]) -> bool:
+    """Say whether a model trained with these settings is there; refuse to replace another."""
+    if not path.exists():
+        return False
+    record = path / "training.json"
+    if not record.is_file():
+        raise DminError(
+            f"model.path={path} exists and was not made by `dmin train`. Choose another path."
+        )
+    found = json.loads(record.read_text())
+    if fingerprint(found) == fingerprint(settings):
+        return True
+    raise DminError(
+        f"model.path={path} holds a model trained with other settings: "
+        f"{'; '.join(differences(settings, found))}. Choose another model.path, or delete it."
+    )
+
+
+def _config_tree(name: str, cfg: DictConfig, subtrees: tuple[str, ...]) -> Tree:
+    """Return the settings that a command reads, as lightning-hydra-template prints them."""
+    tree = Tree(f"[bold]dmin {name}[/]", guide_style="dim")
+    for part in dict.fromkeys(("name", "seed", *subtrees)):
+        node = cfg[part]
+        branch = tree.add(f"[bold]{part}[/]")
+        if OmegaConf.is_config(node):
+            _add(branch, OmegaConf.to_container(node, resolve=True))
+        else:
+            branch.label = f"[bold]{part}[/]: {node}"
+    return tree
+
+
+def _add(branch: Tree, values: Any) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            _add(branch.add(f"{key}"), value)
+        else:
+            branch.add(f"{key}: [cyan]{value}[/]", highlight=False)

@@ -1,0 +1,128 @@
+"""The record of a run: what was asked, with what versions, where, how long, and what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dmin.errors import DminError
+
+PACKAGES = (
+    *("dmin", "torch", "lightning", "diffusers", "transformers", "peft", "hydra-core"),
+    *("omegaconf", "numpy", "h5py", "scikit-learn"),
+)
+
+
+@contextmanager
+def recorded(cfg: DictConfig, folder: Path, command: str) -> Iterator[dict[str, Any]]:
+    """Write ``record.json`` when a run starts and again when it ends, however it ends.
+
+    Args:
+        cfg: the composed configuration; written resolved, as ``config.yaml``.
+        folder: the run's folder.
+        command: name of the command.
+
+    Yields:
+        A mapping to put results into.
+
+    Raises:
+        DminError: the folder cannot be written.
+    """
+    results: dict[str, Any] = {}
+    record = {
+        "command": command,
+        "argv": sys.argv[1:],
+        "outcome": "running",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": cfg.seed,
+        "git": git_state(),
+        "versions": _versions(),
+        "machine": _machine(),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=False))
+        _write(folder, record)
+    except OSError as error:
+        raise DminError(
+            f"the run folder {folder} cannot be written ({error.strerror}). Set paths.outputs to a "
+            f"folder with write permission and free space."
+        ) from error
+    start = time.monotonic()
+    try:
+        yield results
+        record["outcome"] = "finished"
+    except BaseException as error:
+        record["outcome"] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        record["seconds"] = round(time.monotonic() - start, 2)
+        record["peak_memory_bytes"] = _peak_memory()
+        record["results"] = results
+        _write(folder, record)
+
+
+def git_state() -> dict[str, Any] | None:
+    """Return the commit of the checkout that dmin runs from, and whether it has changes."""
+    place = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(
+            ["git", "-C", str(place), *arguments], capture_output=True, text=True, check=True
+        )
+        return run.stdout.strip()
+
+    try:
+        return {"sha": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None  # an installed wheel
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    machine: dict[str, Any] = {"platform": platform.platform(), "cores": os.cpu_count()}
+    if "torch" in sys.modules:
+        import torch
+
+        machine["threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            machine["gpu"] = torch.cuda.get_device_name()
+    return machine
+
+
+def _peak_memory() -> dict[str, int]:
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            peak["gpu"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def _write(folder: Path, record: dict[str, Any]) -> None:
+    (folder / "record.json").write_text(json.dumps(record, indent=2, default=str) + "\n")

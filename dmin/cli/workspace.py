@@ -1,0 +1,198 @@
+"""Where the commands find what they work on: built when first asked for, made once, then reused."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from dmin.errors import DminError
+from dmin.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    import lightning
+
+    from dmin.attribution import Side
+    from dmin.collect import GradientCollector
+    from dmin.data import Dataset
+    from dmin.models import DiffusionModel
+    from dmin.store import Store
+
+
+def build(node: Any) -> Any:
+    """Return what a node of the configuration describes; its lists and mappings become plain."""
+    return instantiate(node, _convert_="all")
+
+
+class Workspace:
+    """The model, data and stores of one configuration.
+
+    Stores and generated queries stand under the outputs folder at paths that carry a fingerprint of
+    everything they depend on. So equal work is found and not done again, and other settings never
+    overwrite it.
+
+    Args:
+        cfg: the validated configuration.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or "0"
+        self.is_main = rank == "0"
+        self.console = Console(quiet=not self.is_main)
+        self.run_folder = Path(HydraConfig.get().runtime.output_dir)
+        self.outputs = Path(cfg.paths.outputs)
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # Lightning's own affair
+        if cfg.extras.threads is not None:
+            import torch
+
+            torch.set_num_threads(cfg.extras.threads)
+
+    @cached_property
+    def data(self) -> Dataset:
+        """The training examples."""
+        dataset: Dataset = build(self.cfg.data)
+        return dataset
+
+    @cached_property
+    def model(self) -> DiffusionModel:
+        """The trained model."""
+        with self.console.status("loading the model"):
+            model: DiffusionModel = build(self.cfg.model)
+        return model
+
+    @cached_property
+    def collector(self) -> GradientCollector:
+        """Model, sketch, timesteps and noise, put together."""
+        from dmin.collect import GradientCollector
+
+        collect = self.cfg.collect
+        return GradientCollector(
+            self.model,
+            build(self.cfg.sketch),
+            build(self.cfg.timesteps),
+            build(self.cfg.noise),
+            readouts=list(collect.readouts),
+            params=collect.params,
+            microbatch=collect.microbatch,
+            budget=collect.budget,
+        )
+
+    def trainer(self) -> lightning.Trainer:
+        """Return a new Lightning trainer."""
+        trainer: lightning.Trainer = build(self.cfg.trainer)
+        return trainer
+
+    @cached_property
+    def train_store(self) -> Store:
+        """The complete store of the training examples, collected as far as it was not there."""
+        return self.store(self.data, "train")
+
+    def store(self, dataset: Dataset, role: str) -> Store:
+        """Return the complete store of a dataset; collect what is missing of it.
+
+        Args:
+            dataset: the examples.
+            role: a word for the path and for the progress shown.
+        """
+        options = self.cfg.collect
+        manifest = self.collector.manifest(dataset, options.block_size, options.dtype)
+        path = self.outputs / "stores" / f"{self.cfg.name}-{role}-{manifest.fingerprint}"
+        known = (path / "manifest.json").is_file()
+        self.console.print(
+            f"[bold]{role}[/]: {len(dataset):,} examples × {len(self.collector.timesteps)} "
+            f"timesteps × {self.collector.attributed.count:,} parameters → "
+            f"{self.collector.sketch.dim} numbers" + (f" (found {path})" if known else "")
+        )
+        return self.collector.collect(
+            dataset,
+            path,
+            block_size=options.block_size,
+            dtype=options.dtype,
+            segment_bytes=options.segment_bytes,
+            seal_seconds=options.seal_seconds,
+            workers=options.workers,
+            trainer=self.trainer(),
+        )
+
+    def queries(self, source: Any) -> Dataset:
+        """Return a dataset of queries from any source; generate what is not there.
+
+        Args:
+            source: a dataset, or one of the sources of ``dmin.queries``.
+        """
+        from dmin.queries import Generated, Planted
+
+        if isinstance(source, Planted):
+            return source.plant(self.data)
+        if isinstance(source, Generated):
+            return self.generated(source)
+        dataset: Dataset = source
+        return dataset
+
+    def generated(self, source: Any) -> Dataset:
+        """Return generated queries, from their folder if they were generated before."""
+        from dataclasses import asdict
+
+        from dmin.data.image_folder import ImageFolder
+
+        weights = self.collector.describe()["weights"]
+        made_of = {**asdict(source), "prompts": list(source.prompts), "weights": weights}
+        folder = self.outputs / "queries" / f"{self.cfg.name}-{fingerprint(made_of)}"
+        if folder.is_dir():
+            self.console.print(f"[bold]queries[/]: found {folder}")
+        else:
+            with self.console.status("generating query images"):
+                source.generate(self.model, folder)
+            self.console.print(f"[bold]queries[/]: generated {folder}")
+        return ImageFolder(folder, mode=None)
+
+    def query_side(self, source: Any, role: str = "queries") -> Side:
+        """Return queries with their features."""
+        from dmin.attribution import Side
+
+        dataset = self.queries(source)
+        return Side(self.store(dataset, role), dataset)
+
+    def train_side(self) -> Side:
+        """Return the training examples with their features."""
+        from dmin.attribution import Side
+
+        return Side(self.train_store, self.data)
+
+    def resolved(self, *names: str) -> dict[str, Any]:
+        """Return parts of the configuration as plain values, all interpolations resolved."""
+        return {
+            name: OmegaConf.to_container(self.cfg[name], resolve=True)
+            if OmegaConf.is_config(self.cfg[name])
+            else self.cfg[name]
+            for name in names
+        }
+
+    def require_one_process(self) -> None:
+        """Refuse several processes where only collecting and training can use them."""
+        trainer = self.cfg.trainer
+        if trainer.get("devices") not in (1, "1", "auto") or trainer.get("num_nodes", 1) != 1:
+            raise DminError(
+                f"trainer.devices={trainer.get('devices')}, trainer.num_nodes="
+                f"{trainer.get('num_nodes', 1)}: this command runs in one process. Run `dmin "
+                f"collect` with several, then this one with trainer.devices=1."
+            )
+
+    def need(self, name: str) -> Any:
+        """Return a group's node, or say that the group must be chosen."""
+        if self.cfg[name] is None:
+            raise DminError(
+                f"{name} is not chosen. Say {name}=<choice>; `dmin --help` tells how to list them."
+            )
+        return self.cfg[name]
