@@ -82,8 +82,8 @@ class Side:
         """
         if self.dataset is None:
             raise DminError(
-                "this method compares images, but only a store was given. Give the dataset as well: "
-                "Side(store, dataset)."
+                "this method compares images, but only a store was given. Give the dataset as "
+                "well: Side(store, dataset)."
             )
         if id not in self._positions:
             raise DminError(

@@ -1,0 +1,48 @@
+import logging
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before diffusers is imported
+
+import pytest
+import torch
+
+from dmin.data import Examples
+from dmin.data.digits import Digits
+from dmin.models.ddpm import DDPM
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+torch.set_num_threads(1)  # the models are too small for more to pay
+
+TINY_UNET = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+    "num_class_embeds": 10,
+}
+
+
+@pytest.fixture(scope="session")
+def ddpm() -> DDPM:
+    """A real, tiny, class-conditional DDPM; tests must not change it."""
+    torch.manual_seed(0)
+    return DDPM.build(TINY_UNET, {"beta_schedule": "squaredcos_cap_v2"}).eval()
+
+
+@pytest.fixture(scope="session")
+def ddpm_path(ddpm, tmp_path_factory):
+    """The same, saved as diffusers saves it."""
+    path = tmp_path_factory.mktemp("models") / "ddpm"
+    ddpm.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def digits() -> Examples:
+    """Twenty-six real digits: three blocks of eight and a short one."""
+    return Examples(Digits("train").examples[:26])
