@@ -21,8 +21,8 @@ from dmin.store.manifest import MANIFEST, Manifest
 SEGMENT_NAME = re.compile(r"segment-\d{8,}-([0-9a-f]{16})\.h5")
 
 REMEDIES = {
-    errno.EACCES: "give yourself permission to write there, or choose another directory",
-    errno.EPERM: "give yourself permission to write there, or choose another directory",
+    errno.EACCES: "give yourself permission to this path, or choose another directory",
+    errno.EPERM: "give yourself permission to this path, or choose another directory",
     errno.EROFS: "the disk is mounted read-only: choose another directory",
     errno.ENOTDIR: "a part of this path is a file, not a directory: choose another path",
     errno.EEXIST: "a file of this name is in the way: choose another path",

@@ -12,6 +12,7 @@ import pytest
 from dmin.errors import DminError
 from dmin.store import Store, StoreWriter
 from dmin.store import segments as segments_module
+from dmin.store import writer as writer_module
 
 
 def write(path, manifest, make_rows, blocks=None, report=None, **options):
@@ -79,6 +80,7 @@ def test_killed_writers_lose_nothing_sealed(tmp_path, make_manifest, make_rows, 
             require_right(store, ready_rows)
         write(path, manifest, ready_rows)
         assert Store(path).digest() == digest
+    print(f"{kills} kills, {stores} stores, {partial} found begun")
     assert partial >= 5, "the kills came too early or too late to show anything"
 
 
@@ -198,8 +200,9 @@ def test_truncated_segments_are_named_with_their_rows(sealed, make_manifest, mak
             r" Delete each file named here and run the same `dmin collect` command again"
         )
         for opening in (lambda: Store(sealed), lambda: StoreWriter(sealed, make_manifest())):
-            with pytest.raises(DminError, match=message):
+            with pytest.raises(DminError, match=message) as caught:
                 opening()
+            assert "\n" not in str(caught.value)
     with pytest.raises(DminError, match=rf"{segment.name} .HDF5 cannot read it"):
         segment.write_bytes(content[: len(content) // 2])
         Store(sealed, verify=False)
@@ -290,6 +293,20 @@ def test_of_two_creators_with_other_settings_one_is_refused(tmp_path, make_manif
             worker.join()
         assert sorted(worker.exitcode for worker in workers) == [0, 7]
         assert Store(path).layout.dim == (8 if workers[0].exitcode == 7 else 16)
+
+
+def test_the_first_of_two_manifests_stays(tmp_path, make_manifest, monkeypatch):
+    original = writer_module.commit
+
+    def overtaken(path, content, **options):
+        monkeypatch.setattr(writer_module, "commit", original)
+        StoreWriter(tmp_path, make_manifest(dim=16))
+        return original(path, content, **options)
+
+    monkeypatch.setattr(writer_module, "commit", overtaken)
+    with pytest.raises(DminError, match=r"layout.dim: 8 here, 16 there"):
+        StoreWriter(tmp_path, make_manifest(dim=8))
+    assert Store(tmp_path).layout.dim == 16 and os.listdir(tmp_path) == ["manifest.json"]
 
 
 def test_a_file_system_without_links(tmp_path, make_manifest, make_rows, monkeypatch):

@@ -1,5 +1,6 @@
 """What is written is what is read, however it was cut."""
 
+import contextlib
 import pickle
 import subprocess
 import sys
@@ -112,6 +113,33 @@ def test_only_what_is_needed_is_read(tmp_path, make_manifest, make_rows, monkeyp
     assert {name[:16] for name in opened} == {"segment-00000000", "segment-00000001"}
 
 
+@pytest.mark.parametrize(("through", "runs"), [(0, [1, 2, 1]), (8 * 384, [12, 1])])
+def test_rows_far_apart_are_read_apart(
+    tmp_path, make_manifest, make_rows, monkeypatch, through, runs
+):
+    store = write(tmp_path / "s", make_manifest(), make_rows)
+    assert store.features("loss", 0, 1).nbytes == 384
+    original, lengths = reader_module.open_hdf5, []
+
+    class Spy:
+        def __init__(self, dataset):
+            self.dataset = dataset
+
+        def __getitem__(self, rows):
+            lengths.append(rows.stop - rows.start)
+            return self.dataset[rows]
+
+    @contextlib.contextmanager
+    def spied(path):
+        with original(path) as file:
+            yield {"features/loss": Spy(file["features/loss"])}
+
+    monkeypatch.setattr(reader_module, "open_hdf5", spied)
+    monkeypatch.setattr(reader_module, "READ_THROUGH", through)
+    store.rows("loss", [29, 11, 3, 10] if through == 0 else [29, 11, 0, 3, 10])
+    assert lengths == runs
+
+
 def test_what_is_not_there_is_named(tmp_path, make_manifest, make_rows):
     store = write(tmp_path / "s", make_manifest(), make_rows, [0, 1])
     with pytest.raises(DminError, match="no readout 'los': it has loss, square"):
@@ -185,25 +213,20 @@ def test_sealing_by_size_and_by_time(tmp_path, make_manifest, make_rows, monkeyp
     def sealed():
         return len(list((tmp_path / "s").glob("*.h5")))
 
-    writer = StoreWriter(tmp_path / "s", manifest, segment_bytes=10_000, seal_seconds=60)
+    writer = StoreWriter(tmp_path / "s", manifest, segment_bytes=12_000, seal_seconds=60)
     bytes_a_block = 4 * (2 * 3 * (2 * 2 * (8 + 1) + 1)) * 4
-    assert 2 * bytes_a_block < 10_000 <= 3 * bytes_a_block
+    assert 3 * bytes_a_block < 12_000 <= 4 * bytes_a_block
     counts = []
-    for block in range(4):
+    for block, waited in enumerate([0, 1, 1, 1, 100, 59, 2]):
+        now[0] += waited
         writer.append(block, make_rows(manifest, block))
         counts.append(sealed())
-    assert counts == [0, 0, 1, 1]
-    now[0] += 59
-    writer.append(4, make_rows(manifest, 4))
-    assert sealed() == 1
-    now[0] += 2
-    writer.append(5, make_rows(manifest, 5))
-    assert sealed() == 2
-    assert writer.pending() == [6, 7]
-    writer.append(6, make_rows(manifest, 6))
-    assert writer.pending() == [6, 7]
+    # Four blocks are large enough; the next three, too old.
+    assert counts == [0, 0, 0, 1, 1, 1, 2]
+    writer.append(7, make_rows(manifest, 7))
+    assert writer.pending() == [7] and sealed() == 2
     writer.close()
-    assert sealed() == 3 and Store(tmp_path / "s").missing_blocks == [7]
+    assert writer.pending() == [] and sealed() == 3
 
 
 def test_incomplete_store_says_how_much_is_there(tmp_path, make_manifest, make_rows):
