@@ -171,6 +171,12 @@ def test_composition_error_is_one_paragraph(
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_settings_of_hydra_are_not_meant_by_others() -> None:
+    assert refused("verbse=true") == (
+        "There is no setting verbse. --cfg job shows all settings."  # hydra.verbose is near
+    )
+
+
 def test_choice_in_a_sweep_is_refused() -> None:
     assert "Did you mean small?" in refused("-m", "model=large,smal")
 

@@ -245,6 +245,19 @@ class TestNeeded:
         refused(r"^trainer\.y", needed=("trainer",), trainer=trainer)
         assert sys.modules.pop("heavy_toy")
 
+    def test_package_that_imports_its_names_lazily_is_not_made_to(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        package = tmp_path / "lazy_toy" / "__init__.py"
+        package.parent.mkdir()
+        package.write_text("def __getattr__(name):\n    if name == 'Model': raise RuntimeError")
+        monkeypatch.syspath_prepend(tmp_path)
+        __import__("lazy_toy")
+        data = {"_target_": "lazy_toy.Model"}
+        check(needed=(), data=data)
+        refused(r"cannot be imported: RuntimeError", needed=("data",), data=data)
+        assert sys.modules.pop("lazy_toy")
+
 
 @pytest.mark.parametrize(
     ("annotation", "right", "wrong"),
