@@ -63,8 +63,11 @@ def run(step: Step, name: str, argv: list[str]) -> None:
         Exception: any other exception of the step, as it is. With HYDRA_FULL_ERROR=1 all of them.
     """
     theirs = list(sys.argv), os.environ.get(_FULL_ERROR)
+    started = False
 
     def job(cfg: DictConfig) -> None:
+        nonlocal started
+        started = True
         # The step, and the processes it starts, see the command line and environment they know.
         with _process(*theirs):
             cwd = HydraConfig.get().runtime.cwd
@@ -93,6 +96,11 @@ def run(step: Step, name: str, argv: list[str]) -> None:
         raise
     except Exception as error:
         message = None if theirs[1] == "1" else explain(error)
+        if isinstance(error, OSError) and not started:  # Hydra could not make the run folder
+            message = (
+                f"the run folder {error.filename} cannot be written ({error.strerror}). Set "
+                "paths.outputs to a folder with write permission and free space."
+            )
         if message is None:
             raise
         raise SystemExit(message) from error

@@ -23,6 +23,44 @@ from dmin.errors import DminError
 
 
 @dataclass
+class Paths:
+    """The section ``paths``."""
+
+    outputs: str = "outputs"
+
+
+@dataclass
+class Collect:
+    """The section ``collect``; see ``GradientCollector`` and its ``collect``."""
+
+    params: str = "all"
+    readouts: list[str] = field(default_factory=lambda: ["loss"])
+    block_size: int = 32
+    microbatch: int = 64
+    budget: int | None = None
+    dtype: str = "float16"
+    segment_bytes: int = 64 << 20
+    seal_seconds: float = 60.0
+    workers: int = 0
+
+
+@dataclass
+class Retrieve:
+    """The section ``retrieve``; see ``dmin.attribution.retrieve``."""
+
+    k: int = 10
+    rows: int = 1024
+
+
+@dataclass
+class Extras:
+    """The section ``extras``: how a run shows and limits itself."""
+
+    print_config: bool = True
+    threads: int | None = None
+
+
+@dataclass
 class Root:
     """The settings at the top of a configuration; any other there is refused.
 
@@ -32,20 +70,20 @@ class Root:
     seed: int = 0
     name: str | None = None
     tags: list[str] | None = None
-    paths: dict | None = None
+    paths: Paths | None = None
     model: dict | None = None
     data: dict | None = None
     queries: dict | None = None
     sketch: dict | None = None
     timesteps: dict | None = None
     noise: dict | None = None
-    collect: dict | None = None
+    collect: Collect | None = None
     method: dict | None = None
-    retrieve: dict | None = None
+    retrieve: Retrieve | None = None
     train: dict | None = None
     benchmark: dict | None = None
     trainer: dict | None = None
-    extras: dict | None = None
+    extras: Extras | None = None
 
 
 ROOT_KEYS = tuple(setting.name for setting in fields(Root))

@@ -1,0 +1,135 @@
+"""The commands as a user gives them: in a shell, in an empty directory."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dmin.store import Store
+
+
+
+def dmin(*arguments, cwd, ok=True):
+    run = subprocess.run(
+        [sys.executable, "-m", "dmin", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (run.returncode == 0) == ok, run.stdout[-3000:] + run.stderr[-3000:]
+    return run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory in which the demo has run once, at its smallest."""
+    place = tmp_path_factory.mktemp("place")
+    place.joinpath("first.txt").write_text(
+        dmin("demo", "debug=fast", "data.split=heldout", "extras.threads=1", cwd=place).stdout
+    )
+    return place
+
+
+def records(place, command):
+    return sorted((place / "outputs" / "runs" / command).glob("*/record.json"))
+
+
+@pytest.mark.slow
+class TestDemo:
+    def test_it_leaves_model_stores_queries_and_pictures(self, place):
+        assert (place / "outputs/models/debug/model_index.json").is_file()
+        run = records(place, "demo")[0].parent
+        for name in ("gallery.png", "gallery.html", "ranking.csv", "results.csv", "results.png"):
+            assert (run / name).stat().st_size > 0
+        text = place.joinpath("first.txt").read_text()
+        assert "gallery.html" in text and "results.png" in text
+
+    def test_planted_copies_are_found_first(self, place):
+        table = list(csv.DictReader((records(place, "demo")[0].parent / "results.csv").open()))
+        found = {(r["task"], r["method"], r["metric"]): float(r["mean"]) for r in table}
+        assert found["exact_copies", "dmin", "recall@1"] == 1.0
+        assert found["exact_copies", "random", "recall@1"] < 0.2
+
+    def test_its_record_tells_how_to_repeat_it(self, place):
+        record = json.loads(records(place, "demo")[0].read_text())
+        assert record["outcome"] == "finished" and record["seed"] == 0
+        assert record["versions"]["torch"] and record["peak_memory_bytes"]["process"] > 0
+        assert record["results"]["collect"]["digest"]
+        assert (records(place, "demo")[0].parent / "config.yaml").is_file()
+
+    def test_a_second_time_finds_everything_done(self, place):
+        before = {p: p.stat().st_mtime_ns for p in place.glob("outputs/stores/*/*")}
+        again = dmin("demo", "debug=fast", "data.split=heldout", "extras.threads=1", cwd=place)
+        assert "Predicting" not in again.stdout
+        assert {p: p.stat().st_mtime_ns for p in place.glob("outputs/stores/*/*")} == before
+
+    def test_single_commands_share_its_work(self, place):
+        common = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
+        dmin("train", *common, cwd=place)
+        dmin("collect", *common, cwd=place)
+        dmin("sample", *common, cwd=place)
+        found = dmin("retrieve", *common, "method=grad_cos", "retrieve.k=3", cwd=place)
+        assert "by grad_cos" in found.stdout
+        assert len(list(place.glob("outputs/stores/debug-train-*"))) == 1
+
+    def test_another_training_does_not_replace_the_model(self, place):
+        common = ["experiment=digits", "debug=fast", "data.split=heldout"]
+        refused = dmin("train", *common, "train.steps=6", cwd=place, ok=False)
+        assert "train.steps: 6 here, 5 there" in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+    def test_a_store_damaged_on_disk_is_refused_and_can_be_mended(self, place):
+        common = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
+        store = next(place.glob("outputs/stores/debug-train-*"))
+        segment = next(store.glob("segment-*"))
+        digest = Store(store).digest()
+        content = bytearray(segment.read_bytes())
+        content[len(content) // 2] ^= 1
+        segment.write_bytes(content)
+        refused = dmin("retrieve", *common, cwd=place, ok=False)
+        assert segment.name in refused.stderr and "Traceback" not in refused.stderr
+        segment.unlink()
+        dmin("collect", *common, cwd=place)
+        assert Store(store).digest() == digest
+
+    def test_two_processes_collect_the_same_store(self, place):
+        common = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
+        store = next(place.glob("outputs/stores/debug-train-*"))
+        digest = Store(store).digest()
+        for segment in store.glob("segment-*"):
+            segment.unlink()
+        dmin("collect", *common, "trainer=ddp", "trainer.accelerator=cpu", cwd=place)
+        assert Store(store).digest() == digest
+
+    def test_a_sweep_runs_each_choice(self, place):
+        common = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
+        dmin("retrieve", "-m", *common, "method=dmin,random", cwd=place)
+        runs = sorted(place.glob("outputs/sweeps/retrieve/*/*/ranking.csv"))
+        assert len(runs) == 2
+
+
+REFUSALS = [
+    (["collect"], "data"),
+    (["collect", "experiment=digits", "sketch.dimm=3"], "sketch.dim"),
+    (["collect", "experiment=digits", "sketch.dim=many"], "sketch.dim"),
+    (["collect", "experiment=digits", "+sketch.size=3"], "sketch.size"),
+    (["collect", "experiment=digit"], "digits"),
+    (["collect", "experiment=digits"], "dmin train"),
+    (["collect", "experiment=digits", "sketch=oporpp"], "oporp"),
+    (["retrieve", "experiment=digits", "trainer=ddp"], "one process"),
+    (["evaluate", "data=digits", "model=ddpm", "model.path=x"], "benchmark"),
+    (["train", "experiment=digits", "paths.outputs=file/below"], "cannot be written"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "named"), REFUSALS, ids=lambda v: v[-1] if v else "")
+def test_what_is_wrong_is_said_in_one_paragraph(arguments, named, tmp_path):
+    (tmp_path / "file").write_text("a file, not a folder")
+    refused = dmin(*arguments, cwd=tmp_path, ok=False)
+    assert named in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) <= 12

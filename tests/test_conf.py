@@ -1,0 +1,139 @@
+"""Every YAML composes, validates against what it names, and builds."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from dmin.attribution import Method
+from dmin.cli.help import config_directory, groups
+from dmin.cli.validate import validate
+from dmin.data import Example
+from dmin.models import DiffusionModel
+from dmin.noise import SharedNoise
+from dmin.queries import Generated, Planted
+from dmin.sketches import Parameter, Parameters
+from dmin.timesteps import Schedule
+
+CONF = config_directory()
+CHOICES = [(group, name) for group, names in groups().items() for name in names]
+# What a choice cannot know by itself.
+VALUES = {
+    ("model", "ddpm"): ["model.path={ddpm_path}"],
+    ("data", "image_folder"): ["data.root={images}"],
+    ("queries", "images"): ["queries.root={images}"],
+    ("queries", "generated"): ["queries.prompts=[0,1]"],
+    ("timesteps", "explicit"): ["timesteps.values=[500]"],
+}
+
+
+@pytest.fixture(scope="module")
+def places(ddpm_path, tmp_path_factory):
+    from dmin.data.image_folder import save_images
+
+    images = tmp_path_factory.mktemp("images")
+    save_images(images, torch.rand(2, 1, 8, 8), ["a.png", "b.png"], [{"label": 0}, {"label": 1}])
+    return {"ddpm_path": ddpm_path, "images": images}
+
+
+def composed(group, name, places):
+    needed = {"model": "ddpm", "data": "digits"}
+    values = [v.format(**places) for v in VALUES.get((group, name), [])]
+    if group == "experiment":
+        overrides = [f"experiment={name}"]
+    elif group == "debug":
+        overrides = ["experiment=digits", f"debug={name}"]
+    else:
+        overrides = [f"{g}={n}" for g, n in {**needed, group: name}.items()]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("dmin", [*overrides, *values], return_hydra_config=True)
+
+
+def plain(cfg):
+    from omegaconf import open_dict
+
+    with open_dict(cfg):
+        cfg.name, cfg.paths.outputs = "test", "outputs"
+        del cfg.hydra
+    return cfg
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES, ids="/".join)
+def test_it_composes_and_fits_the_signature_of_its_target(group, name, places):
+    cfg = plain(composed(group, name, places))
+    if group in ("experiment", "debug"):
+        validate(cfg)
+        return
+    assert cfg[group] is not None
+    validate(cfg, [group])
+
+
+def check_model(model):
+    assert isinstance(model, DiffusionModel)
+
+
+def check_data(dataset):
+    assert len(dataset) > 0 and isinstance(dataset[0], Example)
+
+
+def check_queries(queries):
+    if not isinstance(queries, Generated | Planted):
+        check_data(queries)
+
+
+def check_sketch(sketch):
+    bound = sketch.bind(Parameters((Parameter("w", (64, 128)),)))
+    assert bound.of({"w": torch.randn(3, 64, 128)}).shape == (3, 1, sketch.dim)
+
+
+def check_timesteps(schedule):
+    assert isinstance(schedule, Schedule)
+    chosen = schedule(range(999, -1, -1))
+    assert list(chosen) == sorted(chosen, reverse=True)
+
+
+def check_noise(noise):
+    assert isinstance(noise, SharedNoise) and noise((1, 2, 2), 10).shape == (1, 2, 2)
+
+
+def check_method(method):
+    assert isinstance(method, Method) and method.name
+
+
+def check_trainer(trainer):
+    assert trainer.predict_loop.inference_mode is False
+
+
+def check_train(function):
+    assert isinstance(function, functools.partial)
+    assert isinstance(function.keywords["model"](), DiffusionModel)
+
+
+def check_benchmark(benchmark):
+    assert benchmark.tasks and "random" in benchmark.methods
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [c for c in CHOICES if c[0] not in ("experiment", "debug")],
+    ids="/".join,
+)
+def test_it_builds_what_its_group_promises(group, name, places):
+    if (group, name) == ("trainer", "gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    built = instantiate(plain(composed(group, name, places))[group], _convert_="all")
+    globals()[f"check_{group}"](built)
+
+
+def test_every_group_has_a_check():
+    assert {group for group in groups()} - {"experiment", "debug"} == {
+        name.removeprefix("check_") for name in globals() if name.startswith("check_")
+    }
+
+
+def test_every_yaml_says_what_it_is():
+    for path in Path(CONF).rglob("*.yaml"):
+        assert path.read_text().startswith("#"), path

@@ -1,0 +1,60 @@
+import json
+
+import pytest
+import torch
+
+from dmin.data.image_folder import ImageFolder
+from dmin.errors import DminError
+from dmin.queries import Generated, Planted
+
+
+def test_generated_images_are_those_of_their_own_seed(ddpm, tmp_path):
+    source = Generated(prompts=[3, 7], per_prompt=2, seed=5, steps=2, batch_size=3)
+    source.generate(ddpm, tmp_path / "q")
+    folder = ImageFolder(tmp_path / "q", mode=None)
+    assert [folder[i].label for i in range(4)] == [3, 3, 7, 7]
+    assert [folder[i].metadata["seed"] for i in range(4)] == [5, 6, 7, 8]
+    alone = ddpm.sample([7], [8], 2)[0]
+    assert (folder[3].image - alone).abs().max() < 1 / 254  # 8-bit files
+
+
+def test_an_interrupted_generation_leaves_no_folder(ddpm, tmp_path, monkeypatch):
+    source = Generated(prompts=[0, 1, 2], steps=1, batch_size=2)
+    sample, calls = ddpm.sample, []
+
+    def failing(prompts, seeds, steps):
+        calls.append(prompts)
+        if len(calls) == 2:
+            raise RuntimeError("killed")
+        return sample(prompts, seeds, steps)
+
+    monkeypatch.setattr(ddpm, "sample", failing)
+    with pytest.raises(RuntimeError, match="killed"):
+        source.generate(ddpm, tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+    source.generate(ddpm, tmp_path / "q")
+    lines = (tmp_path / "q" / "metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == [0, 1, 2]
+
+
+def test_nothing_to_generate_is_refused():
+    with pytest.raises(DminError, match=r"queries\.prompts=\[\]"):
+        Generated(prompts=[])
+
+
+@pytest.mark.parametrize("kind", ["exact", "noisy", "shifted"])
+def test_planted_copies_name_their_source(digits, kind):
+    sources = {e.id: e for e in digits.examples}
+    copies = Planted(kind, count=9, noise=0.1, seed=1).plant(digits)
+    assert len(copies) == 9 and len({c.metadata["source_id"] for c in copies.examples}) == 9
+    for copy in copies.examples:
+        source = sources[copy.metadata["source_id"]].image
+        if kind == "exact":
+            assert torch.equal(copy.image, source)
+        elif kind == "noisy":
+            assert 0.01 < (copy.image - source).std() < 0.11
+            assert 0 <= copy.image.min() and copy.image.max() <= 1
+        else:
+            assert torch.equal(copy.image[:, 1:, 1:], source[:, :-1, :-1])
+    again = Planted(kind, count=9, noise=0.1, seed=1).plant(digits)
+    assert all(torch.equal(a.image, b.image) for a, b in zip(copies, again, strict=True))
