@@ -229,7 +229,7 @@ def test_a_changed_dataset_is_not_resumed(ddpm, digits, tmp_path):
 def test_a_bad_image_is_refused_by_name_and_what_was_done_is_kept(
     ddpm, digits, tmp_path, image, message
 ):
-    last = [Example("digit-bad", image, 0)] * (len(image.shape) > 2 and image.shape[1] == 4 or 1)
+    last = [Example("digit-bad", image, 0)] * ((len(image.shape) > 2 and image.shape[1] == 4) or 1)
     examples = Examples([*digits.examples[:24], *last])
     with pytest.raises(DminError, match=message):
         run(make(ddpm), examples, tmp_path / "s")

@@ -53,7 +53,7 @@ def test_planted_copies_name_their_source(digits, kind):
             assert torch.equal(copy.image, source)
         elif kind == "noisy":
             assert 0.01 < (copy.image - source).std() < 0.11
-            assert 0 <= copy.image.min() and copy.image.max() <= 1
+            assert copy.image.min() >= 0 and copy.image.max() <= 1
         else:
             assert torch.equal(copy.image[:, 1:, 1:], source[:, :-1, :-1])
     again = Planted(kind, count=9, noise=0.1, seed=1).plant(digits)

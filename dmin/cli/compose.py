@@ -96,7 +96,8 @@ def run(step: Step, name: str, argv: list[str]) -> None:
         raise
     except Exception as error:
         message = None if theirs[1] == "1" else explain(error)
-        if isinstance(error, OSError) and not started:  # Hydra could not make the run folder
+        # Before the step started, the only files touched are those of Hydra's run folder.
+        if message is None and isinstance(error, OSError) and error.filename and not started:
             message = (
                 f"the run folder {error.filename} cannot be written ({error.strerror}). Set "
                 "paths.outputs to a folder with write permission and free space."

@@ -127,7 +127,7 @@ def test_an_exact_copy_comes_first_with_the_largest_score_there_is(sides):
 
 def test_random_is_uniform_and_the_same_for_a_pair_of_ids(sides):
     scores = score_matrix(*sides, Random(seed=1))
-    assert 0 <= scores.min() and scores.max() < 1 and 0.3 < scores.mean() < 0.7
+    assert scores.min() >= 0 and scores.max() < 1 and 0.3 < scores.mean() < 0.7
     assert (score_matrix(sides[0], sides[1], Random(seed=2)) != scores).all()
 
 

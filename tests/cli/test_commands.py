@@ -10,7 +10,6 @@ import pytest
 from dmin.store import Store
 
 
-
 def dmin(*arguments, cwd, ok=True):
     run = subprocess.run(
         [sys.executable, "-m", "dmin", *map(str, arguments)],

@@ -17,7 +17,7 @@ CONF = {
         defaults: [model: small, _self_]
         seed: 0
         name: toy
-        paths: {store: here, extra: "???"}
+        benchmark: {store: here, extra: "???"}
         hydra:
           run: {dir: "OUT/run"}
           sweep: {dir: "OUT/sweep"}
@@ -206,12 +206,12 @@ def test_configuration_is_validated_before_the_step(capsys: pytest.CaptureFixtur
 def test_only_what_a_step_needs_must_have_values() -> None:
     run(Recorder(), "collect", [])
 
-    @needs("paths")
+    @needs("benchmark")
     def step(cfg: DictConfig) -> None: ...
 
-    with pytest.raises(SystemExit, match=r"No value for paths\.extra"):
+    with pytest.raises(SystemExit, match=r"No value for benchmark\.extra"):
         run(step, "collect", [])
-    with pytest.raises(SystemExit, match=r"No value for paths\.extra"):
+    with pytest.raises(SystemExit, match=r"No value for benchmark\.extra"):
         run(lambda cfg: None, "collect", [])
 
 

@@ -64,7 +64,7 @@ def test_what_is_right_passes() -> None:
         data=toy("Toy.load", path="x", strict=False),
         sketch=toy("Open", width=1, anything="x", more=[1]),
         noise=toy("function", scale=0.5),
-        paths={"store": "${data.path}/store", "free": {"form": 1}},
+        benchmark={"store": "${data.path}/store", "free": {"form": 1}},
         trainer=None,
     )
 
@@ -126,17 +126,17 @@ class TestArguments:
 
     def test_in_a_nested_call_a_list_and_a_plain_section(self) -> None:
         refused(r"^model\.part\.widht ", model=toy(width=1, part=toy(widht=1)))
-        refused(r"^extras\.many\.1\.widht ", extras={"many": [toy(width=1), toy(widht=1)]})
-        refused(r"^extras\.stop\.widht ", extras={"stop": toy(widht=1)})
+        refused(r"^train\.many\.1\.widht ", train={"many": [toy(width=1), toy(widht=1)]})
+        refused(r"^train\.stop\.widht ", train={"stop": toy(widht=1)})
 
     def test_missing_is_named_with_the_override_that_sets_it(self) -> None:
         refused(r"^No value for model\.width\. Set \+model\.width=<value>\.", model=toy())
 
     def test_all_that_is_missing_is_named_at_once(self) -> None:
         refused(
-            r"No value for model\.width, paths\.store\. Set model\.width=<value> paths\.store=",
+            r"No value for model\.width, benchmark\.store\. Set model\.width=<value> benchmark\.store=",
             model=toy(width="???"),
-            paths={"store": "???"},
+            benchmark={"store": "???"},
         )
 
     def test_missing_is_fine_for_a_partial(self) -> None:
@@ -214,17 +214,17 @@ class TestNeeded:
             model=toy(width=1),
             data=toy("Toy.load", path="???"),
             sketch=toy(),
-            paths={"store": "???", "other": "${nowhere}"},
+            benchmark={"store": "???", "other": "${nowhere}"},
         )
 
     def test_part_of_a_section(self) -> None:
-        check(needed=("paths.a",), paths={"a": 1, "b": "???"})
-        refused(r"paths\.a", needed=("paths.a",), paths={"a": "???", "b": 1})
-        check(needed=("paths.a",), paths={"a": 1, "ab": "???"})
+        check(needed=("benchmark.a",), benchmark={"a": 1, "b": "???"})
+        refused(r"benchmark\.a", needed=("benchmark.a",), benchmark={"a": "???", "b": 1})
+        check(needed=("benchmark.a",), benchmark={"a": 1, "ab": "???"})
 
     def test_section_that_is_not_there(self) -> None:
-        refused(r"No value for paths\. Set \+paths=<value>\.", needed=("paths",))
-        check(needed=("paths",), paths=None)
+        refused(r"No value for tags\. Set \+tags=<value>\.", needed=("tags",))
+        check(needed=("tags",), tags=None)
 
     def test_group_that_is_not_chosen(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "groups", lambda: {"model": ["ddpm", "dit"]})
