@@ -118,6 +118,12 @@ class DDPM(DiffusionModel):
             )
         return Prediction(prediction, target, torch.ones(len(x0), device=x0.device))
 
+    def log_snr(self, timesteps: Sequence[float]) -> list[float]:
+        """Return ``log(ᾱ_t / (1 − ᾱ_t))``, the log signal-to-noise ratio, at timesteps."""
+        kept = self.scheduler.alphas_cumprod.double()[[int(t) for t in timesteps]]
+        ratios: list[float] = torch.logit(kept).tolist()
+        return ratios
+
     @torch.no_grad()
     def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int = 100) -> Tensor:
         """Generate by DDIM (Song et al. 2021), η = 0: the seed decides the image."""
