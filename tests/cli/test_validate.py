@@ -134,7 +134,8 @@ class TestArguments:
 
     def test_all_that_is_missing_is_named_at_once(self) -> None:
         refused(
-            r"No value for model\.width, benchmark\.store\. Set model\.width=<value> benchmark\.store=",
+            r"No value for model\.width, benchmark\.store\. "
+            r"Set model\.width=<value> benchmark\.store=",
             model=toy(width="???"),
             benchmark={"store": "???"},
         )
