@@ -2,118 +2,184 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
+import os
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from dmin.data.base import Example
+from dmin.data.files import Survey, read_bytes, survey
+from dmin.data.metadata import NAMES, Facts, read_facts, read_rows
+from dmin.data.pixels import Pixels
 from dmin.errors import DminError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-class ImageFolder:
+@dataclass(eq=False)
+class ImageFolder(Pixels):
     """The images of a folder, ordered by name; an image's id is its path below the folder.
 
-    Captions and labels come from ``metadata.jsonl`` or ``metadata.csv`` with a ``file_name`` column
-    (as in Hugging Face's imagefolder): ``text`` becomes the caption, the column ``label`` names the
-    label, all others travel with the example. Without such a file the name of the sub-folder, if
-    any, is the label.
+    Captions and labels come from ``metadata.jsonl`` or ``metadata.csv``, in the folder or in
+    sub-folders, with a ``file_name`` column (as in Hugging Face's imagefolder); further columns
+    travel with the example. Then the dataset is the images named there. Without such a file the
+    name of the sub-folder, if any, is the label. Links are followed; hidden files and folders
+    (``.name``, ``__name__``) are left out.
 
     Args:
         root: the folder.
-        size: height and width to resize and centre-crop to; None takes images as they are.
-        mode: ``RGB`` or ``L`` (grey) for all images; None keeps grey ones grey and turns all others
-            into RGB.
-        label: column of the label.
+        label: column of the label; None for no labels.
+        text: column of the caption; None for no captions.
+        on_error: what to do about images that cannot be read: ``raise`` refuses the folder;
+            ``skip`` leaves them out before anything is collected, so that ids and blocks of the
+            others stay the same from then on. They are listed in ``skipped``.
+        check: read all images when the dataset is made. Off, a damaged one is met only when its
+            turn comes, perhaps hours later.
+
+    Attributes:
+        ids: paths of the images below the folder, in order.
+        skipped: paths of those left out, and why.
 
     Raises:
-        DminError: no such folder, no images, an image named in the metadata is missing, or an
-            image cannot be read.
+        DminError: no such folder, no images, metadata that is not as it should be, or images that
+            cannot be read.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        size: int | None = None,
-        mode: Literal["RGB", "L"] | None = "RGB",
-        label: str = "label",
-    ) -> None:
-        self.root = Path(root)
-        self.size = size
-        self.mode = mode
-        if not self.root.is_dir():
-            raise DminError(f"data.root={root}: no such folder. Give a folder of images.")
-        rows = _metadata(self.root)
-        files = sorted(rows) if rows is not None else _images(self.root)
-        if not files:
+    root: str | Path
+    _: KW_ONLY
+    label: str | None = "label"
+    text: str | None = "text"
+    on_error: Literal["raise", "skip"] = "raise"
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        """Find the images and what is said of them."""
+        super().__post_init__()
+        if self.on_error not in ("raise", "skip"):
+            raise DminError(f"data.on_error={self.on_error!r}: choose one of raise, skip.")
+        if self.on_error == "skip" and not self.check:
             raise DminError(
-                f"data.root={root} holds no images ({', '.join(SUFFIXES)}). Give another folder."
+                "data.on_error=skip finds out what to skip by reading all images: set "
+                "data.check=true."
             )
-        missing = [file for file in files if not (self.root / file).is_file()]
-        if missing:
+        if not Path(self.root).is_dir():
+            raise DminError(f"data.root={self.root}: no such folder. Give a folder of images.")
+        facts = self._find()
+        if not facts:
             raise DminError(
-                f"the metadata of {root} names {len(missing)} image(s) that are not there, such as "
-                f"{missing[0]}. Restore them or take their lines out."
+                f"data.root={self.root} holds no images ({', '.join(SUFFIXES)}). Give another "
+                f"folder."
             )
-        self.files = files
-        self._rows = [self._describe(file, rows, label) for file in files]
+        self.skipped = self._problems(sorted(facts))
+        if self.skipped:
+            self._report(self.skipped, len(facts))
+        self.ids = sorted(facts.keys() - self.skipped.keys())
+        self._facts = [facts[name] for name in self.ids]
 
     def __len__(self) -> int:
         """Return the number of images."""
-        return len(self.files)
+        return len(self.ids)
 
     def __getitem__(self, index: int) -> Example:
         """Return one example."""
-        label, caption, metadata = self._rows[index]
-        return Example(self.files[index], self._read(self.files[index]), label, caption, metadata)
+        name, facts = self.ids[index], self._facts[index]
+        path = Path(self.root) / name
+        image = self.decode(read_bytes(path, str(path)), str(path))
+        return Example(name, image, facts.label, facts.caption, facts.metadata or {})
 
     def describe(self) -> dict[str, Any]:
-        """Return names, labels, captions and a digest of the bytes of every file."""
-        digest = hashlib.sha256()
-        for file, row in zip(self.files, self._rows, strict=True):
-            content = hashlib.sha256((self.root / file).read_bytes()).hexdigest()
-            digest.update(json.dumps([file, content, *row], sort_keys=True).encode())
+        """Return settings, and a digest of the name, facts and bytes of every image."""
+        digests, problems = self._survey(self.ids)
+        if problems:  # since the dataset was made, or nothing was checked then
+            raise DminError(self._unreadable(problems, len(self)))
+        rows = [
+            [name, digests[name], *facts] for name, facts in zip(self.ids, self._facts, strict=True)
+        ]
+        content = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
         return {
             "name": type(self).__name__,
             "examples": len(self),
-            "size": self.size,
-            "mode": self.mode,
-            "content": digest.hexdigest()[:16],
+            **self.settings(),
+            "content": content,
+            "skipped": [_shown(name) for name in sorted(self.skipped)],
         }
 
-    def _describe(
-        self, file: str, rows: dict[str, dict[str, Any]] | None, label: str
-    ) -> tuple[int | str | None, str | None, dict[str, Any]]:
-        if rows is None:
-            folder = Path(file).parent.as_posix()
-            return (None if folder == "." else folder), None, {}
-        row = dict(rows[file])
-        found = row.pop(label, None)
-        return found, row.pop("text", None), row
-
-    def _read(self, file: str) -> Tensor:
-        path = self.root / file
-        try:
-            with Image.open(path) as opened:
-                mode = self.mode or ("L" if opened.mode in ("1", "L") else "RGB")
-                image = ImageOps.exif_transpose(opened).convert(mode)
-        except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+    def _find(self) -> dict[str, Facts]:
+        """Return what is known of each image: of those the metadata names, else of all."""
+        root = Path(self.root)
+        files = list(_walk(root))
+        tables = [file for file in files if Path(file).name in NAMES]
+        images = [file for file in files if Path(file).suffix.lower() in SUFFIXES]
+        if not tables:
+            folders = {image: Path(image).parent.as_posix() for image in images}
+            return {n: Facts(None if folder == "." else folder) for n, folder in folders.items()}
+        both = [t for t in tables if t.endswith(".csv") and f"{t[:-4]}.jsonl" in tables]
+        if both:
             raise DminError(
-                f"{path} cannot be read as an image ({error}). Mend it or take it out."
-            ) from error
-        if self.size is not None:
-            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
-        pixels = np.asarray(image, dtype=np.float32) / 255
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        return torch.from_numpy(np.ascontiguousarray(pixels))
+                f"{root / both[0]} stands beside a metadata.jsonl. Keep one of the two."
+            )
+        where = f"the metadata of {root}"
+        facts = read_facts(read_rows(root, tables), where, self.label, self.text)
+        # macOS spells é in two characters, most others in one: the name on disk is the right one.
+        spelling = {unicodedata.normalize("NFC", file): file for file in files}
+        on_disk = set(files)
+        facts = {
+            n if n in on_disk else spelling.get(unicodedata.normalize("NFC", n), n): fact
+            for n, fact in facts.items()
+        }
+        unnamed = [image for image in images if image not in facts]
+        if unnamed:
+            warnings.warn(
+                f"{where} does not name {len(unnamed)} image(s) there, such as {_shown(unnamed[0])}"
+                f": they are left out.",
+                stacklevel=4,
+            )
+        return facts
+
+    def _problems(self, names: list[str]) -> dict[str, str]:
+        """Return which images are not fit for use, as far as they are to be checked, and why."""
+        if self.check:
+            problems = self._survey(names).problems
+        else:
+            absent = [name for name in names if not os.path.isfile(Path(self.root) / name)]
+            problems = dict.fromkeys(absent, "there is no such file")
+        for name in names:
+            if _shown(name) != name:
+                problems[name] = "its name is not UTF-8, so no store can hold it: rename the file"
+        return problems
+
+    def _survey(self, names: list[str]) -> Survey:
+        if not self.check:
+            return survey(Path(self.root), names)
+        settings = {**self.settings(), "max_pixels": self.max_pixels}
+        return survey(Path(self.root), names, self.decode, settings)
+
+    def _report(self, problems: dict[str, str], images: int) -> None:
+        message = self._unreadable(problems, images)
+        if self.on_error == "raise":
+            raise DminError(
+                f"{message} Mend them, take them out (of the metadata too), or leave them out with "
+                f"data.on_error=skip."
+            )
+        if len(problems) == images:
+            raise DminError(message)
+        warnings.warn(f"{message} They are left out.", stacklevel=4)
+
+    def _unreadable(self, problems: dict[str, str], images: int) -> str:
+        few = [f"{_shown(name)} ({reason})" for name, reason in sorted(problems.items())[:3]]
+        more = ", …" if len(problems) > len(few) else ""
+        return (
+            f"{len(problems)} of the {images} image(s) of data.root={self.root} cannot be used: "
+            f"{', '.join(few)}{more}."
+        )
 
 
 def save_images(
@@ -142,41 +208,27 @@ def save_images(
         file.write("\n".join(lines) + "\n")
 
 
-def _images(root: Path) -> list[str]:
-    found = (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    return sorted(p.relative_to(root).as_posix() for p in found)
-
-
-def _metadata(root: Path) -> dict[str, dict[str, Any]] | None:
-    """Return the metadata rows by file name, or None when there is no metadata file."""
-    jsonl, table = root / "metadata.jsonl", root / "metadata.csv"
-    if jsonl.is_file():
-        rows = [
-            _json_line(jsonl, n, line) for n, line in enumerate(jsonl.open(), 1) if line.strip()
-        ]
-        path = jsonl
-    elif table.is_file():
-        with table.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        path = table
-    else:
-        return None
-    by_name: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(rows, 1):
-        name = row.pop("file_name", None)
-        if not isinstance(name, str):
-            raise DminError(f"{path}, row {number}: no file_name. Every row must name its image.")
-        if name in by_name:
-            raise DminError(f"{path}, row {number}: {name} is named twice. Keep one of the rows.")
-        by_name[name] = row
-    return by_name
-
-
-def _json_line(path: Path, number: int, line: str) -> dict[str, Any]:
+def _walk(
+    folder: Path, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[str]:
+    """Yield the files below a folder by their path from it, in order; links are followed."""
+    found = os.stat(folder)
+    here = (found.st_dev, found.st_ino)
+    if here in above:
+        return  # a link to a folder that this one stands in
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DminError(f"{path}, line {number} is not JSON: {error}.") from error
-    if not isinstance(row, dict):
-        raise DminError(f"{path}, line {number} is not a JSON object.")
-    return row
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise DminError(f"{folder} cannot be listed ({error.strerror}). Grant access.") from error
+    for name in names:
+        if name.startswith((".", "__")):
+            continue
+        if os.path.isdir(folder / name):
+            yield from _walk(folder / name, f"{inside}{name}/", above | {here})
+        else:
+            yield f"{inside}{name}"
+
+
+def _shown(name: str) -> str:
+    """Return a file name that can be printed: Linux allows bytes that are no text."""
+    return name.encode(errors="backslashreplace").decode()

@@ -1,0 +1,174 @@
+"""Captions, labels and all else that stands in metadata files beside images."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from dmin.errors import DminError
+
+NAMES = ("metadata.jsonl", "metadata.csv")
+
+
+class Facts(NamedTuple):
+    """What is known of an image besides its pixels."""
+
+    label: int | str | None = None
+    caption: str | None = None
+    metadata: dict[str, Any] | None = None
+
+
+def read_rows(root: Path, tables: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the rows of metadata files by the path of their image below the root.
+
+    Args:
+        root: the folder of images.
+        tables: paths of the metadata files below it; each names images relative to itself.
+
+    Raises:
+        DminError: a file is not as it should be, or an image is named twice.
+    """
+    by_name: dict[str, dict[str, Any]] = {}
+    for table in tables:
+        path = root / table
+        rows = list(_jsonl(path) if path.suffix == ".jsonl" else _csv(path))
+        for number, row in rows:
+            name = (PurePosixPath(table).parent / _file_name(path, number, row)).as_posix()
+            if name in by_name:
+                raise DminError(
+                    f"{path}, line {number}: {name} is named twice. Keep one of the rows."
+                )
+            by_name[name] = row
+    return by_name
+
+
+def read_facts(
+    rows: dict[str, dict[str, Any]], where: str, label: str | None, text: str | None
+) -> dict[str, Facts]:
+    """Split each row into label, caption and the rest.
+
+    Args:
+        rows: by image.
+        where: what to call the metadata in a message.
+        label: column of the label, None for no labels.
+        text: column of the caption, None for no captions.
+
+    Raises:
+        DminError: a column is not there but was asked for, or seems misspelt; or a value is no
+            label or caption.
+    """
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    _check_column("label", label, columns, where)
+    _check_column("text", text, columns, where)
+    return {name: _facts(name, dict(row), label, text) for name, row in rows.items()}
+
+
+def as_label(value: Any, name: str) -> int | str | None:
+    """Return a label as an integer or text.
+
+    Raises:
+        DminError: it is neither.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    raise DminError(f"{name} has the label {value!r}; a label is an integer or text.")
+
+
+def as_caption(value: Any, name: str) -> str | None:
+    """Return a caption as text.
+
+    Raises:
+        DminError: it is neither text nor a number.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # the caption "7" looks like a number in a table
+    raise DminError(f"{name} has the caption {value!r}; a caption is text.")
+
+
+def _facts(name: str, row: dict[str, Any], label: str | None, text: str | None) -> Facts:
+    found = as_label(row.pop(label, None), name) if label else None
+    caption = as_caption(row.pop(text, None), name) if text else None
+    return Facts(found, caption, row)
+
+
+def _check_column(setting: str, column: str | None, columns: list[str], where: str) -> None:
+    """Refuse a column that is not there, unless it is the default's and nothing looks like it."""
+    if column is None or column in columns:
+        return
+    lower = {name.lower(): name for name in columns}
+    near = difflib.get_close_matches(column.lower(), lower, n=1, cutoff=0.8)
+    if near or column != setting:
+        guess = f" Did you mean {lower[near[0]]}?" if near else ""
+        raise DminError(
+            f"{where} has no column {column!r}.{guess} Columns there: {', '.join(columns)}. "
+            f"Set data.{setting}=<column>, or data.{setting}=null to do without."
+        )
+
+
+def _file_name(path: Path, number: int, row: dict[str, Any]) -> PurePosixPath:
+    name = row.pop("file_name", None)
+    if not isinstance(name, str) or not name:
+        raise DminError(
+            f"{path}, line {number}: no file_name. Every row must name its image in that column; "
+            f"columns there: {', '.join(map(str, row)) or 'none'}."
+        )
+    inside = PurePosixPath(name)
+    if inside.is_absolute() or ".." in inside.parts:
+        raise DminError(
+            f"{path}, line {number}: file_name {name} leads out of the folder. Name images "
+            f"relative to the metadata file, so that their ids are the same on every machine."
+        )
+    return inside
+
+
+def _jsonl(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DminError(f"{path}, line {number} is not JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise DminError(f"{path}, line {number} is not a JSON object.")
+        yield number, row
+
+
+def _csv(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+    rows: list[tuple[int, dict[str, Any]]] = []
+    for row in reader:
+        if None in row:
+            raise DminError(
+                f"{path}, line {reader.line_num} has more cells than the header. Put quotes around "
+                f"values with commas."
+            )
+        rows.append((reader.line_num, {k: v if v != "" else None for k, v in row.items()}))
+    for column in reader.fieldnames or ():
+        values = [row[column] for _, row in rows if row[column] is not None]
+        # A column of integers is one in every row and written as Python writes them: 007 is text.
+        if column != "file_name" and all(_is_integer(value) for value in values):
+            for _, row in rows:
+                row[column] = None if row[column] is None else int(row[column])
+    return rows
+
+
+def _is_integer(value: str) -> bool:
+    digits = value.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and len(digits) < 19 and str(int(value)) == value
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # Excel writes a byte order mark
+    except UnicodeDecodeError as error:
+        raise DminError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
