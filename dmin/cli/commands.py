@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from rich.markup import escape
 from rich.tree import Tree
 
 from dmin.cli.compose import needs
@@ -200,7 +201,15 @@ def _config_tree(name: str, cfg: DictConfig, subtrees: tuple[str, ...]) -> Tree:
 
 def _add(branch: Tree, values: Any) -> None:
     for key, value in values.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and "_target_" not in value and value:
             _add(branch.add(f"{key}"), value)
         else:
-            branch.add(f"{key}: [cyan]{value}[/]", highlight=False)
+            branch.add(f"{key}: [cyan]{escape(_call(value))}[/]", highlight=False)
+
+
+def _call(value: Any) -> str:
+    """Return a node that names a target as the call it is."""
+    if not isinstance(value, dict) or "_target_" not in value:
+        return str(value)
+    arguments = (f"{k}={_call(v)}" for k, v in value.items() if not k.startswith("_"))
+    return f"{value['_target_'].rpartition('.')[2]}({', '.join(arguments)})"
