@@ -5,28 +5,34 @@ output, example by example. Together with the layer's input that is the per-exam
 parameters, in factors (:mod:`dmin.layer_gradients`). A :class:`Capture` hands these to the sketch
 the moment backward reaches the layer and forgets them, so the full gradient never exists. The
 parameters are frozen meanwhile: autograd computes no weight gradients of its own.
+
+No use of a parameter goes unseen (:mod:`dmin.watch`). Where it is not a layer with a closed form at
+its own work, the module that used it is run again, an example at a time (:mod:`dmin.fallback`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from dmin.errors import DminError
-from dmin.layer_gradients import GradientFactors, Sum, layer_gradient, supported_layers
+from dmin.fallback import Rerun, differentiable, replaced
+from dmin.layer_gradients import GradientFactors, LayerGradient, Sum, layer_gradient, splits
 from dmin.sketches import Parameter, Parameters, Sketch, Sketched
 from dmin.sketches.base import Accumulator
+from dmin.watch import Use, Watch
 
 # Bytes of per-example gradients in memory at once. On a CPU a slice that fits the last-level cache
 # is also the fastest (and is recycled by malloc instead of being mapped afresh each time).
 CPU_BUDGET, GPU_BUDGET = 8 << 20, 512 << 20
+
+CLOSED_FORM, FALLBACK, UNUSED = "closed form", "fallback", "unused"
 
 
 def choose_parameters(network: nn.Module, params: str = "all") -> Parameters:
@@ -40,45 +46,46 @@ def choose_parameters(network: nn.Module, params: str = "all") -> Parameters:
         The parameters in the network's order; tied weights once, under their first name.
 
     Raises:
-        DminError: the expression is invalid or matches nothing, or a chosen parameter belongs to a
-            layer that dmin cannot differentiate for each example; all such layers are named.
+        DminError: the expression is invalid or matches nothing, or a chosen parameter has no
+            gradient: it is quantised, or compiled where dmin cannot see it.
     """
-    names = {name: tuple(p.shape) for name, p in network.named_parameters()}
+    named = dict(network.named_parameters())
     if params != "all":
         try:
             pattern = re.compile(params)
         except re.error as error:
             raise DminError(f"params={params!r} is not a regular expression: {error}.") from error
-        names = {name: shape for name, shape in names.items() if pattern.search(name)}
-    if not names:
-        some = ", ".join(name for name, _ in list(network.named_parameters())[:5])
+        chosen = {name: p for name, p in named.items() if pattern.search(name)}
+    else:
+        chosen = named
+    if not chosen:
+        some = ", ".join(list(named)[:5])
         raise DminError(
             f"params={params!r} matches no parameter of {type(network).__name__}. Its parameters "
             f"are named like: {some or '(it has none)'}."
         )
-    refused = [
-        f"{layer_name or '(the network itself)'} ({type(layer).__name__}: {', '.join(local)})"
-        for layer_name, layer, local in _owners(network, set(names))
-        if layer_gradient(layer) is None
-    ]
+    refused = [f"{name} ({p.dtype})" for name, p in chosen.items() if not p.is_floating_point()]
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            prefix = f"{name}." if name else ""
+            refused += [f"{key} (scripted)" for key in chosen if key.startswith(prefix)]
     if refused:
         raise DminError(
-            f"dmin cannot differentiate {len(refused)} layer(s) example by example: "
-            f"{'; '.join(refused[:8])}{' …' if len(refused) > 8 else ''}. Layers it can: "
-            f"{', '.join(supported_layers())}. Leave the others out with params=<regex>, which "
+            f"dmin cannot differentiate {len(refused)} parameter(s): {_some(refused)}. Load the "
+            f"model unquantised and not compiled, or leave them out with params=<regex>, which "
             f"names the parameters to keep."
         )
-    return Parameters(tuple(Parameter(name, shape) for name, shape in names.items()))
+    return Parameters(tuple(Parameter(name, tuple(p.shape)) for name, p in chosen.items()))
 
 
 @dataclass
 class _Call:
-    """One forward call of one layer: what its gradient will need."""
+    """One forward call whose gradients are to come: of a layer, or of a module to run again."""
 
-    layer_name: str
-    layer: nn.Module
-    input: Tensor
-    version: int
+    name: str
+    module: nn.Module
+    parameters: set[str]
+    how: LayerGradient | Rerun
 
 
 @dataclass
@@ -86,6 +93,7 @@ class _Pass:
     """One backward pass under way."""
 
     batch: int
+    budget: int
     state: Accumulator
     arrived: dict[str, list[GradientFactors]] = field(default_factory=dict)
 
@@ -112,40 +120,32 @@ class Capture:
         self.network = network
         self.sketch = sketch
         self.budget = budget
-        self._parameters = sketch._bound
-        self._handles: list[RemovableHandle] = []
-        self._required: list[tuple[nn.Parameter, bool]] = []
-        self._local: dict[str, dict[str, str]] = {}  # layer name -> {local name: canonical name}
-        self._uses: dict[str, int] = {}
-        self._called: set[str] = set()
+        named = dict(network.named_parameters())
+        self._chosen = {entry.name: named[entry.name] for entry in sketch._bound.entries}
+        self._watch: Watch[_Call] = Watch(network, self._chosen, self._record)
+        self._paths: dict[str, set[str]] = defaultdict(set)
+        self._calls: Counter[str] = Counter()  # of each parameter, whose gradients are to come
         self._pass: _Pass | None = None
 
     def __enter__(self) -> Self:
-        """Freeze the parameters and hook the layers."""
-        chosen = {entry.name for entry in self._parameters.entries}
-        for name, layer, local in _owners(self.network, chosen):
-            self._local[name] = local
-            hook = _forward_hook(self, name)
-            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
-        self._required = [(p, p.requires_grad) for p in self.network.parameters()]
-        for parameter, _ in self._required:
-            parameter.requires_grad_(False)
+        """Freeze the parameters and watch the network."""
+        self._anchor = torch.ones((), requires_grad=True)
+        self._watch.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Give the network back as it was."""
-        for handle in self._handles:
-            handle.remove()
-        for parameter, required in self._required:
-            parameter.requires_grad_(required)
-        self._handles, self._required, self._pass = [], [], None
-        self._uses.clear()
-        self._called.clear()
+        self._watch.__exit__(*error)
+        self._calls.clear()
+
+    @property
+    def coverage(self) -> dict[str, str]:
+        """How each chosen parameter's gradient was had in the backward passes so far.
+
+        ``closed form``, ``fallback (<module that is run again>)``, both, or ``unused`` where the
+        values do not depend on the parameter, so that its gradient is zero.
+        """
+        return {name: " + ".join(sorted(self._paths[name])) or UNUSED for name in self._chosen}
 
     def backward(self, values: Tensor, keep_graph: bool = False) -> Sketched:
         """Backpropagate one value an example and return the sketches of their gradients.
@@ -158,104 +158,149 @@ class Capture:
             Sketches ``[batch, groups, k]`` and squared norms ``[batch, groups]``.
 
         Raises:
-            DminError: a chosen layer was not called in the forward pass, so its gradient would be
-                missing without a word; or its input was changed in place.
+            DminError: the gradient of a chosen parameter cannot be had; the message names it.
         """
-        silent = [name for name in self._local if name not in self._called]
-        if silent:
+        if values.ndim != 1 or not values.requires_grad:
             raise DminError(
-                f"{len(silent)} layer(s) with attributed parameters were never called, so their "
-                f"gradients would be missing: {', '.join(silent[:8])}. Either the model uses their "
-                f"weights without calling them, or does not use them in this configuration. Leave "
-                f"them out with params=<regex>."
+                f"the loss must be one value an example that depends on the network's parameters; "
+                f"it has shape {tuple(values.shape)} and "
+                f"{'a' if values.requires_grad else 'no'} gradient. Is it summed, or detached?"
             )
-        like = values.new_zeros((), dtype=values.dtype if values.dtype.itemsize == 8 else None)
-        like = like if like.dtype == torch.float64 else like.float()
+        if self._watch.lost:
+            lost = [f"{name} ({why})" for name, why in self._watch.lost.items()]
+            raise DminError(
+                f"the gradients of {len(lost)} parameter(s) cannot be told apart by example: "
+                f"{_some(lost)}. Leave them out with params=<regex>."
+            )
+        double = values.dtype == torch.float64
+        like = values.detach().new_zeros((), dtype=torch.float64 if double else torch.float32)
         budget = self.budget or (GPU_BUDGET if values.is_cuda else CPU_BUDGET)
-        self._pass = _Pass(len(values), self.sketch.begin(len(values), like, budget))
-        values.sum().backward(retain_graph=keep_graph)
-        for name in list(self._pass.arrived):  # calls whose output the values do not depend on
-            self._flush(name)
-        rows = self.sketch.finish(self._pass.state)
-        self._pass = None
+        batch = len(values)
+        self._pass = _Pass(batch, budget, self.sketch.begin(batch, like, budget))
+        try:
+            with self._watch.replaying():
+                torch.autograd.backward(
+                    values.sum(), inputs=[self._anchor], retain_graph=keep_graph
+                )
+            for name in list(self._pass.arrived):  # some of their calls did not matter
+                self._flush(name)
+            rows = self.sketch.finish(self._pass.state)
+        finally:
+            self._pass = None
         if not keep_graph:
-            self._uses.clear()
-            self._called.clear()
+            self._watch.forget()
+            self._calls.clear()
         return rows
 
-    def _record(self, name: str, layer: nn.Module, a: Tensor, output: Tensor) -> Tensor:
-        """Note a forward call and arrange to hear of the gradient of its output."""
+    def _record(self, use: Use[_Call]) -> tuple[Any, _Call] | None:
+        """Arrange to hear of the gradients of a call's outputs; None if they do not help."""
         if not torch.is_grad_enabled():
-            raise RuntimeError("Capture needs torch.enable_grad() around the forward pass")
-        call = _Call(name, layer, a.detach(), a._version)
-        self._called.add(name)
-        for canonical in self._local[name].values():
-            self._uses[canonical] = self._uses.get(canonical, 0) + 1
-        if not output.requires_grad:  # nothing upstream is trainable: the graph starts here
-            output = _Root.apply(output, torch.ones((), requires_grad=True))
-        output.register_hook(lambda gradient: self._arrive(call, gradient))
-        return output
-
-    def _arrive(self, call: _Call, output_gradient: Tensor) -> None:
-        """Take the gradient of a layer's output; flush parameters whose last call this was."""
-        if self._pass is None:
-            return
-        if call.input._version != call.version:
             raise DminError(
-                f"the input of layer {call.layer_name} was changed in place after the layer used "
-                f"it, so its gradient cannot be had. Switch the in-place operation off, or leave "
-                f"the layer out with params=<regex>."
+                f"{use.name or 'the network'} ran without gradients, so those of "
+                f"{_some(use.used)} would be missing. Remove torch.no_grad from the model; "
+                f"gradient checkpointing needs use_reentrant=False."
             )
-        gradient = layer_gradient(call.layer)
-        assert gradient is not None  # choose_parameters refused the others
-        factors = gradient(call.layer, call.input, output_gradient.detach(), self._pass.batch)
-        for local, canonical in self._local[call.layer_name].items():
-            arrived = self._pass.arrived.setdefault(canonical, [])
-            arrived.append(factors[local])
-            if len(arrived) == self._uses[canonical]:
-                self._flush(canonical)
+        how = self._how(use)
+        if how is None:
+            return None
+        call = _Call(use.name, use.module, use.used, how)
+        inputs = how.inputs if isinstance(how, Rerun) else [_input(use).detach()]
+        if isinstance(how, Rerun):
+            for inner in use.within:  # running again covers these as well
+                self._calls.subtract(inner.parameters & call.parameters)
+                inner.parameters -= call.parameters
+        if self._pass is None:  # else a checkpoint recomputes what is counted already
+            self._calls.update(call.parameters)
+        outputs = differentiable(use.output)
+        tapped = _Tap.apply(self, call, self._anchor, len(outputs), *outputs, *inputs)
+        return replaced(use.output, tapped), call
+
+    def _how(self, use: Use[_Call]) -> LayerGradient | Rerun | None:
+        """Return how the gradients of a call can be had, or None if not example by example."""
+        gradient, batch = layer_gradient(use.module), self._watch.batch
+        own = {self._watch.name_of[id(p)] for p in self._watch.own(use.module).values()}
+        if gradient is not None and use.used <= own and isinstance(use.output, Tensor):
+            return gradient if batch is None or splits(use.module, _input(use), batch) else None
+        batch, outputs = batch or 1, differentiable(use.output)
+        if not outputs or any(len(x) % batch if x.ndim else batch > 1 for x in outputs):
+            return None
+        rerun = Rerun(use.module, use.name or "the network", (use.args, use.kwargs), use.output)
+        return rerun if rerun.inputs else None
+
+    def _arrive(self, call: _Call, inputs: Sequence[Tensor], gradients: Sequence[Any]) -> None:
+        """Take the gradients of a call's outputs; flush parameters whose last call this was."""
+        if self._pass is None or not call.parameters:
+            return
+        batch, how = self._pass.batch, call.how
+        factors: dict[str, GradientFactors]
+        if isinstance(how, Rerun):
+            path = f"{FALLBACK} ({how.name})"
+            parameters = {name: self._chosen[name] for name in sorted(call.parameters)}
+            with self._watch.off():
+                factors = how.factors(inputs, gradients, parameters, batch, self._pass.budget)
+        else:
+            path = CLOSED_FORM
+            if not splits(call.module, inputs[0], batch):
+                raise DminError(
+                    f"layer {call.name} was given {tuple(inputs[0].shape)} for {batch} examples, "
+                    f"which cannot be told apart. Leave it out with params=<regex>."
+                )
+            parts = how(call.module, inputs[0], gradients[0], batch)
+            own = self._watch.own(call.module)
+            factors = {self._watch.name_of[id(p)]: parts[local] for local, p in own.items()}
+        for name in sorted(call.parameters):
+            self._paths[name].add(path)
+            arrived = self._pass.arrived.setdefault(name, [])
+            arrived.append(factors[name])
+            if len(arrived) == self._calls[name]:
+                self._flush(name)
 
     def _flush(self, name: str) -> None:
         """Sketch one parameter's gradients and forget them."""
         assert self._pass is not None
         parts = self._pass.arrived.pop(name)
-        self.sketch.add(self._pass.state, name, parts[0] if len(parts) == 1 else Sum(parts))
+        with self._watch.off():  # modules may be run again
+            self.sketch.add(self._pass.state, name, parts[0] if len(parts) == 1 else Sum(parts))
 
 
-class _Root(torch.autograd.Function):
-    """Start a graph at a tensor that has none, without a leaf that would collect a gradient."""
+class _Tap(torch.autograd.Function):
+    """The identity on a call's outputs, which hands their gradients and the inputs to a capture.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-def _forward_hook(capture: Capture, name: str) -> Any:
-    def hook(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        a = args[0] if args else next(iter(kwargs.values()))
-        return capture._record(name, layer, a, output)
-
-    return hook
-
-
-def _owners(
-    network: nn.Module, chosen: set[str]
-) -> Iterator[tuple[str, nn.Module, dict[str, str]]]:
-    """Yield each module that holds chosen parameters itself: name, module, {local: canonical}.
-
-    A module shared between two places is yielded once; a weight shared between two modules is
-    yielded with both, under its one canonical name.
+    It starts a graph where the outputs have none. The inputs are saved as autograd saves tensors:
+    checked for changes in place, freed after backward, recomputed under gradient checkpointing.
     """
-    canonical = {id(p): name for name, p in network.named_parameters()}
-    for name, layer in network.named_modules():
-        local = {
-            key: canonical[id(p)]
-            for key, p in layer.named_parameters(recurse=False)
-            if canonical[id(p)] in chosen
-        }
-        if local:
-            yield name, layer, local
+
+    @staticmethod
+    def forward(
+        ctx: Any, capture: Capture, call: _Call, anchor: Tensor, outputs: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.capture, ctx.call = capture, call
+        ctx.save_for_backward(*tensors[outputs:])
+        ctx.set_materialize_grads(False)
+        return tuple(output.detach() for output in tensors[:outputs])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        try:
+            inputs = ctx.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise DminError(
+                f"the input of layer {ctx.call.name} was changed in place after the layer used "
+                f"it, so its gradient cannot be had. Switch the in-place operation off, or leave "
+                f"the layer out with params=<regex>."
+            ) from error
+        ctx.capture._arrive(ctx.call, inputs, gradients)
+        return (None, None, None, None, *gradients, *[None] * len(inputs))
+
+
+def _input(use: Use[_Call]) -> Tensor:
+    """Return the input of a layer that takes one."""
+    return use.args[0] if use.args else next(iter(use.kwargs.values()))
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return a few names for a message."""
+    names = sorted(names)
+    return ", ".join(names[:8]) + (" …" if len(names) > 8 else "")

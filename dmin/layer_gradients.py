@@ -12,13 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from dmin.errors import DminError
 
 
 class GradientFactors(Protocol):
@@ -48,7 +46,7 @@ class Dense:
 
     def dense(self) -> Tensor:
         """Return a copy, so that callers may work in place whatever the factors are."""
-        return _wide(self.gradient).clone()
+        return wide(self.gradient).clone()
 
     def __getitem__(self, examples: slice) -> Dense:
         """Return the gradients of some of the examples."""
@@ -72,7 +70,7 @@ class Outer:
 
     def dense(self) -> Tensor:
         """Return ``[batch, out, in]``."""
-        return torch.bmm(_wide(self.output_gradient).transpose(1, 2), _wide(self.input))
+        return torch.bmm(wide(self.output_gradient).transpose(1, 2), wide(self.input))
 
     def __getitem__(self, examples: slice) -> Outer:
         """Return the factors of some of the examples."""
@@ -99,7 +97,7 @@ class Correlation:
 
     def dense(self) -> Tensor:
         """Return ``[batch, *weight.shape]``."""
-        d, a = _wide(self.output_gradient), _wide(self.input)
+        d, a = wide(self.output_gradient), wide(self.input)
         layer, shape = self.layer, self.layer.weight.shape
         if (
             type(layer) is nn.Conv2d
@@ -122,11 +120,32 @@ class Correlation:
                 self.padding,
                 layer.dilation,
                 layer.transposed,
-                layer.output_padding,
+                self._output_padding(),
                 layer.groups,
                 [False, True, False],
             )[1]
         return gradients
+
+    def _output_padding(self) -> list[int]:
+        """Return what a transposed convolution added at the far end, in this very call.
+
+        ``layer(x, output_size=...)`` overrides the layer's own setting.
+        """
+        layer = self.layer
+        if not layer.transposed:
+            return [0] * len(self.padding)
+        return [
+            out - ((size - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
+            for out, size, stride, padding, dilation, kernel in zip(
+                self.output_gradient.shape[2:],
+                self.input.shape[2:],
+                layer.stride,
+                self.padding,
+                layer.dilation,
+                layer.kernel_size,
+                strict=True,
+            )
+        ]
 
     def __getitem__(self, examples: slice) -> Correlation:
         """Return the factors of some of the examples."""
@@ -150,7 +169,7 @@ class Rows:
 
     def dense(self) -> Tensor:
         """Return ``[batch, rows, width]``."""
-        d = _wide(self.output_gradient)
+        d = wide(self.output_gradient)
         gradients = d.new_zeros(len(d), self.rows, d.shape[-1])
         return gradients.scatter_add_(1, self.index[..., None].expand_as(d), d)
 
@@ -182,43 +201,65 @@ class Sum:
         return Sum([part[examples] for part in self.parts])
 
 
-# A layer's function: (layer, its input, the gradient of its output, batch) -> {parameter: factors}
-LayerGradient = Callable[[nn.Module, Tensor, Tensor, int], dict[str, GradientFactors]]
-_LAYERS: dict[type[nn.Module], LayerGradient] = {}
+# A layer's function: (layer, its input, the gradient of its output, batch) -> {parameter: factors}.
+# Input and output gradient have `batch` rows, or a multiple: parts of examples, folded.
+LayerGradient = Callable[[Any, Tensor, Tensor, int], dict[str, GradientFactors]]
+_LAYERS: dict[type[nn.Module], tuple[LayerGradient, Callable[[Any], bool]]] = {}
 
 
-def gradient_of(*types: type[nn.Module]) -> Callable[[LayerGradient], LayerGradient]:
-    """Register a function as the per-example gradient of some layer types."""
+def gradient_of(
+    *types: type[nn.Module], unless: Callable[[Any], bool] = lambda layer: False
+) -> Callable[[LayerGradient], LayerGradient]:
+    """Register a function as the per-example gradient of some layer types.
+
+    Args:
+        types: layers that take one tensor and return one, with a row for each example in both.
+        unless: says of a layer that the function does not hold for its settings.
+    """
 
     def register(function: LayerGradient) -> LayerGradient:
         for layer_type in types:
-            _LAYERS[layer_type] = function
+            _LAYERS[layer_type] = (function, unless)
         return function
 
     return register
 
 
 def layer_gradient(layer: nn.Module) -> LayerGradient | None:
-    """Return the function for a layer, or None when dmin has no closed form for its type.
+    """Return the function for a layer, or None when dmin has no closed form for it.
 
     A subclass counts as its parent only while it keeps the parent's ``forward``: another forward
     is another derivative.
     """
     for parent in type(layer).__mro__:
         if parent in _LAYERS:
-            return _LAYERS[parent] if type(layer).forward is parent.forward else None
+            function, unless = _LAYERS[parent]
+            same = type(layer).forward is parent.forward
+            return function if same and not unless(layer) else None
     return None
 
 
-def supported_layers() -> list[str]:
-    """Return the names of the layer types that have a closed form."""
-    return sorted(layer_type.__name__ for layer_type in _LAYERS)
+def splits(layer: nn.Module, a: Tensor, batch: int) -> bool:
+    """Return whether the rows of a layer's input can be told apart by example.
+
+    Not so for what all examples share: a table of positions, a vector without a batch.
+    """
+    if isinstance(layer, nn.Embedding):
+        return a.ndim > 0 and len(a) == batch
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        features = 1 + len(layer.kernel_size)
+    elif isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        features = len(layer.normalized_shape)
+    else:
+        features = 1
+    return a.ndim > features and len(a) % batch == 0
 
 
 @gradient_of(nn.Linear)
-def _linear(layer: nn.Linear, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
-    d, a = _by_example(d, batch, layer).flatten(1, -2), _by_example(a, batch, layer).flatten(1, -2)
-    return {"weight": Outer(d, a), "bias": Dense(_wide(d).sum(1))}
+def linear(layer: nn.Linear, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
+    """Return ``Σ_p d_p ⊗ a_p`` and ``Σ_p d_p`` over positions p."""
+    d, a = parts_of(d, batch).flatten(1, -2), parts_of(a, batch).flatten(1, -2)
+    return {"weight": Outer(d, a), "bias": Dense(wide(d).sum(1))}
 
 
 @gradient_of(
@@ -229,14 +270,10 @@ def _linear(layer: nn.Linear, a: Tensor, d: Tensor, batch: int) -> dict[str, Gra
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-def _convolution(
+def convolution(
     layer: nn.modules.conv._ConvNd, a: Tensor, d: Tensor, batch: int
 ) -> dict[str, GradientFactors]:
-    if len(d) != batch:
-        raise DminError(
-            f"{type(layer).__name__} was given {len(d)} images for {batch} examples, which dmin "
-            f"cannot attribute to examples. Leave the layer out with params=<regex>."
-        )
+    """Return the correlation of input and output gradient, and the latter summed."""
     sides = layer._reversed_padding_repeated_twice  # last dimension first, as F.pad wants it
     padding: tuple[int, ...]
     if layer.padding_mode != "zeros":
@@ -245,43 +282,44 @@ def _convolution(
         a, padding = F.pad(a, sides), (0,) * len(layer.kernel_size)
     else:
         padding = tuple(layer.padding)
-    bias = _wide(d).flatten(2).sum(2)
-    return {"weight": Correlation(d, a, layer, padding), "bias": Dense(bias)}
+    a, d = parts_of(a, batch), parts_of(d, batch)
+    parts = [Correlation(d[:, i], a[:, i], layer, padding) for i in range(a.shape[1])]
+    bias = wide(d).flatten(3).sum((1, 3))
+    return {"weight": parts[0] if len(parts) == 1 else Sum(parts), "bias": Dense(bias)}
 
 
 @gradient_of(nn.GroupNorm)
-def _group_norm(
-    layer: nn.GroupNorm, a: Tensor, d: Tensor, batch: int
-) -> dict[str, GradientFactors]:
-    normalised = F.group_norm(_wide(a), layer.num_groups, eps=layer.eps)
-    d = _wide(d)
-    weight = (d * normalised).flatten(2).sum(2)
-    return {"weight": Dense(weight), "bias": Dense(d.flatten(2).sum(2))}
+def group_norm(layer: nn.GroupNorm, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
+    """Return ``Σ d·â`` and ``Σ d`` over positions; â is the normalised input."""
+    normalised = F.group_norm(wide(a), layer.num_groups, eps=layer.eps)
+    d = wide(d)
+    shape = (batch, len(d) // batch, layer.num_channels, -1)
+    scale, shift = (d * normalised).reshape(shape).sum((1, 3)), d.reshape(shape).sum((1, 3))
+    return {"weight": Dense(scale), "bias": Dense(shift)}
 
 
 @gradient_of(nn.LayerNorm)
-def _layer_norm(
-    layer: nn.LayerNorm, a: Tensor, d: Tensor, batch: int
-) -> dict[str, GradientFactors]:
-    normalised = F.layer_norm(_wide(a), layer.normalized_shape, eps=layer.eps)
-    return _affine(normalised, _wide(d), layer.normalized_shape, batch, layer)
+def layer_norm(layer: nn.LayerNorm, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
+    """Return ``Σ d·â`` and ``Σ d`` over tokens; â is the normalised input."""
+    normalised = F.layer_norm(wide(a), layer.normalized_shape, eps=layer.eps)
+    return affine(normalised, wide(d), layer.normalized_shape, batch)
 
 
 @gradient_of(nn.RMSNorm)
-def _rms_norm(layer: nn.RMSNorm, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
-    # torch's default eps is that of the *input's* dtype, so it is fixed before widening.
-    eps = torch.finfo(a.dtype).eps if layer.eps is None else layer.eps
-    normalised = F.rms_norm(_wide(a), layer.normalized_shape, eps=eps)
-    return _affine(normalised, _wide(d), layer.normalized_shape, batch, layer)
+def rms_norm(layer: nn.RMSNorm, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
+    """Return ``Σ d·â`` over tokens; â is the normalised input."""
+    # Without an eps torch takes that of the dtype it computes in: float32 for bfloat16 too.
+    normalised = F.rms_norm(wide(a), layer.normalized_shape, eps=layer.eps)
+    return affine(normalised, wide(d), layer.normalized_shape, batch)
 
 
-@gradient_of(nn.Embedding)
-def _embedding(layer: nn.Embedding, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
-    if layer.max_norm is not None or layer.scale_grad_by_freq:
-        raise DminError(
-            "an Embedding with max_norm or scale_grad_by_freq changes its weights or gradients with "
-            "the batch, so it has no per-example gradient. Leave it out with params=<regex>."
-        )
+@gradient_of(
+    nn.Embedding,
+    # These change weights or gradients with the batch.
+    unless=lambda layer: layer.max_norm is not None or layer.scale_grad_by_freq,
+)
+def embedding(layer: nn.Embedding, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
+    """Return the output gradients as rows to be added up where they were looked up."""
     index = a.reshape(batch, -1)
     d = d.reshape(batch, index.shape[1], -1)
     if layer.padding_idx is not None:
@@ -289,27 +327,19 @@ def _embedding(layer: nn.Embedding, a: Tensor, d: Tensor, batch: int) -> dict[st
     return {"weight": Rows(d, index, layer.num_embeddings)}
 
 
-def _affine(
-    normalised: Tensor, d: Tensor, shape: tuple[int, ...], batch: int, layer: nn.Module
+def affine(
+    normalised: Tensor, d: Tensor, shape: tuple[int, ...], batch: int
 ) -> dict[str, GradientFactors]:
     """Gradients of scale and shift behind a normalisation over the last dimensions."""
-    scale = _by_example(d * normalised, batch, layer).reshape(batch, -1, *shape).sum(1)
-    shift = _by_example(d, batch, layer).reshape(batch, -1, *shape).sum(1)
-    return {"weight": Dense(scale), "bias": Dense(shift)}
+    scale = (d * normalised).reshape(batch, -1, *shape).sum(1)
+    return {"weight": Dense(scale), "bias": Dense(d.reshape(batch, -1, *shape).sum(1))}
 
 
-def _by_example(x: Tensor, batch: int, layer: nn.Module) -> Tensor:
-    """Return ``[batch, positions..., features]`` also when tokens were folded into the batch."""
-    if len(x) != batch:
-        if len(x) % batch:
-            raise DminError(
-                f"{type(layer).__name__} was given {len(x)} rows for {batch} examples, which dmin "
-                f"cannot attribute to examples. Leave the layer out with params=<regex>."
-            )
-        x = x.unflatten(0, (batch, len(x) // batch))
-    return x.unsqueeze(1) if x.ndim == 2 else x
+def parts_of(x: Tensor, batch: int) -> Tensor:
+    """Return ``[batch, parts, ...]``: one part an example, more where they are folded into rows."""
+    return x.unflatten(0, (batch, len(x) // batch))
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """Return x in float32, or float64 when it is that already: sums over positions need it."""
     return x if x.dtype == torch.float64 else x.float()

@@ -22,8 +22,8 @@ class BlockCyclic(FormedSketch):
     name). Two entries of one block never collide (b ≤ k), two of different blocks with probability
     exactly 1/k; hence ``E⟨S g, S h⟩ = ⟨g, h⟩`` and
     ``Var⟨S g, S h⟩ ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) / k``, OPORP's bound (Li & Li, arXiv
-    2302.03505), for every vector. (A fold at fixed strides does not have it: outlier channels collide.)
-    It keeps nothing of the parameters' size.
+    2302.03505), for every vector. (A fold at fixed strides does not have it: outlier channels
+    collide.) It keeps nothing of the parameters' size.
 
     Args:
         dim: k, at least the block.
