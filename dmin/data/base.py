@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,8 +55,15 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
     Raises:
         DminError: an image is not a finite ``[C, H, W]`` tensor in [0, 1], or shapes differ.
     """
+    first = examples[0]
     for example in examples:
         check_image(example)
+        if example.image.shape != first.image.shape:
+            raise DminError(
+                f"image {example.id!r} is {tuple(example.image.shape)}, but {first.id!r} is "
+                f"{tuple(first.image.shape)} [C, H, W]. Bring all to one size and mode, with files "
+                f"by data.size=<pixels> data.mode=RGB."
+            )
     return {
         "id": [e.id for e in examples],
         "image": torch.stack([e.image for e in examples]),
@@ -85,30 +94,47 @@ def check_image(example: Example) -> None:
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
     """Return what identifies a dataset's content, as JSON: its dataset fingerprint is made of it.
 
-    A dataset with a ``describe()`` of its own (say, file sizes and digests) is asked; otherwise
-    every example is read once and its id, image, label and caption are digested.
+    A dataset with a ``describe()`` of its own (say, of file digests) is asked; otherwise every
+    example is read once, one at a time, and all that is known of it is digested. Ids are held to
+    be unique either way; a dataset that offers them as a list, ``ids``, saves reading its examples
+    for that.
 
     Raises:
-        DminError: no examples, or two with the same id.
+        DminError: no examples, an id that is no text, or two with the same id.
     """
+    name = type(dataset).__name__
     if len(dataset) == 0:
-        raise DminError(f"the dataset {type(dataset).__name__} is empty: nothing to collect.")
+        raise DminError(f"the dataset {name} is empty: nothing to collect.")
     describe = getattr(dataset, "describe", None)
     if describe is not None:
+        ids = getattr(dataset, "ids", None)
+        _check_ids(ids if ids is not None else (e.id for e in _examples(dataset)))
         return dict(describe())
-    examples = [dataset[index] for index in range(len(dataset))]
-    ids = [example.id for example in examples]
-    if len(set(ids)) < len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        raise DminError(f"two examples have the id {twice!r}; ids must be unique in a dataset.")
-    digests = "".join(array_digest(e.image.numpy()) for e in examples)
-    facts = repr([(e.id, e.label, e.caption) for e in examples])
-    content = torch.frombuffer(bytearray((digests + facts).encode()), dtype=torch.uint8)
-    return {
-        "name": type(dataset).__name__,
-        "examples": len(examples),
-        "content": array_digest(content.numpy()),
-    }
+    content = hashlib.sha256()
+
+    def digest() -> Iterator[str]:
+        for example in _examples(dataset):
+            facts = [example.id, example.label, example.caption, example.describe()]
+            text = json.dumps(facts, sort_keys=True, default=repr)
+            content.update(f"{array_digest(example.image.numpy())}{text}".encode())
+            yield example.id
+
+    _check_ids(digest())
+    return {"name": name, "examples": len(dataset), "content": content.hexdigest()[:16]}
+
+
+def _examples(dataset: Dataset) -> Iterator[Example]:
+    return (dataset[index] for index in range(len(dataset)))
+
+
+def _check_ids(ids: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for found in ids:
+        if not isinstance(found, str):
+            raise DminError(f"an example has the id {found!r}; ids are text, such as '{found}'.")
+        if found in seen:
+            raise DminError(f"two examples have the id {found!r}; ids must be unique in a dataset.")
+        seen.add(found)
 
 
 class Examples:

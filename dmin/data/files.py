@@ -101,7 +101,7 @@ def survey(
                 problems[file] = problem or ""
     if amount >= LARGE:
         settled = {f: d for f, d in digests.items() if stamps[f][1] < now - _SETTLED_NS}
-        _save(record, {file: [*stamps[file], digest] for file, digest in settled.items()})
+        _save(record, known | {file: [*stamps[file], digest] for file, digest in settled.items()})
     return Survey(digests, problems)
 
 

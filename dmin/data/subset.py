@@ -1,0 +1,103 @@
+"""A part of a dataset: for models trained on subsets, and for quick trials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dmin.data.base import Dataset, Example, describe_dataset
+from dmin.errors import DminError
+from dmin.fingerprint import fingerprint
+
+
+class Subset:
+    """Some of a dataset's examples, with their ids, in the dataset's order.
+
+    Say which by exactly one of the following.
+
+    Args:
+        dataset: the whole.
+        ids: ids of the examples.
+        count: how many, drawn without replacement.
+        fraction: which part of all, in (0, 1], drawn likewise.
+        seed: key of the draw. With one seed a smaller draw is part of a larger one.
+
+    Raises:
+        DminError: no or several of the three are given, or they ask for what is not there.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        ids: Sequence[str] | None = None,
+        count: int | None = None,
+        fraction: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        given = {"ids": ids, "count": count, "fraction": fraction}
+        if sum(value is not None for value in given.values()) != 1:
+            listed = ", ".join(f"{k}={'null' if v is None else '...'}" for k, v in given.items())
+            raise DminError(f"Subset({listed}): give exactly one of ids, count and fraction.")
+        self.dataset = dataset
+        self.positions = (
+            _positions(dataset, ids)
+            if ids is not None
+            else _drawn(len(dataset), count, fraction, seed)
+        )
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> Example:
+        """Return one example."""
+        return self.dataset[self.positions[index]]
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the examples, in order."""
+        ids = _ids(self.dataset)
+        return [ids[position] for position in self.positions]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the whole, and which part of it this is."""
+        return {
+            "name": type(self).__name__,
+            "examples": len(self),
+            "dataset": describe_dataset(self.dataset),
+            "positions": fingerprint({"positions": self.positions}),
+        }
+
+
+def _ids(dataset: Dataset) -> Sequence[str]:
+    """Return all ids, from a list if the dataset keeps one, else by reading every example."""
+    ids: Sequence[str] | None = getattr(dataset, "ids", None)
+    return ids if ids is not None else [dataset[index].id for index in range(len(dataset))]
+
+
+def _positions(dataset: Dataset, ids: Sequence[str]) -> list[int]:
+    position = {found: index for index, found in enumerate(_ids(dataset))}
+    unknown = [wanted for wanted in ids if wanted not in position]
+    if unknown:
+        raise DminError(
+            f"Subset: {len(unknown)} of {len(ids)} ids are not in the dataset, such as "
+            f"{unknown[0]!r}. Its ids look like {next(iter(position))!r}."
+        )
+    if not ids or len(set(ids)) < len(ids):
+        raise DminError("Subset: ids must name one or more examples, each once.")
+    return sorted(position[wanted] for wanted in ids)
+
+
+def _drawn(examples: int, count: int | None, fraction: float | None, seed: int) -> list[int]:
+    if fraction is not None:
+        if not 0 < fraction <= 1:
+            raise DminError(f"Subset: fraction={fraction:g}; a number above 0, up to 1 is needed.")
+        count = max(1, round(fraction * examples))
+    if count is None or not 1 <= count <= examples:
+        raise DminError(
+            f"Subset: count={count}, but the dataset has {examples} examples (1 or up)."
+        )
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[:count].tolist())
