@@ -7,6 +7,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from models.tiny import BUILDERS, save
 
 from dmin.attribution import Method
 from dmin.cli.help import config_directory, groups
@@ -23,6 +24,7 @@ CHOICES = [(group, name) for group, names in groups().items() for name in names]
 # What a choice cannot know by itself.
 VALUES = {
     ("model", "ddpm"): ["model.path={ddpm_path}"],
+    **{("model", family): [f"model.path={{{family}}}"] for family in BUILDERS},
     ("data", "image_folder"): ["data.root={images}"],
     ("queries", "images"): ["queries.root={images}"],
     ("queries", "generated"): ["queries.prompts=[0,1]"],
@@ -36,7 +38,8 @@ def places(ddpm_path, tmp_path_factory):
 
     images = tmp_path_factory.mktemp("images")
     save_images(images, torch.rand(2, 1, 8, 8), ["a.png", "b.png"], [{"label": 0}, {"label": 1}])
-    return {"ddpm_path": ddpm_path, "images": images}
+    tiny = {name: save(name, tmp_path_factory.mktemp(name) / "model") for name in BUILDERS}
+    return {"ddpm_path": ddpm_path, "images": images, **tiny}
 
 
 def composed(group, name, places):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,6 +37,14 @@ class DiffusionModel(nn.Module):
 
     network: nn.Module
     ladder: Sequence[float] = range(999, -1, -1)
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """Modules that only :meth:`encode` and :meth:`sample` need, by name.
+
+        They are not children of the model. Whoever encodes moves them to a device and off again.
+        """
+        return {}
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         """Return what is diffused and what it is conditioned on; called once an example.
@@ -103,6 +112,16 @@ def mean_squared_output(prediction: Prediction) -> Tensor:
 
 READOUTS = {"loss": per_example_loss, "mean_squared_output": mean_squared_output}
 """Functions of a prediction with one value an example, whose gradients can be collected."""
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return 16 hexadecimal digits of every weight and buffer, whatever device they are on."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def noise_generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dmin.errors import DminError
 from dmin.models.base import Condition, DiffusionModel, Prediction, noise_generators
+from dmin.models.checkpoint import describe_adapters, load_adapters, load_pipeline, load_weights
+from dmin.models.noising import Denoising
 
 
 class DDPM(DiffusionModel):
@@ -24,13 +26,17 @@ class DDPM(DiffusionModel):
         network: predicts from a noised image, a timestep and, if it was built with
             ``num_class_embeds``, a class label.
         scheduler: its training noise schedule.
+        snr_gamma: weighs losses by min-SNR with this γ (Hang et al. 2023); None for equal weights.
     """
 
-    def __init__(self, network: UNet2DModel, scheduler: DDPMScheduler) -> None:
+    def __init__(
+        self, network: UNet2DModel, scheduler: DDPMScheduler, snr_gamma: float | None = None
+    ) -> None:
         super().__init__()
         self.network: UNet2DModel = network
         self.scheduler: Any = scheduler
-        self.ladder = range(self.scheduler.config.num_train_timesteps - 1, -1, -1)
+        self.process = Denoising(self.scheduler.config, snr_gamma)
+        self.ladder = self.process.ladder
         config: Any = network.config
         self.classes: int | None = config.num_class_embeds
         size = config.sample_size
@@ -54,11 +60,22 @@ class DDPM(DiffusionModel):
             ) from error
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Self:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        adapter: str | Path | Sequence[str] | None = None,
+        ema: str | Path | None = None,
+        snr_gamma: float | None = None,
+    ) -> Self:
         """Load a checkpoint saved in the layout of diffusers' ``DDPMPipeline``.
 
         Args:
             path: folder with ``model_index.json``, ``unet/`` and ``scheduler/``.
+            adapter: LoRA weights of the UNet: file or folder, or several.
+            ema: other weights of the UNet, such as their moving average: ``.safetensors`` file, or
+                a folder that ``EMAModel.save_pretrained`` wrote.
+            snr_gamma: as for the class.
 
         Raises:
             DminError: no such checkpoint.
@@ -68,9 +85,13 @@ class DDPM(DiffusionModel):
                 f"model.path={path}: no diffusers checkpoint there (no model_index.json). Train "
                 f"one with `dmin train`, or give the folder of a saved DDPMPipeline."
             )
-        pipeline = DDPMPipeline.from_pretrained(str(path))
+        pipeline = load_pipeline(DDPMPipeline, path)
+        if ema is not None:
+            load_weights(pipeline.unet, ema)
+        if adapter is not None:
+            load_adapters(pipeline.unet, adapter)
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        return cls(pipeline.unet.eval(), scheduler)
+        return cls(pipeline.unet.eval(), scheduler, snr_gamma)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Save in the layout of diffusers' ``DDPMPipeline``."""
@@ -102,27 +123,13 @@ class DDPM(DiffusionModel):
 
     def predict(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """Return the network's prediction and the target of the scheduler's prediction type."""
-        t = t.long()
-        noised = self.scheduler.add_noise(x0, noise, t)
-        prediction = self.network(noised, t, **condition).sample
-        kind = self.scheduler.config.prediction_type
-        if kind == "epsilon":
-            target = noise
-        elif kind == "v_prediction":
-            target = self.scheduler.get_velocity(x0, noise, t)
-        elif kind == "sample":
-            target = x0
-        else:
-            raise DminError(
-                f"scheduler.prediction_type={kind!r}: allowed are epsilon, v_prediction, sample."
-            )
-        return Prediction(prediction, target, torch.ones(len(x0), device=x0.device))
+        noised, target, weight = self.process(x0, noise, t)
+        prediction = self.network(noised, t.long(), **condition).sample
+        return Prediction(prediction, target, weight)
 
     def log_snr(self, timesteps: Sequence[float]) -> list[float]:
-        """Return ``log(ᾱ_t / (1 − ᾱ_t))``, the log signal-to-noise ratio, at timesteps."""
-        kept = self.scheduler.alphas_cumprod.double()[[int(t) for t in timesteps]]
-        ratios: list[float] = torch.logit(kept).tolist()
-        return ratios
+        """Return the log signal-to-noise ratio at each timestep."""
+        return self.process.log_snr(timesteps)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int = 100) -> Tensor:
@@ -139,11 +146,9 @@ class DDPM(DiffusionModel):
         return ((x + 1) / 2).clamp(0, 1)
 
     def describe(self) -> dict[str, Any]:
-        """Return the loss: prediction type and noise schedule."""
-        config = self.scheduler.config
-        names = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "trained_betas")
-        schedule = {name: config.get(name) for name in (*names, "num_train_timesteps")}
-        return {**super().describe(), **schedule}
+        """Return the loss: prediction type, noise schedule and weighting."""
+        adapters = describe_adapters(self.network)
+        return {**super().describe(), **self.process.describe(), "adapters": adapters}
 
 
 def _known(target: type, settings: Mapping[str, Any], name: str) -> None:

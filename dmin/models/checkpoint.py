@@ -1,0 +1,258 @@
+"""Loading pipelines, other weights and LoRA adapters, with errors that say what to do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dmin.errors import DminError
+
+DType = Literal["float32", "bfloat16"]
+"""float16 is left out: gradients of a mean over pixels are smaller than it can hold."""
+
+LORA = r"\.lora_[AB]\."
+"""Regular expression of the parameters of LoRA adapters: for ``collect.params``."""
+
+
+def load_pipeline(
+    pipeline_class: Any,
+    path: str | Path,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    torch_dtype: DType = "float32",
+    subfolder: str | None = None,
+    single_file: str | Path | None = None,
+    **components: Any,
+) -> Any:
+    """Load a pipeline with its own ``from_pretrained`` or ``from_single_file``.
+
+    Args:
+        pipeline_class: of diffusers.
+        path: folder saved by it, or the name of a repository on the Hub.
+        variant: of the weight files, such as ``fp16``.
+        revision: branch, tag or commit on the Hub.
+        torch_dtype: ``float32`` or ``bfloat16``, of all weights.
+        subfolder: folder inside ``path`` that holds the pipeline.
+        single_file: file that holds all weights in the original layout; configs and tokenizers are
+            then read from ``path``.
+        components: to replace components of the checkpoint, such as ``safety_checker=None``.
+
+    Raises:
+        DminError: there is no such checkpoint, or it is another pipeline's.
+    """
+    if torch_dtype not in ("float32", "bfloat16"):
+        raise DminError(
+            f"model.torch_dtype={torch_dtype!r}: allowed are float32 and bfloat16 (float16 rounds "
+            f"small gradients to zero)."
+        )
+    source = Path(path, subfolder) if subfolder else Path(path)
+    is_local = Path(path).exists()
+    if (is_local or subfolder) and not (source / "model_index.json").is_file():
+        raise DminError(
+            f"model.path={path}{f', model.subfolder={subfolder}' if subfolder else ''}: no "
+            f"diffusers checkpoint there (no model_index.json). Give the folder that "
+            f"{pipeline_class.__name__}.save_pretrained wrote, or the name of one on the Hub."
+        )
+    options = {"torch_dtype": getattr(torch, torch_dtype), "revision": revision, **components}
+    try:
+        with warnings.catch_warnings():
+            # The new name of the argument is unknown to the oldest diffusers that dmin takes.
+            warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
+            if single_file is None:
+                return pipeline_class.from_pretrained(
+                    str(source if is_local else path), variant=variant, **options
+                )
+            return pipeline_class.from_single_file(
+                str(single_file), config=str(source if is_local else path), **options
+            )
+    except AttributeError as error:
+        if single_file is None or hasattr(pipeline_class, "from_single_file"):
+            raise
+        raise DminError(
+            f"model.single_file={single_file}: diffusers cannot load {pipeline_class.__name__} "
+            f"from one file. Convert it to diffusers' layout and give the folder as model.path."
+        ) from error
+    except (OSError, ValueError, TypeError) as error:
+        raise DminError(
+            f"model.path={path}: diffusers cannot load a {pipeline_class.__name__} from it: {error}"
+        ) from error
+
+
+def load_weights(network: nn.Module, path: str | Path) -> None:
+    """Replace all weights of a network, say by their moving average.
+
+    Args:
+        network: gets the weights.
+        path: ``.safetensors`` file with its state dict; or a folder saved by the network's
+            ``save_pretrained``, which is also what diffusers' ``EMAModel`` writes.
+
+    Raises:
+        DminError: no such file, or the weights are another network's.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "config.json").is_file():
+        network_class: Any = type(network)
+        state = network_class.from_pretrained(str(path)).state_dict()
+    elif path.suffix == ".safetensors" and path.is_file():
+        state = load_file(path)
+    else:
+        raise DminError(
+            f"model.ema={path}: neither a .safetensors file nor a folder with config.json and "
+            f"weights. Save the averaged weights with EMAModel.save_pretrained, or their state "
+            f"dict with safetensors.torch.save_file."
+        )
+    own = network.state_dict()
+    wrong = [name for name in {*own, *state} if _shape(own, name) != _shape(state, name)]
+    if wrong:
+        raise DminError(
+            f"model.ema={path}: not the weights of this {type(network).__name__}: {len(wrong)} "
+            f"entries are missing, unknown or of another shape ({', '.join(sorted(wrong)[:3])}). "
+            f"Give the weights of the same network as model.path."
+        )
+    network.load_state_dict(state)
+
+
+def load_adapters(
+    network: nn.Module, paths: str | Path | Sequence[str | Path], pipeline: Any = None
+) -> None:
+    """Load LoRA adapters into a network, under names that do not depend on where they come from.
+
+    They are called ``default``, ``default_1``, … and act together, so that the names of their
+    parameters (and with them the sketch) are the same however an adapter was called in training.
+
+    Args:
+        network: gets the adapters; must not have any yet.
+        paths: ``.safetensors`` file or a folder with one, in diffusers', kohya's or peft's format;
+            several are added up.
+        pipeline: whose ``load_lora_weights`` reads more formats, if it has one.
+
+    Raises:
+        DminError: no such file, not a LoRA of this network alone, or peft is not installed.
+    """
+    try:
+        import peft  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise DminError("model.adapter needs peft: pip install 'dmin[lora]'.") from error
+    several = [paths] if isinstance(paths, str | Path) else list(paths)
+    names = ["default", *(f"default_{n}" for n in range(1, len(several)))]
+    for path, name in zip(several, names, strict=False):
+        _load_adapter(network, _adapter_file(Path(path)), name, pipeline)
+    if len(several) > 1:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for module in network.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.set_adapter(names)
+    network.eval()
+
+
+def _load_adapter(network: nn.Module, file: Path, name: str, pipeline: Any) -> None:
+    state = load_file(file)
+    _refuse_adapter(state, file)
+    before = _adapter_keys(network)
+    try:
+        if (file.parent / "adapter_config.json").is_file() or not hasattr(
+            pipeline, "load_lora_weights"
+        ):
+            _inject(network, state, file, name)
+        else:
+            pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise DminError(
+            f"model.adapter={file}: cannot be loaded into {type(network).__name__}: {error}"
+        ) from error
+    if _adapter_keys(network) == before:
+        raise DminError(
+            f"model.adapter={file}: none of its {len(state)} tensors belongs to "
+            f"{type(network).__name__} (the first is {next(iter(state), 'none')}). Give an adapter "
+            f"trained for this model."
+        )
+
+
+def _refuse_adapter(state: dict[str, Tensor], file: Path) -> None:
+    text = [key for key in state if key.startswith(("text_encoder", "lora_te"))]
+    if text:
+        raise DminError(
+            f"model.adapter={file}: it also adapts a text encoder ({len(text)} tensors, such as "
+            f"{text[0]}), whose part of the gradient dmin does not take. Train the adapter on the "
+            f"denoising network alone, or remove these tensors from the file if their effect may "
+            f"be left out."
+        )
+    odd = [key for key in state if "dora_scale" in key or "lora_magnitude" in key]
+    if odd:
+        raise DminError(
+            f"model.adapter={file}: a DoRA adapter ({odd[0]}), whose magnitudes would be ignored. "
+            f"Use a plain LoRA."
+        )
+
+
+def _adapter_file(path: Path) -> Path:
+    """Return the one weight file of an adapter."""
+    names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    files = [file for file in files if file.name in names] or files
+    if len(files) != 1 or files[0].suffix != ".safetensors":
+        raise DminError(
+            f"model.adapter={path}: expected a .safetensors file, or a folder with just one; found "
+            f"{', '.join(f.name for f in files) or 'none'}. An adapter on the Hub must be "
+            f"downloaded first."
+        )
+    return files[0]
+
+
+def _inject(network: nn.Module, state: dict[str, Tensor], file: Path, name: str) -> None:
+    """Load an adapter with peft alone, for networks that diffusers has no loader for."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    for prefix in ("base_model.model.", "transformer.", "unet."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    if (file.parent / "adapter_config.json").is_file():
+        config = LoraConfig.from_pretrained(str(file.parent))
+    else:
+        ranks = {
+            key.removesuffix(".lora_A.weight"): len(value)
+            for key, value in state.items()
+            if key.endswith(".lora_A.weight")
+        }
+        rank = next(iter(ranks.values()), 1)
+        # Files of this kind do not tell alpha; diffusers, too, takes it to be the rank.
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            target_modules=list(ranks),
+            rank_pattern={key: r for key, r in ranks.items() if r != rank},
+            alpha_pattern={key: r for key, r in ranks.items() if r != rank},
+        )
+    modules: Any = network
+    inject_adapter_in_model(config, modules, name)
+    result: Any = set_peft_model_state_dict(modules, state, name)
+    if result.unexpected_keys:
+        raise DminError(
+            f"model.adapter={file}: {type(network).__name__} has no place for "
+            f"{', '.join(result.unexpected_keys[:3])}. Give an adapter trained for this model."
+        )
+
+
+def describe_adapters(network: nn.Module) -> dict[str, Any]:
+    """Return rank and scale of a network's adapters: α is no weight, but scales gradients."""
+    configs = getattr(network, "peft_config", {})
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+    return {
+        name: {key: getattr(config, key, None) for key in names} for name, config in configs.items()
+    }
+
+
+def _adapter_keys(network: nn.Module) -> set[str]:
+    return {name for name, _ in network.named_parameters() if ".lora_" in name}
+
+
+def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(state[name].shape) if name in state else None

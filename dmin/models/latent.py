@@ -1,0 +1,302 @@
+"""What latent diffusion models share: a pipeline of diffusers, its encoders and its sampler."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from dmin.errors import DminError
+from dmin.models import layers  # noqa: F401  (registers the gradients of diffusers' layers)
+from dmin.models.base import (
+    Condition,
+    DiffusionModel,
+    Prediction,
+    noise_generators,
+    weights_digest,
+)
+from dmin.models.checkpoint import (
+    DType,
+    describe_adapters,
+    load_adapters,
+    load_pipeline,
+    load_weights,
+)
+from dmin.models.noising import Denoising, Flow
+from dmin.models.settings import name_settings
+from dmin.noise import SharedNoise
+
+
+class LatentDiffusion(DiffusionModel):
+    """A diffusion model of the latents of a VAE, held as the pipeline of diffusers it came in.
+
+    Only :attr:`network` is a child module: moving the model moves the network, and the pipeline's
+    :attr:`encoders` stay where they are.
+
+    Args:
+        pipeline: of diffusers, with all its components.
+        process: how latents are noised, and the target.
+        latents: ``mode`` of the VAE's posterior, or ``sample``: a draw, the same noise for all
+            images, so that equal images keep equal latents.
+        latent_seed: key of that draw.
+        guidance_scale: of sampling; None for the pipeline's default. Attribution takes the
+            conditional prediction alone, as training does (without its prompt dropout).
+        sample_size: height and width of generated images in pixels; None for the model's own.
+
+    Raises:
+        DminError: a setting does not fit the pipeline.
+    """
+
+    pipeline_class: ClassVar[Any]
+    network_name: ClassVar[str] = "transformer"
+    components: ClassVar[dict[str, Any]] = {}  # replaced when loading
+    patch: ClassVar[int] = 1  # latent pixels that the sides of an image must be a multiple of
+
+    def __init__(
+        self,
+        pipeline: Any,
+        process: Denoising | Flow,
+        *,
+        latents: Literal["mode", "sample"] = "mode",
+        latent_seed: int = 0,
+        guidance_scale: float | None = None,
+        sample_size: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.pipeline = pipeline
+        self.network: Any = getattr(pipeline, self.network_name).eval()
+        self.process = process
+        self.ladder = process.ladder
+        if latents not in ("mode", "sample"):
+            raise DminError(f"model.latents={latents!r}: allowed are mode and sample.")
+        self.latents = latents
+        self.latent_seed = latent_seed
+        self.guidance_scale = guidance_scale
+        self.sample_size = sample_size
+        for encoder in self.encoders.values():
+            encoder.eval().requires_grad_(False)
+        pipeline.set_progress_bar_config(disable=True)
+
+    def __init_subclass__(cls) -> None:
+        """Give ``from_pretrained`` a signature that names all settings of the family."""
+        super().__init_subclass__()
+        name_settings(cls, LatentDiffusion, "from_pretrained")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        adapter: str | Path | Sequence[str] | None = None,
+        ema: str | Path | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        torch_dtype: DType = "float32",
+        subfolder: str | None = None,
+        single_file: str | Path | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Load a checkpoint in diffusers' layout.
+
+        Args:
+            path: folder with ``model_index.json``, or the name of a repository on the Hub.
+            adapter: LoRA weights of the network: file or folder, or several.
+            ema: other weights of the network, such as their moving average: ``.safetensors`` file,
+                or a folder that the network's or ``EMAModel``'s ``save_pretrained`` wrote.
+            variant: of the weight files, such as ``fp16``.
+            revision: branch, tag or commit on the Hub.
+            torch_dtype: of all weights; losses are computed in float32 whatever it is.
+            subfolder: folder inside ``path`` that holds the pipeline.
+            single_file: file that holds all weights in the original layout; configs and tokenizers
+                are then read from ``path``.
+            settings: of the family.
+
+        Raises:
+            DminError: no such checkpoint, or it does not fit the settings.
+        """
+        pipeline = load_pipeline(
+            cls.pipeline_class,
+            path,
+            variant=variant,
+            revision=revision,
+            torch_dtype=torch_dtype,
+            subfolder=subfolder,
+            single_file=single_file,
+            **cls.components,
+        )
+        network = getattr(pipeline, cls.network_name)
+        if ema is not None:
+            load_weights(network, ema)
+        if adapter is not None:
+            load_adapters(network, adapter, pipeline)
+        return cls(pipeline, **settings).eval()
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """VAE and text encoders, by name; the caller may move them to a device and back."""
+        return {
+            name: component
+            for name, component in self.pipeline.components.items()
+            if isinstance(component, nn.Module) and component is not self.network
+        }
+
+    def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
+        """Return latents and condition, computed where the encoders are, on the images' device."""
+        image = batch["image"]
+        self._check_size(image)
+        condition = {**self._embed(self._prompts(batch)), **self._sizes(image)}
+        return self._latents(image), {k: v.to(image.device) for k, v in condition.items()}
+
+    def condition(self, prompts: Sequence[Any]) -> Condition:
+        """Return the part of the condition that comes from prompts, on the network's device."""
+        device = next(self.network.parameters()).device
+        return {k: v.to(device) for k, v in self._embed(prompts).items()}
+
+    def predict(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """Return the network's prediction for noised latents, its target and weight."""
+        noised, target, weight = self.process(x0, noise, t)
+        dtype = self.network.dtype
+        cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in condition.items()}
+        prediction = self._predict(noised.to(dtype), t, cast)
+        if prediction.shape[1] == 2 * x0.shape[1]:  # a learned variance comes after the mean
+            prediction = prediction.chunk(2, dim=1)[0]
+        return Prediction(prediction.to(x0.dtype), target, weight)
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int = 50) -> Tensor:
+        """Generate by the pipeline itself, with its scheduler and a generator for each image."""
+        with self._encoders_with_network():
+            images = self.pipeline(
+                **self._sampling(prompts),
+                generator=noise_generators(seeds),
+                num_inference_steps=steps,
+                output_type="pt",
+            ).images
+        return images.float().clamp(0, 1)
+
+    def log_snr(self, timesteps: Sequence[float]) -> list[float]:
+        """Return the log signal-to-noise ratio at each timestep."""
+        return self.process.log_snr(timesteps)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what defines latents, condition and loss, with a digest of each encoder."""
+        draw = {"latent_seed": self.latent_seed} if self.latents == "sample" else {}
+        return {
+            **super().describe(),
+            **self.process.describe(),
+            "latents": self.latents,
+            **draw,
+            "adapters": describe_adapters(self.network),
+            "encoders": self._encoder_digests,
+        }
+
+    @functools.cached_property
+    def _encoder_digests(self) -> dict[str, str]:
+        return {name: weights_digest(encoder) for name, encoder in self.encoders.items()}
+
+    def _prompts(self, batch: Mapping[str, Any]) -> Sequence[Any]:
+        """Return what a batch is conditioned on; checked, so that messages can name the example."""
+        raise NotImplementedError
+
+    def _embed(self, prompts: Sequence[Any]) -> Condition:
+        """Return the condition of prompts."""
+        raise NotImplementedError
+
+    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Call the network."""
+        raise NotImplementedError
+
+    def _sizes(self, image: Tensor) -> Condition:
+        """Return conditions that come from the images' sizes, one row an image."""
+        return {}
+
+    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call that tell what to generate."""
+        scale = self.guidance_scale
+        return {} if scale is None else {"guidance_scale": scale}
+
+    def _latents(self, image: Tensor) -> Tensor:
+        """Return the scaled latents of images in [0, 1], in float32 on the images' device."""
+        vae = self.pipeline.vae
+        weight = next(vae.parameters())
+        encoded = vae.encode((2 * image - 1).to(weight))
+        if not hasattr(encoded, "latent_dist"):  # a plain autoencoder
+            if self.latents == "sample":
+                raise DminError(
+                    f"model.latents=sample: {type(vae).__name__} has no posterior to draw from. "
+                    f"Set model.latents=mode."
+                )
+            z = encoded.latent
+        elif self.latents == "mode":
+            z = encoded.latent_dist.mode()
+        else:
+            posterior = encoded.latent_dist
+            # No diffusion has a timestep of −1: a key of its own.
+            noise = SharedNoise(self.latent_seed)(posterior.mean.shape[1:], -1.0)
+            z = posterior.mean + posterior.std * noise.to(posterior.mean)
+        return self._scale(z.to(image), vae.config)
+
+    def _scale(self, z: Tensor, config: Any) -> Tensor:
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:  # some SDXL checkpoints
+            mean, std = (z.new_tensor(list(x)).view(1, -1, 1, 1) for x in (mean, std))
+            return (z - mean) * config["scaling_factor"] / std
+        return (z - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
+
+    def _check_size(self, image: Tensor) -> None:
+        config = self.pipeline.vae.config
+        stages = config.get("block_out_channels") or config["encoder_block_out_channels"]
+        unit = 2 ** (len(stages) - 1) * self.patch
+        channels, height, width = image.shape[1:]
+        if channels != config["in_channels"] or height % unit or width % unit:
+            raise DminError(
+                f"images of shape {(channels, height, width)} (channels, height, width) do not fit "
+                f"{type(self).__name__}: it takes {config['in_channels']} channels and sides that "
+                f"are multiples of {unit}. Set size and mode of the data."
+            )
+
+    @contextmanager
+    def _encoders_with_network(self) -> Iterator[None]:
+        """Have the encoders on the network's device for a while."""
+        device = next(self.network.parameters()).device
+        places = [(e, next(e.parameters()).device) for e in self.encoders.values()]
+        try:
+            for encoder, _ in places:
+                encoder.to(device)
+            yield
+        finally:
+            for encoder, place in places:
+                encoder.to(place)
+
+
+class LatentDenoiser(LatentDiffusion):
+    """A latent diffusion in discrete timesteps that predicts ε, v or x0.
+
+    Args:
+        pipeline: of diffusers, with all its components.
+        snr_gamma: weighs losses by min-SNR with this γ (Hang et al. 2023), if the model was trained
+            so; None for equal weights.
+        settings: of :class:`LatentDiffusion`.
+    """
+
+    def __init__(self, pipeline: Any, *, snr_gamma: float | None = None, **settings: Any) -> None:
+        super().__init__(pipeline, Denoising(pipeline.scheduler.config, snr_gamma), **settings)
+
+
+class LatentFlow(LatentDiffusion):
+    """A rectified flow in latents that predicts the velocity ε − x0.
+
+    Args:
+        pipeline: of diffusers, with all its components.
+        shift: of the ladder towards noise; None for the scheduler's. It moves the timesteps that
+            schedules choose from, not the loss at a timestep.
+        settings: of :class:`LatentDiffusion`.
+    """
+
+    def __init__(self, pipeline: Any, *, shift: float | None = None, **settings: Any) -> None:
+        super().__init__(pipeline, Flow(pipeline.scheduler.config, shift), **settings)
