@@ -160,17 +160,17 @@ class Capture:
         Raises:
             DminError: the gradient of a chosen parameter cannot be had; the message names it.
         """
-        if values.ndim != 1 or not values.requires_grad:
-            raise DminError(
-                f"the loss must be one value an example that depends on the network's parameters; "
-                f"it has shape {tuple(values.shape)} and "
-                f"{'a' if values.requires_grad else 'no'} gradient. Is it summed, or detached?"
-            )
         if self._watch.lost:
             lost = [f"{name} ({why})" for name, why in self._watch.lost.items()]
             raise DminError(
                 f"the gradients of {len(lost)} parameter(s) cannot be told apart by example: "
                 f"{_some(lost)}. Leave them out with params=<regex>."
+            )
+        if values.ndim != 1 or not values.requires_grad:
+            raise DminError(
+                f"the loss must be one value an example that depends on the network's parameters; "
+                f"it has shape {tuple(values.shape)} and "
+                f"{'a' if values.requires_grad else 'no'} gradient. Is it summed, or detached?"
             )
         double = values.dtype == torch.float64
         like = values.detach().new_zeros((), dtype=torch.float64 if double else torch.float32)
@@ -204,11 +204,13 @@ class Capture:
         if how is None:
             return None
         call = _Call(use.name, use.module, use.used, how)
-        inputs = how.inputs if isinstance(how, Rerun) else [_input(use).detach()]
         if isinstance(how, Rerun):
+            inputs = how.tensors((use.args, use.kwargs))
             for inner in use.within:  # running again covers these as well
                 self._calls.subtract(inner.parameters & call.parameters)
                 inner.parameters -= call.parameters
+        else:
+            inputs = [_input(use).detach()]
         if self._pass is None:  # else a checkpoint recomputes what is counted already
             self._calls.update(call.parameters)
         outputs = differentiable(use.output)
@@ -225,7 +227,7 @@ class Capture:
         if not outputs or any(len(x) % batch if x.ndim else batch > 1 for x in outputs):
             return None
         rerun = Rerun(use.module, use.name or "the network", (use.args, use.kwargs), use.output)
-        return rerun if rerun.inputs else None
+        return rerun if rerun.tensors((use.args, use.kwargs)) else None
 
     def _arrive(self, call: _Call, inputs: Sequence[Tensor], gradients: Sequence[Any]) -> None:
         """Take the gradients of a call's outputs; flush parameters whose last call this was."""
@@ -247,7 +249,8 @@ class Capture:
                 )
             parts = how(call.module, inputs[0], gradients[0], batch)
             own = self._watch.own(call.module)
-            factors = {self._watch.name_of[id(p)]: parts[local] for local, p in own.items()}
+            local = {self._watch.name_of[id(p)]: key for key, p in own.items()}
+            factors = {name: parts[local[name]] for name in call.parameters}
         for name in sorted(call.parameters):
             self._paths[name].add(path)
             arrived = self._pass.arrived.setdefault(name, [])

@@ -35,14 +35,17 @@ class Rerun:
         self.name = name
         leaves, self._structure = pytree.tree_flatten(arguments)
         self._tensor_at = [i for i, leaf in enumerate(leaves) if _is_data(leaf)]
-        #: The tensors among the arguments. The caller keeps them, and hands them back.
-        self.inputs = [leaves[i].detach() for i in self._tensor_at]
         self._constants = [None if _is_data(leaf) else leaf for leaf in leaves]
         outputs = differentiable(output)
         self._samples = [_sample(tensor) for tensor in outputs]
         kind = outputs[0].device.type
         self._autocast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         self._whole = False  # run all examples and mask, because one example cannot be cut out
+
+    def tensors(self, arguments: Any) -> list[Tensor]:
+        """Return the tensors among the arguments, which the caller keeps and later hands back."""
+        leaves = pytree.tree_leaves(arguments)
+        return [leaves[i].detach() for i in self._tensor_at]
 
     def factors(
         self,

@@ -35,7 +35,9 @@ class Keep(Sketch):
 
 def square(network: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The mean square of what the network returns."""
-    return network(**inputs).float().flatten(1).square().mean(1)
+    output = network(**inputs)
+    wide = output if output.dtype == torch.float64 else output.float()
+    return wide.flatten(1).square().mean(1)
 
 
 def example(inputs: dict[str, Any], b: int, batch: int) -> dict[str, Any]:
@@ -73,13 +75,13 @@ def captured(network: nn.Module, inputs: dict[str, Any], loss: Loss = square, pa
 
 def error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     """The largest ‖Δ‖ / max(‖g_layer‖, 1e-4 ‖g‖) of any example and parameter."""
-    whole = sum(g.double().flatten(1).square().sum(1) for g in truth.values()).sqrt()
+    whole = sum(g.double().reshape(len(g), -1).square().sum(1) for g in truth.values()).sqrt()
     assert (whole > 0).all(), "the test compares nothing"
     worst = 0.0
     for name, gradient in found.items():
-        expected = truth[name].double().flatten(1)
+        expected = truth[name].double().reshape(len(gradient), -1)
         floor = torch.maximum(expected.norm(dim=1), 1e-4 * whole)
-        difference = (gradient.double().flatten(1) - expected).norm(dim=1)
+        difference = (gradient.double().reshape(expected.shape) - expected).norm(dim=1)
         worst = max(worst, float((difference / floor).max()))
     return worst
 

@@ -181,12 +181,13 @@ class FormedSketch(Sketch):
         norms = state.squared_norm[:, parameter.group]
         bucket, sign = self.fold(name, values.device)
         sign = sign.to(values.dtype)
-        step = max(1, state.budget // (prod(parameter.shape) * values.element_size()))
+        step = max(1, state.budget // max(1, len(sign) * values.element_size()))
         for start in range(0, factors.batch, step):
             examples = slice(start, start + step)
-            gradient = factors[examples].dense().flatten(1)
+            gradient = factors[examples].dense().to(values.dtype).reshape(-1, len(sign))
             norms[examples] += torch.linalg.vector_norm(gradient, dim=1).square_()
             values[examples].index_add_(1, bucket, gradient.mul_(sign))
+            del gradient  # before the next slice is formed, so that there is one at a time
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:
