@@ -1,8 +1,9 @@
-"""Noise keyed by (seed, timestep, draw): the same for every example, query, process and restart."""
+"""Noise by key: the same numbers in every process, on every device and after every restart."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,38 +13,87 @@ from torch import Tensor
 from dmin.errors import DminError
 
 
-class SharedNoise:
-    """Standard normal noise that all examples and queries share at a timestep.
-
-    Sharing is what makes gradients comparable: with noise drawn for each example even an exact
-    duplicate has a cosine of .2 to .5 to its source.
+class Noise(ABC):
+    """Standard normal noise that depends on its key and on nothing else.
 
     Args:
-        seed: key of the noise. Stores are comparable only when made with the same one.
-        draws: independent draws a timestep, kept apart in the store.
+        seed: part of the key. Stores are comparable only when made with the same one.
+        draws: draws a timestep, kept apart in the store.
+        antithetic: draw 2j+1 is minus draw 2j. What is odd in the noise then cancels in the sum
+            over a pair (Hammersley & Morton 1956), at the price of half as many free draws.
+
+    Raises:
+        DminError: no draws, or an odd number of antithetic ones.
     """
 
-    def __init__(self, seed: int = 0, draws: int = 1) -> None:
+    kind: str
+    per_example = False
+    """Whether the key has the example in it; if not, all examples and queries see one noise."""
+
+    def __init__(self, seed: int = 0, draws: int = 1, antithetic: bool = False) -> None:
         if draws < 1:
             raise DminError(f"noise.draws={draws}: at least one draw of noise is needed.")
+        if antithetic and draws % 2:
+            raise DminError(
+                f"noise.draws={draws} with noise.antithetic=true: antithetic draws come in pairs. "
+                f"Set noise.draws={draws + 1}."
+            )
         self.seed = seed
         self.draws = draws
+        self.antithetic = antithetic
 
-    def __call__(self, shape: Sequence[int], timestep: float, draw: int = 0) -> Tensor:
-        """Return the noise of one timestep and draw.
+    def __call__(
+        self, shape: Sequence[int], timestep: float, draw: int = 0, example: str = ""
+    ) -> Tensor:
+        """Return the noise of one example at one timestep and draw.
 
         Args:
             shape: of one example in the space the model diffuses, ``[C, H, W]``.
             timestep: in the model's own unit.
             draw: 0 … draws−1.
+            example: its id; noise that is shared looks away.
 
         Returns:
             float32 of that shape on the CPU, where it is drawn so that every device sees the same.
         """
-        text = f"noise {self.seed} {float(timestep)!r} {draw}"
+        sign = -1 if self.antithetic and draw % 2 else 1
+        text = self._key(float(timestep), draw - (sign < 0), example)
         key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-        return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(key))
+        return sign * torch.randn(tuple(shape), generator=torch.Generator().manual_seed(key))
+
+    @abstractmethod
+    def _key(self, timestep: float, draw: int, example: str) -> str:
+        """Return the text that decides the numbers."""
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that define the noise, as JSON: a part of the feature fingerprint."""
-        return {"kind": "shared", "seed": self.seed, "draws": self.draws}
+        pairs = {"antithetic": True} if self.antithetic else {}
+        return {"kind": self.kind, "seed": self.seed, "draws": self.draws, **pairs}
+
+
+class SharedNoise(Noise):
+    """One noise a timestep and draw, for all examples and queries.
+
+    Sharing is what makes gradients comparable: with noise drawn for each example even an exact
+    duplicate has a cosine of .2 to .5 to its source.
+    """
+
+    kind = "shared"
+
+    def _key(self, timestep: float, draw: int, example: str) -> str:
+        return f"noise {self.seed} {timestep!r} {draw}"
+
+
+class PerExampleNoise(Noise):
+    """Noise of each example's own, keyed by its id, as other attribution methods draw it.
+
+    To compare with those; several draws make up for some of what is lost against
+    :class:`SharedNoise`. A query has another id than the examples it resembles, so its noise
+    differs from theirs.
+    """
+
+    kind = "per_example"
+    per_example = True
+
+    def _key(self, timestep: float, draw: int, example: str) -> str:
+        return f"noise {self.seed} {timestep!r} {draw} of {example}"

@@ -6,15 +6,28 @@ pure noise down to the image (999, 998, …, 0 for a DDPM).
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 from dmin.errors import DminError
+
+LogSNRs = Callable[[Sequence[float]], Sequence[float]]
+"""A model's log signal-to-noise ratio, ``log(α²/σ²)``, at each of some timesteps."""
 
 
 class Schedule(ABC):
     """A choice of timesteps, in the model's own unit, noisiest first."""
+
+    def bind(self, log_snr: LogSNRs | None) -> Self:
+        """Return this schedule for a model; most look at the model's ladder only.
+
+        Args:
+            log_snr: the model's, if it offers one.
+        """
+        return self
 
     @abstractmethod
     def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
@@ -51,6 +64,58 @@ class Stratified(Schedule):
         """Return the timestep in the middle of each part."""
         size = len(ladder) / self.num
         return tuple(ladder[int((part + 0.5) * size)] for part in range(self.num))
+
+
+class LogSNR(Schedule):
+    """The rungs nearest to the middles of ``num`` equal parts of the model's range of log-SNR.
+
+    ``λ(t) = log(α_t²/σ_t²)`` is the variable in which the diffusion loss does not depend on the
+    noise schedule (Kingma et al. 2021, "Variational Diffusion Models"). Rungs of pure noise or
+    pure image, where λ is infinite, do not count; a rung taken twice gives way to its neighbour.
+
+    Args:
+        num: T, how many.
+    """
+
+    def __init__(self, num: int = 10) -> None:
+        self.num = _positive(num)
+        self._log_snr: LogSNRs | None = None
+
+    def bind(self, log_snr: LogSNRs | None) -> Self:
+        """Return this schedule with the model's log-SNR.
+
+        Raises:
+            DminError: the model offers none.
+        """
+        if log_snr is None:
+            raise DminError(
+                "timesteps=log_snr needs a model with a method log_snr(timesteps), which this one "
+                "has not. Use timesteps=stratified, or give the model that method."
+            )
+        bound = copy.copy(self)
+        bound._log_snr = log_snr
+        return bound
+
+    def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
+        """Return the free rung nearest to the middle of each part, noisiest first.
+
+        Raises:
+            DminError: fewer rungs than parts.
+        """
+        if self._log_snr is None:
+            raise RuntimeError("call schedule.bind(model.log_snr) first")
+        ratios = dict(zip(ladder, map(float, self._log_snr(ladder)), strict=True))
+        free = {t: ratio for t, ratio in ratios.items() if math.isfinite(ratio)}
+        if len(free) < self.num:
+            raise DminError(
+                f"timesteps.num={self.num}, but the model has {len(free)} timesteps of finite "
+                f"log-SNR. Set timesteps.num lower."
+            )
+        low, high = min(free.values()), max(free.values())
+        for part in range(self.num):
+            middle = low + (high - low) * (part + 0.5) / self.num
+            free.pop(min(free, key=lambda t: abs(free[t] - middle)))
+        return tuple(t for t in ratios if math.isfinite(ratios[t]) and t not in free)
 
 
 class DMinCubic(Schedule):

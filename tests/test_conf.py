@@ -14,7 +14,7 @@ from dmin.cli.help import config_directory, groups
 from dmin.cli.validate import validate
 from dmin.data import Example
 from dmin.models import DiffusionModel
-from dmin.noise import SharedNoise
+from dmin.noise import Noise
 from dmin.queries import Generated, Planted
 from dmin.sketches import Parameter, Parameters
 from dmin.timesteps import Schedule
@@ -26,6 +26,7 @@ VALUES = {
     ("model", "ddpm"): ["model.path={ddpm_path}"],
     **{("model", family): [f"model.path={{{family}}}"] for family in BUILDERS},
     ("data", "image_folder"): ["data.root={images}"],
+    ("data", "subset"): ["data@data.dataset=digits", "data.count=2"],
     ("queries", "images"): ["queries.root={images}"],
     ("queries", "generated"): ["queries.prompts=[0,1]"],
     ("timesteps", "explicit"): ["timesteps.values=[500]"],
@@ -94,12 +95,13 @@ def check_sketch(sketch):
 
 def check_timesteps(schedule):
     assert isinstance(schedule, Schedule)
-    chosen = schedule(range(999, -1, -1))
+    bound = schedule.bind(lambda timesteps: [5 - t / 100 for t in timesteps])
+    chosen = bound(range(999, -1, -1))
     assert list(chosen) == sorted(chosen, reverse=True)
 
 
 def check_noise(noise):
-    assert isinstance(noise, SharedNoise) and noise((1, 2, 2), 10).shape == (1, 2, 2)
+    assert isinstance(noise, Noise) and noise((1, 2, 2), 10).shape == (1, 2, 2)
 
 
 def check_method(method):

@@ -1,31 +1,34 @@
-"""From examples to a store of sketched gradients: a Lightning predict loop over fixed blocks."""
+"""The collector: a Lightning predict loop that turns blocks of examples into rows of a store."""
 
 from __future__ import annotations
 
-import hashlib
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmin.capture import Capture, choose_parameters
+from dmin.collect.encodings import Encodings
+from dmin.collect.memory import PeakMemory
+from dmin.collect.predict import predict, predict_trainer
 from dmin.data.base import Dataset, describe_dataset
 from dmin.data.module import CollectData
 from dmin.errors import DminError
 from dmin.fingerprint import fingerprint
-from dmin.models.base import READOUTS, Condition, DiffusionModel
-from dmin.noise import SharedNoise
+from dmin.models.base import READOUTS, Condition, DiffusionModel, weights_digest
+from dmin.noise import Noise, SharedNoise
 from dmin.sketches import BlockCyclic, Sketch
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
 from dmin.timesteps import Schedule, Stratified
 
 # Raised whenever the numbers that land in a store change for unchanged settings.
 FEATURE_SCHEMA = 1
+# Pairs a pass of a collector with microbatch=auto that did not try any yet.
+UNTRIED = 64
 
 
 class Features(NamedTuple):
@@ -34,6 +37,13 @@ class Features(NamedTuple):
     values: dict[str, Tensor]  # readout -> [rows, draw, timestep, group, dim], unit gradients
     norms: dict[str, Tensor]  # readout -> [rows, draw, timestep, group]
     losses: Tensor  # [rows, draw, timestep]
+
+
+class Passes(NamedTuple):
+    """Pairs of example and point (draw, timestep), in the order of the store's axes."""
+
+    total: int
+    run: Callable[[Tensor], Features]  # positions of pairs -> features; leading axis: pairs
 
 
 class GradientCollector(lightning.LightningModule):
@@ -46,13 +56,22 @@ class GradientCollector(lightning.LightningModule):
         model: the diffusion model. It is not changed.
         sketch: the random linear map S.
         timesteps: where gradients are taken.
-        noise: shared by all examples and queries.
+        noise: at which examples and queries are noised; shared by all of them if not given.
         readouts: what is differentiated, names from ``dmin.models.READOUTS``; each costs one more
             backward pass.
         params: which parameters are attributed: ``all`` or a regular expression of their names.
         microbatch: pairs of example and timestep in one forward pass; more is faster until memory
-            ends. Results agree to rounding whatever it is.
+            ends. Results agree to rounding whatever it is, and to the bit only for the same one.
+            ``auto`` tries sizes on the first block and notes what it found beside the store: one
+            size for the whole store, all its processes and all that resume it on such a device.
+        memory: for ``auto``: bytes that one pass may take beyond the weights, activations included.
+            None: on a GPU most of what is free, on a CPU no limit.
         budget: bytes that per-example gradients may take at once; None chooses by device.
+        gradient_checkpointing: recompute activations in backward, for less memory and more time,
+            in networks that offer ``enable_gradient_checkpointing``.
+
+    Attributes:
+        peak: the memory that the last collection took in this process.
 
     Raises:
         DminError: unknown readout, no such parameters, or a layer that cannot be differentiated.
@@ -63,11 +82,13 @@ class GradientCollector(lightning.LightningModule):
         model: DiffusionModel,
         sketch: Sketch | None = None,
         timesteps: Schedule | None = None,
-        noise: SharedNoise | None = None,
+        noise: Noise | None = None,
         readouts: Sequence[str] = ("loss",),
         params: str = "all",
-        microbatch: int = 64,
+        microbatch: int | Literal["auto"] = 64,
+        memory: int | None = None,
         budget: int | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         unknown = [name for name in readouts if name not in READOUTS]
@@ -75,16 +96,27 @@ class GradientCollector(lightning.LightningModule):
             raise DminError(
                 f"readouts={list(readouts)}: name one or more of {', '.join(READOUTS)}."
             )
-        if microbatch < 1:
-            raise DminError(f"microbatch={microbatch}: at least one pair a pass is needed.")
+        if microbatch != "auto" and (isinstance(microbatch, str) or microbatch < 1):
+            raise DminError(f"microbatch={microbatch}: give auto, or a number of pairs from 1 up.")
         self.model = model
         self.attributed = choose_parameters(model.network, params)
         self.sketch = (sketch or BlockCyclic()).bind(self.attributed)
-        self.timesteps = (timesteps or Stratified())(model.ladder)
+        schedule = (timesteps or Stratified()).bind(getattr(model, "log_snr", None))
+        self.timesteps = schedule(model.ladder)
         self.noise = noise or SharedNoise()
         self.readouts = tuple(readouts)
         self.microbatch = microbatch
+        self.pairs = UNTRIED if isinstance(microbatch, str) else microbatch
+        self.memory = memory
         self.budget = budget
+        self.gradient_checkpointing = gradient_checkpointing
+        self.encodings: Encodings | None = None
+        self.peak = PeakMemory(torch.device("cpu"))
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The model's image and text encoders, by name; none for a model of pixels."""
+        return getattr(self.model, "encoders", {})
 
     def collect(
         self,
@@ -96,12 +128,18 @@ class GradientCollector(lightning.LightningModule):
         segment_bytes: int = 64 << 20,
         seal_seconds: float = 60.0,
         workers: int = 0,
+        encodings: str | Path | None = None,
+        keep_encodings: bool = False,
         trainer: lightning.Trainer | None = None,
     ) -> Store:
         """Collect the features of a dataset into a store, or the rest of them if some are there.
 
         The work is cut into blocks of consecutive examples. A killed run loses the blocks that were
         not sealed yet; the same call computes exactly what is missing, to the same bits on a CPU.
+
+        A model with encoders is collected in two phases: each process first encodes its blocks into
+        files, then its encoders leave the device, and the gradients start from the files. They are
+        encoded in the encoders' own precision, whatever the trainer's is.
 
         Args:
             dataset: examples with stable ids.
@@ -111,6 +149,9 @@ class GradientCollector(lightning.LightningModule):
             segment_bytes: rows are sealed into a file when they take this many bytes …
             seal_seconds: … or when this much time has passed: the most that a kill can cost.
             workers: processes that load examples.
+            encodings: folder for the encodings; ``<path>.encodings`` if none.
+            keep_encodings: leave them there for other stores of the same data; otherwise they are
+                deleted when the store is complete.
             trainer: any Lightning trainer; :func:`predict_trainer` if none.
 
         Returns:
@@ -119,33 +160,44 @@ class GradientCollector(lightning.LightningModule):
         Raises:
             DminError: bad data, a NaN gradient, or a store of something else at that path.
         """
+        path = Path(path)
         manifest = self.manifest(dataset, block_size, dtype)
+        encoded = self._encodings(manifest, encodings or path.with_name(f"{path.name}.encodings"))
         with StoreWriter(
             path, manifest, segment_bytes=segment_bytes, seal_seconds=seal_seconds
         ) as writer:
             pending = writer.pending()
             if pending:
                 data = CollectData(dataset, pending, block_size, workers)
-                _predict(self, data, writer, trainer or predict_trainer())
+                self.encodings = encoded
+                try:
+                    predict(self, data, writer, trainer or predict_trainer())
+                finally:
+                    self.encodings = None
         store = Store(path)
         store.require_complete()
+        if encoded is not None and not keep_encodings:
+            encoded.remove()
         return store
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> tuple[int, Rows]:
         """Return the store rows of one block, with its first position in the dataset."""
-        if torch.is_inference_mode_enabled():
-            raise DminError(
-                "trainer.inference_mode is on, which forbids gradients. Set "
-                "trainer.inference_mode=false (Trainer(inference_mode=False))."
-            )
-        with torch.no_grad():
-            x0, condition = self.model.encode(batch)
-        features = self.features(x0, condition, batch["id"])
+        features = self.features(*self.encode(batch), batch["id"])
         numpy = {name: values.cpu().numpy() for name, values in features.values.items()}
         norms = {name: values.cpu().numpy() for name, values in features.norms.items()}
         losses = features.losses.cpu().numpy()
         rows = Rows(batch["id"], batch["metadata"], numpy, norms, losses)
         return batch["position"][0], rows
+
+    def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
+        """Return a block's encodings: from their file while there are such, else from the model."""
+        if self.encodings is None:
+            with torch.no_grad():
+                return self.model.encode(batch)
+        block = batch["position"][0] // self.encodings.block_size
+        loaded = self.encodings.load(block, self.device)
+        found: tuple[Tensor, Condition] = self.trainer.precision_plugin.convert_input(loaded)
+        return found
 
     def features(self, x0: Tensor, condition: Condition, ids: Sequence[str]) -> Features:
         """Return the features of encoded examples.
@@ -153,39 +205,54 @@ class GradientCollector(lightning.LightningModule):
         Args:
             x0: ``[rows, ...]`` from ``model.encode``.
             condition: from ``model.encode``.
-            ids: names of the examples, for messages.
+            ids: names of the examples.
 
         Raises:
-            DminError: a gradient is NaN or infinite; the example and timestep are named.
+            DminError: a gradient is NaN or infinite; the example and timestep are named. Or the
+                GPU's memory ran out.
         """
-        draws, steps = self.noise.draws, len(self.timesteps)
-        keyed = [self.noise(x0.shape[1:], t, draw) for draw in range(draws) for t in self.timesteps]
-        noise = torch.stack(keyed).to(x0)
-        t = torch.tensor(self.timesteps * draws, device=x0.device)
-        # Every pair (example, draw and timestep) in the order of the store's axes.
-        example = torch.arange(len(x0), device=x0.device).repeat_interleave(draws * steps)
-        keyed_at = torch.arange(draws * steps, device=x0.device).repeat(len(x0))
-        parts = [
-            self._microbatch(x0[i], noise[j], t[j], {k: v[i] for k, v in condition.items()})
-            for i, j in zip(
-                example.split(self.microbatch), keyed_at.split(self.microbatch), strict=True
-            )
-        ]
-        shape = (len(x0), draws, steps)
-        losses = torch.cat([part.losses for part in parts]).view(shape)
-        values = {
-            name: torch.cat([part.values[name] for part in parts]).unflatten(0, shape)
-            for name in self.readouts
-        }
-        norms = {
-            name: torch.cat([part.norms[name] for part in parts]).unflatten(0, shape)
-            for name in self.readouts
-        }
+        passes = self.passes(x0, condition, ids)
+        try:
+            parts = [passes.run(pairs) for pairs in torch.arange(passes.total).split(self.pairs)]
+        except torch.OutOfMemoryError as error:
+            raise DminError(
+                f"a pass of {self.pairs} pairs of example and timestep ran out of GPU memory. Set "
+                f"collect.microbatch, collect.memory or collect.budget lower, or "
+                f"collect.gradient_checkpointing=true. Blocks finished before are kept."
+            ) from error
+        shape = (len(x0), self.noise.draws, len(self.timesteps))
+        values, norms = {}, {}
         for name in self.readouts:
+            values[name] = torch.cat([part.values[name] for part in parts]).unflatten(0, shape)
+            norms[name] = torch.cat([part.norms[name] for part in parts]).unflatten(0, shape)
             self._check_finite(name, norms[name], ids)
-        return Features(values, norms, losses)
+        return Features(values, norms, torch.cat([part.losses for part in parts]).view(shape))
 
-    def _microbatch(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Features:
+    def passes(self, x0: Tensor, condition: Condition, ids: Sequence[str]) -> Passes:
+        """Return the work on encoded examples, to be done in passes of any size.
+
+        Args:
+            x0: ``[rows, ...]`` from ``model.encode``.
+            condition: from ``model.encode``.
+            ids: names of the examples.
+        """
+        points = [(t, draw) for draw in range(self.noise.draws) for t in self.timesteps]
+        names = ids if self.noise.per_example else [""]
+        noise = torch.stack(
+            [self.noise(x0.shape[1:], *point, name) for name in names for point in points]
+        ).unflatten(0, (len(names), len(points)))
+        t = torch.tensor([t for t, _ in points])
+
+        def run(pairs: Tensor) -> Features:
+            row, point = pairs // len(points), pairs % len(points)
+            drawn = noise[row if self.noise.per_example else 0, point]
+            i = row.to(x0.device)
+            chosen = {name: value[i] for name, value in condition.items()}
+            return self._pass(x0[i], drawn.to(x0), t[point].to(x0.device), chosen)
+
+        return Passes(len(x0) * len(points), run)
+
+    def _pass(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Features:
         """One forward pass and one backward pass a readout; leading axis: pairs."""
         values, norms = {}, {}
         with (
@@ -193,6 +260,7 @@ class GradientCollector(lightning.LightningModule):
             Capture(self.model.network, self.sketch, self.budget) as capture,
         ):
             prediction = self.model.predict(x0, noise, t, condition)
+            self.peak.forward_done()
             for name in self.readouts:
                 last = name == self.readouts[-1]
                 rows = capture.backward(READOUTS[name](prediction), keep_graph=not last)
@@ -201,6 +269,7 @@ class GradientCollector(lightning.LightningModule):
                 scale = torch.where(norm > 0, norm, 1)[:, None, None]
                 values[name] = rows.values / scale
                 norms[name] = rows.squared_norm.sqrt()
+            self.peak.backward_done()
             losses = READOUTS["loss"](prediction).detach()
         return Features(values, norms, losses)
 
@@ -218,21 +287,29 @@ class GradientCollector(lightning.LightningModule):
     def describe(self) -> dict[str, Any]:
         """Return everything that must match between a training and a query store, as JSON."""
         entries = [list(entry) for entry in self.attributed.entries]
+        loss = self.model.describe()
+        digests = {} if "encoders" in loss else self._encoder_digests
         return {
             "schema": FEATURE_SCHEMA,
-            "weights": _weights_digest(self.model.network),
+            "weights": weights_digest(self.model.network),
+            **({"encoders": digests} if digests else {}),
             "parameters": {
                 "count": self.attributed.count,
                 "names": fingerprint({"entries": entries}),
             },
-            "loss": self.model.describe(),
+            "loss": loss,
             "noise": self.noise.describe(),
             "sketch": self.sketch.describe(),
         }
 
     def manifest(self, dataset: Dataset, block_size: int = 32, dtype: str = "float16") -> Manifest:
         """Return the manifest of this collector's store of a dataset."""
-        layout = Layout(
+        described = describe_dataset(dataset)
+        return Manifest(self.layout(dtype), self.describe(), described, len(dataset), block_size)
+
+    def layout(self, dtype: str = "float16") -> Layout:
+        """Return the axes of this collector's features."""
+        return Layout(
             readouts=self.readouts,
             draws=self.noise.draws,
             timesteps=self.timesteps,
@@ -240,94 +317,18 @@ class GradientCollector(lightning.LightningModule):
             dim=self.sketch.dim,
             dtype=dtype,
         )
-        described = describe_dataset(dataset)
-        return Manifest(layout, self.describe(), described, len(dataset), block_size)
 
+    @cached_property
+    def _encoder_digests(self) -> dict[str, str]:
+        return {name: weights_digest(encoder) for name, encoder in self.encoders.items()}
 
-class SketchWriter(BasePredictionWriter):
-    """Hands each block's rows to the store; whatever ends the loop, finished blocks are sealed.
-
-    Args:
-        writer: the store's writer, one a process.
-    """
-
-    def __init__(self, writer: StoreWriter) -> None:
-        super().__init__("batch")
-        self.writer = writer
-
-    def write_on_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        prediction: tuple[int, Rows],
-        *_: Any,
-    ) -> None:
-        """Append one block."""
-        position, rows = prediction
-        self.writer.append(position // self.writer.manifest.block_size, rows)
-
-    def on_predict_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        """Seal the last blocks, then wait for the other processes to have sealed theirs."""
-        self.writer.close()
-        trainer.strategy.barrier("dmin: every process has sealed its blocks")
-
-    def on_exception(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        exception: BaseException,
-    ) -> None:
-        """Seal what is finished before the exception ends the process."""
-        self.writer.close()
-
-
-def predict_trainer(**settings: Any) -> lightning.Trainer:
-    """Return a Lightning trainer fit for collecting: no inference mode, logger or checkpoints.
-
-    Args:
-        settings: anything ``lightning.Trainer`` takes; wins over these defaults.
-    """
-    fit = {
-        "accelerator": "auto",
-        "devices": 1,
-        "inference_mode": False,
-        "use_distributed_sampler": False,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-    }
-    return lightning.Trainer(**{**fit, **settings})
-
-
-def _predict(
-    collector: GradientCollector,
-    data: CollectData,
-    writer: StoreWriter,
-    trainer: lightning.Trainer,
-) -> None:
-    sink, device = SketchWriter(writer), next(collector.model.parameters()).device
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks.append(sink)
-    try:
-        with warnings.catch_warnings():
-            # `workers` was chosen, and blocks are all there is: neither warning tells news.
-            warnings.filterwarnings("ignore", ".*does not have many workers.*")
-            warnings.filterwarnings("ignore", ".*custom batch sampler.*")
-            trainer.predict(collector, datamodule=data, return_predictions=False)
-    finally:
-        callbacks.remove(sink)
-        collector.model.to(device)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-
-
-def _weights_digest(network: torch.nn.Module) -> str:
-    """Return a digest of every weight and buffer of a network, whatever device it is on."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    def _encodings(self, manifest: Manifest, root: str | Path) -> Encodings | None:
+        """Return where the encodings of a dataset are kept; None for a model without encoders."""
+        if not self.encoders:
+            return None
+        made_of = {
+            "model": [manifest.features["loss"], manifest.features.get("encoders")],
+            "dataset": manifest.dataset_fingerprint,
+            "block_size": manifest.block_size,
+        }
+        return Encodings(root, fingerprint(made_of), manifest.block_size)

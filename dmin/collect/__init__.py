@@ -1,0 +1,14 @@
+"""From examples to a store of sketched gradients, in two phases: encode, then differentiate."""
+
+from dmin.collect.collector import FEATURE_SCHEMA, Features, GradientCollector
+from dmin.collect.memory import PeakMemory
+from dmin.collect.predict import SketchWriter, predict_trainer
+
+__all__ = [
+    "FEATURE_SCHEMA",
+    "Features",
+    "GradientCollector",
+    "PeakMemory",
+    "SketchWriter",
+    "predict_trainer",
+]

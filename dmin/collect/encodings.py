@@ -1,0 +1,126 @@
+"""Encodings on disk: every latent and prompt embedding is computed once, before any gradient.
+
+Image and text encoders can outweigh the network whose gradients are wanted. They run first, over
+all examples, and leave the device; the gradients then start from what is kept here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from dmin.errors import DminError
+from dmin.models.base import Condition
+from dmin.store.segments import commit, os_failure
+
+_NAME = re.compile(r"block-(\d{8,})-([0-9a-f]{16})\.safetensors")
+
+
+class Encodings:
+    """A folder with one file for each encoded block, named after its own bytes.
+
+    Files appear whole or not at all, so a killed run goes on where it was.
+
+    Args:
+        root: folder of all encodings; may be shared by several stores.
+        key: fingerprint of encoders, dataset and block size, the name of the folder below it.
+        block_size: examples a block.
+    """
+
+    def __init__(self, root: str | Path, key: str, block_size: int) -> None:
+        self.folder = Path(root) / key
+        self.block_size = block_size
+
+    def missing(self, blocks: Sequence[int]) -> list[int]:
+        """Return those of the blocks that are not there."""
+        there = self._files()
+        return [block for block in blocks if block not in there]
+
+    def save(self, block: int, x0: Tensor, condition: Condition) -> None:
+        """Keep the encodings of one block.
+
+        Raises:
+            DminError: the folder cannot be written.
+        """
+        named = {"x0": x0, **{f"condition.{name}": value for name, value in condition.items()}}
+        # Copies: safetensors takes no views of one another.
+        tensors = {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in named.items()
+        }
+        content = save(tensors)
+        path = self.folder / f"block-{block:08d}-{_digest(content)}.safetensors"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            commit(path, content)
+        except OSError as error:
+            raise os_failure("keep encodings in", self.folder, error) from error
+
+    def load(self, block: int, device: torch.device) -> tuple[Tensor, Condition]:
+        """Return ``x0`` and condition of one block.
+
+        Raises:
+            DminError: the file is not there or was damaged since it was written.
+        """
+        path = self._files().get(block, self.folder)
+        try:
+            content = path.read_bytes()
+            tensors = load(content)
+        except (OSError, SafetensorError) as error:
+            raise self._lost(block, path) from error
+        if not path.stem.endswith(_digest(content)):
+            raise self._lost(block, path)
+        on_device = {name: value.to(device) for name, value in tensors.items()}
+        x0 = on_device.pop("x0")
+        return x0, {name.removeprefix("condition."): v for name, v in on_device.items()}
+
+    def remove(self) -> None:
+        """Delete the encodings, and the root if no others are in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            self.folder.parent.rmdir()
+
+    def _files(self) -> dict[int, Path]:
+        if not self.folder.is_dir():
+            return {}
+        found = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
+        return {int(match[1]): path for match, path in found if match}
+
+    def _lost(self, block: int, path: Path) -> DminError:
+        return DminError(
+            f"the encodings of block {block} cannot be read from {path}, which was damaged or "
+            f"removed after it was written. Delete that file if it is there and run the same "
+            f"command again: only this block is encoded again."
+        )
+
+
+@contextmanager
+def on_device(encoders: Mapping[str, nn.Module], device: torch.device) -> Iterator[None]:
+    """Have the encoders on a device for a while."""
+    try:
+        for encoder in encoders.values():
+            encoder.to(device)
+        yield
+    finally:
+        leave_device(encoders)
+
+
+def leave_device(encoders: Mapping[str, nn.Module]) -> None:
+    """Bring the encoders to the CPU, and give the memory they had to whoever needs it."""
+    for encoder in encoders.values():
+        encoder.to("cpu")
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
