@@ -1,0 +1,170 @@
+"""Every kind of image file comes out as stated, or is refused by name."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from examples_on_disk import encoded
+from PIL import Image
+
+from dmin.data.pixels import Pixels, Unreadable
+from dmin.errors import DminError
+
+RED = (255, 0, 0)
+
+
+def decode(picture, kind="PNG", settings=None, **options):
+    return Pixels(**(settings or {})).decode(encoded(picture, kind, **options), "x")
+
+
+def mean(image):
+    return [round(float(channel.mean()), 2) for channel in image]
+
+
+def palette():
+    picture = Image.new("P", (4, 3), 1)
+    picture.putpalette([0, 0, 0, *RED])
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("picture", "kind", "options", "expected"),
+    [
+        (Image.new("RGB", (4, 3), RED), "PNG", {}, [1, 0, 0]),
+        (palette(), "PNG", {}, [1, 0, 0]),
+        (palette(), "PNG", {"transparency": 1}, [1, 1, 1]),
+        (palette(), "GIF", {}, [1, 0, 0]),
+        (Image.new("RGB", (4, 3), RED), "PNG", {"transparency": RED}, [1, 1, 1]),
+        (Image.new("RGBA", (4, 3), (*RED, 0)), "PNG", {}, [1, 1, 1]),
+        (Image.new("RGBA", (4, 3), (*RED, 51)), "PNG", {}, [1, 0.8, 0.8]),
+        (Image.new("LA", (4, 3), (0, 0)), "PNG", {}, [1, 1, 1]),
+        (Image.new("LA", (4, 3), (0, 255)), "PNG", {}, [0, 0, 0]),
+        (Image.new("CMYK", (4, 3), (0, 255, 255, 0)), "TIFF", {}, [1, 0, 0]),
+        (Image.new("1", (4, 3), 1), "PNG", {}, [1, 1, 1]),
+        (Image.new("L", (4, 3), 51), "BMP", {}, [0.2, 0.2, 0.2]),
+        (Image.fromarray(np.full((3, 4), 13107, np.uint16)), "PNG", {}, [0.2, 0.2, 0.2]),
+        (Image.fromarray(np.full((3, 4), 13107, np.int32)), "TIFF", {}, [0.2, 0.2, 0.2]),
+        (Image.new("RGB", (4, 3), RED), "WEBP", {"lossless": True}, [1, 0, 0]),
+        (Image.new("RGB", (1, 1), RED), "PNG", {}, [1, 0, 0]),
+    ],
+)
+def test_every_mode_is_read_for_what_it_shows(picture, kind, options, expected):
+    image = decode(picture, kind, **options)
+    assert image.dtype == torch.float32 and image.shape[1:] == picture.size[::-1]
+    assert mean(image) == expected
+
+
+def test_what_stands_behind_transparent_pixels_is_a_setting():
+    clear = Image.new("RGBA", (2, 2), (*RED, 0))
+    assert mean(decode(clear, settings={"background": "#003300"})) == [0, 0.2, 0]
+    assert mean(decode(clear, settings={"background": "black", "mode": "L"})) == [0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels"), [("1", 1), ("L", 1), ("LA", 1), ("I;16", 1), ("RGB", 3), ("RGBA", 3)]
+)
+def test_without_a_mode_grey_stays_grey(mode, channels):
+    assert len(decode(Image.new(mode, (2, 2)), settings={"mode": None})) == channels
+    assert len(decode(Image.new(mode, (2, 2)), settings={"mode": "RGB"})) == 3
+    assert len(decode(Image.new(mode, (2, 2)), settings={"mode": "L"})) == 1
+
+
+def test_the_exif_orientation_is_followed():
+    pixels = np.zeros((2, 4, 3), np.uint8)
+    pixels[:, 3] = 255  # light on the right
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side: turn right
+    image = decode(pixels, "PNG", exif=exif)
+    assert image.shape == (3, 4, 2) and image[:, 3].min() == 1 and image[:, :3].max() == 0
+
+
+def bars():
+    """Three squares side by side, red, green and blue."""
+    return np.repeat(np.eye(3, dtype=np.uint8)[None] * 255, 8, axis=0).repeat(8, axis=1)
+
+
+@pytest.mark.parametrize("resize", [True, False])
+def test_the_middle_is_cut_out(resize):
+    image = decode(bars(), settings={"size": 8, "resize": resize})
+    assert image.shape == (3, 8, 8) and mean(image[:, :, 2:6]) == [0, 1, 0]
+
+
+def test_without_a_crop_the_whole_image_is_squeezed():
+    image = decode(bars(), settings={"size": 6, "crop": "none"})
+    assert image.shape == (3, 6, 6) and image[0, :, 0].min() > 0.8 and image[2, :, 5].min() > 0.8
+
+
+def test_scaling_up_and_down():
+    assert decode(bars(), settings={"size": 32}).shape == (3, 32, 32)
+    assert decode(Image.new("RGB", (1, 1), RED), settings={"size": 4}).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 9, "resize": False}, "24 × 8, smaller than size=9"),
+        ({"size": 8, "resize": False, "crop": "none"}, "24 × 8, not 8 × 8"),
+        ({"max_pixels": 191}, "24 × 8 pixels are more than max_pixels=191"),
+    ],
+)
+def test_an_image_that_does_not_fit_the_settings_is_refused(settings, message):
+    with pytest.raises(Unreadable, match=message):
+        decode(bars(), settings=settings)
+    assert decode(bars(), settings={"max_pixels": 192}).shape == (3, 8, 24)
+
+
+def test_the_limit_of_pillow_is_raised_only_on_request(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(Unreadable, match="far more pixels than max_pixels=50"):
+        decode(bars(), settings={"max_pixels": 50})
+    assert Image.MAX_IMAGE_PIXELS == 50
+    assert decode(bars(), settings={"max_pixels": 500}).shape == (3, 8, 24)
+
+
+def noise():
+    return np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
+def test_a_file_that_was_cut_off_is_refused(kind, share):
+    content = encoded(noise(), kind)
+    with pytest.raises(Unreadable, match=r"^x cannot be read: "):
+        Pixels().decode(content[: int(len(content) * share)], "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"<html>not found</html>", "in no image format that Pillow knows"),
+        (encoded(noise())[:-2000].ljust(5000, b"\0"), "damaged"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_the_reason(content, reason):
+    with pytest.raises(Unreadable, match=reason):
+        Pixels().decode(content, "x")
+
+
+def test_grey_without_a_stated_range_is_refused():
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((2, 2), 0.5, np.float32)).save(buffer, "TIFF")
+    with pytest.raises(Unreadable, match="no stated range"):
+        Pixels().decode(buffer.getvalue(), "x")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"crop": "centre"}, "data.crop='centre': choose one of center, none"),
+        ({"mode": "CMYK"}, "choose one of RGB, L, null"),
+        ({"size": 0}, "data.size=0"),
+        ({"max_pixels": 0}, "data.max_pixels=0"),
+        ({"background": "whyte"}, "data.background='whyte' is no colour"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(DminError, match=message):
+        Pixels(**settings)
