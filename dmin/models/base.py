@@ -114,6 +114,25 @@ READOUTS = {"loss": per_example_loss, "mean_squared_output": mean_squared_output
 """Functions of a prediction with one value an example, whose gradients can be collected."""
 
 
+def class_labels(prompts: Sequence[Any], classes: int) -> Tensor:
+    """Return class labels as a tensor, ``[len(prompts)]``.
+
+    Args:
+        prompts: the labels.
+        classes: how many the model knows.
+
+    Raises:
+        DminError: one of them is none of these.
+    """
+    wrong = [p for p in prompts if not isinstance(p, int) or not 0 <= p < classes]
+    if wrong:
+        raise DminError(
+            f"label {wrong[0]!r}: the model knows the classes 0 … {classes - 1}. Use a dataset (or "
+            f"prompts) with integer labels in that range."
+        )
+    return torch.tensor(list(prompts))
+
+
 def weights_digest(module: nn.Module) -> str:
     """Return 16 hexadecimal digits of every weight and buffer, whatever device they are on."""
     digest = hashlib.sha256()

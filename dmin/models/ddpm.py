@@ -12,7 +12,13 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from dmin.errors import DminError
-from dmin.models.base import Condition, DiffusionModel, Prediction, noise_generators
+from dmin.models.base import (
+    Condition,
+    DiffusionModel,
+    Prediction,
+    class_labels,
+    noise_generators,
+)
 from dmin.models.checkpoint import describe_adapters, load_adapters, load_pipeline, load_weights
 from dmin.models.noising import Denoising
 
@@ -112,14 +118,8 @@ class DDPM(DiffusionModel):
         """Return the class labels as a tensor, or nothing for an unconditional model."""
         if self.classes is None:
             return {}
-        wrong = [p for p in prompts if not isinstance(p, int) or not 0 <= p < self.classes]
-        if wrong:
-            raise DminError(
-                f"label {wrong[0]!r}: the model knows the classes 0 … {self.classes - 1}. Use a "
-                f"dataset (or prompts) with integer labels in that range."
-            )
         device = next(self.network.parameters()).device
-        return {"class_labels": torch.tensor(list(prompts), device=device)}
+        return {"class_labels": class_labels(prompts, self.classes).to(device)}
 
     def predict(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """Return the network's prediction and the target of the scheduler's prediction type."""

@@ -46,7 +46,6 @@ class LatentDiffusion(DiffusionModel):
         latent_seed: key of that draw.
         guidance_scale: of sampling; None for the pipeline's default. Attribution takes the
             conditional prediction alone, as training does (without its prompt dropout).
-        sample_size: height and width of generated images in pixels; None for the model's own.
 
     Raises:
         DminError: a setting does not fit the pipeline.
@@ -55,7 +54,7 @@ class LatentDiffusion(DiffusionModel):
     pipeline_class: ClassVar[Any]
     network_name: ClassVar[str] = "transformer"
     components: ClassVar[dict[str, Any]] = {}  # replaced when loading
-    patch: ClassVar[int] = 1  # latent pixels that the sides of an image must be a multiple of
+    process: Denoising | Flow
 
     def __init__(
         self,
@@ -65,7 +64,6 @@ class LatentDiffusion(DiffusionModel):
         latents: Literal["mode", "sample"] = "mode",
         latent_seed: int = 0,
         guidance_scale: float | None = None,
-        sample_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.pipeline = pipeline
@@ -77,7 +75,6 @@ class LatentDiffusion(DiffusionModel):
         self.latents = latents
         self.latent_seed = latent_seed
         self.guidance_scale = guidance_scale
-        self.sample_size = sample_size
         for encoder in self.encoders.values():
             encoder.eval().requires_grad_(False)
         pipeline.set_progress_bar_config(disable=True)
@@ -248,10 +245,22 @@ class LatentDiffusion(DiffusionModel):
             return (z - mean) * config["scaling_factor"] / std
         return (z - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
 
-    def _check_size(self, image: Tensor) -> None:
+    @property
+    def vae_factor(self) -> int:
+        """Pixels that one latent pixel stands for, in each direction."""
         config = self.pipeline.vae.config
         stages = config.get("block_out_channels") or config["encoder_block_out_channels"]
-        unit = 2 ** (len(stages) - 1) * self.patch
+        factor: int = 2 ** (len(stages) - 1)
+        return factor
+
+    @property
+    def patch(self) -> int:
+        """Latent pixels that make one token, in each direction."""
+        return self.network.config.get("patch_size") or 1
+
+    def _check_size(self, image: Tensor) -> None:
+        config = self.pipeline.vae.config
+        unit = self.vae_factor * self.patch
         channels, height, width = image.shape[1:]
         if channels != config["in_channels"] or height % unit or width % unit:
             raise DminError(
@@ -284,6 +293,8 @@ class LatentDenoiser(LatentDiffusion):
         settings: of :class:`LatentDiffusion`.
     """
 
+    process: Denoising
+
     def __init__(self, pipeline: Any, *, snr_gamma: float | None = None, **settings: Any) -> None:
         super().__init__(pipeline, Denoising(pipeline.scheduler.config, snr_gamma), **settings)
 
@@ -297,6 +308,8 @@ class LatentFlow(LatentDiffusion):
             schedules choose from, not the loss at a timestep.
         settings: of :class:`LatentDiffusion`.
     """
+
+    process: Flow
 
     def __init__(self, pipeline: Any, *, shift: float | None = None, **settings: Any) -> None:
         super().__init__(pipeline, Flow(pipeline.scheduler.config, shift), **settings)

@@ -1,0 +1,38 @@
+"""DiT: a transformer on latents, conditioned on classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers import DiTPipeline
+from torch import Tensor
+
+from dmin.models.base import Condition, class_labels
+from dmin.models.latent import LatentDenoiser
+
+
+class DiT(LatentDenoiser):
+    """Diffusion Transformer (Peebles & Xie 2023); predicts ε.
+
+    The variance that it learns as well is left out of the loss: its part of the training loss
+    gives the mean no gradient.
+    """
+
+    pipeline_class = DiTPipeline
+
+    def _prompts(self, batch: Mapping[str, Any]) -> Sequence[Any]:
+        prompts: Sequence[Any] = batch["label"]
+        return prompts
+
+    def _embed(self, prompts: Sequence[Any]) -> Condition:
+        classes = self.network.config.num_embeds_ada_norm
+        return {"class_labels": class_labels(prompts, classes)}
+
+    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        prediction: Tensor = self.network(noised, timestep=t.long(), **condition).sample
+        return prediction
+
+    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        labels: Tensor = self._embed(prompts)["class_labels"]
+        return {**super()._sampling(prompts), "class_labels": labels.tolist()}
