@@ -1,8 +1,10 @@
 """Every YAML composes, validates against what it names, and builds."""
 
 import functools
+from importlib.util import find_spec
 from pathlib import Path
 
+import examples_on_disk as on_disk
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -26,6 +28,8 @@ VALUES = {
     ("model", "ddpm"): ["model.path={ddpm_path}"],
     **{("model", family): [f"model.path={{{family}}}"] for family in BUILDERS},
     ("data", "image_folder"): ["data.root={images}"],
+    ("data", "hf_dataset"): ["data.path={table}"],
+    ("data", "webdataset"): ["data.shards='{shards}'"],
     ("data", "subset"): ["data@data.dataset=digits", "data.count=2"],
     ("queries", "images"): ["queries.root={images}"],
     ("queries", "generated"): ["queries.prompts=[0,1]"],
@@ -40,7 +44,17 @@ def places(ddpm_path, tmp_path_factory):
     images = tmp_path_factory.mktemp("images")
     save_images(images, torch.rand(2, 1, 8, 8), ["a.png", "b.png"], [{"label": 0}, {"label": 1}])
     tiny = {name: save(name, tmp_path_factory.mktemp(name) / "model") for name in BUILDERS}
-    return {"ddpm_path": ddpm_path, "images": images, **tiny}
+    shards = on_disk.write_shards(tmp_path_factory.mktemp("shards"))
+    table = tmp_path_factory.mktemp("table")
+    if find_spec("datasets"):
+        on_disk.write_table(table)
+    return {
+        "ddpm_path": ddpm_path,
+        "images": images,
+        "shards": shards,
+        "table": table,
+        **tiny,
+    }
 
 
 def composed(group, name, places):
@@ -129,6 +143,8 @@ def check_benchmark(benchmark):
 def test_it_builds_what_its_group_promises(group, name, places):
     if (group, name) == ("trainer", "gpu") and not torch.cuda.is_available():
         pytest.skip("no GPU")
+    if (group, name) == ("data", "hf_dataset"):
+        pytest.importorskip("datasets")
     built = instantiate(plain(composed(group, name, places))[group], _convert_="all")
     globals()[f"check_{group}"](built)
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from dmin.data.base import Dataset, Example, collate
+from dmin.errors import DminError
 
 
 class Blocks(Sampler[list[int]]):
@@ -98,12 +99,21 @@ class TrainData(lightning.LightningDataModule):
         self.workers = workers
 
     def train_dataloader(self) -> DataLoader[Example]:
-        """Return a loader of exactly ``steps`` batches."""
+        """Return a loader of exactly ``steps`` batches, or of this process's share of each.
+
+        Raises:
+            DminError: a batch has fewer examples than there are processes.
+        """
         size = min(self.batch_size, len(self.dataset))
+        rank = self.trainer.global_rank if self.trainer else 0
+        world = self.trainer.world_size if self.trainer else 1
+        if size < world:
+            raise DminError(
+                f"train.batch_size={self.batch_size}: a batch of {size} cannot be shared out over "
+                f"{world} processes. Raise it, or lower trainer.devices."
+            )
         batches = _random_batches(len(self.dataset), size, self.steps, self.seed)
-        if self.trainer and self.trainer.world_size > 1:  # processes share out each batch
-            rank, world = self.trainer.global_rank, self.trainer.world_size
-            batches = [batch[rank::world] for batch in batches]
+        batches = [batch[rank::world] for batch in batches]
         return DataLoader(
             self.dataset,  # type: ignore[arg-type]
             batch_sampler=batches,

@@ -112,8 +112,7 @@ class Shapes:
     def __getitem__(self, index: int) -> Example:
         """Draw one example."""
         number = self.numbers[index]
-        # Only `random()` is asked of the generator: its stream is the same in every version.
-        rng = np.random.Generator(np.random.PCG64([self.seed, number]))
+        rng = _generator(self.seed, number)
         facts = _facts(rng, self.minority)
         label = ATTRIBUTES[self.label].index(facts[self.label])
         image = torch.from_numpy(_draw(facts, self.size, rng))
@@ -142,6 +141,14 @@ def caption(facts: dict[str, str]) -> str:
 
 def _id(number: int) -> str:
     return f"shape-{number:07d}"
+
+
+def _generator(seed: int, number: int) -> np.random.Generator:
+    """Return the source of all chance in an image.
+
+    Only ``random()`` is asked of it, whose stream is the same in every version of NumPy.
+    """
+    return np.random.Generator(np.random.PCG64([seed, number]))
 
 
 def _facts(rng: np.random.Generator, minority: float) -> dict[str, str]:
@@ -173,7 +180,9 @@ def _draw(facts: dict[str, str], size: int, rng: np.random.Generator) -> np.ndar
     smooth = fine.reshape(3, size, _FINE, size, _FINE).mean((2, 4))
     grain = 0.14 if facts["source"] == "print" else 0.0
     tone = _between(rng, -0.04, 0.04) + grain * (rng.random((size, size)) - 0.5)
-    return np.clip(smooth + tone, 0, 1).astype(np.float32)
+    # In steps of 8 bits: saved as PNG it is the same image, and the last digits of a cosine, which
+    # differ between processors, do not show.
+    return np.round(np.clip(smooth + tone, 0, 1) * 255).astype(np.float32) / 255
 
 
 def _draw_studio(
