@@ -1,0 +1,95 @@
+"""How much each timestep tells examples apart, and which are blind.
+
+Where there is only noise, every image has nearly the same gradient: such a timestep adds the same
+to all scores, and after normalisation it weighs as much as the telling ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from dmin.store import Store
+
+# Blind: all examples look alike, or all pairs of them look alike to each other.
+BLIND_COSINE, BLIND_SPREAD = 0.98, 0.01
+
+
+class Timestep(NamedTuple):
+    """What one timestep tells of a sample of examples.
+
+    Attributes:
+        timestep: in the model's own unit.
+        cosine: mean over pairs of examples of the cosine of their gradients.
+        spread: standard deviation of the same.
+        share: of the variance of scores: ``Cov(c_t, s) / Var(s)`` over pairs, with c_t the cosine
+            at this timestep and ``s = Σ_t c_t`` the score of DMin; the shares add up to one.
+    """
+
+    timestep: float
+    cosine: float
+    spread: float
+    share: float
+
+    @property
+    def blind(self) -> bool:
+        """Whether it hardly tells one example from another."""
+        return self.cosine > BLIND_COSINE or self.spread < BLIND_SPREAD
+
+
+def timestep_report(rows: np.ndarray, timesteps: Sequence[float]) -> list[Timestep]:
+    """Measure each timestep on the rows of some examples.
+
+    Args:
+        rows: ``[n, draw, T, group, dim]`` as in a store, n ≥ 3; re-normalised here. Sketching adds
+            noise of about ``(1 − ρ²) / √dim`` to each cosine ρ, and as much to the spread.
+        timesteps: T of them.
+
+    Returns:
+        One entry a timestep, in order.
+    """
+    n, draws, steps = rows.shape[:3]
+    flat = rows.reshape(n, draws, steps, -1).astype(np.float32)
+    norms = np.linalg.norm(flat, axis=-1, keepdims=True)
+    unit = flat / np.where(norms > 0, norms, 1)
+    grams = np.einsum("adtk,bdtk->tab", unit, unit, optimize=True) / draws
+    pairs = grams[:, *np.triu_indices(n, 1)].astype(np.float64)  # [T, pairs]
+    scores = pairs.sum(0)
+    variance = scores.var()
+    shares = ((pairs - pairs.mean(1, keepdims=True)) * (scores - scores.mean())).mean(1)
+    shares = shares / variance if variance > 0 else np.zeros(steps)
+    return [
+        Timestep(float(t), float(c.mean()), float(c.std()), float(share))
+        for t, c, share in zip(timesteps, pairs, shares, strict=True)
+    ]
+
+
+def report_of(store: Store, readout: str = "loss", sample: int = 256) -> list[Timestep]:
+    """Measure each timestep of a store on rows evenly spread over it.
+
+    Args:
+        store: with three rows or more.
+        readout: which gradients.
+        sample: how many rows, at most.
+    """
+    chosen = np.unique(np.linspace(0, len(store) - 1, min(sample, len(store))).astype(int))
+    return timestep_report(store.rows(readout, chosen), store.layout.timesteps)
+
+
+def report_table(report: Sequence[Timestep]) -> Table:
+    """Return a report as a table for the terminal."""
+    table = Table(title="How much each timestep tells examples apart", title_justify="left")
+    for heading in ("timestep", "mean cosine", "spread", "share of score variance", ""):
+        table.add_column(heading, justify="right" if heading else "left")
+    for entry in report:
+        table.add_row(
+            f"{entry.timestep:g}",
+            f"{entry.cosine:.3f}",
+            f"{entry.spread:.3f}",
+            f"{entry.share:.1%}",
+            "[yellow]blind[/]" if entry.blind else "",
+        )
+    return table
