@@ -43,7 +43,7 @@ class Schedule(ABC):
         if len(set(chosen)) != len(chosen):
             raise DminError(
                 f"timesteps={list(chosen)} repeat themselves: {len(chosen)} were asked for where "
-                f"the model has {len(ladder)}. Set timesteps.num lower."
+                f"the model has {len(ladder)}. Set timesteps.num lower, or name each once."
             )
         return chosen
 
@@ -127,8 +127,9 @@ class DMinCubic(Schedule):
 
     Args:
         num: T, how many.
-        skip_first: leave out rung 0 and end on the last, as the published code does for SD 1.x,
-            instead of the other way round.
+        skip_first: leave out rung 0 and end on the last instead, as the published code does for
+            SD 1.x. Its PNDM sampler has the second timestep twice, hence from there on each rung
+            is one earlier: t = 998, 992, 973, 936, 875, 784, 657, 488, 271, 0.
     """
 
     def __init__(self, num: int = 10, skip_first: bool = False) -> None:
@@ -138,8 +139,10 @@ class DMinCubic(Schedule):
     def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
         """Return the timesteps on the chosen rungs."""
         steps = range(1, self.num + 1) if self.skip_first else range(self.num)
-        rungs = [math.floor(len(ladder) * step**3 / self.num**3) for step in steps]
-        return tuple(ladder[min(rung, len(ladder) - 1)] for rung in rungs)
+        rungs = [len(ladder) * step**3 // self.num**3 for step in steps]
+        if self.skip_first:
+            rungs = [max(min(1, rung), rung - 1) for rung in rungs]
+        return tuple(ladder[rung] for rung in rungs)
 
 
 class Explicit(Schedule):
