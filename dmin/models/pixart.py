@@ -44,7 +44,7 @@ class PixArt(Captioned, LatentDenoiser):
         return {"encoder_hidden_states": embedded, "encoder_attention_mask": mask}
 
     def _sizes(self, image: Tensor) -> Condition:
-        if not self.network.config.use_additional_conditions:
+        if not self.network.use_additional_conditions:
             return {}
         height, width = image.shape[-2:]  # the model of 1024 pixels is told size and shape
         rows = {"resolution": [height, width], "aspect_ratio": [height / width]}

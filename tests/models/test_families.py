@@ -1,117 +1,18 @@
 """Every family: loaded from disk as diffusers saved it, held to formulas and to plain autograd."""
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
+from models.families import FAMILIES, checkpoint, load
 
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Example, Examples, collate
 from dmin.errors import DminError
 from dmin.models.base import per_example_loss
-from dmin.models.dit import DiT
-from dmin.models.flux import Flux
-from dmin.models.hunyuan_dit import HunyuanDiT
-from dmin.models.pixart import PixArt
-from dmin.models.sana import Sana
-from dmin.models.stable_diffusion import StableDiffusion
-from dmin.models.stable_diffusion_3 import StableDiffusion3
-from dmin.models.stable_diffusion_xl import StableDiffusionXL
 from dmin.noise import SharedNoise
 from dmin.sketches import BlockCyclic
 from dmin.timesteps import Explicit
 
-
-@dataclass(frozen=True)
-class Family:
-    """What the tests need to know of one."""
-
-    model: type
-    latent: tuple[int, int, int]
-    condition: dict[str, tuple[int, ...]]  # shapes without the batch
-    predictions: tuple[str, ...] = ("epsilon",)
-    size: int = 16
-    settings: dict = field(default_factory=dict)
-    timesteps: tuple[float, ...] = (700, 20)
-    prompts: tuple = ("a red cat", "dog", "blue")
-
-
-FAMILIES = {
-    "stable_diffusion": Family(
-        StableDiffusion,
-        (4, 8, 8),
-        {"encoder_hidden_states": (8, 16)},
-        ("epsilon", "v_prediction", "sample"),
-    ),
-    "stable_diffusion_xl": Family(
-        StableDiffusionXL,
-        (4, 8, 8),
-        {"encoder_hidden_states": (8, 32), "text_embeds": (16,), "time_ids": (6,)},
-        ("epsilon", "v_prediction"),
-    ),
-    "stable_diffusion_3": Family(
-        StableDiffusion3,
-        (4, 8, 8),
-        {"encoder_hidden_states": (8 + 12, 32), "pooled_projections": (32,)},
-        ("flow",),
-        settings={"max_sequence_length": 12},
-    ),
-    "flux": Family(
-        Flux,
-        (4, 8, 8),
-        {"encoder_hidden_states": (12, 16), "pooled_projections": (16,)},
-        ("flow",),
-        settings={"max_sequence_length": 12, "sample_size": (16, 16)},
-    ),
-    "dit": Family(DiT, (4, 8, 8), {"class_labels": ()}, ("epsilon",), prompts=(3, 0, 999)),
-    "pixart": Family(
-        PixArt,
-        (4, 8, 8),
-        {"encoder_hidden_states": (12, 16), "encoder_attention_mask": (12,)},
-        ("epsilon",),
-        settings={"max_sequence_length": 12},
-    ),
-    "sana": Family(
-        Sana,
-        (4, 16, 16),
-        {"encoder_hidden_states": (12, 8), "encoder_attention_mask": (12,)},
-        ("flow",),
-        size=32,
-        settings={"max_sequence_length": 12},
-    ),
-    "hunyuan_dit": Family(
-        HunyuanDiT,
-        (4, 4, 4),
-        {
-            "encoder_hidden_states": (77, 16),
-            "text_embedding_mask": (77,),
-            "encoder_hidden_states_t5": (256, 16),
-            "text_embedding_mask_t5": (256,),
-            "image_meta_size": (6,),
-            "style": (),
-        },
-        ("v_prediction", "epsilon"),
-        size=32,
-    ),
-}
 CASES = [(name, kind) for name, f in FAMILIES.items() for kind in f.predictions]
-
-
-@pytest.fixture(scope="module")
-def load(checkpoint):
-    loaded = {}
-
-    def of(name, kind=None, **settings):
-        family = FAMILIES[name]
-        changes = {} if kind in (None, "flow") else {"prediction_type": kind}
-        key = f"{name} {changes} {settings}"
-        if key not in loaded:
-            loaded[key] = family.model.from_pretrained(
-                checkpoint(name, **changes), **{**family.settings, **settings}
-            )
-        return loaded[key]
-
-    return of
 
 
 def examples(family, n=3):
@@ -131,7 +32,7 @@ def inputs(model, family, n=3, t=(700, 20, 400)):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_it_loads_from_disk_ready_to_be_differentiated(name, load):
+def test_it_loads_from_disk_ready_to_be_differentiated(name):
     model = load(name)
     assert not any(module.training for module in model.modules())
     assert [child for child, _ in model.named_children()] == ["network"]
@@ -141,7 +42,7 @@ def test_it_loads_from_disk_ready_to_be_differentiated(name, load):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_encoding_has_the_shapes_of_the_family_and_repeats_itself(name, load):
+def test_encoding_has_the_shapes_of_the_family_and_repeats_itself(name):
     family, model = FAMILIES[name], load(name)
     x0, _, _, condition = inputs(model, family)
     assert x0.shape == (3, *family.latent) and x0.dtype == torch.float32
@@ -156,7 +57,7 @@ def test_encoding_has_the_shapes_of_the_family_and_repeats_itself(name, load):
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_the_target_is_that_of_the_prediction_type(name, kind, load):
+def test_the_target_is_that_of_the_prediction_type(name, kind):
     family, model = FAMILIES[name], load(name, kind)
     x0, noise, t, condition = inputs(model, family)
     with torch.no_grad():
@@ -172,7 +73,7 @@ def test_the_target_is_that_of_the_prediction_type(name, kind, load):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_network_sees_the_noised_latents(name, load):
+def test_the_network_sees_the_noised_latents(name):
     """At the least noise a latent of the image, at the most noise alone: both by the formula."""
     family, model = FAMILIES[name], load(name)
     x0, noise, t, _ = inputs(model, family)
@@ -187,7 +88,7 @@ def test_the_network_sees_the_noised_latents(name, load):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_an_image_depends_on_its_own_prompt_and_seed(name, load):
+def test_an_image_depends_on_its_own_prompt_and_seed(name):
     family, model = FAMILIES[name], load(name)
     prompts = list(family.prompts[:2])
     both = model.sample(prompts, [3, 4], 2)
@@ -199,7 +100,7 @@ def test_an_image_depends_on_its_own_prompt_and_seed(name, load):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_defines_the_loss_is_described(name, load, checkpoint):
+def test_what_defines_the_loss_is_described(name):
     family, model = FAMILIES[name], load(name)
     described = [load(name, kind).describe() for kind in family.predictions]
     assert len({str(d) for d in described}) == len(described)
@@ -213,7 +114,7 @@ def test_what_defines_the_loss_is_described(name, load, checkpoint):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_rows_are_sketches_of_one_example_at_a_time(name, load, tmp_path):
+def test_rows_are_sketches_of_one_example_at_a_time(name, tmp_path):
     family, model = FAMILIES[name], load(name)
     dataset, noise = examples(family), SharedNoise(seed=5)
     collector = GradientCollector(
@@ -257,7 +158,7 @@ CAPTIONED = [name for name, family in FAMILIES.items() if isinstance(family.prom
 
 
 @pytest.mark.parametrize("name", CAPTIONED)
-def test_missing_and_empty_captions_are_refused_by_name(name, load):
+def test_missing_and_empty_captions_are_refused_by_name(name):
     family, model = FAMILIES[name], load(name)
     image = torch.rand(3, family.size, family.size)
     with pytest.raises(DminError, match="'lonely' has no caption"):
@@ -272,7 +173,7 @@ def test_missing_and_empty_captions_are_refused_by_name(name, load):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_images_that_do_not_fit_are_refused(name, load):
+def test_images_that_do_not_fit_are_refused(name):
     family, model = FAMILIES[name], load(name)
     for shape in ((4, family.size, family.size), (3, family.size, family.size + 1)):
         example = Example("a", torch.rand(*shape), label=1, caption="cat")

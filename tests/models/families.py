@@ -1,0 +1,110 @@
+"""The table of families that the tests run over, and their tiny models."""
+
+import functools
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from models.tiny import save
+
+from dmin.models.dit import DiT
+from dmin.models.flux import Flux
+from dmin.models.hunyuan_dit import HunyuanDiT
+from dmin.models.pixart import PixArt
+from dmin.models.sana import Sana
+from dmin.models.stable_diffusion import StableDiffusion
+from dmin.models.stable_diffusion_3 import StableDiffusion3
+from dmin.models.stable_diffusion_xl import StableDiffusionXL
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the tests need to know of one."""
+
+    model: type
+    latent: tuple[int, int, int]
+    condition: dict[str, tuple[int, ...]]  # shapes without the batch
+    predictions: tuple[str, ...] = ("epsilon",)
+    size: int = 16
+    settings: dict = field(default_factory=dict)
+    timesteps: tuple[float, ...] = (700, 20)
+    prompts: tuple = ("a red cat", "dog", "blue")
+
+
+FAMILIES = {
+    "stable_diffusion": Family(
+        StableDiffusion,
+        (4, 8, 8),
+        {"encoder_hidden_states": (8, 16)},
+        ("epsilon", "v_prediction", "sample"),
+    ),
+    "stable_diffusion_xl": Family(
+        StableDiffusionXL,
+        (4, 8, 8),
+        {"encoder_hidden_states": (8, 32), "text_embeds": (16,), "time_ids": (6,)},
+        ("epsilon", "v_prediction"),
+    ),
+    "stable_diffusion_3": Family(
+        StableDiffusion3,
+        (4, 8, 8),
+        {"encoder_hidden_states": (8 + 12, 32), "pooled_projections": (32,)},
+        ("flow",),
+        settings={"max_sequence_length": 12},
+    ),
+    "flux": Family(
+        Flux,
+        (4, 8, 8),
+        {"encoder_hidden_states": (12, 16), "pooled_projections": (16,)},
+        ("flow",),
+        settings={"max_sequence_length": 12, "sample_size": (16, 16)},
+    ),
+    "dit": Family(DiT, (4, 8, 8), {"class_labels": ()}, ("epsilon",), prompts=(3, 0, 999)),
+    "pixart": Family(
+        PixArt,
+        (4, 8, 8),
+        {"encoder_hidden_states": (12, 16), "encoder_attention_mask": (12,)},
+        ("epsilon",),
+        settings={"max_sequence_length": 12},
+    ),
+    "sana": Family(
+        Sana,
+        (4, 16, 16),
+        {"encoder_hidden_states": (12, 8), "encoder_attention_mask": (12,)},
+        ("flow",),
+        size=32,
+        settings={"max_sequence_length": 12},
+    ),
+    "hunyuan_dit": Family(
+        HunyuanDiT,
+        (4, 4, 4),
+        {
+            "encoder_hidden_states": (77, 16),
+            "text_embedding_mask": (77,),
+            "encoder_hidden_states_t5": (256, 16),
+            "text_embedding_mask_t5": (256,),
+            "image_meta_size": (6,),
+            "style": (),
+        },
+        ("v_prediction", "epsilon"),
+        size=32,
+    ),
+}
+
+
+_FOLDER = tempfile.TemporaryDirectory()  # as long as the tests run
+
+
+@functools.cache
+def checkpoint(family, **changes):
+    """Return the folder of a family's tiny checkpoint, made when first asked for."""
+    return save(family, Path(tempfile.mkdtemp(prefix=family, dir=_FOLDER.name)), **changes)
+
+
+@functools.cache
+def load(name, kind=None, **settings):
+    """Return a family's tiny model; tests must not change it."""
+    family = FAMILIES[name]
+    changes = {} if kind in (None, "flow") else {"prediction_type": kind}
+    return family.model.from_pretrained(
+        checkpoint(name, **changes), **{**family.settings, **settings}
+    )
