@@ -1,0 +1,234 @@
+"""Curvature in sketch space: ``C = ΦᵀΦ/n`` as low rank plus a scalar, streamed over a store.
+
+C is the empirical Fisher matrix seen through the sketch, so ``(C + λ)^{−p} v`` stands in for a
+damped inverse-Hessian-vector product at the price of two thin matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmin.errors import DminError
+
+Stream = Callable[[], Iterable[Tensor]]
+"""Starts a pass over the rows: blocks ``[n, B, m]``, always the same rows in the same order."""
+
+# Eigenvalues below this share of the largest are rounding: they are taken for zero.
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """B matrices ``C_b ≈ V_bᵀ diag(values_b) V_b + rest_b (I − V_bᵀ V_b)``, m × m each.
+
+    Attributes:
+        values: float64 ``[B, r]``, leading eigenvalues, descending.
+        vectors: float32 ``[B, r, m]``, their orthonormal eigenvectors.
+        rest: float64 ``[B]``, what each other eigenvalue is taken for: their mean.
+        trace: float64 ``[B]``, of C, exact.
+        support: min(n, m), how many eigenvalues can differ from zero.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    rest: Tensor
+    trace: Tensor
+    support: int
+
+    @property
+    def mean_eigenvalue(self) -> Tensor:
+        """The mean over the support, ``[B]``: a measure that does not grow with the sketch."""
+        return self.trace / self.support
+
+    @property
+    def kept(self) -> Tensor:
+        """Share of the energy (the trace) in the eigenvectors kept, ``[B]``."""
+        return self.values.sum(1) / self.trace.clamp(min=torch.finfo(torch.float64).tiny)
+
+    def effective_dimension(self, damping: Tensor) -> Tensor:
+        """Return ``tr C (C + λ)^{−1}``, how many directions the damping leaves alive.
+
+        Args:
+            damping: λ, ``[B]``.
+
+        Returns:
+            float64 ``[B]``.
+        """
+        rest = (self.support - self.values.shape[1]) * self.rest / (self.rest + damping)
+        return (self.values / (self.values + damping[:, None])).sum(1) + rest
+
+    def power(self, rows: Tensor, damping: Tensor, p: float) -> Tensor:
+        """Return ``(C_b + λ_b)^{−p} v`` of each row, computed in float64.
+
+        Args:
+            rows: ``[n, B, m]``.
+            damping: λ, ``[B]``.
+            p: any real number; −1 with λ = 0 is the product with C itself.
+
+        Returns:
+            ``[n, B, m]``, of the dtype of the rows.
+
+        Raises:
+            DminError: a negative power of zero, where λ and the rest are both 0.
+        """
+        leading, other = self._factors(damping, p)
+        out = torch.empty_like(rows)
+        for b, vectors in enumerate(self.vectors):
+            x, v = rows[:, b].double(), vectors.double()
+            out[:, b] = other[b] * x + (x @ v.T * (leading[b] - other[b])) @ v
+        return out
+
+    def quadratic(self, rows: Tensor, damping: Tensor, p: float) -> Tensor:
+        """Return ``vᵀ (C_b + λ_b)^{−p} v`` of each row, float64 ``[n, B]``; see :meth:`power`."""
+        leading, other = self._factors(damping, p)
+        out = rows.new_empty(rows.shape[:2], dtype=torch.float64)
+        for b, vectors in enumerate(self.vectors):
+            x = rows[:, b].double()
+            along = (x @ vectors.double().T).square()
+            out[:, b] = other[b] * x.square().sum(1) + along @ (leading[b] - other[b])
+        return out
+
+    def describe(self, damping: Tensor) -> str:
+        """Return rank, energy kept and effective dimension in words."""
+        low, high = self.kept.min(), self.kept.max()
+        dimension = self.effective_dimension(damping)
+        return (
+            f"curvature: {self.values.shape[1]} of {self.support} directions keep "
+            f"{low:.1%} to {high:.1%} of the energy; effective dimension "
+            f"{dimension.min():.1f} to {dimension.max():.1f}"
+        )
+
+    def _factors(self, damping: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        if p > 0 and bool((self.rest + damping <= 0).any()):
+            raise DminError(
+                f"a power of −{p:g} of a curvature that is zero in some directions. Give a "
+                f"positive damping (method.alpha)."
+            )
+        return (self.values + damping[:, None]) ** -p, (self.rest + damping) ** -p
+
+
+def fit_curvature(
+    stream: Stream,
+    shape: tuple[int, int, int],
+    rank: int | None = None,
+    memory: int = 1 << 30,
+    passes: int = 2,
+    seed: int = 0,
+) -> Curvature:
+    """Eigendecompose ``C_b = (1/n) Σ_i φ_ib φ_ibᵀ`` for B kinds of rows at once.
+
+    Exact while it fits the memory: from C where n > m, in one pass; else from the rows' inner
+    products, its dual. Otherwise a randomised Nyström approximation, as many directions as fit
+    (Tropp et al. 2017, "Fixed-rank approximation of a positive-semidefinite matrix from streaming
+    data"); more than one pass is subspace iteration, which it needs where the spectrum is flat.
+
+    Args:
+        stream: starts a pass over the rows.
+        shape: (n, B, m) of all rows together.
+        rank: directions kept at most; None for all there are.
+        memory: bytes that rows, matrix or random basis may take.
+        passes: over the rows, of the randomised way.
+        seed: key of the random basis.
+
+    Raises:
+        DminError: rank, memory or passes are out of range.
+    """
+    n, count, m = shape
+    support = min(n, m)
+    if passes < 1 or (rank is not None and rank < 1):
+        raise DminError(f"rank={rank}, passes={passes}: both must be at least 1 (rank or null).")
+    kept = support if rank is None else min(rank, support)
+    if n <= m and 4 * count * n * m <= memory:
+        parts = _dual(stream, shape)
+    elif m < n and 8 * count * m * m <= memory:
+        parts = _primal(stream, shape)
+    else:
+        most = memory // (16 * count * m)  # two float64 bases
+        if most < 1:
+            raise DminError(
+                f"memory={memory} bytes do not hold one direction of {count} × {m} numbers. "
+                f"Give at least {16 * count * m}."
+            )
+        size = min(most, support if rank is None else rank + 10 + rank // 5)
+        parts = _nystrom(stream, shape, size, passes, seed)
+        kept = min(kept, size)
+    values, vectors, trace = parts
+    values, vectors = values[:, :kept], vectors[:, :kept].clone()
+    values = torch.where(values > ROUNDING * values[:, :1], values, 0)
+    rest = (trace - values.sum(1)).clamp(min=0) / max(1, support - kept)
+    return Curvature(values, vectors, rest if kept < support else 0 * rest, trace, support)
+
+
+Parts = tuple[Tensor, Tensor, Tensor]  # values [B, r], vectors [B, r, m], trace [B]
+
+
+def _dual(stream: Stream, shape: tuple[int, int, int]) -> Parts:
+    """From the n × n inner products: ``V = U Φ / √(nλ)``; all rows are in memory."""
+    n, count, m = shape
+    rows = torch.empty(count, n, m)
+    start = 0
+    for block in stream():
+        rows[:, start : start + len(block)] = block.transpose(0, 1)
+        start += len(block)
+    values = torch.empty(count, n, dtype=torch.float64)
+    for b in range(count):
+        x = rows[b].double()
+        found, u = torch.linalg.eigh(x @ x.T / n)
+        found, u = found.flip(0).clamp(min=0), u.flip(1)
+        # A direction of rounding is dropped whole: normalising it would make up a vector.
+        used = found > ROUNDING * found[0]
+        scale = torch.where(used, (n * found).rsqrt(), 0)
+        values[b], rows[b] = found, (scale[:, None] * (u.T @ x)).float()
+    trace = values.sum(1)
+    return values, rows, trace
+
+
+def _primal(stream: Stream, shape: tuple[int, int, int]) -> Parts:
+    """From the m × m matrix itself."""
+    n, count, m = shape
+    total = torch.zeros(count, m, m, dtype=torch.float64)
+    for block in stream():
+        x = block.transpose(0, 1).double()
+        total.baddbmm_(x.transpose(1, 2), x)
+    total /= n
+    trace = total.diagonal(dim1=1, dim2=2).sum(1)
+    values = torch.empty(count, m, dtype=torch.float64)
+    vectors = torch.empty(count, m, m)
+    for b in range(count):
+        found, v = torch.linalg.eigh(total[b])
+        values[b], vectors[b] = found.flip(0).clamp(min=0), v.flip(1).T.float()
+    return values, vectors, trace
+
+
+def _nystrom(
+    stream: Stream, shape: tuple[int, int, int], size: int, passes: int, seed: int
+) -> Parts:
+    """From ``C Q`` for a basis Q of the leading directions: ``C ≈ (CQ)(QᵀCQ)⁺(CQ)ᵀ``."""
+    n, count, m = shape
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(m, size, generator=generator, dtype=torch.float64)
+    basis = basis.expand(count, m, size)
+    for _ in range(passes):
+        basis = torch.linalg.qr(basis)[0]
+        image = torch.zeros(count, m, size, dtype=torch.float64)
+        trace = torch.zeros(count, dtype=torch.float64)
+        for block in stream():
+            x = block.transpose(0, 1).double()
+            image.baddbmm_(x.transpose(1, 2), x @ basis)
+            trace += x.square().sum((1, 2))
+        image, trace = image / n, trace / n
+        basis, previous = image, basis
+    values = torch.empty(count, size, dtype=torch.float64)
+    vectors = torch.empty(count, size, m)
+    for b in range(count):
+        core = previous[b].T @ image[b]
+        found, u = torch.linalg.eigh((core + core.T) / 2)
+        used = found > ROUNDING * found[-1]
+        inverse_root = torch.where(used, found.abs().rsqrt(), 0)
+        left, singular, _ = torch.linalg.svd((image[b] @ u) * inverse_root, full_matrices=False)
+        values[b], vectors[b] = singular.square(), left.T.float()
+    return values, vectors, trace
