@@ -16,8 +16,8 @@ from torch import nn
 from dmin import sketches
 from dmin.capture import Capture, choose_parameters
 from dmin.errors import DminError
-from dmin.layer_gradients import Dense
-from dmin.sketches import BlockCyclic, Parameter, Parameters, Sketch
+from dmin.layer_gradients import Dense, Outer, Sum
+from dmin.sketches import BlockCyclic, Parameter, Parameters, Sketch, TensorSketch
 
 CONF = {path.stem: path for path in Path(__file__).parents[2].glob("conf/sketch/*.yaml")}
 K = 32
@@ -26,7 +26,8 @@ K = 32
 def build(name: str, dim: int = K, seed: int = 0) -> Sketch:
     """The sketch of a YAML, at a size for tests."""
     settings = OmegaConf.to_container(OmegaConf.load(CONF[name]))
-    settings |= {"dim": dim, "seed": seed} | ({"block": 8} if "block" in settings else {})
+    small = {"block": 8, "from_size": 1}
+    settings |= {"dim": dim, "seed": seed} | {k: v for k, v in small.items() if k in settings}
     return get_class(settings.pop("_target_"))(**settings)
 
 
@@ -174,10 +175,22 @@ CASES = [
 ]
 
 
+def stated_variance(sketch, parameters, both):
+    """The bound in the docstring of the sketch, for two gradients of one parameter."""
+    g, h = flat(both, parameters)
+    oporp = float((g @ g) * (h @ h) + (g @ h) ** 2) / K
+    entry = parameters.entries[0]
+    if not isinstance(sketch, TensorSketch) or not sketch.tensor_sketched(entry):
+        return oporp
+    g, h = g.view(entry.shape), h.view(entry.shape)
+    across, along = g.T @ h, g @ h.T
+    return oporp + float(sum(m.square().sum() + (m @ m).trace() for m in (across, along))) / K
+
+
 @every_sketch
 @pytest.mark.parametrize("case", CASES)
 def test_inner_products_are_unbiased_and_vary_no_more_than_stated(name, case):
-    """k·Var⟨Sg, Sh⟩ ≤ ‖g‖²‖h‖² + ⟨g, h⟩², for every shape of layer alike."""
+    """k·Var⟨Sg, Sh⟩ is within the stated bound, for every shape of layer alike."""
     parameters, both = pair(case)
     g, h = flat(both, parameters)
     estimates = torch.stack(
@@ -186,7 +199,7 @@ def test_inner_products_are_unbiased_and_vary_no_more_than_stated(name, case):
             for seed in range(SEEDS)
         ]
     )
-    bound = float((g @ g) * (h @ h) + (g @ h) ** 2) / K
+    bound = stated_variance(build(name), parameters, both)
     assert abs(float(estimates.mean() - g @ h)) <= 4.5 * (bound / SEEDS) ** 0.5
     assert float(estimates.var()) <= bound * (1 + 6 * (2 / SEEDS) ** 0.5)
 
@@ -326,7 +339,53 @@ def test_entries_of_a_block_never_collide_and_others_do_so_once_in_k():
     assert abs(float(hits[8:].mean()) / 400 - 1 / K) < 5 * (1 / K / 400 / 15) ** 0.5
 
 
+# TensorSketch.
+
+
+@pytest.mark.parametrize("budget", [1, 1 << 20])
+@pytest.mark.parametrize(("batch", "positions"), [(3, 1), (2, 7), (1, 40)])
+def test_tensor_sketch_from_factors_is_that_of_the_formed_gradient(
+    batch, positions, budget, monkeypatch
+):
+    shape = (30, 45)
+    sketch = build("tensor_sketch").bind(parameters_of(w=shape, b=(40,)))
+    generator = torch.Generator().manual_seed(0)
+
+    def factors():
+        d = torch.randn(batch, positions, shape[0], generator=generator, dtype=torch.float64)
+        a = torch.randn(batch, positions, shape[1], generator=generator, dtype=torch.float64)
+        return Outer(d, a)
+
+    first, second = factors(), factors()
+    expected = sketch.of({"w": first.dense() + second.dense()})
+    formed = []
+    monkeypatch.setattr(Outer, "dense", lambda self: formed.append(self))
+    monkeypatch.setattr(TensorSketch, "_transforms_are_cheaper", lambda *_: True)
+    state = sketch.begin(batch, torch.zeros((), dtype=torch.float64), budget)
+    sketch.add(state, "w", Sum([first, second]))
+    torch.testing.assert_close(sketch.finish(state).values, expected)
+    assert not formed
+
+
+def test_tensor_sketch_follows_the_cost_and_its_map_the_shape_alone():
+    sketch = TensorSketch(4096)
+    assert sketch._transforms_are_cheaper(1536 * 9216, 1)
+    assert sketch._transforms_are_cheaper(3072 * 768, 333)
+    assert not sketch._transforms_are_cheaper(320 * 320, 256)
+    assert sketch.tensor_sketched(Parameter("w", (512, 512)))
+    assert not sketch.tensor_sketched(Parameter("w", (512, 511)))
+    assert not sketch.tensor_sketched(Parameter("w", (512, 512, 3, 3)))
+
+
+@pytest.mark.parametrize(("large", "small"), [(64, 32), (96, 32)])
+def test_tensor_sketch_folds_by_residue(large, small):
+    rows = build("tensor_sketch", large).bind(ALL).of(gradients(3))
+    folded = build("tensor_sketch", small).bind(ALL).of(gradients(3))
+    torch.testing.assert_close(rows.unflatten(-1, (-1, small)).sum(-2), folded)
+
+
 GOLDEN = {
+    "tensor_sketch": ([31, 0, 1, 2, 18, 19, 20, 21], "+--+++--"),  # a kernel is block-cyclic
     "block_cyclic": ([31, 0, 1, 2, 18, 19, 20, 21], "+--+++--"),
     "oporp": ([9, 22, 20, 22, 21, 19, 18, 15], "-++++---"),
 }

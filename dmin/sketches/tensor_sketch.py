@@ -1,0 +1,144 @@
+"""TensorSketch: sketch a Linear weight's gradient from its factors, never forming it."""
+
+from __future__ import annotations
+
+from math import log2, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmin.layer_gradients import GradientFactors, Outer, Sum
+from dmin.sketches.base import Accumulator, Parameter, Sketched
+from dmin.sketches.block_cyclic import BlockCyclic
+from dmin.sketches.hashing import hash_words, key, signs
+
+
+class SpectralAccumulator(Accumulator):
+    """Rows whose TensorSketch part is summed over positions and layers in the Fourier domain."""
+
+    def __init__(self, batch: int, groups: int, dim: int, like: Tensor, budget: int) -> None:
+        super().__init__(batch, groups, dim, like, budget)
+        dtype = torch.complex128 if like.dtype == torch.float64 else torch.complex64
+        shape = (batch, groups, dim // 2 + 1)
+        self.spectrum = torch.zeros(shape, dtype=dtype, device=like.device)
+
+
+class TensorSketch(BlockCyclic):
+    """Large matrices by TensorSketch, from their factors; everything else block-cyclic.
+
+    TensorSketch (Pham & Pagh 2013) puts entry (o, i) into ``bucket = (h₁(o) + h₂(i)) mod k`` with
+    ``sign = s₁(o) s₂(i)``. For a gradient ``Σ_p d_p ⊗ a_p`` that is
+    ``F⁻¹ Σ_p F(C₁ d_p) ∘ F(C₂ a_p)`` with count sketches C₁, C₂: the ``o·i`` multiplications of a
+    position become ``k log k``, the gradient is never formed, and one inverse transform serves all
+    positions and layers.
+
+    Which map a parameter has depends on its shape alone. How the map is evaluated follows the cost:
+    few entries or many positions are formed and folded all the same, to the same numbers.
+
+    Both maps are unbiased. For TensorSketch and matrices G, H of unit norm with ⟨G, H⟩ = ρ,
+    ``k·Var ≈ 1 + ρ² + ‖GᵀH‖² + tr((GᵀH)²) + ‖GHᵀ‖² + tr((GHᵀ)²)``, which is at most 6. Rank one
+    reaches it: layers with one row an example (adaLN) have more than OPORP's variance, sums over
+    tokens come close to it.
+
+    Norms are those of the sketch, since the gradient is not there to be measured.
+
+    Args:
+        dim: k.
+        seed: key of the maps.
+        block: of the block-cyclic map.
+        from_size: entries from which a matrix is mapped by TensorSketch.
+    """
+
+    family = "tensor_sketch"
+    norm_kind = "sketch"
+
+    # Nanoseconds an elementary step, fitted on one CPU core: a position's transforms, an entry's
+    # multiplication at a position, and an entry's sign, bucket and addition.
+    TRANSFORM, FORM, FOLD = 3.0, 0.2, 30.0
+
+    def __init__(
+        self, dim: int = 4096, seed: int = 0, block: int = 256, from_size: int = 1 << 18
+    ) -> None:
+        super().__init__(dim, seed, block)
+        self.from_size = from_size
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings that define the map."""
+        return {**super().describe(), "from_size": self.from_size}
+
+    def tensor_sketched(self, parameter: Parameter) -> bool:
+        """Say whether a parameter is mapped by TensorSketch; its shape decides."""
+        return len(parameter.shape) == 2 and prod(parameter.shape) >= self.from_size
+
+    def begin(self, batch: int, like: Tensor, budget: int = 16 << 20) -> SpectralAccumulator:
+        """Start the rows of a batch."""
+        return SpectralAccumulator(batch, len(self._bound.groups), self.dim, like, budget)
+
+    def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
+        """Add one parameter, from its factors where that is cheaper than forming it."""
+        parameter = self._bound.by_name[name]
+        parts = factors.parts if isinstance(factors, Sum) else [factors]
+        outer = [part for part in parts if isinstance(part, Outer)]
+        positions = sum(part.input.shape[1] for part in outer)
+        if (
+            self.tensor_sketched(parameter)
+            and len(outer) == len(parts)
+            and self._transforms_are_cheaper(prod(parameter.shape), positions)
+        ):
+            assert isinstance(state, SpectralAccumulator)
+            for part in outer:
+                self._add_outer(state, parameter, part)
+        else:
+            super().add(state, name, factors)
+
+    def finish(self, state: Accumulator) -> Sketched:
+        """Return the finished rows: one inverse transform for all TensorSketched parameters."""
+        assert isinstance(state, SpectralAccumulator)
+        values = state.values + torch.fft.irfft(state.spectrum, n=self.dim)
+        return Sketched(values, values.square().sum(-1))
+
+    def fold(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return buckets and signs of one parameter, by whichever map it has."""
+        parameter = self._bound.by_name[name]
+        if not self.tensor_sketched(parameter):
+            return super().fold(name, device)
+        (row, row_sign), (column, column_sign) = self._hashes(parameter, device)
+        bucket = (row[:, None] + column) % self.dim
+        return bucket.view(-1), (row_sign[:, None] * column_sign).view(-1)
+
+    def _hashes(
+        self, parameter: Parameter, device: torch.device
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return bucket and sign of each output and of each input."""
+        sides = []
+        for side, size in zip(("row", "column"), parameter.shape, strict=True):
+            bucket = hash_words(key(self.seed, parameter.name, side), size, device) % self.dim
+            sign = signs(key(self.seed, parameter.name, side, "sign"), size, device)
+            sides.append((bucket, sign))
+        return sides[0], sides[1]
+
+    def _transforms_are_cheaper(self, entries: int, positions: int) -> bool:
+        transforms = self.TRANSFORM * positions * self.dim * log2(self.dim)
+        return transforms < entries * (self.FORM * positions + self.FOLD)
+
+    def _add_outer(self, state: SpectralAccumulator, parameter: Parameter, factors: Outer) -> None:
+        """Sum ``F(C₁ d) ∘ F(C₂ a)`` over positions, as many at a time as the budget allows."""
+        (row, row_sign), (column, column_sign) = self._hashes(parameter, state.values.device)
+        spectrum = state.spectrum[:, parameter.group]
+        positions = factors.input.shape[1]
+        # Two count sketches and two spectra, each of k numbers, stand in memory for a position.
+        rows = max(1, state.budget // (4 * self.dim * state.values.element_size()))
+        step = min(positions, rows)
+        for first in range(0, factors.batch, max(1, rows // step)):
+            examples = slice(first, first + max(1, rows // step))
+            for start in range(0, positions, step):
+                d = factors.output_gradient[examples, start : start + step].to(state.values.dtype)
+                a = factors.input[examples, start : start + step].to(state.values.dtype)
+                left = torch.fft.rfft(self._count(d * row_sign.to(d.dtype), row))
+                right = torch.fft.rfft(self._count(a * column_sign.to(a.dtype), column))
+                spectrum[examples] += left.mul_(right).sum(1)
+
+    def _count(self, x: Tensor, bucket: Tensor) -> Tensor:
+        """Return the count sketch ``[batch, positions, k]`` of signed entries."""
+        return x.new_zeros(*x.shape[:-1], self.dim).index_add_(-1, bucket, x)
