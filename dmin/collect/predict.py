@@ -172,7 +172,7 @@ def predict(
     mine = [Preparation(data, writer), SketchWriter(writer)]
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     network = collector.model.network
-    places = _places({"": network, **collector.encoders})
+    homes = places({"": network, **collector.encoders})
     callbacks.extend(mine)
     try:
         with (
@@ -186,17 +186,17 @@ def predict(
     finally:
         for callback in mine:
             callbacks.remove(callback)
-        collector.to(places[""])
+        collector.to(homes[""])
         for name, encoder in collector.encoders.items():
-            encoder.to(places[name])
+            encoder.to(homes[name])
     if trainer.interrupted:
         raise KeyboardInterrupt
 
 
-def _places(modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.device]:
+def places(modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.device]:
     """Return the device of each module; the CPU for one without any parameter."""
-    places = {}
+    found = {}
     for name, module in modules.items():
         first = next(module.parameters(), None)
-        places[name] = torch.device("cpu") if first is None else first.device
-    return places
+        found[name] = torch.device("cpu") if first is None else first.device
+    return found

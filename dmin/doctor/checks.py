@@ -1,0 +1,198 @@
+"""The checks, each with what to do when it does not hold."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from dmin.collect import GradientCollector
+from dmin.doctor.diagnosis import Check
+from dmin.doctor.gradients import Comparison, Inputs, compare
+from dmin.errors import DminError
+from dmin.models.base import READOUTS, Condition
+from dmin.sketches import Parameter, Sketch
+
+# Relative errors that rounding explains, by the dtype that the network computes in.
+LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+# Standard errors by which the mean error of a sketch may be off zero.
+SKETCH_LIMIT = 6.0
+SHAPES, SCALARS = 48, 1 << 24  # layer shapes that are sketched, and random scalars for each
+
+
+def weights(network: nn.Module) -> Check:
+    """Say which weights are NaN or infinite."""
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    bad = [n for n, p in tensors if p.is_floating_point() and not torch.isfinite(p).all()]
+    return Check(
+        "weights are finite",
+        not bad,
+        float(len(bad)),
+        0,
+        f"NaN or infinite: {_some(bad)}." if bad else "",
+        "Load another checkpoint: this one is damaged. Nothing else was checked.",
+    )
+
+
+def mode(network: nn.Module) -> Check:
+    """Say whether the network is as it will be collected."""
+    return Check(
+        "the network is in eval mode",
+        not network.training,
+        detail="It is in train mode." if network.training else "",
+        remedy="Collecting, and what follows here, switch it to eval mode; call .eval() where "
+        "you use the model yourself.",
+        required=False,
+    )
+
+
+def encoders(first: tuple[Tensor, Condition], second: tuple[Tensor, Condition]) -> Check:
+    """Compare two encodings of the same examples."""
+    pairs = [(first[0], second[0]), *((v, second[1][name]) for name, v in first[1].items())]
+    off = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+    return Check(
+        "encoding is deterministic",
+        off <= 1e-6,
+        off,
+        1e-6,
+        "Largest difference between encoding the same examples twice.",
+        "Put the encoders in eval mode, and take the mode of the VAE's posterior or a keyed draw: "
+        "otherwise a query does not see what its source saw.",
+    )
+
+
+def repeatable(collector: GradientCollector, inputs: Inputs) -> Check:
+    """Compare two passes over the same input."""
+    readout = READOUTS[collector.readouts[0]]
+    with torch.no_grad():
+        first, second = (readout(collector.model.predict(*inputs)) for _ in range(2))
+    off = float(((first - second).abs() / first.abs().clamp_min(1e-12)).max())
+    limit = _limit(collector)
+    return Check(
+        "the network is deterministic",
+        off <= limit,
+        off,
+        limit,
+        "Largest relative difference of the loss between two passes over the same input.",
+        "Something in the network draws at random in eval mode. Switch its dropout off.",
+    )
+
+
+def gradients(
+    collector: GradientCollector, inputs: Inputs
+) -> tuple[Comparison | None, list[Check]]:
+    """Compare with autograd, one example at a time and together."""
+    limit, readout = _limit(collector), collector.readouts[0]
+    name = "gradients equal autograd's"
+    try:
+        found = compare(collector.model, collector.attributed, inputs, readout, collector.budget)
+    except DminError as error:
+        return None, [Check(name, False, detail=str(error))]
+    errors = found.errors()
+    worst = max(errors, key=lambda n: errors[n] if errors[n] == errors[n] else float("inf"))
+    mixing = found.mixing()
+    lost = [n for n, norm in found.norm.items() if not torch.isfinite(norm).all()]
+    zero = [n for n, norm in found.norm.items() if (norm == 0).all()]
+    return found, [
+        Check(
+            name,
+            errors[worst] <= limit,
+            errors[worst],
+            limit,
+            f"Largest error of a parameter, at {worst}, in {_dtype(collector)}, one example alone.",
+            f"Leave that layer out with collect.params=<regex>, and report it: a layer of type "
+            f"{type(layer_of(collector, worst)).__name__} should be had exactly.",
+        ),
+        Check(
+            "examples do not mix in a batch",
+            mixing <= limit,
+            mixing,
+            limit,
+            "Largest difference of an example's gradient alone and in a batch.",
+            f"Something looks across examples{_batch_norms(collector.model.network)}. Have it use "
+            f"fixed statistics, or set collect.microbatch=1.",
+        ),
+        Check(
+            "gradients are finite",
+            not lost,
+            float(len(lost)),
+            0,
+            f"NaN or infinite at {_some(lost)}." if lost else "",
+            "Try trainer.precision=32-true, and look at these layers.",
+        ),
+        Check(
+            "every parameter has a gradient",
+            not zero,
+            float(len(zero)),
+            0,
+            f"Zero for all examples: {_some(zero)}." if zero else "",
+            "They add nothing to any score. Expected of some (the bias of keys, an adapter's "
+            "factor whose partner is still zero, the last block's text branch); else look why.",
+            required=False,
+        ),
+    ]
+
+
+def sketch(sketch: Sketch, device: torch.device) -> Check:
+    """Compare ``⟨S g, S h⟩`` with ``⟨g, h⟩`` for random vectors, for each shape of layer.
+
+    The mean error over n pairs, in units of ``√((1 + ρ²)/(k n))``, the standard error that an
+    unbiased sketch within OPORP's bound has (Li & Li, arXiv 2302.03505).
+    """
+    assert sketch.parameters is not None
+    shapes: dict[tuple[int, ...], Parameter] = {}
+    for entry in sketch.parameters.entries:
+        shapes.setdefault(entry.shape, entry)
+    largest = sorted(shapes.values(), key=lambda e: -prod(e.shape))[:SHAPES]
+    scores = {e.name: _bias(sketch, e, device) for e in largest}
+    worst = max(scores, key=lambda name: scores[name])
+    return Check(
+        "sketches keep inner products",
+        scores[worst] <= SKETCH_LIMIT,
+        scores[worst],
+        SKETCH_LIMIT,
+        f"Largest bias over {len(scores)} shapes of layers, at {worst}, in standard errors.",
+        "The sketch weighs some layers more than others. Choose another one, and report this.",
+    )
+
+
+def _bias(sketch: Sketch, entry: Parameter, device: torch.device) -> float:
+    count = max(2, min(16, SCALARS // max(1, prod(entry.shape))))
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(count, *entry.shape, generator=generator).to(device)
+    h = g + torch.randn(count, *entry.shape, generator=generator).to(device)
+    sketched = [sketch.of({entry.name: x}).flatten(1).double() for x in (g, h)]
+    g, h = g.flatten(1).double(), h.flatten(1).double()
+    scale = g.norm(dim=1) * h.norm(dim=1)
+    true = (g * h).sum(1) / scale
+    error = (sketched[0] * sketched[1]).sum(1) / scale - true
+    deviation = ((1 + true.square().mean()) / (sketch.dim * count)).sqrt()
+    return float(error.mean().abs() / deviation)
+
+
+def layer_of(collector: GradientCollector, parameter: str) -> nn.Module:
+    """Return the layer that holds a parameter."""
+    return collector.model.network.get_submodule(parameter.rpartition(".")[0])
+
+
+def _dtype(collector: GradientCollector) -> torch.dtype:
+    """Return the dtype that the network computes in: autocast's, or its weights'."""
+    first = next(collector.model.network.parameters())
+    kind = first.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.dtype
+
+
+def _limit(collector: GradientCollector) -> float:
+    return LIMITS.get(_dtype(collector), max(LIMITS.values()))
+
+
+def _batch_norms(network: nn.Module) -> str:
+    found = [
+        n for n, m in network.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ]
+    return f", such as the batch normalisation {_some(found)}" if found else ""
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -1,0 +1,155 @@
+"""What an examination found, as tables and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.table import Table
+
+from dmin.timestep_report import Timestep, report_table
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that must hold, or should.
+
+    Args:
+        name: what was checked.
+        passed: whether it holds.
+        value: the number measured, if it is one.
+        limit: how large the value may be.
+        detail: what was seen.
+        remedy: what to do if it does not hold.
+        required: whether collecting would be wrong without it; if not, it is a warning.
+    """
+
+    name: str
+    passed: bool
+    value: float | None = None
+    limit: float | None = None
+    detail: str = ""
+    remedy: str = ""
+    required: bool = True
+
+    @property
+    def verdict(self) -> str:
+        """``passed``, ``warning`` or ``failed``."""
+        return "passed" if self.passed else "failed" if self.required else "warning"
+
+
+class Covered(NamedTuple):
+    """Parameters whose gradients are had the same way in layers of one type."""
+
+    layers: str  # type of the layers
+    path: str  # closed form, fallback (module), unused, or not attributed
+    tensors: int
+    scalars: int
+
+
+class Cost(NamedTuple):
+    """What collecting the whole dataset on this device would take, from a few examples."""
+
+    examples: int
+    seconds: float  # in one process, loading and encoding not counted
+    store_bytes: int
+    encoding_bytes: int  # on disk meanwhile
+    extra_bytes: int
+    extra_meaning: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that was found.
+
+    Args:
+        checks: in the order they were made.
+        coverage: how the gradients of all parameters are had.
+        timesteps: how much each tells the examples apart.
+        cost: of the whole dataset; None when the examination ended before.
+    """
+
+    checks: Sequence[Check]
+    coverage: Sequence[Covered] = field(default_factory=list)
+    timesteps: Sequence[Timestep] = field(default_factory=list)
+    cost: Cost | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed; warnings do not count."""
+        return not self.failed
+
+    @property
+    def failed(self) -> list[Check]:
+        """The checks that failed."""
+        return [check for check in self.checks if check.verdict == "failed"]
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON."""
+        content = {
+            "passed": self.passed,
+            "checks": [{**asdict(check), "verdict": check.verdict} for check in self.checks],
+            "coverage": [row._asdict() for row in self.coverage],
+            "timesteps": [{**row._asdict(), "blind": row.blind} for row in self.timesteps],
+            "cost": self.cost._asdict() if self.cost else None,
+        }
+        Path(path).write_text(json.dumps(content, indent=2) + "\n")
+
+    def tables(self) -> list[Table]:
+        """Return tables for the terminal, the verdict last."""
+        tables = []
+        if self.coverage:
+            tables.append(_coverage_table(self.coverage))
+        if self.timesteps:
+            tables.append(report_table(self.timesteps))
+        if self.cost:
+            tables.append(_cost_table(self.cost))
+        return [*tables, _check_table(self.checks)]
+
+
+def _check_table(checks: Sequence[Check]) -> Table:
+    table = Table(title="Checks", title_justify="left", show_lines=True)
+    for heading in ("", "check", "value", "limit", "what was seen, and what to do"):
+        table.add_column(heading, justify="right" if heading in ("value", "limit") else "left")
+    marks = {"passed": "[green]✓[/]", "warning": "[yellow]![/]", "failed": "[red]✗[/]"}
+    for check in checks:
+        value, limit = ("" if x is None else f"{x:.2g}" for x in (check.value, check.limit))
+        told = " ".join(filter(None, (check.detail, "" if check.passed else check.remedy)))
+        table.add_row(marks[check.verdict], check.name, value, limit, told)
+    return table
+
+
+def _coverage_table(coverage: Sequence[Covered]) -> Table:
+    table = Table(title="Where the gradients come from", title_justify="left")
+    table.add_column("layers")
+    table.add_column("path")
+    for heading in ("tensors", "parameters", "share"):
+        table.add_column(heading, justify="right")
+    total = sum(row.scalars for row in coverage)
+    for row in coverage:
+        numbers = f"{row.tensors:,}", f"{row.scalars:,}", f"{row.scalars / total:.2%}"
+        table.add_row(row.layers, row.path, *numbers)
+    return table
+
+
+def _cost_table(cost: Cost) -> Table:
+    table = Table(
+        title=f"All {cost.examples:,} examples on this device, in one process",
+        title_justify="left",
+        show_header=False,
+    )
+    hours, rest = divmod(round(cost.seconds), 3600)
+    time = f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
+    table.add_row("time (without loading and encoding)", time)
+    table.add_row("store", _size(cost.store_bytes))
+    if cost.encoding_bytes:
+        table.add_row("encodings on disk, meanwhile", _size(cost.encoding_bytes))
+    table.add_row(cost.extra_meaning, _size(cost.extra_bytes))
+    return table
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,180 @@
+"""The examination: each check is a few lines over the collector itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmin.collect import GradientCollector, PeakMemory, predict_trainer
+from dmin.collect.encodings import on_device
+from dmin.collect.predict import places
+from dmin.data.base import Dataset, collate
+from dmin.doctor import checks as checking
+from dmin.doctor.diagnosis import Check, Cost, Covered, Diagnosis
+from dmin.doctor.gradients import Inputs
+from dmin.errors import DminError
+from dmin.models.base import Condition
+from dmin.store.manifest import STORED_AS
+from dmin.timestep_report import Timestep, timestep_report
+
+if TYPE_CHECKING:
+    import lightning
+
+
+def diagnose(
+    collector: GradientCollector,
+    dataset: Dataset,
+    examples: int = 4,
+    trainer: lightning.Trainer | None = None,
+    dtype: str = "float16",
+) -> Diagnosis:
+    """Examine a collector's model on a few examples, in eval mode and precision as it collects.
+
+    Args:
+        collector: the model with everything that collecting takes. It is given back unchanged.
+        dataset: of which the first examples are taken.
+        examples: how many, at least 3.
+        trainer: whose device and precision to use; :func:`~dmin.collect.predict_trainer` if none.
+        dtype: of the rows that a store would keep, to predict its size.
+
+    Raises:
+        DminError: too few examples, or a bad image among them.
+    """
+    examples = min(examples, len(dataset))
+    if examples < 3:
+        raise DminError(
+            f"doctor.examples={examples}: at least 3 are needed to compare with one another."
+        )
+    trainer = trainer or predict_trainer()
+    batch = collate([dataset[index] for index in range(examples)])
+    checks = [checking.weights(collector.model.network), checking.mode(collector.model.network)]
+    if not checks[0].passed:
+        return Diagnosis(checks)
+    with _at_work(collector, trainer) as device:
+        batch = trainer.strategy.batch_to_device(batch, device)
+        with torch.no_grad(), on_device(collector.encoders, device):
+            first, second = collector.model.encode(batch), collector.model.encode(batch)
+        checks.append(checking.encoders(first, second))
+        x0, condition = trainer.precision_plugin.convert_input(first)
+        inputs = _inputs(collector, x0, condition, batch["id"])
+        with trainer.precision_plugin.predict_step_context():
+            with _full_precision():
+                checks.append(checking.repeatable(collector, inputs))
+                found, gradients = checking.gradients(collector, inputs)
+                checks += gradients
+            checks.append(checking.sketch(collector.sketch, device))
+            steps, cost, rest = _work(collector, x0, condition, batch["id"])
+        checks += rest
+    coverage = _coverage(collector, found.path) if found else []
+    if cost:
+        cost = cost._replace(
+            examples=len(dataset),
+            seconds=cost.seconds * len(dataset),
+            store_bytes=_row_bytes(collector, dtype) * len(dataset),
+            encoding_bytes=_encoding_bytes(collector, first) * len(dataset),
+        )
+    return Diagnosis(checks, coverage, steps, cost)
+
+
+@contextmanager
+def _at_work(collector: GradientCollector, trainer: lightning.Trainer) -> Iterator[torch.device]:
+    """Have the model as it collects: on the device, in the precision, in eval mode."""
+    device = trainer.strategy.root_device
+    homes = places({"": collector.model.network, **collector.encoders})
+    training = {module: module.training for module in collector.modules()}
+    try:
+        trainer.precision_plugin.convert_module(collector)
+        yield collector.eval().to(device).device
+    finally:
+        collector.to(homes[""])
+        for name, encoder in collector.encoders.items():
+            encoder.to(homes[name])
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Switch TF32 off: its rounding would pass for an error of the gradients."""
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
+def _inputs(
+    collector: GradientCollector, x0: Tensor, condition: Condition, ids: list[str]
+) -> Inputs:
+    """Pair each example with a timestep of its own, spread over the schedule."""
+    steps = collector.timesteps
+    t = [steps[(2 * i + 1) * len(steps) // (2 * len(x0))] for i in range(len(x0))]
+    noise = [collector.noise(x0.shape[1:], *of) for of in zip(t, [0] * len(t), ids, strict=True)]
+    return Inputs(x0, torch.stack(noise).to(x0), torch.tensor(t, device=x0.device), condition)
+
+
+def _work(
+    collector: GradientCollector, x0: Tensor, condition: Condition, ids: list[str]
+) -> tuple[list[Timestep], Cost | None, list[Check]]:
+    """Compute the examples' rows, as collecting does, twice: the first time warms up."""
+    name = "timesteps tell examples apart"
+    collector.peak = peak = PeakMemory(x0.device)
+    try:
+        rows = collector.features(x0, condition, ids).values[collector.readouts[0]]
+        start = time.perf_counter()
+        collector.features(x0, condition, ids).losses.cpu()  # waits for a GPU
+        seconds = (time.perf_counter() - start) / len(x0)
+    except DminError as error:
+        return [], None, [Check("rows can be computed", False, detail=str(error))]
+    report = timestep_report(np.asarray(rows.cpu()), collector.timesteps)
+    blind = [f"{entry.timestep:g}" for entry in report if entry.blind]
+    check = Check(
+        name,
+        not blind,
+        float(len(blind)),
+        0,
+        f"Blind: {', '.join(blind)}." if blind else "",
+        "They cost as much as the others and tell little. Take fewer noisy ones: "
+        "timesteps=stratified, or timesteps=explicit.",
+        required=False,
+    )
+    return report, Cost(len(x0), seconds, 0, 0, peak.bytes, peak.meaning), [check]
+
+
+def _coverage(collector: GradientCollector, paths: dict[str, str]) -> list[Covered]:
+    """Add up parameters by the type of their layer and the path of their gradient."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for name, p in collector.model.network.named_parameters():
+        path = paths.get(name, "not attributed")
+        key = type(checking.layer_of(collector, name)).__name__, path
+        entry = sums.setdefault(key, [0, 0])
+        entry[0] += 1
+        entry[1] += p.numel()
+    rows = [Covered(*key, *entry) for key, entry in sums.items()]
+    return sorted(rows, key=lambda row: -row.scalars)
+
+
+def _row_bytes(collector: GradientCollector, dtype: str) -> int:
+    shape = collector.layout(dtype).row_shape
+    per_readout = prod(shape) * STORED_AS[dtype].itemsize + 4 * prod(shape[:3])
+    return len(collector.readouts) * per_readout + 4 * prod(shape[:2])
+
+
+def _encoding_bytes(collector: GradientCollector, encoded: tuple[Tensor, Condition]) -> int:
+    if not collector.encoders:
+        return 0
+    return sum(x.nbytes for x in (encoded[0], *encoded[1].values())) // len(encoded[0])

@@ -1,0 +1,176 @@
+"""Per-example gradients of each parameter: as dmin captures them, and by plain autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmin.capture import Capture
+from dmin.layer_gradients import GradientFactors
+from dmin.models.base import READOUTS, Condition, DiffusionModel
+from dmin.sketches import Parameter, Parameters, Sketch
+from dmin.sketches.base import Accumulator
+
+# Scalars of one example's gradient that are compared at once: a quarter of a GiB in fp32.
+AT_ONCE = 1 << 26
+# A layer whose gradient is this small a part of the whole is measured against the whole.
+FLOOR = 1e-4
+
+
+class Inputs(NamedTuple):
+    """What ``model.predict`` takes, one row a pair of example and timestep."""
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    condition: Condition
+
+    def row(self, i: int) -> Inputs:
+        """Return one of the pairs, as a batch of one."""
+        at = slice(i, i + 1)
+        condition = {name: value[at] for name, value in self.condition.items()}
+        return Inputs(self.x0[at], self.noise[at], self.t[at], condition)
+
+
+@dataclass
+class Comparison:
+    """Norms of gradients and of their differences, ``[pairs]`` for each parameter.
+
+    Attributes:
+        norm: of the gradient by autograd, one example at a time.
+        wrong: of captured minus autograd, one example at a time.
+        mixed: of captured in a batch minus captured alone.
+        path: how each parameter's gradient was had.
+    """
+
+    norm: dict[str, Tensor] = field(default_factory=dict)
+    wrong: dict[str, Tensor] = field(default_factory=dict)
+    mixed: dict[str, Tensor] = field(default_factory=dict)
+    path: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> Tensor:
+        """Norm of the whole gradient of each pair."""
+        return torch.stack(list(self.norm.values())).square().sum(0).sqrt()
+
+    def errors(self) -> dict[str, float]:
+        """Return ``max_i ‖Δ_layer‖ / max(‖g_layer‖, 1e-4 ‖g‖)`` for each parameter."""
+        floor = FLOOR * self.whole
+        return {
+            name: float((wrong / torch.maximum(self.norm[name], floor).clamp_min(1e-300)).max())
+            for name, wrong in self.wrong.items()
+        }
+
+    def mixing(self) -> float:
+        """Return ``max_i ‖Δ‖ / ‖g‖`` between an example in a batch and alone."""
+        mixed = torch.stack(list(self.mixed.values())).square().sum(0).sqrt()
+        return float((mixed / self.whole.clamp_min(1e-300)).max())
+
+
+def compare(
+    model: DiffusionModel,
+    parameters: Parameters,
+    inputs: Inputs,
+    readout: str,
+    budget: int | None = None,
+) -> Comparison:
+    """Compare captured gradients with autograd's, some parameters at a time.
+
+    Args:
+        model: on the device of the inputs, in eval mode.
+        parameters: the attributed ones.
+        inputs: some pairs.
+        readout: what is differentiated.
+        budget: as for :class:`~dmin.capture.Capture`.
+    """
+    found = Comparison()
+    count = len(inputs.x0)
+    for chunk in _chunks(parameters.entries):
+        together, paths = _captured(model, chunk, inputs, readout, budget)
+        found.path.update(paths)
+        for name in together:
+            found.norm[name] = torch.zeros(count, dtype=torch.float64)
+            found.wrong[name], found.mixed[name] = (
+                found.norm[name].clone(),
+                found.norm[name].clone(),
+            )
+        for i in range(count):
+            alone, _ = _captured(model, chunk, inputs.row(i), readout, budget)
+            true = _by_autograd(model, chunk, inputs.row(i), readout)
+            for name, gradient in true.items():
+                found.norm[name][i] = _norm(gradient)
+                found.wrong[name][i] = _norm(alone[name][0] - gradient)
+                found.mixed[name][i] = _norm(together[name][i] - alone[name][0])
+    return found
+
+
+def _captured(
+    model: DiffusionModel,
+    entries: Sequence[Parameter],
+    inputs: Inputs,
+    readout: str,
+    budget: int | None,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return captured gradients ``[pairs, *shape]`` and the path of each."""
+    keep = _Keep(1).bind(Parameters(tuple(entries)))
+    keep.gradients = {}
+    with torch.enable_grad(), Capture(model.network, keep, budget) as capture:
+        capture.backward(READOUTS[readout](model.predict(*inputs)))
+        paths = capture.coverage
+    for entry in entries:
+        if entry.name not in keep.gradients:  # unused
+            zeros = torch.zeros(len(inputs.x0), *entry.shape, device=inputs.x0.device)
+            keep.gradients[entry.name] = zeros
+    return keep.gradients, paths
+
+
+def _by_autograd(
+    model: DiffusionModel, entries: Sequence[Parameter], inputs: Inputs, readout: str
+) -> dict[str, Tensor]:
+    """Return the gradient of one example, by name."""
+    named = dict(model.network.named_parameters())
+    chosen = {entry.name: named[entry.name] for entry in entries}
+    required = {name: p.requires_grad for name, p in named.items()}
+    try:
+        for name, p in named.items():
+            p.requires_grad_(name in chosen)
+        with torch.enable_grad():
+            value = READOUTS[readout](model.predict(*inputs)).sum()
+            found = torch.autograd.grad(value, list(chosen.values()), allow_unused=True)
+    finally:
+        for name, p in named.items():
+            p.requires_grad_(required[name])
+    return {
+        name: torch.zeros_like(p) if gradient is None else gradient.to_dense()
+        for (name, p), gradient in zip(chosen.items(), found, strict=True)
+    }
+
+
+class _Keep(Sketch):
+    """No sketch at all: keeps the gradients as they come."""
+
+    family = "keep"
+    gradients: dict[str, Tensor]
+
+    def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
+        """Keep the gradients of one parameter."""
+        self.gradients[name] = factors.dense()
+
+
+def _chunks(entries: Sequence[Parameter]) -> Iterator[list[Parameter]]:
+    chunk: list[Parameter] = []
+    for entry in entries:
+        if chunk and sum(prod(e.shape) for e in [*chunk, entry]) > AT_ONCE:
+            yield chunk
+            chunk = []
+        chunk.append(entry)
+    yield chunk
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64 if x.is_cpu else torch.float32))
