@@ -110,7 +110,19 @@ def mean_squared_output(prediction: Prediction) -> Tensor:
     return prediction.prediction.flatten(1).square().mean(1)
 
 
-READOUTS = {"loss": per_example_loss, "mean_squared_output": mean_squared_output}
+def mean_output(prediction: Prediction) -> Tensor:
+    """Return the mean of each example's prediction, ``[batch]`` (DAS's readout).
+
+    Source: Lin et al. 2025, "Diffusion Attribution Score" (arXiv 2410.18639).
+    """
+    return prediction.prediction.flatten(1).mean(1)
+
+
+READOUTS = {
+    "loss": per_example_loss,
+    "mean_squared_output": mean_squared_output,
+    "mean_output": mean_output,
+}
 """Functions of a prediction with one value an example, whose gradients can be collected."""
 
 
