@@ -2,6 +2,9 @@
 
 import io
 import json
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -210,3 +213,38 @@ def test_double_precision_is_held_to_more(digits):
 def test_too_few_examples_are_refused(ddpm, digits):
     with pytest.raises(DminError, match=r"doctor\.examples=2: at least 3"):
         examine(ddpm, digits, examples=2)
+
+
+OWN_MODEL = """
+    import torch
+    from torch import nn
+    from dmin import DiffusionModel, Prediction
+
+    class Own(DiffusionModel):
+        def __init__(self, path):
+            super().__init__()
+            self.network = nn.Conv2d(1, 1, 9, padding=4)
+            if path == "broken":
+                self.network.weight.data[0, 0, 0, 0] = torch.nan
+
+        def predict(self, x0, noise, t, condition):
+            return Prediction(self.network(x0 + noise), noise, torch.ones(len(x0)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("state", "status"), [("sound", 0), ("broken", 1)])
+def test_the_command_exits_with_1_when_anything_fails(state, status, tmp_path):
+    (tmp_path / "own.py").write_text(textwrap.dedent(OWN_MODEL))
+    settings = ["data=digits", "model=ddpm", "model._target_=own.Own", f"model.path={state}"]
+    sizes = ["sketch.dim=32", "sketch.block=16", "timesteps.num=2", "trainer=cpu"]
+    command = [sys.executable, "-m", "dmin", "doctor", *settings, *sizes]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == status, run.stdout + run.stderr
+    (file,) = tmp_path.glob("outputs/runs/doctor/*/diagnosis.json")
+    saved = json.loads(file.read_text())
+    assert saved["passed"] is (status == 0)
+    assert "Traceback" not in run.stderr
+    if status:
+        assert "1 of 2 checks failed: weights are finite" in run.stderr
+        assert "weight" in run.stdout and "Load another checkpoint" in run.stdout

@@ -71,6 +71,28 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
     work.console.print(f"[bold]model[/]: saved {path}")
 
 
+@command(*FEATURES, "doctor")
+def doctor(work: Workspace, results: dict[str, Any]) -> None:
+    """Examine the model on a few examples, and say what collecting would take."""
+    from dmin.doctor import diagnose
+
+    work.require_one_process()
+    examples, dtype = work.cfg.doctor.examples, work.cfg.collect.dtype
+    found = diagnose(work.collector, work.data, examples, work.trainer(), dtype)
+    file = work.run_folder / "diagnosis.json"
+    found.save(file)
+    results["checks"] = {check.name: check.verdict for check in found.checks}
+    for table in found.tables():
+        work.console.print(table)
+    if not found.passed:
+        raise DminError(
+            f"{len(found.failed)} of {len(found.checks)} checks failed: "
+            f"{', '.join(check.name for check in found.failed)}. What to do stands beside each "
+            f"above and in {file}."
+        )
+    work.console.print(f"Nothing failed. All of it is in\n  {file}", soft_wrap=True)
+
+
 @command(*FEATURES)
 def collect(work: Workspace, results: dict[str, Any]) -> None:
     """Collect the gradients of the training examples into a store."""
@@ -87,6 +109,10 @@ def collect(work: Workspace, results: dict[str, Any]) -> None:
         f"  {len(store):,} rows, {size / 2**20:,.1f} MiB; {size / len(store) / 1024:,.1f} KiB an "
         f"example instead of {raw / 1024:,.0f} KiB ({raw * len(store) / size:,.0f} times less)"
     )
+    peak = work.collector.peak
+    if peak.bytes:  # nothing was collected, or nothing grew
+        results["peak"] = {"bytes": peak.bytes, "meaning": peak.meaning}
+        work.console.print(f"  {peak.bytes / 2**20:,.1f} MiB {peak.meaning}")
 
 
 @command("model", "queries")

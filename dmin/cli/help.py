@@ -9,6 +9,7 @@ from pathlib import Path
 COMMANDS = {
     "train": "Train a model on a dataset, or on a subset of it.",
     "collect": "Collect the compressed gradients of the training examples into a store (once).",
+    "doctor": "Before that: check that dmin does right by your model, and what it will cost.",
     "sample": "Generate query images, each with the prompt and seed that made it.",
     "retrieve": "Find the training examples behind each query image, and show them.",
     "evaluate": "Measure how far the answers can be trusted, against ground truth.",
@@ -18,6 +19,7 @@ COMMANDS = {
 # The groups whose choices a command's examples are made of, as far as there are such choices.
 _EXAMPLE_GROUPS = {
     "train": ("train", "data", "trainer"),
+    "doctor": ("model", "data", "sketch"),
     "collect": ("model", "data", "sketch"),
     "sample": ("model", "queries"),
     "retrieve": ("model", "data", "queries", "method"),

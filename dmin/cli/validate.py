@@ -11,7 +11,7 @@ argument, an interpolation that leads nowhere) are refused only where they are n
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
@@ -36,12 +36,23 @@ class Collect:
     params: str = "all"
     readouts: list[str] = field(default_factory=lambda: ["loss"])
     block_size: int = 32
-    microbatch: int = 64
+    microbatch: int | Literal["auto"] = 64
+    memory: int | None = None
     budget: int | None = None
+    gradient_checkpointing: bool = False
     dtype: str = "float16"
     segment_bytes: int = 64 << 20
     seal_seconds: float = 60.0
     workers: int = 0
+    encodings: str | None = None
+    keep_encodings: bool = False
+
+
+@dataclass
+class Doctor:
+    """The section ``doctor``; see ``dmin.doctor.diagnose``."""
+
+    examples: int = 4
 
 
 @dataclass
@@ -78,6 +89,7 @@ class Root:
     timesteps: dict | None = None
     noise: dict | None = None
     collect: Collect | None = None
+    doctor: Doctor | None = None
     method: dict | None = None
     retrieve: Retrieve | None = None
     train: dict | None = None

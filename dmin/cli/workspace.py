@@ -85,7 +85,9 @@ class Workspace:
             readouts=list(collect.readouts),
             params=collect.params,
             microbatch=collect.microbatch,
+            memory=collect.memory,
             budget=collect.budget,
+            gradient_checkpointing=collect.gradient_checkpointing,
         )
 
     def trainer(self) -> lightning.Trainer:
@@ -122,6 +124,8 @@ class Workspace:
             segment_bytes=options.segment_bytes,
             seal_seconds=options.seal_seconds,
             workers=options.workers,
+            encodings=options.encodings,
+            keep_encodings=options.keep_encodings,
             trainer=self.trainer(),
         )
 

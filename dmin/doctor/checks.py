@@ -18,6 +18,8 @@ from dmin.sketches import Parameter, Sketch
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # Standard errors by which the mean error of a sketch may be off zero.
 SKETCH_LIMIT = 6.0
+# Other batch sizes run other kernels, whose rounding a small loss of large parts magnifies.
+BATCH_ROUNDING = 10.0
 SHAPES, SCALARS = 48, 1 << 24  # layer shapes that are sketched, and random scalars for each
 
 
@@ -106,9 +108,9 @@ def gradients(
         ),
         Check(
             "examples do not mix in a batch",
-            mixing <= limit,
+            mixing <= BATCH_ROUNDING * limit,
             mixing,
-            limit,
+            BATCH_ROUNDING * limit,
             "Largest difference of an example's gradient alone and in a batch.",
             f"Something looks across examples{_batch_norms(collector.model.network)}. Have it use "
             f"fixed statistics, or set collect.microbatch=1.",

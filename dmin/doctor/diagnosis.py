@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
@@ -111,9 +111,10 @@ class Diagnosis:
 
 
 def _check_table(checks: Sequence[Check]) -> Table:
-    table = Table(title="Checks", title_justify="left", show_lines=True)
+    table = Table(title="Checks", title_justify="left")
     for heading in ("", "check", "value", "limit", "what was seen, and what to do"):
-        table.add_column(heading, justify="right" if heading in ("value", "limit") else "left")
+        justify: Any = "right" if heading in ("value", "limit") else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
     marks = {"passed": "[green]✓[/]", "warning": "[yellow]![/]", "failed": "[red]✗[/]"}
     for check in checks:
         value, limit = ("" if x is None else f"{x:.2g}" for x in (check.value, check.limit))

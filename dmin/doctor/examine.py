@@ -65,13 +65,14 @@ def diagnose(
         x0, condition = trainer.precision_plugin.convert_input(first)
         inputs = _inputs(collector, x0, condition, batch["id"])
         with trainer.precision_plugin.predict_step_context():
+            # First, as a CPU only tells of memory beyond all that was taken before.
+            steps, cost, work = _work(collector, x0, condition, batch["id"])
             with _full_precision():
                 checks.append(checking.repeatable(collector, inputs))
                 found, gradients = checking.gradients(collector, inputs)
                 checks += gradients
             checks.append(checking.sketch(collector.sketch, device))
-            steps, cost, rest = _work(collector, x0, condition, batch["id"])
-        checks += rest
+        checks += work
     coverage = _coverage(collector, found.path) if found else []
     if cost:
         cost = cost._replace(
