@@ -53,10 +53,10 @@ def read_bytes(path: Path, name: str) -> bytes:
 def survey(
     root: Path,
     files: Sequence[str],
-    decode: Callable[[bytes, str], Any] | None = None,
+    check: Callable[[bytes, str], None] | None = None,
     settings: dict[str, Any] | None = None,
 ) -> Survey:
-    """Read every file once, several at a time; digest each, and try to decode it if asked.
+    """Read every file once, several at a time; digest each, and check it if asked.
 
     For large folders what was found is kept by size and time of change, so that later commands
     only ask the file system. It is kept in the user's cache folder (``$XDG_CACHE_HOME/dmin``),
@@ -66,10 +66,10 @@ def survey(
     Args:
         root: the folder.
         files: their paths below it.
-        decode: takes content and name, raises :class:`Unreadable`; None reads the bytes only.
-        settings: what the outcome of ``decode`` depends on.
+        check: takes content and name, raises :class:`Unreadable`; None reads the bytes only.
+        settings: what the outcome of ``check`` depends on.
     """
-    record = _record_path(root, {"decoded": decode is not None, **(settings or {})})
+    record = _record_path(root, {"checked": check is not None, **(settings or {})})
     known, stamps = _load(record), {file: _stamp(root / file) for file in files}
     fresh = [file for file in files if known.get(file, [None])[:2] != stamps[file]]
     amount = sum(stamps[file][0] for file in fresh)
@@ -79,8 +79,8 @@ def survey(
     def read(file: str) -> tuple[str | None, str | None]:
         try:
             content = read_bytes(root / file, file)
-            if decode is not None:
-                decode(content, file)
+            if check is not None:
+                check(content, file)
         except Unreadable as error:
             return None, error.reason
         return hashlib.sha256(content).hexdigest(), None

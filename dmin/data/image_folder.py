@@ -160,7 +160,7 @@ class ImageFolder(Pixels):
         if not self.check:
             return survey(Path(self.root), names)
         settings = {**self.settings(), "max_pixels": self.max_pixels}
-        return survey(Path(self.root), names, self.decode, settings)
+        return survey(Path(self.root), names, self.probe, settings)
 
     def _report(self, problems: dict[str, str], images: int) -> None:
         message = self._unreadable(problems, images)

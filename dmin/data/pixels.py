@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,28 +97,60 @@ class Pixels:
         Raises:
             Unreadable: it is no image, is damaged, or does not fit the settings.
         """
-        try:
-            image = self._picture(content)
-        except Unreadable as error:
-            raise Unreadable(name, error.reason) from None
-        except Exception as error:  # Pillow's decoders raise a dozen types for damaged files
-            raise Unreadable(name, self._reason(content, error)) from error
-        pixels = np.asarray(image, dtype=np.float32) / 255
+        with self._opened(content, name) as opened:
+            image = self._fitted(self._coloured(ImageOps.exif_transpose(opened)))
+            pixels = np.asarray(image, dtype=np.float32) / 255
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return torch.from_numpy(np.ascontiguousarray(pixels))
 
-    def _picture(self, content: bytes) -> Image.Image:
+    def probe(self, content: bytes, name: str) -> None:
+        """Refuse what :meth:`decode` would refuse, in a part of its time.
+
+        Args:
+            content: the bytes of an image file.
+            name: what to call it in a message.
+
+        Raises:
+            Unreadable: as for ``decode``.
+        """
+        with self._opened(content, name) as opened:
+            opened.draft(None, (1, 1))  # a JPEG is read to its end, but unpacked small
+            opened.load()
+            if opened.mode.startswith(("I", "F")):
+                _eight_bits(opened)
+
+    @contextmanager
+    def _opened(self, content: bytes, name: str) -> Iterator[Image.Image]:
+        """Open an image that fits the settings; whatever goes wrong with it is told by name."""
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and self.max_pixels > limit:
             # Pillow's own limit is a global; it only ever rises, and only because a user said so.
             Image.MAX_IMAGE_PIXELS = self.max_pixels
-        with Image.open(io.BytesIO(content)) as opened:
-            width, height = opened.size
-            if width * height > self.max_pixels:
-                raise Unreadable(
-                    "", f"{width} × {height} pixels are more than max_pixels={self.max_pixels}"
-                )
-            return self._fitted(self._coloured(ImageOps.exif_transpose(opened)))
+        try:
+            with Image.open(io.BytesIO(content)) as opened:
+                reason = self._misfit(*opened.size)
+                if reason is not None:
+                    raise Unreadable(name, reason)
+                yield opened
+        except Unreadable as error:
+            raise Unreadable(name, error.reason) from None
+        except Exception as error:  # Pillow's decoders raise a dozen types for damaged files
+            raise Unreadable(name, self._reason(content, error)) from error
+
+    def _misfit(self, width: int, height: int) -> str | None:
+        """Return why an image of this size is not taken, whichever way up it is."""
+        if width * height > self.max_pixels:
+            return f"{width} × {height} pixels are more than max_pixels={self.max_pixels}"
+        if self.size is None or self.resize:
+            return None
+        if self.crop == "none" and not width == height == self.size:
+            return (
+                f"it is {width} × {height}, not {self.size} × {self.size}, and resize=false with "
+                f"crop=none takes no other"
+            )
+        if min(width, height) < self.size:
+            return f"it is {width} × {height}, smaller than size={self.size}, and resize=false"
+        return None
 
     def _coloured(self, image: Image.Image) -> Image.Image:
         if image.mode.startswith(("I", "F")):
@@ -136,16 +170,6 @@ class Pixels:
         if self.resize:
             fit = ImageOps.fit if self.crop == "center" else Image.Image.resize
             return fit(image, square, Image.Resampling.LANCZOS)
-        if self.crop == "none":
-            raise Unreadable(
-                "",
-                f"it is {width} × {height}, not {self.size} × {self.size}, and resize=false "
-                f"with crop=none takes no other",
-            )
-        if min(image.size) < self.size:
-            raise Unreadable(
-                "", f"it is {width} × {height}, smaller than size={self.size}, and resize=false"
-            )
         left, top = (width - self.size) // 2, (height - self.size) // 2
         return image.crop((left, top, left + self.size, top + self.size))
 
