@@ -5,17 +5,12 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from dmin.errors import DminError
 from dmin.fingerprint import fingerprint
+from dmin.store.encoding import STORED_AS
 
 FORMAT, SCHEMA = "dmin-store", 1
 MANIFEST = "manifest.json"
-
-# The one list of feature types. One that numpy cannot cast by itself (bfloat16; int8 with a scale
-# a row and timestep) also needs a line where `Store` reads features and `StoreWriter` takes them.
-STORED_AS: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,17 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dmin.errors import DminError
-from dmin.fingerprint import differences
+from dmin.fingerprint import differences, fingerprint
+from dmin.store.encoding import STORED_AS, decode
 from dmin.store.manifest import Layout, require_count
+from dmin.store.mapped import Mapped, has
 from dmin.store.segments import open_hdf5, open_segments, read_manifest
 
 # Rows that are not asked for are read along when they are fewer bytes than this: one longer read
@@ -33,6 +36,8 @@ class Store:
     """Read a store; rows are the examples present, in the order of the dataset.
 
     No file stays open between reads, so a store may have thousands of segments, and may be pickled.
+    ``stored`` and ``gather`` leave segments mapped into memory: these must not be truncated
+    meanwhile.
 
     Args:
         path: the directory.
@@ -60,6 +65,14 @@ class Store:
             offset[each.rows] = np.arange(len(each.rows))
         self.positions = np.flatnonzero(segment >= 0)  # of the rows, in the dataset
         self._segment, self._offset = segment[self.positions], offset[self.positions]
+        apart = (np.diff(self._segment) != 0) | (np.diff(self._offset) != 1)
+        self._runs = np.flatnonzero(apart) + 1  # rows that do not lie right behind the one before
+        self._mapped: dict[tuple[int, str], Mapped] = {}
+        self._small: dict[str, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the maps behind: they belong to this process."""
+        return {**self.__dict__, "_mapped": {}}
 
     def __len__(self) -> int:
         """Return the number of rows present."""
@@ -69,6 +82,12 @@ class Store:
     def layout(self) -> Layout:
         """The axes of the features."""
         return self.manifest.layout
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for stores of the same segments: what was derived from the rows is not stale."""
+        names = [each.path.name for each in self._segments]
+        return fingerprint({"manifest": self.manifest.fingerprint, "segments": names})
 
     @property
     def complete(self) -> bool:
@@ -131,11 +150,50 @@ class Store:
         Raises:
             DminError: there is no such readout or row.
         """
-        return self._gather("features", readout, indices)
+        stored = self._gather("features", readout, indices, STORED_AS[self.layout.dtype])
+        scales = self.scales(readout)
+        chosen = None if scales is None else scales[np.asarray(indices, dtype=np.int64)]
+        return decode(stored, self.layout.dtype, chosen)
+
+    def stored(self, readout: str, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Yield the features of rows ``start:stop`` as they are stored and where they lie.
+
+        The pages that follow are asked for meanwhile.
+
+        Yields:
+            Arrays ``[n, draw, T, group, dim]`` of ``STORED_AS[layout.dtype]``, in order.
+        """
+        after = min(2 * stop - start, len(self))
+        for first, last in self._together(stop, after):
+            self._map(readout, first).prefetch(self._offset[first], self._offset[last - 1] + 1)
+        for first, last in self._together(start, stop):
+            offset = self._offset[first]
+            yield self._map(readout, first).array[offset : offset + last - first]
+
+    def gather(self, readout: str, indices: np.ndarray) -> np.ndarray:
+        """Return chosen rows as they are stored, ``[n, draw, T, group, dim]``: quick where few."""
+        result = np.empty(
+            (len(indices), *self.layout.row_shape), dtype=STORED_AS[self.layout.dtype]
+        )
+        for place, row in enumerate(indices):
+            result[place] = self._map(readout, row).array[self._offset[row]]
+        return result
+
+    def scales(self, readout: str) -> np.ndarray | None:
+        """Return what int8 features are to be multiplied by, float32 ``[n, draw, T]``."""
+        return self._whole("scales", readout) if self.layout.dtype == "int8" else None
+
+    def lengths(self, readout: str) -> np.ndarray:
+        """Return ‖row‖₂ over group and dim of the features read back, float32 ``[n, draw, T]``."""
+        name = f"lengths/{readout}"
+        if name not in self._small and not all(has(s.path, name) for s in self._segments):
+            blocks = [np.square(b.features).sum((3, 4)) for b in self.blocks(readout)]
+            self._small[name] = np.sqrt(np.concatenate(blocks))
+        return self._whole("lengths", readout)
 
     def norms(self, readout: str) -> np.ndarray:
         """Return the norms the gradients had before scaling, float32 ``[n, draw, T, group]``."""
-        return self._gather("norms", readout, range(len(self)))
+        return self._whole("norms", readout)
 
     def losses(self) -> np.ndarray:
         """Return the losses, float32 ``[n, draw, T]``."""
@@ -146,8 +204,8 @@ class Store:
         require_count("rows", rows)
         for start in range(0, len(self), rows):
             chosen = range(start, min(start + rows, len(self)))
-            features = self._gather("features", readout, chosen)
-            yield Block(start, features, self._gather("norms", readout, chosen))
+            norms = self._gather("norms", readout, chosen)
+            yield Block(start, self.rows(readout, chosen), norms)
 
     def digest(self) -> str:
         """Return 16 hexadecimal digits of ids, features, norms and losses in dataset order.
@@ -163,21 +221,44 @@ class Store:
         digest.update(self.losses().data)
         return digest.hexdigest()[:16]
 
+    def _whole(self, kind: str, readout: str) -> np.ndarray:
+        """Return a small array of all rows; it stays in memory."""
+        name = f"{kind}/{readout}"
+        if name not in self._small:
+            self._small[name] = self._gather(kind, readout, range(len(self)))
+        return self._small[name]
+
+    def _together(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the spans of rows within ``start:stop`` that lie together in one segment."""
+        inside = slice(*np.searchsorted(self._runs, [start, stop], side="right").tolist())
+        cuts = [start, *(cut for cut in self._runs[inside].tolist() if cut < stop), stop]
+        return ((first, last) for first, last in pairwise(cuts) if first < last)
+
+    def _map(self, readout: str, row: int) -> Mapped:
+        key = int(self._segment[row]), readout
+        if key not in self._mapped:
+            self._mapped[key] = Mapped(self._segments[key[0]].path, f"features/{readout}")
+        return self._mapped[key]
+
     def _gather(
-        self, kind: str, readout: str | None, indices: Sequence[int] | np.ndarray
+        self,
+        kind: str,
+        readout: str | None,
+        indices: Sequence[int] | np.ndarray,
+        dtype: Any = np.float32,
     ) -> np.ndarray:
         """Read rows: sorted by place in the files, in long runs, put in order in memory."""
         if readout is not None and readout not in self.layout.readouts:
             known = ", ".join(self.layout.readouts)
             raise DminError(f"The store {self.path} has no readout {readout!r}: it has {known}.")
-        rank = {"features": 4, "norms": 3, "losses": 2}[kind]
+        rank = {"features": 4, "norms": 3}.get(kind, 2)
         name = kind if readout is None else f"{kind}/{readout}"
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
             outside = wanted[(wanted < 0) | (wanted >= len(self))][0]
             raise DminError(f"The store {self.path} has no row {outside}: it has {len(self)}.")
         shape = self.layout.row_shape[:rank]
-        result = np.empty((len(wanted), *shape), dtype=np.float32)
+        result = np.empty((len(wanted), *shape), dtype=dtype)
         through = max(1, READ_THROUGH // (4 * int(np.prod(shape))))
         segment, offset = self._segment[wanted], self._offset[wanted]
         order = np.lexsort((offset, segment))

@@ -104,7 +104,8 @@ def encode_segment(manifest: Manifest, blocks: Mapping[int, Content]) -> memoryv
     rows = [row for number in numbers for row in manifest.block_rows(number)]
     first = blocks[numbers[0]]
     buffer = io.BytesIO()
-    with h5py.File(buffer, "w") as file:
+    # Large arrays start at multiples of 64 bytes, so that they may be used where they lie.
+    with h5py.File(buffer, "w", alignment_threshold=1024, alignment_interval=64) as file:
         file.attrs["manifest"] = manifest.fingerprint
         file["blocks"] = np.asarray(numbers, dtype="<i8")
         file["rows"] = np.asarray(rows, dtype="<i8")

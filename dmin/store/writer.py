@@ -13,7 +13,8 @@ import numpy as np
 
 from dmin.errors import DminError
 from dmin.fingerprint import differences
-from dmin.store.manifest import MANIFEST, STORED_AS, Layout, Manifest
+from dmin.store.encoding import LARGEST, encode
+from dmin.store.manifest import MANIFEST, Layout, Manifest
 from dmin.store.segments import (
     Content,
     Segment,
@@ -283,22 +284,29 @@ def _checked_arrays(rows: Rows, count: int, layout: Layout) -> dict[str, np.ndar
                 f"The array {name} of a block has the shape {array.shape}; the store's layout asks"
                 f" for {expected}, its axes being rows, draw, timestep, group and dim."
             )
-        _require_storable(name, array, STORED_AS[dtype], rows.ids, layout)
-        stored[name] = np.array(array, dtype=STORED_AS[dtype], order="C")
+        _require_storable(name, array, dtype, rows.ids, layout)
+        kind, _, readout = name.partition("/")
+        if kind == "features":
+            encoded = encode(array, dtype)
+            stored[name], stored[f"lengths/{readout}"] = encoded.values, encoded.lengths
+            if encoded.scales is not None:
+                stored[f"scales/{readout}"] = encoded.scales
+        else:
+            stored[name] = np.array(array, order="C")
     return stored
 
 
 def _require_storable(
-    name: str, array: np.ndarray, dtype: np.dtype[Any], ids: list[str], layout: Layout
+    name: str, array: np.ndarray, dtype: str, ids: list[str], layout: Layout
 ) -> None:
     """Raise DminError, naming the example, unless all values are finite and fit the dtype."""
-    most = np.finfo(dtype).max
+    most = LARGEST[dtype]
     if np.abs(array).max() <= most:  # false for NaN as well
         return
     place = tuple(np.argwhere(~(np.abs(array) <= most))[0])
     raise DminError(
         f"The array {name} holds {array[place]} for example {ids[place[0]]!r} at timestep"
         f" {layout.timesteps[place[2]]} (draw {place[1]}): only finite values up to {most:.6g} can"
-        f" be stored as {dtype.name}. Look at this example, run the model in float32 if it runs in"
+        f" be stored as {dtype}. Look at this example, run the model in float32 if it runs in"
         " half precision, or leave the example out of the dataset."
     )
