@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ DType = Literal["float32", "bfloat16"]
 
 LORA = r"\.lora_[AB]\."
 """Regular expression of the parameters of LoRA adapters: for ``collect.params``."""
+
+_LORA_IN_FILE = re.compile(r"lora_[AB]|lora[._](down|up)")  # in the formats of all trainers
 
 
 def load_pipeline(
@@ -168,9 +171,13 @@ def _load_adapter(network: nn.Module, file: Path, name: str, pipeline: Any) -> N
         raise DminError(
             f"model.adapter={file}: cannot be loaded into {type(network).__name__}: {error}"
         ) from error
-    if _adapter_keys(network) == before:
+    landed = len(_adapter_keys(network) - before)
+    given = sum(bool(_LORA_IN_FILE.search(key)) for key in state)
+    # Other trainers join layers that the network has apart: one matrix then fills several places.
+    is_joined = not any("lora_A" in key for key in state)
+    if landed < max(1, given) or (landed > given and not is_joined):
         raise DminError(
-            f"model.adapter={file}: none of its {len(state)} tensors belongs to "
+            f"model.adapter={file}: its {given} matrices fill {landed} places in "
             f"{type(network).__name__} (the first is {next(iter(state), 'none')}). Give an adapter "
             f"trained for this model."
         )

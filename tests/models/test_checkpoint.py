@@ -1,0 +1,305 @@
+"""Adapters, other weights and ways to load: what arrives in the network, and what is refused."""
+
+import inspect
+import re
+import sys
+
+import pytest
+import torch
+from models.families import FAMILIES, checkpoint, load
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from test_families import examples, inputs, one_sketch
+
+from dmin.collect import GradientCollector, predict_trainer
+from dmin.data import Example, collate
+from dmin.errors import DminError
+from dmin.models.checkpoint import LORA, load_adapters
+from dmin.models.ddpm import DDPM
+from dmin.noise import SharedNoise
+from dmin.sketches import BlockCyclic
+from dmin.timesteps import Explicit
+
+# Some linear layers, and a convolution where there is one.
+TARGETS = ["to_q", "to_v", "conv1"]
+
+
+def randomise(network):
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in network.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+def diffusers_adapter(name, folder, alpha=2):
+    """Train (well, draw) an adapter called "weird" and save it as diffusers' scripts do."""
+    family = FAMILIES[name]
+    pipeline = family.model.from_pretrained(checkpoint(name)).pipeline
+    network = getattr(pipeline, family.model.network_name)
+    config = LoraConfig(r=2, lora_alpha=alpha, target_modules=TARGETS)
+    network.add_adapter(config, "weird")
+    randomise(network)
+    part = family.model.network_name
+    pipeline.save_lora_weights(
+        str(folder),
+        **{
+            f"{part}_lora_layers": get_peft_model_state_dict(network, adapter_name="weird"),
+            f"{part}_lora_adapter_metadata": config.to_dict(),
+        },
+    )
+    return network
+
+
+def peft_adapter(network, folder):
+    """The same with peft alone, for networks that diffusers has no loader for."""
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"])
+    adapted = get_peft_model(network, config, adapter_name="weird")
+    randomise(adapted)
+    adapted.save_pretrained(str(folder))
+    return network, folder / "weird"
+
+
+def load_anew(name, **settings):
+    """A model that a test may change."""
+    family = FAMILIES[name]
+    return family.model.from_pretrained(checkpoint(name), **{**family.settings, **settings})
+
+
+def predictions(model, network, name):
+    """What two networks make of the same noised latents."""
+    x0, noise, t, condition = inputs(model, FAMILIES[name])
+    found = model.predict(x0, noise, t, condition).prediction.detach()
+    own, model.network = model.network, network.eval()
+    expected = model.predict(x0, noise, t, condition).prediction.detach()
+    model.network = own
+    return found, expected
+
+
+@pytest.mark.parametrize("alpha", [2, 8])
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_3", "flux", "sana"])
+def test_a_diffusers_adapter_acts_under_a_name_of_ours(name, alpha, tmp_path):
+    trained = diffusers_adapter(name, tmp_path, alpha)
+    model = FAMILIES[name].model.from_pretrained(
+        checkpoint(name), adapter=tmp_path, **FAMILIES[name].settings
+    )
+    named = [n for n, _ in model.network.named_parameters() if re.search(LORA, n)]
+    assert named and all(".default." in n for n in named)
+    assert not any(module.training for module in model.network.modules())
+    found, expected = predictions(model, trained, name)
+    torch.testing.assert_close(found, expected)
+    assert (found - predictions(model, load(name).network, name)[1]).abs().max() > 1e-4
+    assert model.describe()["adapters"]["default"]["lora_alpha"] == alpha
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "hunyuan_dit", "stable_diffusion"])
+def test_a_peft_adapter_acts_under_a_name_of_ours(name, tmp_path):
+    network = FAMILIES[name].model.from_pretrained(checkpoint(name)).network
+    trained, folder = peft_adapter(network, tmp_path)
+    model = FAMILIES[name].model.from_pretrained(
+        checkpoint(name), adapter=folder, **FAMILIES[name].settings
+    )
+    assert any(re.search(r"lora_A\.default\.", n) for n, _ in model.network.named_parameters())
+    found, expected = predictions(model, trained, name)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_3", "dit"])
+def test_only_the_adapter_can_be_attributed(name, tmp_path):
+    if name == "dit":
+        network = FAMILIES[name].model.from_pretrained(checkpoint(name)).network
+        folder = peft_adapter(network, tmp_path / "adapter")[1]
+    else:
+        folder = tmp_path / "adapter"
+        diffusers_adapter(name, folder)
+    family = FAMILIES[name]
+    model = family.model.from_pretrained(checkpoint(name), adapter=folder, **family.settings)
+    noise = SharedNoise(seed=5)
+    collector = GradientCollector(
+        model, BlockCyclic(64, block=64), Explicit(family.timesteps), noise, params=LORA
+    )
+    lora = [n for n, _ in model.network.named_parameters() if "lora_" in n]
+    assert [entry.name for entry in collector.attributed.entries] == lora
+    trainer = predict_trainer(accelerator="cpu", enable_progress_bar=False)
+    dataset = examples(family)
+    store = collector.collect(dataset, tmp_path / "store", dtype="float32", trainer=trainer)
+    encoded = model.encode(collate(dataset.examples))
+    for row in range(3):
+        for step, t in enumerate(collector.timesteps):
+            expected = one_sketch(model, collector, encoded, row, t, noise)
+            found = torch.from_numpy(store.features("loss", row, row + 1)[0, 0, step])
+            assert (found - expected).norm() <= 1e-5
+
+
+def test_several_adapters_act_together(tmp_path):
+    name = "stable_diffusion"
+    diffusers_adapter(name, tmp_path / "a")
+    one = FAMILIES[name].model.from_pretrained(checkpoint(name), adapter=str(tmp_path / "a"))
+    two = FAMILIES[name].model.from_pretrained(
+        checkpoint(name), adapter=[str(tmp_path / "a"), str(tmp_path / "a")]
+    )
+    named = {n for n, _ in two.network.named_parameters() if "lora_A.default_1." in n}
+    assert named
+    found, once = predictions(two, one.network, name)
+    assert (found - once).abs().max() > 1e-4
+
+
+def test_adapters_that_would_be_taken_in_part_are_refused(tmp_path):
+    name = "stable_diffusion"
+    diffusers_adapter(name, tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    state = load_file(file)
+    key = next(iter(state))
+    cases = {
+        "text_encoder.layer.lora_A.weight": "adapts a text encoder",
+        "lora_te1_layer.lora_down.weight": "adapts a text encoder",
+        key.replace("lora_A.weight", "lora_magnitude_vector"): "DoRA",
+    }
+    for odd, message in cases.items():
+        save_file({**state, odd: torch.zeros(2)}, file)
+        with pytest.raises(DminError, match=message):
+            FAMILIES[name].model.from_pretrained(checkpoint(name), adapter=tmp_path)
+
+
+def test_adapters_of_another_model_are_refused(tmp_path):
+    diffusers_adapter("stable_diffusion_3", tmp_path)
+    for name in ("stable_diffusion", "dit", "flux", "sana"):
+        with pytest.raises(DminError, match=r"Give an adapter|cannot be loaded"):
+            FAMILIES[name].model.from_pretrained(checkpoint(name), adapter=tmp_path)
+    with pytest.raises(DminError, match="with just one; found none"):
+        FAMILIES["dit"].model.from_pretrained(checkpoint("dit"), adapter=tmp_path / "nowhere")
+
+
+def test_layers_that_the_adapter_has_no_weights_for_are_refused(tmp_path):
+    """They would get random ones, and with them a gradient."""
+    _, folder = peft_adapter(load_anew("dit").network, tmp_path)
+    file = folder / "adapter_model.safetensors"
+    save_file(dict(list(load_file(file).items())[:2]), file)
+    with pytest.raises(DminError, match="its 2 matrices fill 8 places"):
+        load_anew("dit", adapter=folder)
+
+
+def test_without_peft_the_remedy_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(DminError, match=r"pip install 'dmin\[lora\]'"):
+        load_adapters(torch.nn.Linear(1, 1), tmp_path)
+
+
+def test_ddpm_takes_adapters_and_averaged_weights(ddpm, ddpm_path, tmp_path):
+    network = DDPM.from_pretrained(ddpm_path).network
+    for parameter in network.parameters():
+        parameter.data.mul_(0.5)
+    save_file(network.state_dict(), tmp_path / "ema.safetensors")
+    averaged = DDPM.from_pretrained(ddpm_path, ema=tmp_path / "ema.safetensors")
+    for (name, found), own in zip(
+        averaged.network.state_dict().items(), ddpm.network.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(found, 0.5 * own, msg=name)
+    folder = peft_adapter(network, tmp_path / "adapter")[1]
+    adapted = DDPM.from_pretrained(ddpm_path, adapter=folder)
+    assert any(re.search(LORA, n) for n, _ in adapted.network.named_parameters())
+    assert adapted.describe() != averaged.describe()
+
+
+def test_weights_from_a_folder_and_from_another_network(tmp_path):
+    from diffusers import UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
+
+    unet = (
+        FAMILIES["stable_diffusion"].model.from_pretrained(checkpoint("stable_diffusion")).network
+    )
+    average = EMAModel(
+        [2 * p for p in unet.parameters()],
+        model_cls=UNet2DConditionModel,
+        model_config=unet.config,
+    )
+    average.save_pretrained(str(tmp_path / "ema"))
+    model = FAMILIES["stable_diffusion"].model.from_pretrained(
+        checkpoint("stable_diffusion"), ema=tmp_path / "ema"
+    )
+    torch.testing.assert_close(model.network.conv_in.weight, 2 * unet.conv_in.weight)
+    with pytest.raises(DminError, match="not the weights of this DiT"):
+        FAMILIES["dit"].model.from_pretrained(
+            checkpoint("dit"),
+            ema=checkpoint("pixart") / "transformer" / "diffusion_pytorch_model.safetensors",
+        )
+    with pytest.raises(DminError, match=r"neither a \.safetensors file nor a folder"):
+        FAMILIES["dit"].model.from_pretrained(checkpoint("dit"), ema=tmp_path)
+
+
+def test_checkpoints_that_are_not_there_are_refused(tmp_path):
+    model = FAMILIES["stable_diffusion"].model
+    with pytest.raises(DminError, match=r"no model_index\.json"):
+        model.from_pretrained(tmp_path)
+    with pytest.raises(DminError, match="cannot load a StableDiffusionPipeline"):
+        model.from_pretrained("nobody/nothing")
+    with pytest.raises(DminError, match="cannot load"):
+        model.from_pretrained(checkpoint("dit"))
+    with pytest.raises(DminError, match="torch_dtype='float16'"):
+        model.from_pretrained(checkpoint("stable_diffusion"), torch_dtype="float16")
+    with pytest.raises(DminError, match="from one file"):
+        FAMILIES["dit"].model.from_pretrained(checkpoint("dit"), single_file="model.safetensors")
+
+
+def test_a_subfolder_and_a_variant():
+    folder = checkpoint("stable_diffusion")
+    model = FAMILIES["stable_diffusion"].model
+    assert model.from_pretrained(folder.parent, subfolder=folder.name).describe()
+    with pytest.raises(DminError, match="subfolder=nothing"):
+        model.from_pretrained(folder, subfolder="nothing")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_bfloat16_losses_are_float32_and_gradients_finite(name):
+    family = FAMILIES[name]
+    model = load(name, torch_dtype="bfloat16")
+    assert model.network.dtype == torch.bfloat16
+    x0, noise, t, condition = inputs(model, family)
+    prediction = model.predict(x0, noise, t, condition)
+    assert prediction.prediction.dtype == prediction.target.dtype == torch.float32
+    exact = load(name).predict(*inputs(load(name), family)).prediction
+    assert (prediction.prediction - exact).norm() < 0.1 * exact.norm()
+    collector = GradientCollector(model, BlockCyclic(256), Explicit([20]), params="weight")
+    features = collector.features(x0[:1], {k: v[:1] for k, v in condition.items()}, ["a"])
+    assert torch.isfinite(features.values["loss"]).all()
+
+
+def test_a_draw_of_the_latent_is_keyed_and_shared():
+    drawn, mode = load("stable_diffusion", latents="sample"), load("stable_diffusion")
+    image = torch.rand(3, 16, 16)
+    pair = collate([Example(i, image, caption="cat") for i in "ab"])
+    x0, _ = drawn.encode(pair)
+    assert torch.equal(x0[0], x0[1]) and torch.equal(x0, drawn.encode(pair)[0])
+    assert not torch.allclose(x0, mode.encode(pair)[0])
+    other = load("stable_diffusion", latents="sample", latent_seed=1)
+    assert not torch.allclose(x0, other.encode(pair)[0])
+    assert len({str(m.describe()) for m in (drawn, mode, other)}) == 3
+    with pytest.raises(DminError, match="no posterior to draw from"):
+        load("sana", latents="sample").encode(collate(examples(FAMILIES["sana"]).examples))
+
+
+def test_latents_are_scaled_as_the_vae_says():
+    image = torch.rand(2, 3, 16, 16)
+    model = load("stable_diffusion_3")
+    with torch.no_grad():
+        mode = model.pipeline.vae.encode(2 * image - 1).latent_dist.mode()
+        torch.testing.assert_close(model._latents(image), (mode - 0.06) * 1.5)
+    config = {"latents_mean": [1.0] * 4, "latents_std": [2.0] * 4, "scaling_factor": 0.5}
+    torch.testing.assert_close(model._scale(mode, config), (mode - 1) * 0.25)
+
+
+def test_sd3_can_be_compared_with_noise_as_published():
+    model = load("stable_diffusion_3", target="noise")
+    x0, noise, t, condition = inputs(model, FAMILIES["stable_diffusion_3"])
+    assert torch.equal(model.predict(x0, noise, t, condition).target, noise)
+    assert model.describe() != load("stable_diffusion_3").describe()
+    with pytest.raises(DminError, match=r"model\.target='x0'"):
+        load("stable_diffusion_3", target="x0")
+
+
+def test_signatures_name_every_setting():
+    for family in FAMILIES.values():
+        named = inspect.signature(family.model.from_pretrained).parameters
+        assert {"path", "adapter", "latents", *family.settings} <= set(named)
+        assert all(p.kind is not p.VAR_KEYWORD for p in named.values())
+    dit = inspect.signature(FAMILIES["dit"].model.from_pretrained).parameters
+    assert "empty_captions" not in dit and "snr_gamma" in dit
