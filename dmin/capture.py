@@ -205,7 +205,7 @@ class Capture:
             return None
         call = _Call(use.name, use.module, use.used, how)
         if isinstance(how, Rerun):
-            inputs = how.tensors((use.args, use.kwargs))
+            inputs = [x.detach() for x in how.tensors((use.args, use.kwargs))]
             for inner in use.within:  # running again covers these as well
                 self._calls.subtract(inner.parameters & call.parameters)
                 inner.parameters -= call.parameters
@@ -222,12 +222,15 @@ class Capture:
         gradient, batch = layer_gradient(use.module), self._watch.batch
         own = {self._watch.name_of[id(p)] for p in self._watch.own(use.module).values()}
         if gradient is not None and use.used <= own and isinstance(use.output, Tensor):
-            return gradient if batch is None or splits(use.module, _input(use), batch) else None
+            a = _input(use)
+            known = self._watch.sees_examples(a) and (batch is None or splits(use.module, a, batch))
+            return gradient if known else None
         batch, outputs = batch or 1, differentiable(use.output)
         if not outputs or any(len(x) % batch if x.ndim else batch > 1 for x in outputs):
             return None
         rerun = Rerun(use.module, use.name or "the network", (use.args, use.kwargs), use.output)
-        return rerun if rerun.tensors((use.args, use.kwargs)) else None
+        known = any(self._watch.sees_examples(x) for x in rerun.tensors((use.args, use.kwargs)))
+        return rerun if known else None
 
     def _arrive(self, call: _Call, inputs: Sequence[Tensor], gradients: Sequence[Any]) -> None:
         """Take the gradients of a call's outputs; flush parameters whose last call this was."""

@@ -45,7 +45,7 @@ class Rerun:
     def tensors(self, arguments: Any) -> list[Tensor]:
         """Return the tensors among the arguments, which the caller keeps and later hands back."""
         leaves = pytree.tree_leaves(arguments)
-        return [leaves[i].detach() for i in self._tensor_at]
+        return [leaves[i] for i in self._tensor_at]
 
     def factors(
         self,

@@ -80,6 +80,7 @@ class Watch(Generic[Token]):
         """Forget the forward passes so far."""
         self.lost: dict[str, str] = {}
         self.batch: int | None = None
+        self._arguments: set[int] = set()  # where the network's arguments lie in memory
         self._running: list[Use[Token]] = []
 
     def __enter__(self) -> Self:
@@ -130,6 +131,16 @@ class Watch(Generic[Token]):
             if id(parameter) in self.name_of
         }
 
+    def sees_examples(self, x: Tensor) -> bool:
+        """Return whether a tensor can be taken to have rows of the examples.
+
+        It has as many; or it comes from a layer or the network's arguments, and more rows are parts
+        of examples. Anything else may be a constant, like an identity matrix or a table, whose size
+        the batch happens to divide. (A constant of exactly as many rows is mistaken all the same.)
+        """
+        known = x.requires_grad or (x.ndim > 0 and len(x) == self.batch)
+        return self.batch is None or known or _place(x) in self._arguments
+
     def _hook(self, name: str, module: nn.Module) -> tuple[Any, Any]:
         def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self._begin(Use(name, module), args, kwargs)
@@ -160,6 +171,7 @@ class Watch(Generic[Token]):
             tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             sizes = Counter(len(x) for x in tensors if x.ndim)
             self.batch = sizes.most_common(1)[0][0] if sizes else None
+            self._arguments = {_place(x) for x in tensors if x.ndim and len(x) == self.batch}
         for parameter in self.own(use.module).values():
             if not isinstance(parameter, self._watched):  # it cannot report: assume its use
                 use.used.add(self.name_of[id(parameter)])
@@ -196,6 +208,10 @@ class Watch(Generic[Token]):
 
 
 _NO_GRADIENT = {Tensor.detach, Tensor.requires_grad_, Tensor.data.__get__}  # type: ignore[attr-defined]
+
+
+def _place(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def _watched(note: Callable[[nn.Parameter], None]) -> type[nn.Parameter]:

@@ -51,7 +51,7 @@ def example(inputs: dict[str, Any], b: int, batch: int) -> dict[str, Any]:
 
 def one_at_a_time(network: nn.Module, inputs: dict[str, Any], loss: Loss, batch: int):
     """The slow truth: autograd, an example at a time. Unused parameters have zero gradients."""
-    named = dict(network.named_parameters())
+    named = {name: p for name, p in network.named_parameters() if p.requires_grad}
     rows: dict[str, list[Tensor]] = {name: [] for name in named}
     for b in range(batch):
         value = loss(network, example(inputs, b, batch)).sum()

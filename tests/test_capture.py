@@ -388,6 +388,42 @@ def test_what_looks_like_a_batch_is_not_taken_for_one(tokens):
     check(Network(), {"x": torch.randn(4, tokens, 6)})
 
 
+class Constant(nn.Module):
+    """Layers applied to what all examples share, as DoRA multiplies its factors out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 3, bias=False), nn.Linear(3, 8, bias=False)
+        self.table, self.mix = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
+
+    def forward(self, x):
+        product = self.up(self.down(torch.eye(8)))
+        return x @ product + self.mix(self.table)
+
+
+class Parts(nn.Module):
+    """A folded view of the input, which has no graph either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.linear(x.view(-1, 8)).view(len(x), -1)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", [Constant, Parts])
+def test_what_the_batch_happens_to_divide_is_not_taken_for_folded_examples(kind, batch):
+    torch.manual_seed(0)
+    network, inputs = kind(), {"x": torch.randn(batch, 8, 8)}
+    check(network, inputs)
+    with Capture(network, Keep().bind(choose_parameters(network))) as capture:
+        capture.backward(square(network, inputs))
+    closed = [path == "closed form" for path in capture.coverage.values()]
+    assert all(closed) if kind is Parts else not any(closed[:3])
+
+
 def test_a_subset_by_regular_expression():
     network, inputs = network_and_inputs()
     found = check(network, inputs, params=r"blocks\.1\.|^scale$")

@@ -217,7 +217,8 @@ def double(network: nn.Module, inputs: dict):
 
 def loss(network: nn.Module, inputs: dict) -> Tensor:
     output = network(**inputs)
-    return (output[0] - 0.5).flatten(1).square().mean(1)
+    wide = torch.promote_types(output[0].dtype, torch.float32)
+    return (output[0].to(wide) - 0.5).flatten(1).square().mean(1)
 
 
 def capture_all(network: nn.Module, inputs: dict):
@@ -253,3 +254,39 @@ def test_gradient_checkpointing_changes_nothing(family):
     network.train()  # some blocks checkpoint only then
     found, _ = capture_all(network, inputs)
     assert error(found, truth) <= 1e-10
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapters_are_attributed(dora):
+    """DoRA multiplies its factors out with an identity, which is no batch."""
+    peft = pytest.importorskip("peft")
+    network, inputs = double(*build("UNet2DConditionModel"))
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["to_q", "to_v", "conv1", "time_emb_proj"],
+        use_dora=dora,
+        init_lora_weights=False,
+    )
+    network = peft.inject_adapter_in_model(config, network).double().eval()
+    truth = one_at_a_time(network, inputs, loss, BATCH)
+    parameters = choose_parameters(network, "lora_")
+    with Capture(network, Keep().bind(parameters)) as capture:
+        found = capture.backward(loss(network, inputs))
+    assert set(found) == set(truth) and len(found) == len(parameters.entries)
+    assert error(found, truth) <= 1e-10
+    assert dora or set(capture.coverage.values()) == {"closed form"}
+
+
+def test_bfloat16_is_as_good_as_autograd_in_bfloat16():
+    network, inputs = build("UNet2DModel")
+    truth = whole(one_at_a_time(*double(network, inputs), loss, BATCH))
+    inputs["sample"] = inputs["sample"].bfloat16()
+    found = whole(capture_all(network.bfloat16(), inputs)[0])
+    autograd = whole(one_at_a_time(network, inputs, loss, BATCH))
+    assert ((found - truth).norm(dim=1) / truth.norm(dim=1)).max() <= 0.03
+    assert ((found - autograd).norm(dim=1) / truth.norm(dim=1)).max() <= 0.005
+
+
+def whole(gradients: dict) -> Tensor:
+    """All gradients of each example in one vector."""
+    return torch.cat([gradients[name].double().flatten(1) for name in sorted(gradients)], 1)
