@@ -146,7 +146,6 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
         "training examples": f"{len(train):,}",
         "model": str(work.cfg.model.path),
         "sketch": f"{work.collector.sketch.family}, k = {work.collector.sketch.dim:,}",
-        "timesteps": ", ".join(f"{t:g}" for t in train.store.layout.timesteps),
     }
     save_png(ranking, *images, folder / "gallery.png")
     save_html(ranking, *images, folder / "gallery.html", notes=notes)
