@@ -1,16 +1,27 @@
 """Attribution methods: stores in, scores and rankings out."""
 
 from dmin.attribution.base import ExampleBlock, Method, Requires, Side
+from dmin.attribution.das import DAS
+from dmin.attribution.datainf import DataInf
 from dmin.attribution.dmin import DMin
 from dmin.attribution.gradient_similarity import GradCos, GradDot
+from dmin.attribution.likeness import SSIM, GaussianKernel
 from dmin.attribution.pixel import PixelCosine, PixelL2
 from dmin.attribution.random import Random
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.retrieval import TopK, retrieve, score_matrix
+from dmin.attribution.spectral import Spectral, ZSum
+from dmin.attribution.trak import DTRAK, TRAK, RelativeIF, RenormalisedIF
 
 __all__ = [
+    "DAS",
+    "DTRAK",
+    "SSIM",
+    "TRAK",
     "DMin",
+    "DataInf",
     "ExampleBlock",
+    "GaussianKernel",
     "GradCos",
     "GradDot",
     "Method",
@@ -18,9 +29,13 @@ __all__ = [
     "PixelL2",
     "Random",
     "Ranking",
+    "RelativeIF",
+    "RenormalisedIF",
     "Requires",
     "Side",
+    "Spectral",
     "TopK",
+    "ZSum",
     "retrieve",
     "score_matrix",
 ]

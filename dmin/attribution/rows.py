@@ -1,0 +1,22 @@
+"""The rows that methods multiply and curvature is fitted on: gradients of a block, arranged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmin.attribution.base import ExampleBlock
+
+
+def unit_rows(block: ExampleBlock, readout: str = "loss") -> Tensor:
+    """Return the unit gradient at each draw and timestep, ``[n, D, T, G·k]``."""
+    return torch.nn.functional.normalize(block.features[readout].flatten(3), dim=-1)
+
+
+def summed_rows(block: ExampleBlock, readout: str = "loss") -> Tensor:
+    """Return the gradients summed over draws and timesteps, ``[n, G, k]``.
+
+    Rows of a store are of unit length over all groups; their norms undo that.
+    """
+    length = block.norms[readout].square().sum(-1).sqrt()  # [n, D, T]
+    return torch.einsum("ndt,ndtgk->ngk", length, block.features[readout])
