@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmin.data.base import Dataset
 from dmin.errors import DminError
-from dmin.store import Store
+from dmin.store import Layout, Store
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,23 @@ class Side:
         return {}
 
 
+@dataclass(frozen=True)
+class Linear:
+    """Scores that are one inner product with scaled rows of the store, each query's own vector.
+
+    ``I(q, i) = Σ_{d,t} c_{d,t}(i) ⟨q_{d,t}, x_{d,t}(i)⟩``, x the rows as they are stored.
+
+    Args:
+        queries: q, float32 ``[Q, D, T, G, k]``; weights and what else belongs to queries included.
+        scale: c. ``unit`` brings every row to length 1, ``norm`` to its gradient's, ``none`` is 1.
+        readout: which rows.
+    """
+
+    queries: Tensor
+    scale: Literal["unit", "norm", "none"] = "none"
+    readout: str = "loss"
+
+
 class Method(ABC):
     """Scores every pair of a query and a training example; a larger score is more influence.
 
@@ -130,6 +147,28 @@ class Method(ABC):
     def contributions(self, queries: Any, train: ExampleBlock) -> Tensor | None:
         """Return what each timestep adds, ``[queries, n, T]``, or None if they do not add up."""
         return None
+
+    def linear(self, queries: Any, layout: Layout) -> Linear | None:
+        """Return the scores as one inner product, or None if they are not: see :class:`Linear`.
+
+        A method that has this is scanned at the speed of memory and can be searched by an index;
+        it must agree with :meth:`score`.
+
+        Args:
+            queries: what :meth:`transform_query` returned.
+            layout: of the stores.
+        """
+        return None
+
+
+def in_row_order(queries: Tensor, layout: Layout) -> Tensor:
+    """Return query vectors ``[Q, T, D·G·k]``, scaled by 1/√D, as ``[Q, D, T, G, k]``, by 1/D.
+
+    Averages over the draws are 1/√D on both sides for a method; rows of the store have no share.
+    """
+    draws, times, groups, dim = layout.row_shape
+    rows = queries.view(len(queries), times, draws, groups, dim) / draws**0.5
+    return rows.transpose(1, 2)
 
 
 def check_pair(queries: Side, train: Side, method: Method) -> None:

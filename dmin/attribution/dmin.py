@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Method
+from dmin.attribution.base import ExampleBlock, Linear, Method, in_row_order
 from dmin.errors import DminError
+from dmin.store import Layout
 
 
 class DMin(Method):
@@ -51,6 +52,10 @@ class DMin(Method):
     def contributions(self, queries: Tensor, train: ExampleBlock) -> Tensor:
         """Return the weighted cosine at each timestep, ``[Q, n, T]``."""
         return torch.einsum("qtm,ntm->qnt", queries, self._unit(train.features["loss"]))
+
+    def linear(self, queries: Tensor, layout: Layout) -> Linear:
+        """Return the queries in the store's order; see the base class."""
+        return Linear(in_row_order(queries, layout), "unit" if self.renormalise else "none")
 
     def _unit(self, features: Tensor) -> Tensor:
         """Return ``[n, T, D·G·k]``; divided by √D on both sides, so that draws are averaged."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Method
+from dmin.attribution.base import ExampleBlock, Linear, Method, in_row_order
+from dmin.store import Layout
 
 
 class GradDot(Method):
@@ -29,6 +30,10 @@ class GradDot(Method):
     def contributions(self, queries: Tensor, train: ExampleBlock) -> Tensor:
         """Return the inner product at each timestep, ``[Q, n, T]``."""
         return torch.einsum("qtm,ntm->qnt", queries, _gradients(train))
+
+    def linear(self, queries: Tensor, layout: Layout) -> Linear:
+        """Return the queries in the store's order; see the base class."""
+        return Linear(in_row_order(queries, layout), "norm")
 
 
 class GradCos(Method):

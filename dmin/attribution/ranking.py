@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,10 @@ class Ranking:
         train_metadata: [Q][K] small JSON dicts, typically label, caption, file.
         scores: float32 [Q, K], descending along K, in the units of the method.
         contributions: float32 [Q, K, T], what each timestep adds to the score, or None.
+        order: "proponents", or "opponents" for scores that ascend along K.
+        min_score: what lies below it (opponents: above its opposite) is not part of the answer,
+            and only there because queries have different numbers of answers.
+        notes: what else there is to say, such as how the answer was found.
 
     Raises:
         DminError: a part disagrees with the others in shape, order or sum.
@@ -51,6 +56,9 @@ class Ranking:
     train_metadata: list[list[dict[str, Any]]]
     scores: np.ndarray
     contributions: np.ndarray | None = None
+    order: str = "proponents"
+    min_score: float | None = None
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Bring the arrays to their dtypes and hold every part to the shape of the scores."""
@@ -91,9 +99,13 @@ class Ranking:
         if not np.isfinite(self.scores).all():
             where = np.argwhere(~np.isfinite(self.scores))[0].tolist()
             _refuse("scores", f"{self.scores[tuple(where)]} at {where}", "finite numbers")
-        if (np.diff(self.scores, axis=1) > 0).any():
-            query = int(np.argwhere(np.diff(self.scores, axis=1) > 0)[0, 0])
-            _refuse("scores", f"a rise in query {query}", "descending scores: best first")
+        if self.order not in ("proponents", "opponents"):
+            _refuse("order", repr(self.order), "'proponents' or 'opponents'")
+        steps = np.diff(self._sign * self.scores, axis=1)
+        if (steps > 0).any():
+            query = int(np.argwhere(steps > 0)[0, 0])
+            wrong, right = ("rise", "de") if self._sign > 0 else ("fall", "a")
+            _refuse("scores", f"a {wrong} in query {query}", f"{right}scending scores: best first")
         if self.contributions is None:
             return
         # Wide enough for half-precision arithmetic, far narrower than a forgotten weight.
@@ -101,6 +113,17 @@ class Ranking:
         gap = float(np.abs(self.contributions.sum(axis=2) - self.scores).max())
         if not gap <= 1e-2 * scale + 1e-12:
             _refuse("contributions", f"a gap of {gap:.3g} to the scores", "terms that sum to them")
+
+    @property
+    def _sign(self) -> int:
+        return 1 if self.order == "proponents" else -1
+
+    def count(self, query: int) -> int:
+        """Return how many of a query's examples are part of the answer: see `min_score`."""
+        if self.min_score is None:
+            return self.scores.shape[1]
+        # As float32, like the scores: one that equals the bound is in.
+        return int((self._sign * self.scores[query] >= np.float32(self.min_score)).sum())
 
     @property
     def timestep_names(self) -> list[str]:
@@ -130,6 +153,8 @@ class Ranking:
         columns = {key: f"metadata_{key}" if key in taken else key for key in train_keys}
         records = []
         for query, rank in np.ndindex(*self.scores.shape):
+            if rank >= self.count(query):
+                continue
             example, origin = self.train_metadata[query][rank], self.query_metadata[query]
             record: dict[str, Any] = {
                 "query": self.query_ids[query],
@@ -149,6 +174,8 @@ class Ranking:
     def save(self, folder: str | Path) -> Path:
         """Write `ranking.csv` (one line for each query and rank) and `ranking.json`.
 
+        With pyarrow installed, `ranking.parquet` holds the lines as well, their types kept.
+
         Args:
             folder: made if it is not there.
 
@@ -163,6 +190,7 @@ class Ranking:
             writer.writeheader()
             for record in records:
                 writer.writerow({key: _cell(value) for key, value in record.items()})
+        _save_parquet(records, folder / "ranking.parquet")
         text = json.dumps(self._to_json(), ensure_ascii=False, indent=1, default=_plain)
         (folder / "ranking.json").write_text(text + "\n", encoding="utf-8")
         return folder
@@ -183,6 +211,9 @@ class Ranking:
         return {
             "schema": SCHEMA,
             "method": self.method,
+            "order": self.order,
+            "min_score": self.min_score,
+            "notes": self.notes,
             "timesteps": list(self.timesteps),
             "queries": [
                 {
@@ -221,6 +252,9 @@ class Ranking:
             parted = "contributions" in found[0][0]
             return cls(
                 method=content["method"],
+                order=content.get("order", "proponents"),
+                min_score=content.get("min_score"),
+                notes=content.get("notes", {}),
                 timesteps=tuple(content["timesteps"]),
                 query_ids=[query["id"] for query in queries],
                 query_metadata=[query["metadata"] for query in queries],
@@ -251,9 +285,10 @@ class Ranking:
         from rich.table import Table
         from rich.text import Text
 
+        what = "Training examples " + ("behind" if self._sign > 0 else "that speak against")
         queries, k = min(max_queries, len(self.query_ids)), min(columns, self.scores.shape[1])
         table = Table(
-            title=Text(f"Training examples behind each query, by {self.method}", style="bold"),
+            title=Text(f"{what} each query, by {self.method}", style="bold"),
             caption=f"{queries} of {len(self.query_ids)} queries, "
             f"{k} of {self.scores.shape[1]} examples each: id, label, score",
             show_lines=any("label" in metadata for metadata in self.query_metadata),
@@ -265,7 +300,8 @@ class Ranking:
             head = Text(self.query_ids[query])
             if (label := self.query_metadata[query].get("label")) is not None:
                 head.append(f"\n{label}", style="not bold")
-            table.add_row(head, *(self._terminal_cell(query, rank) for rank in range(k)))
+            shown = range(min(k, self.count(query)))
+            table.add_row(head, *(self._terminal_cell(query, rank) for rank in shown))
         return table
 
     def _terminal_cell(self, query: int, rank: int) -> Text:
@@ -304,6 +340,21 @@ def _plain(value: Any) -> Any:
 def _cell(value: Any) -> Any:
     nested = isinstance(value, dict | list | tuple)
     return json.dumps(value, ensure_ascii=False, default=_plain) if nested else value
+
+
+def _save_parquet(records: list[dict[str, Any]], path: Path) -> None:
+    """Write the lines with their types, if pyarrow is there; mixed columns become text."""
+    try:
+        pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError:
+        return
+    columns = {}
+    for name in records[0]:
+        values = [_cell(record[name]) for record in records]
+        if len({type(value) for value in values if value is not None}) > 1:
+            values = [None if value is None else str(value) for value in values]
+        columns[name] = values
+    parquet.write_table(pyarrow.table(columns), path)
 
 
 def _refuse(name: str, value: object, allowed: str) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import Method, Side, check_pair
+from dmin.attribution.base import Linear, Method, Side, check_pair
 from dmin.attribution.dmin import DMin
 from dmin.attribution.ranking import Ranking
+from dmin.attribution.search_scan import gathered_rows, row_factors, scan
+from dmin.attribution.search_select import Groups, Selection
 from dmin.errors import DminError
 from dmin.store import Store
+
+QUERY_BYTES = 256 << 20  # of query features in memory at once
 
 
 def retrieve(
@@ -18,46 +25,88 @@ def retrieve(
     train: Store | Side,
     method: Method | None = None,
     k: int = 10,
-    rows: int = 1024,
+    rows: int | None = None,
+    selection: Selection | None = None,
 ) -> Ranking:
     """Return the k training examples of largest score for each query, best first.
 
-    The training store is read once, in blocks, whatever the number of queries; memory does not grow
+    The training store is read once for as many queries as fit into 256 MiB; memory does not grow
     with it. Equal scores are ordered by row, so the answer does not depend on the blocks.
 
     Args:
         queries: features of the queries.
         train: features of the training examples, made with the same model, schedule and sketch.
         method: how to score; :class:`DMin` if none.
-        k: examples a query.
-        rows: training examples in memory at once.
+        k: examples a query, or groups.
+        rows: training examples in memory at once; by their size if None.
+        selection: other examples than the ones of largest score.
 
     Raises:
         DminError: the stores do not belong together, are incomplete, or k is out of range.
     """
-    queries, train = _side(queries), _side(train)
-    method = method or DMin()
+    queries, train = as_side(queries), as_side(train)
+    method, selection = method or DMin(), selection or Selection()
     check_pair(queries, train, method)
-    if not 1 <= k <= len(train):
-        raise DminError(f"k={k}: choose 1 … {len(train)}, the number of training examples.")
+    search = _Search(train, method, k, rows, selection)
     method.fit(train)
-    asked = method.transform_query(queries.block(np.arange(len(queries)), method.requires))
-    best = TopK(len(queries), k)
-    for block in train.blocks(method.requires, rows):
-        best.update(method.score(asked, block), block.first)
-    return _ranking(queries, train, method, best)
+    found = [search.batch(queries, *batch) for batch in query_batches(queries, method)]
+    scores, best, parts = zip(*found, strict=True)
+    return search.ranking(
+        queries, joined(scores), joined(best), None if parts[0] is None else joined(parts)
+    )
 
 
 def score_matrix(
-    queries: Store | Side, train: Store | Side, method: Method, rows: int = 1024
+    queries: Store | Side, train: Store | Side, method: Method, rows: int | None = None
 ) -> np.ndarray:
     """Return every score, float32 ``[queries, examples]``; arguments as in :func:`retrieve`."""
-    queries, train = _side(queries), _side(train)
+    queries, train = as_side(queries), as_side(train)
     check_pair(queries, train, method)
     method.fit(train)
-    asked = method.transform_query(queries.block(np.arange(len(queries)), method.requires))
-    scores = [method.score(asked, block) for block in train.blocks(method.requires, rows)]
-    return torch.cat(scores, dim=1).numpy().astype(np.float32)
+    batches = [
+        torch.cat([scores.float() for _, scores in scored(asked, train, method, rows)], dim=1)
+        for _, asked in query_batches(queries, method)
+    ]
+    return torch.cat(batches).numpy()
+
+
+def self_influence(train: Store | Side, method: Method, rows: int = 32) -> np.ndarray:
+    """Return each training example's score with itself as the query, float32 ``[N]``.
+
+    Large for examples that only their own gradient explains: rare, or labelled wrongly
+    (Pruthi et al. 2020, arXiv 2002.08484). Methods of unit gradients give all the same.
+    """
+    train = as_side(train)
+    check_pair(train, train, method)
+    method.fit(train)
+    blocks = train.blocks(method.requires, rows)
+    each = [method.score(method.transform_query(b), b).diagonal().float() for b in blocks]
+    return torch.cat(each).numpy()
+
+
+def query_batches(queries: Side, method: Method) -> Iterator[tuple[np.ndarray, Any]]:
+    """Yield rows of queries and what the method makes of them, as many as fit at a time."""
+    width = 4 * int(np.prod(queries.store.layout.row_shape)) * len(method.requires.readouts)
+    most = max(1, QUERY_BYTES // max(width, 1 << 16))
+    for start in range(0, len(queries), most):
+        rows = np.arange(start, min(start + most, len(queries)))
+        yield rows, method.transform_query(queries.block(rows, method.requires))
+
+
+def scored(
+    asked: Any,
+    train: Side,
+    method: Method,
+    rows: int | None = None,
+    keep: np.ndarray | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield first row and scores ``[Q, n]`` of every block, by the quickest way there is."""
+    linear = method.linear(asked, train.store.layout)
+    if linear is not None:
+        yield from scan(linear, train.store, rows, keep)
+    else:
+        for block in train.blocks(method.requires, rows or 1024):
+            yield block.first, method.score(asked, block)
 
 
 class TopK:
@@ -103,35 +152,115 @@ def _stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.gather(1, order), index.gather(1, order)
 
 
-def _ranking(queries: Side, train: Side, method: Method, best: TopK) -> Ranking:
-    ids, metadata = train.store.ids, train.store.metadata
-    rows = best.rows.tolist()
-    return Ranking(
-        method=method.name,
-        timesteps=train.store.layout.timesteps,
-        query_ids=list(queries.store.ids),
-        query_metadata=list(queries.store.metadata),
-        train_rows=best.rows.numpy(),
-        train_ids=[[ids[row] for row in each] for each in rows],
-        train_metadata=[[metadata[row] for row in each] for each in rows],
-        scores=best.scores.numpy(),
-        contributions=_contributions(queries, train, method, best.rows.numpy()),
-    )
+class _Search:
+    """One request: what is asked for, checked, and the way from scores to a ranking."""
+
+    def __init__(
+        self, train: Side, method: Method, k: int, rows: int | None, selection: Selection
+    ) -> None:
+        self.train, self.method, self.k, self.rows = train, method, k, rows
+        self.selection = selection
+        metadata = train.store.metadata
+        self.keep = selection.kept(metadata)
+        self.groups = selection.groups(metadata) if selection.group_by else None
+        allowed, what = len(train), "training examples"
+        if self.keep is not None:
+            allowed, what = int(self.keep.sum()), "training examples that `where` allows"
+        if self.groups is not None:
+            number = self.groups[1] if self.keep is None else self.groups[1][self.keep]
+            allowed, what = len(np.unique(number[number >= 0])), f"values of {selection.group_by}"
+        if not 1 <= k <= allowed:
+            raise DminError(f"k={k}: choose 1 … {allowed}, the number of {what}.")
+
+    def batch(
+        self, queries: Side, numbers: np.ndarray, asked: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return scores and rows of the best ``[Q, k]``, and contributions ``[Q, k, T]``."""
+        best: TopK | Groups | None = None
+        sign = self.selection.sign
+        for first, scores in scored(asked, self.train, self.method, self.rows, self.keep):
+            scores = sign * scores.float()
+            if self.keep is not None:
+                out = ~torch.from_numpy(self.keep[first : first + scores.shape[1]])
+                scores = scores.masked_fill(out, -torch.inf)
+            if best is None:
+                best = self._empty(len(scores))
+            best.update(scores, first)
+        assert best is not None
+        if isinstance(best, Groups):
+            values, place = _stable_topk(best.scores(self.selection.group_score), self.k)
+            rows = best.rows.gather(1, place)
+        else:
+            values, rows = best.scores, best.rows
+        if self.selection.group_by and self.selection.group_score != "max":
+            return sign * values, rows, None
+        return sign * values, rows, self._contributions(queries, numbers, asked, rows.numpy())
+
+    def _empty(self, queries: int) -> TopK | Groups:
+        return TopK(queries, self.k) if self.groups is None else Groups(queries, *self.groups)
+
+    def _contributions(
+        self, queries: Side, numbers: np.ndarray, asked: Any, rows: np.ndarray
+    ) -> Tensor | None:
+        """Read the winners once more and split their scores by timestep."""
+        linear = self.method.linear(asked, self.train.store.layout)
+        if linear is not None:
+            return split(linear, self.train.store, rows)
+        method, parts = self.method, []
+        for query, winners in zip(numbers, rows, strict=True):
+            one = method.transform_query(queries.block([query], method.requires))
+            found = method.contributions(one, self.train.block(winners, method.requires))
+            if found is None:
+                return None
+            parts.append(found[0])
+        return torch.stack(parts)
+
+    def ranking(
+        self, queries: Side, scores: np.ndarray, rows: np.ndarray, parts: np.ndarray | None
+    ) -> Ranking:
+        """Put names to the numbers."""
+        chosen, train = self.selection, self.train.store
+        ids, metadata = train.ids, train.metadata
+        if chosen.min_score is not None:
+            strongest = chosen.sign * scores
+            enough = int((strongest >= np.float32(chosen.min_score)).sum(1).max())
+            if not enough:
+                raise DminError(
+                    f"min_score={chosen.min_score:g} leaves no example to any query: the strongest"
+                    f" score is {chosen.sign * strongest.max():.6g}."
+                )
+            scores, rows = scores[:, :enough], rows[:, :enough]
+            parts = None if parts is None else parts[:, :enough]
+        return Ranking(
+            method=self.method.name,
+            timesteps=train.layout.timesteps,
+            query_ids=list(queries.store.ids),
+            query_metadata=list(queries.store.metadata),
+            train_rows=rows,
+            train_ids=[[ids[row] for row in each] for each in rows.tolist()],
+            train_metadata=[[metadata[row] for row in each] for each in rows.tolist()],
+            scores=scores,
+            contributions=parts,
+            order=chosen.order,
+            min_score=chosen.min_score,
+        )
 
 
-def _contributions(
-    queries: Side, train: Side, method: Method, rows: np.ndarray
-) -> np.ndarray | None:
-    """Read the winners once more and split their scores by timestep, ``[Q, k, T]``."""
+def split(linear: Linear, store: Store, rows: np.ndarray) -> Tensor:
+    """Return what each timestep adds to the scores of chosen rows ``[Q, k]``, ``[Q, k, T]``."""
+    factors = row_factors(store, linear)
     parts = []
-    for query, winners in enumerate(rows):
-        asked = method.transform_query(queries.block([query], method.requires))
-        split = method.contributions(asked, train.block(winners, method.requires))
-        if split is None:
-            return None
-        parts.append(split[0].numpy())
-    return np.stack(parts)
+    for query, winners in zip(linear.queries, rows, strict=True):
+        chosen = gathered_rows(store, linear.readout, winners, factors)
+        parts.append(torch.einsum("dtgk,ndtgk->nt", query, chosen))
+    return torch.stack(parts)
 
 
-def _side(side: Store | Side) -> Side:
+def joined(parts: Sequence[Tensor]) -> np.ndarray:
+    """Return the batches' results as one array."""
+    return torch.cat(list(parts)).numpy()
+
+
+def as_side(side: Store | Side) -> Side:
+    """Return a side of a store that comes without its dataset."""
     return side if isinstance(side, Side) else Side(side)

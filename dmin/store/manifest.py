@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from dmin.errors import DminError
@@ -58,6 +59,11 @@ class Layout:
     def row_shape(self) -> tuple[int, int, int, int]:
         """The shape of one row's features, ``(draws, timesteps, groups, dim)``."""
         return self.draws, len(self.timesteps), len(self.groups), self.dim
+
+    @property
+    def row_bytes(self) -> int:
+        """What the features of one row and readout take in the file."""
+        return prod(self.row_shape) * STORED_AS[self.dtype].itemsize
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,49 @@
+"""Stores written with given rows, and scores of them in float64."""
+
+import numpy as np
+
+from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
+
+TIMES = (900.0, 500.0, 100.0)
+
+
+def made(path, features, dtype="float32", block_size=7, segment_bytes=4000, metadata=None, **kept):
+    """Write features [n, D, T, G, k] through the store."""
+    n, draws, _, groups, dim = features.shape
+    names = tuple(f"g{number}" for number in range(groups))
+    layout = Layout(("loss",), draws, TIMES[: features.shape[2]], names, dim, dtype)
+    manifest = Manifest(layout, {"weights": "ab"}, {"name": path.name}, n, block_size)
+    generator = np.random.default_rng(n)
+    with StoreWriter(path, manifest, segment_bytes=segment_bytes, **kept) as writer:
+        for block in writer.pending():
+            rows = manifest.block_rows(block)
+            chosen = slice(rows.start, rows.stop)
+            shape = (len(rows), *layout.row_shape[:3])
+            writer.append(
+                block,
+                Rows(
+                    ids=[f"{path.name}-{row}" for row in rows],
+                    metadata=[metadata[row] if metadata else {} for row in rows],
+                    features={"loss": features[chosen]},
+                    norms={"loss": generator.uniform(0.5, 2, shape).astype(np.float32)},
+                    losses=np.zeros(shape[:3], np.float32),
+                ),
+            )
+    return Store(path)
+
+
+def drawn(n, draws=1, times=3, groups=1, dim=16, seed=0):
+    generator = np.random.default_rng(seed)
+    return generator.standard_normal((n, draws, times, groups, dim)).astype(np.float32)
+
+
+def cosines(queries, train, weights=1.0):
+    """DMin's score in float64, [Q, n, T]."""
+
+    def unit(store):
+        rows = store.features("loss").astype(np.float64)
+        rows = rows.reshape(*rows.shape[:3], -1)
+        return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+
+    q, x = unit(queries), unit(train)
+    return np.einsum("qdtk,ndtk->qnt", q, x) / q.shape[1] * weights
