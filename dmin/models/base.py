@@ -92,6 +92,10 @@ class DiffusionModel(nn.Module):
         """Return what, beside the weights, defines the loss: part of the feature fingerprint."""
         return {"model": type(self).__name__}
 
+    def describe_sampling(self) -> dict[str, Any]:
+        """Return what, beside weights, prompts, seeds and steps, decides generated images."""
+        return {"model": type(self).__name__}
+
 
 def per_example_loss(prediction: Prediction) -> Tensor:
     """Return the training loss of each example, ``[batch]``: weighted mean over its pixels.

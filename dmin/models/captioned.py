@@ -39,6 +39,10 @@ class Captioned(LatentDiffusion):
         self.empty_captions = empty_captions
         self.sample_size = _pair(sample_size, "sample_size")
 
+    def describe_sampling(self) -> dict[str, Any]:
+        """Return sampler, guidance, size and the encoders' digests."""
+        return {**super().describe_sampling(), "size": self._generated_size()}
+
     def _prompts(self, batch: Mapping[str, Any]) -> list[str]:
         for name, caption in zip(batch["id"], batch["caption"], strict=True):
             if caption is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmin.errors import DminError
-from dmin.models import layers  # noqa: F401  (registers the gradients of diffusers' layers)
+from dmin.models import layers, vae  # noqa: F401  (layers registers gradients)
 from dmin.models.base import (
     Condition,
     DiffusionModel,
@@ -29,7 +29,6 @@ from dmin.models.checkpoint import (
 )
 from dmin.models.noising import Denoising, Flow
 from dmin.models.settings import name_settings
-from dmin.noise import SharedNoise
 
 
 class LatentDiffusion(DiffusionModel):
@@ -147,7 +146,8 @@ class LatentDiffusion(DiffusionModel):
         image = batch["image"]
         self._check_size(image)
         condition = {**self._embed(self._prompts(batch)), **self._sizes(image)}
-        return self._latents(image), {k: v.to(image.device) for k, v in condition.items()}
+        x0 = vae.encode(self.pipeline.vae, image, self.latents, self.latent_seed)
+        return x0, {k: v.to(image.device) for k, v in condition.items()}
 
     def condition(self, prompts: Sequence[Any]) -> Condition:
         """Return the part of the condition that comes from prompts, on the network's device."""
@@ -192,6 +192,16 @@ class LatentDiffusion(DiffusionModel):
             "encoders": self._encoder_digests,
         }
 
+    def describe_sampling(self) -> dict[str, Any]:
+        """Return sampler, guidance and the encoders' digests."""
+        scheduler = self.pipeline.scheduler
+        return {
+            **super().describe_sampling(),
+            "scheduler": {"name": type(scheduler).__name__, "config": repr(scheduler.config)},
+            "guidance_scale": self.guidance_scale,
+            "encoders": self._encoder_digests,
+        }
+
     @functools.cached_property
     def _encoder_digests(self) -> dict[str, str]:
         return {name: weights_digest(encoder) for name, encoder in self.encoders.items()}
@@ -217,41 +227,10 @@ class LatentDiffusion(DiffusionModel):
         scale = self.guidance_scale
         return {} if scale is None else {"guidance_scale": scale}
 
-    def _latents(self, image: Tensor) -> Tensor:
-        """Return the scaled latents of images in [0, 1], in float32 on the images' device."""
-        vae = self.pipeline.vae
-        weight = next(vae.parameters())
-        encoded = vae.encode((2 * image - 1).to(weight))
-        if not hasattr(encoded, "latent_dist"):  # a plain autoencoder
-            if self.latents == "sample":
-                raise DminError(
-                    f"model.latents=sample: {type(vae).__name__} has no posterior to draw from. "
-                    f"Set model.latents=mode."
-                )
-            z = encoded.latent
-        elif self.latents == "mode":
-            z = encoded.latent_dist.mode()
-        else:
-            posterior = encoded.latent_dist
-            # No diffusion has a timestep of −1: a key of its own.
-            noise = SharedNoise(self.latent_seed)(posterior.mean.shape[1:], -1.0)
-            z = posterior.mean + posterior.std * noise.to(posterior.mean)
-        return self._scale(z.to(image), vae.config)
-
-    def _scale(self, z: Tensor, config: Any) -> Tensor:
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is not None and std is not None:  # some SDXL checkpoints
-            mean, std = (z.new_tensor(list(x)).view(1, -1, 1, 1) for x in (mean, std))
-            return (z - mean) * config["scaling_factor"] / std
-        return (z - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
-
     @property
     def vae_factor(self) -> int:
         """Pixels that one latent pixel stands for, in each direction."""
-        config = self.pipeline.vae.config
-        stages = config.get("block_out_channels") or config["encoder_block_out_channels"]
-        factor: int = 2 ** (len(stages) - 1)
-        return factor
+        return vae.factor(self.pipeline.vae)
 
     @property
     def patch(self) -> int:

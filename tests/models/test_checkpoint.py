@@ -7,13 +7,17 @@ import sys
 import pytest
 import torch
 from models.families import FAMILIES, checkpoint, load
+from models.original_layout import save_single_file
+from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_families import examples, inputs, one_sketch
 
+from dmin.cli.help import config_directory
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Example, collate
 from dmin.errors import DminError
+from dmin.models import vae
 from dmin.models.checkpoint import LORA, load_adapters
 from dmin.models.ddpm import DDPM
 from dmin.noise import SharedNoise
@@ -240,12 +244,27 @@ def test_checkpoints_that_are_not_there_are_refused(tmp_path):
         FAMILIES["dit"].model.from_pretrained(checkpoint("dit"), single_file="model.safetensors")
 
 
-def test_a_subfolder_and_a_variant():
-    folder = checkpoint("stable_diffusion")
-    model = FAMILIES["stable_diffusion"].model
-    assert model.from_pretrained(folder.parent, subfolder=folder.name).describe()
+def test_one_file_in_the_original_layout(tmp_path):
+    model, file = load("stable_diffusion"), tmp_path / "v1.safetensors"
+    save_single_file(model.pipeline, file)
+    again = load_anew("stable_diffusion", single_file=file)
+    assert again.describe() == model.describe()
+    for name, weight in model.network.state_dict().items():
+        assert torch.equal(weight, again.network.state_dict()[name]), name
+    with pytest.raises(DminError, match="cannot load a StableDiffusionPipeline"):
+        load_anew("stable_diffusion", single_file=tmp_path / "nowhere.safetensors")
+
+
+def test_a_subfolder_and_a_variant(tmp_path):
+    folder, model = checkpoint("stable_diffusion"), FAMILIES["stable_diffusion"].model
+    described = load("stable_diffusion").describe()
+    assert model.from_pretrained(folder.parent, subfolder=folder.name).describe() == described
     with pytest.raises(DminError, match="subfolder=nothing"):
         model.from_pretrained(folder, subfolder="nothing")
+    load("stable_diffusion").pipeline.save_pretrained(str(tmp_path), variant="half")
+    assert model.from_pretrained(tmp_path, variant="half").describe() == described
+    with pytest.raises(DminError, match="cannot load"):
+        model.from_pretrained(tmp_path, variant="quarter")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -282,9 +301,9 @@ def test_latents_are_scaled_as_the_vae_says():
     model = load("stable_diffusion_3")
     with torch.no_grad():
         mode = model.pipeline.vae.encode(2 * image - 1).latent_dist.mode()
-        torch.testing.assert_close(model._latents(image), (mode - 0.06) * 1.5)
+        torch.testing.assert_close(vae.encode(model.pipeline.vae, image), (mode - 0.06) * 1.5)
     config = {"latents_mean": [1.0] * 4, "latents_std": [2.0] * 4, "scaling_factor": 0.5}
-    torch.testing.assert_close(model._scale(mode, config), (mode - 1) * 0.25)
+    torch.testing.assert_close(vae.scale(mode, config), (mode - 1) * 0.25)
 
 
 def test_sd3_can_be_compared_with_noise_as_published():
@@ -294,6 +313,15 @@ def test_sd3_can_be_compared_with_noise_as_published():
     assert model.describe() != load("stable_diffusion_3").describe()
     with pytest.raises(DminError, match=r"model\.target='x0'"):
         load("stable_diffusion_3", target="x0")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_yaml_offers_every_setting_with_its_default(name):
+    offered = OmegaConf.to_container(OmegaConf.load(config_directory() / "model" / f"{name}.yaml"))
+    assert offered.pop("_target_").endswith(f"{FAMILIES[name].model.__name__}.from_pretrained")
+    named = inspect.signature(FAMILIES[name].model.from_pretrained).parameters
+    defaults = {key: "???" if p.default is p.empty else p.default for key, p in named.items()}
+    assert offered == {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
 
 
 def test_signatures_name_every_setting():

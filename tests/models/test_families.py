@@ -1,5 +1,7 @@
 """Every family: loaded from disk as diffusers saved it, held to formulas and to plain autograd."""
 
+import json
+
 import pytest
 import torch
 from models.families import FAMILIES, checkpoint, load
@@ -152,6 +154,16 @@ def one_sketch(model, collector, encoded, row, t, noise):
     norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
     named = zip(parameters, gradients, strict=True)
     return collector.sketch.of({n: (g / norm)[None] for n, g in named})[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_decides_generated_images_is_described(name):
+    family, model = FAMILIES[name], load(name)
+    described = json.dumps(model.describe_sampling())
+    model.sample(list(family.prompts[:1]), [0], 2)
+    assert json.dumps(model.describe_sampling()) == described
+    assert json.dumps(load(name, guidance_scale=2.5).describe_sampling()) != described
+    assert json.dumps(model.describe()) == json.dumps(load(name, guidance_scale=2.5).describe())
 
 
 CAPTIONED = [name for name, family in FAMILIES.items() if isinstance(family.prompts[0], str)]
