@@ -27,6 +27,7 @@ class Flux(Captioned, LatentFlow):
 
     pipeline_class = FluxPipeline
     own_size: ClassVar[int] = 128
+    packing: ClassVar[int] = 4
 
     def __init__(
         self,

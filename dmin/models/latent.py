@@ -53,6 +53,7 @@ class LatentDiffusion(DiffusionModel):
     pipeline_class: ClassVar[Any]
     network_name: ClassVar[str] = "transformer"
     components: ClassVar[dict[str, Any]] = {}  # replaced when loading
+    packing: ClassVar[int] = 1  # latent pixels in one vector of the network's input
     process: Denoising | Flow
 
     def __init__(
@@ -71,6 +72,7 @@ class LatentDiffusion(DiffusionModel):
         self.ladder = process.ladder
         if latents not in ("mode", "sample"):
             raise DminError(f"model.latents={latents!r}: allowed are mode and sample.")
+        self._check_inputs()
         self.latents = latents
         self.latent_seed = latent_seed
         self.guidance_scale = guidance_scale
@@ -236,6 +238,17 @@ class LatentDiffusion(DiffusionModel):
     def patch(self) -> int:
         """Latent pixels that make one token, in each direction."""
         return self.network.config.get("patch_size") or 1
+
+    def _check_inputs(self) -> None:
+        """Refuse relatives of the family that are told more than latents, time and prompt."""
+        config, latent = self.network.config, self.pipeline.vae.config["latent_channels"]
+        if config["in_channels"] != self.packing * latent or config.get("time_cond_proj_dim"):
+            raise DminError(
+                f"model.path: this {type(self.network).__name__} takes more than the latents of an "
+                f"image ({config['in_channels']} channels for {self.packing * latent}, or its "
+                f"guidance), as for inpainting or few-step sampling. dmin attributes text- or "
+                f"class-to-image models: give the checkpoint of one."
+            )
 
     def _check_size(self, image: Tensor) -> None:
         config = self.pipeline.vae.config

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from models.families import FAMILIES, checkpoint, load
+from models.tiny import stable_diffusion, unet
 
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Example, Examples, collate
@@ -191,3 +192,11 @@ def test_images_that_do_not_fit_are_refused(name):
         example = Example("a", torch.rand(*shape), label=1, caption="cat")
         with pytest.raises(DminError, match="multiples of"):
             model.encode(collate([example]))
+
+
+def test_relatives_that_take_other_inputs_are_refused():
+    for changes in ({"in_channels": 9}, {"time_cond_proj_dim": 8}):
+        pipeline = stable_diffusion()
+        pipeline.register_modules(unet=unet(**changes))
+        with pytest.raises(DminError, match="takes more than the latents"):
+            FAMILIES["stable_diffusion"].model(pipeline)
