@@ -185,6 +185,16 @@ def test_two_processes_give_the_same_bits_as_one(ddpm_path, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_process_without_any_block_does_not_hang_the_others(ddpm_path, tmp_path):
+    command = [sys.executable, script(tmp_path), ddpm_path, tmp_path / "s"]
+    subprocess.run([*command, "1", "26"], check=True, timeout=300)
+    digest = Store(tmp_path / "s").digest()
+    min((tmp_path / "s").glob("segment-*")).unlink()  # one block for two processes
+    subprocess.run([*command, "2", "26"], check=True, timeout=120)
+    assert Store(tmp_path / "s").digest() == digest
+
+
+@pytest.mark.slow
 def test_a_killed_collection_resumes_to_the_same_bits(ddpm_path, tmp_path):
     command = [sys.executable, script(tmp_path), ddpm_path]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -51,7 +51,9 @@ class Latent(DiffusionModel):
     def encode(self, batch):
         labels = torch.tensor(batch["label"], device=batch["image"].device)
         text = self.encoders["text"](labels)
-        return self.encoders["vae"](batch["image"]), {"text": text, "half": text.view(-1, 2, 2)}
+        # As a VAE's latents come on a CPU: with channels last.
+        x0 = self.encoders["vae"](batch["image"]).to(memory_format=torch.channels_last)
+        return x0, {"text": text, "half": text.view(-1, 2, 2)}
 
     def predict(self, x0, noise, t, condition):
         self.log.append(("network", len(x0)))

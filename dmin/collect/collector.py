@@ -110,6 +110,8 @@ class GradientCollector(lightning.LightningModule):
         self.memory = memory
         self.budget = budget
         self.gradient_checkpointing = gradient_checkpointing
+        # Fewer blocks may be left to do than there are processes.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.encodings: Encodings | None = None
         self.peak = PeakMemory(torch.device("cpu"))
 
@@ -236,6 +238,9 @@ class GradientCollector(lightning.LightningModule):
             condition: from ``model.encode``.
             ids: names of the examples.
         """
+        # Encoders leave strides of their own, with which kernels round differently.
+        x0 = x0.contiguous()
+        condition = {name: value.contiguous() for name, value in condition.items()}
         points = [(t, draw) for draw in range(self.noise.draws) for t in self.timesteps]
         names = ids if self.noise.per_example else [""]
         noise = torch.stack(
