@@ -96,7 +96,7 @@ def doctor(work: Workspace, results: dict[str, Any]) -> None:
 @command(*FEATURES)
 def collect(work: Workspace, results: dict[str, Any]) -> None:
     """Collect the gradients of the training examples into a store."""
-    store = work.train_store
+    store = work.collect_train()
     if not work.is_main:
         return
     size = sum(file.stat().st_size for file in store.path.glob("*.h5"))

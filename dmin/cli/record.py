@@ -54,7 +54,7 @@ def recorded(cfg: DictConfig, folder: Path, command: str) -> Iterator[dict[str, 
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=False))
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
         _write(folder, record)
     except OSError as error:
         raise DminError(

@@ -33,6 +33,7 @@ class Paths:
 class Collect:
     """The section ``collect``; see ``GradientCollector`` and its ``collect``."""
 
+    path: str | None = None
     params: str = "all"
     readouts: list[str] = field(default_factory=lambda: ["loss"])
     block_size: int = 32

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from dmin.errors import DminError
-from dmin.fingerprint import fingerprint
+from dmin.fingerprint import differences, fingerprint
 
 if TYPE_CHECKING:
     import lightning
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dmin.collect import GradientCollector
     from dmin.data import Dataset
     from dmin.models import DiffusionModel
-    from dmin.store import Store
+    from dmin.store import Manifest, Store
 
 
 def build(node: Any) -> Any:
@@ -96,9 +96,61 @@ class Workspace:
         return trainer
 
     @cached_property
-    def train_store(self) -> Store:
-        """The complete store of the training examples, collected as far as it was not there."""
-        return self.store(self.data, "train")
+    def train_manifest(self) -> Manifest:
+        """What the store of the training examples has to be."""
+        options = self.cfg.collect
+        return self.collector.manifest(self.data, options.block_size, options.dtype)
+
+    @property
+    def train_path(self) -> Path:
+        """Where that store stands: ``collect.path``, or a path that carries its fingerprint."""
+        if self.cfg.collect.path is not None:
+            return Path(self.cfg.collect.path)
+        return self._store_path("train", self.train_manifest)
+
+    def collect_train(self) -> Store:
+        """Return the complete store of the training examples; collect what is missing of it."""
+        return self._collect(self.data, "train", self.train_path)
+
+    def find_train(self) -> Store:
+        """Return the complete store of the training examples, which must be there.
+
+        Only ``dmin collect`` makes it: what takes hours must not begin because one setting differs.
+
+        Raises:
+            DminError: it is not there; names the stores that are, and what differs.
+        """
+        from dmin.store import Store
+
+        manifest, path = self.train_manifest, self.train_path
+        if not (path / "manifest.json").is_file():
+            raise DminError(
+                f"there is no store of the training examples for these settings ({path}). Run "
+                f"`dmin collect` with the same settings first.{self._others(manifest)}"
+            )
+        store = Store(path)
+        lines = differences(manifest.document(), store.manifest.document())
+        if lines:
+            raise DminError(
+                f"{path} was collected with other settings: {'; '.join(lines)}. Use its settings, "
+                f"or another collect.path."
+            )
+        store.require_complete()
+        return store
+
+    def _others(self, manifest: Manifest) -> str:
+        """Say which complete training stores of this name there are, and how they differ."""
+        from dmin.store import Store
+
+        found = []
+        for path in sorted((self.outputs / "stores").glob(f"{self.cfg.name}-train-*"))[-4:]:
+            other = Store(path, verify=False).manifest
+            lines = differences(manifest.document(), other.document())
+            found.append(f"{path} ({'; '.join(lines[:4])})")
+        return f" There is {', and '.join(found)}." if found else ""
+
+    def _store_path(self, role: str, manifest: Manifest) -> Path:
+        return self.outputs / "stores" / f"{self.cfg.name}-{role}-{manifest.fingerprint}"
 
     def store(self, dataset: Dataset, role: str) -> Store:
         """Return the complete store of a dataset; collect what is missing of it.
@@ -109,7 +161,10 @@ class Workspace:
         """
         options = self.cfg.collect
         manifest = self.collector.manifest(dataset, options.block_size, options.dtype)
-        path = self.outputs / "stores" / f"{self.cfg.name}-{role}-{manifest.fingerprint}"
+        return self._collect(dataset, role, self._store_path(role, manifest))
+
+    def _collect(self, dataset: Dataset, role: str, path: Path) -> Store:
+        options = self.cfg.collect
         known = (path / "manifest.json").is_file()
         self.console.print(
             f"[bold]{role}[/]: {len(dataset):,} examples × {len(self.collector.timesteps)} "
@@ -149,8 +204,9 @@ class Workspace:
         from dataclasses import asdict
 
         from dmin.data.image_folder import ImageFolder
+        from dmin.models.base import weights_digest
 
-        weights = self.collector.describe()["weights"]
+        weights = weights_digest(self.model.network)
         made_of = {**asdict(source), "prompts": list(source.prompts), "weights": weights}
         folder = self.outputs / "queries" / f"{self.cfg.name}-{fingerprint(made_of)}"
         if folder.is_dir():
@@ -172,7 +228,7 @@ class Workspace:
         """Return the training examples with their features."""
         from dmin.attribution import Side
 
-        return Side(self.train_store, self.data)
+        return Side(self.find_train(), self.data)
 
     def resolved(self, *names: str) -> dict[str, Any]:
         """Return parts of the configuration as plain values, all interpolations resolved."""

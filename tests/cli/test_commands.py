@@ -94,6 +94,22 @@ class TestDemo:
         dmin("collect", *common, cwd=place)
         assert Store(store).digest() == digest
 
+    def test_retrieving_does_not_collect_the_training_store(self, place):
+        common = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
+        refused = dmin("retrieve", *common, "sketch.dim=512", cwd=place, ok=False)
+        assert "Run `dmin collect` with the same settings first" in refused.stderr
+        assert "dim: 512 here, 256 there" in refused.stderr
+
+    def test_a_store_at_a_path_of_its_own_must_fit(self, place):
+        common = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
+        store = next(place.glob("outputs/stores/debug-train-*"))
+        common = [*common, f"collect.path={store}"]
+        assert "by dmin" in dmin("retrieve", *common, cwd=place).stdout
+        refused = dmin("retrieve", *common, "noise.seed=1", cwd=place, ok=False)
+        assert "noise.seed: 1 here, 0 there" in refused.stderr
+        refused = dmin("collect", *common, "noise.seed=1", cwd=place, ok=False)
+        assert "noise.seed: 1 here, 0 there" in refused.stderr
+
     def test_two_processes_collect_the_same_store(self, place):
         common = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
         store = next(place.glob("outputs/stores/debug-train-*"))
