@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from dmin import layer_gradients
 from dmin.capture import Capture, choose_parameters
 from dmin.errors import DminError
+from dmin.fallback import Rerun
+from dmin.layer_gradients import Dense
 from dmin.sketches import BlockCyclic
 
 
@@ -192,10 +194,10 @@ class Borrowed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(6, 6)
+        self.inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
 
     def forward(self, x):
-        return torch.tanh(self.linear(x)) @ self.linear.weight
+        return self.inner(x) @ self.inner[0].weight
 
 
 class Tied(nn.Module):
@@ -432,8 +434,22 @@ def test_a_subset_by_regular_expression():
     }
 
 
-def test_bfloat16_autocast():
+class Matrix(nn.Module):
+    """Returns bfloat16 under autocast, float32 otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return x @ self.matrix
+
+
+@pytest.mark.parametrize("kind", [Matrix, Blocks])
+def test_bfloat16_autocast(kind):
     network, inputs = network_and_inputs()
+    if kind is Matrix:
+        network, inputs = Matrix(), {"x": inputs["x"]}
     truth = one_at_a_time(network, inputs, square, 4)
 
     def loss(network, inputs):
@@ -509,6 +525,48 @@ def test_the_whole_gradient_never_exists(monkeypatch):
     assert 4 * 32 * 32 <= peak <= 2 * 4 * 32 * 32  # two examples of one weight, of 8 × 12
 
 
+class Impatient(Keep):
+    """Counts the parameters whose gradients wait while another's are taken."""
+
+    waiting = 0
+
+    def add(self, state, name, factors):
+        super().add(state, name, factors)
+        self.waiting = max(self.waiting, len(self.capture._pass.arrived))
+
+
+@pytest.mark.parametrize("kind", [Blocks, Borrowed, lambda: Checkpointed()])
+def test_gradients_are_handed_on_as_they_arrive(kind):
+    network, (_, inputs) = kind(), network_and_inputs()
+    if isinstance(network, Borrowed):
+        del inputs["t"]
+    elif isinstance(network, Checkpointed):
+        inputs["t"] = torch.randn(4, 12)
+    sketch = Impatient().bind(choose_parameters(network))
+    with Capture(network, sketch) as capture:
+        sketch.capture = capture
+        values = square(network, inputs)
+        capture.backward(values, keep_graph=True)
+        capture.backward(values)
+    assert sketch.waiting == 0
+
+
+def test_gradients_that_exceed_the_budget_are_computed_when_asked_for():
+    torch.manual_seed(0)
+    matrix, x, d = Matrix(), torch.randn(4, 5, 6), torch.randn(4, 5, 6)
+    call = Rerun(matrix, "matrix", ((x,), {}), matrix(x))
+    formed, lazy = (
+        call.factors(call.tensors(((x,), {})), [d], {"matrix": matrix.matrix}, 4, budget)["matrix"]
+        for budget in (4 * 36 * 4, 4 * 36 * 4 - 1)
+    )
+    assert isinstance(formed, Dense) and not isinstance(lazy, Dense)
+    expected = torch.einsum("bti,btj->bij", x, d)
+    torch.testing.assert_close(formed.dense(), expected)
+    torch.testing.assert_close(lazy.dense(), expected)
+    torch.testing.assert_close(lazy[1:3].dense(), expected[1:3])
+    assert lazy[1:3].batch == 2
+
+
 def test_inputs_of_layers_are_freed_after_the_last_readout():
     network, inputs = network_and_inputs()
     seen = []
@@ -578,6 +636,16 @@ def test_a_parameter_used_outside_the_network_is_refused():
 
     with pytest.raises(DminError, match=r"scale \(used outside the network's forward\)"):
         captured(network, inputs, loss)
+
+
+def test_reading_parameters_without_their_gradient_is_no_use_of_them():
+    network, inputs = network_and_inputs()
+
+    def loss(network, inputs):
+        assert network.state_dict() and network.scale.data.isfinite() and network.scale.shape == ()
+        return square(network, inputs) + network.scale.detach() ** 2
+
+    check(network, inputs, loss)
 
 
 def test_an_output_without_rows_for_examples_is_refused():
