@@ -12,8 +12,11 @@ from torch import Tensor
 from dmin.attribution.base import Linear, Method, Side, check_pair
 from dmin.attribution.dmin import DMin
 from dmin.attribution.ranking import Ranking
+from dmin.attribution.search import certified_search
+from dmin.attribution.search_index import ProjectionIndex
 from dmin.attribution.search_scan import gathered_rows, row_factors, scan
 from dmin.attribution.search_select import Groups, Selection
+from dmin.attribution.search_topk import TopK, stable_topk
 from dmin.errors import DminError
 from dmin.store import Store
 
@@ -27,6 +30,7 @@ def retrieve(
     k: int = 10,
     rows: int | None = None,
     selection: Selection | None = None,
+    index: int | None = None,
 ) -> Ranking:
     """Return the k training examples of largest score for each query, best first.
 
@@ -40,6 +44,8 @@ def retrieve(
         k: examples a query, or groups.
         rows: training examples in memory at once; by their size if None.
         selection: other examples than the ones of largest score.
+        index: directions of an index that is built once and kept with the training store; the
+            same answer from a small part of the rows, see :func:`certified_search`.
 
     Raises:
         DminError: the stores do not belong together, are incomplete, or k is out of range.
@@ -47,7 +53,7 @@ def retrieve(
     queries, train = as_side(queries), as_side(train)
     method, selection = method or DMin(), selection or Selection()
     check_pair(queries, train, method)
-    search = _Search(train, method, k, rows, selection)
+    search = _Search(train, method, k, rows, selection, index)
     method.fit(train)
     found = [search.batch(queries, *batch) for batch in query_batches(queries, method)]
     scores, best, parts = zip(*found, strict=True)
@@ -109,57 +115,22 @@ def scored(
             yield block.first, method.score(asked, block)
 
 
-class TopK:
-    """The k largest of a stream of scores for each query; of equal ones the first.
-
-    Args:
-        queries: number of queries.
-        k: how many to keep.
-
-    Attributes:
-        scores: float32 ``[queries, ≤ k]``, descending.
-        rows: int64 ``[queries, ≤ k]``.
-    """
-
-    def __init__(self, queries: int, k: int) -> None:
-        self.k = k
-        self.scores = torch.empty(queries, 0)
-        self.rows = torch.empty(queries, 0, dtype=torch.int64)
-
-    def update(self, scores: Tensor, first: int) -> None:
-        """Take the scores ``[queries, n]`` of the rows from ``first``; rows come in order."""
-        values, index = _stable_topk(scores.float(), self.k)
-        scores = torch.cat([self.scores, values], dim=1)
-        rows = torch.cat([self.rows, index + first], dim=1)
-        # Kept rows stand before new ones and are smaller: a stable sort keeps ties in row order.
-        order = scores.argsort(dim=1, descending=True, stable=True)[:, : self.k]
-        self.scores, self.rows = scores.gather(1, order), rows.gather(1, order)
-
-
-def _stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of each row and their places; of equal ones the first places."""
-    k = min(k, scores.shape[1])
-    values, index = scores.topk(k, dim=1)
-    last = values[:, -1:]
-    cut = (scores == last).sum(1) > (values == last).sum(1)  # topk chose among equals as it liked
-    if cut.any():
-        values[cut], index[cut] = (
-            part[:, :k] for part in scores[cut].sort(dim=1, descending=True, stable=True)
-        )
-    by_row = index.argsort(dim=1)
-    values, index = values.gather(1, by_row), index.gather(1, by_row)
-    order = values.argsort(dim=1, descending=True, stable=True)
-    return values.gather(1, order), index.gather(1, order)
-
-
 class _Search:
     """One request: what is asked for, checked, and the way from scores to a ranking."""
 
     def __init__(
-        self, train: Side, method: Method, k: int, rows: int | None, selection: Selection
+        self,
+        train: Side,
+        method: Method,
+        k: int,
+        rows: int | None,
+        selection: Selection,
+        index: int | None,
     ) -> None:
         self.train, self.method, self.k, self.rows = train, method, k, rows
-        self.selection = selection
+        self.selection, self.directions = selection, index
+        self.index: ProjectionIndex | None = None
+        self.read: list[np.ndarray] = []
         metadata = train.store.metadata
         self.keep = selection.kept(metadata)
         self.groups = selection.groups(metadata) if selection.group_by else None
@@ -176,6 +147,8 @@ class _Search:
         self, queries: Side, numbers: np.ndarray, asked: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return scores and rows of the best ``[Q, k]``, and contributions ``[Q, k, T]``."""
+        if self.directions is not None:
+            return self._certified(asked, self.directions)
         best: TopK | Groups | None = None
         sign = self.selection.sign
         for first, scores in scored(asked, self.train, self.method, self.rows, self.keep):
@@ -188,13 +161,27 @@ class _Search:
             best.update(scores, first)
         assert best is not None
         if isinstance(best, Groups):
-            values, place = _stable_topk(best.scores(self.selection.group_score), self.k)
+            values, place = stable_topk(best.scores(self.selection.group_score), self.k)
             rows = best.rows.gather(1, place)
         else:
             values, rows = best.scores, best.rows
         if self.selection.group_by and self.selection.group_score != "max":
             return sign * values, rows, None
         return sign * values, rows, self._contributions(queries, numbers, asked, rows.numpy())
+
+    def _certified(self, asked: Any, directions: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        linear, store = self.method.linear(asked, self.train.store.layout), self.train.store
+        if linear is None or self.groups is not None:
+            what = (
+                f"{self.method.name} scores are no inner product"
+                if linear is None
+                else ("groups need every score")
+            )
+            raise DminError(f"An index cannot help: {what}. Set retrieve.index=null.")
+        self.index = self.index or ProjectionIndex.of(store, linear, directions)
+        found = certified_search(linear, store, self.index, self.k, self.selection.sign, self.keep)
+        self.read.append(found.read / len(store))
+        return found.scores, found.rows, split(linear, store, found.rows.numpy())
 
     def _empty(self, queries: int) -> TopK | Groups:
         return TopK(queries, self.k) if self.groups is None else Groups(queries, *self.groups)
@@ -243,7 +230,14 @@ class _Search:
             contributions=parts,
             order=chosen.order,
             min_score=chosen.min_score,
+            notes=self._notes(),
         )
+
+    def _notes(self) -> dict[str, str]:
+        if not self.read:
+            return {}
+        read = np.concatenate(self.read)
+        return {"search": f"proven, {100 * read.mean():.2g} % of the rows read for a query"}
 
 
 def split(linear: Linear, store: Store, rows: np.ndarray) -> Tensor:

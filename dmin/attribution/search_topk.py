@@ -1,0 +1,49 @@
+"""The best of a stream of scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class TopK:
+    """The k largest of a stream of scores for each query; of equal ones the first.
+
+    Args:
+        queries: number of queries.
+        k: how many to keep.
+
+    Attributes:
+        scores: float32 ``[queries, ≤ k]``, descending.
+        rows: int64 ``[queries, ≤ k]``.
+    """
+
+    def __init__(self, queries: int, k: int) -> None:
+        self.k = k
+        self.scores = torch.empty(queries, 0)
+        self.rows = torch.empty(queries, 0, dtype=torch.int64)
+
+    def update(self, scores: Tensor, first: int) -> None:
+        """Take the scores ``[queries, n]`` of the rows from ``first``; rows come in order."""
+        values, index = stable_topk(scores.float(), self.k)
+        scores = torch.cat([self.scores, values], dim=1)
+        rows = torch.cat([self.rows, index + first], dim=1)
+        # Kept rows stand before new ones and are smaller: a stable sort keeps ties in row order.
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, : self.k]
+        self.scores, self.rows = scores.gather(1, order), rows.gather(1, order)
+
+
+def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest of each row and their places; of equal ones the first places."""
+    k = min(k, scores.shape[1])
+    values, index = scores.topk(k, dim=1)
+    last = values[:, -1:]
+    cut = (scores == last).sum(1) > (values == last).sum(1)  # topk chose among equals as it liked
+    if cut.any():
+        values[cut], index[cut] = (
+            part[:, :k] for part in scores[cut].sort(dim=1, descending=True, stable=True)
+        )
+    by_row = index.argsort(dim=1)
+    values, index = values.gather(1, by_row), index.gather(1, by_row)
+    order = values.argsort(dim=1, descending=True, stable=True)
+    return values.gather(1, order), index.gather(1, order)

@@ -1,0 +1,170 @@
+"""Certified search against exact search, where it is easy, hard and hopeless."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from made_stores import drawn, made
+
+from dmin.attribution import DMin, GradCos, GradDot, Side, retrieve, score_matrix
+from dmin.attribution import search as search_module
+from dmin.attribution.search import certified_search
+from dmin.attribution.search_index import ProjectionIndex
+from dmin.attribution.search_select import Selection
+from dmin.errors import DminError
+from dmin.store import Store
+
+N, DIM = 400, 32
+
+
+def clustered(n, seed, clusters=8, spread=0.1):
+    centres = drawn(clusters, dim=DIM, seed=99)
+    which = np.random.default_rng(seed).integers(0, clusters, n)
+    return centres[which] + spread * drawn(n, dim=DIM, seed=seed)
+
+
+def two_levels(n, seed):
+    """Half the rows lie within the leading directions, half without: bounds are far too wide."""
+    rows = drawn(n, dim=DIM, seed=seed)
+    rows[::2, ..., 4:] *= 1e-3
+    return rows
+
+
+DATA = {
+    "random": lambda n, seed: drawn(n, dim=DIM, seed=seed),
+    "clustered": clustered,
+    "all the same": lambda n, seed: np.repeat(drawn(1, dim=DIM), n, axis=0),
+    "nearly the same": lambda n, seed: drawn(1, dim=DIM) + 1e-6 * drawn(n, dim=DIM, seed=seed),
+    "two levels": two_levels,
+    "one direction": lambda n, seed: drawn(1, dim=DIM) * drawn(n, dim=1, seed=seed),
+    "zeros": lambda n, seed: (
+        drawn(n, dim=DIM, seed=seed) * (np.arange(n) % 3 > 0)[:, None, None, None, None]
+    ),
+}
+
+
+def pair(folder, kind, dtype="float32"):
+    rows = DATA[kind](N + 6, 0)
+    return (
+        made(folder / "q", rows[N:], dtype),
+        made(folder / "x", rows[:N], dtype, block_size=16, segment_bytes=100_000),
+    )
+
+
+@pytest.mark.parametrize("kind", DATA)
+@pytest.mark.parametrize("method", [DMin(), DMin([1, 2, 0.5]), DMin(renormalise=False), GradDot()])
+@pytest.mark.parametrize("order", ["proponents", "opponents"])
+def test_the_answer_is_that_of_exact_search(tmp_path, kind, method, order):
+    stores = pair(tmp_path, kind)
+    exact = score_matrix(*stores, method)
+    sign = 1 if order == "proponents" else -1
+    for directions in (1, 9, 1000):
+        found = retrieve(*stores, method, 7, selection=Selection(order=order), index=directions)
+        assert "proven" in found.notes["search"]
+        best = -np.sort(-sign * exact, axis=1)[:, :7]
+        scale = np.abs(exact).max() * 1e-5
+        np.testing.assert_allclose(sign * found.scores, best, atol=scale)
+        chosen = np.take_along_axis(exact, found.train_rows, axis=1)
+        np.testing.assert_allclose(chosen, found.scores, atol=scale)
+        assert all(len(set(rows)) == 7 for rows in found.train_rows.tolist())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_stored_types(tmp_path, dtype):
+    stores = pair(tmp_path, "clustered", dtype)
+    exact, found = retrieve(*stores, k=5), retrieve(*stores, k=5, index=9)
+    assert np.array_equal(found.train_rows, exact.train_rows)
+    np.testing.assert_allclose(found.scores, exact.scores, atol=1e-5)
+    np.testing.assert_allclose(found.contributions, exact.contributions, atol=1e-5)
+
+
+def linear_of(stores, method):
+    asked = Side(stores[0]).block(range(len(stores[0])), method.requires)
+    return method.linear(method.transform_query(asked), stores[0].layout)
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_the_bound_holds_for_every_pair(tmp_path, kind):
+    stores = pair(tmp_path, kind)
+    linear = linear_of(stores, DMin())
+    index = ProjectionIndex.build(stores[1], linear, directions=9)
+    basis, inside, left = (
+        t.double() for t in (index.directions, index.projections, index.residuals)
+    )
+    assert (basis.T @ basis - torch.eye(len(basis.T))).abs().max() < 1e-6
+    queries = linear.queries.flatten(1).double()
+    rows = torch.from_numpy(stores[1].features("loss")).double()
+    rows = torch.nn.functional.normalize(rows, dim=-1).flatten(1)
+    asked = queries @ basis
+    outside = torch.linalg.vector_norm(queries - asked @ basis.T, dim=1)
+    gap = (queries @ rows.T - asked @ inside.T).abs() - outside[:, None] * left
+    slack = 8 * 96**0.5 * 2.0**-24 * queries.norm(dim=1)[:, None] * rows.norm(dim=1)
+    assert (gap <= slack).all()
+    # Tight enough to be of use: the allowance is not what makes it hold.
+    np.testing.assert_allclose(left, (rows - rows @ basis @ basis.T).norm(dim=1), atol=1e-5)
+
+
+def test_few_rows_are_read_where_rows_cluster(tmp_path, monkeypatch):
+    monkeypatch.setattr(search_module, "FIRST", 8)
+    monkeypatch.setattr(search_module, "MOST", 8)
+    stores = pair(tmp_path, "clustered")
+    linear = linear_of(stores, DMin())
+    index = ProjectionIndex.build(stores[1], linear, directions=9)
+    found = certified_search(linear, stores[1], index, k=3)
+    assert (found.read < 0.25 * N).all()
+    chance = ProjectionIndex.build(stores[1], linear, directions=9, passes=0)
+    assert index.residuals.mean() < 0.3 * chance.residuals.mean()
+
+
+def test_ties_are_ordered_by_row(tmp_path):
+    stores = pair(tmp_path, "all the same")
+    rows = retrieve(*stores, k=30, index=4).train_rows
+    assert np.array_equal(rows, np.tile(np.arange(30), (6, 1)))
+
+
+def test_a_filter_is_kept(tmp_path):
+    rows = clustered(N + 4, 0)
+    metadata = [{"label": row % 5} for row in range(N)]
+    asked, train = made(tmp_path / "q", rows[N:]), made(tmp_path / "x", rows[:N], metadata=metadata)
+    chosen = Selection(where={"label": 3})
+    exact = retrieve(asked, train, k=6, selection=chosen)
+    found = retrieve(asked, train, k=6, selection=chosen, index=9)
+    assert np.array_equal(found.train_rows, exact.train_rows)
+
+
+def test_bounds_of_few_queries_at_a_time(tmp_path, monkeypatch):
+    stores = pair(tmp_path, "clustered")
+    whole = retrieve(*stores, k=4, index=9)
+    monkeypatch.setattr(search_module, "BOUND_BYTES", 2 * 4 * N)
+    assert np.array_equal(retrieve(*stores, k=4, index=9).train_rows, whole.train_rows)
+
+
+def test_the_index_is_kept_and_refused_when_stale(tmp_path):
+    asked, train = pair(tmp_path, "clustered")
+    linear = linear_of((asked, train), DMin())
+    built = ProjectionIndex.of(train, linear, 5)
+    path = ProjectionIndex.path(train, linear, 5)
+    kept = ProjectionIndex.load(path, train)
+    assert torch.equal(kept.projections, built.projections)
+    stamp = path.stat().st_mtime_ns
+    ProjectionIndex.of(Store(train.path), linear, 5)
+    assert path.stat().st_mtime_ns == stamp
+    other = made(tmp_path / "y", DATA["random"](N, 3))
+    with pytest.raises(DminError, match="stale"):
+        ProjectionIndex.load(path, other)
+    with pytest.raises(DminError, match="build it again"):
+        certified_search(linear, other, kept, 3)
+    shutil.copy(path, ProjectionIndex.path(other, linear, 5))
+    assert ProjectionIndex.of(other, linear, 5).store == other.fingerprint
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(DminError, match="damaged"):
+        ProjectionIndex.load(path, train)
+
+
+def test_where_no_index_helps(tmp_path):
+    stores = pair(tmp_path, "random")
+    with pytest.raises(DminError, match="grad_cos scores are no inner product"):
+        retrieve(*stores, GradCos(), index=4)
+    with pytest.raises(DminError, match="1 direction or more"):
+        retrieve(*stores, index=0)
