@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -53,7 +54,7 @@ class FiLMNetwork(ModelMixin, ConfigMixin):
         )
         self.label = None if num_class_embeds is None else nn.Embedding(num_class_embeds, embedding)
         sizes = [pixels] + [width] * depth
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.films = nn.ModuleList(nn.Linear(embedding, 2 * width) for _ in range(depth))
         self.leave = nn.Linear(width, pixels)
 

@@ -1,0 +1,126 @@
+"""Many models at once against one at a time, and what is kept on disk."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from dmin.data import Examples
+from dmin.errors import DminError
+from dmin.evaluation.ensemble import Ensemble, Recipe
+from dmin.models.base import per_example_loss
+from dmin.models.mlp import MLP
+from dmin.noise import SharedNoise
+from dmin.train import fit_trainer, train
+
+RECIPE = Recipe(steps=25, batch_size=8, warmup=5, ema_decay=0.9)
+SUBSETS = [np.arange(26), np.arange(0, 26, 2), np.array([3, 1, 4, 15])]
+small = functools.partial(MLP.small, width=16, depth=2, embedding=8)
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    ensemble = Ensemble(small, digits, RECIPE)
+    return ensemble, ensemble.train(SUBSETS, seed=3)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_each_model_is_what_dmin_train_makes_of_its_subset(trained, digits, number):
+    ensemble, models = trained
+    subset = Examples([digits.examples[i] for i in SUBSETS[number]])
+    recipe = Recipe(25, min(8, len(subset)), 3e-3, 5, 0.9)
+    alone = train(
+        small,
+        subset,
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        warmup=recipe.warmup,
+        ema_decay=recipe.ema_decay,
+        seed=3,
+        trainer=fit_trainer(accelerator="cpu", enable_progress_bar=False),
+    )
+    if number == 2:  # smaller than a batch: the ensemble repeats it, so only the kind agrees
+        ensemble = Ensemble(small, digits, recipe)
+        models, number = ensemble.train([SUBSETS[2]], seed=3), 0
+    found = ensemble.load(models, number).network.state_dict()
+    untrained = ensemble._start(1, 3)
+    for name, value in alone.network.state_dict().items():
+        moved = (value - untrained[name][0]).abs().max()
+        assert moved > 1e-3
+        assert (found[name] - value).abs().max() < 2e-2 * moved, name
+
+
+def test_models_do_not_mix_and_chunks_do_not_matter(trained, digits):
+    _, models = trained
+    one = Ensemble(small, digits, RECIPE, chunk=1).train(SUBSETS, seed=3)
+    other = Ensemble(small, digits, RECIPE).train(SUBSETS, seed=4)
+    for name, values in models.items():
+        assert torch.allclose(values, one[name], atol=1e-4)
+        assert not torch.allclose(values, other[name], atol=1e-3)
+    assert not torch.allclose(models["leave.weight"][0], models["leave.weight"][1], atol=1e-3)
+
+
+def test_losses_are_those_of_the_models_one_by_one(trained, digits):
+    ensemble, models = trained
+    queries, noise, steps = Examples(digits.examples[:5]), SharedNoise(draws=2), (700, 200)
+    found = ensemble.losses(models, queries, steps, noise)
+    assert found.shape == (3, 5)
+    for number in range(3):
+        model = ensemble.load(models, number)
+        for place, example in enumerate(queries.examples):
+            x0, condition = model.encode({"image": example.image[None], "label": [example.label]})
+            each = [
+                per_example_loss(
+                    model.predict(x0, noise((1, 8, 8), t, d)[None], torch.tensor([t]), condition)
+                ).item()
+                for t in steps
+                for d in range(2)
+            ]
+            assert found[number, place] == pytest.approx(np.mean(each), rel=1e-5)
+
+
+def test_training_lowers_the_loss_of_what_was_trained_on(digits):
+    ensemble = Ensemble(small, digits, Recipe(steps=300, batch_size=13))
+    halves = [np.arange(13), np.arange(13, 26)]
+    models = ensemble.train(halves, seed=0)
+    losses = ensemble.losses(models, digits, range(950, 0, -100), SharedNoise())
+    assert losses[0, :13].mean() < losses[1, :13].mean()
+    assert losses[1, 13:].mean() < losses[0, 13:].mean()
+
+
+def test_what_is_trained_is_kept_and_found(digits, tmp_path, monkeypatch):
+    first = Ensemble(small, digits, RECIPE, cache=tmp_path, chunk=2)
+    told = []
+    models = first.train(SUBSETS, 0, lambda *numbers: told.append(numbers))
+    assert told == [(2, 3), (3, 3)]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2 and not list(tmp_path.glob("*.tmp"))
+    monkeypatch.setattr(Ensemble, "_train", lambda *_: pytest.fail("trained again"))
+    again = Ensemble(small, digits, RECIPE, cache=tmp_path, chunk=2).train(SUBSETS, 0)
+    assert all(torch.equal(models[name], again[name]) for name in models)
+
+
+@pytest.mark.parametrize("change", ["seed", "subset", "recipe", "data", "model"])
+def test_anything_else_is_trained_anew(digits, tmp_path, change):
+    def make(changed=""):
+        data = Examples(digits.examples[:25]) if changed == "data" else digits
+        recipe = Recipe(steps=2 if changed == "recipe" else 1, batch_size=4)
+        model = functools.partial(small, width=8) if changed == "model" else small
+        return Ensemble(model, data, recipe, cache=tmp_path)
+
+    make().train([np.arange(8)], 0)
+    make().train([np.arange(8)], 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    subset = np.arange(9) if change == "subset" else np.arange(8)
+    make(change).train([subset], int(change == "seed"))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_cannot_be_trained_is_refused(digits):
+    with pytest.raises(DminError, match="steps=0"):
+        Recipe(steps=0)
+    with pytest.raises(DminError, match="no examples"):
+        Ensemble(small, digits, RECIPE).train([np.arange(0)], 0)
+    with pytest.raises(DminError, match="became NaN"):
+        Ensemble(small, digits, Recipe(101, 4, 1e30, 0)).train([np.arange(8)], 0)
