@@ -17,7 +17,7 @@ demo: .venv/.installed ## train a small model and trace its images to their trai
 	@.venv/bin/dmin demo $(ARGS)
 
 test: .venv/.installed ## run the tests
-	@.venv/bin/pytest $(ARGS)
+	@.venv/bin/pytest -n auto $(ARGS)
 
 lint: .venv/.installed ## check style, types and the floors of the import graph
 	.venv/bin/ruff check .
@@ -41,5 +41,5 @@ clean: ## remove .venv, dist/ and the caches; outputs/ stays
 	@echo "Installing dmin and what it needs into .venv: once, one to five minutes, 2 GB or more ..."
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt -e '.[dev,lora]'
+	  -c constraints.txt -e '.[dev,lora,data]'
 	@touch $@
