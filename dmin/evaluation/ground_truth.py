@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -36,6 +37,27 @@ class SameLabel(GroundTruth):
             DminError: a query or example has no label.
         """
         return _column(queries, "label")[:, None] == _column(train, "label")[None, :]
+
+
+class SameColumn(GroundTruth):
+    """An example is right if it shares the query's value of a metadata column, such as a source.
+
+    Args:
+        column: its name.
+        metrics: what to measure.
+    """
+
+    def __init__(self, column: str, metrics: Sequence[str] = ("precision@10", "mAP")) -> None:
+        self.column = column
+        self.metrics = tuple(metrics)
+
+    def relevant(self, queries: Store, train: Store) -> np.ndarray:
+        """Return bool ``[queries, examples]``.
+
+        Raises:
+            DminError: a query or example has no such column.
+        """
+        return _column(queries, self.column)[:, None] == _column(train, self.column)[None, :]
 
 
 class Source(GroundTruth):

@@ -11,7 +11,7 @@ from dmin.attribution import DMin, PixelL2, Random, Side
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Example, Examples
 from dmin.errors import DminError
-from dmin.evaluation import Benchmark, SameLabel, Source, Task, report
+from dmin.evaluation import Benchmark, SameColumn, SameLabel, Source, Task, report
 from dmin.queries import Planted
 from dmin.sketches import BlockCyclic
 from dmin.timesteps import Stratified
@@ -78,6 +78,17 @@ def test_the_report_is_written(results, tmp_path):
     pixels = np.asarray(Image.open(tmp_path / "results.png").convert("L"))
     assert pixels.shape[1] == 1350 and pixels.std() > 10
     assert [table.row_count for table in report.tables(results)] == [3, 3]
+
+
+def test_any_column_can_tell_what_is_right(collected, digits):
+    marked = [
+        Example(e.id, e.image, e.label, None, {"source": "a" if i % 3 else "b"})
+        for i, e in enumerate(digits.examples[:9])
+    ]
+    side = collected(Examples(marked))
+    found = SameColumn("source").relevant(side.store, side.store)
+    expected = [[(i % 3 == 0) == (j % 3 == 0) for j in range(9)] for i in range(9)]
+    assert found.tolist() == expected
 
 
 def test_a_ground_truth_needs_its_column(collected, digits):
