@@ -52,15 +52,15 @@ class Store:
         """Read the manifest and find out where every row is."""
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
-        self._segments = list(open_segments(self.path, self.manifest, verify).values())
+        self.segments = list(open_segments(self.path, self.manifest, verify).values())
         segment = np.full(self.manifest.num_examples, -1)
         offset = np.full(self.manifest.num_examples, -1)
-        held = np.concatenate([np.empty(0, np.int64), *(each.blocks for each in self._segments)])
+        held = np.concatenate([np.empty(0, np.int64), *(each.blocks for each in self.segments)])
         present = np.unique(held)
         self.duplicate_blocks = len(held) - len(present)
         self.missing_blocks = np.setdiff1d(np.arange(self.manifest.num_blocks), present).tolist()
         # Two writers may have raced for a block: backwards, so that the first by name wins.
-        for number, each in reversed(list(enumerate(self._segments))):
+        for number, each in reversed(list(enumerate(self.segments))):
             segment[each.rows] = number
             offset[each.rows] = np.arange(len(each.rows))
         self.positions = np.flatnonzero(segment >= 0)  # of the rows, in the dataset
@@ -86,7 +86,7 @@ class Store:
     @property
     def fingerprint(self) -> str:
         """Equal for stores of the same segments: what was derived from the rows is not stale."""
-        names = [each.path.name for each in self._segments]
+        names = [each.path.name for each in self.segments]
         return fingerprint({"manifest": self.manifest.fingerprint, "segments": names})
 
     @property
@@ -186,7 +186,7 @@ class Store:
     def lengths(self, readout: str) -> np.ndarray:
         """Return ‖row‖₂ over group and dim of the features read back, float32 ``[n, draw, T]``."""
         name = f"lengths/{readout}"
-        if name not in self._small and not all(has(s.path, name) for s in self._segments):
+        if name not in self._small and not all(has(s.path, name) for s in self.segments):
             blocks = [np.square(b.features).sum((3, 4)) for b in self.blocks(readout)]
             self._small[name] = np.sqrt(np.concatenate(blocks))
         return self._whole("lengths", readout)
@@ -197,7 +197,7 @@ class Store:
 
     def losses(self) -> np.ndarray:
         """Return the losses, float32 ``[n, draw, T]``."""
-        return self._gather("losses", None, range(len(self)))
+        return self._whole("losses", None)
 
     def blocks(self, readout: str, rows: int = 1024) -> Iterator[Block]:
         """Yield the whole store, ``rows`` rows at a time, reading only what is yielded."""
@@ -221,7 +221,7 @@ class Store:
         digest.update(self.losses().data)
         return digest.hexdigest()[:16]
 
-    def _whole(self, kind: str, readout: str) -> np.ndarray:
+    def _whole(self, kind: str, readout: str | None) -> np.ndarray:
         """Return a small array of all rows; it stays in memory."""
         name = f"{kind}/{readout}"
         if name not in self._small:
@@ -237,7 +237,7 @@ class Store:
     def _map(self, readout: str, row: int) -> Mapped:
         key = int(self._segment[row]), readout
         if key not in self._mapped:
-            self._mapped[key] = Mapped(self._segments[key[0]].path, f"features/{readout}")
+            self._mapped[key] = Mapped(self.segments[key[0]].path, f"features/{readout}")
         return self._mapped[key]
 
     def _gather(
@@ -265,7 +265,7 @@ class Store:
         for one in np.split(order, np.flatnonzero(np.diff(segment[order])) + 1):
             if not len(one):
                 continue
-            with open_hdf5(self._segments[segment[one[0]]].path) as file:
+            with open_hdf5(self.segments[segment[one[0]]].path) as file:
                 for run in np.split(one, np.flatnonzero(np.diff(offset[one]) > through) + 1):
                     first, last = offset[run[0]], offset[run[-1]]
                     read = file[name][first : last + 1]
@@ -274,7 +274,7 @@ class Store:
 
     def _texts(self, name: str) -> list[Any]:
         texts = []
-        for segment in self._segments:
+        for segment in self.segments:
             with open_hdf5(segment.path) as file:
                 texts.append(json.loads(file[name][:].tobytes()))
         return [texts[s][o] for s, o in zip(self._segment, self._offset, strict=True)]

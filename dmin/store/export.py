@@ -1,0 +1,145 @@
+"""Stores for other programs: NumPy arrays, safetensors, Parquet; a few rows in memory at a time."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dmin.errors import DminError
+from dmin.store.manifest import MANIFEST
+from dmin.store.reader import Store
+from dmin.store.segments import os_failure
+
+ROWS = 256
+# The type of an exported feature to numpy and to safetensors; what numpy lacks becomes float32.
+EXPORTED = {"float16": ("<f2", "F16")}
+OTHERWISE = ("<f4", "F32")
+Stream = tuple[str, tuple[int, ...], Iterator[np.ndarray]]
+
+
+def export(store: Store, target: str | os.PathLike[str], form: str) -> Path:
+    """Write a store for other programs.
+
+    ========== =========================================================================
+    numpy      a directory of ``features-<readout>.npy`` ``[n, draw, T, group, k]``, norms,
+               losses, ``rows.json`` (ids and metadata) and the manifest
+    safetensors one file of the same arrays; ids, metadata and manifest as its metadata
+    parquet    one file, a line an example: id, metadata as JSON, flat lists (needs pyarrow)
+    ========== =========================================================================
+
+    Args:
+        store: what to write; float16 stays float16, the other types become float32.
+        target: a path that is not there.
+        form: ``numpy``, ``safetensors`` or ``parquet``.
+
+    Raises:
+        DminError: there is no such form, the target is there, or it could not be written.
+    """
+    target = Path(target)
+    if form not in FORMS:
+        raise DminError(f"A store cannot be exported as {form!r}: use {' or '.join(FORMS)}.")
+    if target.exists():
+        raise DminError(f"{target} is there already: choose another path, or delete it.")
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        FORMS[form](store, partial)
+        partial.rename(target)
+    except OSError as error:
+        raise os_failure("export to", target, error) from error
+    return target
+
+
+def _numpy(store: Store, path: Path) -> None:
+    path.mkdir(exist_ok=True)
+    for name, (dtype, shape, parts) in _arrays(store).items():
+        with open(path / f"{name.replace('/', '-')}.npy", "wb") as file:
+            header = {"descr": dtype, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            _write(file, parts, dtype)
+    (path / "rows.json").write_text(_rows(store), "utf-8")
+    (path / MANIFEST).write_text(store.manifest.to_json(), "utf-8")
+
+
+def _safetensors(store: Store, path: Path) -> None:
+    """The format: 8 bytes of length, a JSON header, the arrays one after the other."""
+    arrays = _arrays(store)
+    about = {"rows": _rows(store), "manifest": store.manifest.to_json()}
+    header: dict[str, Any] = {"__metadata__": about}
+    start = 0
+    for name, (dtype, shape, _) in arrays.items():
+        stop = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
+        kind = dict([*EXPORTED.values(), OTHERWISE])[dtype]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for dtype, _, parts in arrays.values():
+            _write(file, parts, dtype)
+
+
+def _parquet(store: Store, path: Path) -> None:
+    try:
+        arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise DminError(
+            "Parquet needs pyarrow: pip install pyarrow, or export as numpy or safetensors."
+        ) from error
+    arrays = _arrays(store)
+    fields = [("id", arrow.string()), ("metadata", arrow.string())]
+    for name, (dtype, shape, _) in arrays.items():
+        kind = arrow.from_numpy_dtype(np.dtype(dtype))
+        fields.append((name, arrow.list_(kind, int(np.prod(shape[1:])))))
+    schema = arrow.schema(fields, metadata={"dmin": store.manifest.to_json()})
+    streams = {name: parts for name, (_, _, parts) in arrays.items()}
+    with parquet.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(store), ROWS):
+            rows = slice(start, start + ROWS)
+            columns = [store.ids[rows], [json.dumps(each) for each in store.metadata[rows]]]
+            for name, parts in streams.items():
+                part = next(parts).astype(arrays[name][0])
+                flat = arrow.array(part.ravel())
+                kind = schema.field(name).type
+                columns.append(arrow.FixedSizeListArray.from_arrays(flat, type=kind))
+            writer.write_table(arrow.table(dict(zip(schema.names, columns, strict=True)), schema))
+
+
+FORMS: dict[str, Callable[[Store, Path], None]] = {
+    "numpy": _numpy,
+    "safetensors": _safetensors,
+    "parquet": _parquet,
+}
+
+
+def _arrays(store: Store) -> dict[str, Stream]:
+    """Return of every array its type, its shape, and its rows in parts of ``ROWS``."""
+    layout, n = store.layout, len(store)
+    dtype = EXPORTED.get(layout.dtype, OTHERWISE)[0]
+    found: dict[str, Stream] = {}
+    for name in layout.readouts:
+        parts = (block.features for block in store.blocks(name, ROWS))
+        found[f"features/{name}"] = dtype, (n, *layout.row_shape), parts
+        norms = _parts(store.norms(name))
+        found[f"norms/{name}"] = OTHERWISE[0], (n, *layout.row_shape[:3]), norms
+    found["losses"] = OTHERWISE[0], (n, *layout.row_shape[:2]), _parts(store.losses())
+    return found
+
+
+def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
+    return (array[start : start + ROWS] for start in range(0, len(array), ROWS))
+
+
+def _write(file: BinaryIO, parts: Iterator[np.ndarray], dtype: str) -> None:
+    for part in parts:
+        file.write(np.ascontiguousarray(part, dtype=dtype).data)
+
+
+def _rows(store: Store) -> str:
+    pairs = zip(store.ids, store.metadata, strict=True)
+    return json.dumps([{"id": id, "metadata": entry} for id, entry in pairs])

@@ -1,0 +1,202 @@
+"""What is done to finished stores: merge, fold, convert, compact. Sources never change."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmin.errors import DminError
+from dmin.fingerprint import differences
+from dmin.store.manifest import Manifest
+from dmin.store.reader import Store
+from dmin.store.segments import commit, os_failure
+from dmin.store.writer import Rows, StoreWriter
+
+# Sketches whose fold by residue is exactly the sketch of the smaller k: a bucket is (something
+# that does not depend on k) mod k.
+FOLDABLE = ("block_cyclic",)
+
+
+def info(store: Store) -> dict[str, Any]:
+    """Return what a store holds, as JSON values."""
+    layout, manifest = store.layout, store.manifest
+    size = sum(file.stat().st_size for file in store.path.glob("segment-*.h5"))
+    return {
+        "path": str(store.path),
+        "rows": len(store),
+        "examples": manifest.num_examples,
+        "missing blocks": len(store.missing_blocks),
+        "blocks held twice": store.duplicate_blocks,
+        "segments": len(list(store.path.glob("segment-*.h5"))),
+        "bytes": size,
+        "bytes an example": round(size / max(1, len(store))),
+        "dtype": layout.dtype,
+        "readouts": list(layout.readouts),
+        "draws": layout.draws,
+        "timesteps": list(layout.timesteps),
+        "groups": list(layout.groups),
+        "dim": layout.dim,
+        "dataset": manifest.dataset.get("name"),
+        "feature fingerprint": manifest.feature_fingerprint,
+        "dataset fingerprint": manifest.dataset_fingerprint,
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def verify(path: str | os.PathLike[str]) -> Store:
+    """Read every byte of a store and return it.
+
+    Digests find what changed since sealing; the values are looked at besides.
+
+    Raises:
+        DminError: names the files that are damaged, or the rows that hold what no writer stores.
+    """
+    store = Store(path)
+    for readout in store.layout.readouts:
+        for block in store.blocks(readout):
+            finite = np.isfinite(block.features).all((1, 2, 3, 4)) & np.isfinite(block.norms).all(
+                (1, 2, 3)
+            )
+            if not finite.all():
+                row = block.start + int(np.argmin(finite))
+                raise DminError(
+                    f"The store {store.path} has values that are not finite in {readout!r} of"
+                    f" example {store.ids[row]!r} (row {row}): it was not written by dmin. Collect"
+                    " it again."
+                )
+    return store
+
+
+def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str]) -> Store:
+    """Copy the segments of stores of one manifest into a new store, or one of the same manifest.
+
+    For the parts of one dataset that were collected apart. Blocks that are there already are left
+    out where a whole segment has nothing new.
+
+    Raises:
+        DminError: manifests differ, named field by field, or a file could not be copied.
+    """
+    stores = [Store(path) for path in sources]
+    if not stores:
+        raise DminError("There is nothing to merge: name one store or more as sources.")
+    first, target = stores[0].manifest, Path(target)
+    for other in stores[1:]:
+        lines = differences(first.document(), other.manifest.document())
+        if lines:
+            raise DminError(
+                f"{other.path} cannot be merged with {stores[0].path}: {'; '.join(lines)}, where"
+                " here is the first store. Only parts of one collection can be."
+            )
+    with StoreWriter(target, first) as writer:
+        missing = set(writer.pending())
+    for store in stores:
+        for segment in store.segments:
+            if missing.intersection(segment.blocks.tolist()):
+                try:
+                    commit(target / segment.path.name, segment.path.read_bytes())
+                except OSError as error:
+                    raise os_failure("copy a segment into", target, error) from error
+                missing.difference_update(segment.blocks.tolist())
+    return Store(target)
+
+
+def fold(store: Store, target: str | os.PathLike[str], dim: int, dtype: str | None = None) -> Store:
+    """Write a store of a smaller sketch: ``y[c] = Σ_{j mod k' = c} x[j]``.
+
+    This is exactly the sketch of k' numbers, but for the rounding of what was stored: no model is
+    needed.
+
+    Args:
+        store: complete; its sketch must be one that folds.
+        target: a new directory.
+        dim: k', a divisor of k.
+        dtype: of the new store; the same if None.
+
+    Raises:
+        DminError: the sketch does not fold, or k' does not divide k.
+    """
+    layout = store.layout
+    sketch = store.manifest.features.get("sketch", {})
+    family = sketch.get("family") if isinstance(sketch, dict) else sketch
+    if family not in FOLDABLE:
+        raise DminError(
+            f"The sketch {family!r} does not fold: only {', '.join(FOLDABLE)} does. Collect again"
+            f" with sketch.dim={dim}."
+        )
+    if not 1 <= dim < layout.dim or layout.dim % dim:
+        divisors = [k for k in range(1, layout.dim) if layout.dim % k == 0][-6:]
+        raise DminError(
+            f"A sketch of {layout.dim} numbers cannot be folded to {dim}: choose a smaller divisor,"
+            f" such as {', '.join(map(str, divisors))}."
+        )
+    if sketch.get("block", 1) > dim:
+        raise DminError(
+            f"A sketch of blocks of {sketch['block']} cannot be folded to {dim}: entries of a block"
+            f" would collide. Choose at least {sketch['block']}."
+        )
+    features = {**store.manifest.features, "sketch": {**sketch, "dim": dim}}
+
+    manifest = replace(
+        store.manifest,
+        layout=replace(layout, dim=dim, dtype=dtype or layout.dtype),
+        features=features,
+    )
+    return rewrite(
+        store, target, manifest, lambda rows: rows.reshape(*rows.shape[:4], -1, dim).sum(4)
+    )
+
+
+def convert(store: Store, target: str | os.PathLike[str], dtype: str) -> Store:
+    """Write a store of the same rows in another type."""
+    manifest = replace(store.manifest, layout=replace(store.layout, dtype=dtype))
+    return rewrite(store, target, manifest)
+
+
+def compact(store: Store, target: str | os.PathLike[str], segment_bytes: int = 256 << 20) -> Store:
+    """Write a store of the same rows in few large segments, without blocks held twice."""
+    return rewrite(store, target, store.manifest, segment_bytes=segment_bytes)
+
+
+def rewrite(
+    store: Store,
+    target: str | os.PathLike[str],
+    manifest: Manifest,
+    change: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
+    segment_bytes: int = 64 << 20,
+) -> Store:
+    """Write the rows of a store under another manifest of the same blocks, a block at a time.
+
+    Stopped, it resumes.
+
+    Args:
+        store: the source.
+        target: another directory.
+        manifest: of the target.
+        change: of features ``[n, draw, T, group, k]``.
+        segment_bytes: see :class:`StoreWriter`.
+    """
+    target = Path(target)
+    if target.resolve() == store.path.resolve():
+        raise DminError(f"{target} is the source itself: choose a new directory.")
+    absent = set(store.missing_blocks)
+    with StoreWriter(target, manifest, segment_bytes=segment_bytes) as writer:
+        for block in writer.pending():
+            if block not in absent:
+                writer.append(block, _block(store, block, change))
+    return Store(target)
+
+
+def _block(store: Store, block: int, change: Callable[[np.ndarray], np.ndarray]) -> Rows:
+    within = store.manifest.block_rows(block)
+    start, stop = np.searchsorted(store.positions, [within.start, within.stop]).tolist()
+    rows, readouts = slice(start, stop), store.layout.readouts
+    return Rows(
+        ids=store.ids[rows],
+        metadata=store.metadata[rows],
+        features={name: change(store.features(name, start, stop)) for name in readouts},
+        norms={name: store.norms(name)[rows] for name in readouts},
+        losses=store.losses()[rows],
+    )
