@@ -132,13 +132,22 @@ def sample(work: Workspace, results: dict[str, Any]) -> None:
 def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     """Find the training examples behind each query, and show them."""
     from dmin.attribution import retrieve as search
+    from dmin.attribution.search_popularity import PopularityCorrected
+    from dmin.attribution.search_select import Selection
     from dmin.gallery import save_png
     from dmin.gallery_html import save_html
 
     work.require_one_process()
+    options = work.resolved("retrieve")["retrieve"]
+    method = build(work.cfg.method)
+    if options["popularity"]:
+        method = PopularityCorrected(method)
+    chosen = ("order", "min_score", "where", "group_by", "group_score")
+    selection = Selection(**{name: options[name] for name in chosen})
     train, queries = work.train_side(), work.query_side(build(work.cfg.queries))
-    options = work.cfg.retrieve
-    ranking = search(queries, train, build(work.cfg.method), options.k, options.rows)
+    ranking = search(
+        queries, train, method, options["k"], options["rows"], selection, options["index"]
+    )
     folder = work.run_folder
     ranking.save(folder)
     images = (lambda id: queries.image(id).numpy()), (lambda id: train.image(id).numpy())
@@ -151,6 +160,8 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     save_html(ranking, *images, folder / "gallery.html", notes=notes)
     results["files"] = [str(folder / name) for name in ("gallery.png", "gallery.html")]
     work.console.print(ranking.table())
+    for what, note in ranking.notes.items():
+        work.console.print(f"[bold]{what}[/]: {note}")
     work.console.print(
         f"Look at\n  {folder / 'gallery.html'}\n  {folder / 'gallery.png'}\n"
         f"  {folder / 'ranking.csv'}",

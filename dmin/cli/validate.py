@@ -58,10 +58,17 @@ class Doctor:
 
 @dataclass
 class Retrieve:
-    """The section ``retrieve``; see ``dmin.attribution.retrieve``."""
+    """The section ``retrieve``; see ``dmin.attribution.retrieve`` and its ``Selection``."""
 
     k: int = 10
-    rows: int = 1024
+    rows: int | None = None
+    order: str = "proponents"
+    min_score: float | None = None
+    where: dict | None = None
+    group_by: str | None = None
+    group_score: str = "sum"
+    popularity: bool = False
+    index: int | None = None
 
 
 @dataclass
