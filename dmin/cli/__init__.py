@@ -27,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(command)
     elif {"-h", "--help"} & set(overrides):
         print(pages.page(command), end="")
+    elif command == "store":
+        from dmin.cli.stores import run as run_store
+
+        return run_store(overrides)
     else:
         # Imported here, so that the help above does not wait for Hydra.
         from dmin.cli.commands import COMMANDS

@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": "Generate query images, each with the prompt and seed that made it.",
     "retrieve": "Find the training examples behind each query image, and show them.",
     "evaluate": "Measure how far the answers can be trusted, against ground truth.",
+    "store": "Inspect, verify, merge, fold, convert, compact and export stores.",
     "demo": "Do all of it on a small model, in minutes on a laptop.",
 }
 
@@ -86,6 +87,10 @@ For shell completion: eval "$(dmin --shell-completion install=bash)"
 
 def page(command: str) -> str:
     """Return what ``dmin <command> --help`` prints."""
+    if command == "store":
+        from dmin.cli import stores
+
+        return f"{COMMANDS[command]}\n{stores.page()}"
     listed = groups()
     shown = "\n".join(_entry(group, choices) for group, choices in listed.items()) or "  none"
     settings = [
