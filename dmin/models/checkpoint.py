@@ -57,7 +57,8 @@ def load_pipeline(
         )
     source = Path(path, subfolder) if subfolder else Path(path)
     is_local = Path(path).exists()
-    if (is_local or subfolder) and not (source / "model_index.json").is_file():
+    is_hub = not is_local and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not subfolder
+    if not is_hub and not (source / "model_index.json").is_file():
         raise DminError(
             f"model.path={path}{f', model.subfolder={subfolder}' if subfolder else ''}: no "
             f"diffusers checkpoint there (no model_index.json). Give the folder that "

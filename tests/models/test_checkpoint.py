@@ -234,6 +234,8 @@ def test_checkpoints_that_are_not_there_are_refused(tmp_path):
     model = FAMILIES["stable_diffusion"].model
     with pytest.raises(DminError, match=r"no model_index\.json"):
         model.from_pretrained(tmp_path)
+    with pytest.raises(DminError, match=r"no model_index\.json"):
+        model.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(DminError, match="cannot load a StableDiffusionPipeline"):
         model.from_pretrained("nobody/nothing")
     with pytest.raises(DminError, match="cannot load"):
