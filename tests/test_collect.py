@@ -210,6 +210,21 @@ def test_a_killed_collection_resumes_to_the_same_bits(ddpm_path, tmp_path):
     assert Store(killed).digest() == Store(whole).digest()
 
 
+@pytest.mark.slow
+def test_a_terminated_collection_seals_the_block_at_hand(ddpm_path, tmp_path):
+    path = tmp_path / "store"
+    command = [sys.executable, script(tmp_path), ddpm_path, path, "1", "1000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    end = time.monotonic() + 120
+    while not list(path.glob("segment-*")) and time.monotonic() < end:
+        time.sleep(0.01)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    store = Store(path)
+    assert 0 < len(store) < 1000 and not list(path.glob("*.tmp"))
+
+
 def test_a_store_of_other_settings_is_not_resumed(ddpm, digits, tmp_path):
     run(make(ddpm), digits, tmp_path / "s")
     with pytest.raises(DminError, match=r"sketch\.seed: 1 here, 0 there"):

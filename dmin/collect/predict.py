@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -123,6 +124,8 @@ class SketchWriter(BasePredictionWriter):
         """Append one block."""
         position, rows = prediction
         self.writer.append(position // self.writer.manifest.block_size, rows)
+        if trainer.received_sigterm:  # Lightning notes the signal, but predict loops never ask
+            raise SystemExit(128 + signal.SIGTERM)
 
     def teardown(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
