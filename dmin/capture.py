@@ -32,6 +32,8 @@ from dmin.watch import Use, Watch
 # is also the fastest (and is recycled by malloc instead of being mapped afresh each time).
 CPU_BUDGET, GPU_BUDGET = 8 << 20, 512 << 20
 
+LORA = r"\.lora_[AB]\."  # peft's names, whatever the adapter's
+
 CLOSED_FORM, FALLBACK, UNUSED = "closed form", "fallback", "unused"
 
 
@@ -40,7 +42,8 @@ def choose_parameters(network: nn.Module, params: str = "all") -> Parameters:
 
     Args:
         network: any module.
-        params: ``all``, or a regular expression searched for in each parameter's dotted name.
+        params: ``all``; ``lora`` for adapters alone; or a regular expression searched for in each
+            parameter's dotted name.
 
     Returns:
         The parameters in the network's order; tied weights once, under their first name.
@@ -52,7 +55,7 @@ def choose_parameters(network: nn.Module, params: str = "all") -> Parameters:
     named = dict(network.named_parameters())
     if params != "all":
         try:
-            pattern = re.compile(params)
+            pattern = re.compile(LORA if params == "lora" else params)
         except re.error as error:
             raise DminError(f"params={params!r} is not a regular expression: {error}.") from error
         chosen = {name: p for name, p in named.items() if pattern.search(name)}

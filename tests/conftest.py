@@ -5,6 +5,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before diffusers is imported
 
 import pytest
 import torch
+from toy_ddpm import TINY_UNET
 
 from dmin.data import Examples
 from dmin.data.digits import Digits
@@ -12,19 +13,6 @@ from dmin.models.ddpm import DDPM
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 torch.set_num_threads(1)  # the models are too small for more to pay
-
-TINY_UNET = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": [8, 16],
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "norm_num_groups": 4,
-    "attention_head_dim": 8,
-    "num_class_embeds": 10,
-}
 
 
 @pytest.fixture(scope="session")

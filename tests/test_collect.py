@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_UNET
+from toy_ddpm import TINY_UNET
 
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Example, Examples, collate

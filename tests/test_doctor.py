@@ -9,10 +9,10 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_UNET
 from rich.console import Console
 from test_encodings import Latent
 from torch import nn
+from toy_ddpm import TINY_UNET
 
 from dmin import layer_gradients
 from dmin.collect import GradientCollector, predict_trainer

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY_UNET
+from toy_ddpm import TINY_UNET
 
 from dmin.collect import GradientCollector, memory, predict_trainer
 from dmin.collect.memory import agree_on_microbatch, find_microbatch, note_of

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY_UNET
+from toy_ddpm import TINY_UNET
 
 from dmin.collect import GradientCollector
 from dmin.errors import DminError

@@ -5,8 +5,8 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_UNET
 from rich.console import Console
+from toy_ddpm import TINY_UNET
 
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.models.ddpm import DDPM

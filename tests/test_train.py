@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import TINY_UNET
+from toy_ddpm import TINY_UNET
 
 from dmin.data import Examples
 from dmin.data.digits import Digits

@@ -206,8 +206,12 @@ class Workspace:
         from dmin.data.image_folder import ImageFolder
         from dmin.models.base import weights_digest
 
-        weights = weights_digest(self.model.network)
-        made_of = {**asdict(source), "prompts": list(source.prompts), "weights": weights}
+        made_of = {
+            **asdict(source),
+            "prompts": list(source.prompts),
+            "weights": weights_digest(self.model.network),
+            "sampling": self.model.describe_sampling(),
+        }
         folder = self.outputs / "queries" / f"{self.cfg.name}-{fingerprint(made_of)}"
         if folder.is_dir():
             self.console.print(f"[bold]queries[/]: found {folder}")

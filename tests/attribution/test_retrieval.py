@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_UNET
+from toy_ddpm import TINY_UNET
 
 from dmin.attribution import (
     DMin,

@@ -4,7 +4,6 @@ import csv
 
 import numpy as np
 import pytest
-from conftest import TINY_UNET  # noqa: F401  (the fixtures are built from it)
 from PIL import Image
 
 from dmin.attribution import DMin, PixelL2, Random, Side
