@@ -390,6 +390,15 @@ def test_what_looks_like_a_batch_is_not_taken_for_one(tokens):
     check(Network(), {"x": torch.randn(4, tokens, 6)})
 
 
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        return x * self.weight
+
+
 class Constant(nn.Module):
     """Layers applied to what all examples share, as DoRA multiplies its factors out."""
 
@@ -397,9 +406,10 @@ class Constant(nn.Module):
         super().__init__()
         self.down, self.up = nn.Linear(8, 3, bias=False), nn.Linear(3, 8, bias=False)
         self.table, self.mix = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
+        self.weighted = Weighted()
 
     def forward(self, x):
-        product = self.up(self.down(torch.eye(8)))
+        product = self.up(self.down(torch.eye(8))) + self.weighted(torch.eye(8))
         return x @ product + self.mix(self.table)
 
 

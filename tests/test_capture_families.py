@@ -10,6 +10,7 @@ from gradients import Keep, error, one_at_a_time
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import dmin.models.layers  # noqa: F401  (registers diffusers' own norms)
 from dmin.capture import Capture, choose_parameters
 
 BATCH = 3
@@ -186,14 +187,14 @@ FAMILIES = {
     "UNet2DConditionModel": (unet_2d_condition, ""),
     "DiT": (dit, ""),
     "PixArt": (pixart, "scale_shift_table"),
-    "HunyuanDiT": (hunyuan_dit, r"pooler|padding|norm1\.norm|norm[23]\.|skip_norm"),
-    "SD3": (sd3, "attn.*norm"),
+    "HunyuanDiT": (hunyuan_dit, "pooler|text_embedding_padding"),
+    "SD3": (sd3, ""),
     "Flux": (flux, ""),
-    "Sana": (sana, "scale_shift_table|caption_norm"),
+    "Sana": (sana, "scale_shift_table"),
 }
 
 # These compute some of their norms or attention in float32, whatever they are given.
-IN_FLOAT32 = {"HunyuanDiT", "Sana"}
+IN_FLOAT32 = {"HunyuanDiT", "SD3", "Sana"}
 
 
 def build(family: str):
@@ -235,8 +236,7 @@ def test_all_parameters_of_a_family_are_attributed(family):
     network, inputs = build(family)
     truth = one_at_a_time(*double(network, inputs), loss, BATCH)
     found, _ = capture_all(*double(network, inputs))
-    inside = 1e-5 if family in IN_FLOAT32 else 1e-10
-    assert error(found, truth) <= inside
+    assert error(found, truth) <= (1e-5 if family in IN_FLOAT32 else 1e-10)
     # In float32 autograd's own rounding can exceed 1e-5: `to_k.bias` has a gradient of zero.
     rounding = error(one_at_a_time(network, inputs, loss, BATCH), truth)
     found, coverage = capture_all(network, inputs)
@@ -253,7 +253,7 @@ def test_gradient_checkpointing_changes_nothing(family):
     network.enable_gradient_checkpointing()
     network.train()  # some blocks checkpoint only then
     found, _ = capture_all(network, inputs)
-    assert error(found, truth) <= 1e-10
+    assert error(found, truth) <= (1e-5 if family in IN_FLOAT32 else 1e-10)
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
