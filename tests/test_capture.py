@@ -720,3 +720,15 @@ def test_tied_weights_are_listed_once():
     parameters = choose_parameters(Tied())
     assert [entry.name for entry in parameters.entries] == ["a.weight", "b.bias"]
     assert parameters.count == 42
+
+
+def test_lora_means_the_adapters_alone_whatever_their_name():
+    network = nn.ModuleDict({"lora_A": nn.ModuleDict({"any": nn.Linear(2, 2)})})
+    network["base"] = nn.Linear(2, 2)
+    outer = nn.ModuleDict({"q": network})
+    assert {e.name for e in choose_parameters(outer, "lora").entries} == {
+        "q.lora_A.any.weight",
+        "q.lora_A.any.bias",
+    }
+    with pytest.raises(DminError, match="params='lora' matches no parameter"):
+        choose_parameters(nn.Linear(2, 2), "lora")
