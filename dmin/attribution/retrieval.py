@@ -14,7 +14,7 @@ from dmin.attribution.dmin import DMin
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.search import certified_search
 from dmin.attribution.search_index import ProjectionIndex
-from dmin.attribution.search_scan import gathered_rows, row_factors, scan
+from dmin.attribution.search_scan import gathered_rows, scan
 from dmin.attribution.search_select import Groups, Selection
 from dmin.attribution.search_topk import TopK, stable_topk
 from dmin.errors import DminError
@@ -242,10 +242,9 @@ class _Search:
 
 def split(linear: Linear, store: Store, rows: np.ndarray) -> Tensor:
     """Return what each timestep adds to the scores of chosen rows ``[Q, k]``, ``[Q, k, T]``."""
-    factors = row_factors(store, linear)
     parts = []
     for query, winners in zip(linear.queries, rows, strict=True):
-        chosen = gathered_rows(store, linear.readout, winners, factors)
+        chosen = gathered_rows(store, linear, winners)
         parts.append(torch.einsum("dtgk,ndtgk->nt", query, chosen))
     return torch.stack(parts)
 

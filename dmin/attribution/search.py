@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmin.attribution.base import Linear
 from dmin.attribution.search_index import ProjectionIndex
-from dmin.attribution.search_scan import gathered_rows, row_factors, scan
+from dmin.attribution.search_scan import gathered_rows, scan
 from dmin.attribution.search_topk import TopK
 from dmin.errors import DminError
 from dmin.store import Store
@@ -67,10 +67,8 @@ def certified_search(
         DminError: the index is of other rows.
     """
     _check(linear, store, index)
-    factors = row_factors(store, linear)
     queries = sign * linear.queries.flatten(1)
-    lengths = torch.linalg.vector_norm(index.projections, dim=1).hypot(index.residuals)
-    slack = 8 * queries.shape[1] ** 0.5 * 2.0**-24 * lengths
+    slack = 8 * queries.shape[1] ** 0.5 * 2.0**-24 * index.lengths
     found, read, unproven = [], np.zeros(len(queries), dtype=np.int64), []
     at_once = max(1, BOUND_BYTES // (4 * len(store)))
     for start in range(0, len(queries), at_once):
@@ -83,7 +81,7 @@ def certified_search(
         if keep is not None:
             upper[:, ~torch.from_numpy(keep)] = -torch.inf
         for number, (query, bounds) in enumerate(zip(some, upper, strict=True), start):
-            best = _Best(query, store, linear.readout, factors, k)
+            best = _Best(query, store, linear, k)
             if not best.prove(bounds):
                 unproven.append(number)
             found.append((best.scores, best.rows))
@@ -100,11 +98,8 @@ def certified_search(
 class _Best:
     """The best rows of one query among those read so far."""
 
-    def __init__(
-        self, query: Tensor, store: Store, readout: str, factors: Tensor | None, k: int
-    ) -> None:
-        self.query, self.store, self.readout, self.factors = query, store, readout, factors
-        self.k = k
+    def __init__(self, query: Tensor, store: Store, linear: Linear, k: int) -> None:
+        self.query, self.store, self.linear, self.k = query, store, linear, k
         self.rows_read = torch.empty(0, dtype=torch.int64)
         self._scores_read = torch.empty(0)
 
@@ -136,7 +131,7 @@ class _Best:
         return self.scores[-1]
 
     def _read(self, rows: Tensor) -> None:
-        vectors = gathered_rows(self.store, self.readout, rows.numpy(), self.factors).flatten(1)
+        vectors = gathered_rows(self.store, self.linear, rows.numpy()).flatten(1)
         read = torch.cat([self.rows_read, rows])
         scores = torch.cat([self._scores_read, vectors @ self.query])
         self.rows_read, order = read.sort()

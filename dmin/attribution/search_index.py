@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -48,6 +48,11 @@ class ProjectionIndex:
     directions: Tensor
     projections: Tensor
     residuals: Tensor
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """The lengths of the rows, ``[N]``: of what lies within the directions and of the rest."""
+        return torch.linalg.vector_norm(self.projections, dim=1).hypot(self.residuals)
 
     @classmethod
     def build(

@@ -65,14 +65,17 @@ def scan(
     yield from in_threads(score, spans)
 
 
-def row_factors(store: Store, linear: Linear) -> Tensor | None:
-    """Return what stored rows are multiplied by, float32 ``[N, D, T]``; None for nothing."""
+def row_factors(
+    store: Store, linear: Linear, rows: np.ndarray | slice = slice(None)
+) -> Tensor | None:
+    """Return what stored rows are multiplied by, float32 ``[n, D, T]``; None for nothing."""
     scales = store.scales(linear.readout)
-    parts = [] if scales is None else [torch.from_numpy(scales)]
+    parts = [] if scales is None else [torch.from_numpy(scales[rows])]
     if linear.scale == "unit":
-        parts.append(1 / torch.from_numpy(store.lengths(linear.readout)).clamp(min=1e-12))
+        lengths = torch.from_numpy(store.lengths(linear.readout)[rows])
+        parts.append(1 / lengths.clamp(min=1e-12))
     elif linear.scale == "norm":
-        norms = torch.from_numpy(store.norms(linear.readout))
+        norms = torch.from_numpy(store.norms(linear.readout)[rows])
         parts.append(norms.square().sum(-1).sqrt())
     return torch.stack(parts).prod(0) if parts else None
 
@@ -99,10 +102,11 @@ def decoded_rows(
             first += len(part)
 
 
-def gathered_rows(store: Store, readout: str, rows: np.ndarray, factors: Tensor | None) -> Tensor:
+def gathered_rows(store: Store, linear: Linear, rows: np.ndarray) -> Tensor:
     """Return chosen rows, scaled, float32 ``[n, D, T, G, k]``."""
-    chosen = as_tensor(store.gather(readout, rows), store.layout.dtype).float()
-    return chosen if factors is None else chosen.mul_(factors[rows][..., None, None])
+    chosen = as_tensor(store.gather(linear.readout, rows), store.layout.dtype).float()
+    factors = row_factors(store, linear, rows)
+    return chosen if factors is None else chosen.mul_(factors[..., None, None])
 
 
 def as_tensor(stored: np.ndarray, dtype: str) -> Tensor:
