@@ -10,7 +10,7 @@ from dmin.attribution.pixel import PixelCosine, PixelL2
 from dmin.attribution.random import Random
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.retrieval import TopK, retrieve, score_matrix
-from dmin.attribution.spectral import Spectral, ZSum
+from dmin.attribution.spectral import Spectral, SpectralEnergy, ZSum
 from dmin.attribution.trak import DTRAK, TRAK, RelativeIF, RenormalisedIF
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Requires",
     "Side",
     "Spectral",
+    "SpectralEnergy",
     "TopK",
     "ZSum",
     "retrieve",

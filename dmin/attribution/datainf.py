@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Side
+from dmin.attribution.base import ExampleBlock, Linear, Side
 from dmin.attribution.damped import Damped
-from dmin.attribution.rows import summed_rows
+from dmin.attribution.rows import over_rows, summed_rows
+from dmin.store import Layout
 
 
 class DataInf(Damped):
@@ -50,3 +51,7 @@ class DataInf(Damped):
     def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
         """Return ``[Q, n]``."""
         return queries.flatten(1) @ summed_rows(train).flatten(1).T
+
+    def linear(self, queries: Tensor, layout: Layout) -> Linear:
+        """Return each query once for every draw and timestep; see the base class."""
+        return over_rows(queries, layout)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock
+from dmin.attribution.base import ExampleBlock, Linear
+from dmin.store import Layout
 
 
 def unit_rows(block: ExampleBlock, readout: str = "loss") -> Tensor:
@@ -20,3 +21,16 @@ def summed_rows(block: ExampleBlock, readout: str = "loss") -> Tensor:
     """
     length = block.norms[readout].square().sum(-1).sqrt()  # [n, D, T]
     return torch.einsum("ndt,ndtgk->ngk", length, block.features[readout])
+
+
+def over_rows(queries: Tensor, layout: Layout, readout: str = "loss") -> Linear:
+    """Return inner products with :func:`summed_rows` as ones with the rows of the store.
+
+    Args:
+        queries: ``[Q, G·k]`` or ``[Q, G, k]``.
+        layout: of the stores.
+        readout: which rows.
+    """
+    draws, steps, groups, dim = layout.row_shape
+    rows = queries.view(-1, 1, 1, groups, dim).expand(-1, draws, steps, -1, -1)
+    return Linear(rows, "norm", readout)

@@ -14,6 +14,7 @@ from dmin.attribution.damped import Damped, checked_alpha
 from dmin.attribution.dmin import DMin
 from dmin.attribution.rows import unit_rows
 from dmin.errors import DminError
+from dmin.store import Layout
 
 
 class Spectral(Damped, DMin):
@@ -76,6 +77,42 @@ class Spectral(Damped, DMin):
         scale = (self.damping**self.p).to(rows)[:, None]
         found = self.curvature.power(by_draw.flatten(0, 1), self.damping, self.p) * scale
         return found.view(by_draw.shape).transpose(1, 2).flatten(2)
+
+
+class SpectralEnergy(Spectral):
+    """The spectral family's share of each timestep, squared: strength without direction.
+
+    ``I(q, i) = Σ_t w_t² ⟨(1 + C_t/λ_t)^{−p} ĝ_t(q), ĝ_t(i)⟩²``
+
+    DAS's square (arXiv 2410.18639) without its second readout, errors and leverages: few strong
+    examples outweigh the sum of many weak ones, as they do in retraining. No longer one vector a
+    query, so it is found by exact search only. Settings are those of :class:`Spectral`.
+    """
+
+    name = "spectral_energy"
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        p: float = 1.0,
+        weights: Sequence[float] | None = None,
+        rank: int | None = None,
+        memory: int = 1 << 30,
+        passes: int = 2,
+    ) -> None:
+        super().__init__(alpha, p, weights, rank, memory, passes)
+
+    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``, none negative."""
+        return self.contributions(queries, train).sum(2)
+
+    def contributions(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        """Return the square at each timestep, ``[Q, n, T]``."""
+        return super().contributions(queries, train).square()
+
+    def linear(self, queries: Tensor, layout: Layout) -> None:  # type: ignore[override]
+        """Return None: squares are no inner product, whatever the parent's scores are."""
+        return None
 
 
 class ZSum(Spectral):

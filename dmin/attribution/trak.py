@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Requires, Side
+from dmin.attribution.base import ExampleBlock, Linear, Requires, Side
 from dmin.attribution.damped import Damped
-from dmin.attribution.rows import summed_rows
+from dmin.attribution.rows import over_rows, summed_rows
+from dmin.store import Layout
 
 
 class TRAK(Damped):
@@ -37,6 +38,10 @@ class TRAK(Damped):
         rows = self._rows(train)
         return queries @ rows[:, 0].T / self._divisor(rows)
 
+    def linear(self, queries: Tensor, layout: Layout) -> Linear | None:
+        """Return each query once for every draw and timestep; see the base class."""
+        return over_rows(queries, layout, self.requires.readouts[0])
+
     def _divisor(self, rows: Tensor) -> Tensor:
         """Return what each training example's score is divided by, ``[n]`` or ``[1]``."""
         return rows.new_ones(1)
@@ -55,6 +60,10 @@ class RelativeIF(TRAK):
 
     name = "relative_if"
 
+    def linear(self, queries: Tensor, layout: Layout) -> None:
+        """Return None: what divides a score is not the norm of a stored row."""
+        return None
+
     def _divisor(self, rows: Tensor) -> Tensor:
         squared = self.curvature.quadratic(rows, self.damping, 2.0)[:, 0]
         return squared.sqrt().clamp(min=torch.finfo(torch.float32).tiny).to(rows)
@@ -64,6 +73,10 @@ class RenormalisedIF(TRAK):
     """TRAK divided by the norm of the example's gradient, ``‖g(i)‖`` (Hammoudeh & Lowd 2022)."""
 
     name = "renormalised_if"
+
+    def linear(self, queries: Tensor, layout: Layout) -> None:
+        """Return None: what divides a score is not the norm of a stored row."""
+        return None
 
     def _divisor(self, rows: Tensor) -> Tensor:
         return rows.norm(dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny)

@@ -20,6 +20,7 @@ from dmin.attribution import (
     RenormalisedIF,
     Side,
     Spectral,
+    SpectralEnergy,
     ZSum,
     retrieve,
     score_matrix,
@@ -33,6 +34,7 @@ READOUTS = ("loss", "mean_squared_output", "mean_output")
 METHODS = [
     Spectral(),
     Spectral(0.5, 0.5, [1, 2, 0.5]),
+    SpectralEnergy(0.3, 1.0, [1, 2, 0.5]),
     ZSum(),
     TRAK(),
     RelativeIF(),
@@ -115,6 +117,8 @@ def by_hand(method, queries, train):
     if isinstance(method, ZSum):
         plain, other = spectral(Spectral(p=0), queries, train), spectral(method, queries, train)
         return sum(x.sum(2) / x.sum(2).std(1, keepdims=True) for x in (plain, other))
+    if isinstance(method, SpectralEnergy):
+        return (spectral(method, queries, train) ** 2).sum(2)
     if isinstance(method, Spectral):
         return spectral(method, queries, train).sum(2)
     if isinstance(method, GaussianKernel):
@@ -187,6 +191,20 @@ def test_scores_follow_the_formula(sides, method):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_blocks_are_scored_by_the_formula_too(sides, method):
+    """What is one inner product is scanned as such; the method's own scores must agree."""
+    queries, train = sides
+    method.fit(train)
+    asked = method.transform_query(queries.block(range(3), method.requires))
+    found = method.score(asked, train.block(range(len(train)), method.requires)).numpy()
+    expected = by_hand(method, queries, train)
+    assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
+    inner = isinstance(method, Spectral | DataInf) or type(method) in (TRAK, DTRAK)
+    linear = method.linear(asked, train.store.layout)
+    assert (linear is not None) == (inner and not isinstance(method, SpectralEnergy))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_scores_do_not_depend_on_the_blocks(sides, method, rows):
     whole = score_matrix(*sides, method)
@@ -196,7 +214,7 @@ def test_scores_do_not_depend_on_the_blocks(sides, method, rows):
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_contributions_add_up_to_the_scores(sides, method):
     found = retrieve(*sides, method, k=4)
-    splits = isinstance(method, DMin | DAS)
+    splits = isinstance(method, DMin | DAS | DataInf) or type(method) in (TRAK, DTRAK)
     assert (found.contributions is not None) == splits
     if splits:
         assert np.allclose(found.contributions.sum(-1), found.scores, rtol=1e-4, atol=1e-6)
