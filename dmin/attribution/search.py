@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmin.attribution.base import Linear
 from dmin.attribution.search_index import ProjectionIndex
-from dmin.attribution.search_scan import gathered_rows, scan
+from dmin.attribution.search_scan import gathered_rows, in_threads, scan
 from dmin.attribution.search_topk import TopK
 from dmin.errors import DminError
 from dmin.store import Store
@@ -18,7 +18,6 @@ from dmin.store import Store
 FIRST = 64  # rows read before anything is known of the threshold
 MOST = 2048  # rows read at a time, later
 SCAN_FROM = 0.25  # of the rows: more candidates than this are quicker scanned than gathered
-BOUND_BYTES = 256 << 20  # of bounds in memory at once
 
 
 class Certified(NamedTuple):
@@ -69,23 +68,24 @@ def certified_search(
     _check(linear, store, index)
     queries = sign * linear.queries.flatten(1)
     slack = 8 * queries.shape[1] ** 0.5 * 2.0**-24 * index.lengths
+    out = None if keep is None else ~torch.from_numpy(keep)
+
+    def prove(query: Tensor) -> tuple[_Best, bool]:
+        inside = query @ index.directions
+        outside = torch.linalg.vector_norm(query - index.directions @ inside)
+        bounds = torch.mv(index.projections, inside)
+        bounds.add_(index.residuals * outside).add_(slack * torch.linalg.vector_norm(query))
+        if out is not None:
+            bounds[out] = -torch.inf
+        best = _Best(query, store, linear, k)
+        return best, best.prove(bounds)
+
     found, read, unproven = [], np.zeros(len(queries), dtype=np.int64), []
-    at_once = max(1, BOUND_BYTES // (4 * len(store)))
-    for start in range(0, len(queries), at_once):
-        some = queries[start : start + at_once]
-        inside = some @ index.directions
-        outside = torch.linalg.vector_norm(some - inside @ index.directions.T, dim=1)
-        upper = inside @ index.projections.T
-        upper.addr_(outside, index.residuals)
-        upper.addr_(torch.linalg.vector_norm(some, dim=1), slack)
-        if keep is not None:
-            upper[:, ~torch.from_numpy(keep)] = -torch.inf
-        for number, (query, bounds) in enumerate(zip(some, upper, strict=True), start):
-            best = _Best(query, store, linear, k)
-            if not best.prove(bounds):
-                unproven.append(number)
-            found.append((best.scores, best.rows))
-            read[number] = len(best.rows_read)
+    for number, (best, proven) in enumerate(in_threads(prove, list(queries))):
+        found.append((best.scores, best.rows))
+        read[number] = len(best.rows_read)
+        if not proven:
+            unproven.append(number)
     if unproven:
         read[unproven] = len(store)
         replaced = Linear(sign * linear.queries[unproven], linear.scale, linear.readout)

@@ -117,12 +117,15 @@ def as_tensor(stored: np.ndarray, dtype: str) -> Tensor:
 
 
 def in_threads(work: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
-    """Yield the results in order; a few items are worked on ahead, each by one thread of torch."""
+    """Yield the results in order; a few items are worked on ahead, each by one thread of torch.
+
+    Meanwhile the caller has one thread of torch as well: the cores are taken.
+    """
     threads = min(torch.get_num_threads(), len(items))
-    if threads <= 1:
-        yield from map(work, items)
-        return
     with _threads_of_one(threads) as pool:
+        if pool is None:
+            yield from map(work, items)
+            return
         waiting: deque[Future[Out]] = deque()
         rest = iter(items)
         waiting.extend(pool.submit(work, item) for item in islice(rest, 2 * threads))
@@ -137,8 +140,8 @@ def in_threads(work: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
 
 
 @contextmanager
-def _threads_of_one(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Give threads in which torch does not start threads of its own."""
+def _threads_of_one(count: int) -> Iterator[ThreadPoolExecutor | None]:
+    """Give threads in which torch does not start threads of its own; none where one is enough."""
     before = torch.get_num_threads()
     all_set = Barrier(count + 1)
 
@@ -147,9 +150,15 @@ def _threads_of_one(count: int) -> Iterator[ThreadPoolExecutor]:
         torch.get_num_threads()  # a thread takes the number over when it is first asked for
         all_set.wait()
 
-    with ThreadPoolExecutor(count, initializer=settle) as pool:
-        for _ in range(count):
-            pool.submit(int)
-        all_set.wait()
-        torch.set_num_threads(before)  # the threads keep theirs, others start with this one
-        yield pool
+    torch.set_num_threads(1)
+    try:
+        if count <= 1:
+            yield None
+            return
+        with ThreadPoolExecutor(count, initializer=settle) as pool:
+            for _ in range(count):
+                pool.submit(int)
+            all_set.wait()
+            yield pool
+    finally:
+        torch.set_num_threads(before)

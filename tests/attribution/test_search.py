@@ -133,13 +133,6 @@ def test_a_filter_is_kept(tmp_path):
     assert np.array_equal(found.train_rows, exact.train_rows)
 
 
-def test_bounds_of_few_queries_at_a_time(tmp_path, monkeypatch):
-    stores = pair(tmp_path, "clustered")
-    whole = retrieve(*stores, k=4, index=9)
-    monkeypatch.setattr(search_module, "BOUND_BYTES", 2 * 4 * N)
-    assert np.array_equal(retrieve(*stores, k=4, index=9).train_rows, whole.train_rows)
-
-
 def test_the_index_is_kept_and_refused_when_stale(tmp_path):
     asked, train = pair(tmp_path, "clustered")
     linear = linear_of((asked, train), DMin())
