@@ -236,7 +236,9 @@ OWN_MODEL = """
 @pytest.mark.parametrize(("state", "status"), [("sound", 0), ("broken", 1)])
 def test_the_command_exits_with_1_when_anything_fails(state, status, tmp_path):
     (tmp_path / "own.py").write_text(textwrap.dedent(OWN_MODEL))
-    settings = ["data=digits", "model=ddpm", "model._target_=own.Own", f"model.path={state}"]
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "own.yaml").write_text("_target_: own.Own\npath: ???\n")
+    settings = ["--config-dir", "conf", "data=digits", "model=own", f"model.path={state}"]
     sizes = ["sketch.dim=32", "sketch.block=16", "timesteps.num=2", "trainer=cpu"]
     command = [sys.executable, "-m", "dmin", "doctor", *settings, *sizes]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
