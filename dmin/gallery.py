@@ -140,7 +140,8 @@ def _paste(
     for query in range(layout.rows):
         name, top = ranking.query_ids[query], layout.row(query)
         put(query_images(name), name, layout.margin, top)
-        for rank, example in enumerate(ranking.train_ids[query][: layout.columns]):
+        shown = min(layout.columns, ranking.count(query))
+        for rank, example in enumerate(ranking.train_ids[query][:shown]):
             put(train_images(example), example, layout.column(rank), top)
     return np.asarray(page)
 
@@ -171,7 +172,7 @@ def _draw_captions(page: Axes, ranking: Ranking, query: int, layout: _Layout) ->
     _write(page, layout.left, first + 7, name, weight="bold")
     if label is not None:
         _write(page, layout.left, second + 7, _clip(f"label {label}", room), MUTED)
-    for rank in range(layout.columns):
+    for rank in range(min(layout.columns, ranking.count(query))):
         centre = layout.column(rank) + side / 2
         _frame(page, layout.column(rank), top, side, 0.5, HAIRLINE, 0.8)
         _write(page, centre, first, format_score(ranking.scores[query, rank]), ha="center")

@@ -75,6 +75,8 @@ def _data(
     """Gather what the page shows; a training example that several queries share stands once."""
     examples: dict[str, dict[str, Any]] = {}
     for query, rank in np.ndindex(*ranking.scores.shape):
+        if rank >= ranking.count(query):
+            continue
         name = ranking.train_ids[query][rank]
         if name not in examples:
             examples[name] = _entry(
@@ -87,11 +89,12 @@ def _data(
     queries = []
     for query, name in enumerate(ranking.query_ids):
         entry = _entry(name, ranking.query_metadata[query], query_images(name))
-        entry["top"] = [place[example] for example in ranking.train_ids[query]]
-        entry["scores"] = [format_score(score) for score in ranking.scores[query]]
+        shown = ranking.count(query)
+        entry["top"] = [place[example] for example in ranking.train_ids[query][:shown]]
+        entry["scores"] = [format_score(score) for score in ranking.scores[query][:shown]]
         entry["same"] = [ranking.same_label(query, rank) for rank in range(len(entry["top"]))]
         if ranking.contributions is not None:
-            parts = ranking.contributions[query]
+            parts = ranking.contributions[query][:shown]
             entry["parts"] = [[float(f"{part:.4g}") for part in row] for row in parts]
         queries.append(entry)
     return {

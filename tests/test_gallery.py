@@ -254,6 +254,25 @@ def test_html_escapes_every_string(tmp_path):
     assert f"<title>{html.escape(EVIL)}</title>" in text
 
 
+def test_examples_below_the_bound_are_not_shown(tmp_path):
+    whole = ranking(queries=2, k=4)
+    bound = float(whole.scores[0, 1])
+    some = replace(whole, min_score=bound)
+    kept = [some.count(query) for query in range(2)]
+    assert kept[0] == 2 and sum(kept) < 8
+    asked: list[str] = []
+
+    def asked_image(name):
+        asked.append(name)
+        return train_image(name)
+
+    save_png(some, query_image, asked_image, tmp_path / "a.png")
+    assert asked == [name for q in range(2) for name in whole.train_ids[q][: kept[q]]]
+    asked.clear()
+    save_html(some, query_image, asked_image, tmp_path / "a.html")
+    assert set(asked) == {name for q in range(2) for name in whole.train_ids[q][: kept[q]]}
+
+
 def test_html_of_many_digits_stays_below_a_megabyte(tmp_path):
     path = save_html(ranking(24, 50), query_image, train_image, tmp_path / "a.html")
     assert path.stat().st_size < 1_000_000

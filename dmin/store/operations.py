@@ -17,7 +17,7 @@ from dmin.store.writer import Rows, StoreWriter
 
 # Sketches whose fold by residue is exactly the sketch of the smaller k: a bucket is (something
 # that does not depend on k) mod k.
-FOLDABLE = ("block_cyclic",)
+FOLDABLE = ("block_cyclic", "tensor_sketch")
 
 
 def info(store: Store) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def fold(store: Store, target: str | os.PathLike[str], dim: int, dtype: str | No
     family = sketch.get("family") if isinstance(sketch, dict) else sketch
     if family not in FOLDABLE:
         raise DminError(
-            f"The sketch {family!r} does not fold: only {', '.join(FOLDABLE)} does. Collect again"
+            f"The sketch {family!r} does not fold: only {', '.join(FOLDABLE)} do. Collect again"
             f" with sketch.dim={dim}."
         )
     if not 1 <= dim < layout.dim or layout.dim % dim:
