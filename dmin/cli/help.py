@@ -17,15 +17,15 @@ COMMANDS = {
     "demo": "Do all of it on a small model, in minutes on a laptop.",
 }
 
-# The groups whose choices a command's examples are made of, as far as there are such choices.
-_EXAMPLE_GROUPS = {
-    "train": ("train", "data", "trainer"),
-    "doctor": ("model", "data", "sketch"),
-    "collect": ("model", "data", "sketch"),
-    "sample": ("model", "queries"),
-    "retrieve": ("model", "data", "queries", "method"),
-    "evaluate": ("model", "data", "benchmark"),
-    "demo": (),
+# What the example of each command says beyond `experiment=digits`, with which all of them run.
+_EXAMPLES = {
+    "train": " train.steps=500 name=short",
+    "doctor": "",
+    "collect": " sketch.dim=1024",
+    "sample": " queries.per_prompt=4",
+    "retrieve": " method=grad_cos retrieve.k=20",
+    "evaluate": "",
+    "demo": " seed=1 name=other",
 }
 _WIDTH = 90
 
@@ -93,19 +93,16 @@ def page(command: str) -> str:
         return f"{COMMANDS[command]}\n{stores.page()}"
     listed = groups()
     shown = "\n".join(_entry(group, choices) for group, choices in listed.items()) or "  none"
-    settings = [
-        f"{group}={listed[group][0]}" for group in _EXAMPLE_GROUPS[command] if group in listed
-    ]
-    example = " ".join(["dmin", command, *settings])
+    digits = f"dmin {command} experiment=digits"
     return f"""\
 {COMMANDS[command]}
 
 usage: dmin {command} [setting=value ...] [Hydra options]
 
 examples:
-  {example}
-  dmin {command} --cfg job            print the composed configuration, run nothing
-  dmin {command} -m seed=0,1,2        one run for each value
+  {digits}{_EXAMPLES[command]}
+  {digits} --cfg job      print the composed configuration, run nothing
+  {digits} -m seed=0,1,2  one run for each value
 
 configuration groups (group=choice):
 {shown}

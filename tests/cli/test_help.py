@@ -3,10 +3,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from dmin.cli import help as pages
 from dmin.cli import main
 from dmin.cli.help import config_directory, did_you_mean, groups
+from dmin.cli.validate import validate
 
 
 @pytest.fixture
@@ -48,9 +50,14 @@ def test_page_describes_the_command(
     assert ("--cfg job" in printed) == (command != "store")  # which has no configuration
 
 
-def test_page_takes_its_examples_from_the_choices_there_are(conf: Path) -> None:
-    # There is no sketch/ here, so no example of it.
-    assert "  dmin collect model=ddpm data=digits\n" in pages.page("collect")
+@pytest.mark.parametrize("command", [name for name in pages.COMMANDS if name != "store"])
+def test_the_example_of_every_page_composes_and_is_valid(command: str) -> None:
+    example = next(
+        line for line in pages.page(command).splitlines() if line.startswith(f"  dmin {command} ")
+    )
+    with initialize_config_dir(str(pages.config_directory()), version_base="1.3"):
+        cfg = compose("dmin", example.split()[2:])
+    validate(cfg)
 
 
 def test_page_shows_groups_and_choices(conf: Path) -> None:
