@@ -290,6 +290,14 @@ def test_settings_out_of_range_are_refused(ddpm, digits):
         make(ddpm).manifest(Examples([digits[0], digits[0]]))
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_precision_that_would_cast_the_weights_is_refused(ddpm, digits, tmp_path, precision):
+    trainer = predict_trainer(**QUIET, precision=precision)
+    with pytest.raises(DminError, match=f"precision={precision} would cast.*float32"):
+        make(ddpm).collect(digits, tmp_path / "s", trainer=trainer)
+    assert {p.dtype for p in ddpm.network.parameters()} == {torch.float32}
+
+
 def test_inference_mode_is_refused(ddpm, digits, tmp_path):
     trainer = predict_trainer(**QUIET, inference_mode=True)
     with pytest.raises(DminError, match="inference_mode=false"):

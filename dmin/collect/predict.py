@@ -172,6 +172,7 @@ def predict(
     trainer: lightning.Trainer,
 ) -> None:
     """Run a trainer over the blocks to do; the model is given back as and where it was."""
+    refuse_cast(collector, trainer)
     mine = [Preparation(data, writer), SketchWriter(writer)]
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     network = collector.model.network
@@ -194,6 +195,26 @@ def predict(
             encoder.to(homes[name])
     if trainer.interrupted:
         raise KeyboardInterrupt
+
+
+CASTS = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+
+
+def refuse_cast(collector: GradientCollector, trainer: lightning.Trainer) -> None:
+    """Refuse a precision for which Lightning would cast the user's weights, for good.
+
+    Raises:
+        DminError: names the precision and the type of the weights.
+    """
+    wanted = CASTS.get(str(trainer.precision))
+    found = {p.dtype for p in collector.model.network.parameters() if p.is_floating_point()}
+    if wanted is not None and found != {wanted}:
+        raise DminError(
+            f"trainer.precision={trainer.precision} would cast the model's weights "
+            f"({', '.join(sorted(str(dtype) for dtype in found))}) and leave them so: the next "
+            f"store would be one of other weights. Load the model in that type "
+            f"(model.torch_dtype), or take trainer.precision=bf16-mixed or 32-true."
+        )
 
 
 def places(modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.device]:
