@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -208,17 +209,17 @@ class LatentDiffusion(DiffusionModel):
     def _encoder_digests(self) -> dict[str, str]:
         return {name: weights_digest(encoder) for name, encoder in self.encoders.items()}
 
+    @abstractmethod
     def _prompts(self, batch: Mapping[str, Any]) -> Sequence[Any]:
         """Return what a batch is conditioned on; checked, so that messages can name the example."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _embed(self, prompts: Sequence[Any]) -> Condition:
         """Return the condition of prompts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the network."""
-        raise NotImplementedError
 
     def _sizes(self, image: Tensor) -> Condition:
         """Return conditions that come from the images' sizes, one row an image."""
