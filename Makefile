@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint wheel clean
+.PHONY: help demo test lint experiments wheel clean
 
 # The first of these that is there; name another with `make test PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,\
@@ -10,7 +10,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,\
 ARGS ?=
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
 	@echo 'More arguments travel in ARGS: make demo ARGS="seed=1", make test ARGS="-k store".'
 
 demo: .venv/.installed ## train a small model and trace its images to their training examples
@@ -24,6 +24,9 @@ lint: .venv/.installed ## check style, types and the floors of the import graph
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+experiments: ## list the experiments: question, time, hardware, command
+	@$(PYTHON) experiments
 
 wheel: .venv/.installed ## build the source distribution and the wheel into dist/
 	@rm -rf dist
