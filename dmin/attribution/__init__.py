@@ -1,10 +1,11 @@
 """Attribution methods: stores in, scores and rankings out."""
 
 from dmin.attribution.base import ExampleBlock, Method, Requires, Side
+from dmin.attribution.checkpoints import GAS, DTRAKEnsemble, OverCheckpoints, TracIn, TRAKEnsemble
 from dmin.attribution.das import DAS
 from dmin.attribution.datainf import DataInf
 from dmin.attribution.dmin import DMin
-from dmin.attribution.gradient_similarity import GradCos, GradDot
+from dmin.attribution.gradient_similarity import DMinUnnormalised, GradCos, GradDot
 from dmin.attribution.likeness import SSIM, GaussianKernel
 from dmin.attribution.pixel import PixelCosine, PixelL2
 from dmin.attribution.random import Random
@@ -16,15 +17,19 @@ from dmin.attribution.trak import DTRAK, TRAK, RelativeIF, RenormalisedIF
 __all__ = [
     "DAS",
     "DTRAK",
+    "GAS",
     "SSIM",
     "TRAK",
     "DMin",
+    "DMinUnnormalised",
+    "DTRAKEnsemble",
     "DataInf",
     "ExampleBlock",
     "GaussianKernel",
     "GradCos",
     "GradDot",
     "Method",
+    "OverCheckpoints",
     "PixelCosine",
     "PixelL2",
     "Random",
@@ -35,7 +40,9 @@ __all__ = [
     "Side",
     "Spectral",
     "SpectralEnergy",
+    "TRAKEnsemble",
     "TopK",
+    "TracIn",
     "ZSum",
     "retrieve",
     "score_matrix",

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.data.base import Dataset
+from dmin.data.base import Dataset, Example
 from dmin.errors import DminError
+from dmin.fingerprint import fingerprint
 from dmin.store import Layout, Store
+
+if TYPE_CHECKING:
+    from dmin.models.base import DiffusionModel
+    from dmin.noise import Noise
+    from dmin.sketches import Parameters, Sketch
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,29 @@ class Requires:
     Args:
         readouts: gradients it reads from the store.
         images: it compares the images themselves, so both datasets must be at hand.
+        checkpoints: names (paths) of further checkpoints whose stores it reads.
+        journey: it reads the queries' states along their generation.
+        model: it runs the model, so model, examples, noise and sketch must be at hand.
     """
 
     readouts: tuple[str, ...] = ("loss",)
     images: bool = False
+    checkpoints: tuple[str, ...] = ()
+    journey: bool = False
+    model: bool = False
+
+
+class Origin(Protocol):
+    """What the features of a store were made with; a ``GradientCollector`` is one."""
+
+    model: DiffusionModel
+    attributed: Parameters
+    sketch: Sketch  # bound to these
+    timesteps: tuple[float, ...]
+    noise: Noise
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the store's manifest has as its features."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +64,37 @@ class ExampleBlock:
     features: dict[str, Tensor] = field(default_factory=dict)  # readout -> [n, D, T, G, k]
     norms: dict[str, Tensor] = field(default_factory=dict)  # readout -> [n, D, T, G]
     images: Tensor | None = None  # [n, C, H, W] in [0, 1]
+    examples: Sequence[Example] = ()  # for a method that runs the model
+    checkpoints: Sequence[ExampleBlock] = ()  # the same examples under each further checkpoint
+    journey: Sequence[ExampleBlock] = ()  # of queries: their states while they were generated
 
 
 class Side:
-    """One side of the comparison, queries or training examples: a store, and perhaps its images.
+    """One side of the comparison, queries or training examples: a store, and perhaps more.
 
     Args:
         store: the features.
         dataset: the examples, needed by methods that look at images; found by their ids.
+        checkpoints: the same examples under further checkpoints of the model, by their name.
+        journey: of queries: stores of the same ids, one for each state that was recorded while
+            they were generated.
+        origin: what the features were made with, for methods that run the model themselves.
     """
 
-    def __init__(self, store: Store, dataset: Dataset | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        dataset: Dataset | None = None,
+        *,
+        checkpoints: Mapping[str, Side] | None = None,
+        journey: Sequence[Side] = (),
+        origin: Origin | None = None,
+    ) -> None:
         self.store = store
         self.dataset = dataset
+        self.checkpoints = dict(checkpoints or {})
+        self.journey = list(journey)
+        self.origin = origin
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -61,12 +104,16 @@ class Side:
         """Return chosen rows, in the order given, with what a method requires."""
         store, readouts = self.store, requires.readouts
         ids = [store.ids[row] for row in rows]
+        alone = replace(requires, checkpoints=(), journey=False)
         return ExampleBlock(
             first=int(rows[0]),
             ids=ids,
             features={name: torch.from_numpy(store.rows(name, rows)) for name in readouts},
             norms={name: torch.from_numpy(self._norms(name)[rows]) for name in readouts},
             images=torch.stack([self.image(i) for i in ids]) if requires.images else None,
+            examples=[self.example(i) for i in ids] if requires.model else (),
+            checkpoints=[self.checkpoints[c].block(rows, alone) for c in requires.checkpoints],
+            journey=[s.block(rows, alone) for s in self.journey] if requires.journey else (),
         )
 
     def blocks(self, requires: Requires, rows: int = 1024) -> Iterator[ExampleBlock]:
@@ -75,14 +122,18 @@ class Side:
             yield self.block(np.arange(start, min(start + rows, len(self))), requires)
 
     def image(self, id: str) -> Tensor:
-        """Return the image of an example, ``[C, H, W]`` in [0, 1].
+        """Return the image of an example, ``[C, H, W]`` in [0, 1]; see :meth:`example`."""
+        return self.example(id).image
+
+    def example(self, id: str) -> Example:
+        """Return an example by its id.
 
         Raises:
             DminError: there is no dataset, or it has no such example.
         """
         if self.dataset is None:
             raise DminError(
-                "this method compares images, but only a store was given. Give the dataset as "
+                "this method looks at the images, but only a store was given. Give the dataset as "
                 "well: Side(store, dataset)."
             )
         if id not in self._positions:
@@ -90,7 +141,7 @@ class Side:
                 f"the store has an example {id!r} that the dataset lacks: the dataset changed "
                 f"since collection. Restore it, or collect again."
             )
-        return self.dataset[self._positions[id]].image
+        return self.dataset[self._positions[id]]
 
     @cached_property
     def _positions(self) -> dict[str, int]:
@@ -189,4 +240,62 @@ def check_pair(queries: Side, train: Side, method: Method) -> None:
             f"method={method.name} needs the readouts {', '.join(sorted(missing))}; the store has "
             f"{', '.join(train.store.layout.readouts)}. Collect again with "
             f"collect.readouts=[{','.join(sorted({*train.store.layout.readouts, *missing}))}]."
+        )
+    if method.requires.model:
+        _check_origin(train, method)
+    if method.requires.journey:
+        _check_journey(queries, method)
+    for name in method.requires.checkpoints:
+        pair = [_checkpoint(side, name, method) for side in (queries, train)]
+        check_comparable(pair[0].store, pair[1].store)
+
+
+def _check_origin(train: Side, method: Method) -> None:
+    """Refuse a model that is not the one the features were made with."""
+    if train.origin is None:
+        raise DminError(
+            f"method={method.name} runs the model itself, but only a store was given. Give what "
+            f"made it as well: Side(store, dataset, origin=collector)."
+        )
+    if fingerprint(train.origin.describe()) != fingerprint(train.store.manifest.features):
+        raise DminError(
+            f"method={method.name} was given another model, noise or sketch than "
+            f"{train.store.path} was collected with. Give the collector that made it."
+        )
+
+
+def _check_journey(queries: Side, method: Method) -> None:
+    """Refuse queries of whose generation nothing is known."""
+    from dmin.store import check_comparable
+
+    if not queries.journey:
+        raise DminError(
+            f"method={method.name} needs what the queries looked like while they were generated. "
+            f"Generate them with queries=generated queries.journey=10 (Side(…, journey=[…]))."
+        )
+    for state in queries.journey:
+        state.store.require_complete()
+        check_comparable(state.store, queries.store)
+        _check_ids(state.store, queries.store)
+
+
+def _checkpoint(side: Side, name: str, method: Method) -> Side:
+    """Return a side's examples under a checkpoint, or say that they are not there."""
+    if name not in side.checkpoints:
+        raise DminError(
+            f"method={method.name} reads the checkpoint {name!r}, of which {side.store.path} is "
+            f"not accompanied ({', '.join(side.checkpoints) or 'by none'}). Collect it, and give "
+            f"Side(store, checkpoints={{{name!r}: Side(…)}})."
+        )
+    other = side.checkpoints[name]
+    other.store.require_complete()
+    _check_ids(other.store, side.store)
+    return other
+
+
+def _check_ids(other: Store, store: Store) -> None:
+    if other.ids != store.ids:
+        raise DminError(
+            f"{other.path} and {store.path} do not hold the same examples in the same order. "
+            f"Collect both from one dataset."
         )

@@ -6,18 +6,19 @@ import torch
 from torch import Tensor
 
 from dmin.attribution.base import ExampleBlock, Linear, Method, in_row_order
+from dmin.attribution.rows import over_rows, summed_rows
 from dmin.store import Layout
 
 
-class GradDot(Method):
-    """Inner product of the gradients, timestep by timestep, without normalisation.
+class DMinUnnormalised(Method):
+    """DMin without its normalisation: inner products of the gradients, timestep by timestep.
 
     ``I(q, i) = Σ_t ⟨g_t(q), g_t(i)⟩``, averaged over noise draws
 
-    (TracIn with one checkpoint, Pruthi et al. 2020; DMin without its normalisation).
+    (the row "w/o normalization" of Lin, Lao & Zhao, arXiv 2412.08637).
     """
 
-    name = "grad_dot"
+    name = "dmin_unnormalised"
 
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return the sketched gradients of the queries, ``[Q, T, D·G·k]``."""
@@ -36,10 +37,32 @@ class GradDot(Method):
         return Linear(in_row_order(queries, layout), "norm")
 
 
+class GradDot(Method):
+    """Inner product of the gradients summed over timesteps and draws.
+
+    ``I(q, i) = ⟨Σ_t g_t(q), Σ_t g_t(i)⟩`` (Charpiat et al. 2019, arXiv 2102.13620; TracIn with one
+    checkpoint, Pruthi et al. 2020, arXiv 2002.08484).
+    """
+
+    name = "grad_dot"
+
+    def transform_query(self, queries: ExampleBlock) -> Tensor:
+        """Return the summed gradients of the queries, ``[Q, G·k]``."""
+        return summed_rows(queries).flatten(1)
+
+    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``."""
+        return queries @ summed_rows(train).flatten(1).T
+
+    def linear(self, queries: Tensor, layout: Layout) -> Linear:
+        """Return each query once for every draw and timestep; see the base class."""
+        return over_rows(queries, layout)
+
+
 class GradCos(Method):
     """Cosine of the gradients summed over timesteps and draws.
 
-    ``I(q, i) = cos(Σ_t g_t(q), Σ_t g_t(i))`` (GradCos in Charpiat et al. 2019).
+    ``I(q, i) = cos(Σ_t g_t(q), Σ_t g_t(i))`` (GradCos in Charpiat et al. 2019, arXiv 2102.13620).
     """
 
     name = "grad_cos"
@@ -53,9 +76,7 @@ class GradCos(Method):
         return queries @ self._unit(train).T
 
     def _unit(self, block: ExampleBlock) -> Tensor:
-        features, norms = block.features["loss"], block.norms["loss"]
-        length = norms.square().sum(-1, keepdim=True).sqrt()[..., None]  # [n, D, T, 1, 1]
-        return torch.nn.functional.normalize((features * length).sum((1, 2)).flatten(1), dim=1)
+        return torch.nn.functional.normalize(summed_rows(block).flatten(1), dim=1)
 
 
 def _gradients(block: ExampleBlock) -> Tensor:

@@ -144,7 +144,8 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
         method = PopularityCorrected(method)
     chosen = ("order", "min_score", "where", "group_by", "group_score")
     selection = Selection(**{name: options[name] for name in chosen})
-    train, queries = work.train_side(), work.query_side(build(work.cfg.queries))
+    train = work.train_side([method])
+    queries = work.query_side(build(work.cfg.queries), methods=[method])
     ranking = search(
         queries, train, method, options["k"], options["rows"], selection, options["index"]
     )
@@ -176,10 +177,11 @@ def evaluate(work: Workspace, results: dict[str, Any]) -> None:
 
     work.require_one_process()
     benchmark = build(work.need("benchmark"))
+    methods = list(benchmark.methods.values())
     with work.console.status("scoring") as status:
         found = benchmark.run(
-            work.train_side(),
-            lambda name, task: work.query_side(task.queries, name.replace("_", "-")),
+            work.train_side(methods),
+            lambda name, task: work.query_side(task.queries, name.replace("_", "-"), methods),
             lambda text: status.update(f"scoring {text}"),
         )
     folder = work.run_folder

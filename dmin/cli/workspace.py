@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import warnings
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from dmin.fingerprint import differences, fingerprint
 if TYPE_CHECKING:
     import lightning
 
-    from dmin.attribution import Side
+    from dmin.attribution import Method, Side
     from dmin.collect import GradientCollector
     from dmin.data import Dataset
     from dmin.models import DiffusionModel
@@ -50,6 +52,7 @@ class Workspace:
         self.console = Console(quiet=not self.is_main)
         self.run_folder = Path(HydraConfig.get().runtime.output_dir)
         self.outputs = Path(cfg.paths.outputs)
+        self._others: dict[str, Workspace] = {}  # of further checkpoints
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # Lightning's own affair
@@ -126,7 +129,7 @@ class Workspace:
         if not (path / "manifest.json").is_file():
             raise DminError(
                 f"there is no store of the training examples for these settings ({path}). Run "
-                f"`dmin collect` with the same settings first.{self._others(manifest)}"
+                f"`dmin collect` with the same settings first.{self._other_stores(manifest)}"
             )
         store = Store(path)
         lines = differences(manifest.document(), store.manifest.document())
@@ -138,7 +141,7 @@ class Workspace:
         store.require_complete()
         return store
 
-    def _others(self, manifest: Manifest) -> str:
+    def _other_stores(self, manifest: Manifest) -> str:
         """Say which complete training stores of this name there are, and how they differ."""
         from dmin.store import Store
 
@@ -221,18 +224,58 @@ class Workspace:
             self.console.print(f"[bold]queries[/]: generated {folder}")
         return ImageFolder(folder, mode=None)
 
-    def query_side(self, source: Any, role: str = "queries") -> Side:
-        """Return queries with their features."""
+    def query_side(
+        self, source: Any, role: str = "queries", methods: Iterable[Method] = ()
+    ) -> Side:
+        """Return queries with their features, and what else some methods require of them."""
         from dmin.attribution import Side
 
         dataset = self.queries(source)
-        return Side(self.store(dataset, role), dataset)
+        store = self.store(dataset, role)
+        return Side(
+            store,
+            dataset,
+            checkpoints={
+                path: Side(other.store(dataset, role), dataset)
+                for path, other in self.checkpoints(methods).items()
+            },
+        )
 
-    def train_side(self) -> Side:
-        """Return the training examples with their features."""
+    def train_side(self, methods: Iterable[Method] = ()) -> Side:
+        """Return the training examples with their features, and what else methods require."""
         from dmin.attribution import Side
 
-        return Side(self.find_train(), self.data)
+        return Side(
+            self.find_train(),
+            self.data,
+            checkpoints={
+                path: Side(other.find_train(), self.data)
+                for path, other in self.checkpoints(methods).items()
+            },
+            origin=self.collector,
+        )
+
+    def checkpoints(self, methods: Iterable[Method]) -> dict[str, Workspace]:
+        """Return the workspaces of the further checkpoints that methods name, by their path.
+
+        Raises:
+            DminError: the model has no path, or its store was given a place of its own.
+        """
+        names = dict.fromkeys(name for m in methods for name in m.requires.checkpoints)
+        if names and ("path" not in self.cfg.model or self.cfg.collect.path is not None):
+            raise DminError(
+                "method.checkpoints names models by their model.path, and finds their stores by "
+                "fingerprint: it needs a model with a path, and collect.path=null."
+            )
+        return {name: self._at(name) for name in names}
+
+    def _at(self, path: str) -> Workspace:
+        if path not in self._others:
+            cfg = copy.deepcopy(self.cfg)
+            OmegaConf.update(cfg, "model.path", path)
+            other = self._others[path] = Workspace(cfg)
+            other.__dict__["data"] = self.data  # the same examples, read once
+        return self._others[path]
 
     def resolved(self, *names: str) -> dict[str, Any]:
         """Return parts of the configuration as plain values, all interpolations resolved."""

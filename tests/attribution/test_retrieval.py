@@ -7,6 +7,7 @@ from toy_ddpm import TINY_UNET
 
 from dmin.attribution import (
     DMin,
+    DMinUnnormalised,
     GradCos,
     GradDot,
     PixelCosine,
@@ -30,6 +31,7 @@ METHODS = [
     DMin(),
     DMin([1, 2, 0.5]),
     DMin(renormalise=False),
+    DMinUnnormalised(),
     GradDot(),
     GradCos(),
     PixelL2(),
@@ -78,8 +80,10 @@ def by_hand(method, queries, train):
             q, x = unit(q), unit(x)
         each = np.einsum("qtdk,ntdk->qnt", q, x) / 2
         return (each * weights).sum(-1)
-    if isinstance(method, GradDot):
+    if isinstance(method, DMinUnnormalised):
         return np.einsum("qtdk,ntdk->qn", q * qn, x * xn) / 2
+    if isinstance(method, GradDot):
+        return (q * qn).sum((1, 2)) @ (x * xn).sum((1, 2)).T
     if isinstance(method, GradCos):
         return unit((q * qn).sum((1, 2))) @ unit((x * xn).sum((1, 2))).T
     pixels = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_stores import cosines, drawn, made
 
-from dmin.attribution import DMin, GradDot, Side, retrieve
+from dmin.attribution import DMin, DMinUnnormalised, GradDot, Side, retrieve
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.retrieval import self_influence
 from dmin.attribution.search_popularity import PopularityCorrected
@@ -113,7 +113,7 @@ def test_parquet_where_it_can_be(stores, tmp_path):
 
 
 def test_self_influence(stores):
-    found = self_influence(stores[1], GradDot(), rows=7)
+    found = self_influence(stores[1], DMinUnnormalised(), rows=7)
     norms = stores[1].norms("loss")[..., 0].astype(np.float64)
     lengths = stores[1].lengths("loss").astype(np.float64)
     np.testing.assert_allclose(found, np.square(norms * lengths).sum((1, 2)), rtol=1e-5)
