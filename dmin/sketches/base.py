@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -90,6 +90,9 @@ class Sketch(ABC):
 
     family: str
     norm_kind = "exact"
+    # Sketches of k numbers fold by residue, y[c] = Σ_{j mod k' = c} x[j], to exactly the sketch of
+    # k' where k' divides k and is a multiple of this; None: they do not.
+    folds: int | None = None
 
     def __init__(self, dim: int = 4096, seed: int = 0) -> None:
         if dim < 1:
@@ -116,7 +119,8 @@ class Sketch(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that define the map, as JSON: a part of the feature fingerprint."""
-        return {"family": self.family, "dim": self.dim, "seed": self.seed}
+        folds = {} if self.folds is None else {"folds": self.folds}
+        return {"family": self.family, "dim": self.dim, "seed": self.seed, **folds}
 
     def begin(self, batch: int, like: Tensor, budget: int = 16 << 20) -> Accumulator:
         """Start the rows of a batch.
@@ -159,11 +163,43 @@ class Sketch(ABC):
 
 
 class FormedSketch(Sketch):
-    """A sketch of gradients that are formed, a few examples at a time, and folded at once.
+    """A sketch of gradients that are formed, a few examples at a time, and reduced at once.
 
     The examples whose gradients stand in memory together are as many as the budget allows, at
     least one: small slices also stay in the cache, which is where the time goes.
     """
+
+    @abstractmethod
+    def projection(self, name: str, like: Tensor) -> Callable[[Tensor, Tensor], None]:
+        """Return the map of one parameter, ready for use.
+
+        Args:
+            name: of the parameter.
+            like: a tensor whose device and dtype gradients and rows will have.
+
+        Returns:
+            A function that adds the sketches of gradients ``[n, P]``, which it may overwrite, to
+            rows ``[n, k]``.
+        """
+
+    def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
+        """Form, measure and project the gradients of one parameter."""
+        parameter = self._bound.by_name[name]
+        values = state.values[:, parameter.group]
+        norms = state.squared_norm[:, parameter.group]
+        size = prod(parameter.shape)
+        project = self.projection(name, values)
+        step = max(1, state.budget // max(1, size * values.element_size()))
+        for start in range(0, factors.batch, step):
+            examples = slice(start, start + step)
+            gradient = factors[examples].dense().to(values.dtype).reshape(-1, size)
+            norms[examples] += torch.linalg.vector_norm(gradient, dim=1).square_()
+            project(gradient, values[examples])
+            del gradient  # before the next slice is formed, so that there is one at a time
+
+
+class FoldedSketch(FormedSketch):
+    """A sketch with one bucket and one sign for each scalar: signs flipped, buckets added up."""
 
     @abstractmethod
     def fold(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -174,20 +210,15 @@ class FormedSketch(Sketch):
             sign: float32 ``[P]``, ±1.
         """
 
-    def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
-        """Form, measure, sign and fold the gradients of one parameter."""
-        parameter = self._bound.by_name[name]
-        values = state.values[:, parameter.group]
-        norms = state.squared_norm[:, parameter.group]
-        bucket, sign = self.fold(name, values.device)
-        sign = sign.to(values.dtype)
-        step = max(1, state.budget // max(1, len(sign) * values.element_size()))
-        for start in range(0, factors.batch, step):
-            examples = slice(start, start + step)
-            gradient = factors[examples].dense().to(values.dtype).reshape(-1, len(sign))
-            norms[examples] += torch.linalg.vector_norm(gradient, dim=1).square_()
-            values[examples].index_add_(1, bucket, gradient.mul_(sign))
-            del gradient  # before the next slice is formed, so that there is one at a time
+    def projection(self, name: str, like: Tensor) -> Callable[[Tensor, Tensor], None]:
+        """Return the map of one parameter, ready for use."""
+        bucket, sign = self.fold(name, like.device)
+        sign = sign.to(like.dtype)
+
+        def project(gradient: Tensor, rows: Tensor) -> None:
+            rows.index_add_(1, bucket, gradient.mul_(sign))
+
+        return project
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

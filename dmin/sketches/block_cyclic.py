@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dmin.errors import DminError
-from dmin.sketches.base import FormedSketch
+from dmin.sketches.base import FoldedSketch
 from dmin.sketches.hashing import hash_words, key, signs
 
 
-class BlockCyclic(FormedSketch):
+class BlockCyclic(FoldedSketch):
     """Cut the gradient into blocks, flip signs at random, add each block at a random offset.
 
     ``(S g)[c] = Σ_j s_j g_j [ (j mod b + r_⌊j/b⌋) mod k = c ]``
@@ -41,6 +41,7 @@ class BlockCyclic(FormedSketch):
                 f"or its entries would collide. Set sketch.block to at most {dim}."
             )
         self.block = block
+        self.folds = block
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that define the map."""

@@ -8,10 +8,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dmin.sketches.base import FormedSketch, Parameters
+from dmin.sketches.base import FoldedSketch, Parameters
 
 
-class OPORP(FormedSketch):
+class OPORP(FoldedSketch):
     """One permutation and one random sign vector over the whole gradient, then sums of groups.
 
     Pad the concatenated gradient to ``k·m`` entries, permute, multiply by signs, add each run of m.

@@ -15,10 +15,6 @@ from dmin.store.reader import Store
 from dmin.store.segments import commit, os_failure
 from dmin.store.writer import Rows, StoreWriter
 
-# Sketches whose fold by residue is exactly the sketch of the smaller k: a bucket is (something
-# that does not depend on k) mod k.
-FOLDABLE = ("block_cyclic", "tensor_sketch")
-
 
 def info(store: Store) -> dict[str, Any]:
     """Return what a store holds, as JSON values."""
@@ -120,22 +116,19 @@ def fold(store: Store, target: str | os.PathLike[str], dim: int, dtype: str | No
     """
     layout = store.layout
     sketch = store.manifest.features.get("sketch", {})
-    family = sketch.get("family") if isinstance(sketch, dict) else sketch
-    if family not in FOLDABLE:
+    folds = sketch.get("folds") if isinstance(sketch, dict) else None
+    if folds is None:
+        family = sketch.get("family") if isinstance(sketch, dict) else sketch
         raise DminError(
-            f"The sketch {family!r} does not fold: only {', '.join(FOLDABLE)} do. Collect again"
-            f" with sketch.dim={dim}."
+            f"The sketch {family!r} does not fold: it does not declare that it does. Collect again"
+            f" with sketch.dim={dim}, or with a sketch that folds, such as block_cyclic."
         )
-    if not 1 <= dim < layout.dim or layout.dim % dim:
-        divisors = [k for k in range(1, layout.dim) if layout.dim % k == 0][-6:]
+    if not 1 <= dim < layout.dim or layout.dim % dim or dim % folds:
+        allowed = [k for k in range(folds, layout.dim, folds) if layout.dim % k == 0][-6:]
         raise DminError(
-            f"A sketch of {layout.dim} numbers cannot be folded to {dim}: choose a smaller divisor,"
-            f" such as {', '.join(map(str, divisors))}."
-        )
-    if sketch.get("block", 1) > dim:
-        raise DminError(
-            f"A sketch of blocks of {sketch['block']} cannot be folded to {dim}: entries of a block"
-            f" would collide. Choose at least {sketch['block']}."
+            f"A sketch of {layout.dim} numbers cannot be folded to {dim}: choose a smaller divisor"
+            + (f" that is a multiple of {folds}" if folds > 1 else "")
+            + (f", such as {', '.join(map(str, allowed))}." if allowed else "; there is none.")
         )
     features = {**store.manifest.features, "sketch": {**sketch, "dim": dim}}
 

@@ -90,7 +90,8 @@ def test_the_yaml_is_complete_and_describes_the_map(name):
     arguments = set(inspect.signature(type(sketch)).parameters)
     assert set(config) == arguments | {"_target_"}
     described = sketch.describe()
-    assert described == {"family": sketch.family} | {key: config[key] for key in arguments}
+    folds = {} if sketch.folds is None else {"folds": sketch.folds}
+    assert described == {"family": sketch.family} | {key: config[key] for key in arguments} | folds
 
 
 @every_sketch
