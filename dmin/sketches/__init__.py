@@ -2,7 +2,25 @@
 
 from dmin.sketches.base import Parameter, Parameters, Sketch, Sketched
 from dmin.sketches.block_cyclic import BlockCyclic
+from dmin.sketches.factored import Factored
+from dmin.sketches.gaussian import Gaussian
+from dmin.sketches.mask_sjlt import MaskSJLT
+from dmin.sketches.none import FullGradient
 from dmin.sketches.oporp import OPORP
+from dmin.sketches.sjlt import SJLT
 from dmin.sketches.tensor_sketch import TensorSketch
 
-__all__ = ["OPORP", "BlockCyclic", "Parameter", "Parameters", "Sketch", "Sketched", "TensorSketch"]
+__all__ = [
+    "OPORP",
+    "SJLT",
+    "BlockCyclic",
+    "Factored",
+    "FullGradient",
+    "Gaussian",
+    "MaskSJLT",
+    "Parameter",
+    "Parameters",
+    "Sketch",
+    "Sketched",
+    "TensorSketch",
+]

@@ -107,12 +107,7 @@ class Sketch(ABC):
         Raises:
             DminError: k exceeds the number of scalars, so nothing would be compressed.
         """
-        if self.dim > parameters.count:
-            raise DminError(
-                f"sketch.dim={self.dim} is larger than the {parameters.count:,} attributed "
-                f"parameters: such a sketch only adds noise. Choose sketch.dim at most "
-                f"{parameters.count}, in practice a tenth of it or less."
-            )
+        self._check_dim(parameters)
         bound = copy.copy(self)
         bound.parameters = parameters
         return bound
@@ -154,6 +149,14 @@ class Sketch(ABC):
         for name, gradient in gradients.items():
             self.add(state, name, Dense(gradient))
         return self.finish(state).values
+
+    def _check_dim(self, parameters: Parameters) -> None:
+        if self.dim > parameters.count:
+            raise DminError(
+                f"sketch.dim={self.dim} is larger than the {parameters.count:,} attributed "
+                f"parameters: such a sketch only adds noise. Choose sketch.dim at most "
+                f"{parameters.count}, in practice a tenth of it or less."
+            )
 
     @property
     def _bound(self) -> Parameters:

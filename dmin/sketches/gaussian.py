@@ -1,0 +1,71 @@
+"""A dense Gaussian matrix: what the others are measured against, where it fits into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dmin.errors import DminError
+from dmin.sketches.base import FormedSketch, Parameters
+from dmin.sketches.hashing import key
+
+
+class Gaussian(FormedSketch):
+    """Independent normal entries of variance 1/k, the classical random projection.
+
+    ``(S g)[c] = k^-½ Σ_j z_cj g_j``, z ~ N(0, 1);
+    ``Var⟨S g, S h⟩ = (‖g‖²‖h‖² + ⟨g, h⟩²) / k`` exactly, for every pair of vectors
+    (Johnson & Lindenstrauss 1984; TRAK's projection, Park et al., arXiv 2303.14186).
+
+    The matrix is kept, ``4 k P`` bytes, and every gradient is multiplied with it, ``2 k P``
+    operations: the oracle at small sizes, and hopeless at others.
+
+    Args:
+        dim: k.
+        seed: key of the entries, drawn on the CPU for each parameter by its name.
+        max_bytes: refuse a matrix larger than this.
+    """
+
+    family = "gaussian"
+
+    def __init__(self, dim: int = 4096, seed: int = 0, max_bytes: int = 4 << 30) -> None:
+        super().__init__(dim, seed)
+        self.max_bytes = max_bytes
+
+    def bind(self, parameters: Parameters) -> Self:
+        """Return this sketch for the parameters of one model; the matrix is drawn on first use.
+
+        Raises:
+            DminError: it would take more than ``max_bytes``.
+        """
+        size = 4 * self.dim * parameters.count
+        if size > self.max_bytes:
+            raise DminError(
+                f"sketch=gaussian would keep a matrix of {self.dim} × {parameters.count:,} "
+                f"numbers, {size:,} bytes, more than sketch.max_bytes={self.max_bytes:,}. "
+                f"Choose sketch=block_cyclic, of the same error bound and without a matrix, a "
+                f"smaller sketch.dim, or fewer parameters (collect.params)."
+            )
+        bound = super().bind(parameters)
+        bound._matrices = {}
+        return bound
+
+    def projection(self, name: str, like: Tensor) -> Callable[[Tensor, Tensor], None]:
+        """Return the product with a parameter's part of the matrix."""
+        if name not in self._matrices:
+            generator = torch.Generator().manual_seed(key(self.seed, name, "gaussian"))
+            size = prod(self._bound.by_name[name].shape)
+            drawn = torch.randn(size, self.dim, generator=generator).mul_(self.dim**-0.5)
+            self._matrices[name] = drawn.to(like.device)
+        matrix = self._matrices[name].to(like.dtype)
+
+        def project(gradient: Tensor, rows: Tensor) -> None:
+            rows.addmm_(gradient, matrix)
+
+        return project
+
+    _matrices: dict[str, Tensor]  # float32 [P, k] of each parameter

@@ -1,0 +1,109 @@
+"""Mask, then fold: only a random few of the gradient's scalars are looked at."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmin.errors import DminError
+from dmin.layer_gradients import GradientFactors, Outer, Sum
+from dmin.sketches.base import Accumulator, Sketch, Sketched
+from dmin.sketches.hashing import hash_words, key, signs
+
+
+class MaskSJLT(Sketch):
+    """Keep each scalar with probability q = keep / P, scale by q^-½, sign and fold to k.
+
+    ``(S g)[c] = q^-½ Σ_{j kept} s_j g_j [ h_j = c ]`` (GraSS, Hu et al., arXiv 2505.18976:
+    mask, then a sparse projection). It is unbiased, over the mask as well, with
+
+    ``Var⟨S g, S h⟩ ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) / k + (1/q − 1) Σ_j g_j² h_j²``:
+
+    the mask costs little for gradients spread evenly over P scalars, where the last term is
+    about ``‖g‖²‖h‖² / keep``, and everything where a few scalars carry them. The kept entries of a
+    Linear layer's gradient are computed from its factors alone. Kept places are drawn by their
+    gaps, so work and memory go with ``keep``, not with P. Norms are those of the sketch.
+
+    Args:
+        dim: k.
+        seed: key of places, hashes and signs.
+        keep: scalars kept of the whole model, in the mean; all of them where there are not more.
+    """
+
+    family = "mask_sjlt"
+    norm_kind = "sketch"
+    folds = 1
+
+    def __init__(self, dim: int = 4096, seed: int = 0, keep: int = 1 << 16) -> None:
+        super().__init__(dim, seed)
+        if keep < dim:
+            raise DminError(
+                f"sketch.keep={keep} with sketch.dim={dim}: fewer scalars kept than numbers to fold "
+                f"them to. Set sketch.keep to at least {dim}; eight times as many are usual."
+            )
+        self.keep = keep
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings that define the map."""
+        return {**super().describe(), "keep": self.keep}
+
+    def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
+        """Add the kept scalars of one parameter."""
+        parameter = self._bound.by_name[name]
+        values = state.values[:, parameter.group]
+        size, q = prod(parameter.shape), min(1.0, self.keep / self._bound.count)
+        places = kept_places(key(self.seed, name, "kept"), size, q).to(values.device)
+        bucket = hash_words(key(self.seed, name, "offset"), len(places), values.device) % self.dim
+        sign = signs(key(self.seed, name, "sign"), len(places), values.device) * q**-0.5
+        positions = max((p.input.shape[1] for p in _parts(factors) if isinstance(p, Outer)), default=1)
+        bytes_each = values.element_size() * max(len(places) * positions, size)
+        step = max(1, state.budget // max(1, bytes_each))
+        for start in range(0, factors.batch, step):
+            examples = slice(start, start + step)
+            kept = entries(factors[examples], places, parameter.shape)
+            values[examples].index_add_(1, bucket, kept.to(values.dtype) * sign.to(values.dtype))
+
+    def finish(self, state: Accumulator) -> Sketched:
+        """Return the finished rows; norms are theirs."""
+        return Sketched(state.values, state.values.square().sum(-1))
+
+
+def kept_places(key: int, size: int, q: float) -> Tensor:
+    """Return sorted places in [0, size), each there with probability q, by geometric gaps.
+
+    Drawn on the CPU, the same everywhere; work goes with the number of places.
+    """
+    if q >= 1:
+        return torch.arange(size)
+    count = int(q * size + 6 * (q * size) ** 0.5) + 16
+    while True:
+        uniform = (hash_words(key, count).double() + 0.5) / 2**32
+        gaps = torch.log(uniform).div_(torch.log1p(torch.tensor(-q, dtype=torch.float64)))
+        places = gaps.floor_().long().add_(1).cumsum(0).sub_(1)
+        if places[-1] >= size:
+            return places[places < size]
+        count *= 2  # of the same sequence, so that what was drawn stays
+
+
+def entries(factors: GradientFactors, places: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return some entries of each example's flattened gradient, ``[batch, len(places)]``.
+
+    From the factors of a Linear layer, ``Σ_p d_p[o] a_p[i]``, where that is less work.
+    """
+    parts = _parts(factors)
+    if len(parts) > 1:
+        return torch.stack([entries(part, places, shape) for part in parts]).sum(0)
+    (part,) = parts
+    if not isinstance(part, Outer) or 2 * len(places) > prod(shape):
+        return part.dense().reshape(part.batch, -1)[:, places]
+    d, a = part.output_gradient, part.input
+    wide = torch.float64 if d.dtype == torch.float64 else torch.float32
+    rows, columns = places // shape[1], places % shape[1]
+    return torch.einsum("bpj,bpj->bj", d[..., rows].to(wide), a[..., columns].to(wide))
+
+
+def _parts(factors: GradientFactors) -> list[GradientFactors]:
+    return list(factors.parts) if isinstance(factors, Sum) else [factors]
