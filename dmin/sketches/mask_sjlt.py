@@ -41,8 +41,8 @@ class MaskSJLT(Sketch):
         super().__init__(dim, seed)
         if keep < dim:
             raise DminError(
-                f"sketch.keep={keep} with sketch.dim={dim}: fewer scalars kept than numbers to fold "
-                f"them to. Set sketch.keep to at least {dim}; eight times as many are usual."
+                f"sketch.keep={keep} with sketch.dim={dim}: fewer scalars kept than numbers to "
+                f"fold them to. Set sketch.keep to at least {dim}; eight times as many are usual."
             )
         self.keep = keep
 
@@ -58,7 +58,8 @@ class MaskSJLT(Sketch):
         places = kept_places(key(self.seed, name, "kept"), size, q).to(values.device)
         bucket = hash_words(key(self.seed, name, "offset"), len(places), values.device) % self.dim
         sign = signs(key(self.seed, name, "sign"), len(places), values.device) * q**-0.5
-        positions = max((p.input.shape[1] for p in _parts(factors) if isinstance(p, Outer)), default=1)
+        outer = [part for part in _parts(factors) if isinstance(part, Outer)]
+        positions = max((part.input.shape[1] for part in outer), default=1)
         bytes_each = values.element_size() * max(len(places) * positions, size)
         step = max(1, state.budget // max(1, bytes_each))
         for start in range(0, factors.batch, step):
