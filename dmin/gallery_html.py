@@ -96,11 +96,15 @@ def _data(
         if ranking.contributions is not None:
             parts = ranking.contributions[query][:shown]
             entry["parts"] = [[float(f"{part:.4g}") for part in row] for row in parts]
+        if ranking.group_contributions is not None:
+            parts = ranking.group_contributions[query][:shown]
+            entry["groupParts"] = [[float(f"{part:.4g}") for part in row] for row in parts]
         queries.append(entry)
     return {
         "title": title,
         "method": ranking.method,
         "timesteps": [f"{t:g}" for t in ranking.timesteps],
+        "groups": list(ranking.groups),
         "notes": {str(key): str(value) for key, value in notes.items()},
         "queries": queries,
         "examples": list(examples.values()),

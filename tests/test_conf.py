@@ -104,7 +104,7 @@ def check_queries(queries):
 
 def check_sketch(sketch):
     bound = sketch.bind(Parameters((Parameter("w", (64, 128)),)))
-    assert bound.of({"w": torch.randn(3, 64, 128)}).shape == (3, 1, sketch.dim)
+    assert bound.of({"w": torch.randn(3, 64, 128)}).shape == (3, 1, bound.dim)
 
 
 def check_timesteps(schedule):

@@ -26,7 +26,7 @@ CORE_COLUMNS = ("query", "rank", "id", "row", "score")
 class Ranking:
     """The top-k training examples of each query, best first.
 
-    Q queries, K training examples a query, T timesteps.
+    Q queries, K training examples a query, T timesteps, G groups of parameters.
 
     Args:
         method: name of the attribution method.
@@ -38,6 +38,8 @@ class Ranking:
         train_metadata: [Q][K] small JSON dicts, typically label, caption, file.
         scores: float32 [Q, K], descending along K, in the units of the method.
         contributions: float32 [Q, K, T], what each timestep adds to the score, or None.
+        groups: names of the G groups, none if they were not told apart.
+        group_contributions: float32 [Q, K, G], what each group adds to the score, or None.
         order: "proponents", or "opponents" for scores that ascend along K.
         min_score: what lies below it (opponents: above its opposite) is not part of the answer,
             and only there because queries have different numbers of answers.
@@ -56,6 +58,8 @@ class Ranking:
     train_metadata: list[list[dict[str, Any]]]
     scores: np.ndarray
     contributions: np.ndarray | None = None
+    groups: tuple[str, ...] = ()
+    group_contributions: np.ndarray | None = None
     order: str = "proponents"
     min_score: float | None = None
     notes: dict[str, str] = field(default_factory=dict)
@@ -66,8 +70,10 @@ class Ranking:
         object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
         object.__setattr__(self, "train_rows", np.asarray(self.train_rows, np.int64))
         object.__setattr__(self, "scores", np.asarray(self.scores, np.float32))
-        if self.contributions is not None:
-            object.__setattr__(self, "contributions", np.asarray(self.contributions, np.float32))
+        object.__setattr__(self, "groups", tuple(self.groups))
+        for name in ("contributions", "group_contributions"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, np.asarray(getattr(self, name), np.float32))
         self._check_shapes()
         self._check_values()
 
@@ -84,10 +90,16 @@ class Ranking:
                 _refuse(name, sorted(lengths), f"{k} entries a query, as in scores")
         if self.train_rows.shape != (queries, k):
             _refuse("train_rows", list(self.train_rows.shape), f"[{queries}, {k}], as in scores")
-        expected = (queries, k, len(self.timesteps))
-        if self.contributions is not None and self.contributions.shape != expected:
+        for name, axis, what in (
+            ("contributions", self.timesteps, "timestep"),
+            ("group_contributions", self.groups, "group"),
+        ):
+            parts, expected = getattr(self, name), (queries, k, len(axis))
+            if parts is not None and parts.shape != expected:
+                _refuse(name, list(parts.shape), f"{list(expected)}, one a {what}")
+        if (self.group_contributions is None) != (not self.groups):
             _refuse(
-                "contributions", list(self.contributions.shape), f"{list(expected)}, one a timestep"
+                "groups", list(self.groups), "names exactly where there are group_contributions"
             )
 
     def _check_values(self) -> None:
@@ -106,13 +118,14 @@ class Ranking:
             query = int(np.argwhere(steps > 0)[0, 0])
             wrong, right = ("rise", "de") if self._sign > 0 else ("fall", "a")
             _refuse("scores", f"a {wrong} in query {query}", f"{right}scending scores: best first")
-        if self.contributions is None:
-            return
-        # Wide enough for half-precision arithmetic, far narrower than a forgotten weight.
-        scale = float(np.abs(self.contributions).sum(axis=2).max())
-        gap = float(np.abs(self.contributions.sum(axis=2) - self.scores).max())
-        if not gap <= 1e-2 * scale + 1e-12:
-            _refuse("contributions", f"a gap of {gap:.3g} to the scores", "terms that sum to them")
+        for name in ("contributions", "group_contributions"):
+            if (parts := getattr(self, name)) is None:
+                continue
+            # Wide enough for half-precision arithmetic, far narrower than a forgotten weight.
+            scale = float(np.abs(parts).sum(axis=2).max())
+            gap = float(np.abs(parts.sum(axis=2) - self.scores).max())
+            if not gap <= 1e-2 * scale + 1e-12:
+                _refuse(name, f"a gap of {gap:.3g} to the scores", "terms that sum to them")
 
     @property
     def _sign(self) -> int:
@@ -143,13 +156,15 @@ class Ranking:
 
         Returns:
             Dicts with the same keys in the same order: query, rank (from 1), id, row, score, the
-            metadata of the training example, the metadata of the query under `query_<key>`, and
-            the timesteps. A metadata key that would hide one of these becomes `metadata_<key>`.
+            metadata of the training example, the metadata of the query under `query_<key>`, the
+            timesteps, and the groups under `group_<name>`. A metadata key that would hide one of
+            these becomes `metadata_<key>`.
         """
         times = self.timestep_names if self.contributions is not None else []
         query_keys = _keys(self.query_metadata)
         train_keys = _keys([example for row in self.train_metadata for example in row])
-        taken = {*CORE_COLUMNS, *times, *(f"query_{key}" for key in query_keys)}
+        groups = [f"group_{name}" for name in self.groups]
+        taken = {*CORE_COLUMNS, *times, *groups, *(f"query_{key}" for key in query_keys)}
         columns = {key: f"metadata_{key}" if key in taken else key for key in train_keys}
         records = []
         for query, rank in np.ndindex(*self.scores.shape):
@@ -168,6 +183,9 @@ class Ranking:
             if self.contributions is not None:
                 parts = self.contributions[query, rank]
                 record |= {name: _number(part) for name, part in zip(times, parts, strict=True)}
+            if self.group_contributions is not None:
+                parts = self.group_contributions[query, rank]
+                record |= {name: _number(part) for name, part in zip(groups, parts, strict=True)}
             records.append(record)
         return records
 
@@ -205,6 +223,9 @@ class Ranking:
             }
             if self.contributions is not None:
                 found["contributions"] = [_number(c) for c in self.contributions[query, rank]]
+            if self.group_contributions is not None:
+                parts = self.group_contributions[query, rank]
+                found["group_contributions"] = [_number(part) for part in parts]
             return found
 
         queries, k = self.scores.shape
@@ -215,6 +236,7 @@ class Ranking:
             "min_score": self.min_score,
             "notes": self.notes,
             "timesteps": list(self.timesteps),
+            "groups": list(self.groups),
             "queries": [
                 {
                     "id": self.query_ids[query],
@@ -249,7 +271,6 @@ class Ranking:
                 )
             queries = content["queries"]
             found = [query["examples"] for query in queries]
-            parted = "contributions" in found[0][0]
             return cls(
                 method=content["method"],
                 order=content.get("order", "proponents"),
@@ -262,11 +283,9 @@ class Ranking:
                 train_ids=[[e["id"] for e in row] for row in found],
                 train_metadata=[[e["metadata"] for e in row] for row in found],
                 scores=np.array([[e["score"] for e in row] for row in found], np.float32),
-                contributions=np.array(
-                    [[e["contributions"] for e in row] for row in found], np.float32
-                )
-                if parted
-                else None,
+                contributions=_parts(found, "contributions"),
+                groups=tuple(content.get("groups", ())),
+                group_contributions=_parts(found, "group_contributions"),
             )
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise DminError(f"{path} is not a ranking ({error!r}): {remedy}.") from error
@@ -321,6 +340,13 @@ def format_score(score: float) -> str:
     if not math.isfinite(size) or size == 0 or 5e-3 <= size < 1e4:
         return f"{score:.3f}"
     return f"{score:.1e}"
+
+
+def _parts(found: list[list[dict[str, Any]]], name: str) -> np.ndarray | None:
+    """Return what the examples of a saved ranking say under a name, [Q, K, …], or None."""
+    if name not in found[0][0]:
+        return None
+    return np.array([[example[name] for example in row] for row in found], np.float32)
 
 
 def _number(value: Any) -> float:

@@ -146,7 +146,7 @@ class _Search:
     def batch(
         self, queries: Side, numbers: np.ndarray, asked: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return scores and rows of the best ``[Q, k]``, and contributions ``[Q, k, T]``."""
+        """Return scores and rows of the best ``[Q, k]``, and contributions ``[Q, k, T, G]``."""
         if self.directions is not None:
             return self._certified(asked, self.directions)
         best: TopK | Groups | None = None
@@ -189,7 +189,7 @@ class _Search:
     def _contributions(
         self, queries: Side, numbers: np.ndarray, asked: Any, rows: np.ndarray
     ) -> Tensor | None:
-        """Read the winners once more and split their scores by timestep."""
+        """Read the winners once more; split their scores by timestep, and by group if linear."""
         linear = self.method.linear(asked, self.train.store.layout)
         if linear is not None:
             return split(linear, self.train.store, rows)
@@ -200,7 +200,7 @@ class _Search:
             if found is None:
                 return None
             parts.append(found[0])
-        return torch.stack(parts)
+        return torch.stack(parts)[..., None]
 
     def ranking(
         self, queries: Side, scores: np.ndarray, rows: np.ndarray, parts: np.ndarray | None
@@ -218,6 +218,8 @@ class _Search:
                 )
             scores, rows = scores[:, :enough], rows[:, :enough]
             parts = None if parts is None else parts[:, :enough]
+        groups = train.layout.groups
+        by_group = parts is not None and parts.shape[3] == len(groups) > 1
         return Ranking(
             method=self.method.name,
             timesteps=train.layout.timesteps,
@@ -227,7 +229,9 @@ class _Search:
             train_ids=[[ids[row] for row in each] for each in rows.tolist()],
             train_metadata=[[metadata[row] for row in each] for each in rows.tolist()],
             scores=scores,
-            contributions=parts,
+            contributions=None if parts is None else parts.sum(3),
+            groups=groups if by_group else (),
+            group_contributions=parts.sum(2) if parts is not None and by_group else None,
             order=chosen.order,
             min_score=chosen.min_score,
             notes=self._notes(),
@@ -241,11 +245,11 @@ class _Search:
 
 
 def split(linear: Linear, store: Store, rows: np.ndarray) -> Tensor:
-    """Return what each timestep adds to the scores of chosen rows ``[Q, k]``, ``[Q, k, T]``."""
+    """Return what timesteps and groups add to the scores of rows ``[Q, k]``: ``[Q, k, T, G]``."""
     parts = []
     for query, winners in zip(linear.queries, rows, strict=True):
         chosen = gathered_rows(store, linear, winners)
-        parts.append(torch.einsum("dtgk,ndtgk->nt", query, chosen))
+        parts.append(torch.einsum("dtgk,ndtgk->ntg", query, chosen))
     return torch.stack(parts)
 
 

@@ -35,6 +35,7 @@ class Collect:
 
     path: str | None = None
     params: str = "all"
+    groups: str | dict | None = None
     readouts: list[str] = field(default_factory=lambda: ["loss"])
     block_size: int = 32
     microbatch: int | Literal["auto"] = 64

@@ -87,6 +87,7 @@ class Workspace:
             build(self.cfg.noise),
             readouts=list(collect.readouts),
             params=collect.params,
+            groups=self.resolved("collect")["collect"]["groups"],
             microbatch=collect.microbatch,
             memory=collect.memory,
             budget=collect.budget,
@@ -172,7 +173,7 @@ class Workspace:
         self.console.print(
             f"[bold]{role}[/]: {len(dataset):,} examples × {len(self.collector.timesteps)} "
             f"timesteps × {self.collector.attributed.count:,} parameters → "
-            f"{self.collector.sketch.dim} numbers" + (f" (found {path})" if known else "")
+            f"{self._numbers()}" + (f" (found {path})" if known else "")
         )
         return self.collector.collect(
             dataset,
@@ -186,6 +187,12 @@ class Workspace:
             keep_encodings=options.keep_encodings,
             trainer=self.trainer(),
         )
+
+    def _numbers(self) -> str:
+        """Say how many numbers are kept of a gradient."""
+        groups = len(self.collector.attributed.groups)
+        dim = f"{self.collector.sketch.dim} numbers"
+        return dim if groups == 1 else f"{groups} groups × {dim}"
 
     def queries(self, source: Any) -> Dataset:
         """Return a dataset of queries from any source; generate what is not there.

@@ -21,7 +21,7 @@ from dmin.errors import DminError
 from dmin.fingerprint import fingerprint
 from dmin.models.base import READOUTS, Condition, DiffusionModel, weights_digest
 from dmin.noise import Noise, SharedNoise
-from dmin.sketches import BlockCyclic, Sketch
+from dmin.sketches import BlockCyclic, Grouping, Sketch, grouped
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
 from dmin.timesteps import Schedule, Stratified
 
@@ -60,6 +60,9 @@ class GradientCollector(lightning.LightningModule):
         readouts: what is differentiated, names from ``dmin.models.READOUTS``; each costs one more
             backward pass.
         params: which parameters are attributed: ``all`` or a regular expression of their names.
+        groups: parameters that get k numbers of their own, so that scores can be split between
+            them: ``block``, ``layer``, or names with regular expressions; see
+            :func:`dmin.sketches.grouped`. Rows have unit length over all groups together.
         microbatch: pairs of example and timestep in one forward pass; more is faster until memory
             ends. Results agree to rounding whatever it is, and to the bit only for the same one.
             ``auto`` tries sizes on the first block and notes what it found beside the store: one
@@ -85,6 +88,7 @@ class GradientCollector(lightning.LightningModule):
         noise: Noise | None = None,
         readouts: Sequence[str] = ("loss",),
         params: str = "all",
+        groups: Grouping | None = None,
         microbatch: int | Literal["auto"] = 64,
         memory: int | None = None,
         budget: int | None = None,
@@ -99,7 +103,7 @@ class GradientCollector(lightning.LightningModule):
         if microbatch != "auto" and (isinstance(microbatch, str) or microbatch < 1):
             raise DminError(f"microbatch={microbatch}: give auto, or a number of pairs from 1 up.")
         self.model = model
-        self.attributed = choose_parameters(model.network, params)
+        self.attributed = grouped(choose_parameters(model.network, params), groups)
         self.sketch = (sketch or BlockCyclic()).bind(self.attributed)
         schedule = (timesteps or Stratified()).bind(getattr(model, "log_snr", None))
         self.timesteps = schedule(model.ladder)
@@ -147,7 +151,8 @@ class GradientCollector(lightning.LightningModule):
             dataset: examples with stable ids.
             path: the store's folder; made, or resumed if its manifest is the same.
             block_size: examples a block.
-            dtype: of the stored rows, ``float16`` or ``float32``.
+            dtype: of the stored rows: ``float32``, ``float16``, ``bfloat16`` or ``int8`` (with a
+                scale for each row and timestep).
             segment_bytes: rows are sealed into a file when they take this many bytes …
             seal_seconds: … or when this much time has passed: the most that a kill can cost.
             workers: processes that load examples.

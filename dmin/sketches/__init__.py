@@ -4,6 +4,7 @@ from dmin.sketches.base import Parameter, Parameters, Sketch, Sketched
 from dmin.sketches.block_cyclic import BlockCyclic
 from dmin.sketches.factored import Factored
 from dmin.sketches.gaussian import Gaussian
+from dmin.sketches.groups import Grouping, grouped
 from dmin.sketches.mask_sjlt import MaskSJLT
 from dmin.sketches.none import FullGradient
 from dmin.sketches.oporp import OPORP
@@ -17,10 +18,12 @@ __all__ = [
     "Factored",
     "FullGradient",
     "Gaussian",
+    "Grouping",
     "MaskSJLT",
     "Parameter",
     "Parameters",
     "Sketch",
     "Sketched",
     "TensorSketch",
+    "grouped",
 ]
