@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dmin.cli.stores import run as run_store
 
         return run_store(overrides)
+    elif command == "repeat":
+        from dmin.cli.repeat import run as run_again
+
+        return run_again(overrides)
     else:
         # Imported here, so that the help above does not wait for Hydra.
         from dmin.cli.commands import COMMANDS

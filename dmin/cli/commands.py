@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.tree import Tree
@@ -19,23 +20,31 @@ from dmin.cli.workspace import Workspace, build
 from dmin.errors import DminError
 from dmin.fingerprint import differences, fingerprint
 
+if TYPE_CHECKING:
+    from dmin.evaluation.benchmark import Result
+
 Body = Callable[[Workspace, dict[str, Any]], None]
 BODIES: dict[str, Body] = {}
 COMMANDS: dict[str, Callable[[DictConfig], None]] = {}
 FEATURES = ("model", "sketch", "timesteps", "noise", "collect", "data", "trainer")
 
 
-def command(*subtrees: str) -> Callable[[Body], Body]:
+def command(
+    *subtrees: str, prepare: Callable[[DictConfig], None] | None = None
+) -> Callable[[Body], Body]:
     """Make a command of a body: workspace, printed settings, run record.
 
     Args:
         subtrees: the parts of the configuration that the body reads.
+        prepare: brings the configuration into the form that is printed, recorded and run.
     """
 
     def decorate(body: Body) -> Body:
         @needs(*subtrees)
         @wraps(body)
         def step(cfg: DictConfig) -> None:
+            if prepare is not None:
+                prepare(cfg)
             work = Workspace(cfg)
             if not work.is_main:  # one of the processes that Lightning started for the main one
                 body(work, {})
@@ -44,6 +53,9 @@ def command(*subtrees: str) -> Callable[[Body], Body]:
                 work.console.print(_config_tree(body.__name__, cfg, subtrees))
             with recorded(cfg, work.run_folder, body.__name__) as results:
                 body(work, results)
+            work.console.print(
+                f"[dim]again: dmin repeat {_shown(work.run_folder)}[/]", soft_wrap=True
+            )
 
         BODIES[body.__name__], COMMANDS[body.__name__] = body, step
         return body
@@ -56,18 +68,19 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
     """Train a model and save it at ``model.path``, unless it is there."""
     path = Path(work.cfg.model.path)
     settings = {"train": work.resolved("train")["train"], "data": work.resolved("data")["data"]}
-    if _trained(path, settings):
-        work.console.print(f"[bold]model[/]: found {path}")
-        return
-    model = build(work.need("train"))(dataset=work.data, trainer=work.trainer())
-    if not work.is_main:
-        return
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    (partial / "training.json").write_text(json.dumps(settings, indent=2) + "\n")
-    partial.rename(path)
-    results["model"] = str(path)
+    results["model"], results["figures"] = str(path), {"model": str(path)}
+    with work.turn(path, done=path.exists()):
+        if _trained(path, settings):
+            work.console.print(f"[bold]model[/]: found {path}")
+            return
+        model = build(work.need("train"))(dataset=work.data, trainer=work.trainer())
+        if not work.is_main:
+            return
+        partial = path.with_name(f"{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        (partial / "training.json").write_text(json.dumps(settings, indent=2) + "\n")
+        partial.rename(path)
     work.console.print(f"[bold]model[/]: saved {path}")
 
 
@@ -82,6 +95,7 @@ def doctor(work: Workspace, results: dict[str, Any]) -> None:
     file = work.run_folder / "diagnosis.json"
     found.save(file)
     results["checks"] = {check.name: check.verdict for check in found.checks}
+    results["figures"] = {"checks": str(len(found.checks)), "failed": str(len(found.failed))}
     for table in found.tables():
         work.console.print(table)
     if not found.passed:
@@ -102,7 +116,16 @@ def collect(work: Workspace, results: dict[str, Any]) -> None:
     size = sum(file.stat().st_size for file in store.path.glob("*.h5"))
     raw = 4 * work.collector.attributed.count * store.layout.draws * len(store.layout.timesteps)
     results.update(
-        store=str(store.path), rows=len(store), bytes=size, digest=store.digest(), raw_bytes=raw
+        figures={
+            "rows": f"{len(store):,}",
+            "MiB": f"{size / 2**20:,.1f}",
+            "store": store.path.name,
+        },
+        store=str(store.path),
+        rows=len(store),
+        bytes=size,
+        digest=store.digest(),
+        raw_bytes=raw,
     )
     work.console.print(
         f"[bold]store[/]: {store.path}\n"
@@ -126,6 +149,7 @@ def sample(work: Workspace, results: dict[str, Any]) -> None:
             "`dmin sample` generates images: say queries=generated queries.prompts=[…]."
         )
     results["queries"] = len(work.queries(source))
+    results["figures"] = {"images": f"{results['queries']:,}"}
 
 
 @command(*FEATURES, "queries", "method", "retrieve")
@@ -159,6 +183,8 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     }
     save_png(ranking, *images, folder / "gallery.png")
     save_html(ranking, *images, folder / "gallery.html", notes=notes)
+    first = " ".join(found[0] for found in ranking.train_ids[:3])
+    results["figures"] = {"queries": f"{len(queries.store):,}", "first found": f"{first} …"}
     results["files"] = [str(folder / name) for name in ("gallery.png", "gallery.html")]
     work.console.print(ranking.table())
     for what, note in ranking.notes.items():
@@ -170,7 +196,17 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     )
 
 
-@command(*FEATURES, "benchmark")
+def only_the_chosen_method(cfg: DictConfig) -> None:
+    """Let ``dmin evaluate method=trak`` measure that method, beside random, and no other."""
+    hydra = HydraConfig.get()
+    if cfg.benchmark is None or not any(o.startswith("method=") for o in hydra.overrides.task):
+        return
+    methods = cfg.benchmark.methods
+    kept = {name: methods[name] for name in ("random",) if name in methods}
+    cfg.benchmark.methods = {**kept, hydra.runtime.choices["method"]: cfg.method}
+
+
+@command(*FEATURES, "method", "benchmark", prepare=only_the_chosen_method)
 def evaluate(work: Workspace, results: dict[str, Any]) -> None:
     """Measure every method of a benchmark against ground truth."""
     from dmin.evaluation import report
@@ -188,6 +224,7 @@ def evaluate(work: Workspace, results: dict[str, Any]) -> None:
     report.save_csv(found, folder / "results.csv")
     (folder / "results.md").write_text(report.markdown(found))
     report.save_plot(found, folder / "results.png")
+    results["figures"] = _figures(found)
     results["table"] = [[r.task, r.method, r.metric, *r.estimate] for r in found]
     for table in report.tables(found):
         work.console.print(table)
@@ -204,6 +241,22 @@ def demo(work: Workspace, results: dict[str, Any]) -> None:
     for number, name in enumerate(steps, 1):
         work.console.rule(f"[bold]{number}/{len(steps)}  dmin {name}[/]", align="left")
         BODIES[name](work, results.setdefault(name, {}))
+
+
+def _figures(found: Sequence[Result]) -> dict[str, str]:
+    """Return the first metric of each task for the last method: the one chosen, if one was."""
+    last = [each for each in found if each.method == found[-1].method]
+    firsts: dict[str, Result] = {}
+    for each in last:
+        firsts.setdefault(each.task, each)
+    figures = {f"{t} {each.metric}": f"{each.estimate.mean:.3f}" for t, each in firsts.items()}
+    return {"measured": found[-1].method, **figures}
+
+
+def _shown(folder: Path) -> Path:
+    """Return a folder as one would type it."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def _trained(path: Path, settings: dict[str, Any]) -> bool:

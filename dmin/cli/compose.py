@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -21,8 +22,11 @@ from hydra.errors import (
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from rich.console import Console
 
+from dmin.cli import sweep
 from dmin.cli.help import config_directory, did_you_mean, groups
+from dmin.cli.record import note_failure
 from dmin.cli.validate import validate
 from dmin.errors import DminError
 
@@ -74,19 +78,24 @@ def run(step: Step, name: str, argv: list[str]) -> None:
             if cwd not in sys.path:
                 sys.path.append(cwd)  # so that `_target_: my_model.MyModel` is found where one is
             try:
-                validate(cfg, getattr(step, "needs", None))
-                step(cfg)
+                with sweep.own_output():
+                    _attempt(step, name, cfg, full=theirs[1] == "1")
             except (DminError, InstantiationException) as error:
-                # In a sweep Hydra says which job it was. Else its note on that would only get in
-                # the way of the message, and a SystemExit passes it by.
+                # Hydra's note on the error would only get in the way of the message, and a
+                # SystemExit passes it by.
                 message = None if theirs[1] == "1" else explain(error)
-                if message is not None and HydraConfig.get().mode == RunMode.RUN:
+                if message is not None:
                     raise SystemExit(message) from error
                 raise
 
     try:
-        with _process([sys.argv[0], *_sorted(argv, f"hydra.job.name={name}")], "1"):
-            _hydra_main(job)
+        with _process([sys.argv[0], *_sorted(argv, f"hydra.job.name={name}", sweep.CALLBACK)], "1"):
+            try:
+                _hydra_main(job)
+            finally:
+                failures = sweep.conclude(Console())
+        if failures is not None:
+            raise SystemExit(failures)
     except KeyboardInterrupt:
         _interrupted()
     except SystemExit as end:
@@ -105,6 +114,21 @@ def run(step: Step, name: str, argv: list[str]) -> None:
         if message is None:
             raise
         raise SystemExit(message) from error
+
+
+def _attempt(step: Step, name: str, cfg: DictConfig, full: bool) -> None:
+    """Validate and run a step. A failed job of a sweep leaves a record, and the others run on."""
+    try:
+        validate(cfg, getattr(step, "needs", None))
+        step(cfg)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.RUN:
+            raise
+        message = None if full else explain(error)
+        if message is None:
+            traceback.print_exc()
+        note_failure(cfg, name, message or f"{type(error).__name__}: {_one_line(error)}")
+        print(f"job {HydraConfig.get().job.num} failed: {message or error}", file=sys.stderr)
 
 
 def complete(arguments: list[str]) -> None:
@@ -134,7 +158,28 @@ def explain(error: BaseException) -> str | None:
         return None if cause is None else explain(cause)
     if isinstance(error, CompactHydraException):
         return _one_line(error)
-    return None
+    return _explain_launcher(error)
+
+
+def _explain_launcher(error: BaseException) -> str | None:
+    """Say what a launcher lacks, or that one of its jobs was lost."""
+    kind = type(error).__name__
+    if kind in ("UncompletedJobError", "FailedJobError", "TerminatedWorkerError"):
+        return (
+            f"A job of the sweep was lost ({kind}: {_one_line(error)}). What the others made is "
+            f"kept, and the same command finds it done."
+        )
+    missing = re.search(
+        r"Unknown plugin class : '(hydra_plugins\.hydra_(\w+?)_launcher\..*?)'", str(error)
+    )
+    if missing is None:
+        return None
+    extra = {"submitit": "slurm"}.get(missing[2], missing[2])
+    return (
+        f"This hydra/launcher needs hydra-{missing[2]}-launcher, which is not installed: pip "
+        f"install 'dmin[{extra}]'. Without it, -m runs the jobs one after the other "
+        f"(hydra/launcher=basic)."
+    )
 
 
 def _explain_syntax(error: OverrideParseException) -> str:
@@ -210,8 +255,8 @@ def _interrupted() -> NoReturn:
     raise SystemExit(130) from None
 
 
-def _sorted(argv: list[str], first: str) -> list[str]:
-    """Put options before overrides, and one override before the others, which then win.
+def _sorted(argv: list[str], *first: str) -> list[str]:
+    """Put options before overrides, and some overrides before the others, which then win.
 
     Options among the overrides (``seed=1 -m model=a,b``, or what Lightning adds for its other
     processes) are an error to argparse before Python 3.12.
@@ -220,7 +265,7 @@ def _sorted(argv: list[str], first: str) -> list[str]:
     options = list(argv)
     for override in overrides:
         options.remove(override)
-    return [*options, "--", first, *overrides]
+    return [*options, "--", *first, *overrides]
 
 
 def _hydra_main(job: Step) -> None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "retrieve": "Find the training examples behind each query image, and show them.",
     "evaluate": "Measure how far the answers can be trusted, against ground truth.",
     "store": "Inspect, verify, merge, fold, convert, compact and export stores.",
+    "repeat": "Run the settings of an earlier run again, and say what differs.",
     "demo": "Do all of it on a small model, in minutes on a laptop.",
 }
 
@@ -87,10 +88,11 @@ For shell completion: eval "$(dmin --shell-completion install=bash)"
 
 def page(command: str) -> str:
     """Return what ``dmin <command> --help`` prints."""
-    if command == "store":
-        from dmin.cli import stores
+    if command in ("store", "repeat"):
+        from dmin.cli import repeat, stores
 
-        return f"{COMMANDS[command]}\n{stores.page()}"
+        own = stores.page() if command == "store" else repeat.page()
+        return f"{COMMANDS[command]}\n{own}"
     listed = groups()
     shown = "\n".join(_entry(group, choices) for group, choices in listed.items()) or "  none"
     digits = f"dmin {command} experiment=digits"

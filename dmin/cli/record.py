@@ -16,8 +16,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from dmin.cli.repeat import RECORD
+from dmin.cli.sweep import FINISHED, job_settings
 from dmin.errors import DminError
 
 PACKAGES = (
@@ -42,16 +45,7 @@ def recorded(cfg: DictConfig, folder: Path, command: str) -> Iterator[dict[str, 
         DminError: the folder cannot be written.
     """
     results: dict[str, Any] = {}
-    record = {
-        "command": command,
-        "argv": sys.argv[1:],
-        "outcome": "running",
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": cfg.seed,
-        "git": git_state(),
-        "versions": _versions(),
-        "machine": _machine(),
-    }
+    record = {**circumstances(command), "outcome": "running", "seed": cfg.seed}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
@@ -64,7 +58,7 @@ def recorded(cfg: DictConfig, folder: Path, command: str) -> Iterator[dict[str, 
     start = time.monotonic()
     try:
         yield results
-        record["outcome"] = "finished"
+        record["outcome"] = FINISHED
     except BaseException as error:
         record["outcome"] = f"{type(error).__name__}: {error}"
         raise
@@ -73,6 +67,33 @@ def recorded(cfg: DictConfig, folder: Path, command: str) -> Iterator[dict[str, 
         record["peak_memory_bytes"] = _peak_memory()
         record["results"] = results
         _write(folder, record)
+
+
+def circumstances(command: str, job: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what a run was asked, and with what code and machine, before it starts.
+
+    Args:
+        command: name of the command.
+        job: the overrides; those of Hydra's job at hand if None.
+    """
+    return {
+        "command": command,
+        "argv": sys.argv[1:],
+        "folder": str(Path.cwd()),
+        "job": job_settings() if job is None else job,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": git_state(),
+        "versions": _versions(),
+        "machine": _machine(),
+    }
+
+
+def note_failure(cfg: DictConfig, command: str, message: str) -> None:
+    """Leave a record of a job that failed, also of one that failed before it had any."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    file = folder / RECORD
+    record = json.loads(file.read_text()) if file.is_file() else circumstances(command)
+    _write(folder, {**record, "outcome": message, "seed": cfg.get("seed")})
 
 
 def git_state() -> dict[str, Any] | None:
@@ -125,4 +146,4 @@ def _peak_memory() -> dict[str, int]:
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
-    (folder / "record.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+    (folder / RECORD).write_text(json.dumps(record, indent=2, default=str) + "\n")

@@ -48,6 +48,7 @@ class Collect:
     workers: int = 0
     encodings: str | None = None
     keep_encodings: bool = False
+    wait_seconds: float = 86400.0
 
 
 @dataclass

@@ -6,7 +6,8 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from dmin.cli.turn import turn
 from dmin.errors import DminError
 from dmin.fingerprint import differences, fingerprint
 
@@ -167,7 +169,23 @@ class Workspace:
         manifest = self.collector.manifest(dataset, options.block_size, options.dtype)
         return self._collect(dataset, role, self._store_path(role, manifest))
 
+    @contextmanager
+    def turn(self, path: Path, done: bool = False) -> Iterator[None]:
+        """Hold the right to make what stands at a path, while no other job of these settings may.
+
+        Args:
+            path: of a store, a model or a folder of queries.
+            done: it is there already, so that there is nothing to wait for.
+        """
+        if done or not self.is_main:  # the main process has it for all of them
+            yield
+            return
+        with turn(path, self.cfg.collect.wait_seconds, self.console.print):
+            yield
+
     def _collect(self, dataset: Dataset, role: str, path: Path) -> Store:
+        from dmin.store import Store
+
         options = self.cfg.collect
         known = (path / "manifest.json").is_file()
         self.console.print(
@@ -175,18 +193,19 @@ class Workspace:
             f"timesteps × {self.collector.attributed.count:,} parameters → "
             f"{self._numbers()}" + (f" (found {path})" if known else "")
         )
-        return self.collector.collect(
-            dataset,
-            path,
-            block_size=options.block_size,
-            dtype=options.dtype,
-            segment_bytes=options.segment_bytes,
-            seal_seconds=options.seal_seconds,
-            workers=options.workers,
-            encodings=options.encodings,
-            keep_encodings=options.keep_encodings,
-            trainer=self.trainer(),
-        )
+        with self.turn(path, done=known and Store(path, verify=False).complete):
+            return self.collector.collect(
+                dataset,
+                path,
+                block_size=options.block_size,
+                dtype=options.dtype,
+                segment_bytes=options.segment_bytes,
+                seal_seconds=options.seal_seconds,
+                workers=options.workers,
+                encodings=options.encodings,
+                keep_encodings=options.keep_encodings,
+                trainer=self.trainer(),
+            )
 
     def _numbers(self) -> str:
         """Say how many numbers are kept of a gradient."""
@@ -223,12 +242,13 @@ class Workspace:
             "sampling": self.model.describe_sampling(),
         }
         folder = self.outputs / "queries" / f"{self.cfg.name}-{fingerprint(made_of)}"
-        if folder.is_dir():
-            self.console.print(f"[bold]queries[/]: found {folder}")
-        else:
-            with self.console.status("generating query images"):
-                source.generate(self.model, folder)
-            self.console.print(f"[bold]queries[/]: generated {folder}")
+        with self.turn(folder, done=folder.is_dir()):
+            if folder.is_dir():
+                self.console.print(f"[bold]queries[/]: found {folder}")
+            else:
+                with self.console.status("generating query images"):
+                    source.generate(self.model, folder)
+                self.console.print(f"[bold]queries[/]: generated {folder}")
         return ImageFolder(folder, mode=None)
 
     def query_side(

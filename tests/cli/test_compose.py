@@ -226,10 +226,19 @@ def test_refusal_of_the_step_is_its_message_alone(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == ""
 
 
-def test_refusal_in_a_sweep_says_which_job_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusal_in_a_sweep_stops_no_other_job(capsys: pytest.CaptureFixture[str]) -> None:
     step = Recorder(raiser(DminError("no store here")))
-    assert refused("-m", "seed=1,2", step=step) == "no store here"
-    assert "['seed=1']" in capsys.readouterr().err
+    assert "2 of 2 jobs failed" in refused("-m", "seed=1,2", step=step)
+    assert len(step.seen) == 2
+    told = capsys.readouterr()
+    assert "job 0 failed: no store here" in told.err and "sweep of 2 jobs" in told.out
+
+
+def test_defect_in_a_sweep_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    step = Recorder(raiser(TypeError("a defect")))
+    assert "1 of 1 jobs failed" in refused("-m", "seed=1", step=step)
+    told = capsys.readouterr()
+    assert "Traceback" in told.err and "TypeError: a defect" in told.out
 
 
 def test_refusal_inside_instantiate_is_its_message_alone(
@@ -252,10 +261,9 @@ def test_defect_inside_instantiate_keeps_its_exception() -> None:
         run(Recorder(lambda: instantiate(node)), "collect", [])
 
 
-@pytest.mark.parametrize("multirun", [[], ["-m", "seed=1"]])
-def test_defect_keeps_its_exception(multirun: list[str]) -> None:
+def test_defect_keeps_its_exception() -> None:
     with pytest.raises(ZeroDivisionError):
-        run(Recorder(raiser(ZeroDivisionError())), "collect", multirun)
+        run(Recorder(raiser(ZeroDivisionError())), "collect", [])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from dmin.cli import main
 from dmin.cli.help import config_directory, did_you_mean, groups
 from dmin.cli.validate import validate
 
+OWN_PAGES = ("store", "repeat")  # commands that compose no configuration
+
 
 @pytest.fixture
 def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -47,10 +49,10 @@ def test_page_describes_the_command(
     assert main([command, "model=dit", "--help"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(pages.COMMANDS[command])
-    assert ("--cfg job" in printed) == (command != "store")  # which has no configuration
+    assert ("--cfg job" in printed) == (command not in OWN_PAGES)
 
 
-@pytest.mark.parametrize("command", [name for name in pages.COMMANDS if name != "store"])
+@pytest.mark.parametrize("command", [name for name in pages.COMMANDS if name not in OWN_PAGES])
 def test_the_example_of_every_page_composes_and_is_valid(command: str) -> None:
     example = next(
         line for line in pages.page(command).splitlines() if line.startswith(f"  dmin {command} ")

@@ -1,0 +1,136 @@
+"""``dmin repeat RUN_FOLDER``: run the settings of a record again, and say what is not the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dmin.errors import DminError
+
+RECORD = "record.json"
+# Of results: what depends on the clock, the memory or the place, not on what was computed.
+_INCIDENTAL = {"peak", "files", "store", "model", "figures"}
+
+
+def page() -> str:
+    """Return what ``dmin repeat --help`` prints."""
+    return """
+usage: dmin repeat RUN_FOLDER [--dry] [setting=value ...]
+
+RUN_FOLDER has the record.json and config.yaml of a run, as every command leaves them under
+outputs/runs/ (and each job of a sweep under outputs/sweeps/). The settings are those of the record,
+whatever the YAML files say by now; settings given here win over them. What differs today (commit,
+versions, machine) is said first, how the results differ is said at the end.
+
+  --dry   say what differs, run nothing
+
+What the run made is found and not made again; to make it anew: paths.outputs=another/folder.
+
+examples:
+  dmin repeat outputs/runs/collect/2025-01-31_12-00-00-000000
+  dmin repeat outputs/runs/collect/2025-01-31_12-00-00-000000 paths.outputs=outputs/again
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Repeat a run; return the exit status, 1 with a message for what the user got wrong."""
+    from dmin.cli.commands import COMMANDS
+    from dmin.cli.compose import run as run_step
+
+    dry = "--dry" in arguments
+    first, *settings = [each for each in arguments if each != "--dry"] or [""]
+    try:
+        folder = Path(first)
+        record = _record(folder)
+        command = record["command"]
+        if command not in COMMANDS:
+            raise DminError(f"{folder} records the command {command}, which this dmin has not.")
+    except DminError as error:
+        print(f"dmin: {error}", file=sys.stderr)
+        return 1
+    _say("differs from then", _since(record) or ["nothing: commit, versions and machine"])
+    if dry:
+        return 0
+    outputs = "hydra.run.dir=${paths.outputs}/runs/" + command + "/${now:%Y-%m-%d_%H-%M-%S-%f}"
+    place = ["--config-path", str(folder.resolve()), "--config-name", "config"]
+    found: dict[str, Any] = {}
+    run_step(_keeping(COMMANDS[command], found), command, [*place, outputs, *settings])
+    _say("results", _compared(record, found))
+    return 0
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        if (folder / "config.yaml").is_file():
+            return record
+    except OSError:
+        pass
+    except ValueError as error:
+        raise DminError(f"{folder / RECORD} is damaged ({error}): nothing to repeat.") from error
+    raise DminError(
+        f"{folder}: give the folder of a run, which has {RECORD} and config.yaml, such as "
+        f"outputs/runs/collect/<date>. A job that was refused before it began has no config.yaml."
+    )
+
+
+def _since(record: dict[str, Any]) -> list[str]:
+    """Say in what today's code, versions, machine and folder are not those of a record."""
+    from dmin.cli.record import circumstances
+    from dmin.fingerprint import differences
+
+    now = circumstances(record["command"], job=record.get("job"))
+    lines = []
+    for part in ("git", "versions", "machine"):
+        ours, theirs = now.get(part) or {}, record.get(part) or {}
+        ours = {key: value for key, value in ours.items() if key != "threads"}  # not set yet
+        theirs = {key: value for key, value in theirs.items() if key in ours or key != "threads"}
+        lines += [f"{part}.{line}" for line in differences(ours, theirs)]
+    if now["folder"] != record.get("folder", now["folder"]):
+        lines.append(f"folder: {now['folder']} here, {record['folder']} there")
+    if (record.get("git") or {}).get("changed"):
+        lines.append("git: the checkout there had changes that no commit has")
+    return [line.replace(" there", " then").replace(" here", " now") for line in lines]
+
+
+def _keeping(step: Callable[[Any], None], found: dict[str, Any]) -> Callable[[Any], None]:
+    """Return the step, which also keeps the results of its record."""
+    from hydra.core.hydra_config import HydraConfig
+
+    def kept(cfg: Any) -> None:
+        step(cfg)
+        file = Path(HydraConfig.get().runtime.output_dir) / RECORD
+        found.update(json.loads(file.read_text()).get("results", {}))
+
+    kept.needs = getattr(step, "needs", None)  # type: ignore[attr-defined]
+    return kept
+
+
+def _compared(record: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Say how the results differ from those of the record."""
+    from dmin.fingerprint import differences
+
+    ours, theirs = _essential(found), _essential(record.get("results") or {})
+    if not theirs:
+        return [f"nothing to compare with: the run recorded was {record.get('outcome')}"]
+    lines = differences(ours, theirs)
+    return [line.replace(" there", " then").replace(" here", " now") for line in lines] or [
+        f"the same as then ({', '.join(theirs)})"
+    ]
+
+
+def _essential(results: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _essential(value) if isinstance(value, dict) else value
+        for key, value in results.items()
+        if key not in _INCIDENTAL
+    }
+
+
+def _say(what: str, lines: Sequence[str]) -> None:
+    print(f"{what}:")
+    for line in lines:
+        print(f"  {line}")

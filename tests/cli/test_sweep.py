@@ -1,0 +1,92 @@
+"""Sweeps: every job runs, and one table tells what became of it."""
+
+import csv
+import json
+
+import pytest
+from cli.test_commands import dmin
+
+COMMON = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a model."""
+    place = tmp_path_factory.mktemp("sweeps")
+    dmin("train", *COMMON, cwd=place)
+    return place
+
+
+def table(place, command):
+    (file,) = place.glob(f"outputs/sweeps/{command}/*/sweep.csv")
+    rows = list(csv.DictReader(file.open()))
+    for path in (place / "outputs/sweeps" / command).iterdir():
+        path.rename(place / f"{command}-{len(list(place.glob('*')))}")
+    return rows
+
+
+@pytest.mark.slow
+def test_a_failed_job_does_not_lose_the_others(place):
+    # 128 is refused by the sketch, five is refused by the validation, before anything runs
+    swept = "sketch.dim=128,256,five"
+    run = dmin("collect", "-m", *COMMON, swept, "data.split=heldout", cwd=place, ok=False)
+    rows = table(place, "collect")
+    assert [row["outcome"] for row in rows] == ["failed", "finished", "failed"]
+    assert [row["sketch.dim"] for row in rows] == ["128", "256", "five"]
+    assert "sketch.block" in rows[0]["why"] and "takes int" in rows[2]["why"]
+    assert rows[1]["rows"] == "297" and (place / "outputs/stores" / rows[1]["store"]).is_dir()
+    assert "2 of 3 jobs failed (number 0, 2" in run.stderr and "Traceback" not in run.stderr
+    assert "sweep of 3 jobs" in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["parallel", "local"])
+def test_jobs_side_by_side_make_a_store_once(place, launcher):
+    pytest.importorskip({"parallel": "joblib", "local": "submitit"}[launcher])
+    seed = {"parallel": 5, "local": 6}[launcher]
+    swept = [f"hydra/launcher={launcher}", f"noise.seed={seed}", "tags=[a],[b]"]
+    dmin("collect", "-m", *COMMON, *swept, cwd=place)
+    rows = table(place, "collect")
+    assert [row["outcome"] for row in rows] == ["finished"] * 2
+    assert rows[0]["store"] == rows[1]["store"]
+    store = place / "outputs/stores" / rows[0]["store"]
+    assert len(list(store.glob("segment-*"))) == 1  # two would be there had both collected
+
+
+@pytest.mark.slow
+def test_evaluate_and_retrieve_sweep_methods(place):
+    dmin("collect", *COMMON, cwd=place)
+    tasks = "benchmark.tasks.noisy_copies.queries.count=5"
+    few = ["~benchmark.tasks.generated_digits", "~benchmark.tasks.heldout_digits", tasks]
+    dmin("evaluate", "-m", *COMMON, *few, "method=dmin,das", cwd=place, ok=False)
+    (results,) = place.glob("outputs/sweeps/evaluate/*/results.csv")
+    measured = {(row["job"], row["method"]) for row in csv.DictReader(results.open())}
+    assert measured == {("0", "random"), ("0", "dmin")}  # and no other of the benchmark's
+    rows = table(place, "evaluate")
+    assert [row["outcome"] for row in rows] == ["finished", "failed"]
+    assert rows[0]["exact_copies recall@1"] == "1.000" and "mean_output" in rows[1]["why"]
+
+
+@pytest.mark.slow
+def test_a_run_is_repeated_from_its_record(place):
+    dmin("collect", *COMMON, "noise.seed=9", cwd=place)
+    (record,) = [
+        file
+        for file in place.glob("outputs/runs/collect/*/record.json")
+        if "noise.seed=9" in json.loads(file.read_text())["job"]["overrides"]
+    ]
+    folder = record.parent.relative_to(place)
+    again = dmin("repeat", folder, "paths.outputs=again", cwd=place).stdout
+    assert "the same as then (rows, bytes, digest, raw_bytes)" in again
+    written = json.loads(record.read_text())
+    written["versions"]["torch"] = "1.0"
+    written["results"]["digest"] = "0" * 16
+    record.write_text(json.dumps(written))
+    assert '"1.0" then' in dmin("repeat", folder, "--dry", cwd=place).stdout
+    assert '"0000000000000000" then' in dmin("repeat", folder, cwd=place).stdout
+
+
+@pytest.mark.slow
+def test_what_cannot_be_repeated_is_said(place, tmp_path):
+    refused = dmin("repeat", tmp_path, cwd=place, ok=False)
+    assert "record.json and config.yaml" in refused.stderr
