@@ -30,6 +30,22 @@ def hash_words(key: int, count: int, device: torch.device | None = None) -> Tens
     return _finalise(_finalise(words ^ key) + key & _MASK)
 
 
+def spread_words(key: int, count: int, device: torch.device | None = None) -> Tensor:
+    """Return pseudo-random words that are all different, and stay so in their last bits.
+
+    A random permutation of 0 … N−1, N the power of two from ``count`` up, with random bits above.
+    Modulo a power of two k ≥ N no two are equal, and the difference of two is uniform over what is
+    not a multiple of N; modulo a smaller one they are spread as evenly as can be: two are equal
+    with probability ``(N/k − 1) / (N − 1) < 1/k``.
+
+    Returns:
+        int64 ``[count]``, not negative.
+    """
+    size = 1 << (count - 1).bit_length()
+    places = hash_words(key, size, device).argsort()[:count]  # words differ: there are no ties
+    return places + size * hash_words(key + 0x9E3779B9 & _MASK, count, device)
+
+
 def signs(key: int, count: int, device: torch.device | None = None) -> Tensor:
     """Return pseudo-random signs, 32 from each hashed word.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dmin.layer_gradients import GradientFactors, Outer, Sum
 from dmin.sketches.base import Accumulator, Parameter, Sketched
 from dmin.sketches.block_cyclic import BlockCyclic
-from dmin.sketches.hashing import hash_words, key, signs
+from dmin.sketches.hashing import key, signs, spread_words
 
 
 class SpectralAccumulator(Accumulator):
@@ -36,10 +36,17 @@ class TensorSketch(BlockCyclic):
     Which map a parameter has depends on its shape alone. How the map is evaluated follows the cost:
     few entries or many positions are formed and folded all the same, to the same numbers.
 
-    Both maps are unbiased. For TensorSketch and matrices G, H of unit norm with ⟨G, H⟩ = ρ,
-    ``k·Var ≈ 1 + ρ² + ‖GᵀH‖² + tr((GᵀH)²) + ‖GHᵀ‖² + tr((GHᵀ)²)``, which is at most 6. Rank one
-    reaches it: layers with one row an example (adaLN) have more than OPORP's variance, sums over
-    tokens come close to it.
+    With independent hashes, entries of one row or column that share a bucket would cost gradients
+    of rank one (adaLN) up to three times the variance of others: ``k·Var ≈ 1 + ρ² + ‖M‖² + tr M² +
+    ‖N‖² + tr N²`` for G, H of unit norm, M = GᵀH, N = GHᵀ. So the hashes of each side are all
+    different as long as there are as many buckets (:func:`spread_words`), which the published ones
+    are not. Then, for k a power of two and n the larger side, rounded up to one,
+
+    ``Var⟨S g, S h⟩ ≤ (1 + 1/(n−1)) (1 + 2/k) (‖G‖²‖H‖² + ρ²)/k + c_in (‖M‖² + tr M²) + c_out (‖N‖²
+    + tr N²)``,
+
+    where c is 0 for a side of at most k, and ``(n/k − 1)/(n − 1) < 1/k`` for a longer one of n:
+    OPORP's bound, for every layer whose sides are not longer than the sketch.
 
     Norms are those of the sketch, since the gradient is not there to be measured.
 
@@ -113,7 +120,7 @@ class TensorSketch(BlockCyclic):
         """Return bucket and sign of each output and of each input."""
         sides = []
         for side, size in zip(("row", "column"), parameter.shape, strict=True):
-            bucket = hash_words(key(self.seed, parameter.name, side), size, device) % self.dim
+            bucket = spread_words(key(self.seed, parameter.name, side), size, device) % self.dim
             sign = signs(key(self.seed, parameter.name, side, "sign"), size, device)
             sides.append((bucket, sign))
         return sides[0], sides[1]

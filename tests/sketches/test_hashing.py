@@ -2,7 +2,7 @@
 
 import torch
 
-from dmin.sketches.hashing import hash_words, key, signs
+from dmin.sketches.hashing import hash_words, key, signs, spread_words
 
 
 def test_golden_keys():
@@ -81,3 +81,27 @@ def test_offsets_are_uniform_for_any_dimension():
         counts = torch.bincount(hash_words(key(1, "b"), 100 * dim) % dim, minlength=dim)
         chi_square = float(((counts - 100.0) ** 2 / 100).sum())
         assert abs(chi_square - dim) < 6 * (2 * dim) ** 0.5
+
+
+def test_spread_words_are_different_modulo_enough_and_even_modulo_less():
+    assert spread_words(5, 4).tolist() == [9540584173, 13500231939, 14769983750, 12585506200]
+    for count in (1, 2, 100, 128, 1000):
+        words = spread_words(7, count)
+        assert words.min() >= 0
+        for k in (1024, 4096, 1 << 20):
+            assert len((words % k).unique()) == count
+    held = torch.bincount(spread_words(7, 1024) % 256)
+    assert held.tolist() == [4] * 256
+
+
+def test_differences_of_spread_words_are_uniform_but_for_what_would_be_equal():
+    keys, n, k = 20_000, 8, 32
+    pairs = torch.stack([spread_words(i, n)[[0, 5]] % k for i in range(keys)])
+    hits = torch.bincount((pairs[:, 0] - pairs[:, 1]) % k, minlength=k)
+    assert not hits[::n].any()
+    others = hits[torch.arange(k) % n != 0].double() / keys
+    p = 1 / (k - k / n)
+    assert (others - p).abs().max() < 5 * (p / keys) ** 0.5
+    assert (
+        torch.bincount(pairs[:, 0], minlength=k).double().div(keys).sub(1 / k).abs().max() < 0.006
+    )

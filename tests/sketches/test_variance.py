@@ -75,8 +75,17 @@ def beyond_oporp(sketch, parameter: Parameter, g, h) -> float:
         both = (m + n) / K if left and right else 0
         return float(both + right * (m + m_trace) / shares[1] + left * (n + n_trace) / shares[0])
     if sketch.family == "tensor_sketch" and sketch.tensor_sketched(parameter):
-        return float(m + n + m_trace + n_trace) / K
+        return tensor_sketch_bound(parameter.shape, g, h) - float(moments(g, h)[0]) / K
     return 0.0
+
+
+def tensor_sketch_bound(shape, g, h) -> float:
+    """OPORP's bound, and what sides longer than the sketch add to it."""
+    whole, (m, n), (m_trace, n_trace) = moments(g, h)
+    up = [1 << (size - 1).bit_length() for size in matrix_shape(shape)]
+    equal = [max(0, size / K - 1) / max(1, size - 1) for size in up]
+    pairs = (1 + 1 / (max(up) - 1)) * (1 + 2 / K) / K if max(up) > 1 else 0
+    return float(pairs * whole + equal[1] * (m + m_trace) + equal[0] * (n + n_trace))
 
 
 def stated_bound(sketch, parameters: Parameters, both: dict) -> float:
