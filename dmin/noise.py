@@ -59,7 +59,9 @@ class Noise(ABC):
         sign = -1 if self.antithetic and draw % 2 else 1
         text = self._key(float(timestep), draw - (sign < 0), example)
         key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-        return sign * torch.randn(tuple(shape), generator=torch.Generator().manual_seed(key))
+        generator = torch.Generator().manual_seed(key)
+        # Not of the default dtype: in another one, the same generator draws other numbers.
+        return sign * torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
     @abstractmethod
     def _key(self, timestep: float, draw: int, example: str) -> str:

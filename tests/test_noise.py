@@ -43,6 +43,16 @@ def test_it_is_standard_normal_float32_on_the_cpu():
     assert abs(drawn.mean()) < 0.04 and abs(drawn.std() - 1) < 0.03
 
 
+def test_the_default_dtype_has_no_say():
+    """Lightning sets it to what trainer.precision says, and other types draw other numbers."""
+    expected = SharedNoise()(SHAPE, 7)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(SharedNoise()(SHAPE, 7), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_integers_and_floats_name_the_same_timestep():
     noise = SharedNoise()
     assert torch.equal(noise(SHAPE, 500), noise(SHAPE, 500.0))

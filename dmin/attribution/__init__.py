@@ -5,7 +5,9 @@ from dmin.attribution.checkpoints import GAS, DTRAKEnsemble, OverCheckpoints, Tr
 from dmin.attribution.das import DAS
 from dmin.attribution.datainf import DataInf
 from dmin.attribution.dmin import DMin
+from dmin.attribution.ekfac import EKFAC, Unlearning
 from dmin.attribution.gradient_similarity import DMinUnnormalised, GradCos, GradDot
+from dmin.attribution.inverse_hessian import CG, Arnoldi, LiSSA
 from dmin.attribution.likeness import SSIM, GaussianKernel
 from dmin.attribution.pixel import PixelCosine, PixelL2
 from dmin.attribution.random import Random
@@ -15,11 +17,14 @@ from dmin.attribution.spectral import Spectral, SpectralEnergy, ZSum
 from dmin.attribution.trak import DTRAK, TRAK, RelativeIF, RenormalisedIF
 
 __all__ = [
+    "CG",
     "DAS",
     "DTRAK",
+    "EKFAC",
     "GAS",
     "SSIM",
     "TRAK",
+    "Arnoldi",
     "DMin",
     "DMinUnnormalised",
     "DTRAKEnsemble",
@@ -28,6 +33,7 @@ __all__ = [
     "GaussianKernel",
     "GradCos",
     "GradDot",
+    "LiSSA",
     "Method",
     "OverCheckpoints",
     "PixelCosine",
@@ -43,6 +49,7 @@ __all__ = [
     "TRAKEnsemble",
     "TopK",
     "TracIn",
+    "Unlearning",
     "ZSum",
     "retrieve",
     "score_matrix",

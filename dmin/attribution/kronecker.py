@@ -1,0 +1,220 @@
+"""Curvature of each layer as a Kronecker product in its own eigenbasis (EK-FAC)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmin.attribution.model_loss import ModelLoss, Pairs, Weights
+from dmin.capture import Capture
+from dmin.layer_gradients import Correlation, GradientFactors, Outer, Sum, wide
+from dmin.sketches import Parameters, Sketch
+from dmin.sketches.base import Accumulator
+
+
+@dataclass
+class Block:
+    """The curvature of one parameter, or of a layer's weight and bias together.
+
+    Attributes:
+        left: float64 ``[out, out]``, eigenvectors of the output gradients' second moment, as
+            columns; None for a diagonal block.
+        right: ``[in, in]`` of the inputs', a one appended where there is a bias.
+        values: ``[out, in]``, the second moment of the gradient along each pair; of a diagonal
+            block, that of each scalar, of the parameter's shape.
+        bias: name of the bias that is part of the block.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    values: Tensor
+    bias: str | None = None
+
+    def power(self, gradient: Tensor, damping: float, p: float) -> Tensor:
+        """Return ``(F + λ)^{−p} g`` of each, ``[n, out, in]``; λ is damping · mean eigenvalue."""
+        shift = damping * self.values.mean()
+        # A layer without gradients has nothing to precondition.
+        scale = (self.values + torch.where(shift > 0, shift, 1)) ** -p
+        if self.left is None or self.right is None:
+            return gradient * scale
+        return self.left @ ((self.left.T @ gradient @ self.right) * scale) @ self.right.T
+
+
+class KroneckerCurvature:
+    """The GGN of a training loss, layer by layer: EK-FAC (George et al. 2018, arXiv 1806.03884).
+
+    For a layer with inputs a and output gradients d the block is ``Σ (d dᵀ) ⊗ Σ (a aᵀ)`` in its
+    eigenvectors, and in them the exact second moments of the examples' gradients instead of the
+    products of eigenvalues. Output gradients are those of targets drawn from the model, not of the
+    data: then the second moment is the GGN's and not the empirical Fisher matrix's. Of a loss
+    ``w/P ‖f − y‖²`` that is ``√(2w/P) ξ`` with ξ standard normal.
+
+    ``Linear`` and ``Conv2d`` have such blocks, with their biases; other parameters are diagonal,
+    as :attr:`blocks` shows.
+
+    Args:
+        loss: of the model.
+        parameters: that are attributed.
+        diagonal: give every parameter a diagonal only.
+    """
+
+    def __init__(self, loss: ModelLoss, parameters: Parameters, diagonal: bool = False) -> None:
+        self.loss, self.parameters, self.all_diagonal = loss, parameters, diagonal
+        self.blocks: dict[str, Block] = {}
+
+    @property
+    def diagonal(self) -> list[str]:
+        """Names of the parameters that only have a diagonal."""
+        return [name for name, block in self.blocks.items() if block.left is None]
+
+    def fit(self, pairs: Pairs, examples: int, samples: int, batch: int, seed: int) -> None:
+        """Look at the examples twice: for the eigenvectors, then for the eigenvalues.
+
+        Args:
+            pairs: examples at all points.
+            examples: how many.
+            samples: targets drawn for each pair.
+            batch: pairs in one pass.
+            seed: key of the targets.
+        """
+        moments = _Moments(self.parameters)
+        if not self.all_diagonal:
+            for _ in self._passes(moments, pairs, samples, batch, seed):
+                pass
+        for name, (left, right, bias) in moments.found.items():
+            basis = torch.linalg.eigh(left)[1], torch.linalg.eigh(right)[1]
+            self.blocks[name] = Block(*basis, torch.zeros(len(left), len(right)).to(left), bias)
+        biases = {block.bias for block in self.blocks.values()}
+        for entry in self.parameters.entries:
+            if entry.name not in self.blocks and entry.name not in biases:
+                like = self.loss.weights[entry.name]
+                empty = torch.zeros(entry.shape, dtype=torch.float64, device=like.device)
+                self.blocks[entry.name] = Block(None, None, empty)
+        keep = _Keep(self.parameters)
+        for _ in self._passes(keep, pairs, samples, batch, seed):
+            for block, gradient in self._gathered(keep.kept):
+                g = gradient.double()
+                if block.left is not None and block.right is not None:
+                    g = block.left.T @ g @ block.right
+                block.values += g.square().sum(0) / (examples * samples)
+            keep.kept.clear()
+
+    def power(self, gradients: Weights, damping: float, p: float) -> Weights:
+        """Return ``(F + λ)^{−p} g`` of each row.
+
+        Args:
+            gradients: ``[n, *shape]`` by name.
+            damping: λ of each block, as a share of its mean eigenvalue.
+            p: 1 is the inverse.
+        """
+        found = {}
+        for name, block in self.blocks.items():
+            like = gradients[name]
+            g = _joined(like.double(), None if block.bias is None else gradients[block.bias])
+            solved = block.power(g if block.left is not None else like.double(), damping, p)
+            if block.bias is not None:
+                found[block.bias] = solved[..., -1].to(like)
+                solved = solved[..., :-1]
+            found[name] = solved.reshape(like.shape).to(like)
+        return found
+
+    def _gathered(self, kept: Mapping[str, Tensor]) -> Iterable[tuple[Block, Tensor]]:
+        for name, block in self.blocks.items():
+            if name in kept:
+                matrix = block.left is not None
+                bias = None if block.bias is None else kept[block.bias]
+                yield block, _joined(kept[name], bias) if matrix else kept[name]
+
+    def _passes(
+        self, sketch: Sketch, pairs: Pairs, samples: int, batch: int, seed: int
+    ) -> Iterable[None]:
+        """Backpropagate the drawn output gradients; the sketch is what sees the factors."""
+        generator = torch.Generator().manual_seed(seed)
+        model = self.loss.model
+        for piece in pairs.split(batch):
+            for _ in range(samples):
+                with torch.enable_grad(), Capture(model.network, sketch) as capture:
+                    found = model.predict(*piece)
+                    flat = found.prediction.flatten(1)
+                    drawn = torch.randn(flat.shape, generator=generator, dtype=torch.float64)
+                    scale = (2 * found.weight / flat.shape[1]).sqrt()[:, None]
+                    capture.backward((flat * (scale * drawn.to(flat))).sum(1))
+                yield
+
+
+class _Moments(Sketch):
+    """Not a sketch: adds up the second moments of inputs and output gradients of each layer."""
+
+    family = "moments"
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(dim=1)
+        self.parameters = parameters
+        self.found: dict[str, tuple[Tensor, Tensor, str | None]] = {}
+
+    def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
+        """Add a weight's factors; parameters without a product of two have none."""
+        pair = _factors(factors)
+        if pair is None:
+            return
+        output, inputs = (x.double().flatten(0, 1) for x in pair)
+        bias = f"{name.removesuffix('.weight')}.bias" if name.endswith(".weight") else "bias"
+        known = bias if bias != name and bias in self._bound.by_name else None
+        if known is not None:
+            inputs = F.pad(inputs, (0, 1), value=1.0)
+        left, right = output.T @ output, inputs.T @ inputs
+        if name in self.found:
+            left, right = left + self.found[name][0], right + self.found[name][1]
+        self.found[name] = left, right, known
+
+
+class _Keep(Sketch):
+    """Not a sketch: keeps every example's gradients, in full, by name."""
+
+    family = "keep"
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(dim=1)
+        self.parameters = parameters
+        self.kept: dict[str, Tensor] = {}
+
+    def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
+        """Form the gradients."""
+        self.kept[name] = factors.dense()
+
+
+def _factors(factors: GradientFactors) -> tuple[Tensor, Tensor] | None:
+    """Return output gradients and inputs, ``[batch, positions, …]``, if the gradient is a product.
+
+    The parts of a sum (a layer that is called twice) are further positions.
+    """
+    if isinstance(factors, Sum):
+        parts = [_factors(part) for part in factors.parts]
+        if any(part is None for part in parts):
+            return None
+        output, inputs = zip(*(p for p in parts if p is not None), strict=True)
+        return torch.cat(output, 1), torch.cat(inputs, 1)
+    if isinstance(factors, Outer):
+        return wide(factors.output_gradient), wide(factors.input)
+    if isinstance(factors, Correlation):
+        layer = factors.layer
+        if type(layer) is nn.Conv2d and layer.groups == 1:
+            patches = F.unfold(
+                wide(factors.input),
+                layer.kernel_size,
+                layer.dilation,
+                factors.padding,
+                layer.stride,
+            )
+            return wide(factors.output_gradient).flatten(2).transpose(1, 2), patches.transpose(1, 2)
+    return None
+
+
+def _joined(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a layer's gradients ``[n, out, in]``, its bias as the last input."""
+    matrix = weight.flatten(2) if weight.ndim > 2 else weight
+    return matrix if bias is None else torch.cat([matrix, bias.to(matrix)[..., None]], -1)
