@@ -1,5 +1,6 @@
 """How features are stored: as floats of 32 or 16 bits, or as bytes with a scale."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,3 +56,18 @@ def decode(values: np.ndarray, dtype: str, scales: np.ndarray | None = None) -> 
         return (values.astype(np.uint32) << 16).view(np.float32)
     wide = values.astype(np.float32, copy=False)
     return wide if scales is None else wide * scales[..., None, None]
+
+
+def word_sums(values: np.ndarray) -> np.ndarray:
+    """Return the stored numbers of each row, taken as whole numbers, added up modulo 2³².
+
+    A bit flipped anywhere changes the sum by a power of two: it is always found.
+
+    Args:
+        values: ``[n, ...]`` as stored.
+
+    Returns:
+        uint32 ``[n]``.
+    """
+    flat = np.ascontiguousarray(values).reshape(len(values), math.prod(values.shape[1:]))
+    return np.add.reduce(flat.view(f"<u{flat.itemsize}"), axis=1, dtype=np.uint32)

@@ -2,12 +2,16 @@
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from dmin.errors import DminError
-from dmin.fingerprint import fingerprint
+from dmin.fingerprint import differences, fingerprint
 from dmin.store.encoding import STORED_AS
 
 FORMAT, SCHEMA = "dmin-store", 1
@@ -67,6 +71,19 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What a store was before it grew.
+
+    Args:
+        dataset: of then.
+        num_examples: of then: rows from here on came later.
+    """
+
+    dataset: dict[str, Any]
+    num_examples: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a store holds: deterministic, without times and host names.
 
@@ -76,8 +93,9 @@ class Manifest:
             loss, noise, schedule, sketch ...).
         dataset: JSON; everything that must not change between starting and resuming (name, content
             digest ...).
-        num_examples: examples of the dataset.
-        block_size: examples of one block; the last block may be shorter.
+        num_examples: rows there are to be, one an example.
+        block_size: examples of one block; the last block of each part may be shorter.
+        parts: what it was before it grew, the oldest first; rows keep their places.
 
     Raises:
         DminError: a value is not JSON, or a count is not positive.
@@ -88,6 +106,7 @@ class Manifest:
     dataset: dict[str, Any]
     num_examples: int
     block_size: int
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
         """Check counts, and keep the two mappings as a reader will find them."""
@@ -102,6 +121,8 @@ class Manifest:
                     " lists, texts, finite numbers, booleans and null."
                 ) from error
             object.__setattr__(self, name, plain)
+        parts = (each if isinstance(each, Part) else Part(**each) for each in self.parts)
+        object.__setattr__(self, "parts", tuple(parts))
 
     @property
     def feature_fingerprint(self) -> str:
@@ -113,15 +134,51 @@ class Manifest:
         """Equal for stores of the same examples in the same order."""
         return fingerprint({**self.dataset, "num_examples": self.num_examples})
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Equal for stores whose segments are interchangeable; every segment carries it."""
         return fingerprint(self.document())
 
     @property
+    def states(self) -> "list[Manifest]":
+        """What the store was before each time it grew, the oldest first, and what it is."""
+        earlier = [
+            replace(self, **asdict(part), parts=self.parts[:number])
+            for number, part in enumerate(self.parts)
+        ]
+        return [*earlier, self]
+
+    @cached_property
+    def fingerprints(self) -> frozenset[str]:
+        """What its segments may carry: its own fingerprint, and those of before it grew."""
+        return frozenset(each.fingerprint for each in self.states)
+
+    @cached_property
+    def _cuts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where parts begin and the last ends: the row and the block, each ``[parts + 1]``."""
+        rows = [0, *(part.num_examples for part in self.parts), self.num_examples]
+        blocks = [0]
+        for start, stop in pairwise(rows):
+            blocks.append(blocks[-1] - (start - stop) // self.block_size)
+        return np.array(rows), np.array(blocks)
+
+    @property
     def num_blocks(self) -> int:
-        """Number of blocks, the last and perhaps shorter one included."""
-        return -(-self.num_examples // self.block_size)
+        """Number of blocks, shorter ones at the end of a part included."""
+        return int(self._cuts[1][-1])
+
+    @property
+    def last_part(self) -> tuple[int, int]:
+        """The first row and the first block of what was added last; (0, 0) if it never grew."""
+        rows, blocks = self._cuts
+        return int(rows[-2]), int(blocks[-2])
+
+    def spans(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return first row and number of rows of each block, ``[n]``."""
+        rows, first = self._cuts
+        part = np.searchsorted(first, blocks, side="right") - 1
+        start = rows[part] + (blocks - first[part]) * self.block_size
+        return start, np.minimum(start + self.block_size, rows[part + 1]) - start
 
     def block_rows(self, block: int) -> range:
         """Return the dataset positions of one block."""
@@ -129,8 +186,26 @@ class Manifest:
             raise DminError(
                 f"block {block} does not exist: the store has {self.num_blocks}, from 0"
             )
-        start = block * self.block_size
-        return range(start, min(start + self.block_size, self.num_examples))
+        start, count = (int(each[0]) for each in self.spans(np.array([block])))
+        return range(start, start + count)
+
+    def grown(self, text: str, source: str) -> "Manifest":
+        """Return what the store is after it grew, from the text of a growth file.
+
+        Raises:
+            DminError: the text is damaged.
+        """
+        part = Part(self.dataset, self.num_examples)
+        try:
+            fields = json.loads(text)
+            return replace(
+                self,
+                dataset=fields["dataset"],
+                num_examples=fields["num_examples"],
+                parts=(*self.parts, part),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DminError(f"{source} is damaged ({error!r}): restore it from a copy.") from error
 
     def comparable(self) -> dict[str, Any]:
         """Return the fields that two stores must share to be compared."""
@@ -140,7 +215,10 @@ class Manifest:
 
     def document(self) -> dict[str, Any]:
         """Return the whole manifest as JSON values."""
-        return {"format": FORMAT, "schema": SCHEMA, **asdict(self)}
+        fields = asdict(self)
+        if not self.parts:
+            del fields["parts"]
+        return {"format": FORMAT, "schema": SCHEMA, **fields}
 
     def to_json(self) -> str:
         """Return the text of ``manifest.json``."""
@@ -171,6 +249,31 @@ class Manifest:
             f"{source} has format {found[0]!r}, schema {found[1]!r}; this dmin reads {FORMAT!r},"
             f" schema {SCHEMA}: use the version of dmin that wrote it, or collect again."
         )
+
+
+def unlike(here: Manifest, there: Manifest, counted: bool = True) -> dict[str, list[str]]:
+    """Say in which respects two manifests are not of one collection, and how; empty if they are.
+
+    Args:
+        here: of a command.
+        there: of a store; what it was before it grew does not matter.
+        counted: hold the numbers of examples to each other.
+    """
+
+    def asked(each: Manifest) -> dict[str, dict[str, Any]]:
+        count = {"num_examples": each.num_examples} if counted else {}
+        return {
+            "the dataset changed since collection": {"dataset": each.dataset, **count},
+            "the features differ": {"features": each.features},
+            "the layout differs": {
+                "layout": asdict(each.layout),
+                "block_size": each.block_size,
+            },
+        }
+
+    ours, theirs = asked(here), asked(there)
+    found = {what: differences(ours[what], theirs[what]) for what in ours}
+    return {what: lines for what, lines in found.items() if lines}
 
 
 def require_count(name: str, value: int) -> None:

@@ -8,20 +8,18 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from dmin.errors import DminError
 from dmin.fingerprint import differences, fingerprint
-from dmin.store.encoding import STORED_AS, decode
+from dmin.store.catalog import Catalog
+from dmin.store.encoding import STORED_AS, decode, word_sums
+from dmin.store.growth import removed_rows
 from dmin.store.manifest import Layout, require_count
-from dmin.store.mapped import Mapped, has
-from dmin.store.segments import open_hdf5, open_segments, read_manifest
-
-# Rows that are not asked for are read along when they are fewer bytes than this: one longer read
-# is quicker than two short ones.
-READ_THROUGH = 256 * 1024
+from dmin.store.mapped import Mapped
+from dmin.store.segments import Segment, read_manifest
 
 
 class Block(NamedTuple):
@@ -35,14 +33,14 @@ class Block(NamedTuple):
 class Store:
     """Read a store; rows are the examples present, in the order of the dataset.
 
-    No file stays open between reads, so a store may have thousands of segments, and may be pickled.
-    ``stored`` and ``gather`` leave segments mapped into memory: these must not be truncated
-    meanwhile.
+    Segments are mapped into memory when their features are read: these must not be truncated
+    meanwhile. A store may have thousands of them, and may be pickled.
 
     Args:
         path: the directory.
-        verify: recompute the digest of every segment; leave it on but for a second opening in the
-            same run.
+        verify: compare the digest of every segment that is new or changed with its name, and every
+            row with the sum noted then whenever it is read, see :mod:`dmin.store.catalog`. Leave
+            it on but for a second opening in the same run.
 
     Raises:
         DminError: there is no store, or a file of it is damaged or from another store.
@@ -52,19 +50,24 @@ class Store:
         """Read the manifest and find out where every row is."""
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
-        self.segments = list(open_segments(self.path, self.manifest, verify).values())
-        segment = np.full(self.manifest.num_examples, -1)
-        offset = np.full(self.manifest.num_examples, -1)
-        held = np.concatenate([np.empty(0, np.int64), *(each.blocks for each in self.segments)])
-        present = np.unique(held)
-        self.duplicate_blocks = len(held) - len(present)
-        self.missing_blocks = np.setdiff1d(np.arange(self.manifest.num_blocks), present).tolist()
+        self._catalog = catalog = Catalog.of(self.path, self.manifest, verify)
+        blocks = np.concatenate([np.empty(0, np.int64), *catalog.blocks])
+        starts, counts = self.manifest.spans(blocks)
+        held = _ranges(starts, counts)
         # Two writers may have raced for a block: backwards, so that the first by name wins.
-        for number, each in reversed(list(enumerate(self.segments))):
-            segment[each.rows] = number
-            offset[each.rows] = np.arange(len(each.rows))
-        self.positions = np.flatnonzero(segment >= 0)  # of the rows, in the dataset
-        self._segment, self._offset = segment[self.positions], offset[self.positions]
+        place = np.full(self.manifest.num_examples, -1)
+        place[held[::-1]] = np.arange(len(held))[::-1]
+        self.duplicate_blocks = len(blocks) - len(np.unique(blocks))
+        self.missing_blocks = np.setdiff1d(np.arange(self.manifest.num_blocks), blocks).tolist()
+        self.removals, removed = removed_rows(self.path, self.manifest)
+        place[removed] = -1
+        self.removed = len(removed)
+        self.positions = np.flatnonzero(place >= 0)  # of the rows, in the dataset
+        self._place = place[self.positions]  # of the rows, in the catalog
+        rows = catalog["rows"]
+        begins = np.cumsum(rows) - rows
+        self._segment = np.repeat(np.arange(len(rows)), rows)[self._place]
+        self._offset = self._place - begins[self._segment]
         apart = (np.diff(self._segment) != 0) | (np.diff(self._offset) != 1)
         self._runs = np.flatnonzero(apart) + 1  # rows that do not lie right behind the one before
         self._mapped: dict[tuple[int, str], Mapped] = {}
@@ -73,6 +76,13 @@ class Store:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the maps behind: they belong to this process."""
         return {**self.__dict__, "_mapped": {}}
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The sealed files, by name."""
+        catalog = self._catalog
+        pairs = zip(catalog.names, catalog.blocks, strict=True)
+        return [Segment(self.path / name, blocks) for name, blocks in pairs]
 
     def __len__(self) -> int:
         """Return the number of rows present."""
@@ -86,12 +96,12 @@ class Store:
     @property
     def fingerprint(self) -> str:
         """Equal for stores of the same segments: what was derived from the rows is not stale."""
-        names = [each.path.name for each in self.segments]
-        return fingerprint({"manifest": self.manifest.fingerprint, "segments": names})
+        fields = {"manifest": self.manifest.fingerprint, "segments": self._catalog.names}
+        return fingerprint({**fields, "removed": self.removals} if self.removals else fields)
 
     @property
     def complete(self) -> bool:
-        """Whether every example of the dataset has its row."""
+        """Whether every example of the dataset has its row, or had it until it was removed."""
         return not self.missing_blocks
 
     def require_complete(self) -> None:
@@ -106,7 +116,9 @@ class Store:
     @cached_property
     def ids(self) -> list[str]:
         """The example ids, one a row."""
-        ids = self._texts("ids")
+        lines = self._catalog.lines("ids")
+        all_ids: list[str] = json.loads(b"[" + b",".join(lines) + b"]")
+        ids = [all_ids[place] for place in self._place.tolist()]
         if len(set(ids)) < len(ids):
             twice = Counter(ids).most_common(1)[0][0]
             raise DminError(
@@ -116,9 +128,9 @@ class Store:
         return ids
 
     @cached_property
-    def metadata(self) -> list[dict[str, Any]]:
+    def metadata(self) -> "Metadata":
         """The metadata (label, caption, file ...), one mapping a row."""
-        return self._texts("metadata")
+        return Metadata(self._catalog.lines("metadata"), self._place)
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -150,15 +162,16 @@ class Store:
         Raises:
             DminError: there is no such readout or row.
         """
-        stored = self._gather("features", readout, indices, STORED_AS[self.layout.dtype])
+        wanted = self._wanted(readout, indices)
         scales = self.scales(readout)
-        chosen = None if scales is None else scales[np.asarray(indices, dtype=np.int64)]
-        return decode(stored, self.layout.dtype, chosen)
+        chosen = None if scales is None else scales[wanted]
+        return decode(self.gather(readout, wanted), self.layout.dtype, chosen)
 
     def stored(self, readout: str, start: int, stop: int) -> Iterator[np.ndarray]:
         """Yield the features of rows ``start:stop`` as they are stored and where they lie.
 
-        The pages that follow are asked for meanwhile.
+        The pages that follow are asked for meanwhile. Whoever multiplies them holds them against
+        ``sums`` on the way, see :meth:`check`.
 
         Yields:
             Arrays ``[n, draw, T, group, dim]`` of ``STORED_AS[layout.dtype]``, in order.
@@ -171,13 +184,52 @@ class Store:
             yield self._map(readout, first).array[offset : offset + last - first]
 
     def gather(self, readout: str, indices: np.ndarray) -> np.ndarray:
-        """Return chosen rows as they are stored, ``[n, draw, T, group, dim]``: quick where few."""
-        result = np.empty(
-            (len(indices), *self.layout.row_shape), dtype=STORED_AS[self.layout.dtype]
-        )
-        for place, row in enumerate(indices):
-            result[place] = self._map(readout, row).array[self._offset[row]]
+        """Return chosen rows as they are stored, ``[n, draw, T, group, dim]``.
+
+        All are asked of the disk at once, and then held against their sums.
+
+        Raises:
+            DminError: a row is not what was sealed.
+        """
+        dtype = STORED_AS[self.layout.dtype]
+        result = np.empty((len(indices), *self.layout.row_shape), dtype=dtype)
+        order = np.argsort(self._place[indices], kind="stable")
+        rows = indices[order]
+        apart = (np.diff(self._segment[rows]) != 0) | (np.diff(self._offset[rows]) != 1)
+        runs = [run for run in np.split(order, np.flatnonzero(apart) + 1) if len(run)]
+        for run in runs:
+            offset = self._offset[indices[run[0]]]
+            self._map(readout, indices[run[0]]).prefetch(offset, offset + len(run))
+        for run in runs:
+            offset = self._offset[indices[run[0]]]
+            lying = self._map(readout, indices[run[0]]).array[offset : offset + len(run)]
+            result[_as_slice(run)] = lying
+        self.check(readout, indices, result)
         return result
+
+    def sums(self, readout: str) -> np.ndarray | None:
+        """Return the sums of the words of the rows, or None if nothing was verified."""
+        return self._whole("sums", readout) if f"sums/{readout}" in self._catalog else None
+
+    def check(self, readout: str, indices: np.ndarray, stored: np.ndarray) -> None:
+        """Hold rows that were read against what was sealed.
+
+        Raises:
+            DminError: names the file, the row and what to do.
+        """
+        sums = self.sums(readout)
+        if sums is not None and (wrong := word_sums(stored) != sums[indices]).any():
+            raise self.corrupt(readout, int(np.asarray(indices)[np.argmax(wrong)]))
+
+    def corrupt(self, readout: str, row: int) -> DminError:
+        """Return the error that says that a row is not what was sealed."""
+        file = self.segments[self._segment[row]].path
+        return DminError(
+            f"Row {row} ({readout!r} of example {self.ids[row]!r}) of {file} is not what was sealed"
+            f" and verified: a bit has flipped on the disk or in memory. No score was computed from"
+            f" it. Run `dmin store verify {self.path}`: if it names the file, delete that and run"
+            f" the same `dmin collect` command again; if it does not, test this machine's memory."
+        )
 
     def scales(self, readout: str) -> np.ndarray | None:
         """Return what int8 features are to be multiplied by, float32 ``[n, draw, T]``."""
@@ -185,10 +237,6 @@ class Store:
 
     def lengths(self, readout: str) -> np.ndarray:
         """Return ‖row‖₂ over group and dim of the features read back, float32 ``[n, draw, T]``."""
-        name = f"lengths/{readout}"
-        if name not in self._small and not all(has(s.path, name) for s in self.segments):
-            blocks = [np.square(b.features).sum((3, 4)) for b in self.blocks(readout)]
-            self._small[name] = np.sqrt(np.concatenate(blocks))
         return self._whole("lengths", readout)
 
     def norms(self, readout: str) -> np.ndarray:
@@ -204,7 +252,7 @@ class Store:
         require_count("rows", rows)
         for start in range(0, len(self), rows):
             chosen = range(start, min(start + rows, len(self)))
-            norms = self._gather("norms", readout, chosen)
+            norms = self.norms(readout)[start : start + rows]
             yield Block(start, self.rows(readout, chosen), norms)
 
     def digest(self) -> str:
@@ -223,10 +271,27 @@ class Store:
 
     def _whole(self, kind: str, readout: str | None) -> np.ndarray:
         """Return a small array of all rows; it stays in memory."""
-        name = f"{kind}/{readout}"
+        name = kind if readout is None else f"{kind}/{readout}"
         if name not in self._small:
-            self._small[name] = self._gather(kind, readout, range(len(self)))
+            if readout is not None:
+                self._require(readout)
+            whole, n = self._catalog[name], len(self._place)
+            in_order = n == len(whole) and bool((self._place == np.arange(n)).all())
+            self._small[name] = whole if in_order else whole[self._place]
         return self._small[name]
+
+    def _require(self, readout: str) -> None:
+        if readout not in self.layout.readouts:
+            known = ", ".join(self.layout.readouts)
+            raise DminError(f"The store {self.path} has no readout {readout!r}: it has {known}.")
+
+    def _wanted(self, readout: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        self._require(readout)
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
+            outside = wanted[(wanted < 0) | (wanted >= len(self))][0]
+            raise DminError(f"The store {self.path} has no row {outside}: it has {len(self)}.")
+        return wanted
 
     def _together(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield the spans of rows within ``start:stop`` that lie together in one segment."""
@@ -240,44 +305,41 @@ class Store:
             self._mapped[key] = Mapped(self.segments[key[0]].path, f"features/{readout}")
         return self._mapped[key]
 
-    def _gather(
-        self,
-        kind: str,
-        readout: str | None,
-        indices: Sequence[int] | np.ndarray,
-        dtype: Any = np.float32,
-    ) -> np.ndarray:
-        """Read rows: sorted by place in the files, in long runs, put in order in memory."""
-        if readout is not None and readout not in self.layout.readouts:
-            known = ", ".join(self.layout.readouts)
-            raise DminError(f"The store {self.path} has no readout {readout!r}: it has {known}.")
-        rank = {"features": 4, "norms": 3}.get(kind, 2)
-        name = kind if readout is None else f"{kind}/{readout}"
-        wanted = np.asarray(indices, dtype=np.int64)
-        if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
-            outside = wanted[(wanted < 0) | (wanted >= len(self))][0]
-            raise DminError(f"The store {self.path} has no row {outside}: it has {len(self)}.")
-        shape = self.layout.row_shape[:rank]
-        result = np.empty((len(wanted), *shape), dtype=dtype)
-        through = max(1, READ_THROUGH // (4 * int(np.prod(shape))))
-        segment, offset = self._segment[wanted], self._offset[wanted]
-        order = np.lexsort((offset, segment))
-        for one in np.split(order, np.flatnonzero(np.diff(segment[order])) + 1):
-            if not len(one):
-                continue
-            with open_hdf5(self.segments[segment[one[0]]].path) as file:
-                for run in np.split(one, np.flatnonzero(np.diff(offset[one]) > through) + 1):
-                    first, last = offset[run[0]], offset[run[-1]]
-                    read = file[name][first : last + 1]
-                    result[_as_slice(run)] = read[_as_slice(offset[run] - first)]
-        return result
 
-    def _texts(self, name: str) -> list[Any]:
-        texts = []
-        for segment in self.segments:
-            with open_hdf5(segment.path) as file:
-                texts.append(json.loads(file[name][:].tobytes()))
-        return [texts[s][o] for s, o in zip(self._segment, self._offset, strict=True)]
+class Metadata(Sequence[dict[str, Any]]):
+    """The metadata of the rows, read from JSON when asked for."""
+
+    def __init__(self, lines: list[bytes], place: np.ndarray) -> None:
+        self._lines = lines
+        self._place = place
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._place)
+
+    @overload
+    def __getitem__(self, row: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, row: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        """Return the metadata of a row, or of several."""
+        if isinstance(row, slice):
+            return [json.loads(self._lines[place]) for place in self._place[row].tolist()]
+        found: dict[str, Any] = json.loads(self._lines[self._place[row]])
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        """Compare with another sequence of mappings."""
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __hash__(self) -> int:  # as every sequence that may be compared with a list
+        raise TypeError("metadata cannot be hashed")
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return ``start … start + count − 1`` of all pairs, one after the other."""
+    before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + np.repeat(starts - before, counts)
 
 
 def _as_slice(indices: np.ndarray) -> slice | np.ndarray:

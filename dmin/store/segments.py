@@ -19,6 +19,7 @@ from dmin.errors import DminError
 from dmin.store.manifest import MANIFEST, Manifest
 
 SEGMENT_NAME = re.compile(r"segment-\d{8,}-([0-9a-f]{16})\.h5")
+GROWTH_NAME = re.compile(r"growth-\d{4,}\.json")
 
 REMEDIES = {
     errno.EACCES: "give yourself permission to this path, or choose another directory",
@@ -33,18 +34,17 @@ REMEDIES = {
 
 
 class Content(NamedTuple):
-    """What a segment holds of one block: JSON texts and arrays, one entry a row each."""
+    """What a segment is to hold of one block: JSON texts and arrays, one entry a row each."""
 
     texts: dict[str, list[str]]
     arrays: dict[str, np.ndarray]
 
 
 class Segment(NamedTuple):
-    """One sealed file: its blocks, and the dataset position of each of its rows."""
+    """One sealed file and the blocks it holds."""
 
     path: Path
     blocks: np.ndarray
-    rows: np.ndarray
 
 
 def os_failure(doing: str, path: Path, error: OSError) -> DminError:
@@ -54,14 +54,29 @@ def os_failure(doing: str, path: Path, error: OSError) -> DminError:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read the manifest of the store in a directory.
+    """Read the manifest of the store in a directory, with what it grew by.
 
     Raises:
         DminError: there is no store, or its manifest is damaged.
     """
     file = path / MANIFEST
+    manifest = Manifest.from_json(_text(path, file), str(file))
+    for number, name in enumerate(sorted(filter(GROWTH_NAME.fullmatch, os.listdir(path))), 1):
+        file = path / growth_name(number)
+        if name != file.name:
+            raise DminError(f"{file} is missing, but {name} is there: restore it from a copy.")
+        manifest = manifest.grown(_text(path, file), str(file))
+    return manifest
+
+
+def growth_name(number: int) -> str:
+    """Return the name of the file that says what a store grew by, counted from 1."""
+    return f"growth-{number:04d}.json"
+
+
+def _text(path: Path, file: Path) -> str:
     try:
-        return Manifest.from_json(file.read_text("utf-8"), str(file))
+        return file.read_text("utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
         missing = f"{path} is not a store (it has no {MANIFEST})"
         if not path.is_dir():
@@ -182,7 +197,7 @@ def open_segments(
     """
     known = known or {}
     try:
-        names = sorted(name for name in os.listdir(path) if SEGMENT_NAME.fullmatch(name))
+        names = segment_names(path)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             opened = pool.map(
                 lambda name: known.get(name) or _open_segment(path / name, manifest, verify), names
@@ -193,42 +208,65 @@ def open_segments(
     sound = {name: each for name, each in found.items() if isinstance(each, Segment)}
     if len(sound) < len(found):
         damage = {name: each for name, each in found.items() if isinstance(each, str)}
-        raise _damaged(path, manifest, damage, sound)
+        raise damaged(path, manifest, damage, [each.blocks for each in sound.values()])
     return sound
+
+
+def segment_names(path: Path) -> list[str]:
+    """Return the names of the sealed segments of a store, sorted."""
+    return sorted(name for name in os.listdir(path) if SEGMENT_NAME.fullmatch(name))
+
+
+def wrong_bytes(path: Path, verify: bool) -> str | None:
+    """Say what is wrong with the bytes of a segment; None if they are those it is named after.
+
+    Raises:
+        OSError: it may not be read, which is not to be taken for damage.
+    """
+    with open(path, "rb") as file:
+        if not verify:
+            return None
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return None if path.stem.endswith(f"-{digest}") else f"the digest of its bytes is {digest}"
 
 
 def _open_segment(path: Path, manifest: Manifest, verify: bool) -> Segment | str:
     """Return a segment, or what is wrong with it."""
-    if verify:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        if not path.stem.endswith(f"-{digest}"):
-            return f"the digest of its bytes is {digest}"
-    with open(path, "rb"):
-        pass  # so that a missing permission is not taken for damage
+    if wrong := wrong_bytes(path, verify):
+        return wrong
     try:
         with h5py.File(path, "r", locking=False) as file:
-            written_for = file.attrs["manifest"]
-            segment = Segment(path, file["blocks"][:], file["rows"][:])
+            require_own(path, file.attrs["manifest"], manifest)
+            return Segment(path, file["blocks"][:])
     except (OSError, KeyError, RuntimeError) as error:
         return f"HDF5 cannot read it: {error}"
-    if written_for != manifest.fingerprint:
+
+
+def require_own(path: Path, written_for: str, manifest: Manifest) -> None:
+    """Raise DminError unless a segment was written for the store it lies in."""
+    if written_for not in manifest.fingerprints:
         raise DminError(
             f"{path} was written for a store with manifest {written_for}, but {MANIFEST} beside it"
             f" is {manifest.fingerprint}: if the file was copied here, move it away; if {MANIFEST}"
             " was edited, restore it."
         )
-    return segment
 
 
-def _damaged(
-    path: Path, manifest: Manifest, damage: Mapping[str, str], sound: Mapping[str, Segment]
+def damaged(
+    path: Path, manifest: Manifest, damage: Mapping[str, str], sound: Sequence[np.ndarray]
 ) -> DminError:
-    """Name the damaged files and the rows that no sound file has."""
-    missing = set(range(manifest.num_blocks)).difference(*(each.blocks for each in sound.values()))
+    """Name the damaged files and the rows that no sound file has.
+
+    Args:
+        path: the store.
+        manifest: the store's.
+        damage: what is wrong, by name of the file.
+        sound: the blocks of each sound file.
+    """
+    missing = set(range(manifest.num_blocks)).difference(*(each.tolist() for each in sound))
     lost = [row for block in sorted(missing) for row in manifest.block_rows(block)]
     files = "; ".join(f"{name} ({reason})" for name, reason in damage.items())
-    begins = ", ".join(str(int(name.split("-")[1]) * manifest.block_size) for name in damage)
+    begins = ", ".join(str(manifest.block_rows(int(name.split("-")[1])).start) for name in damage)
     return DminError(
         f"The store {path} has damaged segments: {files}. Their rows begin at {begins}; no sound"
         f" segment has the rows {spans(lost) or '(none)'} of {manifest.num_examples}. Delete each"

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from dmin.errors import DminError
-from dmin.fingerprint import differences
 from dmin.store.encoding import LARGEST, encode
-from dmin.store.manifest import MANIFEST, Layout, Manifest
+from dmin.store.manifest import Layout, Manifest, unlike
 from dmin.store.segments import (
+    MANIFEST,
     Content,
     Segment,
     commit,
@@ -211,22 +211,7 @@ class StoreWriter:
 
 def _require_same(path: Path, here: Manifest, there: Manifest) -> None:
     """Raise DminError unless a store can be resumed with this manifest."""
-    parts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-        "the dataset changed since collection": (
-            {"dataset": here.dataset, "num_examples": here.num_examples},
-            {"dataset": there.dataset, "num_examples": there.num_examples},
-        ),
-        "the features differ": ({"features": here.features}, {"features": there.features}),
-        "the layout differs": (
-            {"layout": asdict(here.layout), "block_size": here.block_size},
-            {"layout": asdict(there.layout), "block_size": there.block_size},
-        ),
-    }
-    said = [
-        f"{what} ({'; '.join(lines)})"
-        for what, (ours, theirs) in parts.items()
-        if (lines := differences(ours, theirs))
-    ]
+    said = [f"{what} ({'; '.join(lines)})" for what, lines in unlike(here, there).items()]
     if said:
         raise DminError(
             f"{path} holds a store that this command cannot continue: {', and '.join(said)}, where"
