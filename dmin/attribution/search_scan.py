@@ -1,9 +1,10 @@
 """The exact scan: every row of a store past all queries, at the speed of memory.
 
 A block of rows is scored by one thread, as many blocks at a time as torch has threads: threads that
-wait for each other inside every small operation lose most of their time on a busy machine. Within
-a block, rows are decoded a few at a time into a buffer that stays in the cache, where the matrix
-product finds them.
+wait for each other inside every small operation lose most of their time on a busy machine. For few
+queries one loop decodes and multiplies (:mod:`dmin.attribution.search_kernel`) and memory is the
+limit; for many, rows are decoded into a buffer that stays in the cache, where torch's matrix
+product finds them. With queries on an accelerator, blocks are sent there as they are stored.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
 from itertools import islice
 from threading import Barrier
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,9 +25,13 @@ from torch import Tensor
 
 from dmin.attribution.base import Linear
 from dmin.store import Store
+from dmin.store.encoding import STORED_AS, word_sums
 
 BLOCK_BYTES = 32 << 20  # of stored rows: what one thread takes at a time
 BUFFER_BYTES = 4 << 20  # of decoded rows: what stays in the cache
+FEW = 16  # queries: above, decoding once and torch's matrix product are quicker than the loop
+# numba knows no half floats: float16 comes as int16, bfloat16 as uint16, told apart by that.
+SEEN_AS = {"float32": "<f4", "float16": "<i2", "bfloat16": "<u2", "int8": "|i1"}
 Span = tuple[int, int]
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -49,20 +56,81 @@ def scan(
     spans = [(first, min(first + rows, len(store))) for first in range(0, len(store), rows)]
     if keep is not None:
         spans = [span for span in spans if keep[slice(*span)].any()]
+    queries = linear.queries.flatten(3).flatten(1, 2).float().contiguous()  # [Q, D·T, G·k]
+    if queries.is_cuda:
+        yield from _scan_there(linear, store, spans, queries.flatten(1))
+        return
     factors = row_factors(store, linear)
-    queries = linear.queries.flatten(1).contiguous()
 
     def score(span: Span) -> tuple[int, Tensor]:
         scores = torch.empty(len(queries), span[1] - span[0])
+        if len(queries) <= FEW:
+            for first, stored, scale, sums in _parts(store, linear.readout, span, factors):
+                place = slice(first - span[0], first - span[0] + len(stored))
+                out = scores.numpy()[:, place]
+                wrong = kernel().few_queries(stored, scale, sums, queries.numpy(), out)
+                _require_sound(store, linear.readout, first, wrong)
+            return span[0], scores
         for first, decoded in decoded_rows(store, linear.readout, span, factors, len(queries)):
             place = slice(first - span[0], first - span[0] + len(decoded))
-            if len(queries) == 1:
-                torch.mv(decoded, queries[0], out=scores[0, place])
-            else:
-                scores[:, place] = queries @ decoded.T
+            scores[:, place] = queries.flatten(1) @ decoded.T
         return span[0], scores
 
     yield from in_threads(score, spans)
+
+
+def _scan_there(
+    linear: Linear, store: Store, spans: Sequence[Span], queries: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    """Score spans on the queries' device: decoded, scaled and multiplied there, in float32."""
+    device = queries.device
+    factors = row_factors(store, linear)
+    for span in spans:
+        parts = []
+        for first, stored, _, sums in _parts(store, linear.readout, span, None):
+            last = first + len(stored)
+            check = word_sums(stored.view(STORED_AS[store.layout.dtype])) == sums
+            _require_sound(store, linear.readout, first, -1 if check.all() else int(check.argmin()))
+            sent = as_tensor(stored, store.layout.dtype).pin_memory()
+            rows = sent.to(device, non_blocking=True).float()
+            if factors is not None:
+                scale = factors[first:last].flatten(1).to(device, non_blocking=True)
+                rows.mul_(scale[:, :, None])
+            parts.append(queries @ rows.flatten(1).T)
+        yield span[0], torch.cat(parts, dim=1).cpu()
+
+
+def _parts(
+    store: Store, readout: str, span: Span, factors: Tensor | None
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the runs of a span as the loops take them.
+
+    Yields:
+        First row; ``[n, D·T, G·k]`` as stored; factors float32 ``[n, D·T]``; sums uint32 ``[n]``.
+    """
+    draws, steps, groups, dim = store.layout.row_shape
+    sums, first = store.sums(readout), span[0]
+    for run in store.stored(readout, *span):
+        last = first + len(run)
+        shape = len(run), draws * steps, groups * dim
+        if factors is None:
+            scale = np.ones(shape[:2], np.float32)
+        else:
+            scale = factors[first:last].flatten(1).numpy()
+        seen = word_sums(run) if sums is None else sums[first:last]
+        yield first, run.reshape(shape).view(SEEN_AS[store.layout.dtype]), scale, seen
+        first = last
+
+
+def _require_sound(store: Store, readout: str, first: int, wrong: int) -> None:
+    if wrong >= 0:
+        raise store.corrupt(readout, first + wrong)
+
+
+@cache
+def kernel() -> Any:
+    """Return the loops; they are compiled when first called, and kept on disk where possible."""
+    return import_module("dmin.attribution.search_kernel")
 
 
 def row_factors(
@@ -90,16 +158,15 @@ def decoded_rows(
     width = int(np.prod(store.layout.row_shape))
     # For many queries the product is what takes time, and it wants more rows at once.
     most = max(1, BUFFER_BYTES // (4 * width), min(queries, 256))
-    buffer = torch.empty(min(most, span[1] - span[0]), *store.layout.row_shape)
-    first = span[0]
-    for run in store.stored(readout, *span):
-        for part in as_tensor(run, store.layout.dtype).split(len(buffer)):
-            rows = buffer[: len(part)]
-            rows.copy_(part)
-            if factors is not None:
-                rows.mul_(factors[first : first + len(part), :, :, None, None])
-            yield first, rows.view(len(part), width)
-            first += len(part)
+    draws, steps, groups, dim = store.layout.row_shape
+    buffer = torch.empty(min(most, span[1] - span[0]), draws * steps, groups * dim)
+    for first, stored, scale, sums in _parts(store, readout, span, factors):
+        for start in range(0, len(stored), len(buffer)):
+            part = slice(start, min(start + len(buffer), len(stored)))
+            rows = buffer[: part.stop - start]
+            wrong = kernel().decoded(stored[part], scale[part], sums[part], rows.numpy())
+            _require_sound(store, readout, first + start, wrong)
+            yield first + start, rows.flatten(1)
 
 
 def gathered_rows(store: Store, linear: Linear, rows: np.ndarray) -> Tensor:

@@ -10,6 +10,7 @@ from made_stores import cosines, drawn, made
 from dmin.attribution import DMin, GradDot, Side, retrieve, score_matrix, search_scan
 from dmin.attribution import retrieval as retrieval_module
 from dmin.attribution.search_scan import in_threads
+from dmin.errors import DminError
 
 
 @pytest.fixture
@@ -100,3 +101,32 @@ def test_threads_give_results_in_order_and_errors_as_they_are(threads):
     with pytest.raises(ValueError, match="fifty"):
         next(results)
     assert torch.get_num_threads() == 3 and threading.get_ident() not in seen
+
+
+@pytest.mark.parametrize("queries", [1, 5, 40])
+@pytest.mark.parametrize("index", [None, 4])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_no_score_is_computed_from_a_flipped_bit(tmp_path, dtype, queries, index):
+    asked = made(tmp_path / "q", drawn(queries, seed=1), dtype)
+    train = made(tmp_path / "x", drawn(45), dtype)
+    segment = train.segments[0].path
+    stored = train.gather("loss", np.array([1])).tobytes()
+    damaged = bytearray(segment.read_bytes())
+    damaged[damaged.index(stored) + 5] ^= 64
+    retrieve(asked, train, k=45, index=index)
+    train._mapped.clear()
+    segment.write_bytes(damaged)
+    with pytest.raises(DminError, match=r"Row 1 .*'x-1'.* is not what was sealed"):
+        retrieve(asked, train, k=45, index=index)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("queries", [1, 2, 7])
+def test_scores_are_the_same_to_the_bit_wherever_blocks_end(tmp_path, threads, dtype, queries):
+    asked = made(tmp_path / "q", drawn(queries, dim=40, seed=1))
+    found = []
+    for number, (rows, count) in enumerate([(1, 1), (3, 2), (4, 3), (None, 1)]):
+        train = made(tmp_path / f"x{number}", drawn(45, dim=40), dtype, block_size=4 + number)
+        threads(count)
+        found.append(score_matrix(asked, train, DMin(), rows))
+    assert all(np.array_equal(found[0], other) for other in found[1:])
