@@ -34,6 +34,8 @@ VALUES = {
     ("queries", "images"): ["queries.root={images}"],
     ("queries", "generated"): ["queries.prompts=[0,1]"],
     ("timesteps", "explicit"): ["timesteps.values=[500]"],
+    ("shard", "slurm_array"): ["shard.id=3", "shard.num=4"],
+    ("shard", "slurm_task"): ["shard.id=3", "shard.num=4"],
 }
 
 
@@ -128,6 +130,10 @@ def check_method(method):
 
 def check_trainer(trainer):
     assert trainer.predict_loop.inference_mode is False
+
+
+def check_shard(shard):
+    assert 0 <= shard["id"] < shard["num"]
 
 
 def check_train(function):

@@ -16,9 +16,11 @@ from rich.tree import Tree
 
 from dmin.cli.compose import needs
 from dmin.cli.record import recorded
+from dmin.cli.slurm import after_stop
 from dmin.cli.workspace import Workspace, build
 from dmin.errors import DminError
 from dmin.fingerprint import differences, fingerprint
+from dmin.stopping import Stopped, StopSignals
 
 if TYPE_CHECKING:
     from dmin.evaluation.benchmark import Result
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 Body = Callable[[Workspace, dict[str, Any]], None]
 BODIES: dict[str, Body] = {}
 COMMANDS: dict[str, Callable[[DictConfig], None]] = {}
-FEATURES = ("model", "sketch", "timesteps", "noise", "collect", "data", "trainer")
+FEATURES = ("model", "sketch", "timesteps", "noise", "collect", "data", "trainer", "shard")
 
 
 def command(
@@ -45,7 +47,7 @@ def command(
         def step(cfg: DictConfig) -> None:
             if prepare is not None:
                 prepare(cfg)
-            work = Workspace(cfg)
+            work = Workspace(cfg, body.__name__)
             if not work.is_main:  # one of the processes that Lightning started for the main one
                 body(work, {})
                 return
@@ -110,8 +112,23 @@ def doctor(work: Workspace, results: dict[str, Any]) -> None:
 @command(*FEATURES)
 def collect(work: Workspace, results: dict[str, Any]) -> None:
     """Collect the gradients of the training examples into a store."""
-    store = work.collect_train()
+    with StopSignals() as stop:
+        try:
+            store = work.collect_train(stop)
+        except Stopped as stopped:
+            after_stop(stopped, work.cfg.collect.requeue, work.is_main, work.console.print)
+            raise
     if not work.is_main:
+        return
+    if not store.complete:
+        from dmin.collect.together import what_is_missing
+
+        results.update(store=str(store.path), rows=len(store))
+        shard = work.cfg.shard
+        work.console.print(
+            f"[bold]store[/]: {store.path}\n  shard {shard.id} of {shard.num} is done; "
+            f"{what_is_missing(store)}."
+        )
         return
     size = sum(file.stat().st_size for file in store.path.glob("*.h5"))
     raw = 4 * work.collector.attributed.count * store.layout.draws * len(store.layout.timesteps)

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from dmin.cli import sweep
 from dmin.cli.help import config_directory, did_you_mean, groups
+from dmin.cli.processes import follow_parent
 from dmin.cli.record import note_failure
 from dmin.cli.validate import validate
 from dmin.errors import DminError
@@ -66,6 +67,7 @@ def run(step: Step, name: str, argv: list[str]) -> None:
             the ``DminError`` that ended the step (status 1); with status 130 when interrupted.
         Exception: any other exception of the step, as it is. With HYDRA_FULL_ERROR=1 all of them.
     """
+    follow_parent()
     theirs = list(sys.argv), os.environ.get(_FULL_ERROR)
     started = False
 

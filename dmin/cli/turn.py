@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dmin.errors import DminError
+from dmin.stopping import StopSignals
 
 EVERY = 60.0  # seconds between two lines that say what is waited for
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -27,6 +28,7 @@ def turn(
     tell: Callable[[str], None],
     *,
     shared: bool = False,
+    stop: StopSignals | None = None,
     poll: float = 0.5,
 ) -> Iterator[None]:
     """Hold the right to make what stands at a path; wait while another job has it.
@@ -39,6 +41,7 @@ def turn(
         limit: seconds to wait.
         tell: told whom it waits for, at once and then every minute.
         shared: with others who say so too (the shards of one store), not with those who do not.
+        stop: signals that end the waiting.
         poll: seconds between two tries.
 
     Raises:
@@ -53,6 +56,8 @@ def turn(
             if held and not _is(lock, file):
                 continue  # the one before took the file away while this one opened it
             if held is False:
+                if stop is not None:
+                    stop.between_blocks()
                 patience.wait(poll)
                 continue
             if held and not shared:

@@ -48,7 +48,16 @@ class Collect:
     workers: int = 0
     encodings: str | None = None
     keep_encodings: bool = False
+    requeue: bool = False
     wait_seconds: float = 86400.0
+
+
+@dataclass
+class Shard:
+    """The section ``shard``; see ``dmin.store.Share``."""
+
+    id: int = 0
+    num: int = 1
 
 
 @dataclass
@@ -99,6 +108,7 @@ class Root:
     timesteps: dict | None = None
     noise: dict | None = None
     collect: Collect | None = None
+    shard: Shard | None = None
     doctor: Doctor | None = None
     method: dict | None = None
     retrieve: Retrieve | None = None

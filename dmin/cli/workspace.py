@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,9 +16,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from dmin.cli.processes import is_main, make_trainer
+from dmin.cli.slurm import Processes
 from dmin.cli.turn import turn
 from dmin.errors import DminError
 from dmin.fingerprint import differences, fingerprint
+from dmin.stopping import StopSignals
+from dmin.store.share import Share
 
 if TYPE_CHECKING:
     import lightning
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
     from dmin.data import Dataset
     from dmin.models import DiffusionModel
     from dmin.store import Manifest, Store
+
+WHOLE = Share()
+RENDEZVOUS = 300.0  # seconds; less than the ranks of a job wait for each other (trainer=ddp)
 
 
 def build(node: Any) -> Any:
@@ -45,12 +51,13 @@ class Workspace:
 
     Args:
         cfg: the validated configuration.
+        command: name of the command it is for.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: DictConfig, command: str) -> None:
         self.cfg = cfg
-        rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or "0"
-        self.is_main = rank == "0"
+        self.command = command
+        self.is_main = is_main(cfg.trainer)
         self.console = Console(quiet=not self.is_main)
         self.run_folder = Path(HydraConfig.get().runtime.output_dir)
         self.outputs = Path(cfg.paths.outputs)
@@ -98,8 +105,7 @@ class Workspace:
 
     def trainer(self) -> lightning.Trainer:
         """Return a new Lightning trainer."""
-        trainer: lightning.Trainer = build(self.cfg.trainer)
-        return trainer
+        return make_trainer(build, self.cfg, self.command)
 
     @cached_property
     def train_manifest(self) -> Manifest:
@@ -114,9 +120,14 @@ class Workspace:
             return Path(self.cfg.collect.path)
         return self._store_path("train", self.train_manifest)
 
-    def collect_train(self) -> Store:
-        """Return the complete store of the training examples; collect what is missing of it."""
-        return self._collect(self.data, "train", self.train_path)
+    def collect_train(self, stop: StopSignals) -> Store:
+        """Return the store of the training examples; collect what is missing of the shard.
+
+        Args:
+            stop: signals heard so far.
+        """
+        shard = Share(self.cfg.shard.id, self.cfg.shard.num)
+        return self._collect(self.data, "train", self.train_path, shard, stop)
 
     def find_train(self) -> Store:
         """Return the complete store of the training examples, which must be there.
@@ -170,20 +181,38 @@ class Workspace:
         return self._collect(dataset, role, self._store_path(role, manifest))
 
     @contextmanager
-    def turn(self, path: Path, done: bool = False) -> Iterator[None]:
+    def turn(
+        self,
+        path: Path,
+        done: bool = False,
+        shared: bool = False,
+        stop: StopSignals | None = None,
+    ) -> Iterator[None]:
         """Hold the right to make what stands at a path, while no other job of these settings may.
 
         Args:
             path: of a store, a model or a folder of queries.
             done: it is there already, so that there is nothing to wait for.
+            shared: with other shards of it.
+            stop: signals that end the waiting.
         """
         if done or not self.is_main:  # the main process has it for all of them
             yield
             return
-        with turn(path, self.cfg.collect.wait_seconds, self.console.print):
+        limit, tell = self.cfg.collect.wait_seconds, self.console.print
+        if not Processes.of(self.cfg.trainer).alone:
+            limit = min(limit, RENDEZVOUS)  # the other ranks wait for this one
+        with turn(path, limit, tell, shared=shared, stop=stop):
             yield
 
-    def _collect(self, dataset: Dataset, role: str, path: Path) -> Store:
+    def _collect(
+        self,
+        dataset: Dataset,
+        role: str,
+        path: Path,
+        shard: Share = WHOLE,
+        stop: StopSignals | None = None,
+    ) -> Store:
         from dmin.store import Store
 
         options = self.cfg.collect
@@ -193,7 +222,8 @@ class Workspace:
             f"timesteps × {self.collector.attributed.count:,} parameters → "
             f"{self._numbers()}" + (f" (found {path})" if known else "")
         )
-        with self.turn(path, done=known and Store(path, verify=False).complete):
+        done = known and Store(path, verify=False).complete
+        with self.turn(path, done, shared=shard != WHOLE, stop=stop):
             return self.collector.collect(
                 dataset,
                 path,
@@ -204,6 +234,9 @@ class Workspace:
                 workers=options.workers,
                 encodings=options.encodings,
                 keep_encodings=options.keep_encodings,
+                shard=shard.shard,
+                shards=shard.shards,
+                stop=stop,
                 trainer=self.trainer(),
             )
 
@@ -300,7 +333,7 @@ class Workspace:
         if path not in self._others:
             cfg = copy.deepcopy(self.cfg)
             OmegaConf.update(cfg, "model.path", path)
-            other = self._others[path] = Workspace(cfg)
+            other = self._others[path] = Workspace(cfg, self.command)
             other.__dict__["data"] = self.data  # the same examples, read once
         return self._others[path]
 

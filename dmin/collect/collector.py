@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dmin.capture import Capture, choose_parameters
 from dmin.collect.encodings import Encodings
 from dmin.collect.memory import PeakMemory
-from dmin.collect.predict import predict, predict_trainer
+from dmin.collect.predict import Work, predict, predict_trainer
+from dmin.collect.together import finished, wait_for_others
 from dmin.data.base import Dataset, describe_dataset
 from dmin.data.module import CollectData
 from dmin.errors import DminError
@@ -22,11 +23,14 @@ from dmin.fingerprint import fingerprint
 from dmin.models.base import READOUTS, Condition, DiffusionModel, weights_digest
 from dmin.noise import Noise, SharedNoise
 from dmin.sketches import BlockCyclic, Grouping, Sketch, grouped
-from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
+from dmin.stopping import Stopped, StopSignals
+from dmin.store import Layout, Manifest, Progress, Rows, Share, Store, StoreWriter
 from dmin.timesteps import Schedule, Stratified
 
 # Raised whenever the numbers that land in a store change for unchanged settings.
 FEATURE_SCHEMA = 1
+# What processes that were told to stop have to seal what is finished, while others wait for them.
+SECONDS_TO_STOP = 30.0
 # Pairs a pass of a collector with microbatch=auto that did not try any yet.
 UNTRIED = 64
 
@@ -75,6 +79,7 @@ class GradientCollector(lightning.LightningModule):
 
     Attributes:
         peak: the memory that the last collection took in this process.
+        between_passes: called before each pass; whatever it raises ends the work.
 
     Raises:
         DminError: unknown readout, no such parameters, or a layer that cannot be differentiated.
@@ -118,6 +123,7 @@ class GradientCollector(lightning.LightningModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.encodings: Encodings | None = None
         self.peak = PeakMemory(torch.device("cpu"))
+        self.between_passes: Callable[[], None] = lambda: None
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
@@ -136,7 +142,10 @@ class GradientCollector(lightning.LightningModule):
         workers: int = 0,
         encodings: str | Path | None = None,
         keep_encodings: bool = False,
+        shard: int = 0,
+        shards: int = 1,
         trainer: lightning.Trainer | None = None,
+        stop: StopSignals | None = None,
     ) -> Store:
         """Collect the features of a dataset into a store, or the rest of them if some are there.
 
@@ -159,33 +168,65 @@ class GradientCollector(lightning.LightningModule):
             encodings: folder for the encodings; ``<path>.encodings`` if none.
             keep_encodings: leave them there for other stores of the same data; otherwise they are
                 deleted when the store is complete.
+            shard: do only this one of …
+            shards: … so many parts of the dataset. Others may do the others at any time, and
+                anywhere this folder is seen: all write into the one store.
             trainer: any Lightning trainer; :func:`predict_trainer` if none.
+            stop: signals heard so far; if none, they are heard from here on.
 
         Returns:
-            The complete store, verified.
+            The store, with all blocks of the shard. Complete, it is verified.
 
         Raises:
-            DminError: bad data, a NaN gradient, or a store of something else at that path.
+            DminError: bad data, a NaN gradient, a store of something else at that path, another
+                process at the same blocks, or a process of this job that was lost.
+            Stopped: a signal came; the block at hand was finished, and all is sealed.
         """
         path = Path(path)
+        trainer = trainer or predict_trainer()
+        share = Share(shard, shards, trainer.global_rank, trainer.world_size)
         manifest = self.manifest(dataset, block_size, dtype)
         encoded = self._encodings(manifest, encodings or path.with_name(f"{path.name}.encodings"))
-        with StoreWriter(
-            path, manifest, segment_bytes=segment_bytes, seal_seconds=seal_seconds
-        ) as writer:
-            pending = writer.pending()
+        lost: dict[Share, str] = {}
+        with (
+            stop or StopSignals() as stop,
+            StoreWriter(
+                path,
+                manifest,
+                segment_bytes=segment_bytes,
+                seal_seconds=seal_seconds,
+                verify=share == Share(ranks=share.ranks),  # once is enough: the end verifies all
+            ) as writer,
+        ):
+            pending = share.pending(writer.pending(), manifest.num_blocks)
             if pending:
+                progress = Progress(path, share)
+                progress.claim(manifest.num_blocks)
                 data = CollectData(dataset, pending, block_size, workers)
+                work = Work(data, writer, progress, stop)
                 self.encodings = encoded
                 try:
-                    predict(self, data, writer, trainer or predict_trainer())
+                    lost = self._together(work, trainer)
                 finally:
                     self.encodings = None
-        store = Store(path)
-        store.require_complete()
-        if encoded is not None and not keep_encodings:
+        store = finished(path, share, lost)
+        if encoded is not None and not keep_encodings and store.complete:
             encoded.remove()
         return store
+
+    def _together(self, work: Work, trainer: lightning.Trainer) -> dict[Share, str]:
+        """Do this process's blocks, and wait for the other processes; return who was lost."""
+        with work.progress as progress:
+            try:
+                work.stop.between_blocks()
+                predict(self, work, trainer)
+                progress.say(state="waiting")
+                return wait_for_others(progress, work.stop)
+            except Stopped as stopped:
+                stopped.gained = progress.gained
+                progress.say(state="waiting")
+                wait_for_others(progress, limit=SECONDS_TO_STOP)
+                raise
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> tuple[int, Rows]:
         """Return the store rows of one block, with its first position in the dataset."""
@@ -219,8 +260,11 @@ class GradientCollector(lightning.LightningModule):
                 GPU's memory ran out.
         """
         passes = self.passes(x0, condition, ids)
+        parts = []
         try:
-            parts = [passes.run(pairs) for pairs in torch.arange(passes.total).split(self.pairs)]
+            for pairs in torch.arange(passes.total).split(self.pairs):
+                self.between_passes()
+                parts.append(passes.run(pairs))
         except torch.OutOfMemoryError as error:
             raise DminError(
                 f"a pass of {self.pairs} pairs of example and timestep ran out of GPU memory. Set "

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import signal
+import socket
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.strategies import DDPStrategy
 from rich.progress import track
 
 from dmin.collect.encodings import leave_device, on_device
@@ -22,29 +24,63 @@ from dmin.collect.memory import (
 )
 from dmin.data.module import Blocks, CollectData
 from dmin.errors import DminError
-from dmin.store import Rows, StoreWriter
+from dmin.stopping import StopSignals
+from dmin.store import Progress, Rows, StoreWriter
 
 if TYPE_CHECKING:
     from dmin.collect.collector import GradientCollector
+
+
+class Work(NamedTuple):
+    """One process's collecting: which blocks, where to, who is told, what may end it."""
+
+    data: CollectData
+    writer: StoreWriter
+    progress: Progress
+    stop: StopSignals
 
 
 class Preparation(Callback):
     """What precedes the first gradient: encoding, and finding the size of the microbatch.
 
     Args:
-        data: the blocks to do.
-        writer: of the store that they go to.
+        work: the blocks to do, and the store that they go to.
     """
 
-    def __init__(self, data: CollectData, writer: StoreWriter) -> None:
-        self.data = data
-        self.writer = writer
+    def __init__(self, work: Work) -> None:
+        self.data, self.writer, self.progress, self.stop = work
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Have all processes of the job do blocks of one list, in one folder.
+
+        Raises:
+            DminError: a process does not see the folder of the first one.
+        """
+        if trainer.world_size == 1:
+            return
+        strategy, progress = trainer.strategy, self.progress
+        # Each process looked for what is pending at its own time.
+        self.data.blocks, run = strategy.broadcast((self.data.blocks, progress.run))
+        progress.joins(run)
+        seen = progress.sees_first()
+        if not strategy.reduce_boolean_decision(seen, all=True):
+            blind = f"{socket.gethostname()} (rank {trainer.global_rank}) does not see"
+            raise DminError(
+                f"{'another machine of this job does not see' if seen else blind} the store that "
+                f"rank 0 made at {progress.store}. All machines of a job must share that folder: "
+                f"set paths.outputs (or collect.path) to a shared file system, and see that it is "
+                f"mounted on every node."
+            )
 
     def on_predict_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """Prepare this process's blocks; the network is on its device by now."""
         collector: Any = pl_module
+        self.stop.listen()  # Lightning's own handler waits for the other processes
+        self.stop.forward = partial(_forward, trainer)
         if torch.is_inference_mode_enabled():
             raise DminError(
                 "trainer.inference_mode is on, which forbids gradients. Set "
@@ -68,6 +104,10 @@ class Preparation(Callback):
             collector.pairs = agree_on_microbatch(
                 note, lambda: self.find(trainer, collector, mine[0])
             )
+        if isinstance(trainer.strategy, DDPStrategy) and trainer.strategy.launcher is not None:
+            # No collective operation follows: a process that dies keeps no other from its work.
+            trainer.strategy.launcher.ranks_are_apart = True  # type: ignore[attr-defined]
+        self.progress.begin(len(mine))
 
     def encode(
         self, trainer: lightning.Trainer, collector: GradientCollector, blocks: list[int]
@@ -77,12 +117,15 @@ class Preparation(Callback):
         if not blocks:  # all encoded before; a trainer may have moved the encoders all the same
             leave_device(collector.encoders)
             return
+        self.progress.say(state="encoding", blocks=len(blocks))
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         with on_device(collector.encoders, collector.device), torch.no_grad():
             loader = track(self._load(blocks), "Encoding", len(blocks), disable=not shown)
             for block, batch in zip(blocks, loader, strict=True):
                 batch = trainer.strategy.batch_to_device(batch, collector.device)
                 collector.encodings.save(block, *collector.model.encode(batch))
+                self.progress.gained = True
+                self.stop.between_blocks()
 
     def find(self, trainer: lightning.Trainer, collector: GradientCollector, block: int) -> int:
         """Find the size of the microbatch on one block."""
@@ -107,12 +150,12 @@ class SketchWriter(BasePredictionWriter):
     """Hands each block's rows to the store; whatever ends the loop, finished blocks are sealed.
 
     Args:
-        writer: the store's writer, one a process.
+        work: with the store's writer, one a process.
     """
 
-    def __init__(self, writer: StoreWriter) -> None:
+    def __init__(self, work: Work) -> None:
         super().__init__("batch")
-        self.writer = writer
+        self.writer, self.progress, self.stop = work.writer, work.progress, work.stop
 
     def write_on_batch_end(
         self,
@@ -124,18 +167,23 @@ class SketchWriter(BasePredictionWriter):
         """Append one block."""
         position, rows = prediction
         self.writer.append(position // self.writer.manifest.block_size, rows)
-        if trainer.received_sigterm:  # Lightning notes the signal, but predict loops never ask
-            raise SystemExit(128 + signal.SIGTERM)
+        self.progress.block_done(len(rows.ids))
+        self.stop.between_blocks()
+
+    def between_passes(self) -> None:
+        """Once a signal came, seal what is finished: this block may not be, in the time left."""
+        if self.stop.received:
+            self.writer.seal()
+            self.stop.between_passes()
 
     def teardown(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Seal the last blocks, then wait for the other processes to have sealed theirs.
+        """Seal the last blocks.
 
         Not at the end of prediction, which a process without any block never reaches.
         """
         self.writer.close()
-        trainer.strategy.barrier("dmin: every process has sealed its blocks")
 
     def on_exception(
         self,
@@ -145,6 +193,13 @@ class SketchWriter(BasePredictionWriter):
     ) -> None:
         """Seal what is finished before the exception ends the process."""
         self.writer.close()
+
+
+def _forward(trainer: lightning.Trainer, signum: int) -> None:
+    """Hand a signal on to the processes that Lightning started for this one."""
+    launcher = trainer.strategy.launcher
+    if launcher is not None:
+        launcher.kill(signum)
 
 
 def predict_trainer(**settings: Any) -> lightning.Trainer:
@@ -165,19 +220,16 @@ def predict_trainer(**settings: Any) -> lightning.Trainer:
     return lightning.Trainer(**{**fit, **settings})
 
 
-def predict(
-    collector: GradientCollector,
-    data: CollectData,
-    writer: StoreWriter,
-    trainer: lightning.Trainer,
-) -> None:
+def predict(collector: GradientCollector, work: Work, trainer: lightning.Trainer) -> None:
     """Run a trainer over the blocks to do; the model is given back as and where it was."""
     refuse_cast(collector, trainer)
-    mine = [Preparation(data, writer), SketchWriter(writer)]
+    writer = SketchWriter(work)
+    mine = [Preparation(work), writer]
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     network = collector.model.network
     homes = places({"": network, **collector.encoders})
     callbacks.extend(mine)
+    collector.between_passes = writer.between_passes
     try:
         with (
             warnings.catch_warnings(),
@@ -186,10 +238,11 @@ def predict(
             # `workers` was chosen, and blocks are all there is: neither warning tells news.
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*custom batch sampler.*")
-            trainer.predict(collector, datamodule=data, return_predictions=False)
+            trainer.predict(collector, datamodule=work.data, return_predictions=False)
     finally:
         for callback in mine:
             callbacks.remove(callback)
+        collector.between_passes = lambda: None
         collector.to(homes[""])
         for name, encoder in collector.encoders.items():
             encoder.to(homes[name])

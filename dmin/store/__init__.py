@@ -5,6 +5,7 @@
     store/
       manifest.json                       what was computed, and of which dataset
       segment-<first block>-<digest>.h5   sealed, immutable, named after its own bytes
+      progress/                           who works on it: small files without any part in it
       *.tmp                               leftovers of killed writers, never read
 
 The unit of work is a *block*: ``block_size`` consecutive examples of the dataset. A segment holds
@@ -15,7 +16,19 @@ Nothing here imports torch.
 """
 
 from dmin.store.manifest import Layout, Manifest
+from dmin.store.progress import Progress
 from dmin.store.reader import Block, Store, check_comparable
+from dmin.store.share import Share
 from dmin.store.writer import Rows, StoreWriter
 
-__all__ = ["Block", "Layout", "Manifest", "Rows", "Store", "StoreWriter", "check_comparable"]
+__all__ = [
+    "Block",
+    "Layout",
+    "Manifest",
+    "Progress",
+    "Rows",
+    "Share",
+    "Store",
+    "StoreWriter",
+    "check_comparable",
+]

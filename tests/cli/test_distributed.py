@@ -1,0 +1,106 @@
+"""Several processes by the command line: the same store, and nothing lost when one dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dmin.collect import GradientCollector
+from dmin.data.digits import Digits
+from dmin.data.subset import Subset
+from dmin.errors import DminError
+from dmin.sketches import BlockCyclic
+from dmin.store import Share, Store
+from dmin.timesteps import Stratified
+
+# With a segment a block.
+SETTINGS = [
+    *("model=ddpm", "data=subset", "data@data.dataset=digits", "name=d"),
+    *("sketch.dim=256", "timesteps.num=3", "collect.block_size=8", "collect.dtype=float32"),
+    *("collect.segment_bytes=1", "extras.threads=1", "extras.print_config=false"),
+]
+RANKS = ["trainer=ddp", "trainer.accelerator=cpu"]
+
+
+def command(ddpm_path, *settings):
+    line = [sys.executable, "-m", "dmin", "collect", *SETTINGS, f"model.path={ddpm_path}"]
+    return [*line, *settings]
+
+
+@pytest.fixture(scope="module")
+def collected(ddpm, tmp_path_factory):
+    """What one process makes of so many digits, by the same settings."""
+
+    def collect(count, path=None, **options):
+        return GradientCollector(ddpm, BlockCyclic(256), Stratified(3)).collect(
+            Subset(Digits("train"), count=count),
+            path or tmp_path_factory.mktemp("one") / "store",
+            block_size=8,
+            dtype="float32",
+            segment_bytes=1,
+            **options,
+        )
+
+    return collect
+
+
+@pytest.mark.slow
+def test_two_processes_in_a_sweep_make_the_store_of_one(ddpm_path, collected, tmp_path):
+    # 52 examples are six blocks and a half for two processes; nine are one and an eighth.
+    line = command(ddpm_path, *RANKS, "-m", "data.count=52,9")
+    subprocess.run(line, cwd=tmp_path, check=True, timeout=300)
+    found = [Store(path) for path in (tmp_path / "outputs/stores").iterdir()]
+    assert {len(store): store.digest() for store in found} == {
+        count: collected(count).digest() for count in (52, 9)
+    }
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_told_and_leaves_a_store_that_resumes(ddpm_path, collected, tmp_path):
+    path = tmp_path / "store"
+    line = command(ddpm_path, *RANKS, "data.count=300", f"collect.path={path}")
+    job = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    rank = path / "progress" / f"{Share(rank=1, ranks=2).name}.json"
+    end = time.monotonic() + 200
+    while len(list(path.glob("segment-*"))) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    os.kill(json.loads(rank.read_text())["pid"], signal.SIGKILL)
+    said = job.communicate(timeout=120)[1]
+    assert job.returncode == 1
+    assert "rank 1" in said and "was killed" in said and "Traceback" not in said
+    store = Store(path)
+    odd = [block for block in store.missing_blocks if block % 2]
+    assert store.missing_blocks == odd  # the other one did all of its part
+    assert collected(300, path).digest() == collected(300).digest()
+
+
+def test_shards_make_the_store_of_one_and_the_last_says_so(collected, tmp_path):
+    path = tmp_path / "store"
+    for shard in (2, 0, 3):
+        assert not collected(52, path, shard=shard, shards=4).complete
+    before = {file: file.stat().st_mtime_ns for file in path.glob("segment-*")}
+    collected(52, path, shard=2, shards=4)  # again: nothing to do
+    assert {file: file.stat().st_mtime_ns for file in path.glob("segment-*")} == before
+    whole = collected(52, path, shard=1, shards=4)
+    assert whole.complete and whole.digest() == collected(52).digest()
+
+
+def test_more_shards_than_blocks_leave_some_with_nothing(collected, tmp_path):
+    for shard in range(3):
+        store = collected(9, tmp_path / "s", shard=shard, shards=3)
+    assert store.complete and store.digest() == collected(9).digest()
+
+
+def test_a_shard_that_is_being_collected_is_not_collected_twice(collected, tmp_path):
+    from dmin.store import Progress
+
+    collected(52, tmp_path / "s", shard=0, shards=4)
+    other = Progress(tmp_path / "s", Share(1, 4))
+    other.claim(7)
+    with pytest.raises(DminError, match=r"being collected by process .*shard 1 of 4.*shard\.num=n"):
+        collected(52, tmp_path / "s", shard=1, shards=4)
+    collected(52, tmp_path / "s", shard=2, shards=4)
