@@ -33,6 +33,7 @@ VALUES = {
     ("data", "subset"): ["data@data.dataset=digits", "data.count=2"],
     ("queries", "images"): ["queries.root={images}"],
     ("queries", "generated"): ["queries.prompts=[0,1]"],
+    ("method", "encoder"): ["method.path=clip"],
     ("timesteps", "explicit"): ["timesteps.values=[500]"],
     ("shard", "slurm_array"): ["shard.id=3", "shard.num=4"],
     ("shard", "slurm_task"): ["shard.id=3", "shard.num=4"],

@@ -6,10 +6,12 @@ from dmin.attribution.das import DAS
 from dmin.attribution.datainf import DataInf
 from dmin.attribution.dmin import DMin
 from dmin.attribution.ekfac import EKFAC, Unlearning
+from dmin.attribution.encoder import EncoderCosine
 from dmin.attribution.gradient_similarity import DMinUnnormalised, GradCos, GradDot
 from dmin.attribution.inverse_hessian import CG, Arnoldi, LiSSA
 from dmin.attribution.likeness import SSIM, GaussianKernel
 from dmin.attribution.pixel import PixelCosine, PixelL2
+from dmin.attribution.popularity import Popularity
 from dmin.attribution.random import Random
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.retrieval import TopK, retrieve, score_matrix
@@ -29,6 +31,7 @@ __all__ = [
     "DMinUnnormalised",
     "DTRAKEnsemble",
     "DataInf",
+    "EncoderCosine",
     "ExampleBlock",
     "GaussianKernel",
     "GradCos",
@@ -38,6 +41,7 @@ __all__ = [
     "OverCheckpoints",
     "PixelCosine",
     "PixelL2",
+    "Popularity",
     "Random",
     "Ranking",
     "RelativeIF",

@@ -12,6 +12,7 @@ from dmin.attribution import (
     GradDot,
     PixelCosine,
     PixelL2,
+    Popularity,
     Random,
     Side,
     TopK,
@@ -34,6 +35,7 @@ METHODS = [
     DMinUnnormalised(),
     GradDot(),
     GradCos(),
+    Popularity(),
     PixelL2(),
     PixelCosine(),
     Random(),
@@ -74,6 +76,9 @@ def unit(x):
 def by_hand(method, queries, train):
     """Each method's formula, one pair, timestep and draw at a time."""
     (q, qn), (x, xn) = gradients(queries), gradients(train)
+    if isinstance(method, Popularity):
+        everything = np.einsum("qtdk,ntdk->qn", unit(x), unit(x)) / 2
+        return np.stack([everything.mean(0)] * len(q))
     if isinstance(method, DMin):
         weights = np.ones(3) if method.weights is None else method.weights.numpy()
         if method.renormalise:
