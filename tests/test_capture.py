@@ -529,10 +529,11 @@ def test_the_whole_gradient_never_exists(monkeypatch):
     for kind in ("Dense", "Outer", "Correlation"):
         factors = getattr(layer_gradients, kind)
         monkeypatch.setattr(factors, "dense", lambda self, d=factors.dense: formed(d(self)))
-    network = nn.Sequential(*[nn.Linear(32, 32) for _ in range(12)])
-    rows_of(network, {"input": torch.randn(8, 32)}, budget=2 * 4 * 32 * 32)
+    network = nn.Sequential(*[nn.Linear(32, 32) for _ in range(12)]).double()
+    inputs = {"input": torch.randn(8, 32, dtype=torch.float64)}
+    rows_of(network, inputs, budget=2 * 8 * 32 * 32)
     assert live == 0
-    assert 4 * 32 * 32 <= peak <= 2 * 4 * 32 * 32  # two examples of one weight, of 8 × 12
+    assert 8 * 32 * 32 <= peak <= 2 * 8 * 32 * 32  # two examples of one weight, of 8 × 12
 
 
 class Impatient(Keep):

@@ -28,7 +28,7 @@ from dmin.store import Layout, Manifest, Progress, Rows, Share, Store, StoreWrit
 from dmin.timesteps import Schedule, Stratified
 
 # Raised whenever the numbers that land in a store change for unchanged settings.
-FEATURE_SCHEMA = 1
+FEATURE_SCHEMA = 2
 # What processes that were told to stop have to seal what is finished, while others wait for them.
 SECONDS_TO_STOP = 30.0
 # Pairs a pass of a collector with microbatch=auto that did not try any yet.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dmin.errors import DminError
 from dmin.layer_gradients import Dense, GradientFactors
+from dmin.sketches import forming
 
 
 class Parameter(NamedTuple):
@@ -216,6 +217,8 @@ class FoldedSketch(FormedSketch):
     def projection(self, name: str, like: Tensor) -> Callable[[Tensor, Tensor], None]:
         """Return the map of one parameter, ready for use."""
         bucket, sign = self.fold(name, like.device)
+        if forming.applies(like):
+            return lambda gradient, rows: forming.scatter(gradient, bucket, sign, rows)
         sign = sign.to(like.dtype)
 
         def project(gradient: Tensor, rows: Tensor) -> None:

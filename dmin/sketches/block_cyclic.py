@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dmin.errors import DminError
-from dmin.sketches.base import FoldedSketch
+from dmin.layer_gradients import GradientFactors
+from dmin.sketches import forming
+from dmin.sketches.base import Accumulator, FoldedSketch, Parameter
 from dmin.sketches.hashing import hash_words, key, signs
+
+if TYPE_CHECKING:
+    from dmin.sketches.cpu_kernels import Fold
 
 
 class BlockCyclic(FoldedSketch):
     """Cut the gradient into blocks, flip signs at random, add each block at a random offset.
 
-    ``(S g)[c] = Σ_j s_j g_j [ (j mod b + r_⌊j/b⌋) mod k = c ]``
+    ``(S g)[c] = Σ_j s_j g_j [ (i_j + r_⌊j⌋) mod k = c ]`` ,
 
-    with independent signs s and offsets r, uniform on [0, k), both hashed from (seed, parameter
-    name). Two entries of one block never collide (b ≤ k), two of different blocks with probability
-    exactly 1/k; hence ``E⟨S g, S h⟩ = ⟨g, h⟩`` and
+    where entry j is number i_j of its block ⌊j⌋, with independent signs s and offsets r, uniform on
+    [0, k), both hashed from (seed, parameter name). A block is a run of b inputs in a row of the
+    weight, or in a row for one tap of a convolution's kernel: what is formed together lies
+    together. Two entries of one block never collide (b ≤ k), two of different blocks with
+    probability exactly 1/k; hence ``E⟨S g, S h⟩ = ⟨g, h⟩`` and
     ``Var⟨S g, S h⟩ ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) / k``, OPORP's bound (Li & Li, arXiv
     2302.03505), for every vector. (A fold at fixed strides does not have it: outlier channels
     collide.) It keeps nothing of the parameters' size.
@@ -47,10 +53,52 @@ class BlockCyclic(FoldedSketch):
         """Return the settings that define the map."""
         return {**super().describe(), "block": self.block}
 
+    def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
+        """Fold the gradients of one parameter while they are formed."""
+        if not forming.applies(state.values):
+            super().add(state, name, factors)
+            return
+        parameter = self._bound.by_name[name]
+        values, squares = forming.fold_factors(
+            factors,
+            parameter.shape,
+            self.kernel_map(parameter),
+            self.norm_kind == "exact",
+            state.budget,
+        )
+        rows = state.values[:, parameter.group]
+        rows += values[:, : self.dim]
+        beyond = values[:, self.dim :]  # buckets count on past k, and around
+        rows[:, : beyond.shape[1]] += beyond
+        state.squared_norm[:, parameter.group] += squares
+
     def fold(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return buckets and signs of one parameter, hashed afresh."""
-        size = prod(self._bound.by_name[name].shape)
-        offsets = hash_words(key(self.seed, name, "offset"), -(-size // self.block), device)
-        within = torch.arange(self.block, device=device)
-        bucket = (offsets[:, None] + within).view(-1)[:size] % self.dim
-        return bucket, signs(key(self.seed, name, "sign"), size, device)
+        shape = self._bound.by_name[name].shape
+        rows, width = self._rows(shape)
+        blocks, words = -(-width // self.block), -(-width // 32)
+        offsets = hash_words(key(self.seed, name, "offset"), rows * blocks, device)
+        bucket = offsets[:, None] % self.dim + torch.arange(self.block, device=device)
+        bucket = bucket.view(rows, -1)[:, :width] % self.dim
+        sign = signs(key(self.seed, name, "sign"), rows * words * 32, device)
+        sign = sign.view(rows, -1)[:, :width]
+        return forming.taps_last(bucket, shape), forming.taps_last(sign, shape)
+
+    def kernel_map(self, parameter: Parameter) -> Fold:
+        """Return the same map for the loops of the CPU: rows are k + b long, to be wrapped."""
+        rows, width = self._rows(parameter.shape)
+        blocks, words = -(-width // self.block), -(-width // 32)
+        return forming.block_cyclic(
+            key(self.seed, parameter.name, "sign"),
+            rows * words,
+            key(self.seed, parameter.name, "offset"),
+            rows * blocks,
+            self.dim,
+            self.block,
+        )
+
+    @staticmethod
+    def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return how many rows a parameter has, those of all taps, and how wide they are."""
+        taps, out, width = forming.as_matrices(shape)
+        return taps * out, width

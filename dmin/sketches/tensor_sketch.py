@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from math import log2, prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dmin.layer_gradients import GradientFactors, Outer, Sum
+from dmin.sketches import forming
 from dmin.sketches.base import Accumulator, Parameter, Sketched
 from dmin.sketches.block_cyclic import BlockCyclic
 from dmin.sketches.hashing import key, signs, spread_words
+
+if TYPE_CHECKING:
+    from dmin.sketches.cpu_kernels import Fold
 
 
 class SpectralAccumulator(Accumulator):
@@ -113,6 +117,13 @@ class TensorSketch(BlockCyclic):
         (row, row_sign), (column, column_sign) = self._hashes(parameter, device)
         bucket = (row[:, None] + column) % self.dim
         return bucket.view(-1), (row_sign[:, None] * column_sign).view(-1)
+
+    def kernel_map(self, parameter: Parameter) -> Fold:
+        """Return the map of one parameter, by whichever it has, for the loops of the CPU."""
+        if not self.tensor_sketched(parameter):
+            return super().kernel_map(parameter)
+        row, column = self._hashes(parameter, torch.device("cpu"))
+        return forming.tensor_sketch(row, column, self.dim)
 
     def _hashes(
         self, parameter: Parameter, device: torch.device
