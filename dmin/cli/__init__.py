@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dmin.cli.stores import run as run_store
 
         return run_store(overrides)
+    elif command == "status":
+        from dmin.cli.status import run as run_status
+
+        return run_status(overrides)
     elif command == "repeat":
         from dmin.cli.repeat import run as run_again
 

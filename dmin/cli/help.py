@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": "Generate query images, each with the prompt and seed that made it.",
     "retrieve": "Find the training examples behind each query image, and show them.",
     "evaluate": "Measure how far the answers can be trusted, against ground truth.",
+    "status": "See how much of a running or dead collection is done, by whom, how fast.",
     "store": "Inspect, verify, merge, fold, convert, compact and export stores.",
     "repeat": "Run the settings of an earlier run again, and say what differs.",
     "demo": "Do all of it on a small model, in minutes on a laptop.",
@@ -88,11 +89,11 @@ For shell completion: eval "$(dmin --shell-completion install=bash)"
 
 def page(command: str) -> str:
     """Return what ``dmin <command> --help`` prints."""
-    if command in ("store", "repeat"):
-        from dmin.cli import repeat, stores
+    if command in ("status", "store", "repeat"):
+        from dmin.cli import repeat, status, stores
 
-        own = stores.page() if command == "store" else repeat.page()
-        return f"{COMMANDS[command]}\n{own}"
+        own = {"status": status.page, "store": stores.page, "repeat": repeat.page}[command]
+        return f"{COMMANDS[command]}\n{own()}"
     listed = groups()
     shown = "\n".join(_entry(group, choices) for group, choices in listed.items()) or "  none"
     digits = f"dmin {command} experiment=digits"

@@ -210,7 +210,7 @@ class Progress:
         self.say(state="collecting", blocks=blocks)
 
     def block_done(self, rows: int) -> None:
-        """Count a block of so many examples; told with the next sign of life."""
+        """Count a block of so many examples; the first is told at once, others in time."""
         now = time.monotonic()
         took = now - self._recent[-1][0] if self._recent else 0.0
         self._recent.append((now, rows))
@@ -226,6 +226,8 @@ class Progress:
                 rate=lately / seconds if seconds > 0 else 0.0,
                 block_seconds=took,
             )
+        if said.done == 0:
+            self._write()
 
     def __enter__(self) -> Progress:
         """Begin to give signs of life."""

@@ -10,7 +10,7 @@ from dmin.cli import main
 from dmin.cli.help import config_directory, did_you_mean, groups
 from dmin.cli.validate import validate
 
-OWN_PAGES = ("store", "repeat")  # commands that compose no configuration
+OWN_PAGES = ("status", "store", "repeat")  # commands that compose no configuration
 
 
 @pytest.fixture
