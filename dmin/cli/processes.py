@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dmin.cli.slurm import Processes, check_running, tasks_here
@@ -41,11 +42,10 @@ def is_main(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ)
     return all(environ.get(name, "0") == "0" for name in ranks)
 
 
-def make_trainer(build: Any, cfg: DictConfig, command: str) -> lightning.Trainer:
+def make_trainer(cfg: DictConfig, command: str) -> lightning.Trainer:
     """Return a trainer that starts, finds and outlives processes as dmin wants it.
 
     Args:
-        build: turns a section of the configuration into what it describes.
         cfg: the configuration.
         command: name of the command, for the other processes.
 
@@ -68,7 +68,7 @@ def make_trainer(build: Any, cfg: DictConfig, command: str) -> lightning.Trainer
         ours = tasks.total > 1 and not processes.alone
         more["plugins"] = SLURMEnvironment(auto_requeue=False) if ours else LightningEnvironment()
     try:
-        trainer: lightning.Trainer = build(settings, **more)
+        trainer: lightning.Trainer = instantiate(settings, _convert_="all", **more)
     except InstantiationException as error:
         cause = error.__cause__
         if not isinstance(cause, MisconfigurationException | ValueError | RuntimeError):

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from omegaconf import DictConfig, OmegaConf
+
 from dmin.errors import DminError
 from dmin.stopping import Stopped
 
@@ -128,6 +130,77 @@ def check_fit(processes: Processes, tasks: Tasks, shards: int) -> None:
         raise DminError(f"{processes}: say the number of devices, one a task of a node.")
     if (processes.per_node or 1, processes.nodes) != tuple(tasks):
         raise DminError(_mismatch(processes, tasks))
+
+
+def check_submission(config: DictConfig) -> None:
+    """Refuse a sweep on SLURM whose jobs could not run, before any is submitted.
+
+    Args:
+        config: of the sweep, with Hydra's own node.
+
+    Raises:
+        DminError: there is no SLURM here, or the parts of a job do not fit together.
+    """
+    launcher = config.hydra.launcher
+    if not launcher._target_.endswith(".SlurmLauncher"):
+        return
+    if shutil.which("sbatch") is None:
+        raise DminError(
+            "hydra/launcher=slurm, but this machine has no SLURM (there is no sbatch on its PATH). "
+            "Give the command where jobs are submitted from, or say hydra/launcher=local to run "
+            "the jobs here."
+        )
+    asked = f"hydra.launcher.timeout_min={launcher.timeout_min}"
+    if 60 * launcher.timeout_min < launcher.signal_delay_s + 60:
+        raise DminError(
+            f"{asked} with hydra.launcher.signal_delay_s={launcher.signal_delay_s}: the job would "
+            f"be told to stop as soon as it starts. Ask for more time, or for a later signal."
+        )
+    for cfg in _jobs(config):
+        processes = Processes.of(cfg.trainer)
+        tasks = OmegaConf.select(cfg, "hydra.launcher.tasks_per_node") or 1
+        if not isinstance(tasks, int):
+            raise DminError(
+                f"hydra.launcher.tasks_per_node={tasks}: SLURM wants a number. Say how many "
+                f"devices a node has: trainer.devices=8."
+            )
+        check_fit(processes, Tasks(tasks, launcher.nodes), cfg.shard.num)
+        check_gpus(cfg.trainer, launcher, tasks)
+
+
+def check_gpus(trainer: Mapping[str, Any], launcher: Mapping[str, Any], tasks: int) -> None:
+    """Refuse a job for GPUs that does not ask SLURM for as many.
+
+    Raises:
+        DminError: it asks for fewer, or for none.
+    """
+    if trainer.get("accelerator") not in ("gpu", "cuda"):
+        return
+    more = launcher.get("additional_parameters") or {}
+    if any(str(key).replace("_", "-") in ("gres", "gpus", "gpus-per-task") for key in more):
+        return  # said in a way of the user's own
+    gpus = launcher.get("gpus_per_node") or (launcher.get("gpus_per_task") or 0) * tasks
+    if gpus < tasks and not launcher.get("gres"):
+        raise DminError(
+            f"trainer.accelerator={trainer['accelerator']} with {tasks} tasks on a node, but the "
+            f"job asks SLURM for {gpus} GPUs on each. Say hydra.launcher.gpus_per_node={tasks}."
+        )
+
+
+def _jobs(config: DictConfig) -> list[DictConfig]:
+    """Return the configurations of a sweep's jobs, one for each way to start processes."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    loader = GlobalHydra.instance().config_loader()
+    overrides = OverridesParser.create(loader).parse_overrides(list(config.hydra.overrides.task))
+    (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    apart = {
+        tuple(each for each in job if each.lstrip("+").startswith(("trainer", "shard.num"))): job
+        for job in jobs
+    }
+    return [loader.load_sweep_config(config, job) for job in apart.values()]
 
 
 def _mismatch(processes: Processes, tasks: Tasks) -> str:

@@ -174,8 +174,8 @@ def lines(status: Status) -> list[str]:
     if dead:
         undone = sum(each.blocks - each.done for each in dead)
         told.append(
-            f"  [red]{len(dead)} died[/] with up to {undone:,} blocks undone, and what they had not "
-            f"sealed is to be done again"
+            f"  [red]{len(dead)} died[/] with up to {undone:,} blocks undone, and lost what they "
+            f"had not sealed"
         )
     if status.unattended:
         from dmin.store.segments import spans

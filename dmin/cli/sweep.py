@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dmin.cli.repeat import RECORD
+from dmin.cli.slurm import check_submission
+from dmin.errors import DminError
 
 FINISHED = "finished"
 CALLBACK = "++hydra.callbacks.dmin_sweep._target_=dmin.cli.sweep.Sweep"
@@ -48,7 +50,11 @@ class Sweep(Callback):
     folder: Path | None = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Note the folder, which is the last time Hydra tells it."""
+        """Note the folder, which is the last time Hydra tells it; refuse jobs that cannot run."""
+        try:
+            check_submission(config)
+        except DminError as error:  # Hydra would make a warning of it
+            raise SystemExit(str(error)) from error
         Sweep.folder = Path(config.hydra.sweep.dir)
 
 

@@ -105,7 +105,7 @@ class Workspace:
 
     def trainer(self) -> lightning.Trainer:
         """Return a new Lightning trainer."""
-        return make_trainer(build, self.cfg, self.command)
+        return make_trainer(self.cfg, self.command)
 
     @cached_property
     def train_manifest(self) -> Manifest:
