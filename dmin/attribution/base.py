@@ -199,6 +199,10 @@ class Method(ABC):
         """Return what each timestep adds, ``[queries, n, T]``, or None if they do not add up."""
         return None
 
+    def notes(self) -> dict[str, str]:
+        """Return what fitting found that a reader of the scores should know, by topic."""
+        return {}
+
     def linear(self, queries: Any, layout: Layout) -> Linear | None:
         """Return the scores as one inner product, or None if they are not: see :class:`Linear`.
 

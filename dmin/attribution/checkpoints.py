@@ -68,6 +68,12 @@ class OverCheckpoints(Method):
         for method, side in zip(self.methods, sides, strict=True):
             method.fit(side)
 
+    def notes(self) -> dict[str, str]:
+        """Return each model's notes."""
+        names = ["this model", *self.requires.checkpoints]
+        found = [(name, m.notes()) for name, m in zip(names, self.methods, strict=True)]
+        return {f"{what} of {name}": note for name, notes in found for what, note in notes.items()}
+
     def transform_query(self, queries: ExampleBlock) -> list[Any]:
         """Return what each model's method makes of the queries."""
         return [m.transform_query(b) for m, b in zip(self.methods, _models(queries), strict=True)]

@@ -19,6 +19,8 @@ Stream = Callable[[], Iterable[Tensor]]
 
 # Eigenvalues below this share of the largest are rounding: they are taken for zero.
 ROUNDING = 1e-12
+# Directions, or thousands of columns, that are widened to float64 at a time.
+CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,12 @@ class Curvature:
         leading, other = self._factors(damping, p)
         out = torch.empty_like(rows)
         for b, vectors in enumerate(self.vectors):
-            x, v = rows[:, b].double(), vectors.double()
-            out[:, b] = other[b] * x + (x @ v.T * (leading[b] - other[b])) @ v
+            x = rows[:, b].double()
+            found = other[b] * x
+            for v, factor in zip(vectors.split(CHUNK), leading[b].split(CHUNK), strict=True):
+                v = v.double()
+                found += (x @ v.T * (factor - other[b])) @ v
+            out[:, b] = found
         return out
 
     def quadratic(self, rows: Tensor, damping: Tensor, p: float) -> Tensor:
@@ -88,8 +94,9 @@ class Curvature:
         out = rows.new_empty(rows.shape[:2], dtype=torch.float64)
         for b, vectors in enumerate(self.vectors):
             x = rows[:, b].double()
-            along = (x @ vectors.double().T).square()
-            out[:, b] = other[b] * x.square().sum(1) + along @ (leading[b] - other[b])
+            out[:, b] = other[b] * x.square().sum(1)
+            for v, factor in zip(vectors.split(CHUNK), leading[b].split(CHUNK), strict=True):
+                out[:, b] += (x @ v.double().T).square() @ (factor - other[b])
         return out
 
     def describe(self, damping: Tensor) -> str:
@@ -97,7 +104,7 @@ class Curvature:
         low, high = self.kept.min(), self.kept.max()
         dimension = self.effective_dimension(damping)
         return (
-            f"curvature: {self.values.shape[1]} of {self.support} directions keep "
+            f"{self.values.shape[1]} of {self.support} directions keep "
             f"{low:.1%} to {high:.1%} of the energy; effective dimension "
             f"{dimension.min():.1f} to {dimension.max():.1f}"
         )
@@ -130,7 +137,7 @@ def fit_curvature(
         stream: starts a pass over the rows.
         shape: (n, B, m) of all rows together.
         rank: directions kept at most; None for all there are.
-        memory: bytes that rows, matrix or random basis may take.
+        memory: bytes that fitting may take, beside the blocks of the stream.
         passes: over the rows, of the randomised way.
         seed: key of the random basis.
 
@@ -142,22 +149,24 @@ def fit_curvature(
     if passes < 1 or (rank is not None and rank < 1):
         raise DminError(f"rank={rank}, passes={passes}: both must be at least 1 (rank or null).")
     kept = support if rank is None else min(rank, support)
-    if n <= m and 4 * count * n * m <= memory:
+    copied = kept if kept < n else 0  # what is left of the rows, while they still stand
+    if n <= m and 4 * count * (n + copied) * m + 24 * n * n <= memory:
         parts = _dual(stream, shape)
-    elif m < n and 8 * count * m * m <= memory:
+    elif m < n and 8 * (count + 4) * m * m <= memory:
         parts = _primal(stream, shape)
     else:
-        most = memory // (16 * count * m)  # two float64 bases
-        if most < 1:
+        unit = 8 * m * (2 * count + 4)  # two bases, and what one factorisation needs
+        if memory < unit:
             raise DminError(
-                f"memory={memory} bytes do not hold one direction of {count} × {m} numbers. "
-                f"Give at least {16 * count * m}."
+                f"method.memory={memory} bytes do not hold one direction of {count} × {m} numbers. "
+                f"Give at least {unit}."
             )
-        size = min(most, support if rank is None else rank + 10 + rank // 5)
+        size = min(memory // unit, support if rank is None else rank + 10 + rank // 5)
         parts = _nystrom(stream, shape, size, passes, seed)
         kept = min(kept, size)
     values, vectors, trace = parts
-    values, vectors = values[:, :kept], vectors[:, :kept].clone()
+    if kept < vectors.shape[1]:
+        values, vectors = values[:, :kept], vectors[:, :kept].clone()
     values = torch.where(values > ROUNDING * values[:, :1], values, 0)
     rest = (trace - values.sum(1)).clamp(min=0) / max(1, support - kept)
     return Curvature(values, vectors, rest if kept < support else 0 * rest, trace, support)
@@ -176,13 +185,19 @@ def _dual(stream: Stream, shape: tuple[int, int, int]) -> Parts:
         start += len(block)
     values = torch.empty(count, n, dtype=torch.float64)
     for b in range(count):
-        x = rows[b].double()
-        found, u = torch.linalg.eigh(x @ x.T / n)
+        pieces = rows[b].split(16 * CHUNK, 1)
+        gram = torch.zeros(n, n, dtype=torch.float64)
+        for piece in pieces:
+            x = piece.double()
+            gram.addmm_(x, x.T)
+        found, u = torch.linalg.eigh(gram / n)
         found, u = found.flip(0).clamp(min=0), u.flip(1)
         # A direction of rounding is dropped whole: normalising it would make up a vector.
         used = found > ROUNDING * found[0]
-        scale = torch.where(used, (n * found).rsqrt(), 0)
-        values[b], rows[b] = found, (scale[:, None] * (u.T @ x)).float()
+        turn = torch.where(used, (n * found).rsqrt(), 0)[:, None] * u.T
+        for piece in pieces:  # in place, which each column allows
+            piece.copy_(turn @ piece.double())
+        values[b] = found
     trace = values.sum(1)
     return values, rows, trace
 
@@ -190,18 +205,19 @@ def _dual(stream: Stream, shape: tuple[int, int, int]) -> Parts:
 def _primal(stream: Stream, shape: tuple[int, int, int]) -> Parts:
     """From the m × m matrix itself."""
     n, count, m = shape
-    total = torch.zeros(count, m, m, dtype=torch.float64)
+    total = [torch.zeros(m, m, dtype=torch.float64) for _ in range(count)]
     for block in stream():
-        x = block.transpose(0, 1).double()
-        total.baddbmm_(x.transpose(1, 2), x)
-    total /= n
-    trace = total.diagonal(dim1=1, dim2=2).sum(1)
-    values = torch.empty(count, m, dtype=torch.float64)
-    vectors = torch.empty(count, m, m)
-    for b in range(count):
-        found, v = torch.linalg.eigh(total[b])
-        values[b], vectors[b] = found.flip(0).clamp(min=0), v.flip(1).T.float()
-    return values, vectors, trace
+        for b in range(count):
+            x = block[:, b].double()
+            total[b].addmm_(x.T, x)
+    values, vectors, trace = [], [], []
+    while total:  # each makes room for its eigenvectors
+        matrix = total.pop(0) / n
+        found, v = torch.linalg.eigh(matrix)
+        trace.append(matrix.trace())
+        values.append(found.flip(0).clamp(min=0))
+        vectors.append(v.flip(1).T.float())
+    return torch.stack(values), torch.stack(vectors), torch.stack(trace)
 
 
 def _nystrom(
@@ -210,25 +226,30 @@ def _nystrom(
     """From ``C Q`` for a basis Q of the leading directions: ``C ≈ (CQ)(QᵀCQ)⁺(CQ)ᵀ``."""
     n, count, m = shape
     generator = torch.Generator().manual_seed(seed)
-    basis = torch.randn(m, size, generator=generator, dtype=torch.float64)
-    basis = basis.expand(count, m, size)
-    for _ in range(passes):
-        basis = torch.linalg.qr(basis)[0]
-        image = torch.zeros(count, m, size, dtype=torch.float64)
+    start = torch.randn(m, size, generator=generator, dtype=torch.float64)
+    basis = [torch.linalg.qr(start)[0]] * count
+    for number in range(passes):
+        image = [torch.zeros(m, size, dtype=torch.float64) for _ in range(count)]
         trace = torch.zeros(count, dtype=torch.float64)
         for block in stream():
-            x = block.transpose(0, 1).double()
-            image.baddbmm_(x.transpose(1, 2), x @ basis)
-            trace += x.square().sum((1, 2))
-        image, trace = image / n, trace / n
-        basis, previous = image, basis
+            for b in range(count):
+                x = block[:, b].double()
+                image[b].addmm_(x.T, x @ basis[b], alpha=1 / n)
+                trace[b] += x.square().sum() / n
+        if number < passes - 1:
+            basis = []
+            while image:
+                basis.append(torch.linalg.qr(image.pop(0))[0])
+    cores = [one.T @ other for one, other in zip(basis, image, strict=True)]
+    del basis, start
     values = torch.empty(count, size, dtype=torch.float64)
     vectors = torch.empty(count, size, m)
-    for b in range(count):
-        core = previous[b].T @ image[b]
+    for b, core in enumerate(cores):
         found, u = torch.linalg.eigh((core + core.T) / 2)
         used = found > ROUNDING * found[-1]
         inverse_root = torch.where(used, found.abs().rsqrt(), 0)
-        left, singular, _ = torch.linalg.svd((image[b] @ u) * inverse_root, full_matrices=False)
-        values[b], vectors[b] = singular.square(), left.T.float()
+        left, triangle = torch.linalg.qr(image.pop(0) @ (u * inverse_root))
+        turn, singular, _ = torch.linalg.svd(triangle)
+        values[b] = singular.square()
+        vectors[b] = (left @ turn).T
     return values, vectors, trace

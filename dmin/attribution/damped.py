@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,14 +65,21 @@ class Damped(Method):
             rows: makes ``[n, B, m]`` of a block.
             shape: of all rows together.
         """
+        # A block stands there several times over: as it is read, arranged, and widened.
+        row = 4 * int(np.prod(train.store.layout.row_shape))
+        size = min(256, max(1, self.memory // (32 * row)))
         self._curvature = fit_curvature(
-            lambda: (rows(block) for block in train.blocks(self.requires, 256)),
+            lambda: (rows(block) for block in train.blocks(self.requires, size)),
             shape,
             self.rank,
             self.memory,
             self.passes,
         )
-        log.info("%s: %s", self.name, self._curvature.describe(self.damping))
+        log.info("%s: curvature: %s", self.name, self._curvature.describe(self.damping))
+
+    def notes(self) -> dict[str, str]:
+        """Return rank, energy kept and effective dimension of the curvature."""
+        return {"curvature": self.curvature.describe(self.damping)}
 
 
 def checked_alpha(alpha: float) -> float:

@@ -67,6 +67,15 @@ class EKFAC(Method):
         pairs = self.loss.pairs(chosen)
         self.curvature.fit(pairs, len(chosen), self.samples, self.batch_size, self.seed)
 
+    def notes(self) -> dict[str, str]:
+        """Name the parameters that have only a diagonal."""
+        few, blocks = self.curvature.diagonal, self.curvature.blocks
+        names = ", ".join(few[:6]) + (" …" if len(few) > 6 else "")
+        return {
+            "curvature": f"{len(blocks) - len(few)} Kronecker blocks"
+            + (f"; diagonal only: {len(few)} parameters ({names})" if few else "")
+        }
+
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return preconditioned queries, sketched, ``[Q, G, k]``."""
         return self.sketch.of(self.solve(queries))

@@ -65,6 +65,13 @@ class InverseCurvature(Method):
         # Without any curvature there is nothing to invert: any λ will do.
         self.shift = self.damping * self.largest or 1.0
 
+    def notes(self) -> dict[str, str]:
+        """Return the largest eigenvalue and the damping."""
+        return {
+            "curvature": f"{self.kind} of the model, largest eigenvalue {self.largest:.4g}, "
+            f"damping {self.shift:.4g}"
+        }
+
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return preconditioned queries, sketched, ``[Q, G, k]``."""
         solved = self.solve(self.loss.gradients(queries.examples, self.batch_size))

@@ -238,10 +238,11 @@ class _Search:
         )
 
     def _notes(self) -> dict[str, str]:
-        if not self.read:
-            return {}
-        read = np.concatenate(self.read)
-        return {"search": f"proven, {100 * read.mean():.2g} % of the rows read for a query"}
+        notes = dict(self.method.notes())
+        if self.read:
+            read = 100 * np.concatenate(self.read).mean()
+            notes["search"] = f"proven, {read:.2g} % of the rows read for a query"
+        return notes
 
 
 def split(linear: Linear, store: Store, rows: np.ndarray) -> Tensor:

@@ -36,6 +36,10 @@ class PopularityCorrected(Method):
         rows = np.linspace(0, len(train) - 1, min(self.references, len(train))).round().astype(int)
         self._popular = self.method.transform_query(train.block(rows, self.requires))
 
+    def notes(self) -> dict[str, str]:
+        """Return the method's."""
+        return self.method.notes()
+
     def transform_query(self, queries: ExampleBlock) -> Any:
         """Return the queries as the method wants them."""
         return self.method.transform_query(queries)

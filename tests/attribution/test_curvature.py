@@ -1,5 +1,8 @@
 """Curvature against dense eigendecompositions and inverses in float64."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -99,7 +102,7 @@ def test_effective_dimension_trace_and_energy(n, m):
 @pytest.mark.parametrize("passes", [1, 2, 4])
 def test_a_stream_that_does_not_fit_is_approximated(passes):
     x = rows_of(300, 200, decay=2.0)
-    exact, memory = fitted(x, rank=20), 16 * 2 * 200 * 34
+    exact, memory = fitted(x, rank=20), 64 * 200 * 34
     found = fitted(x, rank=20, memory=memory, passes=passes)
     assert found.vectors.shape == (2, 20, 200)
     assert torch.allclose(found.trace, exact.trace)
@@ -115,20 +118,20 @@ def test_the_error_falls_with_the_rank():
     expected = fitted(x).power(x[:20], damping, 1.0)
     errors = []
     for rank in (1, 5, 20, 80, 150):
-        found = fitted(x, rank=rank, memory=16 * 2 * 200 * 198, passes=2)
+        found = fitted(x, rank=rank, memory=64 * 200 * 198, passes=2)
         errors.append(float(error(found.power(x[:20], damping, 1.0), expected)))
     assert errors == pytest.approx([1.43, 1.33, 0.51, 0.027, 0.0013], rel=0.05)
 
 
 def test_a_random_basis_as_large_as_the_support_is_exact():
     x = rows_of(24, 60)
-    found = fitted(x, memory=16 * 2 * 60 * 30, passes=1)
+    found = fitted(x, memory=64 * 60 * 30, passes=1)
     assert found.values.shape == (2, 24)
     damping = 0.1 * found.mean_eigenvalue
     assert error(found.power(x, damping, 1.0), fitted(x).power(x, damping, 1.0)) < 1e-5
 
 
-@pytest.mark.parametrize("memory", [1 << 30, 16 * 2 * 40 * 20])
+@pytest.mark.parametrize("memory", [1 << 30, 64 * 40 * 20])
 def test_chunks_do_not_matter(memory):
     x = rows_of(50, 40)
     damping = torch.tensor([0.1, 0.2])
@@ -148,7 +151,39 @@ def test_what_cannot_be_done_is_refused():
     x = rows_of(20, 10)
     with pytest.raises(DminError, match="rank=0"):
         fitted(x, rank=0)
-    with pytest.raises(DminError, match="at least 320"):
+    with pytest.raises(DminError, match="at least 640"):
         fitted(x, memory=319)
     with pytest.raises(DminError, match="positive damping"):
         fitted(x).power(x, torch.zeros(2), 1.0)
+
+
+WIDE = """
+import resource, torch
+from dmin.attribution.curvature import fit_curvature
+torch.set_num_threads(1)
+K, MEMORY = 65536, 100 << 20
+
+def stream(k):
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(10, 2, k, generator=generator) for _ in range(10))
+
+def used():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+fit_curvature(lambda: stream(4096), (100, 2, 4096), memory=4 << 20)  # libraries loaded
+for memory in (MEMORY // 2, MEMORY):  # random basis, then the rows' inner products
+    before = used()
+    found = fit_curvature(lambda: stream(K), (100, 2, K), memory=memory)
+    rows = torch.randn(3, 2, K)
+    found.power(rows, 0.1 * found.mean_eigenvalue, 1.0)
+    print(found.vectors.shape[1], used() - before)
+"""
+
+
+def test_memory_is_bounded_at_65536_numbers_a_row():
+    """C itself would take 34 GB a timestep."""
+    run = subprocess.run([sys.executable, "-c", WIDE], capture_output=True, text=True, check=True)
+    (few, least), (all_of_them, more) = (map(int, x.split()) for x in run.stdout.splitlines())
+    block = 4 * 10 * 2 * 65536
+    assert few < 20 and all_of_them == 100
+    assert least < (50 << 20) + 8 * block and more < (100 << 20) + 8 * block
