@@ -27,9 +27,11 @@ class Generated:
         seed: of the first image; the n-th has ``seed + n``, so any one can be made again alone.
         steps: denoising steps.
         batch_size: images generated together.
+        journey: states to record of each image's generation, for ``method=journey_trak``; 0 for
+            none. It generates a second time.
 
     Raises:
-        DminError: there is nothing to generate.
+        DminError: there is nothing to generate, or more is to be recorded than there are steps.
     """
 
     prompts: Sequence[Any]
@@ -37,9 +39,15 @@ class Generated:
     seed: int = 0
     steps: int = 50
     batch_size: int = 64
+    journey: int = 0
 
     def __post_init__(self) -> None:
         """Refuse an empty request."""
+        if not 0 <= self.journey <= self.steps:
+            raise DminError(
+                f"queries.journey={self.journey}: of {self.steps} steps (queries.steps) 0 … "
+                f"{self.steps} states can be recorded."
+            )
         if not self.prompts or self.per_prompt < 1 or self.steps < 1:
             raise DminError(
                 f"queries.prompts={list(self.prompts)}, queries.per_prompt={self.per_prompt}, "
@@ -52,7 +60,8 @@ class Generated:
 
         Args:
             model: generates.
-            folder: gets PNG files, and ``metadata.jsonl`` with prompt and seed of each.
+            folder: gets PNG files, and ``metadata.jsonl`` with prompt and seed of each; below it,
+                at :meth:`states`, the same of each state recorded.
         """
         asked = [prompt for prompt in self.prompts for _ in range(self.per_prompt)]
         folder = Path(folder)
@@ -73,7 +82,15 @@ class Generated:
             ]
             names = [f"{number:04d}.png" for number in numbers]
             save_images(partial, images, names, rows, append=start > 0)
+            if self.journey:
+                states = model.journey(part, seeds, self.steps, self.journey).cpu()
+                for place, state in zip(self.states(partial), states, strict=True):
+                    save_images(place, state, names, rows, append=start > 0)
         partial.rename(folder)
+
+    def states(self, folder: str | Path) -> list[Path]:
+        """Return where the states of the images in a folder are, the noisiest first."""
+        return [Path(folder) / ".journey" / f"{number:03d}" for number in range(self.journey)]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dmin.attribution.random import Random
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.retrieval import TopK, retrieve, score_matrix
 from dmin.attribution.spectral import Spectral, SpectralEnergy, ZSum
-from dmin.attribution.trak import DTRAK, TRAK, RelativeIF, RenormalisedIF
+from dmin.attribution.trak import DTRAK, TRAK, JourneyTRAK, RelativeIF, RenormalisedIF
 
 __all__ = [
     "CG",
@@ -36,6 +36,7 @@ __all__ = [
     "GaussianKernel",
     "GradCos",
     "GradDot",
+    "JourneyTRAK",
     "LiSSA",
     "Method",
     "OverCheckpoints",

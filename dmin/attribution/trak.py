@@ -91,3 +91,23 @@ class DTRAK(TRAK):
 
     name = "d_trak"
     requires = Requires(readouts=("mean_squared_output",))
+
+
+class JourneyTRAK(TRAK):
+    """TRAK averaged over what the query looked like while it was generated.
+
+    ``I(q, i) = (1/J) Σ_j g(x̂_j)ᵀ (C + λ)^{−1} g(i)``, x̂_j the model's estimate of the clean image
+    at J steps of the generation (Georgiev et al. 2023, "The Journey, Not the Destination", arXiv
+    2312.06205). Each gradient is summed over all timesteps of the store, as Zheng et al. 2024 do;
+    the original takes the step's own timestep alone.
+
+    It needs ``queries=generated queries.journey=J``.
+    """
+
+    name = "journey_trak"
+    requires = Requires(journey=True)
+
+    def transform_query(self, queries: ExampleBlock) -> Tensor:
+        """Return the mean over the states of preconditioned queries, ``[Q, G·k]``."""
+        states = [TRAK.transform_query(self, state) for state in queries.journey]
+        return torch.stack(states).mean(0)

@@ -274,6 +274,8 @@ class Workspace:
             "weights": weights_digest(self.model.network),
             "sampling": self.model.describe_sampling(),
         }
+        if not source.journey:
+            del made_of["journey"]
         folder = self.outputs / "queries" / f"{self.cfg.name}-{fingerprint(made_of)}"
         with self.turn(folder, done=folder.is_dir()):
             if folder.is_dir():
@@ -284,17 +286,32 @@ class Workspace:
                 self.console.print(f"[bold]queries[/]: generated {folder}")
         return ImageFolder(folder, mode=None)
 
+    def states(self, source: Any, dataset: Dataset) -> list[Dataset]:
+        """Return what generated queries looked like while they were generated, if recorded."""
+        from dmin.data.image_folder import ImageFolder
+        from dmin.queries import Generated
+
+        if not isinstance(source, Generated) or not isinstance(dataset, ImageFolder):
+            return []
+        return [ImageFolder(folder, mode=None) for folder in source.states(dataset.root)]
+
     def query_side(
         self, source: Any, role: str = "queries", methods: Iterable[Method] = ()
     ) -> Side:
         """Return queries with their features, and what else some methods require of them."""
         from dmin.attribution import Side
 
+        methods = list(methods)
         dataset = self.queries(source)
         store = self.store(dataset, role)
+        recorded = any(m.requires.journey for m in methods)
         return Side(
             store,
             dataset,
+            journey=[
+                Side(self.store(state, f"{role}-{number}"), state)
+                for number, state in enumerate(self.states(source, dataset) if recorded else [])
+            ],
             checkpoints={
                 path: Side(other.store(dataset, role), dataset)
                 for path, other in self.checkpoints(methods).items()

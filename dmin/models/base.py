@@ -88,6 +88,25 @@ class DiffusionModel(nn.Module):
             f"{type(self).__name__} cannot generate images. Give queries as image files instead."
         )
 
+    def journey(
+        self, prompts: Sequence[Any], seeds: Sequence[int], steps: int, states: int
+    ) -> Tensor:
+        """Return what the model took each image for while :meth:`sample` would generate it.
+
+        Args:
+            prompts: as for :meth:`sample`, as are seeds and steps.
+            seeds: of the images.
+            steps: denoising steps.
+            states: how many are recorded, evenly spaced, the last step among them.
+
+        Returns:
+            ``[states, len(prompts), C, H, W]`` in [0, 1]: its estimate of the clean image.
+        """
+        raise DminError(
+            f"{type(self).__name__} does not record how images are generated. Leave "
+            f"queries.journey at 0, which all methods but journey_trak can do without."
+        )
+
     def describe(self) -> dict[str, Any]:
         """Return what, beside the weights, defines the loss: part of the feature fingerprint."""
         return {"model": type(self).__name__}

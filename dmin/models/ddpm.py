@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -131,9 +131,26 @@ class DDPM(DiffusionModel):
         """Return the log signal-to-noise ratio at each timestep."""
         return self.process.log_snr(timesteps)
 
-    @torch.no_grad()
     def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int = 100) -> Tensor:
         """Generate by DDIM (Song et al. 2021), η = 0: the seed decides the image."""
+        for x, _ in self._denoised(prompts, seeds, steps):
+            last = x
+        return ((last + 1) / 2).clamp(0, 1)
+
+    def journey(
+        self, prompts: Sequence[Any], seeds: Sequence[int], steps: int, states: int
+    ) -> Tensor:
+        """Return the estimates of x0 on the way; see the base class."""
+        chosen = {steps - 1 - number * steps // states for number in range(states)}
+        walk = enumerate(self._denoised(prompts, seeds, steps))
+        kept = [estimate for number, (_, estimate) in walk if number in chosen]
+        return ((torch.stack(kept) + 1) / 2).clamp(0, 1)
+
+    @torch.no_grad()
+    def _denoised(
+        self, prompts: Sequence[Any], seeds: Sequence[int], steps: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the state after each step, and the estimate of x0 that the step was made with."""
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(steps)
         condition = self.condition(prompts)
@@ -142,8 +159,9 @@ class DDPM(DiffusionModel):
         x = torch.stack(start).to(device)
         for t in scheduler.timesteps:
             prediction = self.network(x, t.to(device), **condition).sample
-            x = scheduler.step(prediction, t, x).prev_sample
-        return ((x + 1) / 2).clamp(0, 1)
+            step = scheduler.step(prediction, t, x)
+            x = step.prev_sample
+            yield x, step.pred_original_sample
 
     def describe(self) -> dict[str, Any]:
         """Return the loss: prediction type, noise schedule and weighting."""

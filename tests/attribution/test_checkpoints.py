@@ -10,6 +10,7 @@ from dmin.attribution import (
     DMin,
     GradCos,
     GradDot,
+    JourneyTRAK,
     OverCheckpoints,
     Side,
     Spectral,
@@ -77,3 +78,21 @@ def test_one_model_is_refused_and_so_is_a_checkpoint_that_is_not_there(sides, tm
     fewer = Side(train.store, checkpoints={"later": Side(made(tmp_path / "other", drawn(19)))})
     with pytest.raises(DminError, match="same examples in the same order"):
         score_matrix(queries, fewer, TracIn(["later"]))
+
+
+def test_journey_trak_is_the_mean_over_the_states_of_the_queries(sides, tmp_path):
+    train = sides[1]
+    states = [Side(made(tmp_path / str(n) / "q", drawn(3, seed=50 + n))) for n in range(4)]
+    queries = Side(sides[0].store, journey=states)
+    expected = np.mean([score_matrix(state, train, TRAK(0.3)) for state in states], 0)
+    found = score_matrix(queries, train, JourneyTRAK(0.3))
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    assert np.array_equal(
+        retrieve(queries, train, JourneyTRAK(0.3), k=20).scores.max(1),
+        retrieve(queries, train, JourneyTRAK(0.3), k=1).scores[:, 0],
+    )
+    with pytest.raises(DminError, match=r"queries\.journey=10"):
+        score_matrix(sides[0], train, JourneyTRAK())
+    others = Side(sides[0].store, journey=[Side(made(tmp_path / "more" / "q", drawn(4)))])
+    with pytest.raises(DminError, match="same examples"):
+        score_matrix(others, train, JourneyTRAK())
