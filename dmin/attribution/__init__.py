@@ -15,6 +15,7 @@ from dmin.attribution.popularity import Popularity
 from dmin.attribution.random import Random
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.retrieval import TopK, retrieve, score_matrix
+from dmin.attribution.sharp_energy import SharpEnergy
 from dmin.attribution.spectral import Spectral, SpectralEnergy, ZSum
 from dmin.attribution.trak import DTRAK, TRAK, JourneyTRAK, RelativeIF, RenormalisedIF
 
@@ -48,6 +49,7 @@ __all__ = [
     "RelativeIF",
     "RenormalisedIF",
     "Requires",
+    "SharpEnergy",
     "Side",
     "Spectral",
     "SpectralEnergy",

@@ -18,6 +18,7 @@ from dmin.attribution import (
     PixelL2,
     RelativeIF,
     RenormalisedIF,
+    SharpEnergy,
     Side,
     Spectral,
     SpectralEnergy,
@@ -35,6 +36,8 @@ METHODS = [
     Spectral(),
     Spectral(0.5, 0.5, [1, 2, 0.5]),
     SpectralEnergy(0.3, 1.0, [1, 2, 0.5]),
+    SharpEnergy(),
+    SharpEnergy(0.3, 1.0, [1, 2, 0.5], norms=1.5, sharpness=0.5),
     ZSum(),
     TRAK(),
     RelativeIF(),
@@ -117,6 +120,11 @@ def by_hand(method, queries, train):
     if isinstance(method, ZSum):
         plain, other = spectral(Spectral(p=0), queries, train), spectral(method, queries, train)
         return sum(x.sum(2) / x.sum(2).std(1, keepdims=True) for x in (plain, other))
+    if isinstance(method, SharpEnergy):
+        length = np.linalg.norm(train.store.norms("loss").astype(np.float64), axis=-1)
+        relative = length.mean(1) / length.mean((0, 1))
+        energy = (relative**method.norms * spectral(method, queries, train)) ** 2
+        return energy.sum(2) ** method.sharpness
     if isinstance(method, SpectralEnergy):
         return (spectral(method, queries, train) ** 2).sum(2)
     if isinstance(method, Spectral):
@@ -285,6 +293,8 @@ def test_settings_out_of_range_are_refused(sides):
         Spectral(p=float("nan"))
     with pytest.raises(DminError, match="sample=1"):
         ZSum(sample=1)
+    with pytest.raises(DminError, match="sharpness=0"):
+        SharpEnergy(sharpness=0)
     with pytest.raises(DminError, match="window of 23"):
         score_matrix(*sides, SSIM(3.0))
     with pytest.raises(DminError, match="bandwidth"):
