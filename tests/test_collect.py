@@ -104,7 +104,7 @@ def test_blocks_in_any_order_give_the_same_bits(ddpm, digits, tmp_path, referenc
         for block in (3, 0, 2, 1):
             rows = manifest.block_rows(block)
             batch = {**collate([digits[i] for i in rows]), "position": list(rows)}
-            writer.append(block, collector.predict_step(batch, 0)[1])
+            writer.append(block, collector.predict_step([batch], 0)[1])
     assert Store(tmp_path / "s").digest() == reference.digest()
 
 
@@ -248,7 +248,7 @@ def test_a_changed_dataset_is_not_resumed(ddpm, digits, tmp_path):
         (torch.full((1, 8, 8), torch.nan), "digit-bad.*NaN"),
         (torch.full((1, 8, 8), 2.0), r"digit-bad.*expected \[0, 1\]"),
         (torch.zeros(8, 8), r"digit-bad.*\[C, H, W\]"),
-        (torch.zeros(1, 4, 4), r"\(1, 4, 4\) do not fit a model of \(1, 8, 8\)"),
+.*does not fit a model of \(1, 8, 8\)"),
     ],
 )
 def test_a_bad_image_is_refused_by_name_and_what_was_done_is_kept(

@@ -82,3 +82,28 @@ def test_settings_are_described():
 def test_no_draws_are_refused(kind):
     with pytest.raises(DminError, match=r"noise\.draws=0: at least one"):
         kind(draws=0)
+
+
+def test_a_field_has_the_same_noise_at_the_same_place_of_every_shape():
+    field = SharedNoise(shapes="field")
+    large = field((4, 150, 131), 500)
+    for height, width in ((150, 131), (64, 64), (7, 128), (1, 1), (65, 2)):
+        top, left = 75 - height // 2, 65 - width // 2
+        part = large[:, top : top + height, left : left + width]
+        assert torch.equal(field((4, height, width), 500), part)
+    assert abs(large.mean()) < 0.02 and abs(large.std() - 1) < 0.02
+    # No tile repeats another.
+    assert not torch.equal(large[:, 11:75, 1:65], large[:, 75:139, 65:129])
+    assert not torch.equal(field(SHAPE, 500), field(SHAPE, 501))
+    pairs = SharedNoise(draws=2, antithetic=True, shapes="field")
+    assert torch.equal(pairs(SHAPE, 1, 0), -pairs(SHAPE, 1, 1))
+    with pytest.raises(DminError, match=r"noise\.shapes=field is for .* noises \[16\]"):
+        field((16,), 500)
+
+
+def test_what_shapes_share_changes_nothing_for_one_shape_unless_it_is_a_field():
+    one, own, field = (SharedNoise(shapes=shapes) for shapes in ("one", "own", "field"))
+    assert torch.equal(one(SHAPE, 3), own(SHAPE, 3)) and one.describe() == own.describe()
+    assert field.describe() == {**one.describe(), "shapes": "field"}
+    with pytest.raises(DminError, match=r"noise\.shapes='two': choose one of one, field, own"):
+        SharedNoise(shapes="two")

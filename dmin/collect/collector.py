@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmin.capture import Capture, choose_parameters
-from dmin.collect.encodings import Encodings
+from dmin.collect.encodings import Encoded, Encodings
 from dmin.collect.memory import PeakMemory
 from dmin.collect.predict import Work, predict, predict_trainer
 from dmin.collect.together import finished, wait_for_others
@@ -33,6 +33,10 @@ FEATURE_SCHEMA = 2
 SECONDS_TO_STOP = 30.0
 # Pairs a pass of a collector with microbatch=auto that did not try any yet.
 UNTRIED = 64
+
+
+Block = Sequence[Mapping[str, Any]]
+"""The examples of a block: a batch for each shape, with the examples' ``position``s."""
 
 
 class Features(NamedTuple):
@@ -122,6 +126,7 @@ class GradientCollector(lightning.LightningModule):
         # Fewer blocks may be left to do than there are processes.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.encodings: Encodings | None = None
+        self._first: tuple[list[int], str] | None = None  # shape and name of the first example
         self.peak = PeakMemory(torch.device("cpu"))
         self.between_passes: Callable[[], None] = lambda: None
 
@@ -144,6 +149,7 @@ class GradientCollector(lightning.LightningModule):
         keep_encodings: bool = False,
         shard: int = 0,
         shards: int = 1,
+        as_queries: bool = False,
         trainer: lightning.Trainer | None = None,
         stop: StopSignals | None = None,
     ) -> Store:
@@ -171,6 +177,8 @@ class GradientCollector(lightning.LightningModule):
             shard: do only this one of …
             shards: … so many parts of the dataset. Others may do the others at any time, and
                 anywhere this folder is seen: all write into the one store.
+            as_queries: the examples are queries, which some models differentiate another way
+                (``query_guidance``); it makes no difference for the others.
             trainer: any Lightning trainer; :func:`predict_trainer` if none.
             stop: signals heard so far; if none, they are heard from here on.
 
@@ -185,7 +193,7 @@ class GradientCollector(lightning.LightningModule):
         path = Path(path)
         trainer = trainer or predict_trainer()
         share = Share(shard, shards, trainer.global_rank, trainer.world_size)
-        manifest = self.manifest(dataset, block_size, dtype)
+        manifest = self.manifest(dataset, block_size, dtype, as_queries)
         encoded = self._encodings(manifest, encodings or path.with_name(f"{path.name}.encodings"))
         lost: dict[Share, str] = {}
         with (
@@ -204,11 +212,13 @@ class GradientCollector(lightning.LightningModule):
                 progress.claim(manifest.num_blocks)
                 data = CollectData(dataset, pending, block_size, workers)
                 work = Work(data, writer, progress, stop)
-                self.encodings = encoded
+                self.encodings, self._first = encoded, None
+                model = self.model
                 try:
+                    self.model = model.for_queries() if as_queries else model
                     lost = self._together(work, trainer)
                 finally:
-                    self.encodings = None
+                    self.encodings, self.model = None, model
         store = finished(path, share, lost)
         if encoded is not None and not keep_encodings and store.complete:
             encoded.remove()
@@ -228,24 +238,53 @@ class GradientCollector(lightning.LightningModule):
                 wait_for_others(progress, limit=SECONDS_TO_STOP)
                 raise
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> tuple[int, Rows]:
+    def predict_step(self, block: Block, batch_idx: int) -> tuple[int, Rows]:
         """Return the store rows of one block, with its first position in the dataset."""
-        features = self.features(*self.encode(batch), batch["id"])
-        numpy = {name: values.cpu().numpy() for name, values in features.values.items()}
-        norms = {name: values.cpu().numpy() for name, values in features.norms.items()}
-        losses = features.losses.cpu().numpy()
-        rows = Rows(batch["id"], batch["metadata"], numpy, norms, losses)
-        return batch["position"][0], rows
+        groups = zip(self.encode(block), block, strict=True)
+        parts = [self.features(*encoded, batch["id"]) for encoded, batch in groups]
+        positions = torch.tensor([place for batch in block for place in batch["position"]])
+        order = positions.argsort()
 
-    def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
+        def joined(tensors: Sequence[Tensor]) -> Any:
+            return torch.cat([tensor.cpu() for tensor in tensors])[order].numpy()
+
+        values = {name: joined([part.values[name] for part in parts]) for name in self.readouts}
+        norms = {name: joined([part.norms[name] for part in parts]) for name in self.readouts}
+        facts = [fact for b in block for fact in zip(b["id"], b["metadata"], strict=True)]
+        ids, metadata = zip(*(facts[i] for i in order.tolist()), strict=True)
+        losses = joined([part.losses for part in parts])
+        return int(positions.min()), Rows(list(ids), list(metadata), values, norms, losses)
+
+    def encode(self, block: Block) -> list[Encoded]:
         """Return a block's encodings: from their file while there are such, else from the model."""
         if self.encodings is None:
-            with torch.no_grad():
-                return self.model.encode(batch)
-        block = batch["position"][0] // self.encodings.block_size
-        loaded = self.encodings.load(block, self.device)
-        found: tuple[Tensor, Condition] = self.trainer.precision_plugin.convert_input(loaded)
+            return self.encode_anew(block)
+        number = min(block[0]["position"]) // self.encodings.block_size
+        loaded = self.encodings.load(number, self.device)
+        found: list[Encoded] = self.trainer.precision_plugin.convert_input(loaded)
+        self._check_shapes(found, block)
         return found
+
+    def encode_anew(self, block: Block) -> list[Encoded]:
+        """Return a block's encodings from the model."""
+        with torch.no_grad():
+            found = [self.model.encode(batch) for batch in block]
+        self._check_shapes(found, block)
+        return found
+
+    def _check_shapes(self, encoded: Sequence[Encoded], block: Block) -> None:
+        """Refuse a second shape while it is not said what the shapes share of the noise."""
+        for (x0, _), batch in zip(encoded, block, strict=True):
+            shape, name = list(x0.shape[1:]), batch["id"][0]
+            self._first = self._first or (shape, name)
+            if self.noise.shapes == "one" and shape != self._first[0]:
+                raise DminError(
+                    f"the examples have several shapes where they are noised: {self._first[1]!r} "
+                    f"is {self._first[0]}, {name!r} {shape}. Say what they share of the noise: "
+                    f"noise.shapes=field is one noise at each place, so that scores across shapes "
+                    f"mean something; noise.shapes=own draws another for each shape. Or bring all "
+                    f"to one size: data.size=<pixels> data.aspect=square."
+                )
 
     def features(self, x0: Tensor, condition: Condition, ids: Sequence[str]) -> Features:
         """Return the features of encoded examples.
@@ -356,9 +395,18 @@ class GradientCollector(lightning.LightningModule):
             "sketch": self.sketch.describe(),
         }
 
-    def manifest(self, dataset: Dataset, block_size: int = 32, dtype: str = "float16") -> Manifest:
+    def manifest(
+        self,
+        dataset: Dataset,
+        block_size: int = 32,
+        dtype: str = "float16",
+        as_queries: bool = False,
+    ) -> Manifest:
         """Return the manifest of this collector's store of a dataset."""
         described = describe_dataset(dataset)
+        if as_queries:
+            # Beside the examples, not among the features: the store is there to be compared.
+            described.update(self.model.describe_query())
         return Manifest(self.layout(dtype), self.describe(), described, len(dataset), block_size)
 
     def layout(self, dtype: str = "float16") -> Layout:

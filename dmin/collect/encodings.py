@@ -22,6 +22,9 @@ from dmin.errors import DminError
 from dmin.models.base import Condition
 from dmin.store.segments import commit, os_failure
 
+Encoded = tuple[Tensor, Condition]
+"""What ``model.encode`` returns: x0 and condition of examples of one shape."""
+
 _NAME = re.compile(r"block-(\d{8,})-([0-9a-f]{16})\.safetensors")
 
 
@@ -45,13 +48,20 @@ class Encodings:
         there = self._files()
         return [block for block in blocks if block not in there]
 
-    def save(self, block: int, x0: Tensor, condition: Condition) -> None:
+    def save(self, block: int, encoded: Sequence[Encoded]) -> None:
         """Keep the encodings of one block.
+
+        Args:
+            block: its number.
+            encoded: of the examples of each shape.
 
         Raises:
             DminError: the folder cannot be written.
         """
-        named = {"x0": x0, **{f"condition.{name}": value for name, value in condition.items()}}
+        named = {}
+        for group, (x0, condition) in enumerate(encoded):
+            named[f"{group:03d}.x0"] = x0
+            named.update({f"{group:03d}.condition.{k}": v for k, v in condition.items()})
         # Copies: safetensors takes no views of one another.
         tensors = {
             name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -65,8 +75,8 @@ class Encodings:
         except OSError as error:
             raise os_failure("keep encodings in", self.folder, error) from error
 
-    def load(self, block: int, device: torch.device) -> tuple[Tensor, Condition]:
-        """Return ``x0`` and condition of one block.
+    def load(self, block: int, device: torch.device) -> list[Encoded]:
+        """Return the encodings of one block, as they were saved.
 
         Raises:
             DminError: the file is not there or was damaged since it was written.
@@ -79,9 +89,11 @@ class Encodings:
             raise self._lost(block, path) from error
         if not path.stem.endswith(_digest(content)):
             raise self._lost(block, path)
-        on_device = {name: value.to(device) for name, value in tensors.items()}
-        x0 = on_device.pop("x0")
-        return x0, {name.removeprefix("condition."): v for name, v in on_device.items()}
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, value in sorted(tensors.items()):
+            group, _, part = name.partition(".")
+            groups.setdefault(group, {})[part.removeprefix("condition.")] = value.to(device)
+        return [(named.pop("x0"), named) for named in groups.values()]
 
     def remove(self) -> None:
         """Delete the encodings, and the root if no others are in it."""

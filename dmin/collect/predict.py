@@ -121,19 +121,21 @@ class Preparation(Callback):
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         with on_device(collector.encoders, collector.device), torch.no_grad():
             loader = track(self._load(blocks), "Encoding", len(blocks), disable=not shown)
-            for block, batch in zip(blocks, loader, strict=True):
-                batch = trainer.strategy.batch_to_device(batch, collector.device)
-                collector.encodings.save(block, *collector.model.encode(batch))
+            for number, block in zip(blocks, loader, strict=True):
+                block = trainer.strategy.batch_to_device(block, collector.device)
+                collector.encodings.save(number, collector.encode_anew(block))
                 self.progress.gained = True
                 self.stop.between_blocks()
 
     def find(self, trainer: lightning.Trainer, collector: GradientCollector, block: int) -> int:
-        """Find the size of the microbatch on one block."""
-        (batch,) = self._load([block])
-        batch = trainer.strategy.batch_to_device(batch, collector.device)
-        batch = trainer.precision_plugin.convert_input(batch)
+        """Find the size of the microbatch on one block: on its largest shape, if it has several."""
+        (batches,) = self._load([block])
+        batches = trainer.strategy.batch_to_device(batches, collector.device)
+        batches = trainer.precision_plugin.convert_input(batches)
         with trainer.precision_plugin.predict_step_context():
-            passes = collector.passes(*collector.encode(batch), batch["id"])
+            encoded = collector.encode(batches)
+            largest = max(range(len(encoded)), key=lambda i: encoded[i][0][0].numel())
+            passes = collector.passes(*encoded[largest], batches[largest]["id"])
             return find_microbatch(
                 lambda size: passes.run(torch.arange(size)),
                 passes.total,

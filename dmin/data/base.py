@@ -6,13 +6,20 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dmin.errors import DminError
 from dmin.fingerprint import array_digest
+
+
+class Sizes(NamedTuple):
+    """How an image came to its size: what SDXL and its kin are told of it."""
+
+    original: tuple[int, int]  # height and width before it was scaled
+    crop: tuple[int, int]  # top and left of the cut, in the scaled image
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Example:
         label: class, if any.
         caption: text, if any.
         metadata: anything else that should travel to the results, as JSON.
+        sizes: how the image came to its size; None if it is as it was.
     """
 
     id: str
@@ -32,6 +40,7 @@ class Example:
     label: int | str | None = None
     caption: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Sizes | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return what a store keeps of the example beside its gradient."""
@@ -62,7 +71,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
             raise DminError(
                 f"image {example.id!r} is {tuple(example.image.shape)}, but {first.id!r} is "
                 f"{tuple(first.image.shape)} [C, H, W]. Bring all to one size and mode, with files "
-                f"by data.size=<pixels> data.mode=RGB."
+                f"by data.size=<pixels> data.aspect=square data.mode=RGB."
             )
     return {
         "id": [e.id for e in examples],
@@ -70,7 +79,16 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         "label": [e.label for e in examples],
         "caption": [e.caption for e in examples],
         "metadata": [e.describe() for e in examples],
+        "sizes": [e.sizes for e in examples],
     }
+
+
+def by_shape(examples: Sequence[Example]) -> list[list[int]]:
+    """Return the positions of examples whose images have one shape, shape by shape."""
+    groups: dict[Any, list[int]] = {}
+    for position, example in enumerate(examples):
+        groups.setdefault(tuple(getattr(example.image, "shape", ())), []).append(position)
+    return list(groups.values())
 
 
 def check_image(example: Example) -> None:
@@ -114,7 +132,9 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
 
     def digest() -> Iterator[str]:
         for example in _examples(dataset):
-            facts = [example.id, example.label, example.caption, example.describe()]
+            facts: list[Any] = [example.id, example.label, example.caption, example.describe()]
+            if example.sizes is not None:
+                facts.append(list(example.sizes))
             text = json.dumps(facts, sort_keys=True, default=repr)
             content.update(f"{array_digest(example.image.numpy())}{text}".encode())
             yield example.id

@@ -78,12 +78,12 @@ class HFDataset(Pixels):
         row = self._rows[index]
         name = str(row.pop(self.id)) if self.id else _row_id(index)
         where = f"image {name!r} of {self.path}"
-        image = self.decode(_content(row.pop(self.image), where), where)
+        image, sizes = self.decode(_content(row.pop(self.image), where), where)
         label = as_label(row.pop(self.label), where) if self.label else None
         if self.classes is not None and isinstance(label, int) and label >= 0:
             row[f"{self.label}_name"] = self.classes[label]
         caption = as_caption(row.pop(self.text), where) if self.text else None
-        return Example(name, image, label, caption, row)
+        return Example(name, image, label, caption, row, sizes)
 
     @property
     def ids(self) -> list[str]:

@@ -92,8 +92,8 @@ class ImageFolder(Pixels):
         """Return one example."""
         name, facts = self.ids[index], self._facts[index]
         path = Path(self.root) / name
-        image = self.decode(read_bytes(path, str(path)), str(path))
-        return Example(name, image, facts.label, facts.caption, facts.metadata or {})
+        image, sizes = self.decode(read_bytes(path, str(path)), str(path))
+        return Example(name, image, facts.label, facts.caption, facts.metadata or {}, sizes)
 
     def describe(self) -> dict[str, Any]:
         """Return settings, and a digest of the name, facts and bytes of every image."""

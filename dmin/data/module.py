@@ -9,7 +9,7 @@ import lightning
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from dmin.data.base import Dataset, Example, collate
+from dmin.data.base import Dataset, Example, by_shape, collate
 from dmin.errors import DminError
 
 
@@ -65,7 +65,7 @@ class CollectData(lightning.LightningDataModule):
         self.workers = workers
 
     def predict_dataloader(self) -> DataLoader[Example]:
-        """Return a loader of this process's blocks."""
+        """Return a loader of this process's blocks, each a list of batches of one shape."""
         rank = self.trainer.global_rank if self.trainer else 0
         world = self.trainer.world_size if self.trainer else 1
         blocks = Blocks(self.blocks, self.block_size, len(self.dataset), rank, world)
@@ -144,5 +144,9 @@ class _Numbered(torch.utils.data.Dataset[tuple[int, Example]]):
         return index, self.dataset[index]
 
 
-def _collate_numbered(items: Sequence[tuple[int, Example]]) -> dict[str, Any]:
-    return {**collate([example for _, example in items]), "position": [i for i, _ in items]}
+def _collate_numbered(items: Sequence[tuple[int, Example]]) -> list[dict[str, Any]]:
+    examples = [example for _, example in items]
+    return [
+        {**collate([examples[i] for i in group]), "position": [items[i][0] for i in group]}
+        for group in by_shape(examples)
+    ]

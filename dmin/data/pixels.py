@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
+from dmin.data.base import Sizes
 from dmin.errors import DminError
+
+
+class Picture(NamedTuple):
+    """An image as a model takes it, and how it came to its size."""
+
+    image: Tensor  # float32 [C, H, W] in [0, 1]
+    sizes: Sizes
 
 
 class Unreadable(DminError):
@@ -43,10 +53,14 @@ class Pixels:
 
     Args:
         size: height and width of every image; None takes images as they are.
+        aspect: with a size, ``square`` gives every image that height and width; ``buckets`` gives
+            each the nearest in aspect ratio of the shapes that :func:`buckets` lists, of about as
+            many pixels as the square, as SDXL and many of its kin were trained.
+        bucket_step: sides of buckets are multiples of this.
         mode: ``RGB`` or ``L`` (grey) for all images; None keeps grey ones grey and turns all
             others into RGB.
-        crop: with a size, ``center`` cuts the middle square out, so that the aspect ratio is kept;
-            ``none`` keeps the whole image, squeezed into a square.
+        crop: with a size, ``center`` cuts the middle out, so that the aspect ratio is kept;
+            ``none`` keeps the whole image, squeezed into the square or bucket.
         resize: with a size, whether images may be scaled. Without scaling ``center`` cuts the
             middle out at full resolution, and ``none`` refuses images of another size.
         background: what stands behind transparent pixels: a colour's name or ``#rrggbb``.
@@ -54,6 +68,8 @@ class Pixels:
     """
 
     size: int | None = None
+    aspect: Literal["square", "buckets"] = "square"
+    bucket_step: int = 64
     mode: Literal["RGB", "L"] | None = "RGB"
     crop: Literal["center", "none"] = "center"
     resize: bool = True
@@ -65,15 +81,27 @@ class Pixels:
         allowed: dict[str, tuple[Any, ...]] = {
             "mode": ("RGB", "L", None),
             "crop": ("center", "none"),
+            "aspect": ("square", "buckets"),
         }
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 listed = ", ".join("null" if c is None else c for c in choices)
                 raise DminError(f"data.{name}={getattr(self, name)!r}: choose one of {listed}.")
-        for name in ("size", "max_pixels"):
+        for name in ("size", "bucket_step", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DminError(f"data.{name}={value}: a positive number of pixels is needed.")
+        if self.aspect == "buckets" and (self.size is None or not self.resize):
+            raise DminError(
+                f"data.aspect=buckets with data.size={self.size or 'null'}, data.resize="
+                f"{str(self.resize).lower()}: images are scaled to buckets of about size² pixels, "
+                f"so give a size, such as 1024, and leave resize=true."
+            )
+        if self.aspect == "buckets" and not buckets(self.size or 0, self.bucket_step):
+            raise DminError(
+                f"data.bucket_step={self.bucket_step} leaves no bucket for data.size={self.size}. "
+                f"Set it to what the model was trained with: 64 is usual, for 512 pixels and up."
+            )
         try:
             ImageColor.getrgb(self.background)
         except ValueError as error:
@@ -84,11 +112,13 @@ class Pixels:
 
     def settings(self) -> dict[str, Any]:
         """Return what changes the tensors, as JSON."""
-        names = ("size", "mode", "crop", "resize", "background")
+        names = ["size", "mode", "crop", "resize", "background"]
+        if self.aspect == "buckets":
+            names += ["aspect", "bucket_step"]
         return {name: getattr(self, name) for name in names}
 
-    def decode(self, content: bytes, name: str) -> Tensor:
-        """Return the image in a file's content as float32 ``[C, H, W]`` in [0, 1].
+    def decode(self, content: bytes, name: str) -> Picture:
+        """Return the image in a file's content.
 
         Args:
             content: the bytes of an image file.
@@ -98,10 +128,12 @@ class Pixels:
             Unreadable: it is no image, is damaged, or does not fit the settings.
         """
         with self._opened(content, name) as opened:
-            image = self._fitted(self._coloured(ImageOps.exif_transpose(opened)))
+            upright = ImageOps.exif_transpose(opened)
+            image, crop = self._fitted(self._coloured(upright))
             pixels = np.asarray(image, dtype=np.float32) / 255
+            sizes = Sizes((upright.height, upright.width), crop)
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        return torch.from_numpy(np.ascontiguousarray(pixels))
+        return Picture(torch.from_numpy(np.ascontiguousarray(pixels)), sizes)
 
     def probe(self, content: bytes, name: str) -> None:
         """Refuse what :meth:`decode` would refuse, in a part of its time.
@@ -163,15 +195,35 @@ class Pixels:
             image = Image.alpha_composite(behind, front)
         return image.convert(mode)
 
-    def _fitted(self, image: Image.Image) -> Image.Image:
-        if self.size is None or image.size == (self.size, self.size):
-            return image
-        square, (width, height) = (self.size, self.size), image.size
-        if self.resize:
-            fit = ImageOps.fit if self.crop == "center" else Image.Image.resize
-            return fit(image, square, Image.Resampling.LANCZOS)
-        left, top = (width - self.size) // 2, (height - self.size) // 2
-        return image.crop((left, top, left + self.size, top + self.size))
+    def _fitted(self, image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
+        """Return the image at its size, and top and left of the cut in the scaled image."""
+        across, down = self._size_of(image)
+        width, height = image.size
+        if (across, down) == image.size:
+            return image, (0, 0)
+        if not self.resize:
+            left, top = (width - across) // 2, (height - down) // 2
+            return image.crop((left, top, left + across, top + down)), (top, left)
+        if self.crop == "none":
+            return image.resize((across, down), Image.Resampling.LANCZOS), (0, 0)
+        scale = max(across / width, down / height)
+        crop = (round(height * scale) - down) // 2, (round(width * scale) - across) // 2
+        return ImageOps.fit(image, (across, down), Image.Resampling.LANCZOS), crop
+
+    def _size_of(self, image: Image.Image) -> tuple[int, int]:
+        """Return the width and height that an image is given."""
+        if self.size is None:
+            return image.size
+        if self.aspect == "square":
+            return self.size, self.size
+        width, height = image.size
+        ratio = math.log(height / width)
+        # On a tie, the larger: a square image goes to the square.
+        down, across = min(
+            buckets(self.size, self.bucket_step),
+            key=lambda b: (abs(math.log(b[0] / b[1]) - ratio), -b[0] * b[1]),
+        )
+        return across, down
 
     def _reason(self, content: bytes, error: Exception) -> str:
         if not content:
@@ -181,6 +233,20 @@ class Pixels:
         if isinstance(error, Image.UnidentifiedImageError):
             return "its content is in no image format that Pillow knows"
         return f"it is damaged ({error or type(error).__name__})"
+
+
+@functools.cache
+def buckets(size: int, step: int) -> tuple[tuple[int, int], ...]:
+    """Return shapes of about size² pixels, ``(height, width)``, tall to wide.
+
+    One side is a multiple of the step from size/2 to size, the other the largest multiple with
+    which there are no more than size² pixels (Podell et al. 2023, appendix I, has such a list).
+    """
+    found = set()
+    for short in range(-(-size // (2 * step)) * step, size + 1, step):
+        long = size * size // short // step * step
+        found |= {(long, short), (short, long)}
+    return tuple(sorted(found, key=lambda b: b[1] / b[0]))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

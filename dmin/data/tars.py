@@ -90,7 +90,7 @@ class TarShards(Pixels):
             for kind, part in parts.items():
                 file.seek(part.start)
                 content[kind] = file.read(part.size)
-        image = self.decode(next(content[kind] for kind in IMAGES if kind in content), where)
+        image, sizes = self.decode(next(content[kind] for kind in IMAGES if kind in content), where)
         fields = _fields(content.get("json", b"{}"), where)
         caption = as_caption(fields.pop(self.text, None), where) if self.text else None
         label = as_label(fields.pop(self.label, None), where) if self.label else None
@@ -99,7 +99,7 @@ class TarShards(Pixels):
         if "cls" in content:
             text = _decoded(content["cls"], where).strip()
             label = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
-        return Example(name, image, label, caption, fields)
+        return Example(name, image, label, caption, fields, sizes)
 
     def describe(self) -> dict[str, Any]:
         """Return settings, and a digest of the name and bytes of every shard."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from dmin.collect import GradientCollector, PeakMemory, predict_trainer
 from dmin.collect.encodings import on_device
 from dmin.collect.predict import places
-from dmin.data.base import Dataset, collate
+from dmin.data.base import Dataset, Example, by_shape, collate
 from dmin.doctor import checks as checking
 from dmin.doctor.diagnosis import Check, Cost, Covered, Diagnosis
 from dmin.doctor.gradients import Inputs
@@ -26,6 +26,8 @@ from dmin.timestep_report import Timestep, timestep_report
 
 if TYPE_CHECKING:
     import lightning
+
+LOOKED_AT = 64  # examples read for each one examined, when they have several shapes
 
 
 def diagnose(
@@ -39,7 +41,7 @@ def diagnose(
 
     Args:
         collector: the model with everything that collecting takes. It is given back unchanged.
-        dataset: of which the first examples are taken.
+        dataset: of which the first examples of one shape are taken.
         examples: how many, at least 3.
         trainer: whose device and precision to use; :func:`~dmin.collect.predict_trainer` if none.
         dtype: of the rows that a store would keep, to predict its size.
@@ -53,7 +55,7 @@ def diagnose(
             f"doctor.examples={examples}: at least 3 are needed to compare with one another."
         )
     trainer = trainer or predict_trainer()
-    batch = collate([dataset[index] for index in range(examples)])
+    batch = collate(_of_one_shape(dataset, examples))
     checks = [checking.weights(collector.model.network), checking.mode(collector.model.network)]
     if not checks[0].passed:
         return Diagnosis(checks)
@@ -82,6 +84,21 @@ def diagnose(
             encoding_bytes=_encoding_bytes(collector, first) * len(dataset),
         )
     return Diagnosis(checks, coverage, steps, cost)
+
+
+def _of_one_shape(dataset: Dataset, count: int) -> list[Example]:
+    """Return the first examples that share a shape."""
+    seen: list[Example] = []
+    for index in range(min(len(dataset), LOOKED_AT * count)):
+        seen.append(dataset[index])
+        largest = max(by_shape(seen), key=len)
+        if len(largest) == count:
+            return [seen[i] for i in largest]
+    raise DminError(
+        f"the first {len(seen)} examples have too many shapes: at most {len(largest)} share one, "
+        f"and doctor.examples={count} are compared. Set it lower (3 at least), or bring the images "
+        f"to fewer shapes: data.size=<pixels>, data.aspect=square or buckets."
+    )
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def test_worker_processes_give_the_same_batches(make):
     blocks = list(range(-(-len(dataset) // 3)))
     alone = list(CollectData(dataset, blocks, 3).predict_dataloader())
     shared = list(CollectData(dataset, blocks, 3, workers=2).predict_dataloader())
-    for ours, theirs in zip(alone, shared, strict=True):
+    for (ours,), (theirs,) in zip(alone, shared, strict=True):
         assert torch.equal(ours.pop("image"), theirs.pop("image"))
         assert ours == theirs
 

@@ -43,11 +43,22 @@ def test_collecting_gives_positions_and_ids_that_belong_together(workers):
         process(CollectData(DATA, [0, 2, 3], 8, workers), rank, 2).predict_dataloader()
         for rank in range(2)
     ]
-    batches = [batch for loader in loaders for batch in loader]
+    batches = [batch for loader in loaders for (batch,) in loader]
     assert [batch["position"][0] for batch in batches] == [0, 24, 16]
     for batch in batches:
         assert batch["id"] == [f"e{n}" for n in batch["position"]]
         assert torch.equal(batch["image"][:, 0, 0, 0], torch.tensor(batch["position"]) / 40)
+
+
+def test_a_block_has_a_batch_for_each_shape():
+    wide, tall = torch.zeros(1, 2, 4), torch.zeros(1, 4, 2)
+    images = [wide, tall, tall, wide, tall, tall]
+    data = Examples([Example(f"e{n}", image) for n, image in enumerate(images)])
+    first, second = CollectData(data, [0, 1], 4).predict_dataloader()
+    assert [batch["id"] for batch in first] == [["e0", "e3"], ["e1", "e2"]]
+    assert [batch["position"] for batch in first] == [[0, 3], [1, 2]]
+    assert [batch["image"].shape for batch in first] == [(2, 1, 2, 4), (2, 1, 4, 2)]
+    assert [batch["position"] for batch in second] == [[4, 5]]
 
 
 def drawn(steps, **settings):

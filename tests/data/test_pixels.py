@@ -1,6 +1,7 @@
 """Every kind of image file comes out as stated, or is refused by name."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from examples_on_disk import encoded
 from PIL import Image
 
-from dmin.data.pixels import Pixels, Unreadable
+from dmin.data.pixels import Pixels, Unreadable, buckets
 from dmin.errors import DminError
 
 RED = (255, 0, 0)
@@ -23,7 +24,7 @@ def refused(content, message, **settings):
 
 
 def decode(picture, kind="PNG", settings=None, **options):
-    return Pixels(**(settings or {})).decode(encoded(picture, kind, **options), "x")
+    return Pixels(**(settings or {})).decode(encoded(picture, kind, **options), "x").image
 
 
 def mean(image):
@@ -105,6 +106,50 @@ def test_without_a_crop_the_whole_image_is_squeezed():
     assert image.shape == (3, 6, 6) and image[0, :, 0].min() > 0.8 and image[2, :, 5].min() > 0.8
 
 
+BUCKETS = {"size": 64, "aspect": "buckets", "bucket_step": 16}
+
+
+def test_buckets_have_about_as_many_pixels_as_the_square():
+    for size, step in ((1024, 64), (512, 64), (64, 16)):
+        shapes = buckets(size, step)
+        assert (size, size) in shapes and shapes == tuple((w, h) for h, w in reversed(shapes))
+        for shape in shapes:
+            short, long = sorted(shape)
+            assert short % step == long % step == 0 and short * 2 >= size
+            assert short * long <= size * size < short * (long + step)
+    published = {(1024, 1024), (832, 1216), (768, 1344), (704, 1472), (640, 1600), (512, 2048)}
+    assert published < set(buckets(1024, 64))  # of SDXL's own list
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "expected"),
+    [(50, 50, (64, 64)), (90, 60, (48, 80)), (60, 90, (80, 48)), (640, 50, (32, 128))],
+)
+def test_an_image_goes_to_the_bucket_of_the_nearest_aspect_ratio(width, height, expected):
+    ratios = {b: abs(math.log(b[0] / b[1] * width / height)) for b in buckets(64, 16)}
+    assert ratios[expected] == min(ratios.values())
+    picture = Image.new("RGB", (width, height), RED)
+    for crop in ("center", "none"):
+        assert decode(picture, settings={**BUCKETS, "crop": crop}).shape == (3, *expected)
+
+
+def test_the_sizes_that_a_model_is_told():
+    def sizes(picture, settings, **options):
+        return Pixels(**settings).decode(encoded(picture, "PNG", **options), "x").sizes
+
+    wide = Image.new("RGB", (300, 100), RED)
+    assert sizes(wide, {}) == ((100, 300), (0, 0))
+    assert sizes(wide, {"size": 50}) == ((100, 300), (0, 50))  # scaled to 150 × 50, then cut
+    assert sizes(wide, {"size": 50, "crop": "none"}) == ((100, 300), (0, 0))
+    assert sizes(wide, {"size": 80, "resize": False}) == ((100, 300), (10, 110))
+    assert sizes(wide, BUCKETS) == ((100, 300), (5, 0))  # scaled to 128 × 43, cut to 128 × 32
+    tall = Image.new("RGB", (40, 100), RED)
+    assert sizes(tall, BUCKETS) == ((100, 40), (20, 0))  # scaled to 48 × 120, cut to 48 × 80
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    assert sizes(wide, {"size": 50}, exif=exif) == ((300, 100), (50, 0))
+
+
 def test_scaling_up_and_down():
     assert decode(bars(), settings={"size": 32}).shape == (3, 32, 32)
     assert decode(Image.new("RGB", (1, 1), RED), settings={"size": 4}).shape == (3, 4, 4)
@@ -167,6 +212,10 @@ def test_grey_without_a_stated_range_is_refused():
         ({"crop": "centre"}, "data.crop='centre': choose one of center, none"),
         ({"mode": "CMYK"}, "choose one of RGB, L, null"),
         ({"size": 0}, "data.size=0"),
+        ({"aspect": "free"}, "data.aspect='free': choose one of square, buckets"),
+        ({"aspect": "buckets"}, "data.aspect=buckets with data.size=null.*give a size"),
+        ({**BUCKETS, "resize": False}, "data.resize=false.*leave resize=true"),
+        ({**BUCKETS, "bucket_step": 65}, "data.bucket_step=65 leaves no bucket for data.size=64"),
         ({"max_pixels": 0}, "data.max_pixels=0"),
         ({"background": "whyte"}, "data.background='whyte' is no colour"),
     ],
