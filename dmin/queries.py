@@ -77,6 +77,7 @@ class Generated:
                     ("label" if isinstance(prompt, int) else "text"): prompt,
                     "seed": seed,
                     "source": "generated",
+                    **model.facts_of_samples(),
                 }
                 for prompt, seed in zip(part, seeds, strict=True)
             ]

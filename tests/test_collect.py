@@ -248,7 +248,7 @@ def test_a_changed_dataset_is_not_resumed(ddpm, digits, tmp_path):
         (torch.full((1, 8, 8), torch.nan), "digit-bad.*NaN"),
         (torch.full((1, 8, 8), 2.0), r"digit-bad.*expected \[0, 1\]"),
         (torch.zeros(8, 8), r"digit-bad.*\[C, H, W\]"),
-.*does not fit a model of \(1, 8, 8\)"),
+        (torch.zeros(1, 4, 4), r"\(1, 4, 4\).*does not fit a model of \(1, 8, 8\)"),
     ],
 )
 def test_a_bad_image_is_refused_by_name_and_what_was_done_is_kept(

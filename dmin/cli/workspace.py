@@ -169,16 +169,17 @@ class Workspace:
     def _store_path(self, role: str, manifest: Manifest) -> Path:
         return self.outputs / "stores" / f"{self.cfg.name}-{role}-{manifest.fingerprint}"
 
-    def store(self, dataset: Dataset, role: str) -> Store:
+    def store(self, dataset: Dataset, role: str, as_queries: bool = False) -> Store:
         """Return the complete store of a dataset; collect what is missing of it.
 
         Args:
             dataset: the examples.
             role: a word for the path and for the progress shown.
+            as_queries: whether the examples are queries.
         """
         options = self.cfg.collect
-        manifest = self.collector.manifest(dataset, options.block_size, options.dtype)
-        return self._collect(dataset, role, self._store_path(role, manifest))
+        manifest = self.collector.manifest(dataset, options.block_size, options.dtype, as_queries)
+        return self._collect(dataset, role, self._store_path(role, manifest), as_queries=as_queries)
 
     @contextmanager
     def turn(
@@ -212,6 +213,7 @@ class Workspace:
         path: Path,
         shard: Share = WHOLE,
         stop: StopSignals | None = None,
+        as_queries: bool = False,
     ) -> Store:
         from dmin.store import Store
 
@@ -234,6 +236,7 @@ class Workspace:
                 workers=options.workers,
                 encodings=options.encodings,
                 keep_encodings=options.keep_encodings,
+                as_queries=as_queries,
                 shard=shard.shard,
                 shards=shard.shards,
                 stop=stop,
@@ -303,7 +306,7 @@ class Workspace:
 
         methods = list(methods)
         dataset = self.queries(source)
-        store = self.store(dataset, role)
+        store = self.store(dataset, role, as_queries=True)
         recorded = any(m.requires.journey for m in methods)
         return Side(
             store,
@@ -313,7 +316,7 @@ class Workspace:
                 for number, state in enumerate(self.states(source, dataset) if recorded else [])
             ],
             checkpoints={
-                path: Side(other.store(dataset, role), dataset)
+                path: Side(other.store(dataset, role, as_queries=True), dataset)
                 for path, other in self.checkpoints(methods).items()
             },
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,15 @@ class Prediction(NamedTuple):
     prediction: Tensor  # [batch, C, H, W]
     target: Tensor  # [batch, C, H, W]
     weight: Tensor  # [batch], of the example's loss
+    bound: Tensor | None = None  # [batch], added to the loss: it trains a learned variance
+    dropped: Dropped | None = None
+
+
+class Dropped(NamedTuple):
+    """The same without the prompt, which training drops now and then."""
+
+    share: float  # of the training steps
+    prediction: Prediction
 
 
 class DiffusionModel(nn.Module):
@@ -51,7 +61,7 @@ class DiffusionModel(nn.Module):
 
         Args:
             batch: ``image [batch, C, H, W]`` in [0, 1], ``label``, ``caption``, ``id``,
-                ``metadata``: the last four are lists.
+                ``metadata``, ``sizes``: all but the first are lists.
 
         Returns:
             ``x0 [batch, ...]`` in the space the model diffuses, and the condition.
@@ -68,6 +78,14 @@ class DiffusionModel(nn.Module):
             t: ``[batch]``, timesteps from the ladder.
             condition: from :meth:`encode`.
         """
+
+    def for_queries(self) -> Self:
+        """Return the model that queries are differentiated with: itself, unless they are guided."""
+        return self
+
+    def describe_query(self) -> dict[str, Any]:
+        """Return what sets the loss of queries apart from that of training examples, as JSON."""
+        return {}
 
     def condition(self, prompts: Sequence[Any]) -> Condition:
         """Return the condition for sampling from prompts: class labels, or captions."""
@@ -107,6 +125,10 @@ class DiffusionModel(nn.Module):
             f"queries.journey at 0, which all methods but journey_trak can do without."
         )
 
+    def facts_of_samples(self) -> dict[str, Any]:
+        """Return metadata of generated images: what :meth:`encode` would otherwise not know."""
+        return {}
+
     def describe(self) -> dict[str, Any]:
         """Return what, beside the weights, defines the loss: part of the feature fingerprint."""
         return {"model": type(self).__name__}
@@ -116,15 +138,35 @@ class DiffusionModel(nn.Module):
         return {"model": type(self).__name__}
 
 
+Readout = Callable[[Prediction], Tensor]
+
+
+def expected(readout: Readout) -> Readout:
+    """Have a readout be its mean over prompt dropout: ``(1 − p) f(given) + p f(dropped)``."""
+
+    @functools.wraps(readout)
+    def mean(prediction: Prediction) -> Tensor:
+        given = readout(prediction)
+        if prediction.dropped is None:
+            return given
+        share = prediction.dropped.share
+        return (1 - share) * given + share * readout(prediction.dropped.prediction)
+
+    return mean
+
+
+@expected
 def per_example_loss(prediction: Prediction) -> Tensor:
     """Return the training loss of each example, ``[batch]``: weighted mean over its pixels.
 
-    ``L_b = w_b · mean_p (prediction_bp − target_bp)²``
+    ``L_b = w_b · mean_p (prediction_bp − target_bp)²``, and the bound of a learned variance.
     """
     error = (prediction.prediction - prediction.target).flatten(1)
-    return prediction.weight * error.square().mean(1)
+    loss = prediction.weight * error.square().mean(1)
+    return loss if prediction.bound is None else loss + prediction.bound
 
 
+@expected
 def mean_squared_output(prediction: Prediction) -> Tensor:
     """Return the mean square of each example's prediction, ``[batch]`` (D-TRAK's readout).
 
@@ -133,6 +175,7 @@ def mean_squared_output(prediction: Prediction) -> Tensor:
     return prediction.prediction.flatten(1).square().mean(1)
 
 
+@expected
 def mean_output(prediction: Prediction) -> Tensor:
     """Return the mean of each example's prediction, ``[batch]`` (DAS's readout).
 
@@ -141,7 +184,7 @@ def mean_output(prediction: Prediction) -> Tensor:
     return prediction.prediction.flatten(1).mean(1)
 
 
-READOUTS = {
+READOUTS: dict[str, Readout] = {
     "loss": per_example_loss,
     "mean_squared_output": mean_squared_output,
     "mean_output": mean_output,

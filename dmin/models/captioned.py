@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from dmin.errors import DminError
 from dmin.models.latent import LatentDiffusion
@@ -83,13 +82,31 @@ class Captioned(LatentDiffusion):
         return next(next(encoder.parameters()).device for encoder in encoders)
 
 
+class Told(NamedTuple):
+    """The sizes that a model is told of an image; height before width, top before left."""
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+
+
+SIZE_COLUMNS = {
+    "original": ("original_height", "original_width"),
+    "crop": ("crop_top", "crop_left"),
+}
+
+
 class Sized(Captioned):
     """Told the sizes of images, too (micro-conditioning, Podell et al. 2023).
 
     Args:
         pipeline: of diffusers, with all its components.
-        original_size: height and width before resizing; None for those of the image given.
-        crop: top and left of the crop.
+        sizes_from: where an example's original size and crop come from. ``image``: its file, before
+            the data's size and crop were applied, and where the cut was. ``metadata``: its columns
+            original_height, original_width, crop_top and crop_left, for files that were scaled and
+            cropped before.
+        original_size: height and width before scaling, the same for all.
+        crop: top and left of the cut, in the scaled image, the same for all.
         target_size: height and width after cropping; None for those of the image given.
         settings: of the next class.
     """
@@ -98,36 +115,70 @@ class Sized(Captioned):
         self,
         pipeline: Any,
         *args: Any,
+        sizes_from: Literal["image", "metadata"] = "image",
         original_size: Sequence[int] | None = None,
-        crop: Sequence[int] = (0, 0),
+        crop: Sequence[int] | None = None,
         target_size: Sequence[int] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(pipeline, *args, **settings)
+        if sizes_from not in ("image", "metadata"):
+            raise DminError(f"model.sizes_from={sizes_from!r}: allowed are image and metadata.")
+        self.sizes_from = sizes_from
         self.original_size = _pair(original_size, "original_size")
-        self.crop = _pair(crop, "crop") or (0, 0)
+        self.crop = _pair(crop, "crop")
         self.target_size = _pair(target_size, "target_size")
 
     def describe(self) -> dict[str, Any]:
         """Return what defines latents, condition and loss, the sizes told included."""
         sizes = {"original_size": self.original_size, "target_size": self.target_size}
-        return {**super().describe(), **sizes, "crop": self.crop}
+        told = {**sizes, "crop": self.crop, "sizes_from": self.sizes_from}
+        return {**super().describe(), **told}
 
-    def _told(self, image: Tensor) -> dict[str, tuple[int, int]]:
-        """Return the sizes that the model is told of images."""
-        height, width = image.shape[-2:]
+    def facts_of_samples(self) -> dict[str, Any]:
+        """Return the sizes that the sampler was told, as columns of metadata."""
+        size = self._generated_size()
+        told = {"original": self.original_size or size, "crop": self.crop or (0, 0)}
         return {
-            "original": self.original_size or (height, width),
-            "crop": self.crop,
-            "target": self.target_size or (height, width),
+            column: value
+            for name, columns in SIZE_COLUMNS.items()
+            for column, value in zip(columns, told[name], strict=True)
         }
+
+    def _told(self, batch: Mapping[str, Any]) -> list[Told]:
+        """Return the sizes that the model is told of each image."""
+        height, width = batch["image"].shape[-2:]
+        count = len(batch["image"])
+        return [
+            Told(
+                self.original_size or self._size_of(batch, i, "original") or (height, width),
+                self.crop or self._size_of(batch, i, "crop") or (0, 0),
+                self.target_size or (height, width),
+            )
+            for i in range(count)
+        ]
+
+    def _size_of(self, batch: Mapping[str, Any], i: int, name: str) -> tuple[int, int] | None:
+        """Return the original size or the crop of one example, from where it is to be read."""
+        if self.sizes_from == "image":
+            sizes = batch["sizes"][i]
+            return None if sizes is None else getattr(sizes, name)
+        facts, columns = batch["metadata"][i], SIZE_COLUMNS[name]
+        found = [facts.get(column) for column in columns]
+        if not all(isinstance(value, int) and value >= 0 for value in found):
+            raise DminError(
+                f"example {batch['id'][i]!r} has {', '.join(columns)} = {found} in its metadata, "
+                f"where model.sizes_from=metadata needs whole numbers of pixels. Add the columns, "
+                f"or take model.sizes_from=image."
+            )
+        return found[0], found[1]
 
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
         size = self._generated_size()
         return {
             **super()._sampling(prompts),
             "original_size": self.original_size or size,
-            "crops_coords_top_left": self.crop,
+            "crops_coords_top_left": self.crop or (0, 0),
             "target_size": self.target_size or size,
         }
 

@@ -109,8 +109,9 @@ class DDPM(DiffusionModel):
         image = batch["image"]
         if tuple(image.shape[1:]) != self.shape:
             raise DminError(
-                f"images of shape {tuple(image.shape[1:])} do not fit a model of {self.shape} "
-                f"(channels, height, width). Set the size of the data to that of the model."
+                f"image {batch['id'][0]!r} is {tuple(image.shape[1:])} (channels, height, width), "
+                f"which does not fit a model of {self.shape}. Set data.size={self.shape[1]} "
+                f"data.mode={'L' if self.shape[0] == 1 else 'RGB'}."
             )
         return 2 * image - 1, self.condition(batch["label"])
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from diffusers import DiTPipeline
 from torch import Tensor
 
 from dmin.models.base import Condition, class_labels
-from dmin.models.latent import LatentDenoiser
+from dmin.models.latent_processes import LearnedVariance
 
 
-class DiT(LatentDenoiser):
-    """Diffusion Transformer (Peebles & Xie 2023); predicts ε.
-
-    The variance that it learns as well is left out of the loss: its part of the training loss
-    gives the mean no gradient.
-    """
+class DiT(LearnedVariance):
+    """Diffusion Transformer (Peebles & Xie 2023); predicts ε. Its prompts are class labels."""
 
     pipeline_class = DiTPipeline
 
@@ -28,6 +25,9 @@ class DiT(LatentDenoiser):
     def _embed(self, prompts: Sequence[Any]) -> Condition:
         classes = self.network.config.num_embeds_ada_norm
         return {"class_labels": class_labels(prompts, classes)}
+
+    def _no_prompt(self) -> Condition:
+        return {"class_labels": torch.tensor([self.network.config.num_embeds_ada_norm])}
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         prediction: Tensor = self.network(noised, timestep=t.long(), **condition).sample

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from dmin.models.base import Condition
 from dmin.models.captioned import Sized
-from dmin.models.latent import LatentDenoiser
+from dmin.models.latent_processes import LearnedVariance
 
 
-class HunyuanDiT(Sized, LatentDenoiser):
-    """HunyuanDiT 1.0 to 1.2 (Li et al. 2024); predicts v. The learned variance is left out.
+class HunyuanDiT(Sized, LearnedVariance):
+    """HunyuanDiT 1.0 to 1.2 (Li et al. 2024); predicts v.
 
     The safety checker is not loaded: it would turn queries black.
     """
@@ -43,11 +43,11 @@ class HunyuanDiT(Sized, LatentDenoiser):
             named[f"text_embedding_mask{suffix}"] = mask
         return named
 
-    def _sizes(self, image: Tensor) -> Condition:
-        told = self._told(image)
-        row = image.new_tensor([*told["original"], *told["target"], *told["crop"]])
+    def _sizes(self, batch: Mapping[str, Any]) -> Condition:
+        image = batch["image"]
+        rows = [[*told.original, *told.target, *told.crop] for told in self._told(batch)]
         style = torch.zeros(len(image), dtype=torch.long, device=image.device)
-        return {"image_meta_size": row.repeat(len(image), 1), "style": style}
+        return {"image_meta_size": image.new_tensor(rows), "style": style}
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         prediction: Tensor = self.network(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from dmin.models import layers, vae  # noqa: F401  (layers registers gradients)
 from dmin.models.base import (
     Condition,
     DiffusionModel,
+    Dropped,
     Prediction,
     noise_generators,
     weights_digest,
@@ -31,6 +33,8 @@ from dmin.models.checkpoint import (
 from dmin.models.noising import Denoising, Flow
 from dmin.models.settings import name_settings
 
+DROPPED = "dropped."  # before the names of conditions that stand for no prompt
+
 
 class LatentDiffusion(DiffusionModel):
     """A diffusion model of the latents of a VAE, held as the pipeline of diffusers it came in.
@@ -44,8 +48,13 @@ class LatentDiffusion(DiffusionModel):
         latents: ``mode`` of the VAE's posterior, or ``sample``: a draw, the same noise for all
             images, so that equal images keep equal latents.
         latent_seed: key of that draw.
-        guidance_scale: of sampling; None for the pipeline's default. Attribution takes the
-            conditional prediction alone, as training does (without its prompt dropout).
+        prompt_dropout: p, the share of training steps that had no prompt. The loss is then its mean
+            over them, ``(1 − p) L(prompt) + p L(no prompt)``, at twice the cost; 0 takes the prompt
+            always, 1 never.
+        guidance_scale: of sampling; None for the pipeline's default.
+        query_guidance: w, of queries. None: a query's loss is that of a training example. A number:
+            it is that of the guided prediction ``∅ + w (c − ∅)`` which the sampler followed, at
+            twice the cost. The training side stays as it was trained, without guidance.
 
     Raises:
         DminError: a setting does not fit the pipeline.
@@ -64,7 +73,9 @@ class LatentDiffusion(DiffusionModel):
         *,
         latents: Literal["mode", "sample"] = "mode",
         latent_seed: int = 0,
+        prompt_dropout: float = 0.0,
         guidance_scale: float | None = None,
+        query_guidance: float | None = None,
     ) -> None:
         super().__init__()
         self.pipeline = pipeline
@@ -73,10 +84,18 @@ class LatentDiffusion(DiffusionModel):
         self.ladder = process.ladder
         if latents not in ("mode", "sample"):
             raise DminError(f"model.latents={latents!r}: allowed are mode and sample.")
+        if not 0 <= prompt_dropout <= 1:
+            raise DminError(
+                f"model.prompt_dropout={prompt_dropout}: give a share of the training steps, from "
+                f"0 (the prompt is always given) to 1 (never); 0.1 is usual."
+            )
         self._check_inputs()
         self.latents = latents
         self.latent_seed = latent_seed
+        self.prompt_dropout = prompt_dropout
         self.guidance_scale = guidance_scale
+        self.query_guidance = query_guidance
+        self.guidance: float | None = None
         for encoder in self.encoders.values():
             encoder.eval().requires_grad_(False)
         pipeline.set_progress_bar_config(disable=True)
@@ -147,10 +166,36 @@ class LatentDiffusion(DiffusionModel):
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         """Return latents and condition, computed where the encoders are, on the images' device."""
         image = batch["image"]
-        self._check_size(image)
-        condition = {**self._embed(self._prompts(batch)), **self._sizes(image)}
+        self._check_size(image, batch["id"][0])
+        condition = {**self._prompted(batch), **self._sizes(batch)}
         x0 = vae.encode(self.pipeline.vae, image, self.latents, self.latent_seed)
         return x0, {k: v.to(image.device) for k, v in condition.items()}
+
+    def _prompted(self, batch: Mapping[str, Any]) -> Condition:
+        """Return the conditions that come from prompts, or from there being none."""
+        guided = self.guidance is not None
+        with_prompt = guided or self.prompt_dropout < 1
+        given = self._embed(self._prompts(batch)) if with_prompt else {}
+        if not guided and self.prompt_dropout == 0:
+            return given
+        count, prefix = len(batch["image"]), DROPPED if with_prompt else ""
+        nothing = {
+            f"{prefix}{name}": value.expand(count, *value.shape[1:]).contiguous()
+            for name, value in self._no_prompt().items()
+        }
+        return {**given, **nothing}
+
+    def for_queries(self) -> Self:
+        """Return the model that queries are differentiated with; it shares the network."""
+        if self.query_guidance is None:
+            return self
+        guided = copy.copy(self)
+        guided.guidance = self.query_guidance
+        return guided
+
+    def describe_query(self) -> dict[str, Any]:
+        """Return the guidance of queries, if they have any."""
+        return {} if self.query_guidance is None else {"guidance": self.query_guidance}
 
     def condition(self, prompts: Sequence[Any]) -> Condition:
         """Return the part of the condition that comes from prompts, on the network's device."""
@@ -162,10 +207,24 @@ class LatentDiffusion(DiffusionModel):
         noised, target, weight = self.process(x0, noise, t)
         dtype = self.network.dtype
         cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in condition.items()}
-        prediction = self._predict(noised.to(dtype), t, cast)
-        if prediction.shape[1] == 2 * x0.shape[1]:  # a learned variance comes after the mean
-            prediction = prediction.chunk(2, dim=1)[0]
-        return Prediction(prediction.to(x0.dtype), target, weight)
+        given = {k: v for k, v in cast.items() if not k.startswith(DROPPED)}
+        nothing = {k.removeprefix(DROPPED): v for k, v in cast.items() if k.startswith(DROPPED)}
+
+        def predicted(condition: Condition) -> Prediction:
+            output = self._predict(noised.to(dtype), t, condition).to(x0.dtype)
+            # A learned variance comes after the mean.
+            mean, *variance = output.split(x0.shape[1], dim=1)
+            bound = self._bound(x0, noised, t, mean, variance[0]) if variance else None
+            return Prediction(mean, target, weight, bound)
+
+        found = predicted(given)
+        if not nothing:
+            return found
+        other = predicted({**given, **nothing})
+        if self.guidance is None:
+            return found._replace(dropped=Dropped(self.prompt_dropout, other))
+        step = self.guidance * (found.prediction - other.prediction)
+        return Prediction(other.prediction + step, target, weight)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int = 50) -> Tensor:
@@ -185,7 +244,11 @@ class LatentDiffusion(DiffusionModel):
 
     def describe(self) -> dict[str, Any]:
         """Return what defines latents, condition and loss, with a digest of each encoder."""
-        draw = {"latent_seed": self.latent_seed} if self.latents == "sample" else {}
+        draw: dict[str, Any] = {}
+        if self.latents == "sample":
+            draw["latent_seed"] = self.latent_seed
+        if self.prompt_dropout:
+            draw["prompt_dropout"] = self.prompt_dropout
         return {
             **super().describe(),
             **self.process.describe(),
@@ -217,11 +280,21 @@ class LatentDiffusion(DiffusionModel):
     def _embed(self, prompts: Sequence[Any]) -> Condition:
         """Return the condition of prompts."""
 
+    def _no_prompt(self) -> Condition:
+        """Return the condition of no prompt, one row: what sampling steps away from."""
+        return self._embed([""])
+
+    def _bound(
+        self, x0: Tensor, noised: Tensor, t: Tensor, mean: Tensor, variance: Tensor
+    ) -> Tensor | None:
+        """Return what the loss adds for a learned variance, if anything."""
+        return None
+
     @abstractmethod
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the network."""
 
-    def _sizes(self, image: Tensor) -> Condition:
+    def _sizes(self, batch: Mapping[str, Any]) -> Condition:
         """Return conditions that come from the images' sizes, one row an image."""
         return {}
 
@@ -251,15 +324,15 @@ class LatentDiffusion(DiffusionModel):
                 f"class-to-image models: give the checkpoint of one."
             )
 
-    def _check_size(self, image: Tensor) -> None:
+    def _check_size(self, image: Tensor, name: str) -> None:
         config = self.pipeline.vae.config
         unit = self.vae_factor * self.patch
         channels, height, width = image.shape[1:]
         if channels != config["in_channels"] or height % unit or width % unit:
             raise DminError(
-                f"images of shape {(channels, height, width)} (channels, height, width) do not fit "
-                f"{type(self).__name__}: it takes {config['in_channels']} channels and sides that "
-                f"are multiples of {unit}. Set size and mode of the data."
+                f"image {name!r} is {(channels, height, width)} (channels, height, width), which "
+                f"does not fit {type(self).__name__}: {config['in_channels']} channels are needed, "
+                f"and sides that are multiples of {unit}. Set data.size and data.mode."
             )
 
     @contextmanager
@@ -274,35 +347,3 @@ class LatentDiffusion(DiffusionModel):
         finally:
             for encoder, place in places:
                 encoder.to(place)
-
-
-class LatentDenoiser(LatentDiffusion):
-    """A latent diffusion in discrete timesteps that predicts ε, v or x0.
-
-    Args:
-        pipeline: of diffusers, with all its components.
-        snr_gamma: weighs losses by min-SNR with this γ (Hang et al. 2023), if the model was trained
-            so; None for equal weights.
-        settings: of :class:`LatentDiffusion`.
-    """
-
-    process: Denoising
-
-    def __init__(self, pipeline: Any, *, snr_gamma: float | None = None, **settings: Any) -> None:
-        super().__init__(pipeline, Denoising(pipeline.scheduler.config, snr_gamma), **settings)
-
-
-class LatentFlow(LatentDiffusion):
-    """A rectified flow in latents that predicts the velocity ε − x0.
-
-    Args:
-        pipeline: of diffusers, with all its components.
-        shift: of the ladder towards noise; None for the scheduler's. It moves the timesteps that
-            schedules choose from, not the loss at a timestep.
-        settings: of :class:`LatentDiffusion`.
-    """
-
-    process: Flow
-
-    def __init__(self, pipeline: Any, *, shift: float | None = None, **settings: Any) -> None:
-        super().__init__(pipeline, Flow(pipeline.scheduler.config, shift), **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -78,6 +79,43 @@ class Denoising:
             return torch.where(snr > 0, clipped / snr, 1)  # at a terminal SNR of zero: its limit
         return clipped / (snr + 1) if self.kind == "v_prediction" else clipped
 
+    def variance_bound(
+        self, x0: Tensor, sample: Tensor, t: Tensor, prediction: Tensor, values: Tensor
+    ) -> Tensor:
+        """Return the variational bound that trains a learned variance, ``[batch]``.
+
+        ``KL(q(x_{t−1}|x_t, x0) ‖ N(μ, Σ))`` in bits a pixel, with
+        ``log Σ = v log β_t + (1−v) log β̃_t``; at t = 0 the likelihood of x0, as of 8-bit pixels.
+        The mean μ is held fixed: the bound trains the variance alone (Nichol & Dhariwal 2021,
+        arXiv 2102.09672, eq. 14 to 16, and the published training code of DiT).
+
+        Args:
+            x0: ``[batch, ...]``.
+            sample: x_t.
+            t: ``[batch]``, from the ladder.
+            prediction: of ε, v or x0; no gradient flows into it.
+            values: 2v − 1, as x0: what the network says of the variance.
+        """
+        t = t.long()
+        step = _Step.at(t, self.scheduler, x0)
+        noise_level = (1 - step.alpha_bar).sqrt()
+        prediction = prediction.detach()
+        if self.kind == "epsilon":
+            x0_predicted = (sample - noise_level * prediction) / step.alpha_bar.sqrt()
+        elif self.kind == "v_prediction":
+            x0_predicted = step.alpha_bar.sqrt() * sample - noise_level * prediction
+        else:
+            x0_predicted = prediction
+        mean, true_mean = (step.mean(x, sample) for x in (x0_predicted, x0))
+        share = (values + 1) / 2
+        log_variance = share * step.beta.log() + (1 - share) * step.log_posterior
+        ratio = step.log_posterior - log_variance
+        distance = (true_mean - mean).square() * torch.exp(-log_variance)
+        kl = 0.5 * (torch.exp(ratio) - ratio - 1 + distance)
+        last = -_pixel_log_likelihood(x0, mean, torch.exp(0.5 * log_variance))
+        nats = torch.where((t == 0).view(step.beta.shape), last, kl)
+        return nats.flatten(1).mean(1) / math.log(2)
+
     def log_snr(self, timesteps: Sequence[float]) -> list[float]:
         """Return ``log(ᾱ_t / (1 − ᾱ_t))`` of each timestep."""
         alpha = self.scheduler.alphas_cumprod.double()[torch.tensor(timesteps).long()]
@@ -91,6 +129,43 @@ class Denoising:
         found = {name: config.get(name) for name in (*names, "num_train_timesteps")}
         found["rescale_betas_zero_snr"] = config.get("rescale_betas_zero_snr", False)
         return {**found, "snr_gamma": self.snr_gamma}
+
+
+class _Step(NamedTuple):
+    """What one denoising step is made of; each ``[batch, 1, ...]``."""
+
+    beta: Tensor
+    alpha_bar: Tensor
+    alpha_bar_before: Tensor
+    log_posterior: Tensor  # log β̃_t; at t = 0, where it is −∞, that of t = 1
+
+    @classmethod
+    def at(cls, t: Tensor, scheduler: Any, like: Tensor) -> _Step:
+        """Return the steps at timesteps, as tensors that go with others."""
+        beta = scheduler.betas.double()
+        bar = torch.cumprod(1 - beta, 0)  # in single precision 1 − ᾱ_0 would be off by 2e-4
+        before = torch.cat([bar.new_ones(1), bar[:-1]])
+        posterior = beta * (1 - before) / (1 - bar)
+        posterior[0] = posterior[1]
+        shape = (-1, *[1] * (like.ndim - 1))
+        chosen = (x[t.cpu()].to(like).view(shape) for x in (beta, bar, before, posterior.log()))
+        return cls(*chosen)
+
+    def mean(self, x0: Tensor, sample: Tensor) -> Tensor:
+        """Return the mean of x_{t−1} given x0 and x_t."""
+        rest = 1 - self.alpha_bar
+        return (
+            self.alpha_bar_before.sqrt() * self.beta / rest * x0
+            + (1 - self.alpha_bar_before) * (1 - self.beta).sqrt() / rest * sample
+        )
+
+
+def _pixel_log_likelihood(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Return the log probability of the 8-bit value around x in [−1, 1] under a normal."""
+    standard = torch.distributions.Normal(0.0, 1.0)
+    above, below = (standard.cdf((x - mean + side / 255) / deviation) for side in (1, -1))
+    inside = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return inside.clamp(min=1e-12).log()
 
 
 class FlowLadder(tuple[float, ...]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import PixArtAlphaPipeline
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dmin.models.base import Condition
 from dmin.models.captioned import Captioned
-from dmin.models.latent import LatentDenoiser
+from dmin.models.latent_processes import LearnedVariance
 
 
-class PixArt(Captioned, LatentDenoiser):
-    """PixArt-α (Chen et al. 2023); predicts ε. Its learned variance is left out of the loss.
+class PixArt(Captioned, LearnedVariance):
+    """PixArt-α (Chen et al. 2023); predicts ε.
 
     Captions are taken as they are: the pipeline's ``clean_caption`` is off.
 
@@ -43,9 +43,10 @@ class PixArt(Captioned, LatentDenoiser):
         )
         return {"encoder_hidden_states": embedded, "encoder_attention_mask": mask}
 
-    def _sizes(self, image: Tensor) -> Condition:
+    def _sizes(self, batch: Mapping[str, Any]) -> Condition:
         if not self.network.use_additional_conditions:
             return {}
+        image = batch["image"]
         height, width = image.shape[-2:]  # the model of 1024 pixels is told size and shape
         rows = {"resolution": [height, width], "aspect_ratio": [height / width]}
         return {k: image.new_tensor(row).repeat(len(image), 1) for k, row in rows.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from dmin.errors import DminError
 from dmin.models.base import Condition
 from dmin.models.captioned import Captioned
-from dmin.models.latent import LatentFlow
+from dmin.models.latent_processes import LatentFlow
 
 
 class Sana(Captioned, LatentFlow):
@@ -56,12 +56,18 @@ class Sana(Captioned, LatentFlow):
         return list(call.parameters["complex_human_instruction"].default)
 
     def _embed(self, prompts: Sequence[Any]) -> Condition:
+        return self._embed_after(self._instruction(), prompts)
+
+    def _no_prompt(self) -> Condition:
+        return self._embed_after(None, [""])
+
+    def _embed_after(self, instruction: list[str] | None, prompts: Sequence[Any]) -> Condition:
         embedded, mask, _, _ = self.pipeline.encode_prompt(
             self._texts(prompts),
             do_classifier_free_guidance=False,
             device=self._text_device,
             max_sequence_length=self.max_sequence_length,
-            complex_human_instruction=self._instruction(),
+            complex_human_instruction=instruction,
         )
         return {"encoder_hidden_states": embedded, "encoder_attention_mask": mask}
 

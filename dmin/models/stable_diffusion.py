@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmin.models.base import Condition
 from dmin.models.captioned import Captioned
-from dmin.models.latent import LatentDenoiser
+from dmin.models.latent_processes import LatentDenoiser
 
 
 class StableDiffusion(Captioned, LatentDenoiser):

@@ -11,7 +11,7 @@ from torch import Tensor
 from dmin.errors import DminError
 from dmin.models.base import Condition
 from dmin.models.captioned import Captioned
-from dmin.models.latent import LatentFlow
+from dmin.models.latent_processes import LatentFlow
 
 
 class StableDiffusion3(Captioned, LatentFlow):

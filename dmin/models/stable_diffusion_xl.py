@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from dmin.models.base import Condition
 from dmin.models.captioned import Sized
-from dmin.models.latent import LatentDenoiser
+from dmin.models.latent_processes import LatentDenoiser
 
 
 class StableDiffusionXL(Sized, LatentDenoiser):
@@ -26,10 +27,15 @@ class StableDiffusionXL(Sized, LatentDenoiser):
         )
         return {"encoder_hidden_states": embedded, "text_embeds": pooled}
 
-    def _sizes(self, image: Tensor) -> Condition:
-        told = self._told(image)
-        row = image.new_tensor([*told["original"], *told["crop"], *told["target"]])
-        return {"time_ids": row.repeat(len(image), 1)}
+    def _no_prompt(self) -> Condition:
+        nothing = super()._no_prompt()
+        if not self.pipeline.config.force_zeros_for_empty_prompt:
+            return nothing
+        return {name: torch.zeros_like(value) for name, value in nothing.items()}
+
+    def _sizes(self, batch: Mapping[str, Any]) -> Condition:
+        rows = [[*told.original, *told.crop, *told.target] for told in self._told(batch)]
+        return {"time_ids": batch["image"].new_tensor(rows)}
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         prediction: Tensor = self.network(

@@ -4,6 +4,12 @@ import pytest
 import torch
 from models.families import FAMILIES, checkpoint, load
 
+from dmin.data import Example, collate
+from dmin.data.base import Sizes
+from dmin.data.image_folder import ImageFolder
+from dmin.errors import DminError
+from dmin.queries import Generated
+
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_predictions_are_those_of_the_pipeline(name):
@@ -20,8 +26,7 @@ def test_predictions_are_those_of_the_pipeline(name):
     prompt = family.prompts[0]
     model.sample([prompt], [7], 2)
     handle.remove()
-    image = torch.zeros(1, 3, family.size, family.size)
-    condition = {**model.condition([prompt]), **model._sizes(image)}
+    condition = {**model.condition([prompt]), **model._sizes(sized(family.size, family.size))}
     for (noised, output), t in zip(calls, model.pipeline.scheduler.timesteps, strict=True):
         if name == "flux":
             height = 2 * family.latent[1]
@@ -35,7 +40,7 @@ def test_predictions_are_those_of_the_pipeline(name):
 
 def test_pixart_of_1024_pixels_is_told_size_and_shape():
     model = FAMILIES["pixart"].model.from_pretrained(checkpoint("pixart", sample_size=128))
-    sizes = model._sizes(torch.zeros(2, 3, 32, 16))
+    sizes = model._sizes({"image": torch.zeros(2, 3, 32, 16)})
     assert sizes["resolution"].tolist() == [[32, 16]] * 2
     assert sizes["aspect_ratio"].tolist() == [[2.0]] * 2
     noised, t = torch.randn(2, 4, 16, 8), torch.tensor([5, 500])
@@ -47,15 +52,69 @@ def test_pixart_of_1024_pixels_is_told_size_and_shape():
         )
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_xl", "hunyuan_dit"])
-def test_sizes_told_are_settings_with_defaults_from_the_image(name):
-    image = torch.zeros(2, 3, 32, 48)
-    key, order = {
-        "stable_diffusion_xl": ("time_ids", [0, 1, 2, 3, 4, 5]),
-        "hunyuan_dit": ("image_meta_size", [0, 1, 4, 5, 2, 3]),
-    }[name]
-    default = load(name)._sizes(image)[key]
-    assert default.tolist()[0] == [[32, 48, 0, 0, 32, 48][i] for i in order]
-    told = load(name, original_size=(64, 96), crop=(1, 2), target_size=(8, 16))
-    assert told._sizes(image)[key].tolist()[1] == [[64, 96, 1, 2, 8, 16][i] for i in order]
-    assert told.describe() != load(name).describe()
+def sized(height, width, *examples):
+    """A batch of black images, each with (sizes, metadata)."""
+    examples = examples or [(None, {})]
+    image = torch.zeros(3, height, width)
+    return collate(
+        [
+            Example(f"e{i}", image, caption="cat", metadata=metadata, sizes=sizes)
+            for i, (sizes, metadata) in enumerate(examples)
+        ]
+    )
+
+
+TOLD = {  # how each family orders original height and width, top, left, target height and width
+    "stable_diffusion_xl": ("time_ids", [0, 1, 2, 3, 4, 5]),
+    "hunyuan_dit": ("image_meta_size", [0, 1, 4, 5, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_sizes_told_are_those_of_each_image_or_a_setting(name):
+    key, order = TOLD[name]
+
+    def rows(model, *examples):
+        found = model._sizes(sized(32, 48, *examples))[key].tolist()
+        return [[row[order.index(i)] for i in range(6)] for row in found]
+
+    file = (Sizes((480, 640), (0, 8)), {}), (None, {})
+    assert rows(load(name), *file) == [[480, 640, 0, 8, 32, 48], [32, 48, 0, 0, 32, 48]]
+    fixed = load(name, original_size=(64, 96), crop=(1, 2), target_size=(8, 16))
+    assert rows(fixed, *file) == [[64, 96, 1, 2, 8, 16]] * 2
+    said = load(name, sizes_from="metadata")
+    columns = {"original_height": 9, "original_width": 8, "crop_top": 7, "crop_left": 6}
+    assert rows(said, (file[0][0], columns)) == [[9, 8, 7, 6, 32, 48]]
+    with pytest.raises(DminError, match=r"'e0' has original_height, original_width = \[None"):
+        rows(said, *file)
+    assert len({str(m.describe()) for m in (load(name), fixed, said)}) == 3
+    with pytest.raises(DminError, match=r"model\.sizes_from='file'"):
+        load(name, sizes_from="file")
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_generated_images_know_the_sizes_that_the_sampler_was_told(name, tmp_path):
+    model = load(name, sizes_from="metadata", original_size=(64, 96))
+    Generated(["cat"], steps=1).generate(model, tmp_path / "q")
+    batch = collate([ImageFolder(tmp_path / "q")[0]])
+    key, order = TOLD[name]
+    (row,) = load(name, sizes_from="metadata")._sizes(batch)[key].tolist()
+    size = FAMILIES[name].size
+    assert [row[order.index(i)] for i in range(6)] == [64, 96, 0, 0, size, size]
+
+
+# Flux is guided by an input of its own.
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"flux"}))
+def test_no_prompt_is_what_guided_sampling_steps_away_from(name):
+    """The conditions of the unguided half of the pipeline's own batch."""
+    calls, model = [], load(name, guidance_scale=5.0)
+    handle = model.network.register_forward_pre_hook(
+        lambda network, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    model.sample([FAMILIES[name].prompts[0]], [7], 2)
+    handle.remove()
+    told = {**calls[0], **(calls[0].get("added_cond_kwargs") or {})}
+    # Of the two halves, DiT's pipeline has the unguided one last.
+    half = slice(1, 2) if name == "dit" else slice(0, 1)
+    for key, value in model._no_prompt().items():
+        torch.testing.assert_close(told[key][half].to(value.dtype), value, atol=1e-5, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 
+import diffusers
 import pytest
 import torch
 from models.families import FAMILIES, checkpoint, load
@@ -64,7 +65,7 @@ def test_the_target_is_that_of_the_prediction_type(name, kind):
     family, model = FAMILIES[name], load(name, kind)
     x0, noise, t, condition = inputs(model, family)
     with torch.no_grad():
-        prediction, target, weight = model.predict(x0, noise, t, condition)
+        prediction, target, weight, *_ = model.predict(x0, noise, t, condition)
     assert prediction.shape == target.shape == x0.shape
     assert torch.equal(weight, torch.ones(3))
     if kind == "flow":
@@ -200,3 +201,51 @@ def test_relatives_that_take_other_inputs_are_refused():
         pipeline.register_modules(unet=unet(**changes))
         with pytest.raises(DminError, match="takes more than the latents"):
             FAMILIES["stable_diffusion"].model(pipeline)
+
+
+LAST = {
+    "dit": "proj_out_2.weight",
+    "pixart": "proj_out.weight",
+    "hunyuan_dit": "proj_out.weight",
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_the_variance_loss_trains_the_variance_alone(name, tmp_path):
+    family = FAMILIES[name]
+    plain, whole = load(name), load(name, variance_loss=True)
+    encoded = inputs(plain, family)
+    with torch.no_grad():
+        without, added = plain.predict(*encoded), whole.predict(*encoded)
+    assert without.bound is None and (added.bound > 0).all()
+    assert torch.equal(without.prediction, added.prediction)
+    expected = per_example_loss(without) + added.bound
+    torch.testing.assert_close(per_example_loss(added), expected)
+    assert whole.describe() != plain.describe()
+    # Rows of the last layer that speak of the mean keep their gradient; the others get one.
+    gradients = []
+    for model in (plain, whole):
+        last = dict(model.network.named_parameters())[LAST[name]]
+        last.requires_grad_(True)
+        with torch.enable_grad():
+            loss = per_example_loss(model.predict(*encoded)).sum()
+        (found,) = torch.autograd.grad(loss, last)
+        last.requires_grad_(False)
+        # [patch · patch · (mean, variance), width]
+        gradients.append(found.unflatten(0, (-1, 2, plain.network.config.in_channels)))
+    torch.testing.assert_close(gradients[0][:, 0], gradients[1][:, 0])
+    assert not gradients[0][:, 1].any() and gradients[1][:, 1].abs().max() > 0
+
+
+def test_a_variance_that_is_not_predicted_cannot_be_trained():
+    pipeline = load("dit").pipeline
+    pipeline = type(pipeline)(
+        transformer=diffusers.DiTTransformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=1,
+            attention_head_dim=4, num_attention_heads=2, norm_num_groups=4,
+        ),
+        vae=pipeline.vae,
+        scheduler=pipeline.scheduler,
+    )  # fmt: skip
+    with pytest.raises(DminError, match="predicts no variance"):
+        FAMILIES["dit"].model(pipeline, variance_loss=True)

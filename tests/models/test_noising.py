@@ -96,3 +96,54 @@ def test_log_snr():
     assert found == [pytest.approx(math.log(alpha / (1 - alpha)), rel=1e-5)]
     flow = Flow({"num_train_timesteps": 1000})
     assert flow.log_snr([1000, 500, 100]) == [-math.inf, 0, pytest.approx(2 * math.log(9))]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_bound_of_a_learned_variance(kind):
+    """Against diffusers' own variance and posterior, and torch's KL and normal distribution."""
+    scheduler = DDPMScheduler(
+        prediction_type=kind, variance_type="learned_range", clip_sample=False
+    )
+    process, t = Denoising(scheduler.config), torch.tensor([999, 3, 0])
+    x0, noise = X0.double(), NOISE.double()
+    noised, right, _ = process(x0, noise, t)
+    wrong = right + 0.1 * torch.randn_like(x0)
+    values = torch.rand_like(x0).requires_grad_()
+    prediction = wrong.clone().requires_grad_()
+    found = process.variance_bound(x0, noised, t, prediction, values)
+    for i in range(3):
+        step = int(t[i])
+
+        def mean(output, at=i, step=step):
+            told = torch.cat([output, values[at : at + 1]], 1)
+            exact = torch.Generator().manual_seed(0)
+            one = scheduler.step(told, step, noised[at : at + 1], exact)
+            draw = torch.randn(
+                x0[:1].shape, dtype=x0.dtype, generator=torch.Generator().manual_seed(0)
+            )
+            deviation = scheduler._get_variance(step, values[at : at + 1]).mul(0.5).exp()
+            return one.prev_sample - deviation * draw * (step > 0), deviation
+
+        true_mean, _ = mean(right[i : i + 1])
+        learned_mean, deviation = mean(wrong[i : i + 1])
+        if step == 0:
+            # Its posterior variance is zero: the published code takes the one of the next step.
+            share = (values[i : i + 1] + 1) / 2
+            low = scheduler._get_variance(1, -torch.ones(1))
+            deviation = (share * scheduler.betas[0].log() + (1 - share) * low).mul(0.5).exp()
+            normal = torch.distributions.Normal(learned_mean, deviation)
+            x = x0[i : i + 1]
+            below = torch.where(x < -0.999, 0.0, normal.cdf(x - 1 / 255))
+            above = torch.where(x > 0.999, 1.0, normal.cdf(x + 1 / 255))
+            nats = -(above - below).clamp(min=1e-12).log()
+        else:
+            before = scheduler.alphas_cumprod[step - 1]
+            beta = scheduler.betas[step] * (1 - before) / (1 - scheduler.alphas_cumprod[step])
+            true = torch.distributions.Normal(true_mean, beta.sqrt())
+            nats = torch.distributions.kl_divergence(
+                true, torch.distributions.Normal(learned_mean, deviation)
+            )
+        expected = nats.mean() / math.log(2)
+        torch.testing.assert_close(found[i], expected, rtol=1e-3, atol=1e-5)
+    found.sum().backward()
+    assert prediction.grad is None and values.grad.abs().max() > 0
