@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,6 +22,14 @@ DType = Literal["float32", "bfloat16"]
 
 LORA = r"\.lora_[AB]\."
 """Regular expression of the parameters of LoRA adapters: for ``collect.params``."""
+
+_IN_FILE = {
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
+    "text_encoder_2": ("conditioner.embedders.1.", "text_encoders.clip_g."),
+    "text_encoder_3": ("text_encoders.t5xxl.",),
+}
+"""How the weights of components are named in single files of Stable Diffusion and Flux."""
 
 _LORA_IN_FILE = re.compile(r"lora_[AB]|lora[._](down|up)")  # in the formats of all trainers
 
@@ -43,8 +54,8 @@ def load_pipeline(
         revision: branch, tag or commit on the Hub.
         torch_dtype: ``float32`` or ``bfloat16``, of all weights.
         subfolder: folder inside ``path`` that holds the pipeline.
-        single_file: file that holds all weights in the original layout; configs and tokenizers are
-            then read from ``path``.
+        single_file: ``.safetensors`` file with weights in the original layout; configs, tokenizers
+            and whatever it does not hold (often all but the network) are then read from ``path``.
         components: to replace components of the checkpoint, such as ``safety_checker=None``.
 
     Raises:
@@ -73,20 +84,60 @@ def load_pipeline(
                 return pipeline_class.from_pretrained(
                     str(source if is_local else path), variant=variant, **options
                 )
-            return pipeline_class.from_single_file(
-                str(single_file), config=str(source if is_local else path), **options
-            )
-    except AttributeError as error:
-        if single_file is None or hasattr(pipeline_class, "from_single_file"):
-            raise
-        raise DminError(
-            f"model.single_file={single_file}: diffusers cannot load {pipeline_class.__name__} "
-            f"from one file. Convert it to diffusers' layout and give the folder as model.path."
-        ) from error
+            where = str(source if is_local else path)
+            return _from_single_file(pipeline_class, Path(single_file), where, options)
     except (OSError, ValueError, TypeError) as error:
         raise DminError(
             f"model.path={path}: diffusers cannot load a {pipeline_class.__name__} from it: {error}"
         ) from error
+
+
+def _from_single_file(pipeline_class: Any, file: Path, source: str, options: dict[str, Any]) -> Any:
+    """Load a pipeline from one file, and from a checkpoint what the file does not hold."""
+    if not hasattr(pipeline_class, "from_single_file"):
+        raise DminError(
+            f"model.single_file={file}: diffusers cannot load {pipeline_class.__name__} from one "
+            f"file. Convert it to diffusers' layout and give the folder as model.path."
+        )
+    try:
+        with safe_open(file, "pt") as opened:
+            keys = list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise DminError(
+            f"model.single_file={file} cannot be read as a .safetensors file ({error}). Files of "
+            f"another kind can run code when they are read: convert them first."
+        ) from error
+    components = [name for name in inspect.signature(pipeline_class).parameters if name != "self"]
+    lacking = [name for name in _IN_FILE if name in components and not _holds(keys, name)]
+    beside = {}
+    if lacking:
+        # The rest is not wanted: nothing in its place.
+        rest = {
+            name: None
+            for name in ("unet", "transformer", *_IN_FILE)
+            if name in components and name not in lacking
+        }
+        try:
+            donor = pipeline_class.from_pretrained(source, **{**options, **rest})
+        except (OSError, ValueError, TypeError) as error:
+            raise DminError(
+                f"model.single_file={file} holds no {', '.join(lacking)}, which cannot be loaded "
+                f"from model.path={source} either: {error}"
+            ) from error
+        beside = {name: getattr(donor, name) for name in lacking}
+    try:
+        return pipeline_class.from_single_file(str(file), config=source, **{**options, **beside})
+    except (SingleFileComponentError, KeyError, IndexError, RuntimeError) as error:
+        raise DminError(
+            f"model.single_file={file}: diffusers cannot make a {pipeline_class.__name__} of it "
+            f"with the configs of model.path={source} ({type(error).__name__}: {error}). Give the "
+            f"file of such a model, and a checkpoint of its version and size as model.path."
+        ) from error
+
+
+def _holds(keys: Sequence[str], component: str) -> bool:
+    """Say whether a file in the original layout holds the weights of a component."""
+    return any(key.startswith(_IN_FILE[component]) for key in keys)
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:

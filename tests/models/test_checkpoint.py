@@ -2,12 +2,15 @@
 
 import inspect
 import re
+import shutil
 import sys
 
 import pytest
 import torch
+import transformers
+from models import original_layout as original
 from models.families import FAMILIES, checkpoint, load
-from models.original_layout import save_single_file
+from models.tiny import clip
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -134,6 +137,54 @@ def test_only_the_adapter_can_be_attributed(name, tmp_path):
             assert (found - expected).norm() <= 1e-5
 
 
+def kohya(module, down, up, alpha):
+    name = f"lora_unet_{module.replace('.', '_')}"
+    weights = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    return {**weights, f"{name}.alpha": torch.tensor(float(alpha))}
+
+
+ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+KOHYA = {  # family -> {module in kohya's file: layers of ours that its matrix is joined of}
+    "stable_diffusion": {
+        f"{ATTENTION}.to_q": [f"{ATTENTION}.to_q"],
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj": [
+            "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"
+        ],
+    },
+    "stable_diffusion_xl": {  # in the names of the original layout
+        "input_blocks_3_1_transformer_blocks_0_attn1_to_q": [f"{ATTENTION}.to_q"],
+    },
+    "flux": {
+        "double_blocks.0.img_attn.qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+        "single_blocks.0.linear2": ["single_transformer_blocks.0.proj_out"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", KOHYA)
+def test_an_adapter_in_kohyas_format_does_what_its_matrices_say(name, tmp_path):
+    """W + α/r · up · down: the merged network by hand, against the adapter as it was loaded."""
+    merged, state, rank, alpha = load_anew(name).network, {}, 2, 3
+    weights = dict(merged.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    for module, layers in KOHYA[name].items():
+        width = weights[f"{layers[0]}.weight"].shape[1]
+        heights = [len(weights[f"{layer}.weight"]) for layer in layers]
+        down = torch.randn(rank, width, generator=generator)
+        up = torch.randn(sum(heights), rank, generator=generator)
+        state |= kohya(module, down, up, alpha)
+        for layer, part in zip(layers, up.split(heights), strict=True):
+            weights[f"{layer}.weight"].data += alpha / rank * part @ down
+    save_file(state, tmp_path / "kohya.safetensors")
+    model = load_anew(name, adapter=tmp_path / "kohya.safetensors")
+    lora = [n for n, _ in model.network.named_parameters() if re.search(LORA, n)]
+    assert len(lora) == 2 * sum(map(len, KOHYA[name].values()))
+    assert all(".default." in n for n in lora)
+    found, expected = predictions(model, merged, name)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    assert (found - predictions(model, load(name).network, name)[1]).abs().max() > 1e-3
+
+
 def test_several_adapters_act_together(tmp_path):
     name = "stable_diffusion"
     diffusers_adapter(name, tmp_path / "a")
@@ -246,15 +297,80 @@ def test_checkpoints_that_are_not_there_are_refused(tmp_path):
         FAMILIES["dit"].model.from_pretrained(checkpoint("dit"), single_file="model.safetensors")
 
 
-def test_one_file_in_the_original_layout(tmp_path):
-    model, file = load("stable_diffusion"), tmp_path / "v1.safetensors"
-    save_single_file(model.pipeline, file)
-    again = load_anew("stable_diffusion", single_file=file)
+def in_original_layout(name, parts):
+    """The weights of some components as single files have them."""
+    pipeline = load(name).pipeline
+    if name == "stable_diffusion_3":
+        weights = original.sd3_weights(pipeline.transformer)
+    else:
+        weights = original.unet_weights(pipeline.unet)
+    if "vae" in parts:
+        weights |= original.vae_weights(pipeline.vae)
+    if "text" in parts and name == "stable_diffusion":
+        weights |= original.clip_weights(pipeline.text_encoder, "cond_stage_model.transformer.")
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("stable_diffusion", ("vae", "text")),
+        ("stable_diffusion", ("text",)),
+        ("stable_diffusion", ()),
+        ("stable_diffusion_xl", ("vae",)),
+        ("stable_diffusion_xl", ()),
+        ("stable_diffusion_3", ("vae",)),
+        ("stable_diffusion_3", ()),
+    ],
+)
+def test_one_file_in_the_original_layout(name, parts, tmp_path):
+    """What the file does not hold comes from the checkpoint beside it; nothing is left random."""
+    model, weights = load(name), in_original_layout(name, parts)
+    again = load_anew(name, single_file=original.save(weights, tmp_path / "x.safetensors"))
     assert again.describe() == model.describe()
-    for name, weight in model.network.state_dict().items():
-        assert torch.equal(weight, again.network.state_dict()[name]), name
-    with pytest.raises(DminError, match="cannot load a StableDiffusionPipeline"):
-        load_anew("stable_diffusion", single_file=tmp_path / "nowhere.safetensors")
+    for key, weight in model.network.state_dict().items():
+        assert torch.equal(weight, again.network.state_dict()[key]), key
+
+
+def test_one_file_with_both_text_encoders_of_sdxl(tmp_path):
+    pipeline = load_anew("stable_diffusion_xl").pipeline
+    torch.manual_seed(1)
+    pipeline.text_encoder_2 = clip(transformers.CLIPTextModelWithProjection, hidden_size=24)
+    pipeline.save_pretrained(str(tmp_path / "path"))
+    weights = {
+        **original.unet_weights(pipeline.unet),
+        **original.vae_weights(pipeline.vae),
+        **original.clip_weights(pipeline.text_encoder, "conditioner.embedders.0.transformer."),
+        **original.open_clip_weights(pipeline.text_encoder_2, "conditioner.embedders.1.model."),
+    }
+    file = original.save(weights, tmp_path / "xl.safetensors")
+    # Of the checkpoint only configs are left.
+    for left in (tmp_path / "path").glob("*/*.safetensors"):
+        left.unlink()
+    model = FAMILIES["stable_diffusion_xl"].model.from_pretrained(
+        tmp_path / "path", single_file=file
+    )
+    for name, encoder in model.encoders.items():
+        for key, weight in getattr(pipeline, name).state_dict().items():
+            torch.testing.assert_close(encoder.state_dict()[key], weight, msg=f"{name} {key}")
+
+
+def test_one_file_that_does_not_do_is_refused(tmp_path):
+    name = "stable_diffusion"
+    with pytest.raises(DminError, match="cannot be read as a"):
+        load_anew(name, single_file=tmp_path / "nowhere.safetensors")
+    (tmp_path / "x.ckpt").write_bytes(b"pickled")
+    with pytest.raises(DminError, match="can run code when they are read"):
+        load_anew(name, single_file=tmp_path / "x.ckpt")
+    other = original.save(in_original_layout("stable_diffusion_3", ()), tmp_path / "3.safetensors")
+    with pytest.raises(DminError, match="cannot make a StableDiffusionPipeline of it"):
+        load_anew(name, single_file=other)
+    own = original.save(in_original_layout(name, ()), tmp_path / "unet.safetensors")
+    shutil.copytree(checkpoint(name), tmp_path / "path")
+    for left in (tmp_path / "path").glob("vae/*.safetensors"):
+        left.unlink()
+    with pytest.raises(DminError, match="holds no vae, text_encoder, which cannot be loaded"):
+        FAMILIES[name].model.from_pretrained(tmp_path / "path", single_file=own)
 
 
 def test_a_subfolder_and_a_variant(tmp_path):

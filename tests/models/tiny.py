@@ -15,20 +15,20 @@ def clip_tokenizer():
     return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=8)
 
 
-def clip(kind=transformers.CLIPTextModel):
-    config = transformers.CLIPTextConfig(
-        vocab_size=60,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-        projection_dim=16,
-    )
-    return kind(config)
+def clip(kind=transformers.CLIPTextModel, **changes):
+    settings = {
+        "vocab_size": 60,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 8,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+        "projection_dim": 16,
+    }
+    return kind(transformers.CLIPTextConfig(**{**settings, **changes}))
 
 
 def t5_tokenizer():
