@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,7 @@ from torch import Tensor
 from dmin.attribution.base import Linear, Method, Side, check_pair
 from dmin.attribution.dmin import DMin
 from dmin.attribution.ranking import Ranking
-from dmin.attribution.search import certified_search
-from dmin.attribution.search_index import ProjectionIndex
+from dmin.attribution.search import Index
 from dmin.attribution.search_scan import gathered_rows, scan
 from dmin.attribution.search_select import Groups, Selection
 from dmin.attribution.search_topk import TopK, stable_topk
@@ -30,7 +30,8 @@ def retrieve(
     k: int = 10,
     rows: int | None = None,
     selection: Selection | None = None,
-    index: int | None = None,
+    index: Index | None = None,
+    device: str = "cpu",
 ) -> Ranking:
     """Return the k training examples of largest score for each query, best first.
 
@@ -44,8 +45,10 @@ def retrieve(
         k: examples a query, or groups.
         rows: training examples in memory at once; by their size if None.
         selection: other examples than the ones of largest score.
-        index: directions of an index that is built once and kept with the training store; the
-            same answer from a small part of the rows, see :func:`certified_search`.
+        index: a way to the best rows that does not read all, built once and kept with the training
+            store: :class:`Certified` gives the same answer, :class:`Approximate` perhaps another.
+        device: where rows are multiplied, such as ``cuda``; what is no inner product, and what an
+            index finds, is on the CPU.
 
     Raises:
         DminError: the stores do not belong together, are incomplete, or k is out of range.
@@ -53,7 +56,7 @@ def retrieve(
     queries, train = as_side(queries), as_side(train)
     method, selection = method or DMin(), selection or Selection()
     check_pair(queries, train, method)
-    search = _Search(train, method, k, rows, selection, index)
+    search = _Search(train, method, k, rows, selection, index, device)
     method.fit(train)
     found = [search.batch(queries, *batch) for batch in query_batches(queries, method)]
     scores, best, parts = zip(*found, strict=True)
@@ -105,10 +108,13 @@ def scored(
     method: Method,
     rows: int | None = None,
     keep: np.ndarray | None = None,
+    device: str = "cpu",
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield first row and scores ``[Q, n]`` of every block, by the quickest way there is."""
     linear = method.linear(asked, train.store.layout)
     if linear is not None:
+        if device != "cpu":
+            linear = replace(linear, queries=linear.queries.to(device))
         yield from scan(linear, train.store, rows, keep)
     else:
         for block in train.blocks(method.requires, rows or 1024):
@@ -125,12 +131,11 @@ class _Search:
         k: int,
         rows: int | None,
         selection: Selection,
-        index: int | None,
+        index: Index | None,
+        device: str,
     ) -> None:
         self.train, self.method, self.k, self.rows = train, method, k, rows
-        self.selection, self.directions = selection, index
-        self.index: ProjectionIndex | None = None
-        self.read: list[np.ndarray] = []
+        self.selection, self.index, self.device = selection, index, device
         metadata = train.store.metadata
         self.keep = selection.kept(metadata)
         self.groups = selection.groups(metadata) if selection.group_by else None
@@ -147,11 +152,12 @@ class _Search:
         self, queries: Side, numbers: np.ndarray, asked: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return scores and rows of the best ``[Q, k]``, and contributions ``[Q, k, T, G]``."""
-        if self.directions is not None:
-            return self._certified(asked, self.directions)
+        if self.index is not None:
+            return self._indexed(asked, self.index)
         best: TopK | Groups | None = None
         sign = self.selection.sign
-        for first, scores in scored(asked, self.train, self.method, self.rows, self.keep):
+        blocks = scored(asked, self.train, self.method, self.rows, self.keep, self.device)
+        for first, scores in blocks:
             scores = sign * scores.float()
             if self.keep is not None:
                 out = ~torch.from_numpy(self.keep[first : first + scores.shape[1]])
@@ -169,7 +175,7 @@ class _Search:
             return sign * values, rows, None
         return sign * values, rows, self._contributions(queries, numbers, asked, rows.numpy())
 
-    def _certified(self, asked: Any, directions: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _indexed(self, asked: Any, index: Index) -> tuple[Tensor, Tensor, Tensor | None]:
         linear, store = self.method.linear(asked, self.train.store.layout), self.train.store
         if linear is None or self.groups is not None:
             what = (
@@ -177,10 +183,8 @@ class _Search:
                 if linear is None
                 else ("groups need every score")
             )
-            raise DminError(f"An index cannot help: {what}. Set retrieve.index=null.")
-        self.index = self.index or ProjectionIndex.of(store, linear, directions)
-        found = certified_search(linear, store, self.index, self.k, self.selection.sign, self.keep)
-        self.read.append(found.read / len(store))
+            raise DminError(f"An index cannot help: {what}. Set index=null.")
+        found = index.search(linear, store, self.k, self.selection.sign, self.keep)
         return found.scores, found.rows, split(linear, store, found.rows.numpy())
 
     def _empty(self, queries: int) -> TopK | Groups:
@@ -239,9 +243,8 @@ class _Search:
 
     def _notes(self) -> dict[str, str]:
         notes = dict(self.method.notes())
-        if self.read:
-            read = 100 * np.concatenate(self.read).mean()
-            notes["search"] = f"proven, {read:.2g} % of the rows read for a query"
+        if self.index is not None:
+            notes["search"] = self.index.note()
         return notes
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,18 +12,19 @@ from torch import Tensor
 
 from dmin.attribution.base import Linear
 from dmin.attribution.search_index import ProjectionIndex
-from dmin.attribution.search_scan import gathered_rows, in_threads, scan
+from dmin.attribution.search_scan import in_threads, row_factors, scan, scores_of_rows
 from dmin.attribution.search_topk import TopK
 from dmin.errors import DminError
 from dmin.store import Store
 
 FIRST = 64  # rows read before anything is known of the threshold
-MOST = 2048  # rows read at a time, later
-SCAN_FROM = 0.25  # of the rows: more candidates than this are quicker scanned than gathered
+MOST = 8192  # rows read at a time, later
+SCAN_FROM = 0.25  # of the rows: more candidates than this are quicker scanned than read one by one
+TOGETHER = 8  # queries whose bounds are in memory at once
 
 
-class Certified(NamedTuple):
-    """The k best of each query, proven.
+class Found(NamedTuple):
+    """The k best of each query.
 
     Args:
         scores: float32 ``[Q, k]``, descending.
@@ -34,6 +37,61 @@ class Certified(NamedTuple):
     read: np.ndarray
 
 
+class Index(ABC):
+    """A way to the best rows that does not read all of them."""
+
+    @abstractmethod
+    def search(
+        self, linear: Linear, store: Store, k: int, sign: int = 1, keep: np.ndarray | None = None
+    ) -> Found:
+        """Return the k rows of largest ``sign · score``.
+
+        Args:
+            linear: the queries, and how rows are scaled.
+            store: the rows.
+            k: rows a query, at most as many as there are (and ``keep`` leaves).
+            sign: −1 for the smallest scores.
+            keep: bool ``[N]``: the rows allowed.
+        """
+
+    @abstractmethod
+    def note(self) -> str:
+        """Return what is to be known of the answers so far."""
+
+
+class Certified(Index):
+    """Exact search that reads only the rows that could be among the best.
+
+    Args:
+        directions: numbers an example that are kept with the store and in memory, a byte each.
+
+    Raises:
+        DminError: no direction.
+    """
+
+    def __init__(self, directions: int = 256) -> None:
+        if directions < 1:
+            raise DminError(f"index.directions={directions}: an index needs 1 direction or more.")
+        self.directions = directions
+        self._index: ProjectionIndex | None = None
+        self._read: list[np.ndarray] = []
+
+    def search(
+        self, linear: Linear, store: Store, k: int, sign: int = 1, keep: np.ndarray | None = None
+    ) -> Found:
+        """Return the k best, see :func:`certified_search`; the index is kept with the store."""
+        if self._index is None or self._index.store != store.fingerprint:
+            self._index = ProjectionIndex.of(store, linear, self.directions)
+        found = certified_search(linear, store, self._index, k, sign, keep)
+        self._read.append(found.read / len(store))
+        return found
+
+    def note(self) -> str:
+        """Say what was read for the proof."""
+        part = 100 * np.concatenate(self._read).mean()
+        return f"proven, {part:.2g} % of the rows read for a query"
+
+
 def certified_search(
     linear: Linear,
     store: Store,
@@ -41,100 +99,86 @@ def certified_search(
     k: int,
     sign: int = 1,
     keep: np.ndarray | None = None,
-) -> Certified:
+) -> Found:
     """Return the k rows of largest ``sign · score``, reading only those that could be among them.
 
-    With a = Vᵀq and p = Vᵀz,
-
-    ``|⟨q, z⟩ − ⟨a, p⟩| ≤ ‖q − Va‖ ‖z − Vp‖ + ε ‖q‖ ‖z‖``
-
-    by Cauchy–Schwarz; ε = 8 √m 2⁻²⁴ allows for the rounding of all sums of m terms in float32, of
-    the exact scores as well (Higham & Mary 2019, SIAM J. Sci. Comput. 41: √m u with overwhelming
-    probability; the store's own rounding has no part: z is what is read back). Rows are read in
-    the order of their upper bounds until the next one is below the k-th best score read. Equal
-    scores are ordered by row, as in a scan. Queries whose bounds exclude too little are scanned.
-
-    Args:
-        linear: the queries, and how rows are scaled.
-        store: the rows.
-        index: of this store, readout and scale.
-        k: rows a query, at most as many as there are (and ``keep`` leaves).
-        sign: −1 for the smallest scores.
-        keep: bool ``[N]``: the rows allowed.
+    Rows are read in the order of their upper bounds (:meth:`ProjectionIndex.bounds`) until the next
+    one is below the k-th best score read: what is not read cannot be among the best. Equal scores
+    are ordered by row, as in a scan. Queries whose bounds exclude too little are scanned together.
+    Arguments are those of :meth:`Index.search`.
 
     Raises:
         DminError: the index is of other rows.
     """
     _check(linear, store, index)
-    queries = sign * linear.queries.flatten(1)
-    slack = 8 * queries.shape[1] ** 0.5 * 2.0**-24 * index.lengths
+    queries = sign * linear.queries.flatten(1).cpu()
     out = None if keep is None else ~torch.from_numpy(keep)
-
-    def prove(query: Tensor) -> tuple[_Best, bool]:
-        inside = query @ index.directions
-        outside = torch.linalg.vector_norm(query - index.directions @ inside)
-        bounds = torch.mv(index.projections, inside)
-        bounds.add_(index.residuals * outside).add_(slack * torch.linalg.vector_norm(query))
+    factors = row_factors(store, linear)
+    found: list[_Best] = []
+    for asked in queries.split(TOGETHER):
+        bounds = index.bounds(asked)
         if out is not None:
-            bounds[out] = -torch.inf
-        best = _Best(query, store, linear, k)
-        return best, best.prove(bounds)
-
-    found, read, unproven = [], np.zeros(len(queries), dtype=np.int64), []
-    for number, (best, proven) in enumerate(in_threads(prove, list(queries))):
-        found.append((best.scores, best.rows))
-        read[number] = len(best.rows_read)
-        if not proven:
-            unproven.append(number)
+            bounds[:, out] = -torch.inf
+        fresh = [_Best(query, store, linear, factors, k) for query in asked]
+        work = list(zip(fresh, bounds, strict=True))
+        if len(work) == 1:  # then its rows are shared out over the threads
+            fresh[0].prove(bounds[0])
+        else:
+            for _ in in_threads(lambda pair: pair[0].prove(pair[1]), work):
+                pass
+        found += fresh
+    read = np.array([len(best.rows_read) for best in found])
+    pairs = [(best.scores, best.rows) for best in found]
+    unproven = [number for number, best in enumerate(found) if not best.proven]
     if unproven:
         read[unproven] = len(store)
         replaced = Linear(sign * linear.queries[unproven], linear.scale, linear.readout)
         for number, each in zip(unproven, _scanned(replaced, store, k, keep), strict=True):
-            found[number] = each
-    scores, rows = (torch.stack(part) for part in zip(*found, strict=True))
-    return Certified(sign * scores, rows, read)
+            pairs[number] = each
+    scores, rows = (torch.stack(part) for part in zip(*pairs, strict=True))
+    return Found(sign * scores, rows, read)
 
 
 class _Best:
     """The best rows of one query among those read so far."""
 
-    def __init__(self, query: Tensor, store: Store, linear: Linear, k: int) -> None:
+    def __init__(
+        self, query: Tensor, store: Store, linear: Linear, factors: Tensor | None, k: int
+    ) -> None:
         self.query, self.store, self.linear, self.k = query, store, linear, k
+        self.factors = factors
         self.rows_read = torch.empty(0, dtype=torch.int64)
         self._scores_read = torch.empty(0)
+        self.proven = False
 
-    def prove(self, bounds: Tensor) -> bool:
+    def prove(self, bounds: Tensor) -> None:
         """Read rows until no other can be among the best; give up where that takes too many."""
         first = bounds.topk(min(max(FIRST, 4 * self.k), int((bounds > -torch.inf).sum()))).indices
         self._read(first)
-        left = self._open(bounds, torch.ones_like(bounds, dtype=torch.bool))
+        bounds[self.rows_read] = -torch.inf
+        left = (bounds >= self.threshold).nonzero()[:, 0]
+        left = left[bounds[left] > -torch.inf]
         if len(left) > max(SCAN_FROM * len(bounds), MOST):
-            return False
+            return
         left = left[bounds[left].argsort(descending=True)]
-        step = FIRST
+        step = 4 * FIRST
         while len(left):
             self._read(left[:step])
             # The next bounds are all smaller: what is open now is a beginning of what was.
             left = left[step:]
-            left = left[bounds[left] >= self._threshold]
-            step = min(2 * step, MOST)
-        return True
-
-    def _open(self, bounds: Tensor, possible: Tensor) -> Tensor:
-        possible &= bounds >= self._threshold
-        possible &= bounds > -torch.inf
-        possible[self.rows_read] = False
-        return possible.nonzero()[:, 0]
+            left = left[bounds[left] >= self.threshold]
+            step = min(4 * step, MOST)
+        self.proven = True
 
     @property
-    def _threshold(self) -> Tensor:
+    def threshold(self) -> Tensor:
+        """The k-th best score read."""
         return self.scores[-1]
 
     def _read(self, rows: Tensor) -> None:
-        vectors = gathered_rows(self.store, self.linear, rows.numpy()).flatten(1)
-        read = torch.cat([self.rows_read, rows])
-        scores = torch.cat([self._scores_read, vectors @ self.query])
-        self.rows_read, order = read.sort()
+        read = scores_of_rows(self.store, self.linear, self.factors, self.query, rows.numpy())
+        scores = torch.cat([self._scores_read, read])
+        self.rows_read, order = torch.cat([self.rows_read, rows]).sort()
         self._scores_read = scores[order]
         best = self._scores_read.argsort(descending=True, stable=True)[: self.k]
         self.scores, self.rows = self._scores_read[best], self.rows_read[best]
@@ -142,7 +186,7 @@ class _Best:
 
 def _scanned(
     linear: Linear, store: Store, k: int, keep: np.ndarray | None
-) -> list[tuple[Tensor, Tensor]]:
+) -> Sequence[tuple[Tensor, Tensor]]:
     """Return the best by reading everything."""
     best = TopK(len(linear.queries), k)
     for first, scores in scan(linear, store, keep=keep):

@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -16,50 +16,95 @@ import torch
 from torch import Tensor
 
 from dmin.attribution.base import Linear
-from dmin.attribution.search_scan import Span, decoded_rows, in_threads, row_factors
+from dmin.attribution.search_scan import Span, decoded_rows, in_threads, kernel, row_factors
 from dmin.errors import DminError
 from dmin.store import Store
 
 ROWS = 256  # in one matrix product
 SAMPLE = 16_384  # rows that the directions are found on
-TENSORS = ("directions", "projections", "residuals")
+SPAN = 65_536  # codes of one thread at a time
+# ‖z‖² − ‖Vᵀz‖² in float32 is off by less than this part of ‖z‖².
+SLACK = 1e-5
+ARRAYS = ("directions", "steps", "codes", "roundings", "residuals", "lengths")
 
 
 @dataclass(frozen=True)
 class ProjectionIndex:
-    """For every row z (scaled and concatenated over draws, timesteps and groups): Vᵀz, ‖z − V Vᵀz‖.
+    """For every row z (scaled and concatenated over draws, timesteps and groups) a code of Vᵀz.
 
     V are about the leading eigenvectors of ZᵀZ, found by streamed randomised subspace iteration
     (Halko, Martinsson & Tropp 2011, arXiv 0909.4061) in memory of a few ``m × r`` matrices. How
-    near they come decides how much a search reads, never what it finds.
+    near they come decides how much a search reads, never what it finds. Projections are kept as a
+    byte a direction; by how much these are off is kept as well.
 
     Args:
         store: fingerprint of the store.
         readout: whose rows.
         scale: how they were scaled, see :class:`Linear`.
         directions: V, float32 ``[m, r]``, of orthonormal columns.
-        projections: float32 ``[N, r]``.
-        residuals: float32 ``[N]``.
+        steps: float32 ``[r]``: what one unit of a code is.
+        codes: int8 ``[N, r]``, ``steps · code ≈ Vᵀz``.
+        roundings: ``‖Vᵀz − steps · code‖``, float32 ``[N]``.
+        residuals: at least ``‖z − V Vᵀz‖``, float32 ``[N]``.
+        lengths: ``‖z‖``, float32 ``[N]``.
     """
 
     store: str
     readout: str
     scale: str
-    directions: Tensor
-    projections: Tensor
-    residuals: Tensor
+    directions: np.ndarray
+    steps: np.ndarray
+    codes: np.ndarray
+    roundings: np.ndarray
+    residuals: np.ndarray
+    lengths: np.ndarray
 
-    @cached_property
-    def lengths(self) -> Tensor:
-        """The lengths of the rows, ``[N]``: of what lies within the directions and of the rest."""
-        return torch.linalg.vector_norm(self.projections, dim=1).hypot(self.residuals)
+    def bounds(self, queries: Tensor) -> Tensor:
+        """Return what no score exceeds, ``[Q, N]``.
+
+        With a = Vᵀq, p = Vᵀz, and p' as it is kept,
+
+        ``⟨q, z⟩ ≤ ⟨a, p'⟩ + ‖a‖ ‖p − p'‖ + ‖q − Va‖ ‖z − Vp‖ + ε ‖q‖ ‖z‖``
+
+        by Cauchy–Schwarz; ε = 8 √m 2⁻²⁴ allows for the rounding of all sums of m terms in float32,
+        of the exact scores as well (Higham & Mary 2019, SIAM J. Sci. Comput. 41: √m u with
+        overwhelming probability; the store's own rounding has no part: z is what is read back).
+
+        Args:
+            queries: float32 ``[Q, m]``, few.
+        """
+        basis = torch.from_numpy(self.directions)
+        inside = queries @ basis
+        outside = torch.linalg.vector_norm(queries - inside @ basis.T, dim=1)
+        norm, length = torch.linalg.vector_norm(inside, dim=1), queries.norm(dim=1)
+        slack = 8 * len(basis) ** 0.5 * 2.0**-24 * length
+        asked = (inside * torch.from_numpy(self.steps)).numpy()[:, None]
+        found = torch.empty(len(queries), len(self.codes))
+
+        def part(span: Span) -> None:
+            rows = slice(*span)
+            codes, count = self.codes[rows, None], span[1] - span[0]
+            ones = np.ones((count, 1), np.float32)
+            unchecked = np.zeros(count, np.uint32)
+            kernel().few_queries(codes, ones, unchecked, asked, found[:, rows].numpy())
+            for factor, array in (
+                (norm, self.roundings),
+                (outside, self.residuals),
+                (slack, self.lengths),
+            ):
+                found[:, rows] += torch.outer(factor, torch.from_numpy(array[rows]))
+
+        spans = [(at, min(at + SPAN, len(self.codes))) for at in range(0, len(self.codes), SPAN)]
+        for _ in in_threads(part, spans):
+            pass
+        return found
 
     @classmethod
     def build(
         cls,
         store: Store,
         linear: Linear,
-        directions: int = 64,
+        directions: int = 256,
         passes: int = 2,
         seed: int = 0,
     ) -> ProjectionIndex:
@@ -74,8 +119,6 @@ class ProjectionIndex:
         """
         width = int(np.prod(store.layout.row_shape))
         rank = min(directions, width, len(store))
-        if rank < 1:
-            raise DminError(f"retrieve.index={directions}: an index needs 1 direction or more.")
         factors = row_factors(store, linear)
         spans = [(at, min(at + ROWS, len(store))) for at in range(0, len(store), ROWS)]
         some = spans[:: max(1, len(store) // SAMPLE)]
@@ -87,9 +130,7 @@ class ProjectionIndex:
         def project(span: Span) -> tuple[Tensor, Tensor]:
             found = []
             for _, rows in decoded_rows(store, linear.readout, span, factors, ROWS):
-                inside = rows @ basis
-                # Measured, not ‖z‖² − ‖Vᵀz‖²: near 0 nothing would be left of that difference.
-                found.append((inside, torch.linalg.vector_norm(rows - inside @ basis.T, dim=1)))
+                found.append((rows @ basis, torch.linalg.vector_norm(rows, dim=1)))
             return _concatenated(found)
 
         generator = torch.Generator().manual_seed(seed)
@@ -99,9 +140,17 @@ class ProjectionIndex:
             for part in in_threads(iterate, some):
                 total += part
             basis = _orthonormal(total)
-        inside, left = _concatenated(in_threads(project, spans))
+        inside, lengths = _concatenated(in_threads(project, spans))
+        left = lengths.square() - torch.linalg.vector_norm(inside, dim=1).square()
+        residuals = (left.clamp(min=0) + SLACK * lengths.square()).sqrt()
+        codes, steps, roundings = _coded(inside)
+        arrays = (basis, steps, codes, roundings, residuals, lengths)
         kind = store.fingerprint, linear.readout, linear.scale
-        return cls(*kind, basis, inside, left)
+        return cls(*kind, *(each.numpy() for each in arrays))
+
+    def decoded(self, rows: slice) -> np.ndarray:
+        """Return projections of some rows as they are kept, float32 ``[n, r]``."""
+        return self.codes[rows] * self.steps
 
     @staticmethod
     def path(store: Store, linear: Linear, directions: int) -> Path:
@@ -109,7 +158,7 @@ class ProjectionIndex:
         return store.path / f"index-{linear.readout}-{linear.scale}-{directions}.npz"
 
     @classmethod
-    def of(cls, store: Store, linear: Linear, directions: int = 64) -> ProjectionIndex:
+    def of(cls, store: Store, linear: Linear, directions: int = 256) -> ProjectionIndex:
         """Return the index kept with a store; build and keep it if it is missing or stale."""
         path = cls.path(store, linear, directions)
         if path.is_file():
@@ -122,21 +171,8 @@ class ProjectionIndex:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index, whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-        content: dict[str, Any] = {name: getattr(self, name).numpy() for name in TENSORS}
-        content["about"] = np.array([self.store, self.readout, self.scale])
-        try:
-            with open(temporary, "xb") as file:
-                np.savez(file, **content)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise DminError(
-                f"The index {path} could not be written ({error.strerror}): make room or give"
-                " yourself permission, or search without an index (retrieve.index=null)."
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        about = [self.store, self.readout, self.scale]
+        save_arrays(Path(path), about, {name: getattr(self, name) for name in ARRAYS})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], store: Store) -> ProjectionIndex:
@@ -146,24 +182,59 @@ class ProjectionIndex:
             DminError: it is damaged, or of other rows than the store's.
         """
         index = cls._read(Path(path))
-        if index.store != store.fingerprint:
-            raise DminError(
-                f"The index {path} is stale: it was made for the rows {index.store}, the store"
-                f" {store.path} now has {store.fingerprint}. Delete it and build it again."
-            )
+        require_fresh(Path(path), index.store, store)
         return index
 
     @classmethod
     def _read(cls, path: Path) -> ProjectionIndex:
-        try:
-            with np.load(path) as file:
-                store, readout, scale = (str(text) for text in file["about"])
-                tensors = {name: torch.from_numpy(file[name]) for name in TENSORS}
-                return cls(store, readout, scale, **tensors)
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise DminError(
-                f"{path} is not an index or is damaged ({error}): delete it and build it again."
-            ) from error
+        (store, readout, scale), arrays = load_arrays(path, ARRAYS)
+        return cls(store, readout, scale, **arrays)
+
+
+def require_fresh(path: Path, fingerprint: str, store: Store) -> None:
+    """Raise DminError unless an index was made of the rows that a store has now."""
+    if fingerprint != store.fingerprint:
+        raise DminError(
+            f"The index {path} is stale: it was made for the rows {fingerprint}, the store"
+            f" {store.path} now has {store.fingerprint}. Delete it and build it again."
+        )
+
+
+def save_arrays(path: Path, about: list[str], arrays: dict[str, np.ndarray]) -> None:
+    """Write an index, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    content: dict[str, Any] = {**arrays, "about": np.array(about)}
+    try:
+        with open(temporary, "xb") as file:
+            np.savez(file, **content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DminError(
+            f"The index {path} could not be written ({error.strerror}): make room or give"
+            " yourself permission, or search without an index (index=null)."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_arrays(path: Path, names: Iterable[str]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Read an index back: what it is of, and its arrays; their check sums are looked at."""
+    try:
+        with np.load(path) as file:
+            return [str(text) for text in file["about"]], {name: file[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile) as error:
+        raise DminError(
+            f"{path} is not an index or is damaged ({error}): delete it and build it again."
+        ) from error
+
+
+def _coded(inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes, steps and the lengths of what rounding to them leaves, a little too large."""
+    steps = inside.abs().amax(0).clamp(min=1e-30) / 127
+    codes = (inside / steps).round().clamp(-127, 127).to(torch.int8)
+    parts = zip(inside.split(SPAN), codes.split(SPAN), strict=True)
+    left = [torch.linalg.vector_norm(one - code.float() * steps, dim=1) for one, code in parts]
+    return codes, steps, torch.cat(left) * 1.0001
 
 
 def _concatenated(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,23 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
 # Sums may be reordered and fused, which is what lets them fill vectors; NaN and infinity stay.
 FAST = {"reassoc", "contract", "nsz"}
 ROWS, QUERIES = 4, 4  # in registers at a time: query numbers are loaded once for four rows
+
+
+@intrinsic
+def pointer(typing: Any, address: Any, like: Any) -> Any:
+    """Return an address as a pointer to numbers of an array's type."""
+    signature = types.CPointer(like.dtype)(address, like)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return signature, generate
 
 
 def _loop(function: Any) -> Any:
@@ -164,6 +175,44 @@ def _more(rows, scale, queries, s, first, totals):
     for q in range(min(QUERIES, last + 1 - first)):
         for r in range(ROWS):
             totals[first + q, r] += sums[q][r] * scale[r]
+
+
+@_loop
+def chosen_rows(like, addresses, factors, sums, query, scores):
+    """Fill the scores of rows wherever they lie; result as above.
+
+    Args:
+        like: an array of the type of what is stored.
+        addresses: uint64 ``[n]``, of the first number of each row.
+        factors: float32 ``[n, S]``.
+        sums: uint32 ``[n]``.
+        query: float32 ``[S, m]``.
+        scores: float32 ``[n]``, to be filled.
+    """
+    count, (steps, width), wrong = len(addresses), query.shape, -1
+    totals = np.empty(ROWS, np.float32)
+    seen = np.empty(ROWS, np.uint32)
+    size = np.uint64(width * like.itemsize)
+    for first in range(0, count, ROWS):
+        i, j = first, min(first + 1, count - 1)
+        k, m = min(first + 2, count - 1), min(first + 3, count - 1)
+        totals[:] = 0
+        seen[:] = 0
+        for s in range(steps):
+            at = np.uint64(s) * size
+            four = (
+                carray(pointer(addresses[i] + at, like), width),
+                carray(pointer(addresses[j] + at, like), width),
+                carray(pointer(addresses[k] + at, like), width),
+                carray(pointer(addresses[m] + at, like), width),
+            )
+            scale = factors[i, s], factors[j, s], factors[k, s], factors[m, s]
+            _first(four, scale, query[s], totals, seen)
+        for r in range(min(ROWS, count - first)):
+            if wrong < 0 and seen[r] != sums[first + r]:
+                wrong = first + r
+            scores[first + r] = totals[r]
+    return wrong
 
 
 @_loop

@@ -169,6 +169,48 @@ def decoded_rows(
             yield first + start, rows.flatten(1)
 
 
+def scores_of_rows(
+    store: Store, linear: Linear, factors: Tensor | None, query: Tensor, rows: np.ndarray
+) -> Tensor:
+    """Return a query's scores of chosen rows, ``[n]``, read where they lie.
+
+    Args:
+        store: the rows.
+        linear: for its readout.
+        factors: of all rows, from :func:`row_factors`.
+        query: ``[D·T·G·k]``.
+        rows: which, ``[n]``.
+    """
+    draws, steps, groups, dim = store.layout.row_shape
+    readout, sums = linear.readout, store.sums(linear.readout)
+    if sums is None:  # nothing was verified: there is nothing to hold rows against
+        found = gathered_rows(store, linear, rows).flatten(1) @ query
+        return found
+    asked = query.view(draws * steps, groups * dim).numpy()
+    like = np.empty(0, SEEN_AS[store.layout.dtype])
+    scores = torch.empty(len(rows))
+
+    def score(span: Span) -> None:
+        part = rows[slice(*span)]
+        where = store.addresses(readout, part)
+        scale = (
+            np.ones((len(part), draws * steps), np.float32)
+            if factors is None
+            else factors[part].flatten(1).numpy()
+        )
+        out = scores[slice(*span)].numpy()
+        wrong = kernel().chosen_rows(like, where, scale, sums[part], asked, out)
+        if wrong >= 0:
+            raise store.corrupt(readout, int(part[wrong]))
+
+    size = max(64, -(-len(rows) // (4 * torch.get_num_threads())))
+    for _ in in_threads(
+        score, [(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
+    ):
+        pass
+    return scores
+
+
 def gathered_rows(store: Store, linear: Linear, rows: np.ndarray) -> Tensor:
     """Return chosen rows, scaled, float32 ``[n, D, T, G, k]``."""
     chosen = as_tensor(store.gather(linear.readout, rows), store.layout.dtype).float()

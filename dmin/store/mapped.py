@@ -4,10 +4,11 @@ import mmap
 from collections.abc import Callable
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from dmin.store.segments import open_hdf5, os_failure
+
+NEAR = 64 << 10  # bytes: one longer read is quicker than two short ones
 
 
 class Mapped:
@@ -46,8 +47,11 @@ class Mapped:
             first = (self._offset + start * row) // mmap.PAGESIZE * mmap.PAGESIZE
             self._advise(first, self._offset + stop * row - first)
 
-
-def has(path: Path, name: str) -> bool:
-    """Return whether a segment has a dataset; those of older versions lack some."""
-    with open_hdf5(path) as file:
-        return isinstance(file.get(name), h5py.Dataset)
+    def prefetch_rows(self, rows: np.ndarray) -> None:
+        """Ask for chosen rows, ascending; what lies near each other is asked for together."""
+        near = max(1, NEAR // max(1, self.array[:1].nbytes))
+        apart = np.flatnonzero(np.diff(rows) > near)
+        starts = rows[np.concatenate([[0], apart + 1])]
+        stops = rows[np.concatenate([apart, [-1]])] + 1
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            self.prefetch(start, stop)

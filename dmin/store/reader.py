@@ -193,19 +193,29 @@ class Store:
         """
         dtype = STORED_AS[self.layout.dtype]
         result = np.empty((len(indices), *self.layout.row_shape), dtype=dtype)
-        order = np.argsort(self._place[indices], kind="stable")
-        rows = indices[order]
-        apart = (np.diff(self._segment[rows]) != 0) | (np.diff(self._offset[rows]) != 1)
-        runs = [run for run in np.split(order, np.flatnonzero(apart) + 1) if len(run)]
-        for run in runs:
-            offset = self._offset[indices[run[0]]]
-            self._map(readout, indices[run[0]]).prefetch(offset, offset + len(run))
-        for run in runs:
-            offset = self._offset[indices[run[0]]]
-            lying = self._map(readout, indices[run[0]]).array[offset : offset + len(run)]
-            result[_as_slice(run)] = lying
+        segments = self._segment[indices]
+        for segment in np.unique(segments).tolist():
+            mine = np.flatnonzero(segments == segment)
+            mine = mine[np.argsort(self._offset[indices[mine]])]
+            offsets, mapped = self._offset[indices[mine]], self._map_segment(readout, segment)
+            mapped.prefetch_rows(offsets)
+            result[_as_slice(mine)] = mapped.array[_as_slice(offsets)]
         self.check(readout, indices, result)
         return result
+
+    def addresses(self, readout: str, indices: np.ndarray) -> np.ndarray:
+        """Return where chosen rows lie in memory, uint64 ``[n]``; while the store is there.
+
+        All are asked of the disk at once. Whoever reads them holds them against ``sums``.
+        """
+        segments = self._segment[indices]
+        chosen, which = np.unique(segments, return_inverse=True)
+        maps = [self._map_segment(readout, int(segment)) for segment in chosen]
+        begins = np.array([each.array.ctypes.data for each in maps], dtype=np.uint64)
+        rows = self._offset[indices].astype(np.uint64) * np.uint64(self.layout.row_bytes)
+        for number, each in enumerate(maps):
+            each.prefetch_rows(np.sort(self._offset[indices[which == number]]))
+        return begins[which] + rows
 
     def sums(self, readout: str) -> np.ndarray | None:
         """Return the sums of the words of the rows, or None if nothing was verified."""
@@ -223,7 +233,7 @@ class Store:
 
     def corrupt(self, readout: str, row: int) -> DminError:
         """Return the error that says that a row is not what was sealed."""
-        file = self.segments[self._segment[row]].path
+        file = self.path / self._catalog.names[self._segment[row]]
         return DminError(
             f"Row {row} ({readout!r} of example {self.ids[row]!r}) of {file} is not what was sealed"
             f" and verified: a bit has flipped on the disk or in memory. No score was computed from"
@@ -300,10 +310,13 @@ class Store:
         return ((first, last) for first, last in pairwise(cuts) if first < last)
 
     def _map(self, readout: str, row: int) -> Mapped:
-        key = int(self._segment[row]), readout
-        if key not in self._mapped:
-            self._mapped[key] = Mapped(self.segments[key[0]].path, f"features/{readout}")
-        return self._mapped[key]
+        return self._map_segment(readout, int(self._segment[row]))
+
+    def _map_segment(self, readout: str, segment: int) -> Mapped:
+        if (segment, readout) not in self._mapped:
+            path = self.path / self._catalog.names[segment]
+            self._mapped[segment, readout] = Mapped(path, f"features/{readout}")
+        return self._mapped[segment, readout]
 
 
 class Metadata(Sequence[dict[str, Any]]):

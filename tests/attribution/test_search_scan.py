@@ -9,6 +9,7 @@ from made_stores import cosines, drawn, made
 
 from dmin.attribution import DMin, GradDot, Side, retrieve, score_matrix, search_scan
 from dmin.attribution import retrieval as retrieval_module
+from dmin.attribution.search import Certified
 from dmin.attribution.search_scan import in_threads
 from dmin.errors import DminError
 
@@ -104,7 +105,7 @@ def test_threads_give_results_in_order_and_errors_as_they_are(threads):
 
 
 @pytest.mark.parametrize("queries", [1, 5, 40])
-@pytest.mark.parametrize("index", [None, 4])
+@pytest.mark.parametrize("index", [None, Certified(4)])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_no_score_is_computed_from_a_flipped_bit(tmp_path, dtype, queries, index):
     asked = made(tmp_path / "q", drawn(queries, seed=1), dtype)
@@ -130,3 +131,14 @@ def test_scores_are_the_same_to_the_bit_wherever_blocks_end(tmp_path, threads, d
         threads(count)
         found.append(score_matrix(asked, train, DMin(), rows))
     assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_a_gpu_finds_the_same(tmp_path, dtype):
+    asked = made(tmp_path / "q", drawn(5, seed=1), dtype)
+    train = made(tmp_path / "x", drawn(61), dtype)
+    found = retrieve(asked, train, k=9, device="cuda")
+    expected = retrieve(asked, train, k=9)
+    assert np.array_equal(found.train_rows, expected.train_rows)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)

@@ -11,6 +11,7 @@ import pytest
 
 from dmin.errors import DminError
 from dmin.store import Rows, Store, StoreWriter, check_comparable
+from dmin.store import mapped as mapped_module
 from dmin.store import reader as reader_module
 from dmin.store import writer as writer_module
 from dmin.store.catalog import NAME as CATALOG
@@ -119,7 +120,9 @@ def test_rows_that_are_wanted_are_asked_for_at_once(
         reader_module.Mapped, "prefetch", lambda self, start, stop: asked.append((start, stop))
     )
     store.rows("loss", [29, 11, 3, 10])
-    assert asked == [(3, 4), (10, 12), (29, 30)]
+    monkeypatch.setattr(mapped_module, "NEAR", 1)
+    store.rows("loss", [29, 11, 3, 10])
+    assert asked == [(3, 30), (3, 4), (10, 12), (29, 30)]
 
 
 def test_what_is_not_there_is_named(tmp_path, make_manifest, make_rows):
