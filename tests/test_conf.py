@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from models.tiny import BUILDERS, save
 
 from dmin.attribution import Method
+from dmin.attribution.search import Index
 from dmin.cli.help import config_directory, groups
 from dmin.cli.validate import validate
 from dmin.data import Example
@@ -127,6 +128,10 @@ def check_noise(noise):
 
 def check_method(method):
     assert isinstance(method, Method) and method.name
+
+
+def check_index(index):
+    assert isinstance(index, Index)
 
 
 def check_trainer(trainer):

@@ -15,6 +15,8 @@ from dmin.attribution.popularity import Popularity
 from dmin.attribution.random import Random
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.retrieval import TopK, retrieve, score_matrix
+from dmin.attribution.search import Certified
+from dmin.attribution.search_faiss import Approximate
 from dmin.attribution.sharp_energy import SharpEnergy
 from dmin.attribution.spectral import Spectral, SpectralEnergy, ZSum
 from dmin.attribution.trak import DTRAK, TRAK, JourneyTRAK, RelativeIF, RenormalisedIF
@@ -27,7 +29,9 @@ __all__ = [
     "GAS",
     "SSIM",
     "TRAK",
+    "Approximate",
     "Arnoldi",
+    "Certified",
     "DMin",
     "DMinUnnormalised",
     "DTRAKEnsemble",

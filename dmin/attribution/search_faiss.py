@@ -1,4 +1,4 @@
-"""Approximate search by faiss: it proposes, exact scores rank, and its recall is always measured."""
+"""Approximate search by faiss: it proposes, exact scores rank, its recall is always measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from dmin.attribution.search import Found, Index
 from dmin.attribution.search_index import (
     ProjectionIndex,
     load_arrays,
-    require_fresh,
     save_arrays,
 )
 from dmin.attribution.search_scan import in_threads, row_factors, scan, scores_of_rows
@@ -79,12 +78,8 @@ class Approximate(Index):
             self._prepare(store, linear)
         queries = sign * linear.queries.flatten(1).cpu()
         count = min(self.candidates * k, len(store))
-        with _one_library(torch.get_num_threads()) as faiss:
-            try:
-                _, proposed = self._index.search((queries @ self._basis).numpy(), count)
-            except AssertionError as error:
-                raise _unknown(self.factory, error) from error
-            del faiss
+        with _one_library(torch.get_num_threads()):
+            _, proposed = self._index.search((queries @ self._basis).numpy(), count)
         factors = row_factors(store, linear)
 
         def rank(pair: tuple[Tensor, np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -137,26 +132,19 @@ class Approximate(Index):
         path = self.path(store, linear)
         projections = ProjectionIndex.of(store, linear, self.directions)
         with _one_library(torch.get_num_threads()) as faiss:
-            if path.is_file() and (kept := self.load(path, store, stale=None)) is not None:
-                self._index = kept
-            else:
+            self._index = self._kept(path, store) if path.is_file() else None
+            if self._index is None:
                 self._index = self._built(faiss, projections)
                 about = [store.fingerprint, self.factory, faiss.__version__]
                 save_arrays(path, about, {"index": faiss.serialize_index(self._index)})
             self._set(faiss)
         self._basis, self._of = torch.from_numpy(projections.directions), store.fingerprint
 
-    def load(self, path: Path, store: Store, stale: Any = ...) -> Any:
-        """Read an index back.
-
-        Raises:
-            DminError: it is damaged, or of other rows than the store's.
-        """
+    def _kept(self, path: Path, store: Store) -> Any:
+        """Return the index kept with a store, unless it is of other rows or another factory."""
         (of, factory, _), arrays = load_arrays(path, ("index",))
-        if stale is ...:
-            require_fresh(path, of, store)
-        if of != store.fingerprint or factory != self.factory:
-            return stale
+        if (of, factory) != (store.fingerprint, self.factory):
+            return None
         return import_module("faiss").deserialize_index(arrays["index"])
 
     def _built(self, faiss: Any, projections: ProjectionIndex) -> Any:

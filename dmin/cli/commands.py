@@ -169,7 +169,7 @@ def sample(work: Workspace, results: dict[str, Any]) -> None:
     results["figures"] = {"images": f"{results['queries']:,}"}
 
 
-@command(*FEATURES, "queries", "method", "retrieve")
+@command(*FEATURES, "queries", "method", "index", "retrieve")
 def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     """Find the training examples behind each query, and show them."""
     from dmin.attribution import retrieve as search
@@ -187,9 +187,9 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     selection = Selection(**{name: options[name] for name in chosen})
     train = work.train_side([method])
     queries = work.query_side(build(work.cfg.queries), methods=[method])
-    ranking = search(
-        queries, train, method, options["k"], options["rows"], selection, options["index"]
-    )
+    index = None if work.cfg.index is None else build(work.cfg.index)
+    rows, device = options["rows"], options["device"]
+    ranking = search(queries, train, method, options["k"], rows, selection, index, device)
     folder = work.run_folder
     ranking.save(folder)
     images = (lambda id: queries.image(id).numpy()), (lambda id: train.image(id).numpy())
@@ -250,7 +250,7 @@ def evaluate(work: Workspace, results: dict[str, Any]) -> None:
     )
 
 
-@command("train", *FEATURES, "queries", "method", "retrieve", "benchmark")
+@command("train", *FEATURES, "queries", "method", "index", "retrieve", "benchmark")
 def demo(work: Workspace, results: dict[str, Any]) -> None:
     """Do everything, one step after the other."""
     work.require_one_process()

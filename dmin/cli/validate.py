@@ -79,7 +79,7 @@ class Retrieve:
     group_by: str | None = None
     group_score: str = "sum"
     popularity: bool = False
-    index: int | None = None
+    device: str = "cpu"
 
 
 @dataclass
@@ -111,6 +111,7 @@ class Root:
     shard: Shard | None = None
     doctor: Doctor | None = None
     method: dict | None = None
+    index: dict | None = None
     retrieve: Retrieve | None = None
     train: dict | None = None
     benchmark: dict | None = None
