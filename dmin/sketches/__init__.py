@@ -1,5 +1,6 @@
 """Random linear maps from the gradients of a model to a few thousand numbers."""
 
+from dmin.sketches.auto import Auto
 from dmin.sketches.base import Parameter, Parameters, Sketch, Sketched
 from dmin.sketches.block_cyclic import BlockCyclic
 from dmin.sketches.factored import Factored
@@ -14,6 +15,7 @@ from dmin.sketches.tensor_sketch import TensorSketch
 __all__ = [
     "OPORP",
     "SJLT",
+    "Auto",
     "BlockCyclic",
     "Factored",
     "FullGradient",

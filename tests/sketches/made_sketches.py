@@ -27,6 +27,8 @@ def build(name: str, dim: int = K, seed: int = 0, **settings) -> Sketch:
     found = OmegaConf.to_container(OmegaConf.load(CONF[name]))
     kind = get_class(found.pop("_target_"))
     small = {"dim": dim, "seed": seed, "block": 8, "from_size": 1, "keep": 600} | settings
+    if name == "auto":  # some matrices by one map, some by the other
+        small |= {"from_size": 650} | settings
     return kind(**(found | {key: value for key, value in small.items() if key in found}))
 
 

@@ -388,6 +388,27 @@ def test_entries_of_a_block_never_collide_and_others_do_so_once_in_k():
     assert abs(float(hits[8:].mean()) / 400 - 1 / K) < 5 * (1 / K / 400 / 15) ** 0.5
 
 
+# Auto.
+
+
+def test_auto_is_tensor_sketch_for_large_matrices_and_block_cyclic_for_all_else():
+    parameters = parameters_of(large=(40, 32), small=(20, 30), kernel=(40, 8, 2, 2), vector=(1300,))
+    g = gradients(2, parameters)
+    auto = build("auto", from_size=1280).bind(parameters)
+    for name, whose in (("large", "tensor_sketch"), ("small", "block_cyclic")):
+        expected = build(whose).bind(parameters).of({name: g[name]})
+        torch.testing.assert_close(auto.of({name: g[name]}), expected)
+    for name in ("kernel", "vector"):
+        expected = build("block_cyclic").bind(parameters).of({name: g[name]})
+        torch.testing.assert_close(auto.of({name: g[name]}), expected)
+
+
+def test_auto_measures_norms_where_everything_is_formed():
+    formed = parameters_of(w=(40, 30), v=(1000,))
+    assert build("auto", from_size=1201).bind(formed).norm_kind == "exact"
+    assert build("auto", from_size=1200).bind(formed).norm_kind == "sketch"
+
+
 # TensorSketch.
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from made_sketches import SHAPES, K, build, every_sketch, flat, parameters_of
 
-from dmin.sketches import Parameter, Parameters
+from dmin.sketches import Parameter, Parameters, TensorSketch
 from dmin.sketches.factored import matrix_shape
 
 MAPS = 300
@@ -74,7 +74,7 @@ def beyond_oporp(sketch, parameter: Parameter, g, h) -> float:
         left, right = (size > share for size, share in zip(sizes, shares, strict=True))
         both = (m + n) / K if left and right else 0
         return float(both + right * (m + m_trace) / shares[1] + left * (n + n_trace) / shares[0])
-    if sketch.family == "tensor_sketch" and sketch.tensor_sketched(parameter):
+    if isinstance(sketch, TensorSketch) and sketch.tensor_sketched(parameter):
         return tensor_sketch_bound(parameter.shape, g, h) - float(moments(g, h)[0]) / K
     return 0.0
 
