@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # Public names and where they live. They are imported when first used: `import dmin` is instant,
 # and reading a store needs neither torch nor Lightning.
 _PUBLIC = {
+    "Auto": "dmin.sketches",
     "BlockCyclic": "dmin.sketches",
     "Capture": "dmin.capture",
     "DMin": "dmin.attribution",

@@ -22,7 +22,7 @@ from dmin.errors import DminError
 from dmin.fingerprint import fingerprint
 from dmin.models.base import READOUTS, Condition, DiffusionModel, weights_digest
 from dmin.noise import Noise, SharedNoise
-from dmin.sketches import BlockCyclic, Grouping, Sketch, grouped
+from dmin.sketches import Auto, Grouping, Sketch, grouped
 from dmin.stopping import Stopped, StopSignals
 from dmin.store import Layout, Manifest, Progress, Rows, Share, Store, StoreWriter
 from dmin.timesteps import Schedule, Stratified
@@ -62,7 +62,7 @@ class GradientCollector(lightning.LightningModule):
 
     Args:
         model: the diffusion model. It is not changed.
-        sketch: the random linear map S.
+        sketch: the random linear map S; :class:`dmin.sketches.Auto` if none.
         timesteps: where gradients are taken.
         noise: at which examples and queries are noised; shared by all of them if not given.
         readouts: what is differentiated, names from ``dmin.models.READOUTS``; each costs one more
@@ -113,7 +113,7 @@ class GradientCollector(lightning.LightningModule):
             raise DminError(f"microbatch={microbatch}: give auto, or a number of pairs from 1 up.")
         self.model = model
         self.attributed = grouped(choose_parameters(model.network, params), groups)
-        self.sketch = (sketch or BlockCyclic()).bind(self.attributed)
+        self.sketch = (sketch or Auto()).bind(self.attributed)
         schedule = (timesteps or Stratified()).bind(getattr(model, "log_snr", None))
         self.timesteps = schedule(model.ladder)
         self.noise = noise or SharedNoise()
