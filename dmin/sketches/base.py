@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmin.errors import DminError
 from dmin.layer_gradients import Dense, GradientFactors
-from dmin.sketches import forming
+from dmin.sketches import bounds, forming
 
 
 class Parameter(NamedTuple):
@@ -150,6 +150,21 @@ class Sketch(ABC):
         for name, gradient in gradients.items():
             self.add(state, name, Dense(gradient))
         return self.finish(state).values
+
+    def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
+        """Return the bound of ``Var⟨S g, S h⟩`` that the family states, of single parameters.
+
+        For several parameters what it has beyond ``(‖g‖²‖h‖² + ⟨g, h⟩²) / k`` adds up.
+
+        Args:
+            name: of the parameter.
+            g: gradients of it alone, ``[n, *shape]``.
+            h: others, paired with these.
+
+        Returns:
+            ``[n]``.
+        """
+        return bounds.whole(g, h) / self.dim
 
     def _check_dim(self, parameters: Parameters) -> None:
         if self.dim > parameters.count:

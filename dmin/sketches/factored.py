@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmin.layer_gradients import Correlation, GradientFactors, Outer, Rows, Sum
 from dmin.sketches.base import Accumulator, Parameter, Sketch, Sketched
+from dmin.sketches.bounds import matrix_shape, moments
 from dmin.sketches.hashing import hash_words, key, signs
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -30,9 +31,9 @@ class Factored(Sketch):
     k₁ and k₂ are the two nearest to √k. A side that is not longer than its share is kept whole
     (signs, and a random cyclic shift), and the other gets what that leaves.
 
-    It is unbiased. For one parameter, with M = GᵀH, N = GHᵀ, ρ = ⟨G, H⟩,
+    It is unbiased. For one parameter, with M = GᵀH, N = GHᵀ, ρ = ⟨G, H⟩, τ = tr M² = tr N²,
 
-    ``Var ≤ (‖G‖²‖H‖² + ρ² + ‖M‖² + ‖N‖²)/k + (‖M‖² + tr M²)/k₂ + (‖N‖² + tr N²)/k₁``,
+    ``Var ≤ (‖G‖²‖H‖² + ρ² + ‖M‖² + ‖N‖²)/k + (‖M‖² + τ)/k₂ + (‖N‖² + τ)/k₁``,
 
     without the term of a side that is kept whole. Between parameters ``(‖g‖²‖h‖² + ⟨g, h⟩²)/k``
     holds as for the others. The terms in 1/k₁ and 1/k₂ are what it costs: they fall with √k
@@ -63,6 +64,17 @@ class Factored(Sketch):
     def finish(self, state: Accumulator) -> Sketched:
         """Return the finished rows; norms are theirs."""
         return Sketched(state.values, state.values.square().sum(-1))
+
+    def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
+        """Return the stated bound, ``[n]``; see the base class."""
+        parameter = self._bound.by_name[name]
+        shares, found = self.shares(parameter), moments(g, h)
+        sizes = matrix_shape(parameter.shape)
+        left, right = (size > share for size, share in zip(sizes, shares, strict=True))
+        pairs = found.whole + (found.along + found.across if left and right else 0)
+        rows = (found.along + found.trace) / shares[1] if right else 0
+        columns = (found.across + found.trace) / shares[0] if left else 0
+        return pairs / self.dim + rows + columns
 
     def shares(self, parameter: Parameter) -> tuple[int, int]:
         """Return k₁ and k₂, which multiply to k."""
@@ -118,11 +130,6 @@ class Side:
         full = self.sign.new_zeros(self.to, len(self.sign))
         full[self.bucket, torch.arange(len(self.sign), device=full.device)] = self.sign
         return full
-
-
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return a parameter's shape as that of a matrix: outputs × inputs and places."""
-    return (shape[0], prod(shape[1:])) if shape else (1, 1)
 
 
 def _projected(

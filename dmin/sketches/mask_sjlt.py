@@ -50,6 +50,12 @@ class MaskSJLT(Sketch):
         """Return the settings that define the map."""
         return {**super().describe(), "keep": self.keep}
 
+    def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
+        """Return the stated bound, ``[n]``; see the base class."""
+        q = min(1.0, self.keep / self._bound.count)
+        common = (g * h).reshape(len(g), -1).square().sum(1)
+        return super().variance(name, g, h) + (1 / q - 1) * common
+
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
         """Add the kept scalars of one parameter."""
         parameter = self._bound.by_name[name]

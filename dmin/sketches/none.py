@@ -62,6 +62,10 @@ class FullGradient(FormedSketch):
 
         return project
 
+    def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
+        """Return zeros, ``[n]``."""
+        return g.new_zeros(len(g))
+
     def _check_dim(self, parameters: Parameters) -> None:
         """Any model will do: k follows from it."""
 

@@ -12,6 +12,7 @@ from dmin.layer_gradients import GradientFactors, Outer, Sum
 from dmin.sketches import forming
 from dmin.sketches.base import Accumulator, Parameter, Sketched
 from dmin.sketches.block_cyclic import BlockCyclic
+from dmin.sketches.bounds import moments, share_of_equal
 from dmin.sketches.hashing import key, signs, spread_words
 
 if TYPE_CHECKING:
@@ -41,13 +42,12 @@ class TensorSketch(BlockCyclic):
     few entries or many positions are formed and folded all the same, to the same numbers.
 
     With independent hashes, entries of one row or column that share a bucket would cost gradients
-    of rank one (adaLN) up to three times the variance of others: ``k·Var ≈ 1 + ρ² + ‖M‖² + tr M² +
-    ‖N‖² + tr N²`` for G, H of unit norm, M = GᵀH, N = GHᵀ. So the hashes of each side are all
-    different as long as there are as many buckets (:func:`spread_words`), which the published ones
-    are not. Then, for k a power of two and n the larger side, rounded up to one,
+    of rank one (adaLN) up to three times the variance of others: for G, H of unit norm, with
+    M = GᵀH, N = GHᵀ, τ = tr M² = tr N², ``k·Var ≈ 1 + ρ² + ‖M‖² + ‖N‖² + 2τ``. So the hashes of
+    each side are all different as long as there are as many buckets (:func:`spread_words`), which
+    the published ones are not. Then, for k a power of two and n the larger side, rounded up to one,
 
-    ``Var⟨S g, S h⟩ ≤ (1 + 1/(n−1)) (1 + 2/k) (‖G‖²‖H‖² + ρ²)/k + c_in (‖M‖² + tr M²) + c_out (‖N‖²
-    + tr N²)``,
+    ``Var ≤ (1 + 1/(n−1)) (1 + 2/k) (‖G‖²‖H‖² + ρ²)/k + c_in (‖M‖² + τ) + c_out (‖N‖² + τ)``,
 
     where c is 0 for a side of at most k, and ``(n/k − 1)/(n − 1) < 1/k`` for a longer one of n:
     OPORP's bound, for every layer whose sides are not longer than the sketch.
@@ -81,6 +81,18 @@ class TensorSketch(BlockCyclic):
     def tensor_sketched(self, parameter: Parameter) -> bool:
         """Say whether a parameter is mapped by TensorSketch; its shape decides."""
         return len(parameter.shape) == 2 and prod(parameter.shape) >= self.from_size
+
+    def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
+        """Return the stated bound, ``[n]``; see the base class."""
+        parameter = self._bound.by_name[name]
+        if not self.tensor_sketched(parameter):
+            return super().variance(name, g, h)
+        found, (out, inside) = moments(g, h), parameter.shape
+        larger = 1 << (max(out, inside) - 1).bit_length()
+        pairs = (1 + 1 / max(1, larger - 1)) * (1 + 2 / self.dim) / self.dim
+        rows = share_of_equal(inside, self.dim) * (found.along + found.trace)
+        columns = share_of_equal(out, self.dim) * (found.across + found.trace)
+        return pairs * found.whole + rows + columns
 
     def begin(self, batch: int, like: Tensor, budget: int = 16 << 20) -> SpectralAccumulator:
         """Start the rows of a batch."""

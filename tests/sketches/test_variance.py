@@ -5,10 +5,10 @@ Three hundred maps are three hundred parameters of other names, each in a group 
 
 import pytest
 import torch
-from made_sketches import SHAPES, K, build, every_sketch, flat, parameters_of
+from made_sketches import SHAPES, K, build, every_random_sketch, every_sketch, flat, parameters_of
 
-from dmin.sketches import Parameter, Parameters, TensorSketch
-from dmin.sketches.factored import matrix_shape
+from dmin.sketches import Parameter, Parameters, Sketch
+from dmin.sketches.bounds import matrix_shape, moments
 
 MAPS = 300
 LAYERS = {**SHAPES, "embedding": (50, 24)}
@@ -53,48 +53,15 @@ def pair(case: str):
     return torch.stack([g, h])
 
 
-def moments(g, h):
-    """Return what the bounds are made of: ‖g‖²‖h‖² + ρ², and the two sides' terms."""
-    g, h = (x.reshape(matrix_shape(x.shape)) for x in (g, h))
-    along, across = g.T @ h, g @ h.T
-    whole = g.square().sum() * h.square().sum() + (g * h).sum() ** 2
-    squares = along.square().sum(), across.square().sum()
-    traces = (along @ along).trace(), (across @ across).trace()
-    return whole, squares, traces
-
-
-def beyond_oporp(sketch, parameter: Parameter, g, h) -> float:
-    """What a family's bound for one parameter has beyond (‖g‖²‖h‖² + ρ²)/k."""
-    _, (m, n), (m_trace, n_trace) = moments(g, h)
-    if sketch.family == "mask_sjlt":
-        q = min(1.0, sketch.keep / sketch.parameters.count)
-        return float((1 / q - 1) * (g.square() * h.square()).sum())
-    if sketch.family == "factored":
-        shares, sizes = sketch.shares(parameter), matrix_shape(parameter.shape)
-        left, right = (size > share for size, share in zip(sizes, shares, strict=True))
-        both = (m + n) / K if left and right else 0
-        return float(both + right * (m + m_trace) / shares[1] + left * (n + n_trace) / shares[0])
-    if isinstance(sketch, TensorSketch) and sketch.tensor_sketched(parameter):
-        return tensor_sketch_bound(parameter.shape, g, h) - float(moments(g, h)[0]) / K
-    return 0.0
-
-
-def tensor_sketch_bound(shape, g, h) -> float:
-    """OPORP's bound, and what sides longer than the sketch add to it."""
-    whole, (m, n), (m_trace, n_trace) = moments(g, h)
-    up = [1 << (size - 1).bit_length() for size in matrix_shape(shape)]
-    equal = [max(0, size / K - 1) / max(1, size - 1) for size in up]
-    pairs = (1 + 1 / (max(up) - 1)) * (1 + 2 / K) / K if max(up) > 1 else 0
-    return float(pairs * whole + equal[1] * (m + m_trace) + equal[0] * (n + n_trace))
-
-
 def stated_bound(sketch, parameters: Parameters, both: dict) -> float:
-    """The bound in the docstring of a family for two gradients ``{name: [2, *shape]}``."""
-    if sketch.family == "none":
-        return 0.0
+    """The bound of a family for two gradients ``{name: [2, *shape]}`` of all parameters."""
+    pairs = {p.name: (both[p.name][:1], both[p.name][1:]) for p in parameters.entries}
     g, h = flat(both, parameters)
-    whole = float((g @ g) * (h @ h) + (g @ h) ** 2) / K
-    return whole + sum(beyond_oporp(sketch, p, *both[p.name]) for p in parameters.entries)
+    whole = 0.0 if sketch.family == "none" else float((g @ g) * (h @ h) + (g @ h) ** 2) / K
+    for name, (one, other) in pairs.items():
+        beyond = sketch.variance(name, one, other) - Sketch.variance(sketch, name, one, other)
+        whole += float(beyond) * (sketch.family != "none")
+    return whole
 
 
 def check(sketch, parameters: Parameters, both: dict, groups: int):
@@ -108,6 +75,7 @@ def check(sketch, parameters: Parameters, both: dict, groups: int):
     rounding = 1e-12 * float(g.norm() * h.norm())
     assert abs(float(estimates.mean() - g @ h)) <= 4.5 * (bound / groups) ** 0.5 + rounding
     assert float(estimates.var()) <= bound * (1 + 6 * (2 / groups) ** 0.5) + rounding**2
+    return float(estimates.var()), bound
 
 
 @every_sketch
@@ -150,3 +118,34 @@ def test_factored_states_its_shares(shape):
         torch.testing.assert_close(identity.diagonal(), torch.ones(size).double())
         if size <= share:
             torch.testing.assert_close(identity, torch.eye(size).double())
+
+
+TIGHT = ["same", "same one-row", "double tokens-alike", "bias"]
+
+
+@pytest.mark.parametrize("case", TIGHT)
+@every_random_sketch
+def test_bounds_say_something(name, case):
+    """No bound is so wide that it would hold for anything."""
+    both = pair(case)
+    names = [f"w{i}" for i in range(MAPS)]
+    entries = tuple(Parameter(w, tuple(both.shape[1:]), i) for i, w in enumerate(names))
+    parameters = Parameters(entries, tuple(names))
+    sketch = build(name, keep=parameters.count // 2).bind(parameters)
+    found, bound = check(sketch, parameters, dict.fromkeys(names, both), MAPS)
+    assert found > bound / 4
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (4, 3, 2), (7,), ()])
+def test_moments_are_those_of_their_definition(shape):
+    g, h = torch.randn(2, 3, *shape, dtype=torch.float64)
+    found = moments(g, h)
+    for i in range(3):
+        a, b = (x[i].reshape(matrix_shape(shape)) for x in (g, h))
+        expected = (
+            a.square().sum() * b.square().sum() + (a * b).sum() ** 2,
+            (a.T @ b).square().sum(),
+            (a @ b.T).square().sum(),
+            (a.T @ b @ a.T @ b).trace(),
+        )
+        torch.testing.assert_close(torch.stack([x[i] for x in found]), torch.stack(expected))
