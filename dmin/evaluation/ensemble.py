@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from dmin.noise import Noise
 
 Stacked = dict[str, Tensor]
 """The parameters of several models by name, ``[models, *shape]``."""
+
+Progress = Callable[[int, int], None]
+"""Told how much is done, of how much."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,17 @@ class Ensemble:
     Models of one seed start from the same weights and see the same noise and timesteps at each
     step, so they differ by their data alone; what is left to chance differs between seeds.
 
+    What was trained is found again by its subset and seed, whatever else is asked for in the same
+    call: to measure one method more costs the models of that method.
+
     Args:
         model: builds an untrained model; torch's generator is seeded before each call.
         dataset: all training examples; read once, and held in memory.
         recipe: how to train.
-        cache: folder for the trained weights, one file a chunk under a fingerprint of all it
-            depends on, so that a run that was killed goes on where it stopped; None keeps none.
+        cache: folder for trained weights and their losses, under a fingerprint of all they depend
+            on, so that a run that was killed goes on where it stopped; None keeps none.
         chunk: models trained together.
+        device: where they are trained.
     """
 
     def __init__(
@@ -75,36 +83,68 @@ class Ensemble:
         recipe: Recipe | None = None,
         cache: str | Path | None = None,
         chunk: int = 64,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.model = model
         self.recipe = recipe or Recipe()
-        self.cache = None if cache is None else Path(cache)
         self.chunk = chunk
-        self.template = model().requires_grad_(False)
-        self.examples = encoded(self.template, dataset)
+        self.device = torch.device(device)
+        self.template = model().requires_grad_(False).to(self.device)
+        self.examples = encoded(self.template, dataset, self.device)
         self.dataset = describe_dataset(dataset)
+        self._kept: dict[str, Outcomes] = {}
+        self.cache = None if cache is None else Path(cache) / f"ensemble-{self._fingerprint()}"
 
     def train(
         self,
         subsets: Sequence[np.ndarray],
         seed: int,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Progress = lambda done, total: None,
     ) -> Stacked:
         """Return a trained model for each subset.
 
         Args:
             subsets: positions in the dataset, an array a model, of any lengths.
             seed: of weights, order, timesteps and noise.
-            progress: told how many models are trained, of how many.
+            progress: told how many models there are, of how many.
 
         Raises:
             DminError: a subset is empty, or a model's loss became NaN.
         """
-        parts = []
-        for start in range(0, len(subsets), self.chunk):
-            parts.append(self._chunk([np.asarray(s) for s in subsets[start:][: self.chunk]], seed))
-            progress(min(start + self.chunk, len(subsets)), len(subsets))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        parts: dict[str, Stacked] = {}
+        for chunk in self._chunks(subsets, seed):
+            models = self._models(chunk, seed)
+            parts |= {
+                key: {name: values[i] for name, values in models.items()}
+                for i, key in enumerate(chunk)
+            }
+            progress(len(parts), len(subsets))
+        found = [parts[_key(subset, seed)] for subset in subsets]
+        return {name: torch.stack([part[name] for part in found]) for name in found[0]}
+
+    def outcomes(
+        self,
+        subsets: Sequence[np.ndarray],
+        seed: int,
+        queries: Dataset,
+        timesteps: Sequence[float],
+        noise: Noise,
+        progress: Progress = lambda done, total: None,
+    ) -> np.ndarray:
+        """Return what models trained on the subsets lose on queries, float64 ``[models, Q]``.
+
+        As :meth:`train` and :meth:`losses`, but the losses are kept as well.
+        """
+        kept = self._outcomes([describe_dataset(queries), list(timesteps), noise.describe()])
+        keys = [_key(subset, seed) for subset in subsets]
+        missing = [s for s, key in zip(subsets, keys, strict=True) if key not in kept]
+        done = len(subsets) - len(missing)
+        for chunk in self._chunks(missing, seed):
+            losses = self.losses(self._models(chunk, seed), queries, timesteps, noise)
+            kept.add(dict(zip(chunk, losses, strict=True)))
+            done += sum(_key(s, seed) in chunk for s in missing)
+            progress(done, len(subsets))
+        return np.stack([kept[key] for key in keys])
 
     def losses(
         self, models: Stacked, dataset: Dataset, timesteps: Sequence[float], noise: Noise
@@ -120,14 +160,16 @@ class Ensemble:
         Returns:
             float64 ``[models, examples]``.
         """
-        x0, condition = encoded(self.template, dataset)
+        x0, condition = encoded(self.template, dataset, self.device)
+        models = {name: values.to(self.device) for name, values in models.items()}
         loss = vmap(self._call, in_dims=(0, None, None, None, None))
         total = torch.zeros(len(next(iter(models.values()))), len(x0), dtype=torch.float64)
         points = [(t, draw) for t in timesteps for draw in range(noise.draws)]
         with torch.no_grad():
             for t, draw in points:
-                e = noise(x0.shape[1:], t, draw).expand_as(x0)
-                total += loss(models, x0, e, torch.full((len(x0),), float(t)), condition)
+                e = noise(x0.shape[1:], t, draw).to(x0).expand_as(x0)
+                steps = torch.full((len(x0),), float(t), device=x0.device)
+                total += loss(models, x0, e, steps, condition).cpu()
         return (total / len(points)).numpy()
 
     def load(self, models: Stacked, index: int) -> DiffusionModel:
@@ -136,28 +178,50 @@ class Ensemble:
         model.network.load_state_dict({name: values[index] for name, values in models.items()})
         return model.eval()
 
-    def _chunk(self, subsets: list[np.ndarray], seed: int) -> Stacked:
-        if self.cache is None:
-            return self._train(subsets, seed)
-        path = self.cache / f"ensemble-{self._fingerprint(subsets, seed)}.safetensors"
-        if path.is_file():
-            return load_file(path)
-        trained = self._train(subsets, seed)
-        self.cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        save_file(trained, partial)
-        partial.replace(path)
-        return trained
+    def _outcomes(self, made_of: list[Any]) -> Outcomes:
+        name = f"losses-{fingerprint({'made_of': made_of})}.jsonl"
+        if name not in self._kept:
+            self._kept[name] = Outcomes(None if self.cache is None else self.cache / name)
+        return self._kept[name]
 
-    def _fingerprint(self, subsets: list[np.ndarray], seed: int) -> str:
+    def _chunks(self, subsets: Sequence[np.ndarray], seed: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the distinct subsets by key, as many as are trained together."""
+        distinct = list({_key(subset, seed): np.asarray(subset) for subset in subsets}.items())
+        for start in range(0, len(distinct), self.chunk):
+            yield dict(distinct[start : start + self.chunk])
+
+    def _models(self, subsets: dict[str, np.ndarray], seed: int) -> Stacked:
+        """Return trained models, from disk where they are there."""
+        parts = {key: self._found(key) for key in subsets}
+        missing = [key for key, part in parts.items() if part is None]
+        if missing:
+            trained = self._train([subsets[key] for key in missing], seed)
+            for number, key in enumerate(missing):
+                one = {n: values[number].cpu().contiguous() for n, values in trained.items()}
+                parts[key] = one
+                self._keep(key, one)
+        names = next(part for part in parts.values() if part is not None)
+        return {n: torch.stack([part[n] for part in parts.values() if part]) for n in names}
+
+    def _found(self, key: str) -> Stacked | None:
+        path = None if self.cache is None else self.cache / f"{key}.safetensors"
+        return load_file(path) if path is not None and path.is_file() else None
+
+    def _keep(self, key: str, model: Stacked) -> None:
+        if self.cache is None:
+            return
+        self.cache.mkdir(parents=True, exist_ok=True)
+        partial = self.cache / f"{key}.tmp"
+        save_file(model, partial)
+        partial.replace(partial.with_suffix(".safetensors"))
+
+    def _fingerprint(self) -> str:
         shapes = {n: list(p.shape) for n, p in self.template.network.named_parameters()}
         made_of = {
             "recipe": asdict(self.recipe),
             "model": self.template.describe(),
             "network": [str(self.template.network), shapes],
             "dataset": self.dataset,
-            "subsets": array_digest(*(s.astype(np.int64) for s in subsets)),
-            "seed": seed,
         }
         return fingerprint(made_of)
 
@@ -175,11 +239,12 @@ class Ensemble:
         generator = torch.Generator().manual_seed(seed)
         ladder = torch.tensor(list(self.template.ladder))
         for step in range(recipe.steps):
-            chosen = torch.stack([order[step] for order in orders])  # [models, batch]
-            noise = torch.randn(chosen.shape[1], *x0.shape[1:], generator=generator)
+            chosen = torch.stack([order[step] for order in orders]).to(x0.device)  # [models, batch]
+            noise = torch.randn(chosen.shape[1], *x0.shape[1:], generator=generator).to(x0)
             drawn = torch.randint(len(ladder), (chosen.shape[1],), generator=generator)
             labels = {name: values[chosen] for name, values in condition.items()}
-            losses = loss(models, x0[chosen], noise, ladder[drawn], labels).mean(1)
+            t = ladder[drawn].to(x0.device)
+            losses = loss(models, x0[chosen], noise, t, labels).mean(1)
             if step % 100 == 0 and not torch.isfinite(losses).all():
                 raise DminError(
                     f"the loss of a model became NaN by step {step}. Lower learning_rate (now "
@@ -200,7 +265,11 @@ class Ensemble:
         network = self.model().network
         stacked, _ = stack_module_state([network])
         return {
-            name: values.detach().expand(count, *values.shape[1:]).clone().requires_grad_()
+            name: values.detach()
+            .to(self.device)
+            .expand(count, *values.shape[1:])
+            .clone()
+            .requires_grad_()
             for name, values in stacked.items()
         }
 
@@ -232,11 +301,56 @@ class _Loss(nn.Module):
         return per_example_loss(self.model.predict(x0, noise, t, condition))
 
 
-def encoded(model: DiffusionModel, dataset: Dataset) -> tuple[Tensor, Condition]:
+class Outcomes:
+    """Losses of trained models on some queries, by the models' keys, a line each in a file.
+
+    Args:
+        path: of the file; None keeps them in memory only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: dict[str, np.ndarray] = {}
+        if self.path is not None and self.path.is_file():
+            # A line that a kill cut off has no end, and is not read.
+            for line in self.path.read_text().splitlines(keepends=True):
+                if line.endswith("}\n"):
+                    row = json.loads(line)
+                    self.rows[row["model"]] = np.array(row["losses"])
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.rows
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.rows[key]
+
+    def add(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Keep the losses ``[Q]`` of more models."""
+        self.rows |= rows
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                # It may stand behind a line that was cut off.
+                file.write("\n" if file.tell() else "")
+                for key, losses in rows.items():
+                    file.write(json.dumps({"model": key, "losses": losses.tolist()}) + "\n")
+
+
+def encoded(
+    model: DiffusionModel, dataset: Dataset, device: torch.device | None = None
+) -> tuple[Tensor, Condition]:
     """Return a whole dataset as a model takes it."""
-    batch: Mapping[str, Any] = collate([dataset[i] for i in range(len(dataset))])
+    batch: dict[str, Any] = collate([dataset[i] for i in range(len(dataset))])
+    device = device or torch.device("cpu")
+    batch["image"] = batch["image"].to(device)
     with torch.no_grad():
-        return model.encode(batch)
+        x0, condition = model.encode(batch)
+    return x0.to(device), {name: values.to(device) for name, values in condition.items()}
+
+
+def _key(subset: np.ndarray, seed: int) -> str:
+    """Return what names the model trained on a subset."""
+    return f"{array_digest(np.asarray(subset).astype(np.int64))}-{seed}"
 
 
 def _order(subset: np.ndarray, recipe: Recipe, seed: int) -> Tensor:

@@ -90,15 +90,50 @@ def test_training_lowers_the_loss_of_what_was_trained_on(digits):
     assert losses[1, 13:].mean() < losses[0, 13:].mean()
 
 
+def weights(folder):
+    return sorted(folder.rglob("*.safetensors"))
+
+
 def test_what_is_trained_is_kept_and_found(digits, tmp_path, monkeypatch):
     first = Ensemble(small, digits, RECIPE, cache=tmp_path, chunk=2)
     told = []
     models = first.train(SUBSETS, 0, lambda *numbers: told.append(numbers))
     assert told == [(2, 3), (3, 3)]
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2 and not list(tmp_path.glob("*.tmp"))
+    assert len(weights(tmp_path)) == 3 and not list(tmp_path.rglob("*.tmp"))
     monkeypatch.setattr(Ensemble, "_train", lambda *_: pytest.fail("trained again"))
-    again = Ensemble(small, digits, RECIPE, cache=tmp_path, chunk=2).train(SUBSETS, 0)
-    assert all(torch.equal(models[name], again[name]) for name in models)
+    again = Ensemble(small, digits, RECIPE, cache=tmp_path).train(SUBSETS[::-1], 0)
+    assert all(torch.equal(models[name], again[name].flip(0)) for name in models)
+
+
+def test_one_more_subset_trains_one_more_model(digits, tmp_path, monkeypatch):
+    trained = []
+    train = Ensemble._train
+    monkeypatch.setattr(
+        Ensemble, "_train", lambda self, s, seed: trained.append(len(s)) or train(self, s, seed)
+    )
+    queries, steps, noise = Examples(digits.examples[:4]), (700,), SharedNoise()
+
+    def outcomes(subsets):
+        ensemble = Ensemble(small, digits, RECIPE, cache=tmp_path)
+        return ensemble.outcomes(subsets, 0, queries, steps, noise)
+
+    two = outcomes(SUBSETS[:2])
+    three = outcomes([SUBSETS[2], *SUBSETS[:2], SUBSETS[2]])
+    assert trained == [2, 1]
+    assert np.array_equal(three[1:3], two) and np.array_equal(three[0], three[3])
+    ensemble = Ensemble(small, digits, RECIPE, cache=tmp_path)
+    losses = ensemble.losses(ensemble.train(SUBSETS, 0), queries, steps, noise)
+    assert np.allclose(losses, three[[1, 2, 0]])
+
+
+def test_losses_survive_a_line_that_was_cut_off(digits, tmp_path):
+    arguments = 0, Examples(digits.examples[:4]), (700,), SharedNoise()
+    whole = Ensemble(small, digits, RECIPE, cache=tmp_path).outcomes(SUBSETS, *arguments)
+    file = next(tmp_path.rglob("losses-*.jsonl"))
+    file.write_text(file.read_text()[:-20])
+    for _ in range(2):
+        found = Ensemble(small, digits, RECIPE, cache=tmp_path).outcomes(SUBSETS, *arguments)
+        assert np.allclose(found, whole, rtol=1e-6)
 
 
 @pytest.mark.parametrize("change", ["seed", "subset", "recipe", "data", "model"])
@@ -111,10 +146,10 @@ def test_anything_else_is_trained_anew(digits, tmp_path, change):
 
     make().train([np.arange(8)], 0)
     make().train([np.arange(8)], 0)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(weights(tmp_path)) == 1
     subset = np.arange(9) if change == "subset" else np.arange(8)
     make(change).train([subset], int(change == "seed"))
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(weights(tmp_path)) == 2
 
 
 def test_what_cannot_be_trained_is_refused(digits):
