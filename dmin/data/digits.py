@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from dmin.data.base import Example, Examples
+from dmin.errors import DminError
 
 
 class Digits(Examples):
@@ -35,3 +37,65 @@ class Digits(Examples):
                 for index in sorted(parts[split])
             ]
         )
+
+
+class PlantedDigits(Examples):
+    """A thousand digits in which things are planted that an attribution method must find.
+
+    ``train`` has 936 digits as they are, 40 *transposed* ones (mirrored along the diagonal: a
+    foreign ``source``) and 24 *mislabelled* ones: eight 3s labelled 8, eight 1s labelled 7, eight
+    9s labelled 4 (``flip`` says which, ``mislabelled`` marks them). The other parts are queries,
+    none of which was trained on, no two parts with a digit in common:
+
+    - ``heldout``: 50 digits as they are;
+    - ``foreign_tune``, ``foreign_test``: 40 and 60 transposed ones;
+    - ``mislabelled``: 24 digits under the wrong labels that were planted.
+
+    Args:
+        part: which.
+
+    Raises:
+        DminError: there is no such part.
+    """
+
+    NATIVE, FOREIGN, EACH = 936, 40, 8
+    FLIPS = ((3, 8), (1, 7), (9, 4))
+    PARTS = ("train", "heldout", "foreign_tune", "foreign_test", "mislabelled")
+
+    def __init__(self, part: str = "train") -> None:
+        if part not in self.PARTS:
+            raise DminError(f"part={part!r}: choose one of {', '.join(self.PARTS)}.")
+        if part == "train":
+            digits = Digits("train").examples
+            end = self.NATIVE + self.FOREIGN
+            native = [_from_source(e, "digits") for e in digits[: self.NATIVE]]
+            foreign = [_transposed(e) for e in digits[self.NATIVE : end]]
+            super().__init__(native + foreign + self._flipped(digits[end:]))
+            return
+        digits = Digits("heldout").examples
+        super().__init__(
+            {
+                "heldout": lambda: [_from_source(e, "digits") for e in digits[:50]],
+                "foreign_tune": lambda: [_transposed(e) for e in digits[100:140]],
+                "foreign_test": lambda: [_transposed(e) for e in digits[140:200]],
+                "mislabelled": lambda: self._flipped(digits[50:100] + digits[200:]),
+            }[part]()
+        )
+
+    def _flipped(self, digits: list[Example]) -> list[Example]:
+        """Return the first eight digits for each flip, under their wrong labels."""
+        found = []
+        for true, wrong in self.FLIPS:
+            for e in [e for e in digits if e.label == true][: self.EACH]:
+                facts = {"source": "digits", "flip": f"{true}→{wrong}", "mislabelled": True}
+                found.append(Example(f"flipped-{e.id}", e.image, wrong, None, facts))
+        return found
+
+
+def _from_source(example: Example, source: str) -> Example:
+    return replace(example, metadata={"source": source, "flip": "none"})
+
+
+def _transposed(example: Example) -> Example:
+    image = example.image.transpose(1, 2).contiguous()
+    return _from_source(replace(example, id=f"transposed-{example.id}", image=image), "transposed")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -17,6 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from dmin.errors import DminError
 from dmin.models.ddpm import DDPM
 
 
@@ -105,3 +107,30 @@ class MLP(DDPM):
             sample_size, in_channels, width, depth, embedding, num_class_embeds
         )
         return cls(network, DDPMScheduler(**{"beta_schedule": "squaredcos_cap_v2", **scheduler}))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | Path, *, snr_gamma: float | None = None
+    ) -> Self:
+        """Load what :meth:`save_pretrained` wrote.
+
+        Args:
+            path: folder with ``unet/`` and ``scheduler/``.
+            snr_gamma: as for :class:`DDPM`.
+
+        Raises:
+            DminError: no such checkpoint.
+        """
+        if not (Path(path) / "unet").is_dir():
+            raise DminError(
+                f"model.path={path}: no saved MLP there (no unet/). Train one with `dmin train`."
+            )
+        network: Any = FiLMNetwork.from_pretrained(str(Path(path) / "unet"))
+        scheduler = DDPMScheduler.from_pretrained(str(Path(path) / "scheduler"))
+        return cls(network.eval(), scheduler, snr_gamma)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Save network and scheduler, each as diffusers does (no pipeline knows this network)."""
+        network: Any = self.network
+        network.save_pretrained(str(Path(path) / "unet"))
+        self.scheduler.save_pretrained(str(Path(path) / "scheduler"))
