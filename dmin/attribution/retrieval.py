@@ -72,6 +72,13 @@ def score_matrix(
     queries, train = as_side(queries), as_side(train)
     check_pair(queries, train, method)
     method.fit(train)
+    return fitted_scores(queries, train, method, rows)
+
+
+def fitted_scores(
+    queries: Side, train: Side, method: Method, rows: int | None = None
+) -> np.ndarray:
+    """Return every score by a method that was fitted to the training side already."""
     batches = [
         torch.cat([scores.float() for _, scores in scored(asked, train, method, rows)], dim=1)
         for _, asked in query_batches(queries, method)
@@ -88,6 +95,11 @@ def self_influence(train: Store | Side, method: Method, rows: int = 32) -> np.nd
     train = as_side(train)
     check_pair(train, train, method)
     method.fit(train)
+    return fitted_self_influence(train, method, rows)
+
+
+def fitted_self_influence(train: Side, method: Method, rows: int = 32) -> np.ndarray:
+    """Return each score with itself by a method that was fitted already, float32 ``[N]``."""
     blocks = train.blocks(method.requires, rows)
     each = [method.score(method.transform_query(b), b).diagonal().float() for b in blocks]
     return torch.cat(each).numpy()
