@@ -17,6 +17,7 @@ from dmin.cli.help import config_directory, groups
 from dmin.cli.validate import validate
 from dmin.data import Example
 from dmin.models import DiffusionModel
+from dmin.models.mlp import MLP
 from dmin.noise import Noise
 from dmin.queries import Generated, Planted
 from dmin.sketches import Parameter, Parameters
@@ -27,6 +28,7 @@ CHOICES = [(group, name) for group, names in groups().items() for name in names]
 # What a choice cannot know by itself.
 VALUES = {
     ("model", "ddpm"): ["model.path={ddpm_path}"],
+    ("model", "mlp"): ["model.path={mlp_path}"],
     **{("model", family): [f"model.path={{{family}}}"] for family in BUILDERS},
     ("data", "image_folder"): ["data.root={images}"],
     ("data", "hf_dataset"): ["data.path={table}"],
@@ -46,6 +48,8 @@ def places(ddpm_path, tmp_path_factory):
     from dmin.data.image_folder import save_images
 
     images = tmp_path_factory.mktemp("images")
+    mlp_path = tmp_path_factory.mktemp("mlp") / "model"
+    MLP.small(width=8, depth=1, embedding=4).save_pretrained(mlp_path)
     save_images(images, torch.rand(2, 1, 8, 8), ["a.png", "b.png"], [{"label": 0}, {"label": 1}])
     tiny = {name: save(name, tmp_path_factory.mktemp(name) / "model") for name in BUILDERS}
     shards = on_disk.write_shards(tmp_path_factory.mktemp("shards"))
@@ -54,6 +58,7 @@ def places(ddpm_path, tmp_path_factory):
         on_disk.write_table(table)
     return {
         "ddpm_path": ddpm_path,
+        "mlp_path": mlp_path,
         "images": images,
         "shards": shards,
         "table": table,
@@ -148,7 +153,7 @@ def check_train(function):
 
 
 def check_benchmark(benchmark):
-    assert benchmark.tasks and "random" in benchmark.methods
+    assert benchmark.tasks and (benchmark.methods == "all" or "random" in benchmark.methods)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from dmin.fingerprint import differences, fingerprint
 from dmin.stopping import Stopped, StopSignals
 
 if TYPE_CHECKING:
-    from dmin.evaluation.benchmark import Result
+    from dmin.evaluation.results import Result
 
 Body = Callable[[Workspace, dict[str, Any]], None]
 BODIES: dict[str, Body] = {}
@@ -214,40 +214,38 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
 
 
 def only_the_chosen_method(cfg: DictConfig) -> None:
-    """Let ``dmin evaluate method=trak`` measure that method, beside random, and no other."""
+    """Let ``dmin evaluate method=trak`` measure that method, beside two controls, and no other."""
     hydra = HydraConfig.get()
     if cfg.benchmark is None or not any(o.startswith("method=") for o in hydra.overrides.task):
         return
-    methods = cfg.benchmark.methods
-    kept = {name: methods[name] for name in ("random",) if name in methods}
-    cfg.benchmark.methods = {**kept, hydra.runtime.choices["method"]: cfg.method}
+    beside = ("random", cfg.benchmark.get("reference", "dmin"))
+    cfg.benchmark.methods = list(dict.fromkeys((*beside, hydra.runtime.choices["method"])))
 
 
-@command(*FEATURES, "method", "benchmark", prepare=only_the_chosen_method)
+@command("train", *FEATURES, "method", "benchmark", prepare=only_the_chosen_method)
 def evaluate(work: Workspace, results: dict[str, Any]) -> None:
     """Measure every method of a benchmark against ground truth."""
-    from dmin.evaluation import report
+    from dmin.cli.benchmarks import chosen_methods, further_models, world_of
+    from dmin.evaluation import present
 
     work.require_one_process()
     benchmark = build(work.need("benchmark"))
-    methods = list(benchmark.methods.values())
-    with work.console.status("scoring") as status:
-        found = benchmark.run(
-            work.train_side(methods),
-            lambda name, task: work.query_side(task.queries, name.replace("_", "-"), methods),
-            lambda text: status.update(f"scoring {text}"),
-        )
-    folder = work.run_folder
-    report.save_csv(found, folder / "results.csv")
-    (folder / "results.md").write_text(report.markdown(found))
-    report.save_plot(found, folder / "results.png")
-    results["figures"] = _figures(found)
-    results["table"] = [[r.task, r.method, r.metric, *r.estimate] for r in found]
-    for table in report.tables(found):
-        work.console.print(table)
-    work.console.print(
-        f"Look at\n  {folder / 'results.png'}\n  {folder / 'results.md'}", soft_wrap=True
-    )
+    others = further_models(work, benchmark.models)
+    if benchmark.prepare:
+        for number, each in enumerate((work, *others)):
+            for name in ("train", "collect"):
+                BODIES[name](each, results.setdefault(f"{name} {number}" if number else name, {}))
+    methods, left_out = chosen_methods(work, benchmark, others)
+    with world_of(work, benchmark, list(methods.values())) as world:
+        report = benchmark.run(world, methods)
+    report.left_out |= left_out
+    files = present.save(report, work.run_folder)
+    results["figures"] = _figures(report.results)
+    results["table"] = [[r.task, r.name, r.metric, r.mean, r.low, r.high] for r in report.results]
+    for part in present.terminal(report):
+        work.console.print(part)
+    listed = "".join(f"\n  {file}" for file in files)
+    work.console.print(f"Look at{listed}", soft_wrap=True)
 
 
 @command("train", *FEATURES, "queries", "method", "index", "retrieve", "benchmark")
@@ -262,12 +260,13 @@ def demo(work: Workspace, results: dict[str, Any]) -> None:
 
 def _figures(found: Sequence[Result]) -> dict[str, str]:
     """Return the first metric of each task for the last method: the one chosen, if one was."""
-    last = [each for each in found if each.method == found[-1].method]
-    firsts: dict[str, Result] = {}
-    for each in last:
-        firsts.setdefault(each.task, each)
-    figures = {f"{t} {each.metric}": f"{each.estimate.mean:.3f}" for t, each in firsts.items()}
-    return {"measured": found[-1].method, **figures}
+    methods = [each for each in found if not each.control]
+    last = methods[-1].name
+    firsts: dict[str, str] = {}
+    for each in (each for each in methods if each.name == last):
+        firsts.setdefault(f"{each.task} {each.metric}", f"{each.mean:.3f}")
+    tasks = {key.partition(" ")[0]: key for key in reversed(firsts)}
+    return {"measured": last, **{tasks[t]: firsts[tasks[t]] for t in reversed(tasks)}}
 
 
 def _shown(folder: Path) -> Path:

@@ -86,11 +86,15 @@ class Workspace:
     @cached_property
     def collector(self) -> GradientCollector:
         """Model, sketch, timesteps and noise, put together."""
+        return self.collector_of(self.model)
+
+    def collector_of(self, model: DiffusionModel) -> GradientCollector:
+        """Return a collector with these settings, of any model."""
         from dmin.collect import GradientCollector
 
         collect = self.cfg.collect
         return GradientCollector(
-            self.model,
+            model,
             build(self.cfg.sketch),
             build(self.cfg.timesteps),
             build(self.cfg.noise),
@@ -169,17 +173,26 @@ class Workspace:
     def _store_path(self, role: str, manifest: Manifest) -> Path:
         return self.outputs / "stores" / f"{self.cfg.name}-{role}-{manifest.fingerprint}"
 
-    def store(self, dataset: Dataset, role: str, as_queries: bool = False) -> Store:
+    def store(
+        self,
+        dataset: Dataset,
+        role: str,
+        as_queries: bool = False,
+        model: DiffusionModel | None = None,
+    ) -> Store:
         """Return the complete store of a dataset; collect what is missing of it.
 
         Args:
             dataset: the examples.
             role: a word for the path and for the progress shown.
             as_queries: whether the examples are queries.
+            model: another than the configured one.
         """
         options = self.cfg.collect
-        manifest = self.collector.manifest(dataset, options.block_size, options.dtype, as_queries)
-        return self._collect(dataset, role, self._store_path(role, manifest), as_queries=as_queries)
+        collector = self.collector if model in (None, self.model) else self.collector_of(model)
+        manifest = collector.manifest(dataset, options.block_size, options.dtype, as_queries)
+        path = self._store_path(role, manifest)
+        return self._collect(dataset, role, path, as_queries=as_queries, collector=collector)
 
     @contextmanager
     def turn(
@@ -214,19 +227,20 @@ class Workspace:
         shard: Share = WHOLE,
         stop: StopSignals | None = None,
         as_queries: bool = False,
+        collector: GradientCollector | None = None,
     ) -> Store:
         from dmin.store import Store
 
-        options = self.cfg.collect
+        options, collector = self.cfg.collect, collector or self.collector
         known = (path / "manifest.json").is_file()
         self.console.print(
-            f"[bold]{role}[/]: {len(dataset):,} examples × {len(self.collector.timesteps)} "
-            f"timesteps × {self.collector.attributed.count:,} parameters → "
+            f"[bold]{role}[/]: {len(dataset):,} examples × {len(collector.timesteps)} "
+            f"timesteps × {collector.attributed.count:,} parameters → "
             f"{self._numbers()}" + (f" (found {path})" if known else "")
         )
         done = known and Store(path, verify=False).complete
         with self.turn(path, done, shared=shard != WHOLE, stop=stop):
-            return self.collector.collect(
+            return collector.collect(
                 dataset,
                 path,
                 block_size=options.block_size,
@@ -347,9 +361,10 @@ class Workspace:
                 "method.checkpoints names models by their model.path, and finds their stores by "
                 "fingerprint: it needs a model with a path, and collect.path=null."
             )
-        return {name: self._at(name) for name in names}
+        return {name: self.at(name) for name in names}
 
-    def _at(self, path: str) -> Workspace:
+    def at(self, path: str) -> Workspace:
+        """Return the workspace of another model with the same settings and examples."""
         if path not in self._others:
             cfg = copy.deepcopy(self.cfg)
             OmegaConf.update(cfg, "model.path", path)

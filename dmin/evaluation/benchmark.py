@@ -2,68 +2,276 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from dmin.attribution import Method, Side, score_matrix
-from dmin.evaluation.ground_truth import GroundTruth
-from dmin.evaluation.metrics import Estimate, bootstrap, measure
+import numpy as np
+
+from dmin.attribution import Method, Side
+from dmin.attribution.base import check_pair
+from dmin.errors import DminError
+from dmin.evaluation.controls import soft_max, squared, top_only
+from dmin.evaluation.ground_truth import Array, GroundTruth
+from dmin.evaluation.results import TRANSFORMED, Cell, Cost, Report, Row, compared
+from dmin.evaluation.scoring import Scored, all_scores, fitted
+from dmin.evaluation.tuning import Tuning
+from dmin.evaluation.world import World
+from dmin.store.encoding import STORED_AS
 
 
 @dataclass(frozen=True)
 class Task:
-    """Queries and what counts as a right answer.
+    """Queries, and the ground truths that scores for them are held against.
 
     Args:
-        queries: a dataset, or a source of one (``dmin.queries``).
-        ground_truth: right answers and metrics.
+        truths: by name.
+        queries: a dataset, or a source of one (``dmin.queries``); None where all ground truths
+            compare training examples with themselves.
     """
 
-    queries: Any
-    ground_truth: GroundTruth
-
-
-class Result(NamedTuple):
-    """One cell of the table."""
-
-    task: str
-    method: str
-    metric: str
-    queries: int
-    estimate: Estimate
+    truths: Mapping[str, GroundTruth]
+    queries: Any = None
 
 
 class Benchmark:
-    """A table of methods × tasks × metrics.
+    """Methods × tasks × ground truths, each with its controls.
 
     Args:
         tasks: by name.
-        methods: by name, in the order of the table.
+        methods: names of methods, or ``all`` there are.
+        without: names of methods to leave out of ``all``.
+        settings: of methods, by name, beyond what stands in their YAML.
+        reference: the method that paired differences are to.
+        tuning: where the settings of methods are chosen, and along which path; None leaves them as
+            they are.
+        untrained: measure each method on an untrained network, too.
+        transforms: measure monotone transforms of each method's scores, too, where they matter.
+        costly_for: criteria of the tuning whose rows are measured by ground truths that train
+            models for each row; a method that is not tuned is measured as it is.
+        dims: sketches folded to these sizes; none for the size as collected.
+        resamples: of the bootstrap.
+        prepare: train the model and collect its store, if they are not there, before measuring.
+        chunk: retrained models at a time.
+        running: tasks that methods which run the model themselves are asked about, as they take
+            seconds a query; None for all.
+        models: methods that average over several models get this many, of one recipe and further
+            seeds, unless their ``checkpoints`` are named.
+
+    Raises:
+        DminError: a tuning criterion names what is not there.
     """
 
-    def __init__(self, tasks: Mapping[str, Task], methods: Mapping[str, Method]) -> None:
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        methods: Literal["all"] | Sequence[str] = "all",
+        without: Sequence[str] = (),
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+        reference: str = "dmin",
+        tuning: Tuning | None = None,
+        untrained: bool = False,
+        transforms: bool = False,
+        costly_for: Sequence[str] = (),
+        dims: Sequence[int] = (),
+        resamples: int = 1000,
+        prepare: bool = False,
+        chunk: int = 64,
+        models: int = 1,
+        running: Sequence[str] | None = None,
+    ) -> None:
         self.tasks = dict(tasks)
-        self.methods = dict(methods)
+        self.methods, self.without, self.reference = methods, tuple(without), reference
+        self.settings = dict(settings or {})
+        self.tuning, self.untrained, self.transforms = tuning, untrained, transforms
+        self.costly_for, self.dims, self.resamples = tuple(costly_for), tuple(dims), resamples
+        self.prepare, self.chunk, self.models = prepare, chunk, models
+        self.running = tuple(self.tasks if running is None else running)
+        if tuning is not None:
+            tuning.check({name: task.truths for name, task in self.tasks.items()})
+        if unknown := set(costly_for) - set(tuning.by if tuning else ()):
+            raise DminError(
+                f"benchmark.costly_for={list(costly_for)}: {unknown.pop()!r} is no criterion of "
+                f"benchmark.tuning.by."
+            )
 
-    def run(
-        self, train: Side, queries: Callable[[str, Task], Side], progress: Callable[[str], None]
-    ) -> list[Result]:
+    def run(self, world: World, methods: Mapping[str, Method]) -> Report:
         """Score and measure everything.
 
         Args:
-            train: the training side.
-            queries: gives the query side of a task, collected with the same settings.
-            progress: told what is being done.
+            world: model, training examples, how to collect and retrain.
+            methods: by name, in the order of the tables.
         """
-        results = []
-        for task_name, task in self.tasks.items():
-            side = queries(task_name, task)
-            relevant = task.ground_truth.relevant(side.store, train.store)
-            for method_name, method in self.methods.items():
-                progress(f"{task_name}: {method_name}")
-                scores = score_matrix(side, train, method)
-                for metric in task.ground_truth.metrics:
-                    estimate = bootstrap(measure(metric, scores, relevant))
-                    results.append(Result(task_name, method_name, metric, len(side), estimate))
-        return results
+        start, report = time.perf_counter(), Report([], reference=self.reference)
+        cells: list[Cell] = []
+        for dim in self.dims or (None,):
+            place = world if dim is None else world.at(dim)
+            cells += _Run(self, place, report, dim).cells(methods)
+        report.results = compared(cells, self.reference)
+        report.notes |= world.describe()
+        report.notes["seconds"] = f"{time.perf_counter() - start:.0f}"
+        return report
+
+
+class _Run:
+    """One pass over all methods at one size of the sketch."""
+
+    def __init__(self, benchmark: Benchmark, world: World, report: Report, dim: int | None) -> None:
+        self.benchmark, self.world, self.report, self.dim = benchmark, world, report, dim
+        # Ground truths keep what they prepared, so each task has its own.
+        self.tasks = {
+            name: Task({of: copy.copy(truth) for of, truth in task.truths.items()}, task.queries)
+            for name, task in benchmark.tasks.items()
+        }
+        self.sides: dict[str, Side] = {
+            name: world.query_side(name, task.queries) for name, task in self.tasks.items()
+        }
+        for name, task in self.tasks.items():
+            for truth in task.truths.values():
+                truth.prepare(world, self.sides[name])
+
+    def cells(self, methods: Mapping[str, Method]) -> list[Cell]:
+        cells, kept = list(self._references()), []
+        for number, (name, method) in enumerate(methods.items()):
+            self.world.told(f"scoring: {name}", number, len(methods))
+            if self.dim not in (None, *self.benchmark.dims[:1]) and not method.requires.readouts:
+                continue  # what looks at no gradient is the same at every size
+            try:
+                for scored in self._rows(name, method):
+                    cells += self._quick(scored)
+                    if self._is_costly(scored.row, method):
+                        kept.append(scored)
+            except DminError as error:
+                self.report.left_out[name] = str(error)
+        self.world.told("scoring", len(methods), len(methods))
+        return cells + list(self._costly(kept))
+
+    def _rows(self, name: str, method: Method) -> Iterator[Scored]:
+        """Yield a method as it is, tuned, and its controls."""
+        check_pair(next(iter(self._able(method).values())), self.world.train, method)
+        ready, seconds = fitted(method, self.world.train)
+        settings: dict[Row, Method] = {Row(name): ready}
+        tuning = self.benchmark.tuning
+        if tuning is not None and tuning.tunes(ready) and tuning.tasks <= set(self._able(method)):
+            chosen, path = tuning.walk(name, ready, self._judge)
+            self.report.path += path
+            settings |= chosen
+        for row, point in settings.items():
+            yield self._scored(row, point, self.world.train, self.sides, seconds)
+        needs = method.requires
+        # What has stores of its own beside the model's has none of an untrained one.
+        own = needs.checkpoints or needs.journey or needs.model
+        if self.benchmark.untrained and needs.readouts and not own:
+            train = self.world.train_side(blind=True)
+            sides = {
+                name: self.world.query_side(name, task.queries, blind=True)
+                for name, task in self.tasks.items()
+            }
+            on_untrained, _ = fitted(method, train)
+            for row, point in settings.items():
+                other = on_untrained if point is ready else tuning.moved(on_untrained, point)  # type: ignore[union-attr]
+                yield self._scored(replace(row, control="untrained"), other, train, sides, 0.0)
+
+    def _scored(
+        self, row: Row, method: Method, train: Side, sides: Mapping[str, Side], seconds: float
+    ) -> Scored:
+        start = time.perf_counter()
+        reported = {name for name, _ in self.reported()} & set(self._able(method))
+        sides = {name: side for name, side in sides.items() if name in reported}
+        truths = {name: self.tasks[name].truths for name in sides}
+        scores = all_scores(sides, train, method, truths)
+        asked = sum(len(side) for side in sides.values())
+        layout = train.store.layout
+        size = int(np.prod(layout.row_shape)) * STORED_AS[layout.dtype].itemsize
+        cost = Cost(
+            size * len(method.requires.readouts), seconds, (time.perf_counter() - start) / asked
+        )
+        return Scored(row, scores, cost)
+
+    def _able(self, method: Method) -> dict[str, Side]:
+        """Return the tasks' queries that a method can be asked about."""
+        return {
+            name: side
+            for name, side in self.sides.items()
+            if (side.journey or not method.requires.journey)
+            and (name in self.benchmark.running or not method.requires.model)
+        }
+
+    def _judge(self, method: Method, tasks: Sequence[str]) -> dict[str, float]:
+        """Return the mean of every quick metric of some tasks, by its full name."""
+        truths = {
+            name: {of: t for of, t in self.tasks[name].truths.items() if not t.costly}
+            for name in tasks
+        }
+        sides = {name: self.sides[name] for name in tasks}
+        found = {}
+        for (name, of), scores in all_scores(sides, self.world.train, method, truths).items():
+            for metric, values in truths[name][of].measure(scores).items():
+                found[f"{name}/{of}/{metric}"] = float(values.mean())
+        return found
+
+    def _quick(self, scored: Scored) -> Iterator[Cell]:
+        for name, task in self.reported():
+            for of, truth in task.truths.items():
+                if truth.costly or (name, of) not in scored.scores:
+                    continue
+                scores = scored.scores[name, of]
+                yield from self._cells(name, of, truth, scored.row, scores, scored.cost)
+                if self.benchmark.transforms and not truth.ranks_only and not scored.row.control:
+                    for control, changed in transformed(scores).items():
+                        row = replace(scored.row, control=control)
+                        yield from self._cells(name, of, truth, row, changed, scored.cost)
+
+    def _costly(self, kept: Sequence[Scored]) -> Iterator[Cell]:
+        for name, task in self.reported():
+            for of, truth in task.truths.items():
+                if truth.costly:
+                    able = [s for s in kept if (name, of) in s.scores]
+                    truth.expect({s.row.name: s.scores[name, of] for s in able})
+                    for s in able:
+                        scores = s.scores[name, of]
+                        yield from self._cells(name, of, truth, s.row, scores, s.cost)
+
+    def _cells(
+        self, task: str, of: str, truth: GroundTruth, row: Row, scores: Array, cost: Cost
+    ) -> Iterator[Cell]:
+        measured = truth.measure(scores)
+        resampled = truth.resampled(scores, measured, self.benchmark.resamples)
+        for metric, values in measured.items():
+            yield Cell(task, of, metric, row, values, resampled[metric], cost, self.dim)
+
+    def _references(self) -> Iterator[Cell]:
+        for name, task in self.reported():
+            for of, truth in task.truths.items():
+                for label, measured in truth.references().items():
+                    for metric, values in measured.items():
+                        means = GroundTruth.resampled(
+                            truth, values, {metric: values}, self.benchmark.resamples
+                        )
+                        row = Row(label, control="reference")
+                        yield Cell(name, of, metric, row, values, means[metric], dim=self.dim)
+
+    def reported(self) -> Iterator[tuple[str, Task]]:
+        """Yield the tasks that no setting is chosen on."""
+        chosen_on = self.benchmark.tuning.tasks if self.benchmark.tuning else set()
+        for name, task in self.tasks.items():
+            if name not in chosen_on:
+                yield name, task
+
+    def _is_costly(self, row: Row, method: Method) -> bool:
+        tuning = self.benchmark.tuning
+        if row.control:
+            return row == Row(self.benchmark.reference, control="untrained")
+        if tuning is None or not tuning.tunes(method):
+            return True
+        return row.tuned in self.benchmark.costly_for
+
+
+def transformed(scores: Array) -> dict[str, Array]:
+    """Return scores with the same order and other weights: what LDS owes to their shape."""
+    few = max(1, round(0.05 * scores.shape[1]))
+    return dict(
+        zip(TRANSFORMED, (squared(scores), soft_max(scores), top_only(scores, few)), strict=True)
+    )

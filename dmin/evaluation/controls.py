@@ -45,8 +45,8 @@ def top_only(scores: Array, k: int) -> Array:
     return kept
 
 
-def popularity(scores: Array) -> float:
-    """Return the mean rank correlation between the scores of two queries.
+def rank_correlations(scores: Array) -> Array:
+    """Return the mean rank correlation of each query's scores with those of the others, ``[Q]``.
 
     1 for a score that does not look at the query, 0 for unrelated rankings.
 
@@ -57,4 +57,14 @@ def popularity(scores: Array) -> float:
         raise DminError("popularity compares queries: give two or more.")
     ranks = np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1)
     correlation = np.asarray(np.corrcoef(ranks))
-    return float(correlation[np.triu_indices(len(scores), 1)].mean())
+    return np.asarray((correlation.sum(1) - 1) / (len(scores) - 1))
+
+
+def shared_top(scores: Array, k: int) -> Array:
+    """Return each query's part in the distinct examples among all queries' top k, ``[Q]``.
+
+    An example that n queries name counts 1/n for each; so the mean over queries is the number of
+    distinct examples over ``Q · k``.
+    """
+    kept = top_only(scores, k)
+    return np.asarray((kept / np.maximum(kept.sum(0), 1)).sum(1) / k)

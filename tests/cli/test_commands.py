@@ -148,3 +148,49 @@ def test_what_is_wrong_is_said_in_one_paragraph(arguments, named, tmp_path):
     assert named in refused.stderr
     assert "Traceback" not in refused.stderr
     assert len(refused.stderr.strip().splitlines()) <= 12
+
+
+SMALL = [
+    "benchmark=digits",
+    "extras.threads=1",
+    "train.steps=40",
+    "sketch.dim=256",
+    "timesteps.num=2",
+    "collect.readouts=[loss]",
+    "benchmark.models=1",
+    "benchmark.transforms=false",
+    "benchmark.untrained=false",
+    "benchmark.tuning.alpha=[0.1,10]",
+    "benchmark.tuning.p=[1]",
+    "benchmark.tasks.generated.truths.subsets.subsets=4",
+    "benchmark.tasks.tune.truths.subsets.subsets=4",
+    "benchmark.tasks.generated.truths.union.groups=2",
+    "benchmark.tasks.generated.truths.union.random=2",
+]
+
+
+@pytest.mark.slow
+def test_a_benchmark_trains_retrains_and_adds_a_method_to_what_it_has(tmp_path):
+    dmin("evaluate", *SMALL, "benchmark.methods=[random,dmin]", cwd=tmp_path)
+    retrained = {p: p.stat().st_mtime_ns for p in tmp_path.glob("outputs/retrained/*/*.safe*")}
+    mine = tmp_path / "mine/method/mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# The norm, whatever the query.\n_target_: mine.Loudest\n")
+    tmp_path.joinpath("mine.py").write_text(
+        "from dmin.attribution import Method\n\n\n"
+        "class Loudest(Method):\n"
+        "    name = 'loudest'\n\n"
+        "    def score(self, queries, train):\n"
+        "        return train.norms['loss'].sum((1, 2, 3)).expand(len(queries.ids), -1)\n"
+    )
+    more = ["--config-dir", "mine", "benchmark.methods=[random,dmin,spectral,mine]"]
+    found = dmin("evaluate", *more, *SMALL, cwd=tmp_path)
+    assert "results.html" in found.stdout
+    again = {p: p.stat().st_mtime_ns for p in tmp_path.glob("outputs/retrained/*/*.safe*")}
+    assert retrained.items() <= again.items() and len(again) > len(retrained)
+    run = max((tmp_path / "outputs/runs/evaluate").iterdir())
+    rows = list(csv.DictReader((run / "results.csv").open()))
+    measured = {(r["method"], r["metric"]) for r in rows}
+    for metric in ("LDS", "union@50 %", "leave-out ρ", "AUROC", "mAP"):
+        assert {("dmin", metric), ("mine", metric)} <= measured
+    assert {r["tuned"] for r in rows if r["method"] == "spectral"} == {"", "planted", "retraining"}

@@ -1,98 +1,246 @@
-"""The whole table on real digits, and what the ground truths refuse."""
+"""The whole table on real digits: methods × ground truths, their controls, and what is written."""
 
 import csv
+import re
 
 import numpy as np
 import pytest
+import torch
+from evaluation.worlds import small_world
 from PIL import Image
 
-from dmin.attribution import DMin, PixelL2, Random, Side
-from dmin.collect import GradientCollector, predict_trainer
+from dmin.attribution import DAS, DMin, Method, PixelL2, Random, Spectral
 from dmin.data import Example, Examples
+from dmin.data.digits import Digits
 from dmin.errors import DminError
-from dmin.evaluation import Benchmark, SameColumn, SameLabel, Source, Task, report
+from dmin.evaluation import (
+    Benchmark,
+    GroundTruth,
+    Report,
+    SameColumn,
+    SameLabel,
+    SelfInfluence,
+    Source,
+    Task,
+    Tuning,
+    present,
+)
+from dmin.evaluation.results import Cell, Row, compared
 from dmin.queries import Planted
-from dmin.sketches import BlockCyclic
-from dmin.timesteps import Stratified
+
+
+class Brightness(GroundTruth):
+    """A user's own: darker examples matter more. No more than this is needed."""
+
+    ranks_only = False
+
+    def prepare(self, world, queries):
+        images = [world.train.image(id) for id in world.train.store.ids]
+        self.dark = np.array([-image.mean().item() for image in images])
+
+    def measure(self, scores):
+        return {"darkness": np.array([np.corrcoef(row, self.dark)[0, 1] for row in scores])}
+
+
+class Loudest(Method):
+    """A user's own method: the norm of the gradient, whatever the query."""
+
+    name = "loudest"
+
+    def score(self, queries, train):
+        return train.norms["loss"].sum((1, 2, 3)).expand(len(queries.ids), -1)
 
 
 @pytest.fixture(scope="module")
-def collected(ddpm, tmp_path_factory):
-    def collect(dataset):
-        collector = GradientCollector(ddpm, BlockCyclic(256), Stratified(2))
-        trainer = predict_trainer(accelerator="cpu", enable_progress_bar=False)
-        path = tmp_path_factory.mktemp("stores") / "store"
-        return Side(collector.collect(dataset, path, trainer=trainer), dataset)
-
-    return collect
-
-
-@pytest.fixture(scope="module")
-def sixty(digits):
-    from dmin.data.digits import Digits
-
-    return Examples(Digits("train").examples[:60])
+def sixty():
+    digits = Digits("train").examples[:60]
+    return Examples(
+        [
+            Example(e.id, e.image, e.label, None, {"mislabelled": i < 4})
+            for i, e in enumerate(digits)
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
-def results(collected, sixty):
-    from dmin.data.digits import Digits
+def world(ddpm, sixty, tmp_path_factory):
+    return small_world(ddpm, sixty, tmp_path_factory.mktemp("world"))
 
-    class FirstFive(SameLabel):
-        metrics = ("precision@5", "mAP")
 
+@pytest.fixture(scope="module")
+def report(world):
+    heldout = Digits("heldout").examples
+    five = SameLabel(["precision@5", "mAP"])
     tasks = {
-        "copies": Task(Planted("exact", count=8), Source()),
-        "held-out": Task(Examples(Digits("heldout").examples[:12]), FirstFive()),
+        "copies": Task({"source": Source()}, Planted("exact", count=8)),
+        "held-out": Task({"label": five, "own": Brightness()}, Examples(heldout[:12])),
+        "self": Task({"marked": SelfInfluence()}),
+        "tune": Task({"label": five}, Examples(heldout[20:40])),
     }
-    methods = {"random": Random(), "pixel_l2": PixelL2(), "dmin": DMin()}
-
-    def queries(name, task):
-        planted = isinstance(task.queries, Planted)
-        return collected(task.queries.plant(sixty) if planted else task.queries)
-
-    return Benchmark(tasks, methods).run(collected(sixty), queries, lambda text: None)
-
-
-def test_copies_are_found_first_by_likeness_and_not_by_chance(results):
-    found = {(r.method, r.metric): r.estimate.mean for r in results if r.task == "copies"}
-    assert found["dmin", "recall@1"] == found["pixel_l2", "recall@1"] == 1
-    assert found["random", "recall@1"] < 0.3
+    methods = {
+        "random": Random(),
+        "pixel_l2": PixelL2(),
+        "dmin": DMin(),
+        "spectral": Spectral(),
+        "loudest": Loudest(),
+        "das": DAS(),
+    }
+    tuning = Tuning({"planted": "tune/label/mAP"}, alpha=(0.1, 10.0), p=(1.0,), watch=["copies"])
+    benchmark = Benchmark(tasks, tuning=tuning, untrained=True, transforms=True)
+    return benchmark.run(world, methods)
 
 
-def test_every_cell_is_there_and_inside_its_interval(results):
-    assert len(results) == 3 * 3 + 3 * 2
-    assert all(r.estimate.low <= r.estimate.mean <= r.estimate.high for r in results)
+def find(report, name, metric, task):
+    return next(r for r in report.results if (r.name, r.metric, r.task) == (name, metric, task))
 
 
-def test_the_report_is_written(results, tmp_path):
-    report.save_csv(results, tmp_path / "results.csv")
+def test_copies_are_found_first_by_likeness_and_not_by_chance(report):
+    for name in ("dmin", "pixel_l2", "spectral"):
+        assert find(report, name, "recall@1", "copies").mean == 1
+    assert find(report, "random", "recall@1", "copies").mean < 0.3
+
+
+def test_every_cell_is_inside_its_interval_and_has_its_controls(report):
+    assert all(r.low - 1e-9 <= r.mean <= r.high + 1e-9 for r in report.results)
+    names = {r.name for r in report.results}
+    assert {"dmin, untrained", "dmin, soft-max", "spectral, tuned on planted, squared"} <= names
+    assert "pixel_l2, untrained" not in names
+    # Where only the order matters, a monotone transform would repeat the row.
+    assert {r.metric for r in report.results if r.control == "soft-max"} == {"darkness"}
+
+
+def test_a_method_that_cannot_be_measured_is_left_out_with_its_reason(report):
+    assert "das" not in {r.method for r in report.results}
+    assert "readouts" in report.left_out["das"]
+
+
+def test_tuning_takes_the_best_point_of_its_own_task_and_reports_it_nowhere(report):
+    assert "tune" not in {r.task for r in report.results}
+    points = {p["alpha"]: p["tune/label/mAP"] for p in report.path if p["method"] == "spectral"}
+    assert sorted(points) == [0.1, 10]
+    chosen = find(report, "spectral, tuned on planted", "mAP", "held-out").settings
+    assert chosen == f"alpha = {max(points, key=points.get):g}, p = 1"
+    assert all("copies/source/recall@1" in p for p in report.path)
+
+
+def test_a_point_of_the_path_is_the_method_with_these_settings(report, world):
+    from dmin.attribution import score_matrix
+    from dmin.evaluation.metrics import measure
+
+    queries = world._sides["tune", False]
+    scores = score_matrix(queries, world.train, Spectral(alpha=10.0, p=1.0))
+    truth = SameLabel(["mAP"])
+    truth.prepare(world, queries)
+    expected = measure("mAP", scores, truth._relevant).mean()
+    point = next(p for p in report.path if p["alpha"] == 10 and p["method"] == "spectral")
+    assert point["tune/label/mAP"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_joined_queries_score_as_they_do_alone(report, world):
+    from dmin.attribution import score_matrix
+    from dmin.evaluation.scoring import Joined
+
+    sides = [world._sides[name, False] for name in ("copies", "held-out")]
+    together = score_matrix(Joined(sides), world.train, Spectral())
+    alone = [score_matrix(side, world.train, Spectral()) for side in sides]
+    assert np.allclose(together, np.concatenate(alone), atol=1e-5)
+    assert Joined(sides).block([3, 9], PixelL2.requires).images.shape[0] == 2
+
+
+def test_a_users_own_ground_truth_and_method_have_their_rows(report):
+    assert find(report, "loudest", "darkness", "held-out").queries == 12
+    # The same for every query, so its mean over queries has no interval.
+    row = find(report, "loudest", "darkness", "held-out")
+    assert row.high - row.low < 1e-6
+
+
+def test_differences_are_paired_and_only_real_leads_are_best():
+    generator = np.random.default_rng(0)
+    common = generator.normal(size=200)
+
+    def cell(name, shift, control=""):
+        values = common + shift + 0.01 * generator.normal(size=200)
+        draws = np.random.default_rng(1).integers(200, size=(300, 200))
+        return Cell("t", "g", "m", Row(name, control=control), values, values[draws].mean(1))
+
+    cells = [cell("dmin", 0), cell("better", 0.1), cell("same", 0.1), cell("top", 1, "untrained")]
+    found = {r.method: r for r in compared(cells, "dmin")}
+    assert found["better"].better and not found["better"].worse
+    assert found["better"].high - found["better"].low > 0.1  # alone, it could not be told apart
+    assert found["better"].best and found["same"].best and not found["dmin"].best
+    assert not found["top"].best  # a control is never the best method
+    assert found["dmin"].difference is None
+
+
+def test_everything_is_written_and_can_be_read_back(report, tmp_path):
+    files = present.save(report, tmp_path)
+    assert all(file.is_file() for file in files)
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert [float(r["mean"]) for r in rows] == [
-        pytest.approx(r.estimate.mean, abs=1e-4) for r in results
+        pytest.approx(r.mean, rel=1e-3, abs=1e-9) for r in report.results
     ]
-    text = report.markdown(results)
-    assert "### copies (8 queries)" in text and "| dmin | 1.000 (1.00–1.00)" in text
-    report.save_plot(results, tmp_path / "results.png")
+    again = Report.load(tmp_path)
+    assert [r.name for r in again.results] == [r.name for r in report.results]
+    assert [r.best for r in again.results] == [r.best for r in report.results]
+    assert len(again.path) == len(report.path)
+    text = (tmp_path / "results.md").read_text()
+    assert "### held-out (12 queries)" in text and "Left out" in text and "das:" in text
     pixels = np.asarray(Image.open(tmp_path / "results.png").convert("L"))
-    assert pixels.shape[1] == 1350 and pixels.std() > 10
-    assert [table.row_count for table in report.tables(results)] == [3, 3]
+    assert pixels.std() > 10
 
 
-def test_any_column_can_tell_what_is_right(collected, digits):
+def test_the_page_needs_nothing_else_and_lets_no_markup_in(report, tmp_path):
+    report.left_out["<b>"] = "</script><script>alert(1)</script>"
+    present.save(report, tmp_path)
+    del report.left_out["<b>"]
+    page = (tmp_path / "results.html").read_text()
+    assert page.count("<script>") == 1 and "alert(1)</script>" not in page
+    assert not re.search(r"\{\{[A-Z_]+\}\}", page)
+    assert not re.search(r"(src|href)=[\"']?http", page)
+
+
+def test_a_lead_within_chance_is_not_bold(report):
+    from dmin.evaluation.tables import cell
+
+    r = find(report, "random", "mAP", "held-out")
+    assert "**" not in cell(r)
+    for r in report.results:
+        if "**" in cell(r):
+            assert r.best and r.difference_low > 0
+
+
+def test_smaller_sketches_are_folded_and_told_apart(ddpm, sixty, tmp_path):
+    world = small_world(ddpm, sixty, tmp_path, dim=512)
+    tasks = {"copies": Task({"source": Source(["recall@1", "MRR"])}, Planted("exact", count=8))}
+    found = Benchmark(tasks, dims=(512, 256)).run(world, {"dmin": DMin(), "pixel_l2": PixelL2()})
+    sizes = [(r.method, r.dim, r.bytes) for r in found.results if r.metric == "MRR"]
+    assert sizes == [("dmin", 512, 2048), ("pixel_l2", 512, 0), ("dmin", 256, 1024)]
+
+
+def test_any_column_can_tell_what_is_right(ddpm, digits, tmp_path):
     marked = [
         Example(e.id, e.image, e.label, None, {"source": "a" if i % 3 else "b"})
         for i, e in enumerate(digits.examples[:9])
     ]
-    side = collected(Examples(marked))
+    side = small_world(ddpm, Examples(marked), tmp_path).train
     found = SameColumn("source").relevant(side.store, side.store)
     expected = [[(i % 3 == 0) == (j % 3 == 0) for j in range(9)] for i in range(9)]
     assert found.tolist() == expected
-
-
-def test_a_ground_truth_needs_its_column(collected, digits):
-    unlabelled = Examples([Example(e.id, e.image, 0) for e in digits.examples[:2]])
-    train = collected(digits)
-    queries = collected(unlabelled)
     with pytest.raises(DminError, match="have no 'source_id'"):
-        Source().relevant(queries.store, train.store)
+        Source().relevant(side.store, side.store)
+
+
+@pytest.mark.parametrize("metric", ["tune/label", "nowhere/label/mAP", "tune/other/mAP"])
+def test_a_criterion_that_is_not_there_is_refused(metric):
+    tasks = {"tune": Task({"label": SameLabel()}, Planted())}
+    with pytest.raises(DminError, match="write task/truth/metric"):
+        Benchmark(tasks, tuning=Tuning({"planted": metric}))
+
+
+def test_retraining_needs_a_recipe(world):
+    from dmin.evaluation import LDS
+
+    tasks = {"copies": Task({"subsets": LDS()}, Planted("exact", count=2))}
+    with pytest.raises(DminError, match="Say train=<choice>"):
+        Benchmark(tasks).run(world, {"random": Random()})
+    assert torch.is_grad_enabled()

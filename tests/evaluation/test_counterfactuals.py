@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from dmin.errors import DminError
-from dmin.evaluation.controls import popularity, soft_max, squared, top_only
+from dmin.evaluation.controls import rank_correlations, shared_top, soft_max, squared, top_only
 from dmin.evaluation.lds import (
     Resamples,
     ceiling,
@@ -131,12 +131,18 @@ def test_transforms_keep_the_order_and_top_only_counts():
     ).all()
 
 
-def test_popularity_tells_scores_that_do_not_look_at_the_query():
+def test_rank_correlation_tells_scores_that_do_not_look_at_the_query():
     generator = np.random.default_rng(0)
     common, own = generator.normal(size=(1, 400)), generator.normal(size=(10, 400))
-    assert popularity(common + 0 * own) == pytest.approx(1)
-    assert abs(popularity(own)) < 0.05
-    assert 0.3 < popularity(common + own) < 0.7
+    assert rank_correlations(common + 0 * own) == pytest.approx(1)
+    assert abs(rank_correlations(own).mean()) < 0.05
+    assert 0.3 < rank_correlations(common + own).mean() < 0.7
+
+
+def test_distinct_examples_are_counted_once():
+    scores = np.random.default_rng(0).normal(size=(8, 30))
+    distinct = len(set(np.argsort(-scores, axis=1)[:, :5].ravel()))
+    assert shared_top(scores, 5).mean() == pytest.approx(distinct / 40)
 
 
 def test_what_cannot_be_measured_is_refused():
@@ -148,6 +154,6 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(DminError, match="two or more"):
         ceiling(losses[:1])
     with pytest.raises(DminError, match="two or more"):
-        popularity(truth[:1])
+        rank_correlations(truth[:1])
     with pytest.raises(DminError, match="k=81"):
         top_only(truth, 81)

@@ -1,0 +1,151 @@
+"""What a benchmark needs of a configuration: every method there is, and a world to measure in."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dmin.cli.validate import validate
+from dmin.cli.workspace import Workspace, build
+from dmin.errors import DminError
+
+if TYPE_CHECKING:
+    from dmin.attribution import Method, Side
+    from dmin.data import Dataset
+    from dmin.evaluation import Benchmark, World
+    from dmin.evaluation.world import Told
+    from dmin.models import DiffusionModel
+    from dmin.store import Store
+
+
+def further_models(work: Workspace, count: int) -> list[Workspace]:
+    """Return the workspaces of models trained alike with further seeds, beside the one asked about.
+
+    Args:
+        work: of the model asked about.
+        count: of models, that one included.
+    """
+    found = []
+    for seed in range(work.cfg.seed + 1, work.cfg.seed + count):
+        other = work.at(f"{work.cfg.model.path}-seed{seed}")
+        with open_dict(other.cfg):
+            other.cfg.train.seed = seed
+        found.append(other)
+    return found
+
+
+def chosen_methods(
+    work: Workspace, benchmark: Benchmark, others: Sequence[Workspace] = ()
+) -> tuple[dict[str, Method], dict[str, str]]:
+    """Return the methods a benchmark names, built, and those that lack a setting, with which.
+
+    ``all`` are those of ``conf/method`` and of the user's own ``--config-dir``.
+
+    Args:
+        work: its ``method`` stands in for the choice of that name, settings included.
+        benchmark: names methods, and settings of theirs.
+        others: models for the methods that average over several.
+
+    Raises:
+        DminError: there is no such method.
+    """
+    known = GlobalHydra.instance().config_loader().get_group_options("method")
+    names = known if benchmark.methods == "all" else list(benchmark.methods)
+    asked = (*names, *benchmark.without, *benchmark.settings)
+    if unknown := [name for name in asked if name not in known]:
+        raise DminError(
+            f"benchmark: there is no method {unknown[0]!r}. Choices: {', '.join(known)}."
+        )
+    built: dict[str, Method] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        if name in benchmark.without:
+            continue
+        cfg = _with_method(work, name, benchmark.settings.get(name, {}))
+        if others and cfg.method.get("checkpoints") == []:
+            cfg.method.checkpoints = [str(other.cfg.model.path) for other in others]
+        missing = OmegaConf.missing_keys(cfg.method)
+        if missing:
+            left_out[name] = ", ".join(
+                f"needs benchmark.settings.{name}.{key}=..." for key in sorted(missing)
+            )
+            continue
+        validate(cfg, ["method"])
+        built[name] = build(cfg.method)
+    return built, left_out
+
+
+def _with_method(work: Workspace, name: str, settings: Mapping[str, Any]) -> DictConfig:
+    """Return a configuration whose method is that of the given name."""
+    cfg = copy.deepcopy(work.cfg)
+    with open_dict(cfg):
+        if name != HydraConfig.get().runtime.choices["method"]:
+            cfg.method = compose(f"method/{name}").method
+        cfg.method = OmegaConf.merge(cfg.method, settings)
+    return cfg
+
+
+@contextmanager
+def world_of(work: Workspace, benchmark: Benchmark, methods: Sequence[Method]) -> Iterator[World]:
+    """Give the world of a configuration, and show the progress of what is done in it.
+
+    Args:
+        work: model, data and stores.
+        benchmark: says how much is retrained at once.
+        methods: whose requirements, such as further models, the world meets.
+    """
+    import torch
+
+    from dmin.evaluation import Ensemble, Recipe, World
+
+    logging.getLogger("dmin.attribution").setLevel(logging.WARNING)  # a line a fit is too many
+    ensemble = untrained = None
+    if work.cfg.train is not None:
+        how = dict(build(work.cfg.train).keywords)
+        recipe = Recipe(**{name: how[name] for name in Recipe.__dataclass_fields__ if name in how})
+        device = work.trainer().strategy.root_device
+        cache = work.outputs / "retrained"
+        ensemble = Ensemble(how["model"], work.data, recipe, cache, benchmark.chunk, device)
+        torch.manual_seed(work.cfg.seed)
+        untrained = how["model"]().eval()
+
+    def ask(name: str, source: Any) -> Side:
+        return work.query_side(source, name.replace("_", "-"), methods)
+
+    def collect(model: DiffusionModel, dataset: Dataset, role: str) -> Store:
+        return work.store(dataset, role, not role.endswith("-train"), model)
+
+    train = work.train_side(methods)
+    with _shown(work) as told:
+        yield World(work.model, train, ask, collect, ensemble, untrained, told)
+
+
+@contextmanager
+def _shown(work: Workspace) -> Iterator[Told]:
+    """Show a bar for each thing that is being done."""
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    bars: dict[str, Any] = {}
+    with Progress(*columns, console=work.console) as progress:
+
+        def told(what: str, done: int, total: int) -> None:
+            what, _, detail = what.partition(": ")
+            if what not in bars:
+                bars[what] = progress.add_task(what, total=total)
+            text = f"{what}: {detail}" if detail and done < total else what
+            progress.update(bars[what], completed=done, total=total, description=text)
+
+        yield told

@@ -1,0 +1,99 @@
+"""The report as one HTML file to look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dmin.evaluation.conclusions import conclusions, spell, summary
+from dmin.evaluation.plots import MAIN, family
+from dmin.evaluation.results import Report, Result
+from dmin.pages import write_page
+
+NOT_SHOWN = ("squared", "top 5 %")  # their like is, the soft-max; they stand in the tables
+TITLE = "How far can the answer be trusted?"
+
+
+def save_page(report: Report, path: str | Path, title: str = TITLE) -> Path:
+    """Write a page on which every measure of a report can be looked at.
+
+    Args:
+        report: what was measured.
+        path: the HTML file to write.
+        title: headline.
+    """
+    data = {
+        "title": title,
+        "summary": summary(report),
+        "reference": report.reference,
+        "notes": report.notes,
+        "leftOut": report.left_out,
+        "conclusions": [
+            {
+                "wish": c.wish,
+                "where": c.where,
+                "text": c.text,
+                "best": c.best.name,
+                "value": spell(c.best),
+                "ofCeiling": _round(c.best.of_ceiling),
+                "tied": c.tied,
+                "key": _key(c.best),
+            }
+            for c in conclusions(report)
+        ],
+        "main": list(MAIN),
+        "rows": _packed([_row(r) for r in report.results if r.control not in NOT_SHOWN]),
+        "path": _packed([{k: _round(v) for k, v in row.items()} for row in report.path]),
+    }
+    return write_page("evaluation/report.html", title, data, path)
+
+
+def _row(r: Result) -> dict[str, Any]:
+    return {
+        "key": _key(r),
+        "task": r.task,
+        "truth": r.truth,
+        "metric": r.metric,
+        "dim": r.dim,
+        "name": r.name,
+        "method": r.method,
+        "tuned": r.tuned,
+        "control": r.control,
+        "settings": r.settings,
+        "family": family(r),
+        "n": r.queries,
+        "mean": _round(r.mean),
+        "low": _round(r.low),
+        "high": _round(r.high),
+        "difference": _round(r.difference),
+        "differenceLow": _round(r.difference_low),
+        "differenceHigh": _round(r.difference_high),
+        "best": r.best,
+        "ofCeiling": _round(r.of_ceiling),
+        "kib": _round(r.bytes / 1024),
+        "fit": _round(r.fit_seconds),
+        "ms": _round(1000 * r.query_seconds),
+    }
+
+
+def _packed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return rows as lists of one order of columns, each text of which stands once."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    texts = list(dict.fromkeys(v for row in rows for v in row.values() if isinstance(v, str)))
+    place = {text: [number] for number, text in enumerate(texts)}
+    lines = [
+        [place[v] if isinstance(v := row.get(name), str) else v for name in columns] for row in rows
+    ]
+    return {"columns": columns, "texts": texts, "lines": lines}
+
+
+def _key(r: Result) -> str:
+    return "/".join((r.task, r.truth, r.metric))
+
+
+def _round(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.3g}") if math.isfinite(value) else None

@@ -1,0 +1,252 @@
+"""The tidy table that everything else is drawn from: one line a method, task and metric."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+
+TRANSFORMED = ("squared", "soft-max", "top 5 %")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the tables: a method as it was set, or a control of it, or a reference.
+
+    Args:
+        method: its name.
+        tuned: the criterion its settings were chosen by; empty as it stands in its YAML.
+        control: what was done to it (``untrained``, ``squared`` …), empty for the method itself;
+            ``reference`` for a row that is no method, such as the ceiling.
+        settings: that were chosen, in words.
+    """
+
+    method: str
+    tuned: str = ""
+    control: str = ""
+    settings: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the tables call it."""
+        parts = [self.method]
+        if self.tuned:
+            parts.append(f"tuned on {self.tuned}")
+        if self.control and self.control != "reference":
+            parts.append(self.control)
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a row takes: bytes an example in the store, seconds to fit and to ask once."""
+
+    bytes: int = 0
+    fit_seconds: float = 0.0
+    query_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement, before it is compared with others."""
+
+    task: str
+    truth: str
+    metric: str
+    row: Row
+    values: Array  # [Q]
+    resampled: Array  # [R]
+    cost: Cost = field(default_factory=Cost)
+    dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measurement with its 95 % interval, and how it compares.
+
+    ``difference`` is to the reference method in the same resamples; ``better`` says that its
+    interval lies above zero, ``worse`` below. ``best`` marks the methods (controls apart) that no
+    other method is better than, within the interval of the paired difference.
+    """
+
+    task: str
+    truth: str
+    metric: str
+    method: str
+    tuned: str
+    control: str
+    settings: str
+    dim: int | None
+    queries: int
+    mean: float
+    low: float
+    high: float
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    best: bool = False
+    of_ceiling: float | None = None
+    bytes: int = 0
+    fit_seconds: float = 0.0
+    query_seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What the tables call the row."""
+        return Row(self.method, self.tuned, self.control).name
+
+    @property
+    def better(self) -> bool:
+        """Whether it is better than the reference method beyond chance."""
+        return self.difference_low is not None and self.difference_low > 0
+
+    @property
+    def worse(self) -> bool:
+        """Whether it is worse than the reference method beyond chance."""
+        return self.difference_high is not None and self.difference_high < 0
+
+
+@dataclass
+class Report:
+    """All that a benchmark found.
+
+    Args:
+        results: the tidy table.
+        path: every point of every tuned method's path, with all quick metrics.
+        left_out: methods that could not be measured, and why.
+        reference: the method that differences are to.
+        notes: the world that it was measured in, in words, and what the run took.
+    """
+
+    results: list[Result]
+    path: list[dict[str, Any]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    reference: str = "dmin"
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``results.csv`` (and ``.parquet``, with pyarrow) and ``path.csv``."""
+        folder = Path(folder)
+        rows = [{k: _short(v) for k, v in asdict(r).items()} for r in self.results]
+        _save(rows, folder / "results.csv")
+        if self.path:
+            _save(
+                [{k: _short(v) for k, v in row.items()} for row in self.path], folder / "path.csv"
+            )
+        try:
+            pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+        except ImportError:
+            return
+        parquet.write_table(
+            pyarrow.Table.from_pylist([asdict(r) for r in self.results]), folder / "results.parquet"
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path, **known: Any) -> Report:
+        """Read the tables back, to draw them again; ``known`` are the other fields."""
+        folder = Path(folder)
+        with (folder / "results.csv").open(newline="") as file:
+            results = [_read(line) for line in csv.DictReader(file)]
+        path: list[dict[str, Any]] = []
+        if (folder / "path.csv").is_file():
+            with (folder / "path.csv").open(newline="") as file:
+                path = [
+                    {k: v if k == "method" else float(v) for k, v in line.items() if v != ""}
+                    for line in csv.DictReader(file)
+                ]
+        return cls(results, path, **known)
+
+
+def compared(cells: Sequence[Cell], reference: str) -> list[Result]:
+    """Turn measurements into results: intervals, paired differences, who is best."""
+    results = []
+    for group in _groups(cells).values():
+        base = next((c for c in group if c.row == Row(c.row.method) == Row(reference)), None)
+        ceiling = next((c.values.mean() for c in group if c.row.method == "ceiling"), None)
+        best = _best([c for c in group if not c.row.control])
+        for cell in group:
+            mean, is_method = float(cell.values.mean()), cell.row.control != "reference"
+            low, high = np.quantile(cell.resampled, [0.025, 0.975])
+            found = Result(
+                task=cell.task,
+                truth=cell.truth,
+                metric=cell.metric,
+                method=cell.row.method,
+                tuned=cell.row.tuned,
+                control=cell.row.control,
+                settings=cell.row.settings,
+                dim=cell.dim,
+                queries=len(cell.values),
+                mean=mean,
+                low=float(low),
+                high=float(high),
+                best=any(cell is one for one in best),
+                of_ceiling=mean / ceiling if ceiling and is_method else None,
+                bytes=cell.cost.bytes,
+                fit_seconds=cell.cost.fit_seconds,
+                query_seconds=cell.cost.query_seconds,
+            )
+            if base is not None and is_method:
+                found = replace(found, **_difference(cell, base))
+            results.append(found)
+    return results
+
+
+def _groups(cells: Iterable[Cell]) -> Mapping[tuple[Any, ...], list[Cell]]:
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.task, cell.truth, cell.metric), []).append(cell)
+    return groups
+
+
+def _difference(cell: Cell, base: Cell) -> dict[str, Any]:
+    if cell is base:
+        return {}
+    low, high = np.quantile(cell.resampled - base.resampled, [0.025, 0.975])
+    return {
+        "difference": float(cell.values.mean() - base.values.mean()),
+        "difference_low": float(low),
+        "difference_high": float(high),
+    }
+
+
+def _best(cells: Sequence[Cell]) -> list[Cell]:
+    """Return those that the one of largest mean is not better than beyond chance."""
+    if not cells:
+        return []
+    top = max(cells, key=lambda c: float(c.values.mean()))
+    return [c for c in cells if np.quantile(top.resampled - c.resampled, 0.025) <= 0]
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _save(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _read(line: Mapping[str, str]) -> Result:
+    kinds = {f.name: str(f.type) for f in fields(Result)}
+
+    def value(name: str, text: str) -> Any:
+        kind = kinds[name]
+        if kind == "str":
+            return text
+        if text == "":
+            return None
+        if kind == "bool":
+            return text == "True"
+        return int(text) if kind.startswith("int") else float(text)
+
+    return Result(**{name: value(name, text) for name, text in line.items()})

@@ -1,0 +1,119 @@
+"""Scores of methods that are fitted once and asked often."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dmin.attribution import ExampleBlock, Method, Requires, Side
+from dmin.attribution.retrieval import fitted_scores
+from dmin.errors import DminError
+from dmin.evaluation.ground_truth import Array, GroundTruth
+from dmin.evaluation.results import Cost, Row
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row with its scores, by (task, ground truth); ground truths of a task share them."""
+
+    row: Row
+    scores: Mapping[tuple[str, str], Array]
+    cost: Cost
+
+
+def fitted(method: Method, train: Side) -> tuple[Method, float]:
+    """Return a fitted copy of a method, and the seconds that it took."""
+    start, method = time.perf_counter(), copy.copy(method)
+    method.fit(train)
+    return method, time.perf_counter() - start
+
+
+def all_scores(
+    sides: Mapping[str, Side],
+    train: Side,
+    method: Method,
+    truths: Mapping[str, Mapping[str, GroundTruth]],
+) -> dict[tuple[str, str], Array]:
+    """Return the scores that ground truths ask for, all queries scored in one pass.
+
+    Args:
+        sides: queries of each task.
+        train: the training side.
+        method: fitted to it.
+        truths: of each task, by name.
+    """
+    asked = [name for name in sides if any(truth.of == "pairs" for truth in truths[name].values())]
+    pairs: dict[str, Array] = {}
+    if asked:
+        scores = fitted_scores(Joined([sides[name] for name in asked]), train, method)
+        ends = np.cumsum([len(sides[name]) for name in asked])[:-1]
+        pairs = dict(zip(asked, np.split(scores, ends), strict=True))
+    return {
+        (name, of): pairs[name] if truth.of == "pairs" else self_scores(train, method, truth.rows)
+        for name in sides
+        for of, truth in truths[name].items()
+    }
+
+
+def self_scores(train: Side, method: Method, rows: Sequence[int] | Array) -> Array:
+    """Return the score of training examples with themselves, float32 ``[len(rows)]``."""
+    found = []
+    for start in range(0, len(rows), 64):
+        block = train.block(rows[start : start + 64], method.requires)
+        found.append(method.score(method.transform_query(block), block).diagonal().float())
+    return np.asarray(torch.cat(found).numpy())
+
+
+class Joined(Side):
+    """Several sides one after the other, so that all are scored in one pass over the other."""
+
+    def __init__(self, parts: Sequence[Side]) -> None:
+        super().__init__(parts[0].store)  # whose layout is that of all
+        self.parts = list(parts)
+        self._starts = np.cumsum([0, *(len(part) for part in self.parts)])
+
+    def __len__(self) -> int:
+        """Return the number of examples in all parts."""
+        return int(self._starts[-1])
+
+    def block(self, rows: Sequence[int] | np.ndarray, requires: Requires) -> ExampleBlock:
+        """Return chosen rows, in ascending order, with what a method requires.
+
+        Raises:
+            DminError: images of different sizes.
+        """
+        rows = np.asarray(rows)
+        return _joined([part.block(chosen, requires) for part, chosen in self._chosen(rows)])
+
+    def _chosen(self, rows: np.ndarray) -> Iterator[tuple[Side, np.ndarray]]:
+        for part, start, end in zip(self.parts, self._starts[:-1], self._starts[1:], strict=True):
+            here = rows[(rows >= start) & (rows < end)] - start
+            if len(here):
+                yield part, here
+
+
+def _joined(blocks: Sequence[ExampleBlock]) -> ExampleBlock:
+    """Return blocks of several sides as one."""
+    shapes = {tuple(b.images.shape[1:]) for b in blocks if b.images is not None}
+    if len(shapes) > 1:
+        raise DminError(
+            f"images of {' and '.join(map(str, sorted(shapes)))} among the queries: a method that "
+            f"compares images needs one size. Bring them to that of the training images."
+        )
+    images = [b.images for b in blocks if b.images is not None]
+    first = blocks[0]
+    return ExampleBlock(
+        first=first.first,
+        ids=[id for b in blocks for id in b.ids],
+        features={name: torch.cat([b.features[name] for b in blocks]) for name in first.features},
+        norms={name: torch.cat([b.norms[name] for b in blocks]) for name in first.norms},
+        images=torch.cat(images) if images else None,
+        examples=[example for b in blocks for example in b.examples],
+        checkpoints=[_joined(same) for same in zip(*(b.checkpoints for b in blocks), strict=True)],
+        journey=[_joined(same) for same in zip(*(b.journey for b in blocks), strict=True)],
+    )

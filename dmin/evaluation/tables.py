@@ -1,0 +1,181 @@
+"""Results as Markdown and in a terminal: methods down, metrics across, a table for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from dmin.evaluation.conclusions import conclusions, number, summary
+from dmin.evaluation.results import TRANSFORMED, Report, Result
+
+LEGEND = (
+    "With half the width of the 95 % interval. **Bold**: no other method is better beyond chance, "
+    "and it is itself better than {reference} beyond chance (paired differences in the same "
+    "resamples). \\*: differs from {reference} beyond chance."
+)
+
+
+def markdown(report: Report) -> str:
+    """Return the whole report as Markdown."""
+    parts = ["## Which method for what\n", summary(report), ""]
+    wish = ""
+    for c in conclusions(report):
+        if c.wish != wish:
+            parts.append(f"- **{c.wish}.**")
+            wish = c.wish
+        parts.append(f"  - {c.where}: {c.text}")
+    parts += ["", "## Tables\n", LEGEND.format(reference=report.reference), ""]
+    for task in tasks(report.results):
+        rows = [r for r in report.results if r.task == task]
+        parts += _markdown_table(task, rows)
+    if any(r.control in (*TRANSFORMED, "untrained") for r in report.results):
+        parts += ["## Controls\n", *_controls(report.results)]
+    parts += ["## What each takes\n", *_costs(report.results)]
+    if report.left_out:
+        parts += ["## Left out\n"]
+        parts += [f"- {name}: {reason}" for name, reason in report.left_out.items()]
+        parts.append("")
+    if report.notes:
+        parts += ["## Measured in\n", *(f"- {k}: {v}" for k, v in report.notes.items()), ""]
+    return "\n".join(parts)
+
+
+def terminal(report: Report, most: int = 14) -> list[RenderableType]:
+    """Return what is printed: tables if they are short, and what they say.
+
+    Args:
+        report: what was measured.
+        most: rows of a table that is still printed; longer ones are in the files.
+    """
+    found: list[RenderableType] = []
+    for task in tasks(report.results):
+        rows = [r for r in report.results if r.task == task and _shown(r)]
+        if len(names(rows)) <= most:
+            found.append(_terminal_table(task, rows))
+    text = Text(summary(report), style="bold")
+    wish = ""
+    for c in conclusions(report):
+        if c.wish != wish:
+            text.append(f"\n\n{c.wish}", style="bold")
+            wish = c.wish
+        text.append(f"\n  {c.where}: ", style="dim not bold").append(c.text, style="not bold")
+    found.append(Panel(text, title="Which method for what", title_align="left", padding=(1, 2)))
+    for name, reason in report.left_out.items():
+        found.append(Text(f"left out: {name}: {reason}", style="yellow"))
+    return found
+
+
+def _terminal_table(task: str, rows: Sequence[Result]) -> Table:
+    title = f"{task} ({max(r.queries for r in rows)} queries)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("method", overflow="fold")
+    columns = metrics(rows)
+    for metric in columns:
+        table.add_column(metric, justify="right", overflow="fold")
+    for name in names(rows):
+        table.add_row(name, *[_terminal_cell(find(rows, name, metric)) for metric in columns])
+    return table
+
+
+def tasks(results: Sequence[Result]) -> list[str]:
+    """Return the tasks, in order."""
+    return list(dict.fromkeys(r.task for r in results))
+
+
+def metrics(rows: Sequence[Result]) -> list[str]:
+    """Return the metrics of a task, in order; two ground truths' metrics of one name apart."""
+    return list(dict.fromkeys(label(r, rows) for r in rows))
+
+
+def label(result: Result, rows: Sequence[Result]) -> str:
+    """Return a metric's column head."""
+    several = len({r.truth for r in rows if r.metric == result.metric}) > 1
+    size = "" if result.dim is None else f", k = {result.dim:,}"
+    return f"{result.truth}: {result.metric}{size}" if several else f"{result.metric}{size}"
+
+
+def names(rows: Sequence[Result]) -> list[str]:
+    """Return the rows' names: references first, then methods in order."""
+    ordered = sorted(rows, key=lambda r: r.control != "reference")
+    return list(dict.fromkeys(r.name for r in ordered))
+
+
+def find(rows: Sequence[Result], name: str, metric: str) -> Result | None:
+    """Return one cell of a task."""
+    return next((r for r in rows if r.name == name and label(r, rows) == metric), None)
+
+
+def cell(result: Result | None) -> str:
+    """Return a cell in Markdown."""
+    if result is None:
+        return ""
+    half = (result.high - result.low) / 2
+    text = number(result.mean, result.metric).removesuffix(" %")
+    if half > 0:
+        text += f" ±{number(half, result.metric).removesuffix(' %').lstrip('+')}"
+    if result.better or result.worse:
+        text += "\\*"
+    return f"**{text}**" if result.best and result.better else text
+
+
+def _shown(result: Result) -> bool:
+    return result.control in ("", "reference")
+
+
+def _markdown_table(task: str, rows: Sequence[Result]) -> list[str]:
+    rows = [r for r in rows if _shown(r)]
+    columns = metrics(rows)
+    lines = [f"### {task} ({max(r.queries for r in rows)} queries)\n"]
+    lines += [f"| method | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name in names(rows):
+        cells = [cell(find(rows, name, metric)) for metric in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _controls(results: Sequence[Result]) -> list[str]:
+    """Return, for each metric that a control changes, the control beside the method itself."""
+    lines = []
+    for task, truth, metric in dict.fromkeys((r.task, r.truth, r.metric) for r in results):
+        rows = [r for r in results if (r.task, r.truth, r.metric) == (task, truth, metric)]
+        controls = [c for c in ("untrained", *TRANSFORMED) if any(r.control == c for r in rows)]
+        main = metric in ("LDS", "leave-out ρ", "mAP", "recall@1", "AUROC", "precision@10")
+        if not controls or not main:
+            continue
+        lines.append(f"### {task}, {metric}\n")
+        lines.append(f"| method | as it is | {' | '.join(controls)} |")
+        lines.append(f"|---|---|{'---|' * len(controls)}")
+        for r in rows:
+            if r.control:
+                continue
+            kin = {o.control: o for o in rows if (o.method, o.tuned) == (r.method, r.tuned)}
+            cells = [cell(kin.get(c)).replace("**", "").replace("\\*", "") for c in controls]
+            value = cell(r).replace("**", "").replace("\\*", "")
+            lines.append(f"| {r.name} | {value} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def _costs(results: Sequence[Result]) -> list[str]:
+    lines = ["| method | chosen | KiB an example | fit, s | a query, ms |", "|---|---|---|---|---|"]
+    seen = set()
+    for r in results:
+        key = (r.name, r.dim)
+        if r.control or key in seen:
+            continue
+        seen.add(key)
+        size = f" (k = {r.dim:,})" if r.dim else ""
+        lines.append(
+            f"| {r.name}{size} | {r.settings} | {r.bytes / 1024:.1f} | {r.fit_seconds:.2f} | "
+            f"{1000 * r.query_seconds:.2f} |"
+        )
+    return [*lines, ""]
+
+
+def _terminal_cell(result: Result | None) -> str:
+    text = cell(result).replace("\\*", "*")
+    return f"[bold green]{text.strip('*')}[/]" if text.startswith("**") else text

@@ -1,0 +1,105 @@
+"""Choosing a method's damping and power on queries that are in no reported number."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dmin.attribution import Method
+from dmin.attribution.damped import Damped
+from dmin.errors import DminError
+from dmin.evaluation.ground_truth import GroundTruth
+from dmin.evaluation.results import Row
+
+Judge = Callable[[Method, Sequence[str]], dict[str, float]]
+"""Means of all quick metrics of a method on some tasks, by ``task/truth/metric``."""
+
+ALPHAS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+POWERS = (0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Criteria that settings are chosen by, and the path along which they are tried.
+
+    Each criterion gives every method that has such settings a row of its own. Its task is used for
+    nothing else: it is left out of all tables but the path's.
+
+    Args:
+        by: criterion -> ``task/truth/metric``, larger is better.
+        alpha: values of the damping, of methods that have one.
+        p: values of the power, of methods that have one.
+        watch: other tasks whose metrics the path shows, though nothing is chosen by them.
+    """
+
+    by: Mapping[str, str]
+    alpha: Sequence[float] = ALPHAS
+    p: Sequence[float] = POWERS
+    watch: Sequence[str] = ()
+
+    @property
+    def tasks(self) -> set[str]:
+        """The tasks that settings are chosen on."""
+        return {metric.partition("/")[0] for metric in self.by.values()}
+
+    def check(self, tasks: Mapping[str, Mapping[str, GroundTruth]]) -> None:
+        """Refuse criteria that name what is not there, or cost models at each point.
+
+        Raises:
+            DminError: says which.
+        """
+        for name, metric in self.by.items():
+            task, _, rest = metric.partition("/")
+            truth = tasks.get(task, {}).get(rest.partition("/")[0])
+            if truth is None or truth.costly or not rest.partition("/")[2]:
+                raise DminError(
+                    f"benchmark.tuning.by.{name}={metric!r}: write task/truth/metric, of a ground "
+                    f"truth that trains no model for each row."
+                )
+        if unknown := [name for name in self.watch if name not in tasks]:
+            raise DminError(f"benchmark.tuning.watch: there is no task {unknown[0]!r}.")
+
+    def tunes(self, method: Method) -> bool:
+        """Say whether a method has settings that are chosen: those that its fit does not use."""
+        return isinstance(method, Damped)
+
+    def walk(
+        self, name: str, method: Method, judge: Judge
+    ) -> tuple[dict[Row, Method], list[dict[str, Any]]]:
+        """Try every point; return the best by each criterion, and the whole path.
+
+        Args:
+            name: of the method.
+            method: fitted.
+            judge: measures it at a point.
+        """
+        settings = {
+            k: v for k, v in {"alpha": self.alpha, "p": self.p}.items() if hasattr(method, k)
+        }
+        best: dict[str, tuple[float, Row, Method]] = {}
+        path = []
+        for values in itertools.product(*settings.values()):
+            point = dict(zip(settings, values, strict=True))
+            there = _at(method, point)
+            found = judge(there, [*self.tasks, *self.watch])
+            path.append({"method": name, **point, **found})
+            for criterion, metric in self.by.items():
+                if criterion not in best or found[metric] > best[criterion][0]:
+                    words = ", ".join(f"{k} = {v:g}" for k, v in point.items())
+                    best[criterion] = (found[metric], Row(name, criterion, "", words), there)
+        return {row: there for _, row, there in best.values()}, path
+
+    def moved(self, method: Method, point: Method) -> Method:
+        """Return a fitted method with the settings of another."""
+        return _at(method, {k: getattr(point, k) for k in ("alpha", "p") if hasattr(point, k)})
+
+
+def _at(method: Method, settings: Mapping[str, float]) -> Method:
+    """Return a method with other settings and the same fit."""
+    other = copy.copy(method)
+    for name, value in settings.items():
+        setattr(other, name, value)
+    return other
