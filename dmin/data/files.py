@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -19,6 +18,9 @@ from dmin.fingerprint import fingerprint
 LARGE = 64 << 20
 """Reading more bytes than this shows a progress bar, and what was found is kept on disk."""
 
+MANY = 2000
+"""Looking at more rows of a table does so, too."""
+
 # A file changed twice within one tick of the file system's clock keeps its time: what was changed
 # this recently is not kept.
 _SETTLED_NS = 2_000_000_000
@@ -27,7 +29,7 @@ _SETTLED_NS = 2_000_000_000
 class Survey(NamedTuple):
     """What reading all files found."""
 
-    digests: dict[str, str]  # file -> digest of its bytes, of those that can be read
+    found: dict[str, Any]  # file -> what was found in it, of those that can be read
     problems: dict[str, str]  # file -> why it cannot be read
 
 
@@ -53,10 +55,10 @@ def read_bytes(path: Path, name: str) -> bytes:
 def survey(
     root: Path,
     files: Sequence[str],
-    check: Callable[[bytes, str], None] | None = None,
-    settings: dict[str, Any] | None = None,
+    look: Callable[[Path, str], Any],
+    settings: dict[str, Any],
 ) -> Survey:
-    """Read every file once, several at a time; digest each, and check it if asked.
+    """Look at every file once, several at a time.
 
     For large folders what was found is kept by size and time of change, so that later commands
     only ask the file system. It is kept in the user's cache folder (``$XDG_CACHE_HOME/dmin``),
@@ -66,43 +68,71 @@ def survey(
     Args:
         root: the folder.
         files: their paths below it.
-        check: takes content and name, raises :class:`Unreadable`; None reads the bytes only.
-        settings: what the outcome of ``check`` depends on.
+        look: takes a file and its name; returns what is found, as JSON (a digest of it, say);
+            raises :class:`Unreadable`.
+        settings: what the outcome depends on.
     """
-    record = _record_path(root, {"checked": check is not None, **(settings or {})})
+    record = _record_path(root, settings)
     known, stamps = _load(record), {file: _stamp(root / file) for file in files}
     fresh = [file for file in files if known.get(file, [None])[:2] != stamps[file]]
     amount = sum(stamps[file][0] for file in fresh)
-    digests = {file: known[file][2] for file in set(files).difference(fresh)}
+    found = {file: known[file][2] for file in set(files).difference(fresh)}
     problems = {}
 
-    def read(file: str) -> tuple[str | None, str | None]:
+    def read(file: str) -> tuple[Any, str | None]:
         try:
-            content = read_bytes(root / file, file)
-            if check is not None:
-                check(content, file)
+            return look(root / file, file), None
         except Unreadable as error:
             return None, error.reason
-        return hashlib.sha256(content).hexdigest(), None
 
     now = time.time_ns()
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        found = track(
+        looked = track(
             pool.map(read, fresh),
             f"reading {root.name}",
             len(fresh),
             transient=True,
             disable=amount < LARGE,
         )
-        for file, (digest, problem) in zip(fresh, found, strict=True):
-            if digest is not None:
-                digests[file] = digest
+        for file, (outcome, problem) in zip(fresh, looked, strict=True):
+            if problem is None:
+                found[file] = outcome
             else:
-                problems[file] = problem or ""
+                problems[file] = problem
     if amount >= LARGE:
-        settled = {f: d for f, d in digests.items() if stamps[f][1] < now - _SETTLED_NS}
-        _save(record, known | {file: [*stamps[file], digest] for file, digest in settled.items()})
-    return Survey(digests, problems)
+        settled = {f: o for f, o in found.items() if stamps[f][1] < now - _SETTLED_NS}
+        _save(record, known | {file: [*stamps[file], o] for file, o in settled.items()})
+    return Survey(found, problems)
+
+
+def looked_at(
+    positions: Sequence[int], look: Callable[[int], str | None], settings: dict[str, Any]
+) -> dict[int, str]:
+    """Look at every row of a table once, several at a time; return what is wrong, by position.
+
+    That nothing was wrong with a large table is kept in the user's cache folder.
+
+    Args:
+        positions: of the rows.
+        look: returns what is wrong with a row, or None.
+        settings: what the outcome depends on, a fingerprint of the table included.
+    """
+    record = _record_path(Path("/"), settings)
+    large = len(positions) >= MANY
+    if large and _load(record).get("rows") == len(positions):
+        return {}
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        looked = track(
+            pool.map(look, positions),
+            "reading the table",
+            len(positions),
+            transient=True,
+            disable=not large,
+        )
+        problems = {at: wrong for at, wrong in zip(positions, looked, strict=True) if wrong}
+    if large and not problems:
+        _save(record, {"rows": len(positions)})
+    return problems
 
 
 def _stamp(path: Path) -> list[int]:
@@ -126,7 +156,7 @@ def _load(path: Path) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def _save(path: Path, entries: dict[str, list[Any]]) -> None:
+def _save(path: Path, entries: dict[str, Any]) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

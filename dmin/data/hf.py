@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, Literal  # noqa: F401 (Literal is read from the annotations of Pixels)
 
 from dmin.data.base import Example
-from dmin.data.files import read_bytes
+from dmin.data.checked import Checked
+from dmin.data.files import looked_at, read_bytes
 from dmin.data.metadata import as_caption, as_label
-from dmin.data.pixels import Pixels, Unreadable
+from dmin.data.pixels import Unreadable
 from dmin.errors import DminError
 
 
 @dataclass(eq=False)
-class HFDataset(Pixels):
+class HFDataset(Checked):
     """A split of a dataset that ``datasets`` can read.
 
     Columns of numbers, text and truth values travel with the example; others are not read. Where
@@ -68,29 +69,65 @@ class HFDataset(Pixels):
         if self.label is not None:
             self.classes = getattr(rows.features[self.label], "names", None)
         self._rows = self._needed(rows)
+        positions = range(len(self._rows))
+        problems = self._problems(positions) if self.check else {}
+        names = {at: self._name(at) for at in problems}
+        self.leave_out(
+            {names[at]: reason for at, reason in problems.items()},
+            len(positions),
+            f"data.path={self.path}",
+        )
+        self._kept = [at for at in positions if at not in problems] if problems else positions
+
+    def _problems(self, positions: range) -> dict[int, str]:
+        """Return which rows are not fit for use, and why."""
+        columns = {name: getattr(self, name) for name in ("image", "text", "label", "id")}
+        settings = {"max_pixels": self.max_pixels, **columns, **self.settings()}
+
+        def look(at: int) -> str | None:
+            try:
+                row = self._rows[at]
+                self.probe(_content(row[self.image], ""), "")
+                self._facts(row, "")
+            except DminError as error:
+                return str(getattr(error, "reason", error)).rstrip(".")
+            return None
+
+        return looked_at(positions, look, {"table": self.fingerprint, **settings})
+
+    def _name(self, position: int) -> str:
+        return str(self._rows[position][self.id]) if self.id else _row_id(position)
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self._rows)
+        return len(self._kept)
 
     def __getitem__(self, index: int) -> Example:
         """Return one example."""
-        row = self._rows[index]
-        name = str(row.pop(self.id)) if self.id else _row_id(index)
+        position = self._kept[index]
+        row = self._rows[position]
+        name = str(row.pop(self.id)) if self.id else _row_id(position)
         where = f"image {name!r} of {self.path}"
         image, sizes = self.decode(_content(row.pop(self.image), where), where)
-        label = as_label(row.pop(self.label), where) if self.label else None
+        label, caption = self._facts(row, where)
+        for column in (self.label, self.text):
+            row.pop(column, None)
         if self.classes is not None and isinstance(label, int) and label >= 0:
             row[f"{self.label}_name"] = self.classes[label]
-        caption = as_caption(row.pop(self.text), where) if self.text else None
         return Example(name, image, label, caption, row, sizes)
+
+    def _facts(self, row: dict[str, Any], where: str) -> tuple[int | str | None, str | None]:
+        """Return label and caption of a row."""
+        label = as_label(row[self.label], where) if self.label else None
+        return label, as_caption(row[self.text], where) if self.text else None
 
     @property
     def ids(self) -> list[str]:
         """The ids of the rows, in order."""
         if self.id is None:
-            return [_row_id(index) for index in range(len(self))]
-        return [str(value) for value in self._rows[self.id]]
+            return [_row_id(position) for position in self._kept]
+        values = self._rows[self.id]
+        return [str(values[position]) for position in self._kept]
 
     def describe(self) -> dict[str, Any]:
         """Return settings, and the fingerprint that ``datasets`` gives the table.
@@ -106,6 +143,7 @@ class HFDataset(Pixels):
             **columns,
             "split": self.split,
             "fingerprint": self.fingerprint,
+            **self.describe_skipped(),
         }
 
     def _load(self) -> Any:

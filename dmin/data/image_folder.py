@@ -10,22 +10,22 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
 
 from PIL import Image
 from torch import Tensor
 
 from dmin.data.base import Example
+from dmin.data.checked import Checked, shown, told
 from dmin.data.files import Survey, read_bytes, survey
 from dmin.data.metadata import NAMES, Facts, read_facts, read_rows
-from dmin.data.pixels import Pixels
 from dmin.errors import DminError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(eq=False)
-class ImageFolder(Pixels):
+class ImageFolder(Checked):
     """The images of a folder, ordered by name; an image's id is its path below the folder.
 
     Captions and labels come from ``metadata.jsonl`` or ``metadata.csv``, in the folder or in
@@ -38,15 +38,9 @@ class ImageFolder(Pixels):
         root: the folder.
         label: column of the label; None for no labels.
         text: column of the caption; None for no captions.
-        on_error: what to do about images that cannot be read: ``raise`` refuses the folder;
-            ``skip`` leaves them out before anything is collected, so that ids and blocks of the
-            others stay the same from then on. They are listed in ``skipped``.
-        check: read all images when the dataset is made. Off, a damaged one is met only when its
-            turn comes, perhaps hours later.
 
     Attributes:
         ids: paths of the images below the folder, in order.
-        skipped: paths of those left out, and why.
 
     Raises:
         DminError: no such folder, no images, metadata that is not as it should be, or images that
@@ -57,19 +51,10 @@ class ImageFolder(Pixels):
     _: KW_ONLY
     label: str | None = "label"
     text: str | None = "text"
-    on_error: Literal["raise", "skip"] = "raise"
-    check: bool = True
 
     def __post_init__(self) -> None:
         """Find the images and what is said of them."""
         super().__post_init__()
-        if self.on_error not in ("raise", "skip"):
-            raise DminError(f"data.on_error={self.on_error!r}: choose one of raise, skip.")
-        if self.on_error == "skip" and not self.check:
-            raise DminError(
-                "data.on_error=skip finds out what to skip by reading all images: set "
-                "data.check=true."
-            )
         if not Path(self.root).is_dir():
             raise DminError(f"data.root={self.root}: no such folder. Give a folder of images.")
         facts = self._find()
@@ -78,9 +63,7 @@ class ImageFolder(Pixels):
                 f"data.root={self.root} holds no images ({', '.join(SUFFIXES)}). Give another "
                 f"folder."
             )
-        self.skipped = self._problems(sorted(facts))
-        if self.skipped:
-            self._report(self.skipped, len(facts))
+        self.leave_out(self._problems(sorted(facts)), len(facts), f"data.root={self.root}")
         self.ids = sorted(facts.keys() - self.skipped.keys())
         self._facts = [facts[name] for name in self.ids]
 
@@ -99,7 +82,7 @@ class ImageFolder(Pixels):
         """Return settings, and a digest of the name, facts and bytes of every image."""
         digests, problems = self._survey(self.ids)
         if problems:  # since the dataset was made, or nothing was checked then
-            raise DminError(self._unreadable(problems, len(self)))
+            raise DminError(told(problems, len(self), f"data.root={self.root}"))
         rows = [
             [name, digests[name], *facts] for name, facts in zip(self.ids, self._facts, strict=True)
         ]
@@ -109,7 +92,7 @@ class ImageFolder(Pixels):
             "examples": len(self),
             **self.settings(),
             "content": content,
-            "skipped": [_shown(name) for name in sorted(self.skipped)],
+            **self.describe_skipped(),
         }
 
     def _find(self) -> dict[str, Facts]:
@@ -138,7 +121,7 @@ class ImageFolder(Pixels):
         unnamed = [image for image in images if image not in facts]
         if unnamed:
             warnings.warn(
-                f"{where} does not name {len(unnamed)} image(s) there, such as {_shown(unnamed[0])}"
+                f"{where} does not name {len(unnamed)} image(s) there, such as {shown(unnamed[0])}"
                 f": they are left out.",
                 stacklevel=4,
             )
@@ -152,34 +135,21 @@ class ImageFolder(Pixels):
             absent = [name for name in names if not os.path.isfile(Path(self.root) / name)]
             problems = dict.fromkeys(absent, "there is no such file")
         for name in names:
-            if _shown(name) != name:
+            if shown(name) != name:
                 problems[name] = "its name is not UTF-8, so no store can hold it: rename the file"
         return problems
 
     def _survey(self, names: list[str]) -> Survey:
-        if not self.check:
-            return survey(Path(self.root), names)
-        settings = {**self.settings(), "max_pixels": self.max_pixels}
-        return survey(Path(self.root), names, self.probe, settings)
+        settings = {**self.settings(), "max_pixels": self.max_pixels} if self.check else {}
+        settings["checked"] = self.check
+        return survey(Path(self.root), names, self._look, settings)
 
-    def _report(self, problems: dict[str, str], images: int) -> None:
-        message = self._unreadable(problems, images)
-        if self.on_error == "raise":
-            raise DminError(
-                f"{message} Mend them, take them out (of the metadata too), or leave them out with "
-                f"data.on_error=skip."
-            )
-        if len(problems) == images:
-            raise DminError(message)
-        warnings.warn(f"{message} They are left out.", stacklevel=4)
-
-    def _unreadable(self, problems: dict[str, str], images: int) -> str:
-        few = [f"{_shown(name)} ({reason})" for name, reason in sorted(problems.items())[:3]]
-        more = ", …" if len(problems) > len(few) else ""
-        return (
-            f"{len(problems)} of the {images} image(s) of data.root={self.root} cannot be used: "
-            f"{', '.join(few)}{more}."
-        )
+    def _look(self, path: Path, name: str) -> str:
+        """Return the digest of an image; refuse it if it cannot be read and that is asked."""
+        content = read_bytes(path, name)
+        if self.check:
+            self.probe(content, name)
+        return hashlib.sha256(content).hexdigest()
 
 
 def save_images(
@@ -227,8 +197,3 @@ def _walk(
             yield from _walk(folder / name, f"{inside}{name}/", above | {here})
         else:
             yield f"{inside}{name}"
-
-
-def _shown(name: str) -> str:
-    """Return a file name that can be printed: Linux allows bytes that are no text."""
-    return name.encode(errors="backslashreplace").decode()

@@ -10,12 +10,13 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple  # noqa: F401 (Literal: see the annotations of Pixels)
+from typing import Any, BinaryIO, Literal, NamedTuple  # noqa: F401 (Literal: see the annotations of Pixels)
 
 from dmin.data.base import Example
+from dmin.data.checked import Checked
 from dmin.data.files import survey
 from dmin.data.metadata import as_caption, as_label
-from dmin.data.pixels import Pixels, Unreadable
+from dmin.data.pixels import Unreadable
 from dmin.errors import DminError
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
@@ -31,7 +32,7 @@ class Part(NamedTuple):
 
 
 @dataclass(eq=False)
-class TarShards(Pixels):
+class TarShards(Checked):
     """The samples of tar files: ``{key}.jpg`` (png, webp), with ``{key}.txt``, ``.cls``, ``.json``.
 
     An id is the shard's name and the key. ``.txt`` is the caption and ``.cls`` the label; what
@@ -48,8 +49,8 @@ class TarShards(Pixels):
         ids: ids of the samples, by shard, then as they stand in it.
 
     Raises:
-        DminError: no shards, two of one name, one that is cut off or compressed, or a sample
-            without exactly one image.
+        DminError: no shards, two of one name, one that is cut off or compressed; or samples that
+            cannot be read, or have not exactly one image, and are not to be skipped.
     """
 
     shards: str | Sequence[str]
@@ -69,12 +70,17 @@ class TarShards(Pixels):
                 raise DminError(
                     f"{other} and {path} have the same name, which ids are made of. Rename one."
                 )
-        self.ids: list[str] = []
-        self._samples: list[tuple[Path, dict[str, Part]]] = []
-        for path in self.paths:
-            for key, parts in _index(path).items():
-                self.ids.append(f"{path.stem}/{key}")
-                self._samples.append((path, parts))
+        self._parts = {
+            path: {f"{path.stem}/{key}": parts for key, parts in _index(path).items()}
+            for path in self.paths
+        }
+        samples = {
+            id: (path, parts) for path, some in self._parts.items() for id, parts in some.items()
+        }
+        problems = self._problems()
+        self.leave_out(problems, len(samples), f"data.shards={self.shards}")
+        self.ids = [id for id in samples if id not in problems]
+        self._samples = [samples[id] for id in self.ids]
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -86,11 +92,15 @@ class TarShards(Pixels):
         where = f"{name} ({path})"
         # Opened anew each time: loaders' processes must not share a position in an open file.
         with path.open("rb") as file:
-            content = {}
-            for kind, part in parts.items():
-                file.seek(part.start)
-                content[kind] = file.read(part.size)
-        image, sizes = self.decode(next(content[kind] for kind in IMAGES if kind in content), where)
+            content = _read(file, parts)
+        image, sizes = self.decode(_image(content), where)
+        label, caption, fields = self._facts(content, where)
+        return Example(name, image, label, caption, fields, sizes)
+
+    def _facts(
+        self, content: dict[str, bytes], where: str
+    ) -> tuple[int | str | None, str | None, dict[str, Any]]:
+        """Return label, caption and the rest of what a sample says of its image."""
         fields = _fields(content.get("json", b"{}"), where)
         caption = as_caption(fields.pop(self.text, None), where) if self.text else None
         label = as_label(fields.pop(self.label, None), where) if self.label else None
@@ -99,17 +109,14 @@ class TarShards(Pixels):
         if "cls" in content:
             text = _decoded(content["cls"], where).strip()
             label = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
-        return Example(name, image, label, caption, fields, sizes)
+        return label, caption, fields
 
     def describe(self) -> dict[str, Any]:
         """Return settings, and a digest of the name and bytes of every shard."""
         content = hashlib.sha256()
-        for folder in sorted({path.parent for path in self.paths}):
-            names = [path.name for path in self.paths if path.parent == folder]
-            digests, problems = survey(folder, names)
-            for name, reason in problems.items():
-                raise Unreadable(str(folder / name), reason)
-            content.update(json.dumps([[name, digests[name]] for name in names]).encode())
+        for found in self._survey().values():
+            rows = [[name, found[name][0]] for name in sorted(found)]
+            content.update(json.dumps(rows).encode())
         return {
             "name": type(self).__name__,
             "examples": len(self),
@@ -117,7 +124,55 @@ class TarShards(Pixels):
             "text": self.text,
             "label": self.label,
             "content": content.hexdigest()[:16],
+            **self.describe_skipped(),
         }
+
+    def _problems(self) -> dict[str, str]:
+        """Return which samples are not fit for use, as far as they are to be checked, and why."""
+        problems = {
+            id: f"it has {count or 'no'} images ({', '.join(IMAGES)})"
+            for some in self._parts.values()
+            for id, parts in some.items()
+            if (count := sum(kind in parts for kind in IMAGES)) != 1
+        }
+        if self.check:
+            for found in self._survey().values():
+                for _, unreadable in found.values():
+                    problems.update(unreadable)
+        return problems
+
+    def _survey(self) -> dict[Path, dict[str, Any]]:
+        """Return, by folder and name, each shard's digest, and samples that cannot be read."""
+        settings: dict[str, Any] = {"checked": self.check}
+        if self.check:
+            said = {"text": self.text, "label": self.label, "max_pixels": self.max_pixels}
+            settings.update(said, **self.settings())
+        shards = {}
+        for folder in sorted({path.parent for path in self.paths}):
+            names = [path.name for path in self.paths if path.parent == folder]
+            shards[folder], problems = survey(folder, names, self._look, settings)
+            for name, reason in problems.items():
+                raise Unreadable(str(folder / name), reason)
+        return shards
+
+    def _look(self, path: Path, name: str) -> tuple[str, dict[str, str]]:
+        """Return a shard's digest and why samples of it cannot be read, a sample at a time."""
+        problems = {}
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                for id, parts in self._parts[path].items() if self.check else ():
+                    if sum(kind in parts for kind in IMAGES) != 1:
+                        continue
+                    try:
+                        content = _read(file, parts)
+                        self.probe(_image(content), id)
+                        self._facts(content, id)
+                    except DminError as error:
+                        problems[id] = getattr(error, "reason", str(error)).rstrip(".")
+        except OSError as error:
+            raise Unreadable(name, (error.strerror or type(error).__name__).lower()) from error
+        return digest, problems
 
 
 def _expand(pattern: str) -> list[Path]:
@@ -171,13 +226,22 @@ def _index(path: Path) -> dict[str, dict[str, Part]]:
         # tarfile takes a file cut off between two samples for a whole one.
         if file.read(_BLOCK) != bytes(_BLOCK):
             raise DminError(f"{path} is cut off: a tar file ends in zeros. Fetch it again.")
-    odd = [key for key, parts in samples.items() if sum(kind in parts for kind in IMAGES) != 1]
-    if odd or not samples:
-        raise DminError(
-            f"{path}: {len(odd)} of {len(samples)} samples have not exactly one image "
-            f"({', '.join(IMAGES)}){f', such as {odd[0]}' if odd else ''}. Write the shard anew."
-        )
+    if not samples:
+        raise DminError(f"{path} holds no samples: no files such as 000.jpg and 000.txt in it.")
     return {key: {k: p for k, p in parts.items() if k in _READ} for key, parts in samples.items()}
+
+
+def _read(file: BinaryIO, parts: dict[str, Part]) -> dict[str, bytes]:
+    """Return the content of a sample's parts."""
+    content = {}
+    for kind, part in parts.items():
+        file.seek(part.start)
+        content[kind] = file.read(part.size)
+    return content
+
+
+def _image(content: dict[str, bytes]) -> bytes:
+    return next(content[kind] for kind in IMAGES if kind in content)
 
 
 def _fields(content: bytes, where: str) -> dict[str, Any]:

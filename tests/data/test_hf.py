@@ -6,6 +6,7 @@ import pytest
 import torch
 from examples_on_disk import rows, table, write_folder
 
+from dmin.data import files
 from dmin.data.hf import HFDataset
 from dmin.errors import DminError
 
@@ -114,8 +115,45 @@ def test_a_file_of_another_kind_is_refused(hub, tmp_path):
 )
 def test_a_cell_that_holds_no_image_is_named(cells, message, hub, tmp_path):
     hub.Dataset.from_dict({"image": cells}).save_to_disk(str(tmp_path))
+    with pytest.raises(DminError, match=f"1 of the 1 image.*row-0000000 .*{message}"):
+        HFDataset(tmp_path)
     with pytest.raises(DminError, match=f"image 'row-0000000' of .*{message}"):
-        HFDataset(tmp_path)[0]
+        HFDataset(tmp_path, check=False)[0]
+
+
+def test_unreadable_rows_can_be_left_out_and_keep_the_numbers_of_the_others(hub, tmp_path):
+    def spoil(row, at):
+        content = row["image"]["bytes"]
+        return {
+            "image": {"bytes": {2: b"nothing", 5: content[: len(content) // 2]}.get(at, content)}
+        }
+
+    encoded = table().cast_column("image", hub.Image(decode=False))
+    encoded.map(spoil, with_indices=True).save_to_disk(str(tmp_path / "x"))
+    with pytest.raises(DminError, match=r"2 of the 7 image.*data\.on_error=skip"):
+        HFDataset(tmp_path / "x")
+    for settings, names in (
+        ({}, [f"row-{n:07d}" for n in (0, 1, 3, 4, 6)]),
+        ({"id": "key"}, [f"key-{n}" for n in (0, 1, 3, 4, 6)]),
+    ):
+        with pytest.warns(UserWarning, match=r"2 of the 7 image.*They are left out"):
+            dataset = HFDataset(tmp_path / "x", text="text", on_error="skip", **settings)
+        assert dataset.ids == names == [dataset[i].id for i in range(5)] and len(dataset) == 5
+        assert dataset[2].caption == "picture 3"
+        assert len(dataset.describe()["skipped"]) == 2
+
+
+def test_a_large_table_without_problems_is_looked_at_once(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "MANY", 5)
+    table().save_to_disk(str(tmp_path / "x"))
+    looked, probe = [], HFDataset.probe
+    monkeypatch.setattr(HFDataset, "probe", lambda *a: looked.append(1) or probe(*a))
+    for _ in range(2):
+        assert len(HFDataset(tmp_path / "x")) == 7
+    assert len(looked) == 7
+    HFDataset(tmp_path / "x", size=4)  # another question
+    assert len(looked) == 14
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch, tmp_path):

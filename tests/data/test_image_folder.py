@@ -12,6 +12,7 @@ import torch
 from examples_on_disk import encoded, write_folder
 
 from dmin.data import files as files_module
+from dmin.data import image_folder
 from dmin.data.image_folder import ImageFolder, save_images
 from dmin.errors import DminError
 
@@ -305,7 +306,7 @@ def test_a_large_folder_is_read_once(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(files_module, "LARGE", 1)
     reads = []
     read = files_module.read_bytes
-    monkeypatch.setattr(files_module, "read_bytes", lambda *a: (reads.append(a[1]), read(*a))[1])
+    monkeypatch.setattr(image_folder, "read_bytes", lambda *a: (reads.append(a[1]), read(*a))[1])
     assert ImageFolder(root).describe() == first and len(reads) == 7
     assert ImageFolder(root).describe() == first and len(reads) == 7
     changed = write_folder(tmp_path / "changed", "pixel") / "3.png"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from examples_on_disk import encoded, rows, write_shards, write_tar
 
+from dmin.data import files
 from dmin.data.tars import TarShards
 from dmin.errors import DminError
 
@@ -40,7 +41,7 @@ def test_json_gives_what_no_file_of_its_own_does(tmp_path):
         ("deep/k.cls", b"cat\n"),
         ("deep/k.embedding.npy", b"123"),
     ]
-    with pytest.raises(DminError, match=r"1 of 2 samples .*such as deep/a"):
+    with pytest.raises(DminError, match=r"1 of the 2 image.*x/deep/a \(it has no images"):
         TarShards(str(write_tar(tmp_path / "x.tar", members)))
     dataset = TarShards(str(write_tar(tmp_path / "x.tar", members[1:])), text="caption")
     example = dataset[0]
@@ -51,9 +52,9 @@ def test_json_gives_what_no_file_of_its_own_does(tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([], "0 of 0 samples"),
-        ([("a.txt", b"x")], "1 of 1 samples have not exactly one image"),
-        ([("a.png", PICTURE), ("a.jpg", PICTURE)], "1 of 1 samples have not exactly one image"),
+        ([], "holds no samples"),
+        ([("a.txt", b"x")], r"1 of the 1 image.*x/a \(it has no images"),
+        ([("a.png", PICTURE), ("a.jpg", PICTURE)], r"1 of the 1 image.*x/a \(it has 2 images"),
         ([("a.png", PICTURE), ("a.png", PICTURE)], "a.png twice"),
     ],
 )
@@ -73,15 +74,62 @@ def test_a_shard_with_a_mistake_is_refused(members, message, tmp_path):
 )
 def test_a_part_with_a_mistake_is_refused(kind, content, message, tmp_path):
     members = [("a.png", PICTURE), (f"a.{kind}", content)]
-    dataset = TarShards(str(write_tar(tmp_path / "x.tar", members)))
+    shard = str(write_tar(tmp_path / "x.tar", members))
     with pytest.raises(DminError, match=message):
-        dataset[0]
+        TarShards(shard)
+    with pytest.raises(DminError, match=message):
+        TarShards(shard, check=False)[0]
 
 
 def test_an_unreadable_image_is_named_with_its_shard(tmp_path):
-    dataset = TarShards(str(write_tar(tmp_path / "x.tar", [("a.png", b"nothing")])))
+    shard = str(write_tar(tmp_path / "x.tar", [("a.png", b"nothing")]))
+    with pytest.raises(DminError, match=r"1 of the 1 image.* of data.shards=.*x/a \(its content"):
+        TarShards(shard)
     with pytest.raises(DminError, match=r"x/a \(.*x\.tar\) cannot be read"):
-        dataset[0]
+        TarShards(shard, check=False)[0]
+
+
+BAD = [
+    ("a.png", PICTURE),
+    ("b.png", PICTURE[: len(PICTURE) // 2]),
+    ("c.txt", b"of nothing"),
+    ("d.png", PICTURE),
+    ("d.json", b"{"),
+    ("e.png", PICTURE),
+]
+
+
+def test_unreadable_samples_can_be_left_out_and_are_counted(tmp_path):
+    write_tar(tmp_path / "x.tar", BAD)
+    write_tar(tmp_path / "y.tar", BAD[:1])
+    with pytest.warns(UserWarning, match=r"3 of the 6 image.*x/b.*x/c.*x/d.*They are left out"):
+        dataset = TarShards(f"{tmp_path}/*.tar", on_error="skip")
+    assert dataset.ids == ["x/a", "x/e", "y/a"] and len(dataset) == 3
+    assert [dataset[i].id for i in range(3)] == dataset.ids
+    assert sorted(dataset.skipped) == ["x/b", "x/c", "x/d"]
+    assert dataset.describe()["skipped"] == ["x/b", "x/c", "x/d"]
+    with pytest.raises(DminError, match=r"data\.on_error=skip"):
+        TarShards(f"{tmp_path}/*.tar")
+    with pytest.raises(DminError, match=r"set data\.check=true"):
+        TarShards(f"{tmp_path}/*.tar", on_error="skip", check=False)
+
+
+def test_what_was_wrong_with_a_large_shard_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "LARGE", 1)
+    monkeypatch.setattr(files, "_SETTLED_NS", -(10**12))
+    write_tar(tmp_path / "x.tar", BAD)
+    looked = []
+    probe = TarShards.probe
+    monkeypatch.setattr(TarShards, "probe", lambda *a: looked.append(a[2]) or probe(*a))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="3 of the 5"):
+            dataset = TarShards(str(tmp_path / "x.tar"), on_error="skip")
+        assert dataset.ids == ["x/a", "x/e"]
+    assert looked == ["x/a", "x/b", "x/d", "x/e"]
+    digest = dataset.describe()["content"]
+    write_tar(tmp_path / "x.tar", BAD[:1])
+    assert TarShards(str(tmp_path / "x.tar")).describe()["content"] != digest
 
 
 def test_a_shard_cut_off_anywhere_is_refused(tmp_path):

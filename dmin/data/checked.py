@@ -1,0 +1,84 @@
+"""Datasets that look at all images first: what cannot be read is refused or left out by name."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dmin.data.pixels import Pixels
+from dmin.errors import DminError
+
+
+@dataclass(kw_only=True)
+class Checked(Pixels):
+    """Image files with what to do about those that cannot be read.
+
+    Args:
+        on_error: ``raise`` refuses the dataset; ``skip`` leaves such images out before anything is
+            collected, so that ids and blocks of the others stay the same from then on. They are
+            counted, listed in ``skipped`` and named in the manifest of every store.
+        check: read all images when the dataset is made. Off, a damaged one is met only when its
+            turn comes, perhaps hours later.
+
+    Attributes:
+        skipped: names of those left out, and why.
+    """
+
+    on_error: Literal["raise", "skip"] = "raise"
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other."""
+        super().__post_init__()
+        if self.on_error not in ("raise", "skip"):
+            raise DminError(f"data.on_error={self.on_error!r}: choose one of raise, skip.")
+        if self.on_error == "skip" and not self.check:
+            raise DminError(
+                "data.on_error=skip finds out what to skip by reading all images: set "
+                "data.check=true."
+            )
+        self.skipped: dict[str, str] = {}
+
+    def leave_out(self, problems: dict[str, str], images: int, where: str) -> None:
+        """Leave images out if that was asked for.
+
+        Args:
+            problems: why each cannot be used, by name.
+            images: how many there are in all.
+            where: the dataset as the user named it.
+
+        Raises:
+            DminError: it was not asked for, or nothing would be left.
+        """
+        self.skipped = problems
+        if not problems:
+            return
+        message = told(problems, images, where)
+        if self.on_error == "raise":
+            raise DminError(
+                f"{message} Mend them, take them out (of the metadata too), or leave them out with "
+                f"data.on_error=skip."
+            )
+        if len(problems) == images:
+            raise DminError(message)
+        warnings.warn(f"{message} They are left out.", stacklevel=5)
+
+    def describe_skipped(self) -> dict[str, Any]:
+        """Return the names of those left out, as JSON."""
+        return {"skipped": [shown(name) for name in sorted(self.skipped)]}
+
+
+def told(problems: dict[str, str], images: int, where: str) -> str:
+    """Return a sentence that names what cannot be used."""
+    few = [f"{shown(name)} ({reason})" for name, reason in sorted(problems.items())[:3]]
+    more = ", …" if len(problems) > len(few) else ""
+    return (
+        f"{len(problems)} of the {images} image(s) of {where} cannot be used: "
+        f"{', '.join(few)}{more}."
+    )
+
+
+def shown(name: str) -> str:
+    """Return a file name that can be printed: Linux allows bytes that are no text."""
+    return name.encode(errors="backslashreplace").decode()
