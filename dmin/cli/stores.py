@@ -4,18 +4,30 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmin.cli.help import did_you_mean
 from dmin.errors import DminError
+
+if TYPE_CHECKING:
+    from dmin.store import Store
 
 # operation -> paths it takes, settings it needs, settings it may have, what it does
 OPERATIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], str]] = {
     "info": ("STORE", (), (), "say what a store holds, as JSON"),
     "verify": ("STORE", (), (), "read every byte and every value"),
     "merge": ("SOURCE... TARGET", (), (), "put parts of one collection together"),
+    "append": ("SOURCE TARGET", (), (), "put the rows of SOURCE behind those of TARGET"),
+    "remove": ("STORE [ID...]", (), ("ids", "where"), "show some examples no more"),
+    "import": (
+        "SOURCE TARGET",
+        (),
+        ("sketch", "ids", "dtype"),
+        "read what export wrote, or sketches",
+    ),
     "fold": ("SOURCE TARGET", ("dim",), ("dtype",), "write the sketch of a smaller dim"),
     "convert": ("SOURCE TARGET", ("dtype",), (), "write float32, float16, bfloat16 or int8"),
-    "compact": ("SOURCE TARGET", (), (), "write few large segments, and no block twice"),
+    "compact": ("SOURCE TARGET", (), (), "write few large segments, without what was removed"),
     "export": ("SOURCE TARGET", ("format",), (), "write numpy, safetensors or parquet"),
 }
 
@@ -33,8 +45,10 @@ usage: dmin store OPERATION PATH... [setting=value ...]
 operations:
 {listed}
 
-A TARGET is a new directory (or file): sources never change. An operation that was stopped goes on
-when it is given again, except export.
+A TARGET is a new directory (or file), but for append: sources never change. An operation that was
+stopped goes on when it is given again, except export. What is removed is in no answer from then
+on; its bytes go when the store is compacted. ids=FILE has an id a line, where=COLUMN:VALUE names
+rows by their metadata.
 
 examples:
   dmin store info outputs/stores/digits-train-0123456789abcdef
@@ -63,7 +77,19 @@ def _run(arguments: Sequence[str]) -> str:
     if name == "verify":
         done = operations.verify(paths[0])
         return f"{done.path}: {len(done):,} rows are sound"
+    if name == "append":
+        done = operations.append(paths[1], paths[0])
+        return f"{done.path}: {len(done):,} rows"
+    if name == "import":
+        from dmin.store.importing import import_store
+
+        ids = _lines(settings["ids"]) if "ids" in settings else None
+        dtype = settings.get("dtype", "float16")
+        done = import_store(paths[0], paths[1], settings.get("sketch"), ids, dtype)
+        return f"{done.path}: {len(done):,} rows"
     store = Store(paths[0])
+    if name == "remove":
+        return _remove(store, [str(path) for path in paths[1:]], settings)
     if name == "info":
         return json.dumps(operations.info(store), indent=1, ensure_ascii=False)
     if name == "export":
@@ -78,6 +104,32 @@ def _run(arguments: Sequence[str]) -> str:
         done = operations.compact(store, paths[1])
     size = operations.info(done)["bytes an example"]
     return f"{done.path}: {len(done):,} rows, {size / 1024:,.1f} KiB an example"
+
+
+def _remove(store: "Store", ids: list[str], settings: dict[str, str]) -> str:
+    from dmin.store.growth import remove
+
+    if "ids" in settings:
+        ids += _lines(settings["ids"])
+    if "where" in settings:
+        column, _, value = settings["where"].partition(":")
+        pairs = zip(store.ids, store.metadata, strict=True)
+        found = [id for id, entry in pairs if column in entry and str(entry[column]) == value]
+        if not found:
+            raise DminError(f"where={settings['where']}: no example has {column} = {value}.")
+        ids += found
+    file = remove(store, ids)
+    left = type(store)(store.path)
+    return f"{file}: {len(store) - len(left):,} removed, {len(left):,} rows are left"
+
+
+def _lines(file: str) -> list[str]:
+    try:
+        return [line for line in Path(file).read_text("utf-8").splitlines() if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DminError(
+            f"ids={file} cannot be read ({error}): name a text, an id a line."
+        ) from error
 
 
 def _parsed(arguments: Sequence[str]) -> tuple[str, list[Path], dict[str, str]]:
@@ -97,7 +149,7 @@ def _parsed(arguments: Sequence[str]) -> tuple[str, list[Path], dict[str, str]]:
         raise DminError(f"{strange[0]} is no setting of dmin store {name}. It takes {takes}.")
     if lacking := [key for key in needed if key not in settings]:
         raise DminError(f"dmin store {name} needs {lacking[0]}=..., see dmin store --help.")
-    least = len(form.split())
+    least = len([each for each in form.split() if not each.startswith("[")])
     if len(paths) < least or (len(paths) > least and "..." not in form):
         raise DminError(f"dmin store {name} takes {form}, and got {len(paths)} paths.")
     return name, paths, settings

@@ -34,6 +34,7 @@ class Collect:
     """The section ``collect``; see ``GradientCollector`` and its ``collect``."""
 
     path: str | None = None
+    grow: bool = False
     params: str = "all"
     groups: str | dict | None = None
     readouts: list[str] = field(default_factory=lambda: ["loss"])

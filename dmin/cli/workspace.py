@@ -142,6 +142,7 @@ class Workspace:
             DminError: it is not there; names the stores that are, and what differs.
         """
         from dmin.store import Store
+        from dmin.store.manifest import unlike
 
         manifest, path = self.train_manifest, self.train_path
         if not (path / "manifest.json").is_file():
@@ -150,7 +151,9 @@ class Workspace:
                 f"`dmin collect` with the same settings first.{self._other_stores(manifest)}"
             )
         store = Store(path)
-        lines = differences(manifest.document(), store.manifest.document())
+        changed = bool(store.manifest.parts or store.removed)
+        found = unlike(manifest, store.manifest, counted=not changed)
+        lines = [line for each in found.values() for line in each]
         if lines:
             raise DminError(
                 f"{path} was collected with other settings: {'; '.join(lines)}. Use its settings, "
@@ -229,20 +232,24 @@ class Workspace:
         as_queries: bool = False,
         collector: GradientCollector | None = None,
     ) -> Store:
+        from dmin.collect.growth import collect_more
         from dmin.store import Store
 
         options, collector = self.cfg.collect, collector or self.collector
+        if role == "train" and options.grow and options.path is None:
+            raise DminError(
+                "collect.grow=true needs collect.path=..., the store that is to grow: a store of "
+                "other data has another name."
+            )
         known = (path / "manifest.json").is_file()
         self.console.print(
             f"[bold]{role}[/]: {len(dataset):,} examples × {len(collector.timesteps)} "
             f"timesteps × {collector.attributed.count:,} parameters → "
             f"{self._numbers()}" + (f" (found {path})" if known else "")
         )
-        done = known and Store(path, verify=False).complete
+        done = known and not options.grow and Store(path, verify=False).complete
         with self.turn(path, done, shared=shard != WHOLE, stop=stop):
-            return collector.collect(
-                dataset,
-                path,
+            settings = dict(
                 block_size=options.block_size,
                 dtype=options.dtype,
                 segment_bytes=options.segment_bytes,
@@ -256,6 +263,9 @@ class Workspace:
                 stop=stop,
                 trainer=self.trainer(),
             )
+            if role == "train" and options.grow:
+                return collect_more(collector, dataset, path, **settings)
+            return collector.collect(dataset, path, **settings)
 
     def _numbers(self) -> str:
         """Say how many numbers are kept of a gradient."""

@@ -58,7 +58,7 @@ class Subset:
     @property
     def ids(self) -> list[str]:
         """The ids of the examples, in order."""
-        ids = _ids(self.dataset)
+        ids = ids_of(self.dataset)
         return [ids[position] for position in self.positions]
 
     def describe(self) -> dict[str, Any]:
@@ -71,14 +71,14 @@ class Subset:
         }
 
 
-def _ids(dataset: Dataset) -> Sequence[str]:
+def ids_of(dataset: Dataset) -> Sequence[str]:
     """Return all ids, from a list if the dataset keeps one, else by reading every example."""
     ids: Sequence[str] | None = getattr(dataset, "ids", None)
     return ids if ids is not None else [dataset[index].id for index in range(len(dataset))]
 
 
 def _positions(dataset: Dataset, ids: Sequence[str]) -> list[int]:
-    position = {found: index for index, found in enumerate(_ids(dataset))}
+    position = {found: index for index, found in enumerate(ids_of(dataset))}
     unknown = [wanted for wanted in ids if wanted not in position]
     if unknown:
         raise DminError(

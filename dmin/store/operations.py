@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from dmin.errors import DminError
-from dmin.fingerprint import differences
+from dmin.fingerprint import differences, fingerprint
+from dmin.store.catalog import Catalog
+from dmin.store.growth import grow
 from dmin.store.manifest import Manifest
 from dmin.store.reader import Store
-from dmin.store.segments import commit, os_failure
+from dmin.store.segments import commit, os_failure, read_manifest
 from dmin.store.writer import Rows, StoreWriter
 
 
@@ -26,6 +28,8 @@ def info(store: Store) -> dict[str, Any]:
         "examples": manifest.num_examples,
         "missing blocks": len(store.missing_blocks),
         "blocks held twice": store.duplicate_blocks,
+        "removed": store.removed,
+        "grown": len(manifest.parts),
         "segments": len(list(store.path.glob("segment-*.h5"))),
         "bytes": size,
         "bytes an example": round(size / max(1, len(store))),
@@ -45,11 +49,13 @@ def info(store: Store) -> dict[str, Any]:
 def verify(path: str | os.PathLike[str]) -> Store:
     """Read every byte of a store and return it.
 
-    Digests find what changed since sealing; the values are looked at besides.
+    Digests find what changed since sealing, whatever was known of the files before; the values are
+    looked at besides.
 
     Raises:
         DminError: names the files that are damaged, or the rows that hold what no writer stores.
     """
+    Catalog.of(Path(path), read_manifest(Path(path)), afresh=True)
     store = Store(path)
     for readout in store.layout.readouts:
         for block in store.blocks(readout):
@@ -89,14 +95,73 @@ def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[s
     with StoreWriter(target, first) as writer:
         missing = set(writer.pending())
     for store in stores:
+        for name in store.removals:
+            _copy(store.path / name, target)
         for segment in store.segments:
             if missing.intersection(segment.blocks.tolist()):
-                try:
-                    commit(target / segment.path.name, segment.path.read_bytes())
-                except OSError as error:
-                    raise os_failure("copy a segment into", target, error) from error
+                _copy(segment.path, target)
                 missing.difference_update(segment.blocks.tolist())
     return Store(target)
+
+
+def _copy(file: Path, target: Path) -> None:
+    try:
+        commit(target / file.name, file.read_bytes())
+    except OSError as error:
+        raise os_failure("copy a segment into", target, error) from error
+
+
+def append(
+    target: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Store,
+    dataset: dict[str, Any] | None = None,
+) -> Store:
+    """Put the rows of another store behind those of a store; stopped, it resumes.
+
+    For training images that were added and collected apart. Rows that are there are not touched.
+
+    Args:
+        target: a complete store.
+        source: a complete store of the same features, of other examples; any dtype.
+        dataset: what the dataset is from then on; if None, a list of what was put together.
+
+    Raises:
+        DminError: features differ, named field by field; an example is there already; or the store
+            is incomplete.
+    """
+    store = Store(target)
+    more = source if isinstance(source, Store) else Store(source)
+    more.require_complete()
+    lines = differences(more.manifest.comparable(), store.manifest.comparable())
+    if lines:
+        raise DminError(
+            f"{more.path} cannot be put behind {store.path}: {'; '.join(lines)}, where here is the"
+            " first. Collect it with the settings of the store that it is to join."
+        )
+    added = {"dataset": more.manifest.dataset, "rows": fingerprint({"ids": more.ids})}
+    before = store.manifest.dataset
+    joined = dataset or {"name": before.get("name"), "joined": [*_joined(before), added]}
+    begun = before == dataset or (not dataset and _joined(before)[-1:] == [added])
+    if store.complete or not begun:
+        store.require_complete()
+        if twice := sorted(store.held_ids() & set(more.ids)):
+            raise DminError(
+                f"{store.path} has {len(twice)} of the examples of {more.path} already (or had"
+                f" until they were removed), such as {twice[0]!r}: nothing was changed."
+            )
+        grow(store, joined, len(more))
+    manifest = read_manifest(store.path)
+    start = manifest.last_part[0]
+    with StoreWriter(target, manifest) as writer:
+        for block in writer.pending():
+            rows = manifest.block_rows(block)
+            writer.append(block, _rows(more, rows.start - start, rows.stop - start))
+    return Store(target)
+
+
+def _joined(dataset: dict[str, Any]) -> list[Any]:
+    found: list[Any] = dataset.get("joined", [{"dataset": dataset}])
+    return found
 
 
 def fold(store: Store, target: str | os.PathLike[str], dim: int, dtype: str | None = None) -> Store:
@@ -133,7 +198,7 @@ def fold(store: Store, target: str | os.PathLike[str], dim: int, dtype: str | No
     features = {**store.manifest.features, "sketch": {**sketch, "dim": dim}}
 
     manifest = replace(
-        store.manifest,
+        shown(store),
         layout=replace(layout, dim=dim, dtype=dtype or layout.dtype),
         features=features,
     )
@@ -144,13 +209,29 @@ def fold(store: Store, target: str | os.PathLike[str], dim: int, dtype: str | No
 
 def convert(store: Store, target: str | os.PathLike[str], dtype: str) -> Store:
     """Write a store of the same rows in another type."""
-    manifest = replace(store.manifest, layout=replace(store.layout, dtype=dtype))
+    manifest = replace(shown(store), layout=replace(store.layout, dtype=dtype))
     return rewrite(store, target, manifest)
 
 
 def compact(store: Store, target: str | os.PathLike[str], segment_bytes: int = 256 << 20) -> Store:
-    """Write a store of the same rows in few large segments, without blocks held twice."""
-    return rewrite(store, target, store.manifest, segment_bytes=segment_bytes)
+    """Write a store of the same rows in few large segments, none twice, none removed."""
+    return rewrite(store, target, shown(store), segment_bytes=segment_bytes)
+
+
+def shown(store: Store) -> Manifest:
+    """Return the manifest of a new store of the rows that a store shows.
+
+    What was removed has no place in it, and what it grew by is part of it from the start.
+
+    Raises:
+        DminError: rows were removed or added, and it is incomplete; or no row is left.
+    """
+    if not store.removed and not store.manifest.parts:
+        return store.manifest
+    store.require_complete()
+    if not len(store):
+        raise DminError(f"Every row of {store.path} was removed: there is nothing to write.")
+    return replace(store.manifest, num_examples=len(store), parts=())
 
 
 def rewrite(
@@ -178,13 +259,24 @@ def rewrite(
     with StoreWriter(target, manifest, segment_bytes=segment_bytes) as writer:
         for block in writer.pending():
             if block not in absent:
-                writer.append(block, _block(store, block, change))
+                writer.append(block, _block(store, manifest.block_rows(block), change))
     return Store(target)
 
 
-def _block(store: Store, block: int, change: Callable[[np.ndarray], np.ndarray]) -> Rows:
-    within = store.manifest.block_rows(block)
+def _block(store: Store, within: range, change: Callable[[np.ndarray], np.ndarray]) -> Rows:
+    """Return the rows of a block of the target, from a store that may lack others."""
+    if store.complete:  # the target's rows are those that are shown, in order
+        return _rows(store, within.start, within.stop, change)
     start, stop = np.searchsorted(store.positions, [within.start, within.stop]).tolist()
+    return _rows(store, start, stop, change)
+
+
+def _rows(
+    store: Store,
+    start: int,
+    stop: int,
+    change: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
+) -> Rows:
     rows, readouts = slice(start, stop), store.layout.readouts
     return Rows(
         ids=store.ids[rows],

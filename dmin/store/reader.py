@@ -127,6 +127,22 @@ class Store:
             )
         return ids
 
+    def held_ids(self, before: int | None = None) -> set[str]:
+        """Return the ids of all examples that are there, those removed included.
+
+        Args:
+            before: only of those at positions below this one.
+        """
+        lines = self._catalog.lines("ids")
+        all_ids: list[str] = json.loads(b"[" + b",".join(lines) + b"]")
+        if before is None:
+            return set(all_ids)
+        starts, counts = self.manifest.spans(
+            np.concatenate([[], *self._catalog.blocks]).astype(int)
+        )
+        early = _ranges(starts, counts) < before
+        return {all_ids[place] for place in np.flatnonzero(early)}
+
     @cached_property
     def metadata(self) -> "Metadata":
         """The metadata (label, caption, file ...), one mapping a row."""

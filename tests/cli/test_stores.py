@@ -11,7 +11,7 @@ from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
 
 @pytest.fixture
 def store(tmp_path):
-    sketch = {"family": "block_cyclic", "dim": 16, "block": 4, "seed": 0}
+    sketch = {"family": "block_cyclic", "dim": 16, "block": 4, "seed": 0, "folds": 4}
     layout = Layout(("loss",), 1, (1.0, 2.0), ("model",), 16)
     manifest = Manifest(layout, {"sketch": sketch}, {"name": "toy"}, 6, 3)
     with StoreWriter(tmp_path / "s", manifest) as writer:
@@ -21,7 +21,7 @@ def store(tmp_path):
                 block,
                 Rows(
                     [f"{block}-{row}" for row in range(3)],
-                    [{}] * 3,
+                    [{"label": row + 3 * block} for row in range(3)],
                     {"loss": features.astype(np.float32)},
                     {"loss": np.ones((3, 1, 2, 1), np.float32)},
                     np.zeros((3, 1, 2), np.float32),
@@ -45,6 +45,16 @@ def test_every_operation(store, tmp_path, capsys):
     dmin("compact", store, tmp_path / "k")
     assert Store(tmp_path / "k").digest() == Store(store).digest()
     dmin("export", store, tmp_path / "a=b", "format=numpy")
+    assert "6 rows" in dmin("import", tmp_path / "a=b", tmp_path / "i")
+    rows = tmp_path / "more.npy"
+    np.save(rows, np.ones((4, 2, 16), np.float32))
+    (tmp_path / "ids").write_text("a\nb\nc\nd\n")
+    assert "4 rows" in dmin("import", rows, tmp_path / "j", "sketch=x", f"ids={tmp_path / 'ids'}")
+    copied = Store(dmin("merge", store, tmp_path / "n").split(":")[0])
+    assert "2 removed, 4 rows are left" in dmin("remove", copied.path, "0-1", "1-2")
+    assert "1 removed, 3 rows are left" in dmin("remove", copied.path, "where=label:0")
+    kept = dmin("compact", copied.path, tmp_path / "o")
+    assert "3 rows" in kept
     assert np.load(tmp_path / "a=b" / "features-loss.npy").shape == (6, 1, 2, 1, 16)
 
 
@@ -60,6 +70,12 @@ def test_every_operation(store, tmp_path, capsys):
         (["info"], "takes STORE, and got 0 paths"),
         (["info", "{}", "t"], "takes STORE, and got 2 paths"),
         (["info", "nowhere"], "There is no store at nowhere"),
+        (["append", "{}", "{}"], "has 6 of the examples"),
+        (["remove", "{}"], "nothing to remove"),
+        (["remove", "{}", "9-9"], "no example '9-9'"),
+        (["remove", "{}", "where=label:9"], "no example has label = 9"),
+        (["remove", "{}", "ids=nowhere"], "ids=nowhere cannot be read"),
+        (["import", "nowhere.npy", "t"], "cannot be imported"),
         (["merge", "{}"], "takes SOURCE... TARGET, and got 1 paths"),
     ],
 )
