@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Self, TypeVar
@@ -85,9 +85,10 @@ class Watch(Generic[Token]):
 
     def __enter__(self) -> Self:
         """Freeze and watch the parameters, hook the modules that hold them."""
+        holding: dict[int, bool] = {}
         with ExitStack() as undo:
             for name, module in self.network.named_modules():
-                if any(id(p) in self.name_of for p in module.parameters()):
+                if self._holds(module, holding):
                     for handle in self._hook(name, module):
                         undo.callback(handle.remove)
             for parameter in self.network.parameters():
@@ -127,9 +128,16 @@ class Watch(Generic[Token]):
         """Return the watched parameters that a module holds itself, by their names in it."""
         return {
             local: parameter
-            for local, parameter in module.named_parameters(recurse=False)
-            if id(parameter) in self.name_of
+            for local, parameter in module._parameters.items()
+            if parameter is not None and id(parameter) in self.name_of
         }
+
+    def _holds(self, module: nn.Module, known: dict[int, bool]) -> bool:
+        """Return whether a module or one within it holds a watched parameter."""
+        if id(module) not in known:
+            within = [self._holds(x, known) for x in module._modules.values() if x is not None]
+            known[id(module)] = any(within) or bool(self.own(module))
+        return known[id(module)]
 
     def sees_examples(self, x: Tensor) -> bool:
         """Return whether a tensor can be taken to have rows of the examples.
@@ -210,6 +218,11 @@ class Watch(Generic[Token]):
 _NO_GRADIENT = {Tensor.detach, Tensor.requires_grad_, Tensor.data.__get__}  # type: ignore[attr-defined]
 
 
+def _leaves(x: Any) -> Sequence[Any]:
+    """Return what a nested argument or result consists of."""
+    return pytree.tree_leaves(x) if isinstance(x, tuple | list | dict) else (x,)
+
+
 def _place(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
@@ -224,11 +237,12 @@ def _watched(note: Callable[[nn.Parameter], None]) -> type[nn.Parameter]:
         ) -> Any:
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **(kwargs or {}))
-            computed = any(isinstance(x, Tensor) for x in pytree.tree_leaves(result))
+            computed = any(isinstance(x, Tensor) for x in _leaves(result))
             if computed and func not in _NO_GRADIENT:
-                for leaf in pytree.tree_leaves((args, kwargs)):
-                    if isinstance(leaf, cls):
-                        note(leaf)
+                for argument in (*args, *(kwargs or {}).values()):
+                    for leaf in _leaves(argument):
+                        if isinstance(leaf, cls):
+                            note(leaf)
             return result
 
     return Watched

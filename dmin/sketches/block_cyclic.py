@@ -59,18 +59,15 @@ class BlockCyclic(FoldedSketch):
             super().add(state, name, factors)
             return
         parameter = self._bound.by_name[name]
-        values, squares = forming.fold_factors(
+        exact = self.norm_kind == "exact"
+        forming.fold_factors(
             factors,
             parameter.shape,
             self.kernel_map(parameter),
-            self.norm_kind == "exact",
+            state.values[:, parameter.group],
+            state.squared_norm[:, parameter.group] if exact else None,
             state.budget,
         )
-        rows = state.values[:, parameter.group]
-        rows += values[:, : self.dim]
-        beyond = values[:, self.dim :]  # buckets count on past k, and around
-        rows[:, : beyond.shape[1]] += beyond
-        state.squared_norm[:, parameter.group] += squares
 
     def fold(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return buckets and signs of one parameter, hashed afresh."""

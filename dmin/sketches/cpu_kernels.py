@@ -360,10 +360,16 @@ def _hash(counter, key):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def hashed(words: np.ndarray, key: int) -> None:
-    """Fill an array of uint32 with the words of the counters from 0 up."""
-    for i in range(len(words)):
-        words[i] = _hash(i, key)
+def hashed_map(
+    sign: int, words: int, offset: int, blocks: int, dim: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the words of signs and the offsets of blocks, in [0, k), of a block-cyclic map."""
+    bits, places = np.empty(words, np.uint32), np.empty(blocks, np.int32)
+    for i in range(words):
+        bits[i] = _hash(i, sign)
+    for i in range(blocks):
+        places[i] = _hash(i, offset) % np.uint32(dim)
+    return bits, places
 
 
 @_jit
@@ -513,29 +519,41 @@ def _fold_row(x, at, width, out, o, tap, fold, total):  # type: ignore[no-untype
 
 
 @_jit
-def fold_formed(gradient: np.ndarray, fold: Fold, total: np.ndarray, measure: bool) -> float:
-    """Fold one example's formed gradient.
+def fold_formed(  # type: ignore[no-untyped-def]
+    gradient, fold, total, squares, measure
+):
+    """Fold the formed gradients of some examples.
 
     Args:
-        gradient: ``[taps, out, in]``, any strides.
+        gradient: ``[examples, taps, out, in]``, any strides.
         fold: the map.
-        total: where it is added, longer than k by a block (or by k, for TensorSketch).
-        measure: whether to return the squared norm.
-
-    Returns:
-        The squared norm, or 0.
+        total: ``[examples, fold.length]``, where they are added.
+        squares: ``[examples]``, to which squared norms are added.
+        measure: whether they are.
     """
-    taps, out, width = gradient.shape
+    examples, taps, out, width = gradient.shape
     row = np.zeros(-(-width // WORD) * WORD, np.float32)
-    square = 0.0
-    for tap in range(taps):
-        for o in range(out):
-            for c in range(width):
-                row[c] = gradient[tap, o, c]
-            _fold_row(row, 0, width, out, o, tap, fold, total)
-            if measure:
-                square += _square(_at(row, 0), len(row))
-    return square
+    for example in range(examples):
+        for tap in range(taps):
+            for o in range(out):
+                for c in range(width):
+                    row[c] = gradient[example, tap, o, c]
+                _fold_row(row, 0, width, out, o, tap, fold, total[example])
+                if measure:
+                    squares[example] += _square(_at(row, 0), len(row))
+
+
+@_jit
+def wrap(total: np.ndarray, rows: np.ndarray) -> None:
+    """Add parts ``[examples, parts, length]`` to rows ``[examples, k]``; past k is from 0 again."""
+    examples, parts, length = total.shape
+    dim = rows.shape[1]
+    for example in range(examples):
+        for part in range(parts):
+            for j in range(min(dim, length)):
+                rows[example, j] += total[example, part, j]
+            for j in range(dim, length):
+                rows[example, j - dim] += total[example, part, j]
 
 
 class Walk(NamedTuple):
@@ -563,7 +581,7 @@ def form_and_fold(  # type: ignore[no-untyped-def]
         fold: the map.
         first: first panel of rows to do.
         last: the panel after the last.
-        total: as for :func:`fold_formed`.
+        total: ``[fold.length]``, where they are added.
         measure: whether to return the squared norm.
     """
     panels, pixels, _ = a.shape

@@ -27,6 +27,9 @@ PARTS = 4  # of an example's rows, where there are fewer examples, …
 PART = 1 << 15  # … if a part has so many entries
 
 
+_NOTHING = np.empty(0, np.int32), np.empty(0, np.float32)
+
+
 def applies(values: Tensor) -> bool:
     """Return whether the kernels serve rows of this device and dtype."""
     return values.device.type == "cpu" and values.dtype == torch.float32
@@ -58,34 +61,39 @@ def fold_factors(
     factors: GradientFactors,
     shape: Sequence[int],
     fold: Fold,
-    measure: bool,
+    rows: Tensor,
+    norms: Tensor | None,
     budget: int,
-) -> tuple[Tensor, Tensor]:
-    """Return the folded gradients of one parameter and their squared norms.
+) -> None:
+    """Add the folded gradients of one parameter to the rows of a batch.
 
     Args:
         factors: the gradients.
         shape: of the parameter.
         fold: its map.
-        measure: whether norms are wanted; zeros otherwise.
+        rows: float32 ``[batch, k]``, changed in place.
+        norms: float32 ``[batch]``, to which squared norms are added; None if they are not wanted.
         budget: bytes that formed gradients or packed factors may take at once.
-
-    Returns:
-        float32 ``[batch, fold.length]`` and ``[batch]``.
     """
+    measure = norms is not None
     layouts = _layouts(factors, measure)
-    if layouts is None:
-        return _fold_dense(factors, shape, fold, measure, budget)
-    _, out, width = as_matrices(shape)
-    parts = PARTS if factors.batch < PARTS and prod(shape) >= PARTS * PART else 1
+    # So few examples that threads share them: the parts are added up in order at the end.
+    shared = factors.batch < PARTS and prod(shape) >= PARTS * PART
+    parts = PARTS if layouts is not None and shared else 1
     total = np.zeros((factors.batch, parts, fold.length), np.float32)
     squares = np.zeros((factors.batch, parts), np.float32)
-    for layout in layouts:
-        group = max(torch.get_num_threads(), budget // layout.bytes)
-        for start in range(0, factors.batch, group):
-            some = slice(start, start + group)
-            _fold_packed(layout, start, (out, width), fold, total[some], squares[some], measure)
-    return torch.from_numpy(total.sum(1)), torch.from_numpy(squares.sum(1))
+    if layouts is None:
+        _fold_dense(factors, shape, fold, total[:, 0], squares[:, 0], measure, budget)
+    else:
+        _, out, width = as_matrices(shape)
+        for layout in layouts:
+            group = max(torch.get_num_threads(), budget // layout.bytes)
+            for start in range(0, factors.batch, group):
+                some = slice(start, start + group)
+                _fold_packed(layout, start, (out, width), fold, total[some], squares[some], measure)
+    _kernels().wrap(total, rows.numpy())
+    if norms is not None:
+        norms += torch.from_numpy(squares.sum(1))
 
 
 def _fold_packed(
@@ -136,12 +144,8 @@ def block_cyclic(sign: int, words: int, offset: int, blocks: int, dim: int, bloc
         block: b.
     """
     kernels = _kernels()
-    hashed, offsets = np.empty(words, np.uint32), np.empty(blocks, np.uint32)
-    kernels.hashed(hashed, sign)
-    kernels.hashed(offsets, offset)
-    places, none = (offsets % dim).astype(np.int32), np.empty(0, np.float32)
-    no_places = np.empty(0, np.int32)
-    return kernels.Fold(hashed, places, block, dim + block, no_places, none, no_places, none)
+    hashed, places = kernels.hashed_map(sign, words, offset, blocks, dim)
+    return kernels.Fold(hashed, places, block, dim + block, *_NOTHING, *_NOTHING)
 
 
 def tensor_sketch(row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor], dim: int) -> Fold:
@@ -209,27 +213,28 @@ def _fold_dense(
     factors: GradientFactors,
     shape: Sequence[int],
     fold: Fold,
+    total: np.ndarray,
+    squares: np.ndarray,
     measure: bool,
     budget: int,
-) -> tuple[Tensor, Tensor]:
-    total, squares = torch.zeros(factors.batch, fold.length), torch.zeros(factors.batch)
-    step = max(1, budget // max(4, 4 * prod(shape)))
+) -> None:
+    """Have torch form the gradients, and fold them into totals and squares of the examples."""
+    kernels, size = _kernels(), prod(shape)
+    step = max(1, budget // max(4, 4 * size))
     for start in range(0, factors.batch, step):
         part = factors[start : start + step]
         formed = part.gradient if isinstance(part, Dense) else part.dense()
         gradient = taps_first(formed.detach().float(), shape).numpy()
 
-        def work(i: int, first: int = start, gradient: Any = gradient) -> None:
-            row = total[first + i].numpy()
-            squares[first + i] = _kernels().fold_formed(gradient[i], fold, row, measure)
+        def work(i: int, n: int = 1, start: int = start, gradient: Any = gradient) -> None:
+            some = slice(start + i, start + i + n)
+            kernels.fold_formed(gradient[i : i + n], fold, total[some], squares[some], measure)
 
-        if prod(shape) < PART:
-            for i in range(len(gradient)):
-                work(i)
+        if size < PART:
+            work(0, len(gradient))
         else:
             in_threads(len(gradient), work)
-        del gradient  # before the next slice is formed, so that there is one at a time
-    return total, squares
+        del gradient, formed, part  # before the next slice is formed: there is one at a time
 
 
 def _layouts(factors: GradientFactors, measure: bool) -> list[_Layout] | None:

@@ -108,9 +108,9 @@ def test_the_kernels_hash_as_torch_does():
     from dmin.sketches import cpu_kernels
 
     for key in (0, 1, 0x7FFFFFFF, 0xFFFFFFFF):
-        words = np.empty(1000, np.uint32)
-        cpu_kernels.hashed(words, key)
+        words, places = cpu_kernels.hashed_map(key, 1000, key + 1, 300, 77)
         assert words.tolist() == hash_words(key, 1000).tolist()
+        assert places.tolist() == (hash_words(key + 1 & 0xFFFFFFFF, 300) % 77).tolist()
 
 
 def test_tiles_of_toom_and_cook_are_correlations():
