@@ -673,32 +673,27 @@ def scatter(x: np.ndarray, bucket: np.ndarray, sign: np.ndarray, total: np.ndarr
 
 @_jit
 def count_sketch(  # type: ignore[no-untyped-def]
-    x, starts, first, last, walk_length, line_step, step, bucket, sign, out
+    x, walk, first, last, bucket, sign, out
 ):
-    """Count sketches of the patches under some output positions.
+    """Add up count sketches of what lies under some output positions.
 
     Args:
         x: ``[pixels, channels]``.
-        starts: pixel under the first position, for each tap.
+        walk: which pixels lie under which position.
         first: first position to do.
         last: the position after the last.
-        walk_length: positions in a line.
-        line_step: pixels from a line to the next.
-        step: pixels from a position to the next.
         bucket: int32 ``[taps · channels]``.
         sign: float32 ``[taps · channels]``.
-        out: ``[last − first, k]``.
+        out: ``[last − first, k]``, zeros.
     """
     channels = x.shape[1]
     for p in range(first, last):
-        row = out[p - first]
-        row[:] = 0
-        under = (p // walk_length) * line_step + (p % walk_length) * step
-        for tap in range(len(starts)):
-            pixel = x[under + starts[tap]]
+        under = (p // walk.length) * walk.line_step + (p % walk.length) * walk.step
+        for tap in range(len(walk.starts)):
+            pixel = under + walk.starts[tap]
             for c in range(channels):
                 j = tap * channels + c
-                row[bucket[j]] += sign[j] * pixel[c]
+                out[p - first, bucket[j]] += sign[j] * x[pixel, c]
 
 
 @_jit

@@ -91,7 +91,7 @@ def fold_factors(
             for start in range(0, factors.batch, group):
                 some = slice(start, start + group)
                 _fold_packed(layout, start, (out, width), fold, total[some], squares[some], measure)
-    _kernels().wrap(total, rows.numpy())
+    kernels().wrap(total, rows.numpy())
     if norms is not None:
         norms += torch.from_numpy(squares.sum(1))
 
@@ -143,9 +143,9 @@ def block_cyclic(sign: int, words: int, offset: int, blocks: int, dim: int, bloc
         dim: k.
         block: b.
     """
-    kernels = _kernels()
-    hashed, places = kernels.hashed_map(sign, words, offset, blocks, dim)
-    return kernels.Fold(hashed, places, block, dim + block, *_NOTHING, *_NOTHING)
+    loops = kernels()
+    hashed, places = loops.hashed_map(sign, words, offset, blocks, dim)
+    return loops.Fold(hashed, places, block, dim + block, *_NOTHING, *_NOTHING)
 
 
 def tensor_sketch(row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor], dim: int) -> Fold:
@@ -158,7 +158,7 @@ def tensor_sketch(row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor], dim
     """
     sides = [x.numpy() for bucket, sign in (row, column) for x in (bucket.int(), sign.float())]
     none = np.empty(0, np.uint32), np.empty(0, np.int32)
-    return _kernels().Fold(*none, 0, 2 * dim, *sides)
+    return kernels().Fold(*none, 0, 2 * dim, *sides)
 
 
 def scatter(gradient: Tensor, bucket: Tensor, sign: Tensor, values: Tensor) -> None:
@@ -170,10 +170,10 @@ def scatter(gradient: Tensor, bucket: Tensor, sign: Tensor, values: Tensor) -> N
         sign: ``[P]``, ±1.
         values: float32 ``[batch, k]``, changed in place.
     """
-    kernels, map_ = _kernels(), (bucket.numpy(), sign.numpy())
+    loops, map_ = kernels(), (bucket.numpy(), sign.numpy())
 
     def work(i: int) -> None:
-        kernels.scatter(gradient[i].numpy(), *map_, values[i].numpy())
+        loops.scatter(gradient[i].numpy(), *map_, values[i].numpy())
 
     in_threads(len(gradient), work)
 
@@ -202,7 +202,7 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 
 
 @cache
-def _kernels() -> Any:
+def kernels() -> Any:
     """Return the compiled loops, imported when first needed: that takes a second."""
     from dmin.sketches import cpu_kernels
 
@@ -219,7 +219,7 @@ def _fold_dense(
     budget: int,
 ) -> None:
     """Have torch form the gradients, and fold them into totals and squares of the examples."""
-    kernels, size = _kernels(), prod(shape)
+    loops, size = kernels(), prod(shape)
     step = max(1, budget // max(4, 4 * size))
     for start in range(0, factors.batch, step):
         part = factors[start : start + step]
@@ -228,7 +228,7 @@ def _fold_dense(
 
         def work(i: int, n: int = 1, start: int = start, gradient: Any = gradient) -> None:
             some = slice(start + i, start + i + n)
-            kernels.fold_formed(gradient[i : i + n], fold, total[some], squares[some], measure)
+            loops.fold_formed(gradient[i : i + n], fold, total[some], squares[some], measure)
 
         if size < PART:
             work(0, len(gradient))
@@ -248,8 +248,8 @@ def _layouts(factors: GradientFactors, measure: bool) -> list[_Layout] | None:
         return [_Tokens(part) for part in outer]
     if measure and len(parts) > 1:
         return None
-    planes = [part for part in parts if isinstance(part, Correlation) and _Planes.serves(part)]
-    return [_Planes(part) for part in planes] if len(planes) == len(parts) else None
+    planes = [part for part in parts if isinstance(part, Correlation) and Planes.serves(part)]
+    return [Planes(part) for part in planes] if len(planes) == len(parts) else None
 
 
 class _Layout:
@@ -271,37 +271,38 @@ class _Tokens(_Layout):
 
     def __init__(self, factors: Outer) -> None:
         self.factors = factors
-        self.kernel = _kernels().form_and_fold
+        self.kernel = kernels().form_and_fold
         self.bytes = 4 * (factors.output_gradient[0].numel() + factors.input[0].numel())
 
     @cached_property
     def walk(self) -> Walk:
         positions = self.factors.input.shape[1]
-        return _kernels().Walk(1, positions, 0, 1, np.zeros(1, np.int64))
+        return kernels().Walk(1, positions, 0, 1, np.zeros(1, np.int64))
 
     def pack(self, example: int) -> Sequence[Any]:
-        kernels, packed = _kernels(), []
+        loops, packed = kernels(), []
         for x, panel in (
-            (self.factors.output_gradient, kernels.ROWS),
-            (self.factors.input, kernels.COLUMNS),
+            (self.factors.output_gradient, loops.ROWS),
+            (self.factors.input, loops.COLUMNS),
         ):
             one = wide(x[example]).numpy()
             out = np.zeros((self._panels(one.shape[1], panel), len(one), panel), np.float32)
-            kernels.pack_rows(one, out)
+            loops.pack_rows(one, out)
             packed.append(out)
         return *packed, self.walk
 
 
-class _Planes(_Layout):
+class Planes(_Layout):
     """Correlations in one or two dimensions: positions lie side by side in memory."""
 
     @staticmethod
     def serves(factors: Correlation) -> bool:
+        """Return whether a convolution is one of these."""
         layer = factors.layer
         return type(layer) in (nn.Conv1d, nn.Conv2d) and layer.groups == 1
 
-    def __init__(self, factors: Correlation) -> None:
-        kernels = _kernels()
+    def __init__(self, factors: Correlation, transform: bool = True) -> None:
+        loops = kernels()
         self.factors = factors
         layer = factors.layer
         self.kernel_size = _plane(layer.kernel_size)
@@ -310,16 +311,16 @@ class _Planes(_Layout):
         self.padding = _plane(factors.padding, 0)
         self.positions = _plane(factors.output_gradient.shape[2:])
         size = prod(self.positions)
-        self.tiles = [-(-n // kernels.TILE) for n in self.positions]
+        self.tiles = [-(-n // loops.TILE) for n in self.positions]
         simple = (self.kernel_size, self.stride, self.dilation) == ((3, 3), (1, 1), (1, 1))
-        transformed = kernels.PRODUCTS * prod(self.tiles) + kernels.TRANSFORM_COST
-        self.transforms = simple and transformed < 9 * size
+        transformed = loops.PRODUCTS * prod(self.tiles) + loops.TRANSFORM_COST
+        self.transforms = transform and simple and transformed < 9 * size
         if self.transforms:
-            self.kernel = kernels.form_transformed_and_fold
-            height, width = (kernels.TILE * n for n in self.tiles)
+            self.kernel = loops.form_transformed_and_fold
+            height, width = (loops.TILE * n for n in self.tiles)
             self.d_size, self.a_size = (height, width), (height + 2, width + 2)
         else:
-            self.kernel = kernels.form_and_fold
+            self.kernel = loops.form_and_fold
             self.d_size = self.positions
             reach = zip(self.positions, self.stride, self.kernel_size, self.dilation, strict=True)
             height, width = ((n - 1) * s + (k - 1) * d + 1 for n, s, k, d in reach)
@@ -327,8 +328,17 @@ class _Planes(_Layout):
         channels = factors.output_gradient.shape[1] + factors.input.shape[1]
         self.bytes = 4 * channels * prod(self.a_size) * (4 if self.transforms else 1)
 
+    @property
+    def borders(self) -> list[int]:
+        """Zeros around the inputs, as ``F.pad`` wants them; negative where some are not needed."""
+        top, left = self.padding
+        height, width = _plane(self.factors.input.shape[2:])
+        (down, across), (up, before) = self.a_size, (top, left)
+        return [before, across - width - before, up, down - height - up]
+
     @cached_property
     def walk(self) -> Walk:
+        """Which pixel lies under which position."""
         (lines, length), width = self.positions, self.a_size[1]
         down, across = self.dilation
         starts = [
@@ -337,33 +347,34 @@ class _Planes(_Layout):
             for j in range(self.kernel_size[1])
         ]
         step, line_step = self.stride[1], self.stride[0] * width
-        return _kernels().Walk(lines, length, line_step, step, np.array(starts))
+        return kernels().Walk(lines, length, line_step, step, np.array(starts))
 
     def pack(self, example: int) -> Sequence[Any]:
-        kernels = _kernels()
+        """Return the packed factors of an example: the kernel's first arguments."""
+        loops = kernels()
         d = _image(self.factors.output_gradient[example])
         a = _image(self.factors.input[example])
-        panels_d = self._panels(len(d), kernels.ROWS)
-        packed_d = _with_slack(panels_d, *self.d_size, kernels.ROWS)
-        panels_a = self._panels(len(a), kernels.COLUMNS)
-        packed_a = _with_slack(panels_a, *self.a_size, kernels.COLUMNS)
-        kernels.pack(d, 0, 0, packed_d)
-        kernels.pack(a, *self.padding, packed_a)
+        panels_d = self._panels(len(d), loops.ROWS)
+        packed_d = _with_slack(panels_d, *self.d_size, loops.ROWS)
+        panels_a = self._panels(len(a), loops.COLUMNS)
+        packed_a = _with_slack(panels_a, *self.a_size, loops.COLUMNS)
+        loops.pack(d, 0, 0, packed_d)
+        loops.pack(a, *self.padding, packed_a)
         if not self.transforms:
-            d_panels = packed_d.reshape(panels_d, -1, kernels.ROWS)
-            return d_panels, packed_a.reshape(panels_a, -1, kernels.COLUMNS), self.walk
+            d_panels = packed_d.reshape(panels_d, -1, loops.ROWS)
+            return d_panels, packed_a.reshape(panels_a, -1, loops.COLUMNS), self.walk
         tiles = prod(self.tiles)
-        transformed_d = _with_slack(panels_d, kernels.PRODUCTS, tiles + 1, kernels.ROWS)
-        transformed_a = np.empty((panels_a, kernels.PRODUCTS, tiles, kernels.COLUMNS), np.float32)
-        kernels.transform_gradient(packed_d, transformed_d)
-        kernels.transform_input(packed_a, transformed_a)
+        transformed_d = _with_slack(panels_d, loops.PRODUCTS, tiles + 1, loops.ROWS)
+        transformed_a = np.empty((panels_a, loops.PRODUCTS, tiles, loops.COLUMNS), np.float32)
+        loops.transform_gradient(packed_d, transformed_d)
+        loops.transform_input(packed_a, transformed_a)
         return transformed_d, transformed_a
 
 
 def _with_slack(*shape: int) -> np.ndarray:
     """Return zeros with room for one vector more behind them."""
     size = prod(shape)
-    return np.zeros(size + _kernels().WIDTH, np.float32)[:size].reshape(shape)
+    return np.zeros(size + kernels().WIDTH, np.float32)[:size].reshape(shape)
 
 
 def _plane(sizes: Sequence[int], missing: int = 1) -> tuple[int, int]:

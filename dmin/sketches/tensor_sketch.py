@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dmin.layer_gradients import GradientFactors, Outer, Sum
+from dmin.layer_gradients import Correlation, GradientFactors, Outer, Sum
 from dmin.sketches import forming
 from dmin.sketches.base import Accumulator, Parameter, Sketched
 from dmin.sketches.block_cyclic import BlockCyclic
 from dmin.sketches.bounds import moments, share_of_equal
 from dmin.sketches.hashing import key, signs, spread_words
+from dmin.sketches.spectra import add_spectra, as_outer
 
 if TYPE_CHECKING:
     from dmin.sketches.cpu_kernels import Fold
@@ -59,28 +60,37 @@ class TensorSketch(BlockCyclic):
         seed: key of the maps.
         block: of the block-cyclic map.
         from_size: entries from which a matrix is mapped by TensorSketch.
+        from_kernel: entries from which the kernel of a convolution is, as a matrix of outputs by
+            (tap, input). Those of many entries stand where positions are few.
     """
 
     family = "tensor_sketch"
     norm_kind = "sketch"
 
-    # Nanoseconds an elementary step, fitted on one CPU core: a position's transforms, an entry's
-    # multiplication at a position, and an entry's sign, bucket and addition.
-    TRANSFORM, FORM, FOLD = 3.0, 0.2, 30.0
+    # Nanoseconds an elementary step takes one CPU core: a position's transforms (for each k log k)
+    # and the counting of a row or column, an entry's multiplication at a position, its folding.
+    TRANSFORM, COUNT, FORM, FOLD = 0.2, 1.0, 0.008, 0.8
 
     def __init__(
-        self, dim: int = 4096, seed: int = 0, block: int = 256, from_size: int = 1 << 18
+        self,
+        dim: int = 4096,
+        seed: int = 0,
+        block: int = 256,
+        from_size: int = 1 << 18,
+        from_kernel: int = 1 << 23,
     ) -> None:
         super().__init__(dim, seed, block)
         self.from_size = from_size
+        self.from_kernel = from_kernel
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that define the map."""
-        return {**super().describe(), "from_size": self.from_size}
+        return {**super().describe(), "from_size": self.from_size, "from_kernel": self.from_kernel}
 
     def tensor_sketched(self, parameter: Parameter) -> bool:
         """Say whether a parameter is mapped by TensorSketch; its shape decides."""
-        return len(parameter.shape) == 2 and prod(parameter.shape) >= self.from_size
+        threshold = self.from_size if len(parameter.shape) == 2 else self.from_kernel
+        return len(parameter.shape) > 1 and prod(parameter.shape) >= threshold
 
     def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
         """Return the stated bound, ``[n]``; see the base class."""
@@ -102,18 +112,18 @@ class TensorSketch(BlockCyclic):
         """Add one parameter, from its factors where that is cheaper than forming it."""
         parameter = self._bound.by_name[name]
         parts = factors.parts if isinstance(factors, Sum) else [factors]
-        outer = [part for part in parts if isinstance(part, Outer)]
-        positions = sum(part.input.shape[1] for part in outer)
-        if (
-            self.tensor_sketched(parameter)
-            and len(outer) == len(parts)
-            and self._transforms_are_cheaper(prod(parameter.shape), positions)
-        ):
-            assert isinstance(state, SpectralAccumulator)
-            for part in outer:
-                self._add_outer(state, parameter, part)
-        else:
+        transformed = self.tensor_sketched(parameter) and all(map(_transforms, parts))
+        positions = sum(map(_positions, parts)) if transformed else 0
+        if not transformed or not self._transforms_are_cheaper(parameter.shape, positions):
             super().add(state, name, factors)
+            return
+        assert isinstance(state, SpectralAccumulator)
+        for part in parts:
+            if forming.applies(state.values):
+                hashes = self._hashes(parameter, torch.device("cpu"))
+                add_spectra(part, *hashes, self.dim, state.spectrum[:, parameter.group])
+            else:
+                self._add(state, parameter, part)
 
     def finish(self, state: Accumulator) -> Sketched:
         """Return the finished rows: one inverse transform for all TensorSketched parameters."""
@@ -128,7 +138,10 @@ class TensorSketch(BlockCyclic):
             return super().fold(name, device)
         (row, row_sign), (column, column_sign) = self._hashes(parameter, device)
         bucket = (row[:, None] + column) % self.dim
-        return bucket.view(-1), (row_sign[:, None] * column_sign).view(-1)
+        sign = row_sign[:, None] * column_sign
+        taps, out, width = forming.as_matrices(parameter.shape)
+        natural = (x.view(out, taps, width).transpose(1, 2).reshape(-1) for x in (bucket, sign))
+        return next(natural), next(natural)
 
     def kernel_map(self, parameter: Parameter) -> Fold:
         """Return the map of one parameter, by whichever it has, for the loops of the CPU."""
@@ -140,31 +153,38 @@ class TensorSketch(BlockCyclic):
     def _hashes(
         self, parameter: Parameter, device: torch.device
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Return bucket and sign of each output and of each input."""
+        """Return bucket and sign of each output, and of each input for each tap."""
         sides = []
-        for side, size in zip(("row", "column"), parameter.shape, strict=True):
+        taps, out, width = forming.as_matrices(parameter.shape)
+        for side, size in (("row", out), ("column", taps * width)):
             bucket = spread_words(key(self.seed, parameter.name, side), size, device) % self.dim
             sign = signs(key(self.seed, parameter.name, side, "sign"), size, device)
             sides.append((bucket, sign))
         return sides[0], sides[1]
 
-    def _transforms_are_cheaper(self, entries: int, positions: int) -> bool:
-        transforms = self.TRANSFORM * positions * self.dim * log2(self.dim)
-        return transforms < entries * (self.FORM * positions + self.FOLD)
+    def _transforms_are_cheaper(self, shape: tuple[int, ...], positions: int) -> bool:
+        entries, sides = prod(shape), shape[0] + prod(shape[1:])
+        position = self.TRANSFORM * self.dim * log2(self.dim) + self.COUNT * sides
+        return positions * position < entries * (self.FORM * positions + self.FOLD)
 
-    def _add_outer(self, state: SpectralAccumulator, parameter: Parameter, factors: Outer) -> None:
+    def _add(
+        self, state: SpectralAccumulator, parameter: Parameter, factors: GradientFactors
+    ) -> None:
         """Sum ``F(C₁ d) ∘ F(C₂ a)`` over positions, as many at a time as the budget allows."""
         (row, row_sign), (column, column_sign) = self._hashes(parameter, state.values.device)
         spectrum = state.spectrum[:, parameter.group]
-        positions = factors.input.shape[1]
+        positions = _positions(factors)
         # Two count sketches and two spectra, each of k numbers, stand in memory for a position.
         rows = max(1, state.budget // (4 * self.dim * state.values.element_size()))
         step = min(positions, rows)
         for first in range(0, factors.batch, max(1, rows // step)):
             examples = slice(first, first + max(1, rows // step))
+            some = factors[examples]
+            outer = as_outer(some) if isinstance(some, Correlation) else some
+            assert isinstance(outer, Outer)
             for start in range(0, positions, step):
-                d = factors.output_gradient[examples, start : start + step].to(state.values.dtype)
-                a = factors.input[examples, start : start + step].to(state.values.dtype)
+                d = outer.output_gradient[:, start : start + step].to(state.values.dtype)
+                a = outer.input[:, start : start + step].to(state.values.dtype)
                 left = torch.fft.rfft(self._count(d * row_sign.to(d.dtype), row))
                 right = torch.fft.rfft(self._count(a * column_sign.to(a.dtype), column))
                 spectrum[examples] += left.mul_(right).sum(1)
@@ -172,3 +192,18 @@ class TensorSketch(BlockCyclic):
     def _count(self, x: Tensor, bucket: Tensor) -> Tensor:
         """Return the count sketch ``[batch, positions, k]`` of signed entries."""
         return x.new_zeros(*x.shape[:-1], self.dim).index_add_(-1, bucket, x)
+
+
+def _transforms(factors: GradientFactors) -> bool:
+    """Return whether a gradient's spectrum can be had from its factors."""
+    if isinstance(factors, Correlation):
+        return forming.Planes.serves(factors)
+    return isinstance(factors, Outer)
+
+
+def _positions(factors: GradientFactors) -> int:
+    """Return how many outer products a gradient is the sum of."""
+    if isinstance(factors, Correlation):
+        return prod(factors.output_gradient.shape[2:])
+    assert isinstance(factors, Outer)
+    return factors.input.shape[1]

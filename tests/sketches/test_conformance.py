@@ -439,12 +439,15 @@ def test_tensor_sketch_from_factors_is_that_of_the_formed_gradient(
 
 def test_tensor_sketch_follows_the_cost_and_its_map_the_shape_alone():
     sketch = TensorSketch(4096)
-    assert sketch._transforms_are_cheaper(1536 * 9216, 1)
-    assert sketch._transforms_are_cheaper(3072 * 768, 333)
-    assert not sketch._transforms_are_cheaper(320 * 320, 256)
+    assert sketch._transforms_are_cheaper((9216, 1536), 1)
+    assert sketch._transforms_are_cheaper((1536, 6144), 333)
+    assert sketch._transforms_are_cheaper((1280, 1280, 3, 3), 64)
+    assert not sketch._transforms_are_cheaper((320, 320), 256)
     assert sketch.tensor_sketched(Parameter("w", (512, 512)))
     assert not sketch.tensor_sketched(Parameter("w", (512, 511)))
-    assert not sketch.tensor_sketched(Parameter("w", (512, 512, 3, 3)))
+    assert not sketch.tensor_sketched(Parameter("w", (640, 640, 3, 3)))
+    assert sketch.tensor_sketched(Parameter("w", (1280, 1280, 3, 3)))
+    assert not sketch.tensor_sketched(Parameter("b", (1 << 30,)))
 
 
 GOLDEN = {

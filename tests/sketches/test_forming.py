@@ -37,7 +37,8 @@ MAPS = {
     "block 256": lambda: BlockCyclic(K),
     "block 32": lambda: BlockCyclic(K, block=32),
     "block 20": lambda: BlockCyclic(K, block=20),
-    "tensor": lambda: TensorSketch(K, from_size=1),
+    "tensor, formed": lambda: TensorSketch(K, from_size=1, from_kernel=1),
+    "tensor, transformed": lambda: TensorSketch(K, from_size=1, from_kernel=1),
 }
 
 
@@ -54,10 +55,13 @@ def case(layer, batch=3):
 
 @pytest.mark.parametrize("map_of", MAPS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_rows_are_those_of_gradients_formed_in_double_precision(layer, map_of):
+def test_rows_are_those_of_gradients_formed_in_double_precision(layer, map_of, monkeypatch):
+    cheaper = map_of == "tensor, transformed"
+    monkeypatch.setattr(TensorSketch, "_transforms_are_cheaper", lambda *_: cheaper)
     module, x = case(layer)
     sketch = MAPS[map_of]().bind(choose_parameters(module))
     found = rows_of(module, x, sketch)
+    monkeypatch.setattr(TensorSketch, "_transforms_are_cheaper", lambda *_: False)
     expected = rows_of(module.double(), x.double(), sketch)
     assert found.values.dtype == torch.float32
     error = (found.values - expected.values).norm(dim=-1)
