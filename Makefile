@@ -19,6 +19,12 @@ demo: .venv/.installed ## train a small model and trace its images to their trai
 test: .venv/.installed ## run the tests
 	@.venv/bin/pytest -n auto $(ARGS)
 
+bench: .venv/.installed ## measure collecting beside plain training (40 minutes; goes on if stopped)
+	@.venv/bin/python experiments/bench/run.py $(ARGS)
+
+gpu: .venv/.installed ## run the tests that need a GPU
+	@.venv/bin/pytest -m gpu $(ARGS)
+
 lint: .venv/.installed ## check style, types and the floors of the import graph
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
