@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint experiments wheel clean
+.PHONY: help demo test bench gpu lint experiments wheel clean
 
 # The first of these that is there; name another with `make test PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,\
