@@ -15,7 +15,7 @@ class Auto(TensorSketch):
     factors near one, and for sides longer than k, see there); so has their sum, since the maps of
     different parameters are independent. So the choice is one of cost: a matrix of ``from_size``
     entries or more can be sketched from its factors in less time than it is formed in; smaller
-    ones, kernels and vectors are formed and folded, their entries in runs.
+    ones, most kernels and vectors are formed and folded, their entries in runs.
 
     Which map a parameter has depends on its shape alone: never on k, so that rows fold, nor on
     batch or tokens. How a map is evaluated follows the cost.
@@ -28,14 +28,20 @@ class Auto(TensorSketch):
         seed: key of the maps.
         block: of the block-cyclic map.
         from_size: entries from which a matrix is mapped by TensorSketch.
+        from_kernel: entries from which the kernel of a convolution is.
     """
 
     family = "auto"
 
     def __init__(
-        self, dim: int = 4096, seed: int = 0, block: int = 256, from_size: int = 1 << 18
+        self,
+        dim: int = 4096,
+        seed: int = 0,
+        block: int = 256,
+        from_size: int = 1 << 18,
+        from_kernel: int = 1 << 23,
     ) -> None:
-        super().__init__(dim, seed, block, from_size)
+        super().__init__(dim, seed, block, from_size, from_kernel)
 
     def bind(self, parameters: Parameters) -> Self:
         """Return this sketch for the parameters of one model."""

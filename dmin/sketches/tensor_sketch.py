@@ -97,7 +97,7 @@ class TensorSketch(BlockCyclic):
         parameter = self._bound.by_name[name]
         if not self.tensor_sketched(parameter):
             return super().variance(name, g, h)
-        found, (out, inside) = moments(g, h), parameter.shape
+        found, (out, inside) = moments(g, h), (parameter.shape[0], prod(parameter.shape[1:]))
         larger = 1 << (max(out, inside) - 1).bit_length()
         pairs = (1 + 1 / max(1, larger - 1)) * (1 + 2 / self.dim) / self.dim
         rows = share_of_equal(inside, self.dim) * (found.along + found.trace)

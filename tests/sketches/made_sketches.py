@@ -26,20 +26,10 @@ def build(name: str, dim: int = K, seed: int = 0, **settings) -> Sketch:
     """The sketch of a YAML, at a size for tests; what a family does not take is left out."""
     found = OmegaConf.to_container(OmegaConf.load(CONF[name]))
     kind = get_class(found.pop("_target_"))
-<<<<<<< HEAD
-    small = {"dim": dim, "seed": seed, "block": 8, "from_size": 1, "keep": 600} | settings
+    small = {"dim": dim, "seed": seed, "block": 8, "keep": 600, "from_size": 1, "from_kernel": 1}
     if name == "auto":  # some matrices by one map, some by the other
-        small |= {"from_size": 650} | settings
-=======
-    small = {
-        "dim": dim,
-        "seed": seed,
-        "block": 8,
-        "from_size": 1,
-        "from_kernel": 1,
-        "keep": 600,
-    } | settings
->>>>>>> dba6a32 (sketches: TensorSketch counts and transforms in the cache; for convolutions too)
+        small |= {"from_size": 650}
+    small |= settings
     return kind(**(found | {key: value for key, value in small.items() if key in found}))
 
 
