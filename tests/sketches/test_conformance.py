@@ -392,14 +392,13 @@ def test_entries_of_a_block_never_collide_and_others_do_so_once_in_k():
 
 
 def test_auto_is_tensor_sketch_for_large_matrices_and_block_cyclic_for_all_else():
-    parameters = parameters_of(large=(40, 32), small=(20, 30), kernel=(40, 8, 2, 2), vector=(1300,))
+    shapes = {"large": (40, 32), "small": (20, 30), "kernel": (40, 8, 2, 2), "vector": (1300,)}
+    parameters = parameters_of(**shapes, wide=(40, 9, 2, 2))
     g = gradients(2, parameters)
-    auto = build("auto", from_size=1280).bind(parameters)
-    for name, whose in (("large", "tensor_sketch"), ("small", "block_cyclic")):
+    auto = build("auto", from_size=1280, from_kernel=1440).bind(parameters)
+    for name in g:
+        whose = "tensor_sketch" if name in ("large", "wide") else "block_cyclic"
         expected = build(whose).bind(parameters).of({name: g[name]})
-        torch.testing.assert_close(auto.of({name: g[name]}), expected)
-    for name in ("kernel", "vector"):
-        expected = build("block_cyclic").bind(parameters).of({name: g[name]})
         torch.testing.assert_close(auto.of({name: g[name]}), expected)
 
 
