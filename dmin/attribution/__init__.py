@@ -10,11 +10,12 @@ from dmin.attribution.encoder import EncoderCosine
 from dmin.attribution.gradient_similarity import DMinUnnormalised, GradCos, GradDot
 from dmin.attribution.inverse_hessian import CG, Arnoldi, LiSSA
 from dmin.attribution.likeness import SSIM, GaussianKernel
+from dmin.attribution.merge import merged
 from dmin.attribution.pixel import PixelCosine, PixelL2
 from dmin.attribution.popularity import Popularity
 from dmin.attribution.random import Random
 from dmin.attribution.ranking import Ranking
-from dmin.attribution.retrieval import TopK, retrieve, score_matrix
+from dmin.attribution.retrieval import TopK, retrieve, retrieve_part, score_matrix
 from dmin.attribution.search import Certified
 from dmin.attribution.search_faiss import Approximate
 from dmin.attribution.sharp_energy import SharpEnergy
@@ -62,6 +63,8 @@ __all__ = [
     "TracIn",
     "Unlearning",
     "ZSum",
+    "merged",
     "retrieve",
+    "retrieve_part",
     "score_matrix",
 ]

@@ -209,11 +209,13 @@ class Ranking:
             for record in records:
                 writer.writerow({key: _cell(value) for key, value in record.items()})
         _save_parquet(records, folder / "ranking.parquet")
-        text = json.dumps(self._to_json(), ensure_ascii=False, indent=1, default=_plain)
+        text = json.dumps(self.document(), ensure_ascii=False, indent=1, default=_plain)
         (folder / "ranking.json").write_text(text + "\n", encoding="utf-8")
         return folder
 
-    def _to_json(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
+        """Return all of it as JSON values, as `load` reads them."""
+
         def example(query: int, rank: int) -> dict[str, Any]:
             found = {
                 "id": self.train_ids[query][rank],

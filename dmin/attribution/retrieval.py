@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmin.attribution.base import Linear, Method, Side, check_pair
 from dmin.attribution.dmin import DMin
+from dmin.attribution.merge import enough_of
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.search import Index
 from dmin.attribution.search_scan import gathered_rows, scan
@@ -56,9 +57,57 @@ def retrieve(
     queries, train = as_side(queries), as_side(train)
     method, selection = method or DMin(), selection or Selection()
     check_pair(queries, train, method)
-    search = _Search(train, method, k, rows, selection, index, device)
-    method.fit(train)
-    found = [search.batch(queries, *batch) for batch in query_batches(queries, method)]
+    return _searched(queries, _Search(train, method, k, rows, selection, index, device))
+
+
+def retrieve_part(
+    queries: Store | Side,
+    train: Store | Side,
+    part: range,
+    method: Method | None = None,
+    k: int = 10,
+    rows: int | None = None,
+    selection: Selection | None = None,
+    index: Index | None = None,
+    device: str = "cpu",
+) -> Ranking | None:
+    """Return the best of some of the training rows; ``merge.merged`` makes one answer of the parts.
+
+    So that several machines may read a part of the store each. The answer has the bits of
+    :func:`retrieve`, wherever the cuts lie.
+
+    Args:
+        queries: as in :func:`retrieve`, like all that follow.
+        train: the whole training side, from which the method learns what it learns.
+        part: the rows to look at.
+        method: how to score.
+        k: examples a query in the end.
+        rows: training examples in memory at once.
+        selection: which examples; its ``min_score`` is for ``merged``.
+        index: a way that reads less than all rows.
+        device: where to scan.
+
+    Returns:
+        The k best, or all where the part has fewer; None where it has none.
+
+    Raises:
+        DminError: as in :func:`retrieve`, or groups are asked for.
+    """
+    queries, train = as_side(queries), as_side(train)
+    method, selection = method or DMin(), selection or Selection()
+    if selection.group_by is not None:
+        raise DminError(
+            f"group_by={selection.group_by} needs every score in one place. Set shard.num=1, or "
+            f"retrieve.group_by=null."
+        )
+    check_pair(queries, train, method)
+    search = _Search(train, method, k, rows, replace(selection, min_score=None), index, device)
+    return _searched(queries, search) if search.narrow(part) else None
+
+
+def _searched(queries: Side, search: _Search) -> Ranking:
+    search.method.fit(search.train)
+    found = [search.batch(queries, *batch) for batch in query_batches(queries, search.method)]
     scores, best, parts = zip(*found, strict=True)
     return search.ranking(
         queries, joined(scores), joined(best), None if parts[0] is None else joined(parts)
@@ -129,8 +178,11 @@ def scored(
             linear = replace(linear, queries=linear.queries.to(device))
         yield from scan(linear, train.store, rows, keep)
     else:
-        for block in train.blocks(method.requires, rows or 1024):
-            yield block.first, method.score(asked, block)
+        size = rows or 1024
+        for first in range(0, len(train), size):
+            span = np.arange(first, min(first + size, len(train)))
+            if keep is None or keep[span].any():
+                yield first, method.score(asked, train.block(span, method.requires))
 
 
 class _Search:
@@ -159,6 +211,14 @@ class _Search:
             allowed, what = len(np.unique(number[number >= 0])), f"values of {selection.group_by}"
         if not 1 <= k <= allowed:
             raise DminError(f"k={k}: choose 1 … {allowed}, the number of {what}.")
+
+    def narrow(self, part: range) -> int:
+        """Look at a part of the rows only; return how many there are to find."""
+        inside = np.zeros(len(self.train), dtype=bool)
+        inside[part.start : part.stop] = True
+        self.keep = inside if self.keep is None else self.keep & inside
+        self.k = min(self.k, int(self.keep.sum()))
+        return self.k
 
     def batch(
         self, queries: Side, numbers: np.ndarray, asked: Any
@@ -225,13 +285,7 @@ class _Search:
         chosen, train = self.selection, self.train.store
         ids, metadata = train.ids, train.metadata
         if chosen.min_score is not None:
-            strongest = chosen.sign * scores
-            enough = int((strongest >= np.float32(chosen.min_score)).sum(1).max())
-            if not enough:
-                raise DminError(
-                    f"min_score={chosen.min_score:g} leaves no example to any query: the strongest"
-                    f" score is {chosen.sign * strongest.max():.6g}."
-                )
+            enough = enough_of(scores, chosen.sign, chosen.min_score)
             scores, rows = scores[:, :enough], rows[:, :enough]
             parts = None if parts is None else parts[:, :enough]
         groups = train.layout.groups

@@ -172,13 +172,14 @@ def sample(work: Workspace, results: dict[str, Any]) -> None:
 @command(*FEATURES, "queries", "method", "index", "retrieve")
 def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     """Find the training examples behind each query, and show them."""
+    from dmin.attribution import Ranking, retrieve_part
     from dmin.attribution import retrieve as search
     from dmin.attribution.search_popularity import PopularityCorrected
     from dmin.attribution.search_select import Selection
     from dmin.gallery import save_png
     from dmin.gallery_html import save_html
 
-    work.require_one_process()
+    work.require_one_process(shards=True)
     options = work.resolved("retrieve")["retrieve"]
     method = build(work.cfg.method)
     if options["popularity"]:
@@ -189,7 +190,14 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     queries = work.query_side(build(work.cfg.queries), methods=[method])
     index = None if work.cfg.index is None else build(work.cfg.index)
     rows, device = options["rows"], options["device"]
-    ranking = search(queries, train, method, options["k"], rows, selection, index, device)
+    asked = method, options["k"], rows, selection, index, device
+    if work.share.shards == 1:
+        ranking: Ranking | None = search(queries, train, *asked)
+    else:
+        part = retrieve_part(queries, train, work.share.range(len(train)), *asked)
+        ranking = work.joined(part, queries, train, selection)
+    if ranking is None:
+        return
     folder = work.run_folder
     ranking.save(folder)
     images = (lambda id: queries.image(id).numpy()), (lambda id: train.image(id).numpy())

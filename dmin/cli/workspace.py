@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from dmin.cli.parts import Parts
 from dmin.cli.processes import is_main, make_trainer
 from dmin.cli.slurm import Processes
 from dmin.cli.turn import turn
@@ -27,7 +28,8 @@ from dmin.store.share import Share
 if TYPE_CHECKING:
     import lightning
 
-    from dmin.attribution import Method, Side
+    from dmin.attribution import Method, Ranking, Side
+    from dmin.attribution.search_select import Selection
     from dmin.collect import GradientCollector
     from dmin.data import Dataset
     from dmin.models import DiffusionModel
@@ -130,8 +132,7 @@ class Workspace:
         Args:
             stop: signals heard so far.
         """
-        shard = Share(self.cfg.shard.id, self.cfg.shard.num)
-        return self._collect(self.data, "train", self.train_path, shard, stop)
+        return self._collect(self.data, "train", self.train_path, self.share, stop)
 
     def find_train(self) -> Store:
         """Return the complete store of the training examples, which must be there.
@@ -197,6 +198,36 @@ class Workspace:
         path = self._store_path(role, manifest)
         return self._collect(dataset, role, path, as_queries=as_queries, collector=collector)
 
+    @cached_property
+    def share(self) -> Share:
+        """The shard of this job."""
+        return Share(self.cfg.shard.id, self.cfg.shard.num)
+
+    def joined(
+        self, part: Ranking | None, queries: Side, train: Side, selection: Selection
+    ) -> Ranking | None:
+        """Leave this job's part of a ranking; return the whole if all parts are there.
+
+        Args:
+            part: what this shard found; None if it had no example to rank.
+            queries: the queries.
+            train: all training examples.
+            selection: how they were chosen.
+        """
+        from dmin.attribution import merged
+
+        question = {
+            **self.resolved("method", "retrieve", "index"),
+            "stores": [queries.store.fingerprint, train.store.fingerprint],
+        }
+        folder = self.outputs / "rankings" / f"{self.cfg.name}-{fingerprint(question)}"
+        parts = Parts(folder, self.share)
+        parts.save(part)
+        if parts.missing():
+            self.console.print(parts.told(), soft_wrap=True)
+            return None
+        return merged(parts.load(), self.cfg.retrieve.k, selection.min_score)
+
     @contextmanager
     def turn(
         self,
@@ -261,6 +292,7 @@ class Workspace:
                 shard=shard.shard,
                 shards=shard.shards,
                 stop=stop,
+                wait=0.0 if role == "train" else options.wait_seconds,
                 trainer=self.trainer(),
             )
             if role == "train" and options.grow:
@@ -391,8 +423,17 @@ class Workspace:
             for name in names
         }
 
-    def require_one_process(self) -> None:
-        """Refuse several processes where only collecting and training can use them."""
+    def require_one_process(self, shards: bool = False) -> None:
+        """Refuse several processes where only collecting and training can use them.
+
+        Args:
+            shards: whether the command can do a shard of its work.
+        """
+        if self.share.shards > 1 and not shards:
+            raise DminError(
+                f"shard.num={self.share.shards}: only `dmin collect` and `dmin retrieve` do their "
+                f"work in shards. Say shard=one."
+            )
         trainer = self.cfg.trainer
         if trainer.get("devices") not in (1, "1", "auto") or trainer.get("num_nodes", 1) != 1:
             raise DminError(

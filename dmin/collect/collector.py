@@ -152,6 +152,7 @@ class GradientCollector(lightning.LightningModule):
         as_queries: bool = False,
         trainer: lightning.Trainer | None = None,
         stop: StopSignals | None = None,
+        wait: float = 0.0,
     ) -> Store:
         """Collect the features of a dataset into a store, or the rest of them if some are there.
 
@@ -181,6 +182,7 @@ class GradientCollector(lightning.LightningModule):
                 (``query_guidance``); it makes no difference for the others.
             trainer: any Lightning trainer; :func:`predict_trainer` if none.
             stop: signals heard so far; if none, they are heard from here on.
+            wait: seconds to let another process finish that is at work on the same blocks.
 
         Returns:
             The store, with all blocks of the shard. Complete, it is verified.
@@ -209,7 +211,8 @@ class GradientCollector(lightning.LightningModule):
             pending = share.pending(writer.pending(), manifest.num_blocks)
             if pending:
                 progress = Progress(path, share)
-                progress.claim(manifest.num_blocks)
+                progress.claim(manifest.num_blocks, wait)
+                pending = share.pending(writer.pending(), manifest.num_blocks)
                 data = CollectData(dataset, pending, block_size, workers)
                 work = Work(data, writer, progress, stop)
                 self.encodings, self._first = encoded, None

@@ -166,17 +166,18 @@ class Progress:
         """What names this run of the job."""
         return self._said.run
 
-    def claim(self, units: int) -> None:
+    def claim(self, units: int, wait: float = 0.0) -> None:
         """Take the share; wait a little where it is not plain whether another process has it.
 
         Args:
             units: blocks of the store.
+            wait: seconds to let another process finish that is at work on blocks of this share.
 
         Raises:
-            DminError: another process is at work on blocks of this share.
+            DminError: one is, and did not finish in time.
         """
         if self._rivals(units) or not self._created():
-            self._outwait(units)
+            self._outwait(units, wait)
             self._write()
 
     def joins(self, run: str) -> None:
@@ -265,13 +266,14 @@ class Progress:
             self._write()  # a file system without links
         return True
 
-    def _outwait(self, units: int) -> None:
+    def _outwait(self, units: int, wait: float) -> None:
         rivals = self._rivals(units)
         seen = {each.share: each.beat for each in rivals}
-        end = time.monotonic() + max((SILENT * each.every for each in rivals), default=0)
-        while rivals and time.monotonic() < end:
+        start = time.monotonic()
+        silence = max((SILENT * each.every for each in rivals), default=0)
+        while rivals and time.monotonic() < start + max(silence, wait):
             alive = [each for each in rivals if each.alive or each.beat != seen.get(each.share)]
-            if alive:
+            if alive and time.monotonic() >= start + wait:
                 raise DminError(
                     f"{self.store} is being collected by {alive[0].who}, which does "
                     f"{alive[0].share} ({alive[0].done} of {alive[0].blocks} blocks done) and with "

@@ -1,0 +1,70 @@
+"""Retrieval by several machines: each leaves its part in a folder, the last makes the answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmin.store import Share
+from dmin.store.segments import commit, os_failure, spans
+
+if TYPE_CHECKING:
+    from dmin.attribution import Ranking
+
+NOTHING = "null"  # the part of one who had nothing to rank
+
+
+class Parts:
+    """The parts of one answer, in a folder that all machines see.
+
+    Nobody waits: whoever finds that all are there has the answer. That is the last, or in a tie
+    the last two, with the same answer.
+
+    Args:
+        folder: of this question; its name carries a fingerprint of all that the answer depends on.
+        share: of this process.
+    """
+
+    def __init__(self, folder: Path, share: Share) -> None:
+        self.folder, self.share = folder, share
+
+    def save(self, ranking: Ranking | None) -> None:
+        """Leave this process's part; None where it had nothing to rank.
+
+        Raises:
+            DminError: the folder cannot be written.
+        """
+        text = NOTHING if ranking is None else json.dumps(ranking.document())
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            commit(self._file(self.share.shard), text.encode())
+        except OSError as error:
+            raise os_failure("keep a part of the ranking in", self.folder, error) from error
+
+    def missing(self) -> list[int]:
+        """Return the shards whose part is not there."""
+        return [i for i in range(self.share.shards) if not self._file(i).is_file()]
+
+    def load(self) -> list[Ranking]:
+        """Return the parts that have anything.
+
+        Raises:
+            DminError: a file is damaged.
+        """
+        from dmin.attribution import Ranking
+
+        files = [self._file(shard) for shard in range(self.share.shards)]
+        return [Ranking.load(file) for file in files if file.read_text() != NOTHING]
+
+    def told(self) -> str:
+        """Say what is there and what is not."""
+        missing = self.missing()
+        there = self.share.shards - len(missing)
+        return (
+            f"part {self.share.shard} is in {self.folder}; {there} of {self.share.shards} parts "
+            f"are there. Whoever makes the last (now missing: {spans(missing)}) shows the answer."
+        )
+
+    def _file(self, shard: int) -> Path:
+        return self.folder / f"part-{shard}-of-{self.share.shards}.json"

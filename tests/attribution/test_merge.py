@@ -1,0 +1,83 @@
+"""Retrieval in parts: whatever the cuts, the bits of the one scan."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from attribution.made_stores import drawn, made
+
+from dmin.attribution import DMin, Ranking, SpectralEnergy, merged, retrieve, retrieve_part
+from dmin.attribution.search_select import Selection
+from dmin.cli.parts import Parts
+from dmin.errors import DminError
+from dmin.store import Share
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stores")
+    train = drawn(53)
+    train[41] = train[17]  # equal scores, in different parts
+    metadata = [{"label": row % 5} for row in range(53)]
+    return made(folder / "q", drawn(3, seed=1)), made(folder / "t", train, metadata=metadata)
+
+
+def same(one, other):
+    for name in ("scores", "train_rows", "contributions"):
+        a, b = getattr(one, name), getattr(other, name)
+        assert (a is None and b is None) or np.array_equal(a, b), name
+    assert one.train_ids == other.train_ids and one.train_metadata == other.train_metadata
+
+
+def in_parts(stores, shards, method, k, selection, **options):
+    parts = [
+        retrieve_part(*stores, Share(i, shards).range(53), method(), k, None, selection, **options)
+        for i in range(shards)
+    ]
+    return merged([part for part in parts if part is not None], k, selection.min_score)
+
+
+@pytest.mark.parametrize("shards", [1, 4, 60])
+@pytest.mark.parametrize("method", [DMin, SpectralEnergy])
+@pytest.mark.parametrize(
+    "selection",
+    [
+        Selection(),
+        Selection(order="opponents"),
+        Selection(where={"label": [1, 3]}),
+        Selection(min_score=0.2),
+    ],
+    ids=["plain", "opponents", "where", "min_score"],
+)
+def test_parts_make_the_answer_of_one(stores, shards, method, selection):
+    if method is SpectralEnergy:
+        selection = replace(selection, min_score=None)
+    whole = retrieve(*stores, method(), 7, None, selection)
+    same(in_parts(stores, shards, method, 7, selection), whole)
+
+
+def test_an_index_answers_in_parts_as_well(stores):
+    whole = retrieve(*stores, DMin(), 5)
+    found = in_parts(stores, 3, DMin, 5, Selection(), index=8)
+    assert np.array_equal(found.train_rows, whole.train_rows)
+    assert np.abs(found.scores - whole.scores).max() < 1e-6
+
+
+def test_what_cannot_be_parted_is_refused(stores):
+    with pytest.raises(DminError, match=r"group_by=label needs every score.*shard\.num=1"):
+        retrieve_part(*stores, range(9), selection=Selection(group_by="label"))
+    one, other = retrieve(*stores, k=2), retrieve(*stores, k=2, selection=Selection("opponents"))
+    with pytest.raises(DminError, match="different questions"):
+        merged([one, other], 2)
+    with pytest.raises(DminError, match=r"min_score=99.*strongest"):
+        merged([one], 2, min_score=99)
+
+
+def test_the_last_to_leave_its_part_finds_all(stores, tmp_path):
+    parts = [Parts(tmp_path / "r", Share(i, 60)) for i in range(60)]
+    for i in reversed(range(60)):
+        assert parts[i].missing()
+        parts[i].save(retrieve_part(*stores, Share(i, 60).range(53), k=4))
+    assert not parts[0].missing() and len(parts[0].load()) == 53
+    same(merged(parts[0].load(), 4), retrieve(*stores, k=4))
+    assert isinstance(parts[0].load()[0], Ranking)
