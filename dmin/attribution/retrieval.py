@@ -73,8 +73,8 @@ def retrieve_part(
 ) -> Ranking | None:
     """Return the best of some of the training rows; ``merge.merged`` makes one answer of the parts.
 
-    So that several machines may read a part of the store each. The answer has the bits of
-    :func:`retrieve`, wherever the cuts lie.
+    So that several machines may read a part of the store each. Rows and scores are those of
+    :func:`retrieve` to the bit, wherever the cuts lie; contributions to rounding.
 
     Args:
         queries: as in :func:`retrieve`, like all that follow.
