@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from attribution.made_stores import drawn, made
 
-from dmin.attribution import DMin, Ranking, SpectralEnergy, merged, retrieve, retrieve_part
+from dmin.attribution import (
+    Certified,
+    DMin,
+    Ranking,
+    SpectralEnergy,
+    merged,
+    retrieve,
+    retrieve_part,
+)
 from dmin.attribution.search_select import Selection
 from dmin.cli.parts import Parts
 from dmin.errors import DminError
@@ -59,7 +67,7 @@ def test_parts_make_the_answer_of_one(stores, shards, method, selection):
 
 def test_an_index_answers_in_parts_as_well(stores):
     whole = retrieve(*stores, DMin(), 5)
-    found = in_parts(stores, 3, DMin, 5, Selection(), index=8)
+    found = in_parts(stores, 3, DMin, 5, Selection(), index=Certified(8))
     assert np.array_equal(found.train_rows, whole.train_rows)
     assert np.abs(found.scores - whole.scores).max() < 1e-6
 
