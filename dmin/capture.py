@@ -223,7 +223,7 @@ class Capture:
     def _how(self, use: Use[_Call]) -> LayerGradient | Rerun | None:
         """Return how the gradients of a call can be had, or None if not example by example."""
         gradient, batch = layer_gradient(use.module), self._watch.batch
-        own = {self._watch.name_of[id(p)] for p in self._watch.own(use.module).values()}
+        own = set(self._watch.own(use.module).values())
         if gradient is not None and use.used <= own and isinstance(use.output, Tensor):
             a = _input(use)
             known = self._watch.sees_examples(a) and (batch is None or splits(use.module, a, batch))
@@ -243,7 +243,7 @@ class Capture:
         factors: dict[str, GradientFactors]
         if isinstance(how, Rerun):
             path = f"{FALLBACK} ({how.name})"
-            parameters = {name: self._chosen[name] for name in sorted(call.parameters)}
+            parameters = self._watch.now(call.parameters)
             with self._watch.off():
                 factors = how.factors(inputs, gradients, parameters, batch, self._pass.budget)
         else:
@@ -254,8 +254,7 @@ class Capture:
                     f"which cannot be told apart. Leave it out with params=<regex>."
                 )
             parts = how(call.module, inputs[0], gradients[0], batch)
-            own = self._watch.own(call.module)
-            local = {self._watch.name_of[id(p)]: key for key, p in own.items()}
+            local = {name: key for key, name in self._watch.own(call.module).items()}
             factors = {name: parts[local[name]] for name in call.parameters}
         for name in sorted(call.parameters):
             self._paths[name].add(path)

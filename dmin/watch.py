@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from dmin.errors import DminError
 
 Token = TypeVar("Token")
 
@@ -68,7 +70,20 @@ class Watch(Generic[Token]):
         report: Callable[[Use[Token]], tuple[Any, Token] | None],
     ) -> None:
         self.network = network
-        self.name_of = {id(p): name for name, p in chosen.items()}
+        self._name_of = {id(p): name for name, p in chosen.items()}
+        # By holder and name, not by identity: a sharded module changes its parameters as it runs.
+        self._held = {
+            (id(module), local): self._name_of[id(parameter)]
+            for module in network.modules()
+            for local, parameter in module._parameters.items()
+            if id(parameter) in self._name_of
+        }
+        self._holders = {
+            self._held[key]: (module, local)
+            for module in network.modules()
+            for local in module._parameters
+            if (key := (id(module), local)) in self._held
+        }
         self._report = report
         self._chosen = chosen
         self._watched = _watched(self._note)
@@ -94,11 +109,8 @@ class Watch(Generic[Token]):
             for parameter in self.network.parameters():
                 undo.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(False)
-            for parameter in self._chosen.values():
-                if type(parameter) is nn.Parameter:  # sharded ones have classes of their own
-                    undo.callback(setattr, parameter, "__class__", nn.Parameter)
-                    parameter.__class__ = self._watched
             self._undo = undo.pop_all()
+        self._watch(self._chosen)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -124,12 +136,35 @@ class Watch(Generic[Token]):
         finally:
             self._deaf = False
 
-    def own(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the watched parameters that a module holds itself, by their names in it."""
+    def own(self, module: nn.Module) -> dict[str, str]:
+        """Return the names of the watched parameters that a module holds itself, by local name."""
         return {
-            local: parameter
-            for local, parameter in module._parameters.items()
-            if parameter is not None and id(parameter) in self.name_of
+            local: self._held[key]
+            for local in module._parameters
+            if (key := (id(module), local)) in self._held
+        }
+
+    def now(self, names: Collection[str]) -> dict[str, nn.Parameter]:
+        """Return parameters as their modules have them now: put together, where a sharded one runs.
+
+        Raises:
+            DminError: one is not put together now.
+        """
+        found = {}
+        for name in sorted(names):
+            module, local = self._holders[name]
+            found[name] = cast(nn.Parameter, module._parameters[local])
+            if _is_part(found[name]):
+                raise _apart(name)
+        return found
+
+    def _inside(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the watched parameters in a module, as it and those in it have them now."""
+        return {
+            name: parameter
+            for each in module.modules()
+            for local, name in self.own(each).items()
+            if (parameter := each._parameters[local]) is not None
         }
 
     def _holds(self, module: nn.Module, known: dict[int, bool]) -> bool:
@@ -156,14 +191,16 @@ class Watch(Generic[Token]):
         def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             return self._end(name, args, kwargs, output)
 
+        # A sharded module gives its parameters back in a hook of its own: be told before that.
+        first = _shards(module)
         return (
             module.register_forward_pre_hook(begin, with_kwargs=True),
-            module.register_forward_hook(end, with_kwargs=True, always_call=True),
+            module.register_forward_hook(end, prepend=first, with_kwargs=True, always_call=True),
         )
 
     def _note(self, parameter: nn.Parameter) -> None:
         """Hear from a parameter that an operation used it."""
-        name = self.name_of[id(parameter)]
+        name = self._name_of[id(parameter)]
         if self._deaf:
             return
         if self._running:
@@ -171,8 +208,18 @@ class Watch(Generic[Token]):
         elif torch.is_grad_enabled():
             self._lose({name}, "used outside the network's forward")
 
+    def _watch(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Have parameters report. Sharded ones do it put together, in another object."""
+        for name, parameter in parameters.items():
+            if type(parameter) is nn.Parameter:
+                self._undo.callback(setattr, parameter, "__class__", nn.Parameter)
+                parameter.__class__ = self._watched
+                self._name_of[id(parameter)] = name
+
     def _begin(self, use: Use[Token], args: tuple, kwargs: dict) -> None:
         """Hear that a module's forward begins."""
+        if _shards(use.module):
+            self._watch(self._inside(use.module))
         if self._deaf:
             return
         if use.module is self.network:
@@ -180,9 +227,12 @@ class Watch(Generic[Token]):
             sizes = Counter(len(x) for x in tensors if x.ndim)
             self.batch = sizes.most_common(1)[0][0] if sizes else None
             self._arguments = {_place(x) for x in tensors if x.ndim and len(x) == self.batch}
-        for parameter in self.own(use.module).values():
-            if not isinstance(parameter, self._watched):  # it cannot report: assume its use
-                use.used.add(self.name_of[id(parameter)])
+        for local, name in self.own(use.module).items():
+            parameter = use.module._parameters[local]
+            if _is_part(parameter):
+                raise _apart(name)
+            if not isinstance(parameter, self._watched):
+                use.used.add(name)  # it cannot report: assume its use
         self._running.append(use)
 
     def _end(self, name: str, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -221,6 +271,23 @@ _NO_GRADIENT = {Tensor.detach, Tensor.requires_grad_, Tensor.data.__get__}  # ty
 def _leaves(x: Any) -> Sequence[Any]:
     """Return what a nested argument or result consists of."""
     return pytree.tree_leaves(x) if isinstance(x, tuple | list | dict) else (x,)
+
+
+def _shards(module: nn.Module) -> bool:
+    """Tell whether a module puts its parameters together when it runs (FSDP2)."""
+    return hasattr(type(module), "reshard")
+
+
+def _is_part(parameter: Any) -> bool:
+    return hasattr(parameter, "full_tensor")
+
+
+def _apart(name: str) -> DminError:
+    return DminError(
+        f"{name} was used outside the block it stands in, where it is shared out over processes "
+        f"(trainer=fsdp, trainer=offload). Name the module that is called there in the model's "
+        f"`called_apart`, or leave the parameter out with params=<regex>."
+    )
 
 
 def _place(x: Tensor) -> int:

@@ -15,6 +15,7 @@ from dmin.capture import Capture, choose_parameters
 from dmin.collect.encodings import Encoded, Encodings
 from dmin.collect.memory import PeakMemory
 from dmin.collect.predict import Work, predict, predict_trainer
+from dmin.collect.sharded import InStep, is_sharded, shard
 from dmin.collect.together import finished, wait_for_others
 from dmin.data.base import Dataset, describe_dataset
 from dmin.data.module import CollectData
@@ -45,6 +46,12 @@ class Features(NamedTuple):
     values: dict[str, Tensor]  # readout -> [rows, draw, timestep, group, dim], unit gradients
     norms: dict[str, Tensor]  # readout -> [rows, draw, timestep, group]
     losses: Tensor  # [rows, draw, timestep]
+
+    def first(self, rows: int) -> Features:
+        """Return the features of the first rows."""
+        values = {name: value[:rows] for name, value in self.values.items()}
+        norms = {name: norm[:rows] for name, norm in self.norms.items()}
+        return Features(values, norms, self.losses[:rows])
 
 
 class Passes(NamedTuple):
@@ -126,6 +133,7 @@ class GradientCollector(lightning.LightningModule):
         # Fewer blocks may be left to do than there are processes.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.encodings: Encodings | None = None
+        self.in_step: InStep | None = None  # with the other processes of a sharded network
         self._first: tuple[list[int], str] | None = None  # shape and name of the first example
         self.peak = PeakMemory(torch.device("cpu"))
         self.between_passes: Callable[[], None] = lambda: None
@@ -213,7 +221,7 @@ class GradientCollector(lightning.LightningModule):
                 progress = Progress(path, share)
                 progress.claim(manifest.num_blocks, wait)
                 pending = share.pending(writer.pending(), manifest.num_blocks)
-                data = CollectData(dataset, pending, block_size, workers)
+                data = CollectData(dataset, pending, block_size, workers, is_sharded(trainer))
                 work = Work(data, writer, progress, stop)
                 self.encodings, self._first = encoded, None
                 model = self.model
@@ -241,10 +249,25 @@ class GradientCollector(lightning.LightningModule):
                 wait_for_others(progress, limit=SECONDS_TO_STOP)
                 raise
 
-    def predict_step(self, block: Block, batch_idx: int) -> tuple[int, Rows]:
-        """Return the store rows of one block, with its first position in the dataset."""
+    def configure_model(self) -> None:
+        """Shard the network, where that is the trainer's strategy."""
+        if self.device_mesh is not None:
+            offload = getattr(self.trainer.strategy, "offload", False)
+            mesh = self.device_mesh["data_parallel"]
+            shard(self.model.network, mesh, offload, self.model.called_apart)
+
+    def predict_step(self, block: Block, batch_idx: int) -> tuple[int, Rows | None]:
+        """Return the store rows of one block, with its first position in the dataset.
+
+        None for rows if the block is another process's, and was done to keep step with it.
+        """
+        if self.in_step is not None:
+            points = self.noise.draws * len(self.timesteps)
+            self.in_step.begin_block([len(batch["id"]) * points for batch in block])
         groups = zip(self.encode(block), block, strict=True)
         parts = [self.features(*encoded, batch["id"]) for encoded, batch in groups]
+        if self.in_step is not None and not self.in_step.end_block(batch_idx):
+            return min(block[0]["position"]), None
         positions = torch.tensor([place for batch in block for place in batch["position"]])
         order = positions.argsort()
 
@@ -346,7 +369,8 @@ class GradientCollector(lightning.LightningModule):
             chosen = {name: value[i] for name, value in condition.items()}
             return self._pass(x0[i], drawn.to(x0), t[point].to(x0.device), chosen)
 
-        return Passes(len(x0) * len(points), run)
+        in_step = run if self.in_step is None else self.in_step.made_up(run)
+        return Passes(len(x0) * len(points), in_step)
 
     def _pass(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Features:
         """One forward pass and one backward pass a readout; leading axis: pairs."""

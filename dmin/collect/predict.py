@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import warnings
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ from dmin.collect.memory import (
     gradient_checkpointing,
     note_of,
 )
-from dmin.data.module import Blocks, CollectData
+from dmin.collect.sharded import InStep, another_network
+from dmin.data.module import CollectData
 from dmin.errors import DminError
 from dmin.stopping import StopSignals
 from dmin.store import Progress, Rows, StoreWriter
@@ -87,9 +89,12 @@ class Preparation(Callback):
                 "trainer.inference_mode=false (Trainer(inference_mode=False))."
             )
         collector.peak = PeakMemory(collector.device)
-        rank, world = trainer.global_rank, trainer.world_size
-        data = self.data
-        mine = Blocks(data.blocks, data.block_size, len(data.dataset), rank, world).blocks
+        shared = self.data.mine(trainer.global_rank, trainer.world_size)
+        mine = list(dict.fromkeys(shared.blocks))
+        if self.data.even:
+            points = collector.noise.draws * len(collector.timesteps)
+            pairs = min(collector.pairs, self.data.block_size * points)
+            collector.in_step = InStep(trainer.strategy, shared.own, pairs)
         if collector.encodings is not None:
             self.encode(trainer, collector, collector.encodings.missing(mine))
         if collector.microbatch == "auto":
@@ -107,7 +112,7 @@ class Preparation(Callback):
         if isinstance(trainer.strategy, DDPStrategy) and trainer.strategy.launcher is not None:
             # No collective operation follows: a process that dies keeps no other from its work.
             trainer.strategy.launcher.ranks_are_apart = True  # type: ignore[attr-defined]
-        self.progress.begin(len(mine))
+        self.progress.begin(shared.own)
 
     def encode(
         self, trainer: lightning.Trainer, collector: GradientCollector, blocks: list[int]
@@ -158,23 +163,29 @@ class SketchWriter(BasePredictionWriter):
     def __init__(self, work: Work) -> None:
         super().__init__("batch")
         self.writer, self.progress, self.stop = work.writer, work.progress, work.stop
+        self.in_step = work.data.even
 
     def write_on_batch_end(
         self,
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
-        prediction: tuple[int, Rows],
+        prediction: tuple[int, Rows | None],
         *_: Any,
     ) -> None:
-        """Append one block."""
+        """Append one block, unless it is another process's."""
         position, rows = prediction
-        self.writer.append(position // self.writer.manifest.block_size, rows)
-        self.progress.block_done(len(rows.ids))
+        if rows is not None:
+            self.writer.append(position // self.writer.manifest.block_size, rows)
+            self.progress.block_done(len(rows.ids))
+        if self.in_step:  # whoever goes on alone would wait for the others' weights
+            stops = trainer.strategy.reduce_boolean_decision(bool(self.stop.received), all=False)
+            if stops and not self.stop.received:
+                self.stop.received.append(signal.SIGTERM)
         self.stop.between_blocks()
 
     def between_passes(self) -> None:
         """Once a signal came, seal what is finished: this block may not be, in the time left."""
-        if self.stop.received:
+        if self.stop.received and not self.in_step:
             self.writer.seal()
             self.stop.between_passes()
 
@@ -235,13 +246,15 @@ def predict(collector: GradientCollector, work: Work, trainer: lightning.Trainer
     try:
         with (
             warnings.catch_warnings(),
-            gradient_checkpointing(network, collector.gradient_checkpointing),
+            another_network(collector, trainer),
+            gradient_checkpointing(collector.model.network, collector.gradient_checkpointing),
         ):
             # `workers` was chosen, and blocks are all there is: neither warning tells news.
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*custom batch sampler.*")
             trainer.predict(collector, datamodule=work.data, return_predictions=False)
     finally:
+        collector.in_step = None
         for callback in mine:
             callbacks.remove(callback)
         collector.between_passes = lambda: None

@@ -25,12 +25,27 @@ class Blocks(Sampler[list[int]]):
         examples: number of examples in the dataset.
         rank: this process.
         world: number of processes.
+        even: give every process as many, by blocks that are not its own behind its own ones.
+
+    Attributes:
+        blocks: the blocks of this process.
+        own: how many of them, from the first, are its own to do.
     """
 
     def __init__(
-        self, blocks: Sequence[int], block_size: int, examples: int, rank: int = 0, world: int = 1
+        self,
+        blocks: Sequence[int],
+        block_size: int,
+        examples: int,
+        rank: int = 0,
+        world: int = 1,
+        even: bool = False,
     ) -> None:
         self.blocks = list(blocks)[rank::world]
+        self.own = len(self.blocks)
+        if even:
+            lacking = -(-len(blocks) // world) - self.own
+            self.blocks += (self.blocks or list(blocks))[-1:] * lacking
         self.block_size = block_size
         self.examples = examples
 
@@ -53,25 +68,35 @@ class CollectData(lightning.LightningDataModule):
         blocks: numbers of the blocks to do.
         block_size: examples a block.
         workers: processes that load examples; 0 loads in the main one.
+        even: give every process as many blocks, see :class:`Blocks`.
     """
 
     def __init__(
-        self, dataset: Dataset, blocks: Sequence[int], block_size: int, workers: int = 0
+        self,
+        dataset: Dataset,
+        blocks: Sequence[int],
+        block_size: int,
+        workers: int = 0,
+        even: bool = False,
     ) -> None:
         super().__init__()
         self.dataset = dataset
         self.blocks = blocks
         self.block_size = block_size
         self.workers = workers
+        self.even = even
+
+    def mine(self, rank: int, world: int) -> Blocks:
+        """Return the blocks of one process."""
+        return Blocks(self.blocks, self.block_size, len(self.dataset), rank, world, self.even)
 
     def predict_dataloader(self) -> DataLoader[Example]:
         """Return a loader of this process's blocks, each a list of batches of one shape."""
         rank = self.trainer.global_rank if self.trainer else 0
         world = self.trainer.world_size if self.trainer else 1
-        blocks = Blocks(self.blocks, self.block_size, len(self.dataset), rank, world)
         return DataLoader(
             _Numbered(self.dataset),  # type: ignore[arg-type]
-            batch_sampler=blocks,
+            batch_sampler=self.mine(rank, world),
             collate_fn=_collate_numbered,
             num_workers=self.workers,
         )

@@ -43,9 +43,12 @@ class DiffusionModel(nn.Module):
     Attributes:
         network: the module whose parameters are attributed.
         ladder: all timesteps in the order of sampling, pure noise first, in the model's own unit.
+        called_apart: names of modules that the network calls outside the block they stand in. Only
+            needed to share the network out over processes.
     """
 
     network: nn.Module
+    called_apart: Sequence[str] = ()
     ladder: Sequence[float] = range(999, -1, -1)
 
     @property
@@ -212,9 +215,14 @@ def class_labels(prompts: Sequence[Any], classes: int) -> Tensor:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Return 16 hexadecimal digits of every weight and buffer, whatever device they are on."""
+    """Return 16 hexadecimal digits of every weight and buffer, whatever device they are on.
+
+    All processes have to ask for it where the weights are shared out over them.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if hasattr(tensor, "full_tensor"):  # sharded: the digest is that of the whole
+            tensor = tensor.full_tensor()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data)

@@ -1,0 +1,50 @@
+"""What each process of tests/test_sharded.py runs: collect with one network for all of them."""
+
+import json
+import sys
+
+import torch
+from models.families import FAMILIES
+
+from dmin.collect import GradientCollector, predict_trainer
+from dmin.collect.sharded import Sharded
+from dmin.data import Example, Examples
+from dmin.models.ddpm import DDPM
+from dmin.sketches import BlockCyclic
+from dmin.timesteps import Stratified
+
+
+def load(name, path):
+    if name == "ddpm":
+        return DDPM.from_pretrained(path)
+    return FAMILIES[name].model.from_pretrained(path, **FAMILIES[name].settings)
+
+
+def examples(name, count):
+    """Images that the model takes, none like another."""
+    shape = (1, 8, 8) if name == "ddpm" else (3, FAMILIES[name].size, FAMILIES[name].size)
+    drawn = torch.rand(count, *shape, generator=torch.Generator().manual_seed(1))
+    return Examples([Example(f"x{i}", x, i % 10, f"a cat {i}") for i, x in enumerate(drawn)])
+
+
+def collect(name, model, path, count, strategy="auto", devices=1, **changes):
+    collector = GradientCollector(model, BlockCyclic(256), Stratified(2), microbatch=4, **changes)
+    trainer = predict_trainer(
+        accelerator="cpu", devices=devices, strategy=strategy, enable_progress_bar=False
+    )
+    options = {"block_size": 4, "dtype": "float32", "trainer": trainer}
+    return collector.collect(examples(name, count), path, **options)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for job in json.loads(sys.argv[1]):
+        name, path = job["name"], job["path"]
+        model = load(name, job["model"])
+        before = {key: value.clone() for key, value in model.network.state_dict().items()}
+        network, flags = model.network, [p.requires_grad for p in model.network.parameters()]
+        strategy = Sharded(offload=job["offload"])
+        collect(name, model, path, job["count"], strategy, job["devices"], **job["changes"])
+        assert model.network is network  # the user's model is as it was
+        assert [p.requires_grad for p in network.parameters()] == flags
+        assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
