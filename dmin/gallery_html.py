@@ -92,6 +92,7 @@ def _data(
         shown = ranking.count(query)
         entry["top"] = [place[example] for example in ranking.train_ids[query][:shown]]
         entry["scores"] = [format_score(score) for score in ranking.scores[query][:shown]]
+        entry["sure"] = [ranking.spell_confidence(query, rank) for rank in range(shown)]
         entry["same"] = [ranking.same_label(query, rank) for rank in range(len(entry["top"]))]
         if ranking.contributions is not None:
             parts = ranking.contributions[query][:shown]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SCHEMA = 1
-CORE_COLUMNS = ("query", "rank", "id", "row", "score")
+CORE_COLUMNS = ("query", "rank", "id", "row", "score", "error", "stability")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +40,9 @@ class Ranking:
         contributions: float32 [Q, K, T], what each timestep adds to the score, or None.
         groups: names of the G groups, none if they were not told apart.
         group_contributions: float32 [Q, K, G], what each group adds to the score, or None.
+        errors: float32 [Q, K], one standard error of each score, or None; see
+            `dmin.attribution.confidence`.
+        stability: float32 [Q, K], how probably each example is among the first K, or None.
         order: "proponents", or "opponents" for scores that ascend along K.
         min_score: what lies below it (opponents: above its opposite) is not part of the answer,
             and only there because queries have different numbers of answers.
@@ -60,6 +63,8 @@ class Ranking:
     contributions: np.ndarray | None = None
     groups: tuple[str, ...] = ()
     group_contributions: np.ndarray | None = None
+    errors: np.ndarray | None = None
+    stability: np.ndarray | None = None
     order: str = "proponents"
     min_score: float | None = None
     notes: dict[str, str] = field(default_factory=dict)
@@ -71,7 +76,7 @@ class Ranking:
         object.__setattr__(self, "train_rows", np.asarray(self.train_rows, np.int64))
         object.__setattr__(self, "scores", np.asarray(self.scores, np.float32))
         object.__setattr__(self, "groups", tuple(self.groups))
-        for name in ("contributions", "group_contributions"):
+        for name in ("contributions", "group_contributions", "errors", "stability"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, np.asarray(getattr(self, name), np.float32))
         self._check_shapes()
@@ -127,6 +132,22 @@ class Ranking:
             if not gap <= 1e-2 * scale + 1e-12:
                 _refuse(name, f"a gap of {gap:.3g} to the scores", "terms that sum to them")
 
+    def first(self, k: int) -> Ranking:
+        """Return the first k examples of each query."""
+        cut = {
+            name: None if value is None else value[:, :k]
+            for name in ("contributions", "group_contributions", "errors", "stability")
+            for value in [getattr(self, name)]
+        }
+        return replace(
+            self,
+            train_rows=self.train_rows[:, :k],
+            train_ids=[row[:k] for row in self.train_ids],
+            train_metadata=[row[:k] for row in self.train_metadata],
+            scores=self.scores[:, :k],
+            **cut,  # type: ignore[arg-type]
+        )
+
     @property
     def _sign(self) -> int:
         return 1 if self.order == "proponents" else -1
@@ -155,7 +176,8 @@ class Ranking:
         """Lay the ranking out as tidy rows, one for each query and rank.
 
         Returns:
-            Dicts with the same keys in the same order: query, rank (from 1), id, row, score, the
+            Dicts with the same keys in the same order: query, rank (from 1), id, row, score, error
+            and stability where they are known, the
             metadata of the training example, the metadata of the query under `query_<key>`, the
             timesteps, and the groups under `group_<name>`. A metadata key that would hide one of
             these becomes `metadata_<key>`.
@@ -177,6 +199,7 @@ class Ranking:
                 "id": self.train_ids[query][rank],
                 "row": int(self.train_rows[query, rank]),
                 "score": _number(self.scores[query, rank]),
+                **self._confidence(query, rank),
             }
             record |= {column: example.get(key) for key, column in columns.items()}
             record |= {f"query_{key}": origin.get(key) for key in query_keys}
@@ -188,6 +211,17 @@ class Ranking:
                 record |= {name: _number(part) for name, part in zip(groups, parts, strict=True)}
             records.append(record)
         return records
+
+    def _confidence(self, query: int, rank: int) -> dict[str, float]:
+        known = {"error": self.errors, "stability": self.stability}
+        return {n: _number(v[query, rank]) for n, v in known.items() if v is not None}
+
+    def spell_confidence(self, query: int, rank: int) -> str | None:
+        """Say error bar and stability as `±.012 · 97 %`; None if they are not known."""
+        if self.errors is None or self.stability is None:
+            return None
+        error = format_score(self.errors[query, rank])
+        return f"±{error} · {100 * self.stability[query, rank]:.0f} %"
 
     def save(self, folder: str | Path) -> Path:
         """Write `ranking.csv` (one line for each query and rank) and `ranking.json`.
@@ -221,6 +255,7 @@ class Ranking:
                 "id": self.train_ids[query][rank],
                 "row": int(self.train_rows[query, rank]),
                 "score": _number(self.scores[query, rank]),
+                **self._confidence(query, rank),
                 "metadata": self.train_metadata[query][rank],
             }
             if self.contributions is not None:
@@ -288,6 +323,8 @@ class Ranking:
                 contributions=_parts(found, "contributions"),
                 groups=tuple(content.get("groups", ())),
                 group_contributions=_parts(found, "group_contributions"),
+                errors=_parts(found, "error"),
+                stability=_parts(found, "stability"),
             )
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise DminError(f"{path} is not a ranking ({error!r}): {remedy}.") from error
@@ -311,7 +348,8 @@ class Ranking:
         table = Table(
             title=Text(f"{what} each query, by {self.method}", style="bold"),
             caption=f"{queries} of {len(self.query_ids)} queries, "
-            f"{k} of {self.scores.shape[1]} examples each: id, label, score",
+            f"{k} of {self.scores.shape[1]} examples each: id, label, score"
+            + (", its error, and how surely it is among them" if self.errors is not None else ""),
             show_lines=any("label" in metadata for metadata in self.query_metadata),
         )
         table.add_column("query", style="bold", overflow="fold")
@@ -333,7 +371,9 @@ class Ranking:
         if (label := self.train_metadata[query][rank].get("label")) is not None:
             style = "bold green not dim" if self.same_label(query, rank) else "not dim"
             cell.append(f"\n{label}", style=style)
-        return cell.append(f"\n{format_score(self.scores[query, rank])}", style="not dim")
+        cell.append(f"\n{format_score(self.scores[query, rank])}", style="not dim")
+        sure = self.spell_confidence(query, rank)
+        return cell if sure is None else cell.append(f"\n{sure}", style="dim")
 
 
 def format_score(score: float) -> str:

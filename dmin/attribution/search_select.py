@@ -50,6 +50,11 @@ class Selection:
         """1, or −1 for opponents: what scores are multiplied by so that the largest is first."""
         return 1 if self.order == "proponents" else -1
 
+    def count(self, metadata: Sequence[Mapping[str, Any]]) -> int:
+        """Return how many examples ``where`` allows."""
+        kept = self.kept(metadata)
+        return len(metadata) if kept is None else int(kept.sum())
+
     def kept(self, metadata: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
         """Return which examples ``where`` allows, bool ``[N]``; None for all.
 

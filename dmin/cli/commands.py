@@ -172,8 +172,9 @@ def sample(work: Workspace, results: dict[str, Any]) -> None:
 @command(*FEATURES, "queries", "method", "index", "retrieve")
 def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     """Find the training examples behind each query, and show them."""
-    from dmin.attribution import Ranking, retrieve_part
+    from dmin.attribution import Approximate, Ranking, retrieve_part
     from dmin.attribution import retrieve as search
+    from dmin.attribution.confidence import with_confidence
     from dmin.attribution.search_popularity import PopularityCorrected
     from dmin.attribution.search_select import Selection
     from dmin.gallery import save_png
@@ -190,7 +191,11 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     queries = work.query_side(build(work.cfg.queries), methods=[method])
     index = None if work.cfg.index is None else build(work.cfg.index)
     rows, device = options["rows"], options["device"]
-    asked = method, options["k"], rows, selection, index, device
+    k = options["k"]
+    # Others that may take their places; an approximate index finds none to rely on.
+    sure = options["confidence"] and not (selection.group_by or isinstance(index, Approximate))
+    wide = max(k, min(3 * k, selection.count(train.store.metadata))) if sure else k
+    asked = method, wide, rows, selection, index, device
     if work.share.shards == 1:
         ranking: Ranking | None = search(queries, train, *asked)
     else:
@@ -198,6 +203,8 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
         ranking = work.joined(part, queries, train, selection)
     if ranking is None:
         return
+    if sure:
+        ranking = with_confidence(ranking, queries, train, method, k)
     folder = work.run_folder
     ranking.save(folder)
     images = (lambda id: queries.image(id).numpy()), (lambda id: train.image(id).numpy())

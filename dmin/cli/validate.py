@@ -75,6 +75,7 @@ class Retrieve:
     k: int = 10
     rows: int | None = None
     order: str = "proponents"
+    confidence: bool = True
     min_score: float | None = None
     where: dict | None = None
     group_by: str | None = None
