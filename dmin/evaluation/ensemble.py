@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class Ensemble:
         self.recipe = recipe or Recipe()
         self.chunk = chunk
         self.device = torch.device(device)
-        self.template = model().requires_grad_(False).to(self.device)
+        self.template = _for_vmap(model().requires_grad_(False).to(self.device))
         self.examples = encoded(self.template, dataset, self.device)
         self.dataset = describe_dataset(dataset)
         self._kept: dict[str, Outcomes] = {}
@@ -334,6 +335,24 @@ class Outcomes:
                 file.write("\n" if file.tell() else "")
                 for key, losses in rows.items():
                     file.write(json.dumps({"model": key, "losses": losses.tolist()}) + "\n")
+
+
+def _for_vmap(model: DiffusionModel) -> DiffusionModel:
+    """Write group norms out, in place: torch's own asks for a memory format that vmap has not."""
+    for module in model.network.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.forward = partial(_group_norm, module)  # type: ignore[method-assign]
+    return model
+
+
+def _group_norm(module: nn.GroupNorm, x: Tensor) -> Tensor:
+    grouped = x.reshape(len(x), module.num_groups, -1)
+    centred = grouped - grouped.mean(2, keepdim=True)
+    normed = centred * (centred.square().mean(2, keepdim=True) + module.eps).rsqrt()
+    if module.weight is None:
+        return normed.view(x.shape)
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    return normed.view(x.shape) * module.weight.view(shape) + module.bias.view(shape)
 
 
 def encoded(

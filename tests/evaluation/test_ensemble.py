@@ -5,11 +5,13 @@ import functools
 import numpy as np
 import pytest
 import torch
+from toy_ddpm import TINY_UNET
 
 from dmin.data import Examples
 from dmin.errors import DminError
 from dmin.evaluation.ensemble import Ensemble, Recipe
 from dmin.models.base import per_example_loss
+from dmin.models.ddpm import DDPM
 from dmin.models.mlp import MLP
 from dmin.noise import SharedNoise
 from dmin.train import fit_trainer, train
@@ -79,6 +81,23 @@ def test_losses_are_those_of_the_models_one_by_one(trained, digits):
                 for d in range(2)
             ]
             assert found[number, place] == pytest.approx(np.mean(each), rel=1e-5)
+
+
+def test_convolutional_networks_train_together_too(digits):
+    unet = functools.partial(DDPM.build, TINY_UNET, {"beta_schedule": "squaredcos_cap_v2"})
+    recipe = Recipe(steps=3, batch_size=4, warmup=1)
+    ensemble = Ensemble(unet, digits, recipe)
+    models = ensemble.train(SUBSETS[:2], seed=0)
+    alone = Ensemble(unet, digits, recipe).train([SUBSETS[1]], seed=0)
+    assert all(torch.allclose(models[name][1], alone[name][0], atol=1e-4) for name in alone)
+    example, noise = digits.examples[0], SharedNoise()
+    found = ensemble.losses(models, Examples([example]), (700,), noise)
+    for number in range(2):
+        model = ensemble.load(models, number)
+        x0, condition = model.encode({"image": example.image[None], "label": [example.label]})
+        t = torch.tensor([700])
+        one = per_example_loss(model.predict(x0, noise((1, 8, 8), 700)[None], t, condition))
+        assert found[number, 0] == pytest.approx(one.item(), rel=1e-4)
 
 
 def test_training_lowers_the_loss_of_what_was_trained_on(digits):
