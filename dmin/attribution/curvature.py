@@ -101,12 +101,11 @@ class Curvature:
 
     def describe(self, damping: Tensor) -> str:
         """Return rank, energy kept and effective dimension in words."""
-        low, high = self.kept.min(), self.kept.max()
-        dimension = self.effective_dimension(damping)
+        kept = _span(self.kept, ".1%")
+        dimension = _span(self.effective_dimension(damping), ".1f")
         return (
-            f"{self.values.shape[1]} of {self.support} directions keep "
-            f"{low:.1%} to {high:.1%} of the energy; effective dimension "
-            f"{dimension.min():.1f} to {dimension.max():.1f}"
+            f"{self.values.shape[1]} of {self.support} directions keep {kept} of the energy; "
+            f"effective dimension {dimension}"
         )
 
     def _factors(self, damping: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -170,6 +169,12 @@ def fit_curvature(
     values = torch.where(values > ROUNDING * values[:, :1], values, 0)
     rest = (trace - values.sum(1)).clamp(min=0) / max(1, support - kept)
     return Curvature(values, vectors, rest if kept < support else 0 * rest, trace, support)
+
+
+def _span(values: Tensor, form: str) -> str:
+    """Return the least and the largest value in words, once where they read the same."""
+    least, most = f"{float(values.min()):{form}}", f"{float(values.max()):{form}}"
+    return least if least == most else f"{least} to {most}"
 
 
 Parts = tuple[Tensor, Tensor, Tensor]  # values [B, r], vectors [B, r, m], trace [B]

@@ -40,7 +40,7 @@ class DMinUnnormalised(Method):
 class GradDot(Method):
     """Inner product of the gradients summed over timesteps and draws.
 
-    ``I(q, i) = ⟨Σ_t g_t(q), Σ_t g_t(i)⟩`` (Charpiat et al. 2019, arXiv 2102.13620; TracIn with one
+    ``I(q, i) = ⟨Σ_t g_t(q), Σ_t g_t(i)⟩`` (Charpiat et al. 2019, arXiv 2102.05262; TracIn with one
     checkpoint, Pruthi et al. 2020, arXiv 2002.08484).
     """
 
@@ -62,7 +62,7 @@ class GradDot(Method):
 class GradCos(Method):
     """Cosine of the gradients summed over timesteps and draws.
 
-    ``I(q, i) = cos(Σ_t g_t(q), Σ_t g_t(i))`` (GradCos in Charpiat et al. 2019, arXiv 2102.13620).
+    ``I(q, i) = cos(Σ_t g_t(q), Σ_t g_t(i))`` (GradCos in Charpiat et al. 2019, arXiv 2102.05262).
     """
 
     name = "grad_cos"

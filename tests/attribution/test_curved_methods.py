@@ -266,7 +266,7 @@ def test_the_curvature_is_described_in_the_log(sides, caplog):
         Spectral().fit(sides[1])
     assert "of the energy; effective dimension" in caplog.text
     note = retrieve(*sides, Spectral(), k=2).notes["curvature"]
-    assert "directions keep 100.0% to 100.0% of the energy; effective dimension" in note
+    assert "directions keep 100.0% of the energy; effective dimension" in note
 
 
 def test_ssim_is_that_of_torchmetrics_and_one_for_a_copy(sides):
