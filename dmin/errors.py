@@ -7,3 +7,7 @@ class DminError(Exception):
     The command line prints the message alone, without a traceback, and exits with status 1.
     Anything else that escapes is a defect of dmin and keeps its traceback.
     """
+
+
+class DminWarning(UserWarning):
+    """Say what was done that the user may not expect; the command line prints it as it is."""

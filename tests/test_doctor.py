@@ -199,7 +199,11 @@ def test_blind_timesteps_are_a_warning(digits):
     model = DDPM.build({**TINY_UNET, "num_class_embeds": None}, {"beta_schedule": "linear"}).eval()
     found = examine(model, digits, BlockCyclic(256), DMinCubic(10))
     assert found.passed
-    assert "999" in check(found, "timesteps tell examples apart").detail
+    blind = check(found, "timesteps tell examples apart")
+    assert "999" in blind.detail
+    telling = ",".join(f"{entry.timestep:g}" for entry in found.timesteps if not entry.blind)
+    wanted = f"timesteps.values=[{telling}]" if telling else "timesteps of less noise"
+    assert wanted in blind.remedy
     assert verdicts(found)["timesteps tell examples apart"] == "warning"
 
 

@@ -93,7 +93,8 @@ def doctor(work: Workspace, results: dict[str, Any]) -> None:
 
     work.require_one_process()
     examples, dtype = work.cfg.doctor.examples, work.cfg.collect.dtype
-    found = diagnose(work.collector, work.data, examples, work.trainer(), dtype)
+    data = work.data  # first, as it is read sooner than the model
+    found = diagnose(work.collector, data, examples, work.trainer(), dtype)
     file = work.run_folder / "diagnosis.json"
     found.save(file)
     results["checks"] = {check.name: check.verdict for check in found.checks}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from dmin.cli.parts import Parts
 from dmin.cli.processes import is_main, make_trainer
 from dmin.cli.slurm import Processes
 from dmin.cli.turn import turn
-from dmin.errors import DminError
+from dmin.errors import DminError, DminWarning
 from dmin.fingerprint import differences, fingerprint
 from dmin.stopping import StopSignals
 from dmin.store.share import Share
@@ -42,6 +43,20 @@ RENDEZVOUS = 300.0  # seconds; less than the ranks of a job wait for each other 
 def build(node: Any) -> Any:
     """Return what a node of the configuration describes; its lists and mappings become plain."""
     return instantiate(node, _convert_="all")
+
+
+def _show_as_they_are() -> None:
+    """Have warnings that are meant for the user shown without the place in the code."""
+    plain = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, DminWarning):
+            print(f"Warning: {message}", file=sys.stderr)
+        else:
+            plain(message, category, *where, **more)
+
+    if plain.__module__ != __name__:
+        warnings.showwarning = show
 
 
 class Workspace:
@@ -67,6 +82,7 @@ class Workspace:
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # Lightning's own affair
+        _show_as_they_are()
         if cfg.extras.threads is not None:
             import torch
 
@@ -116,8 +132,8 @@ class Workspace:
     @cached_property
     def train_manifest(self) -> Manifest:
         """What the store of the training examples has to be."""
-        options = self.cfg.collect
-        return self.collector.manifest(self.data, options.block_size, options.dtype)
+        options, data = self.cfg.collect, self.data  # first, as it is read sooner than the model
+        return self.collector.manifest(data, options.block_size, options.dtype)
 
     @property
     def train_path(self) -> Path:

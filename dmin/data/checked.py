@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dmin.data.pixels import Pixels
-from dmin.errors import DminError
+from dmin.errors import DminError, DminWarning
 
 
 @dataclass(kw_only=True)
@@ -62,7 +62,7 @@ class Checked(Pixels):
             )
         if len(problems) == images:
             raise DminError(message)
-        warnings.warn(f"{message} They are left out.", stacklevel=5)
+        warnings.warn(f"{message} They are left out.", DminWarning, stacklevel=5)
 
     def describe_skipped(self) -> dict[str, Any]:
         """Return the names of those left out, as JSON."""

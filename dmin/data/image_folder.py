@@ -19,7 +19,7 @@ from dmin.data.base import Example
 from dmin.data.checked import Checked, shown, told
 from dmin.data.files import Survey, read_bytes, survey
 from dmin.data.metadata import NAMES, Facts, read_facts, read_rows
-from dmin.errors import DminError
+from dmin.errors import DminError, DminWarning
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -123,7 +123,8 @@ class ImageFolder(Checked):
             warnings.warn(
                 f"{where} does not name {len(unnamed)} image(s) there, such as {shown(unnamed[0])}"
                 f": they are left out.",
-                stacklevel=4,
+                DminWarning,
+                stacklevel=5,
             )
         return facts
 

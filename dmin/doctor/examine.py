@@ -160,14 +160,16 @@ def _work(
         return [], None, [Check("rows can be computed", False, detail=str(error))]
     report = timestep_report(np.asarray(rows.cpu()), collector.timesteps)
     blind = [f"{entry.timestep:g}" for entry in report if entry.blind]
+    telling = [f"{entry.timestep:g}" for entry in report if not entry.blind]
+    chosen = f"timesteps=explicit timesteps.values=[{','.join(telling)}]" if telling else ""
     check = Check(
         name,
         not blind,
         float(len(blind)),
         0,
         f"Blind: {', '.join(blind)}." if blind else "",
-        "They cost as much as the others and tell little. Take fewer noisy ones: "
-        "timesteps=stratified, or timesteps=explicit.",
+        "They cost as much as the others and tell little. "
+        + (f"Take the others alone: {chosen}." if telling else "Look at timesteps of less noise."),
         required=False,
     )
     return report, Cost(len(x0), seconds, 0, 0, peak.bytes, peak.meaning), [check]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import warnings
 from collections.abc import Sequence
@@ -133,6 +134,29 @@ def _from_single_file(pipeline_class: Any, file: Path, source: str, options: dic
             f"with the configs of model.path={source} ({type(error).__name__}: {error}). Give the "
             f"file of such a model, and a checkpoint of its version and size as model.path."
         ) from error
+
+
+class _Once(logging.Filter):
+    """Lets a pipeline say once that captions are cut, instead of printing each."""
+
+    said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether a record is to be printed."""
+        if "truncated" not in str(record.msg):
+            return True
+        told, self.said = self.said, True
+        cut = str(record.msg).partition(": ")[2][:200]
+        record.msg = f"Captions that are too long for the text encoder are cut, such as: {cut}"
+        record.args = ()
+        return not told
+
+
+def say_once(pipeline: Any) -> None:
+    """Have a pipeline tell of captions that are too long only once."""
+    logger = logging.getLogger(type(pipeline).__module__)
+    if not any(isinstance(known, _Once) for known in logger.filters):
+        logger.addFilter(_Once())
 
 
 def _holds(keys: Sequence[str], component: str) -> bool:

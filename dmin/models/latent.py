@@ -29,6 +29,7 @@ from dmin.models.checkpoint import (
     load_adapters,
     load_pipeline,
     load_weights,
+    say_once,
 )
 from dmin.models.noising import Denoising, Flow
 from dmin.models.settings import name_settings
@@ -99,6 +100,7 @@ class LatentDiffusion(DiffusionModel):
         for encoder in self.encoders.values():
             encoder.eval().requires_grad_(False)
         pipeline.set_progress_bar_config(disable=True)
+        say_once(pipeline)
 
     def __init_subclass__(cls) -> None:
         """Give ``from_pretrained`` a signature that names all settings of the family."""

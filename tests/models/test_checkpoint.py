@@ -1,6 +1,7 @@
 """Adapters, other weights and ways to load: what arrives in the network, and what is refused."""
 
 import inspect
+import logging
 import re
 import shutil
 import sys
@@ -412,6 +413,21 @@ def test_a_draw_of_the_latent_is_keyed_and_shared():
     assert len({str(m.describe()) for m in (drawn, mode, other)}) == 3
     with pytest.raises(DminError, match="no posterior to draw from"):
         load("sana", latents="sample").encode(collate(examples(FAMILIES["sana"]).examples))
+
+
+def test_captions_that_are_cut_are_told_once():
+    model, told = load_anew("stable_diffusion"), []
+    logger = logging.getLogger(type(model.pipeline).__module__)
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    next(f for f in logger.filters if hasattr(f, "said")).said = False
+    logger.addHandler(handler)
+    try:
+        for _ in range(3):
+            model.condition(["a very long caption of one hundred cats"])
+    finally:
+        logger.removeHandler(handler)
+    assert len(told) == 1 and "are cut, such as" in told[0]
 
 
 def test_latents_are_scaled_as_the_vae_says():
