@@ -184,7 +184,7 @@ class Progress:
         """Say that this process is a rank of a run that another one named."""
         self.say(run=run)
 
-    def sees_first(self, limit: float = 60.0) -> bool:
+    def sees_first(self, limit: float = 45.0) -> bool:
         """Say whether the first process of this run shows in the store, as seen from here.
 
         Args:

@@ -20,7 +20,8 @@ from dmin.timesteps import Stratified
 # With a segment a block.
 SETTINGS = [
     *("model=ddpm", "data=subset", "data@data.dataset=digits", "name=d"),
-    *("sketch.dim=256", "timesteps.num=3", "collect.block_size=8", "collect.dtype=float32"),
+    *("sketch=block_cyclic", "sketch.dim=256", "timesteps.num=3"),
+    *("collect.block_size=8", "collect.dtype=float32"),
     *("collect.segment_bytes=1", "extras.threads=1", "extras.print_config=false"),
 ]
 RANKS = ["trainer=ddp", "trainer.accelerator=cpu"]

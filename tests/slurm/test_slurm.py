@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slurm
 SCRIPTS = Path(__file__).parents[2] / "docs" / "slurm"
 SETTINGS = [
     *("model=ddpm", "data=subset", "data@data.dataset=digits", "name=d"),
-    *("sketch.dim=256", "timesteps.num=3", "collect.block_size=8", "collect.dtype=float32"),
+    *("sketch=block_cyclic", "sketch.dim=256", "timesteps.num=3"),
+    *("collect.block_size=8", "collect.dtype=float32"),
     *("trainer.accelerator=cpu", "extras.threads=1", "extras.print_config=false"),
 ]
 OPTIONS = ["--cpus-per-task=1", "--time=10"]
