@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from math import log2, prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from dmin.layer_gradients import Correlation, GradientFactors, Outer, Sum
 from dmin.sketches import forming
-from dmin.sketches.base import Accumulator, Parameter, Sketched
+from dmin.sketches.base import Accumulator, Parameter, Parameters, Sketched
 from dmin.sketches.block_cyclic import BlockCyclic
 from dmin.sketches.bounds import moments, share_of_equal
 from dmin.sketches.hashing import key, signs, spread_words
@@ -31,7 +31,7 @@ class SpectralAccumulator(Accumulator):
 
 
 class TensorSketch(BlockCyclic):
-    """Large matrices by TensorSketch, from their factors; everything else block-cyclic.
+    """Matrices and kernels by TensorSketch, from their factors; vectors block-cyclic.
 
     TensorSketch (Pham & Pagh 2013) puts entry (o, i) into ``bucket = (h₁(o) + h₂(i)) mod k`` with
     ``sign = s₁(o) s₂(i)``. For a gradient ``Σ_p d_p ⊗ a_p`` that is
@@ -59,7 +59,8 @@ class TensorSketch(BlockCyclic):
         dim: k.
         seed: key of the maps.
         block: of the block-cyclic map.
-        from_size: entries from which a matrix is mapped by TensorSketch.
+        from_size: entries from which a matrix is mapped by TensorSketch, a smaller one is
+            block-cyclic; :class:`dmin.sketches.Auto` has a value by cost.
         from_kernel: entries from which the kernel of a convolution is, as a matrix of outputs by
             (tap, input). Those of many entries stand where positions are few.
     """
@@ -76,12 +77,18 @@ class TensorSketch(BlockCyclic):
         dim: int = 4096,
         seed: int = 0,
         block: int = 256,
-        from_size: int = 1 << 18,
-        from_kernel: int = 1 << 23,
+        from_size: int = 1,
+        from_kernel: int = 1,
     ) -> None:
         super().__init__(dim, seed, block)
         self.from_size = from_size
         self.from_kernel = from_kernel
+
+    def bind(self, parameters: Parameters) -> Self:
+        """Return this sketch for the parameters of one model."""
+        bound = super().bind(parameters)
+        bound._sides = {}
+        return bound
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that define the map."""
@@ -153,13 +160,20 @@ class TensorSketch(BlockCyclic):
     def _hashes(
         self, parameter: Parameter, device: torch.device
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Return bucket and sign of each output, and of each input for each tap."""
+        """Return bucket and sign of each output, and of each input for each tap.
+
+        They are kept, 12 bytes for each: a thousandth of the matrix, and sorted to be made.
+        """
+        kept = self._sides.get((parameter.name, device))
+        if kept is not None:
+            return kept
         sides = []
         taps, out, width = forming.as_matrices(parameter.shape)
         for side, size in (("row", out), ("column", taps * width)):
             bucket = spread_words(key(self.seed, parameter.name, side), size, device) % self.dim
             sign = signs(key(self.seed, parameter.name, side, "sign"), size, device)
             sides.append((bucket, sign))
+        self._sides[parameter.name, device] = sides[0], sides[1]
         return sides[0], sides[1]
 
     def _transforms_are_cheaper(self, shape: tuple[int, ...], positions: int) -> bool:
@@ -188,6 +202,8 @@ class TensorSketch(BlockCyclic):
                 left = torch.fft.rfft(self._count(d * row_sign.to(d.dtype), row))
                 right = torch.fft.rfft(self._count(a * column_sign.to(a.dtype), column))
                 spectrum[examples] += left.mul_(right).sum(1)
+
+    _sides: dict[tuple[str, torch.device], tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]
 
     def _count(self, x: Tensor, bucket: Tensor) -> Tensor:
         """Return the count sketch ``[batch, positions, k]`` of signed entries."""

@@ -31,7 +31,7 @@ from dmin import sketches
 from dmin.capture import Capture, choose_parameters
 from dmin.errors import DminError
 from dmin.layer_gradients import Dense, Outer, Sum, layer_gradient
-from dmin.sketches import BlockCyclic, Parameter, Parameters, Sketch, TensorSketch
+from dmin.sketches import Auto, BlockCyclic, Parameter, Parameters, Sketch, TensorSketch
 from dmin.sketches.mask_sjlt import kept_places
 
 
@@ -437,7 +437,7 @@ def test_tensor_sketch_from_factors_is_that_of_the_formed_gradient(
 
 
 def test_tensor_sketch_follows_the_cost_and_its_map_the_shape_alone():
-    sketch = TensorSketch(4096)
+    sketch = Auto(4096)
     assert sketch._transforms_are_cheaper((9216, 1536), 1)
     assert sketch._transforms_are_cheaper((1536, 6144), 333)
     assert sketch._transforms_are_cheaper((1280, 1280, 3, 3), 64)
