@@ -142,7 +142,7 @@ def _projected(
     if isinstance(part, Rows):
         d = left.matrix.T[part.index]  # A times the one that is not zero
         return d.transpose(1, 2) @ right(part.output_gradient.to(dtype))
-    if isinstance(part, Correlation) and part.layer.groups == 1 and not part.layer.transposed:
+    if isinstance(part, Correlation) and right.bucket is None and _projects(part):
         kernels = right.matrix.view(-1, *parameter.shape[1:])
         convolve = _CONVOLUTIONS[part.input.ndim - 2]
         settings = part.layer.stride, part.padding, part.layer.dilation
@@ -151,6 +151,11 @@ def _projected(
         return (a @ d).transpose(1, 2)
     formed = part.dense().to(dtype).reshape(-1, *matrix_shape(parameter.shape))
     return left(right(formed).transpose(1, 2)).transpose(1, 2)
+
+
+def _projects(part: Correlation) -> bool:
+    """Return whether patches of the input are what kernels are multiplied with."""
+    return part.layer.groups == 1 and not part.layer.transposed
 
 
 def _bytes(part: GradientFactors, parameter: Parameter, shares: int) -> int:
