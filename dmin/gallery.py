@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from dmin.attribution.ranking import Ranking, format_score
+from dmin.attribution.ranking import Ranking, format_score, headline
 from dmin.pictures import fit, to_picture
 
 Images = Callable[[str], np.ndarray]
@@ -112,7 +112,7 @@ def save_png(
     page.imshow(_paste(ranking, query_images, train_images, layout), extent=extent, aspect="auto")
     page.set(xlim=extent[:2], ylim=extent[2:])
     page.set_axis_off()
-    _draw_header(page, ranking, layout, title or "Training examples behind each image")
+    _draw_header(page, ranking, layout, title or headline(ranking))
     for query in range(rows):
         _draw_captions(page, ranking, query, layout)
     if ranking.contributions is not None:

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
+from PIL.Image import Image
 
-from dmin.attribution.ranking import Ranking, format_score
-from dmin.pictures import TINY, data_uri, to_picture
+from dmin.attribution.ranking import Ranking, format_score, headline
+from dmin.pictures import TINY, data_uri, encoded, to_picture
 
+EMBED = 2000  # pictures of 10 to 40 kB: a page that still opens at once
 Images = Callable[[str], np.ndarray]
 """From an id to its image: [C, H, W] with C of 1 or 3, values in [0, 1]."""
 
@@ -29,6 +32,7 @@ def save_html(
     *,
     title: str | None = None,
     notes: dict[str, str] | None = None,
+    embed: int = EMBED,
 ) -> Path:
     """Write a page on which every query can be walked through with the examples behind it.
 
@@ -39,15 +43,22 @@ def save_html(
         path: the HTML file to write; its folder is made if it is not there.
         title: headline; by default it says what the page shows.
         notes: run settings to show in the head, such as `{"training examples": "1797"}`.
+        embed: pictures that may stand in the page itself. Where there are more, they are files in
+            the folder `<name of the page>_files` beside it, which a browser loads when it shows
+            them: keep the two together.
 
     Returns:
-        The path. Each image stands in the file once, at most 256 pixels a side: smaller ones as
+        The path. Each image is kept once, at most 256 pixels a side: smaller ones as
         they are, larger ones scaled down (as PNG or JPEG, whichever is smaller).
 
     Raises:
         DminError: an image has another shape or range.
     """
-    title = title or "Training examples behind each image"
+    title = title or headline(ranking)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = len(ranking.query_ids) + len({id for row in ranking.train_ids for id in row})
+    beside = None if count <= embed else path.with_name(f"{path.stem}_files")
     template = resources.files("dmin").joinpath("gallery.html").read_text(encoding="utf-8")
     style, script = (_between(template, tag) for tag in ("style", "script"))
     parts = {
@@ -55,12 +66,12 @@ def save_html(
         # Only this script and this style may run: an id that smuggles in markup stays text.
         "SCRIPT_HASH": _hash(script),
         "STYLE_HASH": _hash(style),
-        "DATA": _script_json(_data(ranking, query_images, train_images, title, notes or {})),
+        "DATA": _script_json(
+            _data(ranking, query_images, train_images, title, notes or {}, beside)
+        ),
     }
     # In one pass, so that nothing inside a part is taken for a placeholder.
     page = re.sub(r"\{\{([A-Z_]+)\}\}", lambda match: parts[match[1]], template)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
 
@@ -71,9 +82,11 @@ def _data(
     train_images: Images,
     title: str,
     notes: dict[str, str],
+    beside: Path | None,
 ) -> dict[str, Any]:
     """Gather what the page shows; a training example that several queries share stands once."""
     examples: dict[str, dict[str, Any]] = {}
+    address = _embedded if beside is None else _Folder(beside)
     for query, rank in np.ndindex(*ranking.scores.shape):
         if rank >= ranking.count(query):
             continue
@@ -83,12 +96,13 @@ def _data(
                 name,
                 ranking.train_metadata[query][rank],
                 train_images(name),
+                address,
                 row=int(ranking.train_rows[query, rank]),
             )
     place = {name: index for index, name in enumerate(examples)}
     queries = []
     for query, name in enumerate(ranking.query_ids):
-        entry = _entry(name, ranking.query_metadata[query], query_images(name))
+        entry = _entry(name, ranking.query_metadata[query], query_images(name), address)
         shown = ranking.count(query)
         entry["top"] = [place[example] for example in ranking.train_ids[query][:shown]]
         entry["scores"] = [format_score(score) for score in ranking.scores[query][:shown]]
@@ -113,18 +127,46 @@ def _data(
 
 
 def _entry(
-    name: str, metadata: dict[str, Any], image: np.ndarray, row: int | None = None
+    name: str,
+    metadata: dict[str, Any],
+    image: np.ndarray,
+    address: Callable[[Image], str],
+    row: int | None = None,
 ) -> dict[str, Any]:
     picture = to_picture(image, name)
     entry: dict[str, Any] = {
         "id": name,
         "label": None if metadata.get("label") is None else str(metadata["label"]),
         "meta": {str(key): _text(value) for key, value in metadata.items()},
-        "image": data_uri(picture),
+        "image": address(picture),
         "size": list(picture.size),
         "tiny": max(picture.size) <= TINY,
     }
     return entry if row is None else entry | {"row": row}
+
+
+def _embedded(picture: Image) -> str:
+    return data_uri(picture)
+
+
+class _Folder:
+    """Writes pictures as numbered files beside the page, and gives their addresses.
+
+    The files of an earlier page of this name are deleted: they would be of no use to anybody.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("[0-9]*.*"):
+            old.unlink()
+        self.folder, self.count = folder, 0
+
+    def __call__(self, picture: Image) -> str:
+        kind, content = encoded(picture)
+        name = f"{self.count:06d}.{kind}"
+        (self.folder / name).write_bytes(content)
+        self.count += 1
+        return f"{quote(self.folder.name)}/{name}"
 
 
 def _text(value: Any) -> str:

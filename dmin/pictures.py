@@ -50,25 +50,32 @@ def fit(picture: Image.Image, side: int) -> Image.Image:
 
 
 def data_uri(picture: Image.Image, limit: int = 256) -> str:
-    """Encode a picture as a `data:` address.
+    """Encode a picture as a `data:` address; arguments as in :func:`encoded`."""
+    kind, content = encoded(picture, limit)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def encoded(picture: Image.Image, limit: int = 256) -> tuple[str, bytes]:
+    """Encode a picture for a page.
 
     Args:
         picture: scaled down to at most `limit` pixels a side.
         limit: 256 is enough for a card on a dense screen.
 
     Returns:
-        A PNG, without loss, for a tiny picture; for a larger one the smaller of a PNG and a JPEG
+        `png` or `jpeg`, and the bytes: a PNG, without loss, for a tiny picture; for a larger one
+        the smaller of a PNG and a JPEG
         of quality 90, as a page of a thousand photographs would otherwise weigh 100 MB.
     """
     tiny = max(picture.size) <= TINY
     if max(picture.size) > limit:
         picture = fit(picture, limit)
-    kind, encoded = "png", _encode(picture, "PNG", optimize=True)
+    content = _encode(picture, "PNG", optimize=True)
     if not tiny:
         smaller = _encode(picture, "JPEG", quality=90, subsampling=0)
-        if len(smaller) < len(encoded):
-            kind, encoded = "jpeg", smaller
-    return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
+        if len(smaller) < len(content):
+            return "jpeg", smaller
+    return "png", content
 
 
 def _encode(picture: Image.Image, kind: str, **options: int | bool) -> bytes:

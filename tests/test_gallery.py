@@ -440,3 +440,40 @@ def test_page_shows_hostile_captions_as_text(browser):
     assert EVIL in browser.ask("document.querySelector('#detail').textContent")
     assert browser.ask("document.querySelectorAll('[onerror], img[src=x]').length") == 0
     assert browser.ask("document.title") == "Training examples behind each image"
+
+
+def test_pictures_of_a_large_page_are_files_beside_it(tmp_path):
+    path = tmp_path / "a b.html"
+    (tmp_path / "a b_files").mkdir()
+    (tmp_path / "a b_files" / "000099.png").write_bytes(b"of an earlier page")
+    save_html(ranking(), query_image, train_image, path, embed=10)
+    names = sorted(file.name for file in (tmp_path / "a b_files").iterdir())
+    data = page_data(path)
+    addresses = [entry["image"] for entry in data["queries"] + data["examples"]]
+    assert sorted(addresses) == [f"a%20b_files/{name}" for name in names]
+    assert "data:image" not in path.read_text("utf-8")
+    for entry in data["examples"]:
+        shown = Image.open(tmp_path / "a b_files" / entry["image"].split("/")[1])
+        expected = to_picture(train_image(entry["id"]), "")
+        np.testing.assert_array_equal(np.asarray(shown), np.asarray(expected))
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+def test_a_browser_shows_pictures_that_lie_beside_the_page(tmp_path):
+    path = save_html(ranking(), query_image, train_image, tmp_path / "a b.html", embed=10)
+    browser = Browser(path, tmp_path / "profile")
+    try:
+        widths = "[...document.querySelectorAll('main img')].map((one) => one.naturalWidth)"
+        browser.until(f"{widths}.every((width) => width === 8)")
+        assert len(browser.ask(widths)) == 13 and browser.complaints == []
+    finally:
+        browser.close()
+
+
+def test_opponents_are_called_so(tmp_path):
+    some = ranking()
+    turned = replace(
+        some, scores=-some.scores, contributions=-some.contributions, order="opponents"
+    )
+    path = save_html(turned, query_image, train_image, tmp_path / "a.html")
+    assert page_data(path)["title"] == "Training examples that speak against each image"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -108,7 +109,7 @@ class Ranking:
             )
 
     def _check_values(self) -> None:
-        repeated = sorted({name for name in self.query_ids if self.query_ids.count(name) > 1})
+        repeated = sorted(name for name, n in Counter(self.query_ids).items() if n > 1)
         if repeated:
             _refuse("query_ids", repeated[:3], "every query under a name of its own")
         if len(set(self.timestep_names)) != len(self.timesteps):
@@ -343,10 +344,9 @@ class Ranking:
         from rich.table import Table
         from rich.text import Text
 
-        what = "Training examples " + ("behind" if self._sign > 0 else "that speak against")
         queries, k = min(max_queries, len(self.query_ids)), min(columns, self.scores.shape[1])
         table = Table(
-            title=Text(f"{what} each query, by {self.method}", style="bold"),
+            title=Text(f"{headline(self)}, by {self.method}", style="bold"),
             caption=f"{queries} of {len(self.query_ids)} queries, "
             f"{k} of {self.scores.shape[1]} examples each: id, label, score"
             + (", its error, and how surely it is among them" if self.errors is not None else ""),
@@ -374,6 +374,12 @@ class Ranking:
         cell.append(f"\n{format_score(self.scores[query, rank])}", style="not dim")
         sure = self.spell_confidence(query, rank)
         return cell if sure is None else cell.append(f"\n{sure}", style="dim")
+
+
+def headline(ranking: Ranking) -> str:
+    """Say in a few words what a ranking shows."""
+    what = "behind" if ranking.order == "proponents" else "that speak against"
+    return f"Training examples {what} each image"
 
 
 def format_score(score: float) -> str:
