@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu lint experiments wheel clean
+.PHONY: help demo test bench bench-retrieval gpu lint experiments wheel clean
 
 # The first of these that is there; name another with `make test PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,\
@@ -10,7 +10,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,\
 ARGS ?=
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' Makefile
 	@echo 'More arguments travel in ARGS: make demo ARGS="seed=1", make test ARGS="-k store".'
 
 demo: .venv/.installed ## train a small model and trace its images to their training examples
@@ -21,6 +21,9 @@ test: .venv/.installed ## run the tests
 
 bench: .venv/.installed ## measure collecting beside plain training (40 minutes; goes on if stopped)
 	@.venv/bin/python experiments/bench/run.py $(ARGS)
+
+bench-retrieval: .venv/.installed ## measure every way to search (an hour, 25 GB of disk; goes on if stopped)
+	@.venv/bin/python experiments/retrieval/run.py $(ARGS)
 
 gpu: .venv/.installed ## run the tests that need a GPU
 	@.venv/bin/pytest -m gpu $(ARGS)
