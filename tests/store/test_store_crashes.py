@@ -14,6 +14,8 @@ from dmin.store import Store, StoreWriter
 from dmin.store import segments as segments_module
 from dmin.store import writer as writer_module
 
+KILLS = 200
+
 
 def write(path, manifest, make_rows, blocks=None, report=None, **options):
     """Write what is pending of some blocks, reporting through a pipe what is sealed."""
@@ -52,11 +54,11 @@ def test_killed_writers_lose_nothing_sealed(tmp_path, make_manifest, make_rows, 
     digest = Store(tmp_path / "whole").digest()
     generator = random.Random(0)
     kills, stores, partial = 0, 0, 0
-    while kills < 40:
+    while kills < KILLS:
         stores += 1
         path = tmp_path / f"store-{stores}"
         sealed: set[int] = set()
-        while len(sealed) < manifest.num_blocks and kills < 40:
+        while len(sealed) < manifest.num_blocks and kills < KILLS:
             read, report = os.pipe()
             options = {"report": report, "segment_bytes": generator.choice([1, 10**6])}
             child = fork.Process(
