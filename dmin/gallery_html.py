@@ -120,7 +120,7 @@ def _data(
         "method": ranking.method,
         "timesteps": [f"{t:g}" for t in ranking.timesteps],
         "groups": list(ranking.groups),
-        "notes": {str(key): str(value) for key, value in notes.items()},
+        "notes": {str(key): str(value) for key, value in {**notes, **ranking.notes}.items()},
         "queries": queries,
         "examples": list(examples.values()),
     }
