@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ def make_trainer(cfg: DictConfig, command: str) -> lightning.Trainer:
     from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    # On a machine with SLURM, for a process that srun did not start: as it should be.
+    warnings.filterwarnings("ignore", ".*`srun` command is available.*")
     settings = cfg.trainer
     processes = Processes.of(settings)
     check_running(processes, cfg.shard.num if cfg.get("shard") else 1)

@@ -2,12 +2,26 @@
 
 import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import open_dict
 
 from dmin.cli import slurm
+from dmin.cli.help import config_directory
 from dmin.cli.processes import check_devices, is_main
-from dmin.cli.slurm import Processes, Tasks, after_stop, check_fit, check_running, parsed_time
+from dmin.cli.slurm import (
+    Processes,
+    Tasks,
+    after_stop,
+    check_fit,
+    check_running,
+    check_submission,
+    parsed_time,
+)
 from dmin.errors import DminError
 from dmin.stopping import Stopped
 
@@ -86,6 +100,80 @@ def test_a_process_without_its_device_is_refused(monkeypatch):
     check_devices({"accelerator": "cpu", "devices": 8})
     with pytest.raises(DminError, match=r"devices=2, but .* 1 GPUs .*CUDA_VISIBLE_DEVICES='3'"):
         check_devices({"accelerator": "gpu", "devices": 2})
+
+
+class TestBeforeSubmission:
+    def swept(self, *overrides, over=()):
+        with initialize_config_dir(str(config_directory()), version_base="1.3"):
+            line = ["model=ddpm", "data=digits", "hydra/launcher=slurm", *overrides]
+            cfg = compose("dmin", line, return_hydra_config=True)
+            with open_dict(cfg):
+                cfg.hydra.overrides.task = [o for o in line if not o.startswith("hydra")] + [*over]
+            check_submission(cfg)
+
+    @pytest.fixture(autouse=True)
+    def slurm_there(self, monkeypatch):
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+        monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
+
+    def test_nodes_and_tasks_follow_the_trainer(self):
+        self.swept()
+        self.swept("trainer=ddp", "trainer.devices=4", "trainer.num_nodes=2")
+        self.swept("trainer=gpu", "hydra.launcher.gpus_per_node=1")
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["hydra.launcher.nodes=2"], "every task would do all"),
+            (["trainer=gpu"], r"asks SLURM for 0 GPUs.*gpus_per_node=1"),
+            (["hydra.launcher.timeout_min=2"], "told to stop as soon as it starts"),
+            (["trainer=ddp", "trainer.devices=auto"], r"tasks_per_node=auto.*devices=8"),
+        ],
+    )
+    def test_a_job_that_could_not_run_is_refused(self, overrides, message):
+        with pytest.raises(DminError, match=message):
+            self.swept(*overrides)
+
+    def test_every_job_of_a_sweep_is_looked_at(self):
+        cfg = ["trainer=ddp", "trainer.devices=1", "hydra.launcher.tasks_per_node=1"]
+        self.swept(*cfg)
+        with pytest.raises(DminError, match=r"SLURM starts 1 tasks .* but trainer\.devices=2"):
+            self.swept(*cfg, over=["trainer.devices=1,2"])
+
+    def test_a_machine_without_slurm_is_told(self, monkeypatch):
+        monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
+        with pytest.raises(DminError, match=r"no SLURM.*hydra/launcher=local"):
+            self.swept()
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path):
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import os, time\nfrom dmin.cli.processes import follow_parent\nfollow_parent()\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
+    )
+    parent = (
+        "import os, subprocess, sys\n"
+        "own = {**os.environ, 'DMIN_PARENT': str(os.getpid())}\n"
+        f"subprocess.Popen([sys.executable, {str(child)!r}], env=own).wait()\n"
+    )
+    started = subprocess.Popen([sys.executable, "-c", parent])
+    end = time.monotonic() + 60
+    while not (pid := (tmp_path / "pid").read_text() if (tmp_path / "pid").exists() else ""):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    started.kill()
+    started.wait()
+    while Path(f"/proc/{pid}").exists() and "Z" not in state(pid):
+        assert time.monotonic() < end, "it lives on"
+        time.sleep(0.05)
+
+
+def state(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
 
 
 def test_the_times_of_slurm_are_read():
