@@ -132,3 +132,23 @@ class Planted:
             return (image + self.noise * noise).clamp(0, 1)
         padded = torch.nn.functional.pad(image[None], (1, 0, 1, 0), mode="replicate")[0]
         return padded[:, : image.shape[1], : image.shape[2]]
+
+
+def require_one_shape(queries: Dataset, train: Dataset) -> None:
+    """Refuse queries of another size than the training examples, whose noise would be another.
+
+    Args:
+        queries: of one size; the first is looked at.
+        train: likewise.
+
+    Raises:
+        DminError: the sizes differ.
+    """
+    asked, known = (tuple(data[0].image.shape[-2:]) for data in (queries, train))
+    if asked != known:
+        raise DminError(
+            f"the queries are {asked[0]} × {asked[1]} pixels, the training examples {known[0]} × "
+            f"{known[1]}: with noise.shapes=one they would see different noise, and scores would "
+            f"mean little. Set queries.size to the size of the data, or collect both with "
+            f"noise.shapes=field."
+        )

@@ -3,10 +3,11 @@ import json
 import pytest
 import torch
 
+from dmin.data import Example, Examples
 from dmin.data.image_folder import ImageFolder
 from dmin.errors import DminError
 from dmin.models.base import DiffusionModel
-from dmin.queries import Generated, Planted
+from dmin.queries import Generated, Planted, require_one_shape
 
 
 def test_generated_images_are_those_of_their_own_seed(ddpm, tmp_path):
@@ -89,3 +90,10 @@ def test_planted_copies_name_their_source(digits, kind):
             assert torch.equal(copy.image[:, 1:, 1:], source[:, :-1, :-1])
     again = Planted(kind, count=9, noise=0.1, seed=1).plant(digits)
     assert all(torch.equal(a.image, b.image) for a, b in zip(copies, again, strict=True))
+
+
+def test_queries_of_another_size_are_refused(digits):
+    small = Examples([Example("small", torch.zeros(3, 4, 8))])
+    with pytest.raises(DminError, match=r"queries are 4 × 8 pixels, .* 8 × 8.*queries\.size"):
+        require_one_shape(small, digits)
+    require_one_shape(Planted("noisy", 3).plant(digits), digits)

@@ -375,9 +375,12 @@ class Workspace:
     ) -> Side:
         """Return queries with their features, and what else some methods require of them."""
         from dmin.attribution import Side
+        from dmin.queries import require_one_shape
 
         methods = list(methods)
         dataset = self.queries(source)
+        if self.collector.noise.shapes == "one":
+            require_one_shape(dataset, self.data)
         store = self.store(dataset, role, as_queries=True)
         recorded = any(m.requires.journey for m in methods)
         return Side(
