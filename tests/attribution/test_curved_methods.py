@@ -1,6 +1,7 @@
 """Methods with a curvature, and likeness of images, against their formulas by explicit inverses."""
 
 import logging
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -26,6 +27,8 @@ from dmin.attribution import (
     retrieve,
     score_matrix,
 )
+from dmin.attribution.search import Certified
+from dmin.attribution.search_faiss import Approximate
 from dmin.data import Example, Examples
 from dmin.errors import DminError
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
@@ -233,6 +236,20 @@ def test_dmin_is_a_member_of_the_spectral_family(sides, limit):
     assert np.allclose(
         score_matrix(*sides, Spectral(**limit)), score_matrix(*sides, DMin()), atol=1e-6
     )
+
+
+@pytest.mark.parametrize("method", [Spectral(), TRAK(), ZSum(), DataInf()], ids=lambda m: m.name)
+def test_every_search_serves_preconditioned_queries(sides, method):
+    """They are vectors as others are: no search knows of the curvature."""
+    exact = retrieve(*sides, method, k=5)
+    certified = retrieve(*sides, method, k=5, index=Certified(6))
+    assert "proven" in certified.notes["search"]
+    found = [certified]
+    if find_spec("faiss"):
+        found.append(retrieve(*sides, method, k=5, index=Approximate("Flat", directions=6)))
+    for ranking in found:
+        assert np.array_equal(ranking.train_rows, exact.train_rows)
+        assert np.allclose(ranking.scores, exact.scores, rtol=1e-4)
 
 
 def test_the_path_is_walked_on_one_curvature(sides):
