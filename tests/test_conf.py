@@ -25,6 +25,7 @@ from dmin.timesteps import Schedule
 
 CONF = config_directory()
 CHOICES = [(group, name) for group, names in groups().items() for name in names]
+OF_SHAPES = [("benchmark", "shapes"), ("benchmark", "shapes_retrained"), ("train", "shapes_unet")]
 # What a choice cannot know by itself.
 VALUES = {
     ("model", "ddpm"): ["model.path={ddpm_path}"],
@@ -35,6 +36,7 @@ VALUES = {
     ("data", "webdataset"): ["data.shards='{shards}'"],
     ("data", "subset"): ["data@data.dataset=digits", "data.count=2"],
     ("queries", "images"): ["queries.root={images}"],
+    ("benchmark", "dmin_paper"): ["benchmark.tasks.subsets.queries.root={images}"],
     ("queries", "generated"): ["queries.prompts=[0,1]"],
     ("method", "encoder"): ["method.path=clip"],
     ("timesteps", "explicit"): ["timesteps.values=[500]"],
@@ -67,7 +69,8 @@ def places(ddpm_path, tmp_path_factory):
 
 
 def composed(group, name, places):
-    needed = {"model": "ddpm", "data": "digits"}
+    shapes = {"data": "shapes"} if (group, name) in OF_SHAPES else {}
+    needed = {"model": "ddpm", "data": "digits", **shapes}
     values = [v.format(**places) for v in VALUES.get((group, name), [])]
     if group == "experiment":
         overrides = [f"experiment={name}"]

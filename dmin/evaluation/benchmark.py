@@ -109,6 +109,9 @@ class Benchmark:
         for dim in self.dims or (None,):
             place = world if dim is None else world.at(dim)
             cells += _Run(self, place, report, dim).cells(methods)
+        if not any(cell.row.method in methods for cell in cells) and report.left_out:
+            name, reason = next(iter(report.left_out.items()))
+            raise DminError(f"no method could be measured; of {name} it was said: {reason}")
         report.results = compared(cells, self.reference)
         report.notes |= world.describe()
         report.notes["seconds"] = f"{time.perf_counter() - start:.0f}"

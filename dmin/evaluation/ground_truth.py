@@ -98,11 +98,25 @@ class SameColumn(Relevance):
     Args:
         column: its name.
         metrics: what to measure.
+        each: measure the queries of each value apart as well, as the tables of the DMin paper do.
     """
 
-    def __init__(self, column: str, metrics: Sequence[str] = ("precision@10", "mAP")) -> None:
+    def __init__(
+        self,
+        column: str,
+        metrics: Sequence[str] = ("precision@10", "mAP"),
+        each: bool = False,
+    ) -> None:
         super().__init__(metrics)
-        self.column = column
+        self.column, self.each = column, each
+
+    def measure(self, scores: Array) -> Measures:
+        """Return each metric of all queries, then of those of each value."""
+        found = dict(super().measure(scores))
+        for value in np.unique(self._asked) if self.each else ():
+            own = self._asked == value
+            found |= {f"{name}, {value}": found[name][own] for name in self.metrics}
+        return found
 
     def relevant(self, queries: Store, train: Store) -> Array:
         """Return bool ``[queries, examples]``.
@@ -110,7 +124,8 @@ class SameColumn(Relevance):
         Raises:
             DminError: a query or example has no such column.
         """
-        return column(queries, self.column)[:, None] == column(train, self.column)[None, :]
+        self._asked = column(queries, self.column)
+        return np.asarray(self._asked[:, None] == column(train, self.column)[None, :])
 
 
 class SameLabel(SameColumn):

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,6 +227,12 @@ def test_any_column_can_tell_what_is_right(ddpm, digits, tmp_path):
     found = SameColumn("source").relevant(side.store, side.store)
     expected = [[(i % 3 == 0) == (j % 3 == 0) for j in range(9)] for i in range(9)]
     assert found.tolist() == expected
+    truth = SameColumn("source", ["precision@3"], each=True)
+    truth.prepare(SimpleNamespace(train=side), side)
+    scores = 2 * np.eye(9) + np.array([i % 3 > 0 for i in range(9)])
+    each = truth.measure(scores)  # "a" is always first, but for the query itself
+    assert (each["precision@3, a"] == 1).all() and len(each["precision@3, a"]) == 6
+    assert each["precision@3, b"] == pytest.approx(1 / 3) and len(each["precision@3"]) == 9
     with pytest.raises(DminError, match="have no 'source_id'"):
         Source().relevant(side.store, side.store)
 
