@@ -28,6 +28,7 @@ from dmin.store import Store
 from dmin.store.encoding import STORED_AS, word_sums
 
 BLOCK_BYTES = 32 << 20  # of stored rows: what one thread takes at a time
+CHUNK_BYTES = 4 << 20  # of chosen rows: fewer are not worth a thread
 BUFFER_BYTES = 4 << 20  # of decoded rows: what stays in the cache
 FEW = 16  # queries: above, decoding once and torch's matrix product are quicker than the loop
 # numba knows no half floats: float16 comes as int16, bfloat16 as uint16, told apart by that.
@@ -52,7 +53,7 @@ def scan(
         The first row of a block and its scores, float32 ``[Q, n]``; blocks in order.
     """
     size = store.layout.row_bytes
-    rows = rows or max(1, BLOCK_BYTES // size)
+    rows = rows or _even(len(store), BLOCK_BYTES // size)
     spans = [(first, min(first + rows, len(store))) for first in range(0, len(store), rows)]
     if keep is not None:
         spans = [span for span in spans if keep[slice(*span)].any()]
@@ -125,6 +126,13 @@ def _parts(
 def _require_sound(store: Store, readout: str, first: int, wrong: int) -> None:
     if wrong >= 0:
         raise store.corrupt(readout, first + wrong)
+
+
+def _even(rows: int, most: int) -> int:
+    """Return how many rows to give a thread at a time so that all have as many blocks to do."""
+    threads = torch.get_num_threads()
+    blocks = -(-rows // max(1, most))
+    return max(1, -(-rows // max(1, blocks if blocks == 1 else -(-blocks // threads) * threads)))
 
 
 @cache
@@ -203,7 +211,7 @@ def scores_of_rows(
         if wrong >= 0:
             raise store.corrupt(readout, int(part[wrong]))
 
-    size = max(64, -(-len(rows) // (4 * torch.get_num_threads())))
+    size = _even(len(rows), max(64, CHUNK_BYTES // store.layout.row_bytes))
     for _ in in_threads(
         score, [(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
     ):

@@ -5,6 +5,9 @@
     store/
       manifest.json                       what was computed, and of which dataset
       segment-<first block>-<digest>.h5   sealed, immutable, named after its own bytes
+      growth-<number>.json                examples were added: how many, and what the dataset is now
+      removed-<digest>.json               rows that are shown no more
+      catalog.npz                         kept of the first opening, made again where it is missing
       progress/                           who works on it: small files without any part in it
       *.tmp                               leftovers of killed writers, never read
 
