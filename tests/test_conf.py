@@ -150,6 +150,10 @@ def check_shard(shard):
     assert 0 <= shard["id"] < shard["num"]
 
 
+def check_logger(logger):
+    assert isinstance(logger, functools.partial)
+
+
 def check_train(function):
     assert isinstance(function, functools.partial)
     assert isinstance(function.keywords["model"](), DiffusionModel)

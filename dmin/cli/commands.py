@@ -65,7 +65,7 @@ def command(
     return decorate
 
 
-@command("train", "data", "trainer")
+@command("train", "data", "trainer", "logger")
 def train(work: Workspace, results: dict[str, Any]) -> None:
     """Train a model and save it at ``model.path``, unless it is there."""
     path = Path(work.cfg.model.path)
@@ -75,7 +75,9 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
         if _trained(path, settings):
             work.console.print(f"[bold]model[/]: found {path}")
             return
-        model = build(work.need("train"))(dataset=work.data, trainer=work.trainer())
+        trainer = work.trainer()
+        trainer.logger = _logger(work, settings) if work.is_main else None
+        model = build(work.need("train"))(dataset=work.data, trainer=trainer)
         if not work.is_main:
             return
         partial = path.with_name(f"{path.name}.partial")
@@ -289,6 +291,22 @@ def _shown(folder: Path) -> Path:
     """Return a folder as one would type it."""
     here = Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+
+def _logger(work: Workspace, settings: dict[str, Any]) -> Any:
+    """Return the logger that is chosen, which knows the settings; None if none is."""
+    if work.cfg.logger is None:
+        return None
+    try:
+        logger = build(work.cfg.logger)(save_dir=work.run_folder)
+        logger.log_hyperparams({"seed": work.cfg.seed, "tags": list(work.cfg.tags), **settings})
+    except ModuleNotFoundError as error:
+        extra = HydraConfig.get().runtime.choices.get("logger")
+        raise DminError(
+            f"logger={extra} needs a package that is not installed ({' '.join(str(error).split())})"
+            f". Try: pip install 'dmin[{extra}]'. logger=csv needs none."
+        ) from error
+    return logger
 
 
 def _trained(path: Path, settings: dict[str, Any]) -> bool:

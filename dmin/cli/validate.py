@@ -118,6 +118,7 @@ class Root:
     train: dict | None = None
     benchmark: dict | None = None
     trainer: dict | None = None
+    logger: dict | None = None
     extras: Extras | None = None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 from rich.progress import track
 
@@ -24,6 +24,7 @@ from dmin.collect.memory import (
     note_of,
 )
 from dmin.collect.sharded import InStep, another_network
+from dmin.collect.shown import Shown
 from dmin.data.module import CollectData
 from dmin.errors import DminError
 from dmin.stopping import StopSignals
@@ -237,8 +238,12 @@ def predict(collector: GradientCollector, work: Work, trainer: lightning.Trainer
     """Run a trainer over the blocks to do; the model is given back as and where it was."""
     refuse_cast(collector, trainer)
     writer = SketchWriter(work)
-    mine = [Preparation(work), writer]
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    theirs = [bar for bar in callbacks if isinstance(bar, ProgressBar)]
+    shown = Shown(work.data.examples(trainer.global_rank, trainer.world_size))
+    mine = [Preparation(work), writer, *([shown] if theirs else [])]
+    for bar in theirs:
+        callbacks.remove(bar)
     network = collector.model.network
     homes = places({"": network, **collector.encoders})
     callbacks.extend(mine)
@@ -255,8 +260,10 @@ def predict(collector: GradientCollector, work: Work, trainer: lightning.Trainer
             trainer.predict(collector, datamodule=work.data, return_predictions=False)
     finally:
         collector.in_step = None
+        shown.close()
         for callback in mine:
             callbacks.remove(callback)
+        callbacks.extend(theirs)
         collector.between_passes = lambda: None
         collector.to(homes[""])
         for name, encoder in collector.encoders.items():

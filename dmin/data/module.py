@@ -90,6 +90,12 @@ class CollectData(lightning.LightningDataModule):
         """Return the blocks of one process."""
         return Blocks(self.blocks, self.block_size, len(self.dataset), rank, world, self.even)
 
+    def examples(self, rank: int, world: int) -> int:
+        """Return how many examples one process has to do."""
+        mine = self.mine(rank, world)
+        starts = [block * self.block_size for block in mine.blocks[: mine.own]]
+        return sum(min(self.block_size, len(self.dataset) - start) for start in starts)
+
     def predict_dataloader(self) -> DataLoader[Example]:
         """Return a loader of this process's blocks, each a list of batches of one shape."""
         rank = self.trainer.global_rank if self.trainer else 0

@@ -3,6 +3,7 @@
 ::
 
     store/progress/shard-3-of-64.rank-0-of-2.json     written anew every few seconds
+    store/progress/shard-3-of-64.rank-0-of-2.jsonl    a line a minute, and when the state changes
 
 These files take no part in fingerprints, and nothing is lost with them. They let `dmin status` tell
 of a running or dead collection, keep two jobs from doing the same, and bound every wait for another
@@ -33,6 +34,7 @@ from dmin.store.share import Share
 
 FOLDER = "progress"
 EVERY = 10.0  # seconds between two signs of life
+LOG_EVERY = 60.0  # seconds between two lines of the log of a process whose state stays
 # Without a sign for so many times EVERY a process counts as dead: network file systems may show a
 # change a minute late.
 SILENT = 9
@@ -156,6 +158,7 @@ class Progress:
             clock=0.0,
             every=every,
         )
+        self._logged = ("", 0.0)  # state and time of the last line in the log
         self._lock = threading.Lock()
         self._left = threading.Event()
         self._recent: deque[tuple[float, int]] = deque(maxlen=16)  # end and rows of each block
@@ -309,6 +312,19 @@ class Progress:
                 temporary.replace(self._path)
             finally:
                 temporary.unlink(missing_ok=True)
+            self._log()
+
+    def _log(self) -> None:
+        """Add a line to what is kept of the whole run, if it is time to."""
+        said, now = self._said, time.monotonic()
+        if said.state == self._logged[0] and now - self._logged[1] < LOG_EVERY:
+            return
+        self._logged = said.state, now
+        kept = ("run", "state", "host", "pid", "blocks", "done", "rows", "rate", "note")
+        line = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+        line |= {name: getattr(said, name) for name in kept}
+        with self._path.with_suffix(".jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def reports(store: Path, chosen: Callable[[Share], bool] = lambda share: True) -> list[Report]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from importlib.util import find_spec
 
 import pytest
 from cli.test_commands import dmin
@@ -13,7 +14,7 @@ COMMON = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threa
 def place(tmp_path_factory):
     """A directory with a model."""
     place = tmp_path_factory.mktemp("sweeps")
-    dmin("train", *COMMON, cwd=place)
+    dmin("train", *COMMON, "logger=csv", cwd=place)
     return place
 
 
@@ -90,3 +91,18 @@ def test_a_run_is_repeated_from_its_record(place):
 def test_what_cannot_be_repeated_is_said(place, tmp_path):
     refused = dmin("repeat", tmp_path, cwd=place, ok=False)
     assert "record.json and config.yaml" in refused.stderr
+
+
+@pytest.mark.slow
+def test_training_is_logged_beside_its_record(place):
+    (metrics,) = place.glob("outputs/runs/train/*/csv/metrics.csv")
+    assert len([row for row in csv.DictReader(metrics.open()) if float(row["loss"]) > 0]) == 5
+    assert "learning_rate" in metrics.with_name("hparams.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is there")
+def test_a_logger_that_is_not_installed_is_named(place):
+    other = "model.path=outputs/models/other"
+    refused = dmin("train", *COMMON, other, "logger=wandb", cwd=place, ok=False)
+    assert "pip install 'dmin[wandb]'" in refused.stderr and "Traceback" not in refused.stderr

@@ -159,3 +159,16 @@ def test_a_living_process_that_does_nothing_is_lost_as_well(tmp_path, monkeypatc
     while not (lost := watch.look()[1]):
         progress.say(state="collecting")
     assert "no block" in lost[Share()]
+
+
+def test_what_was_said_is_kept_line_by_line(tmp_path, quick):
+    for _ in range(2):
+        with Progress(tmp_path, WHOLE) as progress:
+            progress.begin(3)
+            progress.block_done(8)
+            progress.say(state="waiting")
+    lines = path_of(tmp_path).with_suffix(".jsonl").read_text().splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [line["state"] for line in told] == 2 * ["collecting", "waiting", "finished"]
+    assert told[-1]["rows"] == 8 and len({line["run"] for line in told}) == 2
+    assert len(reports(tmp_path)) == 1  # the log is no report

@@ -1,0 +1,56 @@
+"""What a long collection shows of itself."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from dmin.collect import shown as module
+from dmin.collect.shown import Shown, span
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def collected(clock, blocks, world=1, seconds=1.0):
+    shown = Shown(blocks * 32)
+    shown.on_predict_start(SimpleNamespace(world_size=world), None)
+    for _ in range(blocks):
+        clock[0] += seconds
+        shown.on_predict_batch_end(None, None, (0, SimpleNamespace(ids=["x"] * 32)))
+        shown.on_predict_batch_end(None, None, (0, None))  # done to keep step: not its own
+    return shown
+
+
+def test_a_log_file_gets_few_lines_with_rate_and_time_left(clock, capsys):
+    collected(clock, 20_000, world=8)
+    lines = capsys.readouterr().out.splitlines()
+    assert 10 < len(lines) < 60  # of five and a half hours
+    assert lines[0] == (
+        "gradients: 480 of 640,000 examples in process 0 of 8 (0.1%), 32 a second, 5 h 33 min left"
+    )
+    assert lines[-1].endswith("640,000 of 640,000 examples in process 0 of 8 (100.0%), "
+                              "32 a second in 5 h 33 min")  # fmt: skip
+
+
+def test_other_processes_print_nothing(clock, capsys):
+    shown = Shown(32)
+    shown.disable()
+    shown.on_predict_start(SimpleNamespace(world_size=2), None)
+    clock[0] += 100
+    shown.on_predict_batch_end(None, None, (0, SimpleNamespace(ids=["x"] * 32)))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_gets_a_bar(clock, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    collected(clock, 2).on_predict_end(None, None)
+    assert re.search(r"gradients .*64/64.* 32/s", capsys.readouterr().out)
+
+
+def test_times_are_said_in_two_units():
+    assert [span(s) for s in (8, 750, 4980, 97200)] == ["8 s", "12 min", "1 h 23 min", "1 d 3 h"]
