@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dmin.errors import DminError
+from dmin.sketches import forming
 from dmin.sketches.base import FormedSketch
 from dmin.sketches.hashing import hash_words, key, signs
 
@@ -50,7 +51,7 @@ class SJLT(FormedSketch):
     def projection(self, name: str, like: Tensor) -> Callable[[Tensor, Tensor], None]:
         """Return the folds of one parameter, hashed afresh."""
         size, s = prod(self._bound.by_name[name].shape), self.nonzeros
-        folds = []
+        folds: list[tuple[Tensor, Tensor]] = []
         for r in range(s):
             hashed = hash_words(key(self.seed, name, f"offset {r}"), size, like.device)
             sign = signs(key(self.seed, name, f"sign {r}"), size, like.device)
@@ -60,6 +61,9 @@ class SJLT(FormedSketch):
         def project(gradient: Tensor, rows: Tensor) -> None:
             gradient *= s**-0.5
             for bucket, sign in folds:
-                rows.index_add_(1, bucket, gradient * sign)
+                if forming.applies(rows):
+                    forming.scatter(gradient, bucket, sign, rows)
+                else:
+                    rows.index_add_(1, bucket, gradient * sign)
 
         return project
