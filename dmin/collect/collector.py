@@ -360,14 +360,15 @@ class GradientCollector(lightning.LightningModule):
         noise = torch.stack(
             [self.noise(x0.shape[1:], *point, name) for name in names for point in points]
         ).unflatten(0, (len(names), len(points)))
-        t = torch.tensor([t for t, _ in points])
+        # Copied once, so that no pass waits for the device.
+        noise, t = noise.to(x0), torch.tensor([t for t, _ in points], device=x0.device)
 
         def run(pairs: Tensor) -> Features:
+            pairs = pairs.to(x0.device, non_blocking=True)
             row, point = pairs // len(points), pairs % len(points)
-            drawn = noise[row if self.noise.per_example else 0, point]
-            i = row.to(x0.device)
-            chosen = {name: value[i] for name, value in condition.items()}
-            return self._pass(x0[i], drawn.to(x0), t[point].to(x0.device), chosen)
+            drawn = noise[row if self.noise.per_example else torch.zeros_like(row), point]
+            chosen = {name: value[row] for name, value in condition.items()}
+            return self._pass(x0[row], drawn, t[point], chosen)
 
         in_step = run if self.in_step is None else self.in_step.made_up(run)
         return Passes(len(x0) * len(points), in_step)

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Progress
 from lightning.pytorch.strategies import DDPStrategy
 from rich.progress import track
 
+from dmin.collect.background import BackgroundWriter
 from dmin.collect.encodings import leave_device, on_device
 from dmin.collect.memory import (
     PeakMemory,
@@ -163,7 +164,8 @@ class SketchWriter(BasePredictionWriter):
 
     def __init__(self, work: Work) -> None:
         super().__init__("batch")
-        self.writer, self.progress, self.stop = work.writer, work.progress, work.stop
+        self.writer = BackgroundWriter(work.writer, work.progress.block_done)
+        self.block_size, self.stop = work.writer.manifest.block_size, work.stop
         self.in_step = work.data.even
 
     def write_on_batch_end(
@@ -173,11 +175,10 @@ class SketchWriter(BasePredictionWriter):
         prediction: tuple[int, Rows | None],
         *_: Any,
     ) -> None:
-        """Append one block, unless it is another process's."""
+        """Hand one block to the store's writer behind the loop, unless it is another process's."""
         position, rows = prediction
         if rows is not None:
-            self.writer.append(position // self.writer.manifest.block_size, rows)
-            self.progress.block_done(len(rows.ids))
+            self.writer.append(position // self.block_size, rows)
         if self.in_step:  # whoever goes on alone would wait for the others' weights
             stops = trainer.strategy.reduce_boolean_decision(bool(self.stop.received), all=False)
             if stops and not self.stop.received:
@@ -260,6 +261,7 @@ def predict(collector: GradientCollector, work: Work, trainer: lightning.Trainer
             trainer.predict(collector, datamodule=work.data, return_predictions=False)
     finally:
         collector.in_step = None
+        writer.writer.stop()  # it may have been left without its closing: the store's own follows
         shown.close()
         for callback in mine:
             callbacks.remove(callback)
