@@ -246,7 +246,7 @@ def check_pair(queries: Side, train: Side, method: Method) -> None:
             f"collect.readouts=[{','.join(sorted({*train.store.layout.readouts, *missing}))}]."
         )
     if method.requires.model:
-        _check_origin(train, method)
+        _check_origin(queries, train, method)
     if method.requires.journey:
         _check_journey(queries, method)
     for name in method.requires.checkpoints:
@@ -254,8 +254,15 @@ def check_pair(queries: Side, train: Side, method: Method) -> None:
         check_comparable(pair[0].store, pair[1].store)
 
 
-def _check_origin(train: Side, method: Method) -> None:
+def _check_origin(queries: Side, train: Side, method: Method) -> None:
     """Refuse a model that is not the one the features were made with."""
+    guidance = queries.store.manifest.dataset.get("guidance")
+    if guidance is not None:
+        raise DminError(
+            f"the queries were collected with model.query_guidance={guidance:g}, but method="
+            f"{method.name} computes their gradients anew, without guidance. Set "
+            f"model.query_guidance=null, or take a method that reads the store."
+        )
     if train.origin is None:
         raise DminError(
             f"method={method.name} runs the model itself, but only a store was given. Give what "

@@ -387,7 +387,7 @@ class Workspace:
             store,
             dataset,
             journey=[
-                Side(self.store(state, f"{role}-{number}"), state)
+                Side(self.store(state, f"{role}-{number}", as_queries=True), state)
                 for number, state in enumerate(self.states(source, dataset) if recorded else [])
             ],
             checkpoints={

@@ -9,6 +9,7 @@ from dmin.attribution import (
     CG,
     EKFAC,
     Arnoldi,
+    DMin,
     LiSSA,
     Side,
     Unlearning,
@@ -270,6 +271,14 @@ def test_another_model_than_the_stores_is_refused(sides):
     other = GradientCollector(MLP.small(width=3, depth=1, embedding=2), BlockCyclic(256, block=64))
     with pytest.raises(DminError, match="another model"):
         score_matrix(queries, Side(train.store, train.dataset, origin=other), EKFAC())
+
+
+def test_guided_queries_are_refused_where_their_gradient_is_computed_anew(sides, monkeypatch):
+    queries, train = sides
+    monkeypatch.setitem(queries.store.manifest.dataset, "guidance", 3.0)
+    with pytest.raises(DminError, match=r"query_guidance=3, but method=ekfac"):
+        score_matrix(queries, train, EKFAC())
+    assert score_matrix(queries, train, DMin()).shape == (3, 9)
 
 
 def test_settings_out_of_range_are_refused(origin):
