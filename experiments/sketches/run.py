@@ -1,0 +1,293 @@
+"""What does each sketch lose, on trained models of three kinds? See README.md.
+
+python experiments/sketches/run.py                     # all of it; goes on where it was stopped
+python experiments/sketches/run.py rows [kind ...]     # errors
+python experiments/sketches/run.py time [kind ...]     # seconds
+python experiments/sketches/run.py report              # results.csv, results.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from models import KINDS, trained
+from report import draw
+from scipy.stats import rankdata
+from torch import Tensor
+
+from dmin.collect import GradientCollector
+from dmin.data.base import collate
+from dmin.models.base import per_example_loss
+from dmin.sketches import (
+    OPORP,
+    SJLT,
+    BlockCyclic,
+    Factored,
+    FullGradient,
+    Gaussian,
+    MaskSJLT,
+    Sketch,
+    TensorSketch,
+)
+from dmin.sketches.bounds import matrix_shape
+from dmin.sketches.hashing import hash_words, key, signs
+from dmin.timesteps import Stratified
+
+CACHE, HERE = Path("outputs/sketches"), Path(__file__).parent
+TRAIN, QUERIES, TIMESTEPS, TOP, BLOCK = 240, 16, 4, 100, 16
+DIMS = [2**n for n in range(8, 17)]
+SEEDS = 2
+
+
+class IndependentTensorSketch(TensorSketch):
+    """As published (Pham & Pagh 2013): the hashes of a side may meet."""
+
+    def _hashes(self, parameter: Any, device: Any) -> Any:
+        return tuple(
+            (
+                hash_words(key(self.seed, parameter.name, side), size, device) % self.dim,
+                signs(key(self.seed, parameter.name, side, "sign"), size, device),
+            )
+            for side, size in zip(("row", "column"), matrix_shape(parameter.shape), strict=True)
+        )
+
+
+FAMILIES: dict[str, Callable[[int, int], Sketch]] = {
+    "block_cyclic": lambda k, seed: BlockCyclic(k, seed),
+    "oporp": lambda k, seed: OPORP(k, seed),
+    "tensor_sketch": lambda k, seed: TensorSketch(k, seed),
+    "tensor_sketch_independent": lambda k, seed: IndependentTensorSketch(k, seed),
+    "sjlt": lambda k, seed: SJLT(k, seed),
+    "mask_sjlt": lambda k, seed: MaskSJLT(k, seed),
+    "factored": lambda k, seed: Factored(k, seed),
+    "gaussian": lambda k, seed: Gaussian(k, seed),
+}
+
+
+class World:
+    """A trained model, its training examples and queries, encoded."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.model = kind, trained(kind, CACHE)
+        data = KINDS[kind][1]
+        train, held = data("train"), data("heldout")
+        examples = [train[i] for i in range(TRAIN)] + [held[i] for i in range(QUERIES)]
+        batch = collate(examples)
+        self.ids = batch["id"]
+        self.x0, self.condition = self.model.encode(batch)
+
+    def collector(self, sketch: Sketch) -> GradientCollector:
+        return GradientCollector(
+            self.model, sketch, Stratified(TIMESTEPS), microbatch=BLOCK * TIMESTEPS
+        )
+
+    def unit_rows(self, sketch: Sketch) -> Iterator[Tensor]:
+        """Yield unit rows ``[T, n, k]`` of blocks of examples, queries last."""
+        collector = self.collector(sketch)
+        for start in range(0, len(self.x0), BLOCK):
+            part = slice(start, start + BLOCK)
+            condition = {name: value[part] for name, value in self.condition.items()}
+            found = collector.features(self.x0[part], condition, self.ids[part])
+            rows = found.values["loss"][:, 0, :, 0].transpose(0, 1)
+            yield torch.nn.functional.normalize(rows, dim=-1)
+
+
+def exact_cosines(world: World) -> np.ndarray:
+    """Return the cosines of the uncompressed gradients, ``[T, queries, train]``."""
+    file = CACHE / f"{world.kind}-exact.npy"
+    if not file.is_file():
+        # Two passes: the queries' gradients are kept, the others only looked at.
+        collector, found = world.collector(FullGradient()), []
+        last = slice(TRAIN, None)
+        condition = {name: value[last] for name, value in world.condition.items()}
+        rows = collector.features(world.x0[last], condition, world.ids[last]).values["loss"]
+        queries = torch.nn.functional.normalize(rows[:, 0, :, 0].transpose(0, 1), dim=-1)
+        for block in world.unit_rows(FullGradient()):
+            found.append(torch.einsum("tqp,tnp->tqn", queries, block))
+        np.save(file, torch.cat(found, 2)[:, :, :TRAIN].numpy())
+    return np.load(file)
+
+
+def cosines(rows: Tensor) -> np.ndarray:
+    rows = torch.nn.functional.normalize(rows, dim=-1)
+    return torch.einsum("tqk,tnk->tqn", rows[:, TRAIN:], rows[:, :TRAIN]).numpy()
+
+
+def errors(exact: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    """Compare cosines ``[T, queries, train]`` and the rankings of their sums over timesteps."""
+    truth, scores = exact.sum(0), found.sum(0)
+    best = np.argsort(-truth, axis=1, kind="stable")
+    rho, hits = [], []
+    for q in range(QUERIES):
+        top = best[q, :TOP]
+        rho.append(np.corrcoef(rankdata(truth[q, top]), rankdata(scores[q, top]))[0, 1])
+        mine = np.argsort(-scores[q], kind="stable")[:10]
+        hits.append(len(set(mine) & set(best[q, :10])) / 10)
+    return {
+        "rmse": float(np.sqrt(np.square(found - exact).mean())),
+        "spearman_top100": float(np.mean(rho)),
+        "overlap_top10": float(np.mean(hits)),
+    }
+
+
+def measure_rows(kind: str) -> None:
+    """Write the errors of every family, k and seed that the cache does not have yet."""
+    world = World(kind)
+    exact = exact_cosines(world)
+    file = CACHE / f"{kind}-errors.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    count = world.collector(FullGradient()).attributed.count
+    for seed in range(SEEDS):
+        for family, build in FAMILIES.items():
+            folds = build(DIMS[-1], seed).folds is not None  # one pass for all k
+            for dim in [DIMS[-1]] if folds else DIMS[::2]:
+                if f"{family} {dim} {seed}" in found or (
+                    4 * dim * count > 1 << 30 and "gau" in family
+                ):
+                    continue
+                rows = torch.cat(list(world.unit_rows(build(dim, seed))), 1)
+                for small in DIMS if folds else [dim]:
+                    folded = rows.unflatten(-1, (-1, small)).sum(-2)
+                    name = f"{family} {small} {seed}"
+                    found[name] = errors(exact, cosines(folded))
+                    print(kind, name, found[name], flush=True)
+                file.write_text(json.dumps(found, indent=0))
+
+
+def measure_time(kind: str, rounds: int = 5) -> None:
+    """Write seconds a gradient, each family beside plain training in the same round."""
+    torch.set_num_threads(1)
+    world = World(kind)
+    pairs, file = BLOCK * TIMESTEPS, CACHE / f"{kind}-seconds.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    x0, ids = world.x0[:BLOCK], world.ids[:BLOCK]
+    condition = {name: value[:BLOCK] for name, value in world.condition.items()}
+    count = world.collector(FullGradient()).attributed.count
+    wanted = [(family, dim) for dim in (4096, 256, 65536) for family in FAMILIES]
+    timesteps = list(world.collector(FullGradient()).timesteps)
+    repeated = {name: value.repeat_interleave(TIMESTEPS, 0) for name, value in condition.items()}
+    many = x0.repeat_interleave(TIMESTEPS, 0)
+    t = torch.tensor(timesteps).repeat(BLOCK)
+    noise = torch.randn(many.shape)
+
+    def plain() -> None:
+        loss = per_example_loss(world.model.predict(many, noise, t, repeated)).sum()
+        loss.backward()
+        world.model.zero_grad(set_to_none=True)
+
+    def seconds(work: Callable[[], Any]) -> float:
+        start = time.process_time()  # of one thread: others at work on the machine do not count
+        work()
+        return (time.process_time() - start) / pairs
+
+    for family, dim in wanted:
+        name = f"{family} {dim}"
+        if name in found or not fits(family, dim, count):
+            continue
+        collector = world.collector(FAMILIES[family](dim, 0))
+        run = lambda: collector.features(x0, condition, ids)  # noqa: B023, E731
+        run(), plain()
+        taken = [(seconds(run), seconds(plain)) for _ in range(rounds)]
+        ours, theirs = np.array(taken).T
+        found[name] = {
+            "seconds": float(ours.min()),
+            "plain": float(theirs.min()),
+            "ratio": float(np.median(ours / theirs)),
+        }
+        print(kind, name, found[name], flush=True)
+        file.write_text(json.dumps(found, indent=0))
+
+
+def fits(family: str, dim: int, count: int) -> bool:
+    """Whether a matrix, if the family keeps one, stays below a gigabyte."""
+    return family != "gaussian" or 4 * dim * count <= 1 << 30
+
+
+def state_bytes(family: str, dim: int, count: int) -> int:
+    """What a family keeps beside the model."""
+    return {"oporp": 5 * count, "gaussian": 4 * count * dim}.get(family, 0)
+
+
+def cached(name: str) -> dict[str, Any]:
+    return json.loads((CACHE / name).read_text()) if (CACHE / name).is_file() else {}
+
+
+def table() -> list[dict[str, Any]]:
+    lines = []
+    for kind in KINDS:
+        if not (CACHE / f"{kind}-errors.json").is_file():
+            continue
+        count = sum(p.numel() for p in KINDS[kind][0]().network.parameters())
+        found, seconds = (cached(f"{kind}-{what}.json") for what in ("errors", "seconds"))
+        for family in FAMILIES:
+            for dim in DIMS:
+                seeds = [found[n] for s in range(SEEDS) if (n := f"{family} {dim} {s}") in found]
+                if not seeds:
+                    continue
+                timed = seconds.get(f"{family} {dim}", {})
+                lines.append(
+                    {
+                        "model": kind,
+                        "parameters": count,
+                        "sketch": family,
+                        "k": dim,
+                        "seeds": len(seeds),
+                        **{m: f"{np.mean([s[m] for s in seeds]):.4f}" for m in seeds[0]},
+                        "ms_a_gradient": f"{1e3 * timed['seconds']:.3f}" if timed else "",
+                        "ratio_to_plain": f"{timed['ratio']:.2f}" if timed else "",
+                        "stored_bytes": 2 * dim,
+                        "state_bytes": state_bytes(family, dim, count),
+                    }
+                )
+    return lines
+
+
+def markdown(lines: list[dict[str, Any]], dim: int = 4096) -> str:
+    """Lay out what the families lose and cost at one k."""
+    head = ["model", "sketch", "rmse", "rank correlation, top 100", "of plain training's time"]
+    rows = [
+        [
+            line["model"],
+            line["sketch"],
+            line["rmse"],
+            line["spearman_top100"],
+            line["ratio_to_plain"],
+        ]
+        for line in lines
+        if line["k"] == dim
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * 5, *rows]) + "\n"
+
+
+def write_report() -> None:
+    lines = table()
+    with (HERE / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    (HERE / "table.md").write_text(markdown(lines))
+    draw(lines, HERE / "results.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "stage", nargs="?", default="all", choices=["all", "rows", "time", "report"]
+    )
+    parser.add_argument("kinds", nargs="*", default=list(KINDS))
+    arguments = parser.parse_args()
+    for kind in arguments.kinds:
+        if arguments.stage in ("all", "rows"):
+            measure_rows(kind)
+        if arguments.stage in ("all", "time"):
+            measure_time(kind)
+    if arguments.stage in ("all", "report"):
+        write_report()
