@@ -126,8 +126,9 @@ def collect(work: Workspace, results: dict[str, Any]) -> None:
     if not store.complete:
         from dmin.collect.together import what_is_missing
 
+        rows, shard = f"{len(store):,} of {store.manifest.num_examples:,}", work.cfg.shard
+        results["figures"] = {"rows": rows, "store": store.path.name}
         results.update(store=str(store.path), rows=len(store))
-        shard = work.cfg.shard
         work.console.print(
             f"[bold]store[/]: {store.path}\n  shard {shard.id} of {shard.num} is done; "
             f"{what_is_missing(store)}."
