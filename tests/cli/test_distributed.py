@@ -66,11 +66,15 @@ def test_a_killed_rank_is_told_and_leaves_a_store_that_resumes(ddpm_path, collec
     line = command(ddpm_path, *RANKS, "data.count=300", f"collect.path={path}")
     job = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     rank = path / "progress" / f"{Share(rank=1, ranks=2).name}.json"
-    end = time.monotonic() + 200
-    while len(list(path.glob("segment-*"))) < 3 and time.monotonic() < end:
-        time.sleep(0.01)
-    os.kill(json.loads(rank.read_text())["pid"], signal.SIGKILL)
-    said = job.communicate(timeout=120)[1]
+    end = time.monotonic() + 300
+    try:
+        while not rank.exists() or len(list(path.glob("segment-*"))) < 3:
+            assert job.poll() is None and time.monotonic() < end, "it did not begin"
+            time.sleep(0.01)
+        os.kill(json.loads(rank.read_text())["pid"], signal.SIGKILL)
+        said = job.communicate(timeout=200)[1]
+    finally:
+        job.kill()
     assert job.returncode == 1
     assert "rank 1" in said and "was killed" in said and "Traceback" not in said
     store = Store(path)
