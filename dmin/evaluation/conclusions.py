@@ -62,7 +62,7 @@ class Conclusion:
 def conclusions(report: Report) -> list[Conclusion]:
     """Return what the report says of every purpose that it measured."""
     return [
-        _conclude(purpose.wish, f"{place[0]}, {place[2]}", _at(report, place), report.reference)
+        _conclude(purpose.wish, _where(place, report), _at(report, place), report.reference)
         for purpose in PURPOSES
         for place in _places(purpose, report)
     ]
@@ -97,7 +97,7 @@ def _advise(purpose: Purpose, report: Report) -> str:
         text = f"{r.metric} {number(r.mean, r.metric)}"
         if r.of_ceiling is not None:
             text += f", {r.of_ceiling:.0%} of the ceiling"
-        scores.append(f"{text} ({r.task})")
+        scores.append(f"{text} ({_where(_place(r), report).rpartition(', ')[0]})")
     sentence = f"{purpose.wish}: {name}, with {'; '.join(scores)}"
     plain = sorted({r.name for r in rows if r.bytes == 0 and r.best and r.name != name})
     if name != report.reference and all(
@@ -173,6 +173,13 @@ Place = tuple[str, str, str]
 
 def _place(result: Result) -> Place:
     return result.task, result.truth, result.metric
+
+
+def _where(place: Place, report: Report) -> str:
+    """Return task and metric, with the ground truth where the task has several with this metric."""
+    task, truth, metric = place
+    truths = {r.truth for r in report.results if (r.task, r.metric) == (task, metric)}
+    return f"{task}, {truth}, {metric}" if len(truths) > 1 else f"{task}, {metric}"
 
 
 def _at(report: Report, place: Place) -> list[Result]:
