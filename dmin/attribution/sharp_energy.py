@@ -27,8 +27,9 @@ class SharpEnergy(SpectralEnergy):
     - γ brings back some of the length that DMin takes away: 1 is the gradient itself, as in
       influence functions, 0 DMin's cosine. Examples of large gradient move the model further.
 
-    The defaults were chosen on tune queries of one small world of digits (experiments/lds). Scores
-    are not negative, and no inner product: found by exact search only.
+    The defaults were chosen on tune queries of one small world of digits
+    (experiments/sharp_energy). Scores are not negative, and no inner product: found by exact
+    search only.
 
     Args:
         alpha: as :class:`~dmin.attribution.spectral.Spectral`, as are p and the weights.
