@@ -20,10 +20,10 @@ class SharpEnergy(SpectralEnergy):
 
     with ``n_t(i) = ‖g_t(i)‖ / mean_j ‖g_t(j)‖``. Three things that were found apart:
 
-    - α decides how examples rank. Much damping finds sources and copies; little of it foretells
-      retraining (LDS), but only because it makes a few scores tower above the rest.
-    - s does that without any change to a ranking: it decides sums of scores alone. A larger score
-      than all others together is what half of the training set needs to hold, or not.
+    - α decides how examples rank. Much damping finds sources and copies; where scores are only
+      squared, little of it foretells retraining best (LDS).
+    - s foretells as well without any change to a ranking. LDS adds scores over half of the
+      training set, so it matters how far the largest of them tower above the rest.
     - γ brings back some of the length that DMin takes away: 1 is the gradient itself, as in
       influence functions, 0 DMin's cosine. Examples of large gradient move the model further.
 
