@@ -331,7 +331,9 @@ class Store:
     def _map_segment(self, readout: str, segment: int) -> Mapped:
         if (segment, readout) not in self._mapped:
             path = self.path / self._catalog.names[segment]
-            self._mapped[segment, readout] = Mapped(path, f"features/{readout}")
+            # Threads that race for it must end up with one: another would be unmapped again, and
+            # its addresses lead nowhere.
+            return self._mapped.setdefault((segment, readout), Mapped(path, f"features/{readout}"))
         return self._mapped[segment, readout]
 
 

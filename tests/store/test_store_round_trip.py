@@ -3,7 +3,9 @@
 import pickle
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -123,6 +125,23 @@ def test_rows_that_are_wanted_are_asked_for_at_once(
     monkeypatch.setattr(mapped_module, "NEAR", 1)
     store.rows("loss", [29, 11, 3, 10])
     assert asked == [(3, 30), (3, 4), (10, 12), (29, 30)]
+
+
+def test_threads_that_race_for_a_segment_map_it_once(
+    tmp_path, make_manifest, make_rows, monkeypatch
+):
+    store = write(tmp_path / "s", make_manifest(), make_rows)
+    original, gate = reader_module.Mapped, threading.Barrier(4)
+
+    def together(path, name):
+        gate.wait(30)
+        return original(path, name)
+
+    monkeypatch.setattr(reader_module, "Mapped", together)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: store.addresses("loss", np.arange(30)), range(4)))
+    assert all(np.array_equal(found[0], other) for other in found)
+    assert found[0][0] == store._map("loss", 0).array.ctypes.data
 
 
 def test_what_is_not_there_is_named(tmp_path, make_manifest, make_rows):
