@@ -73,8 +73,10 @@ def plot(results, path):
     shown = [each for each in results if "exact 1" in each and "certified" in each]
     if not shown:
         return
-    columns = -(-len(shown) // 2)
-    figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 6), squeeze=False, sharex=True)
+    down = 1 if len(shown) <= 3 else 2
+    across = -(-len(shown) // down)
+    size = 4.2 * across, 3.1 * down
+    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, sharex=True)
     colors = {"exact": "C0", "certified": "C1", "HNSW": "C2", "IVF": "C2"}
     for axis in axes.ravel()[len(shown) :]:
         axis.set_axis_off()

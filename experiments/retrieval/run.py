@@ -253,7 +253,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--scratch", type=Path, default=Path("outputs/retrieval"))
     parser.add_argument("--real", type=Path, help="folder of two stores, train and held")
-    parser.add_argument("--only", default="", help="parts whose name begins so, real-1000000-4096")
+    parser.add_argument("--only", default="", help="names of parts, real-1000000-4096,...")
     parser.add_argument("--steps", default=",".join(STEPS))
     parser.add_argument("--keep", action="store_true", help="leave the stores there")
     parser.add_argument("--small", type=int, default=1, help="divide N by this, for a trial")
@@ -262,7 +262,8 @@ def main():
     options.scratch.mkdir(parents=True, exist_ok=True)
     for kind, n, times, dim in () if options.report else STORES:
         part = Part(kind, n // options.small, times, dim, options.scratch, options.real)
-        if not part.name.startswith(options.only) or (kind == "real" and options.real is None):
+        wanted = not options.only or part.name in options.only.split(",")
+        if not wanted or (kind == "real" and options.real is None):
             continue
         files = {step: options.scratch / f"{part.name}.{step}.json" for step in STEPS}
         for step in options.steps.split(","):
