@@ -20,7 +20,7 @@ import torch
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
-REPEATS, SEEDS = 5, 4
+REPEATS, SEEDS = 4, 2
 STORED = "float16"
 
 
@@ -123,16 +123,18 @@ def machine(threads: int) -> dict:
 
 
 def parts() -> list[tuple[str, str]]:
+    """All ways on all workloads, what matters most first."""
     import ways
     from workloads import WORKLOADS
 
-    found = []
-    for workload in WORKLOADS:
-        names = ["published", "vmap", *ways.families()]
-        if workload == "mmdit_lora":
-            names.insert(0, "plain_adapters")
-        found += [(workload, name) for name in names]
-    return found
+    first = ["auto", "published", "block_cyclic", "plain_adapters", "factored", "vmap"]
+    names = [*first, *(name for name in ways.families() if name not in first)]
+    return [
+        (workload, name)
+        for name in names
+        for workload in WORKLOADS
+        if name != "plain_adapters" or workload == "mmdit_lora"
+    ]
 
 
 def read() -> dict:
