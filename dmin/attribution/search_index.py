@@ -80,22 +80,24 @@ class ProjectionIndex:
         slack = 8 * len(basis) ** 0.5 * 2.0**-24 * length
         asked = (inside * torch.from_numpy(self.steps)).numpy()[:, None]
         found = torch.empty(len(queries), len(self.codes))
+        scores = found.numpy()
+        allowances = (
+            (norm.numpy(), self.roundings),
+            (outside.numpy(), self.residuals),
+            (slack.numpy(), self.lengths),
+        )
 
         def part(span: Span) -> None:
             rows = slice(*span)
             codes, count = self.codes[rows, None], span[1] - span[0]
             ones = np.ones((count, 1), np.float32)
             unchecked = np.zeros(count, np.uint32)
-            kernel().few_queries(codes, ones, unchecked, asked, found[:, rows].numpy())
-            for factor, array in (
-                (norm, self.roundings),
-                (outside, self.residuals),
-                (slack, self.lengths),
-            ):
-                found[:, rows] += torch.outer(factor, torch.from_numpy(array[rows]))
+            kernel().few_queries(codes, ones, unchecked, asked, scores[:, rows])
+            for factor, array in allowances:
+                scores[:, rows] += factor[:, None] * array[rows]
 
         spans = [(at, min(at + SPAN, len(self.codes))) for at in range(0, len(self.codes), SPAN)]
-        for _ in in_threads(part, spans):
+        for _ in in_threads(part, spans, compiled=True):
             pass
         return found
 

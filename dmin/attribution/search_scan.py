@@ -9,6 +9,7 @@ product finds them. With queries on an accelerator, blocks are sent there as the
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -77,7 +78,7 @@ def scan(
             scores[:, place] = queries.flatten(1) @ decoded.T
         return span[0], scores
 
-    yield from in_threads(score, spans)
+    yield from in_threads(score, spans, compiled=len(queries) <= FEW)
 
 
 def _scan_there(
@@ -212,9 +213,8 @@ def scores_of_rows(
             raise store.corrupt(readout, int(part[wrong]))
 
     size = _even(len(rows), max(64, CHUNK_BYTES // store.layout.row_bytes))
-    for _ in in_threads(
-        score, [(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
-    ):
+    spans = [(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
+    for _ in in_threads(score, spans, compiled=True):
         pass
     return scores
 
@@ -233,13 +233,21 @@ def as_tensor(stored: np.ndarray, dtype: str) -> Tensor:
     return torch.from_numpy(stored)
 
 
-def in_threads(work: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
+def in_threads(
+    work: Callable[[In], Out], items: Sequence[In], compiled: bool = False
+) -> Iterator[Out]:
     """Yield the results in order; a few items are worked on ahead, each by one thread of torch.
 
     Meanwhile the caller has one thread of torch as well: the cores are taken.
+
+    Args:
+        work: what is done to each item.
+        items: in order.
+        compiled: the work is done by compiled loops and leaves torch alone. Threads that are there
+            already will do then; to settle new ones with torch takes milliseconds.
     """
     threads = min(torch.get_num_threads(), len(items))
-    with _threads_of_one(threads) as pool:
+    with _compiled_threads(threads) if compiled else _threads_of_one(threads) as pool:
         if pool is None:
             yield from map(work, items)
             return
@@ -254,6 +262,25 @@ def in_threads(work: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
         finally:
             for each in waiting:
                 each.cancel()
+
+
+@cache
+def _lasting_pool(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="dmin-search")
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_lasting_pool.cache_clear)
+
+
+@contextmanager
+def _compiled_threads(count: int) -> Iterator[ThreadPoolExecutor | None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield _lasting_pool(count) if count > 1 else None
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
