@@ -665,6 +665,91 @@ def form_transformed_and_fold(  # type: ignore[no-untyped-def]
 
 
 @_jit
+def fold_tokens(  # type: ignore[no-untyped-def]
+    d, a, walk, out, width, fold, total, squares, measure
+):
+    """Pack, form and fold some examples' outer products, ``[examples, positions, channels]``.
+
+    Args:
+        d: output gradients.
+        a: inputs.
+        walk: as for :func:`form_and_fold`, like the rest.
+        out: rows of the gradient.
+        width: columns of the gradient.
+        fold: the map.
+        total: ``[examples, fold.length]``, where they are added.
+        squares: ``[examples]``, likewise.
+        measure: whether squared norms are wanted.
+    """
+    positions = d.shape[1]
+    panels_d, panels_a = -(-out // ROWS), -(-width // COLUMNS)
+    packed_d = np.zeros((panels_d, positions, ROWS), np.float32)
+    packed_a = np.zeros((panels_a, positions, COLUMNS), np.float32)
+    for e in range(len(d)):
+        pack_rows(d[e], packed_d)
+        pack_rows(a[e], packed_a)
+        squares[e] += form_and_fold(
+            packed_d, packed_a, walk, out, width, fold, 0, panels_d, total[e], measure
+        )
+
+
+@_jit
+def fold_planes(  # type: ignore[no-untyped-def]
+    d, a, padding, d_size, a_size, transforms, walk, out, width, fold, total, squares, measure
+):
+    """Pack, form and fold some examples' correlations, ``[examples, channels, height, width]``.
+
+    Args:
+        d: output gradients.
+        a: inputs.
+        padding: zeros above and before the inputs.
+        d_size: height and width of the packed output gradients.
+        a_size: height and width of the packed inputs.
+        transforms: whether they are formed from transformed tiles.
+        walk: as for :func:`fold_tokens`, like the rest.
+        out: rows of the gradient.
+        width: columns of the gradient for one tap.
+        fold: the map.
+        total: ``[examples, fold.length]``, where they are added.
+        squares: ``[examples]``, likewise.
+        measure: whether squared norms are wanted.
+    """
+    panels_d, panels_a = -(-out // ROWS), -(-width // COLUMNS)
+    pixels_d, pixels_a = d_size[0] * d_size[1], a_size[0] * a_size[1]
+    flat_d = np.zeros(panels_d * pixels_d * ROWS + WIDTH, np.float32)
+    flat_a = np.zeros(panels_a * pixels_a * COLUMNS + WIDTH, np.float32)
+    packed_d = flat_d[:-WIDTH].reshape(panels_d, d_size[0], d_size[1], ROWS)
+    packed_a = flat_a[:-WIDTH].reshape(panels_a, a_size[0], a_size[1], COLUMNS)
+    tiles = pixels_d // (TILE * TILE) if transforms else 0
+    size = panels_d * PRODUCTS * (tiles + 1) * ROWS
+    flat_t = np.zeros(size + WIDTH if transforms else WIDTH + 1, np.float32)
+    tiles_a = np.empty((panels_a, PRODUCTS, tiles, COLUMNS), np.float32)
+    for e in range(len(d)):
+        pack(d[e], 0, 0, packed_d)
+        pack(a[e], padding[0], padding[1], packed_a)
+        if transforms:
+            tiles_d = flat_t[:size].reshape(panels_d, PRODUCTS, tiles + 1, ROWS)
+            transform_gradient(packed_d, tiles_d)
+            transform_input(packed_a, tiles_a)
+            squares[e] += form_transformed_and_fold(
+                tiles_d, tiles_a, out, width, fold, 0, panels_d, total[e], measure
+            )
+        else:
+            squares[e] += form_and_fold(
+                packed_d.reshape(panels_d, pixels_d, ROWS),
+                packed_a.reshape(panels_a, pixels_a, COLUMNS),
+                walk,
+                out,
+                width,
+                fold,
+                0,
+                panels_d,
+                total[e],
+                measure,
+            )
+
+
+@_jit
 def scatter(x: np.ndarray, bucket: np.ndarray, sign: np.ndarray, total: np.ndarray) -> None:
     """Add ``sign · x`` at the buckets, whatever the map."""
     for i in range(len(x)):

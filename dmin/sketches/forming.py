@@ -120,13 +120,21 @@ def _fold_packed(
             *packed[example], *shape, fold, *panels_of_part, total[example, part], measure
         )
 
-    def both(i: int) -> None:
-        pack(i)
-        work(i)
-        packed[i] = None
+    if parts == 1:  # one call for several examples
+        step = max(1, len(total) // (2 * torch.get_num_threads()))
 
-    if parts == 1:
-        in_threads(len(total), both)
+        def several(i: int) -> None:
+            some = slice(i * step, (i + 1) * step)
+            layout.fold(
+                slice(start + i * step, start + min((i + 1) * step, len(total))),
+                *shape,
+                fold,
+                total[some, 0],
+                squares[some, 0],
+                measure,
+            )
+
+        in_threads(-(-len(total) // step), several)
     else:
         in_threads(len(total), pack)
         in_threads(len(total) * parts, work)
@@ -262,6 +270,10 @@ class _Layout:
         """Return the packed factors of an example: the kernel's first arguments."""
         raise NotImplementedError
 
+    def fold(self, examples: slice, *rest: Any) -> None:
+        """Pack, form and fold some examples; the rest is what the kernel takes last."""
+        raise NotImplementedError
+
     def _panels(self, channels: int, panel: int) -> int:
         return -(-channels // panel)
 
@@ -271,6 +283,7 @@ class _Tokens(_Layout):
 
     def __init__(self, factors: Outer) -> None:
         self.factors = factors
+        self._both = factors.output_gradient, factors.input
         self.kernel = kernels().form_and_fold
         self.bytes = 4 * (factors.output_gradient[0].numel() + factors.input[0].numel())
 
@@ -290,6 +303,10 @@ class _Tokens(_Layout):
             loops.pack_rows(one, out)
             packed.append(out)
         return *packed, self.walk
+
+    def fold(self, examples: slice, *rest: Any) -> None:
+        d, a = (wide(x[examples]).numpy() for x in self._both)
+        kernels().fold_tokens(d, a, self.walk, *rest)
 
 
 class Planes(_Layout):
@@ -369,6 +386,13 @@ class Planes(_Layout):
         loops.transform_gradient(packed_d, transformed_d)
         loops.transform_input(packed_a, transformed_a)
         return transformed_d, transformed_a
+
+    def fold(self, examples: slice, *rest: Any) -> None:
+        """Pack, form and fold some examples; the rest is what the kernel takes last."""
+        both = self.factors.output_gradient[examples], self.factors.input[examples]
+        d, a = (wide(x if x.ndim == 4 else x[:, :, None]).contiguous().numpy() for x in both)
+        sizes = self.padding, self.d_size, self.a_size
+        kernels().fold_planes(d, a, *sizes, self.transforms, self.walk, *rest)
 
 
 def _with_slack(*shape: int) -> np.ndarray:
