@@ -88,7 +88,7 @@ def _with_method(work: Workspace, name: str, settings: Mapping[str, Any]) -> Dic
     """Return a configuration whose method is that of the given name."""
     cfg = copy.deepcopy(work.cfg)
     with open_dict(cfg):
-        if name != HydraConfig.get().runtime.choices["method"]:
+        if name != HydraConfig.get().runtime.choices.get("method"):
             cfg.method = compose(f"method/{name}").method
         cfg.method = OmegaConf.merge(cfg.method, settings)
     return cfg

@@ -234,11 +234,18 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
 
 def only_the_chosen_method(cfg: DictConfig) -> None:
     """Let ``dmin evaluate method=trak`` measure that method, beside two controls, and no other."""
-    hydra = HydraConfig.get()
-    if cfg.benchmark is None or not any(o.startswith("method=") for o in hydra.overrides.task):
+    chosen = _chosen_method()
+    if cfg.benchmark is None or chosen is None:
         return
     beside = ("random", cfg.benchmark.get("reference", "dmin"))
-    cfg.benchmark.methods = list(dict.fromkeys((*beside, hydra.runtime.choices["method"])))
+    cfg.benchmark.methods = list(dict.fromkeys((*beside, chosen)))
+
+
+def _chosen_method() -> str | None:
+    """Return the method that the command line chooses; None if it leaves it to the benchmark."""
+    hydra = HydraConfig.get()
+    named = any(override.startswith("method=") for override in hydra.overrides.task)
+    return hydra.runtime.choices.get("method") if named else None
 
 
 @command("train", *FEATURES, "method", "benchmark", prepare=only_the_chosen_method)
@@ -265,6 +272,9 @@ def evaluate(work: Workspace, results: dict[str, Any]) -> None:
         work.console.print(part)
     listed = "".join(f"\n  {file}" for file in files)
     work.console.print(f"Look at{listed}", soft_wrap=True)
+    chosen = _chosen_method()
+    if chosen in report.left_out:  # not what was asked for, whatever else was measured
+        raise DminError(f"method={chosen} was not measured: {report.left_out[chosen]}")
 
 
 @command("train", *FEATURES, "queries", "method", "index", "retrieve", "benchmark")

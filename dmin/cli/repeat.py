@@ -39,6 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     """Repeat a run; return the exit status, 1 with a message for what the user got wrong."""
     from dmin.cli.commands import COMMANDS
     from dmin.cli.compose import run as run_step
+    from dmin.cli.help import config_directory
 
     dry = "--dry" in arguments
     first, *settings = [each for each in arguments if each != "--dry"] or [""]
@@ -56,6 +57,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     outputs = "hydra.run.dir=${paths.outputs}/runs/" + command + "/${now:%Y-%m-%d_%H-%M-%S-%f}"
     place = ["--config-path", str(folder.resolve()), "--config-name", "config"]
+    place += ["--config-dir", str(config_directory())]  # for the methods that a benchmark names
     found: dict[str, Any] = {}
     run_step(_keeping(COMMANDS[command], found), command, [*place, outputs, *settings])
     _say("results", _compared(record, found))

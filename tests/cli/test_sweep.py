@@ -62,7 +62,8 @@ def test_evaluate_and_retrieve_sweep_methods(place):
     dmin("evaluate", "-m", *COMMON, *few, "method=dmin,das", cwd=place, ok=False)
     (results,) = place.glob("outputs/sweeps/evaluate/*/results.csv")
     measured = {(row["job"], row["method"]) for row in csv.DictReader(results.open())}
-    assert measured == {("0", "random"), ("0", "dmin")}  # and no other of the benchmark's
+    first = {method for number, method in measured if number == "0"}
+    assert first == {"random", "dmin"}  # and no other of the benchmark's
     rows = table(place, "evaluate")
     assert [row["outcome"] for row in rows] == ["finished", "failed"]
     assert rows[0]["exact_copies recall@1"] == "1.000" and "mean_output" in rows[1]["why"]
