@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Body = Callable[[Workspace, dict[str, Any]], None]
 BODIES: dict[str, Body] = {}
 COMMANDS: dict[str, Callable[[DictConfig], None]] = {}
+TRAINING = ("train", "data", "trainer", "logger")
 FEATURES = ("model", "sketch", "timesteps", "noise", "collect", "data", "trainer", "shard")
 
 
@@ -65,7 +66,7 @@ def command(
     return decorate
 
 
-@command("train", "data", "trainer", "logger")
+@command(*TRAINING)
 def train(work: Workspace, results: dict[str, Any]) -> None:
     """Train a model and save it at ``model.path``, unless it is there."""
     path = Path(work.cfg.model.path)
@@ -248,7 +249,7 @@ def _chosen_method() -> str | None:
     return hydra.runtime.choices.get("method") if named else None
 
 
-@command("train", *FEATURES, "method", "benchmark", prepare=only_the_chosen_method)
+@command(*TRAINING, *FEATURES, "method", "benchmark", prepare=only_the_chosen_method)
 def evaluate(work: Workspace, results: dict[str, Any]) -> None:
     """Measure every method of a benchmark against ground truth."""
     from dmin.cli.benchmarks import chosen_methods, further_models, world_of
@@ -277,7 +278,7 @@ def evaluate(work: Workspace, results: dict[str, Any]) -> None:
         raise DminError(f"method={chosen} was not measured: {report.left_out[chosen]}")
 
 
-@command("train", *FEATURES, "queries", "method", "index", "retrieve", "benchmark")
+@command(*TRAINING, *FEATURES, "queries", "method", "index", "retrieve", "benchmark")
 def demo(work: Workspace, results: dict[str, Any]) -> None:
     """Do everything, one step after the other."""
     work.require_one_process()
