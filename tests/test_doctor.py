@@ -174,13 +174,13 @@ def test_random_encoders_are_found(digits, monkeypatch):
 
 
 def test_a_sketch_that_weighs_a_layer_wrongly_is_found(ddpm, digits, monkeypatch):
-    right = BlockCyclic.fold
+    right = BlockCyclic.add
 
-    def wrong(self, name, device):
-        bucket, sign = right(self, name, device)
-        return bucket, sign * (2 if name == "conv_in.weight" else 1)
+    def wrong(self, state, name, factors):
+        weighed = Dense(2 * factors.dense()) if name == "conv_in.weight" else factors
+        right(self, state, name, weighed)
 
-    monkeypatch.setattr(BlockCyclic, "fold", wrong)
+    monkeypatch.setattr(BlockCyclic, "add", wrong)
     found = examine(ddpm, digits)
     assert failed(found) == {"sketches keep inner products"}
     assert "conv_in.weight" in check(found, "sketches keep inner products").detail

@@ -56,7 +56,7 @@ def test_tracin_is_the_mean_of_both_models(ddpm, ddpm_path, tmp_path):
             [x[i] for i in range(len(x)) if x[i].id in ranking.train_ids[0]],
         ):
             batch = collate(examples)
-            features = made.features(*made.encode(batch), batch["id"])
+            features = made.features(*made.model.encode(batch), batch["id"])
             rows.append((features.values["loss"] * features.norms["loss"][..., None])[:, 0, 0, 0])
         expected = expected + rows[0] @ rows[1].T / 2
     np.testing.assert_allclose(
