@@ -50,7 +50,7 @@ def test_labels_and_sizes_that_do_not_fit_are_refused(ddpm):
     for label in (10, -1, None, "3"):
         with pytest.raises(DminError, match="knows the classes 0 … 9"):
             ddpm.encode(collate([Example("a", torch.rand(1, 8, 8), label=label)]))
-    with pytest.raises(DminError, match="Set data.size=8"):
+    with pytest.raises(DminError, match=r"Set data\.size=8"):
         ddpm.encode(collate([Example("a", torch.rand(1, 9, 9), label=0)]))
 
 
