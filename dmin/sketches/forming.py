@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
@@ -260,19 +261,19 @@ def _layouts(factors: GradientFactors, measure: bool) -> list[_Layout] | None:
     return [Planes(part) for part in planes] if len(planes) == len(parts) else None
 
 
-class _Layout:
+class _Layout(ABC):
     """Packs one layer call's factors, example by example."""
 
     kernel: Any
     bytes: int
 
+    @abstractmethod
     def pack(self, example: int) -> Sequence[Any]:
         """Return the packed factors of an example: the kernel's first arguments."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fold(self, examples: slice, *rest: Any) -> None:
         """Pack, form and fold some examples; the rest is what the kernel takes last."""
-        raise NotImplementedError
 
     def _panels(self, channels: int, panel: int) -> int:
         return -(-channels // panel)
