@@ -1,11 +1,14 @@
 """Every experiment can be found, understood and run again by whoever has only its folder."""
 
+import json
 import runpy
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+
+from dmin.record import results
 
 HERE = Path(__file__).resolve().parents[1] / "experiments"
 listing = runpy.run_path(str(HERE / "__main__.py"), run_name="experiments")
@@ -20,7 +23,7 @@ def test_each_folder_is_an_experiment():
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_it_says_its_question_command_time_and_hardware(name):
     found, text = EXPERIMENTS[name], (HERE / name / "README.md").read_text()
-    assert set(found) == set(listing["KEYS"])
+    assert set(found) - {"overlay"} == set(listing["KEYS"])
     assert found == {k: str(v) for k, v in next(yaml.safe_load_all(text)).items()}  # valid YAML
     assert found["question"].endswith("?") and float(found["minutes"]) > 0
     lacking = [found[key] for key in ("results", "plot") if not (HERE / name / found[key]).exists()]
@@ -40,9 +43,18 @@ def test_its_command_is_there_to_be_run(name):
         from dmin.cli.help import COMMANDS
 
         assert program == "dmin" and arguments[0] in COMMANDS
+        assert (HERE.parent / EXPERIMENTS[name]["overlay"]).is_file()
 
 
 def test_the_list_names_each(capsys):
     listing["main"]()
     out = capsys.readouterr().out
     assert all(f"{name}: " in out for name in EXPERIMENTS)
+
+
+@pytest.mark.parametrize("record", sorted(HERE.rglob("record.json")), ids=str)
+def test_its_record_is_that_of_its_results(record):
+    found = json.loads(record.read_text())
+    assert str(Path.home()) not in record.read_text() and '"/' not in record.read_text()
+    if "runs" in found:  # of a script; `dmin repeat` compares those of commands
+        assert found["results"] == results(record.parent)

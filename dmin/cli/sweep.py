@@ -18,11 +18,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from dmin.cli.repeat import RECORD
 from dmin.cli.slurm import check_submission
 from dmin.errors import DminError
+from dmin.record import FINISHED, RECORD
 
-FINISHED = "finished"
 CALLBACK = "++hydra.callbacks.dmin_sweep._target_=dmin.cli.sweep.Sweep"
 # What joblib's workers print would run into one another on the terminal.
 _SHARES_TERMINAL = "JoblibLauncher"

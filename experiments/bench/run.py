@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from dmin.record import recorded
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 REPEATS, SEEDS = 4, 2
@@ -188,4 +190,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded(__file__, seeds=list(range(SEEDS)), repeats=REPEATS):
+        main()

@@ -26,6 +26,7 @@ from dmin.data.digits import Digits
 from dmin.evaluation.ensemble import Ensemble, Recipe
 from dmin.models.mlp import MLP
 from dmin.noise import SharedNoise
+from dmin.record import recorded
 from dmin.sketches import BlockCyclic
 from dmin.store import Store
 from dmin.timesteps import Stratified
@@ -256,4 +257,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded(__file__, seeds={"model": 1000, "noise": 0, "sketch": 0}):
+        main()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from dmin.record import recorded
+
 HERE = Path(__file__).parent
 COLOURS = {"published": "#b03030", "stratified": "#2457a8"}
 METRICS = {
@@ -118,4 +120,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded(__file__):
+        main()

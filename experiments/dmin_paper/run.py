@@ -28,6 +28,7 @@ from dmin.models.ddpm import DDPM
 from dmin.models.noising import Flow
 from dmin.noise import SharedNoise
 from dmin.queries import Planted
+from dmin.record import recorded
 from dmin.sketches import OPORP, BlockCyclic
 from dmin.timestep_report import report_of
 from dmin.timesteps import DMinCubic, Stratified
@@ -324,4 +325,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded(__file__, seeds={"train": 0, "noise": 0, "sketch": 0}):
+        main()

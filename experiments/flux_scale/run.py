@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from dmin.capture import Capture, choose_parameters
+from dmin.record import recorded
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -224,4 +225,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded(__file__, seed=0):
+        main()

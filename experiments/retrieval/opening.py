@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dmin.record import recorded
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
 
 N, BLOCK, TIMES, DIM = 1_000_000, 250, 10, 16
@@ -48,4 +49,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with recorded(__file__):
+        main()

@@ -10,6 +10,7 @@ from data import Resampled
 
 from dmin.attribution import retrieve, score_matrix
 from dmin.attribution.dmin import DMin
+from dmin.record import recorded
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
 from dmin.store.operations import convert, info
 
@@ -81,4 +82,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with recorded(__file__):
+        main()

@@ -22,6 +22,7 @@ from dmin.attribution.base import Linear
 from dmin.attribution.search_index import ProjectionIndex
 from dmin.attribution.search_scan import in_threads, scan
 from dmin.attribution.search_topk import TopK
+from dmin.record import recorded
 from dmin.store import Store
 
 K = 10
@@ -277,4 +278,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with recorded(__file__):
+        main()

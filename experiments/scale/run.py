@@ -14,6 +14,8 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+from dmin.record import recorded
+
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "scale.md"
 EXAMPLES = (10**4, 10**5, 10**6, 10**7, 10**8)
@@ -246,4 +248,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded(__file__):
+        main()

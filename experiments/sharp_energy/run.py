@@ -22,6 +22,7 @@ from dmin.evaluation import SameColumn, SameLabel
 from dmin.evaluation.lds import Resamples, interval, lds, membership
 from dmin.evaluation.metrics import bootstrap, measure
 from dmin.evaluation.removal import mean_rise, without_random, without_top
+from dmin.record import recorded
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -223,4 +224,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded(__file__, seeds={"model": 1000, "retrained": [0, 1], "noise": 0}):
+        main()

@@ -26,6 +26,7 @@ from torch import Tensor
 from dmin.collect import GradientCollector
 from dmin.data.base import collate
 from dmin.models.base import per_example_loss
+from dmin.record import recorded
 from dmin.sketches import (
     OPORP,
     SJLT,
@@ -277,7 +278,7 @@ def write_report() -> None:
     draw(lines, HERE / "results.png")
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "stage", nargs="?", default="all", choices=["all", "rows", "time", "report"]
@@ -291,3 +292,8 @@ if __name__ == "__main__":
             measure_time(kind)
     if arguments.stage in ("all", "report"):
         write_report()
+
+
+if __name__ == "__main__":
+    with recorded(__file__, seeds=list(range(SEEDS))):
+        main()
