@@ -15,7 +15,13 @@ from dmin.attribution.pixel import PixelCosine, PixelL2
 from dmin.attribution.popularity import Popularity
 from dmin.attribution.random import Random
 from dmin.attribution.ranking import Ranking
-from dmin.attribution.retrieval import TopK, retrieve, retrieve_part, score_matrix
+from dmin.attribution.retrieval import (
+    TopK,
+    ranked_groups,
+    retrieve,
+    retrieve_part,
+    score_matrix,
+)
 from dmin.attribution.search import Certified
 from dmin.attribution.search_faiss import Approximate
 from dmin.attribution.sharp_energy import SharpEnergy
@@ -64,6 +70,7 @@ __all__ = [
     "Unlearning",
     "ZSum",
     "merged",
+    "ranked_groups",
     "retrieve",
     "retrieve_part",
     "score_matrix",

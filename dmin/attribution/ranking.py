@@ -285,6 +285,10 @@ class Ranking:
             ],
         }
 
+    def dump(self) -> bytes:
+        """Return all of it as JSON, for :meth:`load`."""
+        return json.dumps(self.document()).encode()
+
     @classmethod
     def load(cls, path: str | Path) -> Ranking:
         """Read a ranking back.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -70,11 +70,12 @@ def retrieve_part(
     selection: Selection | None = None,
     index: Index | None = None,
     device: str = "cpu",
-) -> Ranking | None:
-    """Return the best of some of the training rows; ``merge.merged`` makes one answer of the parts.
+) -> Ranking | Groups | None:
+    """Return the best of some of the training rows, or what they add to each group.
 
-    So that several machines may read a part of the store each. Rows and scores are those of
-    :func:`retrieve` to the bit, wherever the cuts lie; contributions to rounding.
+    So that several machines may read a part of the store each; ``merge.merged`` makes one answer of
+    rankings, :func:`ranked_groups` of groups. Rows and scores are those of :func:`retrieve` to the
+    bit, wherever the cuts lie; contributions, sums and means of groups to rounding.
 
     Args:
         queries: as in :func:`retrieve`, like all that follow.
@@ -88,30 +89,74 @@ def retrieve_part(
         device: where to scan.
 
     Returns:
-        The k best, or all where the part has fewer; None where it has none.
+        The k best, or all where the part has fewer; None where it has none. With ``group_by`` the
+        state of the groups.
 
     Raises:
-        DminError: as in :func:`retrieve`, or groups are asked for.
+        DminError: as in :func:`retrieve`.
     """
     queries, train = as_side(queries), as_side(train)
     method, selection = method or DMin(), selection or Selection()
-    if selection.group_by is not None:
-        raise DminError(
-            f"group_by={selection.group_by} needs every score in one place. Set shard.num=1, or "
-            f"retrieve.group_by=null."
-        )
     check_pair(queries, train, method)
     search = _Search(train, method, k, rows, replace(selection, min_score=None), index, device)
-    return _searched(queries, search) if search.narrow(part) else None
+    if not search.narrow(part):
+        return None
+    return _searched(queries, search) if search.groups is None else _tallied(queries, search)
+
+
+def ranked_groups(
+    queries: Store | Side,
+    train: Store | Side,
+    tallies: Sequence[Groups],
+    method: Method | None = None,
+    k: int = 10,
+    selection: Selection | None = None,
+) -> Ranking:
+    """Return the ranking of groups that `retrieve` gives, from the tallies of all parts.
+
+    Args:
+        queries: as in :func:`retrieve`, like all that follow but one.
+        train: the whole training side.
+        tallies: what :func:`retrieve_part` found in parts that share no row.
+        method: how it was scored.
+        k: groups a query.
+        selection: which groups, and what their score is.
+
+    Raises:
+        DminError: as in :func:`retrieve`.
+    """
+    queries, train = as_side(queries), as_side(train)
+    method, selection = method or DMin(), selection or Selection()
+    search = _Search(train, method, k, None, selection, None, "cpu")
+    assert search.groups is not None
+    whole = Groups(len(queries), *search.groups)
+    for each in tallies:
+        whole.join(each)
+    batches: Iterable[tuple[np.ndarray, Any]] = [(np.arange(len(queries)), None)]
+    if selection.group_score == "max":  # a single example's score, which is split once more
+        method.fit(train)
+        batches = query_batches(queries, method)
+    found = [
+        search.best_groups(whole.of_queries(numbers), queries, numbers, asked)
+        for numbers, asked in batches
+    ]
+    return search.answer(queries, found)
 
 
 def _searched(queries: Side, search: _Search) -> Ranking:
     search.method.fit(search.train)
     found = [search.batch(queries, *batch) for batch in query_batches(queries, search.method)]
-    scores, best, parts = zip(*found, strict=True)
-    return search.ranking(
-        queries, joined(scores), joined(best), None if parts[0] is None else joined(parts)
-    )
+    return search.answer(queries, found)
+
+
+def _tallied(queries: Side, search: _Search) -> Groups:
+    search.method.fit(search.train)
+    batches = [search.gathered(asked) for _, asked in query_batches(queries, search.method)]
+    whole = batches[0]
+    assert isinstance(whole, Groups)
+    for batch in batches[1:]:
+        whole.extend(batch)  # type: ignore[arg-type]
+    return whole
 
 
 def score_matrix(
@@ -203,6 +248,8 @@ class _Search:
         metadata = train.store.metadata
         self.keep = selection.kept(metadata)
         self.groups = selection.groups(metadata) if selection.group_by else None
+        if index is not None and self.groups is not None:
+            raise DminError("An index cannot help: groups need every score. Set index=null.")
         allowed, what = len(train), "training examples"
         if self.keep is not None:
             allowed, what = int(self.keep.sum()), "training examples that `where` allows"
@@ -217,8 +264,9 @@ class _Search:
         inside = np.zeros(len(self.train), dtype=bool)
         inside[part.start : part.stop] = True
         self.keep = inside if self.keep is None else self.keep & inside
-        self.k = min(self.k, int(self.keep.sum()))
-        return self.k
+        found = int(self.keep.sum())
+        self.k = min(self.k, found)
+        return found
 
     def batch(
         self, queries: Side, numbers: np.ndarray, asked: Any
@@ -226,6 +274,14 @@ class _Search:
         """Return scores and rows of the best ``[Q, k]``, and contributions ``[Q, k, T, G]``."""
         if self.index is not None:
             return self._indexed(asked, self.index)
+        best = self.gathered(asked)
+        if isinstance(best, Groups):
+            return self.best_groups(best, queries, numbers, asked)
+        parts = self._contributions(queries, numbers, asked, best.rows.numpy())
+        return self.selection.sign * best.scores, best.rows, parts
+
+    def gathered(self, asked: Any) -> TopK | Groups:
+        """Return the best rows, or what each group has of them, times the sign."""
         best: TopK | Groups | None = None
         sign = self.selection.sign
         blocks = scored(asked, self.train, self.method, self.rows, self.keep, self.device)
@@ -238,24 +294,27 @@ class _Search:
                 best = self._empty(len(scores))
             best.update(scores, first)
         assert best is not None
-        if isinstance(best, Groups):
-            values, place = stable_topk(best.scores(self.selection.group_score), self.k)
-            rows = best.rows.gather(1, place)
-        else:
-            values, rows = best.scores, best.rows
-        if self.selection.group_by and self.selection.group_score != "max":
-            return sign * values, rows, None
-        return sign * values, rows, self._contributions(queries, numbers, asked, rows.numpy())
+        return best
+
+    def best_groups(
+        self, found: Groups, queries: Side, numbers: np.ndarray, asked: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return scores and foremost rows of the best groups; contributions as in `batch`."""
+        kind = self.selection.group_score
+        values, place = stable_topk(found.scores(kind), self.k)
+        rows = found.rows.gather(1, place)
+        parts = None
+        if kind == "max":  # else it is no single example's score
+            parts = self._contributions(queries, numbers, asked, rows.numpy())
+        return self.selection.sign * values, rows, parts
 
     def _indexed(self, asked: Any, index: Index) -> tuple[Tensor, Tensor, Tensor | None]:
         linear, store = self.method.linear(asked, self.train.store.layout), self.train.store
-        if linear is None or self.groups is not None:
-            what = (
-                f"{self.method.name} scores are no inner product"
-                if linear is None
-                else ("groups need every score")
+        if linear is None:
+            raise DminError(
+                f"An index cannot help: {self.method.name} scores are no inner product. Set "
+                f"index=null."
             )
-            raise DminError(f"An index cannot help: {what}. Set index=null.")
         found = index.search(linear, store, self.k, self.selection.sign, self.keep)
         return found.scores, found.rows, split(linear, store, found.rows.numpy())
 
@@ -277,6 +336,14 @@ class _Search:
                 return None
             parts.append(found[0])
         return torch.stack(parts)[..., None]
+
+    def answer(
+        self, queries: Side, batches: Sequence[tuple[Tensor, Tensor, Tensor | None]]
+    ) -> Ranking:
+        """Put the batches of queries together."""
+        scores, rows, parts = zip(*batches, strict=True)
+        whole = None if parts[0] is None else joined(parts)
+        return self.ranking(queries, joined(scores), joined(rows), whole)
 
     def ranking(
         self, queries: Side, scores: np.ndarray, rows: np.ndarray, parts: np.ndarray | None

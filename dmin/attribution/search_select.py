@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -98,7 +101,10 @@ class Groups:
         best: float32 ``[queries, groups]``, the largest score of a group's examples.
         rows: int64 ``[queries, groups]``, whose it is; of equal ones the first.
         sums: float64 ``[queries, groups]``.
+        counts: int64 ``[groups]``, examples a group.
     """
+
+    STATE = ("best", "rows", "sums", "counts")
 
     def __init__(self, queries: int, names: list[str], of: np.ndarray) -> None:
         self.names = names
@@ -123,6 +129,51 @@ class Groups:
         self.rows.scatter_reduce_(1, place, rows.where(leads, last), "amin")
         self.sums.index_add_(1, group, scores.double())
         self.counts.index_add_(0, group, torch.ones_like(group))
+
+    def join(self, other: Groups) -> None:
+        """Take what was found of the same groups and queries in other rows."""
+        ahead = (other.best > self.best) | ((other.best == self.best) & (other.rows < self.rows))
+        self.best = other.best.where(ahead, self.best)
+        self.rows = other.rows.where(ahead, self.rows)
+        self.sums += other.sums
+        self.counts += other.counts
+
+    def extend(self, other: Groups) -> None:
+        """Take what was found of the same groups in the same rows for further queries."""
+        for name in ("best", "rows", "sums"):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+
+    def of_queries(self, numbers: np.ndarray) -> Groups:
+        """Return what was found for some of the queries."""
+        found = Groups(0, self.names, self.of.numpy())
+        for name in ("best", "rows", "sums"):
+            setattr(found, name, getattr(self, name)[numbers])
+        found.counts = self.counts
+        return found
+
+    def dump(self) -> bytes:
+        """Return what was found, for :meth:`load`."""
+        file, names = BytesIO(), np.array(self.names)
+        state = {name: getattr(self, name).numpy() for name in self.STATE}
+        np.savez_compressed(file, names=names, of=self.of.numpy(), **state)
+        return file.getvalue()
+
+    @classmethod
+    def load(cls, file: Path) -> Groups:
+        """Return what :meth:`dump` kept.
+
+        Raises:
+            DminError: the file is damaged.
+        """
+        try:
+            with np.load(file) as arrays:
+                kept = {name: arrays[name] for name in ("names", "of", *cls.STATE)}
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise DminError(f"{file} is damaged ({error}): rank that part again.") from error
+        found = cls(0, kept["names"].tolist(), kept["of"])
+        for name in cls.STATE:
+            setattr(found, name, torch.from_numpy(kept[name]))
+        return found
 
     def scores(self, kind: str) -> Tensor:
         """Return the scores of all groups, float32 ``[queries, groups]``; empty ones have −∞."""

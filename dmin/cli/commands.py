@@ -205,7 +205,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
         ranking: Ranking | None = search(queries, train, *asked)
     else:
         part = retrieve_part(queries, train, work.share.range(len(train)), *asked)
-        ranking = work.joined(part, queries, train, selection)
+        ranking = work.joined(part, queries, train, method, selection)
     if ranking is None:
         return
     if sure:

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dmin.store import Share
 from dmin.store.segments import commit, os_failure, spans
-
-if TYPE_CHECKING:
-    from dmin.attribution import Ranking
-
-NOTHING = "null"  # the part of one who had nothing to rank
 
 
 class Parts:
@@ -29,16 +22,15 @@ class Parts:
     def __init__(self, folder: Path, share: Share) -> None:
         self.folder, self.share = folder, share
 
-    def save(self, ranking: Ranking | None) -> None:
-        """Leave this process's part; None where it had nothing to rank.
+    def save(self, part: bytes) -> None:
+        """Leave this process's part; empty where it had nothing to rank.
 
         Raises:
             DminError: the folder cannot be written.
         """
-        text = NOTHING if ranking is None else json.dumps(ranking.document())
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            commit(self._file(self.share.shard), text.encode())
+            commit(self._file(self.share.shard), part)
         except OSError as error:
             raise os_failure("keep a part of the ranking in", self.folder, error) from error
 
@@ -46,16 +38,10 @@ class Parts:
         """Return the shards whose part is not there."""
         return [i for i in range(self.share.shards) if not self._file(i).is_file()]
 
-    def load(self) -> list[Ranking]:
-        """Return the parts that have anything.
-
-        Raises:
-            DminError: a file is damaged.
-        """
-        from dmin.attribution import Ranking
-
+    def files(self) -> list[Path]:
+        """Return the parts that have anything."""
         files = [self._file(shard) for shard in range(self.share.shards)]
-        return [Ranking.load(file) for file in files if file.read_text() != NOTHING]
+        return [file for file in files if file.stat().st_size]
 
     def told(self) -> str:
         """Say what is there and what is not."""
@@ -67,4 +53,4 @@ class Parts:
         )
 
     def _file(self, shard: int) -> Path:
-        return self.folder / f"part-{shard}-of-{self.share.shards}.json"
+        return self.folder / f"part-{shard}-of-{self.share.shards}"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import lightning
 
     from dmin.attribution import Method, Ranking, Side
-    from dmin.attribution.search_select import Selection
+    from dmin.attribution.search_select import Groups, Selection
     from dmin.collect import GradientCollector
     from dmin.data import Dataset
     from dmin.models import DiffusionModel
@@ -220,7 +220,12 @@ class Workspace:
         return Share(self.cfg.shard.id, self.cfg.shard.num)
 
     def joined(
-        self, part: Ranking | None, queries: Side, train: Side, selection: Selection
+        self,
+        part: Ranking | Groups | None,
+        queries: Side,
+        train: Side,
+        method: Method,
+        selection: Selection,
     ) -> Ranking | None:
         """Leave this job's part of a ranking; return the whole if all parts are there.
 
@@ -228,9 +233,11 @@ class Workspace:
             part: what this shard found; None if it had no example to rank.
             queries: the queries.
             train: all training examples.
+            method: how they were scored.
             selection: how they were chosen.
         """
-        from dmin.attribution import merged
+        from dmin.attribution import Ranking, merged, ranked_groups
+        from dmin.attribution.search_select import Groups
 
         question = {
             **self.resolved("method", "retrieve", "index"),
@@ -238,11 +245,15 @@ class Workspace:
         }
         folder = self.outputs / "rankings" / f"{self.cfg.name}-{fingerprint(question)}"
         parts = Parts(folder, self.share)
-        parts.save(part)
+        parts.save(b"" if part is None else part.dump())
         if parts.missing():
             self.console.print(parts.told(), soft_wrap=True)
             return None
-        return merged(parts.load(), self.cfg.retrieve.k, selection.min_score)
+        k, files = self.cfg.retrieve.k, parts.files()
+        if selection.group_by is None:
+            return merged([Ranking.load(file) for file in files], k, selection.min_score)
+        tallies = [Groups.load(file) for file in files]
+        return ranked_groups(queries, train, tallies, method, k, selection)
 
     @contextmanager
     def turn(
