@@ -149,6 +149,6 @@ def require_one_shape(queries: Dataset, train: Dataset) -> None:
         raise DminError(
             f"the queries are {asked[0]} × {asked[1]} pixels, the training examples {known[0]} × "
             f"{known[1]}: with noise.shapes=one they would see different noise, and scores would "
-            f"mean little. Set queries.size to the size of the data, or collect both with "
+            f"mean little. Set queries.size=<pixels> as the data have it, or collect both with "
             f"noise.shapes=field."
         )

@@ -15,7 +15,9 @@ from dmin.attribution import Method
 from dmin.attribution.search import Index
 from dmin.cli.help import config_directory, groups
 from dmin.cli.validate import validate
+from dmin.cli.workspace import build_queries
 from dmin.data import Example
+from dmin.errors import DminError
 from dmin.models import DiffusionModel
 from dmin.models.mlp import MLP
 from dmin.noise import Noise
@@ -194,3 +196,18 @@ def test_every_group_has_a_check():
 def test_every_yaml_says_what_it_is():
     for path in Path(CONF).rglob("*.yaml"):
         assert path.read_text().startswith("#"), path
+
+
+def test_query_images_are_read_as_the_training_images(places):
+    data = ["data=image_folder", f"data.root={places['images']}", "data.size=4", "data.mode=L"]
+    asked = ["model=ddpm", *data, "queries=images"]
+    folder = f"queries.root={places['images']}"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        same, own, nowhere = (
+            compose("dmin", [*asked, *more]).queries
+            for more in ([folder], [folder, "queries.size=6"], ["queries.root=away"])
+        )
+    assert build_queries(same)[0].image.shape == (1, 4, 4)
+    assert build_queries(own)[0].image.shape == (1, 6, 6)
+    with pytest.raises(DminError, match=r"^queries\.root=away: no such folder"):
+        build_queries(nowhere)

@@ -17,7 +17,7 @@ from rich.tree import Tree
 from dmin.cli.compose import needs
 from dmin.cli.record import recorded
 from dmin.cli.slurm import after_stop
-from dmin.cli.workspace import Workspace, build
+from dmin.cli.workspace import Workspace, build, build_queries
 from dmin.errors import DminError
 from dmin.fingerprint import differences, fingerprint
 from dmin.stopping import Stopped, StopSignals
@@ -165,7 +165,7 @@ def sample(work: Workspace, results: dict[str, Any]) -> None:
     """Generate the query images."""
     from dmin.queries import Generated
 
-    source = build(work.cfg.queries)
+    source = build_queries(work.cfg.queries)
     if not isinstance(source, Generated):
         raise DminError(
             "`dmin sample` generates images: say queries=generated queries.prompts=[…]."
@@ -192,8 +192,9 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
         method = PopularityCorrected(method)
     chosen = ("order", "min_score", "where", "group_by", "group_score")
     selection = Selection(**{name: options[name] for name in chosen})
+    source = build_queries(work.cfg.queries)  # what is wrong with it is said before the work
     train = work.train_side([method])
-    queries = work.query_side(build(work.cfg.queries), methods=[method])
+    queries = work.query_side(source, methods=[method])
     index = None if work.cfg.index is None else build(work.cfg.index)
     rows, device = options["rows"], options["device"]
     k = options["k"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -43,6 +45,22 @@ RENDEZVOUS = 300.0  # seconds; less than the ranks of a job wait for each other 
 def build(node: Any) -> Any:
     """Return what a node of the configuration describes; its lists and mappings become plain."""
     return instantiate(node, _convert_="all")
+
+
+def build_queries(node: Any) -> Any:
+    """Return the source of the queries; what is wrong with it is told by the name of its setting.
+
+    Raises:
+        DminError: it cannot be had. Datasets name their settings ``data.…``, and here the same ones
+            are ``queries.…``.
+    """
+    try:
+        return build(node)
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, DminError):
+            raise
+        told = re.sub(r"\bdata\.(?=\w+=)", "queries.", str(error.__cause__))
+        raise DminError(told) from error
 
 
 def _show_as_they_are() -> None:
