@@ -17,6 +17,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from dmin.data.base import Dataset, collate, describe_dataset
 from dmin.errors import DminError
+from dmin.evaluation.film_training import can_train, train_films
 from dmin.fingerprint import array_digest, fingerprint
 from dmin.models.base import Condition, DiffusionModel, per_example_loss
 from dmin.noise import Noise
@@ -227,8 +228,33 @@ class Ensemble:
         return fingerprint(made_of)
 
     def _train(self, subsets: list[np.ndarray], seed: int) -> Stacked:
+        orders = [_order(subset, self.recipe, seed) for subset in subsets]
+        if can_train(self.template, self.device):
+            return self._train_films(orders, seed)
+        return self._train_stacked(orders, seed)
+
+    def _train_films(self, orders: Sequence[Tensor], seed: int) -> Stacked:
+        """Train one after another, by loops that are compiled for this network."""
+        recipe, (x0, condition) = self.recipe, self.examples
+        noise, t = zip(*self._draws(orders[0].shape[1], seed), strict=True)
+        start = {name: values[0] for name, values in self._start(1, seed).items()}
+        rates = [recipe.learning_rate * self._rate(step) for step in range(recipe.steps)]
+        models, losses = train_films(
+            self.template,  # type: ignore[arg-type]
+            start,
+            (x0, condition.get("class_labels")),
+            orders,
+            (torch.stack(noise), torch.stack(t)),
+            rates,
+            recipe.ema_decay,
+        )
+        self._check(losses.sum(1), recipe.steps - 1)
+        return models
+
+    def _train_stacked(self, orders: Sequence[Tensor], seed: int) -> Stacked:
+        """Train all together, by operations over their stacked weights."""
         recipe = self.recipe
-        models = self._start(len(subsets), seed)
+        models = self._start(len(orders), seed)
         averages = {name: values.detach().clone() for name, values in models.items()}
         optimizer = torch.optim.AdamW(
             models.values(), lr=recipe.learning_rate, weight_decay=0.0, fused=True
@@ -236,21 +262,12 @@ class Ensemble:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         x0, condition = self.examples
         loss = vmap(self._call, in_dims=(0, 0, None, None, 0))
-        orders = [_order(subset, recipe, seed) for subset in subsets]
-        generator = torch.Generator().manual_seed(seed)
-        ladder = torch.tensor(list(self.template.ladder))
-        for step in range(recipe.steps):
+        for step, (noise, t) in enumerate(self._draws(orders[0].shape[1], seed)):
             chosen = torch.stack([order[step] for order in orders]).to(x0.device)  # [models, batch]
-            noise = torch.randn(chosen.shape[1], *x0.shape[1:], generator=generator).to(x0)
-            drawn = torch.randint(len(ladder), (chosen.shape[1],), generator=generator)
             labels = {name: values[chosen] for name, values in condition.items()}
-            t = ladder[drawn].to(x0.device)
-            losses = loss(models, x0[chosen], noise, t, labels).mean(1)
-            if step % 100 == 0 and not torch.isfinite(losses).all():
-                raise DminError(
-                    f"the loss of a model became NaN by step {step}. Lower learning_rate (now "
-                    f"{recipe.learning_rate:g})."
-                )
+            losses = loss(models, x0[chosen], noise.to(x0), t.to(x0.device), labels).mean(1)
+            if step % 100 == 0:
+                self._check(losses.detach().cpu().numpy(), step)
             optimizer.zero_grad(set_to_none=True)
             losses.sum().backward()  # each model's gradient is its own: the sum mixes none
             optimizer.step()
@@ -259,6 +276,21 @@ class Ensemble:
                 weight = 1 - recipe.ema_decay if step else 1.0
                 torch._foreach_lerp_(list(averages.values()), list(models.values()), weight)
         return averages
+
+    def _draws(self, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield noise and timesteps of each step, the same for all models."""
+        generator = torch.Generator().manual_seed(seed)
+        ladder, shape = torch.tensor(list(self.template.ladder)), self.examples[0].shape[1:]
+        for _ in range(self.recipe.steps):
+            noise = torch.randn(batch, *shape, generator=generator)
+            yield noise, ladder[torch.randint(len(ladder), (batch,), generator=generator)]
+
+    def _check(self, losses: np.ndarray, step: int) -> None:
+        if not np.isfinite(losses).all():
+            raise DminError(
+                f"the loss of a model became NaN by step {step}. Lower learning_rate (now "
+                f"{self.recipe.learning_rate:g})."
+            )
 
     def _start(self, count: int, seed: int) -> Stacked:
         """Return untrained weights, the same for each model, as leaves that take gradients."""

@@ -64,9 +64,7 @@ class FiLMNetwork(ModelMixin, ConfigMixin):
         self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None
     ) -> UNet2DOutput:
         """Return the prediction for noised images ``[batch, C, H, W]``."""
-        powers = torch.arange(self.frequencies, device=sample.device) / self.frequencies
-        angles = timestep.to(sample)[..., None] * torch.exp(-math.log(10_000) * powers)
-        c = self.time(torch.cat([angles.sin(), angles.cos()], -1))
+        c = self.time(self.angles(timestep.to(sample)))
         if self.label is not None:
             c = c + self.label(class_labels)
         c = torch.nn.functional.silu(c)
@@ -76,6 +74,12 @@ class FiLMNetwork(ModelMixin, ConfigMixin):
             new = torch.nn.functional.silu((1 + scale) * layer(h) + shift)
             h = new if number == 0 else h + new
         return UNet2DOutput(sample=self.leave(h).view(sample.shape))
+
+    def angles(self, timestep: Tensor) -> Tensor:
+        """Return sines and cosines of timesteps, ``[..., embedding]``."""
+        powers = torch.arange(self.frequencies, device=timestep.device) / self.frequencies
+        angles = timestep[..., None] * torch.exp(-math.log(10_000) * powers)
+        return torch.cat([angles.sin(), angles.cos()], -1)
 
 
 class MLP(DDPM):

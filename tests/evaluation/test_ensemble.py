@@ -1,6 +1,7 @@
 """Many models at once against one at a time, and what is kept on disk."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from toy_ddpm import TINY_UNET
 
 from dmin.data import Examples
 from dmin.errors import DminError
-from dmin.evaluation.ensemble import Ensemble, Recipe
+from dmin.evaluation.ensemble import Ensemble, Recipe, _order
 from dmin.models.base import per_example_loss
 from dmin.models.ddpm import DDPM
 from dmin.models.mlp import MLP
@@ -52,6 +53,27 @@ def test_each_model_is_what_dmin_train_makes_of_its_subset(trained, digits, numb
         moved = (value - untrained[name][0]).abs().max()
         assert moved > 1e-3
         assert (found[name] - value).abs().max() < 2e-2 * moved, name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_class_embeds": None, "depth": 1},
+        {"prediction_type": "v_prediction", "num_train_timesteps": 50},
+        {"prediction_type": "sample", "sample_size": [4, 16]},
+    ],
+)
+def test_compiled_loops_train_what_torch_trains(digits, settings):
+    shape = settings.get("sample_size", (8, 8))
+    images = [replace(e, image=e.image.reshape(1, *shape)) for e in digits.examples]
+    ensemble = Ensemble(functools.partial(small, **settings), Examples(images), RECIPE)
+    orders = [_order(subset, RECIPE, 3) for subset in (SUBSETS[1], SUBSETS[0])]
+    found, oracle = ensemble._train_films(orders, 3), ensemble._train_stacked(orders, 3)
+    assert found.keys() == oracle.keys()
+    for name, values in oracle.items():
+        moved = (values - ensemble._start(1, 3)[name]).abs().max()
+        assert (found[name] - values).abs().max() < 1e-3 * moved, name
 
 
 def test_models_do_not_mix_and_chunks_do_not_matter(trained, digits):
