@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dmin.attribution.base import Linear
-from dmin.attribution.search_scan import Span, decoded_rows, in_threads, kernel, row_factors
+from dmin.attribution.search_scan import Span, decoded_rows, in_threads, multiply, row_factors
 from dmin.errors import DminError
 from dmin.store import Store
 
@@ -92,7 +92,7 @@ class ProjectionIndex:
             codes, count = self.codes[rows, None], span[1] - span[0]
             ones = np.ones((count, 1), np.float32)
             unchecked = np.zeros(count, np.uint32)
-            kernel().few_queries(codes, ones, unchecked, asked, scores[:, rows])
+            multiply(codes, ones, unchecked, asked, scores[:, rows])
             for factor, array in allowances:
                 scores[:, rows] += factor[:, None] * array[rows]
 

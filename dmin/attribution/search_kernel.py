@@ -3,45 +3,79 @@
 What is stored (float16, bfloat16, int8, float32) is widened in a register on its way into the
 product; nothing decoded is ever written to memory. On the way the words of every row are added up
 and held against the sum noted when the row's segment was verified: a score is never computed from
-a flipped bit. Every row is worked on by the same instructions in the same order, whatever the block
-it is in, so scores do not depend on blocks and threads.
+a flipped bit.
 
-numba knows no half floats: float16 comes as int16, bfloat16 as uint16. It is imported when this
-module is, which is when a scan begins.
+Some rows by some queries are multiplied at a time, their sums in registers. Compilers fill vectors
+with such a loop by themselves, but in an order of their own, and not where something is fetched
+ahead. Written in LLVM's terms (:func:`products`), every product is added up by the same
+instructions in the same order, so that scores do not depend on blocks, threads and other queries;
+and the next rows are fetched meanwhile, which hides the latency of memory.
+
+numba knows no half floats: float16 comes as int16, bfloat16 as uint16, told apart by that. It is
+imported when this module is, which is when a scan begins. (All of it stands in one file: numba
+keeps what it compiled until the file of the loop changes.)
 """
 
 # mypy: ignore-errors
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from llvmlite.binding import get_host_cpu_features
+from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-# Sums may be reordered and fused, which is what lets them fill vectors; NaN and infinity stay.
-FAST = {"reassoc", "contract", "nsz"}
-ROWS, QUERIES = 4, 4  # in registers at a time: query numbers are loaded once for four rows
-
-
-@intrinsic
-def pointer(typing: Any, address: Any, like: Any) -> Any:
-    """Return an address as a pointer to numbers of an array's type."""
-    signature = types.CPointer(like.dtype)(address, like)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return signature, generate
+WIDE = bool(get_host_cpu_features().get("avx512f"))
+LANES = 16 if WIDE else 8  # float32 in a vector
+ROWS, QUERIES = 4, 4 if WIDE else 2  # whose sums are in registers at a time
+# What is added up without a break. Of more queries, the numbers of TILE rows in COLUMNS columns
+# stay in the second cache while TOGETHER queries pass, a few of which stay in the first.
+TILE, COLUMNS, TOGETHER = 32, 1024, 64
+LINE, AHEAD = 64, 2048  # bytes that memory gives at a time, and how far ahead rows are fetched
+INT, FLOAT, HALF = ir.IntType(32), ir.FloatType(), ir.HalfType()
+FUSED = ("contract",)
 
 
 def _loop(function: Any) -> Any:
     """Compile when first called, and keep that on disk where there is a place for it."""
     try:
-        return njit(nogil=True, cache=True, fastmath=FAST)(function)
+        return njit(nogil=True, cache=True)(function)
     except RuntimeError:  # neither this folder nor the user's own can be written
-        return njit(nogil=True, fastmath=FAST)(function)
+        return njit(nogil=True)(function)
+
+
+def _widened(builder: Any, stored: Any, value: Any, shape: Callable[[Any], Any]) -> Any:
+    """Return stored numbers as float32; ``shape`` makes a vector of a type, or leaves it alone."""
+    if stored == types.int16:  # vcvtph2ps
+        return builder.fpext(builder.bitcast(value, shape(HALF)), shape(FLOAT))
+    if stored == types.uint16:
+        bits = builder.zext(value, shape(INT))
+        return builder.bitcast(
+            builder.shl(bits, ir.Constant(shape(INT), _filled(shape, 16))), shape(FLOAT)
+        )
+    if stored == types.int8:
+        return builder.sitofp(value, shape(FLOAT))
+    return value
+
+
+def _filled(shape: Callable[[Any], Any], value: int) -> Any:
+    kind = shape(INT)
+    return [value] * kind.count if isinstance(kind, ir.VectorType) else value
+
+
+def _words(builder: Any, stored: Any, value: Any, shape: Callable[[Any], Any]) -> Any:
+    """Return the bits of stored numbers as uint32."""
+    if stored == types.float32:
+        return builder.bitcast(value, shape(INT))
+    return builder.zext(value, shape(INT))
+
+
+def _alone(kind: Any) -> Any:
+    return kind
 
 
 @intrinsic
@@ -49,15 +83,7 @@ def widen(typing: Any, stored: Any) -> Any:
     """Return a stored number as float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (value,) = arguments
-        if stored == types.int16:  # vcvtph2ps, a vector at a time
-            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
-        if stored == types.uint16:
-            bits = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(bits, ir.FloatType())
-        if stored == types.int8:
-            return builder.sitofp(value, ir.FloatType())
-        return value
+        return _widened(builder, stored, arguments[0], _alone)
 
     return types.float32(stored), generate
 
@@ -67,157 +93,242 @@ def word(typing: Any, stored: Any) -> Any:
     """Return the bits of a stored number as uint32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (value,) = arguments
-        if stored == types.float32:
-            return builder.bitcast(value, ir.IntType(32))
-        return builder.zext(value, ir.IntType(32))
+        return _words(builder, stored, arguments[0], _alone)
 
     return types.uint32(stored), generate
 
 
+def products(queries: int, first: bool) -> Any:
+    """Make the innermost loop for a number of queries.
+
+    Args:
+        queries: multiplied at a time.
+        first: the rows are read for the first time: add up their words, and fetch the next rows.
+
+    Returns:
+        A function of an array of the stored type; the addresses of four rows and of four to fetch;
+        the address of the first query, the bytes to the next, and how many there are (where these
+        are fewer, the last is repeated); and the number of numbers. It returns ``queries · 4``
+        products, those of the first query first, and four sums of words.
+    """
+
+    @intrinsic
+    def generated(
+        typing: Any,
+        like: Any,
+        rows: Any,
+        later: Any,
+        query: Any,
+        stride: Any,
+        asked: Any,
+        count: Any,
+    ) -> Any:
+        found = types.UniTuple(types.float32, queries * ROWS)
+        words = types.UniTuple(types.uint32, ROWS)
+        signature = types.Tuple((found, words))(like, rows, later, query, stride, asked, count)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _, here, then, start, apart, there, number = arguments
+            last = builder.sub(there, ir.Constant(there.type, 1))
+            numbers = [ir.Constant(there.type, each) for each in range(queries)]
+            numbers = [builder.select(builder.icmp_signed("<", n, last), n, last) for n in numbers]
+            those = [builder.add(start, builder.mul(n, apart)) for n in numbers]
+            here, then = (cgutils.unpack_tuple(builder, four) for four in (here, then))
+            loop = _Loop(context, builder, like.dtype, here, those, then if first else [])
+            step = ir.Constant(number.type, loop.step)
+            whole = builder.sub(number, builder.urem(number, step))
+            zero = ir.Constant(number.type, 0)
+            most = loop.run(zero, whole, loop.step, LANES)
+            rest = loop.run(whole, number, 1, 1)
+            sums, bits = (
+                [add(a, b) for a, b in zip(one, other, strict=True)]
+                for one, other, add in zip(most, rest, (builder.fadd, builder.add), strict=True)
+            )
+            parts = (
+                context.make_tuple(builder, found, sums),
+                context.make_tuple(builder, words, bits),
+            )
+            return context.make_tuple(builder, signature.return_type, parts)
+
+        return signature, generate
+
+    return generated
+
+
+class _Loop:
+    """Writes the innermost loop, once in vectors and once number by number for what is left."""
+
+    def __init__(
+        self, context: Any, builder: Any, stored: Any, rows: Any, asked: Any, later: Any
+    ) -> None:
+        self.builder, self.stored = builder, stored
+        self.rows, self.asked, self.later = rows, asked, later
+        self.element = context.get_value_type(stored)
+        self.size = stored.bitwidth // 8
+        self.step = max(LANES, LINE // self.size)  # numbers: a line of every row is fetched a turn
+
+    def run(self, start: Any, stop: Any, step: int, lanes: int) -> tuple[list[Any], list[Any]]:
+        """Return products and sums of words of the numbers from ``start`` to ``stop``."""
+        builder = self.builder
+        self.lanes = lanes
+        count = len(self.rows) * len(self.asked)
+        self.sums = [self._zero(FLOAT) for _ in range(count)]
+        self.bits = [self._zero(INT) for _ in self.rows]
+        stride = ir.Constant(start.type, step)
+        with cgutils.for_range_slice(builder, start, stop, stride, start.type) as (index, _):
+            for place in self.later if lanes > 1 else ():
+                self._fetch(place, index)
+            for offset in range(0, step, lanes):
+                self._multiply(builder.add(index, ir.Constant(index.type, offset)))
+        return (
+            [self._added(builder.load(each), builder.fadd) for each in self.sums],
+            [self._added(builder.load(each), builder.add) for each in self.bits],
+        )
+
+    def _shape(self, kind: Any) -> Any:
+        return ir.VectorType(kind, self.lanes)
+
+    def _zero(self, kind: Any) -> Any:
+        shape = self._shape(kind)
+        return cgutils.alloca_once_value(self.builder, ir.Constant(shape, [0] * self.lanes))
+
+    def _pointer(self, address: Any, index: Any, size: int, kind: Any) -> Any:
+        builder = self.builder
+        offset = builder.mul(index, ir.Constant(index.type, size))
+        return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
+
+    def _load(self, address: Any, index: Any, size: int, kind: Any) -> Any:
+        where = self._pointer(address, index, size, self._shape(kind))
+        return self.builder.load(where, align=size)
+
+    def _multiply(self, index: Any) -> None:
+        builder, shape = self.builder, self._shape
+        stored = [self._load(row, index, self.size, self.element) for row in self.rows]
+        if self.later:
+            for total, value in zip(self.bits, stored, strict=True):
+                bits = _words(builder, self.stored, value, shape)
+                builder.store(builder.add(builder.load(total), bits), total)
+        wide = [_widened(builder, self.stored, value, shape) for value in stored]
+        totals = iter(self.sums)
+        for query in self.asked:
+            asked = self._load(query, index, 4, FLOAT)
+            for value in wide:
+                total = next(totals)
+                product = builder.fmul(value, asked, flags=FUSED)
+                builder.store(builder.fadd(builder.load(total), product, flags=FUSED), total)
+
+    def _fetch(self, address: Any, index: Any) -> None:
+        builder = self.builder
+        line = self._pointer(address, index, self.size, ir.IntType(8))
+        kind = ir.FunctionType(ir.VoidType(), [line.type, INT, INT, INT])
+        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(call, [line, *(ir.Constant(INT, value) for value in (0, 2, 1))])
+
+    def _added(self, vector: Any, add: Any) -> Any:
+        """Return the sum of a vector's numbers, halves on halves."""
+        builder, lanes = self.builder, self.lanes
+        while lanes > 1:
+            lanes //= 2
+            low, high = (
+                builder.shuffle_vector(
+                    vector, vector, ir.Constant(ir.VectorType(INT, lanes), list(part))
+                )
+                for part in (range(lanes), range(lanes, 2 * lanes))
+            )
+            vector = add(low, high)
+        return builder.extract_element(vector, ir.Constant(INT, 0))
+
+
+_one_query = products(1, first=True)
+_few_queries = products(QUERIES, first=True)
+_more_queries = products(QUERIES, first=False)
+
+
 @_loop
-def few_queries(rows, factors, sums, queries, scores):
-    """Fill the scores of a block; return the first row that is not what was sealed, or −1.
+def multiplied(like, addresses, factors, sums, queries, scores):
+    """Fill the scores of rows, wherever they lie; return the first that is not sound, or −1.
 
     ``scores[q, i] = Σ_s factors[i, s] Σ_x queries[q, s, x] rows[i, s, x]``
 
     Args:
-        rows: ``[n, S, m]`` as stored, S draws and timesteps.
-        factors: float32 ``[n, S]``.
+        like: an array of the type of what is stored.
+        addresses: uint64 ``[n]``, of the first number of each row; S·m follow one another.
+        factors: float32 ``[n, S]``, S draws and timesteps.
         sums: uint32 ``[n]``, the words of each row added up.
-        queries: float32 ``[Q, S, m]``.
+        queries: float32 ``[Q, S, m]``, C-contiguous.
         scores: float32 ``[Q, n]``, to be filled.
     """
-    count, steps, _ = rows.shape
-    asked, wrong = queries.shape[0], -1
-    totals = np.empty((asked, ROWS), np.float32)
-    seen = np.empty(ROWS, np.uint32)
-    for first in range(0, count, ROWS):
-        # At the end the last row is repeated: no row meets other instructions than the rest.
-        i, j = first, min(first + 1, count - 1)
-        k, m = min(first + 2, count - 1), min(first + 3, count - 1)
-        totals[:] = 0
-        seen[:] = 0
-        for s in range(steps):
-            four = rows[i, s], rows[j, s], rows[k, s], rows[m, s]
-            scale = factors[i, s], factors[j, s], factors[k, s], factors[m, s]
-            _first(four, scale, queries[0, s], totals[0], seen)
-            for q in range(1, asked, QUERIES):
-                _more(four, scale, queries, s, q, totals)
-        for r in range(min(ROWS, count - first)):
-            if wrong < 0 and seen[r] != sums[first + r]:
-                wrong = first + r
-            for q in range(asked):
-                scores[q, first + r] = totals[q, r]
-    return wrong
+    count, (asked, steps, width) = len(addresses), queries.shape
+    # Of few queries memory is the limit: then rows are read from end to end.
+    tile = ROWS if asked <= QUERIES else TILE
+    scores[:] = 0
+    seen = np.zeros(count, np.uint32)
+    for start in range(0, asked, TOGETHER):
+        those = range(start, min(start + TOGETHER, asked), QUERIES)
+        for first in range(0, count, tile):
+            for s in range(steps):
+                for x in range(0, width, COLUMNS):
+                    part = s, x, min(COLUMNS, width - x)
+                    for q in those:
+                        for i in range(first, min(first + tile, count), ROWS):
+                            _add(like, addresses, factors, queries, q, i, part, scores, seen)
+    for i in range(count):
+        if seen[i] != sums[i]:
+            return i
+    return -1
 
 
 @_loop
-def _first(rows, scale, query, totals, seen):
-    """Add the products of four rows with one query, and the words of the rows."""
-    i, j, k, m = rows
-    a = b = c = d = np.float32(0)
-    wi = wj = wk = wm = np.uint32(0)
-    for x in range(len(query)):
-        q = query[x]
-        a += widen(i[x]) * q
-        b += widen(j[x]) * q
-        c += widen(k[x]) * q
-        d += widen(m[x]) * q
-        wi = np.uint32(wi + word(i[x]))
-        wj = np.uint32(wj + word(j[x]))
-        wk = np.uint32(wk + word(k[x]))
-        wm = np.uint32(wm + word(m[x]))
-    totals[0] += a * scale[0]
-    totals[1] += b * scale[1]
-    totals[2] += c * scale[2]
-    totals[3] += d * scale[3]
-    seen[0] += wi
-    seen[1] += wj
-    seen[2] += wk
-    seen[3] += wm
+def _add(like, addresses, factors, queries, q, i, part, scores, seen):
+    """Add what some columns of four rows give with up to four queries."""
+    (s, x, columns), (asked, steps, width) = part, queries.shape
+    offset = np.uint64((s * width + x) * like.itemsize)
+    rows, inside = _four(addresses, i, offset), min(ROWS, len(addresses) - i)
+    query = queries.ctypes.data + np.uint64(((q * steps + s) * width + x) * queries.itemsize)
+    stride = np.uint64(steps * width * queries.itemsize)
+    size = np.uint64(steps * width * like.itemsize)
+    # Of many queries the same rows stay: their next columns follow.
+    ahead = offset + np.uint64(AHEAD if asked <= QUERIES else columns * like.itemsize)
+    later = _four(addresses, i, ahead) if ahead < size else _four(addresses, i + ROWS, ahead - size)
+    if asked == 1:
+        found, words = _one_query(like, rows, later, query, stride, 1, columns)
+        for r in range(inside):
+            scores[0, i + r] += found[r] * factors[i + r, s]
+            seen[i + r] += words[r]
+        return
+    if q == 0:
+        found, words = _few_queries(like, rows, later, query, stride, asked, columns)
+        for r in range(inside):
+            seen[i + r] += words[r]
+    else:
+        found, words = _more_queries(like, rows, later, query, stride, asked - q, columns)
+    for a in range(min(QUERIES, asked - q)):
+        for r in range(inside):
+            scores[q + a, i + r] += found[a * ROWS + r] * factors[i + r, s]
 
 
 @_loop
-def _more(rows, scale, queries, s, first, totals):
-    """Add the products of four rows with up to four more queries: 16 sums in registers."""
-    i, j, k, m = rows
-    last = len(queries) - 1
-    e, f = queries[first, s], queries[min(first + 1, last), s]
-    g, h = queries[min(first + 2, last), s], queries[min(first + 3, last), s]
-    ie = je = ke = me = np.float32(0)
-    if_ = jf = kf = mf = np.float32(0)
-    ig = jg = kg = mg = np.float32(0)
-    ih = jh = kh = mh = np.float32(0)
-    for x in range(len(e)):
-        vi, vj, vk, vm = widen(i[x]), widen(j[x]), widen(k[x]), widen(m[x])
-        q = e[x]
-        ie += vi * q
-        je += vj * q
-        ke += vk * q
-        me += vm * q
-        q = f[x]
-        if_ += vi * q
-        jf += vj * q
-        kf += vk * q
-        mf += vm * q
-        q = g[x]
-        ig += vi * q
-        jg += vj * q
-        kg += vk * q
-        mg += vm * q
-        q = h[x]
-        ih += vi * q
-        jh += vj * q
-        kh += vk * q
-        mh += vm * q
-    sums = ((ie, je, ke, me), (if_, jf, kf, mf), (ig, jg, kg, mg), (ih, jh, kh, mh))
-    for q in range(min(QUERIES, last + 1 - first)):
-        for r in range(ROWS):
-            totals[first + q, r] += sums[q][r] * scale[r]
-
-
-@_loop
-def chosen_rows(like, addresses, factors, sums, query, scores):
-    """Fill the scores of rows wherever they lie; result as above.
-
-    Args:
-        like: an array of the type of what is stored.
-        addresses: uint64 ``[n]``, of the first number of each row.
-        factors: float32 ``[n, S]``.
-        sums: uint32 ``[n]``.
-        query: float32 ``[S, m]``.
-        scores: float32 ``[n]``, to be filled.
-    """
-    count, (steps, width), wrong = len(addresses), query.shape, -1
-    totals = np.empty(ROWS, np.float32)
-    seen = np.empty(ROWS, np.uint32)
-    size = np.uint64(width * like.itemsize)
-    for first in range(0, count, ROWS):
-        i, j = first, min(first + 1, count - 1)
-        k, m = min(first + 2, count - 1), min(first + 3, count - 1)
-        totals[:] = 0
-        seen[:] = 0
-        for s in range(steps):
-            at = np.uint64(s) * size
-            four = (
-                carray(pointer(addresses[i] + at, like), width),
-                carray(pointer(addresses[j] + at, like), width),
-                carray(pointer(addresses[k] + at, like), width),
-                carray(pointer(addresses[m] + at, like), width),
-            )
-            scale = factors[i, s], factors[j, s], factors[k, s], factors[m, s]
-            _first(four, scale, query[s], totals, seen)
-        for r in range(min(ROWS, count - first)):
-            if wrong < 0 and seen[r] != sums[first + r]:
-                wrong = first + r
-            scores[first + r] = totals[r]
-    return wrong
+def _four(addresses, i, offset):
+    """Return where four rows lie; past the end, the last, so that none meets other instructions."""
+    last = len(addresses) - 1
+    return (
+        addresses[min(i, last)] + offset,
+        addresses[min(i + 1, last)] + offset,
+        addresses[min(i + 2, last)] + offset,
+        addresses[min(i + 3, last)] + offset,
+    )
 
 
 @_loop
 def decoded(rows, factors, sums, out):
-    """Fill ``out[i, s] = factors[i, s] rows[i, s]``, float32; arguments and result as above."""
+    """Fill ``out[i, s] = factors[i, s] rows[i, s]``, float32; result as above.
+
+    Args:
+        rows: ``[n, S, m]`` as stored.
+        factors: float32 ``[n, S]``.
+        sums: uint32 ``[n]``.
+        out: float32 ``[n, S, m]``, to be filled.
+    """
     count, steps, width = rows.shape
     wrong = -1
     for i in range(count):

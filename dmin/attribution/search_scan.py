@@ -1,10 +1,10 @@
 """The exact scan: every row of a store past all queries, at the speed of memory.
 
 A block of rows is scored by one thread, as many blocks at a time as torch has threads: threads that
-wait for each other inside every small operation lose most of their time on a busy machine. For few
-queries one loop decodes and multiplies (:mod:`dmin.attribution.search_kernel`) and memory is the
-limit; for many, rows are decoded into a buffer that stays in the cache, where torch's matrix
-product finds them. With queries on an accelerator, blocks are sent there as they are stored.
+wait for each other inside every small operation lose most of their time on a busy machine. One loop
+decodes, checks and multiplies (:mod:`dmin.attribution.search_kernel`): for few queries memory is
+the limit, for many arithmetic. With queries on an accelerator, blocks are sent there as they are
+stored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dmin.store.encoding import STORED_AS, word_sums
 BLOCK_BYTES = 32 << 20  # of stored rows: what one thread takes at a time
 CHUNK_BYTES = 4 << 20  # of chosen rows: fewer are not worth a thread
 BUFFER_BYTES = 4 << 20  # of decoded rows: what stays in the cache
-FEW = 16  # queries: above, decoding once and torch's matrix product are quicker than the loop
+SCORE_BYTES = 32 << 20  # of one block's scores: of very many queries it has fewer rows
 # numba knows no half floats: float16 comes as int16, bfloat16 as uint16, told apart by that.
 SEEN_AS = {"float32": "<f4", "float16": "<i2", "bfloat16": "<u2", "int8": "|i1"}
 Span = tuple[int, int]
@@ -53,8 +53,8 @@ def scan(
     Yields:
         The first row of a block and its scores, float32 ``[Q, n]``; blocks in order.
     """
-    size = store.layout.row_bytes
-    rows = rows or _even(len(store), BLOCK_BYTES // size)
+    most = min(BLOCK_BYTES // store.layout.row_bytes, SCORE_BYTES // (4 * len(linear.queries)))
+    rows = rows or _even(len(store), most)
     spans = [(first, min(first + rows, len(store))) for first in range(0, len(store), rows)]
     if keep is not None:
         spans = [span for span in spans if keep[slice(*span)].any()]
@@ -62,23 +62,26 @@ def scan(
     if queries.is_cuda:
         yield from _scan_there(linear, store, spans, queries.flatten(1))
         return
-    factors = row_factors(store, linear)
+    factors, asked = row_factors(store, linear), queries.numpy()
 
     def score(span: Span) -> tuple[int, Tensor]:
-        scores = torch.empty(len(queries), span[1] - span[0])
-        if len(queries) <= FEW:
-            for first, stored, scale, sums in _parts(store, linear.readout, span, factors):
-                place = slice(first - span[0], first - span[0] + len(stored))
-                out = scores.numpy()[:, place]
-                wrong = kernel().few_queries(stored, scale, sums, queries.numpy(), out)
-                _require_sound(store, linear.readout, first, wrong)
-            return span[0], scores
-        for first, decoded in decoded_rows(store, linear.readout, span, factors, len(queries)):
-            place = slice(first - span[0], first - span[0] + len(decoded))
-            scores[:, place] = queries.flatten(1) @ decoded.T
-        return span[0], scores
+        scores = np.empty((len(asked), span[1] - span[0]), np.float32)
+        for first, stored, scale, sums in _parts(store, linear.readout, span, factors):
+            out = scores[:, first - span[0] : first - span[0] + len(stored)]
+            wrong = multiply(stored, scale, sums, asked, out)
+            _require_sound(store, linear.readout, first, wrong)
+        return span[0], torch.from_numpy(scores)
 
-    yield from in_threads(score, spans, compiled=len(queries) <= FEW)
+    yield from in_threads(score, spans, compiled=True)
+
+
+def multiply(
+    rows: np.ndarray, scale: np.ndarray, sums: np.ndarray, queries: np.ndarray, scores: np.ndarray
+) -> int:
+    """Fill the scores ``[Q, n]`` of consecutive rows ``[n, S, m]``; see the kernel."""
+    where = rows.ctypes.data + np.arange(len(rows), dtype=np.uint64) * np.uint64(rows[:1].nbytes)
+    wrong: int = kernel().multiplied(rows[:0, 0, 0], where, scale, sums, queries, scores)
+    return wrong
 
 
 def _scan_there(
@@ -208,7 +211,7 @@ def scores_of_rows(
             else factors[part].flatten(1).numpy()
         )
         out = scores[slice(*span)].numpy()
-        wrong = kernel().chosen_rows(like, where, scale, sums[part], asked, out)
+        wrong = kernel().multiplied(like, where, scale, sums[part], asked[None], out[None])
         if wrong >= 0:
             raise store.corrupt(readout, int(part[wrong]))
 

@@ -10,8 +10,9 @@ from made_stores import cosines, drawn, made
 from dmin.attribution import DMin, GradDot, Side, retrieve, score_matrix, search_scan
 from dmin.attribution import retrieval as retrieval_module
 from dmin.attribution.search import Certified
-from dmin.attribution.search_scan import in_threads
+from dmin.attribution.search_scan import in_threads, multiply
 from dmin.errors import DminError
+from dmin.store.encoding import word_sums
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_batches_of_queries_change_nothing(tmp_path, monkeypatch, method):
     monkeypatch.setattr(retrieval_module, "QUERY_BYTES", 2 << 16)  # two at a time
     parts = retrieve(asked, train, method, k=5)
     assert np.array_equal(whole.train_rows, parts.train_rows)
-    np.testing.assert_allclose(whole.scores, parts.scores, atol=1e-6)
+    assert np.array_equal(whole.scores, parts.scores)
     np.testing.assert_allclose(whole.contributions, parts.contributions, atol=1e-6)
 
 
@@ -119,6 +120,26 @@ def test_no_score_is_computed_from_a_flipped_bit(tmp_path, dtype, queries, index
     segment.write_bytes(damaged)
     with pytest.raises(DminError, match=r"Row 1 .*'x-1'.* is not what was sealed"):
         retrieve(asked, train, k=45, index=index)
+
+
+@pytest.mark.parametrize("steps, width", [(1, 5), (3, 1100), (2, 2048)])
+def test_scores_are_the_same_to_the_bit_whatever_else_is_asked(steps, width):
+    generator = np.random.default_rng(0)
+    stored = generator.standard_normal((37, steps, width)).astype(np.float16)
+    queries = generator.standard_normal((70, steps, width), np.float32)
+    scale = generator.uniform(0.5, 2, (37, steps)).astype(np.float32)
+    expected = np.einsum("qsx,isx,is->qi", queries.astype(float), stored.astype(float), scale)
+
+    def scores(asked):
+        found = np.empty((len(asked), 37), np.float32)
+        seen_as = stored.view(np.int16)
+        assert multiply(seen_as, scale, word_sums(stored), asked, found) == -1
+        return found
+
+    found = scores(queries)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    for first, last in [(0, 1), (3, 4), (68, 70), (60, 64), (20, 27), (3, 69)]:
+        assert np.array_equal(scores(queries[first:last]), found[first:last])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
