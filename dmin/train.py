@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import lightning
 import torch
@@ -12,7 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from dmin.data.base import Dataset
+from dmin.data.base import Dataset, Examples
 from dmin.data.module import TrainData
 from dmin.errors import DminError
 from dmin.models.base import DiffusionModel, per_example_loss
@@ -23,6 +24,58 @@ class ModelFactory(Protocol):
 
     def __call__(self) -> DiffusionModel:
         """Return a new model."""
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A low-rank adapter, trained on part of the examples after the network on all others.
+
+    Args:
+        column: of the metadata.
+        value: that the examples of the second training have in it.
+        steps: optimiser steps of the second training.
+        learning_rate: of it.
+        rank: of the adapter; its α is the same.
+        modules: names of the layers that get one, by their ends.
+    """
+
+    column: str
+    value: str
+    steps: int = 500
+    learning_rate: float = 1e-3
+    rank: int = 4
+    modules: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def parts(self, dataset: Dataset) -> tuple[Examples, Examples]:
+        """Return the examples of the first and of the second training.
+
+        Raises:
+            DminError: one of them has none.
+        """
+        examples = [dataset[i] for i in range(len(dataset))]
+        is_second = [str(e.metadata.get(self.column)) == self.value for e in examples]
+        first = [e for e, later in zip(examples, is_second, strict=True) if not later]
+        second = [e for e, later in zip(examples, is_second, strict=True) if later]
+        if not first or not second:
+            raise DminError(
+                f"train.lora: {len(second)} of {len(examples)} examples have {self.column}="
+                f"{self.value}; both trainings need some."
+            )
+        return Examples(first), Examples(second)
+
+    def add_to(self, network: Any) -> None:
+        """Give a network an adapter that changes nothing yet, and freeze all else.
+
+        Raises:
+            DminError: peft is not installed.
+        """
+        try:
+            from peft import LoraConfig
+        except ModuleNotFoundError as error:
+            raise DminError("train.lora needs peft: pip install 'dmin[lora]'.") from error
+        network.add_adapter(
+            LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self.modules))
+        )
 
 
 class DiffusionTrainer(lightning.LightningModule):
@@ -64,7 +117,7 @@ class DiffusionTrainer(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return AdamW with warm-up and cosine decay."""
-        parameters = self.model.network.parameters()
+        parameters = [p for p in self.model.network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
         warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=max(1, self.warmup))
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -88,6 +141,7 @@ def train(
     ema_decay: float = 0.995,
     seed: int = 0,
     workers: int = 0,
+    lora: LoRA | None = None,
     trainer: lightning.Trainer | None = None,
 ) -> DiffusionModel:
     """Train a new model on a dataset for a fixed number of steps.
@@ -102,6 +156,8 @@ def train(
         ema_decay: the weights returned are an exponential moving average with this decay a step.
         seed: key of weights, order, timesteps and noise.
         workers: processes that load examples.
+        lora: a second training, of an adapter on some of the examples, which the first one then
+            does without; the same batches, warm-up and average.
         trainer: any Lightning trainer for one epoch; :func:`fit_trainer` if none.
 
     Returns:
@@ -118,21 +174,45 @@ def train(
             f"[0, 1) are needed."
         )
     lightning.seed_everything(seed, verbose=False)
-    untrained = model().train()
-    module = DiffusionTrainer(untrained, learning_rate, warmup, steps, seed)
-    data = TrainData(dataset, batch_size, steps, seed, workers)
+    found = model()
     trainer = trainer or fit_trainer()
-    averaging = EMAWeightAveraging(decay=ema_decay)
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    first, second = (dataset, None) if lora is None else lora.parts(dataset)
+    how = _How(batch_size, warmup, ema_decay, seed, workers, trainer)
+    _fit(found, first, steps, learning_rate, how)
+    if lora is not None and second is not None:
+        lora.add_to(found.network)
+        _fit(found, second, lora.steps, lora.learning_rate, how)
+    return found.eval()
+
+
+class _How(NamedTuple):
+    """What both trainings have in common."""
+
+    batch_size: int
+    warmup: int
+    ema_decay: float
+    seed: int
+    workers: int
+    trainer: lightning.Trainer
+
+
+def _fit(
+    model: DiffusionModel, dataset: Dataset, steps: int, learning_rate: float, how: _How
+) -> None:
+    """Train a model in place; it ends with its weights averaged."""
+    module = DiffusionTrainer(model.train(), learning_rate, how.warmup, steps, how.seed)
+    data = TrainData(dataset, how.batch_size, steps, how.seed, how.workers)
+    averaging = EMAWeightAveraging(decay=how.ema_decay)
+    callbacks: list[Any] = how.trainer.callbacks  # type: ignore[attr-defined]
     callbacks.append(averaging)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
-            trainer.fit(module, datamodule=data)
+            how.trainer.fit_loop.epoch_progress.reset()
+            how.trainer.fit(module, datamodule=data)
     finally:
         callbacks.remove(averaging)
-    return untrained.eval()
 
 
 def fit_trainer(**settings: Any) -> lightning.Trainer:

@@ -27,7 +27,10 @@ from dmin.timesteps import Schedule
 
 CONF = config_directory()
 CHOICES = [(group, name) for group, names in groups().items() for name in names]
-OF_SHAPES = [("benchmark", "shapes"), ("benchmark", "shapes_retrained"), ("train", "shapes_unet")]
+OF_SHAPES = [
+    *(("benchmark", name) for name in ("shapes", "shapes_retrained", "captioned", "lora")),
+    *(("train", name) for name in ("shapes_unet", "shapes_mmdit")),
+]
 # What a choice cannot know by itself.
 VALUES = {
     ("model", "ddpm"): ["model.path={ddpm_path}"],

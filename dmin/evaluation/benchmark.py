@@ -27,13 +27,18 @@ class Task:
     """Queries, and the ground truths that scores for them are held against.
 
     Args:
-        truths: by name.
+        truths: by name; None for one that a file inherits and does without.
         queries: a dataset, or a source of one (``dmin.queries``); None where all ground truths
             compare training examples with themselves.
     """
 
     truths: Mapping[str, GroundTruth]
     queries: Any = None
+
+    def __post_init__(self) -> None:
+        """Leave out what is taken back."""
+        kept = {name: truth for name, truth in self.truths.items() if truth is not None}
+        object.__setattr__(self, "truths", kept)
 
 
 class Benchmark:

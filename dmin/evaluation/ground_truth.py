@@ -99,6 +99,7 @@ class SameColumn(Relevance):
         column: its name.
         metrics: what to measure.
         each: measure the queries of each value apart as well, as the tables of the DMin paper do.
+        value: of all queries, which then need no such column, as generated ones have none.
     """
 
     def __init__(
@@ -106,9 +107,10 @@ class SameColumn(Relevance):
         column: str,
         metrics: Sequence[str] = ("precision@10", "mAP"),
         each: bool = False,
+        value: str | None = None,
     ) -> None:
         super().__init__(metrics)
-        self.column, self.each = column, each
+        self.column, self.each, self.value = column, each, value
 
     def measure(self, scores: Array) -> Measures:
         """Return each metric of all queries, then of those of each value."""
@@ -124,7 +126,10 @@ class SameColumn(Relevance):
         Raises:
             DminError: a query or example has no such column.
         """
-        self._asked = column(queries, self.column)
+        if self.value is None:
+            self._asked = column(queries, self.column)
+        else:
+            self._asked = np.full(len(queries), self.value)
         return np.asarray(self._asked[:, None] == column(train, self.column)[None, :])
 
 

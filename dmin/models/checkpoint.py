@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import re
@@ -322,6 +323,25 @@ def _inject(network: nn.Module, state: dict[str, Tensor], file: Path, name: str)
             f"model.adapter={file}: {type(network).__name__} has no place for "
             f"{', '.join(result.unexpected_keys[:3])}. Give an adapter trained for this model."
         )
+
+
+def without_adapter(network: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Return a network without its one adapter, and the adapter's weights; itself if it has none.
+
+    Args:
+        network: left as it is.
+    """
+    if not getattr(network, "peft_config", None):
+        return network, {}
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft import get_peft_model_state_dict
+
+    layers: dict[str, Tensor] = get_peft_model_state_dict(network)
+    plain = copy.deepcopy(network)
+    recurse_remove_peft_layers(plain)
+    del plain.peft_config
+    plain._hf_peft_config_loaded = False
+    return plain, layers
 
 
 def describe_adapters(network: nn.Module) -> dict[str, Any]:

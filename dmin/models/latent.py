@@ -30,6 +30,7 @@ from dmin.models.checkpoint import (
     load_pipeline,
     load_weights,
     say_once,
+    without_adapter,
 )
 from dmin.models.noising import Denoising, Flow
 from dmin.models.settings import name_settings
@@ -155,6 +156,17 @@ class LatentDiffusion(DiffusionModel):
         if adapter is not None:
             load_adapters(network, adapter, pipeline)
         return cls(pipeline, **settings).eval()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Save in diffusers' layout; an adapter beside the network, in the folder ``lora``."""
+        path = Path(path)
+        plain, adapter = without_adapter(self.network)
+        self.pipeline.register_modules(**{self.network_name: plain})
+        self.pipeline.save_pretrained(str(path))
+        self.pipeline.register_modules(**{self.network_name: self.network})
+        if adapter:
+            named = {f"{self.network_name}_lora_layers": adapter}
+            self.pipeline.save_lora_weights(str(path / "lora"), **named)
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
