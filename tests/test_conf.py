@@ -75,7 +75,8 @@ def places(ddpm_path, tmp_path_factory):
 
 def composed(group, name, places):
     shapes = {"data": "shapes"} if (group, name) in OF_SHAPES else {}
-    needed = {"model": "ddpm", "data": "digits", **shapes}
+    captions = {"model": "stable_diffusion_3"} if name in ("captioned", "lora") else {}
+    needed = {"model": "ddpm", "data": "digits", **shapes, **captions}
     values = [v.format(**places) for v in VALUES.get((group, name), [])]
     if group == "experiment":
         overrides = [f"experiment={name}"]
