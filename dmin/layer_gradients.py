@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_HALF = torch.bfloat16, torch.float16
+_SUMS_WIDE = "dtype" in torch.ops.aten.bmm.overloads()  # torch 2.8 and later
+
 
 class GradientFactors(Protocol):
     """The gradients of one parameter for each example of a batch, not multiplied out."""
@@ -69,8 +72,15 @@ class Outer:
         return len(self.input)
 
     def dense(self) -> Tensor:
-        """Return ``[batch, out, in]``."""
-        return torch.bmm(wide(self.output_gradient).transpose(1, 2), wide(self.input))
+        """Return ``[batch, out, in]``.
+
+        A GPU multiplies half precision on its tensor cores and adds up in float32, which is exact
+        but for the order of the sum.
+        """
+        d, a = self.output_gradient, self.input
+        if d.is_cuda and d.dtype == a.dtype and d.dtype in _HALF and _SUMS_WIDE:
+            return torch.bmm(d.transpose(1, 2), a, out_dtype=torch.float32)
+        return torch.bmm(wide(d).transpose(1, 2), wide(a))
 
     def __getitem__(self, examples: slice) -> Outer:
         """Return the factors of some of the examples."""
@@ -97,8 +107,12 @@ class Correlation:
 
     def dense(self) -> Tensor:
         """Return ``[batch, *weight.shape]``."""
-        d, a = wide(self.output_gradient), wide(self.input)
         layer, shape = self.layer, self.layer.weight.shape
+        outer = self.as_outer() if self.output_gradient.is_cuda else None
+        if outer is not None:  # one product of the batch, summed in a fixed order
+            formed = outer.dense().unflatten(2, (-1, shape[1])).transpose(2, 3)
+            return formed.reshape(-1, *shape)
+        d, a = wide(self.output_gradient), wide(self.input)
         if (
             type(layer) is nn.Conv2d
             and layer.groups == 1
@@ -125,6 +139,24 @@ class Correlation:
                 [False, True, False],
             )[1]
         return gradients
+
+    def as_outer(self) -> Outer | None:
+        """Return the same gradients as outer products of outputs and patches (tap, input).
+
+        None for groups of channels and transposed convolutions, which are none.
+        """
+        layer, d = self.layer, self.output_gradient.flatten(2).transpose(1, 2)
+        if layer.groups > 1 or layer.transposed:
+            return None
+        a = F.pad(self.input, [p for n in reversed(self.padding) for p in (n, n)])
+        batch, channels, *places = a.stride()
+        steps = [n * s for n, s in zip(places, layer.stride, strict=True)]
+        taps = [n * s for n, s in zip(places, layer.dilation, strict=True)]
+        sizes = *self.output_gradient.shape[2:], *layer.kernel_size
+        patches = a.as_strided(
+            (len(a), *sizes, a.shape[1]), (batch, *steps, *taps, channels), a.storage_offset()
+        )
+        return Outer(d, patches.reshape(len(a), d.shape[1], -1))
 
     def _output_padding(self) -> list[int]:
         """Return what a transposed convolution added at the far end, in this very call.
@@ -171,6 +203,9 @@ class Rows:
         """Return ``[batch, rows, width]``."""
         d = wide(self.output_gradient)
         gradients = d.new_zeros(len(d), self.rows, d.shape[-1])
+        if d.is_cuda:  # in a fixed order
+            example = torch.arange(len(d), device=d.device)[:, None]
+            return gradients.index_put_((example, self.index), d, accumulate=True)
         return gradients.scatter_add_(1, self.index[..., None].expand_as(d), d)
 
     def __getitem__(self, examples: slice) -> Rows:

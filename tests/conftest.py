@@ -5,6 +5,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before diffusers is imported
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+
 from toy_ddpm import TINY_UNET
 
 from dmin.data import Examples

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmin.errors import DminError
 from dmin.layer_gradients import Dense, GradientFactors
-from dmin.sketches import bounds, forming
+from dmin.sketches import bounds, forming, gpu
 
 
 class Parameter(NamedTuple):
@@ -91,6 +91,7 @@ class Sketch(ABC):
 
     family: str
     norm_kind = "exact"
+    kernels: gpu.Kernels = "auto"  # how the map is evaluated, never which map it is
     # Sketches of k numbers fold by residue, y[c] = Σ_{j mod k' = c} x[j], to exactly the sketch of
     # k' where k' divides k and is a multiple of this; None: they do not.
     folds: int | None = None
@@ -166,6 +167,15 @@ class Sketch(ABC):
         """
         return bounds.whole(g, h) / self.dim
 
+    def _loops(self, values: Tensor) -> bool:
+        """Return whether rows like these are made by the compiled loops of the CPU."""
+        plain = self.kernels == "torch" or self._triton(values)
+        return not plain and forming.applies(values)
+
+    def _triton(self, values: Tensor) -> bool:
+        """Return whether rows like these are made by Triton's kernels."""
+        return gpu.serves(values, self.kernels)
+
     def _check_dim(self, parameters: Parameters) -> None:
         if self.dim > parameters.count:
             raise DminError(
@@ -232,14 +242,22 @@ class FoldedSketch(FormedSketch):
     def projection(self, name: str, like: Tensor) -> Callable[[Tensor, Tensor], None]:
         """Return the map of one parameter, ready for use."""
         bucket, sign = self.fold(name, like.device)
-        if forming.applies(like):
+        if self._loops(like):
             return lambda gradient, rows: forming.scatter(gradient, bucket, sign, rows)
         sign = sign.to(like.dtype)
+        return lambda gradient, rows: add_at(rows, bucket, gradient.mul_(sign))
 
-        def project(gradient: Tensor, rows: Tensor) -> None:
-            rows.index_add_(1, bucket, gradient.mul_(sign))
 
-        return project
+def add_at(rows: Tensor, bucket: Tensor, values: Tensor) -> None:
+    """Add values ``[n, P]`` at buckets ``[P]`` to rows ``[n, k]``, in a fixed order.
+
+    On a GPU ``index_add_`` adds in whatever order its threads come, ``index_put_`` sorts.
+    """
+    if rows.is_cuda:
+        folded = rows.new_zeros(rows.shape[1], len(rows))
+        rows += folded.index_put_((bucket.long(),), values.T, accumulate=True).T
+    else:
+        rows.index_add_(1, bucket, values)
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

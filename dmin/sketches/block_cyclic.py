@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from dmin.errors import DminError
 from dmin.layer_gradients import GradientFactors
-from dmin.sketches import forming
-from dmin.sketches.base import Accumulator, FoldedSketch, Parameter
+from dmin.sketches import forming, gpu
+from dmin.sketches.base import Accumulator, FoldedSketch, Parameter, Parameters
 from dmin.sketches.hashing import hash_words, key, signs
 
 if TYPE_CHECKING:
@@ -53,31 +53,36 @@ class BlockCyclic(FoldedSketch):
         """Return the settings that define the map."""
         return {**super().describe(), "block": self.block}
 
+    def bind(self, parameters: Parameters) -> Self:
+        """Return this sketch for the parameters of one model."""
+        bound = super().bind(parameters)
+        bound._blocks = {}
+        return bound
+
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
         """Fold the gradients of one parameter while they are formed."""
-        if not forming.applies(state.values):
-            super().add(state, name, factors)
-            return
         parameter = self._bound.by_name[name]
-        exact = self.norm_kind == "exact"
-        forming.fold_factors(
-            factors,
-            parameter.shape,
-            self.kernel_map(parameter),
-            state.values[:, parameter.group],
-            state.squared_norm[:, parameter.group] if exact else None,
-            state.budget,
-        )
+        values = state.values[:, parameter.group]
+        norms = state.squared_norm[:, parameter.group] if self.norm_kind == "exact" else None
+        if self._triton(values):
+            blocks, sign = self._sorted_blocks(parameter, values.device), self._key(name, "sign")
+            whole = factors, parameter.shape, blocks, self.block, sign
+            gpu.fold_blocks(*whole, values, norms, state.budget)
+        elif self._loops(values):
+            map_ = self.kernel_map(parameter)
+            forming.fold_factors(factors, parameter.shape, map_, values, norms, state.budget)
+        else:
+            super().add(state, name, factors)
 
     def fold(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return buckets and signs of one parameter, hashed afresh."""
         shape = self._bound.by_name[name].shape
         rows, width = self._rows(shape)
         blocks, words = -(-width // self.block), -(-width // 32)
-        offsets = hash_words(key(self.seed, name, "offset"), rows * blocks, device)
+        offsets = hash_words(self._key(name, "offset"), rows * blocks, device)
         bucket = offsets[:, None] % self.dim + torch.arange(self.block, device=device)
         bucket = bucket.view(rows, -1)[:, :width] % self.dim
-        sign = signs(key(self.seed, name, "sign"), rows * words * 32, device)
+        sign = signs(self._key(name, "sign"), rows * words * 32, device)
         sign = sign.view(rows, -1)[:, :width]
         return forming.taps_last(bucket, shape), forming.taps_last(sign, shape)
 
@@ -86,13 +91,28 @@ class BlockCyclic(FoldedSketch):
         rows, width = self._rows(parameter.shape)
         blocks, words = -(-width // self.block), -(-width // 32)
         return forming.block_cyclic(
-            key(self.seed, parameter.name, "sign"),
+            self._key(parameter.name, "sign"),
             rows * words,
-            key(self.seed, parameter.name, "offset"),
+            self._key(parameter.name, "offset"),
             rows * blocks,
             self.dim,
             self.block,
         )
+
+    def _sorted_blocks(self, parameter: Parameter, device: torch.device) -> gpu.Blocks:
+        """Return the same map for a GPU: 8 bytes a block, kept, since sorting takes a while."""
+        kept = parameter.name, device
+        if kept not in self._blocks:
+            rows, width = self._rows(parameter.shape)
+            count = rows * -(-width // self.block)
+            offsets = hash_words(self._key(parameter.name, "offset"), count, device) % self.dim
+            self._blocks[kept] = gpu.sorted_blocks(offsets, self.dim, self.block)
+        return self._blocks[kept]
+
+    def _key(self, name: str, what: str) -> int:
+        return key(self.seed, name, what)
+
+    _blocks: dict[tuple[str, torch.device], gpu.Blocks]
 
     @staticmethod
     def _rows(shape: tuple[int, ...]) -> tuple[int, int]:

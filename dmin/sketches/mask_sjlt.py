@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmin.errors import DminError
 from dmin.layer_gradients import GradientFactors, Outer, Sum
-from dmin.sketches.base import Accumulator, Sketch, Sketched
+from dmin.sketches.base import Accumulator, Sketch, Sketched, add_at
 from dmin.sketches.hashing import hash_words, key, signs
 
 
@@ -71,7 +71,7 @@ class MaskSJLT(Sketch):
         for start in range(0, factors.batch, step):
             examples = slice(start, start + step)
             kept = entries(factors[examples], places, parameter.shape)
-            values[examples].index_add_(1, bucket, kept.to(values.dtype) * sign.to(values.dtype))
+            add_at(values[examples], bucket, kept.to(values.dtype) * sign.to(values.dtype))
 
     def finish(self, state: Accumulator) -> Sketched:
         """Return the finished rows; norms are theirs."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmin.errors import DminError
 from dmin.sketches import forming
-from dmin.sketches.base import FormedSketch
+from dmin.sketches.base import FormedSketch, add_at
 from dmin.sketches.hashing import hash_words, key, signs
 
 
@@ -61,9 +61,9 @@ class SJLT(FormedSketch):
         def project(gradient: Tensor, rows: Tensor) -> None:
             gradient *= s**-0.5
             for bucket, sign in folds:
-                if forming.applies(rows):
+                if self._loops(rows):
                     forming.scatter(gradient, bucket, sign, rows)
                 else:
-                    rows.index_add_(1, bucket, gradient * sign)
+                    add_at(rows, bucket, gradient * sign)
 
         return project

@@ -56,18 +56,6 @@ def add_spectra(
     spectrum += torch.from_numpy(sums.sum(1))
 
 
-def as_outer(factors: Correlation) -> Outer:
-    """Return correlations as outer products of output gradients and patches (tap, input)."""
-    layer = Planes(factors)
-    padding = [p for n in reversed(layer.padding) for p in (n, n)]
-    d = factors.output_gradient.flatten(2).transpose(1, 2)
-    a = wide(factors.input)
-    a = F.pad(a if a.ndim == 4 else a[:, :, None], padding)
-    patches = F.unfold(a, layer.kernel_size, layer.dilation, 0, layer.stride)
-    patches = patches.unflatten(1, (-1, prod(layer.kernel_size)))  # [batch, in, taps, positions]
-    return Outer(d, patches.permute(0, 3, 2, 1).flatten(2))
-
-
 class _Side:
     def __init__(self, bucket: Tensor, sign: Tensor) -> None:
         self.bucket, self.sign = bucket.int().numpy(), sign.float().numpy()

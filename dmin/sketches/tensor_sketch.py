@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from dmin.layer_gradients import Correlation, GradientFactors, Outer, Sum
-from dmin.sketches import forming
-from dmin.sketches.base import Accumulator, Parameter, Parameters, Sketched
+from dmin.sketches import forming, gpu
+from dmin.sketches.base import Accumulator, Parameter, Parameters, Sketched, add_at
 from dmin.sketches.block_cyclic import BlockCyclic
 from dmin.sketches.bounds import moments, share_of_equal
 from dmin.sketches.hashing import key, signs, spread_words
-from dmin.sketches.spectra import add_spectra, as_outer
+from dmin.sketches.spectra import add_spectra
 
 if TYPE_CHECKING:
     from dmin.sketches.cpu_kernels import Fold
@@ -71,6 +71,8 @@ class TensorSketch(BlockCyclic):
     # Nanoseconds an elementary step takes one CPU core: a position's transforms (for each k log k)
     # and the counting of a row or column, an entry's multiplication at a position, its folding.
     TRANSFORM, COUNT, FORM, FOLD = 0.2, 1.0, 0.008, 0.8
+    # The same of a GPU in half precision, computed from an H200's figures (docs/performance.md).
+    ON_GPU = 5e-4, 0.0, 3e-6, 2.5e-3
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class TensorSketch(BlockCyclic):
     def bind(self, parameters: Parameters) -> Self:
         """Return this sketch for the parameters of one model."""
         bound = super().bind(parameters)
-        bound._sides = {}
+        bound._sides, bound._sent = {}, {}
         return bound
 
     def describe(self) -> dict[str, Any]:
@@ -121,14 +123,27 @@ class TensorSketch(BlockCyclic):
         parts = factors.parts if isinstance(factors, Sum) else [factors]
         transformed = self.tensor_sketched(parameter) and all(map(_transforms, parts))
         positions = sum(map(_positions, parts)) if transformed else 0
-        if not transformed or not self._transforms_are_cheaper(parameter.shape, positions):
-            super().add(state, name, factors)
+        on_gpu, triton = state.values.is_cuda, self._triton(state.values)
+        if not transformed or not self._transforms_are_cheaper(parameter.shape, positions, on_gpu):
+            if triton and self.tensor_sketched(parameter):
+                rows = state.values[:, parameter.group]
+                sides = self._sides_on(parameter, rows.device)
+                gpu.fold_tensor_sketch(factors, parameter.shape, sides, rows, state.budget)
+            else:
+                super().add(state, name, factors)
             return
         assert isinstance(state, SpectralAccumulator)
+        spectrum = state.spectrum[:, parameter.group]
         for part in parts:
-            if forming.applies(state.values):
+            if triton:
+                outer = gpu.as_product(part)
+                assert outer is not None
+                gpu.add_spectra(
+                    outer, self._sides_on(parameter, spectrum.device), self.dim, spectrum
+                )
+            elif self._loops(state.values):
                 hashes = self._hashes(parameter, torch.device("cpu"))
-                add_spectra(part, *hashes, self.dim, state.spectrum[:, parameter.group])
+                add_spectra(part, *hashes, self.dim, spectrum)
             else:
                 self._add(state, parameter, part)
 
@@ -176,10 +191,22 @@ class TensorSketch(BlockCyclic):
         self._sides[parameter.name, device] = sides[0], sides[1]
         return sides[0], sides[1]
 
-    def _transforms_are_cheaper(self, shape: tuple[int, ...], positions: int) -> bool:
+    def _transforms_are_cheaper(
+        self, shape: tuple[int, ...], positions: int, on_gpu: bool = False
+    ) -> bool:
+        cpu = self.TRANSFORM, self.COUNT, self.FORM, self.FOLD
+        transform, count, form, fold = self.ON_GPU if on_gpu else cpu
         entries, sides = prod(shape), shape[0] + prod(shape[1:])
-        position = self.TRANSFORM * self.dim * log2(self.dim) + self.COUNT * sides
-        return positions * position < entries * (self.FORM * positions + self.FOLD)
+        position = transform * self.dim * log2(self.dim) + count * sides
+        return positions * position < entries * (form * positions + fold)
+
+    def _sides_on(self, parameter: Parameter, device: torch.device) -> gpu.Sides:
+        """Return the map for a GPU: made on the CPU, sent once, kept."""
+        kept = parameter.name, device
+        if kept not in self._sent:
+            hashes = self._hashes(parameter, torch.device("cpu"))
+            self._sent[kept] = gpu.sides(*hashes, self.dim, device)
+        return self._sent[kept]
 
     def _add(
         self, state: SpectralAccumulator, parameter: Parameter, factors: GradientFactors
@@ -194,7 +221,7 @@ class TensorSketch(BlockCyclic):
         for first in range(0, factors.batch, max(1, rows // step)):
             examples = slice(first, first + max(1, rows // step))
             some = factors[examples]
-            outer = as_outer(some) if isinstance(some, Correlation) else some
+            outer = some.as_outer() if isinstance(some, Correlation) else some
             assert isinstance(outer, Outer)
             for start in range(0, positions, step):
                 d = outer.output_gradient[:, start : start + step].to(state.values.dtype)
@@ -203,11 +230,14 @@ class TensorSketch(BlockCyclic):
                 right = torch.fft.rfft(self._count(a * column_sign.to(a.dtype), column))
                 spectrum[examples] += left.mul_(right).sum(1)
 
+    _sent: dict[tuple[str, torch.device], gpu.Sides]
     _sides: dict[tuple[str, torch.device], tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]
 
     def _count(self, x: Tensor, bucket: Tensor) -> Tensor:
         """Return the count sketch ``[batch, positions, k]`` of signed entries."""
-        return x.new_zeros(*x.shape[:-1], self.dim).index_add_(-1, bucket, x)
+        counted = x.new_zeros(*x.shape[:-1], self.dim)
+        add_at(counted.view(-1, self.dim), bucket, x.flatten(0, -2))
+        return counted
 
 
 def _transforms(factors: GradientFactors) -> bool:
