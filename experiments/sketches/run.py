@@ -45,7 +45,8 @@ from dmin.timesteps import Stratified
 CACHE, HERE = Path("outputs/sketches"), Path(__file__).parent
 TRAIN, QUERIES, TIMESTEPS, TOP, BLOCK = 240, 16, 4, 100, 16
 DIMS = [2**n for n in range(8, 17)]
-SEEDS = 2
+SEEDS = 3
+GAUSSIAN = 4096, 1024  # the largest k, and how much of it is drawn at once: 3 to 4 GB
 
 
 class IndependentTensorSketch(TensorSketch):
@@ -90,15 +91,23 @@ class World:
             self.model, sketch, Stratified(TIMESTEPS), microbatch=BLOCK * TIMESTEPS
         )
 
-    def unit_rows(self, sketch: Sketch) -> Iterator[Tensor]:
-        """Yield unit rows ``[T, n, k]`` of blocks of examples, queries last."""
+    def blocks(self, sketch: Sketch) -> Iterator[Tensor]:
+        """Yield the rows ``[T, n, k]`` of blocks of examples, queries last."""
         collector = self.collector(sketch)
         for start in range(0, len(self.x0), BLOCK):
             part = slice(start, start + BLOCK)
             condition = {name: value[part] for name, value in self.condition.items()}
             found = collector.features(self.x0[part], condition, self.ids[part])
-            rows = found.values["loss"][:, 0, :, 0].transpose(0, 1)
-            yield torch.nn.functional.normalize(rows, dim=-1)
+            yield found.values["loss"][:, 0, :, 0].transpose(0, 1)
+
+    def rows(self, family: str, dim: int, seed: int) -> Tensor:
+        """Return the rows ``[T, n, k]`` of all examples, queries last."""
+        if family != "gaussian":
+            return torch.cat(list(self.blocks(FAMILIES[family](dim, seed))), 1)
+        # Rows of a Gaussian matrix are independent: many are drawn and multiplied piece by piece.
+        step = min(dim, GAUSSIAN[1])
+        pieces = [Gaussian(step, 1000 * seed + n, 1 << 33) for n in range(dim // step)]
+        return torch.cat([torch.cat(list(self.blocks(piece)), 1) for piece in pieces], 2)
 
 
 def exact_cosines(world: World) -> np.ndarray:
@@ -111,7 +120,8 @@ def exact_cosines(world: World) -> np.ndarray:
         condition = {name: value[last] for name, value in world.condition.items()}
         rows = collector.features(world.x0[last], condition, world.ids[last]).values["loss"]
         queries = torch.nn.functional.normalize(rows[:, 0, :, 0].transpose(0, 1), dim=-1)
-        for block in world.unit_rows(FullGradient()):
+        for block in world.blocks(FullGradient()):
+            block = torch.nn.functional.normalize(block, dim=-1)
             found.append(torch.einsum("tqp,tnp->tqn", queries, block))
         np.save(file, torch.cat(found, 2)[:, :, :TRAIN].numpy())
     return np.load(file)
@@ -145,22 +155,35 @@ def measure_rows(kind: str) -> None:
     exact = exact_cosines(world)
     file = CACHE / f"{kind}-errors.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
-    count = world.collector(FullGradient()).attributed.count
     for seed in range(SEEDS):
         for family, build in FAMILIES.items():
-            folds = build(DIMS[-1], seed).folds is not None  # one pass for all k
-            for dim in [DIMS[-1]] if folds else DIMS[::2]:
-                if f"{family} {dim} {seed}" in found or (
-                    4 * dim * count > 1 << 30 and "gau" in family
-                ):
+            for dims in passes(family, build(DIMS[-1], seed).folds is not None):
+                if all(f"{family} {dim} {seed}" in found for dim in dims):
                     continue
-                rows = torch.cat(list(world.unit_rows(build(dim, seed))), 1)
-                for small in DIMS if folds else [dim]:
-                    folded = rows.unflatten(-1, (-1, small)).sum(-2)
-                    name = f"{family} {small} {seed}"
-                    found[name] = errors(exact, cosines(folded))
+                rows = world.rows(family, dims[-1], seed)
+                for dim in dims:
+                    smaller = rows[..., :dim] if family == "gaussian" else folded(rows, dim)
+                    name = f"{family} {dim} {seed}"
+                    found[name] = errors(exact, cosines(smaller))
                     print(kind, name, found[name], flush=True)
-                file.write_text(json.dumps(found, indent=0))
+                save(found, file)
+
+
+def passes(family: str, folds: bool) -> list[list[int]]:
+    """Return the k that are had from each pass over the examples."""
+    if family == "gaussian":  # its first k rows are one of k
+        return [[dim for dim in DIMS if dim <= GAUSSIAN[0]]]
+    return [DIMS] if folds else [[dim] for dim in DIMS]
+
+
+def folded(rows: Tensor, dim: int) -> Tensor:
+    return rows.unflatten(-1, (-1, dim)).sum(-2)
+
+
+def save(found: dict[str, Any], file: Path) -> None:
+    part = file.with_suffix(".part")  # a run that is stopped leaves whole files
+    part.write_text(json.dumps(found, indent=0))
+    part.replace(file)
 
 
 def measure_time(kind: str, rounds: int = 5) -> None:
@@ -204,7 +227,7 @@ def measure_time(kind: str, rounds: int = 5) -> None:
             "ratio": float(np.median(ours / theirs)),
         }
         print(kind, name, found[name], flush=True)
-        file.write_text(json.dumps(found, indent=0))
+        save(found, file)
 
 
 def fits(family: str, dim: int, count: int) -> bool:
@@ -242,6 +265,7 @@ def table() -> list[dict[str, Any]]:
                         "k": dim,
                         "seeds": len(seeds),
                         **{m: f"{np.mean([s[m] for s in seeds]):.4f}" for m in seeds[0]},
+                        "rmse_spread": f"{np.std([s['rmse'] for s in seeds], ddof=1):.4f}",
                         "ms_a_gradient": f"{1e3 * timed['seconds']:.3f}" if timed else "",
                         "ratio_to_plain": f"{timed['ratio']:.2f}" if timed else "",
                         "stored_bytes": 2 * dim,
