@@ -43,6 +43,7 @@ class Collect:
     memory: int | None = None
     budget: int | None = None
     gradient_checkpointing: bool = False
+    kernels: Literal["auto", "triton", "torch"] = "auto"
     dtype: str = "float16"
     segment_bytes: int = 64 << 20
     seal_seconds: float = 60.0

@@ -141,6 +141,7 @@ class Workspace:
             memory=collect.memory,
             budget=collect.budget,
             gradient_checkpointing=collect.gradient_checkpointing,
+            kernels=collect.kernels,
         )
 
     def trainer(self) -> lightning.Trainer:

@@ -23,7 +23,7 @@ from dmin.errors import DminError
 from dmin.fingerprint import fingerprint
 from dmin.models.base import READOUTS, Condition, DiffusionModel, weights_digest
 from dmin.noise import Noise, SharedNoise
-from dmin.sketches import Auto, Grouping, Sketch, grouped
+from dmin.sketches import Auto, Grouping, Sketch, gpu, grouped
 from dmin.stopping import Stopped, StopSignals
 from dmin.store import Layout, Manifest, Progress, Rows, Share, Store, StoreWriter
 from dmin.timesteps import Schedule, Stratified
@@ -87,6 +87,9 @@ class GradientCollector(lightning.LightningModule):
         budget: bytes that per-example gradients may take at once; None chooses by device.
         gradient_checkpointing: recompute activations in backward, for less memory and more time,
             in networks that offer ``enable_gradient_checkpointing``.
+        kernels: how the sketch is evaluated, to the same numbers but for rounding: ``auto`` by
+            compiled loops on a CPU and by Triton on a GPU where it is installed, ``triton``, or
+            ``torch``: plain operations.
 
     Attributes:
         peak: the memory that the last collection took in this process.
@@ -109,6 +112,7 @@ class GradientCollector(lightning.LightningModule):
         memory: int | None = None,
         budget: int | None = None,
         gradient_checkpointing: bool = False,
+        kernels: gpu.Kernels = "auto",
     ) -> None:
         super().__init__()
         unknown = [name for name in readouts if name not in READOUTS]
@@ -120,7 +124,9 @@ class GradientCollector(lightning.LightningModule):
             raise DminError(f"microbatch={microbatch}: give auto, or a number of pairs from 1 up.")
         self.model = model
         self.attributed = grouped(choose_parameters(model.network, params), groups)
+        gpu.check(kernels)
         self.sketch = (sketch or Auto()).bind(self.attributed)
+        self.sketch.kernels = kernels
         schedule = (timesteps or Stratified()).bind(getattr(model, "log_snr", None))
         self.timesteps = schedule(model.ladder)
         self.noise = noise or SharedNoise()

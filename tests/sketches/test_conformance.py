@@ -290,6 +290,30 @@ def test_what_folds_does_so_by_residue(name, large, small):
     torch.testing.assert_close(residues(rows, small), folded)
 
 
+@pytest.mark.parametrize("wide", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", [name for name in SEEDED if folding(name)])
+def test_folded_rows_are_those_collected_at_the_smaller_k(name, wide, monkeypatch):
+    """From the factors of a real backward pass, however the map is evaluated at either k."""
+    torch.manual_seed(0)
+    network, x = Network().to(wide), torch.randint(7, (4, 5))
+    parameters = choose_parameters(network)
+    if name == "auto":  # its matrices are large ones here, its other parameters are not
+        assert build(name, from_size=36).bind(parameters).norm_kind == "sketch"
+
+    def collected(dim):
+        transforms = name == "auto" and dim == 64  # one from spectra, the other formed
+        monkeypatch.setattr(TensorSketch, "_transforms_are_cheaper", lambda *_: transforms)
+        settings = {"from_size": 36} if name == "auto" else {}
+        sketch = build(name, dim, **settings).bind(parameters)
+        with Capture(network, sketch) as capture:
+            return capture.backward(network(x).square().mean((1, 2))).values
+
+    large = collected(64)
+    for small in (32, 16, 8):
+        error = (residues(large, small) - collected(small)).norm()
+        assert error <= (1e-12 if wide == torch.float64 else 2e-6) * large.norm()
+
+
 @pytest.mark.parametrize("name", [name for name in SEEDED if not folding(name)])
 def test_what_does_not_declare_that_it_folds_does_not(name):
     rows = build(name, 64).bind(ALL).of(gradients(3))
