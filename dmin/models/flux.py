@@ -80,6 +80,11 @@ class Flux(Captioned, LatentFlow):
         unpacked: Tensor = pipeline._unpack_latents(prediction, height, width, 1)
         return unpacked
 
+    def _unpacked(self, latents: Tensor, images: Tensor) -> Tensor:
+        size = images.shape[-2:]
+        unpacked: Tensor = self.pipeline._unpack_latents(latents, *size, self.vae_factor)
+        return unpacked
+
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
         asked = {"max_sequence_length": self.max_sequence_length}
         return {**super()._sampling(prompts), **asked}

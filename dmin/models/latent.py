@@ -32,6 +32,7 @@ from dmin.models.checkpoint import (
     say_once,
     without_adapter,
 )
+from dmin.models.estimates import recorded
 from dmin.models.noising import Denoising, Flow
 from dmin.models.settings import name_settings
 
@@ -244,13 +245,25 @@ class LatentDiffusion(DiffusionModel):
     def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int = 50) -> Tensor:
         """Generate by the pipeline itself, with its scheduler and a generator for each image."""
         with self._encoders_with_network():
-            images = self.pipeline(
+            images: Tensor = self.pipeline(
                 **self._sampling(prompts),
                 generator=noise_generators(seeds),
                 num_inference_steps=steps,
                 output_type="pt",
             ).images
         return images.float().clamp(0, 1)
+
+    @torch.no_grad()
+    def journey(
+        self, prompts: Sequence[Any], seeds: Sequence[int], steps: int, states: int
+    ) -> Tensor:
+        """Return the pipeline's estimates of the clean latents on the way, decoded."""
+        with recorded(self.pipeline.scheduler, states) as kept, self._encoders_with_network():
+            last = self.sample(prompts, seeds, steps)
+            # With guidance, some pipelines have the states twice over.
+            estimates = [self._unpacked(state[: len(prompts)], last) for state in kept]
+            decoded = [vae.decode(self.pipeline.vae, state) for state in estimates]
+        return torch.stack(decoded).to(last.device)
 
     def log_snr(self, timesteps: Sequence[float]) -> list[float]:
         """Return the log signal-to-noise ratio at each timestep."""
@@ -311,6 +324,10 @@ class LatentDiffusion(DiffusionModel):
     def _sizes(self, batch: Mapping[str, Any]) -> Condition:
         """Return conditions that come from the images' sizes, one row an image."""
         return {}
+
+    def _unpacked(self, latents: Tensor, images: Tensor) -> Tensor:
+        """Return latents as the VAE has them, of those of the sampler and what they became."""
+        return latents
 
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that tell what to generate."""

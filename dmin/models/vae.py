@@ -62,6 +62,18 @@ def scale(z: Tensor, config: Any) -> Tensor:
     return (z - shift) * factor
 
 
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Return the images ``[batch, C, H, W]`` in [0, 1] of scaled latents, on the CPU."""
+    image = vae.decode(unscale(latents.float(), vae.config).to(next(vae.parameters()))).sample
+    return ((image.float().cpu() + 1) / 2).clamp(0, 1)
+
+
+def unscale(z: Tensor, config: Any) -> Tensor:
+    """Return latents as the autoencoder has them: the inverse of :func:`scale`."""
+    zero, one = (scale(torch.full((1, z.shape[1], 1, 1), x).to(z), config) for x in (0.0, 1.0))
+    return (z - zero) / (one - zero)
+
+
 def factor(vae: Any) -> int:
     """Return how many pixels one latent pixel stands for, in each direction."""
     stages = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
