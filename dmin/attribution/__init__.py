@@ -1,6 +1,7 @@
 """Attribution methods: stores in, scores and rankings out."""
 
 from dmin.attribution.base import ExampleBlock, Method, Requires, Side
+from dmin.attribution.blend import Blend
 from dmin.attribution.checkpoints import GAS, DTRAKEnsemble, OverCheckpoints, TracIn, TRAKEnsemble
 from dmin.attribution.das import DAS
 from dmin.attribution.datainf import DataInf
@@ -12,7 +13,7 @@ from dmin.attribution.inverse_hessian import CG, Arnoldi, LiSSA
 from dmin.attribution.likeness import SSIM, GaussianKernel
 from dmin.attribution.merge import merged
 from dmin.attribution.pixel import PixelCosine, PixelL2
-from dmin.attribution.popularity import Popularity
+from dmin.attribution.popularity import Popularity, TrainingLoss
 from dmin.attribution.random import Random
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.retrieval import (
@@ -38,6 +39,7 @@ __all__ = [
     "TRAK",
     "Approximate",
     "Arnoldi",
+    "Blend",
     "Certified",
     "DMin",
     "DMinUnnormalised",
@@ -67,6 +69,7 @@ __all__ = [
     "TRAKEnsemble",
     "TopK",
     "TracIn",
+    "TrainingLoss",
     "Unlearning",
     "ZSum",
     "merged",

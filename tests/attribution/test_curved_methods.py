@@ -13,6 +13,7 @@ from dmin.attribution import (
     DTRAK,
     SSIM,
     TRAK,
+    Blend,
     DataInf,
     DMin,
     GaussianKernel,
@@ -23,6 +24,7 @@ from dmin.attribution import (
     Side,
     Spectral,
     SpectralEnergy,
+    TrainingLoss,
     ZSum,
     retrieve,
     score_matrix,
@@ -49,6 +51,8 @@ METHODS = [
     DAS(),
     DAS(leverage=False),
     DataInf(),
+    Blend(SharpEnergy(), DAS(100.0, leverage=False), share=0.3),
+    TrainingLoss(),
     GaussianKernel(),
     SSIM(0.5),
 ]
@@ -120,6 +124,13 @@ def spectral(method, queries, train):
 
 def by_hand(method, queries, train):
     """Each method's formula with the matrix written out and inverted."""
+    if isinstance(method, Blend):
+        parts = zip((1.0, 0.3), method.methods, strict=True)
+        found = [(share, by_hand(part, queries, train)) for share, part in parts]
+        return sum(share * x / x.std(1, keepdims=True) for share, x in found)
+    if isinstance(method, TrainingLoss):
+        losses = train.store.losses().astype(np.float64)
+        return np.tile((losses / losses.mean(0)).mean(1).sum(1), (len(queries), 1))
     if isinstance(method, ZSum):
         plain, other = spectral(Spectral(p=0), queries, train), spectral(method, queries, train)
         return sum(x.sum(2) / x.sum(2).std(1, keepdims=True) for x in (plain, other))
@@ -225,7 +236,7 @@ def test_scores_do_not_depend_on_the_blocks(sides, method, rows):
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_contributions_add_up_to_the_scores(sides, method):
     found = retrieve(*sides, method, k=4)
-    splits = isinstance(method, DMin | DAS | DataInf) or type(method) in (TRAK, DTRAK)
+    splits = isinstance(method, DMin | DAS | DataInf | Blend) or type(method) in (TRAK, DTRAK)
     assert (found.contributions is not None) == splits
     if splits:
         assert np.allclose(found.contributions.sum(-1), found.scores, rtol=1e-4, atol=1e-6)
@@ -308,8 +319,9 @@ def test_settings_out_of_range_are_refused(sides):
         Spectral().at(float("inf"), 1)
     with pytest.raises(DminError, match="p=nan"):
         Spectral(p=float("nan"))
-    with pytest.raises(DminError, match="sample=1"):
-        ZSum(sample=1)
+    for wrong in (lambda: ZSum(sample=1), lambda: Blend(DMin(), DAS(), sample=1)):
+        with pytest.raises(DminError, match="sample=1"):
+            wrong()
     with pytest.raises(DminError, match="sharpness=0"):
         SharpEnergy(sharpness=0)
     with pytest.raises(DminError, match="window of 23"):
