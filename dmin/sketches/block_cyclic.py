@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmin.errors import DminError
-from dmin.layer_gradients import GradientFactors
+from dmin.layer_gradients import Dense, GradientFactors
 from dmin.sketches import forming, gpu
 from dmin.sketches.base import Accumulator, FoldedSketch, Parameter, Parameters
 from dmin.sketches.hashing import hash_words, key, signs
@@ -68,6 +68,10 @@ class BlockCyclic(FoldedSketch):
             blocks, sign = self._sorted_blocks(parameter, values.device), self._key(name, "sign")
             whole = factors, parameter.shape, blocks, self.block, sign
             gpu.fold_blocks(*whole, values, norms, state.budget)
+        elif self._loops(values) and len(parameter.shape) < 2 and isinstance(factors, Dense):
+            gradient = factors.gradient.reshape(factors.batch, -1)
+            keys = self._key(name, "sign"), self._key(name, "offset")
+            forming.fold_vectors(gradient, keys, self.block, values, norms)
         elif self._loops(values):
             map_ = self.kernel_map(parameter)
             forming.fold_factors(factors, parameter.shape, map_, values, norms, state.budget)

@@ -6,23 +6,20 @@ order: the result is the same to the bit for any number of threads.
 
 from __future__ import annotations
 
-import itertools
-import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, cached_property
+from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dmin.layer_gradients import Correlation, Dense, GradientFactors, Outer, Sum, wide
+from dmin.layer_gradients import Correlation, Dense, GradientFactors, Outer, Sum
+from dmin.sketches.layouts import Layout, Planes, Tokens, kernels
+from dmin.sketches.threads import in_threads
 
 if TYPE_CHECKING:
-    from dmin.sketches.cpu_kernels import Fold, Walk
+    from dmin.sketches.cpu_kernels import Fold
 
 PARTS = 4  # of an example's rows, where there are fewer examples, …
 PART = 1 << 15  # … if a part has so many entries
@@ -77,68 +74,115 @@ def fold_factors(
         budget: bytes that formed gradients or packed factors may take at once.
     """
     measure = norms is not None
+    # The loops are compiled for rows that lie side by side: those of a single group.
+    sums = rows if rows.is_contiguous() else torch.zeros(rows.shape)
+    work = _Work(as_matrices(shape), fold, sums.numpy(), np.zeros(len(rows), np.float32), measure)
     layouts = _layouts(factors, measure)
-    # So few examples that threads share them: the parts are added up in order at the end.
-    shared = factors.batch < PARTS and prod(shape) >= PARTS * PART
-    parts = PARTS if layouts is not None and shared else 1
-    total = np.zeros((factors.batch, parts, fold.length), np.float32)
-    squares = np.zeros((factors.batch, parts), np.float32)
     if layouts is None:
-        _fold_dense(factors, shape, fold, total[:, 0], squares[:, 0], measure, budget)
+        _fold_dense(factors, shape, work, budget)
+    elif factors.batch < PARTS and prod(shape) >= PARTS * PART:
+        _fold_in_parts(layouts, work)
     else:
-        _, out, width = as_matrices(shape)
         for layout in layouts:
-            group = max(torch.get_num_threads(), budget // layout.bytes)
-            for start in range(0, factors.batch, group):
-                some = slice(start, start + group)
-                _fold_packed(layout, start, (out, width), fold, total[some], squares[some], measure)
-    kernels().wrap(total, rows.numpy())
+            _fold_examples(layout, work, budget)
+    if sums is not rows:
+        rows += sums
     if norms is not None:
-        norms += torch.from_numpy(squares.sum(1))
+        norms += torch.from_numpy(work.squares)
 
 
-def _fold_packed(
-    layout: _Layout,
-    start: int,
-    shape: tuple[int, int],
-    fold: Fold,
-    total: np.ndarray,
-    squares: np.ndarray,
-    measure: bool,
+class _Work(NamedTuple):
+    """What is folded, and where to."""
+
+    shape: tuple[int, int, int]  # taps, out, in
+    fold: Fold
+    rows: np.ndarray  # [batch, k], to which gradients are added
+    squares: np.ndarray  # [batch], to which squared norms are added
+    measure: bool  # whether they are
+
+
+def _fold_examples(layout: Layout, work: _Work, budget: int) -> None:
+    """Fold a layer call; each thread takes some of the examples at once."""
+    _, out, width = work.shape
+    threads = torch.get_num_threads()
+    group = threads * max(1, budget // (threads * layout.bytes))  # that are copied at once
+    for start in range(0, len(work.rows), group):
+        examples = slice(start, start + group)
+        d, a = layout.arrays(examples)
+        rows, squares = work.rows[examples], work.squares[examples]
+        step = -(-len(d) // threads)
+
+        def some(
+            i: int,
+            step: int = step,
+            d: np.ndarray = d,
+            a: np.ndarray = a,
+            rows: np.ndarray = rows,
+            squares: np.ndarray = squares,
+        ) -> None:
+            own = slice(i * step, (i + 1) * step)
+            into = out, width, work.fold, rows[own], squares[own], work.measure
+            layout.fold(d[own], a[own], *layout.settings, *into)
+
+        in_threads(-(-len(d) // step), some)
+
+
+def _fold_in_parts(layouts: Sequence[Layout], work: _Work) -> None:
+    """Fold layer calls of so few examples that threads share one; parts are added up in order."""
+    _, out, width = work.shape
+    batch = len(work.rows)
+    for layout in layouts:
+        total = np.zeros((batch, PARTS, work.fold.length), np.float32)
+        squares = np.zeros((batch, PARTS), np.float32)
+        packed: list[Any] = [None] * batch
+
+        def pack(i: int, layout: Layout = layout, packed: list[Any] = packed) -> None:
+            packed[i] = layout.pack(i)
+
+        def part(
+            i: int,
+            layout: Layout = layout,
+            packed: list[Any] = packed,
+            total: np.ndarray = total,
+            squares: np.ndarray = squares,
+        ) -> None:
+            e, p = divmod(i, PARTS)
+            panels = len(packed[e][0])
+            which = panels * p // PARTS, panels * (p + 1) // PARTS
+            into = out, width, work.fold, *which, total[e, p], work.measure
+            squares[e, p] = layout.of_part(*packed[e], *into)
+
+        in_threads(batch, pack)
+        in_threads(batch * PARTS, part)
+        kernels().add_parts(total, work.rows)
+        np.add(work.squares, squares.sum(1), out=work.squares)
+
+
+def fold_vectors(
+    gradient: Tensor,
+    keys: tuple[int, int],
+    block: int,
+    rows: Tensor,
+    norms: Tensor | None,
 ) -> None:
-    """Fold some examples, from the start-th on, into totals and squares ``[examples, parts]``."""
-    parts = total.shape[1]
-    packed: list[Any] = [None] * len(total)
+    """Add the folded gradients of a small vector to the rows of a batch, block-cyclic.
 
-    def pack(i: int) -> None:
-        packed[i] = layout.pack(start + i)
-
-    def work(i: int) -> None:
-        example, part = i // parts, i % parts
-        panels = len(packed[example][0])
-        panels_of_part = panels * part // parts, panels * (part + 1) // parts
-        squares[example, part] += layout.kernel(
-            *packed[example], *shape, fold, *panels_of_part, total[example, part], measure
-        )
-
-    if parts == 1:  # one call for several examples
-        step = max(1, len(total) // (2 * torch.get_num_threads()))
-
-        def several(i: int) -> None:
-            some = slice(i * step, (i + 1) * step)
-            layout.fold(
-                slice(start + i * step, start + min((i + 1) * step, len(total))),
-                *shape,
-                fold,
-                total[some, 0],
-                squares[some, 0],
-                measure,
-            )
-
-        in_threads(-(-len(total) // step), several)
-    else:
-        in_threads(len(total), pack)
-        in_threads(len(total) * parts, work)
+    Args:
+        gradient: ``[batch, P]``.
+        keys: of the signs and of the offsets.
+        block: b.
+        rows: as for :func:`fold_factors`.
+        norms: likewise.
+    """
+    measure = norms is not None
+    sums = rows if rows.is_contiguous() else torch.zeros(rows.shape)
+    squares = np.zeros(len(rows), np.float32)
+    numbers = gradient.detach().float().contiguous().numpy()
+    kernels().fold_vectors(numbers, *keys, block, sums.numpy(), squares, measure)
+    if sums is not rows:
+        rows += sums
+    if norms is not None:
+        norms += torch.from_numpy(squares)
 
 
 def block_cyclic(sign: int, words: int, offset: int, blocks: int, dim: int, block: int) -> Fold:
@@ -187,47 +231,8 @@ def scatter(gradient: Tensor, bucket: Tensor, sign: Tensor, values: Tensor) -> N
     in_threads(len(gradient), work)
 
 
-def in_threads(count: int, work: Callable[[int], None]) -> None:
-    """Call ``work(0) … work(count − 1)``, in as many threads as torch may use."""
-    threads = min(torch.get_num_threads(), count)
-    numbers = itertools.count()
-
-    def drain() -> None:
-        while (i := next(numbers)) < count:
-            work(i)
-
-    helpers = [_pool(os.getpid(), threads).submit(drain) for _ in range(threads - 1)]
-    try:
-        drain()
-    finally:
-        for helper in helpers:
-            helper.result()
-
-
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Return the threads that stand ready; a forked process has its own."""
-    return ThreadPoolExecutor(threads, "dmin-fold")
-
-
-@cache
-def kernels() -> Any:
-    """Return the compiled loops, imported when first needed: that takes a second."""
-    from dmin.sketches import cpu_kernels
-
-    return cpu_kernels
-
-
-def _fold_dense(
-    factors: GradientFactors,
-    shape: Sequence[int],
-    fold: Fold,
-    total: np.ndarray,
-    squares: np.ndarray,
-    measure: bool,
-    budget: int,
-) -> None:
-    """Have torch form the gradients, and fold them into totals and squares of the examples."""
+def _fold_dense(factors: GradientFactors, shape: Sequence[int], work: _Work, budget: int) -> None:
+    """Have torch form the gradients, and fold them."""
     loops, size = kernels(), prod(shape)
     step = max(1, budget // max(4, 4 * size))
     for start in range(0, factors.batch, step):
@@ -235,18 +240,19 @@ def _fold_dense(
         formed = part.gradient if isinstance(part, Dense) else part.dense()
         gradient = taps_first(formed.detach().float(), shape).numpy()
 
-        def work(i: int, n: int = 1, start: int = start, gradient: Any = gradient) -> None:
-            some = slice(start + i, start + i + n)
-            loops.fold_formed(gradient[i : i + n], fold, total[some], squares[some], measure)
+        def some(i: int, n: int = 1, start: int = start, gradient: np.ndarray = gradient) -> None:
+            own = slice(start + i, start + i + n)
+            into = work.fold, work.rows[own], work.squares[own], work.measure
+            loops.fold_formed(gradient[i : i + n], *into)
 
         if size < PART:
-            work(0, len(gradient))
+            some(0, len(gradient))
         else:
-            in_threads(len(gradient), work)
-        del gradient, formed, part  # before the next slice is formed: there is one at a time
+            in_threads(len(gradient), some)
+        del gradient, formed, part, some  # before the next slice is formed: one at a time
 
 
-def _layouts(factors: GradientFactors, measure: bool) -> list[_Layout] | None:
+def _layouts(factors: GradientFactors, measure: bool) -> list[Layout] | None:
     """Return how factors are packed for the kernels, or None if they must be formed by torch."""
     parts = factors.parts if isinstance(factors, Sum) else [factors]
     outer = [part for part in parts if isinstance(part, Outer)]
@@ -254,159 +260,8 @@ def _layouts(factors: GradientFactors, measure: bool) -> list[_Layout] | None:
         if measure and len(parts) > 1:  # a norm is that of the sum: positions of all calls at once
             d = torch.cat([part.output_gradient for part in outer], 1)
             outer = [Outer(d, torch.cat([part.input for part in outer], 1))]
-        return [_Tokens(part) for part in outer]
+        return [Tokens(part) for part in outer]
     if measure and len(parts) > 1:
         return None
     planes = [part for part in parts if isinstance(part, Correlation) and Planes.serves(part)]
     return [Planes(part) for part in planes] if len(planes) == len(parts) else None
-
-
-class _Layout(ABC):
-    """Packs one layer call's factors, example by example."""
-
-    kernel: Any
-    bytes: int
-
-    @abstractmethod
-    def pack(self, example: int) -> Sequence[Any]:
-        """Return the packed factors of an example: the kernel's first arguments."""
-
-    @abstractmethod
-    def fold(self, examples: slice, *rest: Any) -> None:
-        """Pack, form and fold some examples; the rest is what the kernel takes last."""
-
-    def _panels(self, channels: int, panel: int) -> int:
-        return -(-channels // panel)
-
-
-class _Tokens(_Layout):
-    """Outer products: channels lie side by side in memory."""
-
-    def __init__(self, factors: Outer) -> None:
-        self.factors = factors
-        self._both = factors.output_gradient, factors.input
-        self.kernel = kernels().form_and_fold
-        self.bytes = 4 * (factors.output_gradient[0].numel() + factors.input[0].numel())
-
-    @cached_property
-    def walk(self) -> Walk:
-        positions = self.factors.input.shape[1]
-        return kernels().Walk(1, positions, 0, 1, np.zeros(1, np.int64))
-
-    def pack(self, example: int) -> Sequence[Any]:
-        loops, packed = kernels(), []
-        for x, panel in (
-            (self.factors.output_gradient, loops.ROWS),
-            (self.factors.input, loops.COLUMNS),
-        ):
-            one = wide(x[example]).numpy()
-            out = np.zeros((self._panels(one.shape[1], panel), len(one), panel), np.float32)
-            loops.pack_rows(one, out)
-            packed.append(out)
-        return *packed, self.walk
-
-    def fold(self, examples: slice, *rest: Any) -> None:
-        d, a = (wide(x[examples]).numpy() for x in self._both)
-        kernels().fold_tokens(d, a, self.walk, *rest)
-
-
-class Planes(_Layout):
-    """Correlations in one or two dimensions: positions lie side by side in memory."""
-
-    @staticmethod
-    def serves(factors: Correlation) -> bool:
-        """Return whether a convolution is one of these."""
-        layer = factors.layer
-        return type(layer) in (nn.Conv1d, nn.Conv2d) and layer.groups == 1
-
-    def __init__(self, factors: Correlation, transform: bool = True) -> None:
-        loops = kernels()
-        self.factors = factors
-        layer = factors.layer
-        self.kernel_size = _plane(layer.kernel_size)
-        self.stride = _plane(layer.stride)
-        self.dilation = _plane(layer.dilation)
-        self.padding = _plane(factors.padding, 0)
-        self.positions = _plane(factors.output_gradient.shape[2:])
-        size = prod(self.positions)
-        self.tiles = [-(-n // loops.TILE) for n in self.positions]
-        simple = (self.kernel_size, self.stride, self.dilation) == ((3, 3), (1, 1), (1, 1))
-        transformed = loops.PRODUCTS * prod(self.tiles) + loops.TRANSFORM_COST
-        self.transforms = transform and simple and transformed < 9 * size
-        if self.transforms:
-            self.kernel = loops.form_transformed_and_fold
-            height, width = (loops.TILE * n for n in self.tiles)
-            self.d_size, self.a_size = (height, width), (height + 2, width + 2)
-        else:
-            self.kernel = loops.form_and_fold
-            self.d_size = self.positions
-            reach = zip(self.positions, self.stride, self.kernel_size, self.dilation, strict=True)
-            height, width = ((n - 1) * s + (k - 1) * d + 1 for n, s, k, d in reach)
-            self.a_size = height, width
-        channels = factors.output_gradient.shape[1] + factors.input.shape[1]
-        self.bytes = 4 * channels * prod(self.a_size) * (4 if self.transforms else 1)
-
-    @property
-    def borders(self) -> list[int]:
-        """Zeros around the inputs, as ``F.pad`` wants them; negative where some are not needed."""
-        top, left = self.padding
-        height, width = _plane(self.factors.input.shape[2:])
-        (down, across), (up, before) = self.a_size, (top, left)
-        return [before, across - width - before, up, down - height - up]
-
-    @cached_property
-    def walk(self) -> Walk:
-        """Which pixel lies under which position."""
-        (lines, length), width = self.positions, self.a_size[1]
-        down, across = self.dilation
-        starts = [
-            i * down * width + j * across
-            for i in range(self.kernel_size[0])
-            for j in range(self.kernel_size[1])
-        ]
-        step, line_step = self.stride[1], self.stride[0] * width
-        return kernels().Walk(lines, length, line_step, step, np.array(starts))
-
-    def pack(self, example: int) -> Sequence[Any]:
-        """Return the packed factors of an example: the kernel's first arguments."""
-        loops = kernels()
-        d = _image(self.factors.output_gradient[example])
-        a = _image(self.factors.input[example])
-        panels_d = self._panels(len(d), loops.ROWS)
-        packed_d = _with_slack(panels_d, *self.d_size, loops.ROWS)
-        panels_a = self._panels(len(a), loops.COLUMNS)
-        packed_a = _with_slack(panels_a, *self.a_size, loops.COLUMNS)
-        loops.pack(d, 0, 0, packed_d)
-        loops.pack(a, *self.padding, packed_a)
-        if not self.transforms:
-            d_panels = packed_d.reshape(panels_d, -1, loops.ROWS)
-            return d_panels, packed_a.reshape(panels_a, -1, loops.COLUMNS), self.walk
-        tiles = prod(self.tiles)
-        transformed_d = _with_slack(panels_d, loops.PRODUCTS, tiles + 1, loops.ROWS)
-        transformed_a = np.empty((panels_a, loops.PRODUCTS, tiles, loops.COLUMNS), np.float32)
-        loops.transform_gradient(packed_d, transformed_d)
-        loops.transform_input(packed_a, transformed_a)
-        return transformed_d, transformed_a
-
-    def fold(self, examples: slice, *rest: Any) -> None:
-        """Pack, form and fold some examples; the rest is what the kernel takes last."""
-        both = self.factors.output_gradient[examples], self.factors.input[examples]
-        d, a = (wide(x if x.ndim == 4 else x[:, :, None]).contiguous().numpy() for x in both)
-        sizes = self.padding, self.d_size, self.a_size
-        kernels().fold_planes(d, a, *sizes, self.transforms, self.walk, *rest)
-
-
-def _with_slack(*shape: int) -> np.ndarray:
-    """Return zeros with room for one vector more behind them."""
-    size = prod(shape)
-    return np.zeros(size + kernels().WIDTH, np.float32)[:size].reshape(shape)
-
-
-def _plane(sizes: Sequence[int], missing: int = 1) -> tuple[int, int]:
-    """Return two sizes: those of one dimension are those of a plane of a single line."""
-    return (missing, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
-
-
-def _image(x: Tensor) -> np.ndarray:
-    """Return one example's channels as planes."""
-    return wide(x if x.ndim == 3 else x[:, None]).contiguous().numpy()

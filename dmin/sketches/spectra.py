@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmin.layer_gradients import Correlation, GradientFactors, Outer, wide
-from dmin.sketches.forming import Planes, in_threads, kernels
+from dmin.sketches.layouts import Planes, kernels
+from dmin.sketches.threads import in_threads
 
 CHUNK = 64  # positions; fixed, so that sums round the same for any number of threads
 

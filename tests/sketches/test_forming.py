@@ -9,8 +9,9 @@ from torch import nn
 
 from dmin.capture import Capture, choose_parameters
 from dmin.layer_gradients import Outer
-from dmin.sketches import BlockCyclic, Parameter, Parameters, TensorSketch, forming
+from dmin.sketches import BlockCyclic, Parameter, Parameters, TensorSketch
 from dmin.sketches.hashing import hash_words
+from dmin.sketches.threads import in_threads
 
 K = 512
 LAYERS = {
@@ -99,13 +100,21 @@ def test_rows_are_the_same_to_the_bit_for_any_number_of_threads(batch):
             assert torch.equal(rows(), expected)
 
 
-def test_work_that_fails_in_a_thread_is_not_lost():
+@pytest.mark.parametrize("openmp", [True, False])
+def test_work_that_fails_in_a_thread_is_not_lost(openmp, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr("dmin.sketches.threads._openmp", lambda: None)
+
     def work(i):
         if i == 3:
             raise ValueError("three")
 
-    with threads(2), pytest.raises(ValueError, match="three"):
-        forming.in_threads(8, work)
+    done = []
+    with threads(2):
+        in_threads(8, done.append)
+        with pytest.raises(ValueError, match="three"):
+            in_threads(8, work)
+    assert sorted(done) == list(range(8))
 
 
 def test_the_kernels_hash_as_torch_does():

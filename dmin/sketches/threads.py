@@ -1,0 +1,77 @@
+"""Work shared out over torch's own threads.
+
+Between two operations torch's threads do not sleep: they turn in a loop for milliseconds, waiting
+for the next. Threads of our own would have to share their cores (on two, folding in a pool of
+threads was no faster than in one). So OpenMP is asked for those that torch computes with, by the
+entry that compiled code uses; where the runtime lacks it, a pool of threads has to do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    """Call ``work(0) … work(count − 1)``, in as many threads as torch may use.
+
+    Args:
+        count: number of calls.
+        work: is to spend its time in compiled loops, which do not hold Python's lock.
+    """
+    threads = torch.get_num_threads()
+    if min(threads, count) < 2:
+        for i in range(count):
+            work(i)
+        return
+    numbers = itertools.count()
+    errors: list[BaseException] = []
+
+    def drain(_: Any = None) -> None:
+        try:
+            while (i := next(numbers)) < count and not errors:
+                work(i)
+        except BaseException as error:  # nothing may be raised into compiled code
+            errors.append(error)
+
+    parallel = _openmp()
+    if parallel is not None:
+        # All of torch's threads: another number would have some end and new ones begin.
+        parallel(_BODY(drain), None, threads, 0)
+    else:
+        helpers = [_pool(os.getpid(), threads).submit(drain) for _ in range(threads - 1)]
+        drain()
+        for helper in helpers:
+            helper.result()
+    if errors:
+        raise errors[0]
+
+
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@cache
+def _openmp() -> Callable[[Any, None, int, int], None] | None:
+    """Return ``GOMP_parallel`` of the runtime that torch itself is linked with, if it has one."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        parallel = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Return the threads that stand ready; a forked process has its own."""
+    return ThreadPoolExecutor(threads, "dmin-fold")
