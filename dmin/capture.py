@@ -185,8 +185,9 @@ class Capture:
                 torch.autograd.backward(
                     values.sum(), inputs=[self._anchor], retain_graph=keep_graph
                 )
-            for name in list(self._pass.arrived):  # some of their calls did not matter
-                self._flush(name)
+            with self._watch.off():  # modules may be run again
+                for name in list(self._pass.arrived):  # some of their calls did not matter
+                    self._flush(name)
             rows = self.sketch.finish(self._pass.state)
         finally:
             self._pass = None
@@ -256,19 +257,19 @@ class Capture:
             parts = how(call.module, inputs[0], gradients[0], batch)
             local = {name: key for key, name in self._watch.own(call.module).items()}
             factors = {name: parts[local[name]] for name in call.parameters}
-        for name in sorted(call.parameters):
-            self._paths[name].add(path)
-            arrived = self._pass.arrived.setdefault(name, [])
-            arrived.append(factors[name])
-            if len(arrived) == self._calls[name]:
-                self._flush(name)
+        with self._watch.off():  # modules may be run again
+            for name in sorted(call.parameters):
+                self._paths[name].add(path)
+                arrived = self._pass.arrived.setdefault(name, [])
+                arrived.append(factors[name])
+                if len(arrived) == self._calls[name]:
+                    self._flush(name)
 
     def _flush(self, name: str) -> None:
         """Sketch one parameter's gradients and forget them."""
         assert self._pass is not None
         parts = self._pass.arrived.pop(name)
-        with self._watch.off():  # modules may be run again
-            self.sketch.add(self._pass.state, name, parts[0] if len(parts) == 1 else Sum(parts))
+        self.sketch.add(self._pass.state, name, parts[0] if len(parts) == 1 else Sum(parts))
 
 
 class _Tap(torch.autograd.Function):

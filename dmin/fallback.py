@@ -172,11 +172,14 @@ class _Lazy:
 
 def differentiable(output: Any) -> list[Tensor]:
     """Return the tensors of a module's output that a gradient can flow into."""
-    return [x for x in pytree.tree_leaves(output) if _is_differentiable(x)]
+    leaves = (output,) if isinstance(output, Tensor) else pytree.tree_leaves(output)
+    return [x for x in leaves if _is_differentiable(x)]
 
 
 def replaced(output: Any, tensors: Sequence[Tensor]) -> Any:
     """Return a module's output with other tensors for its :func:`differentiable` ones."""
+    if isinstance(output, Tensor):
+        return tensors[0] if tensors else output
     leaves, structure = pytree.tree_flatten(output)
     others = iter(tensors)
     return pytree.tree_unflatten(

@@ -72,18 +72,16 @@ class Watch(Generic[Token]):
         self.network = network
         self._name_of = {id(p): name for name, p in chosen.items()}
         # By holder and name, not by identity: a sharded module changes its parameters as it runs.
-        self._held = {
-            (id(module), local): self._name_of[id(parameter)]
-            for module in network.modules()
-            for local, parameter in module._parameters.items()
-            if id(parameter) in self._name_of
-        }
-        self._holders = {
-            self._held[key]: (module, local)
-            for module in network.modules()
-            for local in module._parameters
-            if (key := (id(module), local)) in self._held
-        }
+        self._held: dict[int, dict[str, str]] = {}
+        self._holders: dict[str, tuple[nn.Module, str]] = {}
+        for module in network.modules():
+            held = {
+                local: self._name_of[id(parameter)]
+                for local, parameter in module._parameters.items()
+                if id(parameter) in self._name_of
+            }
+            self._held[id(module)] = held
+            self._holders |= {name: (module, local) for local, name in held.items()}
         self._report = report
         self._chosen = chosen
         self._watched = _watched(self._note)
@@ -138,11 +136,7 @@ class Watch(Generic[Token]):
 
     def own(self, module: nn.Module) -> dict[str, str]:
         """Return the names of the watched parameters that a module holds itself, by local name."""
-        return {
-            local: self._held[key]
-            for local in module._parameters
-            if (key := (id(module), local)) in self._held
-        }
+        return self._held.get(id(module), {})
 
     def now(self, names: Collection[str]) -> dict[str, nn.Parameter]:
         """Return parameters as their modules have them now: put together, where a sharded one runs.
@@ -164,7 +158,7 @@ class Watch(Generic[Token]):
             name: parameter
             for each in module.modules()
             for local, name in self.own(each).items()
-            if (parameter := each._parameters[local]) is not None
+            if (parameter := each._parameters.get(local)) is not None
         }
 
     def _holds(self, module: nn.Module, known: dict[int, bool]) -> bool:
@@ -228,7 +222,9 @@ class Watch(Generic[Token]):
             self.batch = sizes.most_common(1)[0][0] if sizes else None
             self._arguments = {_place(x) for x in tensors if x.ndim and len(x) == self.batch}
         for local, name in self.own(use.module).items():
-            parameter = use.module._parameters[local]
+            parameter = use.module._parameters.get(local)
+            if parameter is None:
+                continue
             if _is_part(parameter):
                 raise _apart(name)
             if not isinstance(parameter, self._watched):
@@ -237,7 +233,7 @@ class Watch(Generic[Token]):
 
     def _end(self, name: str, args: tuple, kwargs: dict, output: Any) -> Any:
         """Hear that a module's forward has ended; report its uses."""
-        if self._deaf or all(use.name != name for use in self._running):
+        if self._deaf or not any(use.name == name for use in reversed(self._running)):
             return output
         while (use := self._running.pop()).name != name:
             pass  # a module that was left before it could say so
@@ -304,8 +300,9 @@ def _watched(note: Callable[[nn.Parameter], None]) -> type[nn.Parameter]:
         ) -> Any:
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **(kwargs or {}))
-            computed = any(isinstance(x, Tensor) for x in _leaves(result))
-            if computed and func not in _NO_GRADIENT:
+            if func in _NO_GRADIENT:
+                return result
+            if isinstance(result, Tensor) or any(isinstance(x, Tensor) for x in _leaves(result)):
                 for argument in (*args, *(kwargs or {}).values()):
                     for leaf in _leaves(argument):
                         if isinstance(leaf, cls):
