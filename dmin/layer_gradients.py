@@ -329,7 +329,9 @@ def group_norm(layer: nn.GroupNorm, a: Tensor, d: Tensor, batch: int) -> dict[st
     normalised = F.group_norm(wide(a), layer.num_groups, eps=layer.eps)
     d = wide(d)
     shape = (batch, len(d) // batch, layer.num_channels, -1)
-    scale, shift = (d * normalised).reshape(shape).sum((1, 3)), d.reshape(shape).sum((1, 3))
+    # In place: on a CPU the pages of a fresh tensor cost more than its numbers.
+    scale = normalised.mul_(d).reshape(shape).sum((1, 3))
+    shift = d.reshape(shape).sum((1, 3))
     return {"weight": Dense(scale), "bias": Dense(shift)}
 
 
@@ -365,8 +367,11 @@ def embedding(layer: nn.Embedding, a: Tensor, d: Tensor, batch: int) -> dict[str
 def affine(
     normalised: Tensor, d: Tensor, shape: tuple[int, ...], batch: int
 ) -> dict[str, GradientFactors]:
-    """Gradients of scale and shift behind a normalisation over the last dimensions."""
-    scale = (d * normalised).reshape(batch, -1, *shape).sum(1)
+    """Gradients of scale and shift behind a normalisation over the last dimensions.
+
+    The normalised input is overwritten.
+    """
+    scale = normalised.mul_(d).reshape(batch, -1, *shape).sum(1)
     return {"weight": Dense(scale), "bias": Dense(d.reshape(batch, -1, *shape).sum(1))}
 
 
