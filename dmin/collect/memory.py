@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import resource
@@ -197,3 +198,20 @@ def _peak_resident() -> int:
     # Linux counts ru_maxrss in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def garbage_among_new_objects() -> Iterator[None]:
+    """Spare Python's garbage collector what is there already: the model, all that was imported.
+
+    Watching a network makes thousands of objects a pass, so that a search of them all, a quarter of
+    a second, would come every few passes.
+    """
+    if gc.get_freeze_count():  # somebody does it already
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

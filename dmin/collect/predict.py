@@ -21,6 +21,7 @@ from dmin.collect.memory import (
     PeakMemory,
     agree_on_microbatch,
     find_microbatch,
+    garbage_among_new_objects,
     gradient_checkpointing,
     note_of,
 )
@@ -254,6 +255,7 @@ def predict(collector: GradientCollector, work: Work, trainer: lightning.Trainer
             warnings.catch_warnings(),
             another_network(collector, trainer),
             gradient_checkpointing(collector.model.network, collector.gradient_checkpointing),
+            garbage_among_new_objects(),
         ):
             # `workers` was chosen, and blocks are all there is: neither warning tells news.
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
