@@ -193,9 +193,9 @@ class _Run:
         asked = sum(len(side) for side in sides.values())
         layout = train.store.layout
         size = int(np.prod(layout.row_shape)) * STORED_AS[layout.dtype].itemsize
-        cost = Cost(
-            size * len(method.requires.readouts), seconds, (time.perf_counter() - start) / asked
-        )
+        needs, each = method.requires, (time.perf_counter() - start) / asked
+        reads = "gradients" if needs.readouts else "model" if needs.model else ""
+        cost = Cost(size * len(needs.readouts), seconds, each, reads)
         return Scored(row, scores, cost)
 
     def _able(self, method: Method) -> dict[str, Side]:

@@ -74,14 +74,17 @@ def summary(report: Report) -> str:
     found = [text for text in advice if text]
     if not found:
         return "Nothing was measured that a conclusion could be drawn from."
-    return f"{' '.join(found)} {_over_all(report)}"
+    return " ".join([_over_all(report), *found])
 
 
 def _advise(purpose: Purpose, report: Report) -> str:
     """Return one sentence: the method that is best, or tied with the best, in most places."""
-    places = _places(purpose, report)
+    everywhere = _places(purpose, report)
+    places = [place for place in everywhere if _found_by_any(place, report)]
+    lost = [_where(place, report) for place in everywhere if place not in places]
+    nothing = f"No method is better than chance at {_listed(lost)}." if lost else ""
     if not places:
-        return ""
+        return f"{purpose.wish}: none. {nothing}" if lost else ""
     rows = [r for place in places for r in _at(report, place) if not r.control]
     tops = {place: max(r.mean for r in _at(report, place) if not r.control) for place in places}
 
@@ -91,28 +94,36 @@ def _advise(purpose: Purpose, report: Report) -> str:
         return sum(r.best for r in own), sum(shares)
 
     name = max(dict.fromkeys(r.name for r in rows), key=merit)
-    own = [r for r in rows if r.name == name]
+    base = {_place(r): r for r in rows if r.name == report.reference}
     scores = []
-    for r in own:
+    for r in (r for r in rows if r.name == name):
         text = f"{r.metric} {number(r.mean, r.metric)}"
         if r.of_ceiling is not None:
             text += f", {r.of_ceiling:.0%} of the ceiling"
+        if name != report.reference and _place(r) in base:
+            other = base[_place(r)]
+            tied = ", tied" if other.best else ""
+            text += f"; {report.reference} {number(other.mean, r.metric)}{tied}"
         scores.append(f"{text} ({_where(_place(r), report).rpartition(', ')[0]})")
     sentence = f"{purpose.wish}: {name}, with {'; '.join(scores)}"
-    plain = sorted({r.name for r in rows if r.bytes == 0 and r.best and r.name != name})
-    if name != report.reference and all(
-        any(r.best for r in _at(report, place) if r.name == report.reference) for place in places
-    ):
-        sentence += f"; {report.reference} is tied with it"
+    plain = sorted({r.name for r in rows if not r.reads and r.best and r.name != name})
     if plain:
-        sentence += f"; so {'is' if len(plain) == 1 else 'are'} {_listed(plain)} in places, "
-        sentence += "without a gradient"
-    return f"{sentence}."
+        sentence += f". Without a gradient, {_listed(plain)} "
+        sentence += f"{'is' if len(plain) == 1 else 'are'} tied with it in places"
+    return f"{sentence}. {nothing}".strip()
+
+
+def _found_by_any(place: Place, report: Report) -> bool:
+    """Say whether some method does better than a random score, beyond both intervals."""
+    rows = [r for r in _at(report, place) if not r.control]
+    chance = next((r for r in rows if r.method == "random"), None)
+    return chance is None or max(rows, key=lambda r: r.mean).low > chance.high
 
 
 def _over_all(report: Report) -> str:
     """Say which single method serves most purposes, and how much cannot be told apart."""
     places = [place for purpose in PURPOSES for place in _places(purpose, report)]
+    places = [place for place in places if _found_by_any(place, report)]
     wins: dict[str, int] = {}
     crowded = 0
     for place in places:
@@ -125,7 +136,7 @@ def _over_all(report: Report) -> str:
     text = (
         f"One for all: {_listed(leaders)} {'is' if len(leaders) == 1 else 'are'} best, or tied "
         f"with the best within the interval of the paired difference, on {most} of "
-        f"{len(places)} measures."
+        f"{len(places)} measures; {report.reference} on {wins.get(report.reference, 0)}."
     )
     if crowded:
         text += f" {crowded} of them cannot tell six or more methods apart."
@@ -147,7 +158,7 @@ def _conclude(wish: str, where: str, rows: Sequence[Result], reference: str) -> 
     base = next((r for r in rows if r.name == reference), None)
     if base is not None and base.name != best.name:
         asides.append(f"{reference} has {spell(base)}")
-    plain = [r for r in methods if r.bytes == 0 and r.method != "random"]
+    plain = [r for r in methods if not r.reads and r.method != "random"]
     if plain and max(plain, key=lambda r: r.mean).name != best.name:
         top = max(plain, key=lambda r: r.mean)
         asides.append(f"without gradients {top.name} reaches {number(top.mean, top.metric)}")

@@ -212,6 +212,19 @@ class UnionRemoval(GroundTruth):
             found[f"union@{k} %"] = own
         return found
 
+    def resampled(self, scores: Array, measured: Measures, count: int) -> Measures:
+        """Resample groups, and queries within them: those of one group share their model."""
+        generator, parts = np.random.default_rng(0), self._parts
+        drawn = generator.integers(len(parts), size=(count, len(parts)))
+        within = [part[generator.integers(len(part), size=(count, len(part)))] for part in parts]
+        found = {}
+        for name, values in measured.items():
+            sums = np.stack([values[rows].sum(1) for rows in within], axis=1)  # [R, groups]
+            sizes = np.array([len(part) for part in parts])
+            total = np.take_along_axis(sums, drawn, axis=1).sum(1)
+            found[name] = total / sizes[drawn].sum(1)
+        return found
+
     def _sets(self, scores: Array, k: int) -> list[Array]:
         return [without_union(scores[part], k) for part in self._parts]
 

@@ -39,7 +39,7 @@ def save_all(report: Report, folder: Path) -> list[Path]:
 
 def family(result: Result) -> str:
     """Return the group of methods that a row belongs to."""
-    if result.bytes == 0:
+    if not result.reads:
         return "none"
     is_plain = result.method in PLAIN or result.method.startswith("dmin")
     return "gradient" if is_plain else "curvature"

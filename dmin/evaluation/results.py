@@ -46,11 +46,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a row takes: bytes an example in the store, seconds to fit and to ask once."""
+    """What a row takes: bytes an example in the store, seconds to fit and to ask once.
+
+    ``reads`` is ``gradients``, ``model`` for a method that runs it and keeps no store, or nothing
+    of either.
+    """
 
     bytes: int = 0
     fit_seconds: float = 0.0
     query_seconds: float = 0.0
+    reads: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class Result:
     bytes: int = 0
     fit_seconds: float = 0.0
     query_seconds: float = 0.0
+    reads: str = ""
 
     @property
     def name(self) -> str:
@@ -192,6 +198,7 @@ def compared(cells: Sequence[Cell], reference: str) -> list[Result]:
                 bytes=cell.cost.bytes,
                 fit_seconds=cell.cost.fit_seconds,
                 query_seconds=cell.cost.query_seconds,
+                reads=cell.cost.reads,
             )
             if base is not None and is_method:
                 found = replace(found, **_difference(cell, base))

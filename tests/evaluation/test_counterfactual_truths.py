@@ -70,6 +70,15 @@ def test_a_union_must_hurt_its_own_queries_and_not_the_others():
     assert truth.measure(TRUTH)["union@10 %"].mean() > 1
 
 
+def test_queries_that_share_a_model_count_as_one():
+    truth = UnionRemoval((10,), groups=4)
+    truth._parts = np.array_split(np.arange(20), 4)
+    shared = np.repeat([1.0, 2.0, 3.0, 4.0], 5)  # nothing differs within a group
+    means = truth.resampled(TRUTH, {"union": shared}, 4000)["union"]
+    assert means.mean() == pytest.approx(2.5, abs=0.05)
+    assert means.std() == pytest.approx(np.std([1, 2, 3, 4]) / 2, rel=0.05)
+
+
 def test_all_rows_are_trained_together():
     world, truth = LinearWorld(TRUTH), Removal(k=10, queries=4)
     truth.prepare(world, ASKED)
