@@ -163,10 +163,14 @@ class _Run:
         settings: dict[Row, Method] = {Row(name): ready}
         tuning = self.benchmark.tuning
         if tuning is not None and tuning.tunes(ready) and tuning.tasks <= set(self._able(method)):
-            chosen, path = tuning.walk(name, ready, self._judge)
+            steps = len(self.world.train.store.layout.timesteps)
+            chosen, path = tuning.walk(name, ready, self._judge, steps)
             self.report.path += path
             settings |= chosen
+        at = "" if self.dim is None else f", k = {self.dim:,}"
         for row, point in settings.items():
+            for what, note in point.notes().items():
+                self.report.fits[f"{row.name}{at}, {what}"] = note
             yield self._scored(row, point, self.world.train, self.sides, seconds)
         needs = method.requires
         # What has stores of its own beside the model's has none of an untrained one.

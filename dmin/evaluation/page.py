@@ -29,6 +29,7 @@ def save_page(report: Report, path: str | Path, title: str = TITLE) -> Path:
         "summary": summary(report),
         "reference": report.reference,
         "notes": report.notes,
+        "fits": report.fits,
         "leftOut": report.left_out,
         "conclusions": [
             {

@@ -6,7 +6,7 @@ blue goes through a curvature.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def save_all(report: Report, folder: Path) -> list[Path]:
         ("detection.png", by_k),
         ("removal.png", removal_curves),
         ("path.png", path),
+        ("weights.png", weights),
         ("cost.png", cost),
     ):
         figure = draw(report)
@@ -159,16 +160,15 @@ def _curves(axis: Any, rows: Sequence[Result], reference: str, most: int = 7) ->
 
 def path(report: Report) -> Figure | None:
     """Draw every watched metric along the damping, a line a method and power."""
-    if not report.path:
+    walked = [row for row in report.path if "centre" not in row and "alpha" in row]
+    if not walked:
         return None
-    known = ("method", "alpha", "p")
-    columns = [c for c in dict.fromkeys(k for row in report.path for k in row) if c not in known]
-    columns = [c for c in columns if c.rpartition("/")[2] in MAIN]
-    methods = list(dict.fromkeys(row["method"] for row in report.path))
+    columns = _watched(walked)
+    methods = list(dict.fromkeys(row["method"] for row in walked))
     figure, axes = _grid(len(columns) + 1)
     for axis, column in zip(axes, columns, strict=False):
         for number, method in enumerate(methods):
-            points = [r for r in report.path if r["method"] == method and column in r]
+            points = [r for r in walked if r["method"] == method and column in r]
             for p in dict.fromkeys(r.get("p") for r in points):
                 line = [r for r in points if r.get("p") == p]
                 style = {0.5: ":", 2.0: "--"}.get(p or 1.0, "-")
@@ -194,6 +194,52 @@ def path(report: Report) -> Figure | None:
     note = f"solid p = 1, dotted p = ½, dashed p = 2\ndash-dotted: {report.reference}"
     last.legend(handles, labels, title=note, fontsize=8, title_fontsize=8, frameon=False, ncols=2)
     return figure
+
+
+def weights(report: Report) -> Figure | None:
+    """Draw every watched metric along the timestep that weights stress, a line a method and width.
+
+    Of a method that has several criteria, or weights at several dampings, the best line is drawn.
+    """
+    walked = [row for row in report.path if "centre" in row]
+    if not walked:
+        return None
+    columns = _watched(walked)
+    figure, axes = _grid(len(columns) + 1)
+    lines = list(dict.fromkeys((r["method"], r["width"]) for r in walked))
+    methods, widths = (list(dict.fromkeys(line[i] for line in lines)) for i in (0, 1))
+    for axis, column in zip(axes, columns, strict=False):
+        for method, width in lines:
+            best: dict[float, float] = {}
+            for r in walked:
+                if (r["method"], r["width"]) == (method, width):
+                    best[r["centre"]] = max(r[column], best.get(r["centre"], -1.0))
+            narrow = width == widths[0]
+            colour = LINES[methods.index(method) % len(LINES)]
+            label = method if narrow else None
+            style = "-" if narrow else "--"
+            axis.plot(list(best), list(best.values()), color=colour, ls=style, lw=1.3, label=label)
+        base = _base_mean(report, column)
+        if base is not None:
+            axis.axhline(base, color="#777777", ls="-.", lw=1)
+        axis.set_title(column.replace("/", ", "), fontsize=10, loc="left")
+        axis.set_xlabel("weights about: 0 the noisiest timestep, 1 the cleanest", fontsize=9)
+        _finish(axis)
+    handles, labels = axes[0].get_legend_handles_labels()
+    last = axes[len(columns)]
+    last.axis("off")
+    last.set_visible(True)
+    others = ", ".join(f"{w:g}" for w in widths[1:])
+    note = f"solid: width {widths[0]:g}" + (f", dashed: {others}" if others else "")
+    note += f"\ndash-dotted: {report.reference}, even weights"
+    last.legend(handles, labels, title=note, fontsize=8, title_fontsize=8, frameon=False, ncols=2)
+    return figure
+
+
+def _watched(path: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the metrics of a path that are drawn."""
+    columns = dict.fromkeys(k for row in path for k in row)
+    return [c for c in columns if "/" in c and c.rpartition("/")[2] in MAIN]
 
 
 def cost(report: Report) -> Figure | None:

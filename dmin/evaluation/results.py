@@ -129,6 +129,7 @@ class Report:
         left_out: methods that could not be measured, and why.
         reference: the method that differences are to.
         notes: the world that it was measured in, in words, and what the run took.
+        fits: what fitting found, such as effective dimensions, by row and topic.
     """
 
     results: list[Result]
@@ -136,6 +137,7 @@ class Report:
     left_out: dict[str, str] = field(default_factory=dict)
     reference: str = "dmin"
     notes: dict[str, str] = field(default_factory=dict)
+    fits: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
         """Write ``results.csv`` (and ``.parquet``, with pyarrow) and ``path.csv``."""

@@ -39,6 +39,8 @@ def markdown(report: Report) -> str:
         parts += ["## Left out\n"]
         parts += [f"- {name}: {reason}" for name, reason in report.left_out.items()]
         parts.append("")
+    if report.fits:
+        parts += ["## What fitting found\n", *(f"- {k}: {v}" for k, v in report.fits.items()), ""]
     if report.notes:
         parts += ["## Measured in\n", *(f"- {k}: {v}" for k, v in report.notes.items()), ""]
     return "\n".join(parts)
@@ -64,6 +66,9 @@ def terminal(report: Report, most: int = 14) -> list[RenderableType]:
             wish = c.wish
         text.append(f"\n  {c.where}: ", style="dim not bold").append(c.text, style="not bold")
     found.append(Panel(text, title="Which method for what", title_align="left", padding=(1, 2)))
+    if report.fits and len(report.fits) <= most:
+        lines = "\n".join(f"{name}: {note}" for name, note in report.fits.items())
+        found.append(Text(lines, style="dim"))
     for name, reason in report.left_out.items():
         found.append(Text(f"left out: {name}: {reason}", style="yellow"))
     return found

@@ -1,14 +1,18 @@
-"""Choosing a method's damping and power on queries that are in no reported number."""
+"""Choosing damping, power and timestep weights on queries that are in no reported number."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dmin.attribution import Method
+import torch
+from torch import Tensor
+
+from dmin.attribution import DMin, Method, Spectral
 from dmin.attribution.damped import Damped
 from dmin.errors import DminError
 from dmin.evaluation.ground_truth import GroundTruth
@@ -33,12 +37,15 @@ class Tuning:
         alpha: values of the damping, of methods that have one.
         p: values of the power, of methods that have one.
         watch: other tasks whose metrics the path shows, though nothing is chosen by them.
+        widths: of bumps of timestep weights (:func:`bump`), tried around every timestep at the
+            damping and power chosen so far, of methods that have weights; none leaves them even.
     """
 
     by: Mapping[str, str]
     alpha: Sequence[float] = ALPHAS
     p: Sequence[float] = POWERS
     watch: Sequence[str] = ()
+    widths: Sequence[float] = ()
 
     @property
     def tasks(self) -> set[str]:
@@ -59,15 +66,20 @@ class Tuning:
                     f"benchmark.tuning.by.{name}={metric!r}: write task/truth/metric, of a ground "
                     f"truth that trains no model for each row."
                 )
+        if any(not 0 < width < math.inf for width in self.widths):
+            raise DminError(
+                f"benchmark.tuning.widths={list(self.widths)}: give positive widths, in shares of "
+                f"the way from the noisiest timestep to the cleanest, such as [0.1, 0.3]."
+            )
         if unknown := [name for name in self.watch if name not in tasks]:
             raise DminError(f"benchmark.tuning.watch: there is no task {unknown[0]!r}.")
 
     def tunes(self, method: Method) -> bool:
         """Say whether a method has settings that are chosen: those that its fit does not use."""
-        return isinstance(method, Damped)
+        return isinstance(method, Damped) or bool(self.widths and _weighs(method))
 
     def walk(
-        self, name: str, method: Method, judge: Judge
+        self, name: str, method: Method, judge: Judge, steps: int
     ) -> tuple[dict[Row, Method], list[dict[str, Any]]]:
         """Try every point; return the best by each criterion, and the whole path.
 
@@ -75,29 +87,67 @@ class Tuning:
             name: of the method.
             method: fitted.
             judge: measures it at a point.
+            steps: how many timesteps there are.
         """
         settings = {
             k: v for k, v in {"alpha": self.alpha, "p": self.p}.items() if hasattr(method, k)
         }
-        best: dict[str, tuple[float, Row, Method]] = {}
+        best: dict[str, tuple[float, Method, str]] = {}
         path = []
-        for values in itertools.product(*settings.values()):
-            point = dict(zip(settings, values, strict=True))
-            there = _at(method, point)
+
+        def tried(there: Method, criteria: Iterable[str], words: str, **point: float) -> None:
             found = judge(there, [*self.tasks, *self.watch])
             path.append({"method": name, **point, **found})
-            for criterion, metric in self.by.items():
-                if criterion not in best or found[metric] > best[criterion][0]:
-                    words = ", ".join(f"{k} = {v:g}" for k, v in point.items())
-                    best[criterion] = (found[metric], Row(name, criterion, "", words), there)
-        return {row: there for _, row, there in best.values()}, path
+            for criterion in criteria:
+                value = found[self.by[criterion]]
+                if criterion not in best or value > best[criterion][0]:
+                    best[criterion] = value, there, words
+
+        for values in itertools.product(*settings.values()):
+            point = dict(zip(settings, values, strict=True))
+            words = ", ".join(f"{k} = {v:g}" for k, v in point.items())
+            tried(_at(method, point), self.by, words, **point)
+        if _weighs(method):
+            for criterion, (_, start, before) in list(best.items()):
+                for width, number in itertools.product(self.widths, range(steps)):
+                    centre = number / max(1, steps - 1)
+                    weights = bump(steps, centre, width)
+                    listed = ", ".join(f"{w:.2f}" for w in weights)
+                    words = f"{before}, weights = [{listed}]".removeprefix(", ")
+                    there = {k: getattr(start, k) for k in settings}
+                    moved = _at(start, {"weights": weights})
+                    tried(moved, [criterion], words, **there, centre=centre, width=width)
+        rows = {Row(name, c, "", words): there for c, (_, there, words) in best.items()}
+        return rows, path
 
     def moved(self, method: Method, point: Method) -> Method:
         """Return a fitted method with the settings of another."""
-        return _at(method, {k: getattr(point, k) for k in ("alpha", "p") if hasattr(point, k)})
+        chosen = ("alpha", "p", *(["weights"] if _weighs(method) else []))
+        return _at(method, {k: getattr(point, k) for k in chosen if hasattr(point, k)})
 
 
-def _at(method: Method, settings: Mapping[str, float]) -> Method:
+def bump(steps: int, centre: float, width: float) -> Tensor:
+    """Return timestep weights ``w_t ∝ exp(−(x_t − centre)² / (2 width²))``, of mean 1.
+
+    Args:
+        steps: T.
+        centre: from 0, the noisiest timestep, to 1, the cleanest, as x_t is.
+        width: in the same unit.
+
+    Returns:
+        float32 ``[T]``.
+    """
+    places = torch.linspace(0, 1, steps)
+    weights = torch.exp(-((places - centre) ** 2) / (2 * width**2))
+    return weights / weights.mean()
+
+
+def _weighs(method: Method) -> bool:
+    """Say whether a method's scores are a sum over timesteps with weights."""
+    return isinstance(method, Spectral) or type(method) is DMin
+
+
+def _at(method: Method, settings: Mapping[str, Any]) -> Method:
     """Return a method with other settings and the same fit."""
     other = copy.copy(method)
     for name, value in settings.items():

@@ -27,6 +27,7 @@ from dmin.evaluation import (
     present,
 )
 from dmin.evaluation.results import Cell, Row, compared
+from dmin.evaluation.tables import markdown
 from dmin.queries import Planted
 
 
@@ -108,6 +109,14 @@ def test_every_cell_is_inside_its_interval_and_has_its_controls(report):
     assert "pixel_l2, untrained" not in names
     # Where only the order matters, a monotone transform would repeat the row.
     assert {r.metric for r in report.results if r.control == "soft-max"} == {"darkness"}
+
+
+def test_what_fitting_found_is_reported_and_printed(report):
+    note = report.fits["spectral, tuned on planted, curvature"]
+    assert "of the energy; effective dimension" in note
+    shown = "\n".join(str(part) for part in present.terminal(report))
+    for text in (markdown(report), shown):
+        assert f"spectral, curvature: {report.fits['spectral, curvature']}" in text
 
 
 def test_a_method_that_cannot_be_measured_is_left_out_with_its_reason(report):
