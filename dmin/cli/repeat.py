@@ -82,6 +82,8 @@ def _repeated_command(folder: Path, record: dict[str, Any], settings: list[str])
     outputs = "hydra.run.dir=${paths.outputs}/runs/" + command + "/${now:%Y-%m-%d_%H-%M-%S-%f}"
     place = ["--config-path", str(folder.resolve()), "--config-name", "config"]
     place += ["--config-dir", str(config_directory())]  # for the methods that a benchmark names
+    if chosen := record["job"].get("method"):  # what cfg.method is the choice of: see benchmarks.py
+        place.append(f"++hydra.runtime.choices.method={chosen}")
     found: dict[str, Any] = {}
     run_step(_keeping(COMMANDS[command], found), command, [*place, outputs, *settings])
     return _compared(record, found)

@@ -65,8 +65,11 @@ def in_sweep() -> bool:
 def job_settings() -> dict[str, Any]:
     """Return what tells this job from others of a sweep, for its record."""
     hydra = HydraConfig.get()
-    number = hydra.job.num if in_sweep() else 0
-    return {"number": number, "overrides": list(hydra.overrides.task)}
+    return {
+        "number": hydra.job.num if in_sweep() else 0,
+        "overrides": list(hydra.overrides.task),
+        "method": hydra.runtime.choices.get("method"),
+    }
 
 
 @contextmanager

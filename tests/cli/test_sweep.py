@@ -3,9 +3,13 @@
 import csv
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from cli.test_commands import dmin
+from hydra.core.hydra_config import HydraConfig
+
+from dmin.cli.record import recorded
 
 COMMON = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
 
@@ -86,6 +90,35 @@ def test_a_run_is_repeated_from_its_record(place):
     record.write_text(json.dumps(written))
     assert '"1.0" then' in dmin("repeat", folder, "--dry", cwd=place).stdout
     assert '"0000000000000000" then' in dmin("repeat", folder, cwd=place).stdout
+
+
+def test_a_repeated_benchmark_keeps_the_settings_of_its_method(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from dmin.cli import benchmarks, commands, compose, repeat
+
+    seen = []
+
+    def step(cfg):
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        commands.only_the_chosen_method(cfg)
+        with recorded(cfg, folder, "evaluate"):
+            named = SimpleNamespace(methods=cfg.benchmark.methods, without=(), settings={})
+            built, _ = benchmarks.chosen_methods(SimpleNamespace(cfg=cfg), named)
+            seen.append((folder, {name: method.name for name, method in built.items()}))
+            seen.append(built["trak"].alpha)
+
+    step.needs = ("method",)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(commands.COMMANDS, "evaluate", step)
+    compose.run(step, "evaluate", ["experiment=digits", "method=trak", "method.alpha=0.7"])
+    (folder, first), alpha = seen
+    repeat.run([str(folder)])
+    assert (
+        seen[3] == alpha == 0.7 and seen[2][1] == first and set(first) == {"random", "dmin", "trak"}
+    )
+    repeat.run([str(seen[2][0]), "method.alpha=0.2"])  # a repeat is repeated as well
+    assert seen[5] == 0.2
 
 
 @pytest.mark.slow
