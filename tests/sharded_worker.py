@@ -10,6 +10,7 @@ from dmin.collect import GradientCollector, predict_trainer
 from dmin.collect.sharded import Sharded
 from dmin.data import Example, Examples
 from dmin.models.ddpm import DDPM
+from dmin.noise import SharedNoise
 from dmin.sketches import BlockCyclic
 from dmin.timesteps import Stratified
 
@@ -20,20 +21,24 @@ def load(name, path):
     return FAMILIES[name].model.from_pretrained(path, **FAMILIES[name].settings)
 
 
-def examples(name, count):
-    """Images that the model takes, none like another."""
+def examples(name, count, mixed=False):
+    """Images that the model takes, none like another; of two shapes if they are mixed."""
     shape = (1, 8, 8) if name == "ddpm" else (3, FAMILIES[name].size, FAMILIES[name].size)
     drawn = torch.rand(count, *shape, generator=torch.Generator().manual_seed(1))
-    return Examples([Example(f"x{i}", x, i % 10, f"a cat {i}") for i, x in enumerate(drawn)])
+    images = [x[..., : shape[1] // 2, :] if mixed and i % 3 else x for i, x in enumerate(drawn)]
+    return Examples([Example(f"x{i}", x, i % 10, f"a cat {i}") for i, x in enumerate(images)])
 
 
-def collect(name, model, path, count, strategy="auto", devices=1, **changes):
-    collector = GradientCollector(model, BlockCyclic(256), Stratified(2), microbatch=4, **changes)
+def collect(name, model, path, count, strategy="auto", devices=1, mixed=False, **changes):
+    noise = SharedNoise(shapes="field" if mixed else "one")
+    collector = GradientCollector(
+        model, BlockCyclic(256), Stratified(2), noise, microbatch=4, **changes
+    )
     trainer = predict_trainer(
         accelerator="cpu", devices=devices, strategy=strategy, enable_progress_bar=False
     )
     options = {"block_size": 4, "dtype": "float32", "trainer": trainer}
-    return collector.collect(examples(name, count), path, **options)
+    return collector.collect(examples(name, count, mixed), path, **options)
 
 
 if __name__ == "__main__":

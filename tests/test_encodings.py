@@ -108,6 +108,21 @@ def test_encodings_are_removed_when_the_store_is_complete_unless_kept(digits, tm
     assert not (tmp_path / "e").exists()
 
 
+def test_a_shard_deletes_its_own_when_it_is_done(digits, tmp_path, reference):
+    kept, model = tmp_path / "kept", Latent()
+    for shard, left in ((1, 0), (0, 0)):
+        part = {"shard": shard, "shards": 2, "encodings": kept, "segment_bytes": 1}
+        collect(model, digits, tmp_path / "store", **part)
+        assert len(list(kept.rglob("block-*"))) == left and not kept.exists()
+    assert Store(tmp_path / "store").digest() == reference
+    part |= {"keep_encodings": True}
+    collect(model, digits, tmp_path / "other", **part)
+    assert len(list(kept.rglob("block-*"))) == 2
+    part |= {"shard": 1, "keep_encodings": False}
+    collect(model, digits, tmp_path / "third", **part)  # does not touch those of the other shard
+    assert len(list(kept.rglob("block-*"))) == 2
+
+
 def test_a_run_that_dies_while_encoding_resumes(digits, tmp_path, reference):
     model = Latent()
 

@@ -26,6 +26,7 @@ TOLERANCE = 2e-6
 # Convolutions; parameters of a block and of the network; a layer of a block called outside of it;
 # weights that a module around their layer uses.
 NAMES = ("ddpm", "pixart", "dit", "hunyuan_dit")
+MIXED = "stable_diffusion"  # its UNet takes any shape
 
 
 def job(name, model, path, **changes):
@@ -51,7 +52,7 @@ def assert_same(found, expected):
 
 @pytest.fixture(scope="module")
 def places(ddpm_path):
-    return {"ddpm": ddpm_path, **{name: checkpoint(name) for name in NAMES[1:]}}
+    return {"ddpm": ddpm_path, **{name: checkpoint(name) for name in (*NAMES[1:], MIXED)}}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,8 @@ def sharded(places, tmp_path_factory):
     jobs = [job(name, places[name], folder / name) for name in NAMES]
     jobs.append(job("ddpm", places["ddpm"], folder / "few", count=3))
     jobs.append(job("ddpm", places["ddpm"], folder / "offload", offload=True))
+    mixed = {"mixed": True}
+    jobs.append(job(MIXED, places[MIXED], folder / "mixed", changes=mixed))
     again = {"gradient_checkpointing": True}
     jobs.append(job("dit", places["dit"], folder / "recomputed", changes=again))
     run(*jobs)
@@ -74,6 +77,13 @@ def test_rows_are_those_of_the_whole_network(name, places, sharded, tmp_path):
     assert_same(Store(sharded / name), whole)
     if name == "dit":
         assert_same(Store(sharded / "recomputed"), whole)
+
+
+@pytest.mark.slow
+def test_images_of_several_shapes_keep_step(places, sharded, tmp_path):
+    # Blocks are cut into passes of one shape: two processes have different numbers of them.
+    model = load(MIXED, places[MIXED])
+    assert_same(Store(sharded / "mixed"), collect(MIXED, model, tmp_path / "one", 9, mixed=True))
 
 
 @pytest.mark.slow

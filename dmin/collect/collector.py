@@ -187,8 +187,8 @@ class GradientCollector(lightning.LightningModule):
             seal_seconds: … or when this much time has passed: the most that a kill can cost.
             workers: processes that load examples.
             encodings: folder for the encodings; ``<path>.encodings`` if none.
-            keep_encodings: leave them there for other stores of the same data; otherwise they are
-                deleted when the store is complete.
+            keep_encodings: leave them there for other stores of the same data; otherwise those of
+                the shard are deleted when its rows are sealed.
             shard: do only this one of …
             shards: … so many parts of the dataset. Others may do the others at any time, and
                 anywhere this folder is seen: all write into the one store.
@@ -237,8 +237,11 @@ class GradientCollector(lightning.LightningModule):
                 finally:
                     self.encodings, self.model = None, model
         store = finished(path, share, lost)
-        if encoded is not None and not keep_encodings and store.complete:
-            encoded.remove()
+        if encoded is not None and not keep_encodings:
+            if store.complete:
+                encoded.remove()
+            elif share.is_first:
+                encoded.remove(share.range(manifest.num_blocks))
         return store
 
     def _together(self, work: Work, trainer: lightning.Trainer) -> dict[Share, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -95,9 +95,15 @@ class Encodings:
             groups.setdefault(group, {})[part.removeprefix("condition.")] = value.to(device)
         return [(named.pop("x0"), named) for named in groups.values()]
 
-    def remove(self) -> None:
-        """Delete the encodings, and the root if no others are in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def remove(self, blocks: Container[int] | None = None) -> None:
+        """Delete the encodings, or those of some blocks, and the root if nothing is left in it."""
+        if blocks is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        for block, path in self._files().items():
+            if blocks is not None and block in blocks:
+                path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
         with suppress(OSError):
             self.folder.parent.rmdir()
 

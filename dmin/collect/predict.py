@@ -25,7 +25,7 @@ from dmin.collect.memory import (
     gradient_checkpointing,
     note_of,
 )
-from dmin.collect.sharded import InStep, another_network
+from dmin.collect.sharded import InStep, another_network, others_are_there
 from dmin.collect.shown import Shown
 from dmin.data.module import CollectData
 from dmin.errors import DminError
@@ -182,7 +182,9 @@ class SketchWriter(BasePredictionWriter):
             self.writer.append(position // self.block_size, rows)
         if self.in_step:  # whoever goes on alone would wait for the others' weights
             stops = trainer.strategy.reduce_boolean_decision(bool(self.stop.received), all=False)
-            if stops and not self.stop.received:
+            if not stops:
+                return  # a signal that came since is told to the others after the next block
+            if not self.stop.received:
                 self.stop.received.append(signal.SIGTERM)
         self.stop.between_blocks()
 
@@ -254,6 +256,7 @@ def predict(collector: GradientCollector, work: Work, trainer: lightning.Trainer
         with (
             warnings.catch_warnings(),
             another_network(collector, trainer),
+            others_are_there(trainer),
             gradient_checkpointing(collector.model.network, collector.gradient_checkpointing),
             garbage_among_new_objects(),
         ):

@@ -83,6 +83,31 @@ def another_network(collector: GradientCollector, trainer: lightning.Trainer) ->
         collector.model.network = own
 
 
+@contextmanager
+def others_are_there(trainer: lightning.Trainer) -> Iterator[None]:
+    """Say what it means when a process that shares the network is gone.
+
+    Raises:
+        DminError: in place of what its backend says.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo has no class of its own for it.
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if not lost or not is_sharded(trainer):
+            raise
+        raise DminError(
+            f"another process of this job was lost, or did not answer ({_first_line(error)}): with "
+            f"trainer=fsdp none goes on without the others. What is sealed is kept: give the same "
+            f"command again. What became of the other stands in its own output."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
 def shard(
     network: nn.Module, mesh: DeviceMesh, offload: bool = False, called_apart: Sequence[str] = ()
 ) -> None:

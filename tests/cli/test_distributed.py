@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from dmin.collect import GradientCollector
@@ -81,6 +82,32 @@ def test_a_killed_rank_is_told_and_leaves_a_store_that_resumes(ddpm_path, collec
     odd = [block for block in store.missing_blocks if block % 2]
     assert store.missing_blocks == odd  # the other one did all of its part
     assert collected(300, path).digest() == collected(300).digest()
+
+
+@pytest.mark.slow
+def test_a_sharded_network_stops_at_a_signal_and_at_a_death(ddpm_path, collected, tmp_path):
+    # Each rank needs the other in every pass: both must end, whichever hears or dies.
+    path = tmp_path / "store"
+    sharded = ["trainer=fsdp", "trainer.accelerator=cpu", "data.count=200"]
+    line = command(ddpm_path, *sharded, f"collect.path={path}")
+    rank = path / "progress" / f"{Share(rank=1, ranks=2).name}.json"
+    for what, status in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, 1)):
+        there = len(list(path.glob("segment-*")))
+        job = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        try:
+            end = time.monotonic() + 300
+            while len(list(path.glob("segment-*"))) < there + 3:
+                assert job.poll() is None and time.monotonic() < end, "it did not begin"
+                time.sleep(0.01)
+            os.kill(json.loads(rank.read_text())["pid"], what)
+            said = job.communicate(timeout=120)[1]
+        finally:
+            job.kill()
+        assert job.returncode == status and "Traceback" not in said, said
+        assert not Store(path).complete
+    assert "another process of this job was lost" in said and "rank 1" in said
+    whole, one = collected(200, path), collected(200)
+    assert np.abs(whole.features("loss") - one.features("loss")).max() < 2e-6
 
 
 def test_shards_make_the_store_of_one_and_the_last_says_so(collected, tmp_path):
