@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 import json
-import re
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,6 +12,7 @@ import numpy as np
 from PIL.Image import Image
 
 from dmin.attribution.ranking import Ranking, format_score, headline
+from dmin.pages import write_page
 from dmin.pictures import TINY, data_uri, encoded, to_picture
 
 EMBED = 2000  # pictures of 10 to 40 kB: a page that still opens at once
@@ -59,21 +55,8 @@ def save_html(
     path.parent.mkdir(parents=True, exist_ok=True)
     count = len(ranking.query_ids) + len({id for row in ranking.train_ids for id in row})
     beside = None if count <= embed else path.with_name(f"{path.stem}_files")
-    template = resources.files("dmin").joinpath("gallery.html").read_text(encoding="utf-8")
-    style, script = (_between(template, tag) for tag in ("style", "script"))
-    parts = {
-        "TITLE": html.escape(title),
-        # Only this script and this style may run: an id that smuggles in markup stays text.
-        "SCRIPT_HASH": _hash(script),
-        "STYLE_HASH": _hash(style),
-        "DATA": _script_json(
-            _data(ranking, query_images, train_images, title, notes or {}, beside)
-        ),
-    }
-    # In one pass, so that nothing inside a part is taken for a placeholder.
-    page = re.sub(r"\{\{([A-Z_]+)\}\}", lambda match: parts[match[1]], template)
-    path.write_text(page, encoding="utf-8")
-    return path
+    data = _data(ranking, query_images, train_images, title, notes or {}, beside)
+    return write_page("gallery.html", title, data, path)
 
 
 def _data(
@@ -173,22 +156,3 @@ def _text(value: Any) -> str:
     if isinstance(value, dict | list | tuple):
         return json.dumps(value, ensure_ascii=False, default=str)
     return str(value)
-
-
-def _script_json(data: dict[str, Any]) -> str:
-    """Write JSON that cannot end the script element it stands in, whatever its strings hold."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
-def _between(template: str, tag: str) -> str:
-    found = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
-    assert found is not None, f"gallery.html has no <{tag}>"
-    return found[1]
-
-
-def _hash(source: str) -> str:
-    digest = hashlib.sha256(source.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"

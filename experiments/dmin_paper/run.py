@@ -7,7 +7,6 @@ import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -15,6 +14,8 @@ from zlib import crc32
 import numpy as np
 import torch
 from diffusers import SD3Transformer2DModel
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from dmin.attribution import DMin, Side, score_matrix
 from dmin.collect import GradientCollector, predict_trainer
@@ -24,7 +25,6 @@ from dmin.data.shapes import Shapes
 from dmin.evaluation.ground_truth import GroundTruth, SameColumn, SameLabel, Source
 from dmin.evaluation.metrics import bootstrap, measure
 from dmin.models import DiffusionModel, Prediction
-from dmin.models.ddpm import DDPM
 from dmin.models.noising import Flow
 from dmin.noise import SharedNoise
 from dmin.queries import Planted
@@ -35,18 +35,7 @@ from dmin.timesteps import DMinCubic, Stratified
 from dmin.train import fit_trainer, train
 
 HERE = Path(__file__).parent
-DIGITS = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": [32, 64],
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "norm_num_groups": 8,
-    "attention_head_dim": 16,
-    "num_class_embeds": 10,
-}
+DIGITS = OmegaConf.load(Path(__file__).parents[2] / "conf" / "train" / "digits_unet.yaml").model
 BATCH = {"digits": 64, "shapes": 32}
 WIDTH, LENGTH = 32, 12  # of captions
 
@@ -144,7 +133,7 @@ class World:
         """Return a trained model."""
         build = ShapesFlow
         if name == "digits":
-            build = partial(DDPM.build, DIGITS, {"beta_schedule": "squaredcos_cap_v2"})
+            build = instantiate(DIGITS, _convert_="all")
         file = self.cache / f"{name}.pt"
         if not file.is_file():
             trainer = fit_trainer(accelerator="cpu", enable_progress_bar=False)

@@ -9,6 +9,8 @@ from typing import Any
 
 import diffusers
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from dmin.data.digits import Digits
@@ -100,19 +102,8 @@ def embedded(caption: str) -> Tensor:
 
 
 def unet() -> DDPM:
-    network = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "block_out_channels": [32, 64],
-        "layers_per_block": 1,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-        "norm_num_groups": 8,
-        "attention_head_dim": 16,
-        "num_class_embeds": 10,
-    }
-    return DDPM.build(network, COSINE)
+    settings = Path(__file__).parents[2] / "conf" / "train" / "digits_unet.yaml"
+    return instantiate(OmegaConf.load(settings).model, _convert_="all")()
 
 
 def digits(split: str) -> Any:

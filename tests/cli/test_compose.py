@@ -217,8 +217,9 @@ def test_only_what_a_step_needs_must_have_values() -> None:
 
 def test_files_in_the_working_directory_can_be_targets(workplace: Path) -> None:
     (workplace / "own_toy.py").write_text("def build(size: int) -> None: ...")
-    run(Recorder(), "collect", ["+model._target_=own_toy.build", "~model.width", "+model.size=1"])
-    sys.modules.pop("own_toy")
+    step = Recorder()
+    run(step, "collect", ["+model._target_=own_toy.build", "~model.width", "+model.size=1"])
+    assert step.seen and sys.modules.pop("own_toy")
 
 
 def test_refusal_of_the_step_is_its_message_alone(capsys: pytest.CaptureFixture[str]) -> None:

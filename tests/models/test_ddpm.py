@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models.tiny import ddpm_settings
+from toy_ddpm import TINY_UNET
 
 from dmin.data import Example, collate
 from dmin.errors import DminError
@@ -11,7 +11,7 @@ from dmin.models.ddpm import DDPM
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_the_target_is_that_of_the_prediction_type(kind):
-    model = DDPM.build(ddpm_settings(), {"prediction_type": kind}).eval()
+    model = DDPM.build(TINY_UNET, {"prediction_type": kind}).eval()
     x0, noise = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
     t = torch.tensor([900, 10])
     alpha = model.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
@@ -28,10 +28,10 @@ def test_the_target_is_that_of_the_prediction_type(kind):
 
 def test_settings_that_define_the_loss_are_described():
     kinds = [{"prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}, {"beta_end": 0.1}]
-    described = [DDPM.build(ddpm_settings(), scheduler).describe() for scheduler in kinds]
+    described = [DDPM.build(TINY_UNET, scheduler).describe() for scheduler in kinds]
     assert len({str(d) for d in described}) == 3
     with pytest.raises(DminError, match="prediction_type='velocity'"):
-        DDPM.build(ddpm_settings(), {"prediction_type": "velocity"})
+        DDPM.build(TINY_UNET, {"prediction_type": "velocity"})
 
 
 def test_losses_can_be_weighted_by_min_snr(ddpm, ddpm_path):

@@ -70,21 +70,6 @@ def unet(**changes):
     return diffusers.UNet2DConditionModel(**{**settings, **changes})
 
 
-def ddpm_settings():
-    return {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "block_out_channels": [8, 16],
-        "layers_per_block": 1,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-        "num_class_embeds": 10,
-    }
-
-
 def ddim(prediction_type, beta_schedule="scaled_linear"):
     return diffusers.DDIMScheduler(
         beta_start=0.00085,
