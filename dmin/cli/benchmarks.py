@@ -14,8 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dmin.cli.built import build
 from dmin.cli.validate import validate
-from dmin.cli.workspace import Workspace, build
+from dmin.cli.workspace import Workspace
 from dmin.errors import DminError
 
 if TYPE_CHECKING:

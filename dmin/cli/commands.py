@@ -14,10 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.tree import Tree
 
+from dmin.cli.built import build, build_queries
 from dmin.cli.compose import needs
+from dmin.cli.parts import joined
 from dmin.cli.record import recorded
 from dmin.cli.slurm import after_stop
-from dmin.cli.workspace import Workspace, build, build_queries
+from dmin.cli.workspace import Workspace
 from dmin.errors import DminError
 from dmin.fingerprint import differences, fingerprint
 from dmin.stopping import Stopped, StopSignals
@@ -206,7 +208,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
         ranking: Ranking | None = search(queries, train, *asked)
     else:
         part = retrieve_part(queries, train, work.share.range(len(train)), *asked)
-        ranking = work.joined(part, queries, train, method, selection)
+        ranking = joined(work, part, queries, train, method, selection)
     if ranking is None:
         return
     if sure:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dmin.fingerprint import fingerprint
 from dmin.store import Share
 from dmin.store.segments import commit, os_failure, spans
+
+if TYPE_CHECKING:
+    from dmin.attribution import Method, Ranking, Side
+    from dmin.attribution.search_select import Groups, Selection
+    from dmin.cli.built import Built
 
 
 class Parts:
@@ -54,3 +61,41 @@ class Parts:
 
     def _file(self, shard: int) -> Path:
         return self.folder / f"part-{shard}-of-{self.share.shards}"
+
+
+def joined(
+    work: Built,
+    part: Ranking | Groups | None,
+    queries: Side,
+    train: Side,
+    method: Method,
+    selection: Selection,
+) -> Ranking | None:
+    """Leave this job's part of a ranking; return the whole if all parts are there.
+
+    Args:
+        work: the configuration.
+        part: what this shard found; None if it had no example to rank.
+        queries: the queries.
+        train: all training examples.
+        method: how they were scored.
+        selection: how they were chosen.
+    """
+    from dmin.attribution import Ranking, merged, ranked_groups
+    from dmin.attribution.search_select import Groups
+
+    question = {
+        **work.resolved("method", "retrieve", "index"),
+        "stores": [queries.store.fingerprint, train.store.fingerprint],
+    }
+    folder = work.outputs / "rankings" / f"{work.cfg.name}-{fingerprint(question)}"
+    parts = Parts(folder, work.share)
+    parts.save(b"" if part is None else part.dump())
+    if parts.missing():
+        work.console.print(parts.told(), soft_wrap=True)
+        return None
+    k, files = work.cfg.retrieve.k, parts.files()
+    if selection.group_by is None:
+        return merged([Ranking.load(file) for file in files], k, selection.min_score)
+    tallies = [Groups.load(file) for file in files]
+    return ranked_groups(queries, train, tallies, method, k, selection)

@@ -1,83 +1,32 @@
-"""Where the commands find what they work on: built when first asked for, made once, then reused."""
+"""Where the commands find what they work on: stores, queries and models, made once."""
 
 from __future__ import annotations
 
 import copy
-import logging
-import re
-import sys
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
-from dmin.cli.parts import Parts
-from dmin.cli.processes import is_main, make_trainer
-from dmin.cli.slurm import Processes
-from dmin.cli.turn import turn
-from dmin.errors import DminError, DminWarning
+from dmin.cli.built import Built
+from dmin.errors import DminError
 from dmin.fingerprint import differences, fingerprint
 from dmin.stopping import StopSignals
 from dmin.store.share import Share
 
 if TYPE_CHECKING:
-    import lightning
-
-    from dmin.attribution import Method, Ranking, Side
-    from dmin.attribution.search_select import Groups, Selection
+    from dmin.attribution import Method, Side
     from dmin.collect import GradientCollector
     from dmin.data import Dataset
     from dmin.models import DiffusionModel
     from dmin.store import Manifest, Store
 
 WHOLE = Share()
-RENDEZVOUS = 300.0  # seconds; less than the ranks of a job wait for each other (trainer=ddp)
 
 
-def build(node: Any) -> Any:
-    """Return what a node of the configuration describes; its lists and mappings become plain."""
-    return instantiate(node, _convert_="all")
-
-
-def build_queries(node: Any) -> Any:
-    """Return the source of the queries; what is wrong with it is told by the name of its setting.
-
-    Raises:
-        DminError: it cannot be had. Datasets name their settings ``data.…``, and here the same ones
-            are ``queries.…``.
-    """
-    try:
-        return build(node)
-    except InstantiationException as error:
-        if not isinstance(error.__cause__, DminError):
-            raise
-        told = re.sub(r"\bdata\.(?=\w+=)", "queries.", str(error.__cause__))
-        raise DminError(told) from error
-
-
-def _show_as_they_are() -> None:
-    """Have warnings that are meant for the user shown without the place in the code."""
-    plain = warnings.showwarning
-
-    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-        if issubclass(category, DminWarning):
-            print(f"Warning: {message}", file=sys.stderr)
-        else:
-            plain(message, category, *where, **more)
-
-    if plain.__module__ != __name__:
-        warnings.showwarning = show
-
-
-class Workspace:
+class Workspace(Built):
     """The model, data and stores of one configuration.
 
     Stores and generated queries stand under the outputs folder at paths that carry a fingerprint of
@@ -90,63 +39,8 @@ class Workspace:
     """
 
     def __init__(self, cfg: DictConfig, command: str) -> None:
-        self.cfg = cfg
-        self.command = command
-        self.is_main = is_main(cfg.trainer)
-        self.console = Console(quiet=not self.is_main)
-        self.run_folder = Path(HydraConfig.get().runtime.output_dir)
-        self.outputs = Path(cfg.paths.outputs)
+        super().__init__(cfg, command)
         self._others: dict[str, Workspace] = {}  # of further checkpoints
-        for name in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # Lightning's own affair
-        _show_as_they_are()
-        if cfg.extras.threads is not None:
-            import torch
-
-            torch.set_num_threads(cfg.extras.threads)
-
-    @cached_property
-    def data(self) -> Dataset:
-        """The training examples."""
-        dataset: Dataset = build(self.cfg.data)
-        return dataset
-
-    @cached_property
-    def model(self) -> DiffusionModel:
-        """The trained model."""
-        with self.console.status("loading the model"):
-            model: DiffusionModel = build(self.cfg.model)
-        return model
-
-    @cached_property
-    def collector(self) -> GradientCollector:
-        """Model, sketch, timesteps and noise, put together."""
-        return self.collector_of(self.model)
-
-    def collector_of(self, model: DiffusionModel) -> GradientCollector:
-        """Return a collector with these settings, of any model."""
-        from dmin.collect import GradientCollector
-
-        collect = self.cfg.collect
-        return GradientCollector(
-            model,
-            build(self.cfg.sketch),
-            build(self.cfg.timesteps),
-            build(self.cfg.noise),
-            readouts=list(collect.readouts),
-            params=collect.params,
-            groups=self.resolved("collect")["collect"]["groups"],
-            microbatch=collect.microbatch,
-            memory=collect.memory,
-            budget=collect.budget,
-            gradient_checkpointing=collect.gradient_checkpointing,
-            kernels=collect.kernels,
-        )
-
-    def trainer(self) -> lightning.Trainer:
-        """Return a new Lightning trainer."""
-        return make_trainer(self.cfg, self.command)
 
     @cached_property
     def train_manifest(self) -> Manifest:
@@ -232,72 +126,6 @@ class Workspace:
         manifest = collector.manifest(dataset, options.block_size, options.dtype, as_queries)
         path = self._store_path(role, manifest)
         return self._collect(dataset, role, path, as_queries=as_queries, collector=collector)
-
-    @cached_property
-    def share(self) -> Share:
-        """The shard of this job."""
-        return Share(self.cfg.shard.id, self.cfg.shard.num)
-
-    def joined(
-        self,
-        part: Ranking | Groups | None,
-        queries: Side,
-        train: Side,
-        method: Method,
-        selection: Selection,
-    ) -> Ranking | None:
-        """Leave this job's part of a ranking; return the whole if all parts are there.
-
-        Args:
-            part: what this shard found; None if it had no example to rank.
-            queries: the queries.
-            train: all training examples.
-            method: how they were scored.
-            selection: how they were chosen.
-        """
-        from dmin.attribution import Ranking, merged, ranked_groups
-        from dmin.attribution.search_select import Groups
-
-        question = {
-            **self.resolved("method", "retrieve", "index"),
-            "stores": [queries.store.fingerprint, train.store.fingerprint],
-        }
-        folder = self.outputs / "rankings" / f"{self.cfg.name}-{fingerprint(question)}"
-        parts = Parts(folder, self.share)
-        parts.save(b"" if part is None else part.dump())
-        if parts.missing():
-            self.console.print(parts.told(), soft_wrap=True)
-            return None
-        k, files = self.cfg.retrieve.k, parts.files()
-        if selection.group_by is None:
-            return merged([Ranking.load(file) for file in files], k, selection.min_score)
-        tallies = [Groups.load(file) for file in files]
-        return ranked_groups(queries, train, tallies, method, k, selection)
-
-    @contextmanager
-    def turn(
-        self,
-        path: Path,
-        done: bool = False,
-        shared: bool = False,
-        stop: StopSignals | None = None,
-    ) -> Iterator[None]:
-        """Hold the right to make what stands at a path, while no other job of these settings may.
-
-        Args:
-            path: of a store, a model or a folder of queries.
-            done: it is there already, so that there is nothing to wait for.
-            shared: with other shards of it.
-            stop: signals that end the waiting.
-        """
-        if done or not self.is_main:  # the main process has it for all of them
-            yield
-            return
-        limit, tell = self.cfg.collect.wait_seconds, self.console.print
-        if not Processes.of(self.cfg.trainer).alone:
-            limit = min(limit, RENDEZVOUS)  # the other ranks wait for this one
-        with turn(path, limit, tell, shared=shared, stop=stop):
-            yield
 
     def _collect(
         self,
@@ -462,39 +290,3 @@ class Workspace:
             other = self._others[path] = Workspace(cfg, self.command)
             other.__dict__["data"] = self.data  # the same examples, read once
         return self._others[path]
-
-    def resolved(self, *names: str) -> dict[str, Any]:
-        """Return parts of the configuration as plain values, all interpolations resolved."""
-        return {
-            name: OmegaConf.to_container(self.cfg[name], resolve=True)
-            if OmegaConf.is_config(self.cfg[name])
-            else self.cfg[name]
-            for name in names
-        }
-
-    def require_one_process(self, shards: bool = False) -> None:
-        """Refuse several processes where only collecting and training can use them.
-
-        Args:
-            shards: whether the command can do a shard of its work.
-        """
-        if self.share.shards > 1 and not shards:
-            raise DminError(
-                f"shard.num={self.share.shards}: only `dmin collect` and `dmin retrieve` do their "
-                f"work in shards. Say shard=one."
-            )
-        trainer = self.cfg.trainer
-        if trainer.get("devices") not in (1, "1", "auto") or trainer.get("num_nodes", 1) != 1:
-            raise DminError(
-                f"trainer.devices={trainer.get('devices')}, trainer.num_nodes="
-                f"{trainer.get('num_nodes', 1)}: this command runs in one process. Run `dmin "
-                f"collect` with several, then this one with trainer.devices=1."
-            )
-
-    def need(self, name: str) -> Any:
-        """Return a group's node, or say that the group must be chosen."""
-        if self.cfg[name] is None:
-            raise DminError(
-                f"{name} is not chosen. Say {name}=<choice>; `dmin --help` tells how to list them."
-            )
-        return self.cfg[name]

@@ -1,0 +1,203 @@
+"""What a configuration describes: built when first asked for, made once, then reused."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from dmin.cli.processes import is_main, make_trainer
+from dmin.cli.slurm import Processes
+from dmin.cli.turn import turn
+from dmin.errors import DminError, DminWarning
+from dmin.stopping import StopSignals
+from dmin.store.share import Share
+
+if TYPE_CHECKING:
+    import lightning
+
+    from dmin.collect import GradientCollector
+    from dmin.data import Dataset
+    from dmin.models import DiffusionModel
+
+RENDEZVOUS = 300.0  # seconds; less than the ranks of a job wait for each other (trainer=ddp)
+
+
+def build(node: Any) -> Any:
+    """Return what a node of the configuration describes; its lists and mappings become plain."""
+    return instantiate(node, _convert_="all")
+
+
+def build_queries(node: Any) -> Any:
+    """Return the source of the queries; what is wrong with it is told by the name of its setting.
+
+    Raises:
+        DminError: it cannot be had. Datasets name their settings ``data.…``, and here the same ones
+            are ``queries.…``.
+    """
+    try:
+        return build(node)
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, DminError):
+            raise
+        told = re.sub(r"\bdata\.(?=\w+=)", "queries.", str(error.__cause__))
+        raise DminError(told) from error
+
+
+def _show_as_they_are() -> None:
+    """Have warnings that are meant for the user shown without the place in the code."""
+    plain = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, DminWarning):
+            print(f"Warning: {message}", file=sys.stderr)
+        else:
+            plain(message, category, *where, **more)
+
+    if plain.__module__ != __name__:
+        warnings.showwarning = show
+
+
+class Built:
+    """The parts of one configuration, and the processes that work on it.
+
+    Args:
+        cfg: the validated configuration.
+        command: name of the command it is for.
+    """
+
+    def __init__(self, cfg: DictConfig, command: str) -> None:
+        self.cfg = cfg
+        self.command = command
+        self.is_main = is_main(cfg.trainer)
+        self.console = Console(quiet=not self.is_main)
+        self.run_folder = Path(HydraConfig.get().runtime.output_dir)
+        self.outputs = Path(cfg.paths.outputs)
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # Lightning's own affair
+        _show_as_they_are()
+        if cfg.extras.threads is not None:
+            import torch
+
+            torch.set_num_threads(cfg.extras.threads)
+
+    @cached_property
+    def data(self) -> Dataset:
+        """The training examples."""
+        dataset: Dataset = build(self.cfg.data)
+        return dataset
+
+    @cached_property
+    def model(self) -> DiffusionModel:
+        """The trained model."""
+        with self.console.status("loading the model"):
+            model: DiffusionModel = build(self.cfg.model)
+        return model
+
+    @cached_property
+    def collector(self) -> GradientCollector:
+        """Model, sketch, timesteps and noise, put together."""
+        return self.collector_of(self.model)
+
+    def collector_of(self, model: DiffusionModel) -> GradientCollector:
+        """Return a collector with these settings, of any model."""
+        from dmin.collect import GradientCollector
+
+        collect = self.cfg.collect
+        return GradientCollector(
+            model,
+            build(self.cfg.sketch),
+            build(self.cfg.timesteps),
+            build(self.cfg.noise),
+            readouts=list(collect.readouts),
+            params=collect.params,
+            groups=self.resolved("collect")["collect"]["groups"],
+            microbatch=collect.microbatch,
+            memory=collect.memory,
+            budget=collect.budget,
+            gradient_checkpointing=collect.gradient_checkpointing,
+            kernels=collect.kernels,
+        )
+
+    def trainer(self) -> lightning.Trainer:
+        """Return a new Lightning trainer."""
+        return make_trainer(self.cfg, self.command)
+
+    @cached_property
+    def share(self) -> Share:
+        """The shard of this job."""
+        return Share(self.cfg.shard.id, self.cfg.shard.num)
+
+    @contextmanager
+    def turn(
+        self,
+        path: Path,
+        done: bool = False,
+        shared: bool = False,
+        stop: StopSignals | None = None,
+    ) -> Iterator[None]:
+        """Hold the right to make what stands at a path, while no other job of these settings may.
+
+        Args:
+            path: of a store, a model or a folder of queries.
+            done: it is there already, so that there is nothing to wait for.
+            shared: with other shards of it.
+            stop: signals that end the waiting.
+        """
+        if done or not self.is_main:  # the main process has it for all of them
+            yield
+            return
+        limit, tell = self.cfg.collect.wait_seconds, self.console.print
+        if not Processes.of(self.cfg.trainer).alone:
+            limit = min(limit, RENDEZVOUS)  # the other ranks wait for this one
+        with turn(path, limit, tell, shared=shared, stop=stop):
+            yield
+
+    def resolved(self, *names: str) -> dict[str, Any]:
+        """Return parts of the configuration as plain values, all interpolations resolved."""
+        return {
+            name: OmegaConf.to_container(self.cfg[name], resolve=True)
+            if OmegaConf.is_config(self.cfg[name])
+            else self.cfg[name]
+            for name in names
+        }
+
+    def require_one_process(self, shards: bool = False) -> None:
+        """Refuse several processes where only collecting and training can use them.
+
+        Args:
+            shards: whether the command can do a shard of its work.
+        """
+        if self.share.shards > 1 and not shards:
+            raise DminError(
+                f"shard.num={self.share.shards}: only `dmin collect` and `dmin retrieve` do their "
+                f"work in shards. Say shard=one."
+            )
+        trainer = self.cfg.trainer
+        if trainer.get("devices") not in (1, "1", "auto") or trainer.get("num_nodes", 1) != 1:
+            raise DminError(
+                f"trainer.devices={trainer.get('devices')}, trainer.num_nodes="
+                f"{trainer.get('num_nodes', 1)}: this command runs in one process. Run `dmin "
+                f"collect` with several, then this one with trainer.devices=1."
+            )
+
+    def need(self, name: str) -> Any:
+        """Return a group's node, or say that the group must be chosen."""
+        if self.cfg[name] is None:
+            raise DminError(
+                f"{name} is not chosen. Say {name}=<choice>; `dmin --help` tells how to list them."
+            )
+        return self.cfg[name]
