@@ -105,7 +105,7 @@ def test_a_sharded_network_stops_at_a_signal_and_at_a_death(ddpm_path, collected
             job.kill()
         assert job.returncode == status and "Traceback" not in said, said
         assert not Store(path).complete
-    assert "another process of this job was lost" in said and "rank 1" in said
+    assert "another process of this job was lost" in said
     whole, one = collected(200, path), collected(200)
     assert np.abs(whole.features("loss") - one.features("loss")).max() < 2e-6
 
