@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dmin.store import Manifest
-    from dmin.store.progress import Report
+    from dmin.store.reports import Report
 
 STORES = Path("outputs/stores")
 APART = 5.0  # seconds between two clocks that are worth a word
@@ -92,7 +92,7 @@ def status_of(path: Path) -> Status:
     Raises:
         DminError: there is no store, or a segment of it cannot be read.
     """
-    from dmin.store.progress import reports
+    from dmin.store.reports import reports
     from dmin.store.segments import open_segments, read_manifest
 
     manifest = read_manifest(path)

@@ -1,7 +1,7 @@
 """The end of a collection by several processes: all leave together, and nobody waits for ever.
 
 No collective operation takes part: a process that died would hang it, and one that is only slow
-would break it. Processes watch each other's signs of life instead (`dmin.store.progress`).
+would break it. Processes watch each other's signs of life instead (`dmin.store.reports`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from dmin.errors import DminError
 from dmin.stopping import StopSignals
 from dmin.store import Progress, Share, Store
-from dmin.store.progress import Report, Watch, reports
+from dmin.store.reports import Report, Watch, reports
 from dmin.store.segments import spans
 
 DONE = ("waiting", "finished")  # all blocks sealed

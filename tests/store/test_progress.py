@@ -9,9 +9,9 @@ import threading
 import pytest
 
 from dmin.errors import DminError
-from dmin.store import Progress, Share
-from dmin.store import progress as module
-from dmin.store.progress import Watch, reports
+from dmin.store import Progress, Share, progress
+from dmin.store import reports as reports_module
+from dmin.store.reports import Watch, reports
 
 WHOLE = Share()
 
@@ -27,7 +27,8 @@ def rewrite(store, share=WHOLE, **changes):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(module, "EVERY", 0.05)
+    for module in (progress, reports_module):
+        monkeypatch.setattr(module, "EVERY", 0.05)
 
 
 def test_shards_part_the_blocks_and_ranks_part_what_is_pending():
@@ -140,7 +141,7 @@ def test_a_watch_sees_who_is_lost_and_why(tmp_path, quick, monkeypatch):
     rewrite(tmp_path, shares[1], pid=2**22 + 1)
     rewrite(tmp_path, shares[2], machine="another")
     path_of(tmp_path, shares[3]).unlink()
-    monkeypatch.setattr(module, "SILENT", 3)
+    monkeypatch.setattr(reports_module, "SILENT", 3)
     watch = Watch(tmp_path, "run", shares)
     lost = {}
     while len(lost) < 3:
@@ -154,7 +155,7 @@ def test_a_watch_sees_who_is_lost_and_why(tmp_path, quick, monkeypatch):
 def test_a_living_process_that_does_nothing_is_lost_as_well(tmp_path, monkeypatch):
     progress = Progress(tmp_path, Share())
     progress.claim(4)
-    monkeypatch.setattr(module, "STUCK_SECONDS", 0.0)
+    monkeypatch.setattr(reports_module, "STUCK_SECONDS", 0.0)
     watch = Watch(tmp_path, progress.run, [Share()])
     while not (lost := watch.look()[1]):
         progress.say(state="collecting")
