@@ -236,7 +236,11 @@ class _Walk:
             except OmegaConfBaseException as error:
                 if self.needs(child):
                     reason = str(error).partition("\n")[0]
-                    raise DminError(f"{child} cannot be resolved: {reason}.") from error
+                    say = f"say {child}=<value>."
+                    if "SLURM_" in reason:
+                        say = f"SLURM sets it in the tasks of a job; elsewhere {say}"
+                    reason = f"{child} cannot be resolved: {reason}. {say[0].upper()}{say[1:]}"
+                    raise DminError(reason) from error
                 continue
             if not is_missing:
                 yield key, child, value

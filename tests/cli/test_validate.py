@@ -161,6 +161,7 @@ class TestArguments:
     def test_interpolation_to_nowhere(self) -> None:
         refused(r"^model\.width cannot be resolved: .*'nowhere'", model=toy(width="${nowhere}"))
         refused(r"^model\._target_ cannot be resolved", model={"_target_": "${nowhere}"})
+        refused(r"SLURM sets it.*say model\.width=", model=toy(width="${oc.env:SLURM_NOTHING}"))
 
     def test_wrong_type_names_key_value_and_what_is_allowed(self) -> None:
         refused(r"^model\.width is 'x' \(str\), but .*\.Toy takes int\.", model=toy(width="x"))
