@@ -84,7 +84,7 @@ class Resampled:
         return unit(rows)
 
 
-def written(path, world, n, dtype="float16"):
+def written(path, world, n, dtype="float16", queries=False):
     """Write n rows through the store (or the rest of them); return the seconds it took of that."""
     import time
 
@@ -95,7 +95,8 @@ def written(path, world, n, dtype="float16"):
     with StoreWriter(path, manifest) as writer:
         for block in writer.pending():
             rows = manifest.block_rows(block)
-            features = world.rows(len(rows), block)[:, None, :, None]
+            seed = block + 10**9 * queries
+            features = world.rows(len(rows), seed, queries)[:, None, :, None]
             ones = np.ones((len(rows), 1, times, 1), np.float32)
             ids = [f"{row:07d}" for row in rows]
             start = time.perf_counter()
