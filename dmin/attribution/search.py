@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmin.attribution.base import Linear
 from dmin.attribution.search_index import ProjectionIndex
-from dmin.attribution.search_scan import in_threads, row_factors, scan, scores_of_rows
+from dmin.attribution.search_scan import Source, in_threads, row_factors, scan, scores_of_rows
 from dmin.attribution.search_topk import TopK
 from dmin.errors import DminError
 from dmin.store import Store
@@ -21,6 +21,8 @@ FIRST = 64  # rows read before anything is known of the threshold
 MOST = 8192  # rows read at a time, later
 SCAN_FROM = 0.25  # of the rows: more candidates than this are quicker scanned than read one by one
 TOGETHER = 8  # queries whose bounds are in memory at once
+WORTH = 0.5  # of a scan: where the queries that are left would read more, they are scanned together
+MEMORY = 3e8  # bytes a second, of rows here and there: no disk is quicker
 
 
 class Found(NamedTuple):
@@ -88,8 +90,12 @@ class Certified(Index):
 
     def note(self) -> str:
         """Say what was read for the proof."""
-        part = 100 * np.concatenate(self._read).mean()
-        return f"proven, {part:.2g} % of the rows read for a query"
+        parts = np.concatenate(self._read)
+        proven = parts[parts < 1]
+        part = f"{100 * proven.mean():.2g} % of the rows read for a query" if len(proven) else ""
+        scanned = len(parts) - len(proven)
+        rest = f"{scanned} of {len(parts)} queries by reading all" if scanned else ""
+        return "proven, " + ", ".join(filter(None, (part, rest)))
 
 
 def certified_search(
@@ -104,7 +110,8 @@ def certified_search(
 
     Rows are read in the order of their upper bounds (:meth:`ProjectionIndex.bounds`) until the next
     one is below the k-th best score read: what is not read cannot be among the best. Equal scores
-    are ordered by row, as in a scan. Queries whose bounds exclude too little are scanned together.
+    are ordered by row, as in a scan. Queries whose bounds exclude too little are scanned together,
+    and so are many queries, of which a scan reads less than their proofs would.
     Arguments are those of :meth:`Index.search`.
 
     Raises:
@@ -114,23 +121,26 @@ def certified_search(
     queries = sign * linear.queries.flatten(1).cpu()
     out = None if keep is None else ~torch.from_numpy(keep)
     factors = row_factors(store, linear)
-    found: list[_Best] = []
-    for asked in queries.split(TOGETHER):
+    found = [_Best(query, store, linear, factors, k) for query in queries]
+    for start in range(0, len(found), TOGETHER):
+        fresh, asked = found[start : start + TOGETHER], queries[start : start + TOGETHER]
         bounds = index.bounds(asked)
         if out is not None:
             bounds[:, out] = -torch.inf
-        fresh = [_Best(query, store, linear, factors, k) for query in asked]
         work = list(zip(fresh, bounds, strict=True))
         if len(work) == 1:  # then its rows are shared out over the threads
             fresh[0].prove(bounds[0])
         else:
             for _ in in_threads(lambda pair: pair[0].prove(pair[1]), work):
                 pass
-        found += fresh
+        part = np.mean([len(best.rows_read) for best in fresh]) / len(store)
+        codes = index.codes.shape[1] / store.layout.row_bytes
+        if (len(found) - start - len(fresh)) * (part + codes) > WORTH:
+            break
     read = np.array([len(best.rows_read) for best in found])
     pairs = [(best.scores, best.rows) for best in found]
     unproven = [number for number, best in enumerate(found) if not best.proven]
-    if unproven:
+    if unproven:  # those that were not begun as well
         read[unproven] = len(store)
         replaced = Linear(sign * linear.queries[unproven], linear.scale, linear.readout)
         for number, each in zip(unproven, _scanned(replaced, store, k, keep), strict=True):
@@ -146,9 +156,9 @@ class _Best:
         self, query: Tensor, store: Store, linear: Linear, factors: Tensor | None, k: int
     ) -> None:
         self.query, self.store, self.linear, self.k = query, store, linear, k
-        self.factors = factors
-        self.rows_read = torch.empty(0, dtype=torch.int64)
-        self._scores_read = torch.empty(0)
+        self.factors, self.source = factors, Source(MEMORY)
+        self.rows = self.rows_read = torch.empty(0, dtype=torch.int64)
+        self.scores = self._scores_read = torch.empty(0)
         self.proven = False
 
     def prove(self, bounds: Tensor) -> None:
@@ -176,7 +186,11 @@ class _Best:
         return self.scores[-1]
 
     def _read(self, rows: Tensor) -> None:
-        read = scores_of_rows(self.store, self.linear, self.factors, self.query, rows.numpy())
+        ask = self.source.on_disk
+        with self.source.timed(len(rows) * self.store.layout.row_bytes):
+            read = scores_of_rows(
+                self.store, self.linear, self.factors, self.query, rows.numpy(), ask
+            )
         scores = torch.cat([self._scores_read, read])
         self.rows_read, order = torch.cat([self.rows_read, rows]).sort()
         self._scores_read = scores[order]

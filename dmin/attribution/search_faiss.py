@@ -25,7 +25,7 @@ from dmin.errors import DminError
 from dmin.fingerprint import fingerprint
 from dmin.store import Store
 
-TRAIN = 100_000  # rows that faiss learns its cells and codes on
+TRAIN = 200_000  # rows that faiss learns its cells and codes on
 ADD = 65_536  # rows that are handed over at a time
 
 

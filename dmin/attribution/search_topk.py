@@ -25,12 +25,24 @@ class TopK:
 
     def update(self, scores: Tensor, first: int) -> None:
         """Take the scores ``[queries, n]`` of the rows from ``first``; rows come in order."""
-        values, index = stable_topk(scores.float(), self.k)
-        scores = torch.cat([self.scores, values], dim=1)
-        rows = torch.cat([self.rows, index + first], dim=1)
+        if self.scores.shape[1] < self.k:
+            self.scores, self.rows = self._joined(self.scores, self.rows, scores.float(), first)
+            return
+        # Most blocks have nothing for most queries: who is only as good comes too late.
+        some = (scores.amax(1) > self.scores[:, -1]).nonzero()[:, 0]
+        if len(some):
+            kept = self.scores[some], self.rows[some]
+            self.scores[some], self.rows[some] = self._joined(*kept, scores[some].float(), first)
+
+    def _joined(
+        self, scores: Tensor, rows: Tensor, more: Tensor, first: int
+    ) -> tuple[Tensor, Tensor]:
+        values, index = stable_topk(more, self.k)
+        scores = torch.cat([scores, values], dim=1)
+        rows = torch.cat([rows, index + first], dim=1)
         # Kept rows stand before new ones and are smaller: a stable sort keeps ties in row order.
         order = scores.argsort(dim=1, descending=True, stable=True)[:, : self.k]
-        self.scores, self.rows = scores.gather(1, order), rows.gather(1, order)
+        return scores.gather(1, order), rows.gather(1, order)
 
 
 def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

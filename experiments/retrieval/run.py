@@ -112,7 +112,8 @@ class Part:
         spans = [(at, min(at + 2000, self.n)) for at in range(0, self.n, 2000)]
 
         def touch(span):
-            return sum(int(v.view(np.int64).sum()) for v in store.stored("loss", *span))
+            rows = store.stored("loss", *span, ahead=False)
+            return sum(int(v.view(np.int64).sum()) for v in rows)
 
         def memory():
             return list(in_threads(touch, spans, compiled=True))
@@ -220,7 +221,7 @@ class Part:
         return store
 
     def _approximate(self, **settings):
-        index = Approximate(recall_queries=64, **settings)
+        index = Approximate(recall_queries=0, **settings)  # the truth is at hand
         store, linear = self.opened(), self.linear(1)
         start = time.perf_counter()
         index._prepare(store, linear)

@@ -52,6 +52,19 @@ def pair(folder, kind, dtype="float32"):
     )
 
 
+def test_many_queries_are_scanned_together_where_proofs_would_read_more(tmp_path, monkeypatch):
+    rows = clustered(N + 40, 0)
+    asked, train = made(tmp_path / "q", rows[N:]), made(tmp_path / "x", rows[:N])
+    exact = retrieve(asked, train, k=3)
+    monkeypatch.setattr(search_module, "WORTH", np.inf)
+    assert "reading all" not in retrieve(asked, train, k=3, index=Certified(9)).notes["search"]
+    monkeypatch.setattr(search_module, "WORTH", 0.5)
+    found = retrieve(asked, train, k=3, index=Certified(9))
+    assert found.notes["search"].endswith("32 of 40 queries by reading all")
+    assert np.array_equal(found.train_rows, exact.train_rows)
+    assert np.array_equal(found.scores, exact.scores)
+
+
 @pytest.mark.parametrize("kind", DATA)
 @pytest.mark.parametrize("method", [DMin(), DMin([1, 2, 0.5]), DMin(renormalise=False), GradDot()])
 @pytest.mark.parametrize("order", ["proponents", "opponents"])
