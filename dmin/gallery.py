@@ -176,7 +176,7 @@ def _draw_captions(page: Axes, ranking: Ranking, query: int, layout: _Layout) ->
         centre = layout.column(rank) + side / 2
         _frame(page, layout.column(rank), top, side, 0.5, HAIRLINE, 0.8)
         _write(page, centre, first, format_score(ranking.scores[query, rank]), ha="center")
-        same, label = ranking.same_label(query, rank), _label(ranking, query, rank)
+        same, label = ranking.same_label(query, rank), ranking.label(query, rank)
         room = side if same is None else side - 26
         text = _clip(label or ranking.train_ids[query][rank], room, keep_end=label is None)
         text = {True: f"● {text}", False: f"○ {text}", None: text}[same]
@@ -213,11 +213,6 @@ def _draw_legend(page: Axes, ranking: Ranking, layout: _Layout) -> None:
     if layout.bars:
         notes.append("bars: mean contribution to the scores shown, one scale for all rows")
     _write(page, layout.left, layout.height - 44, "   ·   ".join(notes), MUTED, size=9.5)
-
-
-def _label(ranking: Ranking, query: int, rank: int) -> str | None:
-    label = ranking.train_metadata[query][rank].get("label")
-    return None if label is None else str(label)
 
 
 def _frame(

@@ -1,4 +1,4 @@
-"""The gallery as one HTML file that needs nothing else: no network, no fonts, no server."""
+"""The gallery as an HTML page on which every answer is walked through."""
 
 from __future__ import annotations
 
@@ -70,9 +70,7 @@ def _data(
     """Gather what the page shows; a training example that several queries share stands once."""
     examples: dict[str, dict[str, Any]] = {}
     address = _embedded if beside is None else _Folder(beside)
-    for query, rank in np.ndindex(*ranking.scores.shape):
-        if rank >= ranking.count(query):
-            continue
+    for query, rank in ranking.places():
         name = ranking.train_ids[query][rank]
         if name not in examples:
             examples[name] = _entry(
@@ -80,8 +78,11 @@ def _data(
                 ranking.train_metadata[query][rank],
                 train_images(name),
                 address,
-                row=int(ranking.train_rows[query, rank]),
             )
+            size = ranking.spell_size(query, rank)
+            examples[name] |= {"row": int(ranking.train_rows[query, rank])}
+            examples[name] |= {"label": ranking.label(query, rank)}
+            examples[name]["meta"] |= {} if size is None else {"foremost": f"{size} examples"}
     place = {name: index for index, name in enumerate(examples)}
     queries = []
     for query, name in enumerate(ranking.query_ids):
@@ -114,10 +115,9 @@ def _entry(
     metadata: dict[str, Any],
     image: np.ndarray,
     address: Callable[[Image], str],
-    row: int | None = None,
 ) -> dict[str, Any]:
     picture = to_picture(image, name)
-    entry: dict[str, Any] = {
+    return {
         "id": name,
         "label": None if metadata.get("label") is None else str(metadata["label"]),
         "meta": {str(key): _text(value) for key, value in metadata.items()},
@@ -125,7 +125,6 @@ def _entry(
         "size": list(picture.size),
         "tiny": max(picture.size) <= TINY,
     }
-    return entry if row is None else entry | {"row": row}
 
 
 def _embedded(picture: Image) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +16,8 @@ from dmin.errors import DminError
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from rich.text import Text
 
-SCHEMA = 1
-CORE_COLUMNS = ("query", "rank", "id", "row", "score", "error", "stability")
+PARTS = ("contributions", "group_contributions", "errors", "stability", "group_sizes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +44,9 @@ class Ranking:
         order: "proponents", or "opponents" for scores that ascend along K.
         min_score: what lies below it (opponents: above its opposite) is not part of the answer,
             and only there because queries have different numbers of answers.
+        group_by: column of the metadata whose values were ranked; each is shown by its foremost
+            example. None where examples were.
+        group_sizes: int64 [Q, K], examples of each such value, or None.
         notes: what else there is to say, such as how the answer was found.
 
     Raises:
@@ -68,6 +68,8 @@ class Ranking:
     stability: np.ndarray | None = None
     order: str = "proponents"
     min_score: float | None = None
+    group_by: str | None = None
+    group_sizes: np.ndarray | None = None
     notes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,6 +82,8 @@ class Ranking:
         for name in ("contributions", "group_contributions", "errors", "stability"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, np.asarray(getattr(self, name), np.float32))
+        if self.group_sizes is not None:
+            object.__setattr__(self, "group_sizes", np.asarray(self.group_sizes, np.int64))
         self._check_shapes()
         self._check_values()
 
@@ -137,7 +141,7 @@ class Ranking:
         """Return the first k examples of each query."""
         cut = {
             name: None if value is None else value[:, :k]
-            for name in ("contributions", "group_contributions", "errors", "stability")
+            for name in PARTS
             for value in [getattr(self, name)]
         }
         return replace(
@@ -160,6 +164,12 @@ class Ranking:
         # As float32, like the scores: one that equals the bound is in.
         return int((self._sign * self.scores[query] >= np.float32(self.min_score)).sum())
 
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Yield query and rank of everything that is part of the answer."""
+        for query in range(len(self.query_ids)):
+            for rank in range(self.count(query)):
+                yield query, rank
+
     @property
     def timestep_names(self) -> list[str]:
         """Column names of the timesteps: `t0950` for whole steps, `t0.95` for times."""
@@ -168,54 +178,24 @@ class Ranking:
         return [f"t{t:.6g}" for t in self.timesteps]
 
     def same_label(self, query: int, rank: int) -> bool | None:
-        """Say whether a training example carries its query's label; None where one has none."""
+        """Say whether a training example carries its query's label; None where one has none.
+
+        None as well where the values of another column are ranked.
+        """
+        if self.group_by not in (None, "label"):
+            return None
         mine = self.query_metadata[query].get("label")
         other = self.train_metadata[query][rank].get("label")
         return None if mine is None or other is None else str(mine) == str(other)
 
-    def records(self) -> list[dict[str, Any]]:
-        """Lay the ranking out as tidy rows, one for each query and rank.
+    def label(self, query: int, rank: int) -> str | None:
+        """Return what an example is called beside its id: its label, or what it stands for."""
+        value = self.train_metadata[query][rank].get(self.group_by or "label")
+        return None if value is None else str(value)
 
-        Returns:
-            Dicts with the same keys in the same order: query, rank (from 1), id, row, score, error
-            and stability where they are known, the
-            metadata of the training example, the metadata of the query under `query_<key>`, the
-            timesteps, and the groups under `group_<name>`. A metadata key that would hide one of
-            these becomes `metadata_<key>`.
-        """
-        times = self.timestep_names if self.contributions is not None else []
-        query_keys = _keys(self.query_metadata)
-        train_keys = _keys([example for row in self.train_metadata for example in row])
-        groups = [f"group_{name}" for name in self.groups]
-        taken = {*CORE_COLUMNS, *times, *groups, *(f"query_{key}" for key in query_keys)}
-        columns = {key: f"metadata_{key}" if key in taken else key for key in train_keys}
-        records = []
-        for query, rank in np.ndindex(*self.scores.shape):
-            if rank >= self.count(query):
-                continue
-            example, origin = self.train_metadata[query][rank], self.query_metadata[query]
-            record: dict[str, Any] = {
-                "query": self.query_ids[query],
-                "rank": rank + 1,
-                "id": self.train_ids[query][rank],
-                "row": int(self.train_rows[query, rank]),
-                "score": _number(self.scores[query, rank]),
-                **self._confidence(query, rank),
-            }
-            record |= {column: example.get(key) for key, column in columns.items()}
-            record |= {f"query_{key}": origin.get(key) for key in query_keys}
-            if self.contributions is not None:
-                parts = self.contributions[query, rank]
-                record |= {name: _number(part) for name, part in zip(times, parts, strict=True)}
-            if self.group_contributions is not None:
-                parts = self.group_contributions[query, rank]
-                record |= {name: _number(part) for name, part in zip(groups, parts, strict=True)}
-            records.append(record)
-        return records
-
-    def _confidence(self, query: int, rank: int) -> dict[str, float]:
-        known = {"error": self.errors, "stability": self.stability}
-        return {n: _number(v[query, rank]) for n, v in known.items() if v is not None}
+    def spell_size(self, query: int, rank: int) -> str | None:
+        """Say of how many examples a group is, as `of 1,024`; None if groups are not ranked."""
+        return None if self.group_sizes is None else f"of {self.group_sizes[query, rank]:,}"
 
     def spell_confidence(self, query: int, rank: int) -> str | None:
         """Say error bar and stability as `±.012 · 97 %`; None if they are not known."""
@@ -224,164 +204,43 @@ class Ranking:
         error = format_score(self.errors[query, rank])
         return f"±{error} · {100 * self.stability[query, rank]:.0f} %"
 
+    def records(self) -> list[dict[str, Any]]:
+        """Lay the ranking out as tidy rows, see :mod:`dmin.attribution.ranking_files`."""
+        from dmin.attribution.ranking_files import records
+
+        return records(self)
+
     def save(self, folder: str | Path) -> Path:
-        """Write `ranking.csv` (one line for each query and rank) and `ranking.json`.
+        """Write CSV, JSON and Parquet, see :mod:`dmin.attribution.ranking_files`."""
+        from dmin.attribution.ranking_files import save
 
-        With pyarrow installed, `ranking.parquet` holds the lines as well, their types kept.
-
-        Args:
-            folder: made if it is not there.
-
-        Returns:
-            The folder.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        records = self.records()
-        with (folder / "ranking.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(records[0]))
-            writer.writeheader()
-            for record in records:
-                writer.writerow({key: _cell(value) for key, value in record.items()})
-        _save_parquet(records, folder / "ranking.parquet")
-        text = json.dumps(self.document(), ensure_ascii=False, indent=1, default=_plain)
-        (folder / "ranking.json").write_text(text + "\n", encoding="utf-8")
-        return folder
-
-    def document(self) -> dict[str, Any]:
-        """Return all of it as JSON values, as `load` reads them."""
-
-        def example(query: int, rank: int) -> dict[str, Any]:
-            found = {
-                "id": self.train_ids[query][rank],
-                "row": int(self.train_rows[query, rank]),
-                "score": _number(self.scores[query, rank]),
-                **self._confidence(query, rank),
-                "metadata": self.train_metadata[query][rank],
-            }
-            if self.contributions is not None:
-                found["contributions"] = [_number(c) for c in self.contributions[query, rank]]
-            if self.group_contributions is not None:
-                parts = self.group_contributions[query, rank]
-                found["group_contributions"] = [_number(part) for part in parts]
-            return found
-
-        queries, k = self.scores.shape
-        return {
-            "schema": SCHEMA,
-            "method": self.method,
-            "order": self.order,
-            "min_score": self.min_score,
-            "notes": self.notes,
-            "timesteps": list(self.timesteps),
-            "groups": list(self.groups),
-            "queries": [
-                {
-                    "id": self.query_ids[query],
-                    "metadata": self.query_metadata[query],
-                    "examples": [example(query, rank) for rank in range(k)],
-                }
-                for query in range(queries)
-            ],
-        }
+        return save(self, folder)
 
     def dump(self) -> bytes:
         """Return all of it as JSON, for :meth:`load`."""
-        return json.dumps(self.document()).encode()
+        from dmin.attribution.ranking_files import document
+
+        return json.dumps(document(self)).encode()
 
     @classmethod
     def load(cls, path: str | Path) -> Ranking:
-        """Read a ranking back.
+        """Read a ranking back from a folder that was saved, or from its `ranking.json`."""
+        from dmin.attribution.ranking_files import load
 
-        Args:
-            path: a `ranking.json`, or the folder that `save` wrote.
-
-        Raises:
-            DminError: there is no such file, or it holds no ranking of this version.
-        """
-        path = Path(path)
-        path = path / "ranking.json" if path.is_dir() else path
-        remedy = "name a ranking.json, or the folder that holds one"
-        if not path.is_file():
-            raise DminError(f"No ranking at {path}: {remedy}.")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["schema"] != SCHEMA:
-                raise DminError(
-                    f"{path} holds a ranking of schema {content['schema']}, this dmin reads "
-                    f"{SCHEMA}: rank again, or read it with the dmin that wrote it."
-                )
-            queries = content["queries"]
-            found = [query["examples"] for query in queries]
-            return cls(
-                method=content["method"],
-                order=content.get("order", "proponents"),
-                min_score=content.get("min_score"),
-                notes=content.get("notes", {}),
-                timesteps=tuple(content["timesteps"]),
-                query_ids=[query["id"] for query in queries],
-                query_metadata=[query["metadata"] for query in queries],
-                train_rows=np.array([[e["row"] for e in row] for row in found], np.int64),
-                train_ids=[[e["id"] for e in row] for row in found],
-                train_metadata=[[e["metadata"] for e in row] for row in found],
-                scores=np.array([[e["score"] for e in row] for row in found], np.float32),
-                contributions=_parts(found, "contributions"),
-                groups=tuple(content.get("groups", ())),
-                group_contributions=_parts(found, "group_contributions"),
-                errors=_parts(found, "error"),
-                stability=_parts(found, "stability"),
-            )
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise DminError(f"{path} is not a ranking ({error!r}): {remedy}.") from error
+        return load(path)
 
     def table(self, max_queries: int = 12, columns: int = 5) -> Table:
-        """Draw the ranking for a terminal, one line of training examples a query.
+        """Draw it for a terminal, see :mod:`dmin.attribution.ranking_table`."""
+        from dmin.attribution.ranking_table import table
 
-        Args:
-            max_queries: queries shown, from the first.
-            columns: training examples shown of each, from the best.
-
-        Returns:
-            A table in which every cell gives id, label and score; a label that agrees with the
-            query's is bold and green.
-        """
-        from rich.table import Table
-        from rich.text import Text
-
-        queries, k = min(max_queries, len(self.query_ids)), min(columns, self.scores.shape[1])
-        table = Table(
-            title=Text(f"{headline(self)}, by {self.method}", style="bold"),
-            caption=f"{queries} of {len(self.query_ids)} queries, "
-            f"{k} of {self.scores.shape[1]} examples each: id, label, score"
-            + (", its error, and how surely it is among them" if self.errors is not None else ""),
-            show_lines=any("label" in metadata for metadata in self.query_metadata),
-        )
-        table.add_column("query", style="bold", overflow="fold")
-        for rank in range(k):
-            table.add_column(str(rank + 1), justify="right", overflow="fold")
-        for query in range(queries):
-            head = Text(self.query_ids[query])
-            if (label := self.query_metadata[query].get("label")) is not None:
-                head.append(f"\n{label}", style="not bold")
-            shown = range(min(k, self.count(query)))
-            table.add_row(head, *(self._terminal_cell(query, rank) for rank in shown))
-        return table
-
-    def _terminal_cell(self, query: int, rank: int) -> Text:
-        from rich.text import Text
-
-        # Text, never markup: an id may hold square brackets.
-        cell = Text(self.train_ids[query][rank], style="dim")
-        if (label := self.train_metadata[query][rank].get("label")) is not None:
-            style = "bold green not dim" if self.same_label(query, rank) else "not dim"
-            cell.append(f"\n{label}", style=style)
-        cell.append(f"\n{format_score(self.scores[query, rank])}", style="not dim")
-        sure = self.spell_confidence(query, rank)
-        return cell if sure is None else cell.append(f"\n{sure}", style="dim")
+        return table(self, max_queries, columns)
 
 
 def headline(ranking: Ranking) -> str:
     """Say in a few words what a ranking shows."""
+    if ranking.group_by is not None:
+        what = "is behind" if ranking.order == "proponents" else "speaks against"
+        return f"Which {ranking.group_by} {what} each image"
     what = "behind" if ranking.order == "proponents" else "that speak against"
     return f"Training examples {what} each image"
 
@@ -392,47 +251,6 @@ def format_score(score: float) -> str:
     if not math.isfinite(size) or size == 0 or 5e-3 <= size < 1e4:
         return f"{score:.3f}"
     return f"{score:.1e}"
-
-
-def _parts(found: list[list[dict[str, Any]]], name: str) -> np.ndarray | None:
-    """Return what the examples of a saved ranking say under a name, [Q, K, …], or None."""
-    if name not in found[0][0]:
-        return None
-    return np.array([[example[name] for example in row] for row in found], np.float32)
-
-
-def _number(value: Any) -> float:
-    """Take the shortest decimal that reads back as the same float32: .9, not .8999999762."""
-    return float(str(np.float32(value)))
-
-
-def _keys(metadata: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for example in metadata for key in example))
-
-
-def _plain(value: Any) -> Any:
-    """Let numpy scalars and arrays into JSON, and anything else as its text."""
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
-
-
-def _cell(value: Any) -> Any:
-    nested = isinstance(value, dict | list | tuple)
-    return json.dumps(value, ensure_ascii=False, default=_plain) if nested else value
-
-
-def _save_parquet(records: list[dict[str, Any]], path: Path) -> None:
-    """Write the lines with their types, if pyarrow is there; mixed columns become text."""
-    try:
-        pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ImportError:
-        return
-    columns = {}
-    for name in records[0]:
-        values = [_cell(record[name]) for record in records]
-        if len({type(value) for value in values if value is not None}) > 1:
-            values = [None if value is None else str(value) for value in values]
-        columns[name] = values
-    parquet.write_table(pyarrow.table(columns), path)
 
 
 def _refuse(name: str, value: object, allowed: str) -> None:

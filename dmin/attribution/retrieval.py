@@ -371,11 +371,26 @@ class _Search:
             group_contributions=parts.sum(2) if parts is not None and by_group else None,
             order=chosen.order,
             min_score=chosen.min_score,
+            group_by=chosen.group_by,
+            group_sizes=None if self.groups is None else self._sizes(rows),
             notes=self._notes(),
         )
 
+    def _sizes(self, rows: np.ndarray) -> np.ndarray:
+        """Return how many examples the group of each row has, of those allowed."""
+        assert self.groups is not None
+        of = self.groups[1]
+        counted = of if self.keep is None else of[self.keep]
+        return np.bincount(counted[counted >= 0], minlength=len(self.groups[0]))[of[rows]]
+
     def _notes(self) -> dict[str, str]:
         notes = dict(self.method.notes())
+        if self.groups is not None:
+            kind = {"sum": "the sum", "mean": "the mean", "max": "the foremost"}
+            notes["score"] = (
+                f"of each {self.selection.group_by}: {kind[self.selection.group_score]} of its"
+                " examples' scores; the foremost example is shown"
+            )
         if self.index is not None:
             notes["search"] = self.index.note()
         return notes

@@ -22,7 +22,6 @@ MOST = 8192  # rows read at a time, later
 SCAN_FROM = 0.25  # of the rows: more candidates than this are quicker scanned than read one by one
 TOGETHER = 8  # queries whose bounds are in memory at once
 WORTH = 0.5  # of a scan: where the queries that are left would read more, they are scanned together
-MEMORY = 3e8  # bytes a second, of rows here and there: no disk is quicker
 
 
 class Found(NamedTuple):
@@ -156,7 +155,7 @@ class _Best:
         self, query: Tensor, store: Store, linear: Linear, factors: Tensor | None, k: int
     ) -> None:
         self.query, self.store, self.linear, self.k = query, store, linear, k
-        self.factors, self.source = factors, Source(MEMORY)
+        self.factors, self.source = factors, Source()
         self.rows = self.rows_read = torch.empty(0, dtype=torch.int64)
         self.scores = self._scores_read = torch.empty(0)
         self.proven = False

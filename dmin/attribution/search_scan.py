@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, reduce
 from importlib import import_module
 from itertools import islice
 from threading import Barrier
@@ -29,7 +29,7 @@ from dmin.attribution.base import Linear
 from dmin.store import Store
 from dmin.store.encoding import STORED_AS, word_sums
 
-BLOCK_BYTES = 32 << 20  # of stored rows: what one thread takes at a time
+BLOCK_BYTES = 64 << 20  # of stored rows: what one thread takes at a time
 CHUNK_BYTES = 4 << 20  # of chosen rows: fewer are not worth a thread
 BUFFER_BYTES = 4 << 20  # of decoded rows: what stays in the cache
 SCORE_BYTES = 32 << 20  # of one block's scores: of very many queries it has fewer rows
@@ -83,7 +83,7 @@ class Source:
     """Tells by the time that reading takes whether rows come from the disk or from memory.
 
     Args:
-        rate: bytes a second that no disk gives.
+        rate: bytes a second that no disk gives a thread.
 
     Attributes:
         on_disk: what was read last came slowly, or nothing was read yet.
@@ -178,12 +178,11 @@ def row_factors(
     scales = store.scales(linear.readout)
     parts = [] if scales is None else [torch.from_numpy(scales[rows])]
     if linear.scale == "unit":
-        lengths = torch.from_numpy(store.lengths(linear.readout)[rows])
-        parts.append(1 / lengths.clamp(min=1e-12))
+        parts.append(torch.from_numpy(store.inverse_lengths(linear.readout)[rows]))
     elif linear.scale == "norm":
         norms = torch.from_numpy(store.norms(linear.readout)[rows])
         parts.append(norms.square().sum(-1).sqrt())
-    return torch.stack(parts).prod(0) if parts else None
+    return reduce(torch.mul, parts) if parts else None
 
 
 def decoded_rows(
@@ -273,30 +272,51 @@ def in_threads(
 ) -> Iterator[Out]:
     """Yield the results in order; a few items are worked on ahead, each by one thread of torch.
 
-    Meanwhile the caller has one thread of torch as well: the cores are taken.
-
     Args:
         work: what is done to each item.
         items: in order.
         compiled: the work is done by compiled loops and leaves torch alone. Threads that are there
-            already will do then; to settle new ones with torch takes milliseconds.
+            already will do then (to settle new ones with torch takes milliseconds), and the caller
+            is one of them: were it a further one, it would wait for a core while it keeps the
+            others from what only one thread of Python may do at a time. Otherwise the caller has a
+            thread of torch meanwhile, and the cores are taken.
     """
     threads = min(torch.get_num_threads(), len(items))
     with _compiled_threads(threads) if compiled else _threads_of_one(threads) as pool:
         if pool is None:
             yield from map(work, items)
             return
-        waiting: deque[Future[Out]] = deque()
+        waiting: deque[tuple[Future[Out], In]] = deque()
         rest = iter(items)
-        waiting.extend(pool.submit(work, item) for item in islice(rest, 2 * threads))
+
+        def submit(count: int) -> None:
+            waiting.extend((pool.submit(work, item), item) for item in islice(rest, count))
+
+        submit(2 * threads)
         try:
             while waiting:
-                done = waiting.popleft().result()
-                waiting.extend(pool.submit(work, item) for item in islice(rest, 1))
+                while compiled and not waiting[0][0].done() and _take_over(work, waiting):
+                    pass
+                done = waiting.popleft()[0].result()
+                submit(1)
                 yield done
         finally:
-            for each in waiting:
+            for each, _ in waiting:
                 each.cancel()
+
+
+def _take_over(work: Callable[[In], Out], waiting: deque[tuple[Future[Out], In]]) -> bool:
+    """Do the first item that nobody has begun; return whether there was one."""
+    for place, (future, item) in enumerate(waiting):
+        if future.cancel():
+            mine: Future[Out] = Future()
+            try:
+                mine.set_result(work(item))
+            except Exception as error:  # raised when its turn comes
+                mine.set_exception(error)
+            waiting[place] = mine, item
+            return True
+    return False
 
 
 @cache
@@ -313,7 +333,7 @@ def _compiled_threads(count: int) -> Iterator[ThreadPoolExecutor | None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield _lasting_pool(count) if count > 1 else None
+        yield _lasting_pool(count - 1) if count > 1 else None
     finally:
         torch.set_num_threads(before)
 

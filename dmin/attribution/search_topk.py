@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+FEW = 16  # queries that are updated one by one
 
 
 class TopK:
@@ -30,9 +33,17 @@ class TopK:
             return
         # Most blocks have nothing for most queries: who is only as good comes too late.
         some = (scores.amax(1) > self.scores[:, -1]).nonzero()[:, 0]
-        if len(some):
+        if len(some) > FEW:
             kept = self.scores[some], self.rows[some]
             self.scores[some], self.rows[some] = self._joined(*kept, scores[some].float(), first)
+            return
+        for query in some.tolist():  # a tenth of the time of the above, where it is small
+            best, rows = self.scores[query].numpy(), self.rows[query].numpy()
+            mine = scores[query].float().numpy()
+            better = np.flatnonzero(mine > best[-1])
+            joined = np.concatenate([best, mine[better]])
+            order = np.argsort(-joined, kind="stable")[: self.k]
+            best[:], rows[:] = joined[order], np.concatenate([rows, better + first])[order]
 
     def _joined(
         self, scores: Tensor, rows: Tensor, more: Tensor, first: int

@@ -278,6 +278,13 @@ class Store:
         """Return ‖row‖₂ over group and dim of the features read back, float32 ``[n, draw, T]``."""
         return self._whole("lengths", readout)
 
+    def inverse_lengths(self, readout: str) -> np.ndarray:
+        """Return ``1 / lengths``, of rows of zeros a large number, float32 ``[n, draw, T]``."""
+        name = f"inverse lengths/{readout}"
+        if name not in self._small:
+            self._small[name] = 1 / np.maximum(self.lengths(readout), np.float32(1e-12))
+        return self._small[name]
+
     def norms(self, readout: str) -> np.ndarray:
         """Return the norms the gradients had before scaling, float32 ``[n, draw, T, group]``."""
         return self._whole("norms", readout)

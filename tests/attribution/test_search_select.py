@@ -1,9 +1,11 @@
 """Opponents, filters, groups and bounds against numpy."""
 
 import csv
+import io
 
 import numpy as np
 import pytest
+import rich
 from made_stores import cosines, drawn, made
 
 from dmin.attribution import DMin, DMinUnnormalised, GradDot, Side, retrieve
@@ -82,6 +84,21 @@ def test_groups(stores, scores, rows, kind, order, where):
             found.scores[query], [expected[name][0] for name in ranked], atol=1e-5
         )
         assert found.train_rows[query].tolist() == [expected[name][1] for name in ranked]
+
+
+def test_groups_say_what_they_are_in_every_form(stores, tmp_path):
+    chosen = Selection(where={"label": [0, 1]}, group_by="artist")
+    found = retrieve(*stores, k=2, selection=chosen)
+    artists = [each["artist"] for each in METADATA if each["label"] < 2]
+    sizes = [[artists.count(found.label(query, rank)) for rank in range(2)] for query in range(3)]
+    assert found.group_sizes.tolist() == sizes and len(np.unique(sizes)) > 1
+    record = Ranking.load(found.save(tmp_path)).records()[0]
+    assert (record["group"], record["examples"]) == (found.label(0, 0), sizes[0][0])
+    rich.print(found.table(), file=(text := io.StringIO()))
+    assert "Which artist is behind each" in text.getvalue()
+    assert f"{found.label(0, 0)} of {sizes[0][0]}" in text.getvalue()
+    assert found.same_label(0, 0) is None  # its artist is shown, not its label
+    assert "of each artist: the sum" in found.notes["score"]
 
 
 def test_a_bound_leaves_each_query_its_own_number(stores, scores, tmp_path):

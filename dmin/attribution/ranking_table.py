@@ -1,0 +1,60 @@
+"""A ranking for a terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from dmin.attribution.ranking import Ranking, format_score, headline
+
+
+def table(ranking: Ranking, max_queries: int = 12, columns: int = 5) -> Table:
+    """Draw the ranking for a terminal, one line of training examples a query.
+
+    Args:
+        ranking: the answer.
+        max_queries: queries shown, from the first.
+        columns: training examples shown of each, from the best.
+
+    Returns:
+        A table in which every cell gives id, label and score; a label that agrees with the
+        query's is bold and green.
+    """
+    queries, k = min(max_queries, len(ranking.query_ids)), min(columns, ranking.scores.shape[1])
+    table = Table(
+        title=Text(f"{headline(ranking)}, by {ranking.method}", style="bold"),
+        caption=f"{queries} of {len(ranking.query_ids)} queries, "
+        f"{k} of {ranking.scores.shape[1]} {_shown(ranking)}",
+        show_lines=any("label" in metadata for metadata in ranking.query_metadata),
+    )
+    table.add_column("query", style="bold", overflow="fold")
+    for rank in range(k):
+        table.add_column(str(rank + 1), justify="right", overflow="fold")
+    for query in range(queries):
+        head = Text(ranking.query_ids[query])
+        if (label := ranking.query_metadata[query].get("label")) is not None:
+            head.append(f"\n{label}", style="not bold")
+        shown = range(min(k, ranking.count(query)))
+        table.add_row(head, *(_terminal_cell(ranking, query, rank) for rank in shown))
+    return table
+
+
+def _terminal_cell(ranking: Ranking, query: int, rank: int) -> Text:
+    # Text, never markup: an id may hold square brackets.
+    cell = Text(ranking.train_ids[query][rank], style="dim")
+    if (label := ranking.label(query, rank)) is not None:
+        style = "bold green not dim" if ranking.same_label(query, rank) else "not dim"
+        cell.append(f"\n{label}", style=style)
+    if (size := ranking.spell_size(query, rank)) is not None:
+        cell.append(f" {size}")
+    cell.append(f"\n{format_score(ranking.scores[query, rank])}", style="not dim")
+    sure = ranking.spell_confidence(query, rank)
+    return cell if sure is None else cell.append(f"\n{sure}", style="dim")
+
+
+def _shown(ranking: Ranking) -> str:
+    if ranking.group_by is not None:
+        name = ranking.group_by
+        return f"values of {name} each: foremost example, {name} and its examples, score"
+    sure = ", its error, and how surely it is among them" if ranking.errors is not None else ""
+    return f"examples each: id, label, score{sure}"
