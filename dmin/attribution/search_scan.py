@@ -32,6 +32,7 @@ from dmin.store.encoding import STORED_AS, word_sums
 BLOCK_BYTES = 64 << 20  # of stored rows: what one thread takes at a time
 CHUNK_BYTES = 4 << 20  # of chosen rows: fewer are not worth a thread
 BUFFER_BYTES = 4 << 20  # of decoded rows: what stays in the cache
+MEMORY_BOUND = 8  # queries: more take longer than reading does, and blocks are smaller by that
 SCORE_BYTES = 32 << 20  # of one block's scores: of very many queries it has fewer rows
 # numba knows no half floats: float16 comes as int16, bfloat16 as uint16, told apart by that.
 SEEN_AS = {"float32": "<f4", "float16": "<i2", "bfloat16": "<u2", "int8": "|i1"}
@@ -54,7 +55,9 @@ def scan(
     Yields:
         The first row of a block and its scores, float32 ``[Q, n]``; blocks in order.
     """
-    most = min(BLOCK_BYTES // store.layout.row_bytes, SCORE_BYTES // (4 * len(linear.queries)))
+    count = len(linear.queries)
+    size = max(CHUNK_BYTES, BLOCK_BYTES // max(1, count // MEMORY_BOUND))
+    most = min(size // store.layout.row_bytes, SCORE_BYTES // (4 * count))
     rows = rows or _even(len(store), most)
     spans = [(first, min(first + rows, len(store))) for first in range(0, len(store), rows)]
     if keep is not None:
