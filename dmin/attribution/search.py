@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmin.attribution.base import Linear
 from dmin.attribution.search_index import ProjectionIndex
-from dmin.attribution.search_scan import Source, in_threads, row_factors, scan, scores_of_rows
+from dmin.attribution.search_scan import in_threads, row_factors, scan, scores_of_rows
 from dmin.attribution.search_topk import TopK
 from dmin.errors import DminError
 from dmin.store import Store
@@ -155,7 +155,7 @@ class _Best:
         self, query: Tensor, store: Store, linear: Linear, factors: Tensor | None, k: int
     ) -> None:
         self.query, self.store, self.linear, self.k = query, store, linear, k
-        self.factors, self.source = factors, Source()
+        self.factors = factors
         self.rows = self.rows_read = torch.empty(0, dtype=torch.int64)
         self.scores = self._scores_read = torch.empty(0)
         self.proven = False
@@ -185,11 +185,7 @@ class _Best:
         return self.scores[-1]
 
     def _read(self, rows: Tensor) -> None:
-        ask = self.source.on_disk
-        with self.source.timed(len(rows) * self.store.layout.row_bytes):
-            read = scores_of_rows(
-                self.store, self.linear, self.factors, self.query, rows.numpy(), ask
-            )
+        read = scores_of_rows(self.store, self.linear, self.factors, self.query, rows.numpy())
         scores = torch.cat([self._scores_read, read])
         self.rows_read, order = torch.cat([self.rows_read, rows]).sort()
         self._scores_read = scores[order]

@@ -10,7 +10,6 @@ stored.
 from __future__ import annotations
 
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -67,41 +66,16 @@ def scan(
         yield from _scan_there(linear, store, spans, queries.flatten(1))
         return
     factors, asked = row_factors(store, linear), queries.numpy()
-    source = Source()
 
     def score(span: Span) -> tuple[int, Tensor]:
         scores = np.empty((len(asked), span[1] - span[0]), np.float32)
-        ahead = source.on_disk
-        with source.timed((span[1] - span[0]) * store.layout.row_bytes):
-            for first, stored, scale, sums in _parts(store, linear.readout, span, factors, ahead):
-                out = scores[:, first - span[0] : first - span[0] + len(stored)]
-                wrong = multiply(stored, scale, sums, asked, out)
-                _require_sound(store, linear.readout, first, wrong)
+        for first, stored, scale, sums in _parts(store, linear.readout, span, factors):
+            out = scores[:, first - span[0] : first - span[0] + len(stored)]
+            wrong = multiply(stored, scale, sums, asked, out)
+            _require_sound(store, linear.readout, first, wrong)
         return span[0], torch.from_numpy(scores)
 
     yield from in_threads(score, spans, compiled=True)
-
-
-class Source:
-    """Tells by the time that reading takes whether rows come from the disk or from memory.
-
-    Args:
-        rate: bytes a second that no disk gives a thread.
-
-    Attributes:
-        on_disk: what was read last came slowly, or nothing was read yet.
-    """
-
-    def __init__(self, rate: float = 4e9) -> None:
-        self.rate = rate
-        self.on_disk = True
-
-    @contextmanager
-    def timed(self, size: int) -> Iterator[None]:
-        """Time what reads so many bytes."""
-        start = time.perf_counter()
-        yield
-        self.on_disk = size < self.rate * (time.perf_counter() - start)
 
 
 def multiply(
@@ -135,7 +109,7 @@ def _scan_there(
 
 
 def _parts(
-    store: Store, readout: str, span: Span, factors: Tensor | None, ahead: bool = True
+    store: Store, readout: str, span: Span, factors: Tensor | None
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
     """Yield the runs of a span as the loops take them.
 
@@ -144,7 +118,7 @@ def _parts(
     """
     draws, steps, groups, dim = store.layout.row_shape
     sums, first = store.sums(readout), span[0]
-    for run in store.stored(readout, *span, ahead):
+    for run in store.stored(readout, *span):
         last = first + len(run)
         shape = len(run), draws * steps, groups * dim
         if factors is None:
@@ -215,7 +189,6 @@ def scores_of_rows(
     factors: Tensor | None,
     query: Tensor,
     rows: np.ndarray,
-    ask: bool = True,
 ) -> Tensor:
     """Return a query's scores of chosen rows, ``[n]``, read where they lie.
 
@@ -225,7 +198,6 @@ def scores_of_rows(
         factors: of all rows, from :func:`row_factors`.
         query: ``[D·T·G·k]``.
         rows: which, ``[n]``.
-        ask: they may have to come from the disk.
     """
     draws, steps, groups, dim = store.layout.row_shape
     readout, sums = linear.readout, store.sums(linear.readout)
@@ -238,7 +210,7 @@ def scores_of_rows(
 
     def score(span: Span) -> None:
         part = rows[slice(*span)]
-        where = store.addresses(readout, part, ask)
+        where = store.addresses(readout, part)
         scale = (
             np.ones((len(part), draws * steps), np.float32)
             if factors is None

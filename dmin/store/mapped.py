@@ -1,8 +1,14 @@
 """Arrays of sealed segments, used where they lie: in the page cache, without a copy."""
 
+import contextlib
+import ctypes
 import mmap
+import os
+import weakref
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +20,8 @@ NEAR = 64 << 10  # bytes: one longer read is quicker than two short ones
 class Mapped:
     """One dataset of a segment as an array in memory that the operating system fills when read.
 
-    Pages are private: writing to the array would change nothing in the file.
+    Pages are private: writing to the array would change nothing in the file. No file stays open,
+    as a store has more segments than a process may open files.
 
     Args:
         path: a sealed segment.
@@ -22,7 +29,8 @@ class Mapped:
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        self._advise: Callable[[int, int], None] = lambda start, length: None
+        self._path, self._offset = path, -1
+        self._advise: Callable[[int, int], Any] = lambda start, length: None
         with open_hdf5(path) as file:
             dataset = file[name]
             offset = dataset.id.get_offset()
@@ -32,20 +40,30 @@ class Mapped:
             shape, dtype = dataset.shape, dataset.dtype
         try:
             with open(path, "rb") as raw:
-                pages = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)
+                pages, self._advise = _pages(raw.fileno())
         except OSError as error:
             raise os_failure("read", path, error) from error
-        self.array = np.frombuffer(pages, dtype, int(np.prod(shape)), offset).reshape(shape)
         self._offset = offset
-        if hasattr(mmap, "MADV_WILLNEED"):
-            self._advise = lambda start, length: pages.madvise(mmap.MADV_WILLNEED, start, length)
+        self.array = np.frombuffer(pages, dtype, int(np.prod(shape)), offset).reshape(shape)
+
+    def in_memory(self, row: int) -> bool:
+        """Return whether a row can be read without the disk, as far as its first page tells."""
+        if self._offset < 0:
+            return True
+        with contextlib.suppress(OSError, AttributeError):  # it would block, or nobody can say
+            file = os.open(self._path, os.O_RDONLY)
+            try:
+                place = self._offset + row * self.array[:1].nbytes
+                return bool(os.preadv(file, [bytearray(1)], place, os.RWF_NOWAIT))
+            finally:
+                os.close(file)
+        return False
 
     def prefetch(self, start: int, stop: int) -> None:
         """Ask the operating system to read rows ``start:stop`` from the disk meanwhile."""
-        row = self.array.nbytes // max(1, len(self.array))
-        if hasattr(self, "_offset"):
-            first = (self._offset + start * row) // mmap.PAGESIZE * mmap.PAGESIZE
-            self._advise(first, self._offset + stop * row - first)
+        row = self.array[:1].nbytes
+        first = (self._offset + start * row) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._advise(first, self._offset + stop * row - first)
 
     def prefetch_rows(self, rows: np.ndarray) -> None:
         """Ask for chosen rows, ascending; what lies near each other is asked for together."""
@@ -55,3 +73,41 @@ class Mapped:
         stops = rows[np.concatenate([apart, [-1]])] + 1
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             self.prefetch(start, stop)
+
+
+def _pages(file: int) -> tuple[Any, Callable[[int, int], Any]]:
+    """Map a file; return the bytes and a function that has some of them read meanwhile.
+
+    Python's own maps keep a file open each, and most systems allow a thousand.
+    """
+    libc, size = _libc(), os.fstat(file).st_size
+    if libc is None:
+        pages = mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
+        return pages, lambda start, length: None
+    kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE
+    address = libc.mmap(None, size, *kind, file, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise OSError(number := ctypes.get_errno(), os.strerror(number))
+    whole = (ctypes.c_char * size).from_address(address)
+    # The arrays made of it keep it alive: it is unmapped with the last of them.
+    weakref.finalize(whole, libc.munmap, address, size)
+
+    def advise(start: int, length: int) -> None:
+        libc.madvise(address + start, length, mmap.MADV_WILLNEED)
+
+    return whole, advise
+
+
+@cache
+def _libc() -> Any:
+    """Return the C library's calls on maps; None where there are none."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+        libc.mmap.restype = pointer
+        libc.mmap.argtypes = (pointer, size, number, number, number, ctypes.c_int64)
+        libc.munmap.argtypes = (pointer, size)
+        libc.madvise.argtypes = (pointer, size, number)
+    except (AttributeError, OSError, TypeError):
+        return None
+    return libc if hasattr(mmap, "MADV_WILLNEED") else None

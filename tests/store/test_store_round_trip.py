@@ -1,5 +1,6 @@
 """What is written is what is read, however it was cut."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -125,6 +126,43 @@ def test_rows_that_are_wanted_are_asked_for_at_once(
     monkeypatch.setattr(mapped_module, "NEAR", 1)
     store.rows("loss", [29, 11, 3, 10])
     assert asked == [(3, 30), (3, 4), (10, 12), (29, 30)]
+
+
+def test_a_store_may_have_more_segments_than_files_may_be_open(tmp_path, make_manifest, make_rows):
+    resource = pytest.importorskip("resource")
+    manifest = make_manifest(num_examples=120, block_size=1)
+    with StoreWriter(tmp_path, manifest, segment_bytes=1) as writer:
+        for block in range(120):
+            writer.append(block, make_rows(manifest, block))
+    store = Store(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = max(map(int, os.listdir("/proc/self/fd")))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 20, before[1]))
+        assert store.features("loss").shape[0] == 120
+        assert sum(len(part) for part in store.stored("loss", 0, 120)) == 120
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_what_is_in_memory_is_not_asked_of_the_disk(
+    tmp_path, make_manifest, make_rows, monkeypatch
+):
+    manifest = make_manifest(num_examples=40, block_size=40)
+    with StoreWriter(tmp_path, manifest) as writer:
+        writer.append(0, make_rows(manifest, 0))
+    store = Store(tmp_path)
+    asked = []
+    monkeypatch.setattr(
+        reader_module.Mapped, "prefetch", lambda self, start, stop: asked.append((start, stop))
+    )
+    there = False
+    monkeypatch.setattr(reader_module.Mapped, "in_memory", lambda self, row: there)
+    store.addresses("loss", np.arange(3, 9)), list(store.stored("loss", 0, 10))
+    assert asked == [(3, 9), (10, 20)]
+    there = True
+    store.addresses("loss", np.arange(3, 9)), list(store.stored("loss", 0, 10))
+    assert len(asked) == 2
 
 
 def test_threads_that_race_for_a_segment_map_it_once(
