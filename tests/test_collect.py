@@ -105,7 +105,7 @@ def test_blocks_in_any_order_give_the_same_bits(ddpm, digits, tmp_path, referenc
         for block in (3, 0, 2, 1):
             rows = manifest.block_rows(block)
             batch = {**collate([digits[i] for i in rows]), "position": list(rows)}
-            writer.append(block, collector.predict_step([batch], 0)[1])
+            writer.append(block, collector.predict_step([batch], 0)[1].wait())
     assert Store(tmp_path / "s").digest() == reference.digest()
 
 

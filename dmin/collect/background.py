@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 from dmin.store import Rows, StoreWriter
+
+
+class Arriving(NamedTuple):
+    """The rows of a block that a GPU may still be at."""
+
+    ids: list[str]
+    wait: Callable[[], Rows]
 
 
 class BackgroundWriter:
@@ -29,7 +37,7 @@ class BackgroundWriter:
         self._thread = ThreadPoolExecutor(1, "dmin-writer")
         self._pending: deque[Future[None]] = deque()
 
-    def append(self, block: int, rows: Rows) -> None:
+    def append(self, block: int, rows: Arriving) -> None:
         """Hand over the rows of one block."""
         self._wait(self.waiting)
         self._pending.append(self._thread.submit(self._append, block, rows))
@@ -51,8 +59,8 @@ class BackgroundWriter:
         """Wait for the thread to end, whatever became of its work."""
         self._thread.shutdown()
 
-    def _append(self, block: int, rows: Rows) -> None:
-        self.writer.append(block, rows)
+    def _append(self, block: int, rows: Arriving) -> None:
+        self.writer.append(block, rows.wait())
         self.done(len(rows.ids))
 
     def _wait(self, most: int = 0) -> None:

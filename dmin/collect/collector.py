@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmin.capture import Capture, choose_parameters
+from dmin.collect.background import Arriving
 from dmin.collect.encodings import Encoded, Encodings
 from dmin.collect.memory import PeakMemory
 from dmin.collect.predict import Work, predict, predict_trainer
@@ -27,6 +28,7 @@ from dmin.sketches import Auto, Grouping, Sketch, gpu, grouped
 from dmin.stopping import Stopped, StopSignals
 from dmin.store import Layout, Manifest, Progress, Rows, Share, Store, StoreWriter
 from dmin.timesteps import Schedule, Stratified
+from dmin.transfer import fetched, sent
 
 # Raised whenever the numbers that land in a store change for unchanged settings.
 FEATURE_SCHEMA = 2
@@ -52,6 +54,18 @@ class Features(NamedTuple):
         values = {name: value[:rows] for name, value in self.values.items()}
         norms = {name: norm[:rows] for name, norm in self.norms.items()}
         return Features(values, norms, self.losses[:rows])
+
+    def fetched(self) -> Callable[[], Features]:
+        """Have the features copied to the host; return what waits for them."""
+        names = list(self.values)
+        wait = fetched([*self.values.values(), *self.norms.values(), self.losses])
+
+        def arrived() -> Features:
+            *found, losses = wait()
+            values = dict(zip(names, found[: len(names)], strict=True))
+            return Features(values, dict(zip(names, found[len(names) :], strict=True)), losses)
+
+        return arrived
 
 
 class Passes(NamedTuple):
@@ -265,30 +279,38 @@ class GradientCollector(lightning.LightningModule):
             mesh = self.device_mesh["data_parallel"]
             shard(self.model.network, mesh, offload, self.model.called_apart)
 
-    def predict_step(self, block: Block, batch_idx: int) -> tuple[int, Rows | None]:
+    def predict_step(self, block: Block, batch_idx: int) -> tuple[int, Arriving | None]:
         """Return the store rows of one block, with its first position in the dataset.
 
-        None for rows if the block is another process's, and was done to keep step with it.
+        A GPU may still be at them: nothing here waits for it. None for rows if the block is
+        another process's, and was done to keep step with it.
         """
         if self.in_step is not None:
             points = self.noise.draws * len(self.timesteps)
             self.in_step.begin_block([len(batch["id"]) * points for batch in block])
         groups = zip(self.encode(block), block, strict=True)
-        parts = [self.features(*encoded, batch["id"]) for encoded, batch in groups]
+        parts = [self._features(*encoded, batch["id"]) for encoded, batch in groups]
         if self.in_step is not None and not self.in_step.end_block(batch_idx):
             return min(block[0]["position"]), None
         positions = torch.tensor([place for batch in block for place in batch["position"]])
         order = positions.argsort()
-
-        def joined(tensors: Sequence[Tensor]) -> Any:
-            return torch.cat([tensor.cpu() for tensor in tensors])[order].numpy()
-
-        values = {name: joined([part.values[name] for part in parts]) for name in self.readouts}
-        norms = {name: joined([part.norms[name] for part in parts]) for name in self.readouts}
         facts = [fact for b in block for fact in zip(b["id"], b["metadata"], strict=True)]
         ids, metadata = zip(*(facts[i] for i in order.tolist()), strict=True)
-        losses = joined([part.losses for part in parts])
-        return int(positions.min()), Rows(list(ids), list(metadata), values, norms, losses)
+        arriving = [part.fetched() for part in parts]
+
+        def joined(tensors: Sequence[Tensor]) -> Any:
+            return torch.cat(list(tensors))[order].numpy()
+
+        def rows() -> Rows:
+            found = [wait() for wait in arriving]
+            for part, batch in zip(found, block, strict=True):
+                self._check_finite(part, batch["id"])
+            values = {name: joined([part.values[name] for part in found]) for name in self.readouts}
+            norms = {name: joined([part.norms[name] for part in found]) for name in self.readouts}
+            losses = joined([part.losses for part in found])
+            return Rows(list(ids), list(metadata), values, norms, losses)
+
+        return int(positions.min()), Arriving(list(ids), rows)
 
     def encode(self, block: Block) -> list[Encoded]:
         """Return a block's encodings: from their file while there are such, else from the model."""
@@ -322,7 +344,7 @@ class GradientCollector(lightning.LightningModule):
                 )
 
     def features(self, x0: Tensor, condition: Condition, ids: Sequence[str]) -> Features:
-        """Return the features of encoded examples.
+        """Return the features of encoded examples, once a GPU is done with them.
 
         Args:
             x0: ``[rows, ...]`` from ``model.encode``.
@@ -333,6 +355,11 @@ class GradientCollector(lightning.LightningModule):
             DminError: a gradient is NaN or infinite; the example and timestep are named. Or the
                 GPU's memory ran out.
         """
+        found = self._features(x0, condition, ids)
+        self._check_finite(found, ids)
+        return found
+
+    def _features(self, x0: Tensor, condition: Condition, ids: Sequence[str]) -> Features:
         passes = self.passes(x0, condition, ids)
         parts = []
         try:
@@ -350,7 +377,6 @@ class GradientCollector(lightning.LightningModule):
         for name in self.readouts:
             values[name] = torch.cat([part.values[name] for part in parts]).unflatten(0, shape)
             norms[name] = torch.cat([part.norms[name] for part in parts]).unflatten(0, shape)
-            self._check_finite(name, norms[name], ids)
         return Features(values, norms, torch.cat([part.losses for part in parts]).view(shape))
 
     def passes(self, x0: Tensor, condition: Condition, ids: Sequence[str]) -> Passes:
@@ -369,11 +395,11 @@ class GradientCollector(lightning.LightningModule):
         noise = torch.stack(
             [self.noise(x0.shape[1:], *point, name) for name in names for point in points]
         ).unflatten(0, (len(names), len(points)))
-        # Copied once, so that no pass waits for the device.
-        noise, t = noise.to(x0), torch.tensor([t for t, _ in points], device=x0.device)
+        noise = sent(noise.to(x0.dtype), x0.device)
+        t = sent(torch.tensor([t for t, _ in points]), x0.device)
 
         def run(pairs: Tensor) -> Features:
-            pairs = pairs.to(x0.device, non_blocking=True)
+            pairs = sent(pairs, x0.device)
             row, point = pairs // len(points), pairs % len(points)
             drawn = noise[row if self.noise.per_example else torch.zeros_like(row), point]
             chosen = {name: value[row] for name, value in condition.items()}
@@ -403,9 +429,11 @@ class GradientCollector(lightning.LightningModule):
             losses = READOUTS["loss"](prediction).detach()
         return Features(values, norms, losses)
 
-    def _check_finite(self, readout: str, norms: Tensor, ids: Sequence[str]) -> None:
-        bad = (~torch.isfinite(norms)).nonzero()
-        if len(bad):
+    def _check_finite(self, features: Features, ids: Sequence[str]) -> None:
+        for readout, norms in features.norms.items():
+            bad = (~torch.isfinite(norms)).nonzero()
+            if not len(bad):
+                continue
             row, _, step, _ = bad[0].tolist()
             raise DminError(
                 f"the gradient of {readout} for example {ids[row]!r} at timestep "

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dmin.errors import DminError
 from dmin.models.base import Condition
 from dmin.store.segments import commit, os_failure
+from dmin.transfer import sent
 
 Encoded = tuple[Tensor, Condition]
 """What ``model.encode`` returns: x0 and condition of examples of one shape."""
@@ -92,7 +93,7 @@ class Encodings:
         groups: dict[str, dict[str, Tensor]] = {}
         for name, value in sorted(tensors.items()):
             group, _, part = name.partition(".")
-            groups.setdefault(group, {})[part.removeprefix("condition.")] = value.to(device)
+            groups.setdefault(group, {})[part.removeprefix("condition.")] = sent(value, device)
         return [(named.pop("x0"), named) for named in groups.values()]
 
     def remove(self, blocks: Container[int] | None = None) -> None:

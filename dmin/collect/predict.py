@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Progress
 from lightning.pytorch.strategies import DDPStrategy
 from rich.progress import track
 
-from dmin.collect.background import BackgroundWriter
+from dmin.collect.background import Arriving, BackgroundWriter
 from dmin.collect.encodings import leave_device, on_device
 from dmin.collect.memory import (
     PeakMemory,
@@ -30,7 +30,7 @@ from dmin.collect.shown import Shown
 from dmin.data.module import CollectData
 from dmin.errors import DminError
 from dmin.stopping import StopSignals
-from dmin.store import Progress, Rows, StoreWriter
+from dmin.store import Progress, StoreWriter
 
 if TYPE_CHECKING:
     from dmin.collect.collector import GradientCollector
@@ -173,7 +173,7 @@ class SketchWriter(BasePredictionWriter):
         self,
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
-        prediction: tuple[int, Rows | None],
+        prediction: tuple[int, Arriving | None],
         *_: Any,
     ) -> None:
         """Hand one block to the store's writer behind the loop, unless it is another process's."""

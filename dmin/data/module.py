@@ -105,6 +105,7 @@ class CollectData(lightning.LightningDataModule):
             batch_sampler=self.mine(rank, world),
             collate_fn=_collate_numbered,
             num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),  # a copy to a GPU then waits for nothing
         )
 
 

@@ -21,6 +21,7 @@ from dmin.models.base import (
 )
 from dmin.models.checkpoint import describe_adapters, load_adapters, load_pipeline, load_weights
 from dmin.models.noising import Denoising
+from dmin.transfer import sent
 
 
 class DDPM(DiffusionModel):
@@ -120,7 +121,7 @@ class DDPM(DiffusionModel):
         if self.classes is None:
             return {}
         device = next(self.network.parameters()).device
-        return {"class_labels": class_labels(prompts, self.classes).to(device)}
+        return {"class_labels": sent(class_labels(prompts, self.classes), device)}
 
     def predict(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """Return the network's prediction and the target of the scheduler's prediction type."""

@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from dmin.errors import DminError
+from dmin.transfer import sent
 
 
 class Noised(NamedTuple):
@@ -148,8 +149,8 @@ class _Step(NamedTuple):
         posterior = beta * (1 - before) / (1 - bar)
         posterior[0] = posterior[1]
         shape = (-1, *[1] * (like.ndim - 1))
-        chosen = (x[t.cpu()].to(like).view(shape) for x in (beta, bar, before, posterior.log()))
-        return cls(*chosen)
+        table = torch.stack([beta, bar, before, posterior.log()]).to(like.dtype)
+        return cls(*(x.view(shape) for x in sent(table, like.device)[:, t.to(like.device)]))
 
     def mean(self, x0: Tensor, sample: Tensor) -> Tensor:
         """Return the mean of x_{t−1} given x0 and x_t."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from dmin.errors import DminError
 from dmin.layer_gradients import GradientFactors, Outer, Sum
-from dmin.sketches.base import Accumulator, Sketch, Sketched, add_at
+from dmin.sketches.base import Accumulator, Parameters, Sketch, Sketched, add_at
 from dmin.sketches.hashing import hash_words, key, signs
 
 
@@ -50,6 +50,12 @@ class MaskSJLT(Sketch):
         """Return the settings that define the map."""
         return {**super().describe(), "keep": self.keep}
 
+    def bind(self, parameters: Parameters) -> Self:
+        """Return this sketch for the parameters of one model."""
+        bound = super().bind(parameters)
+        bound._places = {}
+        return bound
+
     def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
         """Return the stated bound, ``[n]``; see the base class."""
         q = min(1.0, self.keep / self._bound.count)
@@ -61,7 +67,7 @@ class MaskSJLT(Sketch):
         parameter = self._bound.by_name[name]
         values = state.values[:, parameter.group]
         size, q = prod(parameter.shape), min(1.0, self.keep / self._bound.count)
-        places = kept_places(key(self.seed, name, "kept"), size, q).to(values.device)
+        places = self._kept_places(name, size, q, values.device)
         bucket = hash_words(key(self.seed, name, "offset"), len(places), values.device) % self.dim
         sign = signs(key(self.seed, name, "sign"), len(places), values.device) * q**-0.5
         outer = [part for part in _parts(factors) if isinstance(part, Outer)]
@@ -76,6 +82,14 @@ class MaskSJLT(Sketch):
     def finish(self, state: Accumulator) -> Sketched:
         """Return the finished rows; norms are theirs."""
         return Sketched(state.values, state.values.square().sum(-1))
+
+    def _kept_places(self, name: str, size: int, q: float, device: torch.device) -> Tensor:
+        if (name, device) not in self._places:
+            places = kept_places(key(self.seed, name, "kept"), size, q)
+            self._places[name, device] = places.to(device)
+        return self._places[name, device]
+
+    _places: dict[tuple[str, torch.device], Tensor]  # 8 bytes a scalar that is kept
 
 
 def kept_places(key: int, size: int, q: float) -> Tensor:

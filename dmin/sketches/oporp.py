@@ -40,14 +40,18 @@ class OPORP(FoldedSketch):
             0, 2, (parameters.count,), generator=generator, dtype=torch.int8
         )
         bound._sign.mul_(2).sub_(1)
+        bound._sent = {}
         return bound
 
     def fold(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the stored buckets and signs of one parameter."""
         start = self._bound.offsets[name]
         part = slice(start, start + prod(self._bound.by_name[name].shape))
-        bucket, sign = self._bucket[part], self._sign[part]
-        return bucket.to(device, torch.int64), sign.to(device, torch.float32)
+        if device not in self._sent:
+            self._sent[device] = self._bucket.to(device), self._sign.to(device)
+        bucket, sign = (x[part] for x in self._sent[device])
+        return bucket.long(), sign.float()
 
     _bucket: Tensor  # int32 [P], in [0, k)
     _sign: Tensor  # int8 [P], ±1
+    _sent: dict[torch.device, tuple[Tensor, Tensor]]  # both, where they were used
