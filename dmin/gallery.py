@@ -21,6 +21,7 @@ Images = Callable[[str], np.ndarray]
 """From an id to its image: [C, H, W] with C of 1 or 3, values in [0, 1]."""
 
 DPI = 150
+MOST_GROUPS = 6  # of layers, that have a bar of their own
 INK, MUTED, HAIRLINE, MAT, PAPER = "#17202a", "#66717d", "#dfe3e8", "#f2f4f6", "#ffffff"
 ACCENT, AGAINST, AGREES = "#2565a8", "#c8553d", "#0b7a63"
 
@@ -32,10 +33,12 @@ class _Layout:
     rows: int
     columns: int
     bars: bool
+    groups: int = 0
     margin: int = 64
     gap: int = 14
     aisle: int = 46
     strip: int = 224
+    shares: int = 330
     header: int = 212
     lines: int = 96
     footer: int = 72
@@ -46,6 +49,7 @@ class _Layout:
     def side(self) -> int:
         """Side of an image, so that the full number of columns fills the page."""
         taken = 2 * self.margin + self.aisle + (self.aisle + self.strip) * self.bars
+        taken += (self.aisle + self.shares) * bool(self.groups)
         return max(48, min(176, (self.page - taken) // (self.columns + 1) - self.gap))
 
     @property
@@ -53,8 +57,13 @@ class _Layout:
         return self.column(self.columns - 1) + self.side + self.aisle
 
     @property
+    def shares_left(self) -> int:
+        return self.strip_left + (self.strip + self.aisle) * self.bars
+
+    @property
     def width(self) -> int:
         right = self.strip_left + self.strip if self.bars else self.strip_left - self.aisle
+        right = self.shares_left + self.shares if self.groups else right
         return max(right + self.margin, 900)
 
     @property
@@ -83,7 +92,7 @@ def save_png(
     max_queries: int = 12,
     title: str | None = None,
 ) -> Path:
-    """Draw each query beside its best training examples and what each timestep contributed.
+    """Draw each query beside its best training examples, and what timesteps and groups added.
 
     Args:
         ranking: the first `max_queries` queries and `columns` ranks are drawn.
@@ -103,7 +112,8 @@ def save_png(
     """
     columns = min(columns, ranking.scores.shape[1])
     rows = min(max_queries, len(ranking.query_ids))
-    layout = _Layout(rows, columns, ranking.contributions is not None)
+    groups = min(len(ranking.groups), MOST_GROUPS)
+    layout = _Layout(rows, columns, ranking.contributions is not None, groups)
     figure = Figure((layout.width / DPI, layout.height / DPI), dpi=DPI, facecolor=PAPER)
     FigureCanvasAgg(figure)
     # One page of axes in pixels: pictures are pasted at whole pixels, type is laid over them.
@@ -118,6 +128,8 @@ def save_png(
     if ranking.contributions is not None:
         means = ranking.contributions[:rows, :columns].mean(axis=1)
         _draw_strips(page, means, ranking.timesteps, layout)
+    if ranking.group_contributions is not None:
+        _draw_shares(page, *_shares(ranking, layout), layout)
     _draw_legend(page, ranking, layout)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +171,8 @@ def _draw_header(page: Axes, ranking: Ranking, layout: _Layout, title: str) -> N
         _write(page, layout.column(rank) + layout.side / 2, top, str(rank + 1), MUTED, ha="center")
     if layout.bars:
         _write(page, layout.strip_left, top, "by timestep", MUTED)
+    if layout.groups:
+        _write(page, layout.shares_left, top, "by group of layers", MUTED)
 
 
 def _draw_captions(page: Axes, ranking: Ranking, query: int, layout: _Layout) -> None:
@@ -204,13 +218,45 @@ def _draw_strips(
             _write(page, right, under, f"{timesteps[-1]:g}", MUTED, size=9.5, ha="right")
 
 
+def _shares(ranking: Ranking, layout: _Layout) -> tuple[list[str], np.ndarray]:
+    """Return the groups that add most, and what each adds in each row; the others together."""
+    assert ranking.group_contributions is not None
+    means = ranking.group_contributions[: layout.rows, : layout.columns].mean(axis=1)
+    largest = np.argsort(-np.abs(means).mean(axis=0), kind="stable")
+    if len(largest) == layout.groups:
+        return [ranking.groups[g] for g in largest], means[:, largest]
+    own, rest = largest[: layout.groups - 1], largest[layout.groups - 1 :]
+    names = [*(ranking.groups[g] for g in own), f"{len(rest)} others"]
+    return names, np.column_stack([means[:, own], means[:, rest].sum(axis=1)])
+
+
+def _draw_shares(page: Axes, names: list[str], means: np.ndarray, layout: _Layout) -> None:
+    """Draw one lying bar a group of layers, to one scale in all rows: means over the ranks."""
+    above, below = max(float(means.max()), 0.0), max(-float(means.min()), 0.0)
+    middle = layout.shares_left + layout.shares // 2
+    scale = (layout.shares - layout.shares // 2) / max(above + below, 1e-30)
+    zero = middle + below * scale
+    pitch = layout.side / len(names)
+    size = min(9.5, 0.3 * pitch)
+    for query, row in enumerate(means):
+        top = layout.row(query)
+        for number, (name, mean) in enumerate(zip(names, row, strict=True)):
+            centre = top + (number + 0.5) * pitch
+            colour = ACCENT if mean >= 0 else AGAINST
+            corner = (zero, centre - 0.3 * pitch)
+            page.add_patch(Rectangle(corner, mean * scale, 0.6 * pitch, color=colour, linewidth=0))
+            text = _clip(name, (layout.shares // 2 - 16) * 11 / size, keep_end=True)
+            _write(page, middle - 14, centre + 0.7 * size, text, MUTED, size=size, ha="right")
+        page.plot([zero, zero], [top, top + layout.side], MUTED, linewidth=0.6)
+
+
 def _draw_legend(page: Axes, ranking: Ranking, layout: _Layout) -> None:
     """Say at the foot what marks and bars mean, as far as there are any."""
     ranks = np.ndindex(layout.rows, layout.columns)
     notes = []
     if any(ranking.same_label(query, rank) is not None for query, rank in ranks):
         notes.append("● the query's label   ○ another label")
-    if layout.bars:
+    if layout.bars or layout.groups:
         notes.append("bars: mean contribution to the scores shown, one scale for all rows")
     _write(page, layout.left, layout.height - 44, "   ·   ".join(notes), MUTED, size=9.5)
 

@@ -199,6 +199,37 @@ class Method(ABC):
         """Return what each timestep adds, ``[queries, n, T]``, or None if they do not add up."""
         return None
 
+    def group_contributions(
+        self, queries: Any, train: ExampleBlock, layout: Layout
+    ) -> Tensor | None:
+        """Return what each group of layers adds at each timestep, or None if nobody can say.
+
+        A score that is one inner product (:meth:`linear`) is the sum of what its groups have. Where
+        an inner product ``u = Σ_g u_g`` is raised to a power, a group has the share ``u_g / u`` of
+        that: its Aumann–Shapley value, what it adds while all groups grow in step from nothing
+        (Aumann & Shapley, "Values of Non-Atomic Games", 1974); of a square this is its Shapley
+        value as well. Shares add up to the score; one is negative where a group works against the
+        others.
+
+        Args:
+            queries: what :meth:`transform_query` returned.
+            train: the examples.
+            layout: of the stores.
+
+        Returns:
+            ``[queries, n, T, G]``.
+        """
+        linear = self.linear(queries, layout)
+        if linear is None:
+            return None
+        rows, scale = train.features[linear.readout], linear.scale
+        if scale == "unit":
+            rows = torch.nn.functional.normalize(rows.flatten(3), dim=-1).view_as(rows)
+        elif scale == "norm":
+            length = train.norms[linear.readout].square().sum(-1).sqrt()
+            rows = rows * length[..., None, None]
+        return torch.einsum("qdtgk,ndtgk->qntg", linear.queries, rows)
+
     def notes(self) -> dict[str, str]:
         """Return what fitting found that a reader of the scores should know, by topic."""
         return {}

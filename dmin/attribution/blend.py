@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmin.attribution.base import ExampleBlock, Method, Requires, Side
 from dmin.errors import DminError
+from dmin.store import Layout
 
 
 @dataclass(frozen=True)
@@ -107,4 +108,16 @@ class Blend(Method):
             if part is None:
                 return None
             found.append(part * scale[:, None, None])
+        return torch.stack(found).sum(0)
+
+    def group_contributions(
+        self, queries: Asked, train: ExampleBlock, layout: Layout
+    ) -> Tensor | None:
+        """Return what each group of layers adds, ``[Q, n, T, G]``, if both methods can say."""
+        found = []
+        for method, asked, scale in zip(self.methods, queries.queries, queries.scales, strict=True):
+            part = method.group_contributions(asked, train, layout)
+            if part is None:
+                return None
+            found.append(part * scale[:, None, None, None])
         return torch.stack(found).sum(0)

@@ -14,6 +14,7 @@ from dmin.attribution.base import ExampleBlock, Method, Side
 from dmin.attribution.gradient_similarity import GradCos, GradDot
 from dmin.attribution.trak import DTRAK, TRAK
 from dmin.errors import DminError
+from dmin.store import Layout
 
 
 class OverCheckpoints(Method):
@@ -93,6 +94,15 @@ class OverCheckpoints(Method):
                 return None
             total = weight * found if total is None else total + weight * found
         return total
+
+    def group_contributions(
+        self, queries: list[Any], train: ExampleBlock, layout: Layout
+    ) -> Tensor | None:
+        """Return what each group of layers adds, ``[Q, n, T, G]``, if the method can say."""
+        parts = zip(self.weights, self.methods, queries, _models(train), strict=True)
+        found = [(w, m.group_contributions(asked, b, layout)) for w, m, asked, b in parts]
+        each = [weight * part for weight, part in found if part is not None]
+        return torch.stack(each).sum(0) if len(each) == len(found) else None
 
 
 class TracIn(OverCheckpoints):

@@ -8,6 +8,7 @@ from torch import Tensor
 from dmin.attribution.base import ExampleBlock, Requires, Side
 from dmin.attribution.damped import Damped
 from dmin.attribution.rows import unit_rows
+from dmin.store import Layout
 
 
 class DAS(Damped):
@@ -73,6 +74,13 @@ class DAS(Damped):
         rows = self._rows(train)
         change = torch.einsum("qdtm,ndtm->qndt", queries, rows) * self._scale(train, rows)
         return change.square().mean(2)
+
+    def group_contributions(self, queries: Tensor, train: ExampleBlock, layout: Layout) -> Tensor:
+        """Return ``u_g · u`` for the squared change ``u = Σ_g u_g``, ``[Q, n, T, G]``."""
+        rows = self._rows(train)
+        q, x = (each.unflatten(3, layout.row_shape[2:]) for each in (queries, rows))
+        change = torch.einsum("qdtgk,ndtgk->qndtg", q, x) * self._scale(train, rows)[..., None]
+        return (change * change.sum(4, keepdim=True)).mean(2)
 
     def _scale(self, train: ExampleBlock, rows: Tensor) -> Tensor:
         """Return ``e / (1 − h)``, ``[n, D, T]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
@@ -30,13 +31,27 @@ def table(ranking: Ranking, max_queries: int = 12, columns: int = 5) -> Table:
     table.add_column("query", style="bold", overflow="fold")
     for rank in range(k):
         table.add_column(str(rank + 1), justify="right", overflow="fold")
+    if ranking.group_contributions is not None:
+        table.add_column("from", style="dim")
     for query in range(queries):
         head = Text(ranking.query_ids[query])
         if (label := ranking.query_metadata[query].get("label")) is not None:
             head.append(f"\n{label}", style="not bold")
         shown = range(min(k, ranking.count(query)))
-        table.add_row(head, *(_terminal_cell(ranking, query, rank) for rank in shown))
+        cells = [_terminal_cell(ranking, query, rank) for rank in shown]
+        if ranking.group_contributions is not None:
+            cells += [Text()] * (k - len(cells)) + [_largest_groups(ranking, query, k)]
+        table.add_row(head, *cells)
     return table
+
+
+def _largest_groups(ranking: Ranking, query: int, k: int, most: int = 3) -> Text:
+    """Say which groups of layers the scores of the first k examples come from."""
+    assert ranking.group_contributions is not None
+    parts = ranking.group_contributions[query, : min(k, ranking.count(query))].mean(0)
+    total = abs(float(parts.sum())) or 1.0
+    largest = np.argsort(-np.abs(parts), kind="stable")[:most]
+    return Text("\n".join(f"{ranking.groups[g]} {parts[g] / total:.0%}" for g in largest))
 
 
 def _terminal_cell(ranking: Ranking, query: int, rank: int) -> Text:
@@ -57,4 +72,5 @@ def _shown(ranking: Ranking) -> str:
         name = ranking.group_by
         return f"values of {name} each: foremost example, {name} and its examples, score"
     sure = ", its error, and how surely it is among them" if ranking.errors is not None else ""
-    return f"examples each: id, label, score{sure}"
+    split = "; from: the groups of layers that add most" if ranking.groups else ""
+    return f"examples each: id, label, score{sure}{split}"

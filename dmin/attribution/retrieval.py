@@ -272,6 +272,7 @@ class _Search:
         self, queries: Side, numbers: np.ndarray, asked: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return scores and rows of the best ``[Q, k]``, and contributions ``[Q, k, T, G]``."""
+        self._check_split(queries, numbers, asked)
         if self.index is not None:
             return self._indexed(asked, self.index)
         best = self.gathered(asked)
@@ -331,11 +332,44 @@ class _Search:
         method, parts = self.method, []
         for query, winners in zip(numbers, rows, strict=True):
             one = method.transform_query(queries.block([query], method.requires))
-            found = method.contributions(one, self.train.block(winners, method.requires))
+            block, found = self.train.block(winners, method.requires), None
+            if len(self.train.store.layout.groups) > 1:
+                found = method.group_contributions(one, block, self.train.store.layout)
+            if found is None:
+                times = method.contributions(one, block)
+                found = None if times is None else times[..., None]
             if found is None:
                 return None
             parts.append(found[0])
-        return torch.stack(parts)[..., None]
+        return torch.stack(parts)
+
+    def _check_split(self, queries: Side, numbers: np.ndarray, asked: Any) -> None:
+        """Refuse what cannot be split between groups of layers, before the scan."""
+        if not self.selection.split:
+            return
+        if len(self.train.store.layout.groups) < 2:
+            raise DminError(
+                "retrieve.split=true, but the store has one group of layers only. Collect it with "
+                "collect.groups=block, layer, or names with regular expressions."
+            )
+        if self.groups is not None and self.selection.group_score != "max":
+            raise DminError(
+                f"retrieve.split=true, but the {self.selection.group_score} over "
+                f"{self.selection.group_by} is no single example's score. Set "
+                f"retrieve.group_score=max, or retrieve.split=false."
+            )
+        if self.method.linear(asked, self.train.store.layout) is None:
+            method, one = self.method, numbers[:1]
+            asked_one = method.transform_query(queries.block(one, method.requires))
+            block = self.train.block(np.arange(1), method.requires)
+            if method.group_contributions(asked_one, block, self.train.store.layout) is None:
+                raise DminError(
+                    f"retrieve.split=true, but {method.name} scores cannot be split between groups "
+                    f"of layers: they are not made of inner products of gradients. Methods that "
+                    f"are one (dmin, grad_dot, trak, spectral, …), averages of such, and powers "
+                    f"of one (spectral_energy, sharp_energy, das) can be. Choose one of these, or "
+                    f"set retrieve.split=false."
+                )
 
     def answer(
         self, queries: Side, batches: Sequence[tuple[Tensor, Tensor, Tensor | None]]

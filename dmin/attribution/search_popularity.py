@@ -55,6 +55,14 @@ class PopularityCorrected(Method):
         popular = self.method.contributions(self._popular, train)
         return None if parts is None or popular is None else parts - popular.mean(0)
 
+    def group_contributions(
+        self, queries: Any, train: ExampleBlock, layout: Layout
+    ) -> Tensor | None:
+        """Return what each group of layers adds, ``[Q, n, T, G]``, if the method can say."""
+        parts = self.method.group_contributions(queries, train, layout)
+        popular = self.method.group_contributions(self._popular, train, layout)
+        return None if parts is None or popular is None else parts - popular.mean(0)
+
     def linear(self, queries: Any, layout: Layout) -> Linear | None:
         """Return the queries less the references' mean: still one inner product."""
         asked = self.method.linear(queries, layout)

@@ -28,6 +28,7 @@ class Selection:
         group_by: a column of the metadata: rank its values instead of single examples.
         group_score: ``sum``, ``mean`` or ``max`` of the scores of a group's examples (``max`` is
             the smallest for opponents).
+        split: refuse what cannot be split between groups of layers; else it is done where it can.
 
     Raises:
         DminError: a value is not allowed.
@@ -38,6 +39,7 @@ class Selection:
     where: Mapping[str, Any] | None = None
     group_by: str | None = None
     group_score: str = "sum"
+    split: bool = False
 
     def __post_init__(self) -> None:
         """Check the two choices."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from dmin.attribution.base import ExampleBlock, Side
 from dmin.attribution.spectral import SpectralEnergy
 from dmin.errors import DminError
+from dmin.store import Layout
 
 
 class SharpEnergy(SpectralEnergy):
@@ -83,7 +84,17 @@ class SharpEnergy(SpectralEnergy):
         total = energy.sum(2, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)
         return energy / total * total**self.sharpness
 
+    def group_contributions(self, queries: Tensor, train: ExampleBlock, layout: Layout) -> Tensor:
+        """Return each group's share of each timestep's share, ``[Q, n, T, G]``."""
+        parts = super().group_contributions(queries, train, layout)
+        scale = self._lengths(train)[..., None]
+        total = (parts.sum(3, keepdim=True) * scale).sum(2, keepdim=True)
+        total = total.clamp(min=torch.finfo(total.dtype).tiny)
+        return parts * scale / total * total**self.sharpness
+
     def _energy(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        return super().contributions(queries, train) * self._lengths(train)
+
+    def _lengths(self, train: ExampleBlock) -> Tensor:
         lengths = train.norms["loss"].square().sum(-1).sqrt().mean(1)  # [n, T], over draws
-        scale = (lengths / self._mean_norm) ** (2 * self.norms)
-        return super().contributions(queries, train) * scale
+        return (lengths / self._mean_norm) ** (2 * self.norms)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from dmin.attribution.base import ExampleBlock, Side
@@ -109,6 +110,13 @@ class SpectralEnergy(Spectral):
     def contributions(self, queries: Tensor, train: ExampleBlock) -> Tensor:
         """Return the square at each timestep, ``[Q, n, T]``."""
         return super().contributions(queries, train).square()
+
+    def group_contributions(self, queries: Tensor, train: ExampleBlock, layout: Layout) -> Tensor:
+        """Return ``u_g · u`` for the square of ``u = Σ_g u_g``, ``[Q, n, T, G]``."""
+        both, shape = (queries, self._unit(train.features["loss"])), layout.row_shape
+        q, rows = (x.unflatten(2, (shape[0], *shape[2:])) for x in both)
+        parts = torch.einsum("qtdgk,ntdgk->qntg", q, rows)
+        return parts * parts.sum(3, keepdim=True)
 
     def linear(self, queries: Tensor, layout: Layout) -> None:  # type: ignore[override]
         """Return None: squares are no inner product, whatever the parent's scores are."""

@@ -192,7 +192,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     method = build(work.cfg.method)
     if options["popularity"]:
         method = PopularityCorrected(method)
-    chosen = ("order", "min_score", "where", "group_by", "group_score")
+    chosen = ("order", "min_score", "where", "group_by", "group_score", "split")
     selection = Selection(**{name: options[name] for name in chosen})
     source = build_queries(work.cfg.queries)  # what is wrong with it is said before the work
     train = work.train_side([method])

@@ -81,6 +81,7 @@ class Retrieve:
     where: dict | None = None
     group_by: str | None = None
     group_score: str = "sum"
+    split: bool = False
     popularity: bool = False
     device: str = "cpu"
 

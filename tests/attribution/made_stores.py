@@ -7,11 +7,20 @@ from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
 TIMES = (900.0, 500.0, 100.0)
 
 
-def made(path, features, dtype="float32", block_size=7, segment_bytes=4000, metadata=None, **kept):
+def made(
+    path,
+    features,
+    dtype="float32",
+    block_size=7,
+    segment_bytes=4000,
+    metadata=None,
+    readout="loss",
+    **kept,
+):
     """Write features [n, D, T, G, k] through the store."""
     n, draws, _, groups, dim = features.shape
     names = tuple(f"g{number}" for number in range(groups))
-    layout = Layout(("loss",), draws, TIMES[: features.shape[2]], names, dim, dtype)
+    layout = Layout((readout,), draws, TIMES[: features.shape[2]], names, dim, dtype)
     manifest = Manifest(layout, {"weights": "ab"}, {"name": path.name}, n, block_size)
     generator = np.random.default_rng(n)
     with StoreWriter(path, manifest, segment_bytes=segment_bytes, **kept) as writer:
@@ -24,8 +33,8 @@ def made(path, features, dtype="float32", block_size=7, segment_bytes=4000, meta
                 Rows(
                     ids=[f"{path.name}-{row}" for row in rows],
                     metadata=[metadata[row] if metadata else {} for row in rows],
-                    features={"loss": features[chosen]},
-                    norms={"loss": generator.uniform(0.5, 2, shape).astype(np.float32)},
+                    features={readout: features[chosen]},
+                    norms={readout: generator.uniform(0.5, 2, shape).astype(np.float32)},
                     losses=np.zeros(shape[:3], np.float32),
                 ),
             )

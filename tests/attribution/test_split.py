@@ -1,0 +1,132 @@
+"""What groups of layers add to a score, against Shapley's and Aumann's own definitions."""
+
+import itertools
+from math import factorial
+
+import numpy as np
+import pytest
+import torch
+from made_stores import drawn, made
+
+from dmin.attribution import (
+    DAS,
+    TRAK,
+    DMin,
+    GradDot,
+    Random,
+    SharpEnergy,
+    Spectral,
+    SpectralEnergy,
+    retrieve,
+)
+from dmin.attribution.base import Side
+from dmin.attribution.blend import Blend
+from dmin.attribution.search_popularity import PopularityCorrected
+from dmin.attribution.search_select import Selection
+from dmin.errors import DminError
+
+GROUPS, DRAWS = 3, 2
+SPLIT = {
+    "dmin": DMin,
+    "grad_dot": GradDot,
+    "trak": TRAK,
+    "spectral": Spectral,
+    "spectral_energy": SpectralEnergy,
+    "sharp_energy": lambda: SharpEnergy(sharpness=1.5, norms=0.5, alpha=1.0),
+    "das": DAS,
+    "blend": lambda: Blend(SpectralEnergy(), DMin()),
+    "popularity": lambda: PopularityCorrected(SpectralEnergy(), references=4),
+}
+
+
+def sides(folder, method):
+    readout = method.requires.readouts[0]
+    settings = {"readout": readout}
+    train = made(folder / "train", drawn(20, DRAWS, 3, GROUPS, 8), **settings)
+    queries = made(folder / "queries", drawn(2, DRAWS, 3, GROUPS, 8, seed=1), **settings)
+    return queries, train
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_what_groups_add_sums_to_the_score(name, tmp_path):
+    method = SPLIT[name]()
+    queries, train = sides(tmp_path, method)
+    ranking = retrieve(queries, train, method, k=5, selection=Selection(split=True))
+    assert ranking.groups == ("g0", "g1", "g2")
+    total = ranking.group_contributions.sum(2)
+    np.testing.assert_allclose(total, ranking.scores, rtol=1e-4, atol=1e-6)
+    whole = SPLIT[name]()
+    plain = retrieve(queries, train, whole, k=5)
+    np.testing.assert_allclose(plain.contributions, ranking.contributions, rtol=1e-6)
+    if name not in ("grad_dot", "trak"):  # they sum over timesteps first
+        asked = whole.transform_query(Side(queries).block([0], whole.requires))
+        block = Side(train).block(ranking.train_rows[0], whole.requires)
+        times = whole.contributions(asked, block)[0].numpy()
+        np.testing.assert_allclose(ranking.contributions[0], times, rtol=1e-3, atol=1e-6)
+
+
+def fitted(name, tmp_path):
+    """A method, a query as it wants it, a block, and its score of some groups of the query."""
+    method = SPLIT[name]()
+    queries, train = sides(tmp_path, method)
+    method.fit(Side(train))
+    asked = method.transform_query(Side(queries).block([0], method.requires)).double()
+    block = Side(train).block(np.arange(6), method.requires)
+    block.features.update({key: x.double() for key, x in block.features.items()})
+    by_group = asked.unflatten(-1, (-1, GROUPS, 8))  # draws may stand before it
+
+    def score(weights):
+        return method.score((by_group * weights[:, None]).view_as(asked), block)[0]
+
+    shares = method.group_contributions(asked, block, train.layout)[0].sum(1)  # [n, G]
+    return score, shares
+
+
+@pytest.mark.parametrize("name", ["dmin", "spectral", "spectral_energy", "das"])
+def test_a_share_is_the_mean_of_what_a_group_adds_to_others(name, tmp_path):
+    """Shapley's value by its definition: over all orders in which groups may come."""
+    score, shares = fitted(name, tmp_path)
+    for group in range(GROUPS):
+        others = [g for g in range(GROUPS) if g != group]
+        value = torch.zeros(6, dtype=torch.float64)
+        for size in range(GROUPS):
+            weight = factorial(size) * factorial(GROUPS - size - 1) / factorial(GROUPS)
+            for before in itertools.combinations(others, size):
+                without = torch.tensor([float(g in before) for g in range(GROUPS)]).double()
+                with_it = without.clone()
+                with_it[group] = 1
+                value += weight * (score(with_it) - score(without))
+        torch.testing.assert_close(shares[:, group].double(), value, rtol=1e-4, atol=1e-7)
+
+
+def test_a_share_of_a_power_is_what_a_group_adds_while_all_grow_in_step(tmp_path):
+    score, shares = fitted("sharp_energy", tmp_path)
+    steps = 400
+    for group in range(GROUPS):
+        own = torch.zeros(GROUPS).double()
+        own[group] = 0.5 / steps
+        value = torch.zeros(6, dtype=torch.float64)
+        for step in range(steps):
+            all_of = torch.full((GROUPS,), (step + 0.5) / steps).double()
+            value += score(all_of + own) - score(all_of - own)
+        torch.testing.assert_close(shares[:, group].double(), value, rtol=2e-3, atol=1e-5)
+
+
+def test_what_cannot_be_split_is_refused_before_anything_is_read(tmp_path):
+    queries, train = sides(tmp_path, DMin())
+    ask = Selection(split=True)
+    with pytest.raises(
+        DminError, match=r"random scores cannot be split.*sharp_energy.*split=false"
+    ):
+        retrieve(queries, train, Random(), k=2, selection=ask)
+    assert retrieve(queries, train, Random(), k=2).groups == ()
+    one = made(tmp_path / "one", drawn(9, groups=1))
+    with pytest.raises(DminError, match=r"one group of layers only.*collect\.groups=block"):
+        retrieve(one, one, DMin(), k=2, selection=ask)
+    label = [{"label": n % 3} for n in range(9)]
+    labelled = made(tmp_path / "labelled", drawn(9, groups=2), metadata=label)
+    by_label = Selection(split=True, group_by="label")
+    with pytest.raises(DminError, match=r"the sum over label.*group_score=max"):
+        retrieve(labelled, labelled, DMin(), k=2, selection=by_label)
+    found = Selection(split=True, group_by="label", group_score="max")
+    assert retrieve(labelled, labelled, DMin(), k=2, selection=found).groups == ("g0", "g1")
