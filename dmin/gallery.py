@@ -21,7 +21,7 @@ Images = Callable[[str], np.ndarray]
 """From an id to its image: [C, H, W] with C of 1 or 3, values in [0, 1]."""
 
 DPI = 150
-MOST_GROUPS = 6  # of layers, that have a bar of their own
+MOST_GROUPS = 5  # of layers, that have a bar of their own
 INK, MUTED, HAIRLINE, MAT, PAPER = "#17202a", "#66717d", "#dfe3e8", "#f2f4f6", "#ffffff"
 ACCENT, AGAINST, AGREES = "#2565a8", "#c8553d", "#0b7a63"
 
@@ -236,8 +236,9 @@ def _draw_shares(page: Axes, names: list[str], means: np.ndarray, layout: _Layou
     middle = layout.shares_left + layout.shares // 2
     scale = (layout.shares - layout.shares // 2) / max(above + below, 1e-30)
     zero = middle + below * scale
-    pitch = layout.side / len(names)
-    size = min(9.5, 0.3 * pitch)
+    height = layout.side + 60  # down to the last line of type below the pictures
+    pitch = min(32.0, height / len(names))
+    size = min(9.5, 0.31 * pitch)
     for query, row in enumerate(means):
         top = layout.row(query)
         for number, (name, mean) in enumerate(zip(names, row, strict=True)):
@@ -247,7 +248,7 @@ def _draw_shares(page: Axes, names: list[str], means: np.ndarray, layout: _Layou
             page.add_patch(Rectangle(corner, mean * scale, 0.6 * pitch, color=colour, linewidth=0))
             text = _clip(name, (layout.shares // 2 - 16) * 11 / size, keep_end=True)
             _write(page, middle - 14, centre + 0.7 * size, text, MUTED, size=size, ha="right")
-        page.plot([zero, zero], [top, top + layout.side], MUTED, linewidth=0.6)
+        page.plot([zero, zero], [top, top + pitch * len(names)], MUTED, linewidth=0.6)
 
 
 def _draw_legend(page: Axes, ranking: Ranking, layout: _Layout) -> None:

@@ -1,16 +1,19 @@
 """Groups of parameters from the setting to the gallery, and one collection for several k."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dmin.attribution import retrieve
 from dmin.attribution.ranking import Ranking
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Examples
 from dmin.errors import DminError
+from dmin.gallery import save_png
 from dmin.gallery_html import save_html
 from dmin.sketches import (
     SJLT,
@@ -133,6 +136,15 @@ def test_groups_reach_files_and_gallery(ddpm, few, tmp_path):
     image = lambda name: few[few_index(few, name)].image.numpy()  # noqa: E731
     page = save_html(ranking, image, image, tmp_path / "gallery.html").read_text()
     assert json.dumps("time_embedding") in page and '"groupParts"' in page
+    whole = save_png(ranking, image, image, tmp_path / "gallery.png")
+    without = replace(ranking, groups=(), group_contributions=None)
+    plain = save_png(without, image, image, tmp_path / "plain.png")
+    widths = [Image.open(path).width for path in (whole, plain)]
+    assert widths[0] > widths[1] + 300
+    assert ranking.table().columns[-1].header == "from" != without.table().columns[-1].header
+    mean = ranking.group_contributions[0, :3].mean(0)
+    name = ranking.groups[int(np.abs(mean).argmax())]
+    assert str(next(ranking.table().columns[-1].cells)).startswith(f"{name} ")
     with pytest.raises(DminError, match="group_contributions"):
         Ranking(**{**vars(ranking), "groups": ()})
 
