@@ -95,6 +95,8 @@ class Sketch(ABC):
     # Sketches of k numbers fold by residue, y[c] = Σ_{j mod k' = c} x[j], to exactly the sketch of
     # k' where k' divides k and is a multiple of this; None: they do not.
     folds: int | None = None
+    # Raised whenever the map changes for unchanged settings; a part of the fingerprint from 2 on.
+    revision = 1
 
     def __init__(self, dim: int = 4096, seed: int = 0) -> None:
         if dim < 1:
@@ -117,7 +119,8 @@ class Sketch(ABC):
     def describe(self) -> dict[str, Any]:
         """Return the settings that define the map, as JSON: a part of the feature fingerprint."""
         folds = {} if self.folds is None else {"folds": self.folds}
-        return {"family": self.family, "dim": self.dim, "seed": self.seed, **folds}
+        revision = {} if self.revision == 1 else {"revision": self.revision}
+        return {"family": self.family, "dim": self.dim, "seed": self.seed, **folds, **revision}
 
     def begin(self, batch: int, like: Tensor, budget: int = 16 << 20) -> Accumulator:
         """Start the rows of a batch.

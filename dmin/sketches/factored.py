@@ -35,9 +35,10 @@ class Factored(Sketch):
 
     ``Var ≤ (‖G‖²‖H‖² + ρ² + ‖M‖² + ‖N‖²)/k + (‖M‖² + τ)/k₂ + (‖N‖² + τ)/k₁``,
 
-    without the term of a side that is kept whole. Between parameters ``(‖g‖²‖h‖² + ⟨g, h⟩²)/k``
-    holds as for the others. The terms in 1/k₁ and 1/k₂ are what it costs: they fall with √k
-    only, and ‖M‖ and ‖N‖ are as large as ‖G‖‖H‖ for gradients of rank one.
+    without the term of a side that is kept whole. A vector longer than k is count-sketched (a sign
+    and one of k places for each entry), which has the first term alone. Between parameters
+    ``(‖g‖²‖h‖² + ⟨g, h⟩²)/k`` holds as for the others. The terms in 1/k₁ and 1/k₂ are what it
+    costs: they fall with √k only, and ‖M‖ and ‖N‖ are as large as ‖G‖‖H‖ for gradients of rank one.
 
     Norms are those of the sketch. It does not fold.
 
@@ -48,6 +49,7 @@ class Factored(Sketch):
 
     family = "factored"
     norm_kind = "sketch"
+    revision = 2  # vectors longer than k are counted
 
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
         """Add one parameter, from its factors where it has any."""
@@ -92,17 +94,22 @@ class Factored(Sketch):
         """Return A and B of one parameter, hashed afresh."""
         sizes = zip(matrix_shape(parameter.shape), self.shares(parameter), strict=True)
         left, right = (
-            self._side(parameter.name, which, size, share, like)
+            self._side(parameter, which, size, share, like)
             for which, (size, share) in zip(("out", "in"), sizes, strict=True)
         )
         return left, right
 
-    def _side(self, name: str, which: str, size: int, share: int, like: Tensor) -> Side:
+    def _side(self, parameter: Parameter, which: str, size: int, share: int, like: Tensor) -> Side:
+        name = parameter.name
         flips = key(self.seed, name, which, "sign")
         if size <= share:
             sign = signs(flips, size, like.device).to(like.dtype)
             shift = int(hash_words(key(self.seed, name, which, "shift"), 1)) % share
             bucket = (torch.arange(size, device=like.device) + shift) % share
+            return Side(share, sign, bucket)
+        if 1 in matrix_shape(parameter.shape):
+            sign = signs(flips, size, like.device).to(like.dtype)
+            bucket = hash_words(key(self.seed, name, which, "place"), size, like.device) % share
             return Side(share, sign, bucket)
         matrix = signs(flips, share * size, like.device).to(like.dtype) * share**-0.5
         return Side(share, matrix.view(share, size))
@@ -120,7 +127,7 @@ class Side:
         """Map the last dimension, to ``to`` numbers."""
         if self.bucket is None:
             return x @ self.sign.T
-        return x.new_zeros(*x.shape[:-1], self.to).index_copy_(-1, self.bucket, x * self.sign)
+        return x.new_zeros(*x.shape[:-1], self.to).index_add_(-1, self.bucket, x * self.sign)
 
     @property
     def matrix(self) -> Tensor:
