@@ -24,16 +24,27 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 REPEATS, SEEDS = 4, 2
 STORED = "float16"
+SECONDS_A_PART = 600
+NOT_INSTALLED = "not installed: see the README"
 
 
-def measure(workload_name: str, way_name: str, threads: int) -> dict:
-    """Time a way interleaved with plain training; then its memory and its errors."""
+def measure(workload_name: str, way_name: str, what: str, threads: int) -> dict:
+    """Time a way interleaved with plain training; then its memory and its errors.
+
+    Args:
+        workload_name: one of ``workloads.WORKLOADS``.
+        way_name: as :func:`ways.build` takes it.
+        what: ``timings`` (and memory), ``errors`` or ``all``.
+        threads: of torch.
+    """
     import ways
     from workloads import BATCH, build
 
     torch.set_num_threads(threads)
     workload = build(workload_name)
     plain, way = ways.Plain(workload), ways.build(way_name, workload)
+    if what == "errors":
+        return errors(workload, way, ways) if isinstance(way, ways.Ours) else {}
     plain(), way()
     seconds = {"plain": [], "way": []}
     for _ in range(REPEATS):
@@ -66,7 +77,8 @@ def measure(workload_name: str, way_name: str, threads: int) -> dict:
     if isinstance(way, ways.Ours):
         covered = [name for name, how in way.coverage.items() if how != "unused"]
         found["coverage"] = len(covered) / len(way.coverage)
-        found |= errors(workload, way, ways)
+        if what == "all":
+            found |= errors(workload, way, ways)
     return found
 
 
@@ -126,6 +138,7 @@ def machine(threads: int) -> dict:
 
 def parts() -> list[tuple[str, str]]:
     """All ways on all workloads, what matters most first."""
+    import show
     import ways
     from workloads import WORKLOADS
 
@@ -133,10 +146,16 @@ def parts() -> list[tuple[str, str]]:
     names = [*first, *(name for name in ways.families() if name not in first)]
     return [
         (workload, name)
-        for name in names
+        for name in [*names, *show.PEERS]
         for workload in WORKLOADS
         if name != "plain_adapters" or workload == "mmdit_lora"
     ]
+
+
+def done_already(known: dict, what: str) -> bool:
+    """Whether what is asked for is there; only our ways have a coverage, and hence errors."""
+    timed = known.get("failed", NOT_INSTALLED) != NOT_INSTALLED or "ratio" in known
+    return timed if what == "timings" else timed and ("error" in known or "coverage" not in known)
 
 
 def read() -> dict:
@@ -149,41 +168,62 @@ def write(results: dict) -> None:
     os.replace(new, RESULTS)
 
 
+def run(workload: str, way: str, args: argparse.Namespace) -> dict:
+    """Measure one part in a process of its own."""
+    import show
+
+    command = [sys.executable, __file__, "--threads", str(args.threads), "--what", args.what]
+    command += ["--part", workload, way]
+    if way in show.PEERS:
+        if not args.peers:
+            return {"failed": NOT_INSTALLED}
+        command = [args.peers, str(HERE / "peers.py"), workload, way, str(args.threads)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=SECONDS_A_PART
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done in {SECONDS_A_PART} s"}
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"signal {-done.returncode}"])[-1]
+        return {"failed": reason[:300]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="workload or way, or workload/way")
     parser.add_argument("--again", action="store_true", help="measure again what is there")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no part after this")
+    parser.add_argument("--peers", help="the Python of an environment with bergson, dattri, TRAK")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--what", choices=("all", "timings", "errors"), default="all",
+        help="timings and memory alone, which want a quiet machine, or errors alone",
+    )  # fmt: skip
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        print(json.dumps(measure(*args.part, args.threads)))
+        print(json.dumps(measure(*args.part, args.what, args.threads)))
         return
     start = time.perf_counter()
     for workload, way in parts():
         known = read().get(workload, {}).get(way, {})
         wanted = args.only in ("", workload, way, f"{workload}/{way}")
-        if not wanted or (known and not args.again):
+        if not wanted or (done_already(known, args.what) and not args.again):
             continue
         if time.perf_counter() - start > args.seconds:
             print("out of time: the same command goes on")
             break
         print(f"{workload}/{way} ...", end=" ", flush=True)
-        command = [sys.executable, __file__, "--threads", str(args.threads)]
-        done = subprocess.run(
-            [*command, "--part", workload, way], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [f"signal {-done.returncode}"])[-1]
-            found = {"failed": reason[:300]}
-        else:
-            found = json.loads(done.stdout.strip().splitlines()[-1])
+        found = run(workload, way, args)
         results = read()
+        if args.what != "all" and "failed" not in known:  # the rest of it stays
+            found = known | found
         results.setdefault(workload, {})[way] = found
         results["machine"] = machine(args.threads)
         write(results)
-        print(found.get("failed") or f"{found['ratio']:.2f} × plain")
+        print(found.get("failed") or f"{found.get('ratio', math.nan):.2f} × plain", flush=True)
     import show
 
     show.main()

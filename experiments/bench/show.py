@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
+PEERS = ("bergson", "dattri", "trak")
 TITLES = {
     "ddpm_cifar": "DDPM UNet",
     "sd_unet": "SD1.x-like UNet",
@@ -20,9 +21,11 @@ NAMES = {
     "published": "published way",
     "vmap": "vmap, block_cyclic",
     "plain_adapters": "plain, adapters only",
+    "trak": "TRAK",
 }
 COLUMNS = (
     "way | s a gradient | × plain | median | coverage | error | cosine error | peak MiB | state"
+    " | stored bytes"
 )
 
 
@@ -32,8 +35,8 @@ def bytes_of(n: float) -> str:
 
 def row(way: str, found: dict) -> str:
     if "failed" in found:
-        return f"| {NAMES.get(way, way)} | failed: {found['failed']} |||||||||"
-    peak, plain = (found[key] / 2**20 for key in ("peak_bytes", "plain_peak_bytes"))
+        return f"| {NAMES.get(way, way)} | {found['failed']} |" + " |" * 8
+    peaks = [found[key] / 2**20 for key in ("peak_bytes", "plain_peak_bytes") if key in found]
     cells = [
         NAMES.get(way, way),
         f"{found['seconds']:.3f}",
@@ -42,8 +45,9 @@ def row(way: str, found: dict) -> str:
         f"{found['coverage']:.0%}" if "coverage" in found else "",
         f"{found['error']:.0e}" if "error" in found else "",
         f"{found['cosine_error']:.4f}" if "cosine_error" in found else "",
-        f"{peak:,.0f} (plain {plain:,.0f})",
+        "{:,.0f} (plain {:,.0f})".format(*peaks) if peaks else "",
         bytes_of(found["state_bytes"]) if "state_bytes" in found else "",
+        f"{found['stored_bytes']:,}" if "stored_bytes" in found else "",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -78,13 +82,14 @@ def plot(results: dict, path: Path) -> None:
     for axis, workload in zip(axes[0], shown, strict=True):
         ways = [(way, f) for way, f in ordered(results[workload]) if "ratio" in f][::-1]
         ratios = [found["ratio"] for _, found in ways]
-        grey = {"published", "vmap", "plain_adapters"}
+        grey = {"published", "vmap", "plain_adapters", *PEERS}
         colours = ["#b0b0b0" if way in grey else "#2166ac" for way, _ in ways]
         axis.barh([NAMES.get(way, way) for way, _ in ways], ratios, color=colours)
         for y, ratio in enumerate(ratios):
             axis.text(ratio, y, f" {ratio:.2f}", va="center", fontsize=8)
         axis.axvline(1, color="black", lw=0.8)
-        axis.set_xlim(0, 1.15 * max(ratios))
+        axis.set_xscale("log")
+        axis.set_xlim(0.4, 2.2 * max(ratios))
         axis.set_title(TITLES[workload], fontsize=10)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
