@@ -62,8 +62,8 @@ class Mapped:
     def prefetch(self, start: int, stop: int) -> None:
         """Ask the operating system to read rows ``start:stop`` from the disk meanwhile."""
         row = self.array[:1].nbytes
-        first = (self._offset + start * row) // mmap.PAGESIZE * mmap.PAGESIZE
-        self._advise(first, self._offset + stop * row - first)
+        first = (self._offset + int(start) * row) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._advise(first, self._offset + int(stop) * row - first)
 
     def prefetch_rows(self, rows: np.ndarray) -> None:
         """Ask for chosen rows, ascending; what lies near each other is asked for together."""

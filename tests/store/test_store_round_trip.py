@@ -152,7 +152,7 @@ def test_what_is_in_memory_is_not_asked_of_the_disk(
     with StoreWriter(tmp_path, manifest) as writer:
         writer.append(0, make_rows(manifest, 0))
     store = Store(tmp_path)
-    asked = []
+    asked, original = [], reader_module.Mapped.prefetch
     monkeypatch.setattr(
         reader_module.Mapped, "prefetch", lambda self, start, stop: asked.append((start, stop))
     )
@@ -160,6 +160,9 @@ def test_what_is_in_memory_is_not_asked_of_the_disk(
     monkeypatch.setattr(reader_module.Mapped, "in_memory", lambda self, row: there)
     store.addresses("loss", np.arange(3, 9)), list(store.stored("loss", 0, 10))
     assert asked == [(3, 9), (10, 20)]
+    monkeypatch.setattr(reader_module.Mapped, "prefetch", original)  # the disk is asked indeed
+    store.addresses("loss", np.arange(3, 9)), list(store.stored("loss", 0, 10))
+    monkeypatch.setattr(reader_module.Mapped, "prefetch", lambda *_: asked.append(_))
     there = True
     store.addresses("loss", np.arange(3, 9)), list(store.stored("loss", 0, 10))
     assert len(asked) == 2
