@@ -200,3 +200,31 @@ def test_a_folder_that_cannot_be_written_is_named(digits, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DminError, match=r"file.*not a directory"):
         collect(Latent(), digits, tmp_path / "s", encodings=tmp_path / "file")
+
+
+def test_methods_that_run_the_model_read_what_was_kept(digits, tmp_path):
+    """The same scores as from the encoders, which are not asked for training examples again."""
+    from dmin.attribution import EKFAC, Side, Unlearning, score_matrix
+
+    dataset, queries = Examples(digits.examples[:12]), Examples(digits.examples[20:22])
+    scores = {}
+    for kept in (False, True):
+        collector = GradientCollector(Latent(), BlockCyclic(256), Stratified(2))
+        sides = []
+        for data, name in ((queries, "q"), (dataset, "x")):
+            store = collector.collect(
+                data,
+                tmp_path / f"{name}{kept}",
+                block_size=5,
+                keep_encodings=kept and name == "x",
+                trainer=predict_trainer(accelerator="cpu", enable_progress_bar=False),
+            )
+            sides.append(Side(store, data, origin=collector))
+        log = collector.model.log
+        for method in (EKFAC(), Unlearning()):
+            log.clear()
+            scores[kept, method.name] = score_matrix(*sides, method)
+            encoded = sum(count for name, count in log if name == "vae")
+            assert encoded == (2 if kept else {"ekfac": 14, "unlearning": 26}[method.name])
+    for name in ("ekfac", "unlearning"):
+        torch.testing.assert_close(scores[False, name], scores[True, name], rtol=1e-4, atol=1e-6)

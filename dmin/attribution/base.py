@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -54,6 +55,11 @@ class Origin(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return what the store's manifest has as its features."""
 
+    def kept_encodings(
+        self, store: Store, ids: Sequence[str], root: str | Path | None = None
+    ) -> tuple[Tensor, Mapping[str, Tensor]] | None:
+        """Return x0 and condition of examples as collecting kept them; None if it did not."""
+
 
 @dataclass(frozen=True)
 class ExampleBlock:
@@ -79,6 +85,8 @@ class Side:
         journey: of queries: stores of the same ids, one for each state that was recorded while
             they were generated.
         origin: what the features were made with, for methods that run the model themselves.
+        encodings: where collecting kept latents and prompts, if it did (``keep_encodings``); beside
+            the store if None. Methods that run the model read them and do not encode again.
     """
 
     def __init__(
@@ -89,12 +97,14 @@ class Side:
         checkpoints: Mapping[str, Side] | None = None,
         journey: Sequence[Side] = (),
         origin: Origin | None = None,
+        encodings: str | Path | None = None,
     ) -> None:
         self.store = store
         self.dataset = dataset
         self.checkpoints = dict(checkpoints or {})
         self.journey = list(journey)
         self.origin = origin
+        self.encodings = encodings
 
     def __len__(self) -> int:
         """Return the number of examples."""

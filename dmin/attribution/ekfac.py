@@ -59,7 +59,8 @@ class EKFAC(Method):
     def fit(self, train: Side) -> None:
         """Find the layers' eigenvectors and eigenvalues."""
         assert train.origin is not None  # check_pair asks
-        self.sketch, self.loss = train.origin.sketch, ModelLoss(train.origin)
+        self.sketch = train.origin.sketch
+        self.loss = ModelLoss(train.origin, known=train)
         chosen = [train.example(id) for id in evenly(train.store.ids, self.examples)]
         self.curvature = KroneckerCurvature(
             self.loss, train.origin.attributed, self.fisher == "diagonal"

@@ -58,7 +58,8 @@ class InverseCurvature(Method):
     def fit(self, train: Side) -> None:
         """Encode the training examples and find the largest eigenvalue."""
         assert train.origin is not None  # check_pair asks
-        self.sketch, self.loss = train.origin.sketch, ModelLoss(train.origin)
+        self.sketch = train.origin.sketch
+        self.loss = ModelLoss(train.origin, known=train)
         chosen = [train.example(id) for id in evenly(train.store.ids, self.examples)]
         self.curvature = LossCurvature(self.loss, chosen, self.kind, self.batch_size)
         self.largest = float(self.curvature.eigenpairs(1, 1e-3).values.abs()[0])

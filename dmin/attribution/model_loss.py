@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dmin.attribution.base import Origin
+from dmin.attribution.base import Origin, Side
 from dmin.data.base import Example, collate
 from dmin.errors import DminError
 from dmin.models.base import Condition, Prediction, per_example_loss
@@ -43,12 +43,19 @@ class ModelLoss:
     Args:
         origin: what the store was made with.
         timesteps: some of the store's; None for all.
+        known: examples whose encodings collecting may have kept, so that they are not made again.
 
     Raises:
         DminError: a timestep is none of the store's.
     """
 
-    def __init__(self, origin: Origin, timesteps: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        origin: Origin,
+        timesteps: Sequence[float] | None = None,
+        known: Side | None = None,
+    ) -> None:
+        self.origin, self.known = origin, known
         self.model, self.noise = origin.model, origin.noise
         chosen = tuple(origin.timesteps if timesteps is None else timesteps)
         wrong = [t for t in chosen if t not in origin.timesteps]
@@ -67,8 +74,7 @@ class ModelLoss:
         """Return every example at every point, an example's points together."""
         like = next(iter(self.weights.values()))
         batch: dict[str, Any] = collate(examples)
-        with torch.no_grad():
-            x0, condition = self.model.encode({**batch, "image": batch["image"].to(like)})
+        x0, condition = self._encoded(batch, like)
         noise = [self.noise(x0.shape[1:], *p, e) for e in batch["id"] for p in self.points]
         t = torch.tensor([t for t, _ in self.points]).repeat(len(x0))
         each = len(self.points)
@@ -78,6 +84,17 @@ class ModelLoss:
             t.to(x0.device),
             {name: value.repeat_interleave(each, 0) for name, value in condition.items()},
         )
+
+    def _encoded(self, batch: dict[str, Any], like: Tensor) -> tuple[Tensor, Condition]:
+        """Return encodings as they were kept, or from the model."""
+        if self.known is not None:
+            store, root = self.known.store, self.known.encodings
+            kept = self.origin.kept_encodings(store, batch["id"], root)
+            if kept is not None:
+                x0, named = kept
+                return x0.to(like), {name: value.to(like.device) for name, value in named.items()}
+        with torch.no_grad():
+            return self.model.encode({**batch, "image": batch["image"].to(like)})
 
     def predict(self, weights: Mapping[str, Tensor], pairs: Pairs) -> Prediction:
         """Return what the model with other weights predicts; differentiable in them."""

@@ -266,6 +266,7 @@ class Workspace(Built):
                 for path, other in self.checkpoints(methods).items()
             },
             origin=self.collector,
+            encodings=self.cfg.collect.encodings,
         )
 
     def checkpoints(self, methods: Iterable[Method]) -> dict[str, Workspace]:

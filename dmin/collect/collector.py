@@ -485,6 +485,25 @@ class GradientCollector(lightning.LightningModule):
             dtype=dtype,
         )
 
+    def kept_encodings(
+        self, store: Store, ids: Sequence[str], root: str | Path | None = None
+    ) -> Encoded | None:
+        """Return examples' encodings as :meth:`collect` kept them, None if it did not.
+
+        Those of a store that grew or lost examples are not looked for.
+
+        Args:
+            store: that they were kept for.
+            ids: of the examples; None is returned if one is not the store's.
+            root: as ``encodings`` in :meth:`collect`.
+        """
+        path, manifest = store.path.with_name(f"{store.path.name}.encodings"), store.manifest
+        folder = self._encodings(manifest, root or path)
+        changed = manifest.parts or store.removed
+        if folder is None or changed or not set(store.ids).issuperset(ids):
+            return None
+        return folder.of_rows([store.index(id) for id in ids], manifest.num_examples)
+
     @cached_property
     def _encoder_digests(self) -> dict[str, str]:
         return {name: weights_digest(encoder) for name, encoder in self.encoders.items()}

@@ -96,6 +96,32 @@ class Encodings:
             groups.setdefault(group, {})[part.removeprefix("condition.")] = sent(value, device)
         return [(named.pop("x0"), named) for named in groups.values()]
 
+    def of_rows(self, rows: Sequence[int], examples: int) -> Encoded | None:
+        """Return the encodings of chosen examples, on the CPU.
+
+        Args:
+            rows: their places in the dataset.
+            examples: in all.
+
+        Returns:
+            None if a block of theirs is missing, or has several shapes.
+        """
+        blocks: dict[int, Encoded] = {}
+        wanted = sorted({row // self.block_size for row in rows})
+        if self.missing(wanted):
+            return None
+        for block in wanted:
+            groups = self.load(block, torch.device("cpu"))
+            if len(groups) != 1 or len(groups[0][0]) != min(
+                self.block_size, examples - block * self.block_size
+            ):
+                return None
+            blocks[block] = groups[0]
+        parts = [(blocks[row // self.block_size], row % self.block_size) for row in rows]
+        x0 = torch.stack([encoded[0][place] for encoded, place in parts])
+        names = blocks[wanted[0]][1]
+        return x0, {n: torch.stack([e[1][n][place] for e, place in parts]) for n in names}
+
     def remove(self, blocks: Container[int] | None = None) -> None:
         """Delete the encodings, or those of some blocks, and the root if nothing is left in it."""
         if blocks is None:
