@@ -17,17 +17,7 @@ import numpy as np
 import torch
 from world import READOUTS, Size, World
 
-from dmin.attribution import (
-    DAS,
-    Blend,
-    DMin,
-    Method,
-    PixelL2,
-    SharpEnergy,
-    Side,
-    SpectralEnergy,
-    TrainingLoss,
-)
+from dmin.attribution import DAS, DMin, Method, PixelL2, SharpEnergy, Side, SpectralEnergy
 from dmin.evaluation import SameColumn, SameLabel
 from dmin.evaluation.lds import Resamples, interval, lds, membership
 from dmin.evaluation.metrics import bootstrap, measure
@@ -42,7 +32,6 @@ KINDS = ("generated", "heldout")
 ALPHAS, POWERS = (10.0, 30.0, 100.0, 300.0, 1000.0), (1.0, 2.0, 3.0)
 NORMS, SHARPNESS = (0.0, 0.5, 1.0), (1.0, 1.5, 2.0, 2.5)
 DAS_ALPHAS = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1000.0)
-SHARES, BLENDED_ALPHAS = (0.0, 0.05, 0.1, 0.2, 0.4), (30.0, 100.0, 300.0)
 REMOVAL_QUERIES, REMOVAL_K = 8, 50
 
 
@@ -92,11 +81,6 @@ class Measures:
         rows = self.rows[role]
         return measure("mAP", scores[rows], self.relevant["source"][rows])
 
-    def misled(self, scores: np.ndarray) -> np.ndarray:
-        """Return how much of the first 40 for native queries is foreign; by chance .04."""
-        rows = self.rows["heldout"]
-        return 1 - measure("precision@40", scores[rows], self.relevant["source"][rows])
-
     def label(self, scores: np.ndarray, kind: str) -> np.ndarray:
         rows = self.rows[kind]
         return measure("precision@10", scores[rows], self.relevant["label"][rows])
@@ -137,22 +121,6 @@ def chosen(scorer: Scorer, measures: Measures, log) -> tuple[dict[str, Method], 
     return {name: found[1:] for name, found in best.items()}, grid
 
 
-def blends(scorer: Scorer, measures: Measures, log) -> list[dict]:
-    """Return, on the tune queries, sharp energy with shares of DAS."""
-    found = []
-    for alpha, share in itertools.product(BLENDED_ALPHAS, SHARES):
-        method = Blend(SharpEnergy(), DAS(alpha, leverage=False), share)
-        method.fit(scorer.train)
-        scores = scorer(method)
-        row = {"alpha of das": alpha, "share": share}
-        row["LDS tune"] = round(measures.lds(scores, "tune").mean(), 4)
-        row["mAP tune"] = round(measures.foreign(scores, "tune").mean(), 4)
-        row["copies"] = round(measures.copy(scores).mean(), 4)
-        found.append(row)
-        log(row)
-    return found
-
-
 def rises(world: World, scores: dict[str, np.ndarray], log) -> dict:
     """Return, by (method, kind), the percent by which removing the top 50 raises the loss."""
     each = REMOVAL_QUERIES
@@ -189,8 +157,6 @@ def plot(grid: list[dict], rows: list[dict], path: Path) -> None:
     cells = {(r["method"], r["metric"]): r for r in rows}
     for name in dict.fromkeys(r["method"] for r in rows):
         x, y = cells[name, "LDS generated"], cells[name, "foreign mAP"]
-        if y["mean"] < 0.5:
-            continue
         axes[1].errorbar(
             x["mean"],
             y["mean"],
@@ -220,7 +186,6 @@ def main() -> None:
     subsets, losses = world.retrained(log)
     scorer, measures = Scorer(queries, train), Measures(world, queries, train, subsets, losses)
     best, grid = chosen(scorer, measures, log)
-    blended = blends(scorer, measures, log)
     scores = {name: matrix for name, (_, matrix) in best.items()}
     fixed: dict[str, Method] = {
         "dmin": DMin(),
@@ -228,8 +193,6 @@ def main() -> None:
         "spectral_energy": SpectralEnergy(),
         "sharp_energy": SharpEnergy(),
         "sharp_energy, γ = 1": SharpEnergy(norms=1.0),
-        "blend": Blend(SharpEnergy(), DAS(100.0, leverage=False)),
-        "training_loss": TrainingLoss(),
     }
     for name, method in fixed.items():
         method.fit(train)
@@ -250,10 +213,9 @@ def main() -> None:
             add(name, f"LDS {kind} − sharp", interval(difference, resampled - mine[kind]))
             add(name, f"removal % {kind}", removed[name, kind])
         add(name, "foreign mAP", bootstrap(measures.foreign(matrix, "test")))
-        add(name, "misled", bootstrap(measures.misled(matrix)))
         add(name, "noisy copies", bootstrap(measures.copy(matrix)))
         add(name, "P@10 by label", bootstrap(measures.label(matrix, "generated")))
-    for name, found in (("grid.csv", grid), ("blend.csv", blended), ("results.csv", rows)):
+    for name, found in (("grid.csv", grid), ("results.csv", rows)):
         with (HERE / name).open("w", newline="") as file:
             writer = csv.DictWriter(file, list(found[0]))
             writer.writeheader()
