@@ -32,8 +32,9 @@ class Blend(Method):
     As shipped it is `sharp_energy` and a tenth of `das` at α = 100. Two ground truths look at two
     ends of a list. LDS adds scores up, so the few largest decide it; a search for a source reads
     the order of the many. A first part with few large scores and a second, broad one in small
-    measure serve both (experiments/sharp_energy). The two read two readouts: at half the k they
-    take as many bytes as DMin.
+    measure serve both (experiments/lds). The two read two readouts: at half the k they take as many
+    bytes as DMin. Scores are in units of their own query's: they rank examples for a query, and
+    say nothing of one query beside another, or of examples' influence on themselves.
 
     Args:
         first: one method.
