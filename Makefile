@@ -25,8 +25,8 @@ bench: .venv/.installed ## measure collecting beside plain training (40 minutes;
 bench-retrieval: .venv/.installed ## measure every way to search (an hour, 25 GB of disk; goes on if stopped)
 	@.venv/bin/python experiments/retrieval/run.py $(ARGS)
 
-gpu: .venv/.installed ## run the tests that need a GPU
-	@.venv/bin/pytest -m gpu $(ARGS)
+gpu: .venv/.installed ## run the tests and benchmarks that need a GPU (an hour; goes on if stopped)
+	@.venv/bin/python experiments/bench/gpu.py $(ARGS)
 
 lint: .venv/.installed ## check style, types and the floors of the import graph
 	.venv/bin/ruff check .
