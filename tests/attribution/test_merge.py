@@ -1,6 +1,7 @@
 """Retrieval in parts: whatever the cuts, the bits of the one scan."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from dmin.attribution import (
     Certified,
     DMin,
     Ranking,
+    Side,
     SpectralEnergy,
     merged,
     ranked_groups,
@@ -18,7 +20,7 @@ from dmin.attribution import (
     retrieve_part,
 )
 from dmin.attribution.search_select import Groups, Selection
-from dmin.cli.parts import Parts
+from dmin.cli.parts import Parts, joined
 from dmin.errors import DminError
 from dmin.store import Share
 
@@ -112,3 +114,26 @@ def test_groups_of_parts_are_those_of_one(stores, tmp_path, monkeypatch, shards,
     files[0].write_bytes(files[0].read_bytes()[:-40])
     with pytest.raises(DminError, match=r"is damaged.*rank that part again"):
         Groups.load(files[0])
+
+
+@pytest.mark.parametrize("group_by", [None, "label"])
+def test_shards_of_a_command_leave_their_parts_and_the_last_has_the_answer(
+    stores, tmp_path, group_by
+):
+    queries, train = map(Side, stores)
+    selection = Selection(group_by=group_by)
+    told, answers = [], []
+    for i in (2, 0, 1):
+        work = SimpleNamespace(
+            resolved=lambda *names: dict.fromkeys(names),
+            cfg=SimpleNamespace(name="d", retrieve=SimpleNamespace(k=3)),
+            outputs=tmp_path,
+            share=Share(i, 3),
+            console=SimpleNamespace(print=lambda text, **_: told.append(text)),
+        )
+        part = retrieve_part(*stores, Share(i, 3).range(53), DMin(), 3, None, selection)
+        answers.append(joined(work, part, queries, train, DMin(), selection))
+    assert answers[:2] == [None, None] and "now missing: 1" in told[1]
+    whole = retrieve(*stores, DMin(), 3, None, selection)
+    same(answers[2], replace(whole, scores=answers[2].scores))
+    assert np.abs(answers[2].scores - whole.scores).max() < 1e-6
