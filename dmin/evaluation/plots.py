@@ -98,7 +98,10 @@ def _forest_panel(axis: Any, here: Sequence[Result], rows: Sequence[str]) -> Non
 def by_k(report: Report) -> Figure | None:
     """Draw precision and recall over k of each task that has several k."""
     kinds: dict[tuple[str, str, str], set[int]] = {}
-    for r in report.results:
+    largest = max((r.dim or 0 for r in report.results), default=0)
+    # Of all queries together, at the largest sketch.
+    whole = [r for r in report.results if "," not in r.metric and (r.dim or largest) == largest]
+    for r in whole:
         kind, _, k = r.metric.partition("@")
         if kind in ("precision", "recall") and not r.control:
             kinds.setdefault((r.task, r.truth, kind), set()).add(int(k))
@@ -109,7 +112,7 @@ def by_k(report: Report) -> Figure | None:
     for axis, ((task, truth, kind), _) in zip(axes, kinds.items(), strict=False):
         rows = [
             r
-            for r in report.results
+            for r in whole
             if (r.task, r.truth) == (task, truth) and r.metric.startswith(f"{kind}@")
         ]
         _curves(axis, rows, report.reference)

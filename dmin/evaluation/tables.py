@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import RenderableType
 from rich.panel import Panel
@@ -99,19 +99,27 @@ def metrics(rows: Sequence[Result]) -> list[str]:
 def label(result: Result, rows: Sequence[Result]) -> str:
     """Return a metric's column head."""
     several = len({r.truth for r in rows if r.metric == result.metric}) > 1
-    size = "" if result.dim is None else f", k = {result.dim:,}"
-    return f"{result.truth}: {result.metric}{size}" if several else f"{result.metric}{size}"
+    return f"{result.truth}: {result.metric}" if several else result.metric
+
+
+def line(result: Result) -> str:
+    """Return what the tables call a row: its name, and the sketch's size where there are several.
+
+    What looks at no gradient is the same at every size.
+    """
+    has_size = result.dim is not None and result.reads == "gradients"
+    return f"{result.name}, k = {result.dim:,}" if has_size else result.name
 
 
 def names(rows: Sequence[Result]) -> list[str]:
     """Return the rows' names: references first, then methods in order."""
     ordered = sorted(rows, key=lambda r: r.control != "reference")
-    return list(dict.fromkeys(r.name for r in ordered))
+    return list(dict.fromkeys(line(r) for r in ordered))
 
 
 def find(rows: Sequence[Result], name: str, metric: str) -> Result | None:
     """Return one cell of a task."""
-    return next((r for r in rows if r.name == name and label(r, rows) == metric), None)
+    return next((r for r in rows if line(r) == name and label(r, rows) == metric), None)
 
 
 def cell(result: Result | None) -> str:
@@ -133,13 +141,33 @@ def _shown(result: Result) -> bool:
 
 def _markdown_table(task: str, rows: Sequence[Result]) -> list[str]:
     rows = [r for r in rows if _shown(r)]
+    title = f"### {task} ({max(r.queries for r in rows)} queries)\n"
     columns = metrics(rows)
-    lines = [f"### {task} ({max(r.queries for r in rows)} queries)\n"]
-    lines += [f"| method | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    kinds = list(dict.fromkeys(column.partition(", ")[0] for column in columns))
+    if len(kinds) == len(columns):
+        return [title, *_grid(rows, {column: column for column in columns}), ""]
+    # Queries of each value apart, as in the tables of the DMin paper: one for each metric.
+    lines = [title]
+    for kind in kinds:
+        apart = [column for column in columns if column.partition(", ")[0] == kind]
+        heads = {column: column.partition(", ")[2] or "all" for column in apart}
+        lines += [f"{kind}:\n", *_grid(rows, heads, cost=True), ""]
+    return lines
+
+
+def _grid(rows: Sequence[Result], heads: Mapping[str, str], cost: bool = False) -> list[str]:
+    """Return a table, a column a metric with the head given; bytes and seconds if asked for."""
+    takes = ["KiB an example", "ms a query"] if cost else []
+    titles = ["method", *takes, *heads.values()]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name in names(rows):
-        cells = [cell(find(rows, name, metric)) for metric in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [*lines, ""]
+        found = [find(rows, name, column) for column in heads]
+        one = next((r for r in found if r is not None), None)
+        if one is None:
+            continue
+        spent = [f"{one.bytes / 1024:.1f}", f"{1000 * one.query_seconds:.2f}"] if cost else []
+        lines.append(f"| {' | '.join([name, *spent, *(cell(r) for r in found)])} |")
+    return lines
 
 
 def _controls(results: Sequence[Result]) -> list[str]:
@@ -169,13 +197,11 @@ def _costs(results: Sequence[Result]) -> list[str]:
     lines = ["| method | chosen | KiB an example | fit, s | a query, ms |", "|---|---|---|---|---|"]
     seen = set()
     for r in results:
-        key = (r.name, r.dim)
-        if r.control or key in seen:
+        if r.control or line(r) in seen:
             continue
-        seen.add(key)
-        size = f" (k = {r.dim:,})" if r.dim else ""
+        seen.add(line(r))
         lines.append(
-            f"| {r.name}{size} | {r.settings} | {r.bytes / 1024:.1f} | {r.fit_seconds:.2f} | "
+            f"| {line(r)} | {r.settings} | {r.bytes / 1024:.1f} | {r.fit_seconds:.2f} | "
             f"{1000 * r.query_seconds:.2f} |"
         )
     return [*lines, ""]

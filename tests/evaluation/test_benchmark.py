@@ -225,6 +225,20 @@ def test_smaller_sketches_are_folded_and_told_apart(ddpm, sixty, tmp_path):
     found = Benchmark(tasks, dims=(512, 256)).run(world, {"dmin": DMin(), "pixel_l2": PixelL2()})
     sizes = [(r.method, r.dim, r.bytes) for r in found.results if r.metric == "MRR"]
     assert sizes == [("dmin", 512, 2048), ("pixel_l2", 512, 0), ("dmin", 256, 1024)]
+    text = markdown(found)
+    assert all(f"\n| {line} |" in text for line in ("dmin, k = 512", "dmin, k = 256", "pixel_l2"))
+
+
+def test_the_papers_tables_have_a_column_a_subset_and_what_it_costs(ddpm, sixty, tmp_path):
+    truth = SameColumn("label", ["precision@5", "precision@10"], each=True)
+    tasks = {"subsets": Task({"subset": truth}, Examples(sixty.examples[:20]))}
+    world = small_world(ddpm, sixty, tmp_path)
+    found = Benchmark(tasks).run(world, {"dmin": DMin(), "random": Random()})
+    files = present.save(found, tmp_path / "report")
+    text = (tmp_path / "report" / "results.md").read_text()
+    labels = sorted({str(e.label) for e in sixty.examples[:20]})
+    assert f"| method | KiB an example | ms a query | all | {' | '.join(labels)} |" in text
+    assert all(file.is_file() for file in files)
 
 
 def test_any_column_can_tell_what_is_right(ddpm, digits, tmp_path):
