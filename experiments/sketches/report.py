@@ -50,7 +50,8 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
         errors.set_xticks(ks[::2], [f"2^{k.bit_length() - 1}" for k in ks[::2]])
         errors.minorticks_off()
         count = mine[0]["parameters"]
-        errors.set(title=f"{TITLES[kind]} ({count / 1e6:.2f} M parameters)", xlabel="k")
+        errors.set_xlabel("k")
+        errors.set_title(f"{TITLES[kind]} ({count / 1e6:.2f} M parameters)", fontsize=11)
         costs.set(
             yscale="log",
             ylim=(6e-3, 0.15),
@@ -65,5 +66,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
     for row in axes:
         row[0].set_ylabel("rmse of the cosine")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=9)
+    found = [axis.get_legend_handles_labels() for axis in axes[0]]
+    named = {name: line for lines, names in found for line, name in zip(lines, names, strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=9)
     figure.savefig(path)

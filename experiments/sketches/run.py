@@ -272,7 +272,7 @@ def table() -> list[dict[str, Any]]:
                         "k": dim,
                         "seeds": len(seeds),
                         **{m: f"{np.mean([s[m] for s in seeds]):.4f}" for m in seeds[0]},
-                        "rmse_spread": f"{np.ptp([s['rmse'] for s in seeds]):.4f}",
+                        "rmse_spread": spread([s["rmse"] for s in seeds]),
                         "ms_a_gradient": f"{1e3 * timed['seconds']:.3f}" if timed else "",
                         "ratio_to_plain": f"{timed['ratio']:.2f}" if timed else "",
                         "stored_bytes": 2 * dim,
@@ -280,6 +280,10 @@ def table() -> list[dict[str, Any]]:
                     }
                 )
     return lines
+
+
+def spread(found: list[float]) -> str:
+    return f"{np.ptp(found):.4f}" if len(found) > 1 else ""
 
 
 def markdown(lines: list[dict[str, Any]], dim: int = 4096) -> str:
