@@ -8,8 +8,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullLocator
 
 HERE = Path(__file__).parent
+TICKS = (0.5, 1, 2, 4, 8)
 PEERS = ("bergson", "dattri", "trak")
 TITLES = {
     "ddpm_cifar": "DDPM UNet",
@@ -76,6 +78,12 @@ def ordered(ways: dict) -> list:
     return sorted(ways.items(), key=lambda item: item[1].get("ratio", 99))
 
 
+def _part(found: dict) -> str:
+    """Say which share of the parameters a way reaches, where it is not all."""
+    share = found.get("coverage", 1)
+    return "" if share == 1 else f" ({share:.0%} of it)"
+
+
 def plot(results: dict, path: Path) -> None:
     shown = [name for name in TITLES if name in results]
     figure, axes = plt.subplots(1, len(shown), figsize=(3.4 * len(shown), 4), squeeze=False)
@@ -84,12 +92,15 @@ def plot(results: dict, path: Path) -> None:
         ratios = [found["ratio"] for _, found in ways]
         grey = {"published", "vmap", "plain_adapters", *PEERS}
         colours = ["#b0b0b0" if way in grey else "#2166ac" for way, _ in ways]
-        axis.barh([NAMES.get(way, way) for way, _ in ways], ratios, color=colours)
+        names = [NAMES.get(way, way) + _part(found) for way, found in ways]
+        axis.barh(names, ratios, color=colours)
         for y, ratio in enumerate(ratios):
             axis.text(ratio, y, f" {ratio:.2f}", va="center", fontsize=8)
         axis.axvline(1, color="black", lw=0.8)
         axis.set_xscale("log")
         axis.set_xlim(0.4, 2.2 * max(ratios))
+        axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS], minor=False)
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.set_title(TITLES[workload], fontsize=10)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
