@@ -180,25 +180,6 @@ def fitted_scores(
     return torch.cat(batches).numpy()
 
 
-def self_influence(train: Store | Side, method: Method, rows: int = 32) -> np.ndarray:
-    """Return each training example's score with itself as the query, float32 ``[N]``.
-
-    Large for examples that only their own gradient explains: rare, or labelled wrongly
-    (Pruthi et al. 2020, arXiv 2002.08484). Methods of unit gradients give all the same.
-    """
-    train = as_side(train)
-    check_pair(train, train, method)
-    method.fit(train)
-    return fitted_self_influence(train, method, rows)
-
-
-def fitted_self_influence(train: Side, method: Method, rows: int = 32) -> np.ndarray:
-    """Return each score with itself by a method that was fitted already, float32 ``[N]``."""
-    blocks = train.blocks(method.requires, rows)
-    each = [method.score(method.transform_query(b), b).diagonal().float() for b in blocks]
-    return torch.cat(each).numpy()
-
-
 def query_batches(queries: Side, method: Method) -> Iterator[tuple[np.ndarray, Any]]:
     """Yield rows of queries and what the method makes of them, as many as fit at a time."""
     width = 4 * int(np.prod(queries.store.layout.row_shape)) * len(method.requires.readouts)

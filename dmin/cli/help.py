@@ -12,6 +12,7 @@ COMMANDS = {
     "doctor": "Before that: check that dmin does right by your model, and what it will cost.",
     "sample": "Generate query images, each with the prompt and seed that made it.",
     "retrieve": "Find the training examples behind each query image, and show them.",
+    "outliers": "Find training examples that only they explain: rare, or labelled wrongly.",
     "evaluate": "Measure how far the answers can be trusted, against ground truth.",
     "status": "See how much of a running or dead collection is done, by whom, how fast.",
     "store": "Inspect, verify, merge, fold, convert, compact and export stores.",
@@ -26,6 +27,7 @@ _EXAMPLES = {
     "collect": " sketch.dim=1024",
     "sample": " queries.per_prompt=4",
     "retrieve": " method=grad_cos retrieve.k=20",
+    "outliers": " method=grad_dot",
     "evaluate": "",
     "demo": " seed=1 name=other",
 }

@@ -87,6 +87,13 @@ class Retrieve:
 
 
 @dataclass
+class Outliers:
+    """The section ``outliers``."""
+
+    k: int = 24
+
+
+@dataclass
 class Extras:
     """The section ``extras``: how a run shows and limits itself."""
 
@@ -117,6 +124,7 @@ class Root:
     method: dict | None = None
     index: dict | None = None
     retrieve: Retrieve | None = None
+    outliers: Outliers | None = None
     train: dict | None = None
     benchmark: dict | None = None
     trainer: dict | None = None

@@ -12,6 +12,7 @@ import torch
 
 from dmin.attribution import ExampleBlock, Method, Requires, Side
 from dmin.attribution.retrieval import fitted_scores
+from dmin.attribution.self_influence import fitted_self_influence
 from dmin.errors import DminError
 from dmin.evaluation.ground_truth import Array, GroundTruth
 from dmin.evaluation.results import Cost, Row
@@ -54,19 +55,12 @@ def all_scores(
         ends = np.cumsum([len(sides[name]) for name in asked])[:-1]
         pairs = dict(zip(asked, np.split(scores, ends), strict=True))
     return {
-        (name, of): pairs[name] if truth.of == "pairs" else self_scores(train, method, truth.rows)
+        (name, of): (
+            pairs[name] if truth.of == "pairs" else fitted_self_influence(train, method, truth.rows)
+        )
         for name in sides
         for of, truth in truths[name].items()
     }
-
-
-def self_scores(train: Side, method: Method, rows: Sequence[int] | Array) -> Array:
-    """Return the score of training examples with themselves, float32 ``[len(rows)]``."""
-    found = []
-    for start in range(0, len(rows), 64):
-        block = train.block(rows[start : start + 64], method.requires)
-        found.append(method.score(method.transform_query(block), block).diagonal().float())
-    return np.asarray(torch.cat(found).numpy())
 
 
 class Joined(Side):

@@ -10,9 +10,9 @@ from made_stores import cosines, drawn, made
 
 from dmin.attribution import DMin, DMinUnnormalised, GradDot, Side, retrieve
 from dmin.attribution.ranking import Ranking
-from dmin.attribution.retrieval import self_influence
 from dmin.attribution.search_popularity import PopularityCorrected
 from dmin.attribution.search_select import Selection
+from dmin.attribution.self_influence import self_influence
 from dmin.errors import DminError
 
 METADATA = [
