@@ -12,7 +12,7 @@ from dmin.attribution import DMin, DMinUnnormalised, GradDot, Side, retrieve
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.search_popularity import PopularityCorrected
 from dmin.attribution.search_select import Selection
-from dmin.attribution.self_influence import self_influence
+from dmin.attribution.self_influence import save_self_influence, self_influence
 from dmin.errors import DminError
 
 METADATA = [
@@ -135,6 +135,20 @@ def test_self_influence(stores):
     lengths = stores[1].lengths("loss").astype(np.float64)
     np.testing.assert_allclose(found, np.square(norms * lengths).sum((1, 2)), rtol=1e-5)
     np.testing.assert_allclose(self_influence(stores[1], DMin()), 3, rtol=1e-5)
+
+
+def test_self_influence_is_written_with_the_largest_first(stores, tmp_path):
+    store, scores = stores[1], self_influence(stores[1], DMinUnnormalised())
+    order = save_self_influence(store, scores, tmp_path / "o.csv", "dmin_unnormalised")
+    assert order.tolist() == sorted(range(len(store)), key=lambda row: -scores[row])
+    lines = list(csv.DictReader((tmp_path / "o.csv").open()))
+    assert [line["id"] for line in lines] == [store.ids[row] for row in order]
+    assert [line["label"] for line in lines] == [str(store.metadata[r]["label"]) for r in order]
+    np.testing.assert_allclose([float(line["score"]) for line in lines], scores[order], rtol=1e-5)
+    same = self_influence(store, DMin())
+    with pytest.raises(DminError, match=r"method=dmin gives every example the same .*grad_dot"):
+        save_self_influence(store, same, tmp_path / "never.csv", "dmin")
+    assert not (tmp_path / "never.csv").exists()
 
 
 @pytest.mark.parametrize("base", [DMin(), GradDot()])

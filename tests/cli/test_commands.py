@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from dmin.cli import main
 from dmin.store import Store
@@ -84,6 +85,14 @@ class TestDemo:
         found = dmin("retrieve", *common, "method=grad_cos", "retrieve.k=3", cwd=place)
         assert "by grad_cos" in found.stdout
         assert len(list(place.glob("outputs/stores/debug-train-*"))) == 1
+
+    def test_outliers_are_shown_and_written(self, place):
+        common = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
+        dmin("outliers", *common, "method=grad_dot", "outliers.k=5", cwd=place)
+        folder = records(place, "outliers")[0].parent
+        scores = [float(r["score"]) for r in csv.DictReader((folder / "outliers.csv").open())]
+        assert scores == sorted(scores, reverse=True) and len(scores) > 5
+        assert Image.open(folder / "outliers.png").size[0] > 500
 
     def test_another_training_does_not_replace_the_model(self, place):
         common = ["experiment=digits", "debug=fast", "data.split=heldout"]
