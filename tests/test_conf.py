@@ -13,9 +13,9 @@ from models.tiny import BUILDERS, save
 
 from dmin.attribution import Method
 from dmin.attribution.search import Index
+from dmin.cli.built import build_queries
 from dmin.cli.help import config_directory, groups
 from dmin.cli.validate import validate
-from dmin.cli.workspace import build_queries
 from dmin.data import Example
 from dmin.errors import DminError
 from dmin.models import DiffusionModel

@@ -158,11 +158,20 @@ class _Run:
 
     def _rows(self, name: str, method: Method) -> Iterator[Scored]:
         """Yield a method as it is, tuned, and its controls."""
-        check_pair(next(iter(self._able(method).values())), self.world.train, method)
+        able = self._able(method)
+        if not able:
+            raise DminError(
+                "no task has queries with a journey: set queries.journey=10, say, for a task whose "
+                "queries are generated."
+                if method.requires.journey
+                else f"it runs the model, and benchmark.running={list(self.benchmark.running)} "
+                f"names none of the tasks {', '.join(self.sides)}."
+            )
+        check_pair(next(iter(able.values())), self.world.train, method)
         ready, seconds = fitted(method, self.world.train)
         settings: dict[Row, Method] = {Row(name): ready}
         tuning = self.benchmark.tuning
-        if tuning is not None and tuning.tunes(ready) and tuning.tasks <= set(self._able(method)):
+        if tuning is not None and tuning.tunes(ready) and tuning.tasks <= set(able):
             steps = len(self.world.train.store.layout.timesteps)
             chosen, path = tuning.walk(name, ready, self._judge, steps)
             self.report.path += path

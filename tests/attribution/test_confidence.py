@@ -1,12 +1,14 @@
 """Error bars against many independent draws, and places that are sure or a coin's toss."""
 
 import csv
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
 from attribution.made_stores import drawn, made
+from rich.console import Console
 
 from dmin.attribution import DMin, GradDot, Ranking, Side, SpectralEnergy, retrieve
 from dmin.attribution.confidence import parts_of, resampled, with_confidence
@@ -86,8 +88,9 @@ def test_it_is_kept_shown_and_read_back(sides, tmp_path):
     assert np.array_equal(again.errors, found.errors)
     document = json.loads((tmp_path / "ranking.json").read_text())
     assert document["queries"][0]["examples"][0]["stability"] == pytest.approx(1)
-    cell = found._terminal_cell(0, 0).plain
-    assert "±" in cell and "100 %" in cell
+    page = Console(width=200, file=io.StringIO())
+    page.print(found.table())
+    assert "±" in page.file.getvalue() and "100 %" in page.file.getvalue()
 
 
 def test_opponents_have_it_too_and_methods_that_do_not_add_up_have_none(sides, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from evaluation.worlds import small_world
 from PIL import Image
 
-from dmin.attribution import DAS, DMin, Method, PixelL2, Random, Spectral
+from dmin.attribution import DAS, DMin, JourneyTRAK, Method, PixelL2, Random, Spectral
 from dmin.data import Example, Examples
 from dmin.data.digits import Digits
 from dmin.errors import DminError
@@ -86,6 +86,7 @@ def report(world):
         "spectral": Spectral(),
         "loudest": Loudest(),
         "das": DAS(),
+        "journey_trak": JourneyTRAK(),
     }
     tuning = Tuning({"planted": "tune/label/mAP"}, alpha=(0.1, 10.0), p=(1.0,), watch=["copies"])
     benchmark = Benchmark(tasks, tuning=tuning, untrained=True, transforms=True)
@@ -122,6 +123,7 @@ def test_what_fitting_found_is_reported_and_printed(report):
 def test_a_method_that_cannot_be_measured_is_left_out_with_its_reason(report):
     assert "das" not in {r.method for r in report.results}
     assert "readouts" in report.left_out["das"]
+    assert "queries.journey=10" in report.left_out["journey_trak"]
 
 
 def test_tuning_takes_the_best_point_of_its_own_task_and_reports_it_nowhere(report):
