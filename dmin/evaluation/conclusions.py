@@ -100,6 +100,10 @@ def _advise(purpose: Purpose, report: Report) -> str:
         text = f"{r.metric} {number(r.mean, r.metric)}"
         if r.of_ceiling is not None:
             text += f", {r.of_ceiling:.0%} of the ceiling"
+        if not r.best:
+            here = [o for o in rows if _place(o) == _place(r)]
+            leader = max(here, key=lambda o: o.mean)
+            text += f"; there {leader.name} is better, {number(leader.mean, r.metric)}"
         if name != report.reference and _place(r) in base:
             other = base[_place(r)]
             tied = ", tied" if other.best else ""

@@ -62,7 +62,9 @@ def forest(report: Report) -> Figure | None:
     for axis, (task, truth, metric) in zip(axes.ravel(), panels, strict=False):
         here = [r for r in report.results if (r.task, r.truth, r.metric) == (task, truth, metric)]
         _forest_panel(axis, here, rows)
-        axis.set_title(f"{task}\n{metric}", fontsize=9, loc="left")
+        several = len({t for own, t, _ in panels if own == task}) > 1
+        name = f"{task}, {truth}" if several else task
+        axis.set_title(f"{name}\n{metric}", fontsize=9, loc="left")
     axes[0, 0].set_yticks(range(len(rows)), rows)
     axes[0, 0].set_ylim(-0.7, len(rows) - 0.3)
     for axis in axes[:, 0]:

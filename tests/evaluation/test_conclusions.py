@@ -1,0 +1,40 @@
+"""The first paragraph of a report names the best for each purpose, and where it is not."""
+
+import numpy as np
+
+from dmin.evaluation.conclusions import summary
+from dmin.evaluation.results import Cell, Report, Row, compared
+
+MEANS = {  # of mAP, at each task
+    "random": (0.1, 0.1, 0.1),
+    "dmin": (0.3, 0.3, 0.3),
+    "broad": (0.8, 0.7, 0.5),
+    "narrow": (0.2, 0.2, 0.9),
+}
+
+
+def report(means):
+    generator, draws = (
+        np.random.default_rng(0),
+        np.random.default_rng(1).integers(50, size=(99, 50)),
+    )
+    cells = []
+    for name, row in means.items():
+        for task, mean in zip("abc", row, strict=True):
+            values = mean + 0.01 * generator.normal(size=50)
+            cells.append(Cell(task, "source", "mAP", Row(name), values, values[draws].mean(1)))
+    return Report(compared(cells, "dmin"))
+
+
+def test_it_names_the_best_for_a_purpose_and_who_is_better_where():
+    said = summary(report(MEANS))
+    assert "One for all: broad is best" in said and "on 2 of 3 measures; dmin on 0" in said
+    advice = said.partition("comes from: ")[2]
+    assert advice.startswith("broad, with mAP .80; dmin .30 (a); mAP .70; dmin .30 (b); mAP .50;")
+    assert "mAP .50; there narrow is better, .90; dmin .30 (c)" in advice
+    assert advice.count("is better") == 1
+
+
+def test_what_no_method_finds_is_said():
+    said = summary(report({name: (*row[:2], 0.1) for name, row in MEANS.items()}))
+    assert "No method is better than chance at c, mAP." in said
