@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from math import prod
 
 import torch
@@ -66,7 +67,7 @@ class Bergson:
         return sum(g[0].shape[1] for g in collector.mod_grads.values())
 
 
-class Vectorised:
+class Vectorised(ABC):
     """Gradients of all parameters by ``vmap``, then the tool's random matrix on a CPU."""
 
     BLOCK = 100  # columns of the matrix that stand in memory at once, both tools' default
@@ -84,8 +85,9 @@ class Vectorised:
             )
         self.projector = self.build(self.reached)
 
+    @abstractmethod
     def build(self, size: int):
-        raise NotImplementedError
+        """Return the tool's projector of so many parameters."""
 
     def gradients(self) -> torch.Tensor:
         """Return ``[batch, P]``."""
@@ -108,7 +110,9 @@ class Vectorised:
 class Dattri(Vectorised):
     """dattri's projector; its own gradients take (parameters, data) by the same ``vmap``."""
 
+    @abstractmethod
     def build(self, size: int):
+        """Return the tool's projector of so many parameters."""
         from dattri.func.projection import BasicProjector, ProjectionType
 
         return BasicProjector(size, K, 0, ProjectionType.rademacher, torch.device("cpu"))
@@ -117,7 +121,9 @@ class Dattri(Vectorised):
 class Trak(Vectorised):
     """TRAK's projector; its own gradients take a batch of tensors by the same ``vmap``."""
 
+    @abstractmethod
     def build(self, size: int):
+        """Return the tool's projector of so many parameters."""
         from trak.projectors import BasicProjector, ProjectionType
 
         return BasicProjector(size, K, 0, ProjectionType.rademacher, torch.device("cpu"))
