@@ -28,7 +28,8 @@ class Blend(Method):
 
     ``I(q, i) = I_first(q, i) / s_first(q) + share · I_second(q, i) / s_second(q)``
 
-    with s the standard deviation over training examples (of at most ``sample``, evenly spaced).
+    with s the standard deviation over training examples (of at most ``sample``, evenly spaced). A
+    part whose scores are all the same adds nothing.
     As shipped it is `sharp_energy` and a tenth of `das` at α = 100. Two ground truths look at two
     ends of a list. LDS adds scores up, so the few largest decide it; a search for a source reads
     the order of the many. A first part with few large scores and a second, broad one in small
@@ -93,7 +94,8 @@ class Blend(Method):
         scales = []
         for method, share, each in zip(self.methods, self.shares, asked, strict=True):
             spread = method.score(each, self._sample).double().std(1, correction=0)
-            scales.append((share / spread.clamp(min=torch.finfo(torch.float32).tiny)).float())
+            # Scores that are all the same rank nothing: such a part is left out.
+            scales.append(torch.where(spread > 0, share / spread, 0.0).float())
         return Asked(asked, scales)
 
     def score(self, queries: Asked, train: ExampleBlock) -> Tensor:

@@ -311,6 +311,16 @@ def test_a_gaussian_kernel_ranks_as_pixels_do(sides):
     assert (one.argsort(1) == other.argsort(1)).all() and one.min() > 0 and one.max() <= 1
 
 
+def test_a_part_that_scores_all_alike_adds_nothing_to_a_blend(sides):
+    class Flat(DMin):
+        def score(self, queries, train):
+            return torch.full_like(super().score(queries, train), 0.5)
+
+    alone, blend = (score_matrix(*sides, m) for m in (DMin(), Blend(DMin(), Flat(), share=1.0)))
+    spread = alone.std(1, keepdims=True)
+    np.testing.assert_allclose(blend, alone / spread, rtol=1e-4)
+
+
 def test_settings_out_of_range_are_refused(sides):
     for method in (TRAK, DAS, DataInf, Spectral):
         with pytest.raises(DminError, match="alpha=0"):
