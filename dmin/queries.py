@@ -15,6 +15,7 @@ from dmin.data.base import Dataset, Example, Examples
 from dmin.data.image_folder import save_images
 from dmin.errors import DminError
 from dmin.models.base import DiffusionModel
+from dmin.shown import followed
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Generated:
         folder = Path(folder)
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        for start in range(0, len(asked), self.batch_size):
+        starts = range(0, len(asked), self.batch_size)
+        for start in followed(starts, "generating images", len(starts), "batches", transient=True):
             part = asked[start : start + self.batch_size]
             numbers = range(start, start + len(part))
             seeds = [self.seed + number for number in numbers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ProgressBar
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
@@ -17,6 +18,42 @@ from dmin.data.base import Dataset, Examples
 from dmin.data.module import TrainData
 from dmin.errors import DminError
 from dmin.models.base import DiffusionModel, per_example_loss
+from dmin.shown import Lines
+
+
+class StepLines(ProgressBar):
+    """Prints how far a training is, and its loss, now and then: for log files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._on = True
+
+    def disable(self) -> None:
+        """Show nothing: Lightning calls it in all processes but the first."""
+        self._on = False
+
+    def enable(self) -> None:
+        """Show."""
+        self._on = True
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Begin to count."""
+        self._lines = Lines("training", int(trainer.num_training_batches), "steps")
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Count a step; tell, if it is time to."""
+        line = self._lines.told(batch_idx + 1)
+        if self._on and line is not None:
+            print(f"{line}, loss {trainer.callback_metrics['loss']:.3g}", flush=True)
 
 
 class ModelFactory(Protocol):
@@ -202,9 +239,12 @@ def _fit(
     """Train a model in place; it ends with its weights averaged."""
     module = DiffusionTrainer(model.train(), learning_rate, how.warmup, steps, how.seed)
     data = TrainData(dataset, how.batch_size, steps, how.seed, how.workers)
-    averaging = EMAWeightAveraging(decay=how.ema_decay)
     callbacks: list[Any] = how.trainer.callbacks  # type: ignore[attr-defined]
-    callbacks.append(averaging)
+    bars = [] if sys.stdout.isatty() else [c for c in callbacks if isinstance(c, ProgressBar)]
+    mine = [EMAWeightAveraging(decay=how.ema_decay), *([StepLines()] if bars else [])]
+    for bar in bars:
+        callbacks.remove(bar)
+    callbacks.extend(mine)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
@@ -212,7 +252,9 @@ def _fit(
             how.trainer.fit_loop.epoch_progress.reset()
             how.trainer.fit(module, datamodule=data)
     finally:
-        callbacks.remove(averaging)
+        for callback in mine:
+            callbacks.remove(callback)
+        callbacks.extend(bars)
 
 
 def fit_trainer(**settings: Any) -> lightning.Trainer:

@@ -1,12 +1,13 @@
-"""What a long collection shows of itself."""
+"""What long work shows of itself."""
 
 import re
 from types import SimpleNamespace
 
 import pytest
 
-from dmin.collect import shown as module
-from dmin.collect.shown import Shown, span
+from dmin import shown as module
+from dmin.collect.shown import Shown
+from dmin.shown import followed, span
 
 
 @pytest.fixture
@@ -54,3 +55,13 @@ def test_a_terminal_gets_a_bar(clock, capsys, monkeypatch):
 
 def test_times_are_said_in_two_units():
     assert [span(s) for s in (8, 750, 4980, 97200)] == ["8 s", "12 min", "1 h 23 min", "1 d 3 h"]
+
+
+def test_items_are_followed_by_lines_in_a_log_file(clock, capsys):
+    for _ in followed(range(100), "encoding", 100, "blocks"):
+        clock[0] += 1
+    assert capsys.readouterr().out.splitlines() == [
+        "encoding: 15 of 100 blocks (15.0%), 1 a second, 1 min left",
+        "encoding: 45 of 100 blocks (45.0%), 1 a second, 55 s left",
+        "encoding: 100 of 100 blocks (100.0%), 1 a second in 2 min",
+    ]

@@ -67,3 +67,12 @@ def test_bad_settings_are_refused(settings, message):
 def test_an_empty_dataset_is_refused():
     with pytest.raises(DminError, match="empty"):
         train(build, Examples([]))
+
+
+def test_a_log_file_gets_a_line_with_the_loss_and_the_trainer_keeps_its_bar(capsys):
+    trainer = fit_trainer(accelerator="cpu")
+    bar = trainer.progress_bar_callback
+    data = Examples(Digits("train").examples[:16])
+    train(build, data, trainer=trainer, steps=2, batch_size=16, warmup=1)
+    assert "training: 2 of 2 steps (100.0%)" in capsys.readouterr().out
+    assert trainer.progress_bar_callback is bar

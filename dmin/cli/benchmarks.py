@@ -18,6 +18,7 @@ from dmin.cli.built import build
 from dmin.cli.validate import validate
 from dmin.cli.workspace import Workspace
 from dmin.errors import DminError
+from dmin.shown import Lines
 
 if TYPE_CHECKING:
     from dmin.attribution import Method, Side
@@ -132,7 +133,10 @@ def world_of(work: Workspace, benchmark: Benchmark, methods: Sequence[Method]) -
 
 @contextmanager
 def _shown(work: Workspace) -> Iterator[Told]:
-    """Show a bar for each thing that is being done."""
+    """Show a bar for each thing that is being done, or lines where there is no terminal."""
+    if not work.console.is_terminal:
+        yield _lines(work)
+        return
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -150,3 +154,21 @@ def _shown(work: Workspace) -> Iterator[Told]:
             progress.update(bars[what], completed=done, total=total, description=text)
 
         yield told
+
+
+def _lines(work: Workspace) -> Told:
+    """Return what prints a line now and then of each thing that is being done."""
+    lines: dict[str, Lines] = {}
+
+    def told(what: str, done: int, total: int) -> None:
+        what, _, detail = what.partition(": ")
+        known = lines.get(what)
+        again = known and (known.done == known.total or known.total != total or done < known.done)
+        if known is None or again:
+            lines[what] = Lines(what, total, unit="")
+            lines[what].skip(done)
+        elif line := known.told(done):
+            text = f"{line}  {detail}" if done < total else line
+            work.console.print(text, soft_wrap=True, highlight=False)
+
+    return told

@@ -16,12 +16,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from dmin.cli.processes import is_main, make_trainer
 from dmin.cli.slurm import Processes
 from dmin.cli.turn import turn
 from dmin.errors import DminError, DminWarning
+from dmin.shown import console
 from dmin.stopping import StopSignals
 from dmin.store.share import Share
 
@@ -82,7 +82,7 @@ class Built:
         self.cfg = cfg
         self.command = command
         self.is_main = is_main(cfg.trainer)
-        self.console = Console(quiet=not self.is_main)
+        self.console = console(quiet=not self.is_main)
         self.run_folder = Path(HydraConfig.get().runtime.output_dir)
         self.outputs = Path(cfg.paths.outputs)
         for name in ("lightning.pytorch", "lightning.fabric"):

@@ -22,7 +22,6 @@ from hydra.errors import (
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-from rich.console import Console
 
 from dmin.cli import sweep
 from dmin.cli.help import config_directory, did_you_mean, groups
@@ -30,6 +29,7 @@ from dmin.cli.processes import follow_parent
 from dmin.cli.record import note_failure
 from dmin.cli.validate import validate
 from dmin.errors import DminError
+from dmin.shown import console
 
 Step = Callable[[DictConfig], None]
 
@@ -95,7 +95,7 @@ def run(step: Step, name: str, argv: list[str]) -> None:
             try:
                 _hydra_main(job)
             finally:
-                failures = sweep.conclude(Console())
+                failures = sweep.conclude(console())
         if failures is not None:
             raise SystemExit(failures)
     except KeyboardInterrupt:

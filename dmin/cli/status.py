@@ -122,13 +122,13 @@ def run(arguments: Sequence[str]) -> int:
     if as_json:
         print(json.dumps(as_values(found), indent=1))
         return 0
-    from rich.console import Console
+    from dmin.shown import console
 
-    console = Console()
+    screen = console()
     for line in lines(found):
-        console.print(line, soft_wrap=True, highlight=False)
+        screen.print(line, soft_wrap=True, highlight=False)
     if found.reports:
-        console.print(table(found))
+        screen.print(table(found))
     return 0
 
 
@@ -244,8 +244,9 @@ def _overview(as_json: bool) -> int:
     if as_json:
         print(json.dumps([as_values(each) for each in found], indent=1))
         return 0
-    from rich.console import Console
     from rich.table import Table
+
+    from dmin.shown import console
 
     made = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
     for name in ("store", "rows", "", "at work", "rows/s", "left"):
@@ -263,7 +264,7 @@ def _overview(as_json: bool) -> int:
             "" if left is None else duration(left),
             style="red" if each.unattended else None,
         )
-    Console().print(made)
+    console().print(made)
     return 0
 
 

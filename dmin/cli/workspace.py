@@ -214,8 +214,7 @@ class Workspace(Built):
             if folder.is_dir():
                 self.console.print(f"[bold]queries[/]: found {folder}")
             else:
-                with self.console.status("generating query images"):
-                    source.generate(self.model, folder)
+                source.generate(self.model, folder)
                 self.console.print(f"[bold]queries[/]: generated {folder}")
         return ImageFolder(folder, mode=None)
 

@@ -13,7 +13,6 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ProgressBar
 from lightning.pytorch.strategies import DDPStrategy
-from rich.progress import track
 
 from dmin.collect.background import Arriving, BackgroundWriter
 from dmin.collect.encodings import leave_device, on_device
@@ -29,6 +28,7 @@ from dmin.collect.sharded import InStep, another_network, others_are_there
 from dmin.collect.shown import Shown
 from dmin.data.module import CollectData
 from dmin.errors import DminError
+from dmin.shown import followed
 from dmin.stopping import StopSignals
 from dmin.store import Progress, StoreWriter
 
@@ -128,7 +128,9 @@ class Preparation(Callback):
         self.progress.say(state="encoding", blocks=len(blocks))
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         with on_device(collector.encoders, collector.device), torch.no_grad():
-            loader = track(self._load(blocks), "Encoding", len(blocks), disable=not shown)
+            loader = self._load(blocks)
+            if shown:
+                loader = followed(loader, "encoding", len(blocks), "blocks")
             for number, block in zip(blocks, loader, strict=True):
                 block = trainer.strategy.batch_to_device(block, collector.device)
                 collector.encodings.save(number, collector.encode_anew(block))

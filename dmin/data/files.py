@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.progress import track
-
 from dmin.data.pixels import Unreadable
 from dmin.fingerprint import fingerprint
+from dmin.shown import followed
 
 LARGE = 64 << 20
 """Reading more bytes than this shows a progress bar, and what was found is kept on disk."""
@@ -87,13 +86,9 @@ def survey(
 
     now = time.time_ns()
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        looked = track(
-            pool.map(read, fresh),
-            f"reading {root.name}",
-            len(fresh),
-            transient=True,
-            disable=amount < LARGE,
-        )
+        looked: Iterable[tuple[Any, str | None]] = pool.map(read, fresh)
+        if amount >= LARGE:
+            looked = followed(looked, f"reading {root.name}", len(fresh), "files", transient=True)
         for file, (outcome, problem) in zip(fresh, looked, strict=True):
             if problem is None:
                 found[file] = outcome
@@ -122,13 +117,9 @@ def looked_at(
     if large and _load(record).get("rows") == len(positions):
         return {}
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        looked = track(
-            pool.map(look, positions),
-            "reading the table",
-            len(positions),
-            transient=True,
-            disable=not large,
-        )
+        looked: Iterable[str | None] = pool.map(look, positions)
+        if large:
+            looked = followed(looked, "reading the table", len(positions), "rows", transient=True)
         problems = {at: wrong for at, wrong in zip(positions, looked, strict=True) if wrong}
     if large and not problems:
         _save(record, {"rows": len(positions)})

@@ -141,6 +141,7 @@ class Ensemble:
         keys = [_key(subset, seed) for subset in subsets]
         missing = [s for s, key in zip(subsets, keys, strict=True) if key not in kept]
         done = len(subsets) - len(missing)
+        progress(done, len(subsets))
         for chunk in self._chunks(missing, seed):
             losses = self.losses(self._models(chunk, seed), queries, timesteps, noise)
             kept.add(dict(zip(chunk, losses, strict=True)))
