@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
+import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -89,9 +89,25 @@ def load_pipeline(
             where = str(source if is_local else path)
             return _from_single_file(pipeline_class, Path(single_file), where, options)
     except (OSError, ValueError, TypeError) as error:
-        raise DminError(
-            f"model.path={path}: diffusers cannot load a {pipeline_class.__name__} from it: {error}"
-        ) from error
+        raise DminError(_why_not(path, source, pipeline_class, error)) from error
+
+
+def _why_not(path: str | Path, source: Path, pipeline_class: Any, error: Exception) -> str:
+    """Say why a checkpoint is not loaded: another pipeline's, not here, or what diffusers says."""
+    wanted, index = pipeline_class.__name__, source / "model_index.json"
+    if not index.is_file():
+        return (
+            f"model.path={path}: there is no such folder here, and it cannot be had from the Hub. "
+            f"Give the folder that {wanted}.save_pretrained wrote, or check the name and the "
+            f"connection: {error}"
+        )
+    held = json.loads(index.read_text()).get("_class_name", wanted)
+    if held != wanted:
+        return (
+            f"model.path={path}: a {held}, where a {wanted} is needed. Choose the model=... that "
+            f"loads it (docs/models.md)."
+        )
+    return f"model.path={path}: diffusers cannot load a {wanted} from it: {error}"
 
 
 def _from_single_file(pipeline_class: Any, file: Path, source: str, options: dict[str, Any]) -> Any:
@@ -135,29 +151,6 @@ def _from_single_file(pipeline_class: Any, file: Path, source: str, options: dic
             f"with the configs of model.path={source} ({type(error).__name__}: {error}). Give the "
             f"file of such a model, and a checkpoint of its version and size as model.path."
         ) from error
-
-
-class _Once(logging.Filter):
-    """Lets a pipeline say once that captions are cut, instead of printing each."""
-
-    said = False
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether a record is to be printed."""
-        if "truncated" not in str(record.msg):
-            return True
-        told, self.said = self.said, True
-        cut = str(record.msg).partition(": ")[2][:200]
-        record.msg = f"Captions that are too long for the text encoder are cut, such as: {cut}"
-        record.args = ()
-        return not told
-
-
-def say_once(pipeline: Any) -> None:
-    """Have a pipeline tell of captions that are too long only once."""
-    logger = logging.getLogger(type(pipeline).__module__)
-    if not any(isinstance(known, _Once) for known in logger.filters):
-        logger.addFilter(_Once())
 
 
 def _holds(keys: Sequence[str], component: str) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmin.errors import DminError
-from dmin.models import layers, vae  # noqa: F401  (layers registers gradients)
+from dmin.models import layers, remarks, vae  # noqa: F401  (layers registers gradients)
 from dmin.models.base import (
     Condition,
     DiffusionModel,
@@ -29,7 +29,6 @@ from dmin.models.checkpoint import (
     load_adapters,
     load_pipeline,
     load_weights,
-    say_once,
     without_adapter,
 )
 from dmin.models.estimates import recorded
@@ -102,7 +101,7 @@ class LatentDiffusion(DiffusionModel):
         for encoder in self.encoders.values():
             encoder.eval().requires_grad_(False)
         pipeline.set_progress_bar_config(disable=True)
-        say_once(pipeline)
+        remarks.say_once(pipeline)
 
     def __init_subclass__(cls) -> None:
         """Give ``from_pretrained`` a signature that names all settings of the family."""

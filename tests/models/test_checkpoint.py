@@ -288,9 +288,9 @@ def test_checkpoints_that_are_not_there_are_refused(tmp_path):
         model.from_pretrained(tmp_path)
     with pytest.raises(DminError, match=r"no model_index\.json"):
         model.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(DminError, match="cannot load a StableDiffusionPipeline"):
+    with pytest.raises(DminError, match="no such folder here, and it cannot be had from the Hub"):
         model.from_pretrained("nobody/nothing")
-    with pytest.raises(DminError, match="cannot load"):
+    with pytest.raises(DminError, match="a DiTPipeline, where a StableDiffusionPipeline is needed"):
         model.from_pretrained(checkpoint("dit"))
     with pytest.raises(DminError, match="torch_dtype='float16'"):
         model.from_pretrained(checkpoint("stable_diffusion"), torch_dtype="float16")

@@ -1,0 +1,62 @@
+"""What transformers and diffusers log on loading and encoding: less of it, and in fewer words."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+# Logger -> the beginning of remarks that ask nothing of whoever runs dmin.
+_LEFT_OUT = {
+    # No family uses the image processors that prefer torchvision.
+    "transformers.utils.import_utils": r"`\w+ImageProcessor` requires torchvision",
+    # Adapters of text encoders are refused before they are read.
+    "diffusers.loaders.lora_base": r"No LoRA keys associated to",
+    # Of such captions the pipeline says itself that they are cut.
+    "transformers.tokenization_utils_base": r"Token indices sequence length is longer",
+}
+
+
+class _Without(logging.Filter):
+    """Leaves remarks out that begin in a certain way."""
+
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self.beginning = re.compile(beginning)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether a record is to be printed."""
+        return self.beginning.match(str(record.msg)) is None
+
+
+class _Once(logging.Filter):
+    """Lets a pipeline say once that captions are cut, instead of printing each."""
+
+    said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether a record is to be printed."""
+        if "truncated" not in str(record.msg):
+            return True
+        told, self.said = self.said, True
+        cut = re.sub(r"<[^<>]*>", "", str(record.msg).partition(": ")[2])[:200]
+        record.msg = f"Captions that are too long for the text encoder are cut, such as: {cut}"
+        record.args = ()
+        return not told
+
+
+def leave_out_remarks() -> None:
+    """Have the libraries keep quiet about what asks nothing of the user."""
+    for name, beginning in _LEFT_OUT.items():
+        _filter(name, _Without(beginning))
+
+
+def say_once(pipeline: Any) -> None:
+    """Have a pipeline tell of captions that are too long only once."""
+    _filter(type(pipeline).__module__, _Once())
+
+
+def _filter(name: str, wanted: logging.Filter) -> None:
+    logger = logging.getLogger(name)
+    if not any(type(known) is type(wanted) for known in logger.filters):
+        logger.addFilter(wanted)
