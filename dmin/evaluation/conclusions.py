@@ -61,6 +61,7 @@ class Conclusion:
 
 def conclusions(report: Report) -> list[Conclusion]:
     """Return what the report says of every purpose that it measured."""
+    report = report.at_one_size()
     return [
         _conclude(purpose.wish, _where(place, report), _at(report, place), report.reference)
         for purpose in PURPOSES
@@ -70,6 +71,7 @@ def conclusions(report: Report) -> list[Conclusion]:
 
 def summary(report: Report) -> str:
     """Return the first paragraph: which method to use for what, and how good it is at that."""
+    report = report.at_one_size()
     advice = [_advise(p, report) for p in PURPOSES]
     found = [text for text in advice if text]
     if not found:

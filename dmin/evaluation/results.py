@@ -139,6 +139,11 @@ class Report:
     notes: dict[str, str] = field(default_factory=dict)
     fits: dict[str, str] = field(default_factory=dict)
 
+    def at_one_size(self) -> Report:
+        """Return what was found at the first of several sizes of the sketch, and at no size."""
+        first = next((r.dim for r in self.results if r.dim is not None), None)
+        return replace(self, results=[r for r in self.results if r.dim in (None, first)])
+
     def save(self, folder: str | Path) -> None:
         """Write ``results.csv`` (and ``.parquet``, with pyarrow) and ``path.csv``."""
         folder = Path(folder)

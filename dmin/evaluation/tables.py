@@ -49,13 +49,16 @@ def markdown(report: Report) -> str:
 def terminal(report: Report, most: int = 14) -> list[RenderableType]:
     """Return what is printed: tables if they are short, and what they say.
 
+    Of several sizes of the sketch it is the first, of queries by their kind all together.
+
     Args:
         report: what was measured.
         most: rows of a table that is still printed; longer ones are in the files.
     """
     found: list[RenderableType] = []
+    report = report.at_one_size()
     for task in tasks(report.results):
-        rows = [r for r in report.results if r.task == task and _shown(r)]
+        rows = [r for r in report.results if r.task == task and _shown(r) and not _apart(r)]
         if len(names(rows)) <= most:
             found.append(_terminal_table(task, rows))
     text = Text(summary(report), style="bold")
@@ -137,6 +140,11 @@ def cell(result: Result | None) -> str:
 
 def _shown(result: Result) -> bool:
     return result.control in ("", "reference")
+
+
+def _apart(result: Result) -> bool:
+    """Say whether only queries of one kind were measured, as for the tables of the DMin paper."""
+    return ", " in result.metric
 
 
 def _markdown_table(task: str, rows: Sequence[Result]) -> list[str]:

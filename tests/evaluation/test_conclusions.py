@@ -1,5 +1,7 @@
 """The first paragraph of a report names the best for each purpose, and where it is not."""
 
+from itertools import product
+
 import numpy as np
 
 from dmin.evaluation.conclusions import summary
@@ -13,16 +15,17 @@ MEANS = {  # of mAP, at each task
 }
 
 
-def report(means):
+def report(means, dims=(None,)):
     generator, draws = (
         np.random.default_rng(0),
         np.random.default_rng(1).integers(50, size=(99, 50)),
     )
     cells = []
     for name, row in means.items():
-        for task, mean in zip("abc", row, strict=True):
+        for (task, mean), dim in product(zip("abc", row, strict=True), dims):
             values = mean + 0.01 * generator.normal(size=50)
-            cells.append(Cell(task, "source", "mAP", Row(name), values, values[draws].mean(1)))
+            found = values[draws].mean(1)
+            cells.append(Cell(task, "source", "mAP", Row(name), values, found, dim=dim))
     return Report(compared(cells, "dmin"))
 
 
@@ -38,3 +41,7 @@ def test_it_names_the_best_for_a_purpose_and_who_is_better_where():
 def test_what_no_method_finds_is_said():
     said = summary(report({name: (*row[:2], 0.1) for name, row in MEANS.items()}))
     assert "No method is better than chance at c, mAP." in said
+
+
+def test_of_several_sizes_of_the_sketch_the_first_is_spoken_of():
+    assert "on 2 of 3 measures" in summary(report(MEANS, dims=(4096, 256)))
