@@ -124,13 +124,20 @@ class SameColumn(Relevance):
         """Return bool ``[queries, examples]``.
 
         Raises:
-            DminError: a query or example has no such column.
+            DminError: a query or example has no such column, or a query a value of its own.
         """
         if self.value is None:
             self._asked = column(queries, self.column)
         else:
             self._asked = np.full(len(queries), self.value)
-        return np.asarray(self._asked[:, None] == column(train, self.column)[None, :])
+        known = column(train, self.column)
+        if len(lost := np.flatnonzero(~np.isin(self._asked, known))):
+            raise DminError(
+                f"{len(lost)} of {len(queries)} queries have a {self.column} that no training "
+                f"example has, such as {queries.ids[lost[0]]!r} with {self._asked[lost[0]]!r}. "
+                f"There is {', '.join(np.unique(known)[:20])}. Ask about these alone."
+            )
+        return np.asarray(self._asked[:, None] == known[None, :])
 
 
 class SameLabel(SameColumn):
@@ -225,8 +232,10 @@ def column(store: Store, name: str) -> Array:
     """
     missing = [id for id, row in zip(store.ids, store.metadata, strict=True) if name not in row]
     if missing:
+        there = sorted(set.intersection(*({*row} for row in store.metadata)))
         raise DminError(
-            f"{len(missing)} example(s) in {store.path} have no {name!r}, such as {missing[0]!r}; "
-            f"this ground truth compares it. Use data that has it, or another ground truth."
+            f"{len(missing)} of {len(store)} examples in {store.path} have no {name!r}, such as "
+            f"{missing[0]!r}; this ground truth compares it. All have: {', '.join(there) or '-'}. "
+            f"Name one of these as the ground truth's column, or add {name!r} to the metadata."
         )
     return np.array([str(row[name]) for row in store.metadata])

@@ -50,7 +50,10 @@ def measure(name: str, scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     if kind in ("precision", "recall") and at.isdigit():
         k = int(at)
         if not 1 <= k <= scores.shape[1]:
-            raise DminError(f"{name}: there are {scores.shape[1]} training examples.")
+            raise DminError(
+                f"{name}: there are {scores.shape[1]} training examples. Name metrics of the first "
+                f"{scores.shape[1]} or fewer in the `metrics` of this ground truth."
+            )
         hits = right[:, :k].sum(axis=1)
         return hits / (k if kind == "precision" else right.sum(axis=1))
     if name == "mAP":
