@@ -41,7 +41,7 @@ VALUES = {
     ("data", "webdataset"): ["data.shards='{shards}'"],
     ("data", "subset"): ["data@data.dataset=digits", "data.count=2"],
     ("queries", "images"): ["queries.root={images}"],
-    ("benchmark", "dmin_paper"): ["benchmark.tasks.subsets.queries.root={images}"],
+    ("benchmark", "dmin_paper"): ["queries.root={images}"],
     ("queries", "generated"): ["queries.prompts=[0,1]"],
     ("method", "encoder"): ["method.path=clip"],
     ("timesteps", "explicit"): ["timesteps.values=[500]"],

@@ -17,6 +17,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from dmin.cli.help import groups
 from dmin.cli.processes import is_main, make_trainer
 from dmin.cli.slurm import Processes
 from dmin.cli.turn import turn
@@ -198,6 +199,7 @@ class Built:
         """Return a group's node, or say that the group must be chosen."""
         if self.cfg[name] is None:
             raise DminError(
-                f"{name} is not chosen. Say {name}=<choice>; `dmin --help` tells how to list them."
+                f"{name} is not chosen. Set {name}=<choice>. Choices of {name}: "
+                f"{', '.join(groups().get(name, []))}."
             )
         return self.cfg[name]

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.markup import escape
-from rich.tree import Tree
 
 from dmin.cli.built import build, build_queries
 from dmin.cli.compose import needs
 from dmin.cli.parts import joined
 from dmin.cli.record import recorded
+from dmin.cli.settings_tree import settings_tree
 from dmin.cli.slurm import after_stop
 from dmin.cli.workspace import Workspace
 from dmin.errors import DminError
@@ -55,7 +55,8 @@ def command(
                 body(work, {})
                 return
             if cfg.extras.print_config:
-                work.console.print(_config_tree(body.__name__, cfg, subtrees))
+                file = _shown(work.run_folder) / "config.yaml"
+                work.console.print(settings_tree(body.__name__, cfg, subtrees, file))
             with recorded(cfg, work.run_folder, body.__name__) as results:
                 body(work, results)
             work.console.print(
@@ -296,7 +297,7 @@ def evaluate(work: Workspace, results: dict[str, Any]) -> None:
     from dmin.evaluation import present
 
     work.require_one_process()
-    benchmark = build(work.need("benchmark"))
+    benchmark = build_queries(work.need("benchmark"))  # its datasets are queries
     others = further_models(work, benchmark.models)
     if benchmark.prepare:
         for number, each in enumerate((work, *others)):
@@ -377,32 +378,3 @@ def _trained(path: Path, settings: dict[str, Any]) -> bool:
         f"model.path={path} holds a model trained with other settings: "
         f"{'; '.join(differences(settings, found))}. Choose another model.path, or delete it."
     )
-
-
-def _config_tree(name: str, cfg: DictConfig, subtrees: tuple[str, ...]) -> Tree:
-    """Return the settings that a command reads, as lightning-hydra-template prints them."""
-    tree = Tree(f"[bold]dmin {name}[/]", guide_style="dim")
-    for part in dict.fromkeys(("name", "seed", *subtrees)):
-        node = cfg[part]
-        branch = tree.add(f"[bold]{part}[/]")
-        if OmegaConf.is_config(node):
-            _add(branch, OmegaConf.to_container(node, resolve=True))
-        else:
-            branch.label = f"[bold]{part}[/]: {node}"
-    return tree
-
-
-def _add(branch: Tree, values: Any) -> None:
-    for key, value in values.items():
-        if isinstance(value, dict) and "_target_" not in value and value:
-            _add(branch.add(f"{key}"), value)
-        else:
-            branch.add(f"{key}: [cyan]{escape(_call(value))}[/]", highlight=False)
-
-
-def _call(value: Any) -> str:
-    """Return a node that names a target as the call it is."""
-    if not isinstance(value, dict) or "_target_" not in value:
-        return str(value)
-    arguments = (f"{k}={_call(v)}" for k, v in value.items() if not k.startswith("_"))
-    return f"{value['_target_'].rpartition('.')[2]}({', '.join(arguments)})"

@@ -169,6 +169,14 @@ class _Walk:
 
     needed: Collection[str] | None
     missing: dict[str, str] = field(default_factory=dict)  # dotted key -> the override to write
+    stands_at: dict[str, str] = field(default_factory=dict)  # of what another place is said to be
+
+    def place(self, path: str) -> str:
+        """Return where a setting is set: elsewhere, if its section is an interpolation."""
+        for section, real in self.stands_at.items():
+            if path.startswith(f"{section}."):
+                return real + path.removeprefix(section)
+        return path
 
     def needs(self, path: str) -> bool:
         return self.needed is None or any(f"{path}.".startswith(f"{n}.") for n in self.needed)
@@ -196,13 +204,15 @@ class _Walk:
         for key in node:
             allowed = [*named, *(_CALL_KEYS if is_call else ())]
             if key not in allowed and not (takes_any and not str(key).startswith("_")):
-                raise DminError(_unknown(str(key), path, name, list(named), allowed))
+                place = self.place(f"{path}.")[:-1]
+                raise DminError(_unknown(str(key), place, name, list(named), allowed))
         if is_call and self.needs(path) and not node.get("_partial_"):
             placed = len(node.get("_args_") or ())
             for p in arguments[placed:]:
                 is_given = p.name in node.keys()  # noqa: SIM118
                 if p.name in named and p.default is p.empty and not is_given:
-                    self.missing[f"{path}.{p.name}"] = f"+{path}.{p.name}=<value>"
+                    place = self.place(f"{path}.{p.name}")
+                    self.missing[place] = f"+{place}=<value>"
         for key, child, value in self.children(node, path):
             if key not in named:
                 self.value(value, child)
@@ -215,7 +225,9 @@ class _Walk:
             plain = _plain(value)
             if not fits(plain, annotation):
                 given = f"{plain!r} ({type(plain).__name__})"
-                raise DminError(f"{child} is {given}, but {name} takes {spell(annotation)}.")
+                raise DminError(
+                    f"{self.place(child)} is {given}, but {name} takes {spell(annotation)}."
+                )
             self.value(value, child)
 
     def value(self, value: Any, path: str) -> None:
@@ -252,9 +264,12 @@ class _Walk:
                     raise DminError(reason) from error
                 continue
             if not is_missing:
+                if OmegaConf.is_config(value) and OmegaConf.is_interpolation(node, key):
+                    self.stands_at[child] = str(value._get_full_key(None))  # type: ignore[union-attr]
                 yield key, child, value
             elif self.needs(child):
-                self.missing[child] = f"{child}=<value>"
+                place = self.place(child)
+                self.missing[place] = f"{place}=<value>"
 
     def target(self, node: DictConfig, path: str) -> Callable[..., Any] | None:
         """Return what a call calls; None when that is missing, or not imported nor needed."""

@@ -130,6 +130,7 @@ class TestDemo:
         assert "noise.seed: 1 here, 0 there" in refused
 
 
+OWN = ["evaluate", "model=ddpm", "model.path=none", "data=image_folder", "data.root=none"]
 REFUSALS = [
     (["collect"], "data"),
     (["collect", "experiment=digits", "sketch.dimm=3"], "sketch.dim"),
@@ -141,6 +142,11 @@ REFUSALS = [
     (["retrieve", "experiment=digits", "trainer=ddp"], "one process"),
     (["evaluate", "data=digits", "model=ddpm", "model.path=x"], "benchmark"),
     (["train", "experiment=digits", "paths.outputs=file/below"], "cannot be written"),
+    # A model of one's own, on which nothing is trained; what is missing is named by its setting.
+    ([*OWN, "benchmark=dmin_paper"], "Set queries.root=<value>"),
+    ([*OWN, "benchmark=dmin_paper", "queries.root=none"], "queries.root=none: no such folder"),
+    ([*OWN, "benchmark=dmin_paper", "queries.root=a", "queries.size=x"], "queries.size is 'x'"),
+    (["train", *OWN[1:]], "Choices of train: digits_mlp"),
 ]
 
 

@@ -1,0 +1,32 @@
+"""Before a run stands what differs from the defaults, and nothing else."""
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+
+from dmin.cli.help import config_directory
+from dmin.cli.settings_tree import settings_tree
+from dmin.cli.validate import validate
+
+
+def test_it_shows_what_is_not_at_its_default():
+    asked = ["data=digits", "data.split=heldout", "model=ddpm", "model.path=here", "name=x"]
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        cfg = compose("dmin", [*asked, "collect.dtype=int8", "method=spectral", "method.alpha=2"])
+    sections = ("data", "sketch", "collect", "shard", "method")
+    validate(cfg, sections)
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(settings_tree("collect", cfg, sections, Path("run/config.yaml")))
+    lines = [line.lstrip("├└─ ") for line in shown.get().splitlines()]
+    assert lines == [
+        "dmin collect",
+        "name: x",
+        "seed: 0",
+        "data: Digits(split=heldout)",
+        "sketch: Auto()",
+        "collect: dtype=int8",
+        "method: Spectral(alpha=2)",
+        "all settings: run/config.yaml",
+    ]
