@@ -57,15 +57,18 @@ def choose_parameters(network: nn.Module, params: str = "all") -> Parameters:
         try:
             pattern = re.compile(LORA if params == "lora" else params)
         except re.error as error:
-            raise DminError(f"params={params!r} is not a regular expression: {error}.") from error
+            raise DminError(
+                f"collect.params={params!r} is not a regular expression: {error}."
+            ) from error
         chosen = {name: p for name, p in named.items() if pattern.search(name)}
     else:
         chosen = named
     if not chosen:
         some = ", ".join(list(named)[:5])
         raise DminError(
-            f"params={params!r} matches no parameter of {type(network).__name__}. Its parameters "
-            f"are named like: {some or '(it has none)'}."
+            f"collect.params={params!r} matches no parameter of {type(network).__name__}. "
+            f"{'Load the LoRA with model.adapter=<file>. ' if params == 'lora' else ''}"
+            f"Its parameters are named like: {some or '(it has none)'}."
         )
     refused = [f"{name} ({p.dtype})" for name, p in chosen.items() if not p.is_floating_point()]
     for name, module in network.named_modules():

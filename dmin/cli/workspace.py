@@ -93,15 +93,18 @@ class Workspace(Built):
         return store
 
     def _other_stores(self, manifest: Manifest) -> str:
-        """Say which complete training stores of this name there are, and how they differ."""
+        """Say which stores of this name come nearest, and how they differ."""
         from dmin.store import Store
 
         found = []
-        for path in sorted((self.outputs / "stores").glob(f"{self.cfg.name}-train-*"))[-4:]:
+        for path in (self.outputs / "stores").glob(f"{self.cfg.name}-train-*"):
             other = Store(path, verify=False).manifest
             lines = differences(manifest.document(), other.document())
-            found.append(f"{path} ({'; '.join(lines[:4])})")
-        return f" There is {', and '.join(found)}." if found else ""
+            # What follows from the features stands among them already.
+            lines = [line for line in lines if not line.startswith("layout.")] or lines
+            found.append((len(lines), f"{path} ({'; '.join(lines[:4])})"))
+        nearest = [told for _, told in sorted(found)[:2]]
+        return f" The nearest there is: {'; and '.join(nearest)}." if nearest else ""
 
     def _store_path(self, role: str, manifest: Manifest) -> Path:
         return self.outputs / "stores" / f"{self.cfg.name}-{role}-{manifest.fingerprint}"

@@ -132,10 +132,12 @@ class GradientCollector(lightning.LightningModule):
         unknown = [name for name in readouts if name not in READOUTS]
         if unknown or not readouts:
             raise DminError(
-                f"readouts={list(readouts)}: name one or more of {', '.join(READOUTS)}."
+                f"collect.readouts={list(readouts)}: name one or more of {', '.join(READOUTS)}."
             )
         if microbatch != "auto" and (isinstance(microbatch, str) or microbatch < 1):
-            raise DminError(f"microbatch={microbatch}: give auto, or a number of pairs from 1 up.")
+            raise DminError(
+                f"collect.microbatch={microbatch}: give auto, or a number of pairs from 1 up."
+            )
         self.model = model
         self.attributed = grouped(choose_parameters(model.network, params), groups)
         gpu.check(kernels)

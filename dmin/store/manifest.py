@@ -57,7 +57,7 @@ class Layout:
             require_count(f"layout.{name}", getattr(self, name))
         if self.dtype not in STORED_AS:
             allowed = " or ".join(STORED_AS)
-            raise DminError(f"layout.dtype is {self.dtype!r}, which is not offered: use {allowed}")
+            raise DminError(f"collect.dtype={self.dtype!r} is not offered: use {allowed}.")
 
     @property
     def row_shape(self) -> tuple[int, int, int, int]:
