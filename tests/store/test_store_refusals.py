@@ -16,7 +16,7 @@ from dmin.store import segments as segments_module
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "float8"}, "'float8', which is not offered: use float32 or float16"),
+        ({"dtype": "float8"}, "'float8' is not offered: use float32 or float16"),
         ({"dim": 0}, "layout.dim is 0"),
         ({"draws": 1.5}, r"layout.draws is 1.5"),
         ({"readouts": ()}, "layout.readouts is"),
