@@ -16,15 +16,11 @@ from dmin.attribution.pixel import PixelCosine, PixelL2
 from dmin.attribution.popularity import Popularity, TrainingLoss
 from dmin.attribution.random import Random
 from dmin.attribution.ranking import Ranking
-from dmin.attribution.retrieval import (
-    TopK,
-    ranked_groups,
-    retrieve,
-    retrieve_part,
-    score_matrix,
-)
+from dmin.attribution.retrieval import ranked_groups, retrieve, retrieve_part
+from dmin.attribution.scores import score_matrix
 from dmin.attribution.search import Certified
 from dmin.attribution.search_faiss import Approximate
+from dmin.attribution.search_topk import TopK
 from dmin.attribution.sharp_energy import SharpEnergy
 from dmin.attribution.spectral import Spectral, SpectralEnergy, ZSum
 from dmin.attribution.trak import DTRAK, TRAK, JourneyTRAK, RelativeIF, RenormalisedIF

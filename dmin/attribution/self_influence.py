@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dmin.attribution.base import Method, Side, check_pair
-from dmin.attribution.retrieval import as_side
+from dmin.attribution.scores import as_side
 from dmin.errors import DminError
 from dmin.store import Store
 

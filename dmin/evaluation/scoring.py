@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dmin.attribution import ExampleBlock, Method, Requires, Side
-from dmin.attribution.retrieval import fitted_scores
+from dmin.attribution.scores import fitted_scores
 from dmin.attribution.self_influence import fitted_self_influence
 from dmin.errors import DminError
 from dmin.evaluation.ground_truth import Array, GroundTruth

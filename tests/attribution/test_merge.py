@@ -15,9 +15,9 @@ from dmin.attribution import (
     SpectralEnergy,
     merged,
     ranked_groups,
-    retrieval,
     retrieve,
     retrieve_part,
+    scores,
 )
 from dmin.attribution.search_select import Groups, Selection
 from dmin.cli.parts import Parts, joined
@@ -98,7 +98,7 @@ def test_the_last_to_leave_its_part_finds_all(stores, tmp_path):
 @pytest.mark.parametrize("kind", ["sum", "mean", "max"])
 @pytest.mark.parametrize("order", ["proponents", "opponents"])
 def test_groups_of_parts_are_those_of_one(stores, tmp_path, monkeypatch, shards, kind, order):
-    monkeypatch.setattr(retrieval, "QUERY_BYTES", 1)  # each query a batch of its own
+    monkeypatch.setattr(scores, "QUERY_BYTES", 1)  # each query a batch of its own
     selection = Selection(order, 0.01, {"label": [0, 1, 3, 4]}, "label", kind)
     whole = retrieve(*stores, DMin(), 3, None, selection)
     files = []

@@ -8,7 +8,7 @@ import torch
 from made_stores import cosines, drawn, made
 
 from dmin.attribution import DMin, GradDot, Side, retrieve, score_matrix, search_scan
-from dmin.attribution import retrieval as retrieval_module
+from dmin.attribution import scores as scores_module
 from dmin.attribution.search import Certified
 from dmin.attribution.search_scan import in_threads, multiply, scan
 from dmin.errors import DminError
@@ -74,7 +74,7 @@ def test_rows_of_zeros_score_zero(tmp_path):
 def test_batches_of_queries_change_nothing(tmp_path, monkeypatch, method):
     asked, train = made(tmp_path / "q", drawn(9, seed=1)), made(tmp_path / "x", drawn(40))
     whole = retrieve(asked, train, method, k=5)
-    monkeypatch.setattr(retrieval_module, "QUERY_BYTES", 2 << 16)  # two at a time
+    monkeypatch.setattr(scores_module, "QUERY_BYTES", 2 << 16)  # two at a time
     parts = retrieve(asked, train, method, k=5)
     assert np.array_equal(whole.train_rows, parts.train_rows)
     assert np.array_equal(whole.scores, parts.scores)

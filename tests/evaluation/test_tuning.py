@@ -5,7 +5,7 @@ import pytest
 from attribution.made_stores import made
 
 from dmin.attribution import DMin, PixelL2, Side, Spectral
-from dmin.attribution.retrieval import fitted_scores
+from dmin.attribution.scores import fitted_scores
 from dmin.errors import DminError
 from dmin.evaluation import Report, Tuning
 from dmin.evaluation.metrics import measure

@@ -1,0 +1,74 @@
+"""Every score there is: blocks of the training side past batches of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmin.attribution.base import Method, Side, check_pair
+from dmin.attribution.search_scan import scan
+from dmin.store import Store
+
+QUERY_BYTES = 256 << 20  # of query features in memory at once
+
+
+def score_matrix(
+    queries: Store | Side, train: Store | Side, method: Method, rows: int | None = None
+) -> np.ndarray:
+    """Return every score, float32 ``[queries, examples]``; arguments as in `retrieve`."""
+    queries, train = as_side(queries), as_side(train)
+    check_pair(queries, train, method)
+    method.fit(train)
+    return fitted_scores(queries, train, method, rows)
+
+
+def fitted_scores(
+    queries: Side, train: Side, method: Method, rows: int | None = None
+) -> np.ndarray:
+    """Return every score by a method that was fitted to the training side already."""
+    batches = [
+        torch.cat([scores.float() for _, scores in scored(asked, train, method, rows)], dim=1)
+        for _, asked in query_batches(queries, method)
+    ]
+    return torch.cat(batches).numpy()
+
+
+def query_batches(queries: Side, method: Method) -> Iterator[tuple[np.ndarray, Any]]:
+    """Yield rows of queries and what the method makes of them, as many as fit at a time."""
+    width = 4 * int(np.prod(queries.store.layout.row_shape)) * len(method.requires.readouts)
+    most = max(1, QUERY_BYTES // max(width, 1 << 16))
+    for start in range(0, len(queries), most):
+        rows = np.arange(start, min(start + most, len(queries)))
+        yield rows, method.transform_query(queries.block(rows, method.requires))
+
+
+def scored(
+    asked: Any,
+    train: Side,
+    method: Method,
+    rows: int | None = None,
+    keep: np.ndarray | None = None,
+    device: str = "cpu",
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield first row and scores ``[Q, n]`` of every block, by the quickest way there is."""
+    linear = method.linear(asked, train.store.layout)
+    if linear is not None:
+        if device != "cpu":
+            linear = replace(linear, queries=linear.queries.to(device))
+        yield from scan(linear, train.store, rows, keep)
+    else:
+        size = rows or 1024
+        for first in range(0, len(train), size):
+            span = np.arange(first, min(first + size, len(train)))
+            if keep is None or keep[span].any():
+                yield first, method.score(asked, train.block(span, method.requires))
+
+
+def as_side(side: Store | Side) -> Side:
+    """Return a side of a store that comes without its dataset."""
+    return side if isinstance(side, Side) else Side(side)
