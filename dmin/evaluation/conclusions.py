@@ -145,7 +145,7 @@ def _over_all(report: Report) -> str:
         f"{len(places)} measures; {report.reference} on {wins.get(report.reference, 0)}."
     )
     if crowded:
-        text += f" {crowded} of them cannot tell six or more methods apart."
+        text += f" By {crowded} of them six or more methods cannot be told apart."
     return text
 
 
