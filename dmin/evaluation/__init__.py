@@ -5,7 +5,7 @@ Features (a store) → scores (a method) → metrics (a ground truth): each is m
 
 from dmin.evaluation.benchmark import Benchmark, Task
 from dmin.evaluation.counterfactual import LDS, Diversity, LeaveOut, Removal, UnionRemoval
-from dmin.evaluation.ensemble import Ensemble, Recipe
+from dmin.evaluation.ensemble import Ensemble
 from dmin.evaluation.ground_truth import (
     GroundTruth,
     Relevance,
@@ -14,6 +14,7 @@ from dmin.evaluation.ground_truth import (
     SelfInfluence,
     Source,
 )
+from dmin.evaluation.recipe import Recipe
 from dmin.evaluation.results import Report, Result
 from dmin.evaluation.tuning import Tuning
 from dmin.evaluation.world import World

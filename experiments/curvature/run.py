@@ -23,7 +23,7 @@ from dmin.attribution.model_loss import ModelLoss
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Examples
 from dmin.data.digits import Digits
-from dmin.evaluation.ensemble import Ensemble, Recipe
+from dmin.evaluation import Ensemble, Recipe
 from dmin.models.mlp import MLP
 from dmin.noise import SharedNoise
 from dmin.record import recorded

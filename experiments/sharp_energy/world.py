@@ -13,7 +13,7 @@ from dmin.attribution import Side
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Example, Examples
 from dmin.data.digits import Digits
-from dmin.evaluation.ensemble import Ensemble, Recipe
+from dmin.evaluation import Ensemble, Recipe
 from dmin.evaluation.lds import random_subsets
 from dmin.models.base import DiffusionModel
 from dmin.models.mlp import MLP

@@ -10,7 +10,8 @@ from toy_ddpm import TINY_UNET
 
 from dmin.data import Examples
 from dmin.errors import DminError
-from dmin.evaluation.ensemble import Ensemble, Recipe, _order
+from dmin.evaluation.ensemble import Ensemble
+from dmin.evaluation.recipe import Recipe
 from dmin.models.base import per_example_loss
 from dmin.models.ddpm import DDPM
 from dmin.models.mlp import MLP
@@ -68,7 +69,7 @@ def test_compiled_loops_train_what_torch_trains(digits, settings):
     shape = settings.get("sample_size", (8, 8))
     images = [replace(e, image=e.image.reshape(1, *shape)) for e in digits.examples]
     ensemble = Ensemble(functools.partial(small, **settings), Examples(images), RECIPE)
-    orders = [_order(subset, RECIPE, 3) for subset in (SUBSETS[1], SUBSETS[0])]
+    orders = [RECIPE.order(subset, 3) for subset in (SUBSETS[1], SUBSETS[0])]
     found, oracle = ensemble._train_films(orders, 3), ensemble._train_stacked(orders, 3)
     assert found.keys() == oracle.keys()
     for name, values in oracle.items():
