@@ -137,7 +137,9 @@ def _over_all(report: Report) -> str:
         crowded += len(best) >= 6
         for r in best:
             wins[r.name] = wins.get(r.name, 0) + 1
-    most = max(wins.values(), default=0)
+    if not wins:
+        return "Nothing that was measured is found better than by chance."
+    most = max(wins.values())
     leaders = [name for name, count in wins.items() if count == most]
     text = (
         f"One for all: {_listed(leaders)} {'is' if len(leaders) == 1 else 'are'} best, or tied "

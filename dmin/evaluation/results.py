@@ -183,7 +183,7 @@ def compared(cells: Sequence[Cell], reference: str) -> list[Result]:
     for group in _groups(cells).values():
         base = next((c for c in group if c.row == Row(c.row.method) == Row(reference)), None)
         ceiling = next((c.values.mean() for c in group if c.row.method == "ceiling"), None)
-        best = _best([c for c in group if not c.row.control])
+        best = _best_at_each_size([c for c in group if not c.row.control])
         for cell in group:
             mean, is_method = float(cell.values.mean()), cell.row.control != "reference"
             low, high = np.quantile(cell.resampled, [0.025, 0.975])
@@ -229,6 +229,15 @@ def _difference(cell: Cell, base: Cell) -> dict[str, Any]:
         "difference_low": float(low),
         "difference_high": float(high),
     }
+
+
+def _best_at_each_size(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the best among sketches of one size, and what looks at no gradient, for each size."""
+    found: list[Cell] = []
+    for size in dict.fromkeys(cell.dim for cell in cells):
+        rivals = [c for c in cells if c.dim == size or c.cost.reads != "gradients"]
+        found += [c for c in _best(rivals) if c.dim == size]
+    return found
 
 
 def _best(cells: Sequence[Cell]) -> list[Cell]:

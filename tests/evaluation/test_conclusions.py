@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 
 from dmin.evaluation.conclusions import summary
-from dmin.evaluation.results import Cell, Report, Row, compared
+from dmin.evaluation.results import Cell, Cost, Report, Row, compared
 
 MEANS = {  # of mAP, at each task
     "random": (0.1, 0.1, 0.1),
@@ -15,7 +15,7 @@ MEANS = {  # of mAP, at each task
 }
 
 
-def report(means, dims=(None,)):
+def report(means, dims=(None,), gain=0.0):
     generator, draws = (
         np.random.default_rng(0),
         np.random.default_rng(1).integers(50, size=(99, 50)),
@@ -23,9 +23,10 @@ def report(means, dims=(None,)):
     cells = []
     for name, row in means.items():
         for (task, mean), dim in product(zip("abc", row, strict=True), dims):
-            values = mean + 0.01 * generator.normal(size=50)
+            values = mean + 0.01 * generator.normal(size=50) + gain * (dim == dims[-1])
             found = values[draws].mean(1)
-            cells.append(Cell(task, "source", "mAP", Row(name), values, found, dim=dim))
+            cost = Cost(reads="gradients")
+            cells.append(Cell(task, "source", "mAP", Row(name), values, found, cost, dim))
     return Report(compared(cells, "dmin"))
 
 
@@ -43,5 +44,12 @@ def test_what_no_method_finds_is_said():
     assert "No method is better than chance at c, mAP." in said
 
 
+def test_where_nothing_is_found_at_all_that_is_what_is_said():
+    said = summary(report(dict.fromkeys(MEANS, (0.1, 0.1, 0.1))))
+    assert said.startswith("Nothing that was measured is found better than by chance.")
+
+
 def test_of_several_sizes_of_the_sketch_the_first_is_spoken_of():
-    assert "on 2 of 3 measures" in summary(report(MEANS, dims=(4096, 256)))
+    better_when_small = report(MEANS, dims=(4096, 256), gain=0.1)
+    assert "on 2 of 3 measures" in summary(better_when_small)
+    assert {r.dim for r in better_when_small.results if r.best} == {4096, 256}
