@@ -48,7 +48,8 @@ class PlantedDigits(Examples):
     none of which was trained on, no two parts with a digit in common:
 
     - ``heldout``: 50 digits as they are;
-    - ``foreign_tune``, ``foreign_test``: 40 and 60 transposed ones;
+    - ``sources_tune``, ``sources_test``: 40 and 60 transposed ones, and as many as they are: what
+      ignores the query has the same list for both, and is right for one source at a time;
     - ``mislabelled``: 24 digits under the wrong labels that were planted.
 
     Args:
@@ -60,7 +61,7 @@ class PlantedDigits(Examples):
 
     NATIVE, FOREIGN, EACH = 936, 40, 8
     FLIPS = ((3, 8), (1, 7), (9, 4))
-    PARTS = ("train", "heldout", "foreign_tune", "foreign_test", "mislabelled")
+    PARTS = ("train", "heldout", "sources_tune", "sources_test", "mislabelled")
 
     def __init__(self, part: str = "train") -> None:
         if part not in self.PARTS:
@@ -68,16 +69,15 @@ class PlantedDigits(Examples):
         if part == "train":
             digits = Digits("train").examples
             end = self.NATIVE + self.FOREIGN
-            native = [_from_source(e, "digits") for e in digits[: self.NATIVE]]
-            foreign = [_transposed(e) for e in digits[self.NATIVE : end]]
+            native, foreign = _native(digits[: self.NATIVE]), _transposed(digits[self.NATIVE : end])
             super().__init__(native + foreign + self._flipped(digits[end:]))
             return
-        digits = Digits("heldout").examples
+        digits, spare = Digits("heldout").examples, Digits("train").examples[1400:]
         super().__init__(
             {
-                "heldout": lambda: [_from_source(e, "digits") for e in digits[:50]],
-                "foreign_tune": lambda: [_transposed(e) for e in digits[100:140]],
-                "foreign_test": lambda: [_transposed(e) for e in digits[140:200]],
+                "heldout": lambda: _native(digits[:50]),
+                "sources_tune": lambda: _transposed(digits[100:140]) + _native(spare[:40]),
+                "sources_test": lambda: _transposed(digits[140:200]) + _native(spare[40:]),
                 "mislabelled": lambda: self._flipped(digits[50:100] + digits[200:]),
             }[part]()
         )
@@ -92,10 +92,13 @@ class PlantedDigits(Examples):
         return found
 
 
-def _from_source(example: Example, source: str) -> Example:
-    return replace(example, metadata={"source": source, "flip": "none"})
+def _native(digits: list[Example]) -> list[Example]:
+    return [replace(e, metadata={"source": "digits", "flip": "none"}) for e in digits]
 
 
-def _transposed(example: Example) -> Example:
-    image = example.image.transpose(1, 2).contiguous()
-    return _from_source(replace(example, id=f"transposed-{example.id}", image=image), "transposed")
+def _transposed(digits: list[Example]) -> list[Example]:
+    facts = {"source": "transposed", "flip": "none"}
+    return [
+        Example(f"transposed-{e.id}", e.image.transpose(1, 2).contiguous(), e.label, None, facts)
+        for e in digits
+    ]

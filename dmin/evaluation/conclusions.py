@@ -16,6 +16,15 @@ class Purpose:
     fits: Callable[[Result], bool]
 
 
+def _of_both_sources(result: Result) -> bool:
+    """Say whether a precision is over queries of each source, where mAP would be all but even."""
+    return (
+        result.task == "sources"
+        and result.metric.startswith("precision@")
+        and ("," not in result.metric)
+    )
+
+
 PURPOSES = (
     Purpose("To foretell what training on other data would do", lambda r: r.metric == "LDS"),
     Purpose(
@@ -28,7 +37,7 @@ PURPOSES = (
     ),
     Purpose(
         "To find where a query's kind comes from",
-        lambda r: r.metric == "mAP" and r.truth != "label",
+        lambda r: r.truth != "label" and (r.metric == "mAP" or _of_both_sources(r)),
     ),
     Purpose(
         "To find the original of a copy",
