@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from dmin.fingerprint import fingerprint
 from dmin.store import Layout, Store
 
 if TYPE_CHECKING:
+    from dmin.attribution.curvature import Curvature
     from dmin.models.base import DiffusionModel
     from dmin.noise import Noise
     from dmin.sketches import Parameters, Sketch
@@ -75,6 +77,36 @@ class ExampleBlock:
     journey: Sequence[ExampleBlock] = ()  # of queries: their states while they were generated
 
 
+class Fits:
+    """Curvatures that were fitted to a side, kept for other methods that fit the same to it.
+
+    Attributes:
+        kept: by what they were fitted to and how, each with the seconds that it took.
+        used: keys that were asked for, in this order.
+        memory: bytes that may be kept; those asked for longest ago leave first.
+    """
+
+    def __init__(self, memory: int = 1 << 30) -> None:
+        self.kept: dict[Hashable, tuple[Curvature, float]] = {}
+        self.used: list[Hashable] = []
+        self.memory = memory
+
+    def get(self, key: Hashable, fit: Callable[[], Curvature]) -> Curvature:
+        """Return what was fitted under a key before, or fit it."""
+        if key in self.kept:
+            found, seconds = self.kept.pop(key)  # to the end
+        else:
+            start = time.perf_counter()
+            found, seconds = fit(), time.perf_counter() - start
+        self.used.append(key)
+        while (
+            self.kept and sum(c.nbytes for c, _ in self.kept.values()) + found.nbytes > self.memory
+        ):
+            self.kept.pop(next(iter(self.kept)))
+        self.kept[key] = found, seconds
+        return found
+
+
 class Side:
     """One side of the comparison, queries or training examples: a store, and perhaps more.
 
@@ -105,6 +137,7 @@ class Side:
         self.journey = list(journey)
         self.origin = origin
         self.encodings = encodings
+        self.fits = Fits()
 
     def __len__(self) -> int:
         """Return the number of examples."""

@@ -6,6 +6,7 @@ damped inverse-Hessian-vector product at the price of two thin matrix products.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -51,6 +52,11 @@ class Curvature:
         """Share of the energy (the trace) in the eigenvectors kept, ``[B]``."""
         return self.values.sum(1) / self.trace.clamp(min=torch.finfo(torch.float64).tiny)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, nearly all of them for the eigenvectors."""
+        return self.values.nbytes + self.vectors.nbytes
+
     def effective_dimension(self, damping: Tensor) -> Tensor:
         """Return ``tr C (C + λ)^{−1}``, how many directions the damping leaves alive.
 
@@ -62,6 +68,27 @@ class Curvature:
         """
         rest = (self.support - self.values.shape[1]) * self.rest / (self.rest + damping)
         return (self.values / (self.values + damping[:, None])).sum(1) + rest
+
+    def damping_for(self, dimension: float) -> Tensor:
+        """Return the λ at which :meth:`effective_dimension` is as asked, by bisection of log λ.
+
+        Args:
+            dimension: wanted of each; half of the directions with any energy where that is less.
+
+        Returns:
+            float64 ``[B]``; 1 where there is no energy at all.
+        """
+        others = (self.support - self.values.shape[1]) * (self.rest > 0)
+        wanted = ((self.values > 0).sum(1) + others).double().div(2).clamp(max=dimension)
+        # Σ s/(s + λ) ≤ Σ s/λ bounds λ from above, and the least eigenvalue bounds it from below.
+        positive = torch.where(self.values > 0, self.values, math.inf).amin(1)
+        low = torch.minimum(positive, torch.where(self.rest > 0, self.rest, math.inf)).log()
+        high = (self.trace / wanted).log()
+        for _ in range(64):
+            middle = (low + high) / 2
+            more = self.effective_dimension(middle.exp()) > wanted
+            low, high = torch.where(more, middle, low), torch.where(more, high, middle)
+        return torch.where(self.trace > 0, ((low + high) / 2).exp(), 1.0)
 
     def power(self, rows: Tensor, damping: Tensor, p: float) -> Tensor:
         """Return ``(C_b + λ_b)^{−p} v`` of each row, computed in float64.
@@ -100,12 +127,14 @@ class Curvature:
         return out
 
     def describe(self, damping: Tensor) -> str:
-        """Return rank, energy kept and effective dimension in words."""
+        """Return rank, energy kept, effective dimension and damping in words."""
         kept = _span(self.kept, ".1%")
         dimension = _span(self.effective_dimension(damping), ".1f")
+        tiny = torch.finfo(torch.float64).tiny
+        alpha = _span(damping / self.mean_eigenvalue.clamp(min=tiny), ".3g")
         return (
             f"{self.values.shape[1]} of {self.support} directions keep {kept} of the energy; "
-            f"effective dimension {dimension}"
+            f"effective dimension {dimension} at a damping of {alpha} mean eigenvalues"
         )
 
     def _factors(self, damping: Tensor, p: float) -> tuple[Tensor, Tensor]:

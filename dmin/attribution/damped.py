@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -18,26 +18,34 @@ log = logging.getLogger(__name__)
 
 
 class Damped(Method):
-    """A method with a curvature C and a damping ``λ = α · mean eigenvalue of C``.
+    """A method with a curvature C and a damping λ, given in one of two ways.
+
+    ``λ = α · mean eigenvalue of C``, or λ such that ``tr C (C + λ)^{−1} = d``, the effective
+    dimension: how many directions of C stand out of the damping. An α that suits one model is far
+    too much or too little for the next, whose eigenvalues fall otherwise; d carries over
+    (experiments/sharp_energy).
 
     Args:
-        alpha: α, the damping, in units of the mean eigenvalue over C's support.
+        alpha: α, in units of the mean eigenvalue over C's support; None to give d instead.
         rank: directions of the curvature kept at most; None for all that fit the memory.
         memory: bytes that fitting may take.
         passes: over the store, where the curvature does not fit the memory.
+        effective: d, of each timestep's curvature; half of all directions where there are fewer
+            than twice as many. None to give α instead.
 
     Raises:
-        DminError: α is not positive.
+        DminError: not one of α and d is given, or it is not positive.
     """
 
     def __init__(
         self,
-        alpha: float = 0.1,
+        alpha: float | None = 0.1,
         rank: int | None = None,
         memory: int = 1 << 30,
         passes: int = 2,
+        effective: float | None = None,
     ) -> None:
-        self.alpha = checked_alpha(alpha)
+        self.alpha, self.effective = checked_damping(alpha, effective)
         self.rank, self.memory, self.passes = rank, memory, passes
         self._curvature: Curvature | None = None
 
@@ -51,42 +59,67 @@ class Damped(Method):
     @property
     def damping(self) -> Tensor:
         """λ, float64 ``[B]``."""
+        if self.effective is not None:
+            return self.curvature.damping_for(self.effective)
+        assert self.alpha is not None
         mean = self.curvature.mean_eigenvalue
         # Where there is no gradient at all there is nothing to precondition: any λ will do.
         return torch.where(mean > 0, self.alpha * mean, 1)
 
+    @property
+    def mean_alpha(self) -> float:
+        """The damping in mean eigenvalues, α where it is given, else its mean over log λ."""
+        mean = self.curvature.mean_eigenvalue
+        return float((self.damping / mean)[mean > 0].log().mean().exp())
+
     def fit_to(
-        self, train: Side, rows: Callable[[ExampleBlock], Tensor], shape: tuple[int, int, int]
+        self,
+        train: Side,
+        rows: Callable[[ExampleBlock], Tensor],
+        shape: tuple[int, int, int],
+        what: str,
     ) -> None:
         """Fit the curvature to the training rows, and log what it is like.
 
         Args:
-            train: the training side.
+            train: the training side, which keeps it for other methods of the same rows.
             rows: makes ``[n, B, m]`` of a block.
             shape: of all rows together.
+            what: names these rows, of this side and this method's readouts.
         """
         # A block stands there several times over: as it is read, arranged, and widened.
         row = 4 * int(np.prod(train.store.layout.row_shape))
         size = min(256, max(1, self.memory // (32 * row)))
-        self._curvature = fit_curvature(
-            lambda: (rows(block) for block in train.blocks(self.requires, size)),
-            shape,
-            self.rank,
-            self.memory,
-            self.passes,
-        )
+        settings = self.rank, self.memory, self.passes
+
+        def stream() -> Iterator[Tensor]:
+            return (rows(block) for block in train.blocks(self.requires, size))
+
+        key = what, *self.requires.readouts, *settings
+        self._curvature = train.fits.get(key, lambda: fit_curvature(stream, shape, *settings))
         log.info("%s: curvature: %s", self.name, self._curvature.describe(self.damping))
 
     def notes(self) -> dict[str, str]:
-        """Return rank, energy kept and effective dimension of the curvature."""
+        """Return rank, energy kept and effective dimension of the curvature, and the damping."""
         return {"curvature": self.curvature.describe(self.damping)}
 
 
-def checked_alpha(alpha: float) -> float:
-    """Return a damping that can be one, or raise DminError."""
-    if not 0 < alpha < math.inf:
+def checked_damping(
+    alpha: float | None, effective: float | None
+) -> tuple[float | None, float | None]:
+    """Return what decides the damping, or raise DminError."""
+    if (alpha is None) == (effective is None):
+        raise DminError(
+            f"method.alpha={alpha}, method.effective={effective}: one of the two decides the "
+            f"damping. Give one, and null for the other."
+        )
+    if alpha is not None and not 0 < alpha < math.inf:
         raise DminError(
             f"method.alpha={alpha}: give a positive damping, in units of the mean eigenvalue; "
             f"0.01 to 10 is usual."
         )
-    return float(alpha)
+    if effective is not None and not 0 < effective < math.inf:
+        raise DminError(
+            f"method.effective={effective}: give a positive effective dimension; 2 to 32 is usual."
+        )
+    return alpha, effective

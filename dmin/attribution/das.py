@@ -27,9 +27,10 @@ class DAS(Damped):
         rank: of the curvature.
         memory: bytes that fitting may take.
         passes: over the store.
+        effective: dimension, instead of α.
 
     Raises:
-        DminError: α is not positive.
+        DminError: as :class:`~dmin.attribution.damped.Damped`.
     """
 
     name = "das"
@@ -37,13 +38,14 @@ class DAS(Damped):
 
     def __init__(
         self,
-        alpha: float = 0.1,
+        alpha: float | None = 0.1,
         leverage: bool = True,
         rank: int | None = None,
         memory: int = 1 << 30,
         passes: int = 2,
+        effective: float | None = None,
     ) -> None:
-        super().__init__(alpha, rank, memory, passes)
+        super().__init__(alpha, rank, memory, passes, effective)
         self.leverage = leverage
 
     def fit(self, train: Side) -> None:
@@ -54,6 +56,7 @@ class DAS(Damped):
             train,
             lambda block: self._rows(block).flatten(0, 1),
             (self._samples, steps, groups * dim),
+            "unit",
         )
         error = torch.from_numpy(train.store.losses()).clamp(min=0).sqrt()
         mean = error.mean(0).clamp(min=torch.finfo(torch.float32).tiny)

@@ -21,10 +21,26 @@ class DataInf(Damped):
     2310.00902, α = 0.1). The sum over j is a matrix like a curvature, and is kept as one.
     A store of one group has the whole model for its only layer.
 
-    Settings are those of :class:`~dmin.attribution.damped.Damped`, but for α.
+    Args:
+        alpha: α, in units of the mean square of an entry.
+        rank: as :class:`~dmin.attribution.damped.Damped`, as are the next two.
+        memory: bytes that fitting may take.
+        passes: over the store.
+
+    Raises:
+        DminError: α is not positive.
     """
 
     name = "datainf"
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        rank: int | None = None,
+        memory: int = 1 << 30,
+        passes: int = 2,
+    ) -> None:
+        super().__init__(alpha, rank, memory, passes)
 
     def fit(self, train: Side) -> None:
         """Fit ``(1/n) Σ_j g gᵀ / (λ + ‖g‖²)`` of each group."""
@@ -32,6 +48,7 @@ class DataInf(Damped):
         for block in train.blocks(self.requires):
             squared += summed_rows(block).double().square().sum((0, 2))
         groups, dim = train.store.layout.row_shape[2:]
+        assert self.alpha is not None
         self._lambda = self.alpha * squared / (len(train) * dim)  # [G]
         self._lambda[self._lambda == 0] = 1  # a group without gradients adds nothing anyway
 
@@ -40,7 +57,7 @@ class DataInf(Damped):
             length = rows.double().square().sum(2)
             return rows * (self._lambda + length).rsqrt().to(rows)[..., None]
 
-        self.fit_to(train, shrunk, (len(train), groups, dim))
+        self.fit_to(train, shrunk, (len(train), groups, dim), f"shrunk {self.alpha}")
 
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return preconditioned queries, ``[Q, G, k]``."""

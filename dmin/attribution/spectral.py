@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dmin.attribution.base import ExampleBlock, Side
-from dmin.attribution.damped import Damped, checked_alpha
+from dmin.attribution.damped import Damped, checked_damping
 from dmin.attribution.dmin import DMin
 from dmin.attribution.rows import unit_rows
 from dmin.errors import DminError
@@ -28,36 +28,39 @@ class Spectral(Damped, DMin):
     that all examples share. Only the query changes, so any index of DMin's rows serves as it is.
 
     Args:
-        alpha: as :class:`~dmin.attribution.damped.Damped`, as are rank, memory and passes.
+        alpha: as :class:`~dmin.attribution.damped.Damped`, as are all but the next two.
         p: the power.
         weights: w_t, one a timestep, or None for all 1.
         rank: of the curvature.
         memory: bytes that fitting may take.
         passes: over the store.
+        effective: dimension, instead of α.
 
     Raises:
-        DminError: α is not positive, or p not a number.
+        DminError: as :class:`~dmin.attribution.damped.Damped`, or p is not a number.
     """
 
     name = "spectral"
 
     def __init__(
         self,
-        alpha: float = 0.03,
+        alpha: float | None = 0.03,
         p: float = 1.0,
         weights: Sequence[float] | None = None,
         rank: int | None = None,
         memory: int = 1 << 30,
         passes: int = 2,
+        effective: float | None = None,
     ) -> None:
-        Damped.__init__(self, alpha, rank, memory, passes)
+        Damped.__init__(self, alpha, rank, memory, passes, effective)
         DMin.__init__(self, weights)
         self.p = _checked_power(p)
 
     def at(self, alpha: float, p: float) -> Self:
         """Return the member of the family at another point, with the curvature as fitted."""
         other = copy.copy(self)
-        other.alpha, other.p = checked_alpha(alpha), _checked_power(p)
+        other.alpha, other.effective = checked_damping(alpha, None)
+        other.p = _checked_power(p)
         return other
 
     def fit(self, train: Side) -> None:
@@ -67,6 +70,7 @@ class Spectral(Damped, DMin):
             train,
             lambda block: unit_rows(block).flatten(0, 1),
             (len(train) * draws, steps, groups * dim),
+            "unit",
         )
 
     def transform_query(self, queries: ExampleBlock) -> Tensor:
@@ -94,14 +98,15 @@ class SpectralEnergy(Spectral):
 
     def __init__(
         self,
-        alpha: float = 1.0,
+        alpha: float | None = 1.0,
         p: float = 1.0,
         weights: Sequence[float] | None = None,
         rank: int | None = None,
         memory: int = 1 << 30,
         passes: int = 2,
+        effective: float | None = None,
     ) -> None:
-        super().__init__(alpha, p, weights, rank, memory, passes)
+        super().__init__(alpha, p, weights, rank, memory, passes, effective)
 
     def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
         """Return ``[Q, n]``, none negative."""
@@ -138,6 +143,7 @@ class ZSum(Spectral):
         rank: of the curvature.
         memory: bytes that fitting may take.
         passes: over the store.
+        effective: dimension, instead of α.
         sample: training examples that s is estimated from; their rows are kept in memory.
 
     Raises:
@@ -148,15 +154,16 @@ class ZSum(Spectral):
 
     def __init__(
         self,
-        alpha: float = 0.03,
+        alpha: float | None = 0.03,
         p: float = 1.0,
         weights: Sequence[float] | None = None,
         rank: int | None = None,
         memory: int = 1 << 30,
         passes: int = 2,
+        effective: float | None = None,
         sample: int = 1024,
     ) -> None:
-        super().__init__(alpha, p, weights, rank, memory, passes)
+        super().__init__(alpha, p, weights, rank, memory, passes, effective)
         if sample < 2:
             raise DminError(f"method.sample={sample}: a spread needs two examples or more.")
         self.sample = sample

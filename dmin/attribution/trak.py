@@ -27,7 +27,7 @@ class TRAK(Damped):
     def fit(self, train: Side) -> None:
         """Fit the curvature of the summed gradients."""
         _, _, groups, dim = train.store.layout.row_shape
-        self.fit_to(train, self._rows, (len(train), 1, groups * dim))
+        self.fit_to(train, self._rows, (len(train), 1, groups * dim), "summed")
 
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return preconditioned queries, ``[Q, G·k]``."""

@@ -22,6 +22,7 @@ Judge = Callable[[Method, Sequence[str]], dict[str, float]]
 """Means of all quick metrics of a method on some tasks, by ``task/truth/metric``."""
 
 ALPHAS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+DIMENSIONS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 POWERS = (0.5, 1.0, 2.0)
 
 
@@ -34,7 +35,8 @@ class Tuning:
 
     Args:
         by: criterion -> ``task/truth/metric``, larger is better.
-        alpha: values of the damping, of methods that have one.
+        alpha: values of the damping, of methods whose own is given so.
+        effective: dimensions, of methods whose damping is given so.
         p: values of the power, of methods that have one.
         watch: other tasks whose metrics the path shows, though nothing is chosen by them.
         widths: of bumps of timestep weights (:func:`bump`), tried around every timestep at the
@@ -43,6 +45,7 @@ class Tuning:
 
     by: Mapping[str, str]
     alpha: Sequence[float] = ALPHAS
+    effective: Sequence[float] = DIMENSIONS
     p: Sequence[float] = POWERS
     watch: Sequence[str] = ()
     widths: Sequence[float] = ()
@@ -89,15 +92,20 @@ class Tuning:
             judge: measures it at a point.
             steps: how many timesteps there are.
         """
-        settings = {
-            k: v for k, v in {"alpha": self.alpha, "p": self.p}.items() if hasattr(method, k)
-        }
+        settings: dict[str, Sequence[float]] = {}
+        if isinstance(method, Damped):
+            by_dimension = method.effective is not None
+            settings = {"effective": self.effective} if by_dimension else {"alpha": self.alpha}
+        if hasattr(method, "p"):
+            settings["p"] = self.p
         best: dict[str, tuple[float, Method, str]] = {}
         path = []
 
         def tried(there: Method, criteria: Iterable[str], words: str, **point: float) -> None:
             found = judge(there, [*self.tasks, *self.watch])
-            path.append({"method": name, **point, **found})
+            # What an effective dimension comes to, so that a path has one measure of damping.
+            alpha = {"alpha": there.mean_alpha} if isinstance(there, Damped) else {}
+            path.append({"method": name, **alpha, **point, **found})
             for criterion in criteria:
                 value = found[self.by[criterion]]
                 if criterion not in best or value > best[criterion][0]:
@@ -122,7 +130,7 @@ class Tuning:
 
     def moved(self, method: Method, point: Method) -> Method:
         """Return a fitted method with the settings of another."""
-        chosen = ("alpha", "p", *(["weights"] if _weighs(method) else []))
+        chosen = ("alpha", "effective", "p", *(["weights"] if _weighs(method) else []))
         return _at(method, {k: getattr(point, k) for k in chosen if hasattr(point, k)})
 
 

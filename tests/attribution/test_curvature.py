@@ -187,3 +187,26 @@ def test_memory_is_bounded_at_65536_numbers_a_row():
     block = 4 * 10 * 2 * 65536
     assert few < 20 and all_of_them == 100
     assert least < (50 << 20) + 8 * block and more < (100 << 20) + 8 * block
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": 5}], ids=["exact", "low rank"])
+@pytest.mark.parametrize("decay", [0.2, 3.0])
+def test_the_damping_leaves_the_effective_dimension_that_is_asked_for(settings, decay):
+    x = rows_of(30, 50, decay=decay)
+    x[:, 1] *= 1e-6  # units do not matter
+    found = fitted(x, **settings)
+    damping = found.damping_for(4.0)
+    assert torch.allclose(found.effective_dimension(damping), torch.full((2,), 4.0).double())
+    if not settings:
+        for b in range(2):
+            values = np.linalg.eigvalsh(x[:, b].double().numpy().T @ x[:, b].double().numpy() / 30)
+            assert (values / (values + float(damping[b]))).sum() == pytest.approx(4, rel=1e-4)
+
+
+def test_where_there_are_few_directions_half_of_them_are_left():
+    x = torch.zeros(3, 3, 8)
+    x[0, 0, 0], x[1, 0, 1], x[0, 1, 0] = 1, 2, 3  # two directions, one, and none
+    found = fitted(x)
+    damping = found.damping_for(6.0)
+    assert found.effective_dimension(damping)[:2].tolist() == pytest.approx([1, 0.5])
+    assert damping[2] == 1 and damping.isfinite().all()
