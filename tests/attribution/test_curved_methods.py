@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dmin.attribution import (
@@ -42,7 +43,8 @@ METHODS = [
     Spectral(0.5, 0.5, [1, 2, 0.5]),
     SpectralEnergy(0.3, 1.0, [1, 2, 0.5]),
     SharpEnergy(),
-    SharpEnergy(0.3, 1.0, [1, 2, 0.5], norms=1.5, sharpness=0.5),
+    SharpEnergy(0.3, 1.0, [1, 2, 0.5], sharpness=0.5, effective=None),
+    SharpEnergy(lengths=1.5, sharpness=1.0, effective=2.5),
     ZSum(),
     TRAK(),
     RelativeIF(),
@@ -52,6 +54,7 @@ METHODS = [
     DAS(leverage=False),
     DataInf(),
     Blend(SharpEnergy(), DAS(100.0, leverage=False), share=0.3),
+    Blend(SharpEnergy(), SharpEnergy(lengths=1.0, sharpness=1.0), share=0.3),
     TrainingLoss(),
     GaussianKernel(),
     SSIM(0.5),
@@ -101,10 +104,15 @@ def features(side, readout):
     return rows, rows * length[..., None, None]
 
 
-def inverse(rows, alpha, p=1.0):
+def inverse(rows, method, p=1.0):
     """Return (C + λ)^−p by a dense eigendecomposition, and λ; rows [n, m]."""
     c = rows.T @ rows / len(rows)
-    damping = alpha * np.trace(c) / min(rows.shape)
+    if method.effective is None:
+        damping = method.alpha * np.trace(c) / min(rows.shape)
+    else:  # dense, to its root
+        values = np.linalg.eigvalsh(c)[-min(rows.shape) :]
+        wanted = min(method.effective, len(values) / 2)
+        damping = brentq(lambda x: (values / (values + x)).sum() - wanted, 1e-12, 1e3)
     if p == 1:
         return np.linalg.inv(c + damping * np.eye(len(c))), damping
     values, vectors = np.linalg.eigh(c + damping * np.eye(len(c)))
@@ -116,7 +124,7 @@ def spectral(method, queries, train):
     weights = np.ones(STEPS) if method.weights is None else method.weights.numpy()
     parts = []
     for t in range(STEPS):
-        matrix, damping = inverse(x[:, :, t].reshape(-1, GROUPS * DIM), method.alpha, method.p)
+        matrix, damping = inverse(x[:, :, t].reshape(-1, GROUPS * DIM), method, method.p)
         matrix = weights[t] * matrix * damping**method.p
         parts.append(np.einsum("qdm,mk,ndk->qn", q[:, :, t], matrix, x[:, :, t]) / DRAWS)
     return np.stack(parts, 2)
@@ -135,10 +143,13 @@ def by_hand(method, queries, train):
         plain, other = spectral(Spectral(p=0), queries, train), spectral(method, queries, train)
         return sum(x.sum(2) / x.sum(2).std(1, keepdims=True) for x in (plain, other))
     if isinstance(method, SharpEnergy):
-        length = np.linalg.norm(train.store.norms("loss").astype(np.float64), axis=-1)
-        relative = length.mean(1) / length.mean((0, 1))
-        energy = (relative**method.norms * spectral(method, queries, train)) ** 2
-        return energy.sum(2) ** method.sharpness
+        logs = [
+            np.log(np.linalg.norm(s.store.norms("loss").astype(np.float64), axis=-1).mean(1))
+            for s in (queries, train)
+        ]
+        z, own = ((x - logs[1].mean(0)) / logs[1].std(0) for x in logs)
+        factor = np.exp(method.lengths * np.tanh(z)[:, None] * own.clip(-3, 3)[None])
+        return (spectral(method, queries, train) ** 2 * factor).sum(2) ** method.sharpness
     if isinstance(method, SpectralEnergy):
         return (spectral(method, queries, train) ** 2).sum(2)
     if isinstance(method, Spectral):
@@ -156,7 +167,7 @@ def by_hand(method, queries, train):
     if isinstance(method, DataInf):
         return sum(datainf(q[:, g], x[:, g]) for g in range(GROUPS))
     q, x = q.reshape(len(q), -1), x.reshape(len(x), -1)
-    matrix, _ = inverse(x, method.alpha)
+    matrix, _ = inverse(x, method)
     divisor = {RelativeIF: x @ matrix, RenormalisedIF: x}.get(type(method), np.ones((len(x), 1)))
     return q @ matrix @ x.T / np.linalg.norm(divisor, axis=1)
 
@@ -171,7 +182,7 @@ def das(method, queries, train):
     scores = np.zeros((len(q), len(x)))
     for t in range(STEPS):
         rows = x[:, :, t].reshape(-1, GROUPS * DIM)
-        matrix = inverse(rows, method.alpha)[0] / len(rows)
+        matrix = inverse(rows, method)[0] / len(rows)
         for d in range(DRAWS):
             change = q[:, d, t] @ matrix @ x[:, d, t].T * error[:, d, t]
             leverage = np.einsum("nm,mk,nk->n", x[:, d, t], matrix, x[:, d, t])
@@ -272,6 +283,49 @@ def test_the_path_is_walked_on_one_curvature(sides):
     asked = other.transform_query(queries.block(range(3), other.requires))
     scores = other.score(asked, train.block(range(len(train)), other.requires)).numpy()
     assert np.allclose(scores, score_matrix(queries, train, Spectral(0.5, 2.0)), atol=1e-6)
+
+
+def test_methods_of_the_same_rows_share_one_fit(sides):
+    train = sides[1]
+    fresh, methods = Side(train.store), [Spectral(), SharpEnergy(), DAS(), SharpEnergy(rank=3)]
+    for method in methods:
+        method.fit(fresh)
+    spectral, sharp, das, low = (method.curvature for method in methods)
+    assert spectral is sharp and das is not spectral and low is not sharp
+    fresh.fits.memory = low.nbytes  # so that only the last is kept
+    TRAK(rank=3).fit(fresh)
+    assert len(fresh.fits.kept) == 1
+    both = Blend(SharpEnergy(), SharpEnergy(lengths=1.0))
+    both.fit(Side(train.store))
+    assert both.methods[0].curvature is both.methods[1].curvature
+
+
+def test_one_thing_decides_the_damping():
+    for settings in ({"effective": 4.0}, {"alpha": None}):
+        with pytest.raises(DminError, match="one of the two decides the damping"):
+            TRAK(**settings)
+    with pytest.raises(DminError, match=r"method\.effective=0: give a positive"):
+        SharpEnergy(effective=0)
+    with pytest.raises(DminError, match=r"method\.lengths=-1"):
+        SharpEnergy(lengths=-1)
+
+
+def test_gradients_as_long_as_the_querys_count_more(sides):
+    """Of two examples of one direction, the query's own length decides which is first."""
+    train = sides[1]
+    method = SharpEnergy(lengths=1.0, sharpness=1.0)
+    method.fit(train)
+    block = train.block(range(len(train)), method.requires)
+    plain = SharpEnergy(sharpness=1.0)
+    plain.fit(train)
+    lengths = block.norms["loss"].square().sum(-1).sqrt().mean((1, 2))
+    longest, shortest = int(lengths.argmax()), int(lengths.argmin())
+    for own, favoured in ((longest, longest), (shortest, shortest)):
+        asked = train.block([own], method.requires)
+        ratio = method.score(method.transform_query(asked), block) / plain.score(
+            plain.transform_query(asked), block
+        )
+        assert ratio[0, favoured] == ratio[0, [longest, shortest]].max() > 1
 
 
 def test_a_low_rank_is_nearer_to_the_whole_than_none_is(sides):

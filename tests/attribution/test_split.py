@@ -32,7 +32,7 @@ SPLIT = {
     "trak": TRAK,
     "spectral": Spectral,
     "spectral_energy": SpectralEnergy,
-    "sharp_energy": lambda: SharpEnergy(sharpness=1.5, norms=0.5, alpha=1.0),
+    "sharp_energy": lambda: SharpEnergy(sharpness=1.5, lengths=0.5),
     "das": DAS,
     "blend": lambda: Blend(SpectralEnergy(), DMin()),
     "popularity": lambda: PopularityCorrected(SpectralEnergy(), references=4),
@@ -70,15 +70,19 @@ def fitted(name, tmp_path):
     method = SPLIT[name]()
     queries, train = sides(tmp_path, method)
     method.fit(Side(train))
-    asked = method.transform_query(Side(queries).block([0], method.requires)).double()
+    asked = method.transform_query(Side(queries).block([0], method.requires))
+    vectors = (asked.vectors if name == "sharp_energy" else asked).double()
     block = Side(train).block(np.arange(6), method.requires)
     block.features.update({key: x.double() for key, x in block.features.items()})
-    by_group = asked.unflatten(-1, (-1, GROUPS, 8))  # draws may stand before it
+    by_group = vectors.unflatten(-1, (-1, GROUPS, 8))  # draws may stand before it
+
+    def of(these):
+        return asked._replace(vectors=these) if name == "sharp_energy" else these
 
     def score(weights):
-        return method.score((by_group * weights[:, None]).view_as(asked), block)[0]
+        return method.score(of((by_group * weights[:, None]).view_as(vectors)), block)[0]
 
-    shares = method.group_contributions(asked, block, train.layout)[0].sum(1)  # [n, G]
+    shares = method.group_contributions(of(vectors), block, train.layout)[0].sum(1)  # [n, G]
     return score, shares
 
 
