@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Self
 
 from dmin.sketches.base import Accumulator, Parameters, Sketched
+from dmin.sketches.block_cyclic import BlockCyclic
 from dmin.sketches.tensor_sketch import TensorSketch
 
 
@@ -53,5 +54,5 @@ class Auto(TensorSketch):
     def finish(self, state: Accumulator) -> Sketched:
         """Return the finished rows."""
         if self.norm_kind == "exact":
-            return Sketched(state.values, state.squared_norm)
+            return BlockCyclic.finish(self, state)
         return super().finish(state)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -72,6 +73,12 @@ class Accumulator:
         self.values = like.new_zeros(batch, groups, dim)
         self.squared_norm = like.new_zeros(batch, groups)
         self.budget = budget
+        # Gradients of vectors by group, which are sketched together: there are many, all small.
+        self.waiting: dict[int, list[tuple[Parameter, Tensor]]] = defaultdict(list)
+        self.entries = 0  # of an example, that wait
+
+
+WAITING = 1 << 16  # entries of an example that may wait
 
 
 class Sketch(ABC):
@@ -138,7 +145,32 @@ class Sketch(ABC):
 
     def finish(self, state: Accumulator) -> Sketched:
         """Return the finished rows."""
+        self._add_waiting(state)
         return Sketched(state.values, state.squared_norm)
+
+    def _wait(self, state: Accumulator, parameter: Parameter, gradient: Tensor) -> None:
+        """Keep the gradient ``[batch, …]`` of a small parameter until there are some."""
+        state.waiting[parameter.group].append((parameter, gradient.reshape(len(gradient), -1)))
+        state.entries += prod(parameter.shape)
+        if state.entries > WAITING:
+            self._add_waiting(state)
+
+    def _add_waiting(self, state: Accumulator) -> None:
+        """Add the gradients that wait."""
+        waiting, state.waiting, state.entries = state.waiting, defaultdict(list), 0
+        for group, some in waiting.items():
+            parameters, gradients = zip(*some, strict=True)
+            self._add_together(state, group, parameters, gradients)
+
+    def _add_together(
+        self,
+        state: Accumulator,
+        group: int,
+        parameters: Sequence[Parameter],
+        gradients: Sequence[Tensor],
+    ) -> None:
+        """Add the gradients ``[batch, n]`` of small parameters of one group."""
+        raise NotImplementedError
 
     def of(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Return the sketch of gradients given in full: the oracle, and the door for other vectors.

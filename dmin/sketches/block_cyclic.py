@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -56,7 +57,7 @@ class BlockCyclic(FoldedSketch):
     def bind(self, parameters: Parameters) -> Self:
         """Return this sketch for the parameters of one model."""
         bound = super().bind(parameters)
-        bound._blocks = {}
+        bound._blocks, bound._keys = {}, {}
         return bound
 
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
@@ -69,9 +70,7 @@ class BlockCyclic(FoldedSketch):
             whole = factors, parameter.shape, blocks, self.block, sign
             gpu.fold_blocks(*whole, values, norms, state.budget)
         elif self._loops(values) and len(parameter.shape) < 2 and isinstance(factors, Dense):
-            gradient = factors.gradient.reshape(factors.batch, -1)
-            keys = self._key(name, "sign"), self._key(name, "offset")
-            forming.fold_vectors(gradient, keys, self.block, values, norms)
+            self._wait(state, parameter, factors.gradient)
         elif self._loops(values):
             map_ = self.kernel_map(parameter)
             forming.fold_factors(factors, parameter.shape, map_, values, norms, state.budget)
@@ -113,10 +112,25 @@ class BlockCyclic(FoldedSketch):
             self._blocks[kept] = gpu.sorted_blocks(offsets, self.dim, self.block)
         return self._blocks[kept]
 
+    def _add_together(
+        self,
+        state: Accumulator,
+        group: int,
+        parameters: Sequence[Parameter],
+        gradients: Sequence[Tensor],
+    ) -> None:
+        """Fold the gradients of vectors."""
+        keys = [(self._key(p.name, "sign"), self._key(p.name, "offset")) for p in parameters]
+        norms = state.squared_norm[:, group] if self.norm_kind == "exact" else None
+        forming.fold_vectors(gradients, keys, self.block, state.values[:, group], norms)
+
     def _key(self, name: str, what: str) -> int:
-        return key(self.seed, name, what)
+        if (name, what) not in self._keys:
+            self._keys[name, what] = key(self.seed, name, what)
+        return self._keys[name, what]
 
     _blocks: dict[tuple[str, torch.device], gpu.Blocks]
+    _keys: dict[tuple[str, str], int]
 
     @staticmethod
     def _rows(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt, prod
+from typing import NamedTuple, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmin.layer_gradients import Correlation, GradientFactors, Outer, Rows, Sum
-from dmin.sketches.base import Accumulator, Parameter, Sketch, Sketched
+from dmin.layer_gradients import Correlation, Dense, GradientFactors, Outer, Rows, Sum
+from dmin.sketches.base import Accumulator, Parameter, Parameters, Sketch, Sketched
 from dmin.sketches.bounds import matrix_shape, moments
 from dmin.sketches.hashing import hash_words, key, signs
+from dmin.sketches.layouts import Planes
+from dmin.sketches.projecting import Placed, Signs, add_placed, add_projected
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -52,19 +55,59 @@ class Factored(Sketch):
     revision = 2  # vectors longer than k are counted
 
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
-        """Add one parameter, from its factors where it has any."""
+        """Add one parameter, from its factors where that takes less than forming it."""
         parameter = self._bound.by_name[name]
         rows = state.values[:, parameter.group]
+        parts = factors.parts if isinstance(factors, Sum) else [factors]
+        plan = self._plan(parameter)
+        served = [part for part in parts if _served(part)]
+        if self._loops(rows) and all(plan.matrices) and len(served) == len(parts):
+            both = zip((flips for flips, _ in plan.keys), plan.shares, plan.sizes, strict=True)
+            left, right = (Signs(*side) for side in both)
+            for part in served:
+                add_projected(part, left, right, rows, state.budget)
+        elif self._loops(rows) and isinstance(factors, Dense) and len(parameter.shape) < 2:
+            self._wait(state, parameter, factors.gradient)
+        elif self._loops(rows) and not any(plan.matrices):
+            formed = factors.dense().reshape(factors.batch, -1)
+            self._add_together(state, parameter.group, [parameter], [formed])
+        else:
+            self._add(state, parameter, parts)
+
+    def _add_together(
+        self,
+        state: Accumulator,
+        group: int,
+        parameters: Sequence[Parameter],
+        gradients: Sequence[Tensor],
+    ) -> None:
+        """Add gradients of parameters both of whose sides have signs and places."""
+        plans = map(self._plan, parameters)
+        sides = [Placed(plan.keys, plan.sizes, plan.shares) for plan in plans]
+        add_placed(gradients, sides, state.values[:, group])
+
+    def _add(
+        self, state: Accumulator, parameter: Parameter, parts: Sequence[GradientFactors]
+    ) -> None:
+        """Add one parameter by torch."""
+        rows = state.values[:, parameter.group]
         left, right = self.sides(parameter, rows)
-        for part in factors.parts if isinstance(factors, Sum) else [factors]:
+        for part in parts:
             step = max(1, state.budget // max(1, _bytes(part, parameter, left.to + right.to)))
             for start in range(0, part.batch, step):
                 examples = slice(start, start + step)
                 product = _projected(part[examples], left, right, parameter, rows.dtype)
                 rows[examples] += product.flatten(1)
 
+    def bind(self, parameters: Parameters) -> Self:
+        """Return this sketch for the parameters of one model."""
+        bound = super().bind(parameters)
+        bound._plans = {}
+        return bound
+
     def finish(self, state: Accumulator) -> Sketched:
         """Return the finished rows; norms are theirs."""
+        self._add_waiting(state)
         return Sketched(state.values, state.values.square().sum(-1))
 
     def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
@@ -92,27 +135,50 @@ class Factored(Sketch):
 
     def sides(self, parameter: Parameter, like: Tensor) -> tuple[Side, Side]:
         """Return A and B of one parameter, hashed afresh."""
-        sizes = zip(matrix_shape(parameter.shape), self.shares(parameter), strict=True)
-        left, right = (
-            self._side(parameter, which, size, share, like)
-            for which, (size, share) in zip(("out", "in"), sizes, strict=True)
-        )
+        plan = self._plan(parameter)
+        each = zip(*plan, strict=True)
+        left, right = (self._side(*side, like) for side in each)
         return left, right
 
-    def _side(self, parameter: Parameter, which: str, size: int, share: int, like: Tensor) -> Side:
-        name = parameter.name
-        flips = key(self.seed, name, which, "sign")
+    def _side(
+        self, size: int, share: int, keys: tuple[int, int], matrix: bool, like: Tensor
+    ) -> Side:
+        if matrix and self._loops(like):
+            return Side(share, Signs(keys[0], share, size).matrix().T)
+        if matrix:
+            entries = signs(keys[0], share * size, like.device).to(like.dtype) * share**-0.5
+            return Side(share, entries.view(share, size))
+        sign = signs(keys[0], size, like.device).to(like.dtype)
         if size <= share:
-            sign = signs(flips, size, like.device).to(like.dtype)
-            shift = int(hash_words(key(self.seed, name, which, "shift"), 1)) % share
+            shift = int(hash_words(keys[1], 1)) % share
             bucket = (torch.arange(size, device=like.device) + shift) % share
-            return Side(share, sign, bucket)
-        if 1 in matrix_shape(parameter.shape):
-            sign = signs(flips, size, like.device).to(like.dtype)
-            bucket = hash_words(key(self.seed, name, which, "place"), size, like.device) % share
-            return Side(share, sign, bucket)
-        matrix = signs(flips, share * size, like.device).to(like.dtype) * share**-0.5
-        return Side(share, matrix.view(share, size))
+        else:
+            bucket = hash_words(keys[1], size, like.device) % share
+        return Side(share, sign, bucket)
+
+    def _plan(self, parameter: Parameter) -> _Plan:
+        """Return what is to be known of a parameter's sides; it is kept, some numbers for each."""
+        if parameter.name not in self._plans:
+            sizes, shares = matrix_shape(parameter.shape), self.shares(parameter)
+            keys, matrices = [], []
+            for side, size, share in zip(("out", "in"), sizes, shares, strict=True):
+                name = self.seed, parameter.name, side
+                place = "shift" if size <= share else "place"
+                keys.append((key(*name, "sign"), key(*name, place)))
+                matrices.append(size > share and 1 not in sizes)
+            self._plans[parameter.name] = _Plan(sizes, shares, tuple(keys), tuple(matrices))
+        return self._plans[parameter.name]
+
+    _plans: dict[str, _Plan]
+
+
+class _Plan(NamedTuple):
+    """A parameter's two sides: outputs, inputs."""
+
+    sizes: tuple[int, int]
+    shares: tuple[int, int]
+    keys: tuple[tuple[int, int], ...]  # of signs, and of places
+    matrices: tuple[bool, ...]  # of signs; other sides have a sign and a place for each entry
 
 
 @dataclass(frozen=True)
@@ -139,25 +205,47 @@ class Side:
         return full
 
 
+def _served(part: GradientFactors) -> TypeGuard[Outer | Correlation]:
+    """Return whether the loops of the CPU can project a layer call's factors."""
+    return isinstance(part, Outer) or (isinstance(part, Correlation) and Planes.serves(part))
+
+
 def _projected(
     part: GradientFactors, left: Side, right: Side, parameter: Parameter, dtype: torch.dtype
 ) -> Tensor:
     """Return ``A G Bᵀ``, ``[batch, k₁, k₂]``."""
-    if isinstance(part, Outer):
-        d, a = left(part.output_gradient.to(dtype)), right(part.input.to(dtype))
-        return d.transpose(1, 2) @ a
     if isinstance(part, Rows):
         d = left.matrix.T[part.index]  # A times the one that is not zero
         return d.transpose(1, 2) @ right(part.output_gradient.to(dtype))
-    if isinstance(part, Correlation) and right.bucket is None and _projects(part):
-        kernels = right.matrix.view(-1, *parameter.shape[1:])
-        convolve = _CONVOLUTIONS[part.input.ndim - 2]
-        settings = part.layer.stride, part.padding, part.layer.dilation
-        a = convolve(part.input.to(dtype), kernels, None, *settings).flatten(2)  # [b, k₂, p]
-        d = left(part.output_gradient.to(dtype).flatten(2).transpose(1, 2))  # [b, p, k₁]
-        return (a @ d).transpose(1, 2)
-    formed = part.dense().to(dtype).reshape(-1, *matrix_shape(parameter.shape))
-    return left(right(formed).transpose(1, 2)).transpose(1, 2)
+    if _forming_is_cheaper(part, left, right, parameter):
+        formed = part.dense().to(dtype).reshape(-1, *matrix_shape(parameter.shape))
+        return left(right(formed).transpose(1, 2)).transpose(1, 2)
+    if isinstance(part, Outer):
+        d, a = left(part.output_gradient.to(dtype)), right(part.input.to(dtype))
+        return d.transpose(1, 2) @ a
+    assert isinstance(part, Correlation)
+    kernels = right.matrix.view(-1, *parameter.shape[1:])
+    convolve = _CONVOLUTIONS[part.input.ndim - 2]
+    settings = part.layer.stride, part.padding, part.layer.dilation
+    a = convolve(part.input.to(dtype), kernels, None, *settings).flatten(2)  # [b, k₂, p]
+    d = left(part.output_gradient.to(dtype).flatten(2).transpose(1, 2))  # [b, p, k₁]
+    return (a @ d).transpose(1, 2)
+
+
+def _forming_is_cheaper(
+    part: GradientFactors, left: Side, right: Side, parameter: Parameter
+) -> bool:
+    """Return whether a gradient is to be formed: it takes less, or its factors are of no use."""
+    if not isinstance(part, Outer) and not (isinstance(part, Correlation) and _projects(part)):
+        return True
+    (out, inside), positions = matrix_shape(parameter.shape), _positions(part)
+    if isinstance(part, Correlation) and right.bucket is not None:
+        return True  # there is no convolution that places inputs
+    # Multiplications with a column of either matrix.
+    of_left, of_right = (side.to if side.bucket is None else 0 for side in (left, right))
+    projected = positions * (out * of_left + inside * of_right + left.to * right.to)
+    formed = out * (positions * inside + inside * of_right + of_left * right.to)
+    return formed < projected
 
 
 def _projects(part: Correlation) -> bool:
@@ -165,10 +253,15 @@ def _projects(part: Correlation) -> bool:
     return part.layer.groups == 1 and not part.layer.transposed
 
 
+def _positions(part: GradientFactors) -> int:
+    """Return how many outer products a gradient is the sum of."""
+    assert isinstance(part, Outer | Rows | Correlation)
+    d = part.output_gradient
+    return d[0, 0].numel() if isinstance(part, Correlation) else d.shape[1]
+
+
 def _bytes(part: GradientFactors, parameter: Parameter, shares: int) -> int:
     """Return about what projecting one example takes."""
     if isinstance(part, Outer | Rows | Correlation):
-        d = part.output_gradient
-        positions = d[0, 0].numel() if isinstance(part, Correlation) else d.shape[1]
-        return 4 * positions * shares
+        return 4 * max(_positions(part) * shares, prod(parameter.shape))
     return 4 * prod(parameter.shape)

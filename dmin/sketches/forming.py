@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.layer_gradients import Correlation, Dense, GradientFactors, Outer, Sum
+from dmin.layer_gradients import Correlation, Dense, GradientFactors, Outer, Sum, wide
 from dmin.sketches.layouts import Layout, Planes, Tokens, kernels
 from dmin.sketches.threads import in_threads
 
@@ -159,17 +159,17 @@ def _fold_in_parts(layouts: Sequence[Layout], work: _Work) -> None:
 
 
 def fold_vectors(
-    gradient: Tensor,
-    keys: tuple[int, int],
+    gradients: Sequence[Tensor],
+    keys: Sequence[tuple[int, int]],
     block: int,
     rows: Tensor,
     norms: Tensor | None,
 ) -> None:
-    """Add the folded gradients of a small vector to the rows of a batch, block-cyclic.
+    """Add the folded gradients of vectors to the rows of a batch, block-cyclic.
 
     Args:
-        gradient: ``[batch, P]``.
-        keys: of the signs and of the offsets.
+        gradients: of each vector, ``[batch, n]``.
+        keys: of each one's signs and offsets.
         block: b.
         rows: as for :func:`fold_factors`.
         norms: likewise.
@@ -177,12 +177,23 @@ def fold_vectors(
     measure = norms is not None
     sums = rows if rows.is_contiguous() else torch.zeros(rows.shape)
     squares = np.zeros(len(rows), np.float32)
-    numbers = gradient.detach().float().contiguous().numpy()
-    kernels().fold_vectors(numbers, *keys, block, sums.numpy(), squares, measure)
+    words = np.array(keys, np.uint32)
+    together = side_by_side(gradients), starts_of(gradients), words, block
+    kernels().fold_vectors(*together, sums.numpy(), squares, measure)
     if sums is not rows:
         rows += sums
     if norms is not None:
         norms += torch.from_numpy(squares)
+
+
+def side_by_side(gradients: Sequence[Tensor]) -> np.ndarray:
+    """Return gradients ``[batch, n]`` in one array ``[batch, P]``."""
+    return torch.cat([wide(gradient.detach()) for gradient in gradients], 1).numpy()
+
+
+def starts_of(gradients: Sequence[Tensor]) -> np.ndarray:
+    """Return where each of these begins, and the end of the last."""
+    return np.cumsum([0, *(gradient.shape[1] for gradient in gradients)])
 
 
 def block_cyclic(sign: int, words: int, offset: int, blocks: int, dim: int, block: int) -> Fold:

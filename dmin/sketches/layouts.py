@@ -133,6 +133,12 @@ class Planes(Layout):
         (down, across), (up, before) = self.a_size, (top, left)
         return [before, across - width - before, up, down - height - up]
 
+    @property
+    def own(self) -> Walk:
+        """The walk through output gradients: positions lie side by side."""
+        lines, length = self.positions
+        return kernels().Walk(lines, length, length, 1, _FIRST)
+
     @cached_property
     def walk(self) -> Walk:
         """Which pixel lies under which position."""
@@ -161,7 +167,8 @@ class Planes(Layout):
             return d_panels, packed_a.reshape(panels_a, -1, loops.COLUMNS), self.walk
         tiles = prod(self.tiles)
         transformed_d = _with_slack(panels_d, loops.PRODUCTS, tiles + 1, loops.ROWS)
-        transformed_a = np.empty((panels_a, loops.PRODUCTS, tiles, loops.COLUMNS), np.float32)
+        shape = panels_a, loops.PRODUCTS, tiles + 1, loops.COLUMNS
+        transformed_a = np.empty(shape, np.float32)
         loops.transform_gradient(packed_d, transformed_d)
         loops.transform_input(packed_a, transformed_a)
         return transformed_d, transformed_a

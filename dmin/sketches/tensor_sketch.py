@@ -150,6 +150,7 @@ class TensorSketch(BlockCyclic):
     def finish(self, state: Accumulator) -> Sketched:
         """Return the finished rows: one inverse transform for all TensorSketched parameters."""
         assert isinstance(state, SpectralAccumulator)
+        self._add_waiting(state)
         values = state.values + torch.fft.irfft(state.spectrum, n=self.dim)
         return Sketched(values, values.square().sum(-1))
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from dmin.capture import Capture, choose_parameters
 from dmin.layer_gradients import Outer
-from dmin.sketches import BlockCyclic, Parameter, Parameters, TensorSketch
+from dmin.sketches import BlockCyclic, Factored, Parameter, Parameters, TensorSketch
 from dmin.sketches.hashing import hash_words
 from dmin.sketches.threads import in_threads
 
@@ -40,6 +40,7 @@ MAPS = {
     "block 20": lambda: BlockCyclic(K, block=20),
     "tensor, formed": lambda: TensorSketch(K, from_size=1, from_kernel=1),
     "tensor, transformed": lambda: TensorSketch(K, from_size=1, from_kernel=1),
+    "factored": lambda: Factored(K),
 }
 
 

@@ -27,6 +27,14 @@ from dmin.sketches.cpu_kernels.forming import (
     form_transformed_and_fold,
 )
 from dmin.sketches.cpu_kernels.packing import pack, pack_rows
+from dmin.sketches.cpu_kernels.projecting import (
+    CHUNK,
+    add_placed,
+    project,
+    project_transformed,
+    sign_panel,
+    sign_words,
+)
 from dmin.sketches.cpu_kernels.toom_cook import (
     PRODUCTS,
     TILE,
@@ -38,6 +46,7 @@ from dmin.sketches.cpu_kernels.toom_cook import (
 from dmin.sketches.cpu_kernels.vectors import COLUMNS, ROWS, WIDTH
 
 __all__ = [
+    "CHUNK",
     "COLUMNS",
     "PRODUCTS",
     "ROWS",
@@ -47,6 +56,7 @@ __all__ = [
     "Fold",
     "Walk",
     "add_parts",
+    "add_placed",
     "add_products",
     "count_sketch",
     "fold_formed",
@@ -58,7 +68,11 @@ __all__ = [
     "hashed_map",
     "pack",
     "pack_rows",
+    "project",
+    "project_transformed",
     "scatter",
+    "sign_panel",
+    "sign_words",
     "toom_cook",
     "transform_gradient",
     "transform_input",

@@ -18,7 +18,7 @@ def _finalise(word):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _hash(counter, key):  # type: ignore[no-untyped-def]
+def hashed(counter, key):  # type: ignore[no-untyped-def]
     """:func:`dmin.sketches.hashing.hash_words` of one counter."""
     word = _finalise(np.uint32(counter) ^ np.uint32(key))
     return _finalise(np.uint32(word + np.uint32(key)))
@@ -31,9 +31,9 @@ def hashed_map(
     """Return the words of signs and the offsets of blocks, in [0, k), of a block-cyclic map."""
     bits, places = np.empty(words, np.uint32), np.empty(blocks, np.int32)
     for i in range(words):
-        bits[i] = _hash(i, sign)
+        bits[i] = hashed(i, sign)
     for i in range(blocks):
-        places[i] = _hash(i, offset) % np.uint32(dim)
+        places[i] = hashed(i, offset) % np.uint32(dim)
     return bits, places
 
 
@@ -120,35 +120,38 @@ def fold_formed(  # type: ignore[no-untyped-def]
 
 @compiled
 def fold_vectors(  # type: ignore[no-untyped-def]
-    gradient, sign, offset, block, rows, squares, measure
+    gradient, starts, keys, block, rows, squares, measure
 ):
-    """Fold gradients ``[examples, P]`` of one row by a block-cyclic map, hashed on the way.
+    """Fold gradients of vectors that lie side by side by block-cyclic maps, hashed on the way.
 
     Args:
-        gradient: of a small parameter.
-        sign: key of the signs.
-        offset: key of the offsets.
+        gradient: ``[examples, P]``.
+        starts: where each vector begins, and the end of the last.
+        keys: of each vector's signs and offsets, uint32 ``[vectors, 2]``.
         block: b.
         rows: ``[examples, k]``, to which they are added.
         squares: ``[examples]``, to which squared norms are added.
         measure: whether they are.
     """
-    examples, width = gradient.shape
-    dim = rows.shape[1]
-    for first in range(0, width, block):
-        place = _hash(first // block, offset) % np.uint32(dim)
-        for c in range(first, min(width, first + block)):
-            if c == first or c % WORD == 0:
-                word = _hash(c // WORD, sign)
-            minus = (word >> np.uint32(c % WORD)) & np.uint32(1)
-            bucket = (np.int64(place) + c - first) % dim
+    examples, dim = rows.shape
+    for v in range(len(keys)):
+        start, width = starts[v], starts[v + 1] - starts[v]
+        for first in range(0, width, block):
+            place = hashed(first // block, keys[v, 1]) % np.uint32(dim)
+            for c in range(first, min(width, first + block)):
+                if c == first or c % WORD == 0:
+                    word = hashed(c // WORD, keys[v, 0])
+                minus = (word >> np.uint32(c % WORD)) & np.uint32(1)
+                bucket = (np.int64(place) + c - first) % dim
+                for example in range(examples):
+                    x = gradient[example, start + c]
+                    rows[example, bucket] += -x if minus else x
+        if measure:
             for example in range(examples):
-                x = gradient[example, c]
-                rows[example, bucket] += -x if minus else x
-    if measure:
-        for example in range(examples):
-            for c in range(width):
-                squares[example] += gradient[example, c] * gradient[example, c]
+                norm = np.float32(0)
+                for c in range(start, start + width):
+                    norm += gradient[example, c] * gradient[example, c]
+                squares[example] += norm
 
 
 @compiled

@@ -98,7 +98,7 @@ def form_transformed_and_fold(  # type: ignore[no-untyped-def]
         total: where the sketch is added.
         measure: whether to return the squared norm.
     """
-    panels, _, tiles, _ = a.shape
+    panels, tiles = len(a), a.shape[2] - 1
     padded = -(-width // WORD) * WORD
     products = np.empty(PRODUCTS * ROWS * COLUMNS, np.float32)
     piece = np.zeros(9 * ROWS * padded, np.float32)
@@ -108,7 +108,7 @@ def form_transformed_and_fold(  # type: ignore[no-untyped-def]
             for k in range(PRODUCTS):
                 tile(
                     at(d, (p * PRODUCTS + k) * (tiles + 1) * ROWS),
-                    at(a, (q * PRODUCTS + k) * tiles * COLUMNS),
+                    at(a, (q * PRODUCTS + k) * (tiles + 1) * COLUMNS),
                     1,
                     tiles,
                     0,
@@ -198,7 +198,7 @@ def fold_planes(  # type: ignore[no-untyped-def]
     tiles = pixels_d // (TILE * TILE) if transforms else 0
     size = panels_d * PRODUCTS * (tiles + 1) * ROWS
     flat_t = np.zeros(size + WIDTH if transforms else WIDTH + 1, np.float32)
-    tiles_a = np.empty((panels_a, PRODUCTS, tiles, COLUMNS), np.float32)
+    tiles_a = np.empty((panels_a, PRODUCTS, tiles + 1, COLUMNS), np.float32)
     total = np.empty(fold.length, np.float32)
     for e in range(len(d)):
         total[:] = 0

@@ -20,13 +20,11 @@ def pack(x: np.ndarray, top: int, left: int, out: np.ndarray) -> None:
     """
     channels, panel = x.shape[0], out.shape[3]
     height, width = min(x.shape[1], out.shape[1] - top), min(x.shape[2], out.shape[2] - left)
-    # A vector that overlaps the next pixel spoils it, until that is written in its turn.
-    fits = panel % WIDTH == 0 or (top + height, left + width) == out.shape[1:3]
     for p in range(out.shape[0]):
         for first in range(p * panel, min((p + 1) * panel, channels), WIDTH):
             lane = first - p * panel
             count = min(panel - lane, channels - first, WIDTH)
-            whole = width // WIDTH * WIDTH if fits and first + WIDTH <= channels else 0
+            whole = width // WIDTH * WIDTH if first + WIDTH <= channels else 0
             for i in range(height):
                 source = (first * x.shape[1] + i) * x.shape[2]
                 target = ((p * out.shape[1] + top + i) * out.shape[2] + left) * panel + lane
@@ -37,6 +35,13 @@ def pack(x: np.ndarray, top: int, left: int, out: np.ndarray) -> None:
                         at(out, target + j * panel),
                         panel,
                     )
+                # A vector longer than a panel spoils the next pixel, until that is written in its
+                # turn; what is behind the line is zero.
+                behind = target // panel + whole
+                if whole and panel < WIDTH and behind < out.size // panel:
+                    line, j = behind // out.shape[2], behind % out.shape[2]
+                    for c in range(WIDTH - panel):
+                        out[line // out.shape[1], line % out.shape[1], j, c] = 0
                 for c in range(count):
                     for j in range(whole, width):
                         out[p, top + i, left + j, lane + c] = x[first + c, i, j]

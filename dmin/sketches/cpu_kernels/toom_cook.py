@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dmin.sketches.cpu_kernels.vectors import COLUMNS, ROWS, WIDTH, at, compiled, sandwich
+from dmin.sketches.cpu_kernels.vectors import WIDTH, at, compiled, sandwich
 
 
 def toom_cook(points: list[float], outputs: int, taps: int) -> tuple[np.ndarray, ...]:
@@ -52,26 +52,28 @@ def transform_gradient(d: np.ndarray, out: np.ndarray) -> None:
     """Transform each 4 × 4 tile of packed output gradients.
 
     Args:
-        d: ``[panels, 4·tiles, 4·tiles', ROWS]``, with WIDTH more floats behind it in memory.
-        out: ``[panels, 36, tiles·tiles' + 1, ROWS]``, likewise; the last tile is scratch.
+        d: ``[panels, 4·tiles, 4·tiles', lanes]``, with WIDTH more floats behind it in memory
+            where lanes are not whole vectors.
+        out: ``[panels, 36, tiles·tiles' + 1, lanes]``, likewise; the last tile is scratch. (Steps
+            of a power of two would also share few places in the cache: five times as slow.)
     """
-    panels, height, width, _ = d.shape
+    panels, height, width, lanes = d.shape
     down, across = height // TILE, width // TILE
-    tiles = down * across + 1
+    tiles = out.shape[2]
     for p in range(panels):
         for i in range(down):
             for j in range(across):
                 # Lanes beyond a panel are overwritten by the tile that comes after.
-                for lane in range(0, ROWS, WIDTH):
-                    source = ((p * height + TILE * i) * width + TILE * j) * ROWS + lane
-                    target = (p * PRODUCTS * tiles + i * across + j) * ROWS + lane
+                for lane in range(0, lanes, WIDTH):
+                    source = ((p * height + TILE * i) * width + TILE * j) * lanes + lane
+                    target = (p * PRODUCTS * tiles + i * across + j) * lanes + lane
                     _of_gradient(
                         at(d, source),
-                        width * ROWS,
-                        ROWS,
+                        width * lanes,
+                        lanes,
                         at(out, target),
-                        POINTS * tiles * ROWS,
-                        tiles * ROWS,
+                        POINTS * tiles * lanes,
+                        tiles * lanes,
                     )
 
 
@@ -80,23 +82,23 @@ def transform_input(a: np.ndarray, out: np.ndarray) -> None:
     """Transform each 6 × 6 tile of packed inputs; tiles overlap by two.
 
     Args:
-        a: ``[panels, 4·tiles + 2, 4·tiles' + 2, COLUMNS]``.
-        out: ``[panels, 36, tiles·tiles', COLUMNS]``.
+        a: ``[panels, 4·tiles + 2, 4·tiles' + 2, lanes]``, as for :func:`transform_gradient`.
+        out: ``[panels, 36, tiles·tiles' + 1, lanes]``, likewise.
     """
-    panels, height, width, _ = a.shape
+    panels, height, width, lanes = a.shape
     down, across = height // TILE, width // TILE
-    tiles = down * across
+    tiles = out.shape[2]
     for p in range(panels):
         for i in range(down):
             for j in range(across):
-                for lane in range(0, COLUMNS, WIDTH):
-                    source = ((p * height + TILE * i) * width + TILE * j) * COLUMNS + lane
-                    target = (p * PRODUCTS * tiles + i * across + j) * COLUMNS + lane
+                for lane in range(0, lanes, WIDTH):
+                    source = ((p * height + TILE * i) * width + TILE * j) * lanes + lane
+                    target = (p * PRODUCTS * tiles + i * across + j) * lanes + lane
                     _of_input(
                         at(a, source),
-                        width * COLUMNS,
-                        COLUMNS,
+                        width * lanes,
+                        lanes,
                         at(out, target),
-                        POINTS * tiles * COLUMNS,
-                        tiles * COLUMNS,
+                        POINTS * tiles * lanes,
+                        tiles * lanes,
                     )
