@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dmin.layer_gradients import Correlation, Dense, GradientFactors, Outer, Sum, wide
 from dmin.sketches.layouts import Layout, Planes, Tokens, kernels
-from dmin.sketches.threads import in_threads
+from dmin.sketches.threads import in_threads, with_scratch
 
 if TYPE_CHECKING:
     from dmin.sketches.cpu_kernels import Fold
@@ -122,7 +122,7 @@ def _fold_examples(layout: Layout, work: _Work, budget: int) -> None:
         ) -> None:
             own = slice(i * step, (i + 1) * step)
             into = out, width, work.fold, rows[own], squares[own], work.measure
-            layout.fold(d[own], a[own], *layout.settings, *into)
+            with_scratch(layout.fold, d[own], a[own], *layout.settings, *into)
 
         in_threads(-(-len(d) // step), some)
 

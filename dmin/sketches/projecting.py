@@ -6,9 +6,10 @@ the same to the bit for any number of threads.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,10 @@ from torch import Tensor
 from dmin.layer_gradients import Correlation, Outer, wide
 from dmin.sketches.forming import side_by_side, starts_of
 from dmin.sketches.layouts import Planes, kernels
-from dmin.sketches.threads import in_threads
+from dmin.sketches.threads import in_threads, with_scratch
+
+# Multiplications that take less time than it takes to wake the other threads.
+SERIAL = 1 << 22
 
 
 class Signs(NamedTuple):
@@ -43,7 +47,15 @@ class Signs(NamedTuple):
         words = loops.sign_words(self.key, self.to * self.size)
         out = np.empty((-(-self.to // lanes), self.size, lanes), np.float32)
         scale = np.float32(self.to**-0.5)
-        in_threads(len(out), lambda i: loops.sign_panel(words, i * lanes, self.to, scale, out[i]))
+
+        def panel(i: int) -> None:
+            loops.sign_panel(words, i * lanes, self.to, scale, out[i])
+
+        if out.size < SERIAL // 8:
+            for i in range(len(out)):
+                panel(i)
+        else:
+            in_threads(len(out), panel)
         return out
 
     def matrix(self) -> Tensor:
@@ -60,10 +72,13 @@ class Placed(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What of a layer call can be done apart: some examples, and parts of each."""
+    """A layer call as the loops take it."""
 
-    add: Callable[[slice, tuple[int, int], np.ndarray], None]  # examples, parts, totals
-    parts: int
+    loop: Callable[..., int]
+    arrays: Callable[[slice], tuple[np.ndarray, np.ndarray]]  # factors of some examples
+    settings: tuple[Any, Any]  # of the layer
+    matrices: tuple[np.ndarray, np.ndarray]
+    ends: Sequence[int]  # of the parts that an example can be cut into
     bytes: int  # of one example's factors
 
 
@@ -79,19 +94,30 @@ def add_projected(
         rows: float32 ``[batch, k₁ · k₂]``, changed in place.
         budget: bytes that copies of factors may take at once.
     """
-    work = _work(factors, left, right)
-    batch, threads = len(rows), torch.get_num_threads()
+    work, batch = _work(factors, left, right), len(rows)
+    positions = factors.output_gradient[0].numel() // left.size
+    multiplications = batch * positions * (left.to * left.size + right.to * right.size)
+    threads = torch.get_num_threads() if multiplications > SERIAL else 1
     # Threads take some examples each, or share one in parts that are added up in order.
-    step = max(1, min(-(-batch // threads), budget // (threads * work.bytes)))
-    parts = work.parts if batch < threads else 1
-    totals = np.zeros((parts, batch, left.to * right.to), np.float32)
+    ends = work.ends if batch < threads else work.ends[-1:]
+    parts = list(itertools.pairwise([0, *ends]))
+    totals = np.zeros((len(parts), batch, left.to * right.to), np.float32)
+    group = max(threads, budget // work.bytes // threads * threads)
+    for start in range(0, batch, group):
+        # Here, since what asks torch for anything would have the threads wait for each other.
+        d, a = work.arrays(slice(start, start + group))
+        step = -(-len(d) // threads)
 
-    def part(i: int) -> None:
-        first, p = i // parts * step, i % parts
-        some = work.parts * p // parts, work.parts * (p + 1) // parts
-        work.add(slice(first, first + step), some, totals[p, first : first + step])
+        def some(
+            i: int, start: int = start, d: np.ndarray = d, a: np.ndarray = a, step: int = step
+        ) -> None:
+            first, p = i // len(parts) * step, i % len(parts)
+            own = slice(first, first + step)
+            into = totals[p, start : start + len(d)][own]
+            how = *work.settings, parts[p], *work.matrices, (left.to, right.to)
+            with_scratch(work.loop, d[own], a[own], *how, into)
 
-    in_threads(-(-batch // step) * parts, part)
+        in_threads(-(-len(d) // step) * len(parts), some)
     rows += torch.from_numpy(totals.sum(0))
 
 
@@ -125,18 +151,17 @@ def _tokens(factors: Outer, left: Signs, right: Signs) -> _Work:
     matrices = left.panels(loops.COLUMNS), right.panels(loops.COLUMNS)
     positions = factors.input.shape[1]
     turned = [x.stride(1) == 1 and x.stride(2) == positions > 1 for x in both]
-    through = loops.Walk(1, positions, 0, 1, _FIRST), loops.Walk(1, positions, 0, 1, _FIRST[:0])
-    walks = [through[0] if each else through[1] for each in turned]
+    walks = [loops.Walk(1, positions, 0, 1, _FIRST[:each]) for each in turned]
 
-    def add(examples: slice, some: tuple[int, int], totals: np.ndarray) -> None:
+    def arrays(examples: slice) -> tuple[np.ndarray, np.ndarray]:
         d, a = (
             _numbers(x[examples].transpose(1, 2) if each else x[examples])
             for x, each in zip(both, turned, strict=True)
         )
-        which = some[0] * loops.CHUNK, min(positions, some[1] * loops.CHUNK)
-        loops.project(d, a, *walks, which, *matrices, (left.to, right.to), totals)
+        return d, a
 
-    return _Work(add, -(-positions // loops.CHUNK), 4 * sum(x[0].numel() for x in both))
+    size = 4 * sum(x[0].numel() for x in both)
+    return _Work(loops.project, arrays, (walks[0], walks[1]), matrices, _chunks(positions), size)
 
 
 def _patches(layer: Planes, left: Signs, right: Signs) -> _Work:
@@ -144,17 +169,15 @@ def _patches(layer: Planes, left: Signs, right: Signs) -> _Work:
     loops, factors = kernels(), layer.factors
     layer = Planes(factors, transform=False)
     matrices = left.panels(loops.COLUMNS), right.panels(loops.COLUMNS)
-    positions, walks = prod(layer.positions), (layer.own, layer.walk)
 
-    def add(examples: slice, some: tuple[int, int], totals: np.ndarray) -> None:
+    def arrays(examples: slice) -> tuple[np.ndarray, np.ndarray]:
         d, a = factors.output_gradient[examples].flatten(2), factors.input[examples]
         a = a if a.ndim == 4 else a[:, :, None]
         a = F.pad(a, layer.borders) if any(layer.borders) else a
-        which = some[0] * loops.CHUNK, min(positions, some[1] * loops.CHUNK)
-        into = which, *matrices, (left.to, right.to), totals
-        loops.project(_numbers(d), _numbers(a.flatten(2)), *walks, *into)
+        return _numbers(d), _numbers(a.flatten(2))
 
-    return _Work(add, -(-positions // loops.CHUNK), layer.bytes)
+    walks, ends = (layer.own, layer.walk), _chunks(prod(layer.positions))
+    return _Work(loops.project, arrays, walks, matrices, ends, layer.bytes)
 
 
 def _transformed(layer: Planes, left: Signs, right: Signs) -> _Work:
@@ -162,12 +185,17 @@ def _transformed(layer: Planes, left: Signs, right: Signs) -> _Work:
     loops, factors = kernels(), layer.factors
     matrices = left.panels(loops.COLUMNS), right.panels(loops.ROWS)
 
-    def add(examples: slice, some: tuple[int, int], totals: np.ndarray) -> None:
+    def arrays(examples: slice) -> tuple[np.ndarray, np.ndarray]:
         d, a = factors.output_gradient[examples].flatten(2), factors.input[examples]
-        into = some, *matrices, (left.to, right.to), totals
-        loops.project_transformed(_numbers(d), _numbers(a), layer.padding, layer.own, *into)
+        return _numbers(d), _numbers(a)
 
-    return _Work(add, len(matrices[0]), layer.bytes)
+    settings, ends = (layer.padding, layer.own), range(1, len(matrices[0]) + 1)
+    return _Work(loops.project_transformed, arrays, settings, matrices, ends, layer.bytes)
+
+
+def _chunks(positions: int) -> Sequence[int]:
+    """Return where parts of an example's positions end."""
+    return [*range(kernels().CHUNK, positions, kernels().CHUNK), positions]
 
 
 def _transforms(layer: Planes, share: int) -> bool:

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -55,6 +56,22 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
         raise errors[0]
 
 
+def with_scratch(loop: Callable[..., int], *arguments: Any) -> None:
+    """Call a loop with memory to work in, which is kept for the next.
+
+    Else each call would have pages mapped and unmapped again, which takes longer than filling them.
+    One piece is kept for each thread, as large as a loop has asked for.
+
+    Args:
+        loop: takes the memory first, float32, or other if that is too small; returns its need.
+        arguments: the others.
+    """
+    scratch = _SCRATCH.pop() if _SCRATCH else np.empty(0, np.float32)
+    needed = loop(scratch, *arguments)
+    _SCRATCH.append(scratch if len(scratch) >= needed else np.empty(needed, np.float32))
+
+
+_SCRATCH: list[np.ndarray] = []
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from dmin.capture import Capture, choose_parameters
-from dmin.layer_gradients import Outer
-from dmin.sketches import BlockCyclic, Factored, Parameter, Parameters, TensorSketch
+from dmin.layer_gradients import Correlation, Outer
+from dmin.sketches import Auto, BlockCyclic, Factored, Parameter, Parameters, TensorSketch
 from dmin.sketches.hashing import hash_words
 from dmin.sketches.threads import in_threads
 
@@ -83,15 +83,20 @@ def threads(count):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("kind", [BlockCyclic, Factored])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_rows_are_the_same_to_the_bit_for_any_number_of_threads(batch):
+def test_rows_are_the_same_to_the_bit_for_any_number_of_threads(batch, kind):
     generator = torch.Generator().manual_seed(0)
-    d, a = (torch.randn(batch, 9, n, generator=generator) for n in (400, 350))
-    sketch = BlockCyclic(K).bind(Parameters((Parameter("w", (400, 350)),)))
+    d, a = (torch.randn(batch, 450, n, generator=generator) for n in (400, 350))
+    image = torch.randn(batch, 40, 32, 32, generator=generator)
+    kernel = Correlation(image, image.flip(0), nn.Conv2d(40, 40, 3, padding=1), (1, 1))
+    entries = Parameter("w", (400, 350)), Parameter("kernel", (40, 40, 3, 3))
+    sketch = kind(K).bind(Parameters(entries))
 
     def rows():
         state = sketch.begin(batch, torch.zeros(()))
         sketch.add(state, "w", Outer(d, a))
+        sketch.add(state, "kernel", kernel)
         return sketch.finish(state).values
 
     with threads(1):
@@ -99,6 +104,19 @@ def test_rows_are_the_same_to_the_bit_for_any_number_of_threads(batch):
     for count in (2, 3):
         with threads(count):
             assert torch.equal(rows(), expected)
+
+
+@pytest.mark.parametrize("name", ["auto", "factored"])
+def test_vectors_that_are_sketched_together_are_those_sketched_apart(name, monkeypatch):
+    kind = {"auto": Auto, "factored": Factored}[name]
+    entries = [Parameter(f"v{n}", (n,), n % 2) for n in (1, 3, 40, 600, 33, 5000)]
+    sketch = kind(K).bind(Parameters(tuple(entries), ("even", "odd")))
+    gradients = {p.name: torch.randn(3, *p.shape) for p in entries}
+    together = sketch.of(gradients)
+    monkeypatch.setattr("dmin.sketches.base.WAITING", 0)
+    torch.testing.assert_close(sketch.of(gradients), together)
+    double = sketch.of({name: g.double() for name, g in gradients.items()})
+    torch.testing.assert_close(together.double(), double, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("openmp", [True, False])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dmin.sketches.cpu_kernels.folding import fold_row, wrap
-from dmin.sketches.cpu_kernels.packing import pack, pack_rows
+from dmin.sketches.cpu_kernels.packing import enough, pack, pack_rows
 from dmin.sketches.cpu_kernels.toom_cook import (
     POINTS,
     PRODUCTS,
@@ -138,11 +138,12 @@ def form_transformed_and_fold(  # type: ignore[no-untyped-def]
 
 @compiled
 def fold_tokens(  # type: ignore[no-untyped-def]
-    d, a, walk, out, width, fold, rows, squares, measure
+    scratch, d, a, walk, out, width, fold, rows, squares, measure
 ):
     """Pack, form and fold some examples' outer products, ``[examples, positions, channels]``.
 
     Args:
+        scratch: memory to work in; if it is too small, other is allocated.
         d: output gradients.
         a: inputs.
         walk: as for :func:`form_and_fold`, like the rest.
@@ -152,11 +153,17 @@ def fold_tokens(  # type: ignore[no-untyped-def]
         rows: ``[examples, k]``, to which they are added.
         squares: ``[examples]``, likewise.
         measure: whether squared norms are wanted.
+
+    Returns:
+        Floats of scratch that it takes.
     """
     positions = d.shape[1]
     panels_d, panels_a = -(-out // ROWS), -(-width // COLUMNS)
-    packed_d = np.zeros((panels_d, positions, ROWS), np.float32)
-    packed_a = np.zeros((panels_a, positions, COLUMNS), np.float32)
+    size_d, size_a = panels_d * positions * ROWS, panels_a * positions * COLUMNS
+    scratch = enough(scratch, size_d + size_a)
+    scratch[: size_d + size_a] = 0
+    packed_d = scratch[:size_d].reshape(panels_d, positions, ROWS)
+    packed_a = scratch[size_d : size_d + size_a].reshape(panels_a, positions, COLUMNS)
     total = np.empty(fold.length, np.float32)
     for e in range(len(d)):
         total[:] = 0
@@ -166,15 +173,30 @@ def fold_tokens(  # type: ignore[no-untyped-def]
             packed_d, packed_a, walk, out, width, fold, 0, panels_d, total, measure
         )
         wrap(total, rows[e])
+    return size_d + size_a
 
 
 @compiled
 def fold_planes(  # type: ignore[no-untyped-def]
-    d, a, padding, d_size, a_size, transforms, walk, out, width, fold, rows, squares, measure
+    scratch,
+    d,
+    a,
+    padding,
+    d_size,
+    a_size,
+    transforms,
+    walk,
+    out,
+    width,
+    fold,
+    rows,
+    squares,
+    measure,
 ):
     """Pack, form and fold some examples' correlations, ``[examples, channels, height, width]``.
 
     Args:
+        scratch: memory to work in, as for :func:`fold_tokens`.
         d: output gradients.
         a: inputs.
         padding: zeros above and before the inputs.
@@ -188,24 +210,34 @@ def fold_planes(  # type: ignore[no-untyped-def]
         rows: ``[examples, k]``, to which they are added.
         squares: ``[examples]``, likewise.
         measure: whether squared norms are wanted.
+
+    Returns:
+        Floats of scratch that it takes.
     """
     panels_d, panels_a = -(-out // ROWS), -(-width // COLUMNS)
     pixels_d, pixels_a = d_size[0] * d_size[1], a_size[0] * a_size[1]
-    flat_d = np.zeros(panels_d * pixels_d * ROWS + WIDTH, np.float32)
-    flat_a = np.zeros(panels_a * pixels_a * COLUMNS + WIDTH, np.float32)
-    packed_d = flat_d[:-WIDTH].reshape(panels_d, d_size[0], d_size[1], ROWS)
-    packed_a = flat_a[:-WIDTH].reshape(panels_a, a_size[0], a_size[1], COLUMNS)
     tiles = pixels_d // (TILE * TILE) if transforms else 0
-    size = panels_d * PRODUCTS * (tiles + 1) * ROWS
-    flat_t = np.zeros(size + WIDTH if transforms else WIDTH + 1, np.float32)
-    tiles_a = np.empty((panels_a, PRODUCTS, tiles + 1, COLUMNS), np.float32)
+    size_d, size_a = panels_d * pixels_d * ROWS, panels_a * pixels_a * COLUMNS
+    size_td = panels_d * PRODUCTS * (tiles + 1) * ROWS if transforms else 0
+    size_ta = panels_a * PRODUCTS * (tiles + 1) * COLUMNS if transforms else 0
+    start_a = size_d + WIDTH  # a vector that is longer than a panel reaches beyond the last
+    start_td = start_a + size_a + WIDTH
+    start_ta = start_td + size_td + WIDTH
+    needed = start_ta + size_ta
+    scratch = enough(scratch, needed)
+    scratch[:start_td] = 0
+    packed_d = scratch[:size_d].reshape(panels_d, d_size[0], d_size[1], ROWS)
+    packed_a = scratch[start_a : start_a + size_a].reshape(panels_a, a_size[0], a_size[1], COLUMNS)
     total = np.empty(fold.length, np.float32)
     for e in range(len(d)):
         total[:] = 0
         pack(d[e], 0, 0, packed_d)
         pack(a[e], padding[0], padding[1], packed_a)
         if transforms:
-            tiles_d = flat_t[:size].reshape(panels_d, PRODUCTS, tiles + 1, ROWS)
+            tiles_d = scratch[start_td : start_td + size_td].reshape(
+                panels_d, PRODUCTS, tiles + 1, ROWS
+            )
+            tiles_a = scratch[start_ta:needed].reshape(panels_a, PRODUCTS, tiles + 1, COLUMNS)
             transform_gradient(packed_d, tiles_d)
             transform_input(packed_a, tiles_a)
             squares[e] += form_transformed_and_fold(
@@ -225,3 +257,4 @@ def fold_planes(  # type: ignore[no-untyped-def]
                 measure,
             )
         wrap(total, rows[e])
+    return needed

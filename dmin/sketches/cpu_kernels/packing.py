@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from dmin.sketches.cpu_kernels.vectors import WIDTH, at, compiled, transpose
+from dmin.sketches.cpu_kernels.vectors import WIDTH, at, compiled, inlined, transpose
+
+
+@inlined
+def enough(scratch, size):  # type: ignore[no-untyped-def]
+    """Return scratch if it has so many floats, else others."""
+    return scratch if len(scratch) >= size else np.empty(size, np.float32)
 
 
 @compiled

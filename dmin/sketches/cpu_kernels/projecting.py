@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dmin.sketches.cpu_kernels.folding import hashed
-from dmin.sketches.cpu_kernels.packing import pack
+from dmin.sketches.cpu_kernels.packing import enough, pack
 from dmin.sketches.cpu_kernels.toom_cook import (
     POINTS,
     PRODUCTS,
@@ -202,10 +202,11 @@ def _add_product(d, a, count, shares, total) -> None:  # type: ignore[no-untyped
 
 
 @compiled
-def _add_positions(d, a, own, walk, which, left, right, shares, total) -> None:  # type: ignore[no-untyped-def]
+def _add_positions(scratch, d, a, own, walk, which, left, right, shares, total) -> None:  # type: ignore[no-untyped-def]
     """Project and multiply some positions of one example, so many at once that they stay cached.
 
     Args:
+        scratch: room for the packed positions of either side.
         d: output gradients: ``[positions, out]``, or ``[out, positions]`` with a walk through them.
         a: inputs, likewise.
         own: the walk through the output gradients; without starts where channels lie side by side.
@@ -218,8 +219,6 @@ def _add_positions(d, a, own, walk, which, left, right, shares, total) -> None: 
     """
     most = min(CHUNK, which[1] - which[0])
     panels = -(-most // ROWS)
-    width = max(left.shape[1], right.shape[1])
-    flat = np.zeros(panels * width * ROWS + WIDTH, np.float32)
     left_sums = np.empty((len(left), panels * ROWS, COLUMNS), np.float32)
     right_sums = np.empty((len(right), panels * ROWS, COLUMNS), np.float32)
     for first in range(which[0], which[1], CHUNK):
@@ -227,7 +226,7 @@ def _add_positions(d, a, own, walk, which, left, right, shares, total) -> None: 
         panels = -(-(last - first) // ROWS)
         for x, steps, matrix, sums in ((d, own, left, left_sums), (a, walk, right, right_sums)):
             n = matrix.shape[1]
-            packed = flat[: panels * n * ROWS].reshape(panels, n, ROWS)
+            packed = scratch[: panels * n * ROWS].reshape(panels, n, ROWS)
             if len(steps.starts):
                 _patches(x, steps, first, last, packed)
             else:
@@ -239,11 +238,12 @@ def _add_positions(d, a, own, walk, which, left, right, shares, total) -> None: 
 
 @compiled
 def project(  # type: ignore[no-untyped-def]
-    d, a, own, walk, which, left, right, shares, totals
+    scratch, d, a, own, walk, which, left, right, shares, totals
 ):
     """Project and multiply some positions of some examples, by what lies under each.
 
     Args:
+        scratch: memory to work in; if it is too small, other is allocated.
         d: ``[examples, …]`` as for :func:`_add_positions`, like the rest.
         a: likewise.
         own: the walk through the output gradients.
@@ -253,14 +253,22 @@ def project(  # type: ignore[no-untyped-def]
         right: B by columns.
         shares: k₁ and k₂.
         totals: ``[examples, k₁ · k₂]``, to which the products are added.
+
+    Returns:
+        Floats of scratch that it takes.
     """
+    rows = -(-min(CHUNK, which[1] - which[0]) // ROWS) * ROWS
+    needed = rows * max(left.shape[1], right.shape[1]) + WIDTH
+    scratch = enough(scratch, needed)
+    scratch[:needed] = 0
     for e in range(len(d)):
-        _add_positions(d[e], a[e], own, walk, which, left, right, shares, totals[e])
+        _add_positions(scratch, d[e], a[e], own, walk, which, left, right, shares, totals[e])
+    return needed
 
 
 @compiled
 def project_transformed(  # type: ignore[no-untyped-def]
-    d, a, padding, own, which, left, right, shares, totals
+    scratch, d, a, padding, own, which, left, right, shares, totals
 ):
     """Project some examples' output gradients, form kernels of what is left, and project these.
 
@@ -268,6 +276,7 @@ def project_transformed(  # type: ignore[no-untyped-def]
     :func:`~forming.form_transformed_and_fold` does, and multiplied by B.
 
     Args:
+        scratch: memory to work in; if it is too small, other is allocated.
         d: output gradients ``[examples, out, positions]`` of whole tiles.
         a: inputs ``[examples, in, height, width]``.
         padding: zeros above and before the inputs.
@@ -277,19 +286,39 @@ def project_transformed(  # type: ignore[no-untyped-def]
         right: B by columns, ``[panels', in · 9, ROWS]``.
         shares: k₁ and k₂.
         totals: ``[examples, k₁ · k₂]``, to which the products are added.
+
+    Returns:
+        Floats of scratch that it takes.
     """
     lines, length, channels = own.lines, own.length, a.shape[1]
     positions, tiles = lines * length, lines * length // (TILE * TILE)
     inputs, panels = -(-channels // ROWS), which[1] - which[0]
-    matrix = left[which[0] : which[1]]
-    packed = np.empty((min(CHUNK, positions) // ROWS + 1, left.shape[1], ROWS), np.float32)
-    sums = np.empty((panels, -(-positions // ROWS) * ROWS, COLUMNS), np.float32)
-    flat = np.zeros((lines + 2) * (length + 2) * ROWS + WIDTH, np.float32)
-    packed_a = flat[:-WIDTH].reshape(1, lines + 2, length + 2, ROWS)
-    flat_t = np.empty(PRODUCTS * (tiles + 1) * ROWS + WIDTH, np.float32)
-    tiles_a = flat_t[:-WIDTH].reshape(1, PRODUCTS, tiles + 1, ROWS)
-    tiles_d = np.empty((panels, PRODUCTS, tiles + 1, COLUMNS), np.float32)
-    kernel = np.empty((panels, inputs, ROWS * 9, COLUMNS), np.float32)
+    matrix, width = left[which[0] : which[1]], left.shape[1]
+    rows, some_rows = -(-positions // ROWS), min(CHUNK, positions) // ROWS + 1
+    # What each takes; a vector that is longer than a panel reaches beyond its last.
+    pixels = (lines + 2) * (length + 2) * ROWS
+    sizes = (
+        some_rows * width * ROWS,
+        panels * rows * ROWS * COLUMNS,
+        pixels + WIDTH,
+        PRODUCTS * (tiles + 1) * ROWS + WIDTH,
+        panels * PRODUCTS * (tiles + 1) * COLUMNS,
+        panels * inputs * ROWS * 9 * COLUMNS,
+    )
+    needed = sum(sizes)
+    scratch = enough(scratch, needed)
+    places = np.zeros(7, np.int64)
+    for i in range(6):
+        places[i + 1] = places[i] + sizes[i]
+    packed = scratch[: places[1]].reshape(some_rows, width, ROWS)
+    sums = scratch[places[1] : places[2]].reshape(panels, rows * ROWS, COLUMNS)
+    flat = scratch[places[2] : places[3]]
+    flat[:] = 0
+    packed_a = flat[:pixels].reshape(1, lines + 2, length + 2, ROWS)
+    flat = scratch[places[3] : places[4]]
+    tiles_a = flat[:-WIDTH].reshape(1, PRODUCTS, tiles + 1, ROWS)
+    tiles_d = scratch[places[4] : places[5]].reshape(panels, PRODUCTS, tiles + 1, COLUMNS)
+    kernel = scratch[places[5] : places[6]].reshape(panels, inputs, ROWS * 9, COLUMNS)
     product = np.empty((ROWS, COLUMNS), np.float32)
     for e in range(len(d)):
         for first in range(0, positions, CHUNK):
@@ -302,7 +331,7 @@ def project_transformed(  # type: ignore[no-untyped-def]
             transform_gradient(plane, tiles_d[q : q + 1])
         for p in range(inputs):  # one panel after the other, which stays in the cache
             if (p + 1) * ROWS > channels:
-                flat[:] = 0
+                packed_a[:] = 0
             pack(a[e, p * ROWS : p * ROWS + WIDTH], padding[0], padding[1], packed_a)
             transform_input(packed_a, tiles_a)
             for q in range(panels):
@@ -323,6 +352,7 @@ def project_transformed(  # type: ignore[no-untyped-def]
                 for c in range(min(COLUMNS, shares[0] - first)):
                     for r in range(min(ROWS, shares[1] - p * ROWS)):
                         totals[e, (first + c) * shares[1] + p * ROWS + r] += product[r, c]
+    return needed
 
 
 @compiled
