@@ -7,6 +7,7 @@ The query's gradient is multiplied by an inverse in the space of all parameters,
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from dmin.errors import DminError
 from dmin.store import Layout
 
 
+@dataclass(eq=False, repr=False)
 class InverseCurvature(Method):
     """Influence of an example on the query's loss, by the curvature of the training loss.
 
@@ -38,22 +40,21 @@ class InverseCurvature(Method):
         DminError: a value is out of range.
     """
 
+    damping: float = 0.01
+    curvature: Kind = "ggn"
+    examples: int | None = None
+    batch_size: int = 2048
+
     requires = Requires(model=True)
 
-    def __init__(
-        self,
-        damping: float = 0.01,
-        curvature: Kind = "ggn",
-        examples: int | None = None,
-        batch_size: int = 2048,
-    ) -> None:
-        if not 0 < damping < np.inf or (examples is not None and examples < 1):
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        if not 0 < self.damping < np.inf or (self.examples is not None and self.examples < 1):
             raise DminError(
-                f"method.damping={damping}, method.examples={examples}: give a positive share of "
-                f"the largest eigenvalue, such as 0.01, and at least one example (or null)."
+                f"method.damping={self.damping}, method.examples={self.examples}: give a positive "
+                f"share of the largest eigenvalue, such as 0.01, and at least one example (or "
+                f"null)."
             )
-        self.damping, self.kind = damping, curvature
-        self.examples, self.batch_size = examples, batch_size
 
     def fit(self, train: Side) -> None:
         """Encode the training examples and find the largest eigenvalue."""
@@ -61,15 +62,15 @@ class InverseCurvature(Method):
         self.sketch = train.origin.sketch
         self.loss = ModelLoss(train.origin, known=train)
         chosen = [train.example(id) for id in evenly(train.store.ids, self.examples)]
-        self.curvature = LossCurvature(self.loss, chosen, self.kind, self.batch_size)
-        self.largest = float(self.curvature.eigenpairs(1, 1e-3).values.abs()[0])
+        self.operator = LossCurvature(self.loss, chosen, self.curvature, self.batch_size)
+        self.largest = float(self.operator.eigenpairs(1, 1e-3).values.abs()[0])
         # Without any curvature there is nothing to invert: any λ will do.
         self.shift = self.damping * self.largest or 1.0
 
     def notes(self) -> dict[str, str]:
         """Return the largest eigenvalue and the damping."""
         return {
-            "curvature": f"{self.kind} of the model, largest eigenvalue {self.largest:.4g}, "
+            "curvature": f"{self.curvature} of the model, largest eigenvalue {self.largest:.4g}, "
             f"damping {self.shift:.4g}"
         }
 
@@ -91,6 +92,7 @@ class InverseCurvature(Method):
         return over_rows(queries.float(), layout)
 
 
+@dataclass(eq=False, repr=False)
 class CG(InverseCurvature):
     """Influence by conjugate gradients (Martens 2010, "Hessian-free"; Hestenes & Stiefel 1952).
 
@@ -106,24 +108,19 @@ class CG(InverseCurvature):
         DminError: a value is out of range, or H + λ is found to be not positive.
     """
 
+    iterations: int = 100
+    tolerance: float = 1e-3
+
     name = "cg"
 
-    def __init__(
-        self,
-        damping: float = 0.01,
-        curvature: Kind = "ggn",
-        examples: int | None = None,
-        batch_size: int = 2048,
-        iterations: int = 100,
-        tolerance: float = 1e-3,
-    ) -> None:
-        super().__init__(damping, curvature, examples, batch_size)
-        if iterations < 1 or not tolerance > 0:
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        super().__post_init__()
+        if self.iterations < 1 or not self.tolerance > 0:
             raise DminError(
-                f"method.iterations={iterations}, method.tolerance={tolerance}: at least one "
-                f"iteration and a positive tolerance are needed."
+                f"method.iterations={self.iterations}, method.tolerance={self.tolerance}: at least "
+                f"one iteration and a positive tolerance are needed."
             )
-        self.iterations, self.tolerance = iterations, tolerance
 
     def solve(self, gradients: Tensor) -> Tensor:
         """Solve for one row after the other."""
@@ -136,12 +133,12 @@ class CG(InverseCurvature):
         for _ in range(self.iterations):
             if squared <= self.tolerance**2 * (b @ b):
                 break
-            product = self.curvature.product(direction.to(gradient)).double()
+            product = self.operator.product(direction.to(gradient)).double()
             product += self.shift * direction
             bend = direction @ product
             if bend <= 0:
                 raise DminError(
-                    f"method.curvature={self.kind} with method.damping={self.damping:g} has "
+                    f"method.curvature={self.curvature} with method.damping={self.damping:g} has "
                     f"directions in which it is not positive, where conjugate gradients cannot "
                     f"go. Raise the damping, or take method.curvature=ggn."
                 )
@@ -153,6 +150,7 @@ class CG(InverseCurvature):
         return x.to(gradient)
 
 
+@dataclass(eq=False, repr=False)
 class LiSSA(InverseCurvature):
     """Influence by a stochastic Neumann series (Agarwal, Bullins & Hazan 2017, arXiv 1602.03943).
 
@@ -174,29 +172,25 @@ class LiSSA(InverseCurvature):
         DminError: a value is out of range, or the series diverged.
     """
 
+    steps: int = 300
+    repeats: int = 1
+    seed: int = 0
+
     name = "lissa"
 
-    def __init__(
-        self,
-        damping: float = 0.01,
-        curvature: Kind = "ggn",
-        examples: int | None = None,
-        batch_size: int = 2048,
-        steps: int = 300,
-        repeats: int = 1,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(damping, curvature, examples, batch_size)
-        if steps < 1 or repeats < 1:
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        super().__post_init__()
+        if self.steps < 1 or self.repeats < 1:
             raise DminError(
-                f"method.steps={steps}, method.repeats={repeats}: at least one of each is needed."
+                f"method.steps={self.steps}, method.repeats={self.repeats}: at least one of each "
+                f"is needed."
             )
-        self.steps, self.repeats, self.seed = steps, repeats, seed
 
     def fit(self, train: Side) -> None:
         """Find the largest eigenvalue of all, and of any batch."""
         super().fit(train)
-        each = [self.curvature.eigenpairs(1, 1e-2, pairs=[b]) for b in self.curvature.pairs]
+        each = [self.operator.eigenpairs(1, 1e-2, pairs=[b]) for b in self.operator.pairs]
         self.scale = 1.01 * max(float(e.values.abs()[0]) for e in each) + self.shift
 
     def solve(self, gradients: Tensor) -> Tensor:
@@ -204,7 +198,7 @@ class LiSSA(InverseCurvature):
         return torch.stack([self._solve(g) for g in gradients])
 
     def _solve(self, gradient: Tensor) -> Tensor:
-        scale, batches = self.scale, self.curvature.pairs
+        scale, batches = self.scale, self.operator.pairs
         drawn = np.random.default_rng(self.seed).integers(
             len(batches), size=(self.repeats, self.steps)
         )
@@ -213,7 +207,7 @@ class LiSSA(InverseCurvature):
         for order in drawn:
             h = gradient.clone()
             for number in order:
-                product = self.curvature.product(h, [batches[number]])
+                product = self.operator.product(h, [batches[number]])
                 h = gradient + h - (product + self.shift * h) / scale
                 if not float(h.norm()) <= limit:
                     raise DminError(
@@ -225,6 +219,7 @@ class LiSSA(InverseCurvature):
         return total / self.repeats
 
 
+@dataclass(eq=False, repr=False)
 class Arnoldi(InverseCurvature):
     """Influence within the leading eigenvectors of the curvature (Schioppa et al. 2022).
 
@@ -244,25 +239,20 @@ class Arnoldi(InverseCurvature):
         DminError: a value is out of range.
     """
 
+    rank: int = 50
+
     name = "arnoldi"
 
-    def __init__(
-        self,
-        damping: float = 0.01,
-        curvature: Kind = "ggn",
-        examples: int | None = None,
-        batch_size: int = 2048,
-        rank: int = 50,
-    ) -> None:
-        super().__init__(damping, curvature, examples, batch_size)
-        if rank < 1:
-            raise DminError(f"method.rank={rank}: give at least one eigenpair.")
-        self.rank = rank
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        super().__post_init__()
+        if self.rank < 1:
+            raise DminError(f"method.rank={self.rank}: give at least one eigenpair.")
 
     def fit(self, train: Side) -> None:
         """Find the eigenpairs."""
         super().fit(train)
-        self.values, self.vectors = self.curvature.eigenpairs(self.rank, 1e-3)
+        self.values, self.vectors = self.operator.eigenpairs(self.rank, 1e-3)
 
     def solve(self, gradients: Tensor) -> Tensor:
         """Project, divide, and put together again."""
