@@ -90,13 +90,25 @@ class Curvature:
             low, high = torch.where(more, middle, low), torch.where(more, high, middle)
         return torch.where(self.trace > 0, ((low + high) / 2).exp(), 1.0)
 
-    def power(self, rows: Tensor, damping: Tensor, p: float) -> Tensor:
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """Return rows ``[n, B, m]`` along the eigenvectors, float64 ``[n, B, r]``."""
+        out = rows.new_empty(*rows.shape[:2], self.values.shape[1], dtype=torch.float64)
+        for b, vectors in enumerate(self.vectors):
+            x, parts = rows[:, b].double(), out[:, b].split(CHUNK, 1)
+            for part, v in zip(parts, vectors.split(CHUNK), strict=True):
+                torch.mm(x, v.double().T, out=part)
+        return out
+
+    def power(
+        self, rows: Tensor, damping: Tensor, p: float, coordinates: Tensor | None = None
+    ) -> Tensor:
         """Return ``(C_b + λ_b)^{−p} v`` of each row, computed in float64.
 
         Args:
             rows: ``[n, B, m]``.
             damping: λ, ``[B]``.
             p: any real number; −1 with λ = 0 is the product with C itself.
+            coordinates: of these rows, where they are known: half of the work.
 
         Returns:
             ``[n, B, m]``, of the dtype of the rows.
@@ -106,12 +118,12 @@ class Curvature:
         """
         leading, other = self._factors(damping, p)
         out = torch.empty_like(rows)
+        along = self.coordinates(rows) if coordinates is None else coordinates
         for b, vectors in enumerate(self.vectors):
-            x = rows[:, b].double()
-            found = other[b] * x
-            for v, factor in zip(vectors.split(CHUNK), leading[b].split(CHUNK), strict=True):
-                v = v.double()
-                found += (x @ v.T * (factor - other[b])) @ v
+            found = other[b] * rows[:, b].double()
+            scaled = along[:, b] * (leading[b] - other[b])
+            for part, v in zip(scaled.split(CHUNK, 1), vectors.split(CHUNK), strict=True):
+                found.addmm_(part, v.double())
             out[:, b] = found
         return out
 

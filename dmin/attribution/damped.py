@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ class Damped(Method):
         self.alpha, self.effective = checked_damping(alpha, effective)
         self.rank, self.memory, self.passes = rank, memory, passes
         self._curvature: Curvature | None = None
+        self.known: dict[tuple[str, ...], Tensor] | None = None
 
     @property
     def curvature(self) -> Curvature:
@@ -98,6 +99,18 @@ class Damped(Method):
         key = what, *self.requires.readouts, *settings
         self._curvature = train.fits.get(key, lambda: fit_curvature(stream, shape, *settings))
         log.info("%s: curvature: %s", self.name, self._curvature.describe(self.damping))
+
+    def power(self, rows: Tensor, p: float, ids: Sequence[str]) -> Tensor:
+        """Return ``(C + λ)^{−p} v`` of each row of some queries, ``[n, B, m]``.
+
+        While a path of λ and p is walked, ``known`` keeps their coordinates, by their ids.
+        """
+        if self.known is None:
+            return self.curvature.power(rows, self.damping, p)
+        key = tuple(ids)
+        if key not in self.known:
+            self.known[key] = self.curvature.coordinates(rows)
+        return self.curvature.power(rows, self.damping, p, self.known[key])
 
     def notes(self) -> dict[str, str]:
         """Return rank, energy kept and effective dimension of the curvature, and the damping."""

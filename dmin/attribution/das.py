@@ -65,7 +65,7 @@ class DAS(Damped):
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return preconditioned unit queries, ``[Q, D, T, G·k]``."""
         rows = self._rows(queries)
-        found = self.curvature.power(rows.flatten(0, 1), self.damping, 1.0)
+        found = self.power(rows.flatten(0, 1), 1.0, queries.ids)
         return found.view(rows.shape) / self._samples
 
     def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:

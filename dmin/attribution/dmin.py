@@ -35,7 +35,9 @@ class DMin(Method):
 
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return weighted unit queries ``[Q, T, D·G·k]``."""
-        unit = self._unit(queries.features["loss"])
+        return self._weighted(self._unit(queries.features["loss"]))
+
+    def _weighted(self, unit: Tensor) -> Tensor:
         if self.weights is None:
             return unit
         if len(self.weights) != unit.shape[1]:

@@ -75,12 +75,13 @@ class Spectral(Damped, DMin):
 
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return weighted, preconditioned unit queries ``[Q, T, D·G·k]``."""
-        return self._precondition(DMin.transform_query(self, queries))
+        return self._weighted(self._preconditioned(queries))
 
-    def _precondition(self, rows: Tensor) -> Tensor:
+    def _preconditioned(self, queries: ExampleBlock) -> Tensor:
+        rows = self._unit(queries.features["loss"])
         by_draw = rows.unflatten(2, (-1, self.curvature.vectors.shape[2])).transpose(1, 2)
         scale = (self.damping**self.p).to(rows)[:, None]
-        found = self.curvature.power(by_draw.flatten(0, 1), self.damping, self.p) * scale
+        found = self.power(by_draw.flatten(0, 1), self.p, queries.ids) * scale
         return found.view(by_draw.shape).transpose(1, 2).flatten(2)
 
 
@@ -177,8 +178,8 @@ class ZSum(Spectral):
 
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return the sum of both queries, each divided by its spread, ``[Q, T, D·G·k]``."""
-        plain = DMin.transform_query(self, queries)
-        return self._in_spreads(plain) + self._in_spreads(self._precondition(plain))
+        plain, other = DMin.transform_query(self, queries), super().transform_query(queries)
+        return self._in_spreads(plain) + self._in_spreads(other)
 
     def _in_spreads(self, queries: Tensor) -> Tensor:
         spread = self.score(queries, self._sample).std(1, correction=0)

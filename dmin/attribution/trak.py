@@ -31,7 +31,7 @@ class TRAK(Damped):
 
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return preconditioned queries, ``[Q, G·k]``."""
-        return self.curvature.power(self._rows(queries), self.damping, 1.0)[:, 0]
+        return self.power(self._rows(queries), 1.0, queries.ids)[:, 0]
 
     def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
         """Return ``[Q, n]``."""

@@ -98,6 +98,7 @@ class Tuning:
             settings = {"effective": self.effective} if by_dimension else {"alpha": self.alpha}
         if hasattr(method, "p"):
             settings["p"] = self.p
+        method = _at(method, {"known": {}})  # queries are projected once
         best: dict[str, tuple[float, Method, str]] = {}
         path = []
 
@@ -125,7 +126,10 @@ class Tuning:
                     there = {k: getattr(start, k) for k in settings}
                     moved = _at(start, {"weights": weights})
                     tried(moved, [criterion], words, **there, centre=centre, width=width)
-        rows = {Row(name, c, "", words): there for c, (_, there, words) in best.items()}
+        rows = {
+            Row(name, c, "", words): _at(there, {"known": None})
+            for c, (_, there, words) in best.items()
+        }
         return rows, path
 
     def moved(self, method: Method, point: Method) -> Method:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from attribution.made_stores import made
 
-from dmin.attribution import DMin, PixelL2, Side, Spectral
+from dmin.attribution import DMin, PixelL2, SharpEnergy, Side, Spectral
+from dmin.attribution.curvature import Curvature
 from dmin.attribution.scores import fitted_scores
 from dmin.errors import DminError
 from dmin.evaluation import Report, Tuning
@@ -58,6 +59,34 @@ def test_weights_find_the_timestep_that_has_the_signal(world, method):
     assert (best["centre"], best["width"]) == (0.5, 0.1)
     assert tuning.moved(method, point).weights is point.weights
     assert plot(Report([], path)) is not None
+
+
+def test_a_walk_projects_queries_once_and_finds_what_fresh_methods_find(world, monkeypatch):
+    counted = []
+    project = Curvature.coordinates
+    monkeypatch.setattr(Curvature, "coordinates", lambda *args: counted.append(1) or project(*args))
+    tuning = Tuning({"any": "tune/label/mAP"}, effective=[2.0, 8.0], p=[1.0, 2.0], widths=[0.5])
+    method = SharpEnergy()
+    method.fit(world["x"][0])
+    scores = {}
+
+    def judge(point, tasks):
+        scores[point.effective, point.p, str(point.weights)] = (
+            point,
+            fitted_scores(world["tune"][0], world["x"][0], point),
+        )
+        return {"tune/label/mAP": judged(world, point, "tune")}
+
+    chosen, path = tuning.walk("sharp_energy", method, judge, steps=3)
+    assert len(path) == 4 + 3 and len(counted) == 1
+    assert [row["effective"] for row in path[:4]] == [2.0, 2.0, 8.0, 8.0]
+    assert path[0]["alpha"] > path[2]["alpha"]  # fewer directions are left by more damping
+    for point, found in scores.values():
+        weights = None if point.weights is None else point.weights.tolist()
+        fresh = SharpEnergy(effective=point.effective, p=point.p, weights=weights)
+        fresh.fit(world["x"][0])
+        assert np.allclose(fitted_scores(world["tune"][0], world["x"][0], fresh), found, rtol=1e-4)
+    assert all(point.known is None for point in chosen.values()) and method.known is None
 
 
 def test_weights_stay_even_where_nothing_is_gained(world):
