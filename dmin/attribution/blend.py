@@ -30,12 +30,12 @@ class Blend(Method):
 
     with s the standard deviation over training examples (of at most ``sample``, evenly spaced). A
     part whose scores are all the same adds nothing.
-    As shipped it is `sharp_energy` and a tenth of `das` at α = 100. Two ground truths look at two
-    ends of a list. LDS adds scores up, so the few largest decide it; a search for a source reads
-    the order of the many. A first part with few large scores and a second, broad one in small
-    measure serve both (experiments/lds). The two read two readouts: at half the k they take as many
-    bytes as DMin. Scores are in units of their own query's: they rank examples for a query, and
-    say nothing of one query beside another, or of examples' influence on themselves.
+    As shipped both are `sharp_energy`: the first squared, of directions alone, the second as it is,
+    with lengths. Two ground truths look at two ends of a list. LDS adds scores up, so the few
+    largest decide it; a search for a source reads the order of the many. A first part with few
+    large scores and a second, broad one serve both (experiments/lds), from DMin's own store and
+    one fit. Scores are in units of their own query's: they rank examples for a query, and say
+    nothing of one query beside another, or of examples' influence on themselves.
 
     Args:
         first: one method.
