@@ -229,11 +229,11 @@ class Ranking:
 
         return load(path)
 
-    def table(self, max_queries: int = 12, columns: int = 5) -> Table:
+    def table(self, max_queries: int = 12, columns: int = 5, width: int | None = None) -> Table:
         """Draw it for a terminal, see :mod:`dmin.attribution.ranking_table`."""
         from dmin.attribution.ranking_table import table
 
-        return table(self, max_queries, columns)
+        return table(self, max_queries, columns, width)
 
 
 def headline(ranking: Ranking) -> str:

@@ -8,20 +8,26 @@ from rich.text import Text
 
 from dmin.attribution.ranking import Ranking, format_score, headline
 
+LONG = 40  # characters of an id, of which more are folded
 
-def table(ranking: Ranking, max_queries: int = 12, columns: int = 5) -> Table:
+
+def table(
+    ranking: Ranking, max_queries: int = 12, columns: int = 5, width: int | None = None
+) -> Table:
     """Draw the ranking for a terminal, one line of training examples a query.
 
     Args:
         ranking: the answer.
         max_queries: queries shown, from the first.
         columns: training examples shown of each, from the best.
+        width: characters of the terminal; fewer examples are shown where their ids fill it.
 
     Returns:
         A table in which every cell gives id, label and score; a label that agrees with the
         query's is bold and green.
     """
     queries, k = min(max_queries, len(ranking.query_ids)), min(columns, ranking.scores.shape[1])
+    k = k if width is None else min(k, _fitting(ranking, queries, k, width))
     table = Table(
         title=Text(f"{headline(ranking)}, by {ranking.method}", style="bold"),
         caption=f"{queries} of {len(ranking.query_ids)} queries, "
@@ -43,6 +49,15 @@ def table(ranking: Ranking, max_queries: int = 12, columns: int = 5) -> Table:
             cells += [Text()] * (k - len(cells)) + [_largest_groups(ranking, query, k)]
         table.add_row(head, *cells)
     return table
+
+
+def _fitting(ranking: Ranking, queries: int, k: int, width: int) -> int:
+    """Return how many columns of whole ids a line has room for, one at least."""
+    asked = max(len(id) for id in ("query", *ranking.query_ids[:queries]))
+    found = max(len(id) for each in ranking.train_ids[:queries] for id in each[:k])
+    least = 15  # what stands below an id: ±0.013 · 100 %
+    left = width - min(asked, LONG) - 4 - (25 if ranking.group_contributions is not None else 0)
+    return max(1, left // (min(max(found, least), LONG) + 3))
 
 
 def _largest_groups(ranking: Ranking, query: int, k: int, most: int = 3) -> Text:

@@ -227,7 +227,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     first = " ".join(found[0] for found in ranking.train_ids[:3])
     results["figures"] = {"queries": f"{len(queries.store):,}", "first found": f"{first} …"}
     results["files"] = [str(folder / name) for name in ("gallery.png", "gallery.html")]
-    work.console.print(ranking.table())
+    work.console.print(ranking.table(width=work.console.width))
     for what, note in ranking.notes.items():
         work.console.print(f"[bold]{what}[/]: {note}")
     work.console.print(

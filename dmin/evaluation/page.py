@@ -57,7 +57,7 @@ def _row(r: Result) -> dict[str, Any]:
         "task": r.task,
         "truth": r.truth,
         "metric": r.metric,
-        "dim": r.dim,
+        "dim": r.dim if r.reads == "gradients" else None,  # else it is the same at every size
         "name": r.name,
         "method": r.method,
         "tuned": r.tuned,

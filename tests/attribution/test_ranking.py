@@ -183,6 +183,14 @@ def test_table_shows_ids_labels_and_scores_as_they_are():
     assert saved.train_ids[1][3] not in text
 
 
+def test_table_shows_as_many_examples_as_their_ids_leave_room_for():
+    ids = [[f"folder/image-{row:04d}.jpg" for row in range(K)]] * QUERIES
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table := ranking(train_ids=ids).table(width=80))
+    text = console.export_text()
+    assert len(table.columns) == 3 and ids[0][1] in text and ids[0][2] not in text
+
+
 @pytest.mark.parametrize(
     "score, text",
     [(0.3456, "0.346"), (-0.5, "-0.500"), (0, "0.000"), (3.2e-7, "3.2e-07"), (12345, "1.2e+04")],
