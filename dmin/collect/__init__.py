@@ -1,6 +1,7 @@
 """From examples to a store of sketched gradients, in two phases: encode, then differentiate."""
 
-from dmin.collect.collector import FEATURE_SCHEMA, Features, GradientCollector
+from dmin.collect.collector import FEATURE_SCHEMA, GradientCollector
+from dmin.collect.features import Features
 from dmin.collect.memory import PeakMemory
 from dmin.collect.predict import SketchWriter, predict_trainer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dmin.capture import Capture, choose_parameters
 from dmin.collect.background import Arriving
 from dmin.collect.encodings import Encoded, Encodings
+from dmin.collect.features import Features, Passes
 from dmin.collect.memory import PeakMemory
 from dmin.collect.predict import Work, predict, predict_trainer
 from dmin.collect.sharded import InStep, is_sharded, shard
@@ -28,7 +29,7 @@ from dmin.sketches import Auto, Grouping, Sketch, gpu, grouped
 from dmin.stopping import Stopped, StopSignals
 from dmin.store import Layout, Manifest, Progress, Rows, Share, Store, StoreWriter
 from dmin.timesteps import Schedule, Stratified
-from dmin.transfer import fetched, sent
+from dmin.transfer import sent
 
 # Raised whenever the numbers that land in a store change for unchanged settings.
 FEATURE_SCHEMA = 2
@@ -40,39 +41,6 @@ UNTRIED = 64
 
 Block = Sequence[Mapping[str, Any]]
 """The examples of a block: a batch for each shape, with the examples' ``position``s."""
-
-
-class Features(NamedTuple):
-    """The features of a block of examples; axes as in the store."""
-
-    values: dict[str, Tensor]  # readout -> [rows, draw, timestep, group, dim], unit gradients
-    norms: dict[str, Tensor]  # readout -> [rows, draw, timestep, group]
-    losses: Tensor  # [rows, draw, timestep]
-
-    def first(self, rows: int) -> Features:
-        """Return the features of the first rows."""
-        values = {name: value[:rows] for name, value in self.values.items()}
-        norms = {name: norm[:rows] for name, norm in self.norms.items()}
-        return Features(values, norms, self.losses[:rows])
-
-    def fetched(self) -> Callable[[], Features]:
-        """Have the features copied to the host; return what waits for them."""
-        names = list(self.values)
-        wait = fetched([*self.values.values(), *self.norms.values(), self.losses])
-
-        def arrived() -> Features:
-            *found, losses = wait()
-            values = dict(zip(names, found[: len(names)], strict=True))
-            return Features(values, dict(zip(names, found[len(names) :], strict=True)), losses)
-
-        return arrived
-
-
-class Passes(NamedTuple):
-    """Pairs of example and point (draw, timestep), in the order of the store's axes."""
-
-    total: int
-    run: Callable[[Tensor], Features]  # positions of pairs -> features; leading axis: pairs
 
 
 class GradientCollector(lightning.LightningModule):
@@ -306,7 +274,7 @@ class GradientCollector(lightning.LightningModule):
         def rows() -> Rows:
             found = [wait() for wait in arriving]
             for part, batch in zip(found, block, strict=True):
-                self._check_finite(part, batch["id"])
+                part.check_finite(batch["id"], self.timesteps)
             values = {name: joined([part.values[name] for part in found]) for name in self.readouts}
             norms = {name: joined([part.norms[name] for part in found]) for name in self.readouts}
             losses = joined([part.losses for part in found])
@@ -358,7 +326,7 @@ class GradientCollector(lightning.LightningModule):
                 GPU's memory ran out.
         """
         found = self._features(x0, condition, ids)
-        self._check_finite(found, ids)
+        found.check_finite(ids, self.timesteps)
         return found
 
     def _features(self, x0: Tensor, condition: Condition, ids: Sequence[str]) -> Features:
@@ -374,12 +342,7 @@ class GradientCollector(lightning.LightningModule):
                 f"collect.microbatch, collect.memory or collect.budget lower, or "
                 f"collect.gradient_checkpointing=true. Blocks finished before are kept."
             ) from error
-        shape = (len(x0), self.noise.draws, len(self.timesteps))
-        values, norms = {}, {}
-        for name in self.readouts:
-            values[name] = torch.cat([part.values[name] for part in parts]).unflatten(0, shape)
-            norms[name] = torch.cat([part.norms[name] for part in parts]).unflatten(0, shape)
-        return Features(values, norms, torch.cat([part.losses for part in parts]).view(shape))
+        return Features.joined(parts, (len(x0), self.noise.draws, len(self.timesteps)))
 
     def passes(self, x0: Tensor, condition: Condition, ids: Sequence[str]) -> Passes:
         """Return the work on encoded examples, to be done in passes of any size.
@@ -430,19 +393,6 @@ class GradientCollector(lightning.LightningModule):
             self.peak.backward_done()
             losses = READOUTS["loss"](prediction).detach()
         return Features(values, norms, losses)
-
-    def _check_finite(self, features: Features, ids: Sequence[str]) -> None:
-        for readout, norms in features.norms.items():
-            bad = (~torch.isfinite(norms)).nonzero()
-            if not len(bad):
-                continue
-            row, _, step, _ = bad[0].tolist()
-            raise DminError(
-                f"the gradient of {readout} for example {ids[row]!r} at timestep "
-                f"{self.timesteps[step]:g} is NaN or infinite ({len(bad)} such in this block). "
-                f"Look at that image and at the checkpoint's weights; in low precision, try "
-                f"trainer.precision=32-true. Blocks finished before this one are kept."
-            )
 
     def describe(self) -> dict[str, Any]:
         """Return everything that must match between a training and a query store, as JSON."""

@@ -26,7 +26,8 @@ from dmin.errors import DminError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from dmin.collect.collector import Features, GradientCollector
+    from dmin.collect.collector import GradientCollector
+    from dmin.collect.features import Features
 
 # A module of a list is a unit from this share of the network on: smaller ones would be put together
 # by messages too small to be worth their latency.

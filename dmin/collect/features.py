@@ -1,0 +1,83 @@
+"""Features of examples on their way from the network to the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmin.errors import DminError
+from dmin.transfer import fetched
+
+
+class Features(NamedTuple):
+    """The features of a block of examples; axes as in the store."""
+
+    values: dict[str, Tensor]  # readout -> [rows, draw, timestep, group, dim], unit gradients
+    norms: dict[str, Tensor]  # readout -> [rows, draw, timestep, group]
+    losses: Tensor  # [rows, draw, timestep]
+
+    def first(self, rows: int) -> Features:
+        """Return the features of the first rows."""
+        values = {name: value[:rows] for name, value in self.values.items()}
+        norms = {name: norm[:rows] for name, norm in self.norms.items()}
+        return Features(values, norms, self.losses[:rows])
+
+    def fetched(self) -> Callable[[], Features]:
+        """Have the features copied to the host; return what waits for them."""
+        names = list(self.values)
+        wait = fetched([*self.values.values(), *self.norms.values(), self.losses])
+
+        def arrived() -> Features:
+            *found, losses = wait()
+            values = dict(zip(names, found[: len(names)], strict=True))
+            return Features(values, dict(zip(names, found[len(names) :], strict=True)), losses)
+
+        return arrived
+
+    def check_finite(self, ids: Sequence[str], timesteps: Sequence[float]) -> None:
+        """Refuse gradients that are NaN or infinite.
+
+        Args:
+            ids: of the rows' examples.
+            timesteps: of the timesteps' axis.
+
+        Raises:
+            DminError: there is one; its example and timestep are named.
+        """
+        for readout, norms in self.norms.items():
+            bad = (~torch.isfinite(norms)).nonzero()
+            if not len(bad):
+                continue
+            row, _, step, _ = bad[0].tolist()
+            raise DminError(
+                f"the gradient of {readout} for example {ids[row]!r} at timestep "
+                f"{timesteps[step]:g} is NaN or infinite ({len(bad)} such in this block). "
+                f"Look at that image and at the checkpoint's weights (`dmin doctor` does); in low "
+                f"precision, try trainer.precision=32-true. Blocks finished before are kept."
+            )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Features], shape: tuple[int, ...]) -> Features:
+        """Return the features of several passes as one, the axis of pairs apart again.
+
+        Args:
+            parts: with a leading axis of pairs.
+            shape: that axis's, ``[rows, draw, timestep]``.
+        """
+
+        def whole(each: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {n: torch.cat([of[n] for of in each]).unflatten(0, shape) for n in each[0]}
+
+        losses = torch.cat([part.losses for part in parts]).view(shape)
+        values, norms = [part.values for part in parts], [part.norms for part in parts]
+        return cls(whole(values), whole(norms), losses)
+
+
+class Passes(NamedTuple):
+    """Pairs of example and point (draw, timestep), in the order of the store's axes."""
+
+    total: int
+    run: Callable[[Tensor], Features]  # positions of pairs -> features; leading axis: pairs
