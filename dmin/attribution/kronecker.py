@@ -53,8 +53,8 @@ class KroneckerCurvature:
     data: then the second moment is the GGN's and not the empirical Fisher matrix's. Of a loss
     ``w/P ‖f − y‖²`` that is ``√(2w/P) ξ`` with ξ standard normal.
 
-    ``Linear`` and ``Conv2d`` have such blocks, with their biases; other parameters are diagonal,
-    as :attr:`blocks` shows.
+    ``Linear``, ``Conv1d`` and ``Conv2d`` of one group have such blocks, with their biases; other
+    parameters are diagonal, as :attr:`blocks` shows.
 
     Args:
         loss: of the model.
@@ -94,14 +94,10 @@ class KroneckerCurvature:
                 like = self.loss.weights[entry.name]
                 empty = torch.zeros(entry.shape, dtype=torch.float64, device=like.device)
                 self.blocks[entry.name] = Block(None, None, empty)
-        keep = _Keep(self.parameters)
-        for _ in self._passes(keep, pairs, samples, batch, seed):
-            for block, gradient in self._gathered(keep.kept):
-                g = gradient.double()
-                if block.left is not None and block.right is not None:
-                    g = block.left.T @ g @ block.right
-                block.values += g.square().sum(0) / (examples * samples)
-            keep.kept.clear()
+        for _ in self._passes(_Squares(self.parameters, self.blocks), pairs, samples, batch, seed):
+            pass
+        for block in self.blocks.values():
+            block.values /= examples * samples
 
     def power(self, gradients: Weights, damping: float, p: float) -> Weights:
         """Return ``(F + λ)^{−p} g`` of each row.
@@ -121,13 +117,6 @@ class KroneckerCurvature:
                 solved = solved[..., :-1]
             found[name] = solved.reshape(like.shape).to(like)
         return found
-
-    def _gathered(self, kept: Mapping[str, Tensor]) -> Iterable[tuple[Block, Tensor]]:
-        for name, block in self.blocks.items():
-            if name in kept:
-                matrix = block.left is not None
-                bias = None if block.bias is None else kept[block.bias]
-                yield block, _joined(kept[name], bias) if matrix else kept[name]
 
     def _passes(
         self, sketch: Sketch, pairs: Pairs, samples: int, batch: int, seed: int
@@ -172,19 +161,33 @@ class _Moments(Sketch):
         self.found[name] = left, right, known
 
 
-class _Keep(Sketch):
-    """Not a sketch: keeps every example's gradients, in full, by name."""
+class _Squares(Sketch):
+    """Not a sketch: adds up the squares of every example's gradients, along each block's basis."""
 
-    family = "keep"
+    family = "squares"
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: Parameters, blocks: Mapping[str, Block]) -> None:
         super().__init__(dim=1)
-        self.parameters = parameters
-        self.kept: dict[str, Tensor] = {}
+        self.parameters, self.blocks = parameters, blocks
 
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
-        """Form the gradients."""
-        self.kept[name] = factors.dense()
+        """Add the squares; a bias has its place in its weight's block."""
+        block = self.blocks.get(name)
+        if block is None:
+            return
+        if block.left is None or block.right is None:
+            block.values += factors.dense().double().square().sum(0)
+            return
+        pair = _factors(factors)
+        assert pair is not None  # as it was when the moments were added up
+        output, inputs = (x.double() for x in pair)
+        if block.bias is not None:
+            inputs = F.pad(inputs, (0, 1), value=1.0)
+        output, inputs = output @ block.left, inputs @ block.right
+        if output.shape[1] == 1:  # the square of a product is the product of squares
+            block.values += output[:, 0].square().T @ inputs[:, 0].square()
+        else:
+            block.values += (output.transpose(1, 2) @ inputs).square().sum(0)
 
 
 def _factors(factors: GradientFactors) -> tuple[Tensor, Tensor] | None:
@@ -201,17 +204,25 @@ def _factors(factors: GradientFactors) -> tuple[Tensor, Tensor] | None:
     if isinstance(factors, Outer):
         return wide(factors.output_gradient), wide(factors.input)
     if isinstance(factors, Correlation):
-        layer = factors.layer
-        if type(layer) is nn.Conv2d and layer.groups == 1:
-            patches = F.unfold(
-                wide(factors.input),
-                layer.kernel_size,
-                layer.dilation,
-                factors.padding,
-                layer.stride,
-            )
-            return wide(factors.output_gradient).flatten(2).transpose(1, 2), patches.transpose(1, 2)
+        layer, images = factors.layer, wide(factors.input)
+        if type(layer) not in (nn.Conv1d, nn.Conv2d) or layer.groups != 1:
+            return None
+        if images.ndim == 3:  # signals are images one pixel high
+            images = images[:, :, None]
+        patches = F.unfold(
+            images,
+            _two(layer.kernel_size, 1),
+            _two(layer.dilation, 1),
+            _two(factors.padding, 0),
+            _two(layer.stride, 1),
+        )
+        return wide(factors.output_gradient).flatten(2).transpose(1, 2), patches.transpose(1, 2)
     return None
+
+
+def _two(sizes: tuple[int, ...], high: int) -> tuple[int, int]:
+    """Return a setting of a convolution for images, of one for signals with its height."""
+    return (high, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
 def _joined(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,12 +17,13 @@ from dmin.attribution import (
     score_matrix,
 )
 from dmin.attribution.hessian import LossCurvature
-from dmin.attribution.kronecker import KroneckerCurvature
+from dmin.attribution.kronecker import KroneckerCurvature, _factors
 from dmin.attribution.model_loss import ModelLoss
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Examples
 from dmin.data.digits import Digits
 from dmin.errors import DminError
+from dmin.layer_gradients import Correlation
 from dmin.models.base import DiffusionModel, Prediction
 from dmin.models.mlp import MLP
 from dmin.noise import SharedNoise
@@ -233,6 +234,23 @@ def test_layers_called_often_and_convolutions_have_their_own_second_moments(ddpm
         if block.bias is not None:
             total = total + plain.blocks[block.bias].values.sum()
         assert torch.allclose(block.values.sum(), total, rtol=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (torch.nn.Conv1d(3, 4, 3, stride=2, padding=2, dilation=2), (3, 11)),
+        (torch.nn.Conv2d(3, 4, (1, 3), stride=(1, 2), padding=(0, 1)), (3, 5, 7)),
+    ],
+    ids=["signals", "images"],
+)
+def test_the_gradient_of_a_convolution_is_a_product_of_two_factors(layer, shape):
+    inputs = torch.randn(5, *shape)
+    output = torch.randn_like(layer(inputs))
+    whole = Correlation(output, inputs, layer, layer.padding)
+    one, other = _factors(whole)
+    expected = whole.dense().flatten(2)
+    assert torch.allclose(torch.einsum("npo,npi->noi", one, other), expected, atol=1e-4)
 
 
 def test_ekfac_scores_are_the_sketched_products(origin, sides):
