@@ -68,7 +68,7 @@ def table(results: dict) -> str:
             "",
             f"| {COLUMNS} |",
             "|---" * len(COLUMNS.split("|")) + "|",
-            *(row(way, found) for way, found in ordered(ways)),
+            *(row(way, f) for way, f in ordered(ways) if "failed" in f or "ratio" in f),
         ]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

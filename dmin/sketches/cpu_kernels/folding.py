@@ -56,28 +56,48 @@ class Fold(NamedTuple):
 
 
 @inlined
-def fold_row(x, start, width, out, o, tap, fold, total):  # type: ignore[no-untyped-def]
-    """Fold one row of a gradient, ``x[start : start + width]``, with zeros up to a whole word."""
+def fold_rows(x, start, step, count, width, out, o, tap, fold, total):  # type: ignore[no-untyped-def]
+    """Fold rows o, o + 1, … of a gradient for one tap: several, since a call takes its time.
+
+    Args:
+        x: where they are: the first at start, the next a step behind, of width entries each and
+            zeros up to a whole word.
+        start: see x.
+        step: see x.
+        count: number of rows.
+        width: see x.
+        out: rows that there are for a tap.
+        o: number of the first.
+        tap: number of the tap.
+        fold: the map.
+        total: where they are added.
+    """
     if fold.block == 0:
-        place, sign = fold.row[o], fold.row_sign[o]
-        for c in range(width):
-            j = tap * width + c
-            total[place + fold.column[j]] += sign * fold.column_sign[j] * x[start + c]
+        for r in range(count):
+            place, sign = fold.row[o + r], fold.row_sign[o + r]
+            for c in range(width):
+                j = tap * width + c
+                total[place + fold.column[j]] += (
+                    sign * fold.column_sign[j] * x[start + r * step + c]
+                )
         return
-    row, block = tap * out + o, fold.block
+    block, row = fold.block, tap * out + o
     blocks, words = -(-width // block), -(-width // WORD)
     if block % WORD:
-        for c in range(width):
-            word = fold.words[row * words + c // WORD]
-            place = fold.offsets[row * blocks + c // block] + c % block
-            minus = (word >> np.uint32(c % WORD)) & np.uint32(1)
-            total[place] += -x[start + c] if minus else x[start + c]
+        for r in range(count):
+            for c in range(width):
+                word = fold.words[(row + r) * words + c // WORD]
+                place = fold.offsets[(row + r) * blocks + c // block] + c % block
+                minus = (word >> np.uint32(c % WORD)) & np.uint32(1)
+                value = x[start + r * step + c]
+                total[place] += -value if minus else value
         return
-    for b in range(blocks):
-        place = fold.offsets[row * blocks + b] - b * block
-        for first in range(b * block, min(width, (b + 1) * block), WORD):
-            word = fold.words[row * words + first // WORD]
-            add_signed(at(total, place + first), at(x, start + first), word)
+    for r in range(count):
+        for b in range(blocks):
+            place = fold.offsets[(row + r) * blocks + b] - b * block
+            for first in range(b * block, min(width, (b + 1) * block), WORD):
+                word = fold.words[(row + r) * words + first // WORD]
+                add_signed(at(total, place + first), at(x, start + r * step + first), word)
 
 
 @inlined
@@ -112,7 +132,7 @@ def fold_formed(  # type: ignore[no-untyped-def]
             for o in range(out):
                 for c in range(width):
                     row[c] = gradient[example, tap, o, c]
-                fold_row(row, 0, width, out, o, tap, fold, total)
+                fold_rows(row, 0, 0, 1, width, out, o, tap, fold, total)
                 if measure:
                     squares[example] += square(at(row, 0), len(row))
         wrap(total, rows[example])
@@ -134,18 +154,24 @@ def fold_vectors(  # type: ignore[no-untyped-def]
         measure: whether they are.
     """
     examples, dim = rows.shape
+    sign = np.empty(block, np.float32)
     for v in range(len(keys)):
         start, width = starts[v], starts[v + 1] - starts[v]
         for first in range(0, width, block):
-            place = hashed(first // block, keys[v, 1]) % np.uint32(dim)
-            for c in range(first, min(width, first + block)):
-                if c == first or c % WORD == 0:
-                    word = hashed(c // WORD, keys[v, 0])
-                minus = (word >> np.uint32(c % WORD)) & np.uint32(1)
-                bucket = (np.int64(place) + c - first) % dim
-                for example in range(examples):
-                    x = gradient[example, start + c]
-                    rows[example, bucket] += -x if minus else x
+            place = np.int64(hashed(first // block, keys[v, 1]) % np.uint32(dim))
+            count = min(block, width - first)
+            for i in range(count):
+                if i == 0 or (first + i) % WORD == 0:
+                    word = hashed((first + i) // WORD, keys[v, 0])
+                minus = (word >> np.uint32((first + i) % WORD)) & np.uint32(1)
+                sign[i] = -1 if minus else 1
+            before = min(count, dim - place)
+            for example in range(examples):
+                x, row = gradient[example, start + first : start + first + count], rows[example]
+                for i in range(before):
+                    row[place + i] += sign[i] * x[i]
+                for i in range(before, count):
+                    row[place + i - dim] += sign[i] * x[i]
         if measure:
             for example in range(examples):
                 norm = np.float32(0)

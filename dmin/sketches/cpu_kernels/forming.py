@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dmin.sketches.cpu_kernels.folding import fold_row, wrap
+from dmin.sketches.cpu_kernels.folding import fold_rows, wrap
 from dmin.sketches.cpu_kernels.packing import enough, pack, pack_rows
 from dmin.sketches.cpu_kernels.toom_cook import (
     POINTS,
@@ -74,10 +74,10 @@ def form_and_fold(  # type: ignore[no-untyped-def]
                     at(piece, q * COLUMNS),
                     padded,
                 )
-            for r in range(min(ROWS, out - p * ROWS)):
-                fold_row(piece, r * padded, width, out, p * ROWS + r, tap, fold, total)
-                if measure:
-                    norm += square(at(piece, r * padded), padded)
+            count = min(ROWS, out - p * ROWS)
+            fold_rows(piece, 0, padded, count, width, out, p * ROWS, tap, fold, total)
+            if measure:
+                norm += square(at(piece, 0), count * padded)
     return norm
 
 
@@ -128,11 +128,10 @@ def form_transformed_and_fold(  # type: ignore[no-untyped-def]
                 )
         count = min(ROWS, out - p * ROWS)
         for tap in range(9):
-            for r in range(count):
-                place = (tap * ROWS + r) * padded
-                fold_row(piece, place, width, out, p * ROWS + r, tap, fold, total)
-                if measure:
-                    norm += square(at(piece, place), padded)
+            place = tap * ROWS * padded
+            fold_rows(piece, place, padded, count, width, out, p * ROWS, tap, fold, total)
+            if measure:
+                norm += square(at(piece, place), count * padded)
     return norm
 
 
