@@ -16,7 +16,7 @@ from dmin.sketches.base import Accumulator, Parameter, Parameters, Sketch, Sketc
 from dmin.sketches.bounds import matrix_shape, moments
 from dmin.sketches.hashing import hash_words, key, signs
 from dmin.sketches.layouts import Planes
-from dmin.sketches.projecting import Placed, Signs, add_placed, add_projected
+from dmin.sketches.projecting import Matrix, Placed, Shifted, Signs, add_placed, add_projected
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -60,10 +60,9 @@ class Factored(Sketch):
         rows = state.values[:, parameter.group]
         parts = factors.parts if isinstance(factors, Sum) else [factors]
         plan = self._plan(parameter)
-        served = [part for part in parts if _served(part)]
-        if self._loops(rows) and all(plan.matrices) and len(served) == len(parts):
-            both = zip((flips for flips, _ in plan.keys), plan.shares, plan.sizes, strict=True)
-            left, right = (Signs(*side) for side in both)
+        served = [part for part in parts if _served(part, plan)]
+        if self._loops(rows) and any(plan.matrices) and len(served) == len(parts):
+            left, right = (self._matrix(*side) for side in zip(*plan, strict=True))
             for part in served:
                 add_projected(part, left, right, rows, state.budget)
         elif self._loops(rows) and isinstance(factors, Dense) and len(parameter.shape) < 2:
@@ -92,11 +91,12 @@ class Factored(Sketch):
         """Add one parameter by torch."""
         rows = state.values[:, parameter.group]
         left, right = self.sides(parameter, rows)
+        plan = self._plan(parameter)
         for part in parts:
             step = max(1, state.budget // max(1, _bytes(part, parameter, left.to + right.to)))
             for start in range(0, part.batch, step):
                 examples = slice(start, start + step)
-                product = _projected(part[examples], left, right, parameter, rows.dtype)
+                product = _projected(part[examples], left, right, parameter, plan, rows.dtype)
                 rows[examples] += product.flatten(1)
 
     def bind(self, parameters: Parameters) -> Self:
@@ -156,6 +156,12 @@ class Factored(Sketch):
             bucket = hash_words(keys[1], size, like.device) % share
         return Side(share, sign, bucket)
 
+    def _matrix(self, size: int, share: int, keys: tuple[int, int], matrix: bool) -> Matrix:
+        """Return one side for the loops of the CPU."""
+        if matrix:
+            return Signs(keys[0], share, size)
+        return Shifted(keys[0], share, size, int(hash_words(keys[1], 1)) % share)
+
     def _plan(self, parameter: Parameter) -> _Plan:
         """Return what is to be known of a parameter's sides; it is kept, some numbers for each."""
         if parameter.name not in self._plans:
@@ -205,25 +211,31 @@ class Side:
         return full
 
 
-def _served(part: GradientFactors) -> TypeGuard[Outer | Correlation]:
-    """Return whether the loops of the CPU can project a layer call's factors."""
-    return isinstance(part, Outer) or (isinstance(part, Correlation) and Planes.serves(part))
+def _served(part: GradientFactors, plan: _Plan) -> TypeGuard[Outer | Correlation]:
+    """Return whether the loops of the CPU project a layer call's factors: they can, and it pays."""
+    if not isinstance(part, Outer) and not (isinstance(part, Correlation) and Planes.serves(part)):
+        return False
+    return not _forming_is_cheaper(part, plan, 3)  # torch is slower than the loops
 
 
 def _projected(
-    part: GradientFactors, left: Side, right: Side, parameter: Parameter, dtype: torch.dtype
+    part: GradientFactors,
+    left: Side,
+    right: Side,
+    parameter: Parameter,
+    plan: _Plan,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return ``A G Bᵀ``, ``[batch, k₁, k₂]``."""
     if isinstance(part, Rows):
         d = left.matrix.T[part.index]  # A times the one that is not zero
         return d.transpose(1, 2) @ right(part.output_gradient.to(dtype))
-    if _forming_is_cheaper(part, left, right, parameter):
+    if not _projects(part, right) or _forming_is_cheaper(part, plan):
         formed = part.dense().to(dtype).reshape(-1, *matrix_shape(parameter.shape))
         return left(right(formed).transpose(1, 2)).transpose(1, 2)
     if isinstance(part, Outer):
         d, a = left(part.output_gradient.to(dtype)), right(part.input.to(dtype))
         return d.transpose(1, 2) @ a
-    assert isinstance(part, Correlation)
     kernels = right.matrix.view(-1, *parameter.shape[1:])
     convolve = _CONVOLUTIONS[part.input.ndim - 2]
     settings = part.layer.stride, part.padding, part.layer.dilation
@@ -232,25 +244,24 @@ def _projected(
     return (a @ d).transpose(1, 2)
 
 
-def _forming_is_cheaper(
-    part: GradientFactors, left: Side, right: Side, parameter: Parameter
-) -> bool:
-    """Return whether a gradient is to be formed: it takes less, or its factors are of no use."""
-    if not isinstance(part, Outer) and not (isinstance(part, Correlation) and _projects(part)):
-        return True
-    (out, inside), positions = matrix_shape(parameter.shape), _positions(part)
-    if isinstance(part, Correlation) and right.bucket is not None:
-        return True  # there is no convolution that places inputs
+def _forming_is_cheaper(part: Outer | Correlation, plan: _Plan, times: float = 1) -> bool:
+    """Return whether forming a gradient takes so many times less than projecting its factors."""
+    (out, inside), (first, second), positions = plan.sizes, plan.shares, _positions(part)
     # Multiplications with a column of either matrix.
-    of_left, of_right = (side.to if side.bucket is None else 0 for side in (left, right))
-    projected = positions * (out * of_left + inside * of_right + left.to * right.to)
-    formed = out * (positions * inside + inside * of_right + of_left * right.to)
-    return formed < projected
+    of_left, of_right = (n * m for n, m in zip(plan.shares, plan.matrices, strict=True))
+    projected = positions * (out * of_left + inside * of_right + first * second)
+    formed = out * (positions * inside + inside * of_right + of_left * second)
+    return times * formed < projected
 
 
-def _projects(part: Correlation) -> bool:
-    """Return whether patches of the input are what kernels are multiplied with."""
-    return part.layer.groups == 1 and not part.layer.transposed
+def _projects(part: GradientFactors, right: Side) -> TypeGuard[Outer | Correlation]:
+    """Return whether torch can project a layer call's factors.
+
+    Of a convolution if patches of the input are multiplied with kernels, which are matrices.
+    """
+    if isinstance(part, Correlation):
+        return not (part.layer.groups > 1 or part.layer.transposed or right.bucket is not None)
+    return isinstance(part, Outer)
 
 
 def _positions(part: GradientFactors) -> int:

@@ -63,6 +63,34 @@ class Signs(NamedTuple):
         return torch.from_numpy(self.panels(self.to)[0])
 
 
+class Shifted(NamedTuple):
+    """A side that is kept whole: a sign for each entry, and all moved on, as a matrix.
+
+    Args:
+        key: of the signs.
+        to: rows, no fewer than columns.
+        size: columns.
+        shift: places that they are moved on by.
+    """
+
+    key: int
+    to: int
+    size: int
+    shift: int
+
+    def panels(self, lanes: int) -> np.ndarray:
+        """Return the matrix as :meth:`Signs.panels` does."""
+        words, entries = kernels().sign_words(self.key, self.size), np.arange(self.size)
+        minus = (words[entries // 32] >> (entries % 32).astype(np.uint32)) & 1
+        out = np.zeros((-(-self.to // lanes), self.size, lanes), np.float32)
+        place = (entries + self.shift) % self.to
+        out[place // lanes, entries, place % lanes] = 1 - 2.0 * minus
+        return out
+
+
+Matrix = Signs | Shifted
+
+
 class Placed(NamedTuple):
     """Sides of a matrix, outputs and inputs, each with a sign and a place for each entry."""
 
@@ -83,7 +111,7 @@ class _Work(NamedTuple):
 
 
 def add_projected(
-    factors: Outer | Correlation, left: Signs, right: Signs, rows: Tensor, budget: int
+    factors: Outer | Correlation, left: Matrix, right: Matrix, rows: Tensor, budget: int
 ) -> None:
     """Add ``A G Bᵀ`` of one layer call's gradients, which are not formed.
 
@@ -138,14 +166,14 @@ def add_placed(gradients: Sequence[Tensor], sides: Sequence[Placed], rows: Tenso
         rows += sums
 
 
-def _work(factors: Outer | Correlation, left: Signs, right: Signs) -> _Work:
+def _work(factors: Outer | Correlation, left: Matrix, right: Matrix) -> _Work:
     if isinstance(factors, Outer):
         return _tokens(factors, left, right)
     layer = Planes(factors)
     return (_transformed if _transforms(layer, right.to) else _patches)(layer, left, right)
 
 
-def _tokens(factors: Outer, left: Signs, right: Signs) -> _Work:
+def _tokens(factors: Outer, left: Matrix, right: Matrix) -> _Work:
     """Return the work on outer products."""
     loops, both = kernels(), (factors.output_gradient, factors.input)
     matrices = left.panels(loops.COLUMNS), right.panels(loops.COLUMNS)
@@ -164,7 +192,7 @@ def _tokens(factors: Outer, left: Signs, right: Signs) -> _Work:
     return _Work(loops.project, arrays, (walks[0], walks[1]), matrices, _chunks(positions), size)
 
 
-def _patches(layer: Planes, left: Signs, right: Signs) -> _Work:
+def _patches(layer: Planes, left: Matrix, right: Matrix) -> _Work:
     """Return the work on a convolution's inputs, patch by patch."""
     loops, factors = kernels(), layer.factors
     layer = Planes(factors, transform=False)
@@ -180,7 +208,7 @@ def _patches(layer: Planes, left: Signs, right: Signs) -> _Work:
     return _Work(loops.project, arrays, walks, matrices, ends, layer.bytes)
 
 
-def _transformed(layer: Planes, left: Signs, right: Signs) -> _Work:
+def _transformed(layer: Planes, left: Matrix, right: Matrix) -> _Work:
     """Return the work on a 3 × 3 convolution with many positions, which is formed in part."""
     loops, factors = kernels(), layer.factors
     matrices = left.panels(loops.COLUMNS), right.panels(loops.ROWS)

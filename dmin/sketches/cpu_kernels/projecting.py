@@ -21,7 +21,6 @@ from dmin.sketches.cpu_kernels.vectors import (
     WORD,
     at,
     compiled,
-    inlined,
     tile,
 )
 
@@ -77,29 +76,26 @@ def add_placed(  # type: ignore[no-untyped-def]
     """
     for m in range(len(keys)):
         out, inside = sizes[m]
-        for i in range(out):
-            minus_i = _minus(i, keys[m, 0, 0])
-            line = _place(i, keys[m, 0, 1], out, shares[m, 0]) * shares[m, 1]
-            for j in range(inside):
-                minus = minus_i != _minus(j, keys[m, 1, 0])
-                place = line + _place(j, keys[m, 1, 1], inside, shares[m, 1])
-                for example in range(len(gradient)):
-                    x = gradient[example, starts[m] + i * inside + j]
-                    rows[example, place] += -x if minus else x
+        lines, line_signs = _side(keys[m, 0], out, shares[m, 0])
+        places, place_signs = _side(keys[m, 1], inside, shares[m, 1])
+        for example in range(len(gradient)):
+            for i in range(out):
+                line, first = lines[i] * shares[m, 1], starts[m] + i * inside
+                for j in range(inside):
+                    x = gradient[example, first + j]
+                    rows[example, line + places[j]] += line_signs[i] * place_signs[j] * x
 
 
-@inlined
-def _minus(i, key):  # type: ignore[no-untyped-def]
-    """Return whether a sign is a minus."""
-    return (hashed(i // WORD, key) >> np.uint32(i % WORD)) & np.uint32(1)
-
-
-@inlined
-def _place(i, key, size, share):  # type: ignore[no-untyped-def]
-    """Return the place of an entry of a side."""
-    if size <= share:
-        return (i + np.int64(hashed(0, key))) % share
-    return np.int64(hashed(i, key)) % share
+@compiled
+def _side(keys, size, share):  # type: ignore[no-untyped-def]
+    """Return place and sign of each entry of a side; see :func:`add_placed`."""
+    places, signs = np.empty(size, np.int64), np.empty(size, np.float32)
+    for i in range(size):
+        minus = (hashed(i // WORD, keys[0]) >> np.uint32(i % WORD)) & np.uint32(1)
+        signs[i] = -1 if minus else 1
+        place = i + np.int64(hashed(0, keys[1])) if size <= share else np.int64(hashed(i, keys[1]))
+        places[i] = place % share
+    return places, signs
 
 
 @compiled
