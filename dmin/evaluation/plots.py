@@ -16,7 +16,8 @@ from dmin.evaluation.results import Report, Result
 
 FAMILIES = {"none": "#9aa0a6", "gradient": "#3f8f6b", "curvature": "#2457a8"}
 PLAIN = ("grad_dot", "grad_cos", "tracin", "gas", "over_checkpoints", "random")
-MAIN = ("LDS", "leave-out ρ", "mAP", "recall@1", "AUROC")
+# precision@40: of both sources of the digits, 40 examples of the foreign one.
+MAIN = ("LDS", "leave-out ρ", "mAP", "precision@40", "recall@1", "AUROC")
 LINES = ("#2457a8", "#c2410c", "#3f8f6b", "#7b3fa0", "#b8860b", "#0e7490", "#9f1239", "#555555")
 
 
