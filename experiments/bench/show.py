@@ -95,7 +95,14 @@ def plot(results: dict, path: Path) -> None:
         names = [NAMES.get(way, way) + _part(found) for way, found in ways]
         axis.barh(names, ratios, color=colours)
         for y, ratio in enumerate(ratios):
-            axis.text(ratio, y, f" {ratio:.2f}", va="center", fontsize=8)
+            axis.text(
+                1.05 * ratio,
+                y,
+                f"{ratio:.2f}",
+                va="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )
         axis.axvline(1, color="black", lw=0.8)
         axis.set_xscale("log")
         axis.set_xlim(0.4, 2.2 * max(ratios))
