@@ -130,9 +130,12 @@ def _advise(purpose: Purpose, report: Report) -> str:
 
 def _found_by_any(place: Place, report: Report) -> bool:
     """Say whether some method does better than a random score, beyond both intervals."""
-    rows = [r for r in _at(report, place) if not r.control]
-    chance = next((r for r in rows if r.method == "random"), None)
-    return chance is None or max(rows, key=lambda r: r.mean).low > chance.high
+    return _beats_chance([r for r in _at(report, place) if not r.control])
+
+
+def _beats_chance(methods: Sequence[Result]) -> bool:
+    chance = next((r for r in methods if r.method == "random"), None)
+    return chance is None or max(methods, key=lambda r: r.mean).low > chance.high
 
 
 def _over_all(report: Report) -> str:
@@ -166,7 +169,9 @@ def _conclude(wish: str, where: str, rows: Sequence[Result], reference: str) -> 
     tied = [r for r in methods if r.best and r is not best]
     of = f", {best.of_ceiling:.0%} of the ceiling" if best.of_ceiling is not None else ""
     text = f"{best.name} leads with {spell(best)}{of}"
-    if len(tied) >= 5:
+    if not _beats_chance(methods):
+        text += ", which is no better than chance"
+    elif len(tied) >= 5:
         text += f", but {len(tied)} others are tied with it: this measure does not tell them apart"
     elif tied:
         text += f", tied with {_listed([r.name for r in tied])}"

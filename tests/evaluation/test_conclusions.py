@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 
-from dmin.evaluation.conclusions import summary
+from dmin.evaluation.conclusions import conclusions, summary
 from dmin.evaluation.results import Cell, Cost, Report, Row, compared
 
 MEANS = {  # of mAP, at each task
@@ -40,8 +40,11 @@ def test_it_names_the_best_for_a_purpose_and_who_is_better_where():
 
 
 def test_what_no_method_finds_is_said():
-    said = summary(report({name: (*row[:2], 0.1) for name, row in MEANS.items()}))
-    assert "No method is better than chance at c, mAP." in said
+    found = report({name: (*row[:2], 0.1) for name, row in MEANS.items()})
+    assert "No method is better than chance at c, mAP." in summary(found)
+    *others, last = conclusions(found)
+    assert "which is no better than chance" in last.text
+    assert not any("chance" in other.text for other in others)
 
 
 def test_where_nothing_is_found_at_all_that_is_what_is_said():
