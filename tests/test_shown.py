@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from dmin import shown as module
+from dmin.cli.benchmarks import _lines
 from dmin.collect.shown import Shown
-from dmin.shown import followed, span
+from dmin.shown import LOG_WIDTH, console, followed, span
 
 
 @pytest.fixture
@@ -65,3 +66,25 @@ def test_items_are_followed_by_lines_in_a_log_file(clock, capsys):
         "encoding: 45 of 100 blocks (45.0%), 1 a second, 55 s left",
         "encoding: 100 of 100 blocks (100.0%), 1 a second in 2 min",
     ]
+
+
+def test_a_benchmark_in_a_log_file_tells_of_what_it_does_and_not_of_what_it_found(clock, capsys):
+    told = _lines(SimpleNamespace(console=console()))
+    told("retraining", 64, 64)  # all of it was there
+    for done in (32, 40, 64):  # 32 were there
+        told("retraining: seed 1", done, 64)
+        clock[0] += 8
+    told("retraining: seed 2", 0, 64)  # another piece of work under the same name
+    clock[0] += 20
+    told("retraining: seed 2", 16, 64)
+    assert capsys.readouterr().out.splitlines() == [
+        "retraining: 64 of 64 (100.0%), 2 a second in 16 s",
+        "retraining: 16 of 64 (25.0%), 0.8 a second, 1 min left  seed 2",
+    ]
+
+
+def test_tables_of_a_log_file_are_wide_unless_columns_says_otherwise(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert console().width == LOG_WIDTH
+    monkeypatch.setenv("COLUMNS", "72")
+    assert console().width == 72
