@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dmin.data.base import Dataset, Example, Examples
 from dmin.data.image_folder import save_images
-from dmin.errors import DminError
 from dmin.models.base import DiffusionModel
-from dmin.shown import followed
+from dmin.runtime.errors import DminError
+from dmin.runtime.progress import followed
 
 
 @dataclass(frozen=True)

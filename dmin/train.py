@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dmin.data.base import Dataset, Examples
 from dmin.data.module import TrainData
-from dmin.errors import DminError
 from dmin.models.base import DiffusionModel, per_example_loss
-from dmin.shown import Lines
+from dmin.runtime.errors import DminError
+from dmin.runtime.progress import Lines
 
 
 class StepLines(ProgressBar):

@@ -13,7 +13,7 @@ from toy_ddpm import TINY_UNET
 
 from dmin.data import Examples
 from dmin.data.digits import Digits
-from dmin.models.ddpm import DDPM
+from dmin.models.families.ddpm import DDPM
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 torch.set_num_threads(1)  # the models are too small for more to pay

@@ -7,12 +7,12 @@ import torch
 from models.families import FAMILIES
 
 from dmin.collect import GradientCollector, predict_trainer
-from dmin.collect.sharded import Sharded
+from dmin.collect.fsdp import Sharded
 from dmin.data import Example, Examples
-from dmin.models.ddpm import DDPM
-from dmin.noise import SharedNoise
+from dmin.diffusion.noise import SharedNoise
+from dmin.diffusion.timesteps import Stratified
+from dmin.models.families.ddpm import DDPM
 from dmin.sketches import BlockCyclic
-from dmin.timesteps import Stratified
 
 
 def load(name, path):

@@ -12,18 +12,18 @@ from hydra.utils import instantiate
 from models.tiny import BUILDERS, save
 
 from dmin.attribution import Method
-from dmin.attribution.search import Index
+from dmin.attribution.search.index import Index
 from dmin.cli.built import build_queries
+from dmin.cli.config.validate import validate
 from dmin.cli.help import config_directory, groups
-from dmin.cli.validate import validate
 from dmin.data import Example
-from dmin.errors import DminError
+from dmin.diffusion.noise import Noise
+from dmin.diffusion.timesteps import Schedule
+from dmin.gradients.parameters import Parameter, Parameters
 from dmin.models import DiffusionModel
-from dmin.models.mlp import MLP
-from dmin.noise import Noise
+from dmin.models.toy.mlp import MLP
 from dmin.queries import Generated, Planted
-from dmin.sketches import Parameter, Parameters
-from dmin.timesteps import Schedule
+from dmin.runtime.errors import DminError
 
 CONF = config_directory()
 CHOICES = [(group, name) for group, names in groups().items() for name in names]

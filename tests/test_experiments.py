@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dmin.record import results
+from dmin.runtime.provenance import results
 
 HERE = Path(__file__).resolve().parents[1] / "experiments"
 listing = runpy.run_path(str(HERE / "__main__.py"), run_name="experiments")

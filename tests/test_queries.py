@@ -5,9 +5,9 @@ import torch
 
 from dmin.data import Example, Examples
 from dmin.data.image_folder import ImageFolder
-from dmin.errors import DminError
 from dmin.models.base import DiffusionModel
 from dmin.queries import Generated, Planted, require_one_shape
+from dmin.runtime.errors import DminError
 
 
 def test_generated_images_are_those_of_their_own_seed(ddpm, tmp_path):

@@ -4,9 +4,9 @@ from toy_ddpm import TINY_UNET
 
 from dmin.data import Examples
 from dmin.data.digits import Digits
-from dmin.errors import DminError
 from dmin.models.base import per_example_loss
-from dmin.models.ddpm import DDPM
+from dmin.models.families.ddpm import DDPM
+from dmin.runtime.errors import DminError
 from dmin.train import fit_trainer, train
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}

@@ -1,29 +1,35 @@
 """Attribution methods: stores in, scores and rankings out."""
 
 from dmin.attribution.base import ExampleBlock, Method, Requires, Side
-from dmin.attribution.blend import Blend
-from dmin.attribution.checkpoints import GAS, DTRAKEnsemble, OverCheckpoints, TracIn, TRAKEnsemble
-from dmin.attribution.das import DAS
-from dmin.attribution.datainf import DataInf
-from dmin.attribution.dmin import DMin
-from dmin.attribution.ekfac import EKFAC, Unlearning
-from dmin.attribution.encoder import EncoderCosine
-from dmin.attribution.gradient_similarity import DMinUnnormalised, GradCos, GradDot
-from dmin.attribution.inverse_hessian import CG, Arnoldi, LiSSA
-from dmin.attribution.likeness import SSIM, GaussianKernel
 from dmin.attribution.merge import merged
-from dmin.attribution.pixel import PixelCosine, PixelL2
-from dmin.attribution.popularity import Popularity, TrainingLoss
-from dmin.attribution.random import Random
+from dmin.attribution.methods.blend import Blend
+from dmin.attribution.methods.checkpoints import (
+    GAS,
+    DTRAKEnsemble,
+    OverCheckpoints,
+    TracIn,
+    TRAKEnsemble,
+)
+from dmin.attribution.methods.das import DAS
+from dmin.attribution.methods.datainf import DataInf
+from dmin.attribution.methods.dmin import DMin
+from dmin.attribution.methods.ekfac import EKFAC, Unlearning
+from dmin.attribution.methods.encoder import EncoderCosine
+from dmin.attribution.methods.gradient_similarity import DMinUnnormalised, GradCos, GradDot
+from dmin.attribution.methods.inverse_hessian import CG, Arnoldi, LiSSA
+from dmin.attribution.methods.likeness import SSIM, GaussianKernel
+from dmin.attribution.methods.pixel import PixelCosine, PixelL2
+from dmin.attribution.methods.popularity import Popularity, TrainingLoss
+from dmin.attribution.methods.random import Random
+from dmin.attribution.methods.sharp_energy import SharpEnergy
+from dmin.attribution.methods.spectral import Spectral, SpectralEnergy, ZSum
+from dmin.attribution.methods.trak import DTRAK, TRAK, JourneyTRAK, RelativeIF, RenormalisedIF
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.retrieval import ranked_groups, retrieve, retrieve_part
 from dmin.attribution.scores import score_matrix
-from dmin.attribution.search import Certified
-from dmin.attribution.search_faiss import Approximate
-from dmin.attribution.search_topk import TopK
-from dmin.attribution.sharp_energy import SharpEnergy
-from dmin.attribution.spectral import Spectral, SpectralEnergy, ZSum
-from dmin.attribution.trak import DTRAK, TRAK, JourneyTRAK, RelativeIF, RenormalisedIF
+from dmin.attribution.search.approximate import Approximate
+from dmin.attribution.search.index import Certified
+from dmin.attribution.search.topk import TopK
 
 __all__ = [
     "CG",

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from dmin.data.base import Dataset, Example
-from dmin.errors import DminError
-from dmin.fingerprint import fingerprint
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import fingerprint
 from dmin.store import Layout, Store
 
 if TYPE_CHECKING:
-    from dmin.attribution.curvature import Curvature
+    from dmin.attribution.curvature.curvature import Curvature
+    from dmin.diffusion.noise import Noise
+    from dmin.gradients.parameters import Parameters
     from dmin.models.base import DiffusionModel
-    from dmin.noise import Noise
-    from dmin.sketches import Parameters, Sketch
+    from dmin.sketches import Sketch
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from dmin.attribution.base import Method, Side
 from dmin.attribution.ranking import Ranking
-from dmin.attribution.search_scan import gathered_rows
+from dmin.attribution.search.scan import gathered_rows
 
 Array = np.ndarray
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dmin.attribution.ranking import Ranking
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 
 def merged(parts: Sequence[Ranking], k: int, min_score: float | None = None) -> Ranking:

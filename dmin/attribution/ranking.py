@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 if TYPE_CHECKING:
     from rich.table import Table

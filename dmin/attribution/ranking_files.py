@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dmin.attribution.ranking import Ranking
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 SCHEMA = 1
 CORE_COLUMNS = ("query", "rank", "id", "row", "score", "error", "stability", "group", "examples")

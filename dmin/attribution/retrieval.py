@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from dmin.attribution.base import Method, Side, check_pair
-from dmin.attribution.dmin import DMin
+from dmin.attribution.methods.dmin import DMin
 from dmin.attribution.ranking import Ranking
-from dmin.attribution.request import Request
 from dmin.attribution.scores import as_side, query_batches
-from dmin.attribution.search import Index
-from dmin.attribution.search_select import Groups, Selection
+from dmin.attribution.search.index import Index
+from dmin.attribution.search.request import Request
+from dmin.attribution.search.selection import Groups, Selection
 from dmin.store import Store
 
 

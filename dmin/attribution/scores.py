@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dmin.attribution.base import Method, Side, check_pair
-from dmin.attribution.search_scan import scan
+from dmin.attribution.search.scan import scan
 from dmin.store import Store
 
 QUERY_BYTES = 256 << 20  # of query features in memory at once

@@ -28,21 +28,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif {"-h", "--help"} & set(overrides):
         print(pages.page(command), end="")
     elif command == "store":
-        from dmin.cli.stores import run as run_store
+        from dmin.cli.tools.store import run as run_store
 
         return run_store(overrides)
     elif command == "status":
-        from dmin.cli.status import run as run_status
+        from dmin.cli.tools.status import run as run_status
 
         return run_status(overrides)
     elif command == "repeat":
-        from dmin.cli.repeat import run as run_again
+        from dmin.cli.tools.repeat import run as run_again
 
         return run_again(overrides)
     else:
         # Imported here, so that the help above does not wait for Hydra.
         from dmin.cli.commands import COMMANDS
-        from dmin.cli.compose import run
+        from dmin.cli.config.compose import run
 
         if command == "demo" and not any(o.startswith("experiment=") for o in overrides):
             overrides = ["experiment=digits", *overrides]
@@ -74,7 +74,7 @@ def _refuse(command: str) -> int:
 
 def _complete(arguments: list[str]) -> int:
     """Complete the command's name here, and its overrides with Hydra."""
-    from dmin.cli.compose import complete
+    from dmin.cli.config.compose import complete
 
     words = os.environ.get("COMP_LINE", "").split(" ")
     if arguments and arguments[0].startswith("query=") and len(words) < 3:

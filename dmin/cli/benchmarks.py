@@ -15,16 +15,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dmin.cli.built import build
-from dmin.cli.validate import validate
+from dmin.cli.config.validate import validate
 from dmin.cli.workspace import Workspace
-from dmin.errors import DminError
-from dmin.shown import Lines
+from dmin.runtime.errors import DminError
+from dmin.runtime.progress import Lines
 
 if TYPE_CHECKING:
     from dmin.attribution import Method, Side
     from dmin.data import Dataset
     from dmin.evaluation import Benchmark, World
-    from dmin.evaluation.world import Told
+    from dmin.evaluation.context import Told
     from dmin.models import DiffusionModel
     from dmin.store import Store
 

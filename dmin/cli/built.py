@@ -18,13 +18,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dmin.cli.help import groups
-from dmin.cli.processes import is_main, make_trainer
-from dmin.cli.slurm import Processes
-from dmin.cli.turn import turn
-from dmin.errors import DminError, DminWarning
-from dmin.shown import console
-from dmin.stopping import StopSignals
-from dmin.store.share import Share
+from dmin.cli.jobs.processes import is_main, make_trainer
+from dmin.cli.jobs.slurm import Processes
+from dmin.runtime.errors import DminError, DminWarning
+from dmin.runtime.progress import console
+from dmin.runtime.signals import StopSignals
+from dmin.workers.lock import turn
+from dmin.workers.shard import Share
 
 if TYPE_CHECKING:
     import lightning

@@ -14,18 +14,19 @@ from omegaconf import DictConfig
 from rich.markup import escape
 
 from dmin.cli.built import build, build_queries
-from dmin.cli.compose import needs
+from dmin.cli.config.compose import needs
+from dmin.cli.config.renamed import rename_targets
+from dmin.cli.config.tree import settings_tree
+from dmin.cli.jobs.record import recorded
+from dmin.cli.jobs.slurm import after_stop
 from dmin.cli.parts import joined
-from dmin.cli.record import recorded
-from dmin.cli.settings_tree import settings_tree
-from dmin.cli.slurm import after_stop
 from dmin.cli.workspace import Workspace
-from dmin.errors import DminError
-from dmin.fingerprint import differences, fingerprint
-from dmin.stopping import Stopped, StopSignals
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import differences, fingerprint
+from dmin.runtime.signals import Stopped, StopSignals
 
 if TYPE_CHECKING:
-    from dmin.evaluation.results import Result
+    from dmin.evaluation.report.results import Result
 
 Body = Callable[[Workspace, dict[str, Any]], None]
 BODIES: dict[str, Body] = {}
@@ -128,7 +129,7 @@ def collect(work: Workspace, results: dict[str, Any]) -> None:
     if not work.is_main:
         return
     if not store.complete:
-        from dmin.collect.together import what_is_missing
+        from dmin.collect.completion import what_is_missing
 
         rows, shard = f"{len(store):,} of {store.manifest.num_examples:,}", work.cfg.shard
         results["figures"] = {"rows": rows, "store": store.path.name}
@@ -183,10 +184,10 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     from dmin.attribution import Approximate, Ranking, retrieve_part
     from dmin.attribution import retrieve as search
     from dmin.attribution.confidence import with_confidence
-    from dmin.attribution.search_popularity import PopularityCorrected
-    from dmin.attribution.search_select import Selection
-    from dmin.gallery import save_png
-    from dmin.gallery_html import save_html
+    from dmin.attribution.search.popularity import PopularityCorrected
+    from dmin.attribution.search.selection import Selection
+    from dmin.gallery.html import save_html
+    from dmin.gallery.png import save_png
 
     work.require_one_process(shards=True)
     options = work.resolved("retrieve")["retrieve"]
@@ -242,8 +243,8 @@ def outliers(work: Workspace, results: dict[str, Any]) -> None:
     """Rank the training examples by their influence on themselves, and show the first."""
     from rich.table import Table
 
-    from dmin.attribution.self_influence import save_self_influence, self_influence
-    from dmin.sheet import save_sheet
+    from dmin.attribution.methods.self_influence import save_self_influence, self_influence
+    from dmin.gallery.sheet import save_sheet
 
     work.require_one_process()
     method, k = build(work.cfg.method), work.cfg.outliers.k
@@ -294,7 +295,7 @@ def _chosen_method() -> str | None:
 def evaluate(work: Workspace, results: dict[str, Any]) -> None:
     """Measure every method of a benchmark against ground truth."""
     from dmin.cli.benchmarks import chosen_methods, further_models, world_of
-    from dmin.evaluation import present
+    from dmin.evaluation.truths import present
 
     work.require_one_process()
     benchmark = build_queries(work.need("benchmark"))  # its datasets are queries
@@ -372,6 +373,7 @@ def _trained(path: Path, settings: dict[str, Any]) -> bool:
             f"model.path={path} exists and was not made by `dmin train`. Choose another path."
         )
     found = json.loads(record.read_text())
+    rename_targets(found)
     if fingerprint(found) == fingerprint(settings):
         return True
     raise DminError(

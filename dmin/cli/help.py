@@ -92,7 +92,8 @@ For shell completion: eval "$(dmin --shell-completion install=bash)"
 def page(command: str) -> str:
     """Return what ``dmin <command> --help`` prints."""
     if command in ("status", "store", "repeat"):
-        from dmin.cli import repeat, status, stores
+        from dmin.cli.tools import repeat, status
+        from dmin.cli.tools import store as stores
 
         own = {"status": status.page, "store": stores.page, "repeat": repeat.page}[command]
         return f"{COMMANDS[command]}\n{own()}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmin.fingerprint import fingerprint
-from dmin.store import Share
-from dmin.store.segments import commit, os_failure, spans
+from dmin.runtime.files import commit, os_failure
+from dmin.runtime.fingerprint import fingerprint
+from dmin.runtime.formatting import spans
+from dmin.workers.shard import Share
 
 if TYPE_CHECKING:
     from dmin.attribution import Method, Ranking, Side
-    from dmin.attribution.search_select import Groups, Selection
+    from dmin.attribution.search.selection import Groups, Selection
     from dmin.cli.built import Built
 
 
@@ -82,7 +83,7 @@ def joined(
         selection: how they were chosen.
     """
     from dmin.attribution import Ranking, merged, ranked_groups
-    from dmin.attribution.search_select import Groups
+    from dmin.attribution.search.selection import Groups
 
     question = {
         **work.resolved("method", "retrieve", "index"),

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from dmin.cli.built import Built
-from dmin.errors import DminError
-from dmin.fingerprint import differences, fingerprint
-from dmin.stopping import StopSignals
-from dmin.store.share import Share
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import differences, fingerprint
+from dmin.runtime.signals import StopSignals
+from dmin.workers.shard import Share
 
 if TYPE_CHECKING:
     from dmin.attribution import Method, Side
@@ -140,7 +140,7 @@ class Workspace(Built):
         as_queries: bool = False,
         collector: GradientCollector | None = None,
     ) -> Store:
-        from dmin.collect.growth import collect_more
+        from dmin.collect.append import collect_more
         from dmin.store import Store
 
         options, collector = self.cfg.collect, collector or self.collector

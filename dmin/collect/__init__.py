@@ -2,8 +2,8 @@
 
 from dmin.collect.collector import FEATURE_SCHEMA, GradientCollector
 from dmin.collect.features import Features
-from dmin.collect.memory import PeakMemory
-from dmin.collect.predict import SketchWriter, predict_trainer
+from dmin.collect.microbatch import PeakMemory
+from dmin.collect.session import SketchWriter, predict_trainer
 
 __all__ = [
     "FEATURE_SCHEMA",

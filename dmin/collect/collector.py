@@ -11,25 +11,30 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from dmin.capture import Capture, choose_parameters
 from dmin.collect.background import Arriving
+from dmin.collect.completion import finished, wait_for_others
 from dmin.collect.encodings import Encoded, Encodings
 from dmin.collect.features import Features, Passes
-from dmin.collect.memory import PeakMemory
-from dmin.collect.predict import Work, predict, predict_trainer
-from dmin.collect.sharded import InStep, is_sharded, shard
-from dmin.collect.together import finished, wait_for_others
+from dmin.collect.fsdp import InStep, is_sharded, shard
+from dmin.collect.microbatch import PeakMemory
+from dmin.collect.session import Work, predict, predict_trainer
 from dmin.data.base import Dataset, describe_dataset
 from dmin.data.module import CollectData
-from dmin.errors import DminError
-from dmin.fingerprint import fingerprint
+from dmin.diffusion.noise import Noise, SharedNoise
+from dmin.diffusion.timesteps import Schedule, Stratified
+from dmin.gradients.capture import Capture
+from dmin.gradients.groups import Grouping, grouped
+from dmin.gradients.parameters import choose_parameters
 from dmin.models.base import READOUTS, Condition, DiffusionModel, weights_digest
-from dmin.noise import Noise, SharedNoise
-from dmin.sketches import Auto, Grouping, Sketch, gpu, grouped
-from dmin.stopping import Stopped, StopSignals
-from dmin.store import Layout, Manifest, Progress, Rows, Share, Store, StoreWriter
-from dmin.timesteps import Schedule, Stratified
-from dmin.transfer import sent
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import fingerprint
+from dmin.runtime.signals import Stopped, StopSignals
+from dmin.runtime.transfer import sent
+from dmin.sketches import Auto, Sketch
+from dmin.sketches.backends import gpu
+from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
+from dmin.workers.heartbeat import Progress
+from dmin.workers.shard import Share
 
 # Raised whenever the numbers that land in a store change for unchanged settings.
 FEATURE_SCHEMA = 2

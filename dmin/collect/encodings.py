@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from dmin.errors import DminError
 from dmin.models.base import Condition
-from dmin.store.segments import commit, os_failure
-from dmin.transfer import sent
+from dmin.runtime.errors import DminError
+from dmin.runtime.files import commit, os_failure
+from dmin.runtime.transfer import sent
 
 Encoded = tuple[Tensor, Condition]
 """What ``model.encode`` returns: x0 and condition of examples of one shape."""

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmin.errors import DminError
-from dmin.transfer import fetched
+from dmin.runtime.errors import DminError
+from dmin.runtime.transfer import fetched
 
 
 class Features(NamedTuple):

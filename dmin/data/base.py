@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dmin.errors import DminError
-from dmin.fingerprint import array_digest
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import array_digest
 
 
 class Sizes(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dmin.data.pixels import Pixels
-from dmin.errors import DminError, DminWarning
+from dmin.runtime.errors import DminError, DminWarning
 
 
 @dataclass(kw_only=True)

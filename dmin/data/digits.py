@@ -10,7 +10,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from dmin.data.base import Example, Examples
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 
 class Digits(Examples):

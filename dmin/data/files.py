@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dmin.data.pixels import Unreadable
-from dmin.fingerprint import fingerprint
-from dmin.shown import followed
+from dmin.runtime.fingerprint import fingerprint
+from dmin.runtime.progress import followed
 
 LARGE = 64 << 20
 """Reading more bytes than this shows a progress bar, and what was found is kept on disk."""

@@ -19,7 +19,7 @@ from dmin.data.base import Example
 from dmin.data.checked import Checked, shown, told
 from dmin.data.files import Survey, read_bytes, survey
 from dmin.data.metadata import NAMES, Facts, read_facts, read_rows
-from dmin.errors import DminError, DminWarning
+from dmin.runtime.errors import DminError, DminWarning
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 

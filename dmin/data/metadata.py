@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 NAMES = ("metadata.jsonl", "metadata.csv")
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from dmin.data.base import Dataset, Example, by_shape, collate
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 
 class Blocks(Sampler[list[int]]):

@@ -16,7 +16,7 @@ from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
 from dmin.data.base import Sizes
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 
 class Picture(NamedTuple):

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from dmin.data.base import Example
-from dmin.errors import DminError
-from dmin.fingerprint import array_digest
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import array_digest
 
 COLOURS = {
     "red": (0.85, 0.13, 0.15),

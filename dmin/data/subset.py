@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from dmin.data.base import Dataset, Example, describe_dataset
-from dmin.errors import DminError
-from dmin.fingerprint import fingerprint
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import fingerprint
 
 
 class Subset:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from dmin.collect import GradientCollector
 from dmin.doctor.diagnosis import Check
 from dmin.doctor.gradients import Comparison, Inputs, compare
-from dmin.errors import DminError
+from dmin.gradients.parameters import Parameter
 from dmin.models.base import READOUTS, Condition
-from dmin.sketches import Parameter, Sketch
+from dmin.runtime.errors import DminError
+from dmin.sketches import Sketch
 
 # Relative errors that rounding explains, by the dtype that the network computes in.
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -142,7 +143,6 @@ def sketch(sketch: Sketch, device: torch.device) -> Check:
     The mean error over n pairs, in units of the standard error that an unbiased sketch within its
     own stated variance has: ``√((1 + ρ²)/(k n))`` for most (Li & Li, arXiv 2302.03505).
     """
-    assert sketch.parameters is not None
     shapes: dict[tuple[int, ...], Parameter] = {}
     for entry in sketch.parameters.entries:
         shapes.setdefault(entry.shape, entry)

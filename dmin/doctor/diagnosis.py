@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from dmin.timestep_report import Timestep, report_table
+from dmin.doctor.timestep_report import Timestep, report_table
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from dmin.collect import GradientCollector, PeakMemory, predict_trainer
 from dmin.collect.encodings import on_device
-from dmin.collect.predict import places
+from dmin.collect.session import places
 from dmin.data.base import Dataset, Example, by_shape, collate
 from dmin.doctor import checks as checking
 from dmin.doctor.diagnosis import Check, Cost, Covered, Diagnosis
 from dmin.doctor.gradients import Inputs
-from dmin.errors import DminError
+from dmin.doctor.timestep_report import Timestep, timestep_report
 from dmin.models.base import Condition
+from dmin.runtime.errors import DminError
 from dmin.store.manifest import STORED_AS
-from dmin.timestep_report import Timestep, timestep_report
 
 if TYPE_CHECKING:
     import lightning

@@ -10,11 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmin.capture import Capture
-from dmin.layer_gradients import GradientFactors
+from dmin.gradients.capture import Capture
+from dmin.gradients.layers import GradientFactors
+from dmin.gradients.parameters import Parameter, Parameters
 from dmin.models.base import READOUTS, Condition, DiffusionModel
-from dmin.sketches import Parameter, Parameters, Sketch
-from dmin.sketches.base import Accumulator
 
 # Scalars of one example's gradient that are compared at once: a quarter of a GiB in fp32.
 AT_ONCE = 1 << 26
@@ -86,7 +85,7 @@ def compare(
         parameters: the attributed ones.
         inputs: some pairs.
         readout: what is differentiated.
-        budget: as for :class:`~dmin.capture.Capture`.
+        budget: as for :class:`~dmin.gradients.capture.Capture`.
     """
     found = Comparison()
     count = len(inputs.x0)
@@ -117,16 +116,14 @@ def _captured(
     budget: int | None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return captured gradients ``[pairs, *shape]`` and the path of each."""
-    keep = _Keep(1).bind(Parameters(tuple(entries)))
-    keep.gradients = {}
-    with torch.enable_grad(), Capture(model.network, keep, budget) as capture:
-        capture.backward(READOUTS[readout](model.predict(*inputs)))
+    recorder = _Recorder(Parameters(tuple(entries)))
+    with torch.enable_grad(), Capture(model.network, recorder, budget) as capture:
+        gradients = capture.backward(READOUTS[readout](model.predict(*inputs)))
         paths = capture.coverage
     for entry in entries:
-        if entry.name not in keep.gradients:  # unused
-            zeros = torch.zeros(len(inputs.x0), *entry.shape, device=inputs.x0.device)
-            keep.gradients[entry.name] = zeros
-    return keep.gradients, paths
+        if entry.name not in gradients:  # unused
+            gradients[entry.name] = inputs.x0.new_zeros(len(inputs.x0), *entry.shape).float()
+    return gradients, paths
 
 
 def _by_autograd(
@@ -151,15 +148,23 @@ def _by_autograd(
     }
 
 
-class _Keep(Sketch):
-    """No sketch at all: keeps the gradients as they come."""
+class _Recorder:
+    """A sink that keeps the gradients of a pass in full, by name."""
 
-    family = "keep"
-    gradients: dict[str, Tensor]
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters = parameters
 
-    def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
+    def begin(self, batch: int, like: Tensor, budget: int) -> dict[str, Tensor]:
+        """Start a pass."""
+        return {}
+
+    def add(self, state: dict[str, Tensor], name: str, factors: GradientFactors) -> None:
         """Keep the gradients of one parameter."""
-        self.gradients[name] = factors.dense()
+        state[name] = factors.dense()
+
+    def finish(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradients, ``[batch, *shape]`` by name."""
+        return state
 
 
 def _chunks(entries: Sequence[Parameter]) -> Iterator[list[Parameter]]:

@@ -4,9 +4,11 @@ Features (a store) → scores (a method) → metrics (a ground truth): each is m
 """
 
 from dmin.evaluation.benchmark import Benchmark, Task
-from dmin.evaluation.counterfactual import LDS, Diversity, LeaveOut, Removal, UnionRemoval
-from dmin.evaluation.ensemble import Ensemble
-from dmin.evaluation.ground_truth import (
+from dmin.evaluation.context import World
+from dmin.evaluation.report.results import Report, Result
+from dmin.evaluation.retraining.ensemble import Ensemble
+from dmin.evaluation.retraining.recipe import Recipe
+from dmin.evaluation.truths.base import (
     GroundTruth,
     Relevance,
     SameColumn,
@@ -14,10 +16,8 @@ from dmin.evaluation.ground_truth import (
     SelfInfluence,
     Source,
 )
-from dmin.evaluation.recipe import Recipe
-from dmin.evaluation.results import Report, Result
+from dmin.evaluation.truths.counterfactual import LDS, Diversity, LeaveOut, Removal, UnionRemoval
 from dmin.evaluation.tuning import Tuning
-from dmin.evaluation.world import World
 
 __all__ = [
     "LDS",

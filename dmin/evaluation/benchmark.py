@@ -12,13 +12,13 @@ import numpy as np
 
 from dmin.attribution import Method, Side
 from dmin.attribution.base import check_pair
-from dmin.errors import DminError
+from dmin.evaluation.context import World
 from dmin.evaluation.controls import soft_max, squared, top_only
-from dmin.evaluation.ground_truth import Array, GroundTruth
-from dmin.evaluation.results import TRANSFORMED, Cell, Cost, Report, Row, compared
+from dmin.evaluation.report.results import TRANSFORMED, Cell, Cost, Report, Row, compared
 from dmin.evaluation.scoring import Scored, all_scores, fitted
+from dmin.evaluation.truths.base import Array, GroundTruth
 from dmin.evaluation.tuning import Tuning
-from dmin.evaluation.world import World
+from dmin.runtime.errors import DminError
 from dmin.store.encoding import STORED_AS
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 Array = np.ndarray
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 
 class Estimate(NamedTuple):

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from dmin.attribution import ExampleBlock, Method, Requires, Side
+from dmin.attribution.methods.self_influence import fitted_self_influence
 from dmin.attribution.scores import fitted_scores
-from dmin.attribution.self_influence import fitted_self_influence
-from dmin.errors import DminError
-from dmin.evaluation.ground_truth import Array, GroundTruth
-from dmin.evaluation.results import Cost, Row
+from dmin.evaluation.report.results import Cost, Row
+from dmin.evaluation.truths.base import Array, GroundTruth
+from dmin.runtime.errors import DminError
 
 
 @dataclass(frozen=True)

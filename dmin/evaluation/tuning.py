@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from dmin.attribution import DMin, Method, Spectral
-from dmin.attribution.damped import Damped
-from dmin.errors import DminError
-from dmin.evaluation.ground_truth import GroundTruth
-from dmin.evaluation.results import Row
+from dmin.attribution.curvature.damped import Damped
+from dmin.evaluation.report.results import Row
+from dmin.evaluation.truths.base import GroundTruth
+from dmin.runtime.errors import DminError
 
 Judge = Callable[[Method, Sequence[str]], dict[str, float]]
 """Means of all quick metrics of a method on some tasks, by ``task/truth/metric``."""

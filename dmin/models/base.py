@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 Condition = Mapping[str, Tensor]
 """What the model is conditioned on: named tensors with one row an example."""

@@ -13,8 +13,10 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from dmin.errors import DminError
-from dmin.models import layers, remarks, vae  # noqa: F401  (layers registers gradients)
+from dmin.diffusion.estimates import recorded
+from dmin.diffusion.processes import Denoising, Flow
+from dmin.models import logging_filters as remarks
+from dmin.models import vae
 from dmin.models.base import (
     Condition,
     DiffusionModel,
@@ -23,7 +25,7 @@ from dmin.models.base import (
     noise_generators,
     weights_digest,
 )
-from dmin.models.checkpoint import (
+from dmin.models.checkpoints import (
     DType,
     describe_adapters,
     load_adapters,
@@ -31,9 +33,8 @@ from dmin.models.checkpoint import (
     load_weights,
     without_adapter,
 )
-from dmin.models.estimates import recorded
-from dmin.models.noising import Denoising, Flow
 from dmin.models.settings import name_settings
+from dmin.runtime.errors import DminError
 
 DROPPED = "dropped."  # before the names of conditions that stand for no prompt
 

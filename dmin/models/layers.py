@@ -6,7 +6,7 @@ import torch
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from torch import Tensor
 
-from dmin.layer_gradients import GradientFactors, affine, gradient_of, layer_norm, wide
+from dmin.gradients.layers import GradientFactors, affine, gradient_of, layer_norm, wide
 
 gradient_of(FP32LayerNorm)(layer_norm)
 

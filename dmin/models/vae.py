@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dmin.errors import DminError
-from dmin.noise import SharedNoise
+from dmin.diffusion.noise import SharedNoise
+from dmin.runtime.errors import DminError
 
 
 def encode(

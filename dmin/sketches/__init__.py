@@ -1,11 +1,10 @@
 """Random linear maps from the gradients of a model to a few thousand numbers."""
 
 from dmin.sketches.auto import Auto
-from dmin.sketches.base import Parameter, Parameters, Sketch, Sketched
+from dmin.sketches.base import Sketch, Sketched
 from dmin.sketches.block_cyclic import BlockCyclic
 from dmin.sketches.factored import Factored
 from dmin.sketches.gaussian import Gaussian
-from dmin.sketches.groups import Grouping, grouped
 from dmin.sketches.mask_sjlt import MaskSJLT
 from dmin.sketches.none import FullGradient
 from dmin.sketches.oporp import OPORP
@@ -20,12 +19,8 @@ __all__ = [
     "Factored",
     "FullGradient",
     "Gaussian",
-    "Grouping",
     "MaskSJLT",
-    "Parameter",
-    "Parameters",
     "Sketch",
     "Sketched",
     "TensorSketch",
-    "grouped",
 ]

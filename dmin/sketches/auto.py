@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Self
 
-from dmin.sketches.base import Accumulator, Parameters, Sketched
+from dmin.gradients.parameters import Parameters
+from dmin.sketches.base import Accumulator, Sketched
 from dmin.sketches.block_cyclic import BlockCyclic
 from dmin.sketches.tensor_sketch import TensorSketch
 

@@ -6,57 +6,18 @@ import copy
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from dmin.errors import DminError
-from dmin.layer_gradients import Dense, GradientFactors
-from dmin.sketches import bounds, forming, gpu
-
-
-class Parameter(NamedTuple):
-    """One attributed parameter: canonical name, shape, and the group its gradient is added to."""
-
-    name: str
-    shape: tuple[int, ...]
-    group: int = 0
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """The attributed parameters of a model, in order.
-
-    Args:
-        entries: one entry a parameter; tied weights appear once, under their first name.
-        groups: names of the groups; each gets its own k numbers of a row.
-    """
-
-    entries: tuple[Parameter, ...]
-    groups: tuple[str, ...] = ("model",)
-
-    @cached_property
-    def by_name(self) -> dict[str, Parameter]:
-        """The entries by name."""
-        return {entry.name: entry for entry in self.entries}
-
-    @cached_property
-    def count(self) -> int:
-        """Number of attributed scalars, P."""
-        return sum(prod(entry.shape) for entry in self.entries)
-
-    @cached_property
-    def offsets(self) -> dict[str, int]:
-        """Position of each parameter's first scalar in the concatenation of all."""
-        offsets, position = {}, 0
-        for entry in self.entries:
-            offsets[entry.name] = position
-            position += prod(entry.shape)
-        return offsets
+from dmin.gradients.layers import Dense, GradientFactors
+from dmin.gradients.parameters import Parameter, Parameters
+from dmin.runtime.errors import DminError
+from dmin.sketches import bounds
+from dmin.sketches.backends import cpu as forming
+from dmin.sketches.backends import gpu
 
 
 class Sketched(NamedTuple):
@@ -110,7 +71,7 @@ class Sketch(ABC):
             raise DminError(f"sketch.dim={dim}: the sketch needs at least one number, say 4096.")
         self.dim = dim
         self.seed = seed
-        self.parameters: Parameters | None = None
+        self._parameters: Parameters | None = None
 
     def bind(self, parameters: Parameters) -> Self:
         """Return this sketch for the parameters of one model.
@@ -120,7 +81,7 @@ class Sketch(ABC):
         """
         self._check_dim(parameters)
         bound = copy.copy(self)
-        bound.parameters = parameters
+        bound._parameters = parameters
         return bound
 
     def describe(self) -> dict[str, Any]:
@@ -137,7 +98,7 @@ class Sketch(ABC):
             like: a tensor whose device and (wide) dtype the rows take.
             budget: bytes that per-example gradients may take at once.
         """
-        return Accumulator(batch, len(self._bound.groups), self.dim, like, budget)
+        return Accumulator(batch, len(self.parameters.groups), self.dim, like, budget)
 
     @abstractmethod
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
@@ -220,10 +181,11 @@ class Sketch(ABC):
             )
 
     @property
-    def _bound(self) -> Parameters:
-        if self.parameters is None:
+    def parameters(self) -> Parameters:
+        """The parameters that the sketch is bound to."""
+        if self._parameters is None:
             raise RuntimeError("call sketch.bind(parameters) first")
-        return self.parameters
+        return self._parameters
 
 
 class FormedSketch(Sketch):
@@ -248,7 +210,7 @@ class FormedSketch(Sketch):
 
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
         """Form, measure and project the gradients of one parameter."""
-        parameter = self._bound.by_name[name]
+        parameter = self.parameters.by_name[name]
         values = state.values[:, parameter.group]
         norms = state.squared_norm[:, parameter.group]
         size = prod(parameter.shape)

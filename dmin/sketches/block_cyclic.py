@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from dmin.errors import DminError
-from dmin.layer_gradients import Dense, GradientFactors
-from dmin.sketches import forming, gpu
-from dmin.sketches.base import Accumulator, FoldedSketch, Parameter, Parameters
+from dmin.gradients.layers import Dense, GradientFactors
+from dmin.gradients.parameters import Parameter, Parameters
+from dmin.runtime.errors import DminError
+from dmin.sketches.backends import cpu as forming
+from dmin.sketches.backends import gpu
+from dmin.sketches.base import Accumulator, FoldedSketch
 from dmin.sketches.hashing import hash_words, key, signs
 
 if TYPE_CHECKING:
-    from dmin.sketches.cpu_kernels import Fold
+    from dmin.sketches.backends.cpu_kernels import Fold
 
 
 class BlockCyclic(FoldedSketch):
@@ -62,7 +64,7 @@ class BlockCyclic(FoldedSketch):
 
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
         """Fold the gradients of one parameter while they are formed."""
-        parameter = self._bound.by_name[name]
+        parameter = self.parameters.by_name[name]
         values = state.values[:, parameter.group]
         norms = state.squared_norm[:, parameter.group] if self.norm_kind == "exact" else None
         if self._triton(values):
@@ -79,7 +81,7 @@ class BlockCyclic(FoldedSketch):
 
     def fold(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return buckets and signs of one parameter, hashed afresh."""
-        shape = self._bound.by_name[name].shape
+        shape = self.parameters.by_name[name].shape
         rows, width = self._rows(shape)
         blocks, words = -(-width // self.block), -(-width // 32)
         offsets = hash_words(self._key(name, "offset"), rows * blocks, device)

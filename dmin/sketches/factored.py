@@ -11,12 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmin.layer_gradients import Correlation, Dense, GradientFactors, Outer, Rows, Sum
-from dmin.sketches.base import Accumulator, Parameter, Parameters, Sketch, Sketched
+from dmin.gradients.layers import Correlation, Dense, GradientFactors, Outer, Rows, Sum
+from dmin.gradients.parameters import Parameter, Parameters
+from dmin.sketches.backends.cpu_projecting import (
+    Matrix,
+    Placed,
+    Shifted,
+    Signs,
+    add_placed,
+    add_projected,
+)
+from dmin.sketches.backends.packing import Planes
+from dmin.sketches.base import Accumulator, Sketch, Sketched
 from dmin.sketches.bounds import matrix_shape, moments
 from dmin.sketches.hashing import hash_words, key, signs
-from dmin.sketches.layouts import Planes
-from dmin.sketches.projecting import Matrix, Placed, Shifted, Signs, add_placed, add_projected
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -56,7 +64,7 @@ class Factored(Sketch):
 
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
         """Add one parameter, from its factors where that takes less than forming it."""
-        parameter = self._bound.by_name[name]
+        parameter = self.parameters.by_name[name]
         rows = state.values[:, parameter.group]
         parts = factors.parts if isinstance(factors, Sum) else [factors]
         plan = self._plan(parameter)
@@ -112,7 +120,7 @@ class Factored(Sketch):
 
     def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
         """Return the stated bound, ``[n]``; see the base class."""
-        parameter = self._bound.by_name[name]
+        parameter = self.parameters.by_name[name]
         shares, found = self.shares(parameter), moments(g, h)
         sizes = matrix_shape(parameter.shape)
         left, right = (size > share for size, share in zip(sizes, shares, strict=True))

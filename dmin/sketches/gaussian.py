@@ -9,8 +9,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dmin.errors import DminError
-from dmin.sketches.base import FormedSketch, Parameters
+from dmin.gradients.parameters import Parameters
+from dmin.runtime.errors import DminError
+from dmin.sketches.base import FormedSketch
 from dmin.sketches.hashing import key
 
 
@@ -58,7 +59,7 @@ class Gaussian(FormedSketch):
         """Return the product with a parameter's part of the matrix."""
         if name not in self._matrices:
             generator = torch.Generator().manual_seed(key(self.seed, name, "gaussian"))
-            size = prod(self._bound.by_name[name].shape)
+            size = prod(self.parameters.by_name[name].shape)
             drawn = torch.randn(size, self.dim, generator=generator).mul_(self.dim**-0.5)
             self._matrices[name] = drawn.to(like.device)
         matrix = self._matrices[name].to(like.dtype)

@@ -8,9 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dmin.errors import DminError
-from dmin.layer_gradients import GradientFactors, Outer, Sum
-from dmin.sketches.base import Accumulator, Parameters, Sketch, Sketched, add_at
+from dmin.gradients.layers import GradientFactors, Outer, Sum
+from dmin.gradients.parameters import Parameters
+from dmin.runtime.errors import DminError
+from dmin.sketches.base import Accumulator, Sketch, Sketched, add_at
 from dmin.sketches.hashing import hash_words, key, signs
 
 
@@ -58,15 +59,15 @@ class MaskSJLT(Sketch):
 
     def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
         """Return the stated bound, ``[n]``; see the base class."""
-        q = min(1.0, self.keep / self._bound.count)
+        q = min(1.0, self.keep / self.parameters.count)
         common = (g * h).reshape(len(g), -1).square().sum(1)
         return super().variance(name, g, h) + (1 / q - 1) * common
 
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
         """Add the kept scalars of one parameter."""
-        parameter = self._bound.by_name[name]
+        parameter = self.parameters.by_name[name]
         values = state.values[:, parameter.group]
-        size, q = prod(parameter.shape), min(1.0, self.keep / self._bound.count)
+        size, q = prod(parameter.shape), min(1.0, self.keep / self.parameters.count)
         places = self._kept_places(name, size, q, values.device)
         bucket = hash_words(key(self.seed, name, "offset"), len(places), values.device) % self.dim
         sign = signs(key(self.seed, name, "sign"), len(places), values.device) * q**-0.5

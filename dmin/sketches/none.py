@@ -8,8 +8,9 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from dmin.errors import DminError
-from dmin.sketches.base import FormedSketch, Parameters
+from dmin.gradients.parameters import Parameters
+from dmin.runtime.errors import DminError
+from dmin.sketches.base import FormedSketch
 
 
 class FullGradient(FormedSketch):

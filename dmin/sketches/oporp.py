@@ -8,7 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dmin.sketches.base import FoldedSketch, Parameters
+from dmin.gradients.parameters import Parameters
+from dmin.sketches.base import FoldedSketch
 
 
 class OPORP(FoldedSketch):
@@ -45,8 +46,8 @@ class OPORP(FoldedSketch):
 
     def fold(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the stored buckets and signs of one parameter."""
-        start = self._bound.offsets[name]
-        part = slice(start, start + prod(self._bound.by_name[name].shape))
+        start = self.parameters.offsets[name]
+        part = slice(start, start + prod(self.parameters.by_name[name].shape))
         if device not in self._sent:
             self._sent[device] = self._bucket.to(device), self._sign.to(device)
         bucket, sign = (x[part] for x in self._sent[device])

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmin.errors import DminError
-from dmin.sketches import forming
+from dmin.runtime.errors import DminError
+from dmin.sketches.backends import cpu as forming
 from dmin.sketches.base import FormedSketch, add_at
 from dmin.sketches.hashing import hash_words, key, signs
 
@@ -50,7 +50,7 @@ class SJLT(FormedSketch):
 
     def projection(self, name: str, like: Tensor) -> Callable[[Tensor, Tensor], None]:
         """Return the folds of one parameter, hashed afresh."""
-        size, s = prod(self._bound.by_name[name].shape), self.nonzeros
+        size, s = prod(self.parameters.by_name[name].shape), self.nonzeros
         folds: list[tuple[Tensor, Tensor]] = []
         for r in range(s):
             hashed = hash_words(key(self.seed, name, f"offset {r}"), size, like.device)

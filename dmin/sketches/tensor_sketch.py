@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from dmin.layer_gradients import Correlation, GradientFactors, Outer, Sum
-from dmin.sketches import forming, gpu
-from dmin.sketches.base import Accumulator, Parameter, Parameters, Sketched, add_at
+from dmin.gradients.layers import Correlation, GradientFactors, Outer, Sum
+from dmin.gradients.parameters import Parameter, Parameters
+from dmin.sketches.backends import cpu as forming
+from dmin.sketches.backends import gpu
+from dmin.sketches.backends.spectra import add_spectra
+from dmin.sketches.base import Accumulator, Sketched, add_at
 from dmin.sketches.block_cyclic import BlockCyclic
 from dmin.sketches.bounds import moments, share_of_equal
 from dmin.sketches.hashing import key, signs, spread_words
-from dmin.sketches.spectra import add_spectra
 
 if TYPE_CHECKING:
-    from dmin.sketches.cpu_kernels import Fold
+    from dmin.sketches.backends.cpu_kernels import Fold
 
 
 class SpectralAccumulator(Accumulator):
@@ -103,7 +105,7 @@ class TensorSketch(BlockCyclic):
 
     def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
         """Return the stated bound, ``[n]``; see the base class."""
-        parameter = self._bound.by_name[name]
+        parameter = self.parameters.by_name[name]
         if not self.tensor_sketched(parameter):
             return super().variance(name, g, h)
         found, (out, inside) = moments(g, h), (parameter.shape[0], prod(parameter.shape[1:]))
@@ -115,11 +117,11 @@ class TensorSketch(BlockCyclic):
 
     def begin(self, batch: int, like: Tensor, budget: int = 16 << 20) -> SpectralAccumulator:
         """Start the rows of a batch."""
-        return SpectralAccumulator(batch, len(self._bound.groups), self.dim, like, budget)
+        return SpectralAccumulator(batch, len(self.parameters.groups), self.dim, like, budget)
 
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
         """Add one parameter, from its factors where that is cheaper than forming it."""
-        parameter = self._bound.by_name[name]
+        parameter = self.parameters.by_name[name]
         parts = factors.parts if isinstance(factors, Sum) else [factors]
         transformed = self.tensor_sketched(parameter) and all(map(_transforms, parts))
         positions = sum(map(_positions, parts)) if transformed else 0
@@ -156,7 +158,7 @@ class TensorSketch(BlockCyclic):
 
     def fold(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return buckets and signs of one parameter, by whichever map it has."""
-        parameter = self._bound.by_name[name]
+        parameter = self.parameters.by_name[name]
         if not self.tensor_sketched(parameter):
             return super().fold(name, device)
         (row, row_sign), (column, column_sign) = self._hashes(parameter, device)

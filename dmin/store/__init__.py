@@ -19,18 +19,14 @@ Nothing here imports torch.
 """
 
 from dmin.store.manifest import Layout, Manifest
-from dmin.store.progress import Progress
 from dmin.store.reader import Block, Store, check_comparable
-from dmin.store.share import Share
 from dmin.store.writer import Rows, StoreWriter
 
 __all__ = [
     "Block",
     "Layout",
     "Manifest",
-    "Progress",
     "Rows",
-    "Share",
     "Store",
     "StoreWriter",
     "check_comparable",

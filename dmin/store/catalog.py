@@ -25,17 +25,12 @@ from zipfile import BadZipFile
 import h5py
 import numpy as np
 
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
+from dmin.runtime.files import os_failure
 from dmin.store.encoding import decode, word_sums
 from dmin.store.manifest import Layout, Manifest
 from dmin.store.mapped import Mapped
-from dmin.store.segments import (
-    damaged,
-    os_failure,
-    require_own,
-    segment_names,
-    wrong_bytes,
-)
+from dmin.store.segments import damaged, require_own, segment_names, wrong_bytes
 
 NAME, SCHEMA = "catalog.npz", 1
 # A file that changed this shortly before it was looked at may change again within one tick of the

@@ -9,10 +9,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
+from dmin.runtime.files import os_failure
 from dmin.store.manifest import MANIFEST
 from dmin.store.reader import Store
-from dmin.store.segments import os_failure
 
 ROWS = 256
 # The type of an exported feature to numpy and to safetensors; what numpy lacks becomes float32.

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dmin.errors import DminError
-from dmin.fingerprint import differences, fingerprint
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import differences, fingerprint
 from dmin.store.encoding import STORED_AS
 
 FORMAT, SCHEMA = "dmin-store", 1

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dmin.store.segments import open_hdf5, os_failure
+from dmin.runtime.files import os_failure
+from dmin.store.segments import open_hdf5
 
 NEAR = 64 << 10  # bytes: one longer read is quicker than two short ones
 

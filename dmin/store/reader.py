@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from dmin.errors import DminError
-from dmin.fingerprint import differences, fingerprint
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import differences, fingerprint
 from dmin.store.catalog import Catalog
 from dmin.store.encoding import STORED_AS, decode, word_sums
-from dmin.store.growth import removed_rows
 from dmin.store.manifest import Layout, require_count
 from dmin.store.mapped import Mapped
+from dmin.store.revisions import removed_rows
 from dmin.store.segments import Segment, read_manifest
 
 

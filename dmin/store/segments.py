@@ -1,12 +1,10 @@
 """The files of a store: what is in a segment, how one is committed, how one is checked."""
 
 import contextlib
-import errno
 import hashlib
 import io
 import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,22 +13,13 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
+from dmin.runtime.files import os_failure
+from dmin.runtime.formatting import spans
 from dmin.store.manifest import MANIFEST, Manifest
 
 SEGMENT_NAME = re.compile(r"segment-\d{8,}-([0-9a-f]{16})\.h5")
 GROWTH_NAME = re.compile(r"growth-\d{4,}\.json")
-
-REMEDIES = {
-    errno.EACCES: "give yourself permission to this path, or choose another directory",
-    errno.EPERM: "give yourself permission to this path, or choose another directory",
-    errno.EROFS: "the disk is mounted read-only: choose another directory",
-    errno.ENOTDIR: "a part of this path is a file, not a directory: choose another path",
-    errno.EEXIST: "a file of this name is in the way: choose another path",
-    errno.ENOSPC: "the disk is full: free space, then run the same command again, it resumes",
-    errno.EDQUOT: "your disk quota is used up: free space, then run the same command again",
-    errno.EFBIG: "files may not grow that large here: raise `ulimit -f` or lower segment_bytes",
-}
 
 
 class Content(NamedTuple):
@@ -45,12 +34,6 @@ class Segment(NamedTuple):
 
     path: Path
     blocks: np.ndarray
-
-
-def os_failure(doing: str, path: Path, error: OSError) -> DminError:
-    """Say which path failed, why, and what helps."""
-    remedy = REMEDIES.get(error.errno or 0, "check that the disk works and that the path is right")
-    return DminError(f"Could not {doing} {path} ({error.strerror or error}): {remedy}.")
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -142,40 +125,6 @@ def encode_segment(manifest: Manifest, blocks: Mapping[int, Content]) -> memoryv
 def segment_name(first_block: int, content: memoryview) -> str:
     """Return the name of a segment: its first block, and the digest of its bytes."""
     return f"segment-{first_block:08d}-{hashlib.sha256(content).hexdigest()[:16]}.h5"
-
-
-def commit(path: Path, content: bytes | memoryview, *, overwrite: bool = True) -> None:
-    """Write a file so that it is there whole or not at all, even after a power failure.
-
-    Args:
-        path: the file.
-        content: its bytes.
-        overwrite: replace a file of this name; otherwise the file that is there first stays.
-
-    Raises:
-        FileExistsError: there is such a file, and it may not be overwritten.
-        OSError: it was not written; the temporary file is removed.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            os.rename(temporary, path)
-        else:
-            os.link(temporary, path)  # unlike a rename, this fails if the name is taken
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    # Some network file systems cannot sync a directory; the file is whole there all the same.
-    with contextlib.suppress(OSError):
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
 
 def open_segments(
@@ -273,11 +222,3 @@ def damaged(
         " file named here and run the same `dmin collect` command again: only the missing blocks"
         " are computed again."
     )
-
-
-def spans(numbers: Sequence[int], most: int = 8) -> str:
-    """Write ascending numbers as spans, such as ``0-7, 16-23``."""
-    array = np.asarray(numbers, dtype=np.int64)
-    runs = np.split(array, np.flatnonzero(np.diff(array) > 1) + 1)
-    texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs if len(run)]
-    return ", ".join(texts[:most]) + (" ..." if len(texts) > most else "")

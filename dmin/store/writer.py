@@ -11,20 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
+from dmin.runtime.files import commit, os_failure
+from dmin.runtime.formatting import spans
 from dmin.store.encoding import LARGEST, encode
 from dmin.store.manifest import Layout, Manifest, unlike
 from dmin.store.segments import (
     MANIFEST,
     Content,
     Segment,
-    commit,
     encode_segment,
     open_segments,
-    os_failure,
     read_manifest,
     segment_name,
-    spans,
 )
 
 STALE_SECONDS = 24 * 3600.0

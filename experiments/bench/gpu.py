@@ -24,8 +24,10 @@ from torch import Tensor
 from workloads import WORKLOADS, Workload, build, times
 
 from dmin.attribution import DMin, retrieve
-from dmin.layer_gradients import Outer
-from dmin.sketches import BlockCyclic, Parameter, Parameters, TensorSketch, gpu
+from dmin.gradients.layers import Outer
+from dmin.gradients.parameters import Parameter, Parameters
+from dmin.sketches import BlockCyclic, TensorSketch
+from dmin.sketches.backends import gpu
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
 
 HERE = Path(__file__).parent

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from workloads import BATCH, Workload
 
-from dmin.capture import Capture, choose_parameters
+from dmin.gradients.capture import Capture
+from dmin.gradients.parameters import choose_parameters
 from dmin.sketches import BlockCyclic
 
 K = 4096

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dmin.attribution.hessian import LossCurvature
-from dmin.attribution.kronecker import KroneckerCurvature
-from dmin.attribution.model_loss import ModelLoss
+from dmin.attribution.curvature.hessian import LossCurvature
+from dmin.attribution.curvature.kronecker import KroneckerCurvature
+from dmin.attribution.methods.model_loss import ModelLoss
 from dmin.collect import GradientCollector
 from dmin.data.digits import Digits
+from dmin.diffusion.timesteps import Explicit
 from dmin.models.base import DiffusionModel, Prediction
 from dmin.sketches import BlockCyclic
-from dmin.timesteps import Explicit
 
 HERE = Path(__file__).parent
 EXAMPLES, TIMES, WIDTH, SAMPLES, REPEATS = 100, (2, 5, 8), 12, 100, 7

@@ -17,19 +17,19 @@ import matplotlib
 import numpy as np
 import torch
 
-from dmin.attribution.curvature import Curvature, fit_curvature
-from dmin.attribution.hessian import LossCurvature
-from dmin.attribution.model_loss import ModelLoss
+from dmin.attribution.curvature.curvature import Curvature, fit_curvature
+from dmin.attribution.curvature.hessian import LossCurvature
+from dmin.attribution.methods.model_loss import ModelLoss
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Examples
 from dmin.data.digits import Digits
+from dmin.diffusion.noise import SharedNoise
+from dmin.diffusion.timesteps import Stratified
 from dmin.evaluation import Ensemble, Recipe
-from dmin.models.mlp import MLP
-from dmin.noise import SharedNoise
-from dmin.record import recorded
+from dmin.models.toy.mlp import MLP
+from dmin.runtime.provenance import recorded
 from dmin.sketches import BlockCyclic
 from dmin.store import Store
-from dmin.timesteps import Stratified
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

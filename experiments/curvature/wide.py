@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmin.attribution.curvature import Curvature, fit_curvature
+from dmin.attribution.curvature.curvature import Curvature, fit_curvature
 
 HERE = Path(__file__).parent
 WIDTHS, MEMORIES, PASSES = (16_384, 65_536), (256 << 20,), (1, 2)

@@ -22,16 +22,16 @@ from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Dataset, Examples
 from dmin.data.digits import Digits
 from dmin.data.shapes import Shapes
-from dmin.evaluation.ground_truth import GroundTruth, SameColumn, SameLabel, Source
+from dmin.diffusion.noise import SharedNoise
+from dmin.diffusion.processes import Flow
+from dmin.diffusion.timesteps import DMinCubic, Stratified
+from dmin.doctor.timestep_report import report_of
 from dmin.evaluation.metrics import bootstrap, measure
+from dmin.evaluation.truths.base import GroundTruth, SameColumn, SameLabel, Source
 from dmin.models import DiffusionModel, Prediction
-from dmin.models.noising import Flow
-from dmin.noise import SharedNoise
 from dmin.queries import Planted
-from dmin.record import recorded
+from dmin.runtime.provenance import recorded
 from dmin.sketches import OPORP, BlockCyclic
-from dmin.timestep_report import report_of
-from dmin.timesteps import DMinCubic, Stratified
 from dmin.train import fit_trainer, train
 
 HERE = Path(__file__).parent

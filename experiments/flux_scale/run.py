@@ -18,8 +18,9 @@ from diffusers import FluxTransformer2DModel
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from dmin.capture import Capture, choose_parameters
-from dmin.record import recorded
+from dmin.gradients.capture import Capture
+from dmin.gradients.parameters import choose_parameters
+from dmin.runtime.provenance import recorded
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

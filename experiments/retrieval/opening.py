@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dmin.record import recorded
+from dmin.runtime.provenance import recorded
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
 
 N, BLOCK, TIMES, DIM = 1_000_000, 250, 10, 16

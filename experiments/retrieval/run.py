@@ -19,11 +19,11 @@ from data import Resampled, Synthetic, written
 
 from dmin.attribution import Approximate, Certified, retrieve
 from dmin.attribution.base import Linear
-from dmin.attribution.search_index import ProjectionIndex
-from dmin.attribution.search_scan import in_threads, scan
-from dmin.attribution.search_topk import TopK
-from dmin.gallery_html import save_html
-from dmin.record import recorded
+from dmin.attribution.search.certified import ProjectionIndex
+from dmin.attribution.search.scan import in_threads, scan
+from dmin.attribution.search.topk import TopK
+from dmin.gallery.html import save_html
+from dmin.runtime.provenance import recorded
 from dmin.store import Store
 
 K = 10

@@ -22,15 +22,15 @@ import torch
 
 from dmin.attribution import SharpEnergy, Side
 from dmin.data.digits import PlantedDigits
+from dmin.diffusion.noise import SharedNoise
+from dmin.diffusion.timesteps import Stratified
 from dmin.evaluation import SameColumn
-from dmin.evaluation.ensemble import Ensemble, Recipe
-from dmin.evaluation.lds import lds, membership, random_subsets
 from dmin.evaluation.metrics import measure
-from dmin.models.mlp import MLP
-from dmin.noise import SharedNoise
-from dmin.record import recorded
+from dmin.evaluation.retraining.ensemble import Ensemble, Recipe
+from dmin.evaluation.truths.lds import lds, membership, random_subsets
+from dmin.models.toy.mlp import MLP
+from dmin.runtime.provenance import recorded
 from dmin.store import Store
-from dmin.timesteps import Stratified
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dmin.data.digits import Digits
 from dmin.data.shapes import Shapes
+from dmin.diffusion.processes import Denoising, Flow
 from dmin.models.base import Condition, DiffusionModel, Prediction, class_labels
-from dmin.models.ddpm import DDPM
-from dmin.models.noising import Denoising, Flow
+from dmin.models.families.ddpm import DDPM
 from dmin.train import fit_trainer, train
 
 COSINE = {

@@ -19,7 +19,7 @@ from dmin.attribution import (
     retrieve,
     score_matrix,
 )
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 NAMES = ("later", "last")
 

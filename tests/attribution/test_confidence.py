@@ -12,7 +12,8 @@ from rich.console import Console
 
 from dmin.attribution import DMin, GradDot, Ranking, Side, SpectralEnergy, retrieve
 from dmin.attribution.confidence import parts_of, resampled, with_confidence
-from dmin.sketches import BlockCyclic, Parameter, Parameters
+from dmin.gradients.parameters import Parameter, Parameters
+from dmin.sketches import BlockCyclic
 
 
 @pytest.mark.parametrize(("draws", "steps"), [(2, 10), (4, 10), (1, 12)])
@@ -94,7 +95,7 @@ def test_it_is_kept_shown_and_read_back(sides, tmp_path):
 
 
 def test_opponents_have_it_too_and_methods_that_do_not_add_up_have_none(sides, tmp_path):
-    from dmin.attribution.search_select import Selection
+    from dmin.attribution.search.selection import Selection
 
     ranking = retrieve(*sides, DMin(), 12, selection=Selection(order="opponents"))
     found = with_confidence(ranking, *sides, DMin(), 3)

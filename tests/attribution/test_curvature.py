@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmin.attribution.curvature import fit_curvature
-from dmin.errors import DminError
+from dmin.attribution.curvature.curvature import fit_curvature
+from dmin.runtime.errors import DminError
 
 
 def rows_of(n, m, count=2, seed=0, decay=1.0):
@@ -159,7 +159,7 @@ def test_what_cannot_be_done_is_refused():
 
 WIDE = """
 import resource, torch
-from dmin.attribution.curvature import fit_curvature
+from dmin.attribution.curvature.curvature import fit_curvature
 torch.set_num_threads(1)
 K, MEMORY = 65536, 100 << 20
 

@@ -30,10 +30,10 @@ from dmin.attribution import (
     retrieve,
     score_matrix,
 )
-from dmin.attribution.search import Certified
-from dmin.attribution.search_faiss import Approximate
+from dmin.attribution.search.approximate import Approximate
+from dmin.attribution.search.index import Certified
 from dmin.data import Example, Examples
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
 
 DRAWS, STEPS, GROUPS, DIM = 2, 3, 2, 8
@@ -344,7 +344,7 @@ def test_the_spread_is_that_of_a_sample_when_there_are_many(sides):
 
 
 def test_the_curvature_is_described_in_the_log(sides, caplog):
-    with caplog.at_level(logging.INFO, "dmin.attribution.damped"):
+    with caplog.at_level(logging.INFO, "dmin.attribution.curvature.damped"):
         Spectral().fit(sides[1])
     assert "of the energy; effective dimension" in caplog.text
     note = retrieve(*sides, Spectral(), k=2).notes["curvature"]

@@ -18,7 +18,7 @@ from transformers import (
 
 from dmin.attribution import EncoderCosine, Side, score_matrix
 from dmin.data import Example, Examples
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 TOWER = {
     "hidden_size": 16,

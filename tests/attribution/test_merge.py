@@ -19,10 +19,10 @@ from dmin.attribution import (
     retrieve_part,
     scores,
 )
-from dmin.attribution.search_select import Groups, Selection
+from dmin.attribution.search.selection import Groups, Selection
 from dmin.cli.parts import Parts, joined
-from dmin.errors import DminError
-from dmin.store import Share
+from dmin.runtime.errors import DminError
+from dmin.workers.shard import Share
 
 
 @pytest.fixture(scope="module")

@@ -16,19 +16,19 @@ from dmin.attribution import (
     retrieve,
     score_matrix,
 )
-from dmin.attribution.hessian import LossCurvature
-from dmin.attribution.kronecker import KroneckerCurvature, _factors
-from dmin.attribution.model_loss import ModelLoss
+from dmin.attribution.curvature.hessian import LossCurvature
+from dmin.attribution.curvature.kronecker import KroneckerCurvature, _factors
+from dmin.attribution.methods.model_loss import ModelLoss
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Examples
 from dmin.data.digits import Digits
-from dmin.errors import DminError
-from dmin.layer_gradients import Correlation
+from dmin.diffusion.noise import SharedNoise
+from dmin.diffusion.timesteps import Explicit, Stratified
+from dmin.gradients.layers import Correlation
 from dmin.models.base import DiffusionModel, Prediction
-from dmin.models.mlp import MLP
-from dmin.noise import SharedNoise
+from dmin.models.toy.mlp import MLP
+from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
-from dmin.timesteps import Explicit, Stratified
 
 DIGITS = Digits("train").examples
 

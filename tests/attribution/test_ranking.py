@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from dmin.attribution.ranking import Ranking, format_score
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 QUERIES, K, STEPS = 3, 4, 5
 

@@ -21,12 +21,12 @@ from dmin.attribution import (
 )
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Examples
-from dmin.errors import DminError
-from dmin.models.ddpm import DDPM
-from dmin.noise import SharedNoise
+from dmin.diffusion.noise import SharedNoise
+from dmin.diffusion.timesteps import Stratified
+from dmin.models.families.ddpm import DDPM
+from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
 from dmin.store import Store
-from dmin.timesteps import Stratified
 
 METHODS = [
     DMin(),

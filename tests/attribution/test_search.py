@@ -8,11 +8,11 @@ import torch
 from made_stores import drawn, made
 
 from dmin.attribution import DMin, GradCos, GradDot, Side, retrieve, score_matrix
-from dmin.attribution import search as search_module
-from dmin.attribution.search import Certified, certified_search
-from dmin.attribution.search_index import ProjectionIndex
-from dmin.attribution.search_select import Selection
-from dmin.errors import DminError
+from dmin.attribution.search import index as search_module
+from dmin.attribution.search.certified import ProjectionIndex
+from dmin.attribution.search.index import Certified, certified_search
+from dmin.attribution.search.selection import Selection
+from dmin.runtime.errors import DminError
 from dmin.store import Store
 
 N, DIM = 400, 32

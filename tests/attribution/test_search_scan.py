@@ -7,11 +7,12 @@ import pytest
 import torch
 from made_stores import cosines, drawn, made
 
-from dmin.attribution import DMin, GradDot, Side, retrieve, score_matrix, search_scan
+from dmin.attribution import DMin, GradDot, Side, retrieve, score_matrix
 from dmin.attribution import scores as scores_module
-from dmin.attribution.search import Certified
-from dmin.attribution.search_scan import in_threads, multiply, scan
-from dmin.errors import DminError
+from dmin.attribution.search import scan as search_scan
+from dmin.attribution.search.index import Certified
+from dmin.attribution.search.scan import in_threads, multiply, scan
+from dmin.runtime.errors import DminError
 from dmin.store.encoding import word_sums
 
 

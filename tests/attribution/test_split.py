@@ -20,10 +20,10 @@ from dmin.attribution import (
     retrieve,
 )
 from dmin.attribution.base import Side
-from dmin.attribution.blend import Blend
-from dmin.attribution.search_popularity import PopularityCorrected
-from dmin.attribution.search_select import Selection
-from dmin.errors import DminError
+from dmin.attribution.methods.blend import Blend
+from dmin.attribution.search.popularity import PopularityCorrected
+from dmin.attribution.search.selection import Selection
+from dmin.runtime.errors import DminError
 
 GROUPS, DRAWS = 3, 2
 SPLIT = {

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-from dmin.cli import compose
-from dmin.cli.compose import needs, run
-from dmin.errors import DminError
+from dmin.cli.config import compose
+from dmin.cli.config.compose import needs, run
+from dmin.runtime.errors import DminError
 
 CONF = {
     "dmin": """\

@@ -13,10 +13,11 @@ import pytest
 from dmin.collect import GradientCollector
 from dmin.data.digits import Digits
 from dmin.data.subset import Subset
-from dmin.errors import DminError
+from dmin.diffusion.timesteps import Stratified
+from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
-from dmin.store import Share, Store
-from dmin.timesteps import Stratified
+from dmin.store import Store
+from dmin.workers.shard import Share
 
 # With a segment a block.
 SETTINGS = [
@@ -128,7 +129,7 @@ def test_more_shards_than_blocks_leave_some_with_nothing(collected, tmp_path):
 
 
 def test_a_shard_that_is_being_collected_is_not_collected_twice(collected, tmp_path):
-    from dmin.store import Progress
+    from dmin.workers.heartbeat import Progress
 
     collected(52, tmp_path / "s", shard=0, shards=4)
     other = Progress(tmp_path / "s", Share(1, 4))

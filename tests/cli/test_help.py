@@ -7,8 +7,8 @@ from hydra import compose, initialize_config_dir
 
 from dmin.cli import help as pages
 from dmin.cli import main
+from dmin.cli.config.validate import validate
 from dmin.cli.help import config_directory, did_you_mean, groups
-from dmin.cli.validate import validate
 
 OWN_PAGES = ("status", "store", "repeat")  # commands that compose no configuration
 

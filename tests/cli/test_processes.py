@@ -10,10 +10,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
-from dmin.cli import slurm
 from dmin.cli.help import config_directory
-from dmin.cli.processes import check_devices, is_main
-from dmin.cli.slurm import (
+from dmin.cli.jobs import slurm
+from dmin.cli.jobs.processes import check_devices, is_main
+from dmin.cli.jobs.slurm import (
     Processes,
     Tasks,
     after_stop,
@@ -22,8 +22,8 @@ from dmin.cli.slurm import (
     check_submission,
     parsed_time,
 )
-from dmin.errors import DminError
-from dmin.stopping import Stopped
+from dmin.runtime.errors import DminError
+from dmin.runtime.signals import Stopped
 
 STEP = {"SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "x"}
 
@@ -149,7 +149,7 @@ class TestBeforeSubmission:
 def test_a_process_ends_with_the_one_that_started_it(tmp_path):
     child = tmp_path / "child.py"
     child.write_text(
-        "import os, time\nfrom dmin.cli.processes import follow_parent\nfollow_parent()\n"
+        "import os, time\nfrom dmin.cli.jobs.processes import follow_parent\nfollow_parent()\n"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
     )
     parent = (

@@ -12,9 +12,9 @@ from dmin.collect import GradientCollector
 from dmin.data.base import collate
 from dmin.data.digits import Digits
 from dmin.data.image_folder import ImageFolder
-from dmin.models.ddpm import DDPM
+from dmin.diffusion.timesteps import Stratified
+from dmin.models.families.ddpm import DDPM
 from dmin.sketches import BlockCyclic
-from dmin.timesteps import Stratified
 
 DATA = [
     *("model=ddpm", "data=subset", "data@data.dataset=digits", "data.count=12"),

@@ -8,8 +8,9 @@ import pytest
 from attribution.made_stores import drawn, made
 
 from dmin.cli import main
-from dmin.cli.status import duration
-from dmin.store import Progress, Share
+from dmin.cli.tools.status import duration
+from dmin.workers.heartbeat import Progress
+from dmin.workers.shard import Share
 
 
 @pytest.fixture

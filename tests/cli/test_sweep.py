@@ -10,7 +10,7 @@ from cli.test_commands import dmin, refusal
 from hydra.core.hydra_config import HydraConfig
 
 from dmin.cli import main
-from dmin.cli.record import recorded
+from dmin.cli.jobs.record import recorded
 
 COMMON = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
 
@@ -96,7 +96,9 @@ def test_a_run_is_repeated_from_its_record(place):
 def test_a_repeated_benchmark_keeps_the_settings_of_its_method(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from dmin.cli import benchmarks, commands, compose, repeat
+    from dmin.cli import benchmarks, commands
+    from dmin.cli.config import compose
+    from dmin.cli.tools import repeat
 
     seen = []
 

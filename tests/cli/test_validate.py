@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 import pytest
 from omegaconf import OmegaConf
 
-from dmin.cli import validate as module
-from dmin.cli.annotations import fits, spell
-from dmin.cli.validate import ROOT_KEYS, validate
-from dmin.errors import DminError
+from dmin.cli.config import validate as module
+from dmin.cli.config.annotations import fits, spell
+from dmin.cli.config.validate import ROOT_KEYS, validate
+from dmin.runtime.errors import DminError
 
 
 class Toy:

@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from dmin.cli.help import config_directory, groups
 from dmin.data import Example, Examples, collate, describe_dataset
 from dmin.data.module import CollectData
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 WRITE = {
     "image_folder": on_disk.write_folder,

@@ -14,7 +14,7 @@ from examples_on_disk import encoded, write_folder
 from dmin.data import files as files_module
 from dmin.data import image_folder
 from dmin.data.image_folder import ImageFolder, save_images
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 PICTURE = encoded(np.full((4, 4, 3), 99, np.uint8))
 

@@ -8,7 +8,7 @@ import torch
 
 from dmin.data import Example, Examples, collate
 from dmin.data.module import Blocks, CollectData, TrainData
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 DATA = Examples([Example(f"e{n}", torch.full((1, 2, 2), n / 40)) for n in range(26)])
 

@@ -10,7 +10,7 @@ from examples_on_disk import encoded
 from PIL import Image
 
 from dmin.data.pixels import Pixels, Unreadable, buckets
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 RED = (255, 0, 0)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dmin.data.shapes import ATTRIBUTES, COLOURS, SHAPES, Shapes, _draw, _facts, _generator
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 
 def drawn(dataset):

@@ -4,7 +4,7 @@ import pytest
 
 from dmin.data import Examples, Subset, describe_dataset
 from dmin.data.shapes import Shapes
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 
 WHOLE = Shapes(examples=40, size=8)
 

@@ -13,7 +13,6 @@ from PIL import Image
 from dmin.attribution import DAS, DMin, JourneyTRAK, Method, PixelL2, Random, Spectral
 from dmin.data import Example, Examples
 from dmin.data.digits import Digits
-from dmin.errors import DminError
 from dmin.evaluation import (
     Benchmark,
     GroundTruth,
@@ -24,11 +23,12 @@ from dmin.evaluation import (
     Source,
     Task,
     Tuning,
-    present,
 )
-from dmin.evaluation.results import Cell, Row, compared
-from dmin.evaluation.tables import markdown
+from dmin.evaluation.report.results import Cell, Row, compared
+from dmin.evaluation.report.tables import markdown
+from dmin.evaluation.truths import present
 from dmin.queries import Planted
+from dmin.runtime.errors import DminError
 
 
 class Brightness(GroundTruth):
@@ -212,7 +212,7 @@ def test_the_page_needs_nothing_else_and_lets_no_markup_in(report, tmp_path):
 
 
 def test_a_lead_within_chance_is_not_bold(report):
-    from dmin.evaluation.tables import cell
+    from dmin.evaluation.report.tables import cell
 
     r = find(report, "random", "mAP", "held-out")
     assert "**" not in cell(r)

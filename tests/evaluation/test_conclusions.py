@@ -4,8 +4,8 @@ from itertools import product
 
 import numpy as np
 
-from dmin.evaluation.conclusions import conclusions, summary
-from dmin.evaluation.results import Cell, Cost, Report, Row, compared
+from dmin.evaluation.report.conclusions import conclusions, summary
+from dmin.evaluation.report.results import Cell, Cost, Report, Row, compared
 
 MEANS = {  # of mAP, at each task
     "random": (0.1, 0.1, 0.1),

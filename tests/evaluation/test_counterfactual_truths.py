@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from evaluation.worlds import LinearWorld
 
-from dmin.errors import DminError
 from dmin.evaluation import LDS, Diversity, LeaveOut, Removal, SelfInfluence, UnionRemoval
+from dmin.runtime.errors import DminError
 
 QUERIES, EXAMPLES = 8, 60
 TRUTH = np.random.default_rng(0).normal(size=(QUERIES, EXAMPLES))

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from dmin.errors import DminError
 from dmin.evaluation.controls import rank_correlations, shared_top, soft_max, squared, top_only
-from dmin.evaluation.lds import (
+from dmin.evaluation.truths.lds import (
     Resamples,
     ceiling,
     interval,
@@ -15,7 +14,14 @@ from dmin.evaluation.lds import (
     random_subsets,
     weighted_spearman,
 )
-from dmin.evaluation.removal import mean_rise, rise, without_random, without_top, without_union
+from dmin.evaluation.truths.removal import (
+    mean_rise,
+    rise,
+    without_random,
+    without_top,
+    without_union,
+)
+from dmin.runtime.errors import DminError
 
 QUERIES, EXAMPLES, SUBSETS = 12, 80, 40
 

@@ -9,13 +9,13 @@ import torch
 from toy_ddpm import TINY_UNET
 
 from dmin.data import Examples
-from dmin.errors import DminError
-from dmin.evaluation.ensemble import Ensemble
-from dmin.evaluation.recipe import Recipe
+from dmin.diffusion.noise import SharedNoise
+from dmin.evaluation.retraining.ensemble import Ensemble
+from dmin.evaluation.retraining.recipe import Recipe
 from dmin.models.base import per_example_loss
-from dmin.models.ddpm import DDPM
-from dmin.models.mlp import MLP
-from dmin.noise import SharedNoise
+from dmin.models.families.ddpm import DDPM
+from dmin.models.toy.mlp import MLP
+from dmin.runtime.errors import DminError
 from dmin.train import fit_trainer, train
 
 RECIPE = Recipe(steps=25, batch_size=8, warmup=5, ema_decay=0.9)

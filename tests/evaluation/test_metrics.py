@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from dmin.errors import DminError
 from dmin.evaluation.metrics import bootstrap, measure
+from dmin.runtime.errors import DminError
 
 GENERATOR = np.random.default_rng(0)
 SCORES = GENERATOR.normal(size=(6, 40))

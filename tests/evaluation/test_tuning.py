@@ -5,13 +5,13 @@ import pytest
 from attribution.made_stores import made
 
 from dmin.attribution import DMin, PixelL2, SharpEnergy, Side, Spectral
-from dmin.attribution.curvature import Curvature
+from dmin.attribution.curvature.curvature import Curvature
 from dmin.attribution.scores import fitted_scores
-from dmin.errors import DminError
 from dmin.evaluation import Report, Tuning
 from dmin.evaluation.metrics import measure
-from dmin.evaluation.plots import weights as plot
+from dmin.evaluation.report.plots import weights as plot
 from dmin.evaluation.tuning import bump
+from dmin.runtime.errors import DminError
 
 SIGNAL, CLASSES = 1, 4
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from models.tiny import save
 
-from dmin.models.dit import DiT
-from dmin.models.flux import Flux
-from dmin.models.hunyuan_dit import HunyuanDiT
-from dmin.models.pixart import PixArt
-from dmin.models.sana import Sana
-from dmin.models.stable_diffusion import StableDiffusion
-from dmin.models.stable_diffusion_3 import StableDiffusion3
-from dmin.models.stable_diffusion_xl import StableDiffusionXL
+from dmin.models.families.dit import DiT
+from dmin.models.families.flux import Flux
+from dmin.models.families.hunyuan_dit import HunyuanDiT
+from dmin.models.families.pixart import PixArt
+from dmin.models.families.sana import Sana
+from dmin.models.families.stable_diffusion import StableDiffusion
+from dmin.models.families.stable_diffusion_3 import StableDiffusion3
+from dmin.models.families.stable_diffusion_xl import StableDiffusionXL
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from models.families import FAMILIES, checkpoint, load
 from dmin.data import Example, collate
 from dmin.data.base import Sizes
 from dmin.data.image_folder import ImageFolder
-from dmin.errors import DminError
 from dmin.queries import Generated
+from dmin.runtime.errors import DminError
 
 
 @pytest.mark.parametrize("name", FAMILIES)

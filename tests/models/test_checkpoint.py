@@ -20,13 +20,13 @@ from test_families import examples, inputs, one_sketch
 from dmin.cli.help import config_directory
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Example, collate
-from dmin.errors import DminError
+from dmin.diffusion.noise import SharedNoise
+from dmin.diffusion.timesteps import Explicit
 from dmin.models import vae
-from dmin.models.checkpoint import LORA, load_adapters
-from dmin.models.ddpm import DDPM
-from dmin.noise import SharedNoise
+from dmin.models.checkpoints import LORA, load_adapters
+from dmin.models.families.ddpm import DDPM
+from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
-from dmin.timesteps import Explicit
 
 # Some linear layers, and a convolution where there is one.
 TARGETS = ["to_q", "to_v", "conv1"]

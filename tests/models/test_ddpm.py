@@ -5,8 +5,8 @@ import torch
 from toy_ddpm import TINY_UNET
 
 from dmin.data import Example, collate
-from dmin.errors import DminError
-from dmin.models.ddpm import DDPM
+from dmin.models.families.ddpm import DDPM
+from dmin.runtime.errors import DminError
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

@@ -10,11 +10,11 @@ from models.tiny import stable_diffusion, unet
 
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Example, Examples, collate
-from dmin.errors import DminError
+from dmin.diffusion.noise import SharedNoise
+from dmin.diffusion.timesteps import Explicit
 from dmin.models.base import per_example_loss
-from dmin.noise import SharedNoise
+from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
-from dmin.timesteps import Explicit
 
 CASES = [(name, kind) for name, f in FAMILIES.items() for kind in f.predictions]
 

@@ -10,11 +10,11 @@ from dmin.attribution import TRAK, JourneyTRAK, Side, retrieve, score_matrix
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Example, Examples
 from dmin.data.image_folder import ImageFolder
-from dmin.errors import DminError
-from dmin.models.noising import Flow
+from dmin.diffusion.processes import Flow
+from dmin.diffusion.timesteps import Stratified
 from dmin.queries import Generated
+from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
-from dmin.timesteps import Stratified
 
 STEPS, STATES = 5, 3
 SCHEDULERS = [

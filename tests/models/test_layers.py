@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 
-from dmin.layer_gradients import layer_gradient
+from dmin.gradients.layers import layer_gradient
 from dmin.models import layers  # noqa: F401  (registers them)
 
 LAYERS = {

@@ -7,12 +7,12 @@ from test_families import examples, inputs
 
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Examples, collate
-from dmin.errors import DminError
+from dmin.diffusion.noise import SharedNoise
+from dmin.diffusion.timesteps import Explicit
 from dmin.models.base import READOUTS, per_example_loss
-from dmin.noise import SharedNoise
+from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
 from dmin.store import check_comparable
-from dmin.timesteps import Explicit
 
 STEP = 400
 

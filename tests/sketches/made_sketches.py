@@ -9,7 +9,8 @@ import torch
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from dmin.sketches import Parameter, Parameters, Sketch
+from dmin.gradients.parameters import Parameter, Parameters
+from dmin.sketches import Sketch
 
 CONF = {path.stem: path for path in Path(__file__).parents[2].glob("conf/sketch/*.yaml")}
 K = 32

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from dmin.capture import Capture, choose_parameters
-from dmin.layer_gradients import Correlation, Outer
-from dmin.sketches import Auto, BlockCyclic, Factored, Parameter, Parameters, TensorSketch
+from dmin.gradients.capture import Capture
+from dmin.gradients.layers import Correlation, Outer
+from dmin.gradients.parameters import Parameter, Parameters, choose_parameters
+from dmin.sketches import Auto, BlockCyclic, Factored, TensorSketch
+from dmin.sketches.backends.threads import in_threads
 from dmin.sketches.hashing import hash_words
-from dmin.sketches.threads import in_threads
 
 K = 512
 LAYERS = {
@@ -122,7 +123,7 @@ def test_vectors_that_are_sketched_together_are_those_sketched_apart(name, monke
 @pytest.mark.parametrize("openmp", [True, False])
 def test_work_that_fails_in_a_thread_is_not_lost(openmp, monkeypatch):
     if not openmp:
-        monkeypatch.setattr("dmin.sketches.threads._openmp", lambda: None)
+        monkeypatch.setattr("dmin.sketches.backends.threads._openmp", lambda: None)
 
     def work(i):
         if i == 3:
@@ -137,7 +138,7 @@ def test_work_that_fails_in_a_thread_is_not_lost(openmp, monkeypatch):
 
 
 def test_the_kernels_hash_as_torch_does():
-    from dmin.sketches import cpu_kernels
+    from dmin.sketches.backends import cpu_kernels
 
     for key in (0, 1, 0x7FFFFFFF, 0xFFFFFFFF):
         words, places = cpu_kernels.hashed_map(key, 1000, key + 1, 300, 77)
@@ -146,7 +147,7 @@ def test_the_kernels_hash_as_torch_does():
 
 
 def test_tiles_of_toom_and_cook_are_correlations():
-    from dmin.sketches.cpu_kernels import toom_cook
+    from dmin.sketches.backends.cpu_kernels import toom_cook
 
     inverse, first, second = toom_cook([0, 1, -1, 2, -2], 3, 4)
     rng = np.random.default_rng(0)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from dmin.capture import Capture, choose_parameters
-from dmin.errors import DminError
-from dmin.layer_gradients import Dense, Outer, Sum, layer_gradient
-from dmin.sketches import Auto, BlockCyclic, Parameter, Parameters, Sketch, TensorSketch, gpu
+from dmin.gradients.capture import Capture
+from dmin.gradients.layers import Dense, Outer, Sum, layer_gradient
+from dmin.gradients.parameters import Parameter, Parameters, choose_parameters
+from dmin.runtime.errors import DminError
+from dmin.sketches import Auto, BlockCyclic, Sketch, TensorSketch
+from dmin.sketches.backends import gpu
 from dmin.sketches.hashing import hash_words
 
 ON_GPU = torch.cuda.is_available()
@@ -173,7 +175,7 @@ def test_triton_is_refused_where_it_cannot_be(monkeypatch):
 
 
 def test_torch_alone_gives_the_rows_of_the_compiled_loops(monkeypatch):
-    from dmin.sketches import forming
+    from dmin.sketches.backends import cpu as forming
 
     once, _ = factors_of("tokens")
     for sketch in (BlockCyclic(1280), TensorSketch(1024), Auto(1024)):
@@ -217,7 +219,7 @@ def compile_all() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dmin.sketches import gpu_kernels
+    from dmin.sketches.backends import gpu_kernels
 
     for name in ("hash_words", "fold_blocks", "fold_rows", "count_sketch", "add_products"):
         kernel = getattr(gpu_kernels, name)

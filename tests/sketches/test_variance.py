@@ -7,7 +7,8 @@ import pytest
 import torch
 from made_sketches import SHAPES, K, build, every_random_sketch, every_sketch, flat, parameters_of
 
-from dmin.sketches import Parameter, Parameters, Sketch
+from dmin.gradients.parameters import Parameter, Parameters
+from dmin.sketches import Sketch
 from dmin.sketches.bounds import matrix_shape, moments
 
 MAPS = 300

@@ -12,9 +12,9 @@ from dmin.collect import GradientCollector
 from dmin.data.digits import Digits
 from dmin.data.image_folder import save_images
 from dmin.data.subset import Subset
+from dmin.diffusion.timesteps import Stratified
 from dmin.sketches import BlockCyclic
 from dmin.store import Store
-from dmin.timesteps import Stratified
 
 pytestmark = pytest.mark.slurm
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 from dmin.store import Store, StoreWriter
 from dmin.store import catalog as catalog_module
 from dmin.store.catalog import NAME

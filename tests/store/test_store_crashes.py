@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 from dmin.store import Store, StoreWriter
 from dmin.store import segments as segments_module
 from dmin.store import writer as writer_module

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 from dmin.store import Store, StoreWriter
 from dmin.store.encoding import STORED_AS, decode, encode
 

@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 from dmin.store import Manifest, Store, StoreWriter
 from dmin.store import segments as segments_module
 

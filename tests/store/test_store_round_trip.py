@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from dmin.errors import DminError
+from dmin.runtime.errors import DminError
 from dmin.store import Rows, Store, StoreWriter, check_comparable
 from dmin.store import mapped as mapped_module
 from dmin.store import reader as reader_module

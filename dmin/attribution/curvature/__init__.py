@@ -1,0 +1,1 @@
+"""Curvature of the loss: damped second moments, Hessian products, Kronecker factors."""

@@ -1,0 +1,138 @@
+"""What methods with a damped curvature share: its settings, its fit, its damping."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmin.attribution.base import ExampleBlock, Method, Side
+from dmin.attribution.curvature.curvature import Curvature, fit_curvature
+from dmin.runtime.errors import DminError
+
+log = logging.getLogger(__name__)
+
+
+class Damped(Method):
+    """A method with a curvature C and a damping λ, given in one of two ways.
+
+    ``λ = α · mean eigenvalue of C``, or λ such that ``tr C (C + λ)^{−1} = d``, the effective
+    dimension: how many directions of C stand out of the damping. An α that suits one model is far
+    too much or too little for the next, whose eigenvalues fall otherwise; d carries over
+    (experiments/sharp_energy).
+
+    Args:
+        alpha: α, in units of the mean eigenvalue over C's support; None to give d instead.
+        rank: directions of the curvature kept at most; None for all that fit the memory.
+        memory: bytes that fitting may take.
+        passes: over the store, where the curvature does not fit the memory.
+        effective: d, of each timestep's curvature; half of all directions where there are fewer
+            than twice as many. None to give α instead.
+
+    Raises:
+        DminError: not one of α and d is given, or it is not positive.
+    """
+
+    def __init__(
+        self,
+        alpha: float | None = 0.1,
+        rank: int | None = None,
+        memory: int = 1 << 30,
+        passes: int = 2,
+        effective: float | None = None,
+    ) -> None:
+        self.alpha, self.effective = checked_damping(alpha, effective)
+        self.rank, self.memory, self.passes = rank, memory, passes
+        self._curvature: Curvature | None = None
+        self.known: dict[tuple[str, ...], Tensor] | None = None
+
+    @property
+    def curvature(self) -> Curvature:
+        """What :meth:`fit` found."""
+        if self._curvature is None:
+            raise RuntimeError("call method.fit(train) first")
+        return self._curvature
+
+    @property
+    def damping(self) -> Tensor:
+        """λ, float64 ``[B]``."""
+        if self.effective is not None:
+            return self.curvature.damping_for(self.effective)
+        assert self.alpha is not None
+        mean = self.curvature.mean_eigenvalue
+        # Where there is no gradient at all there is nothing to precondition: any λ will do.
+        return torch.where(mean > 0, self.alpha * mean, 1)
+
+    @property
+    def mean_alpha(self) -> float:
+        """The damping in mean eigenvalues, α where it is given, else its mean over log λ."""
+        mean = self.curvature.mean_eigenvalue
+        return float((self.damping / mean)[mean > 0].log().mean().exp())
+
+    def fit_to(
+        self,
+        train: Side,
+        rows: Callable[[ExampleBlock], Tensor],
+        shape: tuple[int, int, int],
+        what: str,
+    ) -> None:
+        """Fit the curvature to the training rows, and log what it is like.
+
+        Args:
+            train: the training side, which keeps it for other methods of the same rows.
+            rows: makes ``[n, B, m]`` of a block.
+            shape: of all rows together.
+            what: names these rows, of this side and this method's readouts.
+        """
+        # A block stands there several times over: as it is read, arranged, and widened.
+        row = 4 * int(np.prod(train.store.layout.row_shape))
+        size = min(256, max(1, self.memory // (32 * row)))
+        settings = self.rank, self.memory, self.passes
+
+        def stream() -> Iterator[Tensor]:
+            return (rows(block) for block in train.blocks(self.requires, size))
+
+        key = what, *self.requires.readouts, *settings
+        self._curvature = train.fits.get(key, lambda: fit_curvature(stream, shape, *settings))
+        log.info("%s: curvature: %s", self.name, self._curvature.describe(self.damping))
+
+    def power(self, rows: Tensor, p: float, ids: Sequence[str]) -> Tensor:
+        """Return ``(C + λ)^{−p} v`` of each row of some queries, ``[n, B, m]``.
+
+        While a path of λ and p is walked, ``known`` keeps their coordinates, by their ids.
+        """
+        if self.known is None:
+            return self.curvature.power(rows, self.damping, p)
+        key = tuple(ids)
+        if key not in self.known:
+            self.known[key] = self.curvature.coordinates(rows)
+        return self.curvature.power(rows, self.damping, p, self.known[key])
+
+    def notes(self) -> dict[str, str]:
+        """Return rank, energy kept and effective dimension of the curvature, and the damping."""
+        return {"curvature": self.curvature.describe(self.damping)}
+
+
+def checked_damping(
+    alpha: float | None, effective: float | None
+) -> tuple[float | None, float | None]:
+    """Return what decides the damping, or raise DminError."""
+    if (alpha is None) == (effective is None):
+        raise DminError(
+            f"method.alpha={alpha}, method.effective={effective}: one of the two decides the "
+            f"damping. Give one, and null for the other."
+        )
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise DminError(
+            f"method.alpha={alpha}: give a positive damping, in units of the mean eigenvalue; "
+            f"0.01 to 10 is usual."
+        )
+    if effective is not None and not 0 < effective < math.inf:
+        raise DminError(
+            f"method.effective={effective}: give a positive effective dimension; 2 to 32 is usual."
+        )
+    return alpha, effective

@@ -1,0 +1,165 @@
+"""The curvature of a model's loss itself: products with its Hessian and GGN, their eigenpairs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vjp
+from torch.utils._pytree import tree_map
+
+from dmin.attribution.methods.model_loss import ModelLoss, Pairs, Weights
+from dmin.data.base import Example
+from dmin.runtime.errors import DminError
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["ggn", "hessian"]
+
+
+class Eigenpairs(NamedTuple):
+    """Leading eigenvalues, descending, and their orthonormal eigenvectors."""
+
+    values: Tensor  # float64 [r]
+    vectors: Tensor  # [r, P]
+
+
+class LossCurvature:
+    """The second derivative of the mean loss of examples, as a product with vectors.
+
+    ``H = (1/n) Σ_i Σ_{d,t} ∇²_θ L(θ; x_i, ε_{d,t}, t)``
+
+    or its generalised Gauss–Newton part ``Σ Jᵀ (2w/P) J``, J the Jacobian of the P numbers
+    predicted: positive semi-definite, and for a squared error equal to the Fisher matrix of targets
+    drawn from the model (Martens 2020, arXiv 1412.1193). Products are forward-over-reverse
+    (Pearlmutter 1994): one costs about two gradients of the examples, and no matrix is formed.
+
+    Args:
+        loss: at all points of the store, or at one timestep.
+        examples: n of them.
+        kind: ``ggn`` or ``hessian``.
+        batch_size: pairs of example and point in one pass.
+
+    Raises:
+        DminError: no examples, or another kind.
+    """
+
+    def __init__(
+        self,
+        loss: ModelLoss,
+        examples: Sequence[Example],
+        kind: Kind = "ggn",
+        batch_size: int = 512,
+    ) -> None:
+        if kind not in ("ggn", "hessian") or not examples or batch_size < 1:
+            raise DminError(
+                f"curvature={kind!r} of {len(examples)} examples, batch_size={batch_size}: give "
+                f"ggn or hessian, and at least one of each."
+            )
+        self.loss, self.kind = loss, kind
+        self.pairs = list(loss.pairs(examples).split(batch_size))
+        self.forward = True  # whether the model has derivatives in forward mode
+
+    def product(self, vector: Tensor, pairs: Sequence[Pairs] | None = None) -> Tensor:
+        """Return ``H v``, ``[P]``.
+
+        Args:
+            vector: v, ``[P]``.
+            pairs: some of the examples instead, of a whole number of them.
+        """
+        chosen = self.pairs if pairs is None else pairs
+        direction = self.loss.shaped(vector)
+        total = torch.zeros_like(vector, dtype=torch.float64)
+        for piece in chosen:
+            one = self._hessian if self.kind == "hessian" else self._ggn
+            total += self.loss.flat(one(direction, piece))
+        points = sum(len(piece.t) for piece in chosen)
+        return (total * len(self.loss.points) / points).to(vector)
+
+    def eigenpairs(
+        self,
+        count: int = 1,
+        tolerance: float = 1e-6,
+        seed: int = 0,
+        pairs: Sequence[Pairs] | None = None,
+    ) -> Eigenpairs:
+        """Return the eigenpairs of largest magnitude by Lanczos iteration (SciPy's ARPACK).
+
+        An eigenvalue that occurs many times, as those of a last layer under a squared error do, may
+        be found fewer times.
+
+        Args:
+            count: how many, less than P.
+            tolerance: relative, of the eigenvalues.
+            seed: key of the starting vector.
+            pairs: some of the examples instead, as for :meth:`product`.
+
+        Raises:
+            DminError: count is out of range.
+        """
+        from scipy.sparse.linalg import LinearOperator, eigsh
+
+        size = self.loss.count
+        if not 1 <= count < size:
+            raise DminError(f"count={count}: choose 1 … {size - 1} eigenpairs.")
+        like = next(iter(self.loss.weights.values()))
+        start = np.random.default_rng(seed).standard_normal(size)
+
+        def times(v: np.ndarray) -> np.ndarray:
+            found = self.product(torch.from_numpy(v.reshape(-1)).to(like), pairs).double()
+            return found.cpu().numpy()
+
+        operator = LinearOperator((size, size), matvec=times, dtype=np.float64)
+        values, vectors = eigsh(operator, count, which="LM", v0=start, tol=tolerance)
+        order = np.argsort(-values)
+        return Eigenpairs(
+            torch.from_numpy(values[order].copy()),
+            torch.from_numpy(vectors.T[order].copy()).to(like),
+        )
+
+    def _hessian(self, direction: Weights, pairs: Pairs) -> Weights:
+        gradient = grad(lambda weights: self.loss.losses(weights, pairs).sum())
+        return self._along(gradient, direction)
+
+    def _ggn(self, direction: Weights, pairs: Pairs) -> Weights:
+        scale: list[Tensor] = []
+
+        def predicted(weights: Weights) -> Tensor:
+            found = self.loss.predict(weights, pairs)
+            size = found.prediction[0].numel()
+            scale[:] = [2 * found.weight.detach() / size]
+            return found.prediction.flatten(1)
+
+        change = self._along(predicted, direction)
+        back = _reverse(predicted, self.loss.weights)[1]
+        found: Weights = back(scale[0][:, None] * change)[0]
+        return found
+
+    def _along(self, function: Callable[[Weights], Any], direction: Weights) -> Any:
+        """Return the derivative of a function of the weights along a direction.
+
+        Forward, or where an operation of the model has no forward derivative, by transposing the
+        reverse one: as exact, and slower.
+        """
+        if self.forward:
+            try:
+                return jvp(function, (self.loss.weights,), (direction,))[1]
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                log.info("no forward derivative of %s: %s", type(self.loss.model).__name__, error)
+                self.forward = False
+        out, back = _reverse(function, self.loss.weights)
+        zeros = tree_map(torch.zeros_like, out)
+        transposed = _reverse(lambda cotangent: back(cotangent)[0], zeros)[1]
+        return transposed(direction)[0]
+
+
+def _reverse(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Return a function's value, and its transposed derivative."""
+    found: Any = vjp(function, at)
+    return found[0], found[1]

@@ -1,0 +1,97 @@
+"""DAS: the change of the model's output, not of its loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmin.attribution.base import ExampleBlock, Requires, Side
+from dmin.attribution.curvature.damped import Damped
+from dmin.attribution.rows import unit_rows
+from dmin.store import Layout
+
+
+class DAS(Damped):
+    """How much leaving an example out would change the output for the query, squared.
+
+    ``I(q, i) = Σ_t [ f̂_t(q)ᵀ (n C_t + nλ_t)^{−1} f̂_t(i) · e_t(i) / (1 − h_t(i)) ]²``
+
+    with f̂ the unit gradient of the mean output, ``e_t(i)`` the example's error (root of its loss,
+    over the mean at that timestep) and ``h_t(i) = f̂ᵀ(nC_t + nλ_t)^{−1} f̂`` its leverage: one
+    Newton step of leave-one-out (Lin et al. 2025, "Diffusion Attribution Score", arXiv 2410.18639).
+    Scores are not negative: they say how much, not in which direction. Draws are averaged.
+
+    Args:
+        alpha: as :class:`~dmin.attribution.curvature.damped.Damped`, as are the others.
+        leverage: divide by 1 − h.
+        rank: of the curvature.
+        memory: bytes that fitting may take.
+        passes: over the store.
+        effective: dimension, instead of α.
+
+    Raises:
+        DminError: as :class:`~dmin.attribution.curvature.damped.Damped`.
+    """
+
+    name = "das"
+    requires = Requires(readouts=("mean_output",))
+
+    def __init__(
+        self,
+        alpha: float | None = 0.1,
+        leverage: bool = True,
+        rank: int | None = None,
+        memory: int = 1 << 30,
+        passes: int = 2,
+        effective: float | None = None,
+    ) -> None:
+        super().__init__(alpha, rank, memory, passes, effective)
+        self.leverage = leverage
+
+    def fit(self, train: Side) -> None:
+        """Fit the curvature of each timestep, and read the errors of all examples."""
+        draws, steps, groups, dim = train.store.layout.row_shape
+        self._samples = len(train) * draws
+        self.fit_to(
+            train,
+            lambda block: self._rows(block).flatten(0, 1),
+            (self._samples, steps, groups * dim),
+            "unit",
+        )
+        error = torch.from_numpy(train.store.losses()).clamp(min=0).sqrt()
+        mean = error.mean(0).clamp(min=torch.finfo(torch.float32).tiny)
+        self._errors = dict(zip(train.store.ids, error / mean, strict=True))  # id -> [D, T]
+
+    def transform_query(self, queries: ExampleBlock) -> Tensor:
+        """Return preconditioned unit queries, ``[Q, D, T, G·k]``."""
+        rows = self._rows(queries)
+        found = self.power(rows.flatten(0, 1), 1.0, queries.ids)
+        return found.view(rows.shape) / self._samples
+
+    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``."""
+        return self.contributions(queries, train).sum(2)
+
+    def contributions(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        """Return the squared change at each timestep, ``[Q, n, T]``."""
+        rows = self._rows(train)
+        change = torch.einsum("qdtm,ndtm->qndt", queries, rows) * self._scale(train, rows)
+        return change.square().mean(2)
+
+    def group_contributions(self, queries: Tensor, train: ExampleBlock, layout: Layout) -> Tensor:
+        """Return ``u_g · u`` for the squared change ``u = Σ_g u_g``, ``[Q, n, T, G]``."""
+        rows = self._rows(train)
+        q, x = (each.unflatten(3, layout.row_shape[2:]) for each in (queries, rows))
+        change = torch.einsum("qdtgk,ndtgk->qndtg", q, x) * self._scale(train, rows)[..., None]
+        return (change * change.sum(4, keepdim=True)).mean(2)
+
+    def _scale(self, train: ExampleBlock, rows: Tensor) -> Tensor:
+        """Return ``e / (1 − h)``, ``[n, D, T]``."""
+        error = torch.stack([self._errors[id] for id in train.ids])
+        if not self.leverage:
+            return error
+        h = self.curvature.quadratic(rows.flatten(0, 1), self.damping, 1.0) / self._samples
+        return error / (1 - h.view(error.shape)).clamp(min=1e-6).to(error)
+
+    def _rows(self, block: ExampleBlock) -> Tensor:
+        return unit_rows(block, self.requires.readouts[0])

@@ -1,0 +1,74 @@
+"""DataInf: the inverse of a sum, taken for the sum of inverses, layer by layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmin.attribution.base import ExampleBlock, Linear, Side
+from dmin.attribution.curvature.damped import Damped
+from dmin.attribution.rows import over_rows, summed_rows
+from dmin.store import Layout
+
+
+class DataInf(Damped):
+    """Influence by a closed form for each group of parameters.
+
+    ``I(q, i) = Σ_l g_l(q)ᵀ [ (1/n) Σ_j (λ_l + g_l(j) g_l(j)ᵀ)^{−1} ] g_l(i)``
+
+    with ``λ_l = α · mean(g_l²)`` over examples and the entries of the sketch, ``g = Σ_t g_t``, and
+    each inverse by Sherman and Morrison: ``(1 − g gᵀ/(λ + ‖g‖²)) / λ`` (Kwon et al. 2024, arXiv
+    2310.00902, α = 0.1). The sum over j is a matrix like a curvature, and is kept as one.
+    A store of one group has the whole model for its only layer.
+
+    Args:
+        alpha: α, in units of the mean square of an entry.
+        rank: as :class:`~dmin.attribution.curvature.damped.Damped`, as are the next two.
+        memory: bytes that fitting may take.
+        passes: over the store.
+
+    Raises:
+        DminError: α is not positive.
+    """
+
+    name = "datainf"
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        rank: int | None = None,
+        memory: int = 1 << 30,
+        passes: int = 2,
+    ) -> None:
+        super().__init__(alpha, rank, memory, passes)
+
+    def fit(self, train: Side) -> None:
+        """Fit ``(1/n) Σ_j g gᵀ / (λ + ‖g‖²)`` of each group."""
+        squared = torch.zeros(len(train.store.layout.groups), dtype=torch.float64)
+        for block in train.blocks(self.requires):
+            squared += summed_rows(block).double().square().sum((0, 2))
+        groups, dim = train.store.layout.row_shape[2:]
+        assert self.alpha is not None
+        self._lambda = self.alpha * squared / (len(train) * dim)  # [G]
+        self._lambda[self._lambda == 0] = 1  # a group without gradients adds nothing anyway
+
+        def shrunk(block: ExampleBlock) -> Tensor:
+            rows = summed_rows(block)
+            length = rows.double().square().sum(2)
+            return rows * (self._lambda + length).rsqrt().to(rows)[..., None]
+
+        self.fit_to(train, shrunk, (len(train), groups, dim), f"shrunk {self.alpha}")
+
+    def transform_query(self, queries: ExampleBlock) -> Tensor:
+        """Return preconditioned queries, ``[Q, G, k]``."""
+        rows = summed_rows(queries).double()
+        product = self.curvature.power(rows, torch.zeros(rows.shape[1]), -1.0)
+        return ((rows - product) / self._lambda[:, None]).float()
+
+    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``."""
+        return queries.flatten(1) @ summed_rows(train).flatten(1).T
+
+    def linear(self, queries: Tensor, layout: Layout) -> Linear:
+        """Return each query once for every draw and timestep; see the base class."""
+        return over_rows(queries, layout)

@@ -1,0 +1,176 @@
+"""Influence by EK-FAC, and by unlearning the query in one such step."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dmin.attribution.base import ExampleBlock, Linear, Method, Requires, Side
+from dmin.attribution.curvature.kronecker import KroneckerCurvature
+from dmin.attribution.methods.model_loss import ModelLoss, Pairs, Weights, evenly
+from dmin.attribution.rows import over_rows, summed_rows
+from dmin.runtime.errors import DminError
+from dmin.store import Layout
+
+
+class EKFAC(Method):
+    """Influence of an example on the query's loss, by the GGN of each layer.
+
+    ``I(q, i) = ⟨S (F + λ)^{−1} g(q), S g(i)⟩ ,   g = Σ_{d,t} g_{d,t}``
+
+    F of :class:`~dmin.attribution.curvature.kronecker.KroneckerCurvature` (Grosse et al. 2023,
+    arXiv 2308.03296; Mlodozeniec et al. 2025 for diffusion, arXiv 2410.13850). It takes two
+    passes over the training examples; the query's gradient is preconditioned in full, then
+    sketched.
+
+    Args:
+        damping: λ of each layer, as a share of its mean eigenvalue.
+        samples: targets drawn for each example, draw and timestep.
+        examples: training examples that F is averaged over, evenly spaced; None for all.
+        batch_size: pairs of example and point in one pass.
+        seed: key of the targets.
+
+    Raises:
+        DminError: a value is out of range.
+    """
+
+    name = "ekfac"
+    requires = Requires(model=True)
+    fisher: Literal["ekfac", "diagonal"] = "ekfac"
+
+    def __init__(
+        self,
+        damping: float = 0.1,
+        samples: int = 1,
+        examples: int | None = None,
+        batch_size: int = 256,
+        seed: int = 0,
+    ) -> None:
+        if not 0 < damping < math.inf or samples < 1 or (examples is not None and examples < 1):
+            raise DminError(
+                f"method.damping={damping}, method.samples={samples}, method.examples={examples}: "
+                f"give a positive share of the mean eigenvalue, and at least one of each."
+            )
+        self.damping, self.samples, self.examples = damping, samples, examples
+        self.batch_size, self.seed = batch_size, seed
+
+    def fit(self, train: Side) -> None:
+        """Find the layers' eigenvectors and eigenvalues."""
+        assert train.origin is not None  # check_pair asks
+        self.sketch = train.origin.sketch
+        self.loss = ModelLoss(train.origin, known=train)
+        chosen = [train.example(id) for id in evenly(train.store.ids, self.examples)]
+        self.curvature = KroneckerCurvature(
+            self.loss, train.origin.attributed, self.fisher == "diagonal"
+        )
+        pairs = self.loss.pairs(chosen)
+        self.curvature.fit(pairs, len(chosen), self.samples, self.batch_size, self.seed)
+
+    def notes(self) -> dict[str, str]:
+        """Name the parameters that have only a diagonal."""
+        few, blocks = self.curvature.diagonal, self.curvature.blocks
+        names = ", ".join(few[:6]) + (" …" if len(few) > 6 else "")
+        return {
+            "curvature": f"{len(blocks) - len(few)} Kronecker blocks"
+            + (f"; diagonal only: {len(few)} parameters ({names})" if few else "")
+        }
+
+    def transform_query(self, queries: ExampleBlock) -> Tensor:
+        """Return preconditioned queries, sketched, ``[Q, G, k]``."""
+        return self.sketch.of(self.solve(queries))
+
+    def solve(self, queries: ExampleBlock) -> Weights:
+        """Return the preconditioned gradients of queries, ``[Q, *shape]`` by name."""
+        gradients = self.loss.shaped(self.loss.gradients(queries.examples, self.batch_size))
+        return self.curvature.power(gradients, self.damping, 1.0)
+
+    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``."""
+        return queries.float().flatten(1) @ summed_rows(train).flatten(1).T
+
+    def linear(self, queries: Tensor, layout: Layout) -> Linear:
+        """Return each query once for every draw and timestep; see the base class."""
+        return over_rows(queries.float(), layout)
+
+
+class Unlearning(EKFAC):
+    """Attribution by unlearning: forget the query in one step, see which examples are forgotten.
+
+    ``I(q, i) = L(i; θ + η (F + λ)^{−1} g(q)) − L(i; θ)``
+
+    the loss averaged over draws and timesteps (Wang et al. 2024, "Data Attribution for
+    Text-to-Image Models by Unlearning Synthesized Images", arXiv 2406.09408). For small models: a
+    copy of the weights stands in memory for each query, and every training example is run through
+    each. The store's rows are not read.
+
+    Args:
+        step: how far the weights move, ``‖Δθ‖ / ‖θ‖``; η follows.
+        fisher: ``ekfac``, or ``diagonal`` as in the paper.
+        damping: as :class:`EKFAC`, as are the others.
+        samples: targets drawn.
+        examples: that F is averaged over.
+        batch_size: pairs in one pass.
+        seed: key of the targets.
+
+    Raises:
+        DminError: a value is out of range.
+    """
+
+    name = "unlearning"
+    requires = Requires(readouts=(), model=True)
+
+    def __init__(
+        self,
+        step: float = 0.01,
+        fisher: Literal["ekfac", "diagonal"] = "ekfac",
+        damping: float = 0.1,
+        samples: int = 1,
+        examples: int | None = None,
+        batch_size: int = 2048,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(damping, samples, examples, batch_size, seed)
+        if not 0 < step < math.inf or fisher not in ("ekfac", "diagonal"):
+            raise DminError(
+                f"method.step={step}, method.fisher={fisher!r}: give a positive share of the "
+                f"weights' norm, such as 0.01, and ekfac or diagonal."
+            )
+        self.step, self.fisher = step, fisher
+
+    def transform_query(self, queries: ExampleBlock) -> list[Weights]:  # type: ignore[override]
+        """Return the weights that have unlearned each query."""
+        solved = self.solve(queries)
+        length = self.loss.flat(self.loss.weights).norm()
+        unlearned = []
+        for number in range(len(queries.ids)):
+            move = {name: value[number] for name, value in solved.items()}
+            norm = self.loss.flat(move).norm().clamp(min=torch.finfo(torch.float32).tiny)
+            scale = self.step * length / norm
+            unlearned.append({n: w + scale * move[n] for n, w in self.loss.weights.items()})
+        return unlearned
+
+    def score(  # type: ignore[override]
+        self, queries: list[Weights], train: ExampleBlock
+    ) -> Tensor:
+        """Return ``[Q, n]``."""
+        return self.contributions(queries, train).sum(2)
+
+    def contributions(self, queries: list[Weights], train: ExampleBlock) -> Tensor:
+        """Return the rise of the loss at each timestep, ``[Q, n, T]``."""
+        pairs = self.loss.pairs(train.examples)
+        before = self._losses(self.loss.weights, pairs)
+        rise = torch.stack([self._losses(weights, pairs) - before for weights in queries])
+        each = rise.unflatten(1, (len(train.ids), self.loss.noise.draws, -1))  # [Q, n, D, T]
+        return (each.mean(2) / each.shape[3]).float()
+
+    def linear(self, queries: Tensor, layout: Layout) -> None:  # type: ignore[override]
+        """Return None: losses are no inner product."""
+        return None
+
+    @torch.no_grad()
+    def _losses(self, weights: Weights, pairs: Pairs) -> Tensor:
+        pieces = pairs.split(self.batch_size)
+        return torch.cat([self.loss.losses(weights, piece).double() for piece in pieces])

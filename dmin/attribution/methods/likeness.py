@@ -1,0 +1,108 @@
+"""Likeness of whole images beyond distances of pixels: a Gaussian kernel, and SSIM."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmin.attribution.base import ExampleBlock, Method, Requires, Side
+from dmin.runtime.errors import DminError
+
+
+class GaussianKernel(Method):
+    """A kernel over whole images, ``exp(−‖x_q − x_i‖² / (2 β² d²))``.
+
+    d² is the mean squared distance between training images, so β means the same in any data. It
+    ranks one query's examples as pixel distance does; their sums (LDS) it weighs otherwise.
+
+    Args:
+        bandwidth: β.
+
+    Raises:
+        DminError: β is not positive.
+    """
+
+    name = "gaussian_kernel"
+    requires = Requires(readouts=(), images=True)
+
+    def __init__(self, bandwidth: float = 0.3) -> None:
+        if not bandwidth > 0:
+            raise DminError(f"method.bandwidth={bandwidth}: give a positive number.")
+        self.bandwidth = bandwidth
+
+    def fit(self, train: Side) -> None:
+        """Find the mean squared distance of two training images: twice their total variance."""
+        total, squared = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for block in train.blocks(self.requires):
+            pixels = _pixels(block).double()
+            total, squared = total + pixels.sum(0), squared + pixels.square().sum()
+        variance = squared / len(train) - (total / len(train)).square().sum()
+        # Images that are all alike have no scale; any will do, their distances are zero.
+        self._squared_distance = 2 * float(variance) if variance > 1e-12 else 1.0
+
+    def transform_query(self, queries: ExampleBlock) -> Tensor:
+        """Return the pixels of the queries, ``[Q, C·H·W]``."""
+        return _pixels(queries)
+
+    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``, in (0, 1]."""
+        distance = torch.cdist(
+            queries, _pixels(train), compute_mode="donot_use_mm_for_euclid_dist"
+        ).square()
+        return torch.exp(-distance / (2 * self.bandwidth**2 * self._squared_distance))
+
+
+class SSIM(Method):
+    """Structural similarity under a Gaussian window (Wang et al. 2004), by torchmetrics.
+
+    Args:
+        sigma: of the window in pixels; it spans ``2⌊3.5σ + 0.5⌋ + 1``. The paper's is 1.5.
+
+    Raises:
+        DminError: σ is not positive.
+    """
+
+    name = "ssim"
+    requires = Requires(readouts=(), images=True)
+
+    def __init__(self, sigma: float = 1.5) -> None:
+        if not sigma > 0:
+            raise DminError(f"method.sigma={sigma}: give a positive number; 1.5 is usual.")
+        self.sigma = sigma
+
+    def transform_query(self, queries: ExampleBlock) -> Tensor:
+        """Return the images of the queries, ``[Q, C, H, W]``.
+
+        Raises:
+            DminError: they are smaller than half the window, so their border cannot be mirrored.
+        """
+        assert queries.images is not None
+        reach = int(3.5 * self.sigma + 0.5)
+        if min(queries.images.shape[2:]) <= reach:
+            raise DminError(
+                f"method.sigma={self.sigma:g}: a window of {2 * reach + 1} pixels does not fit "
+                f"images of {tuple(queries.images.shape[2:])}. Set it lower, say to 0.5."
+            )
+        return queries.images
+
+    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``, at most 1."""
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+        assert train.images is not None
+        scores = [
+            structural_similarity_index_measure(
+                image.expand_as(train.images),
+                train.images,
+                sigma=self.sigma,
+                data_range=1.0,
+                reduction="none",
+            )
+            for image in queries
+        ]
+        return torch.stack(scores)  # type: ignore[arg-type]
+
+
+def _pixels(block: ExampleBlock) -> Tensor:
+    assert block.images is not None
+    return block.images.flatten(1)

@@ -1,0 +1,163 @@
+"""A model's loss as a function of its attributed parameters, for methods that run the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dmin.attribution.base import Origin, Side
+from dmin.data.base import Example, collate
+from dmin.models.base import Condition, Prediction, per_example_loss
+from dmin.runtime.errors import DminError
+
+Weights = dict[str, Tensor]
+"""Tensors by the names of the attributed parameters."""
+
+
+class Pairs(NamedTuple):
+    """Examples at points (draw, timestep): what one call of the model takes."""
+
+    x0: Tensor  # [n, ...]
+    noise: Tensor  # as x0
+    t: Tensor  # [n]
+    condition: Condition
+
+    def split(self, size: int) -> Iterator[Pairs]:
+        """Yield consecutive pieces of at most ``size`` pairs."""
+        for start in range(0, len(self.t), size):
+            piece = slice(start, start + size)
+            condition = {name: value[piece] for name, value in self.condition.items()}
+            yield Pairs(self.x0[piece], self.noise[piece], self.t[piece], condition)
+
+
+class ModelLoss:
+    """The loss ``L(θ; x, ε_t, t)`` at the points (draw, timestep) of a store, and its gradients.
+
+    Everything is computed in the precision of the model's weights, where they are. The model is
+    not changed.
+
+    Args:
+        origin: what the store was made with.
+        timesteps: some of the store's; None for all.
+        known: examples whose encodings collecting may have kept, so that they are not made again.
+
+    Raises:
+        DminError: a timestep is none of the store's.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        timesteps: Sequence[float] | None = None,
+        known: Side | None = None,
+    ) -> None:
+        self.origin, self.known = origin, known
+        self.model, self.noise = origin.model, origin.noise
+        chosen = tuple(origin.timesteps if timesteps is None else timesteps)
+        wrong = [t for t in chosen if t not in origin.timesteps]
+        if wrong or not chosen:
+            raise DminError(
+                f"timesteps={list(chosen)}: choose from those of the store, "
+                f"{', '.join(f'{t:g}' for t in origin.timesteps)}."
+            )
+        self.points = [(t, draw) for draw in range(self.noise.draws) for t in chosen]
+        named = dict(origin.model.network.named_parameters())
+        self.weights: Weights = {e.name: named[e.name].detach() for e in origin.attributed.entries}
+        self.count = sum(value.numel() for value in self.weights.values())
+        self._prediction = _Call(origin.model)
+
+    def pairs(self, examples: Sequence[Example]) -> Pairs:
+        """Return every example at every point, an example's points together."""
+        like = next(iter(self.weights.values()))
+        batch: dict[str, Any] = collate(examples)
+        x0, condition = self._encoded(batch, like)
+        noise = [self.noise(x0.shape[1:], *p, e) for e in batch["id"] for p in self.points]
+        t = torch.tensor([t for t, _ in self.points]).repeat(len(x0))
+        each = len(self.points)
+        return Pairs(
+            x0.repeat_interleave(each, 0),
+            torch.stack(noise).to(x0),
+            t.to(x0.device),
+            {name: value.repeat_interleave(each, 0) for name, value in condition.items()},
+        )
+
+    def _encoded(self, batch: dict[str, Any], like: Tensor) -> tuple[Tensor, Condition]:
+        """Return encodings as they were kept, or from the model."""
+        if self.known is not None:
+            store, root = self.known.store, self.known.encodings
+            kept = self.origin.kept_encodings(store, batch["id"], root)
+            if kept is not None:
+                x0, named = kept
+                return x0.to(like), {name: value.to(like.device) for name, value in named.items()}
+        with torch.no_grad():
+            return self.model.encode({**batch, "image": batch["image"].to(like)})
+
+    def predict(self, weights: Mapping[str, Tensor], pairs: Pairs) -> Prediction:
+        """Return what the model with other weights predicts; differentiable in them."""
+        named = {f"model.network.{name}": value for name, value in weights.items()}
+        # Only the plain form of attention has derivatives of every kind.
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            found: Prediction = functional_call(self._prediction, named, tuple(pairs))
+        return found
+
+    def losses(self, weights: Mapping[str, Tensor], pairs: Pairs) -> Tensor:
+        """Return the loss of each pair, ``[n]``; differentiable in the weights."""
+        return per_example_loss(self.predict(weights, pairs))
+
+    def gradients(self, examples: Sequence[Example], batch_size: int = 512) -> Tensor:
+        """Return each example's gradient summed over the points, ``[n, P]``."""
+        rows = []
+        for example in examples:
+            total = torch.zeros_like(self.flat(self.weights))
+            for piece in self.pairs([example]).split(batch_size):
+                weights = {n: w.requires_grad_() for n, w in self._leaves().items()}
+                loss = self.losses(weights, piece).sum()
+                found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                total += self.flat(dict(zip(weights, found, strict=True)))
+            rows.append(total)
+        return torch.stack(rows)
+
+    def flat(self, values: Mapping[str, Tensor | None]) -> Tensor:
+        """Return values of all attributed parameters as one vector ``[P]``; none are zeros."""
+        parts = [
+            (w.new_zeros(w.numel()) if values[n] is None else values[n].reshape(-1))  # type: ignore[union-attr]
+            for n, w in self.weights.items()
+        ]
+        return torch.cat(parts)
+
+    def flat_rows(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return rows of values by name, ``[n, *shape]``, as vectors ``[n, P]``."""
+        return torch.cat([values[name].flatten(1) for name in self.weights], 1)
+
+    def shaped(self, vectors: Tensor) -> Weights:
+        """Return vectors ``[..., P]`` cut into the parameters' shapes, ``[..., *shape]``."""
+        sizes = [w.numel() for w in self.weights.values()]
+        pieces = vectors.split(sizes, -1)
+        leading = vectors.shape[:-1]
+        names = self.weights.items()
+        return {n: p.reshape(*leading, *w.shape) for (n, w), p in zip(names, pieces, strict=True)}
+
+    def _leaves(self) -> Weights:
+        return {name: value.clone() for name, value in self.weights.items()}
+
+
+class _Call(nn.Module):
+    """A model's prediction as a module's call, which is what torch can call with other weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        found: Prediction = self.model.predict(x0, noise, t, condition)
+        return found
+
+
+def evenly(ids: Sequence[str], count: int | None) -> list[str]:
+    """Return ids evenly spaced, ``count`` of them or all."""
+    count = min(count or len(ids), len(ids))
+    return [ids[number * len(ids) // count] for number in range(count)]

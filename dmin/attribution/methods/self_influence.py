@@ -1,0 +1,72 @@
+"""The score of each training example with itself: large where only its own gradient explains it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dmin.attribution.base import Method, Side, check_pair
+from dmin.attribution.scores import as_side
+from dmin.runtime.errors import DminError
+from dmin.store import Store
+
+
+def self_influence(train: Store | Side, method: Method, rows: int = 32) -> np.ndarray:
+    """Return each training example's score with itself as the query, float32 ``[N]``.
+
+    Large for examples that only their own gradient explains: rare, or labelled wrongly
+    (Pruthi et al. 2020, arXiv 2002.08484). Methods of unit gradients give all the same.
+    """
+    train = as_side(train)
+    check_pair(train, train, method)
+    method.fit(train)
+    return fitted_self_influence(train, method, np.arange(len(train)), rows)
+
+
+def fitted_self_influence(
+    train: Side, method: Method, chosen: Sequence[int] | np.ndarray, rows: int = 32
+) -> np.ndarray:
+    """Return the scores of chosen rows with themselves by a method fitted already, ``[chosen]``."""
+    found = []
+    for start in range(0, len(chosen), rows):
+        block = train.block(chosen[start : start + rows], method.requires)
+        found.append(method.score(method.transform_query(block), block).diagonal().float())
+    return np.asarray(torch.cat(found).numpy())
+
+
+def save_self_influence(store: Store, scores: np.ndarray, path: Path, method: str) -> np.ndarray:
+    """Write each example's score with itself as CSV, the largest first.
+
+    Args:
+        store: of the training examples.
+        scores: of each with itself, float32 ``[N]``.
+        path: of the CSV: rank, id, score, and the metadata of each.
+        method: what they were scored by, for the error.
+
+    Returns:
+        Rows of the store, the largest score first; of equal ones the lower row.
+
+    Raises:
+        DminError: all scores are equal, as those of unit gradients are.
+    """
+    if np.ptp(scores) <= 1e-3 * np.abs(scores).max():
+        raise DminError(
+            f"method={method} gives every example the same score with itself "
+            f"({scores.mean():.4g}), since it compares directions alone. Take one that looks at "
+            f"lengths too: method=grad_dot, datainf or training_loss."
+        )
+    order = np.argsort(-scores, kind="stable")
+    columns = list(dict.fromkeys(name for row in store.metadata for name in row))
+    columns = [name for name in columns if name not in ("rank", "id", "score")]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file)
+        lines.writerow(["rank", "id", "score", *columns])
+        for rank, row in enumerate(order.tolist(), 1):
+            facts = store.metadata[row]
+            told = [facts.get(name, "") for name in columns]
+            lines.writerow([rank, store.ids[row], f"{scores[row]:.6g}", *told])
+    return order

@@ -1,0 +1,199 @@
+"""Approximate search by faiss: it proposes, exact scores rank, its recall is always measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmin.attribution.base import Linear
+from dmin.attribution.search.certified import (
+    ProjectionIndex,
+    load_arrays,
+    save_arrays,
+)
+from dmin.attribution.search.index import Found, Index
+from dmin.attribution.search.scan import in_threads, row_factors, scan, scores_of_rows
+from dmin.attribution.search.topk import TopK
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import fingerprint
+from dmin.store import Store
+
+TRAIN = 200_000  # rows that faiss learns its cells and codes on
+ADD = 65_536  # rows that are handed over at a time
+
+
+class Approximate(Index):
+    """The best of the rows that a faiss index proposes; others may be missing.
+
+    faiss sees the projections on the store's leading directions (:class:`ProjectionIndex`), a
+    few hundred numbers a row, so that a million rows of any width take 1 GB at most while it is
+    built; what it proposes is scored exactly. Recall is measured on the first queries against a
+    scan of everything, and said with the answer.
+
+    Args:
+        factory: as ``faiss.index_factory`` has it: ``Flat``, ``HNSW32``, ``IVF{cells},Flat``,
+            ``IVF{cells},PQ64``; ``{cells}`` becomes 4 √N.
+        search: what is set for searching, such as ``{nprobe: 16}`` or ``{efSearch: 128}``.
+        directions: numbers a row that faiss sees.
+        candidates: rows proposed for each that is asked for.
+        recall_queries: queries that are also searched exactly; 0 measures nothing.
+
+    Raises:
+        DminError: faiss is not installed, or does not know the factory or a parameter.
+    """
+
+    def __init__(
+        self,
+        factory: str = "HNSW32",
+        search: Mapping[str, float] | None = None,
+        directions: int = 256,
+        candidates: int = 20,
+        recall_queries: int = 16,
+    ) -> None:
+        self.factory, self.parameters = factory, dict(search or {})
+        self.directions, self.candidates = directions, candidates
+        self.recall_queries = recall_queries
+        self._of = ""
+        self._index: Any = None
+        self._basis = torch.empty(0)
+        self._hits: list[float] = []
+        self._read: list[np.ndarray] = []
+
+    def search(
+        self, linear: Linear, store: Store, k: int, sign: int = 1, keep: np.ndarray | None = None
+    ) -> Found:
+        """Return the best k of the rows proposed, by their exact scores."""
+        if keep is not None:
+            raise DminError(
+                "faiss does not know of `where`: set index=certified or index=null to filter."
+            )
+        if self._of != store.fingerprint:
+            self._prepare(store, linear)
+        queries = sign * linear.queries.flatten(1).cpu()
+        count = min(self.candidates * k, len(store))
+        with _one_library(torch.get_num_threads()):
+            _, proposed = self._index.search((queries @ self._basis).numpy(), count)
+        factors = row_factors(store, linear)
+
+        def rank(pair: tuple[Tensor, np.ndarray]) -> tuple[Tensor, Tensor]:
+            query, rows = pair
+            rows = np.sort(rows[rows >= 0])
+            if len(rows) < k:
+                raise DminError(
+                    f"faiss proposed {len(rows)} of {k} rows: raise index.search (nprobe, "
+                    "efSearch) or index.candidates."
+                )
+            scores = scores_of_rows(store, linear, factors, query, rows)
+            best = scores.argsort(descending=True, stable=True)[:k]
+            return scores[best], torch.from_numpy(rows)[best]
+
+        pairs = list(in_threads(rank, list(zip(queries, proposed, strict=True))))
+        scores, rows = (torch.stack(part) for part in zip(*pairs, strict=True))
+        self._read.append((proposed >= 0).sum(1) / len(store))
+        self._measure(Linear(sign * linear.queries, linear.scale, linear.readout), store, rows)
+        return Found(sign * scores, rows, (proposed >= 0).sum(1))
+
+    def note(self) -> str:
+        """Say the recall, and how it was measured."""
+        part = f"{100 * np.concatenate(self._read).mean():.2g} % of the rows read for a query"
+        if not self._hits:
+            return f"approximate by faiss {self.factory}, recall not measured, {part}"
+        return (
+            f"approximate by faiss {self.factory}, recall {np.mean(self._hits):.3f} "
+            f"measured on {len(self._hits)} queries, {part}"
+        )
+
+    def _measure(self, linear: Linear, store: Store, rows: Tensor) -> None:
+        """Compare the first queries with an exact search."""
+        count = min(self.recall_queries - len(self._hits), len(rows))
+        if count <= 0:
+            return
+        best = TopK(count, rows.shape[1])
+        asked = Linear(linear.queries[:count], linear.scale, linear.readout)
+        for first, scores in scan(asked, store):
+            best.update(scores, first)
+        for found, exact in zip(rows.tolist(), best.rows.tolist(), strict=False):
+            self._hits.append(len({*found} & {*exact}) / len(exact))
+
+    def path(self, store: Store, linear: Linear) -> Path:
+        """Return where the index of a store is kept: in its directory."""
+        kind = fingerprint({"factory": self.factory, "directions": self.directions})[:8]
+        return store.path / f"index-{linear.readout}-{linear.scale}-faiss-{kind}.npz"
+
+    def _prepare(self, store: Store, linear: Linear) -> None:
+        """Take the index kept with a store, or build it."""
+        path = self.path(store, linear)
+        projections = ProjectionIndex.of(store, linear, self.directions)
+        with _one_library(torch.get_num_threads()) as faiss:
+            self._index = self._kept(path, store) if path.is_file() else None
+            if self._index is None:
+                self._index = self._built(faiss, projections)
+                about = [store.fingerprint, self.factory, faiss.__version__]
+                save_arrays(path, about, {"index": faiss.serialize_index(self._index)})
+            self._set(faiss)
+        self._basis, self._of = torch.from_numpy(projections.directions), store.fingerprint
+
+    def _kept(self, path: Path, store: Store) -> Any:
+        """Return the index kept with a store, unless it is of other rows or another factory."""
+        (of, factory, _), arrays = load_arrays(path, ("index",))
+        if (of, factory) != (store.fingerprint, self.factory):
+            return None
+        return import_module("faiss").deserialize_index(arrays["index"])
+
+    def _built(self, faiss: Any, projections: ProjectionIndex) -> Any:
+        count, width = projections.codes.shape
+        try:
+            factory = self.factory.format(cells=max(1, min(count // 40, round(4 * count**0.5))))
+            index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+            if not index.is_trained:
+                some = slice(None, None, -(-count // TRAIN))
+                index.train(np.ascontiguousarray(projections.decoded(some)))
+            for start in range(0, count, ADD):
+                index.add(np.ascontiguousarray(projections.decoded(slice(start, start + ADD))))
+        except (RuntimeError, KeyError, AssertionError) as error:
+            raise _unknown(self.factory, error) from error
+        return index
+
+    def _set(self, faiss: Any) -> None:
+        space = faiss.ParameterSpace()
+        for name, value in self.parameters.items():
+            try:
+                space.set_index_parameter(self._index, name, value)
+            except RuntimeError as error:
+                raise DminError(
+                    f"index.search: a faiss index {self.factory!r} has no parameter {name}={value}:"
+                    " IVF has nprobe, HNSW has efSearch."
+                ) from error
+
+
+def _unknown(factory: str, error: Exception) -> DminError:
+    first = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    return DminError(
+        f"faiss cannot make or search index.factory={factory!r} for these rows ({first}): use Flat,"
+        " HNSW32, IVF{cells},Flat or IVF{cells},PQ64; PQ needs directions that its number divides."
+    )
+
+
+@contextmanager
+def _one_library(threads: int) -> Iterator[Any]:
+    """Give faiss as many threads as torch has."""
+    try:
+        faiss: Any = import_module("faiss")
+    except ImportError as error:
+        raise DminError(
+            "index: approximate search needs faiss: pip install 'dmin[faiss]', or take "
+            "index=certified, which needs nothing and misses nothing."
+        ) from error
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(threads)
+    try:
+        yield faiss
+    finally:
+        faiss.omp_set_num_threads(before)

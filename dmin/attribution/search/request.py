@@ -1,0 +1,235 @@
+"""One request for the best examples: what is asked, checked, and the way to a ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmin.attribution.base import Linear, Method, Side
+from dmin.attribution.merge import enough_of
+from dmin.attribution.ranking import Ranking
+from dmin.attribution.scores import scored
+from dmin.attribution.search.index import Index
+from dmin.attribution.search.scan import gathered_rows
+from dmin.attribution.search.selection import Groups, Selection
+from dmin.attribution.search.topk import TopK, stable_topk
+from dmin.runtime.errors import DminError
+from dmin.store import Store
+
+
+class Request:
+    """One request: what is asked for, checked, and the way from scores to a ranking."""
+
+    def __init__(
+        self,
+        train: Side,
+        method: Method,
+        k: int,
+        rows: int | None,
+        selection: Selection,
+        index: Index | None,
+        device: str,
+    ) -> None:
+        self.train, self.method, self.k, self.rows = train, method, k, rows
+        self.selection, self.index, self.device = selection, index, device
+        metadata = train.store.metadata
+        self.keep = selection.kept(metadata)
+        self.groups = selection.groups(metadata) if selection.group_by else None
+        if index is not None and self.groups is not None:
+            raise DminError("An index cannot help: groups need every score. Set index=null.")
+        allowed, what = len(train), "training examples"
+        if self.keep is not None:
+            allowed, what = int(self.keep.sum()), "training examples that `where` allows"
+        if self.groups is not None:
+            number = self.groups[1] if self.keep is None else self.groups[1][self.keep]
+            allowed, what = len(np.unique(number[number >= 0])), f"values of {selection.group_by}"
+        if not 1 <= k <= allowed:
+            raise DminError(f"k={k}: choose 1 … {allowed}, the number of {what}.")
+
+    def narrow(self, part: range) -> int:
+        """Look at a part of the rows only; return how many there are to find."""
+        inside = np.zeros(len(self.train), dtype=bool)
+        inside[part.start : part.stop] = True
+        self.keep = inside if self.keep is None else self.keep & inside
+        found = int(self.keep.sum())
+        self.k = min(self.k, found)
+        return found
+
+    def batch(
+        self, queries: Side, numbers: np.ndarray, asked: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return scores and rows of the best ``[Q, k]``, and contributions ``[Q, k, T, G]``."""
+        self._check_split(queries, numbers, asked)
+        if self.index is not None:
+            return self._indexed(asked, self.index)
+        best = self.gathered(asked)
+        if isinstance(best, Groups):
+            return self.best_groups(best, queries, numbers, asked)
+        parts = self._contributions(queries, numbers, asked, best.rows.numpy())
+        return self.selection.sign * best.scores, best.rows, parts
+
+    def gathered(self, asked: Any) -> TopK | Groups:
+        """Return the best rows, or what each group has of them, times the sign."""
+        best: TopK | Groups | None = None
+        sign = self.selection.sign
+        blocks = scored(asked, self.train, self.method, self.rows, self.keep, self.device)
+        for first, scores in blocks:
+            scores = sign * scores.float()
+            if self.keep is not None:
+                out = ~torch.from_numpy(self.keep[first : first + scores.shape[1]])
+                scores = scores.masked_fill(out, -torch.inf)
+            if best is None:
+                best = self._empty(len(scores))
+            best.update(scores, first)
+        assert best is not None
+        return best
+
+    def best_groups(
+        self, found: Groups, queries: Side, numbers: np.ndarray, asked: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return scores and foremost rows of the best groups; contributions as in `batch`."""
+        kind = self.selection.group_score
+        values, place = stable_topk(found.scores(kind), self.k)
+        rows = found.rows.gather(1, place)
+        parts = None
+        if kind == "max":  # else it is no single example's score
+            parts = self._contributions(queries, numbers, asked, rows.numpy())
+        return self.selection.sign * values, rows, parts
+
+    def _indexed(self, asked: Any, index: Index) -> tuple[Tensor, Tensor, Tensor | None]:
+        linear, store = self.method.linear(asked, self.train.store.layout), self.train.store
+        if linear is None:
+            raise DminError(
+                f"An index cannot help: {self.method.name} scores are no inner product. Set "
+                f"index=null."
+            )
+        found = index.search(linear, store, self.k, self.selection.sign, self.keep)
+        return found.scores, found.rows, split(linear, store, found.rows.numpy())
+
+    def _empty(self, queries: int) -> TopK | Groups:
+        return TopK(queries, self.k) if self.groups is None else Groups(queries, *self.groups)
+
+    def _contributions(
+        self, queries: Side, numbers: np.ndarray, asked: Any, rows: np.ndarray
+    ) -> Tensor | None:
+        """Read the winners once more; split their scores by timestep, and by group if linear."""
+        linear = self.method.linear(asked, self.train.store.layout)
+        if linear is not None:
+            return split(linear, self.train.store, rows)
+        method, parts = self.method, []
+        for query, winners in zip(numbers, rows, strict=True):
+            one = method.transform_query(queries.block([query], method.requires))
+            block, found = self.train.block(winners, method.requires), None
+            if len(self.train.store.layout.groups) > 1:
+                found = method.group_contributions(one, block, self.train.store.layout)
+            if found is None:
+                times = method.contributions(one, block)
+                found = None if times is None else times[..., None]
+            if found is None:
+                return None
+            parts.append(found[0])
+        return torch.stack(parts)
+
+    def _check_split(self, queries: Side, numbers: np.ndarray, asked: Any) -> None:
+        """Refuse what cannot be split between groups of layers, before the scan."""
+        if not self.selection.split:
+            return
+        if len(self.train.store.layout.groups) < 2:
+            raise DminError(
+                "retrieve.split=true, but the store has one group of layers only. Collect it with "
+                "collect.groups=block, layer, or names with regular expressions."
+            )
+        if self.groups is not None and self.selection.group_score != "max":
+            raise DminError(
+                f"retrieve.split=true, but the {self.selection.group_score} over "
+                f"{self.selection.group_by} is no single example's score. Set "
+                f"retrieve.group_score=max, or retrieve.split=false."
+            )
+        if self.method.linear(asked, self.train.store.layout) is None:
+            method, one = self.method, numbers[:1]
+            asked_one = method.transform_query(queries.block(one, method.requires))
+            block = self.train.block(np.arange(1), method.requires)
+            if method.group_contributions(asked_one, block, self.train.store.layout) is None:
+                raise DminError(
+                    f"retrieve.split=true, but {method.name} scores cannot be split between groups "
+                    f"of layers: they are not made of inner products of gradients. Methods that "
+                    f"are one (dmin, grad_dot, trak, spectral, …), averages of such, and powers "
+                    f"of one (spectral_energy, sharp_energy, das) can be. Choose one of these, or "
+                    f"set retrieve.split=false."
+                )
+
+    def answer(
+        self, queries: Side, batches: Sequence[tuple[Tensor, Tensor, Tensor | None]]
+    ) -> Ranking:
+        """Put the batches of queries together."""
+        scores, rows, parts = zip(*batches, strict=True)
+        whole = None if parts[0] is None else joined(parts)
+        return self.ranking(queries, joined(scores), joined(rows), whole)
+
+    def ranking(
+        self, queries: Side, scores: np.ndarray, rows: np.ndarray, parts: np.ndarray | None
+    ) -> Ranking:
+        """Put names to the numbers."""
+        chosen, train = self.selection, self.train.store
+        ids, metadata = train.ids, train.metadata
+        if chosen.min_score is not None:
+            enough = enough_of(scores, chosen.sign, chosen.min_score)
+            scores, rows = scores[:, :enough], rows[:, :enough]
+            parts = None if parts is None else parts[:, :enough]
+        groups = train.layout.groups
+        by_group = parts is not None and parts.shape[3] == len(groups) > 1
+        return Ranking(
+            method=self.method.name,
+            timesteps=train.layout.timesteps,
+            query_ids=list(queries.store.ids),
+            query_metadata=list(queries.store.metadata),
+            train_rows=rows,
+            train_ids=[[ids[row] for row in each] for each in rows.tolist()],
+            train_metadata=[[metadata[row] for row in each] for each in rows.tolist()],
+            scores=scores,
+            contributions=None if parts is None else parts.sum(3),
+            groups=groups if by_group else (),
+            group_contributions=parts.sum(2) if parts is not None and by_group else None,
+            order=chosen.order,
+            min_score=chosen.min_score,
+            group_by=chosen.group_by,
+            group_sizes=None if self.groups is None else self._sizes(rows),
+            notes=self._notes(),
+        )
+
+    def _sizes(self, rows: np.ndarray) -> np.ndarray:
+        """Return how many examples the group of each row has, of those allowed."""
+        assert self.groups is not None
+        of = self.groups[1]
+        counted = of if self.keep is None else of[self.keep]
+        return np.bincount(counted[counted >= 0], minlength=len(self.groups[0]))[of[rows]]
+
+    def _notes(self) -> dict[str, str]:
+        notes = dict(self.method.notes())
+        if self.groups is not None:
+            kind = {"sum": "the sum", "mean": "the mean", "max": "the foremost"}
+            notes["score"] = (
+                f"of each {self.selection.group_by}: {kind[self.selection.group_score]} of its"
+                " examples' scores; the foremost example is shown"
+            )
+        if self.index is not None:
+            notes["search"] = self.index.note()
+        return notes
+
+
+def split(linear: Linear, store: Store, rows: np.ndarray) -> Tensor:
+    """Return what timesteps and groups add to the scores of rows ``[Q, k]``: ``[Q, k, T, G]``."""
+    parts = []
+    for query, winners in zip(linear.queries, rows, strict=True):
+        chosen = gathered_rows(store, linear, winners)
+        parts.append(torch.einsum("dtgk,ndtgk->ntg", query, chosen))
+    return torch.stack(parts)
+
+
+def joined(parts: Sequence[Tensor]) -> np.ndarray:
+    """Return the batches' results as one array."""
+    return torch.cat(list(parts)).numpy()

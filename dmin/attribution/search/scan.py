@@ -1,0 +1,338 @@
+"""The exact scan: every row of a store past all queries, at the speed of memory.
+
+A block of rows is scored by one thread, as many blocks at a time as torch has threads: threads that
+wait for each other inside every small operation lose most of their time on a busy machine. One loop
+decodes, checks and multiplies (:mod:`dmin.attribution.search.kernel`): for few queries memory is
+the limit, for many arithmetic. With queries on an accelerator, blocks are sent there as they are
+stored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache, reduce
+from importlib import import_module
+from itertools import islice
+from threading import Barrier
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmin.attribution.base import Linear
+from dmin.store import Store
+from dmin.store.encoding import STORED_AS, word_sums
+
+BLOCK_BYTES = 64 << 20  # of stored rows: what one thread takes at a time
+CHUNK_BYTES = 4 << 20  # of chosen rows: fewer are not worth a thread
+BUFFER_BYTES = 4 << 20  # of decoded rows: what stays in the cache
+MEMORY_BOUND = 8  # queries: more take longer than reading does, and blocks are smaller by that
+SCORE_BYTES = 32 << 20  # of one block's scores: of very many queries it has fewer rows
+# numba knows no half floats: float16 comes as int16, bfloat16 as uint16, told apart by that.
+SEEN_AS = {"float32": "<f4", "float16": "<i2", "bfloat16": "<u2", "int8": "|i1"}
+Span = tuple[int, int]
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+def scan(
+    linear: Linear, store: Store, rows: int | None = None, keep: np.ndarray | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Score all rows of a store.
+
+    Args:
+        linear: the queries.
+        store: the rows.
+        rows: rows of one block; chosen by their bytes if None.
+        keep: bool ``[N]``; blocks without any such row are not read.
+
+    Yields:
+        The first row of a block and its scores, float32 ``[Q, n]``; blocks in order.
+    """
+    count = len(linear.queries)
+    size = max(CHUNK_BYTES, BLOCK_BYTES // max(1, count // MEMORY_BOUND))
+    most = min(size // store.layout.row_bytes, SCORE_BYTES // (4 * count))
+    rows = rows or _even(len(store), most)
+    spans = [(first, min(first + rows, len(store))) for first in range(0, len(store), rows)]
+    if keep is not None:
+        spans = [span for span in spans if keep[slice(*span)].any()]
+    queries = linear.queries.flatten(3).flatten(1, 2).float().contiguous()  # [Q, D·T, G·k]
+    if queries.is_cuda:
+        yield from _scan_there(linear, store, spans, queries.flatten(1))
+        return
+    factors, asked = row_factors(store, linear), queries.numpy()
+
+    def score(span: Span) -> tuple[int, Tensor]:
+        scores = np.empty((len(asked), span[1] - span[0]), np.float32)
+        for first, stored, scale, sums in _parts(store, linear.readout, span, factors):
+            out = scores[:, first - span[0] : first - span[0] + len(stored)]
+            wrong = multiply(stored, scale, sums, asked, out)
+            _require_sound(store, linear.readout, first, wrong)
+        return span[0], torch.from_numpy(scores)
+
+    yield from in_threads(score, spans, compiled=True)
+
+
+def multiply(
+    rows: np.ndarray, scale: np.ndarray, sums: np.ndarray, queries: np.ndarray, scores: np.ndarray
+) -> int:
+    """Fill the scores ``[Q, n]`` of consecutive rows ``[n, S, m]``; see the kernel."""
+    where = rows.ctypes.data + np.arange(len(rows), dtype=np.uint64) * np.uint64(rows[:1].nbytes)
+    wrong: int = kernel().multiplied(rows[:0, 0, 0], where, scale, sums, queries, scores)
+    return wrong
+
+
+def _scan_there(
+    linear: Linear, store: Store, spans: Sequence[Span], queries: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    """Score spans on the queries' device: decoded, scaled and multiplied there, in float32."""
+    device = queries.device
+    factors = row_factors(store, linear)
+    for span in spans:
+        parts = []
+        for first, stored, _, sums in _parts(store, linear.readout, span, None):
+            last = first + len(stored)
+            check = word_sums(stored.view(STORED_AS[store.layout.dtype])) == sums
+            _require_sound(store, linear.readout, first, -1 if check.all() else int(check.argmin()))
+            sent = as_tensor(stored, store.layout.dtype).pin_memory()
+            rows = sent.to(device, non_blocking=True).float()
+            if factors is not None:
+                scale = factors[first:last].flatten(1).to(device, non_blocking=True)
+                rows.mul_(scale[:, :, None])
+            parts.append(queries @ rows.flatten(1).T)
+        yield span[0], torch.cat(parts, dim=1).cpu()
+
+
+def _parts(
+    store: Store, readout: str, span: Span, factors: Tensor | None
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the runs of a span as the loops take them.
+
+    Yields:
+        First row; ``[n, D·T, G·k]`` as stored; factors float32 ``[n, D·T]``; sums uint32 ``[n]``.
+    """
+    draws, steps, groups, dim = store.layout.row_shape
+    sums, first = store.sums(readout), span[0]
+    for run in store.stored(readout, *span):
+        last = first + len(run)
+        shape = len(run), draws * steps, groups * dim
+        if factors is None:
+            scale = np.ones(shape[:2], np.float32)
+        else:
+            scale = factors[first:last].flatten(1).numpy()
+        seen = word_sums(run) if sums is None else sums[first:last]
+        yield first, run.reshape(shape).view(SEEN_AS[store.layout.dtype]), scale, seen
+        first = last
+
+
+def _require_sound(store: Store, readout: str, first: int, wrong: int) -> None:
+    if wrong >= 0:
+        raise store.corrupt(readout, first + wrong)
+
+
+def _even(rows: int, most: int) -> int:
+    """Return how many rows to give a thread at a time so that all have as many blocks to do."""
+    threads = torch.get_num_threads()
+    blocks = -(-rows // max(1, most))
+    return max(1, -(-rows // max(1, blocks if blocks == 1 else -(-blocks // threads) * threads)))
+
+
+@cache
+def kernel() -> Any:
+    """Return the loops; they are compiled when first called, and kept on disk where possible."""
+    return import_module("dmin.attribution.search.kernel")
+
+
+def row_factors(
+    store: Store, linear: Linear, rows: np.ndarray | slice = slice(None)
+) -> Tensor | None:
+    """Return what stored rows are multiplied by, float32 ``[n, D, T]``; None for nothing."""
+    scales = store.scales(linear.readout)
+    parts = [] if scales is None else [torch.from_numpy(scales[rows])]
+    if linear.scale == "unit":
+        parts.append(torch.from_numpy(store.inverse_lengths(linear.readout)[rows]))
+    elif linear.scale == "norm":
+        norms = torch.from_numpy(store.norms(linear.readout)[rows])
+        parts.append(norms.square().sum(-1).sqrt())
+    return reduce(torch.mul, parts) if parts else None
+
+
+def decoded_rows(
+    store: Store, readout: str, span: Span, factors: Tensor | None, queries: int = 1
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield consecutive rows of a span, scaled, float32 ``[n, D·T·G·k]``, with the first's number.
+
+    What is yielded is overwritten by the next.
+    """
+    width = int(np.prod(store.layout.row_shape))
+    # For many queries the product is what takes time, and it wants more rows at once.
+    most = max(1, BUFFER_BYTES // (4 * width), min(queries, 256))
+    draws, steps, groups, dim = store.layout.row_shape
+    buffer = torch.empty(min(most, span[1] - span[0]), draws * steps, groups * dim)
+    for first, stored, scale, sums in _parts(store, readout, span, factors):
+        for start in range(0, len(stored), len(buffer)):
+            part = slice(start, min(start + len(buffer), len(stored)))
+            rows = buffer[: part.stop - start]
+            wrong = kernel().decoded(stored[part], scale[part], sums[part], rows.numpy())
+            _require_sound(store, readout, first + start, wrong)
+            yield first + start, rows.flatten(1)
+
+
+def scores_of_rows(
+    store: Store,
+    linear: Linear,
+    factors: Tensor | None,
+    query: Tensor,
+    rows: np.ndarray,
+) -> Tensor:
+    """Return a query's scores of chosen rows, ``[n]``, read where they lie.
+
+    Args:
+        store: the rows.
+        linear: for its readout.
+        factors: of all rows, from :func:`row_factors`.
+        query: ``[D·T·G·k]``.
+        rows: which, ``[n]``.
+    """
+    draws, steps, groups, dim = store.layout.row_shape
+    readout, sums = linear.readout, store.sums(linear.readout)
+    if sums is None:  # nothing was verified: there is nothing to hold rows against
+        found = gathered_rows(store, linear, rows).flatten(1) @ query
+        return found
+    asked = query.view(draws * steps, groups * dim).numpy()
+    like = np.empty(0, SEEN_AS[store.layout.dtype])
+    scores = torch.empty(len(rows))
+
+    def score(span: Span) -> None:
+        part = rows[slice(*span)]
+        where = store.addresses(readout, part)
+        scale = (
+            np.ones((len(part), draws * steps), np.float32)
+            if factors is None
+            else factors[part].flatten(1).numpy()
+        )
+        out = scores[slice(*span)].numpy()
+        wrong = kernel().multiplied(like, where, scale, sums[part], asked[None], out[None])
+        if wrong >= 0:
+            raise store.corrupt(readout, int(part[wrong]))
+
+    size = _even(len(rows), max(64, CHUNK_BYTES // store.layout.row_bytes))
+    spans = [(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
+    for _ in in_threads(score, spans, compiled=True):
+        pass
+    return scores
+
+
+def gathered_rows(store: Store, linear: Linear, rows: np.ndarray) -> Tensor:
+    """Return chosen rows, scaled, float32 ``[n, D, T, G, k]``."""
+    chosen = as_tensor(store.gather(linear.readout, rows), store.layout.dtype).float()
+    factors = row_factors(store, linear, rows)
+    return chosen if factors is None else chosen.mul_(factors[..., None, None])
+
+
+def as_tensor(stored: np.ndarray, dtype: str) -> Tensor:
+    """Return stored features as a tensor of their type; int8 is still to be scaled."""
+    if dtype == "bfloat16":
+        return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(stored)
+
+
+def in_threads(
+    work: Callable[[In], Out], items: Sequence[In], compiled: bool = False
+) -> Iterator[Out]:
+    """Yield the results in order; a few items are worked on ahead, each by one thread of torch.
+
+    Args:
+        work: what is done to each item.
+        items: in order.
+        compiled: the work is done by compiled loops and leaves torch alone. Threads that are there
+            already will do then (to settle new ones with torch takes milliseconds), and the caller
+            is one of them: were it a further one, it would wait for a core while it keeps the
+            others from what only one thread of Python may do at a time. Otherwise the caller has a
+            thread of torch meanwhile, and the cores are taken.
+    """
+    threads = min(torch.get_num_threads(), len(items))
+    with _compiled_threads(threads) if compiled else _threads_of_one(threads) as pool:
+        if pool is None:
+            yield from map(work, items)
+            return
+        waiting: deque[tuple[Future[Out], In]] = deque()
+        rest = iter(items)
+
+        def submit(count: int) -> None:
+            waiting.extend((pool.submit(work, item), item) for item in islice(rest, count))
+
+        submit(2 * threads)
+        try:
+            while waiting:
+                while compiled and not waiting[0][0].done() and _take_over(work, waiting):
+                    pass
+                done = waiting.popleft()[0].result()
+                submit(1)
+                yield done
+        finally:
+            for each, _ in waiting:
+                each.cancel()
+
+
+def _take_over(work: Callable[[In], Out], waiting: deque[tuple[Future[Out], In]]) -> bool:
+    """Do the first item that nobody has begun; return whether there was one."""
+    for place, (future, item) in enumerate(waiting):
+        if future.cancel():
+            mine: Future[Out] = Future()
+            try:
+                mine.set_result(work(item))
+            except Exception as error:  # raised when its turn comes
+                mine.set_exception(error)
+            waiting[place] = mine, item
+            return True
+    return False
+
+
+@cache
+def _lasting_pool(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="dmin-search")
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_lasting_pool.cache_clear)
+
+
+@contextmanager
+def _compiled_threads(count: int) -> Iterator[ThreadPoolExecutor | None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield _lasting_pool(count - 1) if count > 1 else None
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _threads_of_one(count: int) -> Iterator[ThreadPoolExecutor | None]:
+    """Give threads in which torch does not start threads of its own; none where one is enough."""
+    before = torch.get_num_threads()
+    all_set = Barrier(count + 1)
+
+    def settle() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread takes the number over when it is first asked for
+        all_set.wait()
+
+    torch.set_num_threads(1)
+    try:
+        if count <= 1:
+            yield None
+            return
+        with ThreadPoolExecutor(count, initializer=settle) as pool:
+            for _ in range(count):
+                pool.submit(int)
+            all_set.wait()
+            yield pool
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""The composed configuration: how it is made, checked and shown."""

@@ -1,0 +1,301 @@
+"""Hold a composed configuration against the signatures of what it would build, before building.
+
+A mapping with a ``_target_`` is a call: its keys must be arguments of the target, and its values
+must fit their annotations. The top of the configuration is treated as a call of `Root`.
+
+A target is imported where the command needs it (``needed``). Elsewhere it is held to its signature
+only if its module is imported already: a command that reads stores must not wait for Lightning,
+and the command that does need the node reports its mistakes. Missing values (``???``, a required
+argument, an interpolation that leads nowhere) are refused only where they are needed.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from dmin.cli.config.annotations import fits, parameters, spell, without_null
+from dmin.cli.config.targets import load, loaded
+from dmin.cli.help import did_you_mean, groups
+from dmin.runtime.errors import DminError
+
+
+@dataclass
+class Paths:
+    """The section ``paths``."""
+
+    outputs: str = "outputs"
+
+
+@dataclass
+class Collect:
+    """The section ``collect``; see ``GradientCollector`` and its ``collect``."""
+
+    path: str | None = None
+    grow: bool = False
+    params: str = "all"
+    groups: str | dict | None = None
+    readouts: list[str] = field(default_factory=lambda: ["loss"])
+    block_size: int = 32
+    microbatch: int | Literal["auto"] = 64
+    memory: int | None = None
+    budget: int | None = None
+    gradient_checkpointing: bool = False
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    dtype: str = "float16"
+    segment_bytes: int = 64 << 20
+    seal_seconds: float = 60.0
+    workers: int = 0
+    encodings: str | None = None
+    keep_encodings: bool = False
+    requeue: bool = False
+    wait_seconds: float = 86400.0
+
+
+@dataclass
+class Shard:
+    """The section ``shard``; see ``dmin.store.Share``."""
+
+    id: int = 0
+    num: int = 1
+
+
+@dataclass
+class Doctor:
+    """The section ``doctor``; see ``dmin.doctor.diagnose``."""
+
+    examples: int = 4
+
+
+@dataclass
+class Retrieve:
+    """The section ``retrieve``; see ``dmin.attribution.retrieve`` and its ``Selection``."""
+
+    k: int = 10
+    rows: int | None = None
+    order: str = "proponents"
+    confidence: bool = True
+    min_score: float | None = None
+    where: dict | None = None
+    group_by: str | None = None
+    group_score: str = "sum"
+    split: bool = False
+    popularity: bool = False
+    device: str = "cpu"
+
+
+@dataclass
+class Outliers:
+    """The section ``outliers``."""
+
+    k: int = 24
+
+
+@dataclass
+class Extras:
+    """The section ``extras``: how a run shows and limits itself."""
+
+    print_config: bool = True
+    threads: int | None = None
+
+
+@dataclass
+class Root:
+    """The settings at the top of a configuration; any other there is refused.
+
+    A section annotated with a dataclass of its own is held to that one's fields in the same way.
+    """
+
+    seed: int = 0
+    name: str | None = None
+    tags: list[str] | None = None
+    paths: Paths | None = None
+    model: dict | None = None
+    data: dict | None = None
+    queries: dict | None = None
+    sketch: dict | None = None
+    timesteps: dict | None = None
+    noise: dict | None = None
+    collect: Collect | None = None
+    shard: Shard | None = None
+    doctor: Doctor | None = None
+    method: dict | None = None
+    index: dict | None = None
+    retrieve: Retrieve | None = None
+    outliers: Outliers | None = None
+    train: dict | None = None
+    benchmark: dict | None = None
+    trainer: dict | None = None
+    logger: dict | None = None
+    extras: Extras | None = None
+
+
+ROOT_KEYS = tuple(setting.name for setting in fields(Root))
+
+# What Hydra's `instantiate` reads of a call, besides the arguments.
+_CALL_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
+
+
+def validate(cfg: DictConfig, needed: Collection[str] | None = None) -> None:
+    """Refuse unknown keys, values of the wrong type and missing values.
+
+    Args:
+        cfg: a composed configuration, without Hydra's own node.
+        needed: the dotted names of the subtrees that the command reads; None for all of them.
+            Missing values are refused, and targets imported, in these only.
+
+    Raises:
+        DminError: names the dotted key, what is wrong with it and what is allowed.
+    """
+    walk = _Walk(needed)
+    walk.call(cfg, "", Root)
+    for name in needed or ():
+        walk.expect(cfg, name)
+    if walk.missing:
+        choices = [
+            f"Choices of {name}: {', '.join(options)}."
+            for name, options in groups().items()
+            if name in walk.missing
+        ]
+        wanted = f"No value for {', '.join(walk.missing)}. Set {' '.join(walk.missing.values())}."
+        raise DminError(" ".join([wanted, *choices]))
+
+
+@dataclass
+class _Walk:
+    """One walk over a configuration. Missing values are gathered, to be named all at once."""
+
+    needed: Collection[str] | None
+    missing: dict[str, str] = field(default_factory=dict)  # dotted key -> the override to write
+    stands_at: dict[str, str] = field(default_factory=dict)  # of what another place is said to be
+
+    def place(self, path: str) -> str:
+        """Return where a setting is set: elsewhere, if its section is an interpolation."""
+        for section, real in self.stands_at.items():
+            if path.startswith(f"{section}."):
+                return real + path.removeprefix(section)
+        return path
+
+    def needs(self, path: str) -> bool:
+        return self.needed is None or any(f"{path}.".startswith(f"{n}.") for n in self.needed)
+
+    def expect(self, cfg: DictConfig, path: str) -> None:
+        """Note a needed subtree that is not there at all; one that is null says so on purpose."""
+        parent, _, key = path.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        if isinstance(node, DictConfig) and key not in node.keys():  # noqa: SIM118
+            is_group = path in groups()
+            self.missing[path] = f"{path}=<choice>" if is_group else f"+{path}=<value>"
+
+    def call(self, node: DictConfig, path: str, target: Callable[..., Any]) -> None:
+        """Check a mapping as the arguments of a call, or as the fields of a dataclass."""
+        arguments = parameters(target)
+        if arguments is None:  # a builtin that does not tell its signature
+            self.inside(node, path)
+            return
+        is_call = "_target_" in node
+        name = str(node["_target_"]) if is_call else path or "dmin"
+        named = {
+            p.name: p for p in arguments if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        }
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in arguments)
+        for key in node:
+            allowed = [*named, *(_CALL_KEYS if is_call else ())]
+            if key not in allowed and not (takes_any and not str(key).startswith("_")):
+                place = self.place(f"{path}.")[:-1]
+                raise DminError(_unknown(str(key), place, name, list(named), allowed))
+        if is_call and self.needs(path) and not node.get("_partial_"):
+            placed = len(node.get("_args_") or ())
+            for p in arguments[placed:]:
+                is_given = p.name in node.keys()  # noqa: SIM118
+                if p.name in named and p.default is p.empty and not is_given:
+                    place = self.place(f"{path}.{p.name}")
+                    self.missing[place] = f"+{place}=<value>"
+        for key, child, value in self.children(node, path):
+            if key not in named:
+                self.value(value, child)
+                continue
+            annotation = named[key].annotation
+            section = without_null(annotation)
+            if not is_call and is_dataclass(section) and isinstance(value, DictConfig):
+                self.call(value, child, section)  # type: ignore[arg-type]
+                continue
+            plain = _plain(value)
+            if not fits(plain, annotation):
+                given = f"{plain!r} ({type(plain).__name__})"
+                raise DminError(
+                    f"{self.place(child)} is {given}, but {name} takes {spell(annotation)}."
+                )
+            self.value(value, child)
+
+    def value(self, value: Any, path: str) -> None:
+        """Check the calls inside a value."""
+        if isinstance(value, DictConfig) and "_target_" in value:
+            target = self.target(value, path)
+            if target is not None:
+                self.call(value, path, target)
+                return
+        if isinstance(value, DictConfig | ListConfig):
+            self.inside(value, path)
+
+    def inside(self, node: DictConfig | ListConfig, path: str) -> None:
+        for _, child, value in self.children(node, path):
+            self.value(value, child)
+
+    def children(self, node: DictConfig | ListConfig, path: str) -> Iterator[tuple[Any, str, Any]]:
+        """Yield key, dotted path and value of the children that have one; note those without."""
+        keys: Iterable[Any] = node if isinstance(node, DictConfig) else range(len(node))
+        for key in keys:
+            child = f"{path}.{key}" if path else str(key)
+            is_missing = OmegaConf.is_missing(node, key)
+            try:
+                value = None if is_missing else node[key]
+            except InterpolationToMissingValueError:
+                is_missing = True
+            except OmegaConfBaseException as error:
+                if self.needs(child):
+                    reason = str(error).partition("\n")[0]
+                    say = f"say {child}=<value>."
+                    if "SLURM_" in reason:
+                        say = f"SLURM sets it in the tasks of a job; elsewhere {say}"
+                    reason = f"{child} cannot be resolved: {reason}. {say[0].upper()}{say[1:]}"
+                    raise DminError(reason) from error
+                continue
+            if not is_missing:
+                if OmegaConf.is_config(value) and OmegaConf.is_interpolation(node, key):
+                    self.stands_at[child] = str(value._get_full_key(None))  # type: ignore[union-attr]
+                yield key, child, value
+            elif self.needs(child):
+                place = self.place(child)
+                self.missing[place] = f"{place}=<value>"
+
+    def target(self, node: DictConfig, path: str) -> Callable[..., Any] | None:
+        """Return what a call calls; None when that is missing, or not imported nor needed."""
+        try:
+            name = node["_target_"]
+        except OmegaConfBaseException:
+            return None  # reported with the other values
+        if not isinstance(name, str):
+            raise DminError(f"{path}._target_ is {name!r}, not the dotted name of a class.")
+        found = load(name, f"{path}._target_") if self.needs(path) else loaded(name)
+        if found is not None and not callable(found):
+            raise DminError(f"{path}._target_ is {name}, which is not a class or a function.")
+        return found
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without OmegaConf's containers; as missing where it does not resolve."""
+    if not isinstance(value, DictConfig | ListConfig):
+        return value
+    try:
+        return OmegaConf.to_container(value, resolve=True)
+    except OmegaConfBaseException:
+        return "???"
+
+
+def _unknown(key: str, path: str, name: str, named: list[str], allowed: list[str]) -> str:
+    first = f"{path}.{key}".lstrip(".") + f" is not a setting of {name}."
+    takes = f"Allowed: {', '.join(named)}." if named else "It takes none."
+    return " ".join(filter(None, (first, did_you_mean(key, allowed), takes)))

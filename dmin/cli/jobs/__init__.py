@@ -1,0 +1,1 @@
+"""Jobs and processes: sweeps, SLURM, several devices, the record of a run."""

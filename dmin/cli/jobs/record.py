@@ -1,0 +1,72 @@
+"""The record of a command: what was asked, with what, how long, and what came out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from dmin.cli.jobs.sweep import job_settings
+from dmin.runtime.errors import DminError
+from dmin.runtime.provenance import FINISHED, RECORD, circumstances, peak_memory, write
+
+
+@contextmanager
+def recorded(cfg: DictConfig, folder: Path, command: str) -> Iterator[dict[str, Any]]:
+    """Write ``record.json`` when a run starts and again when it ends, however it ends.
+
+    Args:
+        cfg: the composed configuration; written resolved, as ``config.yaml``.
+        folder: the run's folder.
+        command: name of the command.
+
+    Yields:
+        A mapping to put results into.
+
+    Raises:
+        DminError: the folder cannot be written.
+    """
+    results: dict[str, Any] = {}
+    record = {**_asked(command), "outcome": "running", "seed": cfg.seed}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        write(folder, record)
+    except OSError as error:
+        raise DminError(
+            f"the run folder {folder} cannot be written ({error.strerror}). Set paths.outputs to a "
+            f"folder with write permission and free space."
+        ) from error
+    start = time.monotonic()
+    try:
+        yield results
+        record["outcome"] = FINISHED
+    except BaseException as error:
+        record["outcome"] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        record["seconds"] = round(time.monotonic() - start, 2)
+        record["peak_memory_bytes"] = peak_memory()
+        record["results"] = results
+        write(folder, record)
+
+
+def note_failure(cfg: DictConfig, command: str, message: str) -> None:
+    """Leave a record of a job that failed, also of one that failed before it had any."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    file = folder / RECORD
+    record = json.loads(file.read_text()) if file.is_file() else _asked(command)
+    write(folder, {**record, "outcome": message, "seed": cfg.get("seed")})
+
+
+def _asked(command: str) -> dict[str, Any]:
+    """Return what the job at hand was asked, and the circumstances."""
+    asked = {"command": command, "argv": sys.argv[1:], "job": job_settings()}
+    return {**asked, **circumstances()}

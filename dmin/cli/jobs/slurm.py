@@ -1,0 +1,305 @@
+"""SLURM: whether the parts of a job fit together, before submission and at its start; requeues."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+
+from dmin.runtime.errors import DminError
+from dmin.runtime.signals import Stopped
+
+# What Lightning too takes for a shell inside of an allocation, where srun has no part.
+_SHELLS = ("bash", "interactive")
+SECONDS = 20  # that a command of SLURM may take
+
+
+class Processes(NamedTuple):
+    """How many processes a trainer's settings ask for.
+
+    Args:
+        per_node: one a device; None where `auto` leaves it to the machine.
+        nodes: machines.
+        strategy: how they work together, as it is set.
+    """
+
+    per_node: int | None
+    nodes: int
+    strategy: str
+
+    @classmethod
+    def of(cls, trainer: Mapping[str, Any]) -> Processes:
+        """Read them from the section ``trainer``."""
+        devices = trainer.get("devices", 1)
+        strategy = trainer.get("strategy", "auto")
+        if isinstance(devices, str) and devices.lstrip("-").isdecimal():
+            devices = int(devices)
+        if isinstance(devices, str) and "," in devices:
+            devices = [each for each in devices.split(",") if each]
+        per_node = None if devices in ("auto", -1) else devices
+        if not isinstance(devices, int | str):
+            per_node = len(devices)
+        name = strategy if isinstance(strategy, str) else strategy.get("_target_", "given")
+        return cls(per_node, trainer.get("num_nodes") or 1, str(name).rpartition(".")[2])
+
+    @property
+    def alone(self) -> bool:
+        """Whether one process is all there is."""
+        return self.nodes == 1 and self.per_node in (1, None)
+
+    def __str__(self) -> str:
+        """Name the settings they come from."""
+        devices = "auto" if self.per_node is None else self.per_node
+        return f"trainer.devices={devices} trainer.num_nodes={self.nodes}"
+
+
+class Tasks(NamedTuple):
+    """What SLURM starts, or is asked to start: tasks on each of so many nodes."""
+
+    per_node: int
+    nodes: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.per_node * self.nodes
+
+
+def tasks_here(environ: Mapping[str, str] = os.environ) -> Tasks | None:
+    """Return the tasks of the SLURM job that this process is one of; None outside of any."""
+    if "SLURM_NTASKS" not in environ or environ.get("SLURM_JOB_NAME") in _SHELLS:
+        return None
+    nodes = int(environ.get("SLURM_NNODES", 1))
+    return Tasks(-(-int(environ["SLURM_NTASKS"]) // nodes), nodes)
+
+
+def check_running(
+    processes: Processes, shards: int, environ: Mapping[str, str] = os.environ
+) -> None:
+    """Refuse a SLURM job that would wait for ever, or do the same work in every task.
+
+    Args:
+        processes: what the trainer's settings ask for.
+        shards: ``shard.num``.
+        environ: of the process.
+
+    Raises:
+        DminError: says what does not fit, and the two ways to mend it.
+    """
+    tasks = tasks_here(environ)
+    if tasks is None or tasks.total == 1:
+        if processes.nodes > 1 and tasks is not None:
+            raise DminError(_mismatch(processes, tasks))
+        return
+    if "SLURM_STEP_ID" not in environ:
+        raise DminError(
+            f"this job has {tasks.total} tasks, but dmin was started once, by the batch script "
+            f"itself. Start it with srun, as in `exec srun --kill-on-bad-exit=1 dmin …`."
+        )
+    check_fit(processes, tasks, shards)
+    if not processes.alone and "SLURM_NTASKS_PER_NODE" not in environ:
+        raise DminError(
+            f"the job was given --ntasks={tasks.total} without --ntasks-per-node, from which the "
+            f"processes of a node are counted. Say --nodes={processes.nodes} --ntasks-per-node="
+            f"{processes.per_node} in their place."
+        )
+
+
+def check_fit(processes: Processes, tasks: Tasks, shards: int) -> None:
+    """Refuse tasks that are not the trainer's processes, one for one.
+
+    Raises:
+        DminError: they are not.
+    """
+    if processes.alone and tasks.total > 1:
+        if shards >= tasks.total:
+            return  # each task a shard of its own
+        raise DminError(
+            f"{tasks.total} tasks on {tasks.nodes} nodes, but trainer.strategy="
+            f"{processes.strategy} with {processes}: every task would do all of the work. Say "
+            f"trainer=ddp trainer.devices={tasks.per_node} trainer.num_nodes={tasks.nodes}, or "
+            f"give each task a shard: shard=slurm_task."
+        )
+    if processes.per_node is None and not processes.alone:
+        raise DminError(f"{processes}: say the number of devices, one a task of a node.")
+    if (processes.per_node or 1, processes.nodes) != tuple(tasks):
+        raise DminError(_mismatch(processes, tasks))
+
+
+def check_submission(config: DictConfig) -> None:
+    """Refuse a sweep on SLURM whose jobs could not run, before any is submitted.
+
+    Args:
+        config: of the sweep, with Hydra's own node.
+
+    Raises:
+        DminError: there is no SLURM here, or the parts of a job do not fit together.
+    """
+    launcher = config.hydra.launcher
+    if not launcher._target_.endswith(".SlurmLauncher"):
+        return
+    if shutil.which("sbatch") is None:
+        raise DminError(
+            "hydra/launcher=slurm, but this machine has no SLURM (there is no sbatch on its PATH). "
+            "Give the command where jobs are submitted from, or say hydra/launcher=local to run "
+            "the jobs here."
+        )
+    asked = f"hydra.launcher.timeout_min={launcher.timeout_min}"
+    if 60 * launcher.timeout_min < launcher.signal_delay_s + 60:
+        raise DminError(
+            f"{asked} with hydra.launcher.signal_delay_s={launcher.signal_delay_s}: the job would "
+            f"be told to stop as soon as it starts. Ask for more time, or for a later signal."
+        )
+    for cfg in _jobs(config):
+        processes = Processes.of(cfg.trainer)
+        tasks = OmegaConf.select(cfg, "hydra.launcher.tasks_per_node") or 1
+        if not isinstance(tasks, int):
+            raise DminError(
+                f"hydra.launcher.tasks_per_node={tasks}: SLURM wants a number. Say how many "
+                f"devices a node has: trainer.devices=8."
+            )
+        check_fit(processes, Tasks(tasks, launcher.nodes), cfg.shard.num)
+        check_gpus(cfg.trainer, launcher, tasks)
+
+
+def check_gpus(trainer: Mapping[str, Any], launcher: Mapping[str, Any], tasks: int) -> None:
+    """Refuse a job for GPUs that does not ask SLURM for as many.
+
+    Raises:
+        DminError: it asks for fewer, or for none.
+    """
+    if trainer.get("accelerator") not in ("gpu", "cuda"):
+        return
+    more = launcher.get("additional_parameters") or {}
+    if any(str(key).replace("_", "-") in ("gres", "gpus", "gpus-per-task") for key in more):
+        return  # said in a way of the user's own
+    gpus = launcher.get("gpus_per_node") or (launcher.get("gpus_per_task") or 0) * tasks
+    if gpus < tasks and not launcher.get("gres"):
+        raise DminError(
+            f"trainer.accelerator={trainer['accelerator']} with {tasks} tasks on a node, but the "
+            f"job asks SLURM for {gpus} GPUs on each. Say hydra.launcher.gpus_per_node={tasks}."
+        )
+
+
+def _jobs(config: DictConfig) -> list[DictConfig]:
+    """Return the configurations of a sweep's jobs, one for each way to start processes."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    loader = GlobalHydra.instance().config_loader()
+    overrides = OverridesParser.create(loader).parse_overrides(list(config.hydra.overrides.task))
+    (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    apart = {
+        tuple(each for each in job if each.lstrip("+").startswith(("trainer", "shard.num"))): job
+        for job in jobs
+    }
+    return [loader.load_sweep_config(config, job) for job in apart.values()]
+
+
+def _mismatch(processes: Processes, tasks: Tasks) -> str:
+    return (
+        f"SLURM starts {tasks.per_node} tasks on each of {tasks.nodes} nodes, but {processes}. "
+        f"The tasks of a node are its devices: say trainer.devices={tasks.per_node} "
+        f"trainer.num_nodes={tasks.nodes}, or ask SLURM for --nodes={processes.nodes} "
+        f"--ntasks-per-node={processes.per_node}."
+    )
+
+
+def after_stop(stopped: Stopped, asked: bool, is_main: bool, tell: Callable[[str], None]) -> None:
+    """Put the job back into the queue, if it is to go on there.
+
+    Cancelled and preempted jobs (SIGTERM) do not: SLURM itself requeues what it preempts.
+
+    Args:
+        stopped: how the work ended.
+        asked: ``collect.requeue``.
+        is_main: the one process of the job that does it; the others stay until SLURM ends them,
+            since SLURM may take the first that leaves for a failure.
+        tell: told what is done.
+
+    Raises:
+        DminError: it cannot be requeued, or it would never get any further.
+    """
+    submitit = callable(stopped.before)
+    if stopped.signum == signal.SIGTERM or not (submitit or asked):
+        return
+    if not stopped.gained:
+        left = seconds_left()
+        raise DminError(
+            f"the job got {stopped.signum.name} before one block was finished"
+            f"{'' if left is None else f', {left:.0f} s before its end'}: started again it would "
+            f"get no further, so it is not requeued. Ask for more time, send the signal later, or "
+            f"set collect.block_size lower (a new store) and collect.workers higher."
+        )
+    if submitit:
+        tell("what is finished is sealed; submitit decides whether the job goes on later")
+        stopped.before(stopped.signum, None)
+    elif is_main:
+        tell(f"what is finished is sealed; job {requeue()} goes on when its turn comes again")
+    time.sleep(SECONDS)
+
+
+def requeue(environ: Mapping[str, str] = os.environ) -> str:
+    """Put this process's job back into the queue; SLURM then ends it.
+
+    Returns:
+        The number of the job.
+
+    Raises:
+        DminError: there is no such job, or SLURM refused.
+    """
+    job = environ.get("SLURM_JOB_ID")
+    if job is None or shutil.which("scontrol") is None:
+        raise DminError(
+            "collect.requeue=true, but this is no job of SLURM. What is finished is sealed: give "
+            "the same command again."
+        )
+    try:
+        run = subprocess.run(
+            ["scontrol", "requeue", job], capture_output=True, text=True, timeout=SECONDS
+        )
+        said = run.stderr.strip() if run.returncode else ""
+    except subprocess.TimeoutExpired:
+        said = f"no answer in {SECONDS} s"
+    if said:
+        raise DminError(
+            f"SLURM did not requeue job {job} ({said}). Submit it with --requeue where the cluster "
+            f"does not requeue by itself. What is finished is sealed: give the same command again."
+        )
+    return job
+
+
+def seconds_left(environ: Mapping[str, str] = os.environ) -> float | None:
+    """Return the time until this process's job is killed; None if nobody says."""
+    job = environ.get("SLURM_JOB_ID")
+    if job is None or shutil.which("squeue") is None:
+        return None
+    try:
+        run = subprocess.run(
+            ["squeue", "-h", "-j", job, "-o", "%L"],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return parsed_time(run.stdout.strip())
+
+
+def parsed_time(text: str) -> float | None:
+    """Return SLURM's ``days-hours:minutes:seconds`` in seconds; None for UNLIMITED and the like."""
+    days, _, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdecimal() for part in parts) or not (days or "0").isdecimal():
+        return None
+    seconds = 0
+    for part in parts:
+        seconds = 60 * seconds + int(part)
+    return float(seconds + 86400 * int(days or 0))

@@ -1,0 +1,212 @@
+"""Sweeps: what each job says goes where it belongs, and one table at the end tells of all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from dmin.cli.jobs.slurm import check_submission
+from dmin.runtime.errors import DminError
+from dmin.runtime.provenance import FINISHED, RECORD
+
+CALLBACK = "++hydra.callbacks.dmin_sweep._target_=dmin.cli.jobs.sweep.Sweep"
+# What joblib's workers print would run into one another on the terminal.
+_SHARES_TERMINAL = "JoblibLauncher"
+
+
+class Job(NamedTuple):
+    """One job of a sweep, as its record tells."""
+
+    number: int
+    settings: dict[str, str]  # its overrides
+    outcome: str  # finished, running, or what went wrong
+    seconds: float | None
+    figures: dict[str, str]  # what came out, by name
+    folder: Path
+
+    @property
+    def failed(self) -> bool:
+        """Whether it did not finish: a record that says running is of a job that was killed."""
+        return self.outcome != FINISHED
+
+
+class Sweep(Callback):
+    """Remembers where the sweep of this process stands; Hydra calls it (:data:`CALLBACK`)."""
+
+    folder: Path | None = None
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Note the folder, which is the last time Hydra tells it; refuse jobs that cannot run."""
+        try:
+            check_submission(config)
+        except DminError as error:  # Hydra would make a warning of it
+            raise SystemExit(str(error)) from error
+        Sweep.folder = Path(config.hydra.sweep.dir)
+
+
+def in_sweep() -> bool:
+    """Tell whether the job at hand is one of a sweep."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def job_settings() -> dict[str, Any]:
+    """Return what tells this job from others of a sweep, for its record."""
+    hydra = HydraConfig.get()
+    return {
+        "number": hydra.job.num if in_sweep() else 0,
+        "overrides": list(hydra.overrides.task),
+        "method": hydra.runtime.choices.get("method"),
+    }
+
+
+@contextmanager
+def own_output() -> Iterator[None]:
+    """Send what a job prints to ``output.log`` in its folder, where jobs share a terminal.
+
+    Its end is told on the terminal.
+    """
+    hydra = HydraConfig.get()
+    if not in_sweep() or not hydra.launcher._target_.endswith(_SHARES_TERMINAL):
+        yield
+        return
+    folder = Path(hydra.runtime.output_dir)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    terminals = os.dup(1), os.dup(2)
+    with (folder / "output.log").open("a", buffering=1) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, terminal in enumerate(terminals, 1):
+                os.dup2(terminal, number)
+                os.close(terminal)
+            print(f"job {hydra.job.num} ended; what it said: {folder / 'output.log'}")
+
+
+def jobs(folder: Path) -> list[Job]:
+    """Return the jobs of a sweep by their number, from the records in its folder."""
+    found = []
+    for file in folder.rglob(RECORD):
+        try:
+            record = json.loads(file.read_text())
+        except (OSError, ValueError):
+            continue  # being written, or cut off by a full disk
+        job = record.get("job", {})
+        pairs = (override.partition("=") for override in job.get("overrides", []))
+        found.append(
+            Job(
+                job.get("number", 0),
+                {key.lstrip("+"): value for key, _, value in pairs},
+                record.get("outcome", "unknown"),
+                record.get("seconds"),
+                (record.get("results") or {}).get("figures", {}),
+                file.parent,
+            )
+        )
+    return sorted(found, key=lambda job: job.number)
+
+
+def conclude(console: Console) -> str | None:
+    """Print and save the table of the sweep that this process ran, if it ran one.
+
+    Returns:
+        What to say if jobs failed, else None.
+    """
+    folder, Sweep.folder = Sweep.folder, None
+    if folder is None or not (found := jobs(folder)):
+        return None
+    console.print(_table(found))
+    _save(folder, found)
+    _save_results(folder, found)
+    console.print(f"All of it is in\n  {folder / 'sweep.md'}", soft_wrap=True)
+    failed = [job.number for job in found if job.failed]
+    if not failed:
+        return None
+    return (
+        f"{len(failed)} of {len(found)} jobs failed (number "
+        f"{', '.join(map(str, failed))}; why stands in the table). What the others made is kept, "
+        f"and the same command finds it done."
+    )
+
+
+def _varied(found: Sequence[Job]) -> list[str]:
+    """Return the settings that are not the same in all jobs."""
+    keys = dict.fromkeys(key for job in found for key in job.settings)
+    return [key for key in keys if len({job.settings.get(key) for job in found}) > 1]
+
+
+def _lines(found: Sequence[Job]) -> list[list[str]]:
+    """Return the table: its head, then a line a job; no column without any entry."""
+    settings = _varied(found)
+    figures = dict.fromkeys(name for job in found for name in job.figures)
+    lines = [["job", *settings, "outcome", "seconds", *figures, "why"]]
+    for job in found:
+        outcome = "did not end" if job.outcome == "running" else job.outcome
+        lines.append(
+            [
+                str(job.number),
+                *(job.settings.get(key, "") for key in settings),
+                "failed" if job.failed else FINISHED,
+                "" if job.seconds is None else f"{job.seconds:,.1f}",
+                *(job.figures.get(name, "") for name in figures),
+                outcome if job.failed else "",
+            ]
+        )
+    return lines if any(job.failed for job in found) else [line[:-1] for line in lines]
+
+
+def _table(found: Sequence[Job]) -> Table:
+    head, *lines = _lines(found)
+    table = Table(title=f"sweep of {len(found)} jobs", title_justify="left")
+    for name, column in zip(head, zip(*lines, strict=True), strict=True):
+        numbers = all(cell.replace(".", "").replace(",", "").isdecimal() for cell in column if cell)
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for job, line in zip(found, lines, strict=True):
+        table.add_row(*line, style="red" if job.failed else None)
+    return table
+
+
+def _save(folder: Path, found: Sequence[Job]) -> None:
+    """Write the table as CSV and Markdown, with the folder of each job."""
+    folders = ["folder", *(str(job.folder) for job in found)]
+    lines = [[*line, place] for line, place in zip(_lines(found), folders, strict=True)]
+    with (folder / "sweep.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    lines.insert(1, ["---"] * len(lines[0]))
+    escaped = ([cell.replace("|", r"\|").replace("\n", " ") for cell in line] for line in lines)
+    (folder / "sweep.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in escaped))
+
+
+def _save_results(folder: Path, found: Sequence[Job]) -> None:
+    """Put the tables of results of all jobs (of `dmin evaluate`) into one."""
+    rows: list[Mapping[str, Any]] = []
+    for job in found:
+        if (path := job.folder / "results.csv").is_file():
+            told = {
+                "job": str(job.number),
+                **{key: job.settings.get(key, "") for key in _varied(found)},
+            }
+            with path.open(newline="") as lines:
+                rows += [{**told, **row} for row in csv.DictReader(lines)]
+    if rows:
+        with (folder / "results.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), restval="")
+            writer.writeheader()
+            writer.writerows(rows)

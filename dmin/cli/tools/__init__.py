@@ -1,0 +1,1 @@
+"""Small commands without Hydra: status, store, repeat."""

@@ -1,0 +1,164 @@
+"""``dmin repeat FOLDER``: run what a record tells again, and say what is not the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dmin.runtime.errors import DminError
+from dmin.runtime.provenance import RECORD, circumstances
+
+# Of results: what depends on the clock, the memory or the place, not on what was computed.
+_INCIDENTAL = {"peak", "files", "store", "model", "figures"}
+
+
+def page() -> str:
+    """Return what ``dmin repeat --help`` prints."""
+    return """
+usage: dmin repeat RUN_FOLDER [--dry] [setting=value ...]
+       dmin repeat experiments/NAME [--dry] [--into FOLDER]
+
+RUN_FOLDER has the record.json and config.yaml of a run, as every command leaves them under
+outputs/runs/ (and each job of a sweep under outputs/sweeps/). The settings are those of the record,
+whatever the YAML files say by now; settings given here win over them. What differs today (commit,
+versions, machine) is said first, how the results differ is said at the end.
+
+An experiment is a script with a record.json beside its results: it runs again in a copy, with
+nothing of what it kept, and its new results are compared with those recorded, which stay.
+
+  --dry          say what differs, run nothing
+  --into FOLDER  where the copy is made (outputs/repeats/...); what was begun there goes on
+
+What a run made is found and not made again; to make it anew: paths.outputs=another/folder.
+
+examples:
+  dmin repeat outputs/runs/collect/2025-01-31_12-00-00-000000
+  dmin repeat outputs/runs/collect/2025-01-31_12-00-00-000000 paths.outputs=outputs/again
+  dmin repeat experiments/curvature
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Repeat a run; return the exit status, 1 with a message for what the user got wrong."""
+    dry = "--dry" in arguments
+    first, *rest = [each for each in arguments if each != "--dry"] or [""]
+    try:
+        folder = Path(first)
+        record = _record(folder)
+        _say("differs from then", _since(record) or ["nothing: commit, versions and machine"])
+        if dry:
+            return 0
+        _say("results", _repeated_script(folder, record, rest) if "runs" in record else
+             _repeated_command(folder, record, rest))  # fmt: skip
+    except DminError as error:
+        print(f"dmin: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _repeated_script(folder: Path, record: dict[str, Any], arguments: list[str]) -> list[str]:
+    from dmin.cli.tools.repeat_script import repeat
+
+    flag, *into = arguments or ["--into"]
+    if flag != "--into" or len(into) > 1:
+        raise DminError(
+            f"{' '.join(arguments)}: {folder} is an experiment with a script; of its own it takes "
+            f"what its record says, and here --into FOLDER."
+        )
+    return repeat(folder, record, Path(into[0]) if into else None)
+
+
+def _repeated_command(folder: Path, record: dict[str, Any], settings: list[str]) -> list[str]:
+    from dmin.cli.commands import COMMANDS
+    from dmin.cli.config.compose import run as run_step
+    from dmin.cli.help import config_directory
+
+    command = record["command"]
+    if command not in COMMANDS:
+        raise DminError(f"{folder} records the command {command}, which this dmin has not.")
+    outputs = "hydra.run.dir=${paths.outputs}/runs/" + command + "/${now:%Y-%m-%d_%H-%M-%S-%f}"
+    place = ["--config-path", str(folder.resolve()), "--config-name", "config"]
+    place += ["--config-dir", str(config_directory())]  # for the methods that a benchmark names
+    if chosen := record["job"].get("method"):  # what cfg.method is the choice of: see benchmarks.py
+        place.append(f"++hydra.runtime.choices.method={chosen}")
+    found: dict[str, Any] = {}
+    run_step(_keeping(COMMANDS[command], found), command, [*place, outputs, *settings])
+    return _compared(record, found)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        if "runs" in record or (folder / "config.yaml").is_file():
+            return record
+    except OSError:
+        pass
+    except ValueError as error:
+        raise DminError(f"{folder / RECORD} is damaged ({error}): nothing to repeat.") from error
+    raise DminError(
+        f"{folder}: give the folder of a run, which has {RECORD} and config.yaml, such as "
+        f"outputs/runs/collect/<date>, or of an experiment that left {RECORD} beside its results. "
+        f"A job that was refused before it began has no config.yaml."
+    )
+
+
+def _since(record: dict[str, Any]) -> list[str]:
+    """Say in what today's code, versions, machine and folder are not those of a record."""
+    from dmin.runtime.fingerprint import differences
+
+    then = record["runs"][-1] if "runs" in record else record
+    now, lines = circumstances(), []
+    for part in ("git", "versions", "machine"):
+        ours, theirs = now.get(part) or {}, then.get(part) or {}
+        ours = {key: value for key, value in ours.items() if key != "threads"}  # not set yet
+        theirs = {key: value for key, value in theirs.items() if key in ours or key != "threads"}
+        lines += [f"{part}.{line}" for line in differences(ours, theirs)]
+    for part in ("code", "folder"):
+        if now[part] != then.get(part, now[part]):
+            lines.append(f"{part}: {now[part]} here, {then[part]} there")
+    if (then.get("git") or {}).get("changed"):
+        lines.append("git: the checkout there had changes that no commit has")
+    return [line.replace(" there", " then").replace(" here", " now") for line in lines]
+
+
+def _keeping(step: Callable[[Any], None], found: dict[str, Any]) -> Callable[[Any], None]:
+    """Return the step, which also keeps the results of its record."""
+    from hydra.core.hydra_config import HydraConfig
+
+    def kept(cfg: Any) -> None:
+        step(cfg)
+        file = Path(HydraConfig.get().runtime.output_dir) / RECORD
+        found.update(json.loads(file.read_text()).get("results", {}))
+
+    kept.needs = getattr(step, "needs", None)  # type: ignore[attr-defined]
+    return kept
+
+
+def _compared(record: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Say how the results differ from those of the record."""
+    from dmin.runtime.fingerprint import differences
+
+    ours, theirs = _essential(found), _essential(record.get("results") or {})
+    if not theirs:
+        return [f"nothing to compare with: the run recorded was {record.get('outcome')}"]
+    lines = differences(ours, theirs)
+    return [line.replace(" there", " then").replace(" here", " now") for line in lines] or [
+        f"the same as then ({', '.join(theirs)})"
+    ]
+
+
+def _essential(results: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _essential(value) if isinstance(value, dict) else value
+        for key, value in results.items()
+        if key not in _INCIDENTAL
+    }
+
+
+def _say(what: str, lines: Sequence[str]) -> None:
+    print(f"{what}:")
+    for line in lines:
+        print(f"  {line}")

@@ -1,0 +1,131 @@
+"""``dmin repeat experiments/NAME``: run a recorded script again in a copy, compare its results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dmin.runtime.errors import DminError
+from dmin.runtime.provenance import RECORD
+
+_COPIED = ("experiments", "conf", "docs")  # of the checkout: what scripts read and write
+
+
+def repeat(folder: Path, record: dict[str, Any], into: Path | None) -> list[str]:
+    """Run a record's commands again in a copy without their results; say how these differ.
+
+    Args:
+        folder: of the experiment; nothing in it is touched.
+        record: of the experiment.
+        into: where the copy is made; what was begun there goes on. A new folder if None.
+
+    Raises:
+        DminError: the scripts are not there, or one of them failed.
+    """
+    commands = [list(each) for each in dict.fromkeys(tuple(r["command"]) for r in record["runs"])]
+    top = folder.resolve().parents[1]
+    for script in dict.fromkeys(command[0] for command in commands):
+        if not (top / script).is_file():
+            raise DminError(
+                f"{folder / RECORD} names {script}, which is not in {top}: repeat it in a checkout "
+                f"of the commit it was made with."
+            )
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    into = into or Path("outputs/repeats") / f"{folder.resolve().name}-{now}"
+    copy = into / folder.resolve().relative_to(top)
+    if not copy.is_dir():
+        results = {folder.resolve() / name for name in (*record["results"], RECORD)}
+        for name in _COPIED:
+            if (top / name).is_dir():
+                shutil.copytree(top / name, into / name, ignore=_but(results))
+    code = str(Path(__file__).resolve().parents[3])
+    paths = [code, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    for command in commands:
+        print(f"in {into}: python {' '.join(command)}", flush=True)
+        status = subprocess.run([sys.executable, *command], cwd=into, env=environment).returncode
+        if status:
+            raise DminError(
+                f"{command[0]} ended with status {status}. What it did is in {into}: `dmin repeat "
+                f"{folder} --into {into}` goes on there."
+            )
+    print(f"the new results: {copy}")
+    return [line for name in record["results"] for line in _compared(folder / name, copy / name)]
+
+
+def _but(results: set[Path]) -> Any:
+    """Return a filter of ``copytree`` that leaves out results, and what Python made."""
+
+    def ignored(place: str, names: list[str]) -> set[str]:
+        return {n for n in names if n == "__pycache__" or Path(place) / n in results}
+
+    return ignored
+
+
+def _compared(then: Path, now: Path) -> Iterator[str]:
+    """Say how a result differs from what it was, by column where it is a table."""
+    if not now.is_file():
+        yield f"{then.name}: not made again"
+    elif not then.is_file():
+        yield f"{then.name}: the one recorded is gone, nothing to compare with"
+    elif then.read_bytes() == now.read_bytes():
+        yield f"{then.name}: the same, byte for byte"
+    elif then.suffix not in (".csv", ".json"):
+        yield f"{then.name}: not the same bytes"
+    else:
+        yield from (f"{then.name}: {line}" for line in _columns(_values(then), _values(now)))
+
+
+def _columns(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Say for each column in how many values two tables differ, and by how much."""
+    lines = []
+    if then.keys() != now.keys():
+        lines.append(f"{len(now.keys() - then.keys())} values more, "
+                     f"{len(then.keys() - now.keys())} less")  # fmt: skip
+    columns: dict[str, list[tuple[Any, Any]]] = {}
+    for key in then.keys() & now.keys():
+        columns.setdefault(key.rpartition("/")[2], []).append((then[key], now[key]))
+    for name, pairs in sorted(columns.items()):
+        unlike = [(a, b) for a, b in pairs if a != b]
+        if not unlike:
+            continue
+        numbers = [(a, b) for a, b in unlike if isinstance(a, float) and isinstance(b, float)]
+        apart = max((abs(a - b) / max(abs(a), abs(b)) for a, b in numbers), default=0.0)
+        much = f", by at most {apart:.2g} of itself" if numbers else ""
+        lines.append(f"{name or 'values'} differs in {len(unlike)} of {len(pairs)}{much}")
+    return lines or ["the same values, written otherwise"]
+
+
+def _values(file: Path) -> dict[str, Any]:
+    """Return the values of a table by place and column: numbers as such."""
+    text = file.read_text()
+    if file.suffix == ".json":
+        return dict(_leaves(json.loads(text)))
+    rows = csv.DictReader(text.splitlines())
+    return {f"{n}/{key}": _number(cell) for n, row in enumerate(rows) for key, cell in row.items()}
+
+
+def _leaves(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{place}/{key}")
+    elif isinstance(node, list):
+        for value in enumerate(node):
+            yield from _leaves(value[1], f"{place}[{value[0]}]")
+    else:
+        yield place, _number(node)
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value

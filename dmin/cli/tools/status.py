@@ -1,0 +1,282 @@
+"""``dmin status [STORE]``: how much of a collection is done, by whom, how fast; without torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmin.runtime.errors import DminError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dmin.store import Manifest
+    from dmin.workers.liveness import Report
+
+STORES = Path("outputs/stores")
+APART = 5.0  # seconds between two clocks that are worth a word
+SHOWN = 64  # processes listed, first those that need a look
+
+
+def page() -> str:
+    """Return what ``dmin status --help`` prints."""
+    return """
+usage: dmin status [STORE] [json=true]
+
+Without a store: all of outputs/stores. A store that is being written is not disturbed.
+
+examples:
+  dmin status
+  dmin status outputs/stores/digits-train-0123456789abcdef
+  dmin status store=outputs/stores/digits-train-0123456789abcdef json=true
+"""
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a store is.
+
+    Args:
+        path: of the store.
+        manifest: its.
+        sealed: blocks that are there.
+        missing: blocks that are not.
+        reports: what processes say of themselves.
+        unattended: missing blocks that no running process has to do.
+    """
+
+    path: Path
+    manifest: Manifest
+    sealed: int
+    missing: list[int]
+    reports: list[Report]
+    unattended: list[int]
+
+    @property
+    def rows(self) -> int:
+        """Examples that are there."""
+        manifest = self.manifest
+        return manifest.num_examples - sum(len(manifest.block_rows(b)) for b in self.missing)
+
+    @property
+    def running(self) -> list[Report]:
+        """The processes at work."""
+        return [each for each in self.reports if each.running]
+
+    @property
+    def rate(self) -> float:
+        """Examples a second, all processes together."""
+        return sum(each.rate for each in self.running if each.done < each.blocks)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the slowest process is done; None if nobody works, or none has a rate yet."""
+        left = [self.left(each) for each in self.running]
+        known = [seconds for seconds in left if seconds is not None]
+        return max(known) if known else None
+
+    def left(self, report: Report) -> float | None:
+        """Return the seconds a process has still to work."""
+        if report.state != "collecting" or report.rate <= 0:
+            return 0.0 if report.state == "waiting" else None
+        return (report.blocks - report.done) * self.manifest.block_size / report.rate
+
+
+def status_of(path: Path) -> Status:
+    """Look at a store and at what the processes that work on it say.
+
+    Raises:
+        DminError: there is no store, or a segment of it cannot be read.
+    """
+    from dmin.store.segments import open_segments, read_manifest
+    from dmin.workers.liveness import reports
+
+    manifest = read_manifest(path)
+    found = reports(path)  # before the segments: what is sealed meanwhile is then no news
+    there: set[int] = set()
+    for segment in open_segments(path, manifest, verify=False).values():
+        there.update(segment.blocks.tolist())
+    missing = [block for block in range(manifest.num_blocks) if block not in there]
+    attended: set[int] = set()
+    for each in found:
+        if each.running:
+            attended.update(each.share.range(manifest.num_blocks))
+    unattended = [block for block in missing if block not in attended]
+    return Status(path, manifest, len(there), missing, found, unattended)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the status of one store or of all; return the exit status."""
+    try:
+        path, as_json = _parsed(arguments)
+        if path is None:
+            return _overview(as_json)
+        found = status_of(path)
+    except DminError as error:
+        print(f"dmin: {error}", file=sys.stderr)
+        return 1
+    if as_json:
+        print(json.dumps(as_values(found), indent=1))
+        return 0
+    from dmin.runtime.progress import console
+
+    screen = console()
+    for line in lines(found):
+        screen.print(line, soft_wrap=True, highlight=False)
+    if found.reports:
+        screen.print(table(found))
+    return 0
+
+
+def as_values(status: Status) -> dict[str, Any]:
+    """Return the status as JSON values."""
+    return {
+        "path": str(status.path),
+        "examples": status.manifest.num_examples,
+        "rows": status.rows,
+        "blocks": status.manifest.num_blocks,
+        "sealed_blocks": status.sealed,
+        "complete": not status.missing,
+        "rows_a_second": round(status.rate, 3),
+        "seconds_left": status.seconds_left,
+        "unattended_blocks": status.unattended,
+        "processes": [
+            {**asdict(each), "share": str(each.share), "running": each.running}
+            for each in status.reports
+        ],
+    }
+
+
+def lines(status: Status) -> list[str]:
+    """Say in a few lines how far a store is and what it waits for."""
+    manifest, rows = status.manifest, status.rows
+    share = rows / manifest.num_examples
+    bar = f"[green]{'━' * round(30 * share)}[/][dim]{'━' * (30 - round(30 * share))}[/]"
+    told = [
+        f"[bold]store[/]: {status.path}",
+        f"  {bar} {rows:,} of {manifest.num_examples:,} rows sealed ({100 * share:.1f} %), "
+        f"{status.sealed:,} of {manifest.num_blocks:,} blocks",
+    ]
+    if not status.missing:
+        return [*told, "  complete"]
+    running = status.running
+    if running:
+        left = status.seconds_left
+        told.append(
+            f"  {len(running)} at work, {status.rate:,.2f} rows/s together, "
+            + ("time left not known yet" if left is None else f"{duration(left)} left")
+        )
+    dead = [each for each in status.reports if not each.running and not each.ended]
+    if dead:
+        undone = sum(each.blocks - each.done for each in dead)
+        told.append(
+            f"  [red]{len(dead)} died[/] with up to {undone:,} blocks undone, and lost what they "
+            f"had not sealed"
+        )
+    if status.unattended:
+        from dmin.runtime.formatting import spans
+
+        told.append(
+            f"  [red]{len(status.unattended):,} missing blocks are nobody's[/] (numbers "
+            f"{spans(status.unattended)}): give the command again that began them, it resumes"
+        )
+    apart = [each for each in running if abs(each.ahead) > APART]
+    if apart:
+        far = max(apart, key=lambda each: abs(each.ahead))
+        told.append(
+            f"  [yellow]clocks are apart[/]: {far.host} by {far.ahead:+.0f} s from the file "
+            f"system's. Nothing here depends on it."
+        )
+    return told
+
+
+def table(status: Status) -> Table:
+    """List the processes: first those that died, then those at work, then those that ended."""
+    from rich.table import Table
+
+    made = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
+    for name in ("part", "process", "state", "blocks", "rows/s", "left", "last sign"):
+        made.add_column(name, justify="left" if name in ("part", "process", "state") else "right")
+    ordered = sorted(status.reports, key=lambda each: (each.ended, each.running, each.share))
+    for each in ordered[:SHOWN]:
+        state = each.state if each.running or each.ended else "dead"
+        style = {"dead": "red", "failed": "red", "stopped": "yellow"}.get(state)
+        left = status.left(each) if each.running else None
+        made.add_row(
+            str(each.share),
+            each.who,
+            state,
+            f"{each.done:,}/{each.blocks:,}",
+            f"{each.rate:,.2f}" if each.rate else "",
+            "" if left is None else duration(left),
+            f"{duration(each.age)} ago",
+            style=style,
+        )
+        if each.note and state in ("failed", "stopped"):
+            made.add_row("", f"  {each.note[:160]}", style=style)
+    if len(ordered) > SHOWN:
+        made.add_row(f"and {len(ordered) - SHOWN:,} more: json=true lists all")
+    return made
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people: ``40 s``, ``3:05 min``, ``2:10 h``, ``3.1 days``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)}:{int(seconds % 60):02d} min"
+    if seconds < 48 * 3600:
+        return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d} h"
+    return f"{seconds / 86400:.1f} days"
+
+
+def _overview(as_json: bool) -> int:
+    paths = sorted(file.parent for file in STORES.glob("*/manifest.json"))
+    if not paths:
+        raise DminError(
+            f"there are no stores in {STORES.resolve()}. Name one: dmin status path/to/store."
+        )
+    found = [status_of(path) for path in paths]
+    if as_json:
+        print(json.dumps([as_values(each) for each in found], indent=1))
+        return 0
+    from rich.table import Table
+
+    from dmin.runtime.progress import console
+
+    made = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
+    for name in ("store", "rows", "", "at work", "rows/s", "left"):
+        made.add_column(name, justify="left" if name == "store" else "right", overflow="fold")
+    for each in found:
+        left = each.seconds_left if each.missing else None
+        made.add_row(
+            str(each.path),
+            f"{each.rows:,}/{each.manifest.num_examples:,}",
+            "complete"
+            if not each.missing
+            else f"{100 * each.rows / each.manifest.num_examples:.1f} %",
+            str(len(each.running) or ""),
+            f"{each.rate:,.2f}" if each.rate else "",
+            "" if left is None else duration(left),
+            style="red" if each.unattended else None,
+        )
+    console().print(made)
+    return 0
+
+
+def _parsed(arguments: Sequence[str]) -> tuple[Path | None, bool]:
+    """Return the store, if one is named, and whether JSON is wanted."""
+    path, as_json = None, False
+    for each in arguments:
+        key, equals, value = each.partition("=")
+        if key == "json" and value in ("true", "false"):
+            as_json = value == "true"
+        elif key == "store" or not equals or "/" in key:
+            path = Path(value if key == "store" else each)
+        else:
+            raise DminError(f"{each}: dmin status takes a store and json=true|false.")
+    return path, as_json

@@ -1,0 +1,83 @@
+"""A dataset that has grown: the new examples are collected apart, then put behind the rest."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmin.data.base import Dataset
+from dmin.data.subset import Subset, ids_of
+from dmin.runtime.errors import DminError
+from dmin.store import Store
+from dmin.store.maintenance import append
+from dmin.store.manifest import unlike
+from dmin.store.revisions import grow
+
+if TYPE_CHECKING:
+    from dmin.collect.collector import GradientCollector
+
+
+def collect_more(
+    collector: GradientCollector, dataset: Dataset, path: str | Path, **options: Any
+) -> Store:
+    """Collect the examples of a dataset that a finished store has not, into that store.
+
+    Examples are known by their ids: rows that are there are neither computed again nor moved, the
+    new ones come behind them. They are collected into ``<path>.more`` first, which resumes and is
+    shared out like any store, and is deleted in the end. From then on the store is one of the
+    dataset as it is now. Examples that were removed from the store are not collected again.
+
+    Args:
+        collector: as the store was collected with.
+        dataset: with the examples that are there and more.
+        path: of a complete store.
+        options: of :meth:`GradientCollector.collect`.
+
+    Returns:
+        The store; without the new examples while other shards have not finished theirs.
+
+    Raises:
+        DminError: the store is of other features, or has examples that the dataset has not.
+    """
+    path = Path(path)
+    store, aside = Store(path), path.with_name(f"{path.name}.more")
+    here = collector.manifest(dataset, store.manifest.block_size, store.layout.dtype)
+    said = unlike(here, store.manifest, counted=False)
+    said.pop("the dataset changed since collection", None)
+    if said:
+        lines = "; ".join(line for lines in said.values() for line in lines)
+        raise DminError(
+            f"{path} cannot grow by this collector's rows: {lines}, where here is this command and"
+            " there is the store. Use the store's settings."
+        )
+    grown = store.manifest.dataset == here.dataset
+    if not grown:
+        store.require_complete()
+    elif store.complete:
+        return store
+    ids = list(ids_of(dataset))
+    _require_all(store, ids)
+    start = store.manifest.last_part[0] if grown else store.manifest.num_examples
+    known = store.held_ids(before=start)
+    new = [id for id in ids if id not in known]
+    if not new:
+        grow(store, here.dataset, 0)
+        return Store(path)
+    options = {**options, "block_size": here.block_size, "dtype": here.layout.dtype}
+    more = collector.collect(Subset(dataset, ids=new), aside, **options)
+    if not more.complete:
+        return store
+    store = append(path, more, here.dataset)
+    shutil.rmtree(aside)
+    return store
+
+
+def _require_all(store: Store, ids: list[str]) -> None:
+    gone = sorted(set(store.ids) - set(ids))
+    if gone:
+        raise DminError(
+            f"The store {store.path} has {len(gone)} examples that the dataset has no more, such as"
+            f" {gone[0]!r}: if they are to go, run `dmin store remove {store.path} {gone[0]} ...`"
+            " first; if not, bring them back."
+        )

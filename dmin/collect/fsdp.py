@@ -1,0 +1,204 @@
+"""Networks larger than one device: each process keeps a part of every parameter (FSDP2).
+
+A unit of the network (a transformer block, as a rule) is put together from all processes' parts, or
+from host memory, just before it runs, forward or backward, and forgotten after. So a device holds
+its part of the weights and one or two units; see :class:`Sharded`.
+
+Every process takes part in putting every unit together. So all have to run as many passes, of as
+many pairs of example and timestep. Where a process has fewer, it does some again and throws the
+rows away.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+
+from dmin.runtime.errors import DminError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from dmin.collect.collector import GradientCollector
+    from dmin.collect.features import Features
+
+# A module of a list is a unit from this share of the network on: smaller ones would be put together
+# by messages too small to be worth their latency.
+LEAST_SHARE = 0.005
+
+
+class Sharded(ModelParallelStrategy):
+    """A trainer's strategy: one copy of the network for all processes together.
+
+    Args:
+        offload: keep the parts in host memory, and on the device only the units at work. For one
+            small GPU (``devices=1``) the whole network then stands in host memory.
+    """
+
+    def __init__(self, offload: bool = False) -> None:
+        super().__init__(data_parallel_size="auto", tensor_parallel_size=1)
+        self.offload = offload
+
+    def setup_environment(self) -> None:
+        """Make the process group of all processes, and their mesh."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+def is_sharded(trainer: lightning.Trainer) -> bool:
+    """Tell whether a trainer shards the network."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+@contextmanager
+def another_network(collector: GradientCollector, trainer: lightning.Trainer) -> Iterator[None]:
+    """Have the collector work on a network that may be sharded, and the user's stay as it is.
+
+    The other one shares the memory of the weights until it is sharded.
+
+    Raises:
+        DminError: a setting that sharding does not allow.
+    """
+    if not is_sharded(trainer):
+        yield
+        return
+    if collector.microbatch == "auto":
+        raise DminError(
+            "collect.microbatch=auto tries sizes in each process for itself, which a sharded "
+            "network (trainer=fsdp, trainer=offload) does not allow: all processes run each pass "
+            "together. Give a number, such as collect.microbatch=8."
+        )
+    own = collector.model.network
+    weights = {id(p): nn.Parameter(p.data, requires_grad=False) for p in own.parameters()}
+    collector.model.network = copy.deepcopy(own, weights)
+    try:
+        yield
+    finally:
+        collector.model.network = own
+
+
+@contextmanager
+def others_are_there(trainer: lightning.Trainer) -> Iterator[None]:
+    """Say what it means when a process that shares the network is gone.
+
+    Raises:
+        DminError: in place of what its backend says.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo has no class of its own for it.
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if not lost or not is_sharded(trainer):
+            raise
+        raise DminError(
+            f"another process of this job was lost, or did not answer ({_first_line(error)}): with "
+            f"trainer=fsdp none goes on without the others. What is sealed is kept: give the same "
+            f"command again. What became of the other stands in its own output."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
+def shard(
+    network: nn.Module, mesh: DeviceMesh, offload: bool = False, called_apart: Sequence[str] = ()
+) -> None:
+    """Replace the parameters of a network by this process's parts.
+
+    Args:
+        network: changed in place, on whatever device its weights are.
+        mesh: the processes, one dimension.
+        called_apart: names of modules that are called outside the block they stand in.
+        offload: keep the parts in host memory.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+
+    if isinstance(network, FSDPModule):
+        return
+    pinned = torch.accelerator.is_available()
+    policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
+    apart = [network.get_submodule(name) for name in called_apart]
+    for unit in dict.fromkeys([*apart, *units(network), network]):
+        fully_shard(unit, mesh=mesh, offload_policy=policy)
+
+
+def units(network: nn.Module) -> list[nn.Module]:
+    """Return the modules that are put together one at a time, innermost first.
+
+    These are the elements of module lists that hold enough of the network. None holds a parameter
+    that is tied to one outside of it.
+    """
+    total = sum(p.numel() for p in network.parameters())
+    holders: dict[int, set[int]] = {}
+    for module in network.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(id(module))
+    listed = [
+        element
+        for module in network.modules()
+        if isinstance(module, nn.ModuleList)
+        for element in module
+    ]
+    found = []
+    for element in dict.fromkeys(listed):
+        inside = {id(module) for module in element.modules()}
+        parameters = list(element.parameters())
+        # A layer's output is changed in place more often, which would lose FSDP's hook on it.
+        is_layer = next(element.children(), None) is None
+        if is_layer or any(not holders[id(p)] <= inside for p in parameters):
+            continue
+        if sum(p.numel() for p in parameters) >= LEAST_SHARE * total > 0:
+            found.append(element)
+    return found[::-1]  # `modules` comes from outside in
+
+
+class InStep:
+    """Has a process run as many passes, of as many pairs, as the others.
+
+    Args:
+        strategy: of the trainer.
+        own: how many of the first blocks of this process are its own.
+        pairs: of example and timestep in every pass.
+    """
+
+    def __init__(self, strategy: Strategy, own: int, pairs: int) -> None:
+        self.strategy = strategy
+        self.own = own
+        self.pairs = pairs
+        self._lacking = 0
+        self._again: Callable[[], Any] = lambda: None
+
+    def begin_block(self, groups: Sequence[int]) -> None:
+        """Agree on how many passes the block takes.
+
+        Args:
+            groups: pairs of each group of the block, which share no pass.
+        """
+        mine = sum(-(-pairs // self.pairs) for pairs in groups)
+        told = torch.tensor(mine, device=self.strategy.root_device)
+        self._lacking = int(self.strategy.reduce(told, reduce_op="max")) - mine
+
+    def made_up(self, run: Callable[[Tensor], Features]) -> Callable[[Tensor], Features]:
+        """Return how to run passes so that each has all its pairs."""
+
+        def made_up_run(pairs: Tensor) -> Features:
+            repeated = pairs[torch.arange(self.pairs) % len(pairs)]
+            self._again = lambda: run(repeated)
+            return run(repeated).first(len(pairs))
+
+        return made_up_run
+
+    def end_block(self, number: int) -> bool:
+        """Run the passes that others still run; return whether the block is this process's own."""
+        for _ in range(self._lacking):
+            self._again()
+        return number < self.own

@@ -1,0 +1,217 @@
+"""How much fits: the number of pairs in one pass, found by trying, and what a pass takes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmin.runtime.errors import DminError
+from dmin.runtime.files import commit, os_failure
+from dmin.runtime.fingerprint import fingerprint
+
+# Trying larger sizes ends where doubling makes pairs this little faster.
+WORTHWHILE = 1.05
+# Of the free memory of a GPU, where no limit is given: fragments and other blocks need some.
+SHARE_OF_FREE = 0.85
+
+
+class PeakMemory:
+    """The memory that per-example gradients take, as far as the device can tell.
+
+    On a GPU: the largest ``peak during backward − allocated when forward was done`` of any pass, so
+    beyond weights and activations (torch's allocator; another process's memory does not count). On
+    a CPU no such thing can be measured: there it is by how much the process's peak resident memory
+    grew, activations and the loading of examples included.
+
+    Attributes:
+        bytes: the largest seen so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes = 0
+        self._start = _allocated(device)
+        self._held = 0
+
+    @property
+    def meaning(self) -> str:
+        """What the number is, in words."""
+        if self.device.type == "cuda":
+            return "peak GPU memory of a backward pass beyond weights and activations"
+        return "growth of the process's peak resident memory, activations included"
+
+    def forward_done(self) -> None:
+        """Note what stands in memory before backward."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._held = torch.cuda.memory_allocated(self.device)
+
+    def backward_done(self) -> None:
+        """Note what backward took."""
+        if self.device.type == "cuda":
+            taken = torch.cuda.max_memory_allocated(self.device) - self._held
+        else:
+            taken = _peak_resident() - self._start
+        self.bytes = max(self.bytes, taken)
+
+
+def find_microbatch(
+    attempt: Callable[[int], Any], most: int, device: torch.device, limit: int | None = None
+) -> int:
+    """Return how many pairs of example and timestep to run in one pass.
+
+    Sizes 1, 2, 4, … are tried until one runs out of GPU memory or over the limit, or is no longer
+    faster a pair than the one before.
+
+    Args:
+        attempt: runs one pass of so many pairs.
+        most: pairs there are.
+        device: where they run.
+        limit: bytes that a pass may take in all, activations included. None: on a GPU most of what
+            is free, on a CPU no limit. On a CPU only growth of the process's peak is seen: what
+            fits below an earlier peak counts as nothing.
+
+    Raises:
+        DminError: one pair alone takes more.
+    """
+    if limit is None and device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        limit = int(SHARE_OF_FREE * (torch.cuda.mem_get_info(device)[0] + cached))
+    most_bytes = float("inf") if limit is None else limit
+    before = _allocated(device)
+    _, taken = _measured(attempt, 1, device, before)  # warms up: its time does not count
+    if taken > most_bytes:
+        raise DminError(
+            f"one pair of example and timestep takes {taken:,.0f} bytes, beyond the limit of "
+            f"{limit:,}. Set collect.gradient_checkpointing=true or collect.budget lower, "
+            f"attribute fewer parameters with collect.params, or raise collect.memory."
+        )
+    found, fastest, size = 1, 0.0, 1
+    while size <= most:
+        seconds, taken = _measured(attempt, size, device, before)
+        if taken > most_bytes or size / seconds < WORTHWHILE * fastest:
+            break
+        found, fastest, size = size, size / seconds, 2 * size
+    return found
+
+
+def agree_on_microbatch(path: Path, find: Callable[[], int]) -> int:
+    """Return the size noted in a file; find it and note it if there is none.
+
+    The first process to note one decides for all, and for every run that resumes the store.
+
+    Args:
+        path: the file, see :func:`note_of`.
+        find: called if nothing is noted.
+    """
+    try:
+        if not path.is_file():
+            note = (json.dumps({"microbatch": find()}) + "\n").encode()
+            with suppress(FileExistsError):
+                commit(path, note, overwrite=False)
+        return int(json.loads(path.read_text())["microbatch"])
+    except OSError as error:
+        raise os_failure("note the size of the microbatch in", path, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DminError(
+            f"{path} is damaged ({error!r}). Delete it: the size is found again."
+        ) from error
+
+
+def note_of(store: Path, device: torch.device, **settings: Any) -> Path:
+    """Return the file beside a store that notes its microbatch on a kind of device.
+
+    Args:
+        store: the store's folder.
+        device: whose kind counts (name and memory), not the single machine.
+        settings: whatever else the size depends on.
+    """
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        kind: list[Any] = [torch.cuda.get_device_name(device), memory]
+    else:
+        kind = [platform.machine(), torch.get_num_threads()]
+    key = fingerprint({"device": [device.type, *kind], **settings})
+    return store.with_name(f"{store.name}.microbatch-{key}.json")
+
+
+@contextmanager
+def gradient_checkpointing(network: nn.Module, on: bool) -> Iterator[None]:
+    """Have a network recompute its activations in backward for a while, if asked to.
+
+    Raises:
+        DminError: the network does not offer it.
+    """
+    if not on or getattr(network, "is_gradient_checkpointing", False):
+        yield
+        return
+    try:
+        network.enable_gradient_checkpointing()  # type: ignore[operator]
+    except (AttributeError, ValueError) as error:
+        raise DminError(
+            f"collect.gradient_checkpointing=true, but {type(network).__name__} does not offer it. "
+            f"Set it to false and collect.microbatch lower."
+        ) from error
+    try:
+        yield
+    finally:
+        network.disable_gradient_checkpointing()  # type: ignore[operator]
+
+
+def _measured(
+    attempt: Callable[[int], Any], size: int, device: torch.device, before: int
+) -> tuple[float, float]:
+    """Return seconds and peak bytes of a pass; infinite when it runs out of GPU memory."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    try:
+        attempt(size)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return float("inf"), float("inf")
+    seconds = time.perf_counter() - start
+    # What PeakMemory resets meanwhile is the forward pass, which backward overtakes.
+    after = torch.cuda.max_memory_allocated(device) if on_gpu else _peak_resident()
+    return seconds, after - before
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _peak_resident()
+
+
+def _peak_resident() -> int:
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def garbage_among_new_objects() -> Iterator[None]:
+    """Spare Python's garbage collector what is there already: the model, all that was imported.
+
+    Watching a network makes thousands of objects a pass, so that a search of them all, a quarter of
+    a second, would come every few passes.
+    """
+    if gc.get_freeze_count():  # somebody does it already
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

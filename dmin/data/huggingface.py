@@ -1,0 +1,214 @@
+"""Datasets as Hugging Face's ``datasets`` reads them: parquet, Arrow, image folders, the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any, Literal  # noqa: F401 (Literal is read from the annotations of Pixels)
+
+from dmin.data.base import Example
+from dmin.data.checked import Checked
+from dmin.data.files import looked_at, read_bytes
+from dmin.data.metadata import as_caption, as_label
+from dmin.data.pixels import Unreadable
+from dmin.runtime.errors import DminError
+
+
+@dataclass(eq=False)
+class HFDataset(Checked):
+    """A split of a dataset that ``datasets`` can read.
+
+    Columns of numbers, text and truth values travel with the example; others are not read. Where
+    the label is a class, its name travels too, as ``<label>_name``.
+
+    Args:
+        path: what ``Dataset.save_to_disk`` wrote, a ``.parquet`` or ``.arrow`` file, a folder of
+            such files or of images, or a name on the Hub (needs a network the first time).
+        split: such as ``train``.
+        image: column of the images.
+        text: column of the caption; None for no captions.
+        label: column of the label; None for no labels.
+        id: column of the id. None takes the number of the row, which stays the same as long as
+            rows are only ever appended.
+        name: configuration of a dataset on the Hub, if it has several.
+        revision: commit, tag or branch of a dataset on the Hub; a commit never changes.
+
+    Raises:
+        DminError: ``datasets`` is not installed, the dataset cannot be loaded, or a column is not
+            there or holds something else.
+    """
+
+    path: str | Path
+    _: KW_ONLY
+    split: str = "train"
+    image: str = "image"
+    text: str | None = None
+    label: str | None = None
+    id: str | None = None
+    name: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        """Load the table; images stay encoded until one is asked for."""
+        super().__post_init__()
+        if self.id is None and any(sign in self.split for sign in "[+"):
+            raise DminError(
+                f"data.split={self.split}: rows of a part are numbered anew, so their numbers are "
+                f"no ids. Name a column that is one (data.id), or take data=subset of the whole."
+            )
+        rows = self._load()
+        self.fingerprint = rows._fingerprint
+        for setting in ("image", "text", "label", "id"):
+            column = getattr(self, setting)
+            if column is not None and column not in rows.features:
+                raise DminError(
+                    f"data.{setting}={column!r} is no column of {self.path}. Columns there: "
+                    f"{', '.join(rows.features)}."
+                )
+        self.classes = None
+        if self.label is not None:
+            self.classes = getattr(rows.features[self.label], "names", None)
+        self._rows = self._needed(rows)
+        positions = range(len(self._rows))
+        problems = self._problems(positions) if self.check else {}
+        names = {at: self._name(at) for at in problems}
+        self.leave_out(
+            {names[at]: reason for at, reason in problems.items()},
+            len(positions),
+            f"data.path={self.path}",
+        )
+        self._kept = [at for at in positions if at not in problems] if problems else positions
+
+    def _problems(self, positions: range) -> dict[int, str]:
+        """Return which rows are not fit for use, and why."""
+        columns = {name: getattr(self, name) for name in ("image", "text", "label", "id")}
+        settings = {"max_pixels": self.max_pixels, **columns, **self.settings()}
+
+        def look(at: int) -> str | None:
+            try:
+                row = self._rows[at]
+                self.probe(_content(row[self.image], ""), "")
+                self._facts(row, "")
+            except DminError as error:
+                return str(getattr(error, "reason", error)).rstrip(".")
+            return None
+
+        return looked_at(positions, look, {"table": self.fingerprint, **settings})
+
+    def _name(self, position: int) -> str:
+        return str(self._rows[position][self.id]) if self.id else _row_id(position)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Example:
+        """Return one example."""
+        position = self._kept[index]
+        row = self._rows[position]
+        name = str(row.pop(self.id)) if self.id else _row_id(position)
+        where = f"image {name!r} of {self.path}"
+        image, sizes = self.decode(_content(row.pop(self.image), where), where)
+        label, caption = self._facts(row, where)
+        for column in (self.label, self.text):
+            row.pop(column, None)
+        if self.classes is not None and isinstance(label, int) and label >= 0:
+            row[f"{self.label}_name"] = self.classes[label]
+        return Example(name, image, label, caption, row, sizes)
+
+    def _facts(self, row: dict[str, Any], where: str) -> tuple[int | str | None, str | None]:
+        """Return label and caption of a row."""
+        label = as_label(row[self.label], where) if self.label else None
+        return label, as_caption(row[self.text], where) if self.text else None
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the rows, in order."""
+        if self.id is None:
+            return [_row_id(position) for position in self._kept]
+        values = self._rows[self.id]
+        return [str(values[position]) for position in self._kept]
+
+    def describe(self) -> dict[str, Any]:
+        """Return settings, and the fingerprint that ``datasets`` gives the table.
+
+        It is made of the files' paths and times of change, or of the commit on the Hub, so a copy
+        elsewhere counts as another dataset; ``save_to_disk`` keeps it inside the copy.
+        """
+        columns = {name: getattr(self, name) for name in ("image", "text", "label", "id")}
+        return {
+            "name": type(self).__name__,
+            "examples": len(self),
+            **self.settings(),
+            **columns,
+            "split": self.split,
+            "fingerprint": self.fingerprint,
+            **self.describe_skipped(),
+        }
+
+    def _load(self) -> Any:
+        try:
+            import datasets
+        except ModuleNotFoundError as error:
+            raise DminError(
+                "data=hf_dataset needs the package datasets. Try: pip install 'dmin[data]'."
+            ) from error
+        path = Path(self.path)
+        try:
+            if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+                found = datasets.load_from_disk(str(path))
+                if isinstance(found, datasets.Dataset):
+                    return found
+                if self.split not in found:
+                    raise ValueError(f"there is no split {self.split!r} among {', '.join(found)}")
+                return found[self.split]
+            if path.is_file():
+                kind = path.suffix.removeprefix(".")
+                return datasets.load_dataset(
+                    kind, data_files={self.split: str(path)}, split=self.split
+                )
+            return datasets.load_dataset(
+                str(self.path), self.name, split=self.split, revision=self.revision
+            )
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error).split())
+            raise DminError(
+                f"data.path={self.path}, data.split={self.split} cannot be loaded: {reason}. Give "
+                f"a folder or a .parquet or .arrow file that is there, or a dataset's name on the "
+                f"Hub while there is a network."
+            ) from error
+
+    def _needed(self, rows: Any) -> Any:
+        """Return the columns that examples are made of, images undecoded."""
+        import datasets
+
+        if isinstance(rows.features[self.image], datasets.Image):
+            # Left to itself, `datasets` would decode: another way than all other datasets here.
+            rows = rows.cast_column(self.image, datasets.Image(decode=False))
+        named = [name for name in (self.image, self.text, self.label, self.id) if name]
+        plain = [name for name, feature in rows.features.items() if _is_plain(feature)]
+        return rows.select_columns(list(dict.fromkeys([*named, *plain])))
+
+
+def _row_id(index: int) -> str:
+    return f"row-{index:07d}"
+
+
+def _is_plain(feature: Any) -> bool:
+    kinds = ("string", "large_string", "bool", "int", "uint", "float")
+    return str(getattr(feature, "dtype", "")).rstrip("0123456789") in kinds
+
+
+def _content(cell: Any, where: str) -> bytes:
+    """Return the bytes of an image file from what a table holds of it."""
+    if isinstance(cell, bytes):
+        return cell
+    if isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes):
+        return bytes(cell["bytes"])
+    if isinstance(cell, dict) and isinstance(cell.get("path"), str):
+        return read_bytes(Path(cell["path"]), where)
+    if cell is None:
+        raise Unreadable(where, "it is missing")
+    raise Unreadable(
+        where, f"the column holds {type(cell).__name__}, not image files; name another"
+    )

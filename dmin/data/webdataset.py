@@ -1,0 +1,261 @@
+"""Tar shards as WebDataset writes them, read at random by position with the standard library."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple  # noqa: F401 (Literal: see the annotations of Pixels)
+
+from dmin.data.base import Example
+from dmin.data.checked import Checked
+from dmin.data.files import survey
+from dmin.data.metadata import as_caption, as_label
+from dmin.data.pixels import Unreadable
+from dmin.runtime.errors import DminError
+
+IMAGES = ("png", "jpg", "jpeg", "webp")
+_READ = (*IMAGES, "txt", "cls", "json")
+_BLOCK = 512  # of a tar file
+
+
+class Part(NamedTuple):
+    """Where a file stands in a shard."""
+
+    start: int
+    size: int
+
+
+@dataclass(eq=False)
+class TarShards(Checked):
+    """The samples of tar files: ``{key}.jpg`` (png, webp), with ``{key}.txt``, ``.cls``, ``.json``.
+
+    An id is the shard's name and the key. ``.txt`` is the caption and ``.cls`` the label; what
+    ``.json`` holds travels with the example, and gives caption and label where those files are not
+    there. Shards must not be compressed, as only then can one sample be read without the others.
+
+    Args:
+        shards: tar files: a path, or a pattern such as ``data/*.tar`` or
+            ``data/{000..041}.tar``, or a list of them.
+        text: field of ``.json`` that is the caption; None for none.
+        label: field of ``.json`` that is the label; None for none.
+
+    Attributes:
+        ids: ids of the samples, by shard, then as they stand in it.
+
+    Raises:
+        DminError: no shards, two of one name, one that is cut off or compressed; or samples that
+            cannot be read, or have not exactly one image, and are not to be skipped.
+    """
+
+    shards: str | Sequence[str]
+    _: KW_ONLY
+    text: str | None = "text"
+    label: str | None = "label"
+
+    def __post_init__(self) -> None:
+        """Note where every sample stands."""
+        super().__post_init__()
+        patterns = [self.shards] if isinstance(self.shards, str) else self.shards
+        self.paths = sorted({path for pattern in patterns for path in _expand(str(pattern))})
+        by_name: dict[str, Path] = {}
+        for path in self.paths:
+            other = by_name.setdefault(path.stem, path)
+            if other != path:
+                raise DminError(
+                    f"{other} and {path} have the same name, which ids are made of. Rename one."
+                )
+        self._parts = {
+            path: {f"{path.stem}/{key}": parts for key, parts in _index(path).items()}
+            for path in self.paths
+        }
+        samples = {
+            id: (path, parts) for path, some in self._parts.items() for id, parts in some.items()
+        }
+        problems = self._problems()
+        self.leave_out(problems, len(samples), f"data.shards={self.shards}")
+        self.ids = [id for id in samples if id not in problems]
+        self._samples = [samples[id] for id in self.ids]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Example:
+        """Return one example."""
+        name, (path, parts) = self.ids[index], self._samples[index]
+        where = f"{name} ({path})"
+        # Opened anew each time: loaders' processes must not share a position in an open file.
+        with path.open("rb") as file:
+            content = _read(file, parts)
+        image, sizes = self.decode(_image(content), where)
+        label, caption, fields = self._facts(content, where)
+        return Example(name, image, label, caption, fields, sizes)
+
+    def _facts(
+        self, content: dict[str, bytes], where: str
+    ) -> tuple[int | str | None, str | None, dict[str, Any]]:
+        """Return label, caption and the rest of what a sample says of its image."""
+        fields = _fields(content.get("json", b"{}"), where)
+        caption = as_caption(fields.pop(self.text, None), where) if self.text else None
+        label = as_label(fields.pop(self.label, None), where) if self.label else None
+        if "txt" in content:
+            caption = _decoded(content["txt"], where)
+        if "cls" in content:
+            text = _decoded(content["cls"], where).strip()
+            label = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
+        return label, caption, fields
+
+    def describe(self) -> dict[str, Any]:
+        """Return settings, and a digest of the name and bytes of every shard."""
+        content = hashlib.sha256()
+        for found in self._survey().values():
+            rows = [[name, found[name][0]] for name in sorted(found)]
+            content.update(json.dumps(rows).encode())
+        return {
+            "name": type(self).__name__,
+            "examples": len(self),
+            **self.settings(),
+            "text": self.text,
+            "label": self.label,
+            "content": content.hexdigest()[:16],
+            **self.describe_skipped(),
+        }
+
+    def _problems(self) -> dict[str, str]:
+        """Return which samples are not fit for use, as far as they are to be checked, and why."""
+        problems = {
+            id: f"it has {count or 'no'} images ({', '.join(IMAGES)})"
+            for some in self._parts.values()
+            for id, parts in some.items()
+            if (count := sum(kind in parts for kind in IMAGES)) != 1
+        }
+        if self.check:
+            for found in self._survey().values():
+                for _, unreadable in found.values():
+                    problems.update(unreadable)
+        return problems
+
+    def _survey(self) -> dict[Path, dict[str, Any]]:
+        """Return, by folder and name, each shard's digest, and samples that cannot be read."""
+        settings: dict[str, Any] = {"checked": self.check}
+        if self.check:
+            said = {"text": self.text, "label": self.label, "max_pixels": self.max_pixels}
+            settings.update(said, **self.settings())
+        shards = {}
+        for folder in sorted({path.parent for path in self.paths}):
+            names = [path.name for path in self.paths if path.parent == folder]
+            shards[folder], problems = survey(folder, names, self._look, settings)
+            for name, reason in problems.items():
+                raise Unreadable(str(folder / name), reason)
+        return shards
+
+    def _look(self, path: Path, name: str) -> tuple[str, dict[str, str]]:
+        """Return a shard's digest and why samples of it cannot be read, a sample at a time."""
+        problems = {}
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                for id, parts in self._parts[path].items() if self.check else ():
+                    if sum(kind in parts for kind in IMAGES) != 1:
+                        continue
+                    try:
+                        content = _read(file, parts)
+                        self.probe(_image(content), id)
+                        self._facts(content, id)
+                    except DminError as error:
+                        problems[id] = getattr(error, "reason", str(error)).rstrip(".")
+        except OSError as error:
+            raise Unreadable(name, (error.strerror or type(error).__name__).lower()) from error
+        return digest, problems
+
+
+def _expand(pattern: str) -> list[Path]:
+    """Return the files a pattern stands for: braces name files that must be, stars find some."""
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces:
+        head, tail = pattern[: braces.start()], pattern[braces.end() :]
+        inside = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+        if inside:
+            first, last = inside.groups()
+            numbers = range(int(first), int(last) + 1)
+            choices = [str(number).zfill(len(first)) for number in numbers]
+        else:
+            choices = braces[1].split(",")
+        return [path for choice in choices for path in _expand(f"{head}{choice}{tail}")]
+    is_pattern = glob.has_magic(pattern) and not Path(pattern).is_file()
+    found = [Path(name) for name in sorted(glob.glob(pattern))] if is_pattern else [Path(pattern)]
+    absent = [path for path in found if not path.is_file()]
+    if absent or not found:
+        raise DminError(
+            f"data.shards: there is no {absent[0] if absent else pattern}. Give tar files, such as "
+            f"data/*.tar or data/{{000..041}}.tar."
+        )
+    return found
+
+
+def _index(path: Path) -> dict[str, dict[str, Part]]:
+    """Return where each sample's parts stand in a shard, without reading them."""
+    samples: dict[str, dict[str, Part]] = {}
+    end = 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                folder, _, base = member.name.rpartition("/")
+                stem, _, kind = base.partition(".")
+                if not member.isreg() or not stem or not kind:
+                    continue
+                key = f"{folder}/{stem}".removeprefix("./").removeprefix("/")
+                parts = samples.setdefault(key, {})
+                if kind.lower() in parts:
+                    raise DminError(f"{path} holds {member.name} twice. Write the shard anew.")
+                parts[kind.lower()] = Part(member.offset_data, member.size)
+    except (tarfile.TarError, OSError) as error:
+        raise DminError(
+            f"{path} cannot be read as a tar file ({error}). Unpack it if it is compressed; fetch "
+            f"it again if it is cut off."
+        ) from error
+    with path.open("rb") as file:
+        file.seek(end)
+        # tarfile takes a file cut off between two samples for a whole one.
+        if file.read(_BLOCK) != bytes(_BLOCK):
+            raise DminError(f"{path} is cut off: a tar file ends in zeros. Fetch it again.")
+    if not samples:
+        raise DminError(f"{path} holds no samples: no files such as 000.jpg and 000.txt in it.")
+    return {key: {k: p for k, p in parts.items() if k in _READ} for key, parts in samples.items()}
+
+
+def _read(file: BinaryIO, parts: dict[str, Part]) -> dict[str, bytes]:
+    """Return the content of a sample's parts."""
+    content = {}
+    for kind, part in parts.items():
+        file.seek(part.start)
+        content[kind] = file.read(part.size)
+    return content
+
+
+def _image(content: dict[str, bytes]) -> bytes:
+    return next(content[kind] for kind in IMAGES if kind in content)
+
+
+def _fields(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(content)
+    except ValueError as error:
+        raise DminError(f"the json of {where} is not JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise DminError(f"the json of {where} is not a JSON object.")
+    return fields
+
+
+def _decoded(content: bytes, where: str) -> str:
+    try:
+        return content.decode().strip()
+    except UnicodeDecodeError as error:
+        raise DminError(f"the text of {where} is not UTF-8 ({error}).") from error

@@ -1,0 +1,96 @@
+"""What a pipeline took each image for at every step: caught where its scheduler takes the step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from dmin.runtime.errors import DminError
+
+
+@contextmanager
+def recorded(scheduler: Any, states: int) -> Iterator[list[Tensor]]:
+    """Keep a pipeline's estimates of the clean latents while it generates.
+
+    The scheduler's own ``pred_original_sample`` where it says what that is, else what its
+    prediction means at the noise level of the step.
+
+    Args:
+        scheduler: of the pipeline; as it was when the block is left.
+        states: how many are kept, evenly spaced, the last step among them.
+
+    Yields:
+        The estimates, on the CPU, as the scheduler has them; filled by the pipeline's call.
+
+    Raises:
+        DminError: fewer steps than states, or a scheduler whose states cannot be read.
+    """
+    kept: list[Tensor] = []
+    step, taken = scheduler.step, 0
+
+    @functools.wraps(step)  # pipelines ask for its signature
+    def watched(
+        output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *args: Any,
+        return_dict: bool = True,
+        **more: Any,
+    ) -> Any:
+        nonlocal taken
+        found = step(output, timestep, sample, *args, return_dict=True, **more)
+        total = len(scheduler.timesteps)
+        if total < states:
+            raise DminError(
+                f"queries.journey={states}: this generation has {total} steps. Raise queries.steps."
+            )
+        if taken in {total - 1 - number * total // states for number in range(states)}:
+            estimate = getattr(found, "pred_original_sample", None)
+            if estimate is None:
+                estimate = _estimate(scheduler, output, timestep, sample)
+            kept.append(estimate.detach().cpu())
+        taken += 1
+        return found if return_dict else found.to_tuple()
+
+    scheduler.step = watched
+    try:
+        yield kept
+    finally:
+        del scheduler.step
+
+
+def _estimate(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
+    """Return x0 of ``x = α x0 + σ ε`` by what the scheduler's model predicts."""
+    output, sample = output.float(), sample.float()
+    kind = scheduler.config.get("prediction_type", "flow_prediction")
+    alpha, sigma = (x.to(sample) for x in _levels(scheduler, timestep, kind))
+    if kind == "epsilon":
+        return (sample - sigma * output) / alpha
+    if kind == "v_prediction":
+        return alpha * sample - sigma * output
+    if kind == "sample":
+        return output
+    return sample - sigma * output  # a flow: α = 1 − σ, and the output is ε − x0
+
+
+def _levels(scheduler: Any, timestep: Any, kind: str) -> tuple[Tensor, Tensor]:
+    """Return α and σ of the state that the step just taken began with."""
+    sigmas, index = getattr(scheduler, "sigmas", None), getattr(scheduler, "step_index", None)
+    if sigmas is not None and index is not None:
+        sigma = sigmas[index - 1]
+        if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
+            return scheduler._sigma_to_alpha_sigma_t(sigma)
+        if kind == "flow_prediction":
+            return 1 - sigma, sigma
+    elif hasattr(scheduler, "alphas_cumprod") and kind != "flow_prediction":
+        alpha = scheduler.alphas_cumprod[int(timestep)]
+        return alpha.sqrt(), (1 - alpha).sqrt()
+    raise DminError(
+        f"{type(scheduler).__name__} does not tell what an image is taken for at a step, which "
+        f"queries.journey records. Set queries.journey=0, or give the checkpoint another "
+        f"scheduler, such as DDIMScheduler."
+    )

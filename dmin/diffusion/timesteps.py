@@ -1,0 +1,174 @@
+"""Which timesteps the gradients are taken at.
+
+A schedule picks from the *ladder* of a model: all its timesteps in the order of sampling, from
+pure noise down to the image (999, 998, …, 0 for a DDPM).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Self
+
+from dmin.runtime.errors import DminError
+
+LogSNRs = Callable[[Sequence[float]], Sequence[float]]
+"""A model's log signal-to-noise ratio, ``log(α²/σ²)``, at each of some timesteps."""
+
+
+class Schedule(ABC):
+    """A choice of timesteps, in the model's own unit, noisiest first."""
+
+    def bind(self, log_snr: LogSNRs | None) -> Self:
+        """Return this schedule for a model; most look at the model's ladder only.
+
+        Args:
+            log_snr: the model's, if it offers one.
+        """
+        return self
+
+    @abstractmethod
+    def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
+        """Return the timesteps chosen from a model's ladder."""
+
+    def __call__(self, ladder: Sequence[float]) -> tuple[float, ...]:
+        """Return the timesteps chosen from a model's ladder, checked to be distinct.
+
+        Raises:
+            DminError: the choice repeats a timestep, which would count it twice.
+        """
+        chosen = self.choose(ladder)
+        if len(set(chosen)) != len(chosen):
+            raise DminError(
+                f"timesteps={list(chosen)} repeat themselves: {len(chosen)} were asked for where "
+                f"the model has {len(ladder)}. Set timesteps.num lower, or name each once."
+            )
+        return chosen
+
+
+class Stratified(Schedule):
+    """The middles of ``num`` equal parts of the ladder: even cover, down to low noise.
+
+    The default. Ten of a DDPM's thousand are t = 949, 849, …, 49.
+
+    Args:
+        num: T, how many.
+    """
+
+    def __init__(self, num: int = 10) -> None:
+        self.num = _positive(num)
+
+    def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
+        """Return the timestep in the middle of each part."""
+        size = len(ladder) / self.num
+        return tuple(ladder[int((part + 0.5) * size)] for part in range(self.num))
+
+
+class LogSNR(Schedule):
+    """The rungs nearest to the middles of ``num`` equal parts of the model's range of log-SNR.
+
+    ``λ(t) = log(α_t²/σ_t²)`` is the variable in which the diffusion loss does not depend on the
+    noise schedule (Kingma et al. 2021, "Variational Diffusion Models"). Rungs of pure noise or
+    pure image, where λ is infinite, do not count; a rung taken twice gives way to its neighbour.
+
+    Args:
+        num: T, how many.
+    """
+
+    def __init__(self, num: int = 10) -> None:
+        self.num = _positive(num)
+        self._log_snr: LogSNRs | None = None
+
+    def bind(self, log_snr: LogSNRs | None) -> Self:
+        """Return this schedule with the model's log-SNR.
+
+        Raises:
+            DminError: the model offers none.
+        """
+        if log_snr is None:
+            raise DminError(
+                "timesteps=log_snr needs a model with a method log_snr(timesteps), which this one "
+                "has not. Use timesteps=stratified, or give the model that method."
+            )
+        bound = copy.copy(self)
+        bound._log_snr = log_snr
+        return bound
+
+    def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
+        """Return the free rung nearest to the middle of each part, noisiest first.
+
+        Raises:
+            DminError: fewer rungs than parts.
+        """
+        if self._log_snr is None:
+            raise RuntimeError("call schedule.bind(model.log_snr) first")
+        ratios = dict(zip(ladder, map(float, self._log_snr(ladder)), strict=True))
+        free = {t: ratio for t, ratio in ratios.items() if math.isfinite(ratio)}
+        if len(free) < self.num:
+            raise DminError(
+                f"timesteps.num={self.num}, but the model has {len(free)} timesteps of finite "
+                f"log-SNR. Set timesteps.num lower."
+            )
+        low, high = min(free.values()), max(free.values())
+        for part in range(self.num):
+            middle = low + (high - low) * (part + 0.5) / self.num
+            free.pop(min(free, key=lambda t: abs(free[t] - middle)))
+        return tuple(t for t in ratios if math.isfinite(ratios[t]) and t not in free)
+
+
+class DMinCubic(Schedule):
+    """The published schedule of DMin: rungs ``⌊N·(i/T)³⌋``, crowded where there is only noise.
+
+    Ten of a DDPM's thousand are t = 999, 998, 991, 972, 935, 874, 783, 656, 487, 270. Most of
+    these hardly tell one image from another; it is here to reproduce the paper
+    (arXiv 2412.08637, published code).
+
+    Args:
+        num: T, how many.
+        skip_first: leave out rung 0 and end on the last instead, as the published code does for
+            SD 1.x. Its PNDM sampler has the second timestep twice, hence from there on each rung
+            is one earlier: t = 998, 992, 973, 936, 875, 784, 657, 488, 271, 0.
+    """
+
+    def __init__(self, num: int = 10, skip_first: bool = False) -> None:
+        self.num = _positive(num)
+        self.skip_first = skip_first
+
+    def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
+        """Return the timesteps on the chosen rungs."""
+        steps = range(1, self.num + 1) if self.skip_first else range(self.num)
+        rungs = [len(ladder) * step**3 // self.num**3 for step in steps]
+        if self.skip_first:
+            rungs = [max(min(1, rung), rung - 1) for rung in rungs]
+        return tuple(ladder[rung] for rung in rungs)
+
+
+class Explicit(Schedule):
+    """Just these timesteps.
+
+    Args:
+        values: in the model's own unit; put in descending order.
+    """
+
+    def __init__(self, values: Sequence[float]) -> None:
+        if not values:
+            raise DminError("timesteps.values=[]: name at least one timestep, e.g. [500].")
+        self.values = tuple(sorted(values, reverse=True))
+
+    def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
+        """Return the timesteps, each of which the model must have."""
+        unknown = [value for value in self.values if value not in ladder]
+        if unknown:
+            raise DminError(
+                f"timesteps.values has {unknown}, which the model does not have: its timesteps run "
+                f"from {min(ladder)} to {max(ladder)} ({len(ladder)} of them)."
+            )
+        return self.values
+
+
+def _positive(num: int) -> int:
+    if num < 1:
+        raise DminError(f"timesteps.num={num}: at least one timestep is needed, 10 is usual.")
+    return num

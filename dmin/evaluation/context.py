@@ -1,0 +1,148 @@
+"""What a benchmark works on: one model and its data, their stores, and models trained anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from dmin.attribution import Side
+from dmin.data.base import Dataset
+from dmin.diffusion.noise import SharedNoise
+from dmin.diffusion.timesteps import Stratified
+from dmin.evaluation.retraining.ensemble import Ensemble
+from dmin.models.base import DiffusionModel
+from dmin.runtime.errors import DminError
+from dmin.store import Store
+from dmin.store import maintenance as operations
+
+Told = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and of how much."""
+
+FIRST_SEED = 1  # of retrained models; the model asked about has the seed of the configuration
+
+
+@dataclass
+class World:
+    """A model, the data it was trained on, and how to make what ground truths ask for.
+
+    Args:
+        model: the model asked about.
+        train: its training examples with their features.
+        ask: makes a side of a source of queries (a dataset, or one of ``dmin.queries``), under the
+            model and whatever else the methods require; the word names its store.
+        collect: makes the store of a dataset under another model, or finds it.
+        ensemble: trains models of this kind on subsets; None where no recipe is known.
+        untrained: the same kind of model with its weights as they start; None if unknown.
+        told: shows progress.
+        timesteps: at which the losses of retrained models are taken, evenly spread; not those of
+            the store, nor its noise.
+        draws: of noise at each.
+    """
+
+    model: DiffusionModel
+    train: Side
+    ask: Callable[[str, Any], Side]
+    collect: Callable[[DiffusionModel, Dataset, str], Store]
+    ensemble: Ensemble | None = None
+    untrained: DiffusionModel | None = None
+    told: Told = lambda what, done, total: None
+    timesteps: int = 20
+    draws: int = 4
+    _sides: dict[tuple[str, bool], Side] = field(default_factory=dict)
+
+    def train_side(self, blind: bool = False) -> Side:
+        """Return the training examples; blind: as the untrained network sees them."""
+        return self._blind("train", self.train) if blind else self.train
+
+    def query_side(self, name: str, source: Any, blind: bool = False) -> Side:
+        """Return queries with their features; None as their source is the training examples."""
+        if source is None:
+            return self.train_side(blind)
+        if (name, False) not in self._sides:
+            self._sides[name, False] = self.ask(name, source)
+        side = self._sides[name, False]
+        return self._blind(name, side) if blind else side
+
+    def at(self, dim: int) -> World:
+        """Return the same world with sketches folded to ``dim`` numbers."""
+        if dim == self.train.store.layout.dim:
+            return self
+
+        def smaller(side: Side) -> Side:
+            return Side(folded(side.store, dim), side.dataset, origin=side.origin)
+
+        return replace(
+            self,
+            train=smaller(self.train),
+            ask=lambda name, source: smaller(self.query_side(name, source)),
+            collect=lambda *asked: folded(self.collect(*asked), dim),
+            _sides={},
+        )
+
+    def describe(self) -> dict[str, str]:
+        """Return what it consists of, in words."""
+        layout = self.train.store.layout
+        parameters = sum(p.numel() for p in self.model.network.parameters())
+        sketch = self.train.store.manifest.features.get("sketch", {})
+        family = sketch.get("family", "") if isinstance(sketch, dict) else sketch
+        return {
+            "training examples": f"{len(self.train):,}",
+            "model": f"{type(self.model).__name__}, {parameters:,} parameters",
+            "features": f"{family}, k = {layout.dim:,}, T = {len(layout.timesteps)}, "
+            f"{layout.draws} draw(s) of noise, {layout.dtype}",
+            "readouts": ", ".join(layout.readouts),
+        }
+
+    def retrain(self, subsets: Sequence[np.ndarray], seed: int, asked: Side, what: str) -> Any:
+        """Return what models trained on subsets lose on queries, float64 ``[models, Q]``.
+
+        Args:
+            subsets: rows of the training store, an array a model.
+            seed: which chance, counted from 0.
+            asked: the queries.
+            what: to show beside the progress.
+
+        Raises:
+            DminError: it is not known how the model was trained.
+        """
+        if self.ensemble is None:
+            raise DminError(
+                "this ground truth trains the model anew on parts of the data, and the "
+                "configuration does not say how. Say train=<choice>, as for `dmin train`."
+            )
+        assert asked.dataset is not None
+        return self.ensemble.outcomes(
+            [np.asarray(subset) for subset in subsets],
+            FIRST_SEED + seed,
+            asked.dataset,
+            list(Stratified(self.timesteps)(self.model.ladder)),
+            SharedNoise(seed=1, draws=self.draws),
+            lambda done, total: self.told(what, done, total),
+        )
+
+    def _blind(self, name: str, side: Side) -> Side:
+        """Return a side as the untrained network sees it."""
+        if self.untrained is None:
+            raise DminError(
+                "the control on an untrained network needs to know how one is made. Say "
+                "train=<choice>, or leave it out with benchmark.untrained=false."
+            )
+        if (name, True) not in self._sides:
+            assert side.dataset is not None
+            store = self.collect(self.untrained, side.dataset, f"untrained-{_dashed(name)}")
+            self._sides[name, True] = Side(store, side.dataset)
+        return self._sides[name, True]
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def folded(store: Store, dim: int) -> Store:
+    """Return a store's smaller sketch, made beside it if it is not there."""
+    if dim == store.layout.dim:
+        return store
+    return operations.fold(store, store.path.with_name(f"{store.path.name}-k{dim}"), dim)

@@ -1,0 +1,1 @@
+"""What a benchmark found: tables, plots, conclusions, one page."""

@@ -1,0 +1,251 @@
+"""What a report says to someone in a hurry: which method for what, and how far to trust that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dmin.evaluation.report.results import TRANSFORMED, Report, Result
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """Something one may want of an attribution, and the metric that tells whether one gets it."""
+
+    wish: str
+    fits: Callable[[Result], bool]
+
+
+def _of_both_sources(result: Result) -> bool:
+    """Say whether a precision is over queries of each source, where mAP would be all but even."""
+    return (
+        result.task == "sources"
+        and result.metric.startswith("precision@")
+        and ("," not in result.metric)
+    )
+
+
+PURPOSES = (
+    Purpose("To foretell what training on other data would do", lambda r: r.metric == "LDS"),
+    Purpose(
+        "To name the examples whose removal hurts most",
+        lambda r: r.metric.startswith(("removal@", "union@")),
+    ),
+    Purpose(
+        "To tell which class of examples matters",
+        lambda r: r.metric == "leave-out ρ",
+    ),
+    Purpose(
+        "To find where a query's kind comes from",
+        lambda r: r.truth != "label" and (r.metric == "mAP" or _of_both_sources(r)),
+    ),
+    Purpose(
+        "To find the original of a copy",
+        lambda r: r.metric == "recall@1",
+    ),
+    Purpose(
+        "To find examples that are marked, such as wrong labels", lambda r: r.metric == "AUROC"
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What one metric of one task says.
+
+    Attributes:
+        wish: the purpose.
+        where: task and metric.
+        text: the finding, in words.
+        best: the leading row.
+        tied: how many others are within its interval.
+    """
+
+    wish: str
+    where: str
+    text: str
+    best: Result
+    tied: int
+
+
+def conclusions(report: Report) -> list[Conclusion]:
+    """Return what the report says of every purpose that it measured."""
+    report = report.at_one_size()
+    return [
+        _conclude(purpose.wish, _where(place, report), _at(report, place), report.reference)
+        for purpose in PURPOSES
+        for place in _places(purpose, report)
+    ]
+
+
+def summary(report: Report) -> str:
+    """Return the first paragraph: which method to use for what, and how good it is at that."""
+    report = report.at_one_size()
+    advice = [_advise(p, report) for p in PURPOSES]
+    found = [text for text in advice if text]
+    if not found:
+        return "Nothing was measured that a conclusion could be drawn from."
+    return " ".join([_over_all(report), *found])
+
+
+def _advise(purpose: Purpose, report: Report) -> str:
+    """Return one sentence: the method that is best, or tied with the best, in most places."""
+    everywhere = _places(purpose, report)
+    places = [place for place in everywhere if _found_by_any(place, report)]
+    lost = [_where(place, report) for place in everywhere if place not in places]
+    nothing = f"No method is better than chance at {_listed(lost)}." if lost else ""
+    if not places:
+        return f"{purpose.wish}: none. {nothing}" if lost else ""
+    rows = [r for place in places for r in _at(report, place) if not r.control]
+    tops = {place: max(r.mean for r in _at(report, place) if not r.control) for place in places}
+
+    def merit(name: str) -> tuple[int, float]:
+        own = [r for r in rows if r.name == name]
+        shares = [r.mean / tops[_place(r)] for r in own if tops[_place(r)] > 0]
+        return sum(r.best for r in own), sum(shares)
+
+    name = max(dict.fromkeys(r.name for r in rows), key=merit)
+    base = {_place(r): r for r in rows if r.name == report.reference}
+    scores = []
+    for r in (r for r in rows if r.name == name):
+        text = f"{r.metric} {number(r.mean, r.metric)}"
+        if r.of_ceiling is not None:
+            text += f", {r.of_ceiling:.0%} of the ceiling"
+        if not r.best:
+            here = [o for o in rows if _place(o) == _place(r)]
+            leader = max(here, key=lambda o: o.mean)
+            text += f"; there {leader.name} is better, {number(leader.mean, r.metric)}"
+        if name != report.reference and _place(r) in base:
+            other = base[_place(r)]
+            tied = ", tied" if other.best else ""
+            text += f"; {report.reference} {number(other.mean, r.metric)}{tied}"
+        scores.append(f"{text} ({_where(_place(r), report).rpartition(', ')[0]})")
+    sentence = f"{purpose.wish}: {name}, with {'; '.join(scores)}"
+    plain = sorted({r.name for r in rows if not r.reads and r.best and r.name != name})
+    if plain:
+        sentence += f". Without a gradient, {_listed(plain)} "
+        sentence += f"{'is' if len(plain) == 1 else 'are'} tied with it in places"
+    return f"{sentence}. {nothing}".strip()
+
+
+def _found_by_any(place: Place, report: Report) -> bool:
+    """Say whether some method does better than a random score, beyond both intervals."""
+    return _beats_chance([r for r in _at(report, place) if not r.control])
+
+
+def _beats_chance(methods: Sequence[Result]) -> bool:
+    chance = next((r for r in methods if r.method == "random"), None)
+    return chance is None or max(methods, key=lambda r: r.mean).low > chance.high
+
+
+def _over_all(report: Report) -> str:
+    """Say which single method serves most purposes, and how much cannot be told apart."""
+    places = [place for purpose in PURPOSES for place in _places(purpose, report)]
+    places = [place for place in places if _found_by_any(place, report)]
+    wins: dict[str, int] = {}
+    crowded = 0
+    for place in places:
+        best = [r for r in _at(report, place) if r.best]
+        crowded += len(best) >= 6
+        for r in best:
+            wins[r.name] = wins.get(r.name, 0) + 1
+    if not wins:
+        return "Nothing that was measured is found better than by chance."
+    most = max(wins.values())
+    leaders = [name for name, count in wins.items() if count == most]
+    text = (
+        f"One for all: {_listed(leaders)} {'is' if len(leaders) == 1 else 'are'} best, or tied "
+        f"with the best within the interval of the paired difference, on {most} of "
+        f"{len(places)} measures; {report.reference} on {wins.get(report.reference, 0)}."
+    )
+    if crowded:
+        text += f" By {crowded} of them six or more methods cannot be told apart."
+    return text
+
+
+def _conclude(wish: str, where: str, rows: Sequence[Result], reference: str) -> Conclusion:
+    methods = [r for r in rows if not r.control]
+    best = max(methods, key=lambda r: r.mean)
+    tied = [r for r in methods if r.best and r is not best]
+    of = f", {best.of_ceiling:.0%} of the ceiling" if best.of_ceiling is not None else ""
+    text = f"{best.name} leads with {spell(best)}{of}"
+    if not _beats_chance(methods):
+        text += ", which is no better than chance"
+    elif len(tied) >= 5:
+        text += f", but {len(tied)} others are tied with it: this measure does not tell them apart"
+    elif tied:
+        text += f", tied with {_listed([r.name for r in tied])}"
+    text += "."
+    asides = []
+    base = next((r for r in rows if r.name == reference), None)
+    if base is not None and base.name != best.name:
+        asides.append(f"{reference} has {spell(base)}")
+    plain = [r for r in methods if not r.reads and r.method != "random"]
+    if plain and max(plain, key=lambda r: r.mean).name != best.name:
+        top = max(plain, key=lambda r: r.mean)
+        asides.append(f"without gradients {top.name} reaches {number(top.mean, top.metric)}")
+    blind = [
+        r
+        for r in rows
+        if r.control == "untrained" and (r.method, r.tuned) == (best.method, best.tuned)
+    ]
+    if blind:
+        asides.append(f"{best.name} on an untrained network {number(blind[0].mean, best.metric)}")
+    shaped = [r for r in rows if r.control in TRANSFORMED and r.method == reference and not r.tuned]
+    if shaped:
+        top = max(shaped, key=lambda r: r.mean)
+        asides.append(f"{top.name} {number(top.mean, top.metric)}")
+    if asides:
+        text += f" For comparison: {'; '.join(asides)}."
+    return Conclusion(wish, where, text, best, len(tied))
+
+
+Place = tuple[str, str, str]
+"""Task, ground truth and metric."""
+
+
+def _place(result: Result) -> Place:
+    return result.task, result.truth, result.metric
+
+
+def _where(place: Place, report: Report) -> str:
+    """Return task and metric, with the ground truth where the task has several with this metric."""
+    task, truth, metric = place
+    truths = {r.truth for r in report.results if (r.task, r.metric) == (task, metric)}
+    return f"{task}, {truth}, {metric}" if len(truths) > 1 else f"{task}, {metric}"
+
+
+def _at(report: Report, place: Place) -> list[Result]:
+    return [r for r in report.results if _place(r) == place]
+
+
+def _places(purpose: Purpose, report: Report) -> list[Place]:
+    """Return where a purpose is measured; of union removals one k, that of single queries."""
+    places = list(dict.fromkeys(_place(r) for r in report.results if purpose.fits(r)))
+    alone = {metric.partition("@")[2] for _, _, metric in places if metric.startswith("removal@")}
+    kept: dict[Place, None] = {}
+    for place in places:
+        if place[2].startswith("union@"):
+            group = [p for p in places if p[:2] == place[:2] and p[2].startswith("union@")]
+            place = next((p for p in group if p[2].partition("@")[2] in alone), group[0])
+        kept[place] = None
+    return list(kept)
+
+
+def number(value: float, metric: str) -> str:
+    """Return a value for people: .54, or +21 %."""
+    if metric.endswith("%"):
+        return f"{value:+.1f} %".replace("-", "−")
+    text = f"{value:.2f}".replace("-", "−")
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
+
+
+def spell(result: Result) -> str:
+    """Return a value with its interval."""
+    low, high = number(result.low, result.metric), number(result.high, result.metric)
+    return f"{number(result.mean, result.metric)} ({low} to {high})"
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

@@ -1,0 +1,127 @@
+"""The report as one HTML file to look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dmin.evaluation.report.conclusions import conclusions, spell, summary
+from dmin.evaluation.report.plots import MAIN, family
+from dmin.evaluation.report.results import Report, Result
+from dmin.runtime.page import write_page
+
+NOT_SHOWN = ("squared", "top 5 %")  # their like is, the soft-max; they stand in the tables
+OF_METHOD = ("name", "method", "tuned", "control", "settings", "family", "dim", "kib", "fit", "ms")
+OF_MEASURE = ("key", "task", "truth", "metric", "n")
+TITLE = "How far can the answer be trusted?"
+
+
+def save_page(report: Report, path: str | Path, title: str = TITLE) -> Path:
+    """Write a page on which every measure of a report can be looked at.
+
+    Args:
+        report: what was measured.
+        path: the HTML file to write.
+        title: headline.
+    """
+    data = {
+        "title": title,
+        "summary": summary(report),
+        "reference": report.reference,
+        "notes": report.notes,
+        "fits": report.fits,
+        "leftOut": report.left_out,
+        "conclusions": [
+            {
+                "wish": c.wish,
+                "where": c.where,
+                "text": c.text,
+                "best": c.best.name,
+                "value": spell(c.best),
+                "ofCeiling": _round(c.best.of_ceiling),
+                "tied": c.tied,
+                "key": _key(c.best),
+            }
+            for c in conclusions(report)
+        ],
+        "main": list(MAIN),
+        "rows": _measured([_row(r) for r in report.results if r.control not in NOT_SHOWN]),
+        "path": _packed([{k: _round(v) for k, v in row.items()} for row in report.path]),
+    }
+    return write_page(Path(__file__).with_name("report.html"), title, data, path)
+
+
+def _row(r: Result) -> dict[str, Any]:
+    return {
+        "key": _key(r),
+        "task": r.task,
+        "truth": r.truth,
+        "metric": r.metric,
+        "dim": r.dim if r.reads == "gradients" else None,  # else it is the same at every size
+        "name": r.name,
+        "method": r.method,
+        "tuned": r.tuned,
+        "control": r.control,
+        "settings": r.settings,
+        "family": family(r),
+        "n": r.queries,
+        "mean": _round(r.mean),
+        "low": _round(r.low),
+        "high": _round(r.high),
+        "difference": _round(r.difference),
+        "differenceLow": _round(r.difference_low),
+        "differenceHigh": _round(r.difference_high),
+        "best": r.best,
+        "ofCeiling": _round(r.of_ceiling),
+        "kib": _round(r.bytes / 1024),
+        "fit": _round(r.fit_seconds),
+        "ms": _round(1000 * r.query_seconds),
+    }
+
+
+def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return rows as their place in a list of methods, that in one of measures, and the rest."""
+    methods, measures = _distinct(rows, OF_METHOD), _distinct(rows, OF_MEASURE)
+    columns = [name for name in (rows[0] if rows else ()) if name not in OF_METHOD + OF_MEASURE]
+    lines = [
+        [methods[_part(row, OF_METHOD)], measures[_part(row, OF_MEASURE)], *_part(row, columns)]
+        for row in rows
+    ]
+    return {
+        "columns": columns,
+        "methods": _packed([dict(zip(OF_METHOD, part, strict=True)) for part in methods]),
+        "measures": _packed([dict(zip(OF_MEASURE, part, strict=True)) for part in measures]),
+        "lines": lines,
+    }
+
+
+def _distinct(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[Any, int]:
+    """Return the distinct values of some columns, numbered."""
+    return {part: i for i, part in enumerate(dict.fromkeys(_part(row, names) for row in rows))}
+
+
+def _part(row: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in names)
+
+
+def _packed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return rows as lists of one order of columns, each text of which stands once."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    texts = list(dict.fromkeys(v for row in rows for v in row.values() if isinstance(v, str)))
+    place = {text: [number] for number, text in enumerate(texts)}
+    lines = [
+        [place[v] if isinstance(v := row.get(name), str) else v for name in columns] for row in rows
+    ]
+    return {"columns": columns, "texts": texts, "lines": lines}
+
+
+def _key(r: Result) -> str:
+    return "/".join((r.task, r.truth, r.metric))
+
+
+def _round(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.3g}") if math.isfinite(value) else None

@@ -1,0 +1,320 @@
+"""Pictures of a report; each says in its title what it shows, and is left out where it has no data.
+
+Colours tell families of methods apart: grey looks at no gradient, green compares plain gradients,
+blue goes through a curvature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from dmin.evaluation.report.results import Report, Result
+
+FAMILIES = {"none": "#9aa0a6", "gradient": "#3f8f6b", "curvature": "#2457a8"}
+PLAIN = ("grad_dot", "grad_cos", "tracin", "gas", "over_checkpoints", "random")
+# precision@40: of both sources of the digits, 40 examples of the foreign one.
+MAIN = ("LDS", "leave-out ρ", "mAP", "precision@40", "recall@1", "AUROC")
+LINES = ("#2457a8", "#c2410c", "#3f8f6b", "#7b3fa0", "#b8860b", "#0e7490", "#9f1239", "#555555")
+
+
+def save_all(report: Report, folder: Path) -> list[Path]:
+    """Write every picture that there is data for; return their paths."""
+    found = []
+    for name, draw in (
+        ("results.png", forest),
+        ("detection.png", by_k),
+        ("removal.png", removal_curves),
+        ("path.png", path),
+        ("weights.png", weights),
+        ("cost.png", cost),
+    ):
+        figure = draw(report)
+        if figure is not None:
+            figure.savefig(folder / name, dpi=95)
+            found.append(folder / name)
+    return found
+
+
+def family(result: Result) -> str:
+    """Return the group of methods that a row belongs to."""
+    if not result.reads:
+        return "none"
+    is_plain = result.method in PLAIN or result.method.startswith("dmin")
+    return "gradient" if is_plain else "curvature"
+
+
+def forest(report: Report) -> Figure | None:
+    """Draw the main metric of every ground truth, a row a method, with intervals and controls."""
+    panels = _panels(report.results)
+    rows = list(dict.fromkeys(r.name for r in report.results if not r.control))[::-1]
+    if not panels or not rows:
+        return None
+    columns = min(6, len(panels))
+    deep = -(-len(panels) // columns)
+    size = (3 + 2 * columns, deep * (0.2 * len(rows) + 0.9))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(deep, columns, sharey=True, squeeze=False)
+    for axis in axes.ravel()[len(panels) :]:
+        axis.axis("off")
+    for axis, (task, truth, metric) in zip(axes.ravel(), panels, strict=False):
+        here = [r for r in report.results if (r.task, r.truth, r.metric) == (task, truth, metric)]
+        _forest_panel(axis, here, rows)
+        several = len({t for own, t, _ in panels if own == task}) > 1
+        name = f"{task}, {truth}" if several else task
+        axis.set_title(f"{name}\n{metric}", fontsize=9, loc="left")
+    axes[0, 0].set_yticks(range(len(rows)), rows)
+    axes[0, 0].set_ylim(-0.7, len(rows) - 0.3)
+    for axis in axes[:, 0]:
+        axis.tick_params(axis="y", labelsize=8)
+    return figure
+
+
+def _forest_panel(axis: Any, here: Sequence[Result], rows: Sequence[str]) -> None:
+    for y, name in enumerate(rows):
+        if y % 2 == 0:
+            axis.axhspan(y - 0.5, y + 0.5, color="#f4f5f7", lw=0, zorder=0)
+        r = next((r for r in here if r.name == name), None)
+        if r is None:
+            continue
+        colour = FAMILIES[family(r)]
+        axis.plot([r.low, r.high], [y, y], color=colour, lw=1.6, solid_capstyle="round", zorder=2)
+        axis.plot(r.mean, y, "o", color=colour, ms=5 if r.best else 3.6, zorder=3)
+        for control, marker in (("untrained", "x"), ("soft-max", "|")):
+            kin = (r.method, r.tuned, control)
+            for o in here:
+                if (o.method, o.tuned, o.control) == kin:
+                    axis.plot(o.mean, y, marker, color="#b45309", ms=4.5, mew=1.1, zorder=3)
+    for r in here:
+        if r.control == "reference":
+            style = "-" if r.method == "ceiling" else ":"
+            axis.axvline(r.mean, color="#b03030", ls=style, lw=1, zorder=1)
+    axis.axvline(0, color="#cccccc", lw=0.8, zorder=1)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    axis.tick_params(axis="x", labelsize=8)
+
+
+def by_k(report: Report) -> Figure | None:
+    """Draw precision and recall over k of each task that has several k."""
+    kinds: dict[tuple[str, str, str], set[int]] = {}
+    largest = max((r.dim or 0 for r in report.results), default=0)
+    # Of all queries together, at the largest sketch.
+    whole = [r for r in report.results if "," not in r.metric and (r.dim or largest) == largest]
+    for r in whole:
+        kind, _, k = r.metric.partition("@")
+        if kind in ("precision", "recall") and not r.control:
+            kinds.setdefault((r.task, r.truth, kind), set()).add(int(k))
+    kinds = {key: ks for key, ks in kinds.items() if len(ks) > 1}
+    if not kinds:
+        return None
+    figure, axes = _grid(len(kinds))
+    for axis, ((task, truth, kind), _) in zip(axes, kinds.items(), strict=False):
+        rows = [
+            r
+            for r in whole
+            if (r.task, r.truth) == (task, truth) and r.metric.startswith(f"{kind}@")
+        ]
+        _curves(axis, rows, report.reference)
+        axis.set_title(f"{task}: {kind} at k", fontsize=10, loc="left")
+    return figure
+
+
+def removal_curves(report: Report) -> Figure | None:
+    """Draw the rise of the loss over the number of examples removed for a group of queries."""
+    rows = [r for r in report.results if r.metric.startswith("union@")]
+    places = list(dict.fromkeys((r.task, r.truth) for r in rows))
+    if len({r.metric for r in rows}) < 2:
+        return None
+    figure, axes = _grid(len(places))
+    for axis, place in zip(axes, places, strict=False):
+        _curves(axis, [r for r in rows if (r.task, r.truth) == place], report.reference)
+        axis.set_title(f"{place[0]}: loss without the union of top k, %", fontsize=10, loc="left")
+        axis.axhline(0, color="#cccccc", lw=0.8)
+    return figure
+
+
+def _curves(axis: Any, rows: Sequence[Result], reference: str, most: int = 7) -> None:
+    """Draw metrics ``…@k`` over k: the reference, random, pixels, and the best others."""
+    rows = [r for r in rows if not r.control]
+    strength: dict[str, float] = {}
+    for r in rows:
+        strength[r.name] = strength.get(r.name, 0) + r.mean
+    always = [n for n in (reference, "pixel_l2", "random") if n in strength]
+    best = [n for n in sorted(strength, key=lambda n: -strength[n]) if n not in always]
+    for number, name in enumerate([*best[: most - len(always)], *always]):
+        line = sorted(
+            (r for r in rows if r.name == name),
+            key=lambda r: int(r.metric.partition("@")[2].split()[0]),
+        )
+        ks = [int(r.metric.partition("@")[2].split()[0]) for r in line]
+        colour = {"random": "#bbbbbb", "pixel_l2": "#777777"}.get(name, LINES[number % len(LINES)])
+        axis.plot(ks, [r.mean for r in line], "o-", color=colour, ms=3, lw=1.4, label=name)
+        axis.fill_between(
+            ks, [r.low for r in line], [r.high for r in line], color=colour, alpha=0.1, lw=0
+        )
+    axis.set_xscale("log")
+    axis.set_xticks(ks, [str(k) for k in ks])
+    axis.minorticks_off()
+    axis.set_xlabel("k", fontsize=9)
+    _finish(axis)
+    axis.legend(fontsize=7, frameon=False)
+
+
+def path(report: Report) -> Figure | None:
+    """Draw every watched metric along the damping, a line a method and power."""
+    walked = [row for row in report.path if "centre" not in row and "alpha" in row]
+    if not walked:
+        return None
+    columns = _watched(walked)
+    methods = list(dict.fromkeys(row["method"] for row in walked))
+    figure, axes = _grid(len(columns) + 1)
+    for axis, column in zip(axes, columns, strict=False):
+        for number, method in enumerate(methods):
+            points = [r for r in walked if r["method"] == method and column in r]
+            for p in dict.fromkeys(r.get("p") for r in points):
+                line = [r for r in points if r.get("p") == p]
+                style = {0.5: ":", 2.0: "--"}.get(p or 1.0, "-")
+                axis.plot(
+                    [r["alpha"] for r in line],
+                    [r[column] for r in line],
+                    color=LINES[number % len(LINES)],
+                    ls=style,
+                    lw=1.3,
+                    label=method if style == "-" else None,
+                )
+        base = _base_mean(report, column)
+        if base is not None:
+            axis.axhline(base, color="#777777", ls="-.", lw=1)
+        axis.set_xscale("log")
+        axis.set_title(column.replace("/", ", "), fontsize=10, loc="left")
+        axis.set_xlabel("α, damping in mean eigenvalues", fontsize=9)
+        _finish(axis)
+    handles, labels = axes[0].get_legend_handles_labels()
+    last = axes[len(columns)]
+    last.axis("off")
+    last.set_visible(True)
+    note = f"solid p = 1, dotted p = ½, dashed p = 2\ndash-dotted: {report.reference}"
+    last.legend(handles, labels, title=note, fontsize=8, title_fontsize=8, frameon=False, ncols=2)
+    return figure
+
+
+def weights(report: Report) -> Figure | None:
+    """Draw every watched metric along the timestep that weights stress, a line a method and width.
+
+    Of a method that has several criteria, or weights at several dampings, the best line is drawn.
+    """
+    walked = [row for row in report.path if "centre" in row]
+    if not walked:
+        return None
+    columns = _watched(walked)
+    figure, axes = _grid(len(columns) + 1)
+    lines = list(dict.fromkeys((r["method"], r["width"]) for r in walked))
+    methods, widths = (list(dict.fromkeys(line[i] for line in lines)) for i in (0, 1))
+    for axis, column in zip(axes, columns, strict=False):
+        for method, width in lines:
+            best: dict[float, float] = {}
+            for r in walked:
+                if (r["method"], r["width"]) == (method, width):
+                    best[r["centre"]] = max(r[column], best.get(r["centre"], -1.0))
+            narrow = width == widths[0]
+            colour = LINES[methods.index(method) % len(LINES)]
+            label = method if narrow else None
+            style = "-" if narrow else "--"
+            axis.plot(list(best), list(best.values()), color=colour, ls=style, lw=1.3, label=label)
+        base = _base_mean(report, column)
+        if base is not None:
+            axis.axhline(base, color="#777777", ls="-.", lw=1)
+        axis.set_title(column.replace("/", ", "), fontsize=10, loc="left")
+        axis.set_xlabel("weights about: 0 the noisiest timestep, 1 the cleanest", fontsize=9)
+        _finish(axis)
+    handles, labels = axes[0].get_legend_handles_labels()
+    last = axes[len(columns)]
+    last.axis("off")
+    last.set_visible(True)
+    others = ", ".join(f"{w:g}" for w in widths[1:])
+    note = f"solid: width {widths[0]:g}" + (f", dashed: {others}" if others else "")
+    note += f"\ndash-dotted: {report.reference}, even weights"
+    last.legend(handles, labels, title=note, fontsize=8, title_fontsize=8, frameon=False, ncols=2)
+    return figure
+
+
+def _watched(path: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the metrics of a path that are drawn."""
+    columns = dict.fromkeys(k for row in path for k in row)
+    return [c for c in columns if "/" in c and c.rpartition("/")[2] in MAIN]
+
+
+def cost(report: Report) -> Figure | None:
+    """Draw quality against bytes an example and seconds a query."""
+    panels = _panels(report.results)[:3]
+    if not panels or not any(r.bytes for r in report.results):
+        return None
+    figure = Figure(figsize=(4.2 * len(panels), 6.4), layout="constrained")
+    grid = figure.subplots(2, len(panels), squeeze=False)
+    for column, (task, truth, metric) in zip(grid.T, panels, strict=True):
+        rows = [
+            r
+            for r in report.results
+            if (r.task, r.truth, r.metric) == (task, truth, metric) and not r.control
+        ]
+        for axis, what in zip(column, ("KiB an example", "ms a query"), strict=True):
+            for r in rows:
+                x = r.bytes / 1024 if what[0] == "K" else 1000 * r.query_seconds
+                colour = FAMILIES[family(r)]
+                axis.errorbar(
+                    max(x, 1e-3),
+                    r.mean,
+                    [[max(0, r.mean - r.low)], [max(0, r.high - r.mean)]],
+                    fmt="o",
+                    color=colour,
+                    ms=4,
+                    lw=0.8,
+                )
+                if r.best or r.name in (report.reference, "pixel_l2"):
+                    axis.annotate(
+                        r.name, (max(x, 1e-3), r.mean), (4, 3), textcoords="offset points", size=6
+                    )
+            axis.set_xscale("symlog" if what[0] == "K" else "log")
+            axis.set_xlabel(what, fontsize=9)
+            axis.set_title(f"{task}, {metric}", fontsize=10, loc="left")
+            _finish(axis)
+    return figure
+
+
+def _panels(results: Sequence[Result]) -> list[tuple[str, str, str]]:
+    """Return the main metric of every ground truth."""
+    found: dict[tuple[str, str], str] = {}
+    for r in results:
+        here = (r.task, r.truth)
+        is_main = r.metric in MAIN or r.metric.startswith(("removal@", "union@"))
+        if is_main and here not in found:
+            found[here] = r.metric
+    return [(*place, metric) for place, metric in found.items()]
+
+
+def _base_mean(report: Report, column: str) -> float | None:
+    for r in report.results:
+        if r.name == report.reference and f"{r.task}/{r.truth}/{r.metric}" == column:
+            return r.mean
+    return None
+
+
+def _grid(count: int) -> tuple[Figure, list[Any]]:
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.2 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes
+
+
+def _finish(axis: Any) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color="#eeeeee", lw=0.7)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=8)

@@ -1,0 +1,265 @@
+"""Training many small models at once: what ground truth by retraining is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import stack_module_state, vmap
+
+from dmin.data.base import Dataset, describe_dataset
+from dmin.diffusion.noise import Noise
+from dmin.evaluation.retraining.film_training import can_train, train_films
+from dmin.evaluation.retraining.kept_models import Outcomes, Weights, model_key
+from dmin.evaluation.retraining.recipe import Recipe
+from dmin.evaluation.retraining.stacked_models import Stacked, StackedLoss, encoded, for_vmap
+from dmin.models.base import DiffusionModel
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import fingerprint
+
+Progress = Callable[[int, int], None]
+"""Told how much is done, of how much."""
+
+
+class Ensemble:
+    """Trains models of one kind on subsets of one dataset, and keeps them on disk.
+
+    Models of one seed start from the same weights and see the same noise and timesteps at each
+    step, so they differ by their data alone; what is left to chance differs between seeds.
+
+    What was trained is found again by its subset and seed, whatever else is asked for in the same
+    call: to measure one method more costs the models of that method.
+
+    Args:
+        model: builds an untrained model; torch's generator is seeded before each call.
+        dataset: all training examples; read once, and held in memory.
+        recipe: how to train.
+        cache: folder for trained weights and their losses, under a fingerprint of all they depend
+            on, so that a run that was killed goes on where it stopped; None keeps none.
+        chunk: models trained together.
+        device: where they are trained.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], DiffusionModel],
+        dataset: Dataset,
+        recipe: Recipe | None = None,
+        cache: str | Path | None = None,
+        chunk: int = 64,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.model = model
+        self.recipe = recipe or Recipe()
+        self.chunk = chunk
+        self.device = torch.device(device)
+        self.template = for_vmap(model().requires_grad_(False).to(self.device))
+        self.loss = StackedLoss(self.template)
+        self.examples = encoded(self.template, dataset, self.device)
+        self.dataset = describe_dataset(dataset)
+        self._kept: dict[str, Outcomes] = {}
+        self.cache = None if cache is None else Path(cache) / f"ensemble-{self._fingerprint()}"
+        self.weights = Weights(self.cache)
+
+    def train(
+        self,
+        subsets: Sequence[np.ndarray],
+        seed: int,
+        progress: Progress = lambda done, total: None,
+    ) -> Stacked:
+        """Return a trained model for each subset.
+
+        Args:
+            subsets: positions in the dataset, an array a model, of any lengths.
+            seed: of weights, order, timesteps and noise.
+            progress: told how many models there are, of how many.
+
+        Raises:
+            DminError: a subset is empty, or a model's loss became NaN.
+        """
+        parts: dict[str, Stacked] = {}
+        for chunk in self._chunks(subsets, seed):
+            models = self._models(chunk, seed)
+            parts |= {
+                key: {name: values[i] for name, values in models.items()}
+                for i, key in enumerate(chunk)
+            }
+            progress(len(parts), len(subsets))
+        found = [parts[model_key(subset, seed)] for subset in subsets]
+        return {name: torch.stack([part[name] for part in found]) for name in found[0]}
+
+    def outcomes(
+        self,
+        subsets: Sequence[np.ndarray],
+        seed: int,
+        queries: Dataset,
+        timesteps: Sequence[float],
+        noise: Noise,
+        progress: Progress = lambda done, total: None,
+    ) -> np.ndarray:
+        """Return what models trained on the subsets lose on queries, float64 ``[models, Q]``.
+
+        As :meth:`train` and :meth:`losses`, but the losses are kept as well.
+        """
+        kept = self._outcomes([describe_dataset(queries), list(timesteps), noise.describe()])
+        keys = [model_key(subset, seed) for subset in subsets]
+        missing = [s for s, key in zip(subsets, keys, strict=True) if key not in kept]
+        done = len(subsets) - len(missing)
+        progress(done, len(subsets))
+        for chunk in self._chunks(missing, seed):
+            losses = self.losses(self._models(chunk, seed), queries, timesteps, noise)
+            kept.add(dict(zip(chunk, losses, strict=True)))
+            done += sum(model_key(s, seed) in chunk for s in missing)
+            progress(done, len(subsets))
+        return np.stack([kept[key] for key in keys])
+
+    def losses(
+        self, models: Stacked, dataset: Dataset, timesteps: Sequence[float], noise: Noise
+    ) -> np.ndarray:
+        """Return each model's loss of each example, mean over timesteps and draws.
+
+        Args:
+            models: from :meth:`train`.
+            dataset: examples, such as queries; all see the same noise.
+            timesteps: of the model's ladder.
+            noise: shared by models and examples.
+
+        Returns:
+            float64 ``[models, examples]``.
+        """
+        x0, condition = encoded(self.template, dataset, self.device)
+        models = {name: values.to(self.device) for name, values in models.items()}
+        loss = vmap(self.loss.of, in_dims=(0, None, None, None, None))
+        total = torch.zeros(len(next(iter(models.values()))), len(x0), dtype=torch.float64)
+        points = [(t, draw) for t in timesteps for draw in range(noise.draws)]
+        with torch.no_grad():
+            for t, draw in points:
+                e = noise(x0.shape[1:], t, draw).to(x0).expand_as(x0)
+                steps = torch.full((len(x0),), float(t), device=x0.device)
+                total += loss(models, x0, e, steps, condition).cpu()
+        return (total / len(points)).numpy()
+
+    def load(self, models: Stacked, index: int) -> DiffusionModel:
+        """Return one of the models as a model of its own, in eval mode."""
+        model = self.model()
+        model.network.load_state_dict({name: values[index] for name, values in models.items()})
+        return model.eval()
+
+    def _outcomes(self, made_of: list[Any]) -> Outcomes:
+        name = f"losses-{fingerprint({'made_of': made_of})}.jsonl"
+        if name not in self._kept:
+            self._kept[name] = Outcomes(None if self.cache is None else self.cache / name)
+        return self._kept[name]
+
+    def _chunks(self, subsets: Sequence[np.ndarray], seed: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the distinct subsets by key, as many as are trained together."""
+        distinct = list({model_key(subset, seed): np.asarray(subset) for subset in subsets}.items())
+        for start in range(0, len(distinct), self.chunk):
+            yield dict(distinct[start : start + self.chunk])
+
+    def _models(self, subsets: dict[str, np.ndarray], seed: int) -> Stacked:
+        """Return trained models, from disk where they are there."""
+        parts = {key: self.weights.found(key) for key in subsets}
+        missing = [key for key, part in parts.items() if part is None]
+        if missing:
+            trained = self._train([subsets[key] for key in missing], seed)
+            for number, key in enumerate(missing):
+                one = {n: values[number].cpu().contiguous() for n, values in trained.items()}
+                parts[key] = one
+                self.weights.keep(key, one)
+        names = next(part for part in parts.values() if part is not None)
+        return {n: torch.stack([part[n] for part in parts.values() if part]) for n in names}
+
+    def _fingerprint(self) -> str:
+        shapes = {n: list(p.shape) for n, p in self.template.network.named_parameters()}
+        made_of = {
+            "recipe": asdict(self.recipe),
+            "model": self.template.describe(),
+            "network": [str(self.template.network), shapes],
+            "dataset": self.dataset,
+        }
+        return fingerprint(made_of)
+
+    def _train(self, subsets: list[np.ndarray], seed: int) -> Stacked:
+        orders = [self.recipe.order(subset, seed) for subset in subsets]
+        if can_train(self.template, self.device):
+            return self._train_films(orders, seed)
+        return self._train_stacked(orders, seed)
+
+    def _train_films(self, orders: Sequence[Tensor], seed: int) -> Stacked:
+        """Train one after another, by loops that are compiled for this network."""
+        recipe, (x0, condition) = self.recipe, self.examples
+        noise, t = zip(*self._draws(orders[0].shape[1], seed), strict=True)
+        start = {name: values[0] for name, values in self._start(1, seed).items()}
+        rates = [recipe.learning_rate * recipe.rate(step) for step in range(recipe.steps)]
+        models, losses = train_films(
+            self.template,  # type: ignore[arg-type]
+            start,
+            (x0, condition.get("class_labels")),
+            orders,
+            (torch.stack(noise), torch.stack(t)),
+            rates,
+            recipe.ema_decay,
+        )
+        self._check(losses.sum(1), recipe.steps - 1)
+        return models
+
+    def _train_stacked(self, orders: Sequence[Tensor], seed: int) -> Stacked:
+        """Train all together, by operations over their stacked weights."""
+        recipe = self.recipe
+        models = self._start(len(orders), seed)
+        averages = {name: values.detach().clone() for name, values in models.items()}
+        optimizer = torch.optim.AdamW(
+            models.values(), lr=recipe.learning_rate, weight_decay=0.0, fused=True
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
+        x0, condition = self.examples
+        loss = vmap(self.loss.of, in_dims=(0, 0, None, None, 0))
+        for step, (noise, t) in enumerate(self._draws(orders[0].shape[1], seed)):
+            chosen = torch.stack([order[step] for order in orders]).to(x0.device)  # [models, batch]
+            labels = {name: values[chosen] for name, values in condition.items()}
+            losses = loss(models, x0[chosen], noise.to(x0), t.to(x0.device), labels).mean(1)
+            if step % 100 == 0:
+                self._check(losses.detach().cpu().numpy(), step)
+            optimizer.zero_grad(set_to_none=True)
+            losses.sum().backward()  # each model's gradient is its own: the sum mixes none
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():  # the average starts from the weights after the first step
+                weight = 1 - recipe.ema_decay if step else 1.0
+                torch._foreach_lerp_(list(averages.values()), list(models.values()), weight)
+        return averages
+
+    def _draws(self, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield noise and timesteps of each step, the same for all models."""
+        generator = torch.Generator().manual_seed(seed)
+        ladder, shape = torch.tensor(list(self.template.ladder)), self.examples[0].shape[1:]
+        for _ in range(self.recipe.steps):
+            noise = torch.randn(batch, *shape, generator=generator)
+            yield noise, ladder[torch.randint(len(ladder), (batch,), generator=generator)]
+
+    def _check(self, losses: np.ndarray, step: int) -> None:
+        if not np.isfinite(losses).all():
+            raise DminError(
+                f"the loss of a model became NaN by step {step}. Lower learning_rate (now "
+                f"{self.recipe.learning_rate:g})."
+            )
+
+    def _start(self, count: int, seed: int) -> Stacked:
+        """Return untrained weights, the same for each model, as leaves that take gradients."""
+        torch.manual_seed(seed)
+        network = self.model().network
+        stacked, _ = stack_module_state([network])
+        return {
+            name: values.detach()
+            .to(self.device)
+            .expand(count, *values.shape[1:])
+            .clone()
+            .requires_grad_()
+            for name, values in stacked.items()
+        }

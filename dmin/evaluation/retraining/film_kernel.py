@@ -1,0 +1,339 @@
+"""Trains one FiLM network from start to end inside a core's own cache.
+
+What a step of such a network reads and writes, its weights and both moments of AdamW included, fits
+the second level of cache. Models trained one after another, a core each, are many times faster than
+operations over stacks of them, which stream every intermediate through memory. The oracle is
+:class:`~dmin.evaluation.retraining.ensemble.Ensemble`'s own path through torch.
+
+The module is imported when first needed: it compiles once and is cached on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+BETA1, BETA2, TINY = 0.9, 0.999, 1e-8  # those of torch's AdamW
+TIME, LABEL, LAYERS = 0, 4, 5  # numbers of the first tensor of each kind: see film_training
+
+
+class Net(NamedTuple):
+    """The network: where each of its tensors begins, and its sizes."""
+
+    offsets: Any
+    pixels: int
+    width: int
+    depth: int
+    embedding: int
+
+
+class Kept(NamedTuple):
+    """What a step makes, ``[batch, ...]``, or ``[depth, batch, ...]`` where it is of each layer.
+
+    The timestep's embedding goes ``e → u → s = SiLU(u) → before → c = SiLU(before)``, a layer
+    ``h → z → y = (1 + f₁) z + f₂ → h + SiLU(y)`` with ``f`` from ``c``; ``d…`` are gradients.
+    """
+
+    sample: Any
+    output: Any
+    error: Any
+    e: Any
+    u: Any
+    s: Any
+    before: Any
+    c: Any
+    dc: Any
+    part: Any
+    z: Any
+    f: Any
+    y: Any
+    h: Any
+    dh: Any
+    dz: Any
+    through: Any
+    df: Any
+
+
+def _jit(function: Callable, inline: str = "never") -> Any:
+    """Compile a function when it is first called; keep it on disk where there is a place."""
+    settings: dict[str, Any] = {
+        "inline": inline,
+        "nogil": True,
+        "error_model": "numpy",
+        "fastmath": {"contract", "reassoc", "nsz", "arcp"},
+    }
+    try:
+        return njit(cache=True, **settings)(function)
+    except RuntimeError:  # neither this folder nor the user's cache can be written
+        return njit(**settings)(function)
+
+
+def _part(function: Callable) -> Any:
+    """Compile a function into its caller, where it is known that no two arrays overlap."""
+    return _jit(function, inline="always")
+
+
+@_jit
+def _affine(x: Any, weight: Any, bias: Any, out: Any) -> None:
+    """``out = x Wᵀ + b``."""
+    np.dot(x, weight.T, out)
+    for row in range(len(out)):
+        for j in range(len(bias)):
+            out[row, j] += bias[j]
+
+
+@_jit
+def _silu(x: Any, out: Any) -> None:
+    for row in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            out[row, j] = x[row, j] / (np.float32(1) + np.exp(-x[row, j]))
+
+
+@_jit
+def _through_silu(x: Any, above: Any) -> None:
+    """Multiply what arrives from above by the slope of SiLU at x."""
+    one = np.float32(1)
+    for row in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            s = one / (one + np.exp(-x[row, j]))
+            above[row, j] *= s * (one + x[row, j] * (one - s))
+
+
+@_jit
+def _affine_gradient(above: Any, x: Any, weight: Any, bias: Any) -> None:
+    """Write the gradients of a layer's weight and bias."""
+    np.dot(above.T, x, weight)
+    bias[:] = 0
+    for row in range(len(above)):
+        for j in range(len(bias)):
+            bias[j] += above[row, j]
+
+
+@_jit
+def _adamw(theta: Any, grad: Any, moments: Any, mean: Any, rate: Any, step: int, keep: Any) -> None:
+    """One step of AdamW without decay, and of the moving average of the weights."""
+    first, second = np.float32(BETA1), np.float32(BETA2)
+    size = np.float32(rate / (1 - BETA1 ** (step + 1)))
+    root = np.float32(1 / np.sqrt(1 - BETA2 ** (step + 1)))
+    tiny, one, new = np.float32(TINY), np.float32(1), np.float32(1 - keep)
+    if step == 0:
+        new = one  # the average starts from the weights after the first step
+    m, v = moments[0], moments[1]
+    for j in range(len(theta)):
+        m[j] += (one - first) * (grad[j] - m[j])
+        v[j] = second * v[j] + (one - second) * grad[j] * grad[j]
+        theta[j] -= size * m[j] / (np.sqrt(v[j]) * root + tiny)
+        mean[j] += new * (theta[j] - mean[j])
+
+
+@_jit
+def train(
+    theta: Any,
+    offsets: Any,
+    sizes: Any,
+    examples: Any,
+    labels: Any,
+    order: Any,
+    noise: Any,
+    drawn: Any,
+    angles: Any,
+    mix: Any,
+    rates: Any,
+    keep: float,
+) -> Any:
+    """Train one network; return the moving average of its weights, and each step's loss.
+
+    Args:
+        theta: float32 ``[P]``, all weights one after another; overwritten.
+        offsets: where each tensor begins: the timestep's two layers, labels, then weight and bias
+            of each layer, of each FiLM, and of the last layer; and P.
+        sizes: pixels, width, depth, embedding.
+        examples: float32 ``[N, pixels]``.
+        labels: int64 ``[N]``; −1 for a network without classes.
+        order: int64 ``[steps, batch]``, the examples of each step.
+        noise: float32 ``[steps, batch, pixels]``.
+        drawn: int64 ``[steps, batch]``, the rung of each timestep.
+        angles: float32 ``[rungs, embedding]``, what stands for a timestep.
+        mix: float32 ``[rungs, 5]``: shares of image and noise in the sample and in the target, and
+            the weight of the loss.
+        rates: float64 ``[steps]``, learning rates.
+        keep: decay of the moving average.
+    """
+    steps, batch = order.shape
+    net = Net(offsets, sizes[0], sizes[1], sizes[2], sizes[3])
+    kept = _room(net, batch)
+    grad, mean = np.zeros_like(theta), np.zeros_like(theta)
+    moments = np.zeros((2, len(theta)), np.float32)
+    losses = np.zeros(steps)
+    for step in range(steps):
+        chosen, rungs, drawn_noise = order[step], drawn[step], noise[step]
+        _sample(kept, examples, chosen, drawn_noise, rungs, angles, mix)
+        _forward(theta, net, kept, labels, chosen)
+        losses[step] = _compare(kept, examples, chosen, drawn_noise, rungs, mix)
+        _backward(theta, grad, net, kept, labels, chosen)
+        _adamw(theta, grad, moments, mean, rates[step], step, keep)
+    return mean, losses
+
+
+@_part
+def _room(net: Any, batch: int) -> Any:
+    """Return where a step keeps what it makes."""
+    image, thin = (batch, net.pixels), (batch, net.embedding)
+    broad, twice = (batch, net.width), (batch, 2 * net.width)
+    deep, of = (net.depth, batch, net.width), np.float32
+    return Kept(
+        sample=np.empty(image, of),
+        output=np.empty(image, of),
+        error=np.empty(image, of),
+        e=np.empty(thin, of),
+        u=np.empty(thin, of),
+        s=np.empty(thin, of),
+        before=np.empty(thin, of),
+        c=np.empty(thin, of),
+        dc=np.empty(thin, of),
+        part=np.empty(thin, of),
+        z=np.empty(deep, of),
+        f=np.empty((net.depth, batch, 2 * net.width), of),
+        y=np.empty(deep, of),
+        h=np.empty(deep, of),
+        dh=np.empty(broad, of),
+        dz=np.empty(broad, of),
+        through=np.empty(broad, of),
+        df=np.empty(twice, of),
+    )
+
+
+@_part
+def _sample(
+    kept: Any, examples: Any, chosen: Any, noise: Any, rungs: Any, angles: Any, mix: Any
+) -> None:
+    """Mix images and noise, and look up what stands for their timesteps."""
+    sample, e = kept.sample, kept.e
+    for b in range(len(chosen)):
+        rung, example = rungs[b], chosen[b]
+        e[b] = angles[rung]
+        for j in range(sample.shape[1]):
+            sample[b, j] = mix[rung, 0] * examples[example, j] + mix[rung, 1] * noise[b, j]
+
+
+@_part
+def _forward(theta: Any, net: Any, kept: Any, labels: Any, chosen: Any) -> None:
+    """Fill in all that the network makes of the sample, the output last."""
+    one, at, width = np.float32(1), net.offsets, net.width
+    before, all_h = kept.before, kept.h
+    first = _matrix(theta, at, TIME, net.embedding)
+    _affine(kept.e, first, _vector(theta, at, TIME + 1), kept.u)
+    _silu(kept.u, kept.s)
+    second = _matrix(theta, at, TIME + 2, net.embedding)
+    _affine(kept.s, second, _vector(theta, at, TIME + 3), before)
+    for b in range(len(chosen)):
+        label = labels[chosen[b]]
+        if label >= 0:
+            place = at[LABEL] + label * net.embedding
+            for j in range(net.embedding):
+                before[b, j] += theta[place + j]
+    _silu(before, kept.c)
+    for layer in range(net.depth):
+        z, f, y, h = kept.z[layer], kept.f[layer], kept.y[layer], all_h[layer]
+        number = LAYERS + 2 * layer
+        weight, bias = _matrix(theta, at, number, width), _vector(theta, at, number + 1)
+        _affine(kept.sample if layer == 0 else all_h[layer - 1], weight, bias, z)
+        number += 2 * net.depth
+        weight, bias = _matrix(theta, at, number, 2 * width), _vector(theta, at, number + 1)
+        _affine(kept.c, weight, bias, f)
+        for b in range(len(chosen)):
+            for j in range(width):
+                a = (one + f[b, j]) * z[b, j] + f[b, width + j]
+                y[b, j] = a
+                h[b, j] = a / (one + np.exp(-a))
+                if layer > 0:
+                    h[b, j] += all_h[layer - 1, b, j]
+    last = LAYERS + 4 * net.depth
+    leave, bias = _matrix(theta, at, last, net.pixels), _vector(theta, at, last + 1)
+    _affine(all_h[net.depth - 1], leave, bias, kept.output)
+
+
+@_part
+def _compare(kept: Any, examples: Any, chosen: Any, noise: Any, rungs: Any, mix: Any) -> float:
+    """Return the batch's loss, and fill in its gradient by the output."""
+    output, error = kept.output, kept.error
+    batch, pixels = output.shape
+    loss = 0.0
+    for b in range(batch):
+        rung, example = rungs[b], chosen[b]
+        scale, square = np.float32(2) * mix[rung, 4] / np.float32(pixels * batch), np.float32(0)
+        for j in range(pixels):
+            target = mix[rung, 2] * examples[example, j] + mix[rung, 3] * noise[b, j]
+            off = output[b, j] - target
+            square += off * off
+            error[b, j] = scale * off
+        loss += mix[rung, 4] * square / (pixels * batch)
+    return loss
+
+
+@_part
+def _backward(theta: Any, grad: Any, net: Any, kept: Any, labels: Any, chosen: Any) -> None:
+    """Fill in the gradient of all weights, from the last layer to the timestep's."""
+    one, at, width = np.float32(1), net.offsets, net.width
+    dh, dz, df, dc, through = kept.dh, kept.dz, kept.df, kept.dc, kept.through
+    last = LAYERS + 4 * net.depth
+    weight, bias = _matrix(grad, at, last, net.pixels), _vector(grad, at, last + 1)
+    _affine_gradient(kept.error, kept.h[net.depth - 1], weight, bias)
+    np.dot(kept.error, _matrix(theta, at, last, net.pixels), dh)
+    dc[:] = 0
+    for layer in range(net.depth - 1, -1, -1):
+        z, f = kept.z[layer], kept.f[layer]
+        through[:] = dh
+        _through_silu(kept.y[layer], through)
+        for b in range(len(chosen)):
+            for j in range(width):
+                dy = through[b, j]
+                dz[b, j] = dy * (one + f[b, j])
+                df[b, j] = dy * z[b, j]
+                df[b, width + j] = dy
+        number = LAYERS + 2 * net.depth + 2 * layer
+        weight, bias = _matrix(grad, at, number, 2 * width), _vector(grad, at, number + 1)
+        _affine_gradient(df, kept.c, weight, bias)
+        np.dot(df, _matrix(theta, at, number, 2 * width), kept.part)
+        dc += kept.part
+        number = LAYERS + 2 * layer
+        weight, bias = _matrix(grad, at, number, width), _vector(grad, at, number + 1)
+        _affine_gradient(dz, kept.sample if layer == 0 else kept.h[layer - 1], weight, bias)
+        if layer > 0:
+            np.dot(dz, _matrix(theta, at, number, width), through)
+            dh += through
+    _backward_time(theta, grad, net, kept, labels, chosen)
+
+
+@_part
+def _backward_time(theta: Any, grad: Any, net: Any, kept: Any, labels: Any, chosen: Any) -> None:
+    """Fill in the gradient of the labels' and the timestep's weights; ``dc`` is overwritten."""
+    at, embedding, dc, part = net.offsets, net.embedding, kept.dc, kept.part
+    _through_silu(kept.before, dc)
+    grad[at[LABEL] : at[LABEL + 1]] = 0
+    for b in range(len(chosen)):
+        label = labels[chosen[b]]
+        if label >= 0:
+            place = at[LABEL] + label * embedding
+            for j in range(embedding):
+                grad[place + j] += dc[b, j]
+    weight, bias = _matrix(grad, at, TIME + 2, embedding), _vector(grad, at, TIME + 3)
+    _affine_gradient(dc, kept.s, weight, bias)
+    np.dot(dc, _matrix(theta, at, TIME + 2, embedding), part)
+    _through_silu(kept.u, part)
+    weight, bias = _matrix(grad, at, TIME, embedding), _vector(grad, at, TIME + 1)
+    _affine_gradient(part, kept.e, weight, bias)
+
+
+@_jit
+def _vector(flat: Any, offsets: Any, number: int) -> Any:
+    return flat[offsets[number] : offsets[number + 1]]
+
+
+@_jit
+def _matrix(flat: Any, offsets: Any, number: int, rows: int) -> Any:
+    size = offsets[number + 1] - offsets[number]
+    return flat[offsets[number] : offsets[number + 1]].reshape(rows, size // rows)

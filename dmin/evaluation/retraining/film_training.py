@@ -1,0 +1,122 @@
+"""Training many FiLM networks on a CPU: one after another on each core, by compiled loops.
+
+What :class:`~dmin.evaluation.retraining.ensemble.Ensemble` trains its models by where they are of
+this kind; all others go through torch together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from dmin.models.base import DiffusionModel
+from dmin.models.toy.mlp import MLP, FiLMNetwork
+
+Stacked = dict[str, Tensor]
+
+
+def can_train(model: DiffusionModel, device: torch.device) -> bool:
+    """Say whether these loops compute a model's loss: not that of a subclass, nor on a GPU."""
+    return type(model) is MLP and type(model.network) is FiLMNetwork and device.type == "cpu"
+
+
+def train_films(
+    model: MLP,
+    start: Mapping[str, Tensor],
+    examples: tuple[Tensor, Tensor | None],
+    orders: Sequence[Tensor],
+    draws: tuple[Tensor, Tensor],
+    rates: Sequence[float],
+    ema_decay: float,
+) -> tuple[Stacked, np.ndarray]:
+    """Return the moving averages of the weights, ``[models, ...]``, and losses ``[models, steps]``.
+
+    Args:
+        model: whose network and diffusion are meant.
+        start: weights that all models start from, by name.
+        examples: images as the model takes them ``[N, ...]``, and labels ``[N]`` or None.
+        orders: the examples of each step of each model, ``[steps, batch]``.
+        draws: noise ``[steps, batch, ...]`` and timesteps ``[steps, batch]``, for all models.
+        rates: the learning rate of each step.
+        ema_decay: of the moving average.
+    """
+    from dmin.evaluation.retraining.film_kernel import (
+        train,  # numba compiles: only when it is needed
+    )
+
+    network: FiLMNetwork = model.network
+    names, rungs = _names(network), torch.tensor(list(model.ladder))
+    lengths = [start[name].numel() if name in start else 0 for name in names]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    flat = torch.cat([start[name].detach().reshape(-1) for name in names if name in start])
+    x0, labels = examples
+    noise, t = draws
+    rungs = torch.tensor(list(model.ladder))
+    first = network.layers[0]
+    sizes = (
+        first.in_features,
+        first.out_features,
+        len(network.layers),
+        network.time[0].in_features,
+    )
+    shared = (
+        x0.flatten(1).contiguous().numpy(),
+        np.full(len(x0), -1) if labels is None else labels.long().numpy(),
+    )
+    drawn = (
+        noise.flatten(2).contiguous().numpy(),
+        _places(t, rungs).numpy(),
+        network.angles(rungs).float().contiguous().numpy(),
+        _mix(model, rungs).numpy(),
+        np.array(rates, dtype=np.float64),
+        float(ema_decay),
+    )
+
+    def one(order: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        found: tuple[np.ndarray, np.ndarray] = train(
+            flat.clone().numpy(), offsets, sizes, *shared, order.contiguous().numpy(), *drawn
+        )
+        return found
+
+    threads = max(1, min(torch.get_num_threads(), len(orders)))
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+        trained = list(pool.map(one, orders))
+    weights = torch.from_numpy(np.stack([mean for mean, _ in trained]))
+    stacked = {
+        name: weights[:, begin:end].reshape(len(orders), *start[name].shape)
+        for name, begin, end in zip(names, offsets[:-1], offsets[1:], strict=True)
+        if name in start
+    }
+    return stacked, np.stack([losses for _, losses in trained])
+
+
+def _names(network: FiLMNetwork) -> list[str]:
+    """Return the parameters in the order of the loops; that of labels is there in any case."""
+    of = ("weight", "bias")
+    depth = range(len(network.layers))
+    return [
+        *(f"time.{layer}.{kind}" for layer in (0, 2) for kind in of),
+        "label.weight",
+        *(f"layers.{layer}.{kind}" for layer in depth for kind in of),
+        *(f"films.{layer}.{kind}" for layer in depth for kind in of),
+        *(f"leave.{kind}" for kind in of),
+    ]
+
+
+def _places(t: Tensor, rungs: Tensor) -> Tensor:
+    """Return the number of each timestep's rung."""
+    order = rungs.argsort()
+    return order[torch.searchsorted(rungs[order], t)]
+
+
+def _mix(model: MLP, rungs: Tensor) -> Tensor:
+    """Return what each rung makes of image and noise: both are linear in both."""
+    one, none = torch.ones(len(rungs), 1), torch.zeros(len(rungs), 1)
+    image, noise = model.process(one, none, rungs), model.process(none, one, rungs)
+    parts = [image.sample, noise.sample, image.target, noise.target, image.weight[:, None]]
+    return torch.cat(parts, dim=1).float().contiguous()

@@ -1,0 +1,1 @@
+"""Ground truths that a score is held against."""

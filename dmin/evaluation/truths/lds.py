@@ -1,0 +1,150 @@
+"""The linear datamodelling score: does adding up scores foretell what retraining does?
+
+Train models on many random subsets S of the data. A good attribution τ orders their losses of a
+query by ``Σ_{i∈S} τ_i`` (Park et al. 2023, arXiv 2303.14186).
+
+M subsets, Q queries, N training examples, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dmin.evaluation.metrics import Estimate
+from dmin.runtime.errors import DminError
+
+Array = np.ndarray
+
+
+def random_subsets(examples: int, count: int, share: float = 0.5, seed: int = 0) -> list[Array]:
+    """Return random subsets of equal size, each in ascending order.
+
+    Args:
+        examples: N.
+        count: M.
+        share: of the examples in each.
+        seed: key of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    size = round(share * examples)
+    return [np.sort(generator.permutation(examples)[:size]) for _ in range(count)]
+
+
+def membership(subsets: Sequence[Array], examples: int) -> Array:
+    """Return which examples each subset has, bool ``[M, N]``."""
+    found = np.zeros((len(subsets), examples), dtype=bool)
+    for row, subset in zip(found, subsets, strict=True):
+        row[subset] = True
+    return found
+
+
+def lds(scores: Array, members: Array, losses: Array) -> Array:
+    """Return the LDS of each query, ``[Q]``: Spearman's ρ over subsets.
+
+    ``ρ_S( Σ_{i∈S} τ(q, i), −loss_S(q) )``
+
+    Args:
+        scores: τ, ``[Q, N]``; positive helps.
+        members: bool ``[M, N]``.
+        losses: of the query by the model trained on each subset, ``[M, Q]``; mean over seeds.
+
+    Raises:
+        DminError: shapes disagree, or a score is not finite.
+    """
+    predicted = scores.astype(np.float64) @ members.T.astype(np.float64)
+    if predicted.shape != losses.T.shape or not np.isfinite(predicted).all():
+        raise DminError(
+            f"LDS: {scores.shape[0]} queries × {members.shape[0]} subsets of scores against losses "
+            f"of shape {losses.shape} [subsets, queries]; all must be finite."
+        )
+    weights = np.ones((1, len(members)))
+    return weighted_spearman(predicted, -losses.T, weights)[:, 0]
+
+
+class Resamples:
+    """Bootstrap of subsets and queries together, the same draws for every method.
+
+    So that the difference of two methods is paired: subtract their :meth:`means`.
+
+    Args:
+        subsets: M.
+        queries: Q.
+        count: R.
+        seed: key of the draws.
+    """
+
+    def __init__(self, subsets: int, queries: int, count: int = 1000, seed: int = 0) -> None:
+        generator = np.random.default_rng(seed)
+        self.weights = generator.multinomial(subsets, np.full(subsets, 1 / subsets), size=count)
+        self.queries = generator.integers(queries, size=(count, queries))
+
+    def means(self, scores: Array, members: Array, losses: Array) -> Array:
+        """Return the mean LDS in each resample, ``[R]``; arguments as for :func:`lds`."""
+        predicted = scores.astype(np.float64) @ members.T.astype(np.float64)
+        each = weighted_spearman(predicted, -losses.T, self.weights.astype(np.float64))
+        return each.T[np.arange(len(self.queries))[:, None], self.queries].mean(1)
+
+
+def interval(center: float, resampled: Array) -> Estimate:
+    """Return a value with the 95 % percentile interval of its resamples."""
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return Estimate(float(center), float(low), float(high))
+
+
+class Ceiling(NamedTuple):
+    """How far chance in retraining lets any method come; each ``[Q]``."""
+
+    one_seed: Array  # ρ of one seed's losses with the mean of the others', averaged over seeds
+    attainable: Array  # what the expected loss itself would reach against the mean over seeds
+
+
+def ceiling(losses: Array) -> Ceiling:
+    """Return the LDS that no method can exceed but by luck.
+
+    With r the mean ρ between two seeds, the mean of s seeds has the reliability
+    ``s r / (1 + (s − 1) r)`` (Spearman and Brown); its root is the best correlation there is.
+
+    Args:
+        losses: ``[seeds, M, Q]``.
+
+    Raises:
+        DminError: there is one seed only.
+    """
+    seeds = len(losses)
+    if seeds < 2:
+        raise DminError("the LDS ceiling compares seeds: retrain each subset with two or more.")
+    weights = np.ones((1, losses.shape[1]))
+    flat = [losses[s].T for s in range(seeds)]
+    pairs = [(a, b) for a in range(seeds) for b in range(a + 1, seeds)]
+    r = np.mean([weighted_spearman(flat[a], flat[b], weights)[:, 0] for a, b in pairs], axis=0)
+    others = [np.mean([flat[b] for b in range(seeds) if b != a], axis=0) for a in range(seeds)]
+    one = [weighted_spearman(flat[a], others[a], weights)[:, 0] for a in range(seeds)]
+    positive = np.clip(r, 0, 1)
+    return Ceiling(np.mean(one, axis=0), np.sqrt(seeds * positive / (1 + (seeds - 1) * positive)))
+
+
+def weighted_spearman(x: Array, y: Array, weights: Array) -> Array:
+    """Return Spearman's ρ of rows of x and y with repeated columns, ties at their mean rank.
+
+    Args:
+        x: ``[Q, M]``.
+        y: ``[Q, M]``.
+        weights: ``[R, M]``, how often each column counts.
+
+    Returns:
+        float64 ``[Q, R]``; 0 where x or y is constant.
+    """
+    a, b = _centred_ranks(x, weights), _centred_ranks(y, weights)
+    top = np.einsum("rm,qmr,qmr->qr", weights, a, b)
+    below = np.einsum("rm,qmr->qr", weights, a**2) * np.einsum("rm,qmr->qr", weights, b**2)
+    return np.where(below > 0, top / np.sqrt(np.where(below > 0, below, 1)), 0)
+
+
+def _centred_ranks(x: Array, weights: Array) -> Array:
+    """Return the rank of each column among all with their weights, less the mean, ``[Q, M, R]``."""
+    order = (x[:, None, :] < x[:, :, None]) + 0.5 * (x[:, None, :] == x[:, :, None])
+    ranks = order @ weights.T
+    return ranks - np.einsum("rm,qmr->qr", weights, ranks)[:, None] / weights.sum(1)

@@ -1,0 +1,84 @@
+"""From an image array to a picture that can be shown, encoded and scaled."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+from PIL import Image
+
+from dmin.runtime.errors import DminError
+
+TINY = 64
+"""Up to this side, in pixels, an image is enlarged without smoothing and kept without loss."""
+
+
+def to_picture(array: np.ndarray, name: str) -> Image.Image:
+    """Turn an image array into a grey or RGB picture.
+
+    Args:
+        array: [C, H, W] with C of 1 or 3, values in [0, 1].
+        name: what to call the image in an error.
+
+    Raises:
+        DminError: another shape, or values outside [0, 1] by more than rounding.
+    """
+    array = np.asarray(array, np.float32)
+    if array.ndim != 3 or array.shape[0] not in (1, 3) or 0 in array.shape:
+        raise DminError(
+            f"Image {name!r} has shape {list(array.shape)}: a gallery shows [channels, height, "
+            "width] with 1 or 3 channels. Move the channels first, or decode the latents."
+        )
+    low, high = float(array.min()), float(array.max())
+    if not (low >= -0.01 and high <= 1.01):
+        raise DminError(
+            f"Image {name!r} has values from {low:.3g} to {high:.3g}: a gallery shows [0, 1]. "
+            "An image of [-1, 1] becomes one of [0, 1] by (image + 1) / 2."
+        )
+    pixels = (array.clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+def fit(picture: Image.Image, side: int) -> Image.Image:
+    """Scale a picture so that its longer side is `side` pixels; tiny ones keep hard pixels."""
+    longest = max(picture.size)
+    width, height = (max(1, round(length * side / longest)) for length in picture.size)
+    enlarged_tiny = longest <= TINY and side >= longest
+    method = Image.Resampling.NEAREST if enlarged_tiny else Image.Resampling.LANCZOS
+    return picture.resize((width, height), method)
+
+
+def data_uri(picture: Image.Image, limit: int = 256) -> str:
+    """Encode a picture as a `data:` address; arguments as in :func:`encoded`."""
+    kind, content = encoded(picture, limit)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def encoded(picture: Image.Image, limit: int = 256) -> tuple[str, bytes]:
+    """Encode a picture for a page.
+
+    Args:
+        picture: scaled down to at most `limit` pixels a side.
+        limit: 256 is enough for a card on a dense screen.
+
+    Returns:
+        `png` or `jpeg`, and the bytes: a PNG, without loss, for a tiny picture; for a larger one
+        the smaller of a PNG and a JPEG
+        of quality 90, as a page of a thousand photographs would otherwise weigh 100 MB.
+    """
+    tiny = max(picture.size) <= TINY
+    if max(picture.size) > limit:
+        picture = fit(picture, limit)
+    content = _encode(picture, "PNG", optimize=True)
+    if not tiny:
+        smaller = _encode(picture, "JPEG", quality=90, subsampling=0)
+        if len(smaller) < len(content):
+            return "jpeg", smaller
+    return "png", content
+
+
+def _encode(picture: Image.Image, kind: str, **options: int | bool) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()

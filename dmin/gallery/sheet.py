@@ -1,0 +1,73 @@
+"""A contact sheet: pictures in reading order, each with what it is called and its figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dmin.gallery.pictures import fit, to_picture
+
+DPI = 150
+SIDE = 160  # pixels of a picture
+INK, MUTED = "#17202a", "#66717d"
+
+
+def save_sheet(
+    images: Sequence[np.ndarray],
+    names: Sequence[str],
+    figures: Sequence[str],
+    path: str | Path,
+    *,
+    title: str,
+    columns: int = 8,
+) -> Path:
+    """Draw pictures in rows, the first at the upper left.
+
+    Args:
+        images: [C, H, W] in [0, 1], C of 1 or 3; at least one.
+        names: what stands below each, in the first line.
+        figures: and in the second.
+        path: the PNG to write; its folder is made if it is not there.
+        title: headline.
+        columns: pictures a row.
+
+    Returns:
+        The path.
+
+    Raises:
+        DminError: an image has another shape or range.
+    """
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    width, height = max(columns * 1.2, 5.0), 0.6 + rows * 1.55
+    figure = Figure((width, height), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.text(0.02, 1 - 0.3 / height, title, color=INK, weight="bold", va="center")
+    grid = figure.add_gridspec(rows, columns, left=0.02, right=0.98, bottom=0.3 / height)
+    grid.update(top=1 - 0.6 / height, hspace=0.5)
+    for place, (image, name, number) in enumerate(zip(images, names, figures, strict=True)):
+        axes = figure.add_subplot(grid[place // columns, place % columns])
+        axes.imshow(np.asarray(fit(to_picture(image, name), SIDE).convert("RGB")))
+        axes.set_axis_off()
+        below: dict[str, Any] = {
+            "transform": axes.transAxes,
+            "ha": "center",
+            "va": "top",
+            "clip_on": False,
+        }
+        axes.text(0.5, -0.03, shortened(name), color=INK, fontsize=7, **below)
+        axes.text(0.5, -0.18, number, color=MUTED, fontsize=7, **below)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, format="png")
+    return path
+
+
+def shortened(name: str, most: int = 18) -> str:
+    """Return a name that fits below a picture: its end, which tells files apart."""
+    return name if len(name) <= most else "…" + name[1 - most :]

@@ -1,0 +1,110 @@
+"""Which parameters of a network are attributed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dmin.runtime.errors import DminError
+
+LORA = r"\.lora_[AB]\."  # peft's names, whatever the adapter's
+
+
+class Parameter(NamedTuple):
+    """One attributed parameter: canonical name, shape, and the group its gradient is added to."""
+
+    name: str
+    shape: tuple[int, ...]
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The attributed parameters of a model, in order.
+
+    Args:
+        entries: one entry a parameter; tied weights appear once, under their first name.
+        groups: names of the groups; each gets its own k numbers of a row.
+    """
+
+    entries: tuple[Parameter, ...]
+    groups: tuple[str, ...] = ("model",)
+
+    @cached_property
+    def by_name(self) -> dict[str, Parameter]:
+        """The entries by name."""
+        return {entry.name: entry for entry in self.entries}
+
+    @cached_property
+    def count(self) -> int:
+        """Number of attributed scalars, P."""
+        return sum(prod(entry.shape) for entry in self.entries)
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Position of each parameter's first scalar in the concatenation of all."""
+        offsets, position = {}, 0
+        for entry in self.entries:
+            offsets[entry.name] = position
+            position += prod(entry.shape)
+        return offsets
+
+
+def choose_parameters(network: nn.Module, params: str = "all") -> Parameters:
+    """List the parameters of a network to attribute.
+
+    Args:
+        network: any module.
+        params: ``all``; ``lora`` for adapters alone; or a regular expression searched for in each
+            parameter's dotted name.
+
+    Returns:
+        The parameters in the network's order; tied weights once, under their first name.
+
+    Raises:
+        DminError: the expression is invalid or matches nothing, or a chosen parameter has no
+            gradient: it is quantised, or compiled where dmin cannot see it.
+    """
+    named = dict(network.named_parameters())
+    if params != "all":
+        try:
+            pattern = re.compile(LORA if params == "lora" else params)
+        except re.error as error:
+            raise DminError(
+                f"collect.params={params!r} is not a regular expression: {error}."
+            ) from error
+        chosen = {name: p for name, p in named.items() if pattern.search(name)}
+    else:
+        chosen = named
+    if not chosen:
+        some = ", ".join(list(named)[:5])
+        raise DminError(
+            f"collect.params={params!r} matches no parameter of {type(network).__name__}. "
+            f"{'Load the LoRA with model.adapter=<file>. ' if params == 'lora' else ''}"
+            f"Its parameters are named like: {some or '(it has none)'}."
+        )
+    refused = [f"{name} ({p.dtype})" for name, p in chosen.items() if not p.is_floating_point()]
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            prefix = f"{name}." if name else ""
+            refused += [f"{key} (scripted)" for key in chosen if key.startswith(prefix)]
+    if refused:
+        raise DminError(
+            f"dmin cannot differentiate {len(refused)} parameter(s): {some_of(refused)}. Load the "
+            f"model unquantised and not compiled, or leave them out with params=<regex>, which "
+            f"names the parameters to keep."
+        )
+    return Parameters(tuple(Parameter(name, tuple(p.shape)) for name, p in chosen.items()))
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Return a few names for a message."""
+    names = sorted(names)
+    return ", ".join(names[:8]) + (" …" if len(names) > 8 else "")

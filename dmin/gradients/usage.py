@@ -1,0 +1,312 @@
+"""Which module of a network uses which parameters, call by call, however it uses them.
+
+While watched, parameters report every operation that computes with them, and modules report when
+their forward begins and ends. A use belongs to the innermost module that was running.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, Self, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dmin.runtime.errors import DminError
+
+Token = TypeVar("Token")
+
+
+@dataclass
+class Use(Generic[Token]):
+    """One call of a module that used parameters itself.
+
+    Args:
+        name: the module's dotted name.
+        module: the module.
+        used: names of the parameters.
+        within: what :attr:`Watch.report` returned for the calls that took place inside this one.
+        args: the call's positional arguments.
+        kwargs: its keyword arguments.
+        output: what it returned.
+    """
+
+    name: str
+    module: nn.Module
+    used: set[str] = field(default_factory=set)
+    within: list[Token] = field(default_factory=list)
+    args: tuple = ()
+    kwargs: dict = field(default_factory=dict)
+    output: Any = None
+
+
+class Watch(Generic[Token]):
+    """Context in which the uses of some parameters are reported.
+
+    Inside, all parameters of the network are frozen; outside, they, the hooks and everything else
+    are as they were before.
+
+    Args:
+        network: the network.
+        chosen: the parameters to watch, by name.
+        report: told of each use when the module's forward ends. Returns the module's output, to be
+            replaced, and a token of the call; or None for a use that is to count as one of the
+            module around.
+
+    Attributes:
+        lost: parameters that were used where no module is left to report to, and how.
+        batch: number of examples as the network's own arguments have it, once it was called.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        chosen: Mapping[str, nn.Parameter],
+        report: Callable[[Use[Token]], tuple[Any, Token] | None],
+    ) -> None:
+        self.network = network
+        self._name_of = {id(p): name for name, p in chosen.items()}
+        # By holder and name, not by identity: a sharded module changes its parameters as it runs.
+        self._held: dict[int, dict[str, str]] = {}
+        self._holders: dict[str, tuple[nn.Module, str]] = {}
+        for module in network.modules():
+            held = {
+                local: self._name_of[id(parameter)]
+                for local, parameter in module._parameters.items()
+                if id(parameter) in self._name_of
+            }
+            self._held[id(module)] = held
+            self._holders |= {name: (module, local) for local, name in held.items()}
+        self._report = report
+        self._chosen = chosen
+        self._watched = _watched(self._note)
+        self._undo = ExitStack()
+        self._deaf = self._replay = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the forward passes so far."""
+        self.lost: dict[str, str] = {}
+        self.batch: int | None = None
+        self._arguments: set[int] = set()  # where the network's arguments lie in memory
+        self._running: list[Use[Token]] = []
+
+    def __enter__(self) -> Self:
+        """Freeze and watch the parameters, hook the modules that hold them."""
+        holding: dict[int, bool] = {}
+        with ExitStack() as undo:
+            for name, module in self.network.named_modules():
+                if self._holds(module, holding):
+                    for handle in self._hook(name, module):
+                        undo.callback(handle.remove)
+            for parameter in self.network.parameters():
+                undo.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(False)
+            self._undo = undo.pop_all()
+        self._watch(self._chosen)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the network back as it was."""
+        self._undo.close()
+        self.forget()
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Modules that run are recomputed by a checkpoint: report them, but lose nothing."""
+        self._replay = True
+        try:
+            yield
+        finally:
+            self._replay = False
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Modules that run are of no interest."""
+        self._deaf = True
+        try:
+            yield
+        finally:
+            self._deaf = False
+
+    def own(self, module: nn.Module) -> dict[str, str]:
+        """Return the names of the watched parameters that a module holds itself, by local name."""
+        return self._held.get(id(module), {})
+
+    def now(self, names: Collection[str]) -> dict[str, nn.Parameter]:
+        """Return parameters as their modules have them now: put together, where a sharded one runs.
+
+        Raises:
+            DminError: one is not put together now.
+        """
+        found = {}
+        for name in sorted(names):
+            module, local = self._holders[name]
+            found[name] = cast(nn.Parameter, module._parameters[local])
+            if _is_part(found[name]):
+                raise _apart(name)
+        return found
+
+    def _inside(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the watched parameters in a module, as it and those in it have them now."""
+        return {
+            name: parameter
+            for each in module.modules()
+            for local, name in self.own(each).items()
+            if (parameter := each._parameters.get(local)) is not None
+        }
+
+    def _holds(self, module: nn.Module, known: dict[int, bool]) -> bool:
+        """Return whether a module or one within it holds a watched parameter."""
+        if id(module) not in known:
+            within = [self._holds(x, known) for x in module._modules.values() if x is not None]
+            known[id(module)] = any(within) or bool(self.own(module))
+        return known[id(module)]
+
+    def sees_examples(self, x: Tensor) -> bool:
+        """Return whether a tensor can be taken to have rows of the examples.
+
+        It has as many; or it comes from a layer or the network's arguments, and more rows are parts
+        of examples. Anything else may be a constant, like an identity matrix or a table, whose size
+        the batch happens to divide. (A constant of exactly as many rows is mistaken all the same.)
+        """
+        known = x.requires_grad or (x.ndim > 0 and len(x) == self.batch)
+        return self.batch is None or known or _place(x) in self._arguments
+
+    def _hook(self, name: str, module: nn.Module) -> tuple[Any, Any]:
+        def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._begin(Use(name, module), args, kwargs)
+
+        def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            return self._end(name, args, kwargs, output)
+
+        # A sharded module gives its parameters back in a hook of its own: be told before that.
+        first = _shards(module)
+        return (
+            module.register_forward_pre_hook(begin, with_kwargs=True),
+            module.register_forward_hook(end, prepend=first, with_kwargs=True, always_call=True),
+        )
+
+    def _note(self, parameter: nn.Parameter) -> None:
+        """Hear from a parameter that an operation used it."""
+        name = self._name_of[id(parameter)]
+        if self._deaf:
+            return
+        if self._running:
+            self._running[-1].used.add(name)
+        elif torch.is_grad_enabled():
+            self._lose({name}, "used outside the network's forward")
+
+    def _watch(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Have parameters report. Sharded ones do it put together, in another object."""
+        for name, parameter in parameters.items():
+            if type(parameter) is nn.Parameter:
+                self._undo.callback(setattr, parameter, "__class__", nn.Parameter)
+                parameter.__class__ = self._watched
+                self._name_of[id(parameter)] = name
+
+    def _begin(self, use: Use[Token], args: tuple, kwargs: dict) -> None:
+        """Hear that a module's forward begins."""
+        if _shards(use.module):
+            self._watch(self._inside(use.module))
+        if self._deaf:
+            return
+        if use.module is self.network:
+            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            sizes = Counter(len(x) for x in tensors if x.ndim)
+            self.batch = sizes.most_common(1)[0][0] if sizes else None
+            self._arguments = {_place(x) for x in tensors if x.ndim and len(x) == self.batch}
+        for local, name in self.own(use.module).items():
+            parameter = use.module._parameters.get(local)
+            if parameter is None:
+                continue
+            if _is_part(parameter):
+                raise _apart(name)
+            if not isinstance(parameter, self._watched):
+                use.used.add(name)  # it cannot report: assume its use
+        self._running.append(use)
+
+    def _end(self, name: str, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Hear that a module's forward has ended; report its uses."""
+        if self._deaf or not any(use.name == name for use in reversed(self._running)):
+            return output
+        while (use := self._running.pop()).name != name:
+            pass  # a module that was left before it could say so
+        if output is None and sys.exc_info()[0] is not None:
+            return output  # it was left by an exception
+        around = self._running[-1] if self._running else None
+        if around is not None:
+            around.within += use.within
+        if not use.used:
+            return output
+        use.args, use.kwargs, use.output = args, kwargs, output
+        reported = self._report(use)
+        if reported is not None:
+            output, token = reported
+            if around is not None:
+                around.within.append(token)
+        elif around is not None:
+            around.used |= use.used
+        else:
+            self._lose(use.used, f"{name or 'the network'} has no row for each example")
+        return output
+
+    def _lose(self, names: set[str], reason: str) -> None:
+        if not self._replay:
+            self.lost |= dict.fromkeys(names, reason)
+
+
+_NO_GRADIENT = {Tensor.detach, Tensor.requires_grad_, Tensor.data.__get__}  # type: ignore[attr-defined]
+
+
+def _leaves(x: Any) -> Sequence[Any]:
+    """Return what a nested argument or result consists of."""
+    return pytree.tree_leaves(x) if isinstance(x, tuple | list | dict) else (x,)
+
+
+def _shards(module: nn.Module) -> bool:
+    """Tell whether a module puts its parameters together when it runs (FSDP2)."""
+    return hasattr(type(module), "reshard")
+
+
+def _is_part(parameter: Any) -> bool:
+    return hasattr(parameter, "full_tensor")
+
+
+def _apart(name: str) -> DminError:
+    return DminError(
+        f"{name} was used outside the block it stands in, where it is shared out over processes "
+        f"(trainer=fsdp, trainer=offload). Name the module that is called there in the model's "
+        f"`called_apart`, or leave the parameter out with params=<regex>."
+    )
+
+
+def _place(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _watched(note: Callable[[nn.Parameter], None]) -> type[nn.Parameter]:
+    """Return a class for parameters that report each operation that computes with them."""
+
+    class Watched(nn.Parameter):
+        @classmethod
+        def __torch_function__(
+            cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+        ) -> Any:
+            with torch._C.DisableTorchFunctionSubclass():
+                result = func(*args, **(kwargs or {}))
+            if func in _NO_GRADIENT:
+                return result
+            if isinstance(result, Tensor) or any(isinstance(x, Tensor) for x in _leaves(result)):
+                for argument in (*args, *(kwargs or {}).values()):
+                    for leaf in _leaves(argument):
+                        if isinstance(leaf, cls):
+                            note(leaf)
+            return result
+
+    return Watched

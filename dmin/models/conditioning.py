@@ -1,0 +1,191 @@
+"""What latent diffusion models that are conditioned on captions, and on image sizes, share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+
+from dmin.models.latent import LatentDiffusion
+from dmin.runtime.errors import DminError
+
+
+class Captioned(LatentDiffusion):
+    """Conditioned on captions: to be named before :class:`LatentDenoiser` or :class:`LatentFlow`.
+
+    Args:
+        pipeline: of diffusers, with all its components.
+        empty_captions: ``raise`` an error at a caption of no words, or ``keep`` it: what the model
+            knows as the unconditional case.
+        sample_size: height and width of generated images in pixels; None for the model's own.
+        settings: of the next class.
+    """
+
+    own_size: ClassVar[int] = 64  # of sampled latents, where the network's config does not tell
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *args: Any,
+        empty_captions: Literal["raise", "keep"] = "raise",
+        sample_size: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(pipeline, *args, **settings)
+        if empty_captions not in ("raise", "keep"):
+            raise DminError(f"model.empty_captions={empty_captions!r}: allowed are raise and keep.")
+        self.empty_captions = empty_captions
+        self.sample_size = _pair(sample_size, "sample_size")
+
+    def describe_sampling(self) -> dict[str, Any]:
+        """Return sampler, guidance, size and the encoders' digests."""
+        return {**super().describe_sampling(), "size": self._generated_size()}
+
+    def _prompts(self, batch: Mapping[str, Any]) -> list[str]:
+        for name, caption in zip(batch["id"], batch["caption"], strict=True):
+            if caption is None:
+                raise DminError(
+                    f"example {name!r} has no caption, and {type(self).__name__} is conditioned on "
+                    f"captions. Add it to the data (column text of metadata.jsonl)."
+                )
+            if not caption.strip() and self.empty_captions == "raise":
+                raise DminError(
+                    f"example {name!r} has an empty caption. Add one, or set "
+                    f"model.empty_captions=keep if the model was trained without captions too."
+                )
+        return list(batch["caption"])
+
+    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        height, width = self._generated_size()
+        asked = {"prompt": self._texts(prompts), "height": height, "width": width}
+        return {**super()._sampling(prompts), **asked}
+
+    def _generated_size(self) -> tuple[int, int]:
+        if self.sample_size is not None:
+            return self.sample_size
+        size = self.network.config.get("sample_size") or self.own_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.vae_factor * height, self.vae_factor * width
+
+    @staticmethod
+    def _texts(prompts: Sequence[Any]) -> list[str]:
+        wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        if wrong:
+            raise DminError(f"prompt {wrong[0]!r} is not a text. Give captions in quotes.")
+        return list(prompts)
+
+    @property
+    def _text_device(self) -> torch.device:
+        """Where the text encoders are."""
+        encoders = (e for name, e in self.encoders.items() if name.startswith("text_encoder"))
+        return next(next(encoder.parameters()).device for encoder in encoders)
+
+
+class Told(NamedTuple):
+    """The sizes that a model is told of an image; height before width, top before left."""
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+
+
+SIZE_COLUMNS = {
+    "original": ("original_height", "original_width"),
+    "crop": ("crop_top", "crop_left"),
+}
+
+
+class Sized(Captioned):
+    """Told the sizes of images, too (micro-conditioning, Podell et al. 2023).
+
+    Args:
+        pipeline: of diffusers, with all its components.
+        sizes_from: where an example's original size and crop come from. ``image``: its file, before
+            the data's size and crop were applied, and where the cut was. ``metadata``: its columns
+            original_height, original_width, crop_top and crop_left, for files that were scaled and
+            cropped before.
+        original_size: height and width before scaling, the same for all.
+        crop: top and left of the cut, in the scaled image, the same for all.
+        target_size: height and width after cropping; None for those of the image given.
+        settings: of the next class.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *args: Any,
+        sizes_from: Literal["image", "metadata"] = "image",
+        original_size: Sequence[int] | None = None,
+        crop: Sequence[int] | None = None,
+        target_size: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(pipeline, *args, **settings)
+        if sizes_from not in ("image", "metadata"):
+            raise DminError(f"model.sizes_from={sizes_from!r}: allowed are image and metadata.")
+        self.sizes_from = sizes_from
+        self.original_size = _pair(original_size, "original_size")
+        self.crop = _pair(crop, "crop")
+        self.target_size = _pair(target_size, "target_size")
+
+    def describe(self) -> dict[str, Any]:
+        """Return what defines latents, condition and loss, the sizes told included."""
+        sizes = {"original_size": self.original_size, "target_size": self.target_size}
+        told = {**sizes, "crop": self.crop, "sizes_from": self.sizes_from}
+        return {**super().describe(), **told}
+
+    def facts_of_samples(self) -> dict[str, Any]:
+        """Return the sizes that the sampler was told, as columns of metadata."""
+        size = self._generated_size()
+        told = {"original": self.original_size or size, "crop": self.crop or (0, 0)}
+        return {
+            column: value
+            for name, columns in SIZE_COLUMNS.items()
+            for column, value in zip(columns, told[name], strict=True)
+        }
+
+    def _told(self, batch: Mapping[str, Any]) -> list[Told]:
+        """Return the sizes that the model is told of each image."""
+        height, width = batch["image"].shape[-2:]
+        count = len(batch["image"])
+        return [
+            Told(
+                self.original_size or self._size_of(batch, i, "original") or (height, width),
+                self.crop or self._size_of(batch, i, "crop") or (0, 0),
+                self.target_size or (height, width),
+            )
+            for i in range(count)
+        ]
+
+    def _size_of(self, batch: Mapping[str, Any], i: int, name: str) -> tuple[int, int] | None:
+        """Return the original size or the crop of one example, from where it is to be read."""
+        if self.sizes_from == "image":
+            sizes = batch["sizes"][i]
+            return None if sizes is None else getattr(sizes, name)
+        facts, columns = batch["metadata"][i], SIZE_COLUMNS[name]
+        found = [facts.get(column) for column in columns]
+        if not all(isinstance(value, int) and value >= 0 for value in found):
+            raise DminError(
+                f"example {batch['id'][i]!r} has {', '.join(columns)} = {found} in its metadata, "
+                f"where model.sizes_from=metadata needs whole numbers of pixels. Add the columns, "
+                f"or take model.sizes_from=image."
+            )
+        return found[0], found[1]
+
+    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        size = self._generated_size()
+        return {
+            **super()._sampling(prompts),
+            "original_size": self.original_size or size,
+            "crops_coords_top_left": self.crop or (0, 0),
+            "target_size": self.target_size or size,
+        }
+
+
+def _pair(values: Sequence[int] | None, name: str) -> tuple[int, int] | None:
+    if values is None:
+        return None
+    if len(values) != 2:
+        raise DminError(f"model.{name}={list(values)}: give two numbers, such as [512, 512].")
+    return int(values[0]), int(values[1])

@@ -1,0 +1,182 @@
+"""DDPM in pixel space: ``UNet2DModel`` and its scheduler, class-conditional or not."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Tensor
+
+from dmin.diffusion.processes import Denoising
+from dmin.models.base import (
+    Condition,
+    DiffusionModel,
+    Prediction,
+    class_labels,
+    noise_generators,
+)
+from dmin.models.checkpoints import describe_adapters, load_adapters, load_pipeline, load_weights
+from dmin.runtime.errors import DminError
+from dmin.runtime.transfer import sent
+
+
+class DDPM(DiffusionModel):
+    """A denoising diffusion model of pixels (Ho et al. 2020).
+
+    The target follows the scheduler's ``prediction_type``: ε, v (Salimans & Ho 2022) or x0.
+
+    Args:
+        network: predicts from a noised image, a timestep and, if it was built with
+            ``num_class_embeds``, a class label.
+        scheduler: its training noise schedule.
+        snr_gamma: weighs losses by min-SNR with this γ (Hang et al. 2023); None for equal weights.
+    """
+
+    def __init__(
+        self, network: UNet2DModel, scheduler: DDPMScheduler, snr_gamma: float | None = None
+    ) -> None:
+        super().__init__()
+        self.network: UNet2DModel = network
+        self.scheduler: Any = scheduler
+        self.process = Denoising(self.scheduler.config, snr_gamma)
+        self.ladder = self.process.ladder
+        config: Any = network.config
+        self.classes: int | None = config.num_class_embeds
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.shape = (config.in_channels, height, width)
+
+    @classmethod
+    def build(cls, network: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Self:
+        """Return an untrained model from the configs of ``UNet2DModel`` and ``DDPMScheduler``.
+
+        Raises:
+            DminError: diffusers refuses a setting.
+        """
+        _known(UNet2DModel, network, "network")
+        _known(DDPMScheduler, scheduler, "scheduler")
+        try:
+            return cls(UNet2DModel(**network), DDPMScheduler(**scheduler))
+        except (ValueError, TypeError) as error:
+            raise DminError(
+                f"diffusers cannot build a UNet2DModel from network: {error}"
+            ) from error
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        adapter: str | Path | Sequence[str] | None = None,
+        ema: str | Path | None = None,
+        snr_gamma: float | None = None,
+    ) -> Self:
+        """Load a checkpoint saved in the layout of diffusers' ``DDPMPipeline``.
+
+        Args:
+            path: folder with ``model_index.json``, ``unet/`` and ``scheduler/``.
+            adapter: LoRA weights of the UNet: file or folder, or several.
+            ema: other weights of the UNet, such as their moving average: ``.safetensors`` file, or
+                a folder that ``EMAModel.save_pretrained`` wrote.
+            snr_gamma: as for the class.
+
+        Raises:
+            DminError: no such checkpoint.
+        """
+        if not (Path(path) / "model_index.json").is_file():
+            raise DminError(
+                f"model.path={path}: no diffusers checkpoint there (no model_index.json). Train "
+                f"one with `dmin train`, or give the folder of a saved DDPMPipeline."
+            )
+        pipeline = load_pipeline(DDPMPipeline, path)
+        if ema is not None:
+            load_weights(pipeline.unet, ema)
+        if adapter is not None:
+            load_adapters(pipeline.unet, adapter)
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        return cls(pipeline.unet.eval(), scheduler, snr_gamma)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Save in the layout of diffusers' ``DDPMPipeline``."""
+        pipeline: Any = DDPMPipeline(self.network, self.scheduler)
+        pipeline.save_pretrained(str(path))
+
+    def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
+        """Return images scaled from [0, 1] to the [−1, 1] that DDPMs are trained on, and labels."""
+        image = batch["image"]
+        if tuple(image.shape[1:]) != self.shape:
+            raise DminError(
+                f"image {batch['id'][0]!r} is {tuple(image.shape[1:])} (channels, height, width), "
+                f"which does not fit a model of {self.shape}. Set data.size={self.shape[1]} "
+                f"data.mode={'L' if self.shape[0] == 1 else 'RGB'}."
+            )
+        return 2 * image - 1, self.condition(batch["label"])
+
+    def condition(self, prompts: Sequence[Any]) -> Condition:
+        """Return the class labels as a tensor, or nothing for an unconditional model."""
+        if self.classes is None:
+            return {}
+        device = next(self.network.parameters()).device
+        return {"class_labels": sent(class_labels(prompts, self.classes), device)}
+
+    def predict(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """Return the network's prediction and the target of the scheduler's prediction type."""
+        noised, target, weight = self.process(x0, noise, t)
+        prediction = self.network(noised, t.long(), **condition).sample
+        return Prediction(prediction, target, weight)
+
+    def log_snr(self, timesteps: Sequence[float]) -> list[float]:
+        """Return the log signal-to-noise ratio at each timestep."""
+        return self.process.log_snr(timesteps)
+
+    def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int = 100) -> Tensor:
+        """Generate by DDIM (Song et al. 2021), η = 0: the seed decides the image."""
+        for x, _ in self._denoised(prompts, seeds, steps):
+            last = x
+        return ((last + 1) / 2).clamp(0, 1)
+
+    def journey(
+        self, prompts: Sequence[Any], seeds: Sequence[int], steps: int, states: int
+    ) -> Tensor:
+        """Return the estimates of x0 on the way; see the base class."""
+        chosen = {steps - 1 - number * steps // states for number in range(states)}
+        walk = enumerate(self._denoised(prompts, seeds, steps))
+        kept = [estimate for number, (_, estimate) in walk if number in chosen]
+        return ((torch.stack(kept) + 1) / 2).clamp(0, 1)
+
+    @torch.no_grad()
+    def _denoised(
+        self, prompts: Sequence[Any], seeds: Sequence[int], steps: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the state after each step, and the estimate of x0 that the step was made with."""
+        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps)
+        condition = self.condition(prompts)
+        device = next(self.network.parameters()).device
+        start = [torch.randn(self.shape, generator=g) for g in noise_generators(seeds)]
+        x = torch.stack(start).to(device)
+        for t in scheduler.timesteps:
+            prediction = self.network(x, t.to(device), **condition).sample
+            step = scheduler.step(prediction, t, x)
+            x = step.prev_sample
+            yield x, step.pred_original_sample
+
+    def describe(self) -> dict[str, Any]:
+        """Return the loss: prediction type, noise schedule and weighting."""
+        adapters = describe_adapters(self.network)
+        return {**super().describe(), **self.process.describe(), "adapters": adapters}
+
+
+def _known(target: type, settings: Mapping[str, Any], name: str) -> None:
+    """Refuse misspelt settings: diffusers' constructors accept and ignore some of them."""
+    allowed = set(inspect.signature(target).parameters)
+    for key in settings:
+        if key not in allowed:
+            raise DminError(
+                f"{name}.{key}: {target.__name__} has no such setting. It has: "
+                f"{', '.join(sorted(allowed))}."
+            )

@@ -1,0 +1,39 @@
+"""DiT: a transformer on latents, conditioned on classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiTPipeline
+from torch import Tensor
+
+from dmin.models.base import Condition, class_labels
+from dmin.models.schedulers import LearnedVariance
+
+
+class DiT(LearnedVariance):
+    """Diffusion Transformer (Peebles & Xie 2023); predicts ε. Its prompts are class labels."""
+
+    pipeline_class = DiTPipeline
+    called_apart = ("transformer_blocks.0.norm1.emb",)  # for the last layer's conditioning
+
+    def _prompts(self, batch: Mapping[str, Any]) -> Sequence[Any]:
+        prompts: Sequence[Any] = batch["label"]
+        return prompts
+
+    def _embed(self, prompts: Sequence[Any]) -> Condition:
+        classes = self.network.config.num_embeds_ada_norm
+        return {"class_labels": class_labels(prompts, classes)}
+
+    def _no_prompt(self) -> Condition:
+        return {"class_labels": torch.tensor([self.network.config.num_embeds_ada_norm])}
+
+    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        prediction: Tensor = self.network(noised, timestep=t.long(), **condition).sample
+        return prediction
+
+    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        labels: Tensor = self._embed(prompts)["class_labels"]
+        return {**super()._sampling(prompts), "class_labels": labels.tolist()}

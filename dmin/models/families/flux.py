@@ -1,0 +1,90 @@
+"""Flux: a transformer on packed latents, distilled to take its guidance as an input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from dmin.models.base import Condition
+from dmin.models.conditioning import Captioned
+from dmin.models.schedulers import LatentFlow
+
+
+class Flux(Captioned, LatentFlow):
+    """Flux.1 dev and schnell (Black Forest Labs 2024).
+
+    Args:
+        pipeline: of diffusers, with all its components.
+        embedded_guidance: the guidance that the network is told in attribution: what it was
+            fine-tuned with. Diffusers' training script takes 3.5 unless told otherwise; models
+            without the input (schnell) are not told. ``guidance_scale`` is its value in sampling.
+        max_sequence_length: tokens for T5.
+        settings: of the classes above.
+    """
+
+    pipeline_class = FluxPipeline
+    own_size: ClassVar[int] = 128
+    packing: ClassVar[int] = 4
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        embedded_guidance: float = 3.5,
+        max_sequence_length: int = 512,
+        **settings: Any,
+    ) -> None:
+        super().__init__(pipeline, **settings)
+        self.embedded_guidance = embedded_guidance
+        self.max_sequence_length = max_sequence_length
+
+    @property
+    def patch(self) -> int:
+        """Latent pixels that make one token: the pipeline packs squares of two."""
+        return 2
+
+    def describe(self) -> dict[str, Any]:
+        """Return what defines latents, condition and loss."""
+        told = self.embedded_guidance if self.network.config.guidance_embeds else None
+        length = self.max_sequence_length
+        return {**super().describe(), "embedded_guidance": told, "max_sequence_length": length}
+
+    def _embed(self, prompts: Sequence[Any]) -> Condition:
+        embedded, pooled, _ = self.pipeline.encode_prompt(
+            self._texts(prompts),
+            None,
+            device=self._text_device,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"encoder_hidden_states": embedded, "pooled_projections": pooled}
+
+    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        batch, channels, height, width = noised.shape
+        pipeline, guidance = self.pipeline, None
+        if self.network.config.guidance_embeds:
+            guidance = t.new_full((batch,), self.embedded_guidance, dtype=noised.dtype)
+        text = condition["encoder_hidden_states"]
+        prediction = self.network(
+            hidden_states=pipeline._pack_latents(noised, batch, channels, height, width),
+            timestep=t.to(noised.dtype) / self.process.num,
+            guidance=guidance,
+            txt_ids=text.new_zeros(text.shape[1], 3),
+            img_ids=pipeline._prepare_latent_image_ids(
+                batch, height // 2, width // 2, noised.device, noised.dtype
+            ),
+            **condition,
+        ).sample
+        unpacked: Tensor = pipeline._unpack_latents(prediction, height, width, 1)
+        return unpacked
+
+    def _unpacked(self, latents: Tensor, images: Tensor) -> Tensor:
+        size = images.shape[-2:]
+        unpacked: Tensor = self.pipeline._unpack_latents(latents, *size, self.vae_factor)
+        return unpacked
+
+    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        asked = {"max_sequence_length": self.max_sequence_length}
+        return {**super()._sampling(prompts), **asked}

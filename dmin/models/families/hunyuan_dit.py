@@ -1,0 +1,69 @@
+"""HunyuanDiT: a transformer on latents, with two text encoders, told the sizes of images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import HunyuanDiTPipeline
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+from torch import Tensor
+
+from dmin.models.base import Condition
+from dmin.models.conditioning import Sized
+from dmin.models.schedulers import LearnedVariance
+
+
+class HunyuanDiT(Sized, LearnedVariance):
+    """HunyuanDiT 1.0 to 1.2 (Li et al. 2024); predicts v.
+
+    The safety checker is not loaded: it would turn queries black.
+    """
+
+    pipeline_class = HunyuanDiTPipeline
+    components: ClassVar[dict[str, Any]] = {
+        "safety_checker": None,
+        "requires_safety_checker": False,
+    }
+
+    def _embed(self, prompts: Sequence[Any]) -> Condition:
+        named: dict[str, Tensor] = {}
+        # Lengths as in the pipeline's call.
+        for index, (suffix, length) in enumerate({"": 77, "_t5": 256}.items()):
+            embedded, _, mask, _ = self.pipeline.encode_prompt(
+                self._texts(prompts),
+                device=self._text_device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=length,
+                text_encoder_index=index,
+            )
+            named[f"encoder_hidden_states{suffix}"] = embedded
+            named[f"text_embedding_mask{suffix}"] = mask
+        return named
+
+    def _sizes(self, batch: Mapping[str, Any]) -> Condition:
+        image = batch["image"]
+        rows = [[*told.original, *told.target, *told.crop] for told in self._told(batch)]
+        style = torch.zeros(len(image), dtype=torch.long, device=image.device)
+        return {"image_meta_size": image.new_tensor(rows), "style": style}
+
+    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        prediction: Tensor = self.network(
+            noised,
+            t.to(noised.dtype),  # the network computes in the dtype of its timesteps
+            image_rotary_emb=self._positions(noised),
+            **condition,
+        ).sample
+        return prediction
+
+    def _positions(self, noised: Tensor) -> Any:
+        """Return the rotary embedding of the pipeline's call: a grid cut for 512 pixels."""
+        grid = noised.shape[-2] // self.patch, noised.shape[-1] // self.patch
+        region = get_resize_crop_region_for_grid(grid, 512 // 8 // self.patch)
+        width = self.network.inner_dim // self.network.num_heads
+        return get_2d_rotary_pos_embed(width, region, grid, device=noised.device, output_type="pt")
+
+    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        return {**super()._sampling(prompts), "use_resolution_binning": False}

@@ -1,0 +1,71 @@
+"""PixArt-α: a small text-to-image transformer on latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers import PixArtAlphaPipeline
+from torch import Tensor
+
+from dmin.models.base import Condition
+from dmin.models.conditioning import Captioned
+from dmin.models.schedulers import LearnedVariance
+
+
+class PixArt(Captioned, LearnedVariance):
+    """PixArt-α (Chen et al. 2023); predicts ε.
+
+    Captions are taken as they are: the pipeline's ``clean_caption`` is off.
+
+    Args:
+        pipeline: of diffusers, with all its components.
+        max_sequence_length: tokens for T5.
+        settings: of the classes above.
+    """
+
+    pipeline_class = PixArtAlphaPipeline
+
+    def __init__(self, pipeline: Any, *, max_sequence_length: int = 120, **settings: Any) -> None:
+        super().__init__(pipeline, **settings)
+        self.max_sequence_length = max_sequence_length
+
+    def describe(self) -> dict[str, Any]:
+        """Return what defines latents, condition and loss."""
+        return {**super().describe(), "max_sequence_length": self.max_sequence_length}
+
+    def _embed(self, prompts: Sequence[Any]) -> Condition:
+        embedded, mask, _, _ = self.pipeline.encode_prompt(
+            self._texts(prompts),
+            do_classifier_free_guidance=False,
+            device=self._text_device,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"encoder_hidden_states": embedded, "encoder_attention_mask": mask}
+
+    def _sizes(self, batch: Mapping[str, Any]) -> Condition:
+        if not self.network.use_additional_conditions:
+            return {}
+        image = batch["image"]
+        height, width = image.shape[-2:]  # the model of 1024 pixels is told size and shape
+        rows = {"resolution": [height, width], "aspect_ratio": [height / width]}
+        return {k: image.new_tensor(row).repeat(len(image), 1) for k, row in rows.items()}
+
+    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        told = {k: condition.get(k) for k in ("resolution", "aspect_ratio")}
+        prediction: Tensor = self.network(
+            noised,
+            encoder_hidden_states=condition["encoder_hidden_states"],
+            encoder_attention_mask=condition["encoder_attention_mask"],
+            timestep=t,
+            added_cond_kwargs=told,
+        ).sample
+        return prediction
+
+    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        return {
+            **super()._sampling(prompts),
+            "max_sequence_length": self.max_sequence_length,
+            "clean_caption": False,
+            "use_resolution_binning": False,
+        }

@@ -1,0 +1,85 @@
+"""Sana: a transformer with linear attention on latents of a deep autoencoder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from diffusers import SanaPipeline
+from torch import Tensor
+
+from dmin.models.base import Condition
+from dmin.models.conditioning import Captioned
+from dmin.models.schedulers import LatentFlow
+from dmin.runtime.errors import DminError
+
+
+class Sana(Captioned, LatentFlow):
+    """Sana (Xie et al. 2024).
+
+    Args:
+        pipeline: of diffusers, with all its components.
+        instruction: put before every caption for the language model that encodes it: ``pipeline``
+            for the text that diffusers' sampler puts there, or ``none``. Take what the model was
+            trained with.
+        max_sequence_length: tokens kept of a caption.
+        settings: of the classes above.
+    """
+
+    pipeline_class = SanaPipeline
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        instruction: Literal["pipeline", "none"] = "pipeline",
+        max_sequence_length: int = 300,
+        **settings: Any,
+    ) -> None:
+        super().__init__(pipeline, **settings)
+        if instruction not in ("pipeline", "none"):
+            raise DminError(f"model.instruction={instruction!r}: allowed are pipeline and none.")
+        self.instruction = instruction
+        self.max_sequence_length = max_sequence_length
+
+    def describe(self) -> dict[str, Any]:
+        """Return what defines latents, condition and loss."""
+        length = self.max_sequence_length
+        told = {"instruction": self._instruction(), "max_sequence_length": length}
+        return {**super().describe(), **told}
+
+    def _instruction(self) -> list[str] | None:
+        if self.instruction == "none":
+            return None
+        call = inspect.signature(type(self.pipeline).__call__)
+        return list(call.parameters["complex_human_instruction"].default)
+
+    def _embed(self, prompts: Sequence[Any]) -> Condition:
+        return self._embed_after(self._instruction(), prompts)
+
+    def _no_prompt(self) -> Condition:
+        return self._embed_after(None, [""])
+
+    def _embed_after(self, instruction: list[str] | None, prompts: Sequence[Any]) -> Condition:
+        embedded, mask, _, _ = self.pipeline.encode_prompt(
+            self._texts(prompts),
+            do_classifier_free_guidance=False,
+            device=self._text_device,
+            max_sequence_length=self.max_sequence_length,
+            complex_human_instruction=instruction,
+        )
+        return {"encoder_hidden_states": embedded, "encoder_attention_mask": mask}
+
+    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        scaled = t * self.network.config.timestep_scale
+        prediction: Tensor = self.network(noised, timestep=scaled, **condition).sample
+        return prediction
+
+    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        return {
+            **super()._sampling(prompts),
+            "complex_human_instruction": self._instruction(),
+            "max_sequence_length": self.max_sequence_length,
+            "use_resolution_binning": False,
+        }

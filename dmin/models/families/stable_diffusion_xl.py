@@ -1,0 +1,47 @@
+"""Stable Diffusion XL: a larger UNet that is told the sizes of images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from dmin.models.base import Condition
+from dmin.models.conditioning import Sized
+from dmin.models.schedulers import LatentDenoiser
+
+
+class StableDiffusionXL(Sized, LatentDenoiser):
+    """Stable Diffusion XL (Podell et al. 2023); predicts ε or v."""
+
+    pipeline_class = StableDiffusionXLPipeline
+    network_name: ClassVar[str] = "unet"
+    components: ClassVar[dict[str, Any]] = {"add_watermarker": False}
+
+    def _embed(self, prompts: Sequence[Any]) -> Condition:
+        embedded, _, pooled, _ = self.pipeline.encode_prompt(
+            self._texts(prompts), device=self._text_device, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": embedded, "text_embeds": pooled}
+
+    def _no_prompt(self) -> Condition:
+        nothing = super()._no_prompt()
+        if not self.pipeline.config.force_zeros_for_empty_prompt:
+            return nothing
+        return {name: torch.zeros_like(value) for name, value in nothing.items()}
+
+    def _sizes(self, batch: Mapping[str, Any]) -> Condition:
+        rows = [[*told.original, *told.crop, *told.target] for told in self._told(batch)]
+        return {"time_ids": batch["image"].new_tensor(rows)}
+
+    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        prediction: Tensor = self.network(
+            noised,
+            t,
+            encoder_hidden_states=condition["encoder_hidden_states"],
+            added_cond_kwargs={k: condition[k] for k in ("text_embeds", "time_ids")},
+        ).sample
+        return prediction

@@ -1,0 +1,1 @@
+"""Small models that are trained in seconds, for demos, benchmarks and tests."""

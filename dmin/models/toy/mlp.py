@@ -1,0 +1,140 @@
+"""A small denoiser without convolutions, for images of few pixels.
+
+It trains in seconds, and hundreds of its kind at once by batched matrix products: what ground truth
+by retraining needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import ConfigMixin, DDPMScheduler, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+from dmin.models.families.ddpm import DDPM
+from dmin.runtime.errors import DminError
+
+
+class FiLMNetwork(ModelMixin, ConfigMixin):
+    """Linear layers over all pixels, each scaled and shifted by timestep and class.
+
+    ``h ← SiLU((1 + a_l(c)) · W_l h + b_l(c)) (+ h)`` with c made of timestep and class (FiLM, Perez
+    et al. 2018). Called as diffusers' ``UNet2DModel`` is.
+
+    Args:
+        sample_size: height and width of the images.
+        in_channels: of the images.
+        width: of the hidden layers.
+        depth: hidden layers.
+        embedding: width of c; even.
+        num_class_embeds: classes; None for an unconditional model.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | Sequence[int] = 8,
+        in_channels: int = 1,
+        width: int = 96,
+        depth: int = 3,
+        embedding: int = 32,
+        num_class_embeds: int | None = None,
+    ) -> None:
+        super().__init__()
+        height, width_ = (sample_size,) * 2 if isinstance(sample_size, int) else sample_size
+        pixels = in_channels * height * width_
+        self.frequencies = embedding // 2
+        self.time = nn.Sequential(
+            nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
+        self.label = None if num_class_embeds is None else nn.Embedding(num_class_embeds, embedding)
+        sizes = [pixels] + [width] * depth
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.films = nn.ModuleList(nn.Linear(embedding, 2 * width) for _ in range(depth))
+        self.leave = nn.Linear(width, pixels)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None
+    ) -> UNet2DOutput:
+        """Return the prediction for noised images ``[batch, C, H, W]``."""
+        c = self.time(self.angles(timestep.to(sample)))
+        if self.label is not None:
+            c = c + self.label(class_labels)
+        c = torch.nn.functional.silu(c)
+        h = sample.flatten(1)
+        for number, (layer, film) in enumerate(zip(self.layers, self.films, strict=True)):
+            scale, shift = film(c).chunk(2, -1)
+            new = torch.nn.functional.silu((1 + scale) * layer(h) + shift)
+            h = new if number == 0 else h + new
+        return UNet2DOutput(sample=self.leave(h).view(sample.shape))
+
+    def angles(self, timestep: Tensor) -> Tensor:
+        """Return sines and cosines of timesteps, ``[..., embedding]``."""
+        powers = torch.arange(self.frequencies, device=timestep.device) / self.frequencies
+        angles = timestep[..., None] * torch.exp(-math.log(10_000) * powers)
+        return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+class MLP(DDPM):
+    """A DDPM whose network is a :class:`FiLMNetwork`."""
+
+    @classmethod
+    def small(
+        cls,
+        sample_size: int = 8,
+        in_channels: int = 1,
+        width: int = 96,
+        depth: int = 3,
+        embedding: int = 32,
+        num_class_embeds: int | None = 10,
+        **scheduler: Any,
+    ) -> Self:
+        """Return an untrained model.
+
+        Args:
+            sample_size: as :class:`FiLMNetwork`, as are the next five.
+            in_channels: of the images.
+            width: of the hidden layers.
+            depth: hidden layers.
+            embedding: width of the condition.
+            num_class_embeds: classes; None for an unconditional model.
+            scheduler: of ``DDPMScheduler``; wins over its cosine schedule here.
+        """
+        network: Any = FiLMNetwork(
+            sample_size, in_channels, width, depth, embedding, num_class_embeds
+        )
+        return cls(network, DDPMScheduler(**{"beta_schedule": "squaredcos_cap_v2", **scheduler}))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | Path, *, snr_gamma: float | None = None
+    ) -> Self:
+        """Load what :meth:`save_pretrained` wrote.
+
+        Args:
+            path: folder with ``unet/`` and ``scheduler/``.
+            snr_gamma: as for :class:`DDPM`.
+
+        Raises:
+            DminError: no such checkpoint.
+        """
+        if not (Path(path) / "unet").is_dir():
+            raise DminError(
+                f"model.path={path}: no saved MLP there (no unet/). Train one with `dmin train`."
+            )
+        network: Any = FiLMNetwork.from_pretrained(str(Path(path) / "unet"))
+        scheduler = DDPMScheduler.from_pretrained(str(Path(path) / "scheduler"))
+        return cls(network.eval(), scheduler, snr_gamma)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Save network and scheduler, each as diffusers does (no pipeline knows this network)."""
+        network: Any = self.network
+        network.save_pretrained(str(Path(path) / "unet"))
+        self.scheduler.save_pretrained(str(Path(path) / "scheduler"))

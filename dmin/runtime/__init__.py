@@ -1,0 +1,1 @@
+"""What every stage stands on: errors, fingerprints, progress, signals, records of runs."""

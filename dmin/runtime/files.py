@@ -1,0 +1,60 @@
+"""Files that are there whole or not at all, and what to say when the system refuses one."""
+
+import contextlib
+import errno
+import os
+import secrets
+from pathlib import Path
+
+from dmin.runtime.errors import DminError
+
+REMEDIES = {
+    errno.EACCES: "give yourself permission to this path, or choose another directory",
+    errno.EPERM: "give yourself permission to this path, or choose another directory",
+    errno.EROFS: "the disk is mounted read-only: choose another directory",
+    errno.ENOTDIR: "a part of this path is a file, not a directory: choose another path",
+    errno.EEXIST: "a file of this name is in the way: choose another path",
+    errno.ENOSPC: "the disk is full: free space, then run the same command again, it resumes",
+    errno.EDQUOT: "your disk quota is used up: free space, then run the same command again",
+    errno.EFBIG: "files may not grow that large here: raise `ulimit -f` or lower segment_bytes",
+}
+
+
+def os_failure(doing: str, path: Path, error: OSError) -> DminError:
+    """Say which path failed, why, and what helps."""
+    remedy = REMEDIES.get(error.errno or 0, "check that the disk works and that the path is right")
+    return DminError(f"Could not {doing} {path} ({error.strerror or error}): {remedy}.")
+
+
+def commit(path: Path, content: bytes | memoryview, *, overwrite: bool = True) -> None:
+    """Write a file so that it is there whole or not at all, even after a power failure.
+
+    Args:
+        path: the file.
+        content: its bytes.
+        overwrite: replace a file of this name; otherwise the file that is there first stays.
+
+    Raises:
+        FileExistsError: there is such a file, and it may not be overwritten.
+        OSError: it was not written; the temporary file is removed.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.rename(temporary, path)
+        else:
+            os.link(temporary, path)  # unlike a rename, this fails if the name is taken
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    # Some network file systems cannot sync a directory; the file is whole there all the same.
+    with contextlib.suppress(OSError):
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)

@@ -1,0 +1,24 @@
+"""How numbers are written for people."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def span(seconds: float) -> str:
+    """Say a time in its two largest units: ``1 d 3 h``, ``12 min``, ``8 s``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    days, hours, minutes = minutes // 1440, minutes // 60 % 24, minutes % 60
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def spans(numbers: Sequence[int], most: int = 8) -> str:
+    """Write ascending numbers as spans, such as ``0-7, 16-23``."""
+    array = np.asarray(numbers, dtype=np.int64)
+    runs = np.split(array, np.flatnonzero(np.diff(array) > 1) + 1)
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs if len(run)]
+    return ", ".join(texts[:most]) + (" ..." if len(texts) > most else "")

@@ -1,0 +1,103 @@
+"""What one sees of long work: a bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+from dmin.runtime.formatting import span
+
+# Seconds after which a line is due, doubled after each up to the second number: a log of a day has
+# some hundred.
+FIRST, LAST = 15.0, 900.0
+
+LOG_WIDTH = 160  # columns of tables in a log file
+
+T = TypeVar("T")
+
+
+def console(quiet: bool = False) -> Console:
+    """Return where text and tables go: as wide as the terminal, or COLUMNS, or wide in a log file.
+
+    Args:
+        quiet: whether nothing is shown.
+    """
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(quiet=quiet, width=None if known else LOG_WIDTH)
+
+
+class Lines:
+    """Says how far a piece of work is, at most a line for each span of time.
+
+    Args:
+        label: what is being done.
+        total: how many things there are to do; it may change.
+        unit: what the things are, or nothing.
+        place: which part of the work this is, such as " in process 0 of 8".
+    """
+
+    def __init__(self, label: str, total: int, unit: str = "examples", place: str = "") -> None:
+        self.label, self.total, self.place = label, total, place
+        self.unit = f" {unit}" if unit else ""
+        self.done = self.found = 0
+        self._start = time.monotonic()
+        self._every = FIRST
+        self._due = self._start + FIRST
+
+    def skip(self, done: int) -> None:
+        """Leave out of the rate what was done before."""
+        self.done = self.found = done
+
+    def told(self, done: int) -> str | None:
+        """Return a line, if one is due or all is done."""
+        self.done = done
+        if time.monotonic() < self._due and done < self.total:
+            return None
+        self._every = min(2 * self._every, LAST)
+        self._due = time.monotonic() + self._every
+        return str(self)
+
+    def rate(self) -> float:
+        """Return how many things are done in a second."""
+        return (self.done - self.found) / self._seconds()
+
+    def __str__(self) -> str:
+        rate = self.rate()
+        left = self.total - self.done
+        ahead = f", {span(left / rate)} left" if left and rate else f" in {span(self._seconds())}"
+        return (
+            f"{self.label}: {self.done:,} of {self.total:,}{self.unit}{self.place} "
+            f"({self.done / max(self.total, 1):.1%}), {rate:,.3g} a second{ahead}"
+        )
+
+    def _seconds(self) -> float:
+        return max(time.monotonic() - self._start, 1e-9)
+
+
+def followed(
+    items: Iterable[T], label: str, total: int, unit: str, transient: bool = False
+) -> Iterator[T]:
+    """Yield items, and show how many were worked on.
+
+    Args:
+        items: that are being worked on.
+        label: what is being done.
+        total: how many items there are.
+        unit: what they are.
+        transient: whether nothing shall be left on a terminal.
+    """
+    if sys.stdout.isatty():
+        yield from track(items, label, total, transient=transient)
+        return
+    lines = Lines(label, total, unit)
+    for number, item in enumerate(items, 1):
+        yield item
+        line = lines.told(number)
+        if line is not None and not (transient and number == total):
+            print(line, flush=True)

@@ -1,0 +1,79 @@
+"""Loops that form per-example gradients in registers and fold them while they are in the cache.
+
+A weight gradient is a sum of outer products ``Σ_p d_p ⊗ a_p``. Both sides are packed into panels
+that the processor reads in sequence: :data:`ROWS` output gradients, :data:`COLUMNS` inputs. Their
+product stays in registers (:func:`~vectors.tile`) and is folded before it leaves the cache, so that
+no gradient is ever written to memory.
+
+Everything is single precision; :class:`~dmin.sketches.base.FormedSketch` has the same in torch.
+The package is imported when first needed: it compiles once and is cached on disk. Numba looks at
+changes of a function's own file only: after changing one, remove ``__pycache__/*.nbi`` here.
+"""
+
+from dmin.sketches.backends.cpu_kernels.counting import add_products, count_sketch
+from dmin.sketches.backends.cpu_kernels.folding import (
+    Fold,
+    add_parts,
+    fold_formed,
+    fold_vectors,
+    hashed_map,
+    scatter,
+)
+from dmin.sketches.backends.cpu_kernels.forming import (
+    Walk,
+    fold_planes,
+    fold_tokens,
+    form_and_fold,
+    form_transformed_and_fold,
+)
+from dmin.sketches.backends.cpu_kernels.packing import pack, pack_rows
+from dmin.sketches.backends.cpu_kernels.projecting import (
+    CHUNK,
+    add_placed,
+    project,
+    project_transformed,
+    sign_panel,
+    sign_words,
+)
+from dmin.sketches.backends.cpu_kernels.toom_cook import (
+    PRODUCTS,
+    TILE,
+    TRANSFORM_COST,
+    toom_cook,
+    transform_gradient,
+    transform_input,
+)
+from dmin.sketches.backends.cpu_kernels.vectors import COLUMNS, ROWS, WIDTH
+
+__all__ = [
+    "CHUNK",
+    "COLUMNS",
+    "PRODUCTS",
+    "ROWS",
+    "TILE",
+    "TRANSFORM_COST",
+    "WIDTH",
+    "Fold",
+    "Walk",
+    "add_parts",
+    "add_placed",
+    "add_products",
+    "count_sketch",
+    "fold_formed",
+    "fold_planes",
+    "fold_tokens",
+    "fold_vectors",
+    "form_and_fold",
+    "form_transformed_and_fold",
+    "hashed_map",
+    "pack",
+    "pack_rows",
+    "project",
+    "project_transformed",
+    "scatter",
+    "sign_panel",
+    "sign_words",
+    "toom_cook",
+    "transform_gradient",
+    "transform_input",
+]

@@ -1,0 +1,93 @@
+"""Spectra of TensorSketches from the factors of a gradient, on a CPU.
+
+``Σ_p F(C₁ d_p) ∘ F(C₂ a_p)`` over positions p: counted, transformed and multiplied a few positions
+at a time, so that nothing leaves the cache.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmin.gradients.layers import Correlation, GradientFactors, Outer, wide
+from dmin.sketches.backends.packing import Planes, kernels
+from dmin.sketches.backends.threads import in_threads
+
+CHUNK = 64  # positions; fixed, so that sums round the same for any number of threads
+
+Hashes = tuple[Tensor, Tensor]  # bucket and sign of each output, or of each (tap, input)
+
+
+def add_spectra(
+    factors: GradientFactors, row: Hashes, column: Hashes, dim: int, spectrum: Tensor
+) -> None:
+    """Add the spectra of one layer call's gradients.
+
+    Args:
+        factors: outer products, or correlations that :meth:`Planes.serves`.
+        row: hashes of the outputs.
+        column: hashes of the inputs, for each tap of a kernel.
+        dim: k.
+        spectrum: complex64 ``[batch, k // 2 + 1]``, changed in place.
+    """
+    from scipy.fft import rfft  # like numba, imported when first needed
+
+    sides = [_Side(*row), _Side(*column)]
+    walked = _Tokens(factors) if isinstance(factors, Outer) else _Patches(factors)
+    starts = range(0, walked.positions, CHUNK)
+    sums = np.zeros((factors.batch, len(starts), spectrum.shape[1]), np.complex64)
+
+    def work(i: int) -> None:
+        example, chunk = divmod(i, len(starts))
+        first = starts[chunk]
+        last = min(first + CHUNK, walked.positions)
+        transformed = []
+        for (x, walk), side in zip(walked.sides(example), sides, strict=True):
+            counted = np.zeros((last - first, dim), np.float32)
+            kernels().count_sketch(x, walk, first, last, side.bucket, side.sign, counted)
+            transformed.append(rfft(counted, axis=1, overwrite_x=True))
+        kernels().add_products(*transformed, sums[example, chunk])
+
+    in_threads(factors.batch * len(starts), work)
+    spectrum += torch.from_numpy(sums.sum(1))
+
+
+class _Side:
+    def __init__(self, bucket: Tensor, sign: Tensor) -> None:
+        self.bucket, self.sign = bucket.int().numpy(), sign.float().numpy()
+
+
+class _Tokens:
+    """Outer products: each position has one row of either side."""
+
+    def __init__(self, factors: Outer) -> None:
+        self.factors = factors
+        self.positions = factors.input.shape[1]
+        self.walk = kernels().Walk(1, self.positions, 0, 1, np.zeros(1, np.int64))
+
+    def sides(self, example: int) -> list[tuple[np.ndarray, Any]]:
+        both = self.factors.output_gradient, self.factors.input
+        return [(wide(x[example]).numpy(), self.walk) for x in both]
+
+
+class _Patches:
+    """Correlations: an output position has a patch of inputs under it."""
+
+    def __init__(self, factors: GradientFactors) -> None:
+        assert isinstance(factors, Correlation)
+        layer = Planes(factors, transform=False)
+        self.positions = prod(layer.positions)
+        own = kernels().Walk(1, self.positions, 0, 1, np.zeros(1, np.int64))
+        d = wide(factors.output_gradient).flatten(2).transpose(1, 2).contiguous()
+        a = wide(factors.input)
+        a = F.pad(a if a.ndim == 4 else a[:, :, None], layer.borders)
+        a = a.flatten(2).transpose(1, 2).contiguous()
+        self._sides = [(d.numpy(), own), (a.numpy(), layer.walk)]
+
+    def sides(self, example: int) -> list[tuple[np.ndarray, Any]]:
+        return [(x[example], walk) for x, walk in self._sides]

@@ -1,0 +1,225 @@
+"""Stores from elsewhere: what ``export`` wrote, and sketches that another program computed."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmin.runtime.errors import DminError
+from dmin.store.manifest import MANIFEST, Layout, Manifest
+from dmin.store.reader import Store
+from dmin.store.writer import Rows, StoreWriter
+
+BLOCK = 256
+KINDS = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "BF16": "<u2"}
+
+
+@dataclass
+class Arrays:
+    """What a file holds; arrays lie on the disk.
+
+    Args:
+        arrays: by the names that ``export`` gives; a foreign file has one.
+        ids: one a row, if there are any.
+        metadata: likewise.
+        manifest: of an exported store.
+    """
+
+    arrays: dict[str, np.ndarray]
+    ids: Sequence[str] | None = None
+    metadata: Sequence[dict[str, Any]] | None = None
+    manifest: Manifest | None = None
+    bfloat16: set[str] = field(default_factory=set)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return some rows of an array as float32."""
+        part = self.arrays[name][start:stop]
+        if name in self.bfloat16:
+            return (part.astype(np.uint32) << 16).view(np.float32)
+        return np.asarray(part, dtype=np.float32)
+
+
+def import_store(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    sketch: str | None = None,
+    ids: Sequence[str] | None = None,
+    dtype: str = "float16",
+) -> Store:
+    """Write a store from arrays: an export of a store, or sketches from elsewhere. Resumes.
+
+    Foreign sketches are one array, ``[n, k]`` or ``[n, timestep, k]``: rows are kept at unit length
+    with their norms beside them, so ``grad_dot`` multiplies what was given and ``dmin`` compares
+    directions.
+
+    Args:
+        source: a folder or file that ``export`` wrote; or an ``.npy``, ``.safetensors`` or
+            ``.parquet`` file. A Parquet file has a column of lists, and ``id`` if it has ids.
+        target: a new directory.
+        sketch: of foreign sketches, any text that says how they were made; the stores of queries
+            and of training examples must have the same.
+        ids: of foreign sketches, one a row; numbers if None.
+        dtype: of foreign sketches.
+
+    Raises:
+        DminError: the source cannot be read, or a setting is missing or not allowed.
+    """
+    found = read(Path(source))
+    if found.manifest is None:
+        return _foreign(found, Path(source), Path(target), sketch, ids, dtype)
+    if sketch is not None or ids is not None:
+        raise DminError(f"{source} is an export, which says its sketch and ids: leave these out.")
+    assert found.ids is not None and found.metadata is not None
+    manifest = replace(found.manifest, num_examples=len(found.ids), parts=())
+    for block, start, stop, writer in _blocks(Path(target), manifest):
+        kinds = {
+            kind: {r: found.rows(f"{kind}/{r}", start, stop) for r in manifest.layout.readouts}
+            for kind in ("features", "norms")
+        }
+        losses = found.rows("losses", start, stop)
+        ids_, metadata = list(found.ids[start:stop]), list(found.metadata[start:stop])
+        writer.append(block, Rows(ids_, metadata, kinds["features"], kinds["norms"], losses))
+    return Store(target)
+
+
+def _foreign(
+    found: Arrays,
+    source: Path,
+    target: Path,
+    sketch: str | None,
+    ids: Sequence[str] | None,
+    dtype: str,
+) -> Store:
+    name, array = next(iter(found.arrays.items()))
+    if len(found.arrays) > 1 or array.ndim not in (2, 3) or 0 in array.shape:
+        shapes = {key: list(each.shape) for key, each in found.arrays.items()}
+        raise DminError(
+            f"{source} has the arrays {shapes}: sketches from elsewhere are one array [n, k] or"
+            " [n, timestep, k]."
+        )
+    if not sketch:
+        raise DminError(
+            "Sketches from elsewhere need sketch=...: any text that says how they were made, the"
+            " same for queries and training examples."
+        )
+    names = ids if ids is not None else found.ids
+    names = [f"{row}" for row in range(len(array))] if names is None else list(names)
+    if len(names) != len(array):
+        raise DminError(f"There are {len(names)} ids for {len(array)} rows of {source}.")
+    steps = array.shape[1] if array.ndim == 3 else 1
+    layout = Layout(("loss",), 1, tuple(range(steps)), ("model",), array.shape[-1], dtype)
+    features = {"imported": True, "sketch": {"family": sketch, "dim": array.shape[-1]}}
+    manifest = Manifest(layout, features, {"name": source.name}, len(array), BLOCK)
+    for block, start, stop, writer in _blocks(target, manifest):
+        rows = found.rows(name, start, stop).reshape(stop - start, 1, steps, 1, -1)
+        norms = np.sqrt(np.square(rows, dtype=np.float64).sum(-1)).astype(np.float32)
+        unit = rows / np.where(norms > 0, norms, 1)[..., None]
+        metadata = found.metadata[start:stop] if found.metadata else [{}] * len(rows)
+        losses = np.zeros(norms.shape[:3], np.float32)
+        writer.append(
+            block,
+            Rows(names[start:stop], list(metadata), {"loss": unit}, {"loss": norms}, losses),
+        )
+    return Store(target)
+
+
+def _blocks(target: Path, manifest: Manifest) -> Iterator[tuple[int, int, int, StoreWriter]]:
+    with StoreWriter(target, manifest) as writer:
+        for block in writer.pending():
+            rows = manifest.block_rows(block)
+            yield block, rows.start, rows.stop, writer
+
+
+def read(source: Path) -> Arrays:
+    """Read what is in a file or folder, the arrays where they lie.
+
+    Raises:
+        DminError: it is not there, or of no form that is known.
+    """
+    try:
+        if source.is_dir():
+            return _folder(source)
+        if source.suffix == ".npy":
+            return Arrays({"features": np.load(source, mmap_mode="r")})
+        if source.suffix == ".safetensors":
+            return _safetensors(source)
+        if source.suffix == ".parquet":
+            return _parquet(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise DminError(
+            f"{source} cannot be imported ({error}): name a folder or file that `dmin store export`"
+            " wrote, or an .npy, .safetensors or .parquet file of sketches."
+        ) from error
+    raise DminError(
+        f"{source} cannot be imported: name a folder that `dmin store export` wrote, or a file that"
+        " ends in .npy, .safetensors or .parquet."
+    )
+
+
+def _folder(source: Path) -> Arrays:
+    manifest = Manifest.from_json((source / MANIFEST).read_text("utf-8"), str(source / MANIFEST))
+    names = ["losses"]
+    for readout in manifest.layout.readouts:
+        names += [f"features/{readout}", f"norms/{readout}"]
+    files = {name: source / f"{name.replace('/', '-')}.npy" for name in names}
+    arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
+    rows = json.loads((source / "rows.json").read_text("utf-8"))
+    return Arrays(arrays, [r["id"] for r in rows], [r["metadata"] for r in rows], manifest)
+
+
+def _safetensors(source: Path) -> Arrays:
+    with open(source, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    about = header.pop("__metadata__", {})
+    arrays: dict[str, np.ndarray] = {}
+    halves: set[str] = set()
+    for name, entry in header.items():
+        if entry["dtype"] not in KINDS:
+            raise ValueError(f"{name} is {entry['dtype']}, not one of {', '.join(KINDS)}")
+        start = 8 + length + entry["data_offsets"][0]
+        shape = tuple(entry["shape"])
+        arrays[name] = np.memmap(source, KINDS[entry["dtype"]], "r", start, shape)
+        if entry["dtype"] == "BF16":
+            halves.add(name)
+    if "manifest" not in about:
+        return Arrays(arrays, bfloat16=halves)
+    rows = json.loads(about["rows"])
+    manifest = Manifest.from_json(about["manifest"], str(source))
+    return Arrays(arrays, [r["id"] for r in rows], [r["metadata"] for r in rows], manifest)
+
+
+def _parquet(source: Path) -> Arrays:
+    try:
+        parquet = import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise DminError("Parquet needs pyarrow: pip install pyarrow.") from error
+    table = parquet.read_table(source)
+    about = (table.schema.metadata or {}).get(b"dmin")
+    manifest = None if about is None else Manifest.from_json(about.decode(), str(source))
+    ids = table["id"].to_pylist() if "id" in table.column_names else None
+    metadata = None
+    if "metadata" in table.column_names:
+        metadata = [json.loads(entry) for entry in table["metadata"].to_pylist()]
+    arrays = {}
+    for name in table.column_names:
+        if name in ("id", "metadata"):
+            continue
+        column = table[name].combine_chunks()
+        flat = column.flatten().to_numpy(zero_copy_only=False)
+        if len(table) == 0 or len(flat) % len(table):
+            raise ValueError(f"the lists of column {name!r} are not all of one length")
+        arrays[name] = flat.reshape(len(table), -1)
+        if manifest is not None:
+            arrays[name] = arrays[name].reshape(_shape(name, len(table), manifest.layout))
+    return Arrays(arrays, ids, metadata, manifest)
+
+
+def _shape(name: str, rows: int, layout: Layout) -> tuple[int, ...]:
+    rank = {"features": 4, "norms": 3}.get(name.partition("/")[0], 2)
+    return rows, *layout.row_shape[:rank]

@@ -1,0 +1,288 @@
+"""What is done to finished stores: merge, fold, convert, compact. Sources never change."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmin.runtime.errors import DminError
+from dmin.runtime.files import commit, os_failure
+from dmin.runtime.fingerprint import differences, fingerprint
+from dmin.store.catalog import Catalog
+from dmin.store.manifest import Manifest
+from dmin.store.reader import Store
+from dmin.store.revisions import grow
+from dmin.store.segments import read_manifest
+from dmin.store.writer import Rows, StoreWriter
+
+
+def info(store: Store) -> dict[str, Any]:
+    """Return what a store holds, as JSON values."""
+    layout, manifest = store.layout, store.manifest
+    size = sum(file.stat().st_size for file in store.path.glob("segment-*.h5"))
+    return {
+        "path": str(store.path),
+        "rows": len(store),
+        "examples": manifest.num_examples,
+        "missing blocks": len(store.missing_blocks),
+        "blocks held twice": store.duplicate_blocks,
+        "removed": store.removed,
+        "grown": len(manifest.parts),
+        "segments": len(list(store.path.glob("segment-*.h5"))),
+        "bytes": size,
+        "bytes an example": round(size / max(1, len(store))),
+        "dtype": layout.dtype,
+        "readouts": list(layout.readouts),
+        "draws": layout.draws,
+        "timesteps": list(layout.timesteps),
+        "groups": list(layout.groups),
+        "dim": layout.dim,
+        "dataset": manifest.dataset.get("name"),
+        "feature fingerprint": manifest.feature_fingerprint,
+        "dataset fingerprint": manifest.dataset_fingerprint,
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def verify(path: str | os.PathLike[str]) -> Store:
+    """Read every byte of a store and return it.
+
+    Digests find what changed since sealing, whatever was known of the files before; the values are
+    looked at besides.
+
+    Raises:
+        DminError: names the files that are damaged, or the rows that hold what no writer stores.
+    """
+    Catalog.of(Path(path), read_manifest(Path(path)), afresh=True)
+    store = Store(path)
+    for readout in store.layout.readouts:
+        for block in store.blocks(readout):
+            finite = np.isfinite(block.features).all((1, 2, 3, 4)) & np.isfinite(block.norms).all(
+                (1, 2, 3)
+            )
+            if not finite.all():
+                row = block.start + int(np.argmin(finite))
+                raise DminError(
+                    f"The store {store.path} has values that are not finite in {readout!r} of"
+                    f" example {store.ids[row]!r} (row {row}): it was not written by dmin. Collect"
+                    " it again."
+                )
+    return store
+
+
+def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str]) -> Store:
+    """Copy the segments of stores of one manifest into a new store, or one of the same manifest.
+
+    For the parts of one dataset that were collected apart. Blocks that are there already are left
+    out where a whole segment has nothing new.
+
+    Raises:
+        DminError: manifests differ, named field by field, or a file could not be copied.
+    """
+    stores = [Store(path) for path in sources]
+    if not stores:
+        raise DminError("There is nothing to merge: name one store or more as sources.")
+    first, target = stores[0].manifest, Path(target)
+    for other in stores[1:]:
+        lines = differences(first.document(), other.manifest.document())
+        if lines:
+            raise DminError(
+                f"{other.path} cannot be merged with {stores[0].path}: {'; '.join(lines)}, where"
+                " here is the first store. Only parts of one collection can be."
+            )
+    with StoreWriter(target, first) as writer:
+        missing = set(writer.pending())
+    for store in stores:
+        for name in store.removals:
+            _copy(store.path / name, target)
+        for segment in store.segments:
+            if missing.intersection(segment.blocks.tolist()):
+                _copy(segment.path, target)
+                missing.difference_update(segment.blocks.tolist())
+    return Store(target)
+
+
+def _copy(file: Path, target: Path) -> None:
+    try:
+        commit(target / file.name, file.read_bytes())
+    except OSError as error:
+        raise os_failure("copy a segment into", target, error) from error
+
+
+def append(
+    target: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Store,
+    dataset: dict[str, Any] | None = None,
+) -> Store:
+    """Put the rows of another store behind those of a store; stopped, it resumes.
+
+    For training images that were added and collected apart. Rows that are there are not touched.
+
+    Args:
+        target: a complete store.
+        source: a complete store of the same features, of other examples; any dtype.
+        dataset: what the dataset is from then on; if None, a list of what was put together.
+
+    Raises:
+        DminError: features differ, named field by field; an example is there already; or the store
+            is incomplete.
+    """
+    store = Store(target)
+    more = source if isinstance(source, Store) else Store(source)
+    more.require_complete()
+    lines = differences(more.manifest.comparable(), store.manifest.comparable())
+    if lines:
+        raise DminError(
+            f"{more.path} cannot be put behind {store.path}: {'; '.join(lines)}, where here is the"
+            " first. Collect it with the settings of the store that it is to join."
+        )
+    added = {"dataset": more.manifest.dataset, "rows": fingerprint({"ids": more.ids})}
+    before = store.manifest.dataset
+    joined = dataset or {"name": before.get("name"), "joined": [*_joined(before), added]}
+    begun = before == dataset or (not dataset and _joined(before)[-1:] == [added])
+    if store.complete or not begun:
+        store.require_complete()
+        if twice := sorted(store.held_ids() & set(more.ids)):
+            raise DminError(
+                f"{store.path} has {len(twice)} of the examples of {more.path} already (or had"
+                f" until they were removed), such as {twice[0]!r}: nothing was changed."
+            )
+        grow(store, joined, len(more))
+    manifest = read_manifest(store.path)
+    start = manifest.last_part[0]
+    with StoreWriter(target, manifest) as writer:
+        for block in writer.pending():
+            rows = manifest.block_rows(block)
+            writer.append(block, _rows(more, rows.start - start, rows.stop - start))
+    return Store(target)
+
+
+def _joined(dataset: dict[str, Any]) -> list[Any]:
+    found: list[Any] = dataset.get("joined", [{"dataset": dataset}])
+    return found
+
+
+def fold(store: Store, target: str | os.PathLike[str], dim: int, dtype: str | None = None) -> Store:
+    """Write a store of a smaller sketch: ``y[c] = Σ_{j mod k' = c} x[j]``.
+
+    This is exactly the sketch of k' numbers, but for the rounding of what was stored: no model is
+    needed.
+
+    Args:
+        store: complete; its sketch must be one that folds.
+        target: a new directory.
+        dim: k', a divisor of k.
+        dtype: of the new store; the same if None.
+
+    Raises:
+        DminError: the sketch does not fold, or k' does not divide k.
+    """
+    layout = store.layout
+    sketch = store.manifest.features.get("sketch", {})
+    folds = sketch.get("folds") if isinstance(sketch, dict) else None
+    if folds is None:
+        family = sketch.get("family") if isinstance(sketch, dict) else sketch
+        raise DminError(
+            f"The sketch {family!r} does not fold: it does not declare that it does. Collect again"
+            f" with sketch.dim={dim}, or with a sketch that folds, such as block_cyclic."
+        )
+    if not 1 <= dim < layout.dim or layout.dim % dim or dim % folds:
+        allowed = [k for k in range(folds, layout.dim, folds) if layout.dim % k == 0][-6:]
+        raise DminError(
+            f"A sketch of {layout.dim} numbers cannot be folded to {dim}: choose a smaller divisor"
+            + (f" that is a multiple of {folds}" if folds > 1 else "")
+            + (f", such as {', '.join(map(str, allowed))}." if allowed else "; there is none.")
+        )
+    features = {**store.manifest.features, "sketch": {**sketch, "dim": dim}}
+
+    manifest = replace(
+        shown(store),
+        layout=replace(layout, dim=dim, dtype=dtype or layout.dtype),
+        features=features,
+    )
+    return rewrite(
+        store, target, manifest, lambda rows: rows.reshape(*rows.shape[:4], -1, dim).sum(4)
+    )
+
+
+def convert(store: Store, target: str | os.PathLike[str], dtype: str) -> Store:
+    """Write a store of the same rows in another type."""
+    manifest = replace(shown(store), layout=replace(store.layout, dtype=dtype))
+    return rewrite(store, target, manifest)
+
+
+def compact(store: Store, target: str | os.PathLike[str], segment_bytes: int = 256 << 20) -> Store:
+    """Write a store of the same rows in few large segments, none twice, none removed."""
+    return rewrite(store, target, shown(store), segment_bytes=segment_bytes)
+
+
+def shown(store: Store) -> Manifest:
+    """Return the manifest of a new store of the rows that a store shows.
+
+    What was removed has no place in it, and what it grew by is part of it from the start.
+
+    Raises:
+        DminError: rows were removed or added, and it is incomplete; or no row is left.
+    """
+    if not store.removed and not store.manifest.parts:
+        return store.manifest
+    store.require_complete()
+    if not len(store):
+        raise DminError(f"Every row of {store.path} was removed: there is nothing to write.")
+    return replace(store.manifest, num_examples=len(store), parts=())
+
+
+def rewrite(
+    store: Store,
+    target: str | os.PathLike[str],
+    manifest: Manifest,
+    change: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
+    segment_bytes: int = 64 << 20,
+) -> Store:
+    """Write the rows of a store under another manifest of the same blocks, a block at a time.
+
+    Stopped, it resumes.
+
+    Args:
+        store: the source.
+        target: another directory.
+        manifest: of the target.
+        change: of features ``[n, draw, T, group, k]``.
+        segment_bytes: see :class:`StoreWriter`.
+    """
+    target = Path(target)
+    if target.resolve() == store.path.resolve():
+        raise DminError(f"{target} is the source itself: choose a new directory.")
+    absent = set(store.missing_blocks)
+    with StoreWriter(target, manifest, segment_bytes=segment_bytes) as writer:
+        for block in writer.pending():
+            if block not in absent:
+                writer.append(block, _block(store, manifest.block_rows(block), change))
+    return Store(target)
+
+
+def _block(store: Store, within: range, change: Callable[[np.ndarray], np.ndarray]) -> Rows:
+    """Return the rows of a block of the target, from a store that may lack others."""
+    if store.complete:  # the target's rows are those that are shown, in order
+        return _rows(store, within.start, within.stop, change)
+    start, stop = np.searchsorted(store.positions, [within.start, within.stop]).tolist()
+    return _rows(store, start, stop, change)
+
+
+def _rows(
+    store: Store,
+    start: int,
+    stop: int,
+    change: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
+) -> Rows:
+    rows, readouts = slice(start, stop), store.layout.readouts
+    return Rows(
+        ids=store.ids[rows],
+        metadata=store.metadata[rows],
+        features={name: change(store.features(name, start, stop)) for name in readouts},
+        norms={name: store.norms(name)[rows] for name in readouts},
+        losses=store.losses()[rows],
+    )

@@ -1,0 +1,244 @@
+"""Who works on a store, and how far they are: a small file a process, apart from the store's bits.
+
+::
+
+    store/progress/shard-3-of-64.rank-0-of-2.json     written anew every few seconds
+    store/progress/shard-3-of-64.rank-0-of-2.jsonl    a line a minute, and when the state changes
+
+These files take no part in fingerprints, and nothing is lost with them. They let `dmin status` tell
+of a running or dead collection, keep two jobs from doing the same, and bound every wait for another
+process: who is alive changes its file. `dmin.workers.liveness` reads them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections import deque
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dmin.runtime.errors import DminError
+from dmin.runtime.files import commit
+from dmin.workers.liveness import EVERY, FOLDER, SILENT, Report, born, machine_here, reports
+from dmin.workers.shard import Share
+
+LOG_EVERY = 60.0  # seconds between two lines of the log of a process whose state stays
+
+
+class Progress:
+    """Tells others how far this process is, by itself every few seconds, until it is left.
+
+    Writing it can fail without harm: the work goes on.
+
+    Args:
+        store: the store's folder.
+        share: this process's part.
+        every: seconds between signs of life.
+
+    Attributes:
+        gained: whether this run finished anything, so that a next one has less to do.
+    """
+
+    def __init__(self, store: Path, share: Share, every: float = EVERY) -> None:
+        self.store = store
+        self.share = share
+        self.gained = False
+        pid = os.getpid()
+        self._said = Report(
+            share=share,
+            run=secrets.token_hex(8),
+            state="starting",
+            host=socket.gethostname(),
+            pid=pid,
+            machine=machine_here(),
+            born=born(pid),
+            job=batch_job(),
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            clock=0.0,
+            every=every,
+        )
+        self._logged = ("", 0.0)  # state and time of the last line in the log
+        self._lock = threading.Lock()
+        self._left = threading.Event()
+        self._recent: deque[tuple[float, int]] = deque(maxlen=16)  # end and rows of each block
+        self._thread = threading.Thread(target=self._beat, name="dmin-progress", daemon=True)
+
+    @property
+    def run(self) -> str:
+        """What names this run of the job."""
+        return self._said.run
+
+    def claim(self, units: int, wait: float = 0.0) -> None:
+        """Take the share; wait a little where it is not plain whether another process has it.
+
+        Args:
+            units: blocks of the store.
+            wait: seconds to let another process finish that is at work on blocks of this share.
+
+        Raises:
+            DminError: one is, and did not finish in time.
+        """
+        if self._rivals(units) or not self._created():
+            self._outwait(units, wait)
+            self._write()
+
+    def joins(self, run: str) -> None:
+        """Say that this process is a rank of a run that another one named."""
+        self.say(run=run)
+
+    def sees_first(self, limit: float = 45.0) -> bool:
+        """Say whether the first process of this run shows in the store, as seen from here.
+
+        Args:
+            limit: seconds to wait for it: a network file system may be that late.
+        """
+        first = self.share.job[0]
+        end = time.monotonic() + limit
+        while not (found := [r for r in reports(self.store, first.__eq__) if r.run == self.run]):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.5)
+        return bool(found)
+
+    def say(self, **changes: Any) -> None:
+        """Change what is told, and tell it now: fields of :class:`Report`."""
+        with self._lock:
+            self._said = replace(self._said, **changes)
+        self._write()
+
+    def begin(self, blocks: int) -> None:
+        """Say that the first of so many blocks begins."""
+        self._recent.clear()
+        self._recent.append((time.monotonic(), 0))
+        self.say(state="collecting", blocks=blocks)
+
+    def block_done(self, rows: int) -> None:
+        """Count a block of so many examples; the first is told at once, others in time."""
+        now = time.monotonic()
+        took = now - self._recent[-1][0] if self._recent else 0.0
+        self._recent.append((now, rows))
+        self.gained = True
+        seconds = now - self._recent[0][0]
+        lately = sum(count for _, count in list(self._recent)[1:])
+        with self._lock:
+            said = self._said
+            self._said = replace(
+                said,
+                done=said.done + 1,
+                rows=said.rows + rows,
+                rate=lately / seconds if seconds > 0 else 0.0,
+                block_seconds=took,
+            )
+        if said.done == 0:
+            self._write()
+
+    def __enter__(self) -> Progress:
+        """Begin to give signs of life."""
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Tell the end, and what went wrong if something did."""
+        self._left.set()
+        self._thread.join()
+        if error is None:
+            self.say(state="finished")
+        elif isinstance(error, SystemExit | KeyboardInterrupt):
+            self.say(state="stopped", note=f"{type(error).__name__} {error}".strip())
+        else:
+            self.say(state="failed", note=" ".join(str(error).split())[:400])
+
+    def _beat(self) -> None:
+        while not self._left.wait(self._said.every):
+            self._write()
+
+    def _created(self) -> bool:
+        """Write the file if there is none; of several processes at once one does."""
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            commit(self._path, self._text(), overwrite=False)
+        except FileExistsError:
+            return False
+        except OSError:
+            self._write()  # a file system without links
+        return True
+
+    def _outwait(self, units: int, wait: float) -> None:
+        rivals = self._rivals(units)
+        seen = {each.share: each.beat for each in rivals}
+        start = time.monotonic()
+        silence = max((SILENT * each.every for each in rivals), default=0)
+        while rivals and time.monotonic() < start + max(silence, wait):
+            alive = [each for each in rivals if each.alive or each.beat != seen.get(each.share)]
+            if alive and time.monotonic() >= start + wait:
+                raise DminError(
+                    f"{self.store} is being collected by {alive[0].who}, which does "
+                    f"{alive[0].share} ({alive[0].done} of {alive[0].blocks} blocks done) and with "
+                    f"it blocks that this command ({self.share}) would do again. Let it end, or "
+                    f"stop it and give this command again. To share the work give every job a "
+                    f"part of its own: shard.id=0 … n−1 with shard.num=n."
+                )
+            time.sleep(min(1.0, max(0.1, EVERY / 10)))
+            rivals = self._rivals(units)
+
+    def _rivals(self, units: int) -> list[Report]:
+        others = reports(self.store, lambda share: share.overlaps(self.share, units))
+        return [each for each in others if each.running and each.run != self.run]
+
+    @property
+    def _path(self) -> Path:
+        return self.store / FOLDER / f"{self.share.name}.json"
+
+    def _text(self) -> bytes:
+        with self._lock:
+            self._said = replace(self._said, beat=self._said.beat + 1, clock=time.time())
+            document = asdict(self._said)
+        for name in ("share", "age", "ahead"):  # in the file's name; for the reader to find
+            del document[name]
+        return (json.dumps(document, indent=1) + "\n").encode()
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(exist_ok=True)
+            temporary = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}.tmp")
+            try:
+                temporary.write_bytes(self._text())
+                temporary.replace(self._path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            self._log()
+
+    def _log(self) -> None:
+        """Add a line to what is kept of the whole run, if it is time to."""
+        said, now = self._said, time.monotonic()
+        if said.state == self._logged[0] and now - self._logged[1] < LOG_EVERY:
+            return
+        self._logged = said.state, now
+        kept = ("run", "state", "host", "pid", "blocks", "done", "rows", "rate", "note")
+        line = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+        line |= {name: getattr(said, name) for name in kept}
+        with self._path.with_suffix(".jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def batch_job() -> str:
+    """Return the number of the job of a batch system that this process belongs to, if to any."""
+    get = os.environ.get
+    if get("SLURM_ARRAY_JOB_ID"):
+        return f"{get('SLURM_ARRAY_JOB_ID')}_{get('SLURM_ARRAY_TASK_ID')}"
+    names = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "OAR_JOB_ID")
+    return next((get(name, "") for name in names if get(name)), "")

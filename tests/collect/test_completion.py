@@ -1,0 +1,113 @@
+"""No pass waits for the device: on one that has no numbers at all, whoever asks for some fails."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dmin.collect import GradientCollector
+from dmin.diffusion.processes import _Step
+from dmin.diffusion.timesteps import Stratified
+from dmin.runtime.transfer import fetched, sent
+from dmin.sketches import (
+    OPORP,
+    SJLT,
+    Auto,
+    BlockCyclic,
+    Factored,
+    FullGradient,
+    Gaussian,
+    MaskSJLT,
+    TensorSketch,
+)
+
+SKETCHES = {
+    "auto": lambda: Auto(256, from_size=64, from_kernel=1 << 8),
+    "block_cyclic": lambda: BlockCyclic(256),
+    "tensor_sketch": lambda: TensorSketch(256),
+    "oporp": lambda: OPORP(256),
+    "sjlt": lambda: SJLT(256),
+    "mask_sjlt": lambda: MaskSJLT(256, keep=2000),
+    "factored": lambda: Factored(256),
+    "gaussian": lambda: Gaussian(16),
+    "none": FullGradient,
+}
+
+
+class Hasty(TorchDispatchMode):
+    """Refuses copies between devices, but those that `sent` has under way."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            waits = not (kwargs or {}).get("non_blocking", args[2:3] == (True,))
+            if waits and source.ndim and source.device != found.device:
+                raise AssertionError(f"a copy from {source.device} to {found.device} is waited for")
+        return found
+
+
+@pytest.mark.parametrize("name", SKETCHES)
+def test_a_pass_asks_the_device_for_nothing(name, ddpm):
+    away = copy.deepcopy(ddpm)
+    away.network.to("meta")
+    readouts = ("loss", "mean_output") if name == "auto" else ("loss",)
+    collector = GradientCollector(away, SKETCHES[name](), Stratified(2), readouts=readouts)
+    x0 = torch.empty(3, *ddpm.shape, device="meta")
+    condition = {"class_labels": torch.zeros(3, dtype=torch.long, device="meta")}
+    passes = collector.passes(x0, condition, ["a", "b", "c"])
+    passes.run(torch.arange(4))  # what is made once may be sent once
+    with Hasty():
+        passes = collector.passes(x0, condition, ["a", "b", "c"])
+        found = passes.run(torch.arange(4))
+    assert found.values["loss"].shape == (4, 1, collector.sketch.dim)
+
+
+def test_a_learned_variance_asks_for_nothing(ddpm):
+    t = torch.tensor([3, 0, 999])
+    x = torch.randn(3, 1, 2, 2)
+    scheduler = ddpm.process.scheduler
+    with Hasty():
+        away = _Step.at(t.to("meta", non_blocking=True), scheduler, x.to("meta", non_blocking=True))
+    here = _Step.at(t, scheduler, x)
+    assert [a.shape for a in away] == [h.shape for h in here]
+    bar = torch.cumprod(1 - scheduler.betas.double(), 0)
+    torch.testing.assert_close(here.alpha_bar.flatten(), bar[t].float())
+
+
+def test_the_guard_sees_what_waits():
+    x = torch.empty(2, device="meta")
+    with pytest.raises(Exception, match="meta"):
+        x.sum().item()
+    with pytest.raises(Exception, match="meta"):
+        bool((x > 0).any())
+    with Hasty(), pytest.raises(AssertionError, match="a copy from cpu to meta is waited for"):
+        torch.zeros(2).to("meta")
+
+
+def test_what_is_sent_and_fetched_is_the_same():
+    x = torch.arange(5.0)
+    assert torch.equal(sent(x, torch.device("cpu")), x)
+    assert all(map(torch.equal, fetched([x, 2 * x])(), [x, 2 * x]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SKETCHES)
+def test_a_gpu_is_not_waited_for(name, ddpm):
+    away = copy.deepcopy(ddpm)
+    away.network.to("cuda")
+    collector = GradientCollector(away, SKETCHES[name](), Stratified(2))
+    x0 = torch.randn(3, *ddpm.shape).cuda()
+    condition = {"class_labels": torch.zeros(3, dtype=torch.long).cuda()}
+
+    def block():
+        return collector._features(x0, condition, ["a", "b", "c"]).fetched()
+
+    block()()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        wait = block()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(wait().values["loss"]).all()

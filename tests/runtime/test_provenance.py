@@ -1,0 +1,114 @@
+"""Scripts keep a record beside their results, from which they are repeated elsewhere."""
+
+import json
+import sys
+
+import pytest
+
+from dmin.cli import main
+from dmin.runtime.provenance import recorded
+
+SCRIPT = """
+import json, pathlib, sys
+from dmin.runtime.provenance import recorded
+here = pathlib.Path(__file__).parent
+with recorded(__file__, seeds=[3]):
+    results = here / "results.json"
+    known = json.loads(results.read_text()) if results.exists() else []
+    if len(known) < 2 and "stop" not in sys.argv:
+        known += [{"error": 0.5, "seconds": float(len(known))}]
+    results.write_text(json.dumps(known))
+    (here / "table.csv").write_text("name,error\\na,0.25\\nb,0.5\\n")
+    cache = pathlib.Path("outputs/kept")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text("x")
+    if "fail" in sys.argv:
+        raise ValueError("no")
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    folder = tmp_path / "experiments" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "run.py").write_text(SCRIPT)
+    (folder / "README.md").write_text("# Tiny\n")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        script = str(folder / "run.py")
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        exec(compile(SCRIPT, script, "exec"), {"__file__": script})
+        return json.loads((folder / "record.json").read_text())
+
+    run.folder = folder
+    return run
+
+
+def test_the_record_tells_command_settings_code_versions_and_machine(experiment, capsys):
+    record = experiment("--only", "a")
+    (run,) = record["runs"]
+    assert run["command"] == ["experiments/tiny/run.py", "--only", "a"]
+    assert run["settings"] == {"seeds": [3]}
+    assert run["outcome"] == "finished" and run["seconds"] >= 0 and len(run["code"]) == 16
+    assert "torch" in run["versions"] and run["machine"]["cores"] and run["peak_memory_bytes"]
+    assert set(record["results"]) == {"results.json", "table.csv"}  # neither sources nor README
+    assert "dmin repeat" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_is_one_and_another_command_a_second(experiment):
+    experiment()
+    assert [run["parts"] for run in experiment()["runs"]] == [2]
+    assert len(experiment()["runs"]) == 1  # the third changed nothing
+    (experiment.folder / "table.csv").write_text("cut off")
+    record = experiment("--report")
+    assert [run["command"][1:] for run in record["runs"]] == [[], ["--report"]]
+    for file in ("results.json", "table.csv"):
+        (experiment.folder / file).unlink()
+    assert [run["command"][1:] for run in experiment("anew")["runs"]] == [["anew"]]
+
+
+def test_a_run_that_failed_says_why(experiment):
+    with pytest.raises(ValueError, match="no"):
+        experiment("fail")
+    record = json.loads((experiment.folder / "record.json").read_text())
+    assert record["runs"][0]["outcome"] == "ValueError: no"
+
+
+def test_a_process_of_a_recorded_script_keeps_no_record(tmp_path):
+    outer, inner = tmp_path / "outer", tmp_path / "inner"
+    for each in (outer, inner):
+        each.mkdir()
+    with recorded(str(outer / "run.py")), recorded(str(inner / "run.py")):
+        pass
+    assert (outer / "record.json").is_file() and not (inner / "record.json").exists()
+
+
+def test_repeating_runs_in_a_copy_and_says_what_differs(experiment, tmp_path, capfd):
+    experiment()
+    experiment()
+    file = experiment.folder / "record.json"
+    record = json.loads(file.read_text())
+    record["runs"][0]["versions"]["torch"] = "1.0"
+    file.write_text(json.dumps(record))
+    table = experiment.folder / "table.csv"
+    table.write_text("name,error\na,0.2\nb,0.5\n")
+    before = {each: each.read_bytes() for each in experiment.folder.iterdir() if each.is_file()}
+    assert main(["repeat", str(experiment.folder), "--dry"]) == 0
+    assert '"1.0" then' in capfd.readouterr().out and not (tmp_path / "outputs/repeats").exists()
+    assert main(["repeat", str(experiment.folder), "--into", "again"]) == 0
+    said = capfd.readouterr().out
+    assert "results.json: 0 values more, 2 less" in said  # it ran once, from nothing
+    assert "table.csv: error differs in 1 of 2, by at most 0.2 of itself" in said
+    assert main(["repeat", str(experiment.folder), "--into", "again"]) == 0
+    assert "results.json: the same, byte for byte" in capfd.readouterr().out
+    assert {each: each.read_bytes() for each in before} == before
+
+
+def test_what_cannot_be_repeated_is_said(experiment, capfd):
+    experiment()
+    (experiment.folder / "run.py").unlink()
+    assert main(["repeat", str(experiment.folder)]) == 1
+    assert "which is not in" in capfd.readouterr().err
+    assert main(["repeat", str(experiment.folder), "seed=1"]) == 1
+    assert "takes what its record says" in capfd.readouterr().err

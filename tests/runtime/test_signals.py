@@ -1,0 +1,46 @@
+"""Signals: noted, obeyed between two blocks, given back."""
+
+import os
+import signal
+
+import pytest
+
+from dmin.runtime import signals as stopping
+from dmin.runtime.signals import Stopped, StopSignals
+
+
+def test_the_first_signal_ends_between_blocks_a_second_between_passes(monkeypatch):
+    monkeypatch.setattr(stopping, "SECONDS_OF_ONE_REQUEST", 0.0)
+    before = signal.getsignal(signal.SIGUSR1)
+    heard = []
+    with StopSignals() as stop:
+        stop.forward = heard.append
+        stop.between_blocks()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        stop.between_passes()
+        with pytest.raises(Stopped) as first:
+            stop.between_blocks()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped):
+            stop.between_passes()
+    assert heard == [signal.SIGUSR1, signal.SIGTERM]
+    assert first.value.code == 128 + signal.SIGUSR1 and first.value.before == before
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_one_request_that_comes_by_two_ways_is_one():
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == [signal.SIGTERM]
+
+
+def test_what_was_entered_before_stays_until_its_own_end():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as stop:
+        with stop:
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped) as error:
+            stop.between_blocks()
+    assert error.value.before == before == signal.getsignal(signal.SIGTERM)

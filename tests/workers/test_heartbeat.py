@@ -1,0 +1,177 @@
+"""Signs of life: who may begin, who is dead, and what is told of it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from dmin.runtime.errors import DminError
+from dmin.workers import heartbeat as progress
+from dmin.workers import liveness as reports_module
+from dmin.workers.heartbeat import Progress
+from dmin.workers.liveness import Watch, reports
+from dmin.workers.shard import Share
+
+WHOLE = Share()
+
+
+def path_of(store, share=WHOLE):
+    return store / "progress" / f"{share.name}.json"
+
+
+def rewrite(store, share=WHOLE, **changes):
+    path = path_of(store, share)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    for module in (progress, reports_module):
+        monkeypatch.setattr(module, "EVERY", 0.05)
+
+
+def test_shards_part_the_blocks_and_ranks_part_what_is_pending():
+    for units, shards in ((10, 3), (2, 4), (64, 64), (7, 1)):
+        parts = [list(Share(i, shards).range(units)) for i in range(shards)]
+        assert [unit for part in parts for unit in part] == list(range(units))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert Share(1, 3).pending([0, 4, 5, 9], 10) == [4, 5]
+
+
+def test_shares_overlap_only_where_they_may_do_the_same():
+    share = Share(1, 4, 0, 2)
+    assert share.overlaps(share, 8) and share.overlaps(Share(), 8)
+    assert not share.overlaps(Share(1, 4, 1, 2), 8)  # the rank beside it
+    assert not share.overlaps(Share(2, 4), 8)
+    assert share.overlaps(Share(0, 2), 8) and not share.overlaps(Share(1, 2), 8)
+    assert Share.named(share.name) == share and Share.named("manifest") is None
+
+
+@pytest.mark.parametrize("shard", [-1, 4])
+def test_a_shard_that_does_not_exist_is_refused(shard):
+    with pytest.raises(DminError, match=rf"shard\.id={shard}.*from 0 to 3.*--array=0-3"):
+        Share(shard, 4)
+
+
+def test_a_process_tells_how_far_it_is_and_how_it_ended(tmp_path):
+    with pytest.raises(ValueError), Progress(tmp_path, Share()) as progress:
+        progress.claim(4)
+        progress.begin(4)
+        progress.block_done(32)
+        (now,) = reports(tmp_path)
+        assert (now.state, now.blocks, now.pid) == ("collecting", 4, os.getpid()) and now.running
+        raise ValueError("a bad image")
+    (end,) = reports(tmp_path)
+    assert (end.state, end.note, end.done, end.rows) == ("failed", "a bad image", 1, 32)
+    assert end.ended and not end.running
+
+
+def test_a_second_process_at_the_same_blocks_is_refused_and_beside_it_not(tmp_path):
+    first = Progress(tmp_path, Share(0, 2))
+    first.claim(4)
+    with pytest.raises(DminError, match=r"collected by .*does shard 0 of 2 .*\(the whole\)"):
+        Progress(tmp_path, Share()).claim(4)
+    Progress(tmp_path, Share(1, 2)).claim(4)
+
+
+def test_of_many_at_once_one_begins(tmp_path):
+    refused = []
+
+    def begin():
+        try:
+            Progress(tmp_path, Share()).claim(4)
+        except DminError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=begin) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 5
+
+
+def test_a_killed_process_gives_way_at_once(tmp_path):
+    killed = f"""
+import os, signal
+from pathlib import Path
+from dmin.store import Progress, Share
+Progress(Path({str(tmp_path)!r}), Share()).claim(4)
+os.kill(os.getpid(), signal.SIGKILL)"""
+    subprocess.run([sys.executable, "-c", killed], timeout=60)
+    (left,) = reports(tmp_path)
+    assert left.dead and not left.running
+    Progress(tmp_path, Share()).claim(4)
+    assert reports(tmp_path)[0].pid == os.getpid()
+
+
+def test_a_process_of_another_machine_counts_as_alive_while_its_file_changes(tmp_path, quick):
+    Progress(tmp_path, Share(), every=0.05).claim(4)
+    rewrite(tmp_path, machine="another", host="far", beat=7)
+    left = threading.Event()
+
+    def lives():
+        beat = 7
+        while not left.wait(0.05):
+            rewrite(tmp_path, beat=(beat := beat + 1))
+
+    thread = threading.Thread(target=lives)
+    thread.start()
+    with pytest.raises(DminError, match="on far"):
+        Progress(tmp_path, Share()).claim(4)
+    left.set()
+    thread.join()
+    Progress(tmp_path, Share()).claim(4)  # it fell silent
+
+
+def test_clocks_that_are_apart_do_not_make_the_living_dead(tmp_path):
+    Progress(tmp_path, Share()).claim(4)
+    rewrite(tmp_path, machine="another", clock=0.0)
+    (report,) = reports(tmp_path)
+    assert report.running and report.age < 60 and report.ahead < -1e9
+
+
+def test_a_watch_sees_who_is_lost_and_why(tmp_path, quick, monkeypatch):
+    shares = Share(ranks=4).job
+    ranks = [Progress(tmp_path, share, every=0.02) for share in shares]
+    for rank in ranks:
+        rank.claim(4)
+        rank.joins("run")
+    rewrite(tmp_path, shares[1], pid=2**22 + 1)
+    rewrite(tmp_path, shares[2], machine="another")
+    path_of(tmp_path, shares[3]).unlink()
+    monkeypatch.setattr(reports_module, "SILENT", 3)
+    watch = Watch(tmp_path, "run", shares)
+    lost = {}
+    while len(lost) < 3:
+        ranks[0].say(state="collecting")
+        lost = watch.look()[1]
+    assert shares[0] not in lost and "was killed" in lost[shares[1]]
+    assert "no sign of life" in lost[shares[2]]
+    assert "never gave a sign" in lost[shares[3]]
+
+
+def test_a_living_process_that_does_nothing_is_lost_as_well(tmp_path, monkeypatch):
+    progress = Progress(tmp_path, Share())
+    progress.claim(4)
+    monkeypatch.setattr(reports_module, "STUCK_SECONDS", 0.0)
+    watch = Watch(tmp_path, progress.run, [Share()])
+    while not (lost := watch.look()[1]):
+        progress.say(state="collecting")
+    assert "no block" in lost[Share()]
+
+
+def test_what_was_said_is_kept_line_by_line(tmp_path, quick):
+    for _ in range(2):
+        with Progress(tmp_path, WHOLE) as progress:
+            progress.begin(3)
+            progress.block_done(8)
+            progress.say(state="waiting")
+    lines = path_of(tmp_path).with_suffix(".jsonl").read_text().splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [line["state"] for line in told] == 2 * ["collecting", "waiting", "finished"]
+    assert told[-1]["rows"] == 8 and len({line["run"] for line in told}) == 2
+    assert len(reports(tmp_path)) == 1  # the log is no report
