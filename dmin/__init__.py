@@ -21,22 +21,26 @@ _PUBLIC = {
     "DminError": "dmin.runtime.errors",
     "Example": "dmin.data",
     "Examples": "dmin.data",
-    "Explicit": "dmin.diffusion.timesteps",
+    "Explicit": "dmin.diffusion",
+    "FeatureSet": "dmin.attribution",
     "GradientCollector": "dmin.collect",
     "OPORP": "dmin.sketches",
     "Prediction": "dmin.models",
     "Ranking": "dmin.attribution",
-    "SharedNoise": "dmin.diffusion.noise",
-    "Side": "dmin.attribution",
+    "SharedNoise": "dmin.diffusion",
     "Store": "dmin.store",
-    "Stratified": "dmin.diffusion.timesteps",
+    "Stratified": "dmin.diffusion",
     "retrieve": "dmin.attribution",
 }
+
+# What 0.1.0 called it.
+_RENAMED = {"Side": "FeatureSet"}
 
 __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
+    name = _RENAMED.get(name, name)
     if name not in _PUBLIC:
         raise AttributeError(f"module 'dmin' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

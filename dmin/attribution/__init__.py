@@ -1,6 +1,6 @@
 """Attribution methods: stores in, scores and rankings out."""
 
-from dmin.attribution.base import ExampleBlock, Method, Requires, Side
+from dmin.attribution.base import ExampleBlock, FeatureSet, Method, Requires
 from dmin.attribution.merge import merged
 from dmin.attribution.methods.blend import Blend
 from dmin.attribution.methods.checkpoints import (
@@ -49,6 +49,7 @@ __all__ = [
     "DataInf",
     "EncoderCosine",
     "ExampleBlock",
+    "FeatureSet",
     "GaussianKernel",
     "GradCos",
     "GradDot",
@@ -65,7 +66,6 @@ __all__ = [
     "RenormalisedIF",
     "Requires",
     "SharpEnergy",
-    "Side",
     "Spectral",
     "SpectralEnergy",
     "TRAKEnsemble",

@@ -46,7 +46,7 @@ class Requires:
     model: bool = False
 
 
-class Origin(Protocol):
+class FeatureSource(Protocol):
     """What the features of a store were made with; a ``GradientCollector`` is one."""
 
     model: DiffusionModel
@@ -58,7 +58,7 @@ class Origin(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return what the store's manifest has as its features."""
 
-    def kept_encodings(
+    def cached_encodings(
         self, store: Store, ids: Sequence[str], root: str | Path | None = None
     ) -> tuple[Tensor, Mapping[str, Tensor]] | None:
         """Return x0 and condition of examples as collecting kept them; None if it did not."""
@@ -78,7 +78,7 @@ class ExampleBlock:
     journey: Sequence[ExampleBlock] = ()  # of queries: their states while they were generated
 
 
-class Fits:
+class FitCache:
     """Curvatures that were fitted to a side, kept for other methods that fit the same to it.
 
     Attributes:
@@ -108,7 +108,7 @@ class Fits:
         return found
 
 
-class Side:
+class FeatureSet:
     """One side of the comparison, queries or training examples: a store, and perhaps more.
 
     Args:
@@ -127,9 +127,9 @@ class Side:
         store: Store,
         dataset: Dataset | None = None,
         *,
-        checkpoints: Mapping[str, Side] | None = None,
-        journey: Sequence[Side] = (),
-        origin: Origin | None = None,
+        checkpoints: Mapping[str, FeatureSet] | None = None,
+        journey: Sequence[FeatureSet] = (),
+        origin: FeatureSource | None = None,
         encodings: str | Path | None = None,
     ) -> None:
         self.store = store
@@ -138,7 +138,7 @@ class Side:
         self.journey = list(journey)
         self.origin = origin
         self.encodings = encodings
-        self.fits = Fits()
+        self.fits = FitCache()
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -178,7 +178,7 @@ class Side:
         if self.dataset is None:
             raise DminError(
                 "this method looks at the images, but only a store was given. Give the dataset as "
-                "well: Side(store, dataset)."
+                "well: FeatureSet(store, dataset)."
             )
         if id not in self._positions:
             raise DminError(
@@ -203,7 +203,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Linear:
+class InnerProduct:
     """Scores that are one inner product with scaled rows of the store, each query's own vector.
 
     ``I(q, i) = Σ_{d,t} c_{d,t}(i) ⟨q_{d,t}, x_{d,t}(i)⟩``, x the rows as they are stored.
@@ -228,7 +228,7 @@ class Method(ABC):
     name: str
     requires = Requires()
 
-    def fit(self, train: Side) -> None:  # noqa: B027 (most methods learn nothing)
+    def fit(self, train: FeatureSet) -> None:  # noqa: B027 (most methods learn nothing)
         """Look at the whole training side once, before any score."""
 
     def transform_query(self, queries: ExampleBlock) -> Any:
@@ -278,8 +278,8 @@ class Method(ABC):
         """Return what fitting found that a reader of the scores should know, by topic."""
         return {}
 
-    def linear(self, queries: Any, layout: Layout) -> Linear | None:
-        """Return the scores as one inner product, or None if they are not: see :class:`Linear`.
+    def linear(self, queries: Any, layout: Layout) -> InnerProduct | None:
+        """Return the scores as one inner product, or None if they are not.
 
         A method that has this is scanned at the speed of memory and can be searched by an index;
         it must agree with :meth:`score`.
@@ -301,7 +301,7 @@ def in_row_order(queries: Tensor, layout: Layout) -> Tensor:
     return rows.transpose(1, 2)
 
 
-def check_pair(queries: Side, train: Side, method: Method) -> None:
+def check_pair(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
     """Refuse a pair of sides that a method cannot compare.
 
     Raises:
@@ -329,7 +329,7 @@ def check_pair(queries: Side, train: Side, method: Method) -> None:
         check_comparable(pair[0].store, pair[1].store)
 
 
-def _check_origin(queries: Side, train: Side, method: Method) -> None:
+def _check_origin(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
     """Refuse a model that is not the one the features were made with."""
     guidance = queries.store.manifest.dataset.get("guidance")
     if guidance is not None:
@@ -341,7 +341,7 @@ def _check_origin(queries: Side, train: Side, method: Method) -> None:
     if train.origin is None:
         raise DminError(
             f"method={method.name} runs the model itself, but only a store was given. Give what "
-            f"made it as well: Side(store, dataset, origin=collector)."
+            f"made it as well: FeatureSet(store, dataset, origin=collector)."
         )
     if fingerprint(train.origin.describe()) != fingerprint(train.store.manifest.features):
         raise DminError(
@@ -350,14 +350,14 @@ def _check_origin(queries: Side, train: Side, method: Method) -> None:
         )
 
 
-def _check_journey(queries: Side, method: Method) -> None:
+def _check_journey(queries: FeatureSet, method: Method) -> None:
     """Refuse queries of whose generation nothing is known."""
     from dmin.store import check_comparable
 
     if not queries.journey:
         raise DminError(
             f"method={method.name} needs what the queries looked like while they were generated. "
-            f"Generate them with queries=generated queries.journey=10 (Side(…, journey=[…]))."
+            f"Generate them with queries=generated queries.journey=10 (FeatureSet(…, journey=[…]))."
         )
     for state in queries.journey:
         state.store.require_complete()
@@ -365,13 +365,13 @@ def _check_journey(queries: Side, method: Method) -> None:
         _check_ids(state.store, queries.store)
 
 
-def _checkpoint(side: Side, name: str, method: Method) -> Side:
+def _checkpoint(side: FeatureSet, name: str, method: Method) -> FeatureSet:
     """Return a side's examples under a checkpoint, or say that they are not there."""
     if name not in side.checkpoints:
         raise DminError(
             f"method={method.name} reads the checkpoint {name!r}, of which {side.store.path} is "
             f"not accompanied ({', '.join(side.checkpoints) or 'by none'}). Collect it, and give "
-            f"Side(store, checkpoints={{{name!r}: Side(…)}})."
+            f"FeatureSet(store, checkpoints={{{name!r}: FeatureSet(…)}})."
         )
     other = side.checkpoints[name]
     other.store.require_complete()

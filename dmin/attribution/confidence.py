@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dmin.attribution.base import Method, Side
+from dmin.attribution.base import FeatureSet, Method
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.search.scan import gathered_rows
 
@@ -16,8 +16,8 @@ Array = np.ndarray
 
 def with_confidence(
     ranking: Ranking,
-    queries: Side,
-    train: Side,
+    queries: FeatureSet,
+    train: FeatureSet,
     method: Method,
     k: int,
     resamples: int = 400,
@@ -90,7 +90,7 @@ def resampled(
 
 
 def parts_of(
-    queries: Side, train: Side, method: Method, query: int, rows: Array
+    queries: FeatureSet, train: FeatureSet, method: Method, query: int, rows: Array
 ) -> tuple[Array | None, Array]:
     """Return what each draw and timestep adds to some scores of a query, and the sketch's error.
 

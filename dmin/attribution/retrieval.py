@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dmin.attribution.base import Method, Side, check_pair
+from dmin.attribution.base import FeatureSet, Method, check_pair
 from dmin.attribution.methods.dmin import DMin
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.scores import as_side, query_batches
@@ -19,8 +19,8 @@ from dmin.store import Store
 
 
 def retrieve(
-    queries: Store | Side,
-    train: Store | Side,
+    queries: Store | FeatureSet,
+    train: Store | FeatureSet,
     method: Method | None = None,
     k: int = 10,
     rows: int | None = None,
@@ -55,8 +55,8 @@ def retrieve(
 
 
 def retrieve_part(
-    queries: Store | Side,
-    train: Store | Side,
+    queries: Store | FeatureSet,
+    train: Store | FeatureSet,
     part: range,
     method: Method | None = None,
     k: int = 10,
@@ -99,8 +99,8 @@ def retrieve_part(
 
 
 def ranked_groups(
-    queries: Store | Side,
-    train: Store | Side,
+    queries: Store | FeatureSet,
+    train: Store | FeatureSet,
     tallies: Sequence[Groups],
     method: Method | None = None,
     k: int = 10,
@@ -137,13 +137,13 @@ def ranked_groups(
     return request.answer(queries, found)
 
 
-def _searched(queries: Side, request: Request) -> Ranking:
+def _searched(queries: FeatureSet, request: Request) -> Ranking:
     request.method.fit(request.train)
     found = [request.batch(queries, *batch) for batch in query_batches(queries, request.method)]
     return request.answer(queries, found)
 
 
-def _tallied(queries: Side, request: Request) -> Groups:
+def _tallied(queries: FeatureSet, request: Request) -> Groups:
     request.method.fit(request.train)
     batches = [request.gathered(asked) for _, asked in query_batches(queries, request.method)]
     whole = batches[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Linear
+from dmin.attribution.base import ExampleBlock, InnerProduct
 from dmin.store import Layout
 
 
@@ -23,7 +23,7 @@ def summed_rows(block: ExampleBlock, readout: str = "loss") -> Tensor:
     return torch.einsum("ndt,ndtgk->ngk", length, block.features[readout])
 
 
-def over_rows(queries: Tensor, layout: Layout, readout: str = "loss") -> Linear:
+def over_rows(queries: Tensor, layout: Layout, readout: str = "loss") -> InnerProduct:
     """Return inner products with :func:`summed_rows` as ones with the rows of the store.
 
     Args:
@@ -33,4 +33,4 @@ def over_rows(queries: Tensor, layout: Layout, readout: str = "loss") -> Linear:
     """
     draws, steps, groups, dim = layout.row_shape
     rows = queries.view(-1, 1, 1, groups, dim).expand(-1, draws, steps, -1, -1)
-    return Linear(rows, "norm", readout)
+    return InnerProduct(rows, "norm", readout)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import Method, Side, check_pair
+from dmin.attribution.base import FeatureSet, Method, check_pair
 from dmin.attribution.search.scan import scan
 from dmin.store import Store
 
@@ -18,7 +18,7 @@ QUERY_BYTES = 256 << 20  # of query features in memory at once
 
 
 def score_matrix(
-    queries: Store | Side, train: Store | Side, method: Method, rows: int | None = None
+    queries: Store | FeatureSet, train: Store | FeatureSet, method: Method, rows: int | None = None
 ) -> np.ndarray:
     """Return every score, float32 ``[queries, examples]``; arguments as in `retrieve`."""
     queries, train = as_side(queries), as_side(train)
@@ -28,7 +28,7 @@ def score_matrix(
 
 
 def fitted_scores(
-    queries: Side, train: Side, method: Method, rows: int | None = None
+    queries: FeatureSet, train: FeatureSet, method: Method, rows: int | None = None
 ) -> np.ndarray:
     """Return every score by a method that was fitted to the training side already."""
     batches = [
@@ -38,7 +38,7 @@ def fitted_scores(
     return torch.cat(batches).numpy()
 
 
-def query_batches(queries: Side, method: Method) -> Iterator[tuple[np.ndarray, Any]]:
+def query_batches(queries: FeatureSet, method: Method) -> Iterator[tuple[np.ndarray, Any]]:
     """Yield rows of queries and what the method makes of them, as many as fit at a time."""
     width = 4 * int(np.prod(queries.store.layout.row_shape)) * len(method.requires.readouts)
     most = max(1, QUERY_BYTES // max(width, 1 << 16))
@@ -49,7 +49,7 @@ def query_batches(queries: Side, method: Method) -> Iterator[tuple[np.ndarray, A
 
 def scored(
     asked: Any,
-    train: Side,
+    train: FeatureSet,
     method: Method,
     rows: int | None = None,
     keep: np.ndarray | None = None,
@@ -69,6 +69,6 @@ def scored(
                 yield first, method.score(asked, train.block(span, method.requires))
 
 
-def as_side(side: Store | Side) -> Side:
+def as_side(side: Store | FeatureSet) -> FeatureSet:
     """Return a side of a store that comes without its dataset."""
-    return side if isinstance(side, Side) else Side(side)
+    return side if isinstance(side, FeatureSet) else FeatureSet(side)

@@ -21,9 +21,9 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.progress import Lines
 
 if TYPE_CHECKING:
-    from dmin.attribution import Method, Side
+    from dmin.attribution import FeatureSet, Method
     from dmin.data import Dataset
-    from dmin.evaluation import Benchmark, World
+    from dmin.evaluation import Benchmark, BenchmarkContext
     from dmin.evaluation.context import Told
     from dmin.models import DiffusionModel
     from dmin.store import Store
@@ -97,7 +97,9 @@ def _with_method(work: Workspace, name: str, settings: Mapping[str, Any]) -> Dic
 
 
 @contextmanager
-def world_of(work: Workspace, benchmark: Benchmark, methods: Sequence[Method]) -> Iterator[World]:
+def world_of(
+    work: Workspace, benchmark: Benchmark, methods: Sequence[Method]
+) -> Iterator[BenchmarkContext]:
     """Give the world of a configuration, and show the progress of what is done in it.
 
     Args:
@@ -107,7 +109,7 @@ def world_of(work: Workspace, benchmark: Benchmark, methods: Sequence[Method]) -
     """
     import torch
 
-    from dmin.evaluation import Ensemble, Recipe, World
+    from dmin.evaluation import BenchmarkContext, Ensemble, Recipe
 
     logging.getLogger("dmin.attribution").setLevel(logging.WARNING)  # a line a fit is too many
     ensemble = untrained = None
@@ -120,7 +122,7 @@ def world_of(work: Workspace, benchmark: Benchmark, methods: Sequence[Method]) -
         torch.manual_seed(work.cfg.seed)
         untrained = how["model"]().eval()
 
-    def ask(name: str, source: Any) -> Side:
+    def ask(name: str, source: Any) -> FeatureSet:
         return work.query_side(source, name.replace("_", "-"), methods)
 
     def collect(model: DiffusionModel, dataset: Dataset, role: str) -> Store:
@@ -128,7 +130,7 @@ def world_of(work: Workspace, benchmark: Benchmark, methods: Sequence[Method]) -
 
     train = work.train_side(methods)
     with _shown(work) as told:
-        yield World(work.model, train, ask, collect, ensemble, untrained, told)
+        yield BenchmarkContext(work.model, train, ask, collect, ensemble, untrained, told)
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from dmin.cli.jobs.slurm import Processes
 from dmin.runtime.errors import DminError, DminWarning
 from dmin.runtime.progress import console
 from dmin.runtime.signals import StopSignals
-from dmin.workers.lock import turn
-from dmin.workers.shard import Share
+from dmin.workers.lock import hold
+from dmin.workers.shard import Shard
 
 if TYPE_CHECKING:
     import lightning
@@ -138,9 +138,9 @@ class Built:
         return make_trainer(self.cfg, self.command)
 
     @cached_property
-    def share(self) -> Share:
+    def share(self) -> Shard:
         """The shard of this job."""
-        return Share(self.cfg.shard.id, self.cfg.shard.num)
+        return Shard(self.cfg.shard.id, self.cfg.shard.num)
 
     @contextmanager
     def turn(
@@ -164,7 +164,7 @@ class Built:
         limit, tell = self.cfg.collect.wait_seconds, self.console.print
         if not Processes.of(self.cfg.trainer).alone:
             limit = min(limit, RENDEZVOUS)  # the other ranks wait for this one
-        with turn(path, limit, tell, shared=shared, stop=stop):
+        with hold(path, limit, tell, shared=shared, stop=stop):
             yield
 
     def resolved(self, *names: str) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from dmin.runtime.files import commit, os_failure
 from dmin.runtime.fingerprint import fingerprint
 from dmin.runtime.formatting import spans
-from dmin.workers.shard import Share
+from dmin.workers.shard import Shard
 
 if TYPE_CHECKING:
-    from dmin.attribution import Method, Ranking, Side
+    from dmin.attribution import FeatureSet, Method, Ranking
     from dmin.attribution.search.selection import Groups, Selection
     from dmin.cli.built import Built
 
@@ -27,7 +27,7 @@ class Parts:
         share: of this process.
     """
 
-    def __init__(self, folder: Path, share: Share) -> None:
+    def __init__(self, folder: Path, share: Shard) -> None:
         self.folder, self.share = folder, share
 
     def save(self, part: bytes) -> None:
@@ -67,8 +67,8 @@ class Parts:
 def joined(
     work: Built,
     part: Ranking | Groups | None,
-    queries: Side,
-    train: Side,
+    queries: FeatureSet,
+    train: FeatureSet,
     method: Method,
     selection: Selection,
 ) -> Ranking | None:

@@ -14,16 +14,16 @@ from dmin.cli.built import Built
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import differences, fingerprint
 from dmin.runtime.signals import StopSignals
-from dmin.workers.shard import Share
+from dmin.workers.shard import Shard
 
 if TYPE_CHECKING:
-    from dmin.attribution import Method, Side
+    from dmin.attribution import FeatureSet, Method
     from dmin.collect import GradientCollector
     from dmin.data import Dataset
     from dmin.models import DiffusionModel
     from dmin.store import Manifest, Store
 
-WHOLE = Share()
+WHOLE = Shard()
 
 
 class Workspace(Built):
@@ -72,7 +72,7 @@ class Workspace(Built):
             DminError: it is not there; names the stores that are, and what differs.
         """
         from dmin.store import Store
-        from dmin.store.manifest import unlike
+        from dmin.store.manifest import manifest_differences
 
         manifest, path = self.train_manifest, self.train_path
         if not (path / "manifest.json").is_file():
@@ -82,7 +82,7 @@ class Workspace(Built):
             )
         store = Store(path)
         changed = bool(store.manifest.parts or store.removed)
-        found = unlike(manifest, store.manifest, counted=not changed)
+        found = manifest_differences(manifest, store.manifest, counted=not changed)
         lines = [line for each in found.values() for line in each]
         if lines:
             raise DminError(
@@ -135,7 +135,7 @@ class Workspace(Built):
         dataset: Dataset,
         role: str,
         path: Path,
-        shard: Share = WHOLE,
+        shard: Shard = WHOLE,
         stop: StopSignals | None = None,
         as_queries: bool = False,
         collector: GradientCollector | None = None,
@@ -232,9 +232,9 @@ class Workspace(Built):
 
     def query_side(
         self, source: Any, role: str = "queries", methods: Iterable[Method] = ()
-    ) -> Side:
+    ) -> FeatureSet:
         """Return queries with their features, and what else some methods require of them."""
-        from dmin.attribution import Side
+        from dmin.attribution import FeatureSet
         from dmin.queries import require_one_shape
 
         methods = list(methods)
@@ -243,28 +243,28 @@ class Workspace(Built):
             require_one_shape(dataset, self.data)
         store = self.store(dataset, role, as_queries=True)
         recorded = any(m.requires.journey for m in methods)
-        return Side(
+        return FeatureSet(
             store,
             dataset,
             journey=[
-                Side(self.store(state, f"{role}-{number}", as_queries=True), state)
+                FeatureSet(self.store(state, f"{role}-{number}", as_queries=True), state)
                 for number, state in enumerate(self.states(source, dataset) if recorded else [])
             ],
             checkpoints={
-                path: Side(other.store(dataset, role, as_queries=True), dataset)
+                path: FeatureSet(other.store(dataset, role, as_queries=True), dataset)
                 for path, other in self.checkpoints(methods).items()
             },
         )
 
-    def train_side(self, methods: Iterable[Method] = ()) -> Side:
+    def train_side(self, methods: Iterable[Method] = ()) -> FeatureSet:
         """Return the training examples with their features, and what else methods require."""
-        from dmin.attribution import Side
+        from dmin.attribution import FeatureSet
 
-        return Side(
+        return FeatureSet(
             self.find_train(),
             self.data,
             checkpoints={
-                path: Side(other.find_train(), self.data)
+                path: FeatureSet(other.find_train(), self.data)
                 for path, other in self.checkpoints(methods).items()
             },
             origin=self.collector,

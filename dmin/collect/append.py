@@ -11,7 +11,7 @@ from dmin.data.subset import Subset, ids_of
 from dmin.runtime.errors import DminError
 from dmin.store import Store
 from dmin.store.maintenance import append
-from dmin.store.manifest import unlike
+from dmin.store.manifest import manifest_differences
 from dmin.store.revisions import grow
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def collect_more(
     path = Path(path)
     store, aside = Store(path), path.with_name(f"{path.name}.more")
     here = collector.manifest(dataset, store.manifest.block_size, store.layout.dtype)
-    said = unlike(here, store.manifest, counted=False)
+    said = manifest_differences(here, store.manifest, counted=False)
     said.pop("the dataset changed since collection", None)
     if said:
         lines = "; ".join(line for lines in said.values() for line in lines)

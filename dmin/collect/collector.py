@@ -15,7 +15,7 @@ from dmin.collect.background import Arriving
 from dmin.collect.completion import finished, wait_for_others
 from dmin.collect.encodings import Encoded, Encodings
 from dmin.collect.features import Features, Passes
-from dmin.collect.fsdp import InStep, is_sharded, shard
+from dmin.collect.fsdp import LockstepPasses, is_sharded, shard
 from dmin.collect.microbatch import PeakMemory
 from dmin.collect.session import Work, predict, predict_trainer
 from dmin.data.base import Dataset, describe_dataset
@@ -29,12 +29,12 @@ from dmin.models.base import READOUTS, Condition, DiffusionModel, weights_digest
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
 from dmin.runtime.signals import Stopped, StopSignals
-from dmin.runtime.transfer import sent
+from dmin.runtime.transfer import to_device
 from dmin.sketches import Auto, Sketch
 from dmin.sketches.backends import gpu
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
-from dmin.workers.heartbeat import Progress
-from dmin.workers.shard import Share
+from dmin.workers.heartbeat import Heartbeat
+from dmin.workers.shard import Shard
 
 # Raised whenever the numbers that land in a store change for unchanged settings.
 FEATURE_SCHEMA = 2
@@ -128,7 +128,7 @@ class GradientCollector(lightning.LightningModule):
         # Fewer blocks may be left to do than there are processes.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.encodings: Encodings | None = None
-        self.in_step: InStep | None = None  # with the other processes of a sharded network
+        self.in_step: LockstepPasses | None = None  # with the other processes of a sharded network
         self._first: tuple[list[int], str] | None = None  # shape and name of the first example
         self.peak = PeakMemory(torch.device("cpu"))
         self.between_passes: Callable[[], None] = lambda: None
@@ -197,10 +197,10 @@ class GradientCollector(lightning.LightningModule):
         """
         path = Path(path)
         trainer = trainer or predict_trainer()
-        share = Share(shard, shards, trainer.global_rank, trainer.world_size)
+        share = Shard(shard, shards, trainer.global_rank, trainer.world_size)
         manifest = self.manifest(dataset, block_size, dtype, as_queries)
         encoded = self._encodings(manifest, encodings or path.with_name(f"{path.name}.encodings"))
-        lost: dict[Share, str] = {}
+        lost: dict[Shard, str] = {}
         with (
             stop or StopSignals() as stop,
             StoreWriter(
@@ -208,12 +208,12 @@ class GradientCollector(lightning.LightningModule):
                 manifest,
                 segment_bytes=segment_bytes,
                 seal_seconds=seal_seconds,
-                verify=share == Share(ranks=share.ranks),  # once is enough: the end verifies all
+                verify=share == Shard(ranks=share.ranks),  # once is enough: the end verifies all
             ) as writer,
         ):
             pending = share.pending(writer.pending(), manifest.num_blocks)
             if pending:
-                progress = Progress(path, share)
+                progress = Heartbeat(path, share)
                 progress.claim(manifest.num_blocks, wait)
                 pending = share.pending(writer.pending(), manifest.num_blocks)
                 data = CollectData(dataset, pending, block_size, workers, is_sharded(trainer))
@@ -233,7 +233,7 @@ class GradientCollector(lightning.LightningModule):
                 encoded.remove(share.range(manifest.num_blocks))
         return store
 
-    def _together(self, work: Work, trainer: lightning.Trainer) -> dict[Share, str]:
+    def _together(self, work: Work, trainer: lightning.Trainer) -> dict[Shard, str]:
         """Do this process's blocks, and wait for the other processes; return who was lost."""
         with work.progress as progress:
             try:
@@ -252,7 +252,7 @@ class GradientCollector(lightning.LightningModule):
         if self.device_mesh is not None:
             offload = getattr(self.trainer.strategy, "offload", False)
             mesh = self.device_mesh["data_parallel"]
-            shard(self.model.network, mesh, offload, self.model.called_apart)
+            shard(self.model.network, mesh, offload, self.model.externally_called)
 
     def predict_step(self, block: Block, batch_idx: int) -> tuple[int, Arriving | None]:
         """Return the store rows of one block, with its first position in the dataset.
@@ -271,7 +271,7 @@ class GradientCollector(lightning.LightningModule):
         order = positions.argsort()
         facts = [fact for b in block for fact in zip(b["id"], b["metadata"], strict=True)]
         ids, metadata = zip(*(facts[i] for i in order.tolist()), strict=True)
-        arriving = [part.fetched() for part in parts]
+        arriving = [part.to_host() for part in parts]
 
         def joined(tensors: Sequence[Tensor]) -> Any:
             return torch.cat(list(tensors))[order].numpy()
@@ -365,17 +365,17 @@ class GradientCollector(lightning.LightningModule):
         noise = torch.stack(
             [self.noise(x0.shape[1:], *point, name) for name in names for point in points]
         ).unflatten(0, (len(names), len(points)))
-        noise = sent(noise.to(x0.dtype), x0.device)
-        t = sent(torch.tensor([t for t, _ in points]), x0.device)
+        noise = to_device(noise.to(x0.dtype), x0.device)
+        t = to_device(torch.tensor([t for t, _ in points]), x0.device)
 
         def run(pairs: Tensor) -> Features:
-            pairs = sent(pairs, x0.device)
+            pairs = to_device(pairs, x0.device)
             row, point = pairs // len(points), pairs % len(points)
             drawn = noise[row if self.noise.per_example else torch.zeros_like(row), point]
             chosen = {name: value[row] for name, value in condition.items()}
             return self._pass(x0[row], drawn, t[point], chosen)
 
-        in_step = run if self.in_step is None else self.in_step.made_up(run)
+        in_step = run if self.in_step is None else self.in_step.padded(run)
         return Passes(len(x0) * len(points), in_step)
 
     def _pass(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Features:
@@ -442,7 +442,7 @@ class GradientCollector(lightning.LightningModule):
             dtype=dtype,
         )
 
-    def kept_encodings(
+    def cached_encodings(
         self, store: Store, ids: Sequence[str], root: str | Path | None = None
     ) -> Encoded | None:
         """Return examples' encodings as :meth:`collect` kept them, None if it did not.

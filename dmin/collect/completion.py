@@ -13,16 +13,16 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.formatting import spans
 from dmin.runtime.signals import StopSignals
 from dmin.store import Store
-from dmin.workers.heartbeat import Progress
-from dmin.workers.liveness import Report, Watch, reports
-from dmin.workers.shard import Share
+from dmin.workers.heartbeat import Heartbeat
+from dmin.workers.liveness import LivenessMonitor, WorkerStatus, reports
+from dmin.workers.shard import Shard
 
 DONE = ("waiting", "finished")  # all blocks sealed
 
 
 def wait_for_others(
-    progress: Progress, stop: StopSignals | None = None, limit: float = float("inf")
-) -> dict[Share, str]:
+    progress: Heartbeat, stop: StopSignals | None = None, limit: float = float("inf")
+) -> dict[Shard, str]:
     """Wait until the other processes of the job have ended, or are lost.
 
     The first waits for all others, these wait for the first.
@@ -41,7 +41,7 @@ def wait_for_others(
     first, *others = progress.share.job
     awaited = others if progress.share.is_first else [first]
     end = time.monotonic() + limit
-    watch = Watch(progress.store, progress.run, awaited)
+    watch = LivenessMonitor(progress.store, progress.run, awaited)
     while True:
         said, lost = watch.look()
         ended = {share for share, report in said.items() if report.ended}
@@ -56,7 +56,7 @@ def wait_for_others(
     return {**told, **lost}
 
 
-def finished(path: Path, share: Share, lost: dict[Share, str]) -> Store:
+def finished(path: Path, share: Shard, lost: dict[Shard, str]) -> Store:
     """Return the store once the blocks of a shard are there.
 
     Whoever sees all of it there verifies it: every byte is read once, not once a process.
@@ -81,7 +81,7 @@ def finished(path: Path, share: Share, lost: dict[Share, str]) -> Store:
     return Store(path) if store.complete and share.is_first else store
 
 
-def share_of(share: Share) -> str:
+def share_of(share: Shard) -> str:
     """Name what a job was to do, for people."""
     return f"shard {share.shard} of {share.shards}" if share.shards > 1 else "the dataset"
 
@@ -89,14 +89,14 @@ def share_of(share: Share) -> str:
 def what_is_missing(store: Store) -> str:
     """Say of an incomplete store which shards are missing, and who is at them."""
     manifest = store.manifest
-    seen: dict[tuple[int, int], list[Report]] = {}
+    seen: dict[tuple[int, int], list[WorkerStatus]] = {}
     for report in reports(store.path):
         seen.setdefault((report.share.shards, report.share.shard), []).append(report)
     cut = max((shards for shards, _ in seen), default=1)
     missing = set(store.missing_blocks)
     lines = []
     for shard in range(cut):
-        lacks = missing.intersection(Share(shard, cut).range(manifest.num_blocks))
+        lacks = missing.intersection(Shard(shard, cut).range(manifest.num_blocks))
         if lacks:
             states = sorted({_state(each) for each in seen.get((cut, shard), [])})
             lines.append((shard, ", ".join(states) or "never started here"))
@@ -107,10 +107,10 @@ def what_is_missing(store: Store) -> str:
     return f"{len(missing)} of {manifest.num_blocks} blocks are missing; shards of {cut}: {told}"
 
 
-def _state(report: Report) -> str:
+def _state(report: WorkerStatus) -> str:
     return report.state if report.running or report.ended else "killed"
 
 
-def _end_of(report: Report) -> str:
+def _end_of(report: WorkerStatus) -> str:
     note = f": {report.note}" if report.note else ""
     return f"{report.who} {report.state}{note}"

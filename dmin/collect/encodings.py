@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dmin.models.base import Condition
 from dmin.runtime.errors import DminError
 from dmin.runtime.files import commit, os_failure
-from dmin.runtime.transfer import sent
+from dmin.runtime.transfer import to_device
 
 Encoded = tuple[Tensor, Condition]
 """What ``model.encode`` returns: x0 and condition of examples of one shape."""
@@ -93,7 +93,7 @@ class Encodings:
         groups: dict[str, dict[str, Tensor]] = {}
         for name, value in sorted(tensors.items()):
             group, _, part = name.partition(".")
-            groups.setdefault(group, {})[part.removeprefix("condition.")] = sent(value, device)
+            groups.setdefault(group, {})[part.removeprefix("condition.")] = to_device(value, device)
         return [(named.pop("x0"), named) for named in groups.values()]
 
     def of_rows(self, rows: Sequence[int], examples: int) -> Encoded | None:

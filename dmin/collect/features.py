@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmin.runtime.errors import DminError
-from dmin.runtime.transfer import fetched
+from dmin.runtime.transfer import to_host
 
 
 class Features(NamedTuple):
@@ -25,10 +25,10 @@ class Features(NamedTuple):
         norms = {name: norm[:rows] for name, norm in self.norms.items()}
         return Features(values, norms, self.losses[:rows])
 
-    def fetched(self) -> Callable[[], Features]:
+    def to_host(self) -> Callable[[], Features]:
         """Have the features copied to the host; return what waits for them."""
         names = list(self.values)
-        wait = fetched([*self.values.values(), *self.norms.values(), self.losses])
+        wait = to_host([*self.values.values(), *self.norms.values(), self.losses])
 
         def arrived() -> Features:
             *found, losses = wait()

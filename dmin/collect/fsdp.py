@@ -58,7 +58,7 @@ def is_sharded(trainer: lightning.Trainer) -> bool:
 
 
 @contextmanager
-def another_network(collector: GradientCollector, trainer: lightning.Trainer) -> Iterator[None]:
+def shardable_copy(collector: GradientCollector, trainer: lightning.Trainer) -> Iterator[None]:
     """Have the collector work on a network that may be sharded, and the user's stay as it is.
 
     The other one shares the memory of the weights until it is sharded.
@@ -85,7 +85,7 @@ def another_network(collector: GradientCollector, trainer: lightning.Trainer) ->
 
 
 @contextmanager
-def others_are_there(trainer: lightning.Trainer) -> Iterator[None]:
+def explain_lost_peer(trainer: lightning.Trainer) -> Iterator[None]:
     """Say what it means when a process that shares the network is gone.
 
     Raises:
@@ -110,14 +110,17 @@ def _first_line(error: BaseException) -> str:
 
 
 def shard(
-    network: nn.Module, mesh: DeviceMesh, offload: bool = False, called_apart: Sequence[str] = ()
+    network: nn.Module,
+    mesh: DeviceMesh,
+    offload: bool = False,
+    externally_called: Sequence[str] = (),
 ) -> None:
     """Replace the parameters of a network by this process's parts.
 
     Args:
         network: changed in place, on whatever device its weights are.
         mesh: the processes, one dimension.
-        called_apart: names of modules that are called outside the block they stand in.
+        externally_called: names of modules that are called outside the block they stand in.
         offload: keep the parts in host memory.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -126,7 +129,7 @@ def shard(
         return
     pinned = torch.accelerator.is_available()
     policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
-    apart = [network.get_submodule(name) for name in called_apart]
+    apart = [network.get_submodule(name) for name in externally_called]
     for unit in dict.fromkeys([*apart, *units(network), network]):
         fully_shard(unit, mesh=mesh, offload_policy=policy)
 
@@ -161,7 +164,7 @@ def units(network: nn.Module) -> list[nn.Module]:
     return found[::-1]  # `modules` comes from outside in
 
 
-class InStep:
+class LockstepPasses:
     """Has a process run as many passes, of as many pairs, as the others.
 
     Args:
@@ -187,7 +190,7 @@ class InStep:
         told = torch.tensor(mine, device=self.strategy.root_device)
         self._lacking = int(self.strategy.reduce(told, reduce_op="max")) - mine
 
-    def made_up(self, run: Callable[[Tensor], Features]) -> Callable[[Tensor], Features]:
+    def padded(self, run: Callable[[Tensor], Features]) -> Callable[[Tensor], Features]:
         """Return how to run passes so that each has all its pairs."""
 
         def made_up_run(pairs: Tensor) -> Features:

@@ -201,7 +201,7 @@ def _peak_resident() -> int:
 
 
 @contextmanager
-def garbage_among_new_objects() -> Iterator[None]:
+def frozen_gc() -> Iterator[None]:
     """Spare Python's garbage collector what is there already: the model, all that was imported.
 
     Watching a network makes thousands of objects a pass, so that a search of them all, a quarter of

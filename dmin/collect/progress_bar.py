@@ -19,7 +19,7 @@ from rich.progress import (
 from dmin.runtime.progress import Lines
 
 
-class Shown(ProgressBar):
+class CollectionProgress(ProgressBar):
     """Shows how many of its examples the first process has done, the rate and the time left.
 
     Args:

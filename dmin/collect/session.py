@@ -16,22 +16,22 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from dmin.collect.background import Arriving, BackgroundWriter
 from dmin.collect.encodings import leave_device, on_device
-from dmin.collect.fsdp import InStep, another_network, others_are_there
+from dmin.collect.fsdp import LockstepPasses, explain_lost_peer, shardable_copy
 from dmin.collect.microbatch import (
     PeakMemory,
     agree_on_microbatch,
     find_microbatch,
-    garbage_among_new_objects,
+    frozen_gc,
     gradient_checkpointing,
     note_of,
 )
-from dmin.collect.progress_bar import Shown
+from dmin.collect.progress_bar import CollectionProgress
 from dmin.data.module import CollectData
 from dmin.runtime.errors import DminError
 from dmin.runtime.progress import followed
 from dmin.runtime.signals import StopSignals
 from dmin.store import StoreWriter
-from dmin.workers.heartbeat import Progress
+from dmin.workers.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     from dmin.collect.collector import GradientCollector
@@ -42,7 +42,7 @@ class Work(NamedTuple):
 
     data: CollectData
     writer: StoreWriter
-    progress: Progress
+    progress: Heartbeat
     stop: StopSignals
 
 
@@ -98,7 +98,7 @@ class Preparation(Callback):
         if self.data.even:
             points = collector.noise.draws * len(collector.timesteps)
             pairs = min(collector.pairs, self.data.block_size * points)
-            collector.in_step = InStep(trainer.strategy, shared.own, pairs)
+            collector.in_step = LockstepPasses(trainer.strategy, shared.own, pairs)
         if collector.encodings is not None:
             self.encode(trainer, collector, collector.encodings.missing(mine))
         if collector.microbatch == "auto":
@@ -247,7 +247,7 @@ def predict(collector: GradientCollector, work: Work, trainer: lightning.Trainer
     writer = SketchWriter(work)
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     theirs = [bar for bar in callbacks if isinstance(bar, ProgressBar)]
-    shown = Shown(work.data.examples(trainer.global_rank, trainer.world_size))
+    shown = CollectionProgress(work.data.examples(trainer.global_rank, trainer.world_size))
     mine = [Preparation(work), writer, *([shown] if theirs else [])]
     for bar in theirs:
         callbacks.remove(bar)
@@ -258,10 +258,10 @@ def predict(collector: GradientCollector, work: Work, trainer: lightning.Trainer
     try:
         with (
             warnings.catch_warnings(),
-            another_network(collector, trainer),
-            others_are_there(trainer),
+            shardable_copy(collector, trainer),
+            explain_lost_peer(trainer),
             gradient_checkpointing(collector.model.network, collector.gradient_checkpointing),
-            garbage_among_new_objects(),
+            frozen_gc(),
         ):
             # `workers` was chosen, and blocks are all there is: neither warning tells news.
             warnings.filterwarnings("ignore", ".*does not have many workers.*")

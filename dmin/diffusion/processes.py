@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from dmin.runtime.errors import DminError
-from dmin.runtime.transfer import sent
+from dmin.runtime.transfer import to_device
 
 
 class Noised(NamedTuple):
@@ -23,7 +23,7 @@ class Noised(NamedTuple):
     weight: Tensor  # [batch], of the example's loss
 
 
-class Denoising:
+class DiscreteDiffusion:
     """A variance-preserving diffusion in discrete timesteps (Ho et al. 2020).
 
     ``x_t = √ᾱ_t x0 + √(1−ᾱ_t) ε``. The target is ε, v = √ᾱ_t ε − √(1−ᾱ_t) x0 (Salimans & Ho 2022)
@@ -150,7 +150,7 @@ class _Step(NamedTuple):
         posterior[0] = posterior[1]
         shape = (-1, *[1] * (like.ndim - 1))
         table = torch.stack([beta, bar, before, posterior.log()]).to(like.dtype)
-        return cls(*(x.view(shape) for x in sent(table, like.device)[:, t.to(like.device)]))
+        return cls(*(x.view(shape) for x in to_device(table, like.device)[:, t.to(like.device)]))
 
     def mean(self, x0: Tensor, sample: Tensor) -> Tensor:
         """Return the mean of x_{t−1} given x0 and x_t."""
@@ -169,7 +169,7 @@ def _pixel_log_likelihood(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     return inside.clamp(min=1e-12).log()
 
 
-class FlowLadder(tuple[float, ...]):
+class FlowTimesteps(tuple[float, ...]):
     """Timesteps of a flow: any of (0, N] is one, not only the rungs."""
 
     __slots__ = ()
@@ -179,7 +179,7 @@ class FlowLadder(tuple[float, ...]):
         return 0 < t <= self[0]
 
 
-class Flow:
+class RectifiedFlow:
     """A rectified flow from image to noise (Liu et al. 2023; Esser et al. 2024).
 
     ``x_t = (1−σ) x0 + σ ε`` with ``σ = t / N``; the target is the velocity ``ε − x0``. The rungs of
@@ -216,7 +216,7 @@ class Flow:
         self.num = int(config["num_train_timesteps"])
         even = [step / self.num for step in range(self.num, 0, -1)]
         shifted = (self.shift * s / (1 + (self.shift - 1) * s) for s in even)
-        self.ladder = FlowLadder(self.num * s for s in shifted)
+        self.ladder = FlowTimesteps(self.num * s for s in shifted)
 
     def __call__(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
         """Return noised examples, their targets and weights of one.

@@ -4,7 +4,7 @@ Features (a store) → scores (a method) → metrics (a ground truth): each is m
 """
 
 from dmin.evaluation.benchmark import Benchmark, Task
-from dmin.evaluation.context import World
+from dmin.evaluation.context import BenchmarkContext
 from dmin.evaluation.report.results import Report, Result
 from dmin.evaluation.retraining.ensemble import Ensemble
 from dmin.evaluation.retraining.recipe import Recipe
@@ -22,6 +22,7 @@ from dmin.evaluation.tuning import Tuning
 __all__ = [
     "LDS",
     "Benchmark",
+    "BenchmarkContext",
     "Diversity",
     "Ensemble",
     "GroundTruth",
@@ -38,5 +39,4 @@ __all__ = [
     "Task",
     "Tuning",
     "UnionRemoval",
-    "World",
 ]

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dmin.attribution import Method, Side
+from dmin.attribution import FeatureSet, Method
 from dmin.attribution.base import check_pair
-from dmin.evaluation.context import World
+from dmin.evaluation.context import BenchmarkContext
 from dmin.evaluation.controls import soft_max, squared, top_only
 from dmin.evaluation.report.results import TRANSFORMED, Cell, Cost, Report, Row, compared
 from dmin.evaluation.scoring import Scored, all_scores, fitted
@@ -102,7 +102,7 @@ class Benchmark:
                 f"benchmark.tuning.by."
             )
 
-    def run(self, world: World, methods: Mapping[str, Method]) -> Report:
+    def run(self, world: BenchmarkContext, methods: Mapping[str, Method]) -> Report:
         """Score and measure everything.
 
         Args:
@@ -126,14 +126,16 @@ class Benchmark:
 class _Run:
     """One pass over all methods at one size of the sketch."""
 
-    def __init__(self, benchmark: Benchmark, world: World, report: Report, dim: int | None) -> None:
+    def __init__(
+        self, benchmark: Benchmark, world: BenchmarkContext, report: Report, dim: int | None
+    ) -> None:
         self.benchmark, self.world, self.report, self.dim = benchmark, world, report, dim
         # Ground truths keep what they prepared, so each task has its own.
         self.tasks = {
             name: Task({of: copy.copy(truth) for of, truth in task.truths.items()}, task.queries)
             for name, task in benchmark.tasks.items()
         }
-        self.sides: dict[str, Side] = {
+        self.sides: dict[str, FeatureSet] = {
             name: world.query_side(name, task.queries) for name, task in self.tasks.items()
         }
         for name, task in self.tasks.items():
@@ -196,7 +198,12 @@ class _Run:
                 yield self._scored(replace(row, control="untrained"), other, train, sides, 0.0)
 
     def _scored(
-        self, row: Row, method: Method, train: Side, sides: Mapping[str, Side], seconds: float
+        self,
+        row: Row,
+        method: Method,
+        train: FeatureSet,
+        sides: Mapping[str, FeatureSet],
+        seconds: float,
     ) -> Scored:
         start = time.perf_counter()
         reported = {name for name, _ in self.reported()} & set(self._able(method))
@@ -211,7 +218,7 @@ class _Run:
         cost = Cost(size * len(needs.readouts), seconds, each, reads)
         return Scored(row, scores, cost)
 
-    def _able(self, method: Method) -> dict[str, Side]:
+    def _able(self, method: Method) -> dict[str, FeatureSet]:
         """Return the tasks' queries that a method can be asked about."""
         return {
             name: side

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dmin.attribution import Side
+from dmin.attribution import FeatureSet
 from dmin.data.base import Dataset
 from dmin.diffusion.noise import SharedNoise
 from dmin.diffusion.timesteps import Stratified
@@ -25,7 +25,7 @@ FIRST_SEED = 1  # of retrained models; the model asked about has the seed of the
 
 
 @dataclass
-class World:
+class BenchmarkContext:
     """A model, the data it was trained on, and how to make what ground truths ask for.
 
     Args:
@@ -43,21 +43,21 @@ class World:
     """
 
     model: DiffusionModel
-    train: Side
-    ask: Callable[[str, Any], Side]
+    train: FeatureSet
+    ask: Callable[[str, Any], FeatureSet]
     collect: Callable[[DiffusionModel, Dataset, str], Store]
     ensemble: Ensemble | None = None
     untrained: DiffusionModel | None = None
     told: Told = lambda what, done, total: None
     timesteps: int = 20
     draws: int = 4
-    _sides: dict[tuple[str, bool], Side] = field(default_factory=dict)
+    _sides: dict[tuple[str, bool], FeatureSet] = field(default_factory=dict)
 
-    def train_side(self, blind: bool = False) -> Side:
+    def train_side(self, blind: bool = False) -> FeatureSet:
         """Return the training examples; blind: as the untrained network sees them."""
         return self._blind("train", self.train) if blind else self.train
 
-    def query_side(self, name: str, source: Any, blind: bool = False) -> Side:
+    def query_side(self, name: str, source: Any, blind: bool = False) -> FeatureSet:
         """Return queries with their features; None as their source is the training examples."""
         if source is None:
             return self.train_side(blind)
@@ -66,13 +66,13 @@ class World:
         side = self._sides[name, False]
         return self._blind(name, side) if blind else side
 
-    def at(self, dim: int) -> World:
+    def at(self, dim: int) -> BenchmarkContext:
         """Return the same world with sketches folded to ``dim`` numbers."""
         if dim == self.train.store.layout.dim:
             return self
 
-        def smaller(side: Side) -> Side:
-            return Side(folded(side.store, dim), side.dataset, origin=side.origin)
+        def smaller(side: FeatureSet) -> FeatureSet:
+            return FeatureSet(folded(side.store, dim), side.dataset, origin=side.origin)
 
         return replace(
             self,
@@ -96,7 +96,9 @@ class World:
             "readouts": ", ".join(layout.readouts),
         }
 
-    def retrain(self, subsets: Sequence[np.ndarray], seed: int, asked: Side, what: str) -> Any:
+    def retrain(
+        self, subsets: Sequence[np.ndarray], seed: int, asked: FeatureSet, what: str
+    ) -> Any:
         """Return what models trained on subsets lose on queries, float64 ``[models, Q]``.
 
         Args:
@@ -123,7 +125,7 @@ class World:
             lambda done, total: self.told(what, done, total),
         )
 
-    def _blind(self, name: str, side: Side) -> Side:
+    def _blind(self, name: str, side: FeatureSet) -> FeatureSet:
         """Return a side as the untrained network sees it."""
         if self.untrained is None:
             raise DminError(
@@ -133,7 +135,7 @@ class World:
         if (name, True) not in self._sides:
             assert side.dataset is not None
             store = self.collect(self.untrained, side.dataset, f"untrained-{_dashed(name)}")
-            self._sides[name, True] = Side(store, side.dataset)
+            self._sides[name, True] = FeatureSet(store, side.dataset)
         return self._sides[name, True]
 
 

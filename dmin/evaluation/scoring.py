@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dmin.attribution import ExampleBlock, Method, Requires, Side
+from dmin.attribution import ExampleBlock, FeatureSet, Method, Requires
 from dmin.attribution.methods.self_influence import fitted_self_influence
 from dmin.attribution.scores import fitted_scores
 from dmin.evaluation.report.results import Cost, Row
@@ -27,7 +27,7 @@ class Scored:
     cost: Cost
 
 
-def fitted(method: Method, train: Side) -> tuple[Method, float]:
+def fitted(method: Method, train: FeatureSet) -> tuple[Method, float]:
     """Return a fitted copy of a method, and the seconds that it takes.
 
     What another method had fitted before counts as if it had been fitted for this one alone.
@@ -41,8 +41,8 @@ def fitted(method: Method, train: Side) -> tuple[Method, float]:
 
 
 def all_scores(
-    sides: Mapping[str, Side],
-    train: Side,
+    sides: Mapping[str, FeatureSet],
+    train: FeatureSet,
     method: Method,
     truths: Mapping[str, Mapping[str, GroundTruth]],
 ) -> dict[tuple[str, str], Array]:
@@ -69,10 +69,10 @@ def all_scores(
     }
 
 
-class Joined(Side):
+class Joined(FeatureSet):
     """Several sides one after the other, so that all are scored in one pass over the other."""
 
-    def __init__(self, parts: Sequence[Side]) -> None:
+    def __init__(self, parts: Sequence[FeatureSet]) -> None:
         super().__init__(parts[0].store)  # whose layout is that of all
         self.parts = list(parts)
         self._starts = np.cumsum([0, *(len(part) for part in self.parts)])
@@ -90,7 +90,7 @@ class Joined(Side):
         rows = np.asarray(rows)
         return _joined([part.block(chosen, requires) for part, chosen in self._chosen(rows)])
 
-    def _chosen(self, rows: np.ndarray) -> Iterator[tuple[Side, np.ndarray]]:
+    def _chosen(self, rows: np.ndarray) -> Iterator[tuple[FeatureSet, np.ndarray]]:
         for part, start, end in zip(self.parts, self._starts[:-1], self._starts[1:], strict=True):
             here = rows[(rows >= start) & (rows < end)] - start
             if len(here):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmin.attribution import DMin, Method, Spectral
-from dmin.attribution.curvature.damped import Damped
+from dmin.attribution.curvature.damped import DampedCurvatureMethod
 from dmin.evaluation.report.results import Row
 from dmin.evaluation.truths.base import GroundTruth
 from dmin.runtime.errors import DminError
@@ -79,7 +79,7 @@ class Tuning:
 
     def tunes(self, method: Method) -> bool:
         """Say whether a method has settings that are chosen: those that its fit does not use."""
-        return isinstance(method, Damped) or bool(self.widths and _weighs(method))
+        return isinstance(method, DampedCurvatureMethod) or bool(self.widths and _weighs(method))
 
     def walk(
         self, name: str, method: Method, judge: Judge, steps: int
@@ -93,7 +93,7 @@ class Tuning:
             steps: how many timesteps there are.
         """
         settings: dict[str, Sequence[float]] = {}
-        if isinstance(method, Damped):
+        if isinstance(method, DampedCurvatureMethod):
             by_dimension = method.effective is not None
             settings = {"effective": self.effective} if by_dimension else {"alpha": self.alpha}
         if hasattr(method, "p"):
@@ -105,7 +105,7 @@ class Tuning:
         def tried(there: Method, criteria: Iterable[str], words: str, **point: float) -> None:
             found = judge(there, [*self.tasks, *self.watch])
             # What an effective dimension comes to, so that a path has one measure of damping.
-            alpha = {"alpha": there.mean_alpha} if isinstance(there, Damped) else {}
+            alpha = {"alpha": there.mean_alpha} if isinstance(there, DampedCurvatureMethod) else {}
             path.append({"method": name, **alpha, **point, **found})
             for criterion in criteria:
                 value = found[self.by[criterion]]

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from dmin.gradients.layers import GradientFactors, LayerGradient, Sum, layer_gradient, splits
 from dmin.gradients.parameters import some_of
-from dmin.gradients.rerun import Rerun, differentiable, replaced
+from dmin.gradients.rerun import PerExampleRerun, differentiable, replaced
 from dmin.gradients.sink import Rows, Sink, State
-from dmin.gradients.usage import Use, Watch
+from dmin.gradients.usage import ParameterUsage, Use
 from dmin.runtime.errors import DminError
 
 # Bytes of per-example gradients in memory at once. On a CPU a slice that fits the last-level cache
@@ -43,7 +43,7 @@ class _Call:
     name: str
     module: nn.Module
     parameters: set[str]
-    how: LayerGradient | Rerun
+    how: LayerGradient | PerExampleRerun
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Capture(Generic[State, Rows]):
         self.budget = budget
         named = dict(network.named_parameters())
         self._chosen = {entry.name: named[entry.name] for entry in sink.parameters.entries}
-        self._watch: Watch[_Call] = Watch(network, self._chosen, self._record)
+        self._watch: ParameterUsage[_Call] = ParameterUsage(network, self._chosen, self._record)
         self._paths: dict[str, set[str]] = defaultdict(set)
         self._calls: Counter[str] = Counter()  # of each parameter, whose gradients are to come
         self._pass: _Pass[State] | None = None
@@ -166,7 +166,7 @@ class Capture(Generic[State, Rows]):
         if how is None:
             return None
         call = _Call(use.name, use.module, use.used, how)
-        if isinstance(how, Rerun):
+        if isinstance(how, PerExampleRerun):
             inputs = [x.detach() for x in how.tensors((use.args, use.kwargs))]
             for inner in use.within:  # running again covers these as well
                 self._calls.subtract(inner.parameters & call.parameters)
@@ -179,7 +179,7 @@ class Capture(Generic[State, Rows]):
         tapped = _Tap.apply(self, call, self._anchor, len(outputs), *outputs, *inputs)
         return replaced(use.output, tapped), call
 
-    def _how(self, use: Use[_Call]) -> LayerGradient | Rerun | None:
+    def _how(self, use: Use[_Call]) -> LayerGradient | PerExampleRerun | None:
         """Return how the gradients of a call can be had, or None if not example by example."""
         gradient, batch = layer_gradient(use.module), self._watch.batch
         own = set(self._watch.own(use.module).values())
@@ -190,7 +190,9 @@ class Capture(Generic[State, Rows]):
         batch, outputs = batch or 1, differentiable(use.output)
         if not outputs or any(len(x) % batch if x.ndim else batch > 1 for x in outputs):
             return None
-        rerun = Rerun(use.module, use.name or "the network", (use.args, use.kwargs), use.output)
+        rerun = PerExampleRerun(
+            use.module, use.name or "the network", (use.args, use.kwargs), use.output
+        )
         known = any(self._watch.sees_examples(x) for x in rerun.tensors((use.args, use.kwargs)))
         return rerun if known else None
 
@@ -200,7 +202,7 @@ class Capture(Generic[State, Rows]):
             return
         batch, how = self._pass.batch, call.how
         factors: dict[str, GradientFactors]
-        if isinstance(how, Rerun):
+        if isinstance(how, PerExampleRerun):
             path = f"{FALLBACK} ({how.name})"
             parameters = self._watch.now(call.parameters)
             with self._watch.off():

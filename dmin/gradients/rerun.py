@@ -20,7 +20,7 @@ from dmin.gradients.layers import Dense, GradientFactors
 from dmin.runtime.errors import DminError
 
 
-class Rerun:
+class PerExampleRerun:
     """One call of a module, kept so that it can be repeated for one example at a time.
 
     Args:
@@ -100,7 +100,7 @@ class Rerun:
 class _Work:
     """A recorded call together with the gradients of its outputs."""
 
-    call: Rerun
+    call: PerExampleRerun
     inputs: Sequence[Tensor]
     output_gradients: Sequence[Tensor | None]
     batch: int

@@ -30,7 +30,7 @@ class Use(Generic[Token]):
         name: the module's dotted name.
         module: the module.
         used: names of the parameters.
-        within: what :attr:`Watch.report` returned for the calls that took place inside this one.
+        within: what :attr:`ParameterUsage.report` returned for the calls inside this one.
         args: the call's positional arguments.
         kwargs: its keyword arguments.
         output: what it returned.
@@ -45,7 +45,7 @@ class Use(Generic[Token]):
     output: Any = None
 
 
-class Watch(Generic[Token]):
+class ParameterUsage(Generic[Token]):
     """Context in which the uses of some parameters are reported.
 
     Inside, all parameters of the network are frozen; outside, they, the hooks and everything else
@@ -282,7 +282,7 @@ def _apart(name: str) -> DminError:
     return DminError(
         f"{name} was used outside the block it stands in, where it is shared out over processes "
         f"(trainer=fsdp, trainer=offload). Name the module that is called there in the model's "
-        f"`called_apart`, or leave the parameter out with params=<regex>."
+        f"`externally_called`, or leave the parameter out with params=<regex>."
     )
 
 

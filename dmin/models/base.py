@@ -43,12 +43,12 @@ class DiffusionModel(nn.Module):
     Attributes:
         network: the module whose parameters are attributed.
         ladder: all timesteps in the order of sampling, pure noise first, in the model's own unit.
-        called_apart: names of modules that the network calls outside the block they stand in. Only
-            needed to share the network out over processes.
+        externally_called: names of modules that the network calls outside the block they stand
+            in. Only needed to share the network out over processes.
     """
 
     network: nn.Module
-    called_apart: Sequence[str] = ()
+    externally_called: Sequence[str] = ()
     ladder: Sequence[float] = range(999, -1, -1)
 
     @property

@@ -82,7 +82,7 @@ class Captioned(LatentDiffusion):
         return next(next(encoder.parameters()).device for encoder in encoders)
 
 
-class Told(NamedTuple):
+class MicroConditioning(NamedTuple):
     """The sizes that a model is told of an image; height before width, top before left."""
 
     original: tuple[int, int]
@@ -96,8 +96,8 @@ SIZE_COLUMNS = {
 }
 
 
-class Sized(Captioned):
-    """Told the sizes of images, too (micro-conditioning, Podell et al. 2023).
+class SizeConditioning(Captioned):
+    """MicroConditioning the sizes of images, too (micro-conditioning, Podell et al. 2023).
 
     Args:
         pipeline: of diffusers, with all its components.
@@ -145,12 +145,12 @@ class Sized(Captioned):
             for column, value in zip(columns, told[name], strict=True)
         }
 
-    def _told(self, batch: Mapping[str, Any]) -> list[Told]:
+    def _told(self, batch: Mapping[str, Any]) -> list[MicroConditioning]:
         """Return the sizes that the model is told of each image."""
         height, width = batch["image"].shape[-2:]
         count = len(batch["image"])
         return [
-            Told(
+            MicroConditioning(
                 self.original_size or self._size_of(batch, i, "original") or (height, width),
                 self.crop or self._size_of(batch, i, "crop") or (0, 0),
                 self.target_size or (height, width),

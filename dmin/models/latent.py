@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmin.diffusion.estimates import recorded
-from dmin.diffusion.processes import Denoising, Flow
+from dmin.diffusion.processes import DiscreteDiffusion, RectifiedFlow
 from dmin.models import logging_filters as remarks
 from dmin.models import vae
 from dmin.models.base import (
@@ -67,12 +67,12 @@ class LatentDiffusion(DiffusionModel):
     network_name: ClassVar[str] = "transformer"
     components: ClassVar[dict[str, Any]] = {}  # replaced when loading
     packing: ClassVar[int] = 1  # latent pixels in one vector of the network's input
-    process: Denoising | Flow
+    process: DiscreteDiffusion | RectifiedFlow
 
     def __init__(
         self,
         pipeline: Any,
-        process: Denoising | Flow,
+        process: DiscreteDiffusion | RectifiedFlow,
         *,
         latents: Literal["mode", "sample"] = "mode",
         latent_seed: int = 0,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dmin.diffusion.processes import Denoising, Flow
+from dmin.diffusion.processes import DiscreteDiffusion, RectifiedFlow
 from dmin.models.latent import LatentDiffusion
 from dmin.runtime.errors import DminError
 
@@ -21,10 +21,12 @@ class LatentDenoiser(LatentDiffusion):
         settings: of :class:`LatentDiffusion`.
     """
 
-    process: Denoising
+    process: DiscreteDiffusion
 
     def __init__(self, pipeline: Any, *, snr_gamma: float | None = None, **settings: Any) -> None:
-        super().__init__(pipeline, Denoising(pipeline.scheduler.config, snr_gamma), **settings)
+        super().__init__(
+            pipeline, DiscreteDiffusion(pipeline.scheduler.config, snr_gamma), **settings
+        )
 
 
 class LearnedVariance(LatentDenoiser):
@@ -70,7 +72,7 @@ class LatentFlow(LatentDiffusion):
         settings: of :class:`LatentDiffusion`.
     """
 
-    process: Flow
+    process: RectifiedFlow
 
     def __init__(self, pipeline: Any, *, shift: float | None = None, **settings: Any) -> None:
-        super().__init__(pipeline, Flow(pipeline.scheduler.config, shift), **settings)
+        super().__init__(pipeline, RectifiedFlow(pipeline.scheduler.config, shift), **settings)

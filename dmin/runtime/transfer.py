@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def sent(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Return a tensor of the host on a device; a GPU receives it behind what it has to do.
 
     From memory that is not pinned the copy would wait until the device has done everything before.
@@ -18,7 +18,7 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
-def fetched(tensors: Iterable[Tensor]) -> Callable[[], list[Tensor]]:
+def to_host(tensors: Iterable[Tensor]) -> Callable[[], list[Tensor]]:
     """Have tensors copied to the host.
 
     Returns:

@@ -71,7 +71,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Part:
+class Revision:
     """What a store was before it grew.
 
     Args:
@@ -106,7 +106,7 @@ class Manifest:
     dataset: dict[str, Any]
     num_examples: int
     block_size: int
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Revision, ...] = ()
 
     def __post_init__(self) -> None:
         """Check counts, and keep the two mappings as a reader will find them."""
@@ -121,7 +121,7 @@ class Manifest:
                     " lists, texts, finite numbers, booleans and null."
                 ) from error
             object.__setattr__(self, name, plain)
-        parts = (each if isinstance(each, Part) else Part(**each) for each in self.parts)
+        parts = (each if isinstance(each, Revision) else Revision(**each) for each in self.parts)
         object.__setattr__(self, "parts", tuple(parts))
 
     @property
@@ -195,7 +195,7 @@ class Manifest:
         Raises:
             DminError: the text is damaged.
         """
-        part = Part(self.dataset, self.num_examples)
+        part = Revision(self.dataset, self.num_examples)
         try:
             fields = json.loads(text)
             return replace(
@@ -251,7 +251,9 @@ class Manifest:
         )
 
 
-def unlike(here: Manifest, there: Manifest, counted: bool = True) -> dict[str, list[str]]:
+def manifest_differences(
+    here: Manifest, there: Manifest, counted: bool = True
+) -> dict[str, list[str]]:
     """Say in which respects two manifests are not of one collection, and how; empty if they are.
 
     Args:

@@ -15,7 +15,7 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.files import commit, os_failure
 from dmin.runtime.formatting import spans
 from dmin.store.encoding import LARGEST, encode
-from dmin.store.manifest import Layout, Manifest, unlike
+from dmin.store.manifest import Layout, Manifest, manifest_differences
 from dmin.store.segments import (
     MANIFEST,
     Content,
@@ -211,7 +211,7 @@ class StoreWriter:
 def _require_same(path: Path, here: Manifest, there: Manifest) -> None:
     """Raise DminError unless a store can be resumed with this manifest."""
     changed = bool(there.parts) or bool(list(path.glob("removed-*.json")))
-    lines_of = unlike(here, there, counted=not changed)
+    lines_of = manifest_differences(here, there, counted=not changed)
     said = [f"{what} ({'; '.join(lines)})" for what, lines in lines_of.items()]
     if said:
         raise DminError(

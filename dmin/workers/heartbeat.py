@@ -28,13 +28,13 @@ from typing import Any
 
 from dmin.runtime.errors import DminError
 from dmin.runtime.files import commit
-from dmin.workers.liveness import EVERY, FOLDER, SILENT, Report, born, machine_here, reports
-from dmin.workers.shard import Share
+from dmin.workers.liveness import EVERY, FOLDER, SILENT, WorkerStatus, born, machine_here, reports
+from dmin.workers.shard import Shard
 
 LOG_EVERY = 60.0  # seconds between two lines of the log of a process whose state stays
 
 
-class Progress:
+class Heartbeat:
     """Tells others how far this process is, by itself every few seconds, until it is left.
 
     Writing it can fail without harm: the work goes on.
@@ -48,12 +48,12 @@ class Progress:
         gained: whether this run finished anything, so that a next one has less to do.
     """
 
-    def __init__(self, store: Path, share: Share, every: float = EVERY) -> None:
+    def __init__(self, store: Path, share: Shard, every: float = EVERY) -> None:
         self.store = store
         self.share = share
         self.gained = False
         pid = os.getpid()
-        self._said = Report(
+        self._said = WorkerStatus(
             share=share,
             run=secrets.token_hex(8),
             state="starting",
@@ -110,7 +110,7 @@ class Progress:
         return bool(found)
 
     def say(self, **changes: Any) -> None:
-        """Change what is told, and tell it now: fields of :class:`Report`."""
+        """Change what is told, and tell it now: fields of :class:`WorkerStatus`."""
         with self._lock:
             self._said = replace(self._said, **changes)
         self._write()
@@ -141,7 +141,7 @@ class Progress:
         if said.done == 0:
             self._write()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Heartbeat:
         """Begin to give signs of life."""
         self._thread.start()
         return self
@@ -195,7 +195,7 @@ class Progress:
             time.sleep(min(1.0, max(0.1, EVERY / 10)))
             rivals = self._rivals(units)
 
-    def _rivals(self, units: int) -> list[Report]:
+    def _rivals(self, units: int) -> list[WorkerStatus]:
         others = reports(self.store, lambda share: share.overlaps(self.share, units))
         return [each for each in others if each.running and each.run != self.run]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dmin.workers.shard import Share
+from dmin.workers.shard import Shard
 
 FOLDER = "progress"
 EVERY = 10.0  # seconds between two signs of life
@@ -30,7 +30,7 @@ ENDED = ("finished", "stopped", "failed")
 
 
 @dataclass(frozen=True)
-class Report:
+class WorkerStatus:
     """What a process says of itself.
 
     Args:
@@ -56,7 +56,7 @@ class Report:
         ahead: seconds by which its clock is ahead of the file system's.
     """
 
-    share: Share
+    share: Shard
     run: str
     state: str
     host: str
@@ -111,7 +111,9 @@ class Report:
         return f"{job}process {self.pid} on {self.host}"
 
 
-def reports(store: Path, chosen: Callable[[Share], bool] = lambda share: True) -> list[Report]:
+def reports(
+    store: Path, chosen: Callable[[Shard], bool] = lambda share: True
+) -> list[WorkerStatus]:
     """Return what processes say of themselves, in order of their shares.
 
     Args:
@@ -120,7 +122,7 @@ def reports(store: Path, chosen: Callable[[Share], bool] = lambda share: True) -
     """
     folder = store / FOLDER
     try:
-        named = [(Share.named(file.stem), file) for file in folder.glob("*.json")]
+        named = [(Shard.named(file.stem), file) for file in folder.glob("*.json")]
     except OSError:
         return []
     wanted = [(share, file) for share, file in named if share is not None and chosen(share)]
@@ -129,7 +131,7 @@ def reports(store: Path, chosen: Callable[[Share], bool] = lambda share: True) -
     return sorted((each for each in found if each is not None), key=lambda each: each.share)
 
 
-class Watch:
+class LivenessMonitor:
     """Sees over time which processes still live, by whether their files change.
 
     Args:
@@ -138,13 +140,13 @@ class Watch:
         shares: of its processes.
     """
 
-    def __init__(self, store: Path, run: str, shares: Collection[Share]) -> None:
+    def __init__(self, store: Path, run: str, shares: Collection[Shard]) -> None:
         self.store, self.run, self.shares = store, run, set(shares)
         now = time.monotonic()
         self._beats = {share: (-1, now) for share in self.shares}
         self._work = {share: ((-1, ""), now) for share in self.shares}
 
-    def look(self) -> tuple[dict[Share, Report], dict[Share, str]]:
+    def look(self) -> tuple[dict[Shard, WorkerStatus], dict[Shard, str]]:
         """Return what the processes said last, and of those that are lost the reason."""
         now = time.monotonic()
         found = reports(self.store, self.shares.__contains__)
@@ -173,12 +175,12 @@ class Watch:
         return said, lost
 
 
-def _read(share: Share, file: Path, now: float) -> Report | None:
+def _read(share: Shard, file: Path, now: float) -> WorkerStatus | None:
     try:
         written = file.stat().st_mtime
         document: Mapping[str, Any] = json.loads(file.read_text())
-        known = {name: document[name] for name in document if name in Report.__annotations__}
-        report = Report(share=share, **known)
+        known = {name: document[name] for name in document if name in WorkerStatus.__annotations__}
+        report = WorkerStatus(share=share, **known)
         return replace(report, age=max(0.0, now - written), ahead=report.clock - written)
     except (OSError, ValueError, TypeError):
         return None  # just replaced or removed, or of another version

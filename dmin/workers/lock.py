@@ -22,7 +22,7 @@ _NOT_WRITABLE = {errno.EACCES, errno.EROFS, errno.EPERM}
 
 
 @contextmanager
-def turn(
+def hold(
     path: Path,
     limit: float,
     tell: Callable[[str], None],

@@ -12,7 +12,7 @@ _NAME = re.compile(r"shard-(\d+)-of-(\d+)\.rank-(\d+)-of-(\d+)")
 
 
 @dataclass(frozen=True, order=True)
-class Share:
+class Shard:
     """One process's part of the work.
 
     A *shard* is a range of consecutive blocks, of any job that need not know of the others. The
@@ -50,7 +50,7 @@ class Share:
         return f"shard-{self.shard}-of-{self.shards}.rank-{self.rank}-of-{self.ranks}"
 
     @classmethod
-    def named(cls, name: str) -> Share | None:
+    def named(cls, name: str) -> Shard | None:
         """Return the share of a name; None if it is no such name."""
         match = _NAME.fullmatch(name)
         return cls(*map(int, match.groups())) if match else None
@@ -61,7 +61,7 @@ class Share:
         return self.rank == 0
 
     @property
-    def job(self) -> list[Share]:
+    def job(self) -> list[Shard]:
         """The shares of all processes of the job, in order of rank."""
         return [replace(self, rank=rank) for rank in range(self.ranks)]
 
@@ -75,7 +75,7 @@ class Share:
         mine = self.range(units)
         return [block for block in blocks if block in mine]
 
-    def overlaps(self, other: Share, units: int) -> bool:
+    def overlaps(self, other: Shard, units: int) -> bool:
         """Say whether two processes may do the same of so many blocks."""
         mine, theirs = self.range(units), other.range(units)
         together = max(mine.start, theirs.start) < min(mine.stop, theirs.stop)

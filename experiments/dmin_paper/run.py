@@ -17,13 +17,13 @@ from diffusers import SD3Transformer2DModel
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from dmin.attribution import DMin, Side, score_matrix
+from dmin.attribution import DMin, FeatureSet, score_matrix
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Dataset, Examples
 from dmin.data.digits import Digits
 from dmin.data.shapes import Shapes
 from dmin.diffusion.noise import SharedNoise
-from dmin.diffusion.processes import Flow
+from dmin.diffusion.processes import RectifiedFlow
 from dmin.diffusion.timesteps import DMinCubic, Stratified
 from dmin.doctor.timestep_report import report_of
 from dmin.evaluation.metrics import bootstrap, measure
@@ -58,7 +58,7 @@ class ShapesFlow(DiffusionModel):
             pooled_projection_dim=WIDTH,
             pos_embed_max_size=8,
         )
-        self.process = Flow({"num_train_timesteps": 1000, "shift": 3.0}, target=target)
+        self.process = RectifiedFlow({"num_train_timesteps": 1000, "shift": 3.0}, target=target)
         self.ladder = self.process.ladder
 
     def encode(self, batch):
@@ -109,7 +109,7 @@ SCHEDULES = {"published": DMinCubic(10), "stratified": Stratified(10)}
 SKETCHES = {"OPORP": lambda dim: OPORP(dim), "block-cyclic": lambda dim: BlockCyclic(dim)}
 
 
-class World:
+class BenchmarkContext:
     """Models, data and stores: made once, found again."""
 
     def __init__(self, cache: Path, dim: int) -> None:
@@ -147,7 +147,7 @@ class World:
         model.network.load_state_dict(torch.load(file))
         return model.eval()
 
-    def sides(self, variant: Variant) -> dict[str, Side]:
+    def sides(self, variant: Variant) -> dict[str, FeatureSet]:
         """Return the training examples and all queries of a variant with their features."""
         collector = GradientCollector(
             self.model(variant.world, variant.target),
@@ -161,7 +161,7 @@ class World:
         }.items():
             trainer = predict_trainer(accelerator="cpu", enable_progress_bar=False)
             path = self.cache / f"{variant.name}-{role}"
-            sides[role] = Side(
+            sides[role] = FeatureSet(
                 collector.collect(data, path, trainer=trainer, seal_seconds=10), data
             )
         return sides
@@ -177,7 +177,7 @@ def tasks(world: str) -> list[tuple[str, str, GroundTruth, str]]:
     return [("source mAP", "heldout", SameColumn("source"), "mAP"), *found]
 
 
-def rows_of(variant: Variant, sides: dict[str, Side]) -> Iterator[dict[str, Any]]:
+def rows_of(variant: Variant, sides: dict[str, FeatureSet]) -> Iterator[dict[str, Any]]:
     """Measure a variant with and without re-normalisation."""
     report = report_of(sides["train"].store)
     blind = sum(entry.blind for entry in report)
@@ -200,7 +200,7 @@ def rows_of(variant: Variant, sides: dict[str, Side]) -> Iterator[dict[str, Any]
             }
 
 
-def steps_of(variant: Variant, sides: dict[str, Side]) -> Iterator[dict[str, Any]]:
+def steps_of(variant: Variant, sides: dict[str, FeatureSet]) -> Iterator[dict[str, Any]]:
     """Measure each timestep by itself."""
     train, report = sides["train"], report_of(sides["train"].store)
     for index, entry in enumerate(report):
@@ -216,7 +216,7 @@ def steps_of(variant: Variant, sides: dict[str, Side]) -> Iterator[dict[str, Any
         yield {**vars(variant), **entry._asdict(), "blind": entry.blind, **found}
 
 
-def folded(variant: Variant, sides: dict[str, Side]) -> Iterator[dict[str, Any]]:
+def folded(variant: Variant, sides: dict[str, FeatureSet]) -> Iterator[dict[str, Any]]:
     """Measure noisy copies at smaller k, folded from the same store, both ways."""
     train, noisy = sides["train"].store, sides["noisy"].store
     relevant = Source().relevant(noisy, train)
@@ -233,7 +233,7 @@ def folded(variant: Variant, sides: dict[str, Side]) -> Iterator[dict[str, Any]]
             yield {**vars(variant), "k": small, "renormalised": renormalise, **value._asdict()}
 
 
-def across_shapes(world: World) -> Iterator[dict[str, Any]]:
+def across_shapes(world: BenchmarkContext) -> Iterator[dict[str, Any]]:
     """Ask for the source of images in another shape than it has: what must they share of noise?
 
     Half of the training images are cut to 24 × 32; each query is a source in the other shape.
@@ -256,7 +256,7 @@ def across_shapes(world: World) -> Iterator[dict[str, Any]]:
             trainer = predict_trainer(accelerator="cpu", enable_progress_bar=False)
             path = world.cache / f"shapes-noise-{shapes}-{role}"
             sides.append(
-                Side(collector.collect(data, path, trainer=trainer, seal_seconds=10), data)
+                FeatureSet(collector.collect(data, path, trainer=trainer, seal_seconds=10), data)
             )
         scores = score_matrix(*sides, DMin())
         relevant = Source().relevant(sides[0].store, sides[1].store)
@@ -270,7 +270,7 @@ def across_shapes(world: World) -> Iterator[dict[str, Any]]:
         }
 
 
-def measured(world: World, variant: Variant) -> dict[str, list[dict[str, Any]]]:
+def measured(world: BenchmarkContext, variant: Variant) -> dict[str, list[dict[str, Any]]]:
     """Measure a variant, unless that was done before."""
     file = world.cache / f"{variant.name}.json"
     if not file.is_file():
@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("outputs/dmin_paper"))
     parser.add_argument("--dim", type=int, default=4096)
     options = parser.parse_args()
-    world = World(options.cache, options.dim)
+    world = BenchmarkContext(options.cache, options.dim)
     table, steps, folds = [], [], []
     for variant in VARIANTS:
         print(variant.name, flush=True)

@@ -18,7 +18,7 @@ import torch
 from data import Resampled, Synthetic, written
 
 from dmin.attribution import Approximate, Certified, retrieve
-from dmin.attribution.base import Linear
+from dmin.attribution.base import InnerProduct
 from dmin.attribution.search.certified import ProjectionIndex
 from dmin.attribution.search.scan import in_threads, scan
 from dmin.attribution.search.topk import TopK
@@ -88,7 +88,7 @@ class Part:
 
     def linear(self, count):
         rows = self.world().rows(count, 10**9, queries=True)[:, None, :, None]
-        return Linear(torch.from_numpy(np.ascontiguousarray(rows)), "unit")
+        return InnerProduct(torch.from_numpy(np.ascontiguousarray(rows)), "unit")
 
     def opened(self):
         return Store(self.path)
@@ -117,7 +117,7 @@ class Part:
         def memory():
             return list(in_threads(touch, spans, compiled=True))
 
-        one, four = (Linear(asked.queries[:count], "unit") for count in (1, 4))
+        one, four = (InnerProduct(asked.queries[:count], "unit") for count in (1, 4))
         best_rows(one, store), best_rows(four, store), memory()
         repeats = 9 if size < 2e9 else 5
         rates, scans, fours = [], [], []
@@ -164,7 +164,7 @@ class Part:
 
     def _searched(self, index, count=64):
         store, asked = self.opened(), self.linear(count)
-        ones = [Linear(asked.queries[i : i + 1], "unit") for i in range(count)]
+        ones = [InnerProduct(asked.queries[i : i + 1], "unit") for i in range(count)]
         index.search(ones[0], store, K)
         order, read = iter(ones[1:16]), []
         found = {"1": timed(lambda: read.append(index.search(next(order), store, K).read[0]), 15)}
@@ -175,9 +175,9 @@ class Part:
     def certified(self):
         store = self.opened()
         start = time.perf_counter()
-        index = ProjectionIndex.build(store, Linear(torch.empty(0), "unit"), 256)
+        index = ProjectionIndex.build(store, InnerProduct(torch.empty(0), "unit"), 256)
         seconds = time.perf_counter() - start
-        index.save(ProjectionIndex.path(store, Linear(torch.empty(0), "unit"), 256))
+        index.save(ProjectionIndex.path(store, InnerProduct(torch.empty(0), "unit"), 256))
         found, answer, truth, _ = self._searched(Certified(256))
         equal = bool(torch.equal(answer.rows, truth))
         size = sum(getattr(index, name).nbytes for name in ("codes", "directions", "residuals"))
@@ -187,10 +187,10 @@ class Part:
     def cold(self):
         store, asked = self.opened(), self.linear(8)
         index = Certified(256)
-        index.search(Linear(asked.queries[:1], "unit"), store, K)
+        index.search(InnerProduct(asked.queries[:1], "unit"), store, K)
         plain, proven = [], []
         for number in range(1, 4):
-            one = Linear(asked.queries[number : number + 1], "unit")
+            one = InnerProduct(asked.queries[number : number + 1], "unit")
             store = self.dropped(store)
             proven.append(
                 timed(lambda one=one, store=store: index.search(one, store, K), 1)["best"]

@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from dmin.attribution import SharpEnergy, Side
+from dmin.attribution import FeatureSet, SharpEnergy
 from dmin.data.digits import PlantedDigits
 from dmin.diffusion.noise import SharedNoise
 from dmin.diffusion.timesteps import Stratified
@@ -51,7 +51,7 @@ POWERS, CHOSEN = (1.0, 2.0), {"effective": 8.0, "p": 2.0}
 KAPPAS, SHARES, NORMS = (0.25, 0.5, 1.0), (0.1, 0.2, 0.5, 1.0), (0.5, 1.0)
 
 
-class World:
+class BenchmarkContext:
     """A benchmark's training examples and the queries that settings are chosen by."""
 
     def __init__(self, name: str, cache: Path) -> None:
@@ -66,10 +66,10 @@ class World:
                 [sys.executable, *command], cwd=folder, env={**os.environ, "PYTHONPATH": path}
             ).check_returncode()
 
-        def side(role: str, readouts: int = 0) -> Side:
+        def side(role: str, readouts: int = 0) -> FeatureSet:
             found = [Store(p) for p in folder.glob(f"outputs/stores/*s-{role}-*")]
             found = [s for s in found if "untrained" not in s.path.name]
-            return Side(max(found, key=lambda s: (len(s.layout.readouts), len(s))))
+            return FeatureSet(max(found, key=lambda s: (len(s.layout.readouts), len(s))))
 
         self.name, self.train = name, side("train")
         self.tune, self.copies = side("tune"), side("noisy-copies")
@@ -89,7 +89,7 @@ class World:
         found = [ensemble.outcomes(subsets, seed, asked, steps, noise) for seed in (1, 2)]
         return np.mean(found, axis=0)
 
-    def energies(self, method: SharpEnergy, queries: Side) -> tuple[np.ndarray, np.ndarray]:
+    def energies(self, method: SharpEnergy, queries: FeatureSet) -> tuple[np.ndarray, np.ndarray]:
         """Return squares at each timestep ``[Q, n, T]``, and ``tanh z(q) · z(i)``."""
         asked = method.transform_query(queries.block(range(len(queries)), method.requires))
         block = self.train.block(range(len(self.train)), method.requires)
@@ -114,7 +114,7 @@ def spread(scores: np.ndarray) -> np.ndarray:
     return scores / scores.std(1, keepdims=True)
 
 
-def walked(world: World) -> list[dict]:
+def walked(world: BenchmarkContext) -> list[dict]:
     """Return a line for every setting."""
     method, rows = SharpEnergy(), []
     method.fit(world.train)
@@ -201,7 +201,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for name in WORLDS:
-        rows += walked(World(name, options.cache.absolute()))
+        rows += walked(BenchmarkContext(name, options.cache.absolute()))
         print(name, flush=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with (HERE / "results.csv").open("w", newline="") as file:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmin.data.digits import Digits
 from dmin.data.shapes import Shapes
-from dmin.diffusion.processes import Denoising, Flow
+from dmin.diffusion.processes import DiscreteDiffusion, RectifiedFlow
 from dmin.models.base import Condition, DiffusionModel, Prediction, class_labels
 from dmin.models.families.ddpm import DDPM
 from dmin.train import fit_trainer, train
@@ -43,7 +43,7 @@ class PixelDiT(DiffusionModel):
             attention_head_dim=24,
             num_embeds_ada_norm=10,
         )
-        self.process = Denoising(COSINE)
+        self.process = DiscreteDiffusion(COSINE)
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         return 2 * batch["image"] - 1, {"class_labels": class_labels(batch["label"], 10)}
@@ -76,7 +76,7 @@ class PixelMMDiT(DiffusionModel):
             pooled_projection_dim=WIDTH,
             pos_embed_max_size=8,
         )
-        self.process = Flow({"num_train_timesteps": 1000, "shift": 1.0})
+        self.process = RectifiedFlow({"num_train_timesteps": 1000, "shift": 1.0})
         self.ladder = self.process.ladder
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:

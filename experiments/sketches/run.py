@@ -74,7 +74,7 @@ FAMILIES: dict[str, Callable[[int, int], Sketch]] = {
 }
 
 
-class World:
+class BenchmarkContext:
     """A trained model, its training examples and queries, encoded."""
 
     def __init__(self, kind: str) -> None:
@@ -110,7 +110,7 @@ class World:
         return torch.cat([torch.cat(list(self.blocks(piece)), 1) for piece in pieces], 2)
 
 
-def exact_cosines(world: World) -> np.ndarray:
+def exact_cosines(world: BenchmarkContext) -> np.ndarray:
     """Return the cosines of the uncompressed gradients, ``[T, queries, train]``."""
     file = CACHE / f"{world.kind}-exact.npy"
     if not file.is_file():
@@ -151,7 +151,7 @@ def errors(exact: np.ndarray, found: np.ndarray) -> dict[str, float]:
 
 def measure_rows(kind: str) -> None:
     """Write the errors of every family, k and seed that the cache does not have yet."""
-    world = World(kind)
+    world = BenchmarkContext(kind)
     exact = exact_cosines(world)
     file = CACHE / f"{kind}-errors.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
@@ -196,7 +196,7 @@ def save(found: dict[str, Any], file: Path) -> None:
 def measure_time(kind: str, rounds: int = 5) -> None:
     """Write seconds a gradient, each family beside plain training in the same round."""
     torch.set_num_threads(1)
-    world = World(kind)
+    world = BenchmarkContext(kind)
     pairs, file = BLOCK * TIMESTEPS, CACHE / f"{kind}-seconds.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
     x0, ids = world.x0[:BLOCK], world.ids[:BLOCK]

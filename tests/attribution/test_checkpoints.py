@@ -8,11 +8,11 @@ from dmin.attribution import (
     GAS,
     TRAK,
     DMin,
+    FeatureSet,
     GradCos,
     GradDot,
     JourneyTRAK,
     OverCheckpoints,
-    Side,
     Spectral,
     TracIn,
     TRAKEnsemble,
@@ -32,8 +32,8 @@ def sides(tmp_path_factory):
         each = []
         for model in range(3):
             folder = tmp_path_factory.mktemp(f"{role}{model}") / role
-            each.append(Side(made(folder, drawn(count, seed=10 * model + count))))
-        pair.append(Side(each[0].store, checkpoints=dict(zip(NAMES, each[1:], strict=True))))
+            each.append(FeatureSet(made(folder, drawn(count, seed=10 * model + count))))
+        pair.append(FeatureSet(each[0].store, checkpoints=dict(zip(NAMES, each[1:], strict=True))))
     return tuple(pair)
 
 
@@ -75,15 +75,17 @@ def test_one_model_is_refused_and_so_is_a_checkpoint_that_is_not_there(sides, tm
     with pytest.raises(DminError, match="2 numbers for 3 models"):
         TracIn(NAMES, [1, 2])
     queries, train = sides
-    fewer = Side(train.store, checkpoints={"later": Side(made(tmp_path / "other", drawn(19)))})
+    fewer = FeatureSet(
+        train.store, checkpoints={"later": FeatureSet(made(tmp_path / "other", drawn(19)))}
+    )
     with pytest.raises(DminError, match="same examples in the same order"):
         score_matrix(queries, fewer, TracIn(["later"]))
 
 
 def test_journey_trak_is_the_mean_over_the_states_of_the_queries(sides, tmp_path):
     train = sides[1]
-    states = [Side(made(tmp_path / str(n) / "q", drawn(3, seed=50 + n))) for n in range(4)]
-    queries = Side(sides[0].store, journey=states)
+    states = [FeatureSet(made(tmp_path / str(n) / "q", drawn(3, seed=50 + n))) for n in range(4)]
+    queries = FeatureSet(sides[0].store, journey=states)
     expected = np.mean([score_matrix(state, train, TRAK(0.3)) for state in states], 0)
     found = score_matrix(queries, train, JourneyTRAK(0.3))
     assert np.allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
@@ -93,6 +95,8 @@ def test_journey_trak_is_the_mean_over_the_states_of_the_queries(sides, tmp_path
     )
     with pytest.raises(DminError, match=r"queries\.journey=10"):
         score_matrix(sides[0], train, JourneyTRAK())
-    others = Side(sides[0].store, journey=[Side(made(tmp_path / "more" / "q", drawn(4)))])
+    others = FeatureSet(
+        sides[0].store, journey=[FeatureSet(made(tmp_path / "more" / "q", drawn(4)))]
+    )
     with pytest.raises(DminError, match="same examples"):
         score_matrix(others, train, JourneyTRAK())

@@ -10,7 +10,7 @@ import torch
 from attribution.made_stores import drawn, made
 from rich.console import Console
 
-from dmin.attribution import DMin, GradDot, Ranking, Side, SpectralEnergy, retrieve
+from dmin.attribution import DMin, FeatureSet, GradDot, Ranking, SpectralEnergy, retrieve
 from dmin.attribution.confidence import parts_of, resampled, with_confidence
 from dmin.gradients.parameters import Parameter, Parameters
 from dmin.sketches import BlockCyclic
@@ -42,7 +42,7 @@ def test_the_sketchs_error_is_what_other_seeds_of_it_show(cosine, tmp_path):
         a, b = sketch.of({"w": torch.stack([q, x]).view(2, 60, 70)}).flatten(1)
         found.append(float(torch.nn.functional.cosine_similarity(a, b, dim=0)))
     rows = torch.stack([q, x]).view(2, 1, 1, 1, -1).numpy()
-    store = Side(made(tmp_path / "pair", rows))
+    store = FeatureSet(made(tmp_path / "pair", rows))
     _, spread = parts_of(store, store, DMin(), 0, np.array([1]))
     known = spread[0] * np.sqrt(rows.shape[-1] / 256)  # for a sketch of 256 numbers
     assert np.std(found) == pytest.approx(known, rel=0.2)
@@ -54,7 +54,7 @@ def sides(tmp_path_factory):
     rows = drawn(60, draws=2, dim=64)
     rows[5] = rows[0] + 0.3 * drawn(1, draws=2, dim=64, seed=1)[0]
     rows[7] = rows[0] + 0.3 * drawn(1, draws=2, dim=64, seed=2)[0]
-    return Side(made(place / "q", rows[:3])), Side(made(place / "t", rows[3:]))
+    return FeatureSet(made(place / "q", rows[:3])), FeatureSet(made(place / "t", rows[3:]))
 
 
 def confident(sides, method, k=3, wide=12):

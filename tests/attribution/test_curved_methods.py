@@ -17,12 +17,12 @@ from dmin.attribution import (
     Blend,
     DataInf,
     DMin,
+    FeatureSet,
     GaussianKernel,
     PixelL2,
     RelativeIF,
     RenormalisedIF,
     SharpEnergy,
-    Side,
     Spectral,
     SpectralEnergy,
     TrainingLoss,
@@ -88,7 +88,9 @@ def side(path, prefix, count, seed):
                 losses[part],
             )
             writer.append(block, rows)
-    return Side(Store(path), Examples([Example(i, x) for i, x in zip(ids, images, strict=True)]))
+    return FeatureSet(
+        Store(path), Examples([Example(i, x) for i, x in zip(ids, images, strict=True)])
+    )
 
 
 @pytest.fixture(scope="module", params=[40, 7], ids=["primal", "dual"])
@@ -287,7 +289,10 @@ def test_the_path_is_walked_on_one_curvature(sides):
 
 def test_methods_of_the_same_rows_share_one_fit(sides):
     train = sides[1]
-    fresh, methods = Side(train.store), [Spectral(), SharpEnergy(), DAS(), SharpEnergy(rank=3)]
+    fresh, methods = (
+        FeatureSet(train.store),
+        [Spectral(), SharpEnergy(), DAS(), SharpEnergy(rank=3)],
+    )
     for method in methods:
         method.fit(fresh)
     spectral, sharp, das, low = (method.curvature for method in methods)
@@ -296,7 +301,7 @@ def test_methods_of_the_same_rows_share_one_fit(sides):
     TRAK(rank=3).fit(fresh)
     assert len(fresh.fits.kept) == 1
     both = Blend(SharpEnergy(), SharpEnergy(lengths=1.0))
-    both.fit(Side(train.store))
+    both.fit(FeatureSet(train.store))
     assert both.methods[0].curvature is both.methods[1].curvature
 
 

@@ -16,7 +16,7 @@ from transformers import (
     Dinov2Model,
 )
 
-from dmin.attribution import EncoderCosine, Side, score_matrix
+from dmin.attribution import EncoderCosine, FeatureSet, score_matrix
 from dmin.data import Example, Examples
 from dmin.runtime.errors import DminError
 
@@ -46,7 +46,7 @@ def sides(tmp_path_factory):
         images = torch.rand(count, 3, 16, 16, generator=generator)
         store = made(folder / role, drawn(count))
         examples = [Example(i, x) for i, x in zip(store.ids, images, strict=True)]
-        made_sides.append(Side(store, Examples(examples)))
+        made_sides.append(FeatureSet(store, Examples(examples)))
     return tuple(made_sides)
 
 

@@ -10,8 +10,8 @@ from attribution.made_stores import drawn, made
 from dmin.attribution import (
     Certified,
     DMin,
+    FeatureSet,
     Ranking,
-    Side,
     SpectralEnergy,
     merged,
     ranked_groups,
@@ -22,7 +22,7 @@ from dmin.attribution import (
 from dmin.attribution.search.selection import Groups, Selection
 from dmin.cli.parts import Parts, joined
 from dmin.runtime.errors import DminError
-from dmin.workers.shard import Share
+from dmin.workers.shard import Shard
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def same(one, other):
 
 def in_parts(stores, shards, method, k, selection, **options):
     parts = [
-        retrieve_part(*stores, Share(i, shards).range(53), method(), k, None, selection, **options)
+        retrieve_part(*stores, Shard(i, shards).range(53), method(), k, None, selection, **options)
         for i in range(shards)
     ]
     return merged([part for part in parts if part is not None], k, selection.min_score)
@@ -85,10 +85,10 @@ def test_what_cannot_be_parted_is_refused(stores):
 
 
 def test_the_last_to_leave_its_part_finds_all(stores, tmp_path):
-    parts = [Parts(tmp_path / "r", Share(i, 60)) for i in range(60)]
+    parts = [Parts(tmp_path / "r", Shard(i, 60)) for i in range(60)]
     for i in reversed(range(60)):
         assert parts[i].missing()
-        part = retrieve_part(*stores, Share(i, 60).range(53), k=4)
+        part = retrieve_part(*stores, Shard(i, 60).range(53), k=4)
         parts[i].save(b"" if part is None else part.dump())
     assert not parts[0].missing() and len(parts[0].files()) == 53
     same(merged([Ranking.load(file) for file in parts[0].files()], 4), retrieve(*stores, k=4))
@@ -103,7 +103,7 @@ def test_groups_of_parts_are_those_of_one(stores, tmp_path, monkeypatch, shards,
     whole = retrieve(*stores, DMin(), 3, None, selection)
     files = []
     for i in range(shards):
-        part = retrieve_part(*stores, Share(i, shards).range(53), DMin(), 3, None, selection)
+        part = retrieve_part(*stores, Shard(i, shards).range(53), DMin(), 3, None, selection)
         if part is not None:
             files.append(tmp_path / f"{i}")
             files[-1].write_bytes(part.dump())
@@ -120,7 +120,7 @@ def test_groups_of_parts_are_those_of_one(stores, tmp_path, monkeypatch, shards,
 def test_shards_of_a_command_leave_their_parts_and_the_last_has_the_answer(
     stores, tmp_path, group_by
 ):
-    queries, train = map(Side, stores)
+    queries, train = map(FeatureSet, stores)
     selection = Selection(group_by=group_by)
     told, answers = [], []
     for i in (2, 0, 1):
@@ -128,10 +128,10 @@ def test_shards_of_a_command_leave_their_parts_and_the_last_has_the_answer(
             resolved=lambda *names: dict.fromkeys(names),
             cfg=SimpleNamespace(name="d", retrieve=SimpleNamespace(k=3)),
             outputs=tmp_path,
-            share=Share(i, 3),
+            share=Shard(i, 3),
             console=SimpleNamespace(print=lambda text, **_: told.append(text)),
         )
-        part = retrieve_part(*stores, Share(i, 3).range(53), DMin(), 3, None, selection)
+        part = retrieve_part(*stores, Shard(i, 3).range(53), DMin(), 3, None, selection)
         answers.append(joined(work, part, queries, train, DMin(), selection))
     assert answers[:2] == [None, None] and "now missing: 1" in told[1]
     whole = retrieve(*stores, DMin(), 3, None, selection)

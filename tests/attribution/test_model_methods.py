@@ -10,8 +10,8 @@ from dmin.attribution import (
     EKFAC,
     Arnoldi,
     DMin,
+    FeatureSet,
     LiSSA,
-    Side,
     Unlearning,
     retrieve,
     score_matrix,
@@ -50,7 +50,7 @@ def sides(origin, tmp_path_factory):
         trainer = predict_trainer(accelerator="cpu", enable_progress_bar=False, precision="64-true")
         dataset = Examples(examples)
         store = origin.collect(dataset, folder / role, dtype="float32", trainer=trainer)
-        made.append(Side(store, dataset, origin=origin))
+        made.append(FeatureSet(store, dataset, origin=origin))
     return tuple(made)
 
 
@@ -285,10 +285,10 @@ def test_scores_do_not_depend_on_the_blocks(sides, method):
 def test_another_model_than_the_stores_is_refused(sides):
     queries, train = sides
     with pytest.raises(DminError, match="only a store"):
-        score_matrix(queries, Side(train.store, train.dataset), EKFAC())
+        score_matrix(queries, FeatureSet(train.store, train.dataset), EKFAC())
     other = GradientCollector(MLP.small(width=3, depth=1, embedding=2), BlockCyclic(256, block=64))
     with pytest.raises(DminError, match="another model"):
-        score_matrix(queries, Side(train.store, train.dataset, origin=other), EKFAC())
+        score_matrix(queries, FeatureSet(train.store, train.dataset, origin=other), EKFAC())
 
 
 def test_guided_queries_are_refused_where_their_gradient_is_computed_anew(sides, monkeypatch):

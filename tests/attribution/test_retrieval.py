@@ -8,13 +8,13 @@ from toy_ddpm import TINY_UNET
 from dmin.attribution import (
     DMin,
     DMinUnnormalised,
+    FeatureSet,
     GradCos,
     GradDot,
     PixelCosine,
     PixelL2,
     Popularity,
     Random,
-    Side,
     TopK,
     retrieve,
     score_matrix,
@@ -57,8 +57,8 @@ def sides(ddpm, digits, tmp_path_factory):
     queries = Examples(digits.examples[:3])
     train = Examples(digits.examples[3:] + digits.examples[:2])
     return (
-        Side(collected(ddpm, queries, folder / "queries"), queries),
-        Side(collected(ddpm, train, folder / "train"), train),
+        FeatureSet(collected(ddpm, queries, folder / "queries"), queries),
+        FeatureSet(collected(ddpm, train, folder / "train"), train),
     )
 
 
@@ -174,8 +174,8 @@ def test_bad_requests_are_refused(sides):
         retrieve(*sides, k=26)
     with pytest.raises(DminError, match="2 numbers for 3 timesteps"):
         retrieve(*sides, DMin([1, 2]))
-    with pytest.raises(DminError, match=r"Side\(store, dataset\)"):
+    with pytest.raises(DminError, match=r"FeatureSet\(store, dataset\)"):
         retrieve(sides[0].store, sides[1].store, PixelL2())
-    stale = Side(sides[1].store, Examples(sides[1].dataset.examples[1:]))
+    stale = FeatureSet(sides[1].store, Examples(sides[1].dataset.examples[1:]))
     with pytest.raises(DminError, match="the dataset changed since collection"):
         retrieve(sides[0], stale, PixelL2())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from made_stores import drawn, made
 
-from dmin.attribution import DMin, GradCos, GradDot, Side, retrieve, score_matrix
+from dmin.attribution import DMin, FeatureSet, GradCos, GradDot, retrieve, score_matrix
 from dmin.attribution.search import index as search_module
 from dmin.attribution.search.certified import ProjectionIndex
 from dmin.attribution.search.index import Certified, certified_search
@@ -95,7 +95,7 @@ def test_stored_types(tmp_path, dtype):
 
 
 def linear_of(stores, method):
-    asked = Side(stores[0]).block(range(len(stores[0])), method.requires)
+    asked = FeatureSet(stores[0]).block(range(len(stores[0])), method.requires)
     return method.linear(method.transform_query(asked), stores[0].layout)
 
 

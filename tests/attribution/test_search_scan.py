@@ -7,7 +7,7 @@ import pytest
 import torch
 from made_stores import cosines, drawn, made
 
-from dmin.attribution import DMin, GradDot, Side, retrieve, score_matrix
+from dmin.attribution import DMin, FeatureSet, GradDot, retrieve, score_matrix
 from dmin.attribution import scores as scores_module
 from dmin.attribution.search import scan as search_scan
 from dmin.attribution.search.index import Certified
@@ -57,8 +57,8 @@ def test_scores_do_not_depend_on_blocks_buffers_and_threads(
 
 @pytest.mark.parametrize("method", [DMin(), DMin(renormalise=False), GradDot()])
 def test_the_quick_way_is_the_methods_own(tmp_path, method):
-    asked = Side(made(tmp_path / "q", drawn(3, 2, seed=1)))
-    train = Side(made(tmp_path / "x", drawn(20, 2)))
+    asked = FeatureSet(made(tmp_path / "q", drawn(3, 2, seed=1)))
+    train = FeatureSet(made(tmp_path / "x", drawn(20, 2)))
     queries = method.transform_query(asked.block(range(3), method.requires))
     slow = method.score(queries, train.block(range(20), method.requires))
     np.testing.assert_allclose(score_matrix(asked, train, method), slow, rtol=1e-5, atol=1e-5)
@@ -119,7 +119,7 @@ def test_no_score_is_computed_from_a_flipped_bit(tmp_path, dtype, queries, index
     retrieve(asked, train, k=45, index=index)
     train._mapped.clear()
     segment.write_bytes(damaged)
-    method, side = DMin(), Side(asked)
+    method, side = DMin(), FeatureSet(asked)
     linear = method.linear(
         method.transform_query(side.block(range(queries), method.requires)), train.layout
     )

@@ -8,7 +8,7 @@ import pytest
 import rich
 from made_stores import cosines, drawn, made
 
-from dmin.attribution import DMin, DMinUnnormalised, GradDot, Side, retrieve
+from dmin.attribution import DMin, DMinUnnormalised, FeatureSet, GradDot, retrieve
 from dmin.attribution.methods.self_influence import save_self_influence, self_influence
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.search.popularity import PopularityCorrected
@@ -153,11 +153,11 @@ def test_self_influence_is_written_with_the_largest_first(stores, tmp_path):
 
 @pytest.mark.parametrize("base", [DMin(), GradDot()])
 def test_popularity_is_the_mean_score_with_training_examples(stores, base):
-    train = Side(stores[1])
+    train = FeatureSet(stores[1])
     method = PopularityCorrected(base, references=10)
     found = retrieve(stores[0], train, method, k=50)
     whole = train.block(range(50), base.requires)
-    asked = base.transform_query(Side(stores[0]).block(range(3), base.requires))
+    asked = base.transform_query(FeatureSet(stores[0]).block(range(3), base.requires))
     places = np.linspace(0, 49, 10).round().astype(int)
     popular = base.score(base.transform_query(train.block(places, base.requires)), whole).mean(0)
     expected = (base.score(asked, whole) - popular).numpy()
@@ -165,7 +165,7 @@ def test_popularity_is_the_mean_score_with_training_examples(stores, base):
     np.testing.assert_allclose(found.scores, np.take_along_axis(expected, order, 1), atol=1e-4)
     np.testing.assert_allclose(found.contributions.sum(-1), found.scores, atol=1e-4)
     slow = method.score(
-        method.transform_query(Side(stores[0]).block(range(3), base.requires)), whole
+        method.transform_query(FeatureSet(stores[0]).block(range(3), base.requires)), whole
     )
     np.testing.assert_allclose(slow, expected, atol=1e-4)
 

@@ -19,7 +19,7 @@ from dmin.attribution import (
     SpectralEnergy,
     retrieve,
 )
-from dmin.attribution.base import Side
+from dmin.attribution.base import FeatureSet
 from dmin.attribution.methods.blend import Blend
 from dmin.attribution.search.popularity import PopularityCorrected
 from dmin.attribution.search.selection import Selection
@@ -59,8 +59,8 @@ def test_what_groups_add_sums_to_the_score(name, tmp_path):
     plain = retrieve(queries, train, whole, k=5)
     np.testing.assert_allclose(plain.contributions, ranking.contributions, rtol=1e-6)
     if name not in ("grad_dot", "trak"):  # they sum over timesteps first
-        asked = whole.transform_query(Side(queries).block([0], whole.requires))
-        block = Side(train).block(ranking.train_rows[0], whole.requires)
+        asked = whole.transform_query(FeatureSet(queries).block([0], whole.requires))
+        block = FeatureSet(train).block(ranking.train_rows[0], whole.requires)
         times = whole.contributions(asked, block)[0].numpy()
         np.testing.assert_allclose(ranking.contributions[0], times, rtol=1e-3, atol=1e-6)
 
@@ -69,10 +69,10 @@ def fitted(name, tmp_path):
     """A method, a query as it wants it, a block, and its score of some groups of the query."""
     method = SPLIT[name]()
     queries, train = sides(tmp_path, method)
-    method.fit(Side(train))
-    asked = method.transform_query(Side(queries).block([0], method.requires))
+    method.fit(FeatureSet(train))
+    asked = method.transform_query(FeatureSet(queries).block([0], method.requires))
     vectors = (asked.vectors if name == "sharp_energy" else asked).double()
-    block = Side(train).block(np.arange(6), method.requires)
+    block = FeatureSet(train).block(np.arange(6), method.requires)
     block.features.update({key: x.double() for key, x in block.features.items()})
     by_group = vectors.unflatten(-1, (-1, GROUPS, 8))  # draws may stand before it
 

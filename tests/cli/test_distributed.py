@@ -17,7 +17,7 @@ from dmin.diffusion.timesteps import Stratified
 from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
 from dmin.store import Store
-from dmin.workers.shard import Share
+from dmin.workers.shard import Shard
 
 # With a segment a block.
 SETTINGS = [
@@ -67,7 +67,7 @@ def test_a_killed_rank_is_told_and_leaves_a_store_that_resumes(ddpm_path, collec
     path = tmp_path / "store"
     line = command(ddpm_path, *RANKS, "data.count=300", f"collect.path={path}")
     job = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    rank = path / "progress" / f"{Share(rank=1, ranks=2).name}.json"
+    rank = path / "progress" / f"{Shard(rank=1, ranks=2).name}.json"
     end = time.monotonic() + 300
     try:
         while not rank.exists() or len(list(path.glob("segment-*"))) < 3:
@@ -91,7 +91,7 @@ def test_a_sharded_network_stops_at_a_signal_and_at_a_death(ddpm_path, collected
     path = tmp_path / "store"
     sharded = ["trainer=fsdp", "trainer.accelerator=cpu", "data.count=200"]
     line = command(ddpm_path, *sharded, f"collect.path={path}")
-    rank = path / "progress" / f"{Share(rank=1, ranks=2).name}.json"
+    rank = path / "progress" / f"{Shard(rank=1, ranks=2).name}.json"
     for what, status in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, 1)):
         there = len(list(path.glob("segment-*")))
         job = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -129,10 +129,10 @@ def test_more_shards_than_blocks_leave_some_with_nothing(collected, tmp_path):
 
 
 def test_a_shard_that_is_being_collected_is_not_collected_twice(collected, tmp_path):
-    from dmin.workers.heartbeat import Progress
+    from dmin.workers.heartbeat import Heartbeat
 
     collected(52, tmp_path / "s", shard=0, shards=4)
-    other = Progress(tmp_path / "s", Share(1, 4))
+    other = Heartbeat(tmp_path / "s", Shard(1, 4))
     other.claim(7)
     with pytest.raises(DminError, match=r"being collected by process .*shard 1 of 4.*shard\.num=n"):
         collected(52, tmp_path / "s", shard=1, shards=4)

@@ -9,8 +9,8 @@ from attribution.made_stores import drawn, made
 
 from dmin.cli import main
 from dmin.cli.tools.status import duration
-from dmin.workers.heartbeat import Progress
-from dmin.workers.shard import Share
+from dmin.workers.heartbeat import Heartbeat
+from dmin.workers.shard import Shard
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def change(path, share, **changes):
 
 def test_it_tells_what_is_done_and_left_and_at_what_rate(half, capsys):
     for shard, rate in ((0, 7.0), (1, 3.5)):
-        progress = Progress(half, Share(shard, 2))
+        progress = Heartbeat(half, Shard(shard, 2))
         progress.claim(8)
         progress.say(state="collecting", blocks=4, done=2, rows=14, rate=rate)
     text = told(capsys, half)
@@ -48,19 +48,19 @@ def test_it_tells_what_is_done_and_left_and_at_what_rate(half, capsys):
 
 def test_it_tells_who_died_and_what_nobody_does(half, capsys):
     for shard in (0, 1):
-        Progress(half, Share(shard, 2)).claim(8)
-    change(half, Share(1, 2), pid=2**22 + 1, blocks=4, done=1)
+        Heartbeat(half, Shard(shard, 2)).claim(8)
+    change(half, Shard(1, 2), pid=2**22 + 1, blocks=4, done=1)
     text = told(capsys, half)
     assert "1 died with up to 3 blocks undone" in text
     assert "4 missing blocks are nobody's (numbers 4-7)" in text and "dead" in text
 
 
 def test_it_tells_what_went_wrong_and_that_clocks_are_apart(half, capsys):
-    with pytest.raises(ValueError), Progress(half, Share(0, 2)) as progress:
+    with pytest.raises(ValueError), Heartbeat(half, Shard(0, 2)) as progress:
         progress.claim(8)
         raise ValueError("a bad image")
-    Progress(half, Share(1, 2)).claim(8)
-    change(half, Share(1, 2), clock=0.0)
+    Heartbeat(half, Shard(1, 2)).claim(8)
+    change(half, Shard(1, 2), clock=0.0)
     text = told(capsys, half)
     assert "failed" in text and "a bad image" in text and "clocks are apart" in text
 

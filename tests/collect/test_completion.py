@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dmin.collect import GradientCollector
 from dmin.diffusion.processes import _Step
 from dmin.diffusion.timesteps import Stratified
-from dmin.runtime.transfer import fetched, sent
+from dmin.runtime.transfer import to_device, to_host
 from dmin.sketches import (
     OPORP,
     SJLT,
@@ -88,8 +88,8 @@ def test_the_guard_sees_what_waits():
 
 def test_what_is_sent_and_fetched_is_the_same():
     x = torch.arange(5.0)
-    assert torch.equal(sent(x, torch.device("cpu")), x)
-    assert all(map(torch.equal, fetched([x, 2 * x])(), [x, 2 * x]))
+    assert torch.equal(to_device(x, torch.device("cpu")), x)
+    assert all(map(torch.equal, to_host([x, 2 * x])(), [x, 2 * x]))
 
 
 @pytest.mark.gpu
@@ -102,7 +102,7 @@ def test_a_gpu_is_not_waited_for(name, ddpm):
     condition = {"class_labels": torch.zeros(3, dtype=torch.long).cuda()}
 
     def block():
-        return collector._features(x0, condition, ["a", "b", "c"]).fetched()
+        return collector._features(x0, condition, ["a", "b", "c"]).to_host()
 
     block()()
     torch.cuda.set_sync_debug_mode("error")

@@ -206,7 +206,7 @@ def test_a_folder_that_cannot_be_written_is_named(digits, tmp_path):
 
 def test_methods_that_run_the_model_read_what_was_kept(digits, tmp_path):
     """The same scores as from the encoders, which are not asked for training examples again."""
-    from dmin.attribution import EKFAC, Side, Unlearning, score_matrix
+    from dmin.attribution import EKFAC, FeatureSet, Unlearning, score_matrix
 
     dataset, queries = Examples(digits.examples[:12]), Examples(digits.examples[20:22])
     scores = {}
@@ -221,7 +221,7 @@ def test_methods_that_run_the_model_read_what_was_kept(digits, tmp_path):
                 keep_encodings=kept and name == "x",
                 trainer=predict_trainer(accelerator="cpu", enable_progress_bar=False),
             )
-            sides.append(Side(store, data, origin=collector))
+            sides.append(FeatureSet(store, data, origin=collector))
         log = collector.model.log
         for method in (EKFAC(), Unlearning()):
             log.clear()

@@ -13,7 +13,7 @@ from sharded_worker import collect, examples, load
 from torch import nn
 
 from dmin.collect import GradientCollector, predict_trainer
-from dmin.collect.fsdp import Sharded, another_network, units
+from dmin.collect.fsdp import Sharded, shardable_copy, units
 from dmin.diffusion.timesteps import Stratified
 from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
@@ -104,7 +104,7 @@ def test_trying_sizes_is_refused(ddpm, tmp_path):
     trainer = predict_trainer(accelerator="cpu", strategy=Sharded(), enable_progress_bar=False)
     collector = GradientCollector(ddpm, microbatch="auto")
     with pytest.raises(DminError, match=r"microbatch=auto.*such as collect\.microbatch=8"):
-        another_network(collector, trainer).__enter__()
+        shardable_copy(collector, trainer).__enter__()
 
 
 def test_units_are_blocks_and_leave_tied_weights_together():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from dmin.diffusion.processes import Denoising, Flow
+from dmin.diffusion.processes import DiscreteDiffusion, RectifiedFlow
 from dmin.diffusion.timesteps import DMinCubic, Explicit, Stratified
 from dmin.runtime.errors import DminError
 
@@ -15,7 +15,7 @@ X0, NOISE = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weights(kind):
-    process = Denoising(DDPMScheduler(prediction_type=kind).config, snr_gamma=5)
+    process = DiscreteDiffusion(DDPMScheduler(prediction_type=kind).config, snr_gamma=5)
     t = torch.tensor([999, 400, 10])
     alpha = process.scheduler.alphas_cumprod[t]
     snr = alpha / (1 - alpha)
@@ -23,7 +23,10 @@ def test_min_snr_weights(kind):
     assert clipped[2] == 5 < snr[2] and clipped[0] == snr[0] < 5
     expected = {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}
     torch.testing.assert_close(process(X0, NOISE, t).weight, expected[kind])
-    assert process.describe() != Denoising(DDPMScheduler(prediction_type=kind).config).describe()
+    assert (
+        process.describe()
+        != DiscreteDiffusion(DDPMScheduler(prediction_type=kind).config).describe()
+    )
 
 
 def test_min_snr_weights_are_finite_where_there_is_no_signal():
@@ -31,22 +34,25 @@ def test_min_snr_weights_are_finite_where_there_is_no_signal():
     t = torch.tensor([999, 998, 0])
     for kind in ("epsilon", "v_prediction"):
         config = {**scheduler.config, "prediction_type": kind}
-        assert torch.isfinite(Denoising(config, 5)(X0, NOISE, t).weight).all()
+        assert torch.isfinite(DiscreteDiffusion(config, 5)(X0, NOISE, t).weight).all()
 
 
 def test_settings_of_denoising_are_checked():
     with pytest.raises(DminError, match="prediction_type='flow_prediction'"):
-        Denoising({"prediction_type": "flow_prediction"})
+        DiscreteDiffusion({"prediction_type": "flow_prediction"})
     with pytest.raises(DminError, match="snr_gamma=0"):
-        Denoising(DDPMScheduler().config, 0)
+        DiscreteDiffusion(DDPMScheduler().config, 0)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_the_ladder_of_a_flow_is_the_schedulers(shift):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    process = Flow(scheduler.config)
+    process = RectifiedFlow(scheduler.config)
     torch.testing.assert_close(torch.tensor(process.ladder), scheduler.timesteps)
-    assert Flow(scheduler.config, shift=2.0).ladder == Flow({**scheduler.config, "shift": 2}).ladder
+    assert (
+        RectifiedFlow(scheduler.config, shift=2.0).ladder
+        == RectifiedFlow({**scheduler.config, "shift": 2}).ladder
+    )
     t = scheduler.timesteps[[0, 300, 990]]
     torch.testing.assert_close(
         process(X0, NOISE, t).sample, scheduler.scale_noise(X0, t, NOISE), atol=1e-5, rtol=1e-5
@@ -54,24 +60,26 @@ def test_the_ladder_of_a_flow_is_the_schedulers(shift):
 
 
 def test_the_published_timesteps_of_sd3():
-    process = Flow(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    process = RectifiedFlow(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
     sigmas = [t / 1000 for t in DMinCubic(10)(process.ladder)]
     published = [1.0, 0.9997, 0.9973, 0.9908, 0.978, 0.955, 0.916, 0.852, 0.741, 0.527]
     assert sigmas == pytest.approx(published, abs=6e-4)
 
 
 def test_the_velocity_leads_back_to_the_image():
-    process = Flow(FlowMatchEulerDiscreteScheduler().config)
+    process = RectifiedFlow(FlowMatchEulerDiscreteScheduler().config)
     t = torch.tensor([1000.0, 500.0, 1.0])
     sample, velocity, weight = process(X0, NOISE, t)
     torch.testing.assert_close(sample - (t / 1000).view(-1, 1, 1, 1) * velocity, X0)
     torch.testing.assert_close(sample[0], NOISE[0])
     assert weight.tolist() == [1, 1, 1]
-    assert torch.equal(Flow({"num_train_timesteps": 1000}, target="noise")(X0, NOISE, t)[1], NOISE)
+    assert torch.equal(
+        RectifiedFlow({"num_train_timesteps": 1000}, target="noise")(X0, NOISE, t)[1], NOISE
+    )
 
 
 def test_a_flow_takes_any_timestep_and_no_other():
-    ladder = Flow({"num_train_timesteps": 1000, "shift": 3.0}).ladder
+    ladder = RectifiedFlow({"num_train_timesteps": 1000, "shift": 3.0}).ladder
     assert Explicit([500, 0.5])(ladder) == (500, 0.5)
     for t in (0, 1001):
         with pytest.raises(DminError, match="does not have"):
@@ -80,21 +88,24 @@ def test_a_flow_takes_any_timestep_and_no_other():
 
 
 def test_shifts_are_read_where_they_apply():
-    assert Flow({"num_train_timesteps": 1000, "shift": 3, "use_dynamic_shifting": True}).shift == 1
+    assert (
+        RectifiedFlow({"num_train_timesteps": 1000, "shift": 3, "use_dynamic_shifting": True}).shift
+        == 1
+    )
     sampler = {"prediction_type": "flow_prediction", "flow_shift": 3.0, "num_train_timesteps": 1000}
-    assert Flow(sampler).shift == 3
+    assert RectifiedFlow(sampler).shift == 3
     with pytest.raises(DminError, match="velocity of a flow"):
-        Flow({"prediction_type": "epsilon", "num_train_timesteps": 1000})
+        RectifiedFlow({"prediction_type": "epsilon", "num_train_timesteps": 1000})
     with pytest.raises(DminError, match="shift=0"):
-        Flow({"num_train_timesteps": 1000}, shift=0)
+        RectifiedFlow({"num_train_timesteps": 1000}, shift=0)
 
 
 def test_log_snr():
     scheduler = DDPMScheduler()
     alpha = scheduler.alphas_cumprod[500].item()
-    found = Denoising(scheduler.config).log_snr([500])
+    found = DiscreteDiffusion(scheduler.config).log_snr([500])
     assert found == [pytest.approx(math.log(alpha / (1 - alpha)), rel=1e-5)]
-    flow = Flow({"num_train_timesteps": 1000})
+    flow = RectifiedFlow({"num_train_timesteps": 1000})
     assert flow.log_snr([1000, 500, 100]) == [-math.inf, 0, pytest.approx(2 * math.log(9))]
 
 
@@ -104,7 +115,7 @@ def test_the_bound_of_a_learned_variance(kind):
     scheduler = DDPMScheduler(
         prediction_type=kind, variance_type="learned_range", clip_sample=False
     )
-    process, t = Denoising(scheduler.config), torch.tensor([999, 3, 0])
+    process, t = DiscreteDiffusion(scheduler.config), torch.tensor([999, 3, 0])
     x0, noise = X0.double(), NOISE.double()
     noised, right, _ = process(x0, noise, t)
     wrong = right + 0.1 * torch.randn_like(x0)

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from toy_ddpm import TINY_UNET
 
-from dmin.attribution import Side
+from dmin.attribution import FeatureSet
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.diffusion.timesteps import Stratified
-from dmin.evaluation import World
+from dmin.evaluation import BenchmarkContext
 from dmin.models.families.ddpm import DDPM
 from dmin.queries import Planted
 from dmin.sketches import BlockCyclic
@@ -22,12 +22,12 @@ def small_world(model, dataset, folder, dim=256, **known):
 
     def ask(name, source):
         queries = source.plant(dataset) if isinstance(source, Planted) else source
-        return Side(collect(model, queries, name), queries)
+        return FeatureSet(collect(model, queries, name), queries)
 
     torch.manual_seed(5)
     untrained = DDPM.build(TINY_UNET, {"beta_schedule": "squaredcos_cap_v2"}).eval()
-    train = Side(collect(model, dataset, "train"), dataset)
-    return World(model, train, ask, collect, untrained=untrained, **known)
+    train = FeatureSet(collect(model, dataset, "train"), dataset)
+    return BenchmarkContext(model, train, ask, collect, untrained=untrained, **known)
 
 
 class LinearWorld:

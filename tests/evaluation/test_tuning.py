@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from attribution.made_stores import made
 
-from dmin.attribution import DMin, PixelL2, SharpEnergy, Side, Spectral
+from dmin.attribution import DMin, FeatureSet, PixelL2, SharpEnergy, Spectral
 from dmin.attribution.curvature.curvature import Curvature
 from dmin.attribution.scores import fitted_scores
 from dmin.evaluation import Report, Tuning
@@ -22,7 +22,7 @@ def planted(path, count, seed):
     rows = generator.standard_normal((count, 1, 3, 1, 64)).astype(np.float32)
     labels = np.arange(count) % CLASSES
     rows[np.arange(count), 0, SIGNAL, 0, labels] += 6
-    return Side(made(path, rows)), labels
+    return FeatureSet(made(path, rows)), labels
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from dmin.gradients import layers as layer_gradients
 from dmin.gradients.capture import Capture
 from dmin.gradients.layers import Dense
 from dmin.gradients.parameters import choose_parameters
-from dmin.gradients.rerun import Rerun
+from dmin.gradients.rerun import PerExampleRerun
 from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
 
@@ -566,7 +566,7 @@ def test_gradients_are_handed_on_as_they_arrive(kind):
 def test_gradients_that_exceed_the_budget_are_computed_when_asked_for():
     torch.manual_seed(0)
     matrix, x, d = Matrix(), torch.randn(4, 5, 6), torch.randn(4, 5, 6)
-    call = Rerun(matrix, "matrix", ((x,), {}), matrix(x))
+    call = PerExampleRerun(matrix, "matrix", ((x,), {}), matrix(x))
     formed, lazy = (
         call.factors(call.tensors(((x,), {})), [d], {"matrix": matrix.matrix}, 4, budget)["matrix"]
         for budget in (4 * 36 * 4, 4 * 36 * 4 - 1)

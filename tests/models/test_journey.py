@@ -6,11 +6,11 @@ import pytest
 import torch
 from models.families import FAMILIES, load
 
-from dmin.attribution import TRAK, JourneyTRAK, Side, retrieve, score_matrix
+from dmin.attribution import TRAK, FeatureSet, JourneyTRAK, retrieve, score_matrix
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Example, Examples
 from dmin.data.image_folder import ImageFolder
-from dmin.diffusion.processes import Flow
+from dmin.diffusion.processes import RectifiedFlow
 from dmin.diffusion.timesteps import Stratified
 from dmin.queries import Generated
 from dmin.runtime.errors import DminError
@@ -40,7 +40,7 @@ def by_hand(model, run):
     handle.remove()
     images, config = [], pipeline.vae.config
     for step, ((x, output), t) in enumerate(zip(calls, pipeline.scheduler.timesteps, strict=True)):
-        if isinstance(model.process, Flow):
+        if isinstance(model.process, RectifiedFlow):
             clean = x - pipeline.scheduler.sigmas[step] * output
         else:
             alpha = pipeline.scheduler.alphas_cumprod[int(t)]
@@ -66,7 +66,9 @@ def test_estimates_are_those_that_the_networks_calls_mean(name, monkeypatch):
     if name in SCHEDULERS:
         scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipeline.scheduler.config)
         monkeypatch.setattr(pipeline, "scheduler", scheduler)
-    if not isinstance(model.process, Flow):  # estimates of an unthinking network are enormous
+    if not isinstance(
+        model.process, RectifiedFlow
+    ):  # estimates of an unthinking network are enormous
         monkeypatch.setattr(pipeline.scheduler.config, "clip_sample", False, raising=False)
     asked = list(FAMILIES[family].prompts[:2]), [7, 8], STEPS
     expected = by_hand(model, lambda: model.sample(*asked))
@@ -83,7 +85,7 @@ def test_guided_generation_is_recorded_too_and_ends_at_the_image(name):
     asked = list(FAMILIES[name].prompts[:2]), [7, 8], STEPS
     found = model.journey(*asked, STATES)
     assert found.shape == (STATES, *model.sample(*asked).shape)
-    if isinstance(model.process, Flow):
+    if isinstance(model.process, RectifiedFlow):
         torch.testing.assert_close(found[-1], model.sample(*asked), atol=1e-4, rtol=0)
 
 
@@ -116,12 +118,12 @@ def test_journey_trak_of_a_latent_model(tmp_path):
 
     def side(dataset, name):
         trainer = predict_trainer(accelerator="cpu", enable_progress_bar=False)
-        return Side(collector.collect(dataset, tmp_path / name, trainer=trainer), dataset)
+        return FeatureSet(collector.collect(dataset, tmp_path / name, trainer=trainer), dataset)
 
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     train = side(Examples([Example(f"x{i}", x, caption="cat") for i, x in enumerate(images)]), "x")
     each = [side(state, f"state {number}") for number, state in enumerate(states)]
-    queries = Side(side(asked, "q").store, journey=each)
+    queries = FeatureSet(side(asked, "q").store, journey=each)
     expected = np.mean([score_matrix(state, train, TRAK()) for state in each], 0)
     found = score_matrix(queries, train, JourneyTRAK())
     assert np.allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())

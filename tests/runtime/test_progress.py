@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from dmin.cli.benchmarks import _lines
-from dmin.collect.progress_bar import Shown
+from dmin.collect.progress_bar import CollectionProgress
 from dmin.runtime import progress as module
 from dmin.runtime.formatting import span
 from dmin.runtime.progress import LOG_WIDTH, console, followed
@@ -20,7 +20,7 @@ def clock(monkeypatch):
 
 
 def collected(clock, blocks, world=1, seconds=1.0):
-    shown = Shown(blocks * 32)
+    shown = CollectionProgress(blocks * 32)
     shown.on_predict_start(SimpleNamespace(world_size=world), None)
     for _ in range(blocks):
         clock[0] += seconds
@@ -41,7 +41,7 @@ def test_a_log_file_gets_few_lines_with_rate_and_time_left(clock, capsys):
 
 
 def test_other_processes_print_nothing(clock, capsys):
-    shown = Shown(32)
+    shown = CollectionProgress(32)
     shown.disable()
     shown.on_predict_start(SimpleNamespace(world_size=2), None)
     clock[0] += 100

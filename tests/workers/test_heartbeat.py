@@ -11,11 +11,11 @@ import pytest
 from dmin.runtime.errors import DminError
 from dmin.workers import heartbeat as progress
 from dmin.workers import liveness as reports_module
-from dmin.workers.heartbeat import Progress
-from dmin.workers.liveness import Watch, reports
-from dmin.workers.shard import Share
+from dmin.workers.heartbeat import Heartbeat
+from dmin.workers.liveness import LivenessMonitor, reports
+from dmin.workers.shard import Shard
 
-WHOLE = Share()
+WHOLE = Shard()
 
 
 def path_of(store, share=WHOLE):
@@ -35,29 +35,29 @@ def quick(monkeypatch):
 
 def test_shards_part_the_blocks_and_ranks_part_what_is_pending():
     for units, shards in ((10, 3), (2, 4), (64, 64), (7, 1)):
-        parts = [list(Share(i, shards).range(units)) for i in range(shards)]
+        parts = [list(Shard(i, shards).range(units)) for i in range(shards)]
         assert [unit for part in parts for unit in part] == list(range(units))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert Share(1, 3).pending([0, 4, 5, 9], 10) == [4, 5]
+    assert Shard(1, 3).pending([0, 4, 5, 9], 10) == [4, 5]
 
 
 def test_shares_overlap_only_where_they_may_do_the_same():
-    share = Share(1, 4, 0, 2)
-    assert share.overlaps(share, 8) and share.overlaps(Share(), 8)
-    assert not share.overlaps(Share(1, 4, 1, 2), 8)  # the rank beside it
-    assert not share.overlaps(Share(2, 4), 8)
-    assert share.overlaps(Share(0, 2), 8) and not share.overlaps(Share(1, 2), 8)
-    assert Share.named(share.name) == share and Share.named("manifest") is None
+    share = Shard(1, 4, 0, 2)
+    assert share.overlaps(share, 8) and share.overlaps(Shard(), 8)
+    assert not share.overlaps(Shard(1, 4, 1, 2), 8)  # the rank beside it
+    assert not share.overlaps(Shard(2, 4), 8)
+    assert share.overlaps(Shard(0, 2), 8) and not share.overlaps(Shard(1, 2), 8)
+    assert Shard.named(share.name) == share and Shard.named("manifest") is None
 
 
 @pytest.mark.parametrize("shard", [-1, 4])
 def test_a_shard_that_does_not_exist_is_refused(shard):
     with pytest.raises(DminError, match=rf"shard\.id={shard}.*from 0 to 3.*--array=0-3"):
-        Share(shard, 4)
+        Shard(shard, 4)
 
 
 def test_a_process_tells_how_far_it_is_and_how_it_ended(tmp_path):
-    with pytest.raises(ValueError), Progress(tmp_path, Share()) as progress:
+    with pytest.raises(ValueError), Heartbeat(tmp_path, Shard()) as progress:
         progress.claim(4)
         progress.begin(4)
         progress.block_done(32)
@@ -70,11 +70,11 @@ def test_a_process_tells_how_far_it_is_and_how_it_ended(tmp_path):
 
 
 def test_a_second_process_at_the_same_blocks_is_refused_and_beside_it_not(tmp_path):
-    first = Progress(tmp_path, Share(0, 2))
+    first = Heartbeat(tmp_path, Shard(0, 2))
     first.claim(4)
     with pytest.raises(DminError, match=r"collected by .*does shard 0 of 2 .*\(the whole\)"):
-        Progress(tmp_path, Share()).claim(4)
-    Progress(tmp_path, Share(1, 2)).claim(4)
+        Heartbeat(tmp_path, Shard()).claim(4)
+    Heartbeat(tmp_path, Shard(1, 2)).claim(4)
 
 
 def test_of_many_at_once_one_begins(tmp_path):
@@ -82,7 +82,7 @@ def test_of_many_at_once_one_begins(tmp_path):
 
     def begin():
         try:
-            Progress(tmp_path, Share()).claim(4)
+            Heartbeat(tmp_path, Shard()).claim(4)
         except DminError as error:
             refused.append(error)
 
@@ -98,18 +98,18 @@ def test_a_killed_process_gives_way_at_once(tmp_path):
     killed = f"""
 import os, signal
 from pathlib import Path
-from dmin.store import Progress, Share
-Progress(Path({str(tmp_path)!r}), Share()).claim(4)
+from dmin.store import Heartbeat, Shard
+Heartbeat(Path({str(tmp_path)!r}), Shard()).claim(4)
 os.kill(os.getpid(), signal.SIGKILL)"""
     subprocess.run([sys.executable, "-c", killed], timeout=60)
     (left,) = reports(tmp_path)
     assert left.dead and not left.running
-    Progress(tmp_path, Share()).claim(4)
+    Heartbeat(tmp_path, Shard()).claim(4)
     assert reports(tmp_path)[0].pid == os.getpid()
 
 
 def test_a_process_of_another_machine_counts_as_alive_while_its_file_changes(tmp_path, quick):
-    Progress(tmp_path, Share(), every=0.05).claim(4)
+    Heartbeat(tmp_path, Shard(), every=0.05).claim(4)
     rewrite(tmp_path, machine="another", host="far", beat=7)
     left = threading.Event()
 
@@ -121,22 +121,22 @@ def test_a_process_of_another_machine_counts_as_alive_while_its_file_changes(tmp
     thread = threading.Thread(target=lives)
     thread.start()
     with pytest.raises(DminError, match="on far"):
-        Progress(tmp_path, Share()).claim(4)
+        Heartbeat(tmp_path, Shard()).claim(4)
     left.set()
     thread.join()
-    Progress(tmp_path, Share()).claim(4)  # it fell silent
+    Heartbeat(tmp_path, Shard()).claim(4)  # it fell silent
 
 
 def test_clocks_that_are_apart_do_not_make_the_living_dead(tmp_path):
-    Progress(tmp_path, Share()).claim(4)
+    Heartbeat(tmp_path, Shard()).claim(4)
     rewrite(tmp_path, machine="another", clock=0.0)
     (report,) = reports(tmp_path)
     assert report.running and report.age < 60 and report.ahead < -1e9
 
 
 def test_a_watch_sees_who_is_lost_and_why(tmp_path, quick, monkeypatch):
-    shares = Share(ranks=4).job
-    ranks = [Progress(tmp_path, share, every=0.02) for share in shares]
+    shares = Shard(ranks=4).job
+    ranks = [Heartbeat(tmp_path, share, every=0.02) for share in shares]
     for rank in ranks:
         rank.claim(4)
         rank.joins("run")
@@ -144,7 +144,7 @@ def test_a_watch_sees_who_is_lost_and_why(tmp_path, quick, monkeypatch):
     rewrite(tmp_path, shares[2], machine="another")
     path_of(tmp_path, shares[3]).unlink()
     monkeypatch.setattr(reports_module, "SILENT", 3)
-    watch = Watch(tmp_path, "run", shares)
+    watch = LivenessMonitor(tmp_path, "run", shares)
     lost = {}
     while len(lost) < 3:
         ranks[0].say(state="collecting")
@@ -155,18 +155,18 @@ def test_a_watch_sees_who_is_lost_and_why(tmp_path, quick, monkeypatch):
 
 
 def test_a_living_process_that_does_nothing_is_lost_as_well(tmp_path, monkeypatch):
-    progress = Progress(tmp_path, Share())
+    progress = Heartbeat(tmp_path, Shard())
     progress.claim(4)
     monkeypatch.setattr(reports_module, "STUCK_SECONDS", 0.0)
-    watch = Watch(tmp_path, progress.run, [Share()])
+    watch = LivenessMonitor(tmp_path, progress.run, [Shard()])
     while not (lost := watch.look()[1]):
         progress.say(state="collecting")
-    assert "no block" in lost[Share()]
+    assert "no block" in lost[Shard()]
 
 
 def test_what_was_said_is_kept_line_by_line(tmp_path, quick):
     for _ in range(2):
-        with Progress(tmp_path, WHOLE) as progress:
+        with Heartbeat(tmp_path, WHOLE) as progress:
             progress.begin(3)
             progress.block_done(8)
             progress.say(state="waiting")

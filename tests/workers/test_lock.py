@@ -8,11 +8,11 @@ import pytest
 
 from dmin.runtime.errors import DminError
 from dmin.workers import lock as turn_module
-from dmin.workers.lock import turn
+from dmin.workers.lock import hold
 
 
 def make(path: str, seconds: float, started) -> None:
-    with turn(Path(path), 60, print, poll=0.01):
+    with hold(Path(path), 60, print, poll=0.01):
         if not Path(path).exists():
             started.set()
             time.sleep(seconds)
@@ -53,7 +53,7 @@ def test_waiting_ends_and_says_for_whom(tmp_path, spawn):
     said = []
     with (
         pytest.raises(DminError, match=rf"process {process.pid} on .*after 0\.2 s \(collect\.wait"),
-        turn(tmp_path / "store", 0.2, said.append, poll=0.01),
+        hold(tmp_path / "store", 0.2, said.append, poll=0.01),
     ):
         pass
     assert len(said) == 1 and "waiting for another job" in said[0]
@@ -63,20 +63,20 @@ def test_a_killed_job_holds_nothing(tmp_path, spawn):
     process, started = spawn(tmp_path / "store", 60)
     assert started.wait(30)
     process.kill()
-    with turn(tmp_path / "store", 10, print, poll=0.01):
+    with hold(tmp_path / "store", 10, print, poll=0.01):
         pass
 
 
 def test_shards_work_side_by_side_but_not_beside_a_whole_job(tmp_path):
     path = tmp_path / "store"
-    shards = [turn(path, 0, print, shared=True) for _ in range(2)]
-    with shards[0], shards[1], pytest.raises(DminError), turn(path, 0, print):
+    shards = [hold(path, 0, print, shared=True) for _ in range(2)]
+    with shards[0], shards[1], pytest.raises(DminError), hold(path, 0, print):
         pass
-    with turn(path, 0, print), pytest.raises(DminError), turn(path, 0, print, shared=True):
+    with hold(path, 0, print), pytest.raises(DminError), hold(path, 0, print, shared=True):
         pass
 
 
 def test_a_file_system_without_locks_does_not_stop_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(turn_module, "_try", lambda lock, mode: None)
-    with turn(tmp_path / "store", 0, print), turn(tmp_path / "store", 0, print):
+    with hold(tmp_path / "store", 0, print), hold(tmp_path / "store", 0, print):
         pass

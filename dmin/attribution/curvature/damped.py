@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Method, Side
+from dmin.attribution.base import ExampleBlock, FeatureSet, Method
 from dmin.attribution.curvature.curvature import Curvature, fit_curvature
 from dmin.runtime.errors import DminError
 
 log = logging.getLogger(__name__)
 
 
-class Damped(Method):
+class DampedCurvatureMethod(Method):
     """A method with a curvature C and a damping λ, given in one of two ways.
 
     ``λ = α · mean eigenvalue of C``, or λ such that ``tr C (C + λ)^{−1} = d``, the effective
@@ -75,7 +75,7 @@ class Damped(Method):
 
     def fit_to(
         self,
-        train: Side,
+        train: FeatureSet,
         rows: Callable[[ExampleBlock], Tensor],
         shape: tuple[int, int, int],
         what: str,

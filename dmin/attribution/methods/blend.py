@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Method, Requires, Side
+from dmin.attribution.base import ExampleBlock, FeatureSet, Method, Requires
 from dmin.runtime.errors import DminError
 from dmin.store import Layout
 
 
 @dataclass(frozen=True)
-class Asked:
+class PreparedQuery:
     """What the parts made of the queries, and what each part's scores are multiplied by."""
 
     queries: list[Any]
@@ -74,7 +74,7 @@ class Blend(Method):
             model=any(n.model for n in needs),
         )
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Fit a copy of each method, and keep a sample of the training examples."""
         self.methods = [copy.copy(method) for method in self.methods]
         for method in self.methods:
@@ -88,7 +88,7 @@ class Blend(Method):
         found = [(m.name, m.notes()) for m in self.methods]
         return {f"{what} of {name}": note for name, notes in found for what, note in notes.items()}
 
-    def transform_query(self, queries: ExampleBlock) -> Asked:
+    def transform_query(self, queries: ExampleBlock) -> PreparedQuery:
         """Return what each method makes of the queries, and its share in units of its spread."""
         asked = [method.transform_query(queries) for method in self.methods]
         scales = []
@@ -96,14 +96,14 @@ class Blend(Method):
             spread = method.score(each, self._sample).double().std(1, correction=0)
             # Scores that are all the same rank nothing: such a part is left out.
             scales.append(torch.where(spread > 0, share / spread, 0.0).float())
-        return Asked(asked, scales)
+        return PreparedQuery(asked, scales)
 
-    def score(self, queries: Asked, train: ExampleBlock) -> Tensor:
+    def score(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor:
         """Return ``[Q, n]``."""
         parts = zip(self.methods, queries.queries, queries.scales, strict=True)
         return torch.stack([m.score(q, train) * s[:, None] for m, q, s in parts]).sum(0)
 
-    def contributions(self, queries: Asked, train: ExampleBlock) -> Tensor | None:
+    def contributions(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor | None:
         """Return what each timestep adds, ``[Q, n, T]``, if both methods can say."""
         found = []
         for method, asked, scale in zip(self.methods, queries.queries, queries.scales, strict=True):
@@ -114,7 +114,7 @@ class Blend(Method):
         return torch.stack(found).sum(0)
 
     def group_contributions(
-        self, queries: Asked, train: ExampleBlock, layout: Layout
+        self, queries: PreparedQuery, train: ExampleBlock, layout: Layout
     ) -> Tensor | None:
         """Return what each group of layers adds, ``[Q, n, T, G]``, if both methods can say."""
         found = []

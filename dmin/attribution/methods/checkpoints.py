@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Method, Side
+from dmin.attribution.base import ExampleBlock, FeatureSet, Method
 from dmin.attribution.methods.gradient_similarity import GradCos, GradDot
 from dmin.attribution.methods.trak import DTRAK, TRAK
 from dmin.runtime.errors import DminError
@@ -51,7 +51,7 @@ class OverCheckpoints(Method):
         total = float(sum(weights or [1.0] * (1 + len(names))))
         self.weights = [w / total for w in weights or [1.0] * (1 + len(names))]
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Fit a copy of the method for each model.
 
         Raises:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Requires, Side
-from dmin.attribution.curvature.damped import Damped
+from dmin.attribution.base import ExampleBlock, FeatureSet, Requires
+from dmin.attribution.curvature.damped import DampedCurvatureMethod
 from dmin.attribution.rows import unit_rows
 from dmin.store import Layout
 
 
-class DAS(Damped):
+class DAS(DampedCurvatureMethod):
     """How much leaving an example out would change the output for the query, squared.
 
     ``I(q, i) = Σ_t [ f̂_t(q)ᵀ (n C_t + nλ_t)^{−1} f̂_t(i) · e_t(i) / (1 − h_t(i)) ]²``
@@ -22,7 +22,7 @@ class DAS(Damped):
     Scores are not negative: they say how much, not in which direction. Draws are averaged.
 
     Args:
-        alpha: as :class:`~dmin.attribution.curvature.damped.Damped`, as are the others.
+        alpha: as :class:`DampedCurvatureMethod`, as are the others.
         leverage: divide by 1 − h.
         rank: of the curvature.
         memory: bytes that fitting may take.
@@ -30,7 +30,7 @@ class DAS(Damped):
         effective: dimension, instead of α.
 
     Raises:
-        DminError: as :class:`~dmin.attribution.curvature.damped.Damped`.
+        DminError: as :class:`DampedCurvatureMethod`.
     """
 
     name = "das"
@@ -48,7 +48,7 @@ class DAS(Damped):
         super().__init__(alpha, rank, memory, passes, effective)
         self.leverage = leverage
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Fit the curvature of each timestep, and read the errors of all examples."""
         draws, steps, groups, dim = train.store.layout.row_shape
         self._samples = len(train) * draws

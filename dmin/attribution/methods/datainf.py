@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Linear, Side
-from dmin.attribution.curvature.damped import Damped
+from dmin.attribution.base import ExampleBlock, FeatureSet, InnerProduct
+from dmin.attribution.curvature.damped import DampedCurvatureMethod
 from dmin.attribution.rows import over_rows, summed_rows
 from dmin.store import Layout
 
 
-class DataInf(Damped):
+class DataInf(DampedCurvatureMethod):
     """Influence by a closed form for each group of parameters.
 
     ``I(q, i) = Σ_l g_l(q)ᵀ [ (1/n) Σ_j (λ_l + g_l(j) g_l(j)ᵀ)^{−1} ] g_l(i)``
@@ -23,7 +23,7 @@ class DataInf(Damped):
 
     Args:
         alpha: α, in units of the mean square of an entry.
-        rank: as :class:`~dmin.attribution.curvature.damped.Damped`, as are the next two.
+        rank: as :class:`DampedCurvatureMethod`, as are the next two.
         memory: bytes that fitting may take.
         passes: over the store.
 
@@ -42,7 +42,7 @@ class DataInf(Damped):
     ) -> None:
         super().__init__(alpha, rank, memory, passes)
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Fit ``(1/n) Σ_j g gᵀ / (λ + ‖g‖²)`` of each group."""
         squared = torch.zeros(len(train.store.layout.groups), dtype=torch.float64)
         for block in train.blocks(self.requires):
@@ -69,6 +69,6 @@ class DataInf(Damped):
         """Return ``[Q, n]``."""
         return queries.flatten(1) @ summed_rows(train).flatten(1).T
 
-    def linear(self, queries: Tensor, layout: Layout) -> Linear:
+    def linear(self, queries: Tensor, layout: Layout) -> InnerProduct:
         """Return each query once for every draw and timestep; see the base class."""
         return over_rows(queries, layout)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Linear, Method, in_row_order
+from dmin.attribution.base import ExampleBlock, InnerProduct, Method, in_row_order
 from dmin.runtime.errors import DminError
 from dmin.store import Layout
 
@@ -55,9 +55,9 @@ class DMin(Method):
         """Return the weighted cosine at each timestep, ``[Q, n, T]``."""
         return torch.einsum("qtm,ntm->qnt", queries, self._unit(train.features["loss"]))
 
-    def linear(self, queries: Tensor, layout: Layout) -> Linear:
+    def linear(self, queries: Tensor, layout: Layout) -> InnerProduct:
         """Return the queries in the store's order; see the base class."""
-        return Linear(in_row_order(queries, layout), "unit" if self.renormalise else "none")
+        return InnerProduct(in_row_order(queries, layout), "unit" if self.renormalise else "none")
 
     def _unit(self, features: Tensor) -> Tensor:
         """Return ``[n, T, D·G·k]``; divided by √D on both sides, so that draws are averaged."""

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Linear, Method, Requires, Side
+from dmin.attribution.base import ExampleBlock, FeatureSet, InnerProduct, Method, Requires
 from dmin.attribution.curvature.kronecker import KroneckerCurvature
 from dmin.attribution.methods.model_loss import ModelLoss, Pairs, Weights, evenly
 from dmin.attribution.rows import over_rows, summed_rows
@@ -57,7 +57,7 @@ class EKFAC(Method):
         self.damping, self.samples, self.examples = damping, samples, examples
         self.batch_size, self.seed = batch_size, seed
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Find the layers' eigenvectors and eigenvalues."""
         assert train.origin is not None  # check_pair asks
         self.sketch = train.origin.sketch
@@ -91,7 +91,7 @@ class EKFAC(Method):
         """Return ``[Q, n]``."""
         return queries.float().flatten(1) @ summed_rows(train).flatten(1).T
 
-    def linear(self, queries: Tensor, layout: Layout) -> Linear:
+    def linear(self, queries: Tensor, layout: Layout) -> InnerProduct:
         """Return each query once for every draw and timestep; see the base class."""
         return over_rows(queries.float(), layout)
 

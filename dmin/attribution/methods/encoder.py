@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Method, Requires, Side
+from dmin.attribution.base import ExampleBlock, FeatureSet, Method, Requires
 from dmin.runtime.errors import DminError
 
 # Of ImageNet: what encoders without a preprocessor_config.json are most often trained with.
@@ -41,7 +41,7 @@ class EncoderCosine(Method):
             raise DminError(f"method.batch_size={batch_size}: give at least one image.")
         self.path, self.batch_size, self.device = Path(path), batch_size, device
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Load the encoder.
 
         Raises:

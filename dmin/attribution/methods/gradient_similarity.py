@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Linear, Method, in_row_order
+from dmin.attribution.base import ExampleBlock, InnerProduct, Method, in_row_order
 from dmin.attribution.rows import over_rows, summed_rows
 from dmin.store import Layout
 
@@ -32,9 +32,9 @@ class DMinUnnormalised(Method):
         """Return the inner product at each timestep, ``[Q, n, T]``."""
         return torch.einsum("qtm,ntm->qnt", queries, _gradients(train))
 
-    def linear(self, queries: Tensor, layout: Layout) -> Linear:
+    def linear(self, queries: Tensor, layout: Layout) -> InnerProduct:
         """Return the queries in the store's order; see the base class."""
-        return Linear(in_row_order(queries, layout), "norm")
+        return InnerProduct(in_row_order(queries, layout), "norm")
 
 
 class GradDot(Method):
@@ -54,7 +54,7 @@ class GradDot(Method):
         """Return ``[Q, n]``."""
         return queries @ summed_rows(train).flatten(1).T
 
-    def linear(self, queries: Tensor, layout: Layout) -> Linear:
+    def linear(self, queries: Tensor, layout: Layout) -> InnerProduct:
         """Return each query once for every draw and timestep; see the base class."""
         return over_rows(queries, layout)
 

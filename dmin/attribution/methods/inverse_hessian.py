@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Linear, Method, Requires, Side
+from dmin.attribution.base import ExampleBlock, FeatureSet, InnerProduct, Method, Requires
 from dmin.attribution.curvature.hessian import Kind, LossCurvature
 from dmin.attribution.methods.model_loss import ModelLoss, evenly
 from dmin.attribution.rows import over_rows, summed_rows
@@ -57,7 +57,7 @@ class InverseCurvature(Method):
                 f"null)."
             )
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Encode the training examples and find the largest eigenvalue."""
         assert train.origin is not None  # check_pair asks
         self.sketch = train.origin.sketch
@@ -88,7 +88,7 @@ class InverseCurvature(Method):
         """Return ``[Q, n]``."""
         return queries.float().flatten(1) @ summed_rows(train).flatten(1).T
 
-    def linear(self, queries: Tensor, layout: Layout) -> Linear:
+    def linear(self, queries: Tensor, layout: Layout) -> InnerProduct:
         """Return each query once for every draw and timestep; see the base class."""
         return over_rows(queries.float(), layout)
 
@@ -188,7 +188,7 @@ class LiSSA(InverseCurvature):
                 f"is needed."
             )
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Find the largest eigenvalue of all, and of any batch."""
         super().fit(train)
         each = [self.operator.eigenpairs(1, 1e-2, pairs=[b]) for b in self.operator.pairs]
@@ -250,7 +250,7 @@ class Arnoldi(InverseCurvature):
         if self.rank < 1:
             raise DminError(f"method.rank={self.rank}: give at least one eigenpair.")
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Find the eigenpairs."""
         super().fit(train)
         self.values, self.vectors = self.operator.eigenpairs(self.rank, 1e-3)

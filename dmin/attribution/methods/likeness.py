@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Method, Requires, Side
+from dmin.attribution.base import ExampleBlock, FeatureSet, Method, Requires
 from dmin.runtime.errors import DminError
 
 
@@ -30,7 +30,7 @@ class GaussianKernel(Method):
             raise DminError(f"method.bandwidth={bandwidth}: give a positive number.")
         self.bandwidth = bandwidth
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Find the mean squared distance of two training images: twice their total variance."""
         total, squared = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for block in train.blocks(self.requires):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dmin.attribution.base import Origin, Side
+from dmin.attribution.base import FeatureSet, FeatureSource
 from dmin.data.base import Example, collate
 from dmin.models.base import Condition, Prediction, per_example_loss
 from dmin.runtime.errors import DminError
@@ -51,9 +51,9 @@ class ModelLoss:
 
     def __init__(
         self,
-        origin: Origin,
+        origin: FeatureSource,
         timesteps: Sequence[float] | None = None,
-        known: Side | None = None,
+        known: FeatureSet | None = None,
     ) -> None:
         self.origin, self.known = origin, known
         self.model, self.noise = origin.model, origin.noise
@@ -89,7 +89,7 @@ class ModelLoss:
         """Return encodings as they were kept, or from the model."""
         if self.known is not None:
             store, root = self.known.store, self.known.encodings
-            kept = self.origin.kept_encodings(store, batch["id"], root)
+            kept = self.origin.cached_encodings(store, batch["id"], root)
             if kept is not None:
                 x0, named = kept
                 return x0.to(like), {name: value.to(like.device) for name, value in named.items()}

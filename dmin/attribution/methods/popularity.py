@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Method, Requires, Side
+from dmin.attribution.base import ExampleBlock, FeatureSet, Method, Requires
 from dmin.attribution.methods.dmin import DMin
 
 
@@ -22,7 +22,7 @@ class Popularity(DMin):
     def __init__(self) -> None:
         super().__init__()
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Find the mean of the unit gradients."""
         total: Tensor | None = None
         for block in train.blocks(self.requires):
@@ -49,7 +49,7 @@ class TrainingLoss(Method):
     name = "training_loss"
     requires = Requires(readouts=())
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Read the losses of all examples."""
         losses = torch.from_numpy(train.store.losses()).double()
         relative = losses / losses.mean(0).clamp(min=torch.finfo(torch.float32).tiny)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dmin.attribution.base import Method, Side, check_pair
+from dmin.attribution.base import FeatureSet, Method, check_pair
 from dmin.attribution.scores import as_side
 from dmin.runtime.errors import DminError
 from dmin.store import Store
 
 
-def self_influence(train: Store | Side, method: Method, rows: int = 32) -> np.ndarray:
+def self_influence(train: Store | FeatureSet, method: Method, rows: int = 32) -> np.ndarray:
     """Return each training example's score with itself as the query, float32 ``[N]``.
 
     Large for examples that only their own gradient explains: rare, or labelled wrongly
@@ -28,7 +28,7 @@ def self_influence(train: Store | Side, method: Method, rows: int = 32) -> np.nd
 
 
 def fitted_self_influence(
-    train: Side, method: Method, chosen: Sequence[int] | np.ndarray, rows: int = 32
+    train: FeatureSet, method: Method, chosen: Sequence[int] | np.ndarray, rows: int = 32
 ) -> np.ndarray:
     """Return the scores of chosen rows with themselves by a method fitted already, ``[chosen]``."""
     found = []

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Side
+from dmin.attribution.base import ExampleBlock, FeatureSet
 from dmin.attribution.methods.spectral import SpectralEnergy
 from dmin.runtime.errors import DminError
 from dmin.store import Layout
 
 
-class Asked(NamedTuple):
+class PreparedQuery(NamedTuple):
     """What is made of queries: preconditioned vectors, and how long their gradients are."""
 
     vectors: Tensor  # [Q, T, D·G·k]
@@ -77,23 +77,23 @@ class SharpEnergy(SpectralEnergy):
             )
         self.lengths, self.sharpness = lengths, sharpness
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Fit the curvature of each timestep, and find how long gradients are."""
         super().fit(train)
         norms = torch.from_numpy(train.store.norms("loss"))
         logs = _log_lengths(norms)
         self._mean, self._spread = logs.mean(0), logs.std(0, correction=0).clamp(min=1e-6)  # [T]
 
-    def transform_query(self, queries: ExampleBlock) -> Asked:  # type: ignore[override]
+    def transform_query(self, queries: ExampleBlock) -> PreparedQuery:  # type: ignore[override]
         """Return preconditioned unit queries, and how long their gradients are."""
-        return Asked(super().transform_query(queries), self._standardised(queries).tanh())
+        return PreparedQuery(super().transform_query(queries), self._standardised(queries).tanh())
 
-    def score(self, queries: Asked, train: ExampleBlock) -> Tensor:  # type: ignore[override]
+    def score(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor:  # type: ignore[override]
         """Return ``[Q, n]``, none negative."""
         return self._energy(queries, train).sum(2) ** self.sharpness
 
     def contributions(  # type: ignore[override]
-        self, queries: Asked, train: ExampleBlock
+        self, queries: PreparedQuery, train: ExampleBlock
     ) -> Tensor:
         """Return each timestep's share of the score, by its share of the energy, ``[Q, n, T]``."""
         energy = self._energy(queries, train)
@@ -101,7 +101,7 @@ class SharpEnergy(SpectralEnergy):
         return energy / total * total**self.sharpness
 
     def group_contributions(  # type: ignore[override]
-        self, queries: Asked, train: ExampleBlock, layout: Layout
+        self, queries: PreparedQuery, train: ExampleBlock, layout: Layout
     ) -> Tensor:
         """Return each group's share of each timestep's share, ``[Q, n, T, G]``."""
         parts = super().group_contributions(queries.vectors, train, layout)
@@ -109,11 +109,11 @@ class SharpEnergy(SpectralEnergy):
         total = parts.sum((2, 3), keepdim=True).clamp(min=torch.finfo(parts.dtype).tiny)
         return parts / total * total**self.sharpness
 
-    def _energy(self, queries: Asked, train: ExampleBlock) -> Tensor:
+    def _energy(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor:
         energy = super().contributions(queries.vectors, train)
         return energy * self._factor(queries, train) if self.lengths else energy
 
-    def _factor(self, queries: Asked, train: ExampleBlock) -> Tensor:
+    def _factor(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor:
         """Return ``exp(κ tanh z(q) · z(i))``, ``[Q, n, T]``."""
         z = self._standardised(train)
         return torch.exp(self.lengths * queries.lengths[:, None] * z[None])

@@ -10,15 +10,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Side
-from dmin.attribution.curvature.damped import Damped, checked_damping
+from dmin.attribution.base import ExampleBlock, FeatureSet
+from dmin.attribution.curvature.damped import DampedCurvatureMethod, checked_damping
 from dmin.attribution.methods.dmin import DMin
 from dmin.attribution.rows import unit_rows
 from dmin.runtime.errors import DminError
 from dmin.store import Layout
 
 
-class Spectral(Damped, DMin):
+class Spectral(DampedCurvatureMethod, DMin):
     """Unit gradients, each timestep preconditioned by a power of its own damped curvature.
 
     ``I(q, i) = Σ_t w_t ⟨(1 + C_t/λ_t)^{−p} ĝ_t(q), ĝ_t(i)⟩ ,   λ_t = α · mean eigenvalue of C_t``
@@ -28,7 +28,7 @@ class Spectral(Damped, DMin):
     that all examples share. Only the query changes, so any index of DMin's rows serves as it is.
 
     Args:
-        alpha: as :class:`~dmin.attribution.curvature.damped.Damped`, as are all but the next two.
+        alpha: as :class:`DampedCurvatureMethod`, as are all but the next two.
         p: the power.
         weights: w_t, one a timestep, or None for all 1.
         rank: of the curvature.
@@ -37,7 +37,7 @@ class Spectral(Damped, DMin):
         effective: dimension, instead of α.
 
     Raises:
-        DminError: as :class:`~dmin.attribution.curvature.damped.Damped`, or p is not a number.
+        DminError: as :class:`DampedCurvatureMethod`, or p is not a number.
     """
 
     name = "spectral"
@@ -52,7 +52,7 @@ class Spectral(Damped, DMin):
         passes: int = 2,
         effective: float | None = None,
     ) -> None:
-        Damped.__init__(self, alpha, rank, memory, passes, effective)
+        DampedCurvatureMethod.__init__(self, alpha, rank, memory, passes, effective)
         DMin.__init__(self, weights)
         self.p = _checked_power(p)
 
@@ -63,7 +63,7 @@ class Spectral(Damped, DMin):
         other.p = _checked_power(p)
         return other
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Fit the curvature of each timestep."""
         draws, steps, groups, dim = train.store.layout.row_shape
         self.fit_to(
@@ -169,7 +169,7 @@ class ZSum(Spectral):
             raise DminError(f"method.sample={sample}: a spread needs two examples or more.")
         self.sample = sample
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Fit the curvature, and keep a sample of the training rows."""
         super().fit(train)
         count = min(self.sample, len(train))

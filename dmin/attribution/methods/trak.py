@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Linear, Requires, Side
-from dmin.attribution.curvature.damped import Damped
+from dmin.attribution.base import ExampleBlock, FeatureSet, InnerProduct, Requires
+from dmin.attribution.curvature.damped import DampedCurvatureMethod
 from dmin.attribution.rows import over_rows, summed_rows
 from dmin.store import Layout
 
 
-class TRAK(Damped):
+class TRAK(DampedCurvatureMethod):
     """Influence of an example on the query's loss, by the empirical Fisher matrix.
 
     ``I(q, i) = g(q)ᵀ (C + λ)^{−1} g(i) ,   g = Σ_t g_t ,   C = mean_i g(i) g(i)ᵀ``
@@ -19,12 +19,12 @@ class TRAK(Damped):
     (Park et al. 2023, arXiv 2303.14186, without the ensemble; Q = 1 in diffusion, Zheng et al.
     2024). The constant 1/n does not matter to ranks and is left out. Draws of noise are summed.
 
-    Settings are those of :class:`~dmin.attribution.curvature.damped.Damped`.
+    Settings are those of :class:`~dmin.attribution.curvature.damped.DampedCurvatureMethod`.
     """
 
     name = "trak"
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Fit the curvature of the summed gradients."""
         _, _, groups, dim = train.store.layout.row_shape
         self.fit_to(train, self._rows, (len(train), 1, groups * dim), "summed")
@@ -38,7 +38,7 @@ class TRAK(Damped):
         rows = self._rows(train)
         return queries @ rows[:, 0].T / self._divisor(rows)
 
-    def linear(self, queries: Tensor, layout: Layout) -> Linear | None:
+    def linear(self, queries: Tensor, layout: Layout) -> InnerProduct | None:
         """Return each query once for every draw and timestep; see the base class."""
         return over_rows(queries, layout, self.requires.readouts[0])
 

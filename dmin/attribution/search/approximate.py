@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import Linear
+from dmin.attribution.base import InnerProduct
 from dmin.attribution.search.certified import (
     ProjectionIndex,
     load_arrays,
@@ -67,7 +67,12 @@ class Approximate(Index):
         self._read: list[np.ndarray] = []
 
     def search(
-        self, linear: Linear, store: Store, k: int, sign: int = 1, keep: np.ndarray | None = None
+        self,
+        linear: InnerProduct,
+        store: Store,
+        k: int,
+        sign: int = 1,
+        keep: np.ndarray | None = None,
     ) -> Found:
         """Return the best k of the rows proposed, by their exact scores."""
         if keep is not None:
@@ -97,7 +102,9 @@ class Approximate(Index):
         pairs = list(in_threads(rank, list(zip(queries, proposed, strict=True))))
         scores, rows = (torch.stack(part) for part in zip(*pairs, strict=True))
         self._read.append((proposed >= 0).sum(1) / len(store))
-        self._measure(Linear(sign * linear.queries, linear.scale, linear.readout), store, rows)
+        self._measure(
+            InnerProduct(sign * linear.queries, linear.scale, linear.readout), store, rows
+        )
         return Found(sign * scores, rows, (proposed >= 0).sum(1))
 
     def note(self) -> str:
@@ -110,24 +117,24 @@ class Approximate(Index):
             f"measured on {len(self._hits)} queries, {part}"
         )
 
-    def _measure(self, linear: Linear, store: Store, rows: Tensor) -> None:
+    def _measure(self, linear: InnerProduct, store: Store, rows: Tensor) -> None:
         """Compare the first queries with an exact search."""
         count = min(self.recall_queries - len(self._hits), len(rows))
         if count <= 0:
             return
         best = TopK(count, rows.shape[1])
-        asked = Linear(linear.queries[:count], linear.scale, linear.readout)
+        asked = InnerProduct(linear.queries[:count], linear.scale, linear.readout)
         for first, scores in scan(asked, store):
             best.update(scores, first)
         for found, exact in zip(rows.tolist(), best.rows.tolist(), strict=False):
             self._hits.append(len({*found} & {*exact}) / len(exact))
 
-    def path(self, store: Store, linear: Linear) -> Path:
+    def path(self, store: Store, linear: InnerProduct) -> Path:
         """Return where the index of a store is kept: in its directory."""
         kind = fingerprint({"factory": self.factory, "directions": self.directions})[:8]
         return store.path / f"index-{linear.readout}-{linear.scale}-faiss-{kind}.npz"
 
-    def _prepare(self, store: Store, linear: Linear) -> None:
+    def _prepare(self, store: Store, linear: InnerProduct) -> None:
         """Take the index kept with a store, or build it."""
         path = self.path(store, linear)
         projections = ProjectionIndex.of(store, linear, self.directions)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import Linear
+from dmin.attribution.base import InnerProduct
 from dmin.attribution.search.scan import Span, decoded_rows, in_threads, multiply, row_factors
 from dmin.runtime.errors import DminError
 from dmin.store import Store
@@ -40,7 +40,7 @@ class ProjectionIndex:
     Args:
         store: fingerprint of the store.
         readout: whose rows.
-        scale: how they were scaled, see :class:`Linear`.
+        scale: how they were scaled, see :class:`InnerProduct`.
         directions: V, float32 ``[m, r]``, of orthonormal columns.
         steps: float32 ``[r]``: what one unit of a code is.
         codes: int8 ``[N, r]``, ``steps · code ≈ Vᵀz``.
@@ -105,7 +105,7 @@ class ProjectionIndex:
     def build(
         cls,
         store: Store,
-        linear: Linear,
+        linear: InnerProduct,
         directions: int = 256,
         passes: int = 2,
         seed: int = 0,
@@ -155,12 +155,12 @@ class ProjectionIndex:
         return self.codes[rows] * self.steps
 
     @staticmethod
-    def path(store: Store, linear: Linear, directions: int) -> Path:
+    def path(store: Store, linear: InnerProduct, directions: int) -> Path:
         """Return where the index of a store is kept: in its directory."""
         return store.path / f"index-{linear.readout}-{linear.scale}-{directions}.npz"
 
     @classmethod
-    def of(cls, store: Store, linear: Linear, directions: int = 256) -> ProjectionIndex:
+    def of(cls, store: Store, linear: InnerProduct, directions: int = 256) -> ProjectionIndex:
         """Return the index kept with a store; build and keep it if it is missing or stale."""
         path = cls.path(store, linear, directions)
         if path.is_file():

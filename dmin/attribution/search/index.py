@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import Linear
+from dmin.attribution.base import InnerProduct
 from dmin.attribution.search.certified import ProjectionIndex
 from dmin.attribution.search.scan import in_threads, row_factors, scan, scores_of_rows
 from dmin.attribution.search.topk import TopK
@@ -43,7 +43,12 @@ class Index(ABC):
 
     @abstractmethod
     def search(
-        self, linear: Linear, store: Store, k: int, sign: int = 1, keep: np.ndarray | None = None
+        self,
+        linear: InnerProduct,
+        store: Store,
+        k: int,
+        sign: int = 1,
+        keep: np.ndarray | None = None,
     ) -> Found:
         """Return the k rows of largest ``sign · score``.
 
@@ -78,7 +83,12 @@ class Certified(Index):
         self._read: list[np.ndarray] = []
 
     def search(
-        self, linear: Linear, store: Store, k: int, sign: int = 1, keep: np.ndarray | None = None
+        self,
+        linear: InnerProduct,
+        store: Store,
+        k: int,
+        sign: int = 1,
+        keep: np.ndarray | None = None,
     ) -> Found:
         """Return the k best, see :func:`certified_search`; the index is kept with the store."""
         if self._index is None or self._index.store != store.fingerprint:
@@ -98,7 +108,7 @@ class Certified(Index):
 
 
 def certified_search(
-    linear: Linear,
+    linear: InnerProduct,
     store: Store,
     index: ProjectionIndex,
     k: int,
@@ -141,7 +151,7 @@ def certified_search(
     unproven = [number for number, best in enumerate(found) if not best.proven]
     if unproven:  # those that were not begun as well
         read[unproven] = len(store)
-        replaced = Linear(sign * linear.queries[unproven], linear.scale, linear.readout)
+        replaced = InnerProduct(sign * linear.queries[unproven], linear.scale, linear.readout)
         for number, each in zip(unproven, _scanned(replaced, store, k, keep), strict=True):
             pairs[number] = each
     scores, rows = (torch.stack(part) for part in zip(*pairs, strict=True))
@@ -152,7 +162,7 @@ class _Best:
     """The best rows of one query among those read so far."""
 
     def __init__(
-        self, query: Tensor, store: Store, linear: Linear, factors: Tensor | None, k: int
+        self, query: Tensor, store: Store, linear: InnerProduct, factors: Tensor | None, k: int
     ) -> None:
         self.query, self.store, self.linear, self.k = query, store, linear, k
         self.factors = factors
@@ -194,7 +204,7 @@ class _Best:
 
 
 def _scanned(
-    linear: Linear, store: Store, k: int, keep: np.ndarray | None
+    linear: InnerProduct, store: Store, k: int, keep: np.ndarray | None
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """Return the best by reading everything."""
     best = TopK(len(linear.queries), k)
@@ -205,7 +215,7 @@ def _scanned(
     return list(zip(best.scores, best.rows, strict=True))
 
 
-def _check(linear: Linear, store: Store, index: ProjectionIndex) -> None:
+def _check(linear: InnerProduct, store: Store, index: ProjectionIndex) -> None:
     mine = store.fingerprint, linear.readout, linear.scale
     theirs = index.store, index.readout, index.scale
     if mine != theirs:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Linear, Method, Side
+from dmin.attribution.base import ExampleBlock, FeatureSet, InnerProduct, Method
 from dmin.store import Layout
 
 
@@ -30,7 +30,7 @@ class PopularityCorrected(Method):
         self.name = f"{method.name}, popularity corrected"
         self.requires = method.requires
 
-    def fit(self, train: Side) -> None:
+    def fit(self, train: FeatureSet) -> None:
         """Fit the method, and prepare the references as its queries."""
         self.method.fit(train)
         rows = np.linspace(0, len(train) - 1, min(self.references, len(train))).round().astype(int)
@@ -63,7 +63,7 @@ class PopularityCorrected(Method):
         popular = self.method.group_contributions(self._popular, train, layout)
         return None if parts is None or popular is None else parts - popular.mean(0)
 
-    def linear(self, queries: Any, layout: Layout) -> Linear | None:
+    def linear(self, queries: Any, layout: Layout) -> InnerProduct | None:
         """Return the queries less the references' mean: still one inner product."""
         asked = self.method.linear(queries, layout)
         popular = self.method.linear(self._popular, layout)

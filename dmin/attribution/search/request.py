@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import Linear, Method, Side
+from dmin.attribution.base import FeatureSet, InnerProduct, Method
 from dmin.attribution.merge import enough_of
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.scores import scored
@@ -26,7 +26,7 @@ class Request:
 
     def __init__(
         self,
-        train: Side,
+        train: FeatureSet,
         method: Method,
         k: int,
         rows: int | None,
@@ -60,7 +60,7 @@ class Request:
         return found
 
     def batch(
-        self, queries: Side, numbers: np.ndarray, asked: Any
+        self, queries: FeatureSet, numbers: np.ndarray, asked: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return scores and rows of the best ``[Q, k]``, and contributions ``[Q, k, T, G]``."""
         self._check_split(queries, numbers, asked)
@@ -89,7 +89,7 @@ class Request:
         return best
 
     def best_groups(
-        self, found: Groups, queries: Side, numbers: np.ndarray, asked: Any
+        self, found: Groups, queries: FeatureSet, numbers: np.ndarray, asked: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return scores and foremost rows of the best groups; contributions as in `batch`."""
         kind = self.selection.group_score
@@ -114,7 +114,7 @@ class Request:
         return TopK(queries, self.k) if self.groups is None else Groups(queries, *self.groups)
 
     def _contributions(
-        self, queries: Side, numbers: np.ndarray, asked: Any, rows: np.ndarray
+        self, queries: FeatureSet, numbers: np.ndarray, asked: Any, rows: np.ndarray
     ) -> Tensor | None:
         """Read the winners once more; split their scores by timestep, and by group if linear."""
         linear = self.method.linear(asked, self.train.store.layout)
@@ -134,7 +134,7 @@ class Request:
             parts.append(found[0])
         return torch.stack(parts)
 
-    def _check_split(self, queries: Side, numbers: np.ndarray, asked: Any) -> None:
+    def _check_split(self, queries: FeatureSet, numbers: np.ndarray, asked: Any) -> None:
         """Refuse what cannot be split between groups of layers, before the scan."""
         if not self.selection.split:
             return
@@ -163,7 +163,7 @@ class Request:
                 )
 
     def answer(
-        self, queries: Side, batches: Sequence[tuple[Tensor, Tensor, Tensor | None]]
+        self, queries: FeatureSet, batches: Sequence[tuple[Tensor, Tensor, Tensor | None]]
     ) -> Ranking:
         """Put the batches of queries together."""
         scores, rows, parts = zip(*batches, strict=True)
@@ -171,7 +171,7 @@ class Request:
         return self.ranking(queries, joined(scores), joined(rows), whole)
 
     def ranking(
-        self, queries: Side, scores: np.ndarray, rows: np.ndarray, parts: np.ndarray | None
+        self, queries: FeatureSet, scores: np.ndarray, rows: np.ndarray, parts: np.ndarray | None
     ) -> Ranking:
         """Put names to the numbers."""
         chosen, train = self.selection, self.train.store
@@ -221,7 +221,7 @@ class Request:
         return notes
 
 
-def split(linear: Linear, store: Store, rows: np.ndarray) -> Tensor:
+def split(linear: InnerProduct, store: Store, rows: np.ndarray) -> Tensor:
     """Return what timesteps and groups add to the scores of rows ``[Q, k]``: ``[Q, k, T, G]``."""
     parts = []
     for query, winners in zip(linear.queries, rows, strict=True):

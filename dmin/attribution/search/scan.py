@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import Linear
+from dmin.attribution.base import InnerProduct
 from dmin.store import Store
 from dmin.store.encoding import STORED_AS, word_sums
 
@@ -41,7 +41,7 @@ Out = TypeVar("Out")
 
 
 def scan(
-    linear: Linear, store: Store, rows: int | None = None, keep: np.ndarray | None = None
+    linear: InnerProduct, store: Store, rows: int | None = None, keep: np.ndarray | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """Score all rows of a store.
 
@@ -88,7 +88,7 @@ def multiply(
 
 
 def _scan_there(
-    linear: Linear, store: Store, spans: Sequence[Span], queries: Tensor
+    linear: InnerProduct, store: Store, spans: Sequence[Span], queries: Tensor
 ) -> Iterator[tuple[int, Tensor]]:
     """Score spans on the queries' device: decoded, scaled and multiplied there, in float32."""
     device = queries.device
@@ -149,7 +149,7 @@ def kernel() -> Any:
 
 
 def row_factors(
-    store: Store, linear: Linear, rows: np.ndarray | slice = slice(None)
+    store: Store, linear: InnerProduct, rows: np.ndarray | slice = slice(None)
 ) -> Tensor | None:
     """Return what stored rows are multiplied by, float32 ``[n, D, T]``; None for nothing."""
     scales = store.scales(linear.readout)
@@ -185,7 +185,7 @@ def decoded_rows(
 
 def scores_of_rows(
     store: Store,
-    linear: Linear,
+    linear: InnerProduct,
     factors: Tensor | None,
     query: Tensor,
     rows: np.ndarray,
@@ -228,7 +228,7 @@ def scores_of_rows(
     return scores
 
 
-def gathered_rows(store: Store, linear: Linear, rows: np.ndarray) -> Tensor:
+def gathered_rows(store: Store, linear: InnerProduct, rows: np.ndarray) -> Tensor:
     """Return chosen rows, scaled, float32 ``[n, D, T, G, k]``."""
     chosen = as_tensor(store.gather(linear.readout, rows), store.layout.dtype).float()
     factors = row_factors(store, linear, rows)

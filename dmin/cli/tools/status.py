@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dmin.store import Manifest
-    from dmin.workers.liveness import Report
+    from dmin.workers.liveness import WorkerStatus
 
 STORES = Path("outputs/stores")
 APART = 5.0  # seconds between two clocks that are worth a word
@@ -53,7 +53,7 @@ class Status:
     manifest: Manifest
     sealed: int
     missing: list[int]
-    reports: list[Report]
+    reports: list[WorkerStatus]
     unattended: list[int]
 
     @property
@@ -63,7 +63,7 @@ class Status:
         return manifest.num_examples - sum(len(manifest.block_rows(b)) for b in self.missing)
 
     @property
-    def running(self) -> list[Report]:
+    def running(self) -> list[WorkerStatus]:
         """The processes at work."""
         return [each for each in self.reports if each.running]
 
@@ -79,7 +79,7 @@ class Status:
         known = [seconds for seconds in left if seconds is not None]
         return max(known) if known else None
 
-    def left(self, report: Report) -> float | None:
+    def left(self, report: WorkerStatus) -> float | None:
         """Return the seconds a process has still to work."""
         if report.state != "collecting" or report.rate <= 0:
             return 0.0 if report.state == "waiting" else None

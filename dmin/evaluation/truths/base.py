@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from dmin.attribution import Side
-from dmin.evaluation.context import World
+from dmin.attribution import FeatureSet
+from dmin.evaluation.context import BenchmarkContext
 from dmin.evaluation.metrics import measure
 from dmin.runtime.errors import DminError
 from dmin.store import Store
@@ -36,7 +36,7 @@ class GroundTruth(ABC):
     ranks_only: ClassVar[bool] = True
     costly: ClassVar[bool] = False
 
-    def prepare(self, world: World, queries: Side) -> None:  # noqa: B027 (many need nothing)
+    def prepare(self, world: BenchmarkContext, queries: FeatureSet) -> None:  # noqa: B027 (many need nothing)
         """Look at the data, and train what does not depend on any score; called once.
 
         Args:
@@ -83,7 +83,7 @@ class Relevance(GroundTruth):
     def relevant(self, queries: Store, train: Store) -> Array:
         """Return bool ``[queries, examples]``, at least one True a query."""
 
-    def prepare(self, world: World, queries: Side) -> None:
+    def prepare(self, world: BenchmarkContext, queries: FeatureSet) -> None:
         """Find the right answers."""
         self._relevant = self.relevant(queries.store, world.train.store)
 
@@ -195,7 +195,7 @@ class SelfInfluence(GroundTruth):
     def __init__(self, column: str = "mislabelled", sample: int = 250) -> None:
         self.column, self.sample = column, sample
 
-    def prepare(self, world: World, queries: Side) -> None:
+    def prepare(self, world: BenchmarkContext, queries: FeatureSet) -> None:
         """Find the marked examples.
 
         Raises:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dmin.attribution import Side
-from dmin.evaluation.context import World
+from dmin.attribution import FeatureSet
+from dmin.evaluation.context import BenchmarkContext
 from dmin.evaluation.controls import rank_correlations, shared_top
 from dmin.evaluation.truths.base import Array, GroundTruth, Measures, column
 from dmin.evaluation.truths.lds import Resamples, ceiling, lds, membership, random_subsets
@@ -34,7 +34,7 @@ class LDS(GroundTruth):
             )
         self.subsets, self.seeds, self.share = subsets, seeds, share
 
-    def prepare(self, world: World, queries: Side) -> None:
+    def prepare(self, world: BenchmarkContext, queries: FeatureSet) -> None:
         """Train a model on every subset and seed."""
         examples = len(world.train)
         subsets = random_subsets(examples, self.subsets, self.share)
@@ -80,7 +80,7 @@ class LeaveOut(GroundTruth):
             raise DminError(f"LeaveOut: seeds={seeds}; the ceiling needs two or more.")
         self.column, self.seeds = column, seeds
 
-    def prepare(self, world: World, queries: Side) -> None:
+    def prepare(self, world: BenchmarkContext, queries: FeatureSet) -> None:
         """Train a model without each value, and seed.
 
         Raises:
@@ -132,7 +132,7 @@ class Removal(GroundTruth):
     def __init__(self, k: int = 50, queries: int = 8, seeds: int = 1, random: int = 12) -> None:
         self.k, self.queries, self.seeds, self.random = k, queries, seeds, random
 
-    def prepare(self, world: World, queries: Side) -> None:
+    def prepare(self, world: BenchmarkContext, queries: FeatureSet) -> None:
         """Train without random examples."""
         self._world, self._side = world, queries
         count = min(self.queries, len(queries))
@@ -184,7 +184,7 @@ class UnionRemoval(GroundTruth):
             )
         self.k, self.groups, self.seeds, self.random = tuple(k), groups, seeds, random
 
-    def prepare(self, world: World, queries: Side) -> None:
+    def prepare(self, world: BenchmarkContext, queries: FeatureSet) -> None:
         """Train without random examples."""
         self._world, self._side = world, queries
         self._parts = np.array_split(np.arange(len(queries)), self.groups)
@@ -255,7 +255,7 @@ class Diversity(GroundTruth):
 
 
 def mean_over_seeds(
-    world: World, queries: Side, sets: Sequence[Array], seeds: int, what: str
+    world: BenchmarkContext, queries: FeatureSet, sets: Sequence[Array], seeds: int, what: str
 ) -> Array:
     """Return the losses ``[sets, Q]`` of models trained on sets of rows, mean over seeds."""
     lost = [world.retrain(sets, seed, queries, what) for seed in range(seeds)]

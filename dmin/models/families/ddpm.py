@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from dmin.diffusion.processes import Denoising
+from dmin.diffusion.processes import DiscreteDiffusion
 from dmin.models.base import (
     Condition,
     DiffusionModel,
@@ -21,7 +21,7 @@ from dmin.models.base import (
 )
 from dmin.models.checkpoints import describe_adapters, load_adapters, load_pipeline, load_weights
 from dmin.runtime.errors import DminError
-from dmin.runtime.transfer import sent
+from dmin.runtime.transfer import to_device
 
 
 class DDPM(DiffusionModel):
@@ -42,7 +42,7 @@ class DDPM(DiffusionModel):
         super().__init__()
         self.network: UNet2DModel = network
         self.scheduler: Any = scheduler
-        self.process = Denoising(self.scheduler.config, snr_gamma)
+        self.process = DiscreteDiffusion(self.scheduler.config, snr_gamma)
         self.ladder = self.process.ladder
         config: Any = network.config
         self.classes: int | None = config.num_class_embeds
@@ -121,7 +121,7 @@ class DDPM(DiffusionModel):
         if self.classes is None:
             return {}
         device = next(self.network.parameters()).device
-        return {"class_labels": sent(class_labels(prompts, self.classes), device)}
+        return {"class_labels": to_device(class_labels(prompts, self.classes), device)}
 
     def predict(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """Return the network's prediction and the target of the scheduler's prediction type."""

@@ -17,7 +17,7 @@ class DiT(LearnedVariance):
     """Diffusion Transformer (Peebles & Xie 2023); predicts ε. Its prompts are class labels."""
 
     pipeline_class = DiTPipeline
-    called_apart = ("transformer_blocks.0.norm1.emb",)  # for the last layer's conditioning
+    externally_called = ("transformer_blocks.0.norm1.emb",)  # for the last layer's conditioning
 
     def _prompts(self, batch: Mapping[str, Any]) -> Sequence[Any]:
         prompts: Sequence[Any] = batch["label"]

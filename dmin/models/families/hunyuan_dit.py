@@ -12,11 +12,11 @@ from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_r
 from torch import Tensor
 
 from dmin.models.base import Condition
-from dmin.models.conditioning import Sized
+from dmin.models.conditioning import SizeConditioning
 from dmin.models.schedulers import LearnedVariance
 
 
-class HunyuanDiT(Sized, LearnedVariance):
+class HunyuanDiT(SizeConditioning, LearnedVariance):
     """HunyuanDiT 1.0 to 1.2 (Li et al. 2024); predicts v.
 
     The safety checker is not loaded: it would turn queries black.

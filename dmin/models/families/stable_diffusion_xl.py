@@ -10,11 +10,11 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from dmin.models.base import Condition
-from dmin.models.conditioning import Sized
+from dmin.models.conditioning import SizeConditioning
 from dmin.models.schedulers import LatentDenoiser
 
 
-class StableDiffusionXL(Sized, LatentDenoiser):
+class StableDiffusionXL(SizeConditioning, LatentDenoiser):
     """Stable Diffusion XL (Podell et al. 2023); predicts ε or v."""
 
     pipeline_class = StableDiffusionXLPipeline
