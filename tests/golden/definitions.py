@@ -24,9 +24,9 @@ from dmin import Example, Examples, GradientCollector, Store, retrieve
 # All that is not of the public face of the package stands here.
 from dmin.cli.help import COMMANDS, config_directory  # noqa: F401
 from dmin.collect import predict_trainer
-from dmin.collect.growth import collect_more
-from dmin.store.growth import remove
-from dmin.store.operations import verify  # noqa: F401
+from dmin.collect.append import collect_more
+from dmin.store.revisions import remove
+from dmin.store.maintenance import verify  # noqa: F401
 
 DATA = Path(__file__).parent / "data"
 STORES = DATA / "stores"
