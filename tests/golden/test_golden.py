@@ -7,9 +7,13 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
-from golden import definitions
+import yaml
+from golden import definitions, settings
 from golden.definitions import GOLDENS, STORES
+from golden.settings import RENAMED
+from hydra.utils import get_object
 
+KNOWN = json.loads(settings.SETTINGS.read_text())
 TOLERANCE = 1e-3
 # Of rows, as a share of their length; of quantised ones a step is larger.
 ROUNDING = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 8e-3, "int8": 2e-2}
@@ -99,3 +103,86 @@ def test_a_fresh_collection_has_the_golden_rows(name, place, tmp_path):
             )
             assert apart.max() <= ROUNDING[then.layout.dtype]
             np.testing.assert_allclose(now.norms(readout), then.norms(readout), rtol=TOLERANCE)
+
+
+def resolved(target):
+    return RENAMED.get(target, target)
+
+
+@pytest.mark.parametrize("target", KNOWN["targets"])
+def test_a_target_of_then_is_found(target):
+    try:
+        assert callable(get_object(resolved(target)))
+    except ImportError:
+        if target.startswith("dmin."):
+            raise
+        pytest.skip("not installed")
+
+
+# Settings of 0.1.0, by their dotted names, that are another today (None: gone), and why.
+EXPLAINED: dict[str, str | None] = {}
+# Settings that came since.
+ADDED: set[str] = set()
+# Settings whose value is another today: the old and the new one.
+CHANGED: dict[str, tuple[object, object]] = {}
+
+
+@pytest.mark.parametrize("asked", settings.ASKED)
+@pytest.mark.parametrize("command", settings.COMPOSED)
+def test_a_command_composes_to_the_settings_of_then(command, asked, tmp_path):
+    printed = settings.shown(command, settings.ASKED[asked], tmp_path)
+    now = settings.flat(yaml.safe_load(printed))
+    then = settings.flat(yaml.safe_load((settings.CFG / f"{command}.{asked}.yaml").read_text()))
+    expected = {}
+    for name, value in then.items():
+        name = EXPLAINED.get(name, name)
+        if name is not None:
+            value = resolved(value) if name.endswith("_target_") else value
+            old, new = CHANGED.get(name, (value, value))
+            assert value == old
+            expected[name] = new
+    assert {name: value for name, value in now.items() if name not in ADDED} == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", KNOWN["choices"])
+def test_a_choice_has_the_settings_of_then(choice):
+    group, _, name = choice.rpartition("/")
+    now = set(settings.composed(group, name))
+    then = {EXPLAINED.get(key, key) for key in KNOWN["choices"][choice]} - {None}
+    assert not then - now
+
+
+@pytest.fixture(scope="module")
+def repeated(tmp_path_factory):
+    """A folder in which training and collecting were repeated, which the other runs start from."""
+    place = tmp_path_factory.mktemp("repeated")
+    shutil.copytree(settings.RECORDS, place / "then")
+    return place, {name: again(name, place) for name in ("train", "collect")}
+
+
+def again(name, place):
+    """Repeat a run; return its new record and what was said."""
+    status, printed = settings.dmin("repeat", f"then/{name}", place=place)
+    assert status == 0, printed
+    (file,) = place.glob(f"outputs/runs/{name}/*/record.json")
+    return json.loads(file.read_text()), printed
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("train", "collect") else [pytest.mark.slow])
+        for name in settings.RUNS
+    ],
+)
+def test_a_run_of_then_is_repeated(name, repeated):
+    place, done = repeated
+    now, printed = done[name] if name in done else again(name, place)
+    then = json.loads((settings.RECORDS / name / "record.json").read_text())
+    assert "differs from then:" in printed and "results:" in printed
+    assert now["outcome"] == then["outcome"] == "finished" and now["seed"] == then["seed"]
+    assert set(now["results"]) == set(then["results"])
+    # The same on any CPU: numbers are not, and so the names in digests' places are not either.
+    for key in ("rows", "raw_bytes", "queries", "checks"):
+        assert now["results"].get(key) == then["results"].get(key), key
