@@ -1,7 +1,8 @@
 """Attribution methods: stores in, scores and rankings out."""
 
-from dmin.attribution.base import ExampleBlock, FeatureSet, Method, Requires
+from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
 from dmin.attribution.merge import merged
+from dmin.attribution.method import Method
 from dmin.attribution.methods.blend import Blend
 from dmin.attribution.methods.checkpoints import (
     GAS,

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dmin.attribution.base import FeatureSet, Method
+from dmin.attribution.features import FeatureSet
+from dmin.attribution.method import Method
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.search.scan import gathered_rows
 

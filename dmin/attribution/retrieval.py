@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dmin.attribution.base import FeatureSet, Method, check_pair
+from dmin.attribution.check import check_pair
+from dmin.attribution.features import FeatureSet
+from dmin.attribution.method import Method
 from dmin.attribution.methods.dmin import DMin
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.scores import as_side, query_batches

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, InnerProduct
+from dmin.attribution.features import ExampleBlock
+from dmin.attribution.method import InnerProduct
 from dmin.store import Layout
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import FeatureSet, Method, check_pair
+from dmin.attribution.check import check_pair
+from dmin.attribution.features import FeatureSet
+from dmin.attribution.method import Method
 from dmin.attribution.search.scan import scan
 from dmin.store import Store
 

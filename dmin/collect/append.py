@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmin.data.base import Dataset
-from dmin.data.subset import Subset, ids_of
+from dmin.data.ids import ids_of
+from dmin.data.subset import Subset
 from dmin.runtime.errors import DminError
 from dmin.store import Store
 from dmin.store.maintenance import append

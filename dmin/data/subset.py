@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dmin.data.base import Dataset, Example, describe_dataset
+from dmin.data.ids import ids_of, places_of
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
 
@@ -71,14 +72,8 @@ class Subset:
         }
 
 
-def ids_of(dataset: Dataset) -> Sequence[str]:
-    """Return all ids, from a list if the dataset keeps one, else by reading every example."""
-    ids: Sequence[str] | None = getattr(dataset, "ids", None)
-    return ids if ids is not None else [dataset[index].id for index in range(len(dataset))]
-
-
 def _positions(dataset: Dataset, ids: Sequence[str]) -> list[int]:
-    position = {found: index for index, found in enumerate(ids_of(dataset))}
+    position = places_of(dataset)
     unknown = [wanted for wanted in ids if wanted not in position]
     if unknown:
         raise DminError(

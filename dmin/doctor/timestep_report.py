@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
+from dmin.runtime.sampling import evenly
 from dmin.store import Store
 
 # Blind: all examples look alike, or all pairs of them look alike to each other.
@@ -75,8 +76,8 @@ def report_of(store: Store, readout: str = "loss", sample: int = 256) -> list[Ti
         readout: which gradients.
         sample: how many rows, at most.
     """
-    chosen = np.unique(np.linspace(0, len(store) - 1, min(sample, len(store))).astype(int))
-    return timestep_report(store.rows(readout, chosen), store.layout.timesteps)
+    rows = store.rows(readout, evenly(len(store), sample, ends=True))
+    return timestep_report(rows, store.layout.timesteps)
 
 
 def report_table(report: Sequence[Timestep]) -> Table:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dmin.attribution import FeatureSet, Method
-from dmin.attribution.base import check_pair
+from dmin.attribution.check import check_pair
 from dmin.evaluation.context import BenchmarkContext
 from dmin.evaluation.controls import soft_max, squared, top_only
 from dmin.evaluation.report.results import TRANSFORMED, Cell, Cost, Report, Row, compared

@@ -74,5 +74,10 @@ def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estim
     """
     generator = np.random.default_rng(seed)
     drawn = generator.integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
-    return Estimate(float(values.mean()), float(low), float(high))
+    return interval(values.mean(), values[drawn].mean(axis=1))
+
+
+def interval(center: float, resampled: np.ndarray) -> Estimate:
+    """Return a value with the 95 % percentile interval of its resamples."""
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return Estimate(float(center), float(low), float(high))

@@ -19,7 +19,7 @@ from dmin.attribution import (
     SpectralEnergy,
     retrieve,
 )
-from dmin.attribution.base import FeatureSet
+from dmin.attribution.features import FeatureSet
 from dmin.attribution.methods.blend import Blend
 from dmin.attribution.search.popularity import PopularityCorrected
 from dmin.attribution.search.selection import Selection

@@ -5,10 +5,10 @@ import pytest
 from scipy.stats import spearmanr
 
 from dmin.evaluation.controls import rank_correlations, shared_top, soft_max, squared, top_only
+from dmin.evaluation.metrics import interval
 from dmin.evaluation.truths.lds import (
     Resamples,
     ceiling,
-    interval,
     lds,
     membership,
     random_subsets,

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, FeatureSet, Method
 from dmin.attribution.curvature.curvature import Curvature, fit_curvature
+from dmin.attribution.features import ExampleBlock, FeatureSet
+from dmin.attribution.method import Method
 from dmin.runtime.errors import DminError
 
 log = logging.getLogger(__name__)

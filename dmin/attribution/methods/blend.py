@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, FeatureSet, Method, Requires
+from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
+from dmin.attribution.method import Method
 from dmin.runtime.errors import DminError
+from dmin.runtime.sampling import evenly
 from dmin.store import Layout
 
 
@@ -79,9 +81,7 @@ class Blend(Method):
         self.methods = [copy.copy(method) for method in self.methods]
         for method in self.methods:
             method.fit(train)
-        count = min(self.sample, len(train))
-        chosen = [number * len(train) // count for number in range(count)]
-        self._sample = train.block(chosen, self.requires)
+        self._sample = train.block(evenly(len(train), self.sample), self.requires)
 
     def notes(self) -> dict[str, str]:
         """Return each method's notes."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, FeatureSet, Method
+from dmin.attribution.features import ExampleBlock, FeatureSet
+from dmin.attribution.method import Method
 from dmin.attribution.methods.gradient_similarity import GradCos, GradDot
 from dmin.attribution.methods.trak import DTRAK, TRAK
 from dmin.runtime.errors import DminError

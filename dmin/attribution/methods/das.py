@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, FeatureSet, Requires
 from dmin.attribution.curvature.damped import DampedCurvatureMethod
+from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
 from dmin.attribution.rows import unit_rows
 from dmin.store import Layout
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, InnerProduct, Method, in_row_order
+from dmin.attribution.features import ExampleBlock
+from dmin.attribution.method import InnerProduct, Method, in_row_order
 from dmin.runtime.errors import DminError
 from dmin.store import Layout
 

@@ -8,11 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, FeatureSet, InnerProduct, Method, Requires
 from dmin.attribution.curvature.kronecker import KroneckerCurvature
-from dmin.attribution.methods.model_loss import ModelLoss, Pairs, Weights, evenly
+from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
+from dmin.attribution.method import InnerProduct, Method
+from dmin.attribution.methods.model_loss import ModelLoss, Pairs, Weights
 from dmin.attribution.rows import over_rows, summed_rows
 from dmin.runtime.errors import DminError
+from dmin.runtime.sampling import evenly
 from dmin.store import Layout
 
 
@@ -62,7 +64,8 @@ class EKFAC(Method):
         assert train.origin is not None  # check_pair asks
         self.sketch = train.origin.sketch
         self.loss = ModelLoss(train.origin, known=train)
-        chosen = [train.example(id) for id in evenly(train.store.ids, self.examples)]
+        ids = train.store.ids
+        chosen = [train.example(ids[row]) for row in evenly(len(train), self.examples)]
         self.curvature = KroneckerCurvature(
             self.loss, train.origin.attributed, self.fisher == "diagonal"
         )

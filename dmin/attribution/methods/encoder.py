@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, FeatureSet, Method, Requires
+from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
+from dmin.attribution.method import Method
 from dmin.runtime.errors import DminError
 
 # Of ImageNet: what encoders without a preprocessor_config.json are most often trained with.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, InnerProduct, Method, in_row_order
+from dmin.attribution.features import ExampleBlock
+from dmin.attribution.method import InnerProduct, Method, in_row_order
 from dmin.attribution.rows import over_rows, summed_rows
 from dmin.store import Layout
 

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, FeatureSet, InnerProduct, Method, Requires
 from dmin.attribution.curvature.hessian import Kind, LossCurvature
-from dmin.attribution.methods.model_loss import ModelLoss, evenly
+from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
+from dmin.attribution.method import InnerProduct, Method
+from dmin.attribution.methods.model_loss import ModelLoss
 from dmin.attribution.rows import over_rows, summed_rows
 from dmin.runtime.errors import DminError
+from dmin.runtime.sampling import evenly
 from dmin.store import Layout
 
 
@@ -62,7 +64,8 @@ class InverseCurvature(Method):
         assert train.origin is not None  # check_pair asks
         self.sketch = train.origin.sketch
         self.loss = ModelLoss(train.origin, known=train)
-        chosen = [train.example(id) for id in evenly(train.store.ids, self.examples)]
+        ids = train.store.ids
+        chosen = [train.example(ids[row]) for row in evenly(len(train), self.examples)]
         self.operator = LossCurvature(self.loss, chosen, self.curvature, self.batch_size)
         self.largest = float(self.operator.eigenpairs(1, 1e-3).values.abs()[0])
         # Without any curvature there is nothing to invert: any λ will do.

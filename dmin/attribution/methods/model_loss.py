@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dmin.attribution.base import FeatureSet, FeatureSource
+from dmin.attribution.features import FeatureSet, FeatureSource
 from dmin.data.base import Example, collate
 from dmin.models.base import Condition, Prediction, per_example_loss
 from dmin.runtime.errors import DminError
@@ -155,9 +155,3 @@ class _Call(nn.Module):
     def forward(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
         found: Prediction = self.model.predict(x0, noise, t, condition)
         return found
-
-
-def evenly(ids: Sequence[str], count: int | None) -> list[str]:
-    """Return ids evenly spaced, ``count`` of them or all."""
-    count = min(count or len(ids), len(ids))
-    return [ids[number * len(ids) // count] for number in range(count)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Method, Requires
+from dmin.attribution.features import ExampleBlock, Requires
+from dmin.attribution.method import Method
 
 
 class PixelL2(Method):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, FeatureSet, Method, Requires
+from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
+from dmin.attribution.method import Method
 from dmin.attribution.methods.dmin import DMin
 
 

@@ -7,7 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, Method, Requires
+from dmin.attribution.features import ExampleBlock, Requires
+from dmin.attribution.method import Method
 
 
 class Random(Method):

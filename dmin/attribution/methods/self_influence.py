@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dmin.attribution.base import FeatureSet, Method, check_pair
+from dmin.attribution.check import check_pair
+from dmin.attribution.features import FeatureSet
+from dmin.attribution.method import Method
 from dmin.attribution.scores import as_side
 from dmin.runtime.errors import DminError
 from dmin.store import Store

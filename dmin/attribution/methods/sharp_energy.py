@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, FeatureSet
+from dmin.attribution.features import ExampleBlock, FeatureSet
 from dmin.attribution.methods.spectral import SpectralEnergy
 from dmin.runtime.errors import DminError
 from dmin.store import Layout

@@ -10,11 +10,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, FeatureSet
 from dmin.attribution.curvature.damped import DampedCurvatureMethod, checked_damping
+from dmin.attribution.features import ExampleBlock, FeatureSet
 from dmin.attribution.methods.dmin import DMin
 from dmin.attribution.rows import unit_rows
 from dmin.runtime.errors import DminError
+from dmin.runtime.sampling import evenly
 from dmin.store import Layout
 
 
@@ -172,9 +173,7 @@ class ZSum(Spectral):
     def fit(self, train: FeatureSet) -> None:
         """Fit the curvature, and keep a sample of the training rows."""
         super().fit(train)
-        count = min(self.sample, len(train))
-        chosen = [number * len(train) // count for number in range(count)]
-        self._sample = train.block(chosen, self.requires)
+        self._sample = train.block(evenly(len(train), self.sample), self.requires)
 
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return the sum of both queries, each divided by its spread, ``[Q, T, D·G·k]``."""

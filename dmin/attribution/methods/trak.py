@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, FeatureSet, InnerProduct, Requires
 from dmin.attribution.curvature.damped import DampedCurvatureMethod
+from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
+from dmin.attribution.method import InnerProduct
 from dmin.attribution.rows import over_rows, summed_rows
 from dmin.store import Layout
 

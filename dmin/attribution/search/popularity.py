@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from dmin.attribution.base import ExampleBlock, FeatureSet, InnerProduct, Method
+from dmin.attribution.features import ExampleBlock, FeatureSet
+from dmin.attribution.method import InnerProduct, Method
+from dmin.runtime.sampling import evenly
 from dmin.store import Layout
 
 
@@ -33,7 +34,7 @@ class PopularityCorrected(Method):
     def fit(self, train: FeatureSet) -> None:
         """Fit the method, and prepare the references as its queries."""
         self.method.fit(train)
-        rows = np.linspace(0, len(train) - 1, min(self.references, len(train))).round().astype(int)
+        rows = evenly(len(train), self.references, ends=True)
         self._popular = self.method.transform_query(train.block(rows, self.requires))
 
     def notes(self) -> dict[str, str]:

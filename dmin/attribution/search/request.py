@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.base import FeatureSet, InnerProduct, Method
+from dmin.attribution.features import FeatureSet
 from dmin.attribution.merge import enough_of
+from dmin.attribution.method import InnerProduct, Method
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.scores import scored
 from dmin.attribution.search.index import Index

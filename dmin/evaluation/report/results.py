@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from dmin.evaluation.metrics import interval
+
 Array = np.ndarray
 
 TRANSFORMED = ("squared", "soft-max", "top 5 %")
@@ -186,7 +188,7 @@ def compared(cells: Sequence[Cell], reference: str) -> list[Result]:
         best = _best_at_each_size([c for c in group if not c.row.control])
         for cell in group:
             mean, is_method = float(cell.values.mean()), cell.row.control != "reference"
-            low, high = np.quantile(cell.resampled, [0.025, 0.975])
+            _, low, high = interval(mean, cell.resampled)
             found = Result(
                 task=cell.task,
                 truth=cell.truth,
@@ -198,8 +200,8 @@ def compared(cells: Sequence[Cell], reference: str) -> list[Result]:
                 dim=cell.dim,
                 queries=len(cell.values),
                 mean=mean,
-                low=float(low),
-                high=float(high),
+                low=low,
+                high=high,
                 best=any(cell is one for one in best),
                 of_ceiling=mean / ceiling if ceiling and is_method else None,
                 bytes=cell.cost.bytes,
@@ -223,12 +225,9 @@ def _groups(cells: Iterable[Cell]) -> Mapping[tuple[Any, ...], list[Cell]]:
 def _difference(cell: Cell, base: Cell) -> dict[str, Any]:
     if cell is base:
         return {}
-    low, high = np.quantile(cell.resampled - base.resampled, [0.025, 0.975])
-    return {
-        "difference": float(cell.values.mean() - base.values.mean()),
-        "difference_low": float(low),
-        "difference_high": float(high),
-    }
+    difference = cell.values.mean() - base.values.mean()
+    found = interval(difference, cell.resampled - base.resampled)
+    return dict(zip(("difference", "difference_low", "difference_high"), found, strict=True))
 
 
 def _best_at_each_size(cells: Sequence[Cell]) -> list[Cell]:

@@ -13,6 +13,7 @@ from dmin.evaluation.truths.base import Array, GroundTruth, Measures, column
 from dmin.evaluation.truths.lds import Resamples, ceiling, lds, membership, random_subsets
 from dmin.evaluation.truths.removal import rise, without_random, without_top, without_union
 from dmin.runtime.errors import DminError
+from dmin.runtime.sampling import evenly
 
 
 class LDS(GroundTruth):
@@ -135,8 +136,7 @@ class Removal(GroundTruth):
     def prepare(self, world: BenchmarkContext, queries: FeatureSet) -> None:
         """Train without random examples."""
         self._world, self._side = world, queries
-        count = min(self.queries, len(queries))
-        self._asked = np.linspace(0, len(queries) - 1, count).round().astype(int)
+        self._asked = evenly(len(queries), self.queries, ends=True)
         sets = without_random(len(world.train), self.k, self.random, seed=1)
         self._random = self._losses(sets, f"removing {self.k} at random")
 

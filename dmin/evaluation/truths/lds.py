@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dmin.evaluation.metrics import Estimate
 from dmin.runtime.errors import DminError
 
 Array = np.ndarray
@@ -86,12 +85,6 @@ class Resamples:
         predicted = scores.astype(np.float64) @ members.T.astype(np.float64)
         each = weighted_spearman(predicted, -losses.T, self.weights.astype(np.float64))
         return each.T[np.arange(len(self.queries))[:, None], self.queries].mean(1)
-
-
-def interval(center: float, resampled: Array) -> Estimate:
-    """Return a value with the 95 % percentile interval of its resamples."""
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return Estimate(float(center), float(low), float(high))
 
 
 class Ceiling(NamedTuple):

@@ -1,0 +1,91 @@
+"""Which pairs of feature sets a method can compare, and what is missing where it cannot."""
+
+from __future__ import annotations
+
+from dmin.attribution.features import FeatureSet
+from dmin.attribution.method import Method
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import fingerprint
+from dmin.store import Store, check_comparable
+
+
+def check_pair(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
+    """Refuse a pair of sides that a method cannot compare.
+
+    Raises:
+        DminError: stores of other weights, schedule or sketch; an incomplete store; a readout that
+            was not collected.
+    """
+    queries.store.require_complete()
+    train.store.require_complete()
+    check_comparable(queries.store, train.store)
+    missing = set(method.requires.readouts) - set(train.store.layout.readouts)
+    if missing:
+        raise DminError(
+            f"method={method.name} needs the readouts {', '.join(sorted(missing))}; the store has "
+            f"{', '.join(train.store.layout.readouts)}. Collect again with "
+            f"collect.readouts=[{','.join(sorted({*train.store.layout.readouts, *missing}))}]."
+        )
+    if method.requires.model:
+        _check_origin(queries, train, method)
+    if method.requires.journey:
+        _check_journey(queries, method)
+    for name in method.requires.checkpoints:
+        pair = [_checkpoint(side, name, method) for side in (queries, train)]
+        check_comparable(pair[0].store, pair[1].store)
+
+
+def _check_origin(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
+    """Refuse a model that is not the one the features were made with."""
+    guidance = queries.store.manifest.dataset.get("guidance")
+    if guidance is not None:
+        raise DminError(
+            f"the queries were collected with model.query_guidance={guidance:g}, but method="
+            f"{method.name} computes their gradients anew, without guidance. Set "
+            f"model.query_guidance=null, or take a method that reads the store."
+        )
+    if train.origin is None:
+        raise DminError(
+            f"method={method.name} runs the model itself, but only a store was given. Give what "
+            f"made it as well: FeatureSet(store, dataset, origin=collector)."
+        )
+    if fingerprint(train.origin.describe()) != fingerprint(train.store.manifest.features):
+        raise DminError(
+            f"method={method.name} was given another model, noise or sketch than "
+            f"{train.store.path} was collected with. Give the collector that made it."
+        )
+
+
+def _check_journey(queries: FeatureSet, method: Method) -> None:
+    """Refuse queries of whose generation nothing is known."""
+    if not queries.journey:
+        raise DminError(
+            f"method={method.name} needs what the queries looked like while they were generated. "
+            f"Generate them with queries=generated queries.journey=10 (FeatureSet(…, journey=[…]))."
+        )
+    for state in queries.journey:
+        state.store.require_complete()
+        check_comparable(state.store, queries.store)
+        _check_ids(state.store, queries.store)
+
+
+def _checkpoint(side: FeatureSet, name: str, method: Method) -> FeatureSet:
+    """Return a side's examples under a checkpoint, or say that they are not there."""
+    if name not in side.checkpoints:
+        raise DminError(
+            f"method={method.name} reads the checkpoint {name!r}, of which {side.store.path} is "
+            f"not accompanied ({', '.join(side.checkpoints) or 'by none'}). Collect it, and give "
+            f"FeatureSet(store, checkpoints={{{name!r}: FeatureSet(…)}})."
+        )
+    other = side.checkpoints[name]
+    other.store.require_complete()
+    _check_ids(other.store, side.store)
+    return other
+
+
+def _check_ids(other: Store, store: Store) -> None:
+    if other.ids != store.ids:
+        raise DminError(
+            f"{other.path} and {store.path} do not hold the same examples in the same order. "
+            f"Collect both from one dataset."
+        )

@@ -1,0 +1,201 @@
+"""What a method reads: examples of one side, their features, and what goes with them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmin.attribution.curvature.curvature import Curvature
+from dmin.data.base import Dataset, Example
+from dmin.data.ids import places_of
+from dmin.runtime.errors import DminError
+from dmin.store import Store
+
+if TYPE_CHECKING:
+    from dmin.diffusion.noise import Noise
+    from dmin.gradients.parameters import Parameters
+    from dmin.models.base import DiffusionModel
+    from dmin.sketches import Sketch
+
+
+@dataclass(frozen=True)
+class Requires:
+    """What a method needs to be there.
+
+    Args:
+        readouts: gradients it reads from the store.
+        images: it compares the images themselves, so both datasets must be at hand.
+        checkpoints: names (paths) of further checkpoints whose stores it reads.
+        journey: it reads the queries' states along their generation.
+        model: it runs the model, so model, examples, noise and sketch must be at hand.
+    """
+
+    readouts: tuple[str, ...] = ("loss",)
+    images: bool = False
+    checkpoints: tuple[str, ...] = ()
+    journey: bool = False
+    model: bool = False
+
+
+class FeatureSource(Protocol):
+    """What the features of a store were made with; a ``GradientCollector`` is one."""
+
+    model: DiffusionModel
+    attributed: Parameters
+    sketch: Sketch  # bound to these
+    timesteps: tuple[float, ...]
+    noise: Noise
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the store's manifest has as its features."""
+
+    def cached_encodings(
+        self, store: Store, ids: Sequence[str], root: str | Path | None = None
+    ) -> tuple[Tensor, Mapping[str, Tensor]] | None:
+        """Return x0 and condition of examples as collecting kept them; None if it did not."""
+
+
+@dataclass(frozen=True)
+class ExampleBlock:
+    """Consecutive examples of one side, with what the method requires of them."""
+
+    first: int  # row of the first example in its store
+    ids: Sequence[str]
+    features: dict[str, Tensor] = field(default_factory=dict)  # readout -> [n, D, T, G, k]
+    norms: dict[str, Tensor] = field(default_factory=dict)  # readout -> [n, D, T, G]
+    images: Tensor | None = None  # [n, C, H, W] in [0, 1]
+    examples: Sequence[Example] = ()  # for a method that runs the model
+    checkpoints: Sequence[ExampleBlock] = ()  # the same examples under each further checkpoint
+    journey: Sequence[ExampleBlock] = ()  # of queries: their states while they were generated
+
+
+class FitCache:
+    """Curvatures that were fitted to a side, kept for other methods that fit the same to it.
+
+    Attributes:
+        kept: by what they were fitted to and how, each with the seconds that it took.
+        used: keys that were asked for, in this order.
+        memory: bytes that may be kept; those asked for longest ago leave first.
+    """
+
+    def __init__(self, memory: int = 1 << 30) -> None:
+        self.kept: dict[Hashable, tuple[Curvature, float]] = {}
+        self.used: list[Hashable] = []
+        self.memory = memory
+
+    def get(self, key: Hashable, fit: Callable[[], Curvature]) -> Curvature:
+        """Return what was fitted under a key before, or fit it."""
+        if key in self.kept:
+            found, seconds = self.kept.pop(key)  # to the end
+        else:
+            start = time.perf_counter()
+            found, seconds = fit(), time.perf_counter() - start
+        self.used.append(key)
+        while (
+            self.kept and sum(c.nbytes for c, _ in self.kept.values()) + found.nbytes > self.memory
+        ):
+            self.kept.pop(next(iter(self.kept)))
+        self.kept[key] = found, seconds
+        return found
+
+
+class FeatureSet:
+    """One side of the comparison, queries or training examples: a store, and perhaps more.
+
+    Args:
+        store: the features.
+        dataset: the examples, needed by methods that look at images; found by their ids.
+        checkpoints: the same examples under further checkpoints of the model, by their name.
+        journey: of queries: stores of the same ids, one for each state that was recorded while
+            they were generated.
+        origin: what the features were made with, for methods that run the model themselves.
+        encodings: where collecting kept latents and prompts, if it did (``keep_encodings``); beside
+            the store if None. Methods that run the model read them and do not encode again.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        dataset: Dataset | None = None,
+        *,
+        checkpoints: Mapping[str, FeatureSet] | None = None,
+        journey: Sequence[FeatureSet] = (),
+        origin: FeatureSource | None = None,
+        encodings: str | Path | None = None,
+    ) -> None:
+        self.store = store
+        self.dataset = dataset
+        self.checkpoints = dict(checkpoints or {})
+        self.journey = list(journey)
+        self.origin = origin
+        self.encodings = encodings
+        self.fits = FitCache()
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.store)
+
+    def block(self, rows: Sequence[int] | np.ndarray, requires: Requires) -> ExampleBlock:
+        """Return chosen rows, in the order given, with what a method requires."""
+        store, readouts = self.store, requires.readouts
+        ids = [store.ids[row] for row in rows]
+        alone = replace(requires, checkpoints=(), journey=False)
+        return ExampleBlock(
+            first=int(rows[0]),
+            ids=ids,
+            features={name: torch.from_numpy(store.rows(name, rows)) for name in readouts},
+            norms={name: torch.from_numpy(self._norms(name)[rows]) for name in readouts},
+            images=torch.stack([self.image(i) for i in ids]) if requires.images else None,
+            examples=[self.example(i) for i in ids] if requires.model else (),
+            checkpoints=[self.checkpoints[c].block(rows, alone) for c in requires.checkpoints],
+            journey=[s.block(rows, alone) for s in self.journey] if requires.journey else (),
+        )
+
+    def blocks(self, requires: Requires, rows: int = 1024) -> Iterator[ExampleBlock]:
+        """Yield the side block by block, reading only what a method requires."""
+        for start in range(0, len(self), rows):
+            yield self.block(np.arange(start, min(start + rows, len(self))), requires)
+
+    def image(self, id: str) -> Tensor:
+        """Return the image of an example, ``[C, H, W]`` in [0, 1]; see :meth:`example`."""
+        return self.example(id).image
+
+    def example(self, id: str) -> Example:
+        """Return an example by its id.
+
+        Raises:
+            DminError: there is no dataset, or it has no such example.
+        """
+        if self.dataset is None:
+            raise DminError(
+                "this method looks at the images, but only a store was given. Give the dataset as "
+                "well: FeatureSet(store, dataset)."
+            )
+        if id not in self._places:
+            raise DminError(
+                f"the store has an example {id!r} that the dataset lacks: the dataset changed "
+                f"since collection. Restore it, or collect again."
+            )
+        return self.dataset[self._places[id]]
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        assert self.dataset is not None
+        return places_of(self.dataset)
+
+    def _norms(self, readout: str) -> np.ndarray:
+        if readout not in self._loaded_norms:
+            self._loaded_norms[readout] = self.store.norms(readout)
+        return self._loaded_norms[readout]
+
+    @cached_property
+    def _loaded_norms(self) -> dict[str, np.ndarray]:
+        return {}
