@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dmin.collect import GradientCollector
+from dmin.diffusion.inputs import NoisedBatch
 from dmin.doctor.diagnosis import Check
-from dmin.doctor.gradients import Comparison, Inputs, compare
+from dmin.doctor.gradients import Comparison, compare
 from dmin.gradients.parameters import Parameter
 from dmin.models.base import READOUTS, Condition
 from dmin.runtime.errors import DminError
@@ -65,7 +66,7 @@ def encoders(first: tuple[Tensor, Condition], second: tuple[Tensor, Condition]) 
     )
 
 
-def repeatable(collector: GradientCollector, inputs: Inputs) -> Check:
+def repeatable(collector: GradientCollector, inputs: NoisedBatch) -> Check:
     """Compare two passes over the same input."""
     readout = READOUTS[collector.readouts[0]]
     with torch.no_grad():
@@ -83,7 +84,7 @@ def repeatable(collector: GradientCollector, inputs: Inputs) -> Check:
 
 
 def gradients(
-    collector: GradientCollector, inputs: Inputs
+    collector: GradientCollector, inputs: NoisedBatch
 ) -> tuple[Comparison | None, list[Check]]:
     """Compare with autograd, one example at a time and together."""
     limit, readout = _limit(collector), collector.readouts[0]

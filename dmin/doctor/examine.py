@@ -16,9 +16,9 @@ from dmin.collect import GradientCollector, PeakMemory, predict_trainer
 from dmin.collect.encodings import on_device
 from dmin.collect.session import places
 from dmin.data.base import Dataset, Example, by_shape, collate
+from dmin.diffusion.inputs import NoisedBatch, NoisedExamples
 from dmin.doctor import checks as checking
 from dmin.doctor.diagnosis import Check, Cost, Covered, Diagnosis
-from dmin.doctor.gradients import Inputs
 from dmin.doctor.timestep_report import Timestep, timestep_report
 from dmin.models.base import Condition
 from dmin.runtime.errors import DminError
@@ -137,12 +137,11 @@ def _full_precision() -> Iterator[None]:
 
 def _inputs(
     collector: GradientCollector, x0: Tensor, condition: Condition, ids: list[str]
-) -> Inputs:
+) -> NoisedBatch:
     """Pair each example with a timestep of its own, spread over the schedule."""
-    steps = collector.timesteps
-    t = [steps[(2 * i + 1) * len(steps) // (2 * len(x0))] for i in range(len(x0))]
-    noise = [collector.noise(x0.shape[1:], *of) for of in zip(t, [0] * len(t), ids, strict=True)]
-    return Inputs(x0, torch.stack(noise).to(x0), torch.tensor(t, device=x0.device), condition)
+    steps, i = len(collector.timesteps), torch.arange(len(x0))
+    inputs = NoisedExamples(collector.noise, collector.timesteps, x0, condition, ids)
+    return inputs.at(i * inputs.points + (2 * i + 1) * steps // (2 * len(x0)))
 
 
 def _work(

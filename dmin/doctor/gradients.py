@@ -5,35 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dmin.diffusion.inputs import NoisedBatch
 from dmin.gradients.capture import Capture
 from dmin.gradients.layers import GradientFactors
 from dmin.gradients.parameters import Parameter, Parameters
-from dmin.models.base import READOUTS, Condition, DiffusionModel
+from dmin.models.base import READOUTS, DiffusionModel
 
 # Scalars of one example's gradient that are compared at once: a quarter of a GiB in fp32.
 AT_ONCE = 1 << 26
 # A layer whose gradient is this small a part of the whole is measured against the whole.
 FLOOR = 1e-4
-
-
-class Inputs(NamedTuple):
-    """What ``model.predict`` takes, one row a pair of example and timestep."""
-
-    x0: Tensor
-    noise: Tensor
-    t: Tensor
-    condition: Condition
-
-    def row(self, i: int) -> Inputs:
-        """Return one of the pairs, as a batch of one."""
-        at = slice(i, i + 1)
-        condition = {name: value[at] for name, value in self.condition.items()}
-        return Inputs(self.x0[at], self.noise[at], self.t[at], condition)
 
 
 @dataclass
@@ -74,7 +59,7 @@ class Comparison:
 def compare(
     model: DiffusionModel,
     parameters: Parameters,
-    inputs: Inputs,
+    inputs: NoisedBatch,
     readout: str,
     budget: int | None = None,
 ) -> Comparison:
@@ -99,8 +84,8 @@ def compare(
                 found.norm[name].clone(),
             )
         for i in range(count):
-            alone, _ = _captured(model, chunk, inputs.row(i), readout, budget)
-            true = _by_autograd(model, chunk, inputs.row(i), readout)
+            alone, _ = _captured(model, chunk, inputs.rows(slice(i, i + 1)), readout, budget)
+            true = _by_autograd(model, chunk, inputs.rows(slice(i, i + 1)), readout)
             for name, gradient in true.items():
                 found.norm[name][i] = _norm(gradient)
                 found.wrong[name][i] = _norm(alone[name][0] - gradient)
@@ -111,7 +96,7 @@ def compare(
 def _captured(
     model: DiffusionModel,
     entries: Sequence[Parameter],
-    inputs: Inputs,
+    inputs: NoisedBatch,
     readout: str,
     budget: int | None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -127,7 +112,7 @@ def _captured(
 
 
 def _by_autograd(
-    model: DiffusionModel, entries: Sequence[Parameter], inputs: Inputs, readout: str
+    model: DiffusionModel, entries: Sequence[Parameter], inputs: NoisedBatch, readout: str
 ) -> dict[str, Tensor]:
     """Return the gradient of one example, by name."""
     named = dict(model.network.named_parameters())

@@ -81,7 +81,7 @@ def main() -> None:
     loss = ModelLoss(origin)
     pairs = loss.pairs(examples)
     data = [(model.inputs(*pairs[:3]).double(), pairs.noise.flatten(1).double())]
-    params, points = list(model.network.parameters()), len(loss.points)
+    params, points = list(model.network.parameters()), loss.points
     vectors = torch.randn(5, loss.count, generator=torch.Generator().manual_seed(1)).double()
     rows = []
     for kind, theirs in (("ggn", GGNLinearOperator), ("hessian", HessianLinearOperator)):
@@ -115,7 +115,7 @@ def main() -> None:
 def ekfac(operator, model, origin, pairs, data, dense: Tensor) -> dict[str, str]:
     """Compare both EK-FACs with each other, and with the blocks of the GGN they stand for."""
     loss, params = ModelLoss(origin), list(model.network.parameters())
-    identity, points = torch.eye(loss.count, dtype=torch.float64), len(loss.points)
+    identity, points = torch.eye(loss.count, dtype=torch.float64), loss.points
     settings = {"mc_samples": SAMPLES, "separate_weight_and_bias": False}
     quiet = {"check_deterministic": False, **settings}
 

@@ -270,7 +270,7 @@ def test_unlearning_by_a_small_step_is_influence(origin, sides, fisher):
     g = [loss.gradients([s.example(i) for i in s.store.ids]) for s in sides]
     moved = loss.flat_rows(method.curvature.power(loss.shaped(g[0]), 0.1, 1.0))
     moved *= 1e-5 * loss.flat(loss.weights).norm() / moved.norm(dim=1, keepdim=True)
-    expected = (moved @ g[1].T / len(loss.points)).numpy()
+    expected = (moved @ g[1].T / loss.points).numpy()
     assert relative(found, expected) < 1e-3
     parts = retrieve(*sides, method, k=4)
     assert np.allclose(parts.contributions.sum(-1), parts.scores, rtol=1e-4)

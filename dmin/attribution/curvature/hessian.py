@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 from torch.utils._pytree import tree_map
 
-from dmin.attribution.methods.model_loss import ModelLoss, Pairs, Weights
+from dmin.attribution.methods.model_loss import ModelLoss, Weights
 from dmin.data.base import Example
+from dmin.diffusion.inputs import NoisedBatch
 from dmin.runtime.errors import DminError
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class LossCurvature:
         self.pairs = list(loss.pairs(examples).split(batch_size))
         self.forward = True  # whether the model has derivatives in forward mode
 
-    def product(self, vector: Tensor, pairs: Sequence[Pairs] | None = None) -> Tensor:
+    def product(self, vector: Tensor, pairs: Sequence[NoisedBatch] | None = None) -> Tensor:
         """Return ``H v``, ``[P]``.
 
         Args:
@@ -78,14 +79,14 @@ class LossCurvature:
             one = self._hessian if self.kind == "hessian" else self._ggn
             total += self.loss.flat(one(direction, piece))
         points = sum(len(piece.t) for piece in chosen)
-        return (total * len(self.loss.points) / points).to(vector)
+        return (total * self.loss.points / points).to(vector)
 
     def eigenpairs(
         self,
         count: int = 1,
         tolerance: float = 1e-6,
         seed: int = 0,
-        pairs: Sequence[Pairs] | None = None,
+        pairs: Sequence[NoisedBatch] | None = None,
     ) -> Eigenpairs:
         """Return the eigenpairs of largest magnitude by Lanczos iteration (SciPy's ARPACK).
 
@@ -121,11 +122,11 @@ class LossCurvature:
             torch.from_numpy(vectors.T[order].copy()).to(like),
         )
 
-    def _hessian(self, direction: Weights, pairs: Pairs) -> Weights:
+    def _hessian(self, direction: Weights, pairs: NoisedBatch) -> Weights:
         gradient = grad(lambda weights: self.loss.losses(weights, pairs).sum())
         return self._along(gradient, direction)
 
-    def _ggn(self, direction: Weights, pairs: Pairs) -> Weights:
+    def _ggn(self, direction: Weights, pairs: NoisedBatch) -> Weights:
         scale: list[Tensor] = []
 
         def predicted(weights: Weights) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmin.attribution.methods.model_loss import ModelLoss, Pairs, Weights
+from dmin.attribution.methods.model_loss import ModelLoss, Weights
+from dmin.diffusion.inputs import NoisedBatch
 from dmin.gradients.capture import Capture
 from dmin.gradients.layers import Correlation, GradientFactors, Outer, Sum, wide
 from dmin.gradients.parameters import Parameters
@@ -71,7 +72,7 @@ class KroneckerCurvature:
         """Names of the parameters that only have a diagonal."""
         return [name for name, block in self.blocks.items() if block.left is None]
 
-    def fit(self, pairs: Pairs, examples: int, samples: int, batch: int, seed: int) -> None:
+    def fit(self, pairs: NoisedBatch, examples: int, samples: int, batch: int, seed: int) -> None:
         """Look at the examples twice: for the eigenvectors, then for the eigenvalues.
 
         Args:
@@ -119,7 +120,7 @@ class KroneckerCurvature:
         return found
 
     def _passes(
-        self, sink: Sink[None, None], pairs: Pairs, samples: int, batch: int, seed: int
+        self, sink: Sink[None, None], pairs: NoisedBatch, samples: int, batch: int, seed: int
     ) -> Iterable[None]:
         """Backpropagate the drawn output gradients; the sink sees the factors."""
         generator = torch.Generator().manual_seed(seed)

@@ -11,8 +11,9 @@ from torch import Tensor
 from dmin.attribution.curvature.kronecker import KroneckerCurvature
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
 from dmin.attribution.method import InnerProduct, Method
-from dmin.attribution.methods.model_loss import ModelLoss, Pairs, Weights
+from dmin.attribution.methods.model_loss import ModelLoss, Weights
 from dmin.attribution.rows import over_rows, summed_rows
+from dmin.diffusion.inputs import NoisedBatch
 from dmin.runtime.errors import DminError
 from dmin.runtime.sampling import evenly
 from dmin.store import Layout
@@ -174,6 +175,6 @@ class Unlearning(EKFAC):
         return None
 
     @torch.no_grad()
-    def _losses(self, weights: Weights, pairs: Pairs) -> Tensor:
+    def _losses(self, weights: Weights, pairs: NoisedBatch) -> Tensor:
         pieces = pairs.split(self.batch_size)
         return torch.cat([self.loss.losses(weights, piece).double() for piece in pieces])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,27 +11,12 @@ from torch.func import functional_call
 
 from dmin.attribution.features import FeatureSet, FeatureSource
 from dmin.data.base import Example, collate
+from dmin.diffusion.inputs import NoisedBatch, NoisedExamples
 from dmin.models.base import Condition, Prediction, per_example_loss
 from dmin.runtime.errors import DminError
 
 Weights = dict[str, Tensor]
 """Tensors by the names of the attributed parameters."""
-
-
-class Pairs(NamedTuple):
-    """Examples at points (draw, timestep): what one call of the model takes."""
-
-    x0: Tensor  # [n, ...]
-    noise: Tensor  # as x0
-    t: Tensor  # [n]
-    condition: Condition
-
-    def split(self, size: int) -> Iterator[Pairs]:
-        """Yield consecutive pieces of at most ``size`` pairs."""
-        for start in range(0, len(self.t), size):
-            piece = slice(start, start + size)
-            condition = {name: value[piece] for name, value in self.condition.items()}
-            yield Pairs(self.x0[piece], self.noise[piece], self.t[piece], condition)
 
 
 class ModelLoss:
@@ -64,26 +49,19 @@ class ModelLoss:
                 f"timesteps={list(chosen)}: choose from those of the store, "
                 f"{', '.join(f'{t:g}' for t in origin.timesteps)}."
             )
-        self.points = [(t, draw) for draw in range(self.noise.draws) for t in chosen]
+        self.timesteps = chosen
+        self.points = self.noise.draws * len(chosen)
         named = dict(origin.model.network.named_parameters())
         self.weights: Weights = {e.name: named[e.name].detach() for e in origin.attributed.entries}
         self.count = sum(value.numel() for value in self.weights.values())
         self._prediction = _Call(origin.model)
 
-    def pairs(self, examples: Sequence[Example]) -> Pairs:
+    def pairs(self, examples: Sequence[Example]) -> NoisedBatch:
         """Return every example at every point, an example's points together."""
         like = next(iter(self.weights.values()))
         batch: dict[str, Any] = collate(examples)
         x0, condition = self._encoded(batch, like)
-        noise = [self.noise(x0.shape[1:], *p, e) for e in batch["id"] for p in self.points]
-        t = torch.tensor([t for t, _ in self.points]).repeat(len(x0))
-        each = len(self.points)
-        return Pairs(
-            x0.repeat_interleave(each, 0),
-            torch.stack(noise).to(x0),
-            t.to(x0.device),
-            {name: value.repeat_interleave(each, 0) for name, value in condition.items()},
-        )
+        return NoisedExamples(self.noise, self.timesteps, x0, condition, batch["id"]).all()
 
     def _encoded(self, batch: dict[str, Any], like: Tensor) -> tuple[Tensor, Condition]:
         """Return encodings as they were kept, or from the model."""
@@ -96,7 +74,7 @@ class ModelLoss:
         with torch.no_grad():
             return self.model.encode({**batch, "image": batch["image"].to(like)})
 
-    def predict(self, weights: Mapping[str, Tensor], pairs: Pairs) -> Prediction:
+    def predict(self, weights: Mapping[str, Tensor], pairs: NoisedBatch) -> Prediction:
         """Return what the model with other weights predicts; differentiable in them."""
         named = {f"model.network.{name}": value for name, value in weights.items()}
         # Only the plain form of attention has derivatives of every kind.
@@ -104,7 +82,7 @@ class ModelLoss:
             found: Prediction = functional_call(self._prediction, named, tuple(pairs))
         return found
 
-    def losses(self, weights: Mapping[str, Tensor], pairs: Pairs) -> Tensor:
+    def losses(self, weights: Mapping[str, Tensor], pairs: NoisedBatch) -> Tensor:
         """Return the loss of each pair, ``[n]``; differentiable in the weights."""
         return per_example_loss(self.predict(weights, pairs))
 

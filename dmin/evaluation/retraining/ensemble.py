@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import stack_module_state, vmap
 
 from dmin.data.base import Dataset, describe_dataset
+from dmin.diffusion.inputs import NoisedExamples
 from dmin.diffusion.noise import Noise
 from dmin.evaluation.retraining.film_training import can_train, train_films
 from dmin.evaluation.retraining.kept_models import Outcomes, Weights, model_key
@@ -136,13 +137,13 @@ class Ensemble:
         models = {name: values.to(self.device) for name, values in models.items()}
         loss = vmap(self.loss.of, in_dims=(0, None, None, None, None))
         total = torch.zeros(len(next(iter(models.values()))), len(x0), dtype=torch.float64)
-        points = [(t, draw) for t in timesteps for draw in range(noise.draws)]
+        inputs = NoisedExamples(noise, timesteps, x0, condition, [""] * len(x0))
+        first = torch.arange(len(x0)) * inputs.points
+        points = torch.arange(inputs.points).view(noise.draws, -1).T.flatten()  # by timestep
         with torch.no_grad():
-            for t, draw in points:
-                e = noise(x0.shape[1:], t, draw).to(x0).expand_as(x0)
-                steps = torch.full((len(x0),), float(t), device=x0.device)
-                total += loss(models, x0, e, steps, condition).cpu()
-        return (total / len(points)).numpy()
+            for point in points:
+                total += loss(models, *inputs.at(first + point)).cpu()
+        return (total / inputs.points).numpy()
 
     def load(self, models: Stacked, index: int) -> DiffusionModel:
         """Return one of the models as a model of its own, in eval mode."""

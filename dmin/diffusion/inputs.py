@@ -1,0 +1,88 @@
+"""Examples × (timestep, draw): the one place where the inputs of a pass are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmin.diffusion.noise import Noise
+from dmin.runtime.transfer import to_device
+
+
+class NoisedBatch(NamedTuple):
+    """What ``model.predict`` takes, one row a pair of an example and a point (timestep, draw)."""
+
+    x0: Tensor  # [pairs, ...]
+    noise: Tensor  # as x0
+    t: Tensor  # [pairs]
+    condition: Mapping[str, Tensor]  # [pairs, ...] each
+
+    def rows(self, chosen: slice | Tensor) -> NoisedBatch:
+        """Return some of the pairs, by a slice or by positions on the same device."""
+        condition = {name: value[chosen] for name, value in self.condition.items()}
+        return NoisedBatch(self.x0[chosen], self.noise[chosen], self.t[chosen], condition)
+
+    def split(self, size: int) -> Iterator[NoisedBatch]:
+        """Yield consecutive pieces of at most ``size`` pairs."""
+        for start in range(0, len(self.t), size):
+            yield self.rows(slice(start, start + size))
+
+
+class NoisedExamples:
+    """Encoded examples at every point (timestep, draw).
+
+    Pairs are numbered in the order of a store's axes: pair ``(i · D + d) · T + s`` is example i at
+    draw d of D and timestep s of T.
+
+    Args:
+        noise: what the examples are noised with.
+        timesteps: T of them, in the model's own unit.
+        x0: ``[examples, ...]`` from ``model.encode``.
+        condition: from ``model.encode``, one row an example.
+        ids: of the examples, as many.
+
+    Attributes:
+        points: D · T, the pairs of one example.
+    """
+
+    def __init__(
+        self,
+        noise: Noise,
+        timesteps: Sequence[float],
+        x0: Tensor,
+        condition: Mapping[str, Tensor],
+        ids: Sequence[str],
+    ) -> None:
+        # Encoders leave strides of their own, with which kernels round differently.
+        self.x0 = x0.contiguous()
+        self.condition = {name: value.contiguous() for name, value in condition.items()}
+        points = [(t, draw) for draw in range(noise.draws) for t in timesteps]
+        self.points = len(points)
+        self._own = noise.per_example
+        drawn = torch.stack(
+            [noise(x0.shape[1:], *p, id) for id in (ids if self._own else [""]) for p in points]
+        )
+        self._noise = to_device(drawn.to(x0.dtype), x0.device)
+        self._t = to_device(torch.tensor([t for t, _ in points]), x0.device)
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.x0) * self.points
+
+    def at(self, pairs: Tensor) -> NoisedBatch:
+        """Return some pairs, by their numbers."""
+        pairs = to_device(pairs, self.x0.device)
+        row, point = pairs // self.points, pairs % self.points
+        return NoisedBatch(
+            self.x0[row],
+            self._noise[pairs if self._own else point],
+            self._t[point],
+            {name: value[row] for name, value in self.condition.items()},
+        )
+
+    def all(self) -> NoisedBatch:
+        """Return all pairs."""
+        return self.at(torch.arange(len(self)))
