@@ -25,8 +25,8 @@ from dmin import Example, Examples, GradientCollector, Store, retrieve
 from dmin.cli.help import COMMANDS, config_directory  # noqa: F401
 from dmin.collect import predict_trainer
 from dmin.collect.append import collect_more
-from dmin.store.revisions import remove
 from dmin.store.maintenance import verify  # noqa: F401
+from dmin.store.revisions import remove
 
 DATA = Path(__file__).parent / "data"
 STORES = DATA / "stores"

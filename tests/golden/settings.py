@@ -14,13 +14,11 @@ from omegaconf import OmegaConf
 
 # All that is not of the public face of the package stands here.
 from dmin.cli import main
+from dmin.cli.config.renamed import current_target  # noqa: F401
 from dmin.cli.help import config_directory, groups
 
 CFG, RECORDS = DATA / "cfg", DATA / "records"
 SETTINGS, DIGESTS = DATA / "settings_0_1_0.json", DATA / "digests.json"
-
-# Targets of 0.1.0 by where they are now.
-RENAMED: dict[str, str] = {}
 
 COMPOSED = ("train", "doctor", "collect", "sample", "retrieve", "outliers", "evaluate", "demo")
 ASKED = {"default": ["model=ddpm", "data=digits"], "digits": ["experiment=digits"]}
