@@ -150,10 +150,10 @@ def test_a_choice_has_the_settings_of_then(choice):
 
 @pytest.fixture(scope="module")
 def repeated(tmp_path_factory):
-    """A folder in which the training was repeated, which the other runs start from."""
+    """A folder in which training and collecting were repeated, which the other runs start from."""
     place = tmp_path_factory.mktemp("repeated")
     shutil.copytree(settings.RECORDS, place / "then")
-    return place, {"train": again("train", place)}
+    return place, {name: again(name, place) for name in ("train", "collect")}
 
 
 def again(name, place):
