@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from dmin.runtime.errors import DminError
@@ -31,16 +29,16 @@ class DiscreteDiffusion:
     et al. 2023), ``min(SNR, γ)`` in units of x0: divided by SNR for ε, by SNR + 1 for v.
 
     Args:
-        config: of any diffusers scheduler; its noise schedule and prediction type are read.
+        scheduler: diffusers' ``DDPMScheduler``, of which ``alphas_cumprod``, ``betas`` (both
+            ``[timesteps]``), ``add_noise``, ``get_velocity`` and ``config`` are used.
         snr_gamma: γ, usually 5; None weighs all timesteps alike.
 
     Raises:
         DminError: the prediction type is none of these, or γ is not positive.
     """
 
-    def __init__(self, config: Mapping[str, Any], snr_gamma: float | None = None) -> None:
-        known = inspect.signature(DDPMScheduler).parameters
-        self.scheduler: Any = DDPMScheduler(**{k: v for k, v in config.items() if k in known})
+    def __init__(self, scheduler: Any, snr_gamma: float | None = None) -> None:
+        self.scheduler = scheduler
         self.kind = self.scheduler.config.prediction_type
         if self.kind not in ("epsilon", "v_prediction", "sample"):
             raise DminError(

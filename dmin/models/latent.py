@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from dmin.diffusion.estimates import recorded
 from dmin.diffusion.processes import DiscreteDiffusion, RectifiedFlow
 from dmin.models import logging_filters as remarks
 from dmin.models import vae
@@ -34,6 +33,7 @@ from dmin.models.checkpoints import (
     without_adapter,
 )
 from dmin.models.settings import name_settings
+from dmin.models.trajectory import recorded
 from dmin.runtime.errors import DminError
 
 DROPPED = "dropped."  # before the names of conditions that stand for no prompt

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dmin.data.digits import Digits
 from dmin.data.shapes import Shapes
-from dmin.diffusion.processes import DiscreteDiffusion, RectifiedFlow
+from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.base import Condition, DiffusionModel, Prediction, class_labels
 from dmin.models.families.ddpm import DDPM
+from dmin.models.schedulers import discrete_diffusion
 from dmin.train import fit_trainer, train
 
 COSINE = {
@@ -43,7 +44,7 @@ class PixelDiT(DiffusionModel):
             attention_head_dim=24,
             num_embeds_ada_norm=10,
         )
-        self.process = DiscreteDiffusion(COSINE)
+        self.process = discrete_diffusion(COSINE)
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         return 2 * batch["image"] - 1, {"class_labels": class_labels(batch["label"], 10)}

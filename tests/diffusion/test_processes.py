@@ -15,7 +15,7 @@ X0, NOISE = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weights(kind):
-    process = DiscreteDiffusion(DDPMScheduler(prediction_type=kind).config, snr_gamma=5)
+    process = DiscreteDiffusion(DDPMScheduler(prediction_type=kind), snr_gamma=5)
     t = torch.tensor([999, 400, 10])
     alpha = process.scheduler.alphas_cumprod[t]
     snr = alpha / (1 - alpha)
@@ -23,10 +23,7 @@ def test_min_snr_weights(kind):
     assert clipped[2] == 5 < snr[2] and clipped[0] == snr[0] < 5
     expected = {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}
     torch.testing.assert_close(process(X0, NOISE, t).weight, expected[kind])
-    assert (
-        process.describe()
-        != DiscreteDiffusion(DDPMScheduler(prediction_type=kind).config).describe()
-    )
+    assert process.describe() != DiscreteDiffusion(DDPMScheduler(prediction_type=kind)).describe()
 
 
 def test_min_snr_weights_are_finite_where_there_is_no_signal():
@@ -34,14 +31,16 @@ def test_min_snr_weights_are_finite_where_there_is_no_signal():
     t = torch.tensor([999, 998, 0])
     for kind in ("epsilon", "v_prediction"):
         config = {**scheduler.config, "prediction_type": kind}
-        assert torch.isfinite(DiscreteDiffusion(config, 5)(X0, NOISE, t).weight).all()
+        assert torch.isfinite(
+            DiscreteDiffusion(DDPMScheduler(**config), 5)(X0, NOISE, t).weight
+        ).all()
 
 
 def test_settings_of_denoising_are_checked():
     with pytest.raises(DminError, match="prediction_type='flow_prediction'"):
-        DiscreteDiffusion({"prediction_type": "flow_prediction"})
+        DiscreteDiffusion(DDPMScheduler(prediction_type="flow_prediction"))
     with pytest.raises(DminError, match="snr_gamma=0"):
-        DiscreteDiffusion(DDPMScheduler().config, 0)
+        DiscreteDiffusion(DDPMScheduler(), 0)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -103,7 +102,7 @@ def test_shifts_are_read_where_they_apply():
 def test_log_snr():
     scheduler = DDPMScheduler()
     alpha = scheduler.alphas_cumprod[500].item()
-    found = DiscreteDiffusion(scheduler.config).log_snr([500])
+    found = DiscreteDiffusion(scheduler).log_snr([500])
     assert found == [pytest.approx(math.log(alpha / (1 - alpha)), rel=1e-5)]
     flow = RectifiedFlow({"num_train_timesteps": 1000})
     assert flow.log_snr([1000, 500, 100]) == [-math.inf, 0, pytest.approx(2 * math.log(9))]
@@ -115,7 +114,7 @@ def test_the_bound_of_a_learned_variance(kind):
     scheduler = DDPMScheduler(
         prediction_type=kind, variance_type="learned_range", clip_sample=False
     )
-    process, t = DiscreteDiffusion(scheduler.config), torch.tensor([999, 3, 0])
+    process, t = DiscreteDiffusion(scheduler), torch.tensor([999, 3, 0])
     x0, noise = X0.double(), NOISE.double()
     noised, right, _ = process(x0, noise, t)
     wrong = right + 0.1 * torch.randn_like(x0)

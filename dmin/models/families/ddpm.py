@@ -11,7 +11,6 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from dmin.diffusion.processes import DiscreteDiffusion
 from dmin.models.base import (
     Condition,
     DiffusionModel,
@@ -20,6 +19,7 @@ from dmin.models.base import (
     noise_generators,
 )
 from dmin.models.checkpoints import describe_adapters, load_adapters, load_pipeline, load_weights
+from dmin.models.schedulers import discrete_diffusion
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import to_device
 
@@ -42,7 +42,7 @@ class DDPM(DiffusionModel):
         super().__init__()
         self.network: UNet2DModel = network
         self.scheduler: Any = scheduler
-        self.process = DiscreteDiffusion(self.scheduler.config, snr_gamma)
+        self.process = discrete_diffusion(self.scheduler.config, snr_gamma)
         self.ladder = self.process.ladder
         config: Any = network.config
         self.classes: int | None = config.num_class_embeds

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmin.models.base import Condition
 from dmin.models.conditioning import Captioned
-from dmin.models.schedulers import LatentFlow
+from dmin.models.latent_processes import LatentFlow
 
 
 class Flux(Captioned, LatentFlow):

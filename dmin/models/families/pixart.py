@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmin.models.base import Condition
 from dmin.models.conditioning import Captioned
-from dmin.models.schedulers import LearnedVariance
+from dmin.models.latent_processes import LearnedVariance
 
 
 class PixArt(Captioned, LearnedVariance):

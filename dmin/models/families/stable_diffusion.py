@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmin.models.base import Condition
 from dmin.models.conditioning import Captioned
-from dmin.models.schedulers import LatentDenoiser
+from dmin.models.latent_processes import LatentDenoiser
 
 
 class StableDiffusion(Captioned, LatentDenoiser):
