@@ -1,4 +1,4 @@
-"""What a benchmark needs of a configuration: every method there is, and a world to measure in."""
+"""What a benchmark needs of a configuration: every method there is, and the context to measure in."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dmin.attribution import FeatureSet, Method
     from dmin.data import Dataset
     from dmin.evaluation import Benchmark, BenchmarkContext
-    from dmin.evaluation.context import Told
+    from dmin.evaluation.context import OnProgress
     from dmin.models import DiffusionModel
     from dmin.store import Store
 
@@ -97,15 +97,15 @@ def _with_method(work: Workspace, name: str, settings: Mapping[str, Any]) -> Dic
 
 
 @contextmanager
-def world_of(
+def benchmark_context(
     work: Workspace, benchmark: Benchmark, methods: Sequence[Method]
 ) -> Iterator[BenchmarkContext]:
-    """Give the world of a configuration, and show the progress of what is done in it.
+    """Give the context of a benchmark, and show the progress of what is done in it.
 
     Args:
         work: model, data and stores.
         benchmark: says how much is retrained at once.
-        methods: whose requirements, such as further models, the world meets.
+        methods: whose requirements, such as further models, the context meets.
     """
     import torch
 
@@ -129,12 +129,12 @@ def world_of(
         return work.store(dataset, role, not role.endswith("-train"), model)
 
     train = work.train_side(methods)
-    with _shown(work) as told:
-        yield BenchmarkContext(work.model, train, ask, collect, ensemble, untrained, told)
+    with _shown(work) as on_progress:
+        yield BenchmarkContext(work.model, train, ask, collect, ensemble, untrained, on_progress)
 
 
 @contextmanager
-def _shown(work: Workspace) -> Iterator[Told]:
+def _shown(work: Workspace) -> Iterator[OnProgress]:
     """Show a bar for each thing that is being done, or lines where there is no terminal."""
     if not work.console.is_terminal:
         yield _lines(work)
@@ -148,21 +148,21 @@ def _shown(work: Workspace) -> Iterator[Told]:
     bars: dict[str, Any] = {}
     with Progress(*columns, console=work.console) as progress:
 
-        def told(what: str, done: int, total: int) -> None:
+        def on_progress(what: str, done: int, total: int) -> None:
             what, _, detail = what.partition(": ")
             if what not in bars:
                 bars[what] = progress.add_task(what, total=total)
             text = f"{what}: {detail}" if detail and done < total else what
             progress.update(bars[what], completed=done, total=total, description=text)
 
-        yield told
+        yield on_progress
 
 
-def _lines(work: Workspace) -> Told:
+def _lines(work: Workspace) -> OnProgress:
     """Return what prints a line now and then of each thing that is being done."""
     lines: dict[str, Lines] = {}
 
-    def told(what: str, done: int, total: int) -> None:
+    def on_progress(what: str, done: int, total: int) -> None:
         what, _, detail = what.partition(": ")
         known = lines.get(what)
         again = known and (known.done == known.total or known.total != total or done < known.done)
@@ -173,4 +173,4 @@ def _lines(work: Workspace) -> Told:
             text = f"{line}  {detail}" if done < total else line
             work.console.print(text, soft_wrap=True, highlight=False)
 
-    return told
+    return on_progress

@@ -294,7 +294,7 @@ def _chosen_method() -> str | None:
 @command(*TRAINING, *FEATURES, "method", "benchmark", prepare=only_the_chosen_method)
 def evaluate(work: Workspace, results: dict[str, Any]) -> None:
     """Measure every method of a benchmark against ground truth."""
-    from dmin.cli.benchmarks import chosen_methods, further_models, world_of
+    from dmin.cli.benchmarks import benchmark_context, chosen_methods, further_models
     from dmin.evaluation.truths import present
 
     work.require_one_process()
@@ -305,8 +305,8 @@ def evaluate(work: Workspace, results: dict[str, Any]) -> None:
             for name in ("train", "collect"):
                 BODIES[name](each, results.setdefault(f"{name} {number}" if number else name, {}))
     methods, left_out = chosen_methods(work, benchmark, others)
-    with world_of(work, benchmark, list(methods.values())) as world:
-        report = benchmark.run(world, methods)
+    with benchmark_context(work, benchmark, list(methods.values())) as context:
+        report = benchmark.run(context, methods)
     report.left_out |= left_out
     files = present.save(report, work.run_folder)
     results["figures"] = _figures(report.results)

@@ -102,23 +102,23 @@ class Benchmark:
                 f"benchmark.tuning.by."
             )
 
-    def run(self, world: BenchmarkContext, methods: Mapping[str, Method]) -> Report:
+    def run(self, context: BenchmarkContext, methods: Mapping[str, Method]) -> Report:
         """Score and measure everything.
 
         Args:
-            world: model, training examples, how to collect and retrain.
+            context: model, training examples, how to collect and retrain.
             methods: by name, in the order of the tables.
         """
         start, report = time.perf_counter(), Report([], reference=self.reference)
         cells: list[Cell] = []
         for dim in self.dims or (None,):
-            place = world if dim is None else world.at(dim)
+            place = context if dim is None else context.at(dim)
             cells += _Run(self, place, report, dim).cells(methods)
         if not any(cell.row.method in methods for cell in cells) and report.left_out:
             name, reason = next(iter(report.left_out.items()))
             raise DminError(f"no method could be measured; of {name} it was said: {reason}")
         report.results = compared(cells, self.reference)
-        report.notes |= world.describe()
+        report.notes |= context.describe()
         report.notes["seconds"] = f"{time.perf_counter() - start:.0f}"
         return report
 
@@ -127,25 +127,25 @@ class _Run:
     """One pass over all methods at one size of the sketch."""
 
     def __init__(
-        self, benchmark: Benchmark, world: BenchmarkContext, report: Report, dim: int | None
+        self, benchmark: Benchmark, context: BenchmarkContext, report: Report, dim: int | None
     ) -> None:
-        self.benchmark, self.world, self.report, self.dim = benchmark, world, report, dim
+        self.benchmark, self.context, self.report, self.dim = benchmark, context, report, dim
         # Ground truths keep what they prepared, so each task has its own.
         self.tasks = {
             name: Task({of: copy.copy(truth) for of, truth in task.truths.items()}, task.queries)
             for name, task in benchmark.tasks.items()
         }
         self.sides: dict[str, FeatureSet] = {
-            name: world.query_side(name, task.queries) for name, task in self.tasks.items()
+            name: context.query_side(name, task.queries) for name, task in self.tasks.items()
         }
         for name, task in self.tasks.items():
             for truth in task.truths.values():
-                truth.prepare(world, self.sides[name])
+                truth.prepare(context, self.sides[name])
 
     def cells(self, methods: Mapping[str, Method]) -> list[Cell]:
         cells, kept = list(self._references()), []
         for number, (name, method) in enumerate(methods.items()):
-            self.world.told(f"scoring: {name}", number, len(methods))
+            self.context.on_progress(f"scoring: {name}", number, len(methods))
             if self.dim not in (None, *self.benchmark.dims[:1]) and not method.requires.readouts:
                 continue  # what looks at no gradient is the same at every size
             try:
@@ -155,7 +155,7 @@ class _Run:
                         kept.append(scored)
             except DminError as error:
                 self.report.left_out[name] = str(error)
-        self.world.told("scoring", len(methods), len(methods))
+        self.context.on_progress("scoring", len(methods), len(methods))
         return cells + list(self._costly(kept))
 
     def _rows(self, name: str, method: Method) -> Iterator[Scored]:
@@ -169,12 +169,12 @@ class _Run:
                 else f"it runs the model, and benchmark.running={list(self.benchmark.running)} "
                 f"names none of the tasks {', '.join(self.sides)}."
             )
-        check_pair(next(iter(able.values())), self.world.train, method)
-        ready, seconds = fitted(method, self.world.train)
+        check_pair(next(iter(able.values())), self.context.train, method)
+        ready, seconds = fitted(method, self.context.train)
         settings: dict[Row, Method] = {Row(name): ready}
         tuning = self.benchmark.tuning
         if tuning is not None and tuning.tunes(ready) and tuning.tasks <= set(able):
-            steps = len(self.world.train.store.layout.timesteps)
+            steps = len(self.context.train.store.layout.timesteps)
             chosen, path = tuning.walk(name, ready, self._judge, steps)
             self.report.path += path
             settings |= chosen
@@ -182,14 +182,14 @@ class _Run:
         for row, point in settings.items():
             for what, note in point.notes().items():
                 self.report.fits[f"{row.name}{at}, {what}"] = note
-            yield self._scored(row, point, self.world.train, self.sides, seconds)
+            yield self._scored(row, point, self.context.train, self.sides, seconds)
         needs = method.requires
         # What has stores of its own beside the model's has none of an untrained one.
         own = needs.checkpoints or needs.journey or needs.model
         if self.benchmark.untrained and needs.readouts and not own:
-            train = self.world.train_side(blind=True)
+            train = self.context.train_side(blind=True)
             sides = {
-                name: self.world.query_side(name, task.queries, blind=True)
+                name: self.context.query_side(name, task.queries, blind=True)
                 for name, task in self.tasks.items()
             }
             on_untrained, _ = fitted(method, train)
@@ -235,7 +235,7 @@ class _Run:
         }
         sides = {name: self.sides[name] for name in tasks}
         found = {}
-        for (name, of), scores in all_scores(sides, self.world.train, method, truths).items():
+        for (name, of), scores in all_scores(sides, self.context.train, method, truths).items():
             for metric, values in truths[name][of].measure(scores).items():
                 found[f"{name}/{of}/{metric}"] = float(values.mean())
         return found

@@ -18,8 +18,8 @@ from dmin.runtime.errors import DminError
 from dmin.store import Store
 from dmin.store import maintenance as operations
 
-Told = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and of how much."""
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and of how much."""
 
 FIRST_SEED = 1  # of retrained models; the model asked about has the seed of the configuration
 
@@ -36,7 +36,7 @@ class BenchmarkContext:
         collect: makes the store of a dataset under another model, or finds it.
         ensemble: trains models of this kind on subsets; None where no recipe is known.
         untrained: the same kind of model with its weights as they start; None if unknown.
-        told: shows progress.
+        on_progress: shows how far each thing is.
         timesteps: at which the losses of retrained models are taken, evenly spread; not those of
             the store, nor its noise.
         draws: of noise at each.
@@ -48,7 +48,7 @@ class BenchmarkContext:
     collect: Callable[[DiffusionModel, Dataset, str], Store]
     ensemble: Ensemble | None = None
     untrained: DiffusionModel | None = None
-    told: Told = lambda what, done, total: None
+    on_progress: OnProgress = lambda what, done, total: None
     timesteps: int = 20
     draws: int = 4
     _sides: dict[tuple[str, bool], FeatureSet] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class BenchmarkContext:
         return self._blind(name, side) if blind else side
 
     def at(self, dim: int) -> BenchmarkContext:
-        """Return the same world with sketches folded to ``dim`` numbers."""
+        """Return the same with sketches folded to ``dim`` dimensions."""
         if dim == self.train.store.layout.dim:
             return self
 
@@ -122,7 +122,7 @@ class BenchmarkContext:
             asked.dataset,
             list(Stratified(self.timesteps)(self.model.ladder)),
             SharedNoise(seed=1, draws=self.draws),
-            lambda done, total: self.told(what, done, total),
+            lambda done, total: self.on_progress(what, done, total),
         )
 
     def _blind(self, name: str, side: FeatureSet) -> FeatureSet:

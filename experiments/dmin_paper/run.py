@@ -109,7 +109,7 @@ SCHEDULES = {"published": DMinCubic(10), "stratified": Stratified(10)}
 SKETCHES = {"OPORP": lambda dim: OPORP(dim), "block-cyclic": lambda dim: BlockCyclic(dim)}
 
 
-class BenchmarkContext:
+class Setup:
     """Models, data and stores: made once, found again."""
 
     def __init__(self, cache: Path, dim: int) -> None:
@@ -233,12 +233,12 @@ def folded(variant: Variant, sides: dict[str, FeatureSet]) -> Iterator[dict[str,
             yield {**vars(variant), "k": small, "renormalised": renormalise, **value._asdict()}
 
 
-def across_shapes(world: BenchmarkContext) -> Iterator[dict[str, Any]]:
+def across_shapes(setup: Setup) -> Iterator[dict[str, Any]]:
     """Ask for the source of images in another shape than it has: what must they share of noise?
 
     Half of the training images are cut to 24 × 32; each query is a source in the other shape.
     """
-    examples = [world.train["shapes"][i] for i in range(200)]
+    examples = [setup.train["shapes"][i] for i in range(200)]
     cut = [replace(e, image=e.image[:, 4:-4]) for e in examples]
     train = Examples([(cut if i % 2 else examples)[i] for i in range(200)])
     queries = Examples(
@@ -247,14 +247,14 @@ def across_shapes(world: BenchmarkContext) -> Iterator[dict[str, Any]]:
             for i, e in enumerate(examples[:60])
         ]
     )
-    model = world.model("shapes", "model")
+    model = setup.model("shapes", "model")
     for shapes in ("own", "field"):
         noise = SharedNoise(shapes=shapes)
-        collector = GradientCollector(model, BlockCyclic(world.dim), Stratified(10), noise)
+        collector = GradientCollector(model, BlockCyclic(setup.dim), Stratified(10), noise)
         sides = []
         for role, data in {"queries": queries, "train": train}.items():
             trainer = predict_trainer(accelerator="cpu", enable_progress_bar=False)
-            path = world.cache / f"shapes-noise-{shapes}-{role}"
+            path = setup.cache / f"shapes-noise-{shapes}-{role}"
             sides.append(
                 FeatureSet(collector.collect(data, path, trainer=trainer, seal_seconds=10), data)
             )
@@ -270,11 +270,11 @@ def across_shapes(world: BenchmarkContext) -> Iterator[dict[str, Any]]:
         }
 
 
-def measured(world: BenchmarkContext, variant: Variant) -> dict[str, list[dict[str, Any]]]:
+def measured(setup: Setup, variant: Variant) -> dict[str, list[dict[str, Any]]]:
     """Measure a variant, unless that was done before."""
-    file = world.cache / f"{variant.name}.json"
+    file = setup.cache / f"{variant.name}.json"
     if not file.is_file():
-        sides = world.sides(variant)
+        sides = setup.sides(variant)
         small = variant.sketch == "block-cyclic" and variant.target == "model"
         found = {
             "results": list(rows_of(variant, sides)),
@@ -291,15 +291,15 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("outputs/dmin_paper"))
     parser.add_argument("--dim", type=int, default=4096)
     options = parser.parse_args()
-    world = BenchmarkContext(options.cache, options.dim)
+    setup = Setup(options.cache, options.dim)
     table, steps, folds = [], [], []
     for variant in VARIANTS:
         print(variant.name, flush=True)
-        found = measured(world, variant)
+        found = measured(setup, variant)
         table += found["results"]
         steps += found["timesteps"]
         folds += found["renormalised"]
-    shapes = list(across_shapes(world))
+    shapes = list(across_shapes(setup))
     tables = {"results": table, "timesteps": steps, "renormalised": folds, "shapes": shapes}
     for name, rows in tables.items():
         columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -51,7 +51,7 @@ POWERS, CHOSEN = (1.0, 2.0), {"effective": 8.0, "p": 2.0}
 KAPPAS, SHARES, NORMS = (0.25, 0.5, 1.0), (0.1, 0.2, 0.5, 1.0), (0.5, 1.0)
 
 
-class BenchmarkContext:
+class Setup:
     """A benchmark's training examples and the queries that settings are chosen by."""
 
     def __init__(self, name: str, cache: Path) -> None:
@@ -114,25 +114,25 @@ def spread(scores: np.ndarray) -> np.ndarray:
     return scores / scores.std(1, keepdims=True)
 
 
-def walked(world: BenchmarkContext) -> list[dict]:
+def walked(setup: Setup) -> list[dict]:
     """Return a line for every setting."""
     method, rows = SharpEnergy(), []
-    method.fit(world.train)
+    method.fit(setup.train)
 
     def add(what: str, score, **settings) -> None:
-        found = world.measured(*(score(*each) for each in both))
-        rows.append({"world": world.name, "what": what, **settings, **found})
+        found = setup.measured(*(score(*each) for each in both))
+        rows.append({"world": setup.name, "what": what, **settings, **found})
 
     ways = [("alpha", ALPHAS), ("effective", DIMENSIONS)]
     for name, p in itertools.product([n for n, _ in ways], POWERS):
         for value in dict(ways)[name]:
             method.alpha, method.effective, method.p = None, None, p
             setattr(method, name, value)
-            both = [world.energies(method, side) for side in (world.tune, world.copies)]
+            both = [setup.energies(method, side) for side in (setup.tune, setup.copies)]
             add("damping", lambda squares, match: squares.sum(2) ** 2, **{name: value}, p=p)
             if {name: value, "p": p} != CHOSEN:
                 continue
-            norms = torch.from_numpy(world.train.store.norms("loss")).square().sum(-1).sqrt()
+            norms = torch.from_numpy(setup.train.store.norms("loss")).square().sum(-1).sqrt()
             relative = (norms.mean(1) / norms.mean((0, 1))).double().numpy()
             for power in NORMS:
                 weight = relative ** (2 * power)
@@ -201,7 +201,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for name in WORLDS:
-        rows += walked(BenchmarkContext(name, options.cache.absolute()))
+        rows += walked(Setup(name, options.cache.absolute()))
         print(name, flush=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with (HERE / "results.csv").open("w", newline="") as file:

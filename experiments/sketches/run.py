@@ -74,7 +74,7 @@ FAMILIES: dict[str, Callable[[int, int], Sketch]] = {
 }
 
 
-class BenchmarkContext:
+class Setup:
     """A trained model, its training examples and queries, encoded."""
 
     def __init__(self, kind: str) -> None:
@@ -110,17 +110,17 @@ class BenchmarkContext:
         return torch.cat([torch.cat(list(self.blocks(piece)), 1) for piece in pieces], 2)
 
 
-def exact_cosines(world: BenchmarkContext) -> np.ndarray:
+def exact_cosines(setup: Setup) -> np.ndarray:
     """Return the cosines of the uncompressed gradients, ``[T, queries, train]``."""
-    file = CACHE / f"{world.kind}-exact.npy"
+    file = CACHE / f"{setup.kind}-exact.npy"
     if not file.is_file():
         # Two passes: the queries' gradients are kept, the others only looked at.
-        collector, found = world.collector(FullGradient()), []
+        collector, found = setup.collector(FullGradient()), []
         last = slice(TRAIN, None)
-        condition = {name: value[last] for name, value in world.condition.items()}
-        rows = collector.features(world.x0[last], condition, world.ids[last]).values["loss"]
+        condition = {name: value[last] for name, value in setup.condition.items()}
+        rows = collector.features(setup.x0[last], condition, setup.ids[last]).values["loss"]
         queries = torch.nn.functional.normalize(rows[:, 0, :, 0].transpose(0, 1), dim=-1)
-        for block in world.blocks(FullGradient()):
+        for block in setup.blocks(FullGradient()):
             block = torch.nn.functional.normalize(block, dim=-1)
             found.append(torch.einsum("tqp,tnp->tqn", queries, block))
         np.save(file, torch.cat(found, 2)[:, :, :TRAIN].numpy())
@@ -151,14 +151,14 @@ def errors(exact: np.ndarray, found: np.ndarray) -> dict[str, float]:
 
 def measure_rows(kind: str) -> None:
     """Write the errors of every family, k and seed that the cache does not have yet."""
-    world = BenchmarkContext(kind)
-    exact = exact_cosines(world)
+    setup = Setup(kind)
+    exact = exact_cosines(setup)
     file = CACHE / f"{kind}-errors.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
     for family, seed, dims in wanted():
         if all(f"{family} {dim} {seed}" in found for dim in dims):
             continue
-        rows = world.rows(family, dims[-1], seed)
+        rows = setup.rows(family, dims[-1], seed)
         for dim in dims:
             smaller = rows[..., :dim] if family == "gaussian" else folded(rows, dim)
             name = f"{family} {dim} {seed}"
@@ -196,23 +196,23 @@ def save(found: dict[str, Any], file: Path) -> None:
 def measure_time(kind: str, rounds: int = 5) -> None:
     """Write seconds a gradient, each family beside plain training in the same round."""
     torch.set_num_threads(1)
-    world = BenchmarkContext(kind)
+    setup = Setup(kind)
     pairs, file = BLOCK * TIMESTEPS, CACHE / f"{kind}-seconds.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
-    x0, ids = world.x0[:BLOCK], world.ids[:BLOCK]
-    condition = {name: value[:BLOCK] for name, value in world.condition.items()}
-    count = world.collector(FullGradient()).attributed.count
+    x0, ids = setup.x0[:BLOCK], setup.ids[:BLOCK]
+    condition = {name: value[:BLOCK] for name, value in setup.condition.items()}
+    count = setup.collector(FullGradient()).attributed.count
     wanted = [(family, dim) for dim in (4096, 256, 65536) for family in FAMILIES]
-    timesteps = list(world.collector(FullGradient()).timesteps)
+    timesteps = list(setup.collector(FullGradient()).timesteps)
     repeated = {name: value.repeat_interleave(TIMESTEPS, 0) for name, value in condition.items()}
     many = x0.repeat_interleave(TIMESTEPS, 0)
     t = torch.tensor(timesteps).repeat(BLOCK)
     noise = torch.randn(many.shape)
 
     def plain() -> None:
-        loss = per_example_loss(world.model.predict(many, noise, t, repeated)).sum()
+        loss = per_example_loss(setup.model.predict(many, noise, t, repeated)).sum()
         loss.backward()
-        world.model.zero_grad(set_to_none=True)
+        setup.model.zero_grad(set_to_none=True)
 
     def seconds(work: Callable[[], Any]) -> float:
         start = time.process_time()  # of one thread: others at work on the machine do not count
@@ -223,7 +223,7 @@ def measure_time(kind: str, rounds: int = 5) -> None:
         name = f"{family} {dim}"
         if name in found or not fits(family, dim, count):
             continue
-        collector = world.collector(FAMILIES[family](dim, 0))
+        collector = setup.collector(FAMILIES[family](dim, 0))
         run = lambda: collector.features(x0, condition, ids)  # noqa: B023, E731
         run(), plain()
         taken = [(seconds(run), seconds(plain)) for _ in range(rounds)]

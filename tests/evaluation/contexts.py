@@ -1,4 +1,4 @@
-"""Small worlds to measure in: real stores of a tiny model, and retraining whose truth is known."""
+"""Small contexts to measure in: real stores of a tiny model, and retraining whose truth is known."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from dmin.queries import Planted
 from dmin.sketches import BlockCyclic
 
 
-def small_world(model, dataset, folder, dim=256, **known):
+def small_context(model, dataset, folder, dim=256, **known):
     def collect(model, dataset, role):
         collector = GradientCollector(model, BlockCyclic(dim), Stratified(2))
         trainer = predict_trainer(accelerator="cpu", enable_progress_bar=False)
@@ -30,8 +30,8 @@ def small_world(model, dataset, folder, dim=256, **known):
     return BenchmarkContext(model, train, ask, collect, untrained=untrained, **known)
 
 
-class LinearWorld:
-    """A world in which every example lowers a query's loss by its true score, plus chance."""
+class LinearContext:
+    """A context in which every example lowers a query's loss by its true score, plus chance."""
 
     def __init__(self, truth, store=None, noise=0.0):
         self.truth, self.noise = truth, noise

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from evaluation.worlds import small_world
+from evaluation.contexts import small_context
 from PIL import Image
 
 from dmin.attribution import DAS, DMin, JourneyTRAK, Method, PixelL2, Random, Spectral
@@ -36,8 +36,8 @@ class Brightness(GroundTruth):
 
     ranks_only = False
 
-    def prepare(self, world, queries):
-        images = [world.train.image(id) for id in world.train.store.ids]
+    def prepare(self, context, queries):
+        images = [context.train.image(id) for id in context.train.store.ids]
         self.dark = np.array([-image.mean().item() for image in images])
 
     def measure(self, scores):
@@ -65,12 +65,12 @@ def sixty():
 
 
 @pytest.fixture(scope="module")
-def world(ddpm, sixty, tmp_path_factory):
-    return small_world(ddpm, sixty, tmp_path_factory.mktemp("world"))
+def context(ddpm, sixty, tmp_path_factory):
+    return small_context(ddpm, sixty, tmp_path_factory.mktemp("context"))
 
 
 @pytest.fixture(scope="module")
-def report(world):
+def report(context):
     heldout = Digits("heldout").examples
     five = SameLabel(["precision@5", "mAP"])
     tasks = {
@@ -90,7 +90,7 @@ def report(world):
     }
     tuning = Tuning({"planted": "tune/label/mAP"}, alpha=(0.1, 10.0), p=(1.0,), watch=["copies"])
     benchmark = Benchmark(tasks, tuning=tuning, untrained=True, transforms=True)
-    return benchmark.run(world, methods)
+    return benchmark.run(context, methods)
 
 
 def find(report, name, metric, task):
@@ -135,26 +135,26 @@ def test_tuning_takes_the_best_point_of_its_own_task_and_reports_it_nowhere(repo
     assert all("copies/source/recall@1" in p for p in report.path)
 
 
-def test_a_point_of_the_path_is_the_method_with_these_settings(report, world):
+def test_a_point_of_the_path_is_the_method_with_these_settings(report, context):
     from dmin.attribution import score_matrix
     from dmin.evaluation.metrics import measure
 
-    queries = world._sides["tune", False]
-    scores = score_matrix(queries, world.train, Spectral(alpha=10.0, p=1.0))
+    queries = context._sides["tune", False]
+    scores = score_matrix(queries, context.train, Spectral(alpha=10.0, p=1.0))
     truth = SameLabel(["mAP"])
-    truth.prepare(world, queries)
+    truth.prepare(context, queries)
     expected = measure("mAP", scores, truth._relevant).mean()
     point = next(p for p in report.path if p["alpha"] == 10 and p["method"] == "spectral")
     assert point["tune/label/mAP"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_joined_queries_score_as_they_do_alone(report, world):
+def test_joined_queries_score_as_they_do_alone(report, context):
     from dmin.attribution import score_matrix
     from dmin.evaluation.scoring import Joined
 
-    sides = [world._sides[name, False] for name in ("copies", "held-out")]
-    together = score_matrix(Joined(sides), world.train, Spectral())
-    alone = [score_matrix(side, world.train, Spectral()) for side in sides]
+    sides = [context._sides[name, False] for name in ("copies", "held-out")]
+    together = score_matrix(Joined(sides), context.train, Spectral())
+    alone = [score_matrix(side, context.train, Spectral()) for side in sides]
     assert np.allclose(together, np.concatenate(alone), atol=1e-5)
     assert Joined(sides).block([3, 9], PixelL2.requires).images.shape[0] == 2
 
@@ -222,9 +222,9 @@ def test_a_lead_within_chance_is_not_bold(report):
 
 
 def test_smaller_sketches_are_folded_and_told_apart(ddpm, sixty, tmp_path):
-    world = small_world(ddpm, sixty, tmp_path, dim=512)
+    context = small_context(ddpm, sixty, tmp_path, dim=512)
     tasks = {"copies": Task({"source": Source(["recall@1", "MRR"])}, Planted("exact", count=8))}
-    found = Benchmark(tasks, dims=(512, 256)).run(world, {"dmin": DMin(), "pixel_l2": PixelL2()})
+    found = Benchmark(tasks, dims=(512, 256)).run(context, {"dmin": DMin(), "pixel_l2": PixelL2()})
     sizes = [(r.method, r.dim, r.bytes) for r in found.results if r.metric == "MRR"]
     assert sizes == [("dmin", 512, 2048), ("pixel_l2", 512, 0), ("dmin", 256, 1024)]
     text = markdown(found)
@@ -234,8 +234,8 @@ def test_smaller_sketches_are_folded_and_told_apart(ddpm, sixty, tmp_path):
 def test_the_papers_tables_have_a_column_a_subset_and_what_it_costs(ddpm, sixty, tmp_path):
     truth = SameColumn("label", ["precision@5", "precision@10"], each=True)
     tasks = {"subsets": Task({"subset": truth}, Examples(sixty.examples[:20]))}
-    world = small_world(ddpm, sixty, tmp_path)
-    found = Benchmark(tasks).run(world, {"dmin": DMin(), "random": Random()})
+    context = small_context(ddpm, sixty, tmp_path)
+    found = Benchmark(tasks).run(context, {"dmin": DMin(), "random": Random()})
     files = present.save(found, tmp_path / "report")
     text = (tmp_path / "report" / "results.md").read_text()
     labels = sorted({str(e.label) for e in sixty.examples[:20]})
@@ -248,7 +248,7 @@ def test_any_column_can_tell_what_is_right(ddpm, digits, tmp_path):
         Example(e.id, e.image, e.label, None, {"source": "a" if i % 3 else "b"})
         for i, e in enumerate(digits.examples[:9])
     ]
-    side = small_world(ddpm, Examples(marked), tmp_path).train
+    side = small_context(ddpm, Examples(marked), tmp_path).train
     found = SameColumn("source").relevant(side.store, side.store)
     expected = [[(i % 3 == 0) == (j % 3 == 0) for j in range(9)] for i in range(9)]
     assert found.tolist() == expected
@@ -269,10 +269,10 @@ def test_a_criterion_that_is_not_there_is_refused(metric):
         Benchmark(tasks, tuning=Tuning({"planted": metric}))
 
 
-def test_retraining_needs_a_recipe(world):
+def test_retraining_needs_a_recipe(context):
     from dmin.evaluation import LDS
 
     tasks = {"copies": Task({"subsets": LDS()}, Planted("exact", count=2))}
     with pytest.raises(DminError, match="Say train=<choice>"):
-        Benchmark(tasks).run(world, {"random": Random()})
+        Benchmark(tasks).run(context, {"random": Random()})
     assert torch.is_grad_enabled()

@@ -1,10 +1,10 @@
-"""Ground truths by retraining, in worlds where what retraining says is known."""
+"""Ground truths by retraining, in contexts where what retraining says is known."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from evaluation.worlds import LinearWorld
+from evaluation.contexts import LinearContext
 
 from dmin.evaluation import LDS, Diversity, LeaveOut, Removal, SelfInfluence, UnionRemoval
 from dmin.runtime.errors import DminError
@@ -27,7 +27,7 @@ def labelled():
     ids=lambda t: type(t).__name__,
 )
 def test_the_true_scores_win_and_strangers_do_not(truth):
-    truth.prepare(LinearWorld(TRUTH, labelled()), ASKED)
+    truth.prepare(LinearContext(TRUTH, labelled()), ASKED)
     true, other = truth.measure(TRUTH), truth.measure(STRANGER)
     for metric in true:
         assert true[metric].mean() > other[metric].mean() + 0.3, metric
@@ -39,20 +39,20 @@ def test_the_true_scores_win_and_strangers_do_not(truth):
 
 def test_in_a_linear_world_the_truth_reaches_one_and_the_ceiling():
     lds = LDS(20, 2)
-    lds.prepare(LinearWorld(TRUTH), ASKED)
+    lds.prepare(LinearContext(TRUTH), ASKED)
     assert np.allclose(lds.measure(TRUTH)["LDS"], 1)
     assert np.allclose(lds.references()["ceiling"]["LDS"], 1)
     out = LeaveOut()
-    out.prepare(LinearWorld(TRUTH, labelled()), ASKED)
+    out.prepare(LinearContext(TRUTH, labelled()), ASKED)
     found = out.measure(TRUTH)
     assert np.allclose(found["leave-out ρ"], 1) and (found["leave-out hit"] == 1).all()
     assert out.measure(-TRUTH)["leave-out ρ"].mean() == pytest.approx(-1)
 
 
 def test_removal_is_the_rise_over_removing_at_random():
-    world, truth = LinearWorld(TRUTH), Removal(k=10, queries=QUERIES, random=30)
-    truth.prepare(world, ASKED)
-    [(what, count)] = world.asked
+    context, truth = LinearContext(TRUTH), Removal(k=10, queries=QUERIES, random=30)
+    truth.prepare(context, ASKED)
+    [(what, count)] = context.asked
     assert count == 30 and "random" in what
     gone = np.sort(TRUTH, axis=1)[:, -10:].sum(1)
     lost = 100 - TRUTH.sum(1) + gone
@@ -63,10 +63,10 @@ def test_removal_is_the_rise_over_removing_at_random():
 def test_a_union_must_hurt_its_own_queries_and_not_the_others():
     common = np.tile(TRUTH[:1], (QUERIES, 1))  # what hurts one hurts all: no group's own
     truth = UnionRemoval((10,), groups=2)
-    truth.prepare(LinearWorld(common), ASKED)
+    truth.prepare(LinearContext(common), ASKED)
     assert abs(truth.measure(common)["union@10 %"].mean()) < 1e-9
     truth = UnionRemoval((10,), groups=2)
-    truth.prepare(LinearWorld(TRUTH), ASKED)
+    truth.prepare(LinearContext(TRUTH), ASKED)
     assert truth.measure(TRUTH)["union@10 %"].mean() > 1
 
 
@@ -80,26 +80,26 @@ def test_queries_that_share_a_model_count_as_one():
 
 
 def test_all_rows_are_trained_together():
-    world, truth = LinearWorld(TRUTH), Removal(k=10, queries=4)
-    truth.prepare(world, ASKED)
+    context, truth = LinearContext(TRUTH), Removal(k=10, queries=4)
+    truth.prepare(context, ASKED)
     truth.expect({"one": TRUTH, "other": STRANGER})
-    assert world.asked[-1][1] == 8
+    assert context.asked[-1][1] == 8
 
 
 def test_marked_examples_are_compared_with_the_others():
     marked = [{"mislabelled": True} if i % 10 == 0 else {} for i in range(EXAMPLES)]
     losses = np.arange(EXAMPLES, dtype=float)
     store = SimpleNamespace(metadata=marked, losses=lambda: losses[:, None, None])
-    world, truth = LinearWorld(TRUTH), SelfInfluence(sample=20)
-    world.train = SimpleNamespace(store=store)
-    truth.prepare(world, None)
+    context, truth = LinearContext(TRUTH), SelfInfluence(sample=20)
+    context.train = SimpleNamespace(store=store)
+    truth.prepare(context, None)
     assert len(truth.rows) == 6 + 20 and sorted(truth.rows[:6]) == list(range(0, 60, 10))
     high = np.array([1.0] * 6 + [0.0] * 20)
     assert truth.measure(high)["AUROC"].mean() == 1
     assert truth.measure(np.ones(26))["AUROC"].mean() == 0.5
     assert truth.references()["training loss"]["AUROC"].shape == (6,)
     with pytest.raises(DminError, match="0 of 60"):
-        SelfInfluence("absent").prepare(world, None)
+        SelfInfluence("absent").prepare(context, None)
 
 
 def test_diversity_tells_popularity():
@@ -118,4 +118,4 @@ def test_what_cannot_be_measured_is_refused():
     store = labelled()
     store.metadata = [{"label": "one"}] * EXAMPLES
     with pytest.raises(DminError, match="has 1 values"):
-        LeaveOut().prepare(LinearWorld(TRUTH, store), ASKED)
+        LeaveOut().prepare(LinearContext(TRUTH, store), ASKED)

@@ -1,4 +1,4 @@
-"""LDS, removal and controls against SciPy, worlds that are linear, and their definitions."""
+"""LDS, removal and controls against SciPy, simulations that are linear, and their definitions."""
 
 import numpy as np
 import pytest
@@ -26,8 +26,8 @@ from dmin.runtime.errors import DminError
 QUERIES, EXAMPLES, SUBSETS = 12, 80, 40
 
 
-def world(noise, seeds=2, seed=0):
-    """A world where each example lowers a query's loss by its true score, plus noise."""
+def simulated(noise, seeds=2, seed=0):
+    """A simulation where each example lowers a query's loss by its true score, plus noise."""
     generator = np.random.default_rng(seed)
     truth = generator.normal(size=(QUERIES, EXAMPLES))
     members = membership(random_subsets(EXAMPLES, SUBSETS, seed=seed), EXAMPLES)
@@ -56,7 +56,7 @@ def test_rank_correlation_is_that_of_scipy_with_ties():
 
 
 def test_the_truth_scores_one_its_opposite_minus_one_and_a_constant_nothing():
-    truth, members, losses = world(noise=0)
+    truth, members, losses = simulated(noise=0)
     assert np.allclose(lds(truth, members, losses.mean(0)), 1)
     assert np.allclose(lds(-truth, members, losses.mean(0)), -1)
     assert np.allclose(lds(np.ones_like(truth), members, losses.mean(0)), 0)
@@ -69,7 +69,7 @@ def test_the_truth_scores_one_its_opposite_minus_one_and_a_constant_nothing():
 def test_the_truth_reaches_the_ceiling(noise, seeds):
     reached, attainable, one = [], [], []
     for seed in range(20):
-        truth, members, losses = world(noise, seeds, seed)
+        truth, members, losses = simulated(noise, seeds, seed)
         reached.append(lds(truth, members, losses.mean(0)).mean())
         found = ceiling(losses)
         attainable.append(found.attainable.mean())
@@ -79,11 +79,11 @@ def test_the_truth_reaches_the_ceiling(noise, seeds):
 
 
 def test_the_bootstrap_covers_both_subsets_and_queries():
-    """Its interval holds the value in the whole world about as often as it says."""
+    """Its interval holds the value of the whole simulation about as often as it says."""
     covered = 0
     for seed in range(60):
         generator = np.random.default_rng(seed)
-        truth, members, losses = world(1.0, 1, seed)
+        truth, members, losses = simulated(1.0, 1, seed)
         scores = truth + generator.normal(size=truth.shape)
         found = interval(
             lds(scores, members, losses[0]).mean(),
@@ -96,7 +96,7 @@ def test_the_bootstrap_covers_both_subsets_and_queries():
 
 
 def test_paired_differences_are_narrower_than_their_parts():
-    truth, members, losses = world(0.5)
+    truth, members, losses = simulated(0.5)
     generator = np.random.default_rng(1)
     resamples = Resamples(SUBSETS, QUERIES, 300)
     better, worse = (truth + s * generator.normal(size=truth.shape) for s in (0.5, 0.8))
@@ -152,7 +152,7 @@ def test_distinct_examples_are_counted_once():
 
 
 def test_what_cannot_be_measured_is_refused():
-    truth, members, losses = world(0.1)
+    truth, members, losses = simulated(0.1)
     with pytest.raises(DminError, match="12 queries × 40 subsets"):
         lds(truth, members, losses[0].T)
     with pytest.raises(DminError, match="finite"):

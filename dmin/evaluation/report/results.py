@@ -130,7 +130,7 @@ class Report:
         path: every point of every tuned method's path, with all quick metrics.
         left_out: methods that could not be measured, and why.
         reference: the method that differences are to.
-        notes: the world that it was measured in, in words, and what the run took.
+        notes: what it was measured in, in words, and what the run took.
         fits: what fitting found, such as effective dimensions, by row and topic.
     """
 

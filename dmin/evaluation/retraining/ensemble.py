@@ -24,7 +24,7 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
 
 Progress = Callable[[int, int], None]
-"""Told how much is done, of how much."""
+"""Called with how much is done, and of how much."""
 
 
 class Ensemble:
@@ -71,14 +71,14 @@ class Ensemble:
         self,
         subsets: Sequence[np.ndarray],
         seed: int,
-        progress: Progress = lambda done, total: None,
+        on_progress: Progress = lambda done, total: None,
     ) -> Stacked:
         """Return a trained model for each subset.
 
         Args:
             subsets: positions in the dataset, an array a model, of any lengths.
             seed: of weights, order, timesteps and noise.
-            progress: told how many models there are, of how many.
+            on_progress: called with how many models there are, and of how many.
 
         Raises:
             DminError: a subset is empty, or a model's loss became NaN.
@@ -90,7 +90,7 @@ class Ensemble:
                 key: {name: values[i] for name, values in models.items()}
                 for i, key in enumerate(chunk)
             }
-            progress(len(parts), len(subsets))
+            on_progress(len(parts), len(subsets))
         found = [parts[model_key(subset, seed)] for subset in subsets]
         return {name: torch.stack([part[name] for part in found]) for name in found[0]}
 
@@ -101,7 +101,7 @@ class Ensemble:
         queries: Dataset,
         timesteps: Sequence[float],
         noise: Noise,
-        progress: Progress = lambda done, total: None,
+        on_progress: Progress = lambda done, total: None,
     ) -> np.ndarray:
         """Return what models trained on the subsets lose on queries, float64 ``[models, Q]``.
 
@@ -111,12 +111,12 @@ class Ensemble:
         keys = [model_key(subset, seed) for subset in subsets]
         missing = [s for s, key in zip(subsets, keys, strict=True) if key not in kept]
         done = len(subsets) - len(missing)
-        progress(done, len(subsets))
+        on_progress(done, len(subsets))
         for chunk in self._chunks(missing, seed):
             losses = self.losses(self._models(chunk, seed), queries, timesteps, noise)
             kept.add(dict(zip(chunk, losses, strict=True)))
             done += sum(model_key(s, seed) in chunk for s in missing)
-            progress(done, len(subsets))
+            on_progress(done, len(subsets))
         return np.stack([kept[key] for key in keys])
 
     def losses(

@@ -36,11 +36,11 @@ class GroundTruth(ABC):
     ranks_only: ClassVar[bool] = True
     costly: ClassVar[bool] = False
 
-    def prepare(self, world: BenchmarkContext, queries: FeatureSet) -> None:  # noqa: B027 (many need nothing)
+    def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:  # noqa: B027 (many need nothing)
         """Look at the data, and train what does not depend on any score; called once.
 
         Args:
-            world: model, training examples, retraining.
+            context: model, training examples, retraining.
             queries: those of the task.
         """
 
@@ -83,9 +83,9 @@ class Relevance(GroundTruth):
     def relevant(self, queries: Store, train: Store) -> Array:
         """Return bool ``[queries, examples]``, at least one True a query."""
 
-    def prepare(self, world: BenchmarkContext, queries: FeatureSet) -> None:
+    def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Find the right answers."""
-        self._relevant = self.relevant(queries.store, world.train.store)
+        self._relevant = self.relevant(queries.store, context.train.store)
 
     def measure(self, scores: Array) -> Measures:
         """Return each metric of each query."""
@@ -195,13 +195,13 @@ class SelfInfluence(GroundTruth):
     def __init__(self, column: str = "mislabelled", sample: int = 250) -> None:
         self.column, self.sample = column, sample
 
-    def prepare(self, world: BenchmarkContext, queries: FeatureSet) -> None:
+    def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Find the marked examples.
 
         Raises:
             DminError: none or all are.
         """
-        train = world.train.store
+        train = context.train.store
         is_marked = np.array([bool(row.get(self.column)) for row in train.metadata])
         marked, others = np.flatnonzero(is_marked), np.flatnonzero(~is_marked)
         if not len(marked) or not len(others):

@@ -35,14 +35,14 @@ class LDS(GroundTruth):
             )
         self.subsets, self.seeds, self.share = subsets, seeds, share
 
-    def prepare(self, world: BenchmarkContext, queries: FeatureSet) -> None:
+    def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train a model on every subset and seed."""
-        examples = len(world.train)
+        examples = len(context.train)
         subsets = random_subsets(examples, self.subsets, self.share)
         self._members = membership(subsets, examples)
         self._losses = np.stack(
             [
-                world.retrain(subsets, seed, queries, f"retraining on subsets, seed {seed + 1}")
+                context.retrain(subsets, seed, queries, f"retraining on subsets, seed {seed + 1}")
                 for seed in range(self.seeds)
             ]
         )
@@ -81,13 +81,13 @@ class LeaveOut(GroundTruth):
             raise DminError(f"LeaveOut: seeds={seeds}; the ceiling needs two or more.")
         self.column, self.seeds = column, seeds
 
-    def prepare(self, world: BenchmarkContext, queries: FeatureSet) -> None:
+    def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train a model without each value, and seed.
 
         Raises:
             DminError: the column has fewer than three values.
         """
-        of = column(world.train.store, self.column)
+        of = column(context.train.store, self.column)
         values = np.unique(of)
         if len(values) < 3:
             raise DminError(
@@ -98,7 +98,9 @@ class LeaveOut(GroundTruth):
         subsets = [np.flatnonzero(~row) for row in self._left_out]
         self._losses = np.stack(
             [
-                world.retrain(subsets, seed, queries, f"leaving each {self.column} out, {seed + 1}")
+                context.retrain(
+                    subsets, seed, queries, f"leaving each {self.column} out, {seed + 1}"
+                )
                 for seed in range(self.seeds)
             ]
         )
@@ -133,11 +135,11 @@ class Removal(GroundTruth):
     def __init__(self, k: int = 50, queries: int = 8, seeds: int = 1, random: int = 12) -> None:
         self.k, self.queries, self.seeds, self.random = k, queries, seeds, random
 
-    def prepare(self, world: BenchmarkContext, queries: FeatureSet) -> None:
+    def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train without random examples."""
-        self._world, self._side = world, queries
+        self._context, self._side = context, queries
         self._asked = evenly(len(queries), self.queries, ends=True)
-        sets = without_random(len(world.train), self.k, self.random, seed=1)
+        sets = without_random(len(context.train), self.k, self.random, seed=1)
         self._random = self._losses(sets, f"removing {self.k} at random")
 
     def expect(self, scores: Mapping[str, Array]) -> None:
@@ -155,7 +157,7 @@ class Removal(GroundTruth):
         return without_top(scores[self._asked], self.k)
 
     def _losses(self, sets: Sequence[Array], what: str) -> Array:
-        return mean_over_seeds(self._world, self._side, sets, self.seeds, what)
+        return mean_over_seeds(self._context, self._side, sets, self.seeds, what)
 
 
 class UnionRemoval(GroundTruth):
@@ -184,13 +186,14 @@ class UnionRemoval(GroundTruth):
             )
         self.k, self.groups, self.seeds, self.random = tuple(k), groups, seeds, random
 
-    def prepare(self, world: BenchmarkContext, queries: FeatureSet) -> None:
+    def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train without random examples."""
-        self._world, self._side = world, queries
+        self._context, self._side = context, queries
         self._parts = np.array_split(np.arange(len(queries)), self.groups)
         self._random = {
             k: self._losses(
-                without_random(len(world.train), k, self.random, seed=1), f"removing {k} at random"
+                without_random(len(context.train), k, self.random, seed=1),
+                f"removing {k} at random",
             )
             for k in self.k
         }
@@ -229,7 +232,7 @@ class UnionRemoval(GroundTruth):
         return [without_union(scores[part], k) for part in self._parts]
 
     def _losses(self, sets: Sequence[Array], what: str) -> Array:
-        return mean_over_seeds(self._world, self._side, sets, self.seeds, what)
+        return mean_over_seeds(self._context, self._side, sets, self.seeds, what)
 
 
 class Diversity(GroundTruth):
@@ -255,8 +258,8 @@ class Diversity(GroundTruth):
 
 
 def mean_over_seeds(
-    world: BenchmarkContext, queries: FeatureSet, sets: Sequence[Array], seeds: int, what: str
+    context: BenchmarkContext, queries: FeatureSet, sets: Sequence[Array], seeds: int, what: str
 ) -> Array:
     """Return the losses ``[sets, Q]`` of models trained on sets of rows, mean over seeds."""
-    lost = [world.retrain(sets, seed, queries, what) for seed in range(seeds)]
+    lost = [context.retrain(sets, seed, queries, what) for seed in range(seeds)]
     return np.asarray(np.mean(lost, axis=0))
