@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt, prod
 from typing import NamedTuple, Self, TypeGuard
@@ -11,17 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmin.gradients.layers import Correlation, Dense, GradientFactors, Outer, Rows, Sum
+from dmin.gradients.layers import Correlation, GradientFactors, Outer, Rows, Sum
 from dmin.gradients.parameters import Parameter, Parameters
-from dmin.sketches.backends.cpu_projecting import (
-    Matrix,
-    Placed,
-    Shifted,
-    Signs,
-    add_placed,
-    add_projected,
-)
-from dmin.sketches.backends.packing import Planes
 from dmin.sketches.base import Accumulator, Sketch, Sketched
 from dmin.sketches.bounds import matrix_shape, moments
 from dmin.sketches.hashing import hash_words, key, signs
@@ -66,41 +57,9 @@ class Factored(Sketch):
         """Add one parameter, from its factors where that takes less than forming it."""
         parameter = self.parameters.by_name[name]
         rows = state.values[:, parameter.group]
-        parts = factors.parts if isinstance(factors, Sum) else [factors]
-        plan = self._plan(parameter)
-        served = [part for part in parts if _served(part, plan)]
-        if self._loops(rows) and any(plan.matrices) and len(served) == len(parts):
-            left, right = (self._matrix(*side) for side in zip(*plan, strict=True))
-            for part in served:
-                add_projected(part, left, right, rows, state.budget)
-        elif self._loops(rows) and isinstance(factors, Dense) and len(parameter.shape) < 2:
-            self._wait(state, parameter, factors.gradient)
-        elif self._loops(rows) and not any(plan.matrices):
-            formed = factors.dense().reshape(factors.batch, -1)
-            self._add_together(state, parameter.group, [parameter], [formed])
-        else:
-            self._add(state, parameter, parts)
-
-    def _add_together(
-        self,
-        state: Accumulator,
-        group: int,
-        parameters: Sequence[Parameter],
-        gradients: Sequence[Tensor],
-    ) -> None:
-        """Add gradients of parameters both of whose sides have signs and places."""
-        plans = map(self._plan, parameters)
-        sides = [Placed(plan.keys, plan.sizes, plan.shares) for plan in plans]
-        add_placed(gradients, sides, state.values[:, group])
-
-    def _add(
-        self, state: Accumulator, parameter: Parameter, parts: Sequence[GradientFactors]
-    ) -> None:
-        """Add one parameter by torch."""
-        rows = state.values[:, parameter.group]
         left, right = self.sides(parameter, rows)
         plan = self._plan(parameter)
-        for part in parts:
+        for part in factors.parts if isinstance(factors, Sum) else [factors]:
             step = max(1, state.budget // max(1, _bytes(part, parameter, left.to + right.to)))
             for start in range(0, part.batch, step):
                 examples = slice(start, start + step)
@@ -115,7 +74,6 @@ class Factored(Sketch):
 
     def finish(self, state: Accumulator) -> Sketched:
         """Return the finished rows; norms are theirs."""
-        self._add_waiting(state)
         return Sketched(state.values, state.values.square().sum(-1))
 
     def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
@@ -151,8 +109,6 @@ class Factored(Sketch):
     def _side(
         self, size: int, share: int, keys: tuple[int, int], matrix: bool, like: Tensor
     ) -> Side:
-        if matrix and self._loops(like):
-            return Side(share, Signs(keys[0], share, size).matrix().T)
         if matrix:
             entries = signs(keys[0], share * size, like.device).to(like.dtype) * share**-0.5
             return Side(share, entries.view(share, size))
@@ -163,12 +119,6 @@ class Factored(Sketch):
         else:
             bucket = hash_words(keys[1], size, like.device) % share
         return Side(share, sign, bucket)
-
-    def _matrix(self, size: int, share: int, keys: tuple[int, int], matrix: bool) -> Matrix:
-        """Return one side for the loops of the CPU."""
-        if matrix:
-            return Signs(keys[0], share, size)
-        return Shifted(keys[0], share, size, int(hash_words(keys[1], 1)) % share)
 
     def _plan(self, parameter: Parameter) -> _Plan:
         """Return what is to be known of a parameter's sides; it is kept, some numbers for each."""
@@ -219,13 +169,6 @@ class Side:
         return full
 
 
-def _served(part: GradientFactors, plan: _Plan) -> TypeGuard[Outer | Correlation]:
-    """Return whether the loops of the CPU project a layer call's factors: they can, and it pays."""
-    if not isinstance(part, Outer) and not (isinstance(part, Correlation) and Planes.serves(part)):
-        return False
-    return not _forming_is_cheaper(part, plan, 3)  # torch is slower than the loops
-
-
 def _projected(
     part: GradientFactors,
     left: Side,
@@ -252,14 +195,14 @@ def _projected(
     return (a @ d).transpose(1, 2)
 
 
-def _forming_is_cheaper(part: Outer | Correlation, plan: _Plan, times: float = 1) -> bool:
-    """Return whether forming a gradient takes so many times less than projecting its factors."""
+def _forming_is_cheaper(part: Outer | Correlation, plan: _Plan) -> bool:
+    """Return whether forming a gradient takes less than projecting its factors."""
     (out, inside), (first, second), positions = plan.sizes, plan.shares, _positions(part)
     # Multiplications with a column of either matrix.
     of_left, of_right = (n * m for n, m in zip(plan.shares, plan.matrices, strict=True))
     projected = positions * (out * of_left + inside * of_right + first * second)
     formed = out * (positions * inside + inside * of_right + of_left * second)
-    return times * formed < projected
+    return formed < projected
 
 
 def _projects(part: GradientFactors, right: Side) -> TypeGuard[Outer | Correlation]:

@@ -17,6 +17,9 @@ TOLERANCE = 1e-3
 # Of rows, as a share of their length; of quantised ones a step is larger.
 ROUNDING = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 8e-3, "int8": 2e-2}
 
+# Sketches with compiled loops in 0.1.0, by torch since: the same map, other bits in a segment.
+ROUNDED_OTHERWISE = {"sketch_factored"}
+
 
 @functools.cache
 def expected(name):
@@ -92,7 +95,9 @@ def test_a_fresh_collection_has_the_golden_rows(name, place, tmp_path):
     for now, part in zip(fresh, ("train", "queries"), strict=True):
         then = definitions.Store(place / part)
         assert now.ids == then.ids and now.metadata[:] == then.metadata[:]
-        assert now.fingerprint == then.fingerprint
+        assert now.manifest.fingerprint == then.manifest.fingerprint
+        if name not in ROUNDED_OTHERWISE:
+            assert now.fingerprint == then.fingerprint
         np.testing.assert_allclose(now.losses(), then.losses(), rtol=TOLERANCE)
         for readout in then.layout.readouts:
             rows, other = now.features(readout), then.features(readout)

@@ -84,15 +84,14 @@ def threads(count):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("kind", [BlockCyclic, Factored])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_rows_are_the_same_to_the_bit_for_any_number_of_threads(batch, kind):
+def test_rows_are_the_same_to_the_bit_for_any_number_of_threads(batch):
     generator = torch.Generator().manual_seed(0)
     d, a = (torch.randn(batch, 450, n, generator=generator) for n in (400, 350))
     image = torch.randn(batch, 40, 32, 32, generator=generator)
     kernel = Correlation(image, image.flip(0), nn.Conv2d(40, 40, 3, padding=1), (1, 1))
     entries = Parameter("w", (400, 350)), Parameter("kernel", (40, 40, 3, 3))
-    sketch = kind(K).bind(Parameters(entries))
+    sketch = BlockCyclic(K).bind(Parameters(entries))
 
     def rows():
         state = sketch.begin(batch, torch.zeros(()))
@@ -107,11 +106,9 @@ def test_rows_are_the_same_to_the_bit_for_any_number_of_threads(batch, kind):
             assert torch.equal(rows(), expected)
 
 
-@pytest.mark.parametrize("name", ["auto", "factored"])
-def test_vectors_that_are_sketched_together_are_those_sketched_apart(name, monkeypatch):
-    kind = {"auto": Auto, "factored": Factored}[name]
+def test_vectors_that_are_sketched_together_are_those_sketched_apart(monkeypatch):
     entries = [Parameter(f"v{n}", (n,), n % 2) for n in (1, 3, 40, 600, 33, 5000)]
-    sketch = kind(K).bind(Parameters(tuple(entries), ("even", "odd")))
+    sketch = Auto(K).bind(Parameters(tuple(entries), ("even", "odd")))
     gradients = {p.name: torch.randn(3, *p.shape) for p in entries}
     together = sketch.of(gradients)
     monkeypatch.setattr("dmin.sketches.base.WAITING", 0)

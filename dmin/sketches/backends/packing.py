@@ -133,12 +133,6 @@ class Planes(Layout):
         (down, across), (up, before) = self.a_size, (top, left)
         return [before, across - width - before, up, down - height - up]
 
-    @property
-    def own(self) -> Walk:
-        """The walk through output gradients: positions lie side by side."""
-        lines, length = self.positions
-        return kernels().Walk(lines, length, length, 1, _FIRST)
-
     @cached_property
     def walk(self) -> Walk:
         """Which pixel lies under which position."""

@@ -27,14 +27,6 @@ from dmin.sketches.backends.cpu_kernels.forming import (
     form_transformed_and_fold,
 )
 from dmin.sketches.backends.cpu_kernels.packing import pack, pack_rows
-from dmin.sketches.backends.cpu_kernels.projecting import (
-    CHUNK,
-    add_placed,
-    project,
-    project_transformed,
-    sign_panel,
-    sign_words,
-)
 from dmin.sketches.backends.cpu_kernels.toom_cook import (
     PRODUCTS,
     TILE,
@@ -46,7 +38,6 @@ from dmin.sketches.backends.cpu_kernels.toom_cook import (
 from dmin.sketches.backends.cpu_kernels.vectors import COLUMNS, ROWS, WIDTH
 
 __all__ = [
-    "CHUNK",
     "COLUMNS",
     "PRODUCTS",
     "ROWS",
@@ -56,7 +47,6 @@ __all__ = [
     "Fold",
     "Walk",
     "add_parts",
-    "add_placed",
     "add_products",
     "count_sketch",
     "fold_formed",
@@ -68,11 +58,7 @@ __all__ = [
     "hashed_map",
     "pack",
     "pack_rows",
-    "project",
-    "project_transformed",
     "scatter",
-    "sign_panel",
-    "sign_words",
     "toom_cook",
     "transform_gradient",
     "transform_input",
