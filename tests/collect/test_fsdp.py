@@ -19,7 +19,7 @@ from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
 from dmin.store import Store
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 # Of rows of unit length. What is put together is the weights' own bits, but it lies elsewhere in
 # memory, and kernels round by that.
 TOLERANCE = 2e-6
