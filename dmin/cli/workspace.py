@@ -81,7 +81,7 @@ class Workspace(Built):
                 f"`dmin collect` with the same settings first.{self._other_stores(manifest)}"
             )
         store = Store(path)
-        changed = bool(store.manifest.parts or store.removed)
+        changed = bool(store.manifest.revisions or store.removed)
         found = manifest_differences(manifest, store.manifest, counted=not changed)
         lines = [line for each in found.values() for line in each]
         if lines:

@@ -13,7 +13,7 @@ from dmin.runtime.errors import DminError
 from dmin.store import Store
 from dmin.store.maintenance import append
 from dmin.store.manifest import manifest_differences
-from dmin.store.revisions import grow
+from dmin.store.revisions import begin_revision
 
 if TYPE_CHECKING:
     from dmin.collect.collector import GradientCollector
@@ -59,11 +59,11 @@ def collect_more(
         return store
     ids = list(ids_of(dataset))
     _require_all(store, ids)
-    start = store.manifest.last_part[0] if grown else store.manifest.num_examples
+    start = store.manifest.last_revision[0] if grown else store.manifest.num_examples
     known = store.held_ids(before=start)
     new = [id for id in ids if id not in known]
     if not new:
-        grow(store, here.dataset, 0)
+        begin_revision(store, here.dataset, 0)
         return Store(path)
     options = {**options, "block_size": here.block_size, "dtype": here.layout.dtype}
     more = collector.collect(Subset(dataset, ids=new), aside, **options)

@@ -456,7 +456,7 @@ class GradientCollector(lightning.LightningModule):
         """
         path, manifest = store.path.with_name(f"{store.path.name}.encodings"), store.manifest
         folder = self._encodings(manifest, root or path)
-        changed = manifest.parts or store.removed
+        changed = manifest.revisions or store.removed
         if folder is None or changed or not set(store.ids).issuperset(ids):
             return None
         return folder.of_rows([store.index(id) for id in ids], manifest.num_examples)

@@ -75,7 +75,7 @@ def import_store(
     if sketch is not None or ids is not None:
         raise DminError(f"{source} is an export, which says its sketch and ids: leave these out.")
     assert found.ids is not None and found.metadata is not None
-    manifest = replace(found.manifest, num_examples=len(found.ids), parts=())
+    manifest = replace(found.manifest, num_examples=len(found.ids), revisions=())
     for block, start, stop, writer in _blocks(Path(target), manifest):
         kinds = {
             kind: {r: found.rows(f"{kind}/{r}", start, stop) for r in manifest.layout.readouts}

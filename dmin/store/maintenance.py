@@ -14,7 +14,7 @@ from dmin.runtime.fingerprint import differences, fingerprint
 from dmin.store.catalog import Catalog
 from dmin.store.manifest import Manifest
 from dmin.store.reader import Store
-from dmin.store.revisions import grow
+from dmin.store.revisions import begin_revision
 from dmin.store.segments import read_manifest
 from dmin.store.writer import Rows, StoreWriter
 
@@ -30,7 +30,7 @@ def info(store: Store) -> dict[str, Any]:
         "missing blocks": len(store.missing_blocks),
         "blocks held twice": store.duplicate_blocks,
         "removed": store.removed,
-        "grown": len(manifest.parts),
+        "grown": len(manifest.revisions),
         "segments": len(list(store.path.glob("segment-*.h5"))),
         "bytes": size,
         "bytes an example": round(size / max(1, len(store))),
@@ -150,9 +150,9 @@ def append(
                 f"{store.path} has {len(twice)} of the examples of {more.path} already (or had"
                 f" until they were removed), such as {twice[0]!r}: nothing was changed."
             )
-        grow(store, joined, len(more))
+        begin_revision(store, joined, len(more))
     manifest = read_manifest(store.path)
-    start = manifest.last_part[0]
+    start = manifest.last_revision[0]
     with StoreWriter(target, manifest) as writer:
         for block in writer.pending():
             rows = manifest.block_rows(block)
@@ -199,7 +199,7 @@ def fold(store: Store, target: str | os.PathLike[str], dim: int, dtype: str | No
     features = {**store.manifest.features, "sketch": {**sketch, "dim": dim}}
 
     manifest = replace(
-        shown(store),
+        compacted_manifest(store),
         layout=replace(layout, dim=dim, dtype=dtype or layout.dtype),
         features=features,
     )
@@ -210,16 +210,16 @@ def fold(store: Store, target: str | os.PathLike[str], dim: int, dtype: str | No
 
 def convert(store: Store, target: str | os.PathLike[str], dtype: str) -> Store:
     """Write a store of the same rows in another type."""
-    manifest = replace(shown(store), layout=replace(store.layout, dtype=dtype))
+    manifest = replace(compacted_manifest(store), layout=replace(store.layout, dtype=dtype))
     return rewrite(store, target, manifest)
 
 
 def compact(store: Store, target: str | os.PathLike[str], segment_bytes: int = 256 << 20) -> Store:
     """Write a store of the same rows in few large segments, none twice, none removed."""
-    return rewrite(store, target, shown(store), segment_bytes=segment_bytes)
+    return rewrite(store, target, compacted_manifest(store), segment_bytes=segment_bytes)
 
 
-def shown(store: Store) -> Manifest:
+def compacted_manifest(store: Store) -> Manifest:
     """Return the manifest of a new store of the rows that a store shows.
 
     What was removed has no place in it, and what it grew by is part of it from the start.
@@ -227,12 +227,12 @@ def shown(store: Store) -> Manifest:
     Raises:
         DminError: rows were removed or added, and it is incomplete; or no row is left.
     """
-    if not store.removed and not store.manifest.parts:
+    if not store.removed and not store.manifest.revisions:
         return store.manifest
     store.require_complete()
     if not len(store):
         raise DminError(f"Every row of {store.path} was removed: there is nothing to write.")
-    return replace(store.manifest, num_examples=len(store), parts=())
+    return replace(store.manifest, num_examples=len(store), revisions=())
 
 
 def rewrite(

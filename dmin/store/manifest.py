@@ -72,7 +72,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Revision:
-    """What a store was before it grew.
+    """What a store was before examples were appended.
 
     Args:
         dataset: of then.
@@ -94,8 +94,9 @@ class Manifest:
         dataset: JSON; everything that must not change between starting and resuming (name, content
             digest ...).
         num_examples: rows there are to be, one an example.
-        block_size: examples of one block; the last block of each part may be shorter.
-        parts: what it was before it grew, the oldest first; rows keep their places.
+        block_size: examples of one block; the last block of each revision may be shorter.
+        revisions: what it was before examples were appended, the oldest first; rows keep their
+            places.
 
     Raises:
         DminError: a value is not JSON, or a count is not positive.
@@ -106,7 +107,7 @@ class Manifest:
     dataset: dict[str, Any]
     num_examples: int
     block_size: int
-    parts: tuple[Revision, ...] = ()
+    revisions: tuple[Revision, ...] = ()
 
     def __post_init__(self) -> None:
         """Check counts, and keep the two mappings as a reader will find them."""
@@ -121,8 +122,8 @@ class Manifest:
                     " lists, texts, finite numbers, booleans and null."
                 ) from error
             object.__setattr__(self, name, plain)
-        parts = (each if isinstance(each, Revision) else Revision(**each) for each in self.parts)
-        object.__setattr__(self, "parts", tuple(parts))
+        old = (each if isinstance(each, Revision) else Revision(**each) for each in self.revisions)
+        object.__setattr__(self, "revisions", tuple(old))
 
     @property
     def feature_fingerprint(self) -> str:
@@ -141,22 +142,22 @@ class Manifest:
 
     @property
     def states(self) -> "list[Manifest]":
-        """What the store was before each time it grew, the oldest first, and what it is."""
+        """The manifest as of each revision, the oldest first; the last is this one."""
         earlier = [
-            replace(self, **asdict(part), parts=self.parts[:number])
-            for number, part in enumerate(self.parts)
+            replace(self, **asdict(each), revisions=self.revisions[:number])
+            for number, each in enumerate(self.revisions)
         ]
         return [*earlier, self]
 
     @cached_property
     def fingerprints(self) -> frozenset[str]:
-        """What its segments may carry: its own fingerprint, and those of before it grew."""
+        """What its segments may carry: its own fingerprint, and those of earlier revisions."""
         return frozenset(each.fingerprint for each in self.states)
 
     @cached_property
     def _cuts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where parts begin and the last ends: the row and the block, each ``[parts + 1]``."""
-        rows = [0, *(part.num_examples for part in self.parts), self.num_examples]
+        """Where revisions begin and the last ends: row and block, each ``[revisions + 2]``."""
+        rows = [0, *(each.num_examples for each in self.revisions), self.num_examples]
         blocks = [0]
         for start, stop in pairwise(rows):
             blocks.append(blocks[-1] - (start - stop) // self.block_size)
@@ -164,21 +165,21 @@ class Manifest:
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks, shorter ones at the end of a part included."""
+        """Number of blocks, shorter ones at the end of a revision included."""
         return int(self._cuts[1][-1])
 
     @property
-    def last_part(self) -> tuple[int, int]:
-        """The first row and the first block of what was added last; (0, 0) if it never grew."""
+    def last_revision(self) -> tuple[int, int]:
+        """The first row and block of the last revision; (0, 0) if nothing was ever appended."""
         rows, blocks = self._cuts
         return int(rows[-2]), int(blocks[-2])
 
     def spans(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return first row and number of rows of each block, ``[n]``."""
         rows, first = self._cuts
-        part = np.searchsorted(first, blocks, side="right") - 1
-        start = rows[part] + (blocks - first[part]) * self.block_size
-        return start, np.minimum(start + self.block_size, rows[part + 1]) - start
+        revision = np.searchsorted(first, blocks, side="right") - 1
+        start = rows[revision] + (blocks - first[revision]) * self.block_size
+        return start, np.minimum(start + self.block_size, rows[revision + 1]) - start
 
     def block_rows(self, block: int) -> range:
         """Return the dataset positions of one block."""
@@ -189,20 +190,20 @@ class Manifest:
         start, count = (int(each[0]) for each in self.spans(np.array([block])))
         return range(start, start + count)
 
-    def grown(self, text: str, source: str) -> "Manifest":
-        """Return what the store is after it grew, from the text of a growth file.
+    def revised(self, text: str, source: str) -> "Manifest":
+        """Return what the store is from its next revision on, from the text of a growth file.
 
         Raises:
             DminError: the text is damaged.
         """
-        part = Revision(self.dataset, self.num_examples)
+        before = Revision(self.dataset, self.num_examples)
         try:
             fields = json.loads(text)
             return replace(
                 self,
                 dataset=fields["dataset"],
                 num_examples=fields["num_examples"],
-                parts=(*self.parts, part),
+                revisions=(*self.revisions, before),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DminError(f"{source} is damaged ({error!r}): restore it from a copy.") from error
@@ -216,8 +217,9 @@ class Manifest:
     def document(self) -> dict[str, Any]:
         """Return the whole manifest as JSON values."""
         fields = asdict(self)
-        if not self.parts:
-            del fields["parts"]
+        revisions = fields.pop("revisions")
+        if revisions:
+            fields["parts"] = revisions  # its name in the file
         return {"format": FORMAT, "schema": SCHEMA, **fields}
 
     def to_json(self) -> str:
@@ -239,7 +241,8 @@ class Manifest:
             document = json.loads(text)
             found = document.pop("format"), document.pop("schema")
             if found == (FORMAT, SCHEMA):
-                return cls(**{**document, "layout": Layout(**document["layout"])})
+                layout = Layout(**document.pop("layout"))
+                return cls(layout, revisions=document.pop("parts", ()), **document)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DminError(
                 f"{source} is damaged or not the manifest of a store ({error!r}): restore it from"
@@ -258,7 +261,7 @@ def manifest_differences(
 
     Args:
         here: of a command.
-        there: of a store; what it was before it grew does not matter.
+        there: of a store; its earlier revisions do not matter.
         counted: hold the numbers of examples to each other.
     """
 

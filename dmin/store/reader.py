@@ -18,8 +18,7 @@ from dmin.store.catalog import Catalog
 from dmin.store.encoding import STORED_AS, decode, word_sums
 from dmin.store.manifest import Layout, require_count
 from dmin.store.mapped import Mapped
-from dmin.store.revisions import removed_rows
-from dmin.store.segments import Segment, read_manifest
+from dmin.store.segments import Segment, read_manifest, removed_rows
 
 
 class Block(NamedTuple):

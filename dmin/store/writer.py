@@ -210,7 +210,7 @@ class StoreWriter:
 
 def _require_same(path: Path, here: Manifest, there: Manifest) -> None:
     """Raise DminError unless a store can be resumed with this manifest."""
-    changed = bool(there.parts) or bool(list(path.glob("removed-*.json")))
+    changed = bool(there.revisions) or bool(list(path.glob("removed-*.json")))
     lines_of = manifest_differences(here, there, counted=not changed)
     said = [f"{what} ({'; '.join(lines)})" for what, lines in lines_of.items()]
     if said:

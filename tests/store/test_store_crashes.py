@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 
+from dmin.runtime import files as files_module
 from dmin.runtime.errors import DminError
 from dmin.store import Store, StoreWriter
-from dmin.store import segments as segments_module
 from dmin.store import writer as writer_module
 
 KILLS = 200
@@ -103,7 +103,7 @@ def test_killed_within_a_commit(tmp_path, make_manifest, make_rows, fork, monkey
 
     with monkeypatch.context() as patch:
         if moment == "write":
-            patch.setattr(segments_module, "open", half_written, raising=False)
+            patch.setattr(files_module, "open", half_written, raising=False)
         else:
             patch.setattr(os, moment, die)
         child = fork.Process(target=write, args=(tmp_path, manifest, make_rows, None))

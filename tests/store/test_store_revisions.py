@@ -12,7 +12,7 @@ from dmin.store.export import export
 from dmin.store.interchange import import_store
 from dmin.store.maintenance import append, compact, convert, info, merge, verify
 from dmin.store.manifest import Manifest
-from dmin.store.revisions import grow, remove
+from dmin.store.revisions import begin_revision, remove
 
 
 def write(path, manifest, make_rows, blocks=None, **options):
@@ -108,9 +108,9 @@ def test_only_like_features_are_appended(store, tmp_path, make_manifest, make_ro
 
 def test_of_two_that_grow_a_store_one_is_refused(store, make_manifest):
     one, two = Store(store.path), Store(store.path)
-    grow(one, {"name": "one"}, 3)
+    begin_revision(one, {"name": "one"}, 3)
     with pytest.raises(DminError, match=r"Another process has made .* grow just now"):
-        grow(two, {"name": "two"}, 3)
+        begin_revision(two, {"name": "two"}, 3)
     assert Store(store.path).manifest.dataset == {"name": "one"}
 
 
@@ -161,7 +161,7 @@ def test_compacting_leaves_out_what_was_removed(store, more, tmp_path):
     left = Store(store.path)
     found = compact(left, tmp_path / "c")
     assert found.digest() == left.digest() and found.metadata == left.metadata
-    assert found.manifest.num_examples == 37 and not found.manifest.parts and not found.removals
+    assert found.manifest.num_examples == 37 and not found.manifest.revisions and not found.removals
     assert b"bild-\\u00e9-33" not in b"".join(f.read_bytes() for f in found.path.glob("*.h5"))
     assert convert(left, tmp_path / "b", "bfloat16").ids == left.ids
     remove(found, found.ids)
