@@ -1,4 +1,4 @@
-"""What a benchmark needs of a configuration: every method there is, and the context to measure in."""
+"""What a benchmark needs of a configuration: the methods there are, and the context to measure in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small contexts to measure in: real stores of a tiny model, and retraining whose truth is known."""
+"""Small contexts to measure in: real stores of a tiny model, retraining whose truth is known."""
 
 import numpy as np
 import torch
