@@ -1,4 +1,4 @@
-"""What a benchmark needs of a configuration: the methods there are, and the context to measure in."""
+"""What a benchmark needs of a configuration: its methods, and the context to measure them in."""
 
 from __future__ import annotations
 
