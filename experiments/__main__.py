@@ -1,9 +1,12 @@
 """``make experiments``: every experiment with its question, time, hardware and command.
 
+``python experiments repeat NAME`` runs one that is a script again (see ``repeat.py``).
+
 What is listed stands at the head of each ``experiments/<name>/README.md``, between two lines of
-``---``, one ``key: value`` a line. It needs nothing but the standard library.
+``---``, one ``key: value`` a line. The list needs nothing but the standard library.
 """
 
+import sys
 import textwrap
 from pathlib import Path
 
@@ -44,4 +47,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["repeat"]:
+        from experiments.repeat import run
+
+        sys.exit(run(sys.argv[2:]))
     main()

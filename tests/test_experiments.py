@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dmin.runtime.provenance import results
+from experiments.record import results
 
 HERE = Path(__file__).resolve().parents[1] / "experiments"
 listing = runpy.run_path(str(HERE / "__main__.py"), run_name="experiments")
@@ -56,5 +56,5 @@ def test_the_list_names_each(capsys):
 def test_its_record_is_that_of_its_results(record):
     found = json.loads(record.read_text())
     assert str(Path.home()) not in record.read_text() and '"/' not in record.read_text()
-    if "runs" in found:  # of a script; `dmin repeat` compares those of commands
+    if "runs" in found:  # of a script; those of commands are compared by `dmin repeat`
         assert found["results"] == results(record.parent)

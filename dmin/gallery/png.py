@@ -47,7 +47,7 @@ class _Layout:
 
     @property
     def side(self) -> int:
-        """FeatureSet of an image, so that the full number of columns fills the page."""
+        """Side of an image, so that the full number of columns fills the page."""
         taken = 2 * self.margin + self.aisle + (self.aisle + self.strip) * self.bars
         taken += (self.aisle + self.shares) * bool(self.groups)
         return max(48, min(176, (self.page - taken) // (self.columns + 1) - self.gap))

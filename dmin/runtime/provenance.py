@@ -1,7 +1,7 @@
-"""What a run was done with: command, code, versions, machine, memory; written beside its results.
+"""What a run was done with: code, versions, machine, memory.
 
-Commands keep it in their run folder (``dmin.cli.jobs.record``), scripts beside their results
-(:func:`recorded`); ``dmin repeat FOLDER`` runs either again and says what differs.
+Commands keep it in their run folder (``dmin.cli.jobs.record``); ``dmin repeat RUN_FOLDER`` runs
+them again and says what differs.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import platform
 import resource
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,9 +25,7 @@ PACKAGES = (
     *("dmin", "torch", "lightning", "diffusers", "transformers", "peft", "hydra-core"),
     *("omegaconf", "numpy", "h5py", "scikit-learn"),
 )
-_PART = "DMIN_RECORDED"  # set for the processes that a recorded script starts
-_SOURCES = (".py", ".yaml", ".toml")
-_NO_RESULTS = (*_SOURCES, ".pyc", RECORD, "README.md")
+SOURCES = (".py", ".yaml", ".toml")
 
 
 def circumstances() -> dict[str, Any]:
@@ -41,62 +37,6 @@ def circumstances() -> dict[str, Any]:
         "code": _code(),
         "versions": _versions(),
         "machine": machine(),
-    }
-
-
-@contextmanager
-def recorded(script: str, **settings: Any) -> Iterator[None]:
-    """Keep ``record.json`` beside the results of a script, and print how to repeat it.
-
-    Every run that changed a result has its place in it; those of one command with the same code,
-    versions and machine are one run in parts. A script that finds no results begins a new record;
-    processes that it starts leave none.
-
-    Args:
-        script: its ``__file__``, an ``experiments/NAME/run.py``; the results are what it writes
-            into its folder.
-        settings: what else the results depend on, such as ``seeds=[0, 1]``; JSON values.
-    """
-    if _PART in os.environ:
-        yield
-        return
-    file = Path(script).resolve()
-    folder = file.parent
-    before, start = results(folder), time.monotonic()
-    run = {
-        "command": [file.relative_to(file.parents[2]).as_posix(), *sys.argv[1:]],
-        "settings": settings,
-        **circumstances(),
-    }
-    del run["folder"]  # a script is repeated in a copy
-    os.environ[_PART] = run["started"]
-    try:
-        yield
-        run["outcome"] = FINISHED
-    except BaseException as error:
-        run["outcome"] = f"{type(error).__name__}: {error}".rstrip(": ")
-        raise
-    finally:
-        del os.environ[_PART]
-        run |= {
-            "seconds": round(time.monotonic() - start, 2),
-            "machine": machine(),  # once more: threads are set by now
-            "peak_memory_bytes": peak_memory(),
-        }
-        after = results(folder)
-        new = run.get("outcome") == FINISHED and not (folder / RECORD).is_file()
-        if after != before or new:
-            runs = _runs(folder) if before else []
-            write(folder, {"runs": _with(runs, run), "results": after})
-            print(f"again, elsewhere: dmin repeat {_place(folder)}")
-
-
-def results(folder: Path) -> dict[str, str]:
-    """Return the digest of every result in the folder of an experiment: all but its sources."""
-    return {
-        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and not file.name.endswith(_NO_RESULTS)
     }
 
 
@@ -113,7 +53,7 @@ def git_state() -> dict[str, Any] | None:
         lines = _git("status", "--porcelain").splitlines()
         return {
             "sha": _git("rev-parse", "HEAD"),
-            "changed": any(line.endswith(_SOURCES) for line in lines),
+            "changed": any(line.endswith(SOURCES) for line in lines),
         }
     except (OSError, subprocess.CalledProcessError):
         return None  # an installed wheel
@@ -143,38 +83,6 @@ def peak_memory() -> dict[str, int]:
         if torch.cuda.is_available():
             peak["gpu"] = torch.cuda.max_memory_allocated()
     return peak
-
-
-def _with(runs: list[dict[str, Any]], run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the runs and one more, which goes on with the last of them if all is the same."""
-    same = ("command", "settings", "git", "code", "versions", "machine")
-    if not runs or any(runs[-1].get(key) != _plain(run[key]) for key in same):
-        return [*runs, run]
-    last = runs[-1]
-    seconds = round(last["seconds"] + run["seconds"], 2)
-    peaks = last["peak_memory_bytes"], run["peak_memory_bytes"]
-    return [
-        *runs[:-1],
-        run
-        | {
-            "started": last["started"],
-            "parts": last.get("parts", 1) + 1,
-            "seconds": seconds,
-            "peak_memory_bytes": max(peaks, key=lambda peak: peak["process"]),
-        },
-    ]
-
-
-def _runs(folder: Path) -> list[dict[str, Any]]:
-    try:
-        runs: list[dict[str, Any]] = json.loads((folder / RECORD).read_text())["runs"]
-        return runs
-    except (OSError, ValueError, KeyError):
-        return []
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
 
 
 def _code() -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from dmin.runtime.provenance import recorded
+from experiments.record import recorded
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"

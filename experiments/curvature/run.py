@@ -27,9 +27,9 @@ from dmin.diffusion.noise import SharedNoise
 from dmin.diffusion.timesteps import Stratified
 from dmin.evaluation import Ensemble, Recipe
 from dmin.models.toy.mlp import MLP
-from dmin.runtime.provenance import recorded
 from dmin.sketches import BlockCyclic
 from dmin.store import Store
+from experiments.record import recorded
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

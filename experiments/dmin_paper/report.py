@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from dmin.runtime.provenance import recorded
+from experiments.record import recorded
 
 HERE = Path(__file__).parent
 COLOURS = {"published": "#b03030", "stratified": "#2457a8"}

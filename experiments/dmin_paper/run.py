@@ -30,9 +30,9 @@ from dmin.evaluation.metrics import bootstrap, measure
 from dmin.evaluation.truths.base import GroundTruth, SameColumn, SameLabel, Source
 from dmin.models import DiffusionModel, Prediction
 from dmin.queries import Planted
-from dmin.runtime.provenance import recorded
 from dmin.sketches import OPORP, BlockCyclic
 from dmin.train import fit_trainer, train
+from experiments.record import recorded
 
 HERE = Path(__file__).parent
 DIGITS = OmegaConf.load(Path(__file__).parents[2] / "conf" / "train" / "digits_unet.yaml").model

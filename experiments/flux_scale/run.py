@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from dmin.gradients.capture import Capture
 from dmin.gradients.parameters import choose_parameters
-from dmin.runtime.provenance import recorded
+from experiments.record import recorded
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dmin.runtime.provenance import recorded
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
+from experiments.record import recorded
 
 N, BLOCK, TIMES, DIM = 1_000_000, 250, 10, 16
 

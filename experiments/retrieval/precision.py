@@ -10,9 +10,9 @@ from data import Resampled
 
 from dmin.attribution import retrieve, score_matrix
 from dmin.attribution.methods.dmin import DMin
-from dmin.runtime.provenance import recorded
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
 from dmin.store.maintenance import convert, info
+from experiments.record import recorded
 
 N, QUERIES, TIMES, DIM, K = 2000, 60, 10, 4096, 10
 

@@ -23,8 +23,8 @@ from dmin.attribution.search.certified import ProjectionIndex
 from dmin.attribution.search.scan import in_threads, scan
 from dmin.attribution.search.topk import TopK
 from dmin.gallery.html import save_html
-from dmin.runtime.provenance import recorded
 from dmin.store import Store
+from experiments.record import recorded
 
 K = 10
 STORES = [  # kind, N, T, k

@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from dmin.runtime.provenance import recorded
+from experiments.record import recorded
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "scale.md"

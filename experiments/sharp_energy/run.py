@@ -29,8 +29,8 @@ from dmin.evaluation.metrics import measure
 from dmin.evaluation.retraining.ensemble import Ensemble, Recipe
 from dmin.evaluation.truths.lds import lds, membership, random_subsets
 from dmin.models.toy.mlp import MLP
-from dmin.runtime.provenance import recorded
 from dmin.store import Store
+from experiments.record import recorded
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

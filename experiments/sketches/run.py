@@ -27,7 +27,6 @@ from dmin.collect import GradientCollector
 from dmin.data.base import collate
 from dmin.diffusion.timesteps import Stratified
 from dmin.models.base import per_example_loss
-from dmin.runtime.provenance import recorded
 from dmin.sketches import (
     OPORP,
     SJLT,
@@ -41,6 +40,7 @@ from dmin.sketches import (
 )
 from dmin.sketches.bounds import matrix_shape
 from dmin.sketches.hashing import hash_words, key, signs
+from experiments.record import recorded
 
 CACHE, HERE = Path("outputs/sketches"), Path(__file__).parent
 TRAIN, QUERIES, TIMESTEPS, TOP, BLOCK = 240, 16, 4, 100, 16

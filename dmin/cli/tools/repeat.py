@@ -19,25 +19,19 @@ def page() -> str:
     """Return what ``dmin repeat --help`` prints."""
     return """
 usage: dmin repeat RUN_FOLDER [--dry] [setting=value ...]
-       dmin repeat experiments/NAME [--dry] [--into FOLDER]
 
 RUN_FOLDER has the record.json and config.yaml of a run, as every command leaves them under
 outputs/runs/ (and each job of a sweep under outputs/sweeps/). The settings are those of the record,
 whatever the YAML files say by now; settings given here win over them. What differs today (commit,
 versions, machine) is said first, how the results differ is said at the end.
 
-An experiment is a script with a record.json beside its results: it runs again in a copy, with
-nothing of what it kept, and its new results are compared with those recorded, which stay.
-
-  --dry          say what differs, run nothing
-  --into FOLDER  where the copy is made (outputs/repeats/...); what was begun there goes on
+  --dry  say what differs, run nothing
 
 What a run made is found and not made again; to make it anew: paths.outputs=another/folder.
 
 examples:
   dmin repeat outputs/runs/collect/2025-01-31_12-00-00-000000
   dmin repeat outputs/runs/collect/2025-01-31_12-00-00-000000 paths.outputs=outputs/again
-  dmin repeat experiments/curvature
 """
 
 
@@ -47,31 +41,21 @@ def run(arguments: Sequence[str]) -> int:
     first, *rest = [each for each in arguments if each != "--dry"] or [""]
     try:
         folder = Path(first)
-        record = _record(folder)
-        _say("differs from then", _since(record) or ["nothing: commit, versions and machine"])
-        if dry:
-            return 0
-        _say("results", _repeated_script(folder, record, rest) if "runs" in record else
-             _repeated_command(folder, record, rest))  # fmt: skip
+        record = read_record(folder)
+        if "runs" in record:
+            raise DminError(
+                f"{folder} is an experiment of a checkout: python experiments repeat {folder.name}"
+            )
+        say("differs from then", since(record))
+        if not dry:
+            say("results", _repeated(folder, record, rest))
     except DminError as error:
         print(f"dmin: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _repeated_script(folder: Path, record: dict[str, Any], arguments: list[str]) -> list[str]:
-    from dmin.cli.tools.repeat_script import repeat
-
-    flag, *into = arguments or ["--into"]
-    if flag != "--into" or len(into) > 1:
-        raise DminError(
-            f"{' '.join(arguments)}: {folder} is an experiment with a script; of its own it takes "
-            f"what its record says, and here --into FOLDER."
-        )
-    return repeat(folder, record, Path(into[0]) if into else None)
-
-
-def _repeated_command(folder: Path, record: dict[str, Any], settings: list[str]) -> list[str]:
+def _repeated(folder: Path, record: dict[str, Any], settings: list[str]) -> list[str]:
     from dmin.cli.commands import COMMANDS
     from dmin.cli.config.compose import run as run_step
     from dmin.cli.help import config_directory
@@ -89,7 +73,12 @@ def _repeated_command(folder: Path, record: dict[str, Any], settings: list[str])
     return _compared(record, found)
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the record of a run or of an experiment.
+
+    Raises:
+        DminError: there is none, or it is damaged.
+    """
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text())
         if "runs" in record or (folder / "config.yaml").is_file():
@@ -100,16 +89,14 @@ def _record(folder: Path) -> dict[str, Any]:
         raise DminError(f"{folder / RECORD} is damaged ({error}): nothing to repeat.") from error
     raise DminError(
         f"{folder}: give the folder of a run, which has {RECORD} and config.yaml, such as "
-        f"outputs/runs/collect/<date>, or of an experiment that left {RECORD} beside its results. "
-        f"A job that was refused before it began has no config.yaml."
+        f"outputs/runs/collect/<date>. A job that was refused before it began has no config.yaml."
     )
 
 
-def _since(record: dict[str, Any]) -> list[str]:
+def since(then: dict[str, Any]) -> list[str]:
     """Say in what today's code, versions, machine and folder are not those of a record."""
     from dmin.runtime.fingerprint import differences
 
-    then = record["runs"][-1] if "runs" in record else record
     now, lines = circumstances(), []
     for part in ("git", "versions", "machine"):
         ours, theirs = now.get(part) or {}, then.get(part) or {}
@@ -121,7 +108,7 @@ def _since(record: dict[str, Any]) -> list[str]:
             lines.append(f"{part}: {now[part]} here, {then[part]} there")
     if (then.get("git") or {}).get("changed"):
         lines.append("git: the checkout there had changes that no commit has")
-    return [line.replace(" there", " then").replace(" here", " now") for line in lines]
+    return _in_time(lines) or ["nothing: commit, versions and machine"]
 
 
 def _keeping(step: Callable[[Any], None], found: dict[str, Any]) -> Callable[[Any], None]:
@@ -144,10 +131,11 @@ def _compared(record: dict[str, Any], found: dict[str, Any]) -> list[str]:
     ours, theirs = _essential(found), _essential(record.get("results") or {})
     if not theirs:
         return [f"nothing to compare with: the run recorded was {record.get('outcome')}"]
-    lines = differences(ours, theirs)
-    return [line.replace(" there", " then").replace(" here", " now") for line in lines] or [
-        f"the same as then ({', '.join(theirs)})"
-    ]
+    return _in_time(differences(ours, theirs)) or [f"the same as then ({', '.join(theirs)})"]
+
+
+def _in_time(lines: Sequence[str]) -> list[str]:
+    return [line.replace(" there", " then").replace(" here", " now") for line in lines]
 
 
 def _essential(results: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +146,8 @@ def _essential(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _say(what: str, lines: Sequence[str]) -> None:
+def say(what: str, lines: Sequence[str]) -> None:
+    """Print lines under a heading."""
     print(f"{what}:")
     for line in lines:
         print(f"  {line}")

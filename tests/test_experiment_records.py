@@ -6,11 +6,12 @@ import sys
 import pytest
 
 from dmin.cli import main
-from dmin.runtime.provenance import recorded
+from experiments.record import recorded
+from experiments.repeat import run as repeat
 
 SCRIPT = """
 import json, pathlib, sys
-from dmin.runtime.provenance import recorded
+from experiments.record import recorded
 here = pathlib.Path(__file__).parent
 with recorded(__file__, seeds=[3]):
     results = here / "results.json"
@@ -53,7 +54,7 @@ def test_the_record_tells_command_settings_code_versions_and_machine(experiment,
     assert run["outcome"] == "finished" and run["seconds"] >= 0 and len(run["code"]) == 16
     assert "torch" in run["versions"] and run["machine"]["cores"] and run["peak_memory_bytes"]
     assert set(record["results"]) == {"results.json", "table.csv"}  # neither sources nor README
-    assert "dmin repeat" in capsys.readouterr().out
+    assert "python experiments repeat tiny" in capsys.readouterr().out
 
 
 def test_a_run_that_goes_on_is_one_and_another_command_a_second(experiment):
@@ -94,13 +95,13 @@ def test_repeating_runs_in_a_copy_and_says_what_differs(experiment, tmp_path, ca
     table = experiment.folder / "table.csv"
     table.write_text("name,error\na,0.2\nb,0.5\n")
     before = {each: each.read_bytes() for each in experiment.folder.iterdir() if each.is_file()}
-    assert main(["repeat", str(experiment.folder), "--dry"]) == 0
+    assert repeat([str(experiment.folder), "--dry"]) == 0
     assert '"1.0" then' in capfd.readouterr().out and not (tmp_path / "outputs/repeats").exists()
-    assert main(["repeat", str(experiment.folder), "--into", "again"]) == 0
+    assert repeat([str(experiment.folder), "--into", "again"]) == 0
     said = capfd.readouterr().out
     assert "results.json: 0 values more, 2 less" in said  # it ran once, from nothing
     assert "table.csv: error differs in 1 of 2, by at most 0.2 of itself" in said
-    assert main(["repeat", str(experiment.folder), "--into", "again"]) == 0
+    assert repeat([str(experiment.folder), "--into", "again"]) == 0
     assert "results.json: the same, byte for byte" in capfd.readouterr().out
     assert {each: each.read_bytes() for each in before} == before
 
@@ -108,7 +109,11 @@ def test_repeating_runs_in_a_copy_and_says_what_differs(experiment, tmp_path, ca
 def test_what_cannot_be_repeated_is_said(experiment, capfd):
     experiment()
     (experiment.folder / "run.py").unlink()
-    assert main(["repeat", str(experiment.folder)]) == 1
+    assert repeat([str(experiment.folder)]) == 1
     assert "which is not in" in capfd.readouterr().err
-    assert main(["repeat", str(experiment.folder), "seed=1"]) == 1
-    assert "takes what its record says" in capfd.readouterr().err
+
+
+def test_the_command_names_what_repeats_an_experiment(experiment, capfd):
+    experiment()
+    assert main(["repeat", str(experiment.folder)]) == 1
+    assert "python experiments repeat tiny" in capfd.readouterr().err

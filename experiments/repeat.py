@@ -1,22 +1,51 @@
-"""``dmin repeat experiments/NAME``: run a recorded script again in a copy, compare its results."""
+"""``python experiments repeat NAME``: run a recorded script again in a copy, compare its results.
+
+It runs with nothing of what it had kept; the results recorded stay as they are.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dmin.cli.tools.repeat import read_record, say, since
 from dmin.runtime.errors import DminError
 from dmin.runtime.provenance import RECORD
 
 _COPIED = ("experiments", "conf", "docs")  # of the checkout: what scripts read and write
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Repeat an experiment; return the exit status, 1 where what was asked for is wrong."""
+    parser = argparse.ArgumentParser("python experiments repeat", description=__doc__)
+    parser.add_argument("name", help="of an experiment that has a record.json, or its folder")
+    parser.add_argument("--dry", action="store_true", help="say what differs, run nothing")
+    parser.add_argument("--into", type=Path, metavar="FOLDER", help="where the copy is made "
+                        "(outputs/repeats/...); what was begun there goes on")  # fmt: skip
+    asked = parser.parse_args(arguments)
+    folder = Path(asked.name)
+    if not folder.is_dir():
+        folder = Path(__file__).parent / asked.name
+    try:
+        record = read_record(folder)
+        if "runs" not in record:
+            raise DminError(f"{folder} is the run of a command: dmin repeat {folder}")
+        say("differs from then", since(record["runs"][-1]))
+        if not asked.dry:
+            say("results", repeat(folder, record, asked.into))
+    except DminError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def repeat(folder: Path, record: dict[str, Any], into: Path | None) -> list[str]:
@@ -46,7 +75,7 @@ def repeat(folder: Path, record: dict[str, Any], into: Path | None) -> list[str]
         for name in _COPIED:
             if (top / name).is_dir():
                 shutil.copytree(top / name, into / name, ignore=_but(results))
-    code = str(Path(__file__).resolve().parents[3])
+    code = str(Path(__file__).resolve().parents[1])
     paths = [code, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     for command in commands:
@@ -54,8 +83,8 @@ def repeat(folder: Path, record: dict[str, Any], into: Path | None) -> list[str]
         status = subprocess.run([sys.executable, *command], cwd=into, env=environment).returncode
         if status:
             raise DminError(
-                f"{command[0]} ended with status {status}. What it did is in {into}: `dmin repeat "
-                f"{folder} --into {into}` goes on there."
+                f"{command[0]} ended with status {status}. What it did is in {into}: `python "
+                f"experiments repeat {folder.name} --into {into}` goes on there."
             )
     print(f"the new results: {copy}")
     return [line for name in record["results"] for line in _compared(folder / name, copy / name)]
