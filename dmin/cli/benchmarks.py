@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dmin.cli.built import build
+from dmin.cli.config.renamed import rename, warn_of
 from dmin.cli.config.validate import validate
 from dmin.cli.workspace import Workspace
 from dmin.runtime.errors import DminError
@@ -93,6 +94,7 @@ def _with_method(work: Workspace, name: str, settings: Mapping[str, Any]) -> Dic
         if name != HydraConfig.get().runtime.choices.get("method"):
             cfg.method = compose(f"method/{name}").method
         cfg.method = OmegaConf.merge(cfg.method, settings)
+    warn_of(rename(cfg))
     return cfg
 
 

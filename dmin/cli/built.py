@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from dmin.cli.help import groups
 from dmin.cli.jobs.processes import is_main, make_trainer
 from dmin.cli.jobs.slurm import Processes
-from dmin.runtime.errors import DminError, DminWarning
+from dmin.runtime.errors import DminError
 from dmin.runtime.progress import console
 from dmin.runtime.signals import StopSignals
 from dmin.workers.lock import hold
@@ -57,20 +56,6 @@ def build_queries(node: Any) -> Any:
         raise DminError(told) from error
 
 
-def _show_as_they_are() -> None:
-    """Have warnings that are meant for the user shown without the place in the code."""
-    plain = warnings.showwarning
-
-    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-        if issubclass(category, DminWarning):
-            print(f"Warning: {message}", file=sys.stderr)
-        else:
-            plain(message, category, *where, **more)
-
-    if plain.__module__ != __name__:
-        warnings.showwarning = show
-
-
 class Built:
     """The parts of one configuration, and the processes that work on it.
 
@@ -89,7 +74,6 @@ class Built:
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # Lightning's own affair
-        _show_as_they_are()
         if cfg.extras.threads is not None:
             import torch
 

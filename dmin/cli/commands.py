@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from dmin.cli.built import build, build_queries
 from dmin.cli.config.compose import needs
-from dmin.cli.config.renamed import rename_targets
+from dmin.cli.config.renamed import rename
 from dmin.cli.config.tree import settings_tree
 from dmin.cli.jobs.record import recorded
 from dmin.cli.jobs.slurm import after_stop
@@ -373,7 +373,7 @@ def _trained(path: Path, settings: dict[str, Any]) -> bool:
             f"model.path={path} exists and was not made by `dmin train`. Choose another path."
         )
     found = json.loads(record.read_text())
-    rename_targets(found)
+    rename(found)
     if fingerprint(found) == fingerprint(settings):
         return True
     raise DminError(

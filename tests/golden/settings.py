@@ -87,8 +87,8 @@ def choices() -> list[tuple[str, str]]:
             for name in names]  # fmt: skip
 
 
-def composed(group: str, name: str) -> dict[str, Any]:
-    """Return the configuration that a choice makes, by dotted names."""
+def overrides(group: str, name: str) -> list[str]:
+    """Return what asks for a choice, and for what it cannot do without."""
     of_captions = name in ("captioned", "lora")
     needed = {"model": "stable_diffusion_3" if of_captions else "ddpm", "data": "digits"}
     if of_captions or "shapes" in name:
@@ -99,8 +99,13 @@ def composed(group: str, name: str) -> dict[str, Any]:
         asked = ["experiment=digits", f"debug={name}"]
     else:
         asked = [f"{key}={value}" for key, value in {**needed, group: name}.items()]
+    return [*asked, *_VALUES.get((group, name), [])]
+
+
+def composed(group: str, name: str) -> dict[str, Any]:
+    """Return the configuration that a choice makes, by dotted names."""
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
-        found = compose("dmin", [*asked, *_VALUES.get((group, name), [])])
+        found = compose("dmin", overrides(group, name))
     return flat(OmegaConf.to_container(found, resolve=False))
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -23,13 +24,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dmin.cli.config.renamed import rename_targets
+from dmin.cli.config.renamed import rename, warn_of
 from dmin.cli.config.validate import validate
 from dmin.cli.help import config_directory, did_you_mean, groups
 from dmin.cli.jobs import sweep
-from dmin.cli.jobs.processes import follow_parent
+from dmin.cli.jobs.processes import follow_parent, is_main
 from dmin.cli.jobs.record import note_failure
-from dmin.runtime.errors import DminError
+from dmin.runtime.errors import DminError, DminWarning
 from dmin.runtime.progress import console
 
 Step = Callable[[DictConfig], None]
@@ -69,6 +70,7 @@ def run(step: Step, name: str, argv: list[str]) -> None:
         Exception: any other exception of the step, as it is. With HYDRA_FULL_ERROR=1 all of them.
     """
     follow_parent()
+    _show_warnings_plainly()
     theirs = list(sys.argv), os.environ.get(_FULL_ERROR)
     started = False
 
@@ -122,8 +124,10 @@ def run(step: Step, name: str, argv: list[str]) -> None:
 def _attempt(step: Step, name: str, cfg: DictConfig, full: bool) -> None:
     """Validate and run a step. A failed job of a sweep leaves a record, and the others run on."""
     try:
-        rename_targets(cfg)
+        renamed = rename(cfg)
         validate(cfg, getattr(step, "needs", None))
+        if is_main(cfg.get("trainer") or {}):
+            warn_of(renamed)
         step(cfg)
     except Exception as error:
         if HydraConfig.get().mode == RunMode.RUN:
@@ -275,6 +279,20 @@ def _sorted(argv: list[str], *first: str) -> list[str]:
 def _hydra_main(job: Step) -> None:
     directory = str(config_directory())
     hydra.main(version_base="1.3", config_path=directory, config_name="dmin")(job)()
+
+
+def _show_warnings_plainly() -> None:
+    """Have warnings that are meant for the user shown without the place in the code."""
+    plain = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, DminWarning):
+            print(f"Warning: {message}", file=sys.stderr)
+        else:
+            plain(message, category, *where, **more)
+
+    if plain.__module__ != __name__:
+        warnings.showwarning = show
 
 
 @contextmanager

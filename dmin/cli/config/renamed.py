@@ -1,11 +1,20 @@
-"""What configurations and records of earlier releases name, and what it is called today."""
+"""What configurations and records of earlier releases name, and what it is called today.
 
+They enter in two ways: composed (of a user's own YAML files, overrides, or a record that is
+repeated), and as the settings that a trained model keeps beside its weights.
+"""
+
+import warnings
+from contextlib import nullcontext
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf, flag_override
 
-# Old → new, of what a `_target_` named in 0.1.0: a module, or a name in one. The longest wins.
-TARGETS = {
+from dmin.runtime.errors import DminWarning
+
+# Old → new, of what a `_target_` named: a module, or a name in one. The longest wins. Where a class
+# became settings of another: the other, and these settings.
+TARGETS: dict[str, str | tuple[str, dict[str, Any]]] = {
     "dmin.collect.sharded": "dmin.collect.fsdp",
     "dmin.data.hf": "dmin.data.huggingface",
     "dmin.data.tars": "dmin.data.webdataset",
@@ -23,45 +32,68 @@ TARGETS = {
     "dmin.noise": "dmin.diffusion",
     "dmin.timesteps": "dmin.diffusion",
 }
+# Target of today → its settings, old → new.
+SETTINGS: dict[str, dict[str, str]] = {}
+
+
+def current(name: str) -> tuple[str, dict[str, Any]]:
+    """Return what a ``_target_`` of any release is called today, and settings that go with it."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        found = TARGETS.get(".".join(parts[:end]))
+        if found is not None:
+            new, settings = (found, {}) if isinstance(found, str) else found
+            return ".".join([new, *parts[end:]]), settings
+    return name, {}
 
 
 def current_target(name: str) -> str:
     """Return what a ``_target_`` of any release is called today."""
-    parts = name.split(".")
-    for end in range(len(parts), 0, -1):
-        module = ".".join(parts[:end])
-        if module in TARGETS:
-            return ".".join([TARGETS[module], *parts[end:]])
-    return name
+    return current(name)[0]
 
 
-def rename_targets(node: Any) -> None:
-    """Bring every ``_target_`` of a configuration, or of plain mappings and lists, up to date."""
-    if isinstance(node, DictConfig | dict):
-        for key in list(node):
-            # Interpolations and missing values stay what they are.
-            value = node[key] if isinstance(node, dict) else node._get_node(key)
-            if key == "_target_" and isinstance(found := _text(value), str):
-                if (new := current_target(found)) != found:
-                    _set(node, key, new)
-            else:
-                rename_targets(value)
-    elif isinstance(node, ListConfig):
-        if not (node._is_none() or node._is_missing() or node._is_interpolation()):
-            for index in range(len(node)):
-                rename_targets(node._get_node(index))
-    elif isinstance(node, list):
-        for value in node:
-            rename_targets(value)
+def rename(node: Any) -> dict[str, str]:
+    """Bring every call in a configuration, or in plain mappings and lists, up to date in place.
+
+    Returns:
+        What was renamed: old → new, spelled for a message.
+    """
+    content = getattr(node, "_content", node)  # interpolations and missing values stay as they are
+    renamed: dict[str, str] = {}
+    if isinstance(content, list):
+        for child in content:
+            renamed |= rename(child)
+    if not isinstance(content, dict):
+        return renamed
+    for child in content.values():
+        renamed |= rename(child)
+    old = content.get("_target_")
+    old = getattr(old, "_val", old)
+    if isinstance(old, str):
+        unlocked = flag_override(node, ["struct", "readonly"], False)
+        with unlocked if OmegaConf.is_config(node) else nullcontext():
+            renamed |= _renamed_call(node, content, old)
+    return renamed
 
 
-def _text(value: Any) -> Any:
-    return value if isinstance(value, str) else getattr(value, "_value", lambda: None)()
+def _renamed_call(node: Any, content: dict[str, Any], old: str) -> dict[str, str]:
+    target, settings = current(old)
+    renamed = {}
+    for was, name in SETTINGS.get(target, {}).items():
+        if was in content:
+            node[name] = content.pop(was)
+            renamed[f"{was} of {target}"] = name
+    if target != old:
+        node["_target_"] = target
+        for key in settings.keys() - content.keys():
+            node[key] = settings[key]
+        listed = ", ".join(f"{key}={value}" for key, value in settings.items())
+        renamed[old] = f"{target} with {listed}" if listed else target
+    return renamed
 
 
-def _set(node: Any, key: str, value: str) -> None:
-    if isinstance(node, dict):
-        node[key] = value
-    else:
-        OmegaConf.set_readonly(node, False)
-        node[key] = value
+def warn_of(renamed: dict[str, str]) -> None:
+    """Say what old names are called today."""
+    if renamed:
+        lines = "; ".join(f"{old} is {new} now" for old, new in renamed.items())
+        warnings.warn(f"names of an earlier release, which still work: {lines}.", DminWarning, 2)
