@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dmin.attribution.features import FeatureSet
+from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.method import Method
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.search.scan import gathered_rows
@@ -96,22 +97,20 @@ def parts_of(
     """Return what each draw and timestep adds to some scores of a query, and the sketch's error.
 
     Returns:
-        float64 ``[n, D, T]`` (D = 1 where a method does not tell draws apart; None where its scores
-        are no sum over timesteps), and ``[n]``, zero where scores are no cosines.
+        float64 ``[n, D, T]`` (D = 1 where a method does not distinguish draws; None where its
+        scores are no sum over timesteps), and ``[n]``, zero where scores are no cosines.
     """
-    layout = train.store.layout
     asked = method.transform_query(queries.block([query], method.requires))
-    linear = method.linear(asked, layout)
-    if linear is None:
+    if not isinstance(asked, InnerProduct):
         found = method.contributions(asked, train.block(rows, method.requires))
         if found is None:
             return None, np.zeros(len(rows))
-        return found[0].double().numpy()[:, None], np.zeros(len(rows))
-    chosen = gathered_rows(train.store, linear, rows)
-    parts = torch.einsum("dtgk,ndtgk->ndt", linear.queries[0], chosen).double()
-    if linear.scale != "unit":
+        return found[0].sum(2).double().numpy()[:, None], np.zeros(len(rows))
+    chosen = gathered_rows(train.store, asked, rows)
+    parts = torch.einsum("dtgk,ndtgk->ndt", asked.queries[0], chosen).double()
+    if asked.scale != "unit":
         return parts.numpy(), np.zeros(len(rows))
-    length = linear.queries[0].flatten(2).norm(dim=2).double()  # w_t / D for a plain cosine
+    length = asked.queries[0].flatten(2).norm(dim=2).double()  # w_t / D for a plain cosine
     cosine = (parts / length.clamp(min=1e-300)).clamp(-1, 1)
-    variance = (length * (1 - cosine**2)).square() / layout.dim
+    variance = (length * (1 - cosine**2)).square() / train.store.layout.dim
     return parts.numpy(), variance.sum((1, 2)).sqrt().numpy()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmin.attribution.check import check_pair
 from dmin.attribution.features import FeatureSet
+from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.method import Method
 from dmin.attribution.search.scan import scan
 from dmin.store import Store
@@ -58,11 +59,10 @@ def scored(
     device: str = "cpu",
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield first row and scores ``[Q, n]`` of every block, by the quickest way there is."""
-    linear = method.linear(asked, train.store.layout)
-    if linear is not None:
+    if isinstance(asked, InnerProduct):
         if device != "cpu":
-            linear = replace(linear, queries=linear.queries.to(device))
-        yield from scan(linear, train.store, rows, keep)
+            asked = replace(asked, queries=asked.queries.to(device))
+        yield from scan(asked, train.store, rows, keep)
     else:
         size = rows or 1024
         for first in range(0, len(train), size):

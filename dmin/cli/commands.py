@@ -184,7 +184,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     from dmin.attribution import Approximate, Ranking, retrieve_part
     from dmin.attribution import retrieve as search
     from dmin.attribution.confidence import with_confidence
-    from dmin.attribution.search.popularity import PopularityCorrected
+    from dmin.attribution.methods.popularity import PopularityCorrected
     from dmin.attribution.search.selection import Selection
     from dmin.gallery.html import save_html
     from dmin.gallery.png import save_png
@@ -243,7 +243,7 @@ def outliers(work: Workspace, results: dict[str, Any]) -> None:
     """Rank the training examples by their influence on themselves, and show the first."""
     from rich.table import Table
 
-    from dmin.attribution.methods.self_influence import save_self_influence, self_influence
+    from dmin.attribution.self_influence import save_self_influence, self_influence
     from dmin.gallery.sheet import save_sheet
 
     work.require_one_process()

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from dmin.attribution import ExampleBlock, FeatureSet, Method, Requires
-from dmin.attribution.methods.self_influence import fitted_self_influence
 from dmin.attribution.scores import fitted_scores
+from dmin.attribution.self_influence import fitted_self_influence
 from dmin.evaluation.report.results import Cost, Row
 from dmin.evaluation.truths.base import Array, GroundTruth
 from dmin.runtime.errors import DminError

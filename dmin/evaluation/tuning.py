@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmin.attribution import DMin, Method, Spectral
+from dmin.attribution import DMin, Method
 from dmin.attribution.curvature.damped import DampedCurvatureMethod
+from dmin.attribution.methods.spectral import SpectralFamily
 from dmin.evaluation.report.results import Row
 from dmin.evaluation.truths.base import GroundTruth
 from dmin.runtime.errors import DminError
@@ -156,7 +157,8 @@ def bump(steps: int, centre: float, width: float) -> Tensor:
 
 def _weighs(method: Method) -> bool:
     """Say whether a method's scores are a sum over timesteps with weights."""
-    return isinstance(method, Spectral) or type(method) is DMin
+    # Lengths of gradients weigh the timesteps of `dmin_unnormalised` already.
+    return isinstance(method, SpectralFamily) or (type(method) is DMin and method.scale != "norm")
 
 
 def _at(method: Method, settings: Mapping[str, Any]) -> Method:

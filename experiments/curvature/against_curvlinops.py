@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dmin.attribution.curvature.functional_loss import FunctionalLoss
 from dmin.attribution.curvature.hessian import LossCurvature
 from dmin.attribution.curvature.kronecker import KroneckerCurvature
-from dmin.attribution.methods.model_loss import ModelLoss
 from dmin.collect import GradientCollector
 from dmin.data.digits import Digits
 from dmin.diffusion.timesteps import Explicit
@@ -78,7 +78,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model, examples = Denoiser(), Digits("train").examples[:EXAMPLES]
     origin = GradientCollector(model, BlockCyclic(256), Explicit(list(TIMES)))
-    loss = ModelLoss(origin)
+    loss = FunctionalLoss(origin)
     pairs = loss.pairs(examples)
     data = [(model.inputs(*pairs[:3]).double(), pairs.noise.flatten(1).double())]
     params, points = list(model.network.parameters()), loss.points
@@ -114,7 +114,7 @@ def main() -> None:
 
 def ekfac(operator, model, origin, pairs, data, dense: Tensor) -> dict[str, str]:
     """Compare both EK-FACs with each other, and with the blocks of the GGN they stand for."""
-    loss, params = ModelLoss(origin), list(model.network.parameters())
+    loss, params = FunctionalLoss(origin), list(model.network.parameters())
     identity, points = torch.eye(loss.count, dtype=torch.float64), loss.points
     settings = {"mc_samples": SAMPLES, "separate_weight_and_bias": False}
     quiet = {"check_deterministic": False, **settings}

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from dmin.attribution.curvature.curvature import Curvature, fit_curvature
+from dmin.attribution.curvature.functional_loss import FunctionalLoss
 from dmin.attribution.curvature.hessian import LossCurvature
-from dmin.attribution.methods.model_loss import ModelLoss
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Examples
 from dmin.data.digits import Digits
@@ -150,7 +150,7 @@ def model_curvature(model, cache: Path, log) -> list[dict]:
         overlap = {}
         for kind in ("ggn", "hessian"):
             start = time.process_time()
-            operator = LossCurvature(ModelLoss(source, [t]), examples, kind, batch_size=1000)
+            operator = LossCurvature(FunctionalLoss(source, [t]), examples, kind, batch_size=1000)
             found = operator.eigenpairs(EIGENVALUES, 1e-4)
             values[kind] = found.values
             sketched = source.sketch.of(operator.loss.shaped(found.vectors))[:, 0]

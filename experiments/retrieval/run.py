@@ -18,7 +18,7 @@ import torch
 from data import Resampled, Synthetic, written
 
 from dmin.attribution import Approximate, Certified, retrieve
-from dmin.attribution.method import InnerProduct
+from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.search.certified import ProjectionIndex
 from dmin.attribution.search.scan import in_threads, scan
 from dmin.attribution.search.topk import TopK

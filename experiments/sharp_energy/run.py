@@ -94,9 +94,9 @@ class Setup:
         asked = method.transform_query(queries.block(range(len(queries)), method.requires))
         block = self.train.block(range(len(self.train)), method.requires)
         method.lengths, method.sharpness = 0.0, 1.0
-        squares = method.contributions(asked, block)
+        squares = method.contributions(asked, block).sum(3)
         method.lengths = 1.0
-        match = method.contributions(asked, block) / squares.clamp(min=1e-38)
+        match = method.contributions(asked, block).sum(3) / squares.clamp(min=1e-38)
         return squares.double().numpy(), match.double().clamp(min=1e-38).log().numpy()
 
     def measured(self, scores: np.ndarray, copies: np.ndarray) -> dict[str, float]:

@@ -16,9 +16,9 @@ from dmin.attribution import (
     retrieve,
     score_matrix,
 )
+from dmin.attribution.curvature.functional_loss import FunctionalLoss
 from dmin.attribution.curvature.hessian import LossCurvature
 from dmin.attribution.curvature.kronecker import KroneckerCurvature, _factors
-from dmin.attribution.methods.model_loss import ModelLoss
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Examples
 from dmin.data.digits import Digits
@@ -57,7 +57,7 @@ def sides(origin, tmp_path_factory):
 @pytest.fixture(scope="module")
 def matrices(origin):
     """Hessian and GGN of the nine training examples, mean over them of the sum over points."""
-    loss = ModelLoss(origin)
+    loss = FunctionalLoss(origin)
     pairs, here = loss.pairs(DIGITS[:9]), loss.flat(loss.weights)
     h = hessian(lambda v: loss.losses(loss.shaped(v), pairs).sum())(here) / 9
     j = jacrev(lambda v: loss.predict(loss.shaped(v), pairs).prediction.flatten())(here)
@@ -66,7 +66,7 @@ def matrices(origin):
 
 def influence(origin, sides, inverse):
     """⟨S M g(q), S g(i)⟩ with every matrix and gradient formed."""
-    loss = ModelLoss(origin)
+    loss = FunctionalLoss(origin)
     q, x = (loss.gradients([s.example(i) for i in s.store.ids]) for s in sides)
     rows = [origin.sketch.of(loss.shaped(g))[:, 0] for g in (q @ inverse.T, x)]
     return (rows[0] @ rows[1].T).numpy()
@@ -78,7 +78,7 @@ def relative(found, expected):
 
 
 def test_gradients_are_those_of_the_store(origin, sides):
-    loss, store = ModelLoss(origin), sides[1].store
+    loss, store = FunctionalLoss(origin), sides[1].store
     rows = store.features("loss") * store.norms("loss")[..., None]
     found = origin.sketch.of(loss.shaped(loss.gradients(DIGITS[:9], batch_size=3)))
     assert relative(found.numpy()[:, 0], rows.sum((1, 2))[:, 0]) < 1e-5
@@ -89,13 +89,13 @@ class TestProducts:
     @pytest.mark.parametrize("forward", [True, False], ids=["forward", "transposed"])
     def test_they_are_those_of_the_matrix(self, origin, matrices, kind, forward):
         v = torch.randn(501, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        operator = LossCurvature(ModelLoss(origin), DIGITS[:9], kind, batch_size=5)
+        operator = LossCurvature(FunctionalLoss(origin), DIGITS[:9], kind, batch_size=5)
         operator.forward = forward
         assert relative(operator.product(v), matrices[kind] @ v) < 1e-12
         assert operator.forward == forward
 
     def test_leading_eigenpairs(self, origin, matrices, kind):
-        values, vectors = LossCurvature(ModelLoss(origin), DIGITS[:9], kind).eigenpairs(4)
+        values, vectors = LossCurvature(FunctionalLoss(origin), DIGITS[:9], kind).eigenpairs(4)
         dense = torch.linalg.eigvalsh(matrices[kind])
         largest = dense[dense.abs().argsort(descending=True)[:4]].sort(descending=True).values
         assert torch.allclose(values, largest, rtol=1e-6)
@@ -104,7 +104,7 @@ class TestProducts:
     def test_timesteps_add_up(self, origin, kind):
         v, parts = torch.ones(501, dtype=torch.float64), []
         for timesteps in (None, origin.timesteps[:1], origin.timesteps[1:]):
-            operator = LossCurvature(ModelLoss(origin, timesteps), DIGITS[:9], kind)
+            operator = LossCurvature(FunctionalLoss(origin, timesteps), DIGITS[:9], kind)
             parts.append(operator.product(v))
         assert torch.allclose(parts[0], parts[1] + parts[2])
 
@@ -112,7 +112,7 @@ class TestProducts:
 def test_a_network_without_forward_derivatives_is_differentiated_all_the_same(ddpm, digits):
     """Group norm of a strided tensor has none in torch; the product is checked by differences."""
     origin = GradientCollector(ddpm, BlockCyclic(256), Stratified(1))
-    loss = ModelLoss(origin)
+    loss = FunctionalLoss(origin)
     loss.weights = {name: value.double() for name, value in loss.weights.items()}
     operator = LossCurvature(loss, digits.examples[:1], "hessian")
     operator.pairs = [p._replace(x0=p.x0.double(), noise=p.noise.double()) for p in operator.pairs]
@@ -187,7 +187,7 @@ class Regression(DiffusionModel):
 
 def kronecker(model, count, samples, **settings):
     origin = GradientCollector(model, BlockCyclic(256), Explicit([2, 7]), SharedNoise())
-    loss = ModelLoss(origin)
+    loss = FunctionalLoss(origin)
     found = KroneckerCurvature(loss, origin.attributed, **settings)
     found.fit(loss.pairs(DIGITS[:count]), count, samples, 256, 0)
     return loss, found
@@ -219,7 +219,7 @@ def test_one_linear_layer_is_exact_but_for_the_draw_of_targets(bias):
 def test_layers_called_often_and_convolutions_have_their_own_second_moments(ddpm, digits):
     """In its eigenbasis each block has the second moments of the examples' own gradients."""
     origin = GradientCollector(ddpm, BlockCyclic(256), Stratified(1), SharedNoise())
-    loss = ModelLoss(origin)
+    loss = FunctionalLoss(origin)
     found = KroneckerCurvature(loss, origin.attributed)
     found.fit(loss.pairs(digits.examples[:3]), 3, 1, 2, 0)
     plain = KroneckerCurvature(loss, origin.attributed, diagonal=True)
@@ -311,6 +311,6 @@ def test_settings_out_of_range_are_refused(origin):
         with pytest.raises(DminError, match="method"):
             wrong()
     with pytest.raises(DminError, match="those of the store"):
-        ModelLoss(origin, [3])
+        FunctionalLoss(origin, [3])
     with pytest.raises(DminError, match="count=501"):
-        LossCurvature(ModelLoss(origin), DIGITS[:1]).eigenpairs(501)
+        LossCurvature(FunctionalLoss(origin), DIGITS[:1]).eigenpairs(501)

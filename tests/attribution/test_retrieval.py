@@ -81,12 +81,10 @@ def by_hand(method, queries, train):
         return np.stack([everything.mean(0)] * len(q))
     if isinstance(method, DMin):
         weights = np.ones(3) if method.weights is None else method.weights.numpy()
-        if method.renormalise:
-            q, x = unit(q), unit(x)
+        if method.scale != "none":
+            q, x = (unit(q), unit(x)) if method.scale == "unit" else (q * qn, x * xn)
         each = np.einsum("qtdk,ntdk->qnt", q, x) / 2
         return (each * weights).sum(-1)
-    if isinstance(method, DMinUnnormalised):
-        return np.einsum("qtdk,ntdk->qn", q * qn, x * xn) / 2
     if isinstance(method, GradDot):
         return (q * qn).sum((1, 2)) @ (x * xn).sum((1, 2)).T
     if isinstance(method, GradCos):

@@ -120,9 +120,7 @@ def test_no_score_is_computed_from_a_flipped_bit(tmp_path, dtype, queries, index
     train._mapped.clear()
     segment.write_bytes(damaged)
     method, side = DMin(), FeatureSet(asked)
-    linear = method.linear(
-        method.transform_query(side.block(range(queries), method.requires)), train.layout
-    )
+    linear = method.transform_query(side.block(range(queries), method.requires))
     # Not by `retrieve`, which reads the winners once more and would find it then.
     with pytest.raises(DminError, match=r"Row 1 .*'x-1'.* is not what was sealed"):
         list(scan(linear, train)) if index is None else index.search(linear, train, 45)

@@ -9,10 +9,10 @@ import rich
 from made_stores import cosines, drawn, made
 
 from dmin.attribution import DMin, DMinUnnormalised, FeatureSet, GradDot, retrieve
-from dmin.attribution.methods.self_influence import save_self_influence, self_influence
+from dmin.attribution.methods.popularity import PopularityCorrected
 from dmin.attribution.ranking import Ranking
-from dmin.attribution.search.popularity import PopularityCorrected
 from dmin.attribution.search.selection import Selection
+from dmin.attribution.self_influence import save_self_influence, self_influence
 from dmin.runtime.errors import DminError
 
 METADATA = [

@@ -1,6 +1,7 @@
 """What groups of layers add to a score, against Shapley's and Aumann's own definitions."""
 
 import itertools
+from dataclasses import replace
 from math import factorial
 
 import numpy as np
@@ -11,7 +12,9 @@ from made_stores import drawn, made
 from dmin.attribution import (
     DAS,
     TRAK,
+    Blend,
     DMin,
+    FeatureSet,
     GradDot,
     Random,
     SharpEnergy,
@@ -19,9 +22,7 @@ from dmin.attribution import (
     SpectralEnergy,
     retrieve,
 )
-from dmin.attribution.features import FeatureSet
-from dmin.attribution.methods.blend import Blend
-from dmin.attribution.search.popularity import PopularityCorrected
+from dmin.attribution.methods.popularity import PopularityCorrected
 from dmin.attribution.search.selection import Selection
 from dmin.runtime.errors import DminError
 
@@ -58,11 +59,13 @@ def test_what_groups_add_sums_to_the_score(name, tmp_path):
     whole = SPLIT[name]()
     plain = retrieve(queries, train, whole, k=5)
     np.testing.assert_allclose(plain.contributions, ranking.contributions, rtol=1e-6)
-    if name not in ("grad_dot", "trak"):  # they sum over timesteps first
-        asked = whole.transform_query(FeatureSet(queries).block([0], whole.requires))
-        block = FeatureSet(train).block(ranking.train_rows[0], whole.requires)
-        times = whole.contributions(asked, block)[0].numpy()
-        np.testing.assert_allclose(ranking.contributions[0], times, rtol=1e-3, atol=1e-6)
+    asked = whole.transform_query(FeatureSet(queries).block([0], whole.requires))
+    block = FeatureSet(train).block(ranking.train_rows[0], whole.requires)
+    parts = whole.contributions(asked, block)[0].numpy()
+    close = {"rtol": 1e-3, "atol": 1e-5 * np.abs(parts).max()}
+    np.testing.assert_allclose(ranking.contributions[0], parts.sum(2), **close)
+    np.testing.assert_allclose(ranking.group_contributions[0], parts.sum(1), **close)
+    np.testing.assert_allclose(whole.score(asked, block)[0], parts.sum((1, 2)), **close)
 
 
 def fitted(name, tmp_path):
@@ -71,19 +74,21 @@ def fitted(name, tmp_path):
     queries, train = sides(tmp_path, method)
     method.fit(FeatureSet(train))
     asked = method.transform_query(FeatureSet(queries).block([0], method.requires))
-    vectors = (asked.vectors if name == "sharp_energy" else asked).double()
     block = FeatureSet(train).block(np.arange(6), method.requires)
     block.features.update({key: x.double() for key, x in block.features.items()})
-    by_group = vectors.unflatten(-1, (-1, GROUPS, 8))  # draws may stand before it
 
-    def of(these):
-        return asked._replace(vectors=these) if name == "sharp_energy" else these
+    energy = name in ("spectral_energy", "sharp_energy")
 
-    def score(weights):
-        return method.score(of((by_group * weights[:, None]).view_as(vectors)), block)[0]
+    def of(weights):
+        """The query with its groups times weights."""
+        if name == "das":
+            return asked.double() * weights[:, None]
+        product = asked.product if energy else asked
+        product = replace(product, queries=product.queries.double() * weights[:, None])
+        return asked._replace(product=product) if energy else product
 
-    shares = method.group_contributions(of(vectors), block, train.layout)[0].sum(1)  # [n, G]
-    return score, shares
+    shares = method.contributions(of(torch.ones(GROUPS)), block)[0].sum(1)  # [n, G]
+    return lambda weights: method.score(of(weights), block)[0], shares
 
 
 @pytest.mark.parametrize("name", ["dmin", "spectral", "spectral_energy", "das"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 from torch.utils._pytree import tree_map
 
-from dmin.attribution.methods.model_loss import ModelLoss, Weights
+from dmin.attribution.curvature.functional_loss import FunctionalLoss, Weights
 from dmin.data.base import Example
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.runtime.errors import DminError
@@ -51,7 +51,7 @@ class LossCurvature:
 
     def __init__(
         self,
-        loss: ModelLoss,
+        loss: FunctionalLoss,
         examples: Sequence[Example],
         kind: Kind = "ggn",
         batch_size: int = 512,

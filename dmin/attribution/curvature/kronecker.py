@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmin.attribution.methods.model_loss import ModelLoss, Weights
+from dmin.attribution.curvature.functional_loss import FunctionalLoss, Weights
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.gradients.capture import Capture
 from dmin.gradients.layers import Correlation, GradientFactors, Outer, Sum, wide
@@ -63,7 +63,9 @@ class KroneckerCurvature:
         diagonal: give every parameter a diagonal only.
     """
 
-    def __init__(self, loss: ModelLoss, parameters: Parameters, diagonal: bool = False) -> None:
+    def __init__(
+        self, loss: FunctionalLoss, parameters: Parameters, diagonal: bool = False
+    ) -> None:
         self.loss, self.parameters, self.all_diagonal = loss, parameters, diagonal
         self.blocks: dict[str, Block] = {}
 

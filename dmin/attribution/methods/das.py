@@ -7,8 +7,7 @@ from torch import Tensor
 
 from dmin.attribution.curvature.damped import DampedCurvatureMethod
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
-from dmin.attribution.rows import unit_rows
-from dmin.store import Layout
+from dmin.attribution.inner_product import scaled_rows
 
 
 class DAS(DampedCurvatureMethod):
@@ -54,7 +53,7 @@ class DAS(DampedCurvatureMethod):
         self._samples = len(train) * draws
         self.fit_to(
             train,
-            lambda block: self._rows(block).flatten(0, 1),
+            lambda block: self._rows(block).flatten(3).flatten(0, 1),
             (self._samples, steps, groups * dim),
             "unit",
         )
@@ -63,26 +62,22 @@ class DAS(DampedCurvatureMethod):
         self._errors = dict(zip(train.store.ids, error / mean, strict=True))  # id -> [D, T]
 
     def transform_query(self, queries: ExampleBlock) -> Tensor:
-        """Return preconditioned unit queries, ``[Q, D, T, G·k]``."""
+        """Return preconditioned unit queries, ``[Q, D, T, G, k]``."""
         rows = self._rows(queries)
-        found = self.power(rows.flatten(0, 1), 1.0, queries.ids)
-        return found.view(rows.shape) / self._samples
+        found = self.power(rows.flatten(3).flatten(0, 1), 1.0, queries.ids)
+        return found.view_as(rows) / self._samples
 
     def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
         """Return ``[Q, n]``."""
-        return self.contributions(queries, train).sum(2)
+        rows = self._rows(train)
+        change = torch.einsum("qdtm,ndtm->qndt", queries.flatten(3), rows.flatten(3))
+        return (change * self._scale(train, rows)).square().mean(2).sum(2)
 
     def contributions(self, queries: Tensor, train: ExampleBlock) -> Tensor:
-        """Return the squared change at each timestep, ``[Q, n, T]``."""
-        rows = self._rows(train)
-        change = torch.einsum("qdtm,ndtm->qndt", queries, rows) * self._scale(train, rows)
-        return change.square().mean(2)
-
-    def group_contributions(self, queries: Tensor, train: ExampleBlock, layout: Layout) -> Tensor:
         """Return ``u_g · u`` for the squared change ``u = Σ_g u_g``, ``[Q, n, T, G]``."""
         rows = self._rows(train)
-        q, x = (each.unflatten(3, layout.row_shape[2:]) for each in (queries, rows))
-        change = torch.einsum("qdtgk,ndtgk->qndtg", q, x) * self._scale(train, rows)[..., None]
+        change = torch.einsum("qdtgk,ndtgk->qndtg", queries, rows)
+        change = change * self._scale(train, rows)[..., None]
         return (change * change.sum(4, keepdim=True)).mean(2)
 
     def _scale(self, train: ExampleBlock, rows: Tensor) -> Tensor:
@@ -90,8 +85,9 @@ class DAS(DampedCurvatureMethod):
         error = torch.stack([self._errors[id] for id in train.ids])
         if not self.leverage:
             return error
-        h = self.curvature.quadratic(rows.flatten(0, 1), self.damping, 1.0) / self._samples
+        by_draw = rows.flatten(3).flatten(0, 1)
+        h = self.curvature.quadratic(by_draw, self.damping, 1.0) / self._samples
         return error / (1 - h.view(error.shape)).clamp(min=1e-6).to(error)
 
     def _rows(self, block: ExampleBlock) -> Tensor:
-        return unit_rows(block, self.requires.readouts[0])
+        return scaled_rows(block, "unit", self.requires.readouts[0])

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from dmin.attribution.curvature.damped import DampedCurvatureMethod
 from dmin.attribution.features import ExampleBlock, FeatureSet
-from dmin.attribution.method import InnerProduct
-from dmin.attribution.rows import over_rows, summed_rows
-from dmin.store import Layout
+from dmin.attribution.inner_product import InnerProduct, summed_rows, with_summed_rows
+from dmin.attribution.method import InnerProductMethod
 
 
-class DataInf(DampedCurvatureMethod):
+class DataInf(DampedCurvatureMethod, InnerProductMethod):
     """Influence by a closed form for each group of parameters.
 
     ``I(q, i) = Σ_l g_l(q)ᵀ [ (1/n) Σ_j (λ_l + g_l(j) g_l(j)ᵀ)^{−1} ] g_l(i)``
@@ -60,16 +59,9 @@ class DataInf(DampedCurvatureMethod):
 
         self.fit_to(train, shrunk, (len(train), groups, dim), f"shrunk {self.alpha}")
 
-    def transform_query(self, queries: ExampleBlock) -> Tensor:
-        """Return preconditioned queries, ``[Q, G, k]``."""
+    def transform_query(self, queries: ExampleBlock) -> InnerProduct:
+        """Return preconditioned queries."""
         rows = summed_rows(queries).double()
         product = self.curvature.power(rows, torch.zeros(rows.shape[1]), -1.0)
-        return ((rows - product) / self._lambda[:, None]).float()
-
-    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
-        """Return ``[Q, n]``."""
-        return queries.flatten(1) @ summed_rows(train).flatten(1).T
-
-    def linear(self, queries: Tensor, layout: Layout) -> InnerProduct:
-        """Return each query once for every draw and timestep; see the base class."""
-        return over_rows(queries, layout)
+        vectors = (rows - product) / self._lambda[:, None]
+        return with_summed_rows(vectors.float(), queries)

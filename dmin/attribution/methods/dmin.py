@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from dmin.attribution.features import ExampleBlock
-from dmin.attribution.method import InnerProduct, Method, in_row_order
+from dmin.attribution.inner_product import InnerProduct, Scale, scaled_rows
+from dmin.attribution.method import InnerProductMethod
 from dmin.runtime.errors import DminError
-from dmin.store import Layout
 
 
-class DMin(Method):
+class DMin(InnerProductMethod):
     """DMin's score: per-timestep gradient cosines, summed.
 
     ``I(q, i) = Σ_t w_t ⟨ĝ_t(q), ĝ_t(i)⟩``, ĝ the unit gradient, averaged over noise draws
@@ -26,43 +26,45 @@ class DMin(Method):
     Args:
         weights: w_t, one a timestep, or None for all 1.
         renormalise: False leaves the sketches as the paper has them.
+        lengths: gradients of their own lengths instead of unit ones: the paper's row "w/o
+            normalization", ``dmin_unnormalised`` by its name here.
     """
 
     name = "dmin"
 
-    def __init__(self, weights: Sequence[float] | None = None, renormalise: bool = True) -> None:
-        self.weights = None if weights is None else torch.tensor(list(weights)).float()
-        self.renormalise = renormalise
+    def __init__(
+        self,
+        weights: Sequence[float] | None = None,
+        renormalise: bool = True,
+        lengths: bool = False,
+    ) -> None:
+        self.weights = weights_of(weights)
+        self.scale: Scale = "norm" if lengths else "unit" if renormalise else "none"
+        if lengths:
+            self.name = "dmin_unnormalised"
 
-    def transform_query(self, queries: ExampleBlock) -> Tensor:
-        """Return weighted unit queries ``[Q, T, D·G·k]``."""
-        return self._weighted(self._unit(queries.features["loss"]))
+    def transform_query(self, queries: ExampleBlock) -> InnerProduct:
+        """Return weighted rows of the queries; draws of noise are averaged."""
+        rows = weighted(scaled_rows(queries, self.scale), self.weights)
+        return InnerProduct(rows / rows.shape[1], self.scale)
 
-    def _weighted(self, unit: Tensor) -> Tensor:
-        if self.weights is None:
-            return unit
-        if len(self.weights) != unit.shape[1]:
-            raise DminError(
-                f"method.weights has {len(self.weights)} numbers for {unit.shape[1]} timesteps; "
-                f"give one a timestep, or null for equal ones."
-            )
-        return unit * self.weights[:, None]
 
-    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
-        """Return one matrix product of all timesteps at once, ``[Q, n]``."""
-        return queries.flatten(1) @ self._unit(train.features["loss"]).flatten(1).T
+def weights_of(weights: Sequence[float] | None) -> Tensor | None:
+    """Return timestep weights as float32 ``[T]``; None stays None."""
+    return None if weights is None else torch.tensor(list(weights)).float()
 
-    def contributions(self, queries: Tensor, train: ExampleBlock) -> Tensor:
-        """Return the weighted cosine at each timestep, ``[Q, n, T]``."""
-        return torch.einsum("qtm,ntm->qnt", queries, self._unit(train.features["loss"]))
 
-    def linear(self, queries: Tensor, layout: Layout) -> InnerProduct:
-        """Return the queries in the store's order; see the base class."""
-        return InnerProduct(in_row_order(queries, layout), "unit" if self.renormalise else "none")
+def weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Return rows ``[n, D, T, G, k]`` times the weights of their timesteps.
 
-    def _unit(self, features: Tensor) -> Tensor:
-        """Return ``[n, T, D·G·k]``; divided by √D on both sides, so that draws are averaged."""
-        rows = features.flatten(3)  # [n, D, T, G·k]
-        if self.renormalise:
-            rows = torch.nn.functional.normalize(rows, dim=-1)
-        return (rows / rows.shape[1] ** 0.5).transpose(1, 2).flatten(2)
+    Raises:
+        DminError: another number of weights than of timesteps.
+    """
+    if weights is None:
+        return rows
+    if len(weights) != rows.shape[2]:
+        raise DminError(
+            f"method.weights has {len(weights)} numbers for {rows.shape[2]} timesteps; "
+            f"give one a timestep, or null for equal ones."
+        )
+    return rows * weights[:, None, None]

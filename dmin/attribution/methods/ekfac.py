@@ -8,26 +8,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dmin.attribution.curvature.functional_loss import FunctionalLoss, Weights
 from dmin.attribution.curvature.kronecker import KroneckerCurvature
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
-from dmin.attribution.method import InnerProduct, Method
-from dmin.attribution.methods.model_loss import ModelLoss, Weights
-from dmin.attribution.rows import over_rows, summed_rows
+from dmin.attribution.inner_product import InnerProduct, with_summed_rows
+from dmin.attribution.method import InnerProductMethod, Method
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.runtime.errors import DminError
 from dmin.runtime.sampling import evenly
-from dmin.store import Layout
 
 
-class EKFAC(Method):
-    """Influence of an example on the query's loss, by the GGN of each layer.
+class KroneckerMethod(Method):
+    """A method that preconditions queries by the GGN of each layer, in full.
 
-    ``I(q, i) = ⟨S (F + λ)^{−1} g(q), S g(i)⟩ ,   g = Σ_{d,t} g_{d,t}``
-
-    F of :class:`~dmin.attribution.curvature.kronecker.KroneckerCurvature` (Grosse et al. 2023,
-    arXiv 2308.03296; Mlodozeniec et al. 2025 for diffusion, arXiv 2410.13850). It takes two
-    passes over the training examples; the query's gradient is preconditioned in full, then
-    sketched.
+    F of :class:`~dmin.attribution.curvature.kronecker.KroneckerCurvature`; fitting takes two passes
+    over the training examples.
 
     Args:
         damping: λ of each layer, as a share of its mean eigenvalue.
@@ -40,8 +35,6 @@ class EKFAC(Method):
         DminError: a value is out of range.
     """
 
-    name = "ekfac"
-    requires = Requires(model=True)
     fisher: Literal["ekfac", "diagonal"] = "ekfac"
 
     def __init__(
@@ -63,8 +56,7 @@ class EKFAC(Method):
     def fit(self, train: FeatureSet) -> None:
         """Find the layers' eigenvectors and eigenvalues."""
         assert train.origin is not None  # check_pair asks
-        self.sketch = train.origin.sketch
-        self.loss = ModelLoss(train.origin, known=train)
+        self.loss = FunctionalLoss(train.origin, known=train)
         ids = train.store.ids
         chosen = [train.example(ids[row]) for row in evenly(len(train), self.examples)]
         self.curvature = KroneckerCurvature(
@@ -82,25 +74,37 @@ class EKFAC(Method):
             + (f"; diagonal only: {len(few)} parameters ({names})" if few else "")
         }
 
-    def transform_query(self, queries: ExampleBlock) -> Tensor:
-        """Return preconditioned queries, sketched, ``[Q, G, k]``."""
-        return self.sketch.of(self.solve(queries))
-
     def solve(self, queries: ExampleBlock) -> Weights:
         """Return the preconditioned gradients of queries, ``[Q, *shape]`` by name."""
         gradients = self.loss.shaped(self.loss.gradients(queries.examples, self.batch_size))
         return self.curvature.power(gradients, self.damping, 1.0)
 
-    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
-        """Return ``[Q, n]``."""
-        return queries.float().flatten(1) @ summed_rows(train).flatten(1).T
 
-    def linear(self, queries: Tensor, layout: Layout) -> InnerProduct:
-        """Return each query once for every draw and timestep; see the base class."""
-        return over_rows(queries.float(), layout)
+class EKFAC(KroneckerMethod, InnerProductMethod):
+    """Influence of an example on the query's loss, by the GGN of each layer.
+
+    ``I(q, i) = ⟨S (F + λ)^{−1} g(q), S g(i)⟩ ,   g = Σ_{d,t} g_{d,t}``
+
+    (Grosse et al. 2023, arXiv 2308.03296; Mlodozeniec et al. 2025 for diffusion, arXiv 2410.13850);
+    the query's gradient is preconditioned in full, then sketched. Settings are those of
+    :class:`KroneckerMethod`.
+    """
+
+    name = "ekfac"
+    requires = Requires(model=True)
+
+    def fit(self, train: FeatureSet) -> None:
+        """Find the layers' eigenvectors and eigenvalues."""
+        super().fit(train)
+        assert train.origin is not None  # check_pair asks
+        self.sketch = train.origin.sketch
+
+    def transform_query(self, queries: ExampleBlock) -> InnerProduct:
+        """Return preconditioned queries, sketched."""
+        return with_summed_rows(self.sketch.of(self.solve(queries)).float(), queries)
 
 
-class Unlearning(EKFAC):
+class Unlearning(KroneckerMethod):
     """Attribution by unlearning: forget the query in one step, see which examples are forgotten.
 
     ``I(q, i) = L(i; θ + η (F + λ)^{−1} g(q)) − L(i; θ)``
@@ -113,7 +117,7 @@ class Unlearning(EKFAC):
     Args:
         step: how far the weights move, ``‖Δθ‖ / ‖θ‖``; η follows.
         fisher: ``ekfac``, or ``diagonal`` as in the paper.
-        damping: as :class:`EKFAC`, as are the others.
+        damping: as :class:`KroneckerMethod`, as are the others.
         samples: targets drawn.
         examples: that F is averaged over.
         batch_size: pairs in one pass.
@@ -144,7 +148,7 @@ class Unlearning(EKFAC):
             )
         self.step, self.fisher = step, fisher
 
-    def transform_query(self, queries: ExampleBlock) -> list[Weights]:  # type: ignore[override]
+    def transform_query(self, queries: ExampleBlock) -> list[Weights]:
         """Return the weights that have unlearned each query."""
         solved = self.solve(queries)
         length = self.loss.flat(self.loss.weights).norm()
@@ -156,23 +160,17 @@ class Unlearning(EKFAC):
             unlearned.append({n: w + scale * move[n] for n, w in self.loss.weights.items()})
         return unlearned
 
-    def score(  # type: ignore[override]
-        self, queries: list[Weights], train: ExampleBlock
-    ) -> Tensor:
+    def score(self, queries: list[Weights], train: ExampleBlock) -> Tensor:
         """Return ``[Q, n]``."""
-        return self.contributions(queries, train).sum(2)
+        return self.contributions(queries, train).sum((2, 3))
 
     def contributions(self, queries: list[Weights], train: ExampleBlock) -> Tensor:
-        """Return the rise of the loss at each timestep, ``[Q, n, T]``."""
+        """Return the rise of the loss at each timestep, ``[Q, n, T, 1]``."""
         pairs = self.loss.pairs(train.examples)
         before = self._losses(self.loss.weights, pairs)
         rise = torch.stack([self._losses(weights, pairs) - before for weights in queries])
         each = rise.unflatten(1, (len(train.ids), self.loss.noise.draws, -1))  # [Q, n, D, T]
-        return (each.mean(2) / each.shape[3]).float()
-
-    def linear(self, queries: Tensor, layout: Layout) -> None:  # type: ignore[override]
-        """Return None: losses are no inner product."""
-        return None
+        return (each.mean(2) / each.shape[3]).float()[..., None]
 
     @torch.no_grad()
     def _losses(self, weights: Weights, pairs: NoisedBatch) -> Tensor:

@@ -1,16 +1,20 @@
-"""Baselines that never look at the query."""
+"""Popularity: what an example adds to every query alike, as a baseline, and taken away."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
-from dmin.attribution.method import Method
-from dmin.attribution.methods.dmin import DMin
+from dmin.attribution.features import ExampleBlock, FeatureSet
+from dmin.attribution.inner_product import InnerProduct, scaled_rows
+from dmin.attribution.method import InnerProductMethod, Method
+from dmin.runtime.sampling import evenly
 
 
-class Popularity(DMin):
+class Popularity(InnerProductMethod):
     """How close an example is to all training examples: the same score for every query.
 
     ``I(q, i) = (1/n) Σ_j Σ_t ⟨ĝ_t(j), ĝ_t(i)⟩``
@@ -20,43 +24,64 @@ class Popularity(DMin):
 
     name = "popularity"
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def fit(self, train: FeatureSet) -> None:
         """Find the mean of the unit gradients."""
-        total: Tensor | None = None
+        total = torch.zeros(train.store.layout.row_shape, dtype=torch.float64)
         for block in train.blocks(self.requires):
-            part = DMin.transform_query(self, block).double().sum(0)
-            total = part if total is None else total + part
-        assert total is not None  # a store has examples
-        self._mean = (total / len(train)).float()
+            total += scaled_rows(block, "unit").double().sum(0)
+        self._mean = (total / len(train) / len(total)).float()  # [D, T, G, k], over draws as well
 
-    def transform_query(self, queries: ExampleBlock) -> Tensor:
-        """Return the mean once for each query, ``[Q, T, D·G·k]``."""
-        return torch.stack([self._mean] * len(queries.ids))
+    def transform_query(self, queries: ExampleBlock) -> InnerProduct:
+        """Return the mean once for each query."""
+        return InnerProduct(self._mean.expand(len(queries.ids), -1, -1, -1, -1), "unit")
 
 
-class TrainingLoss(Method):
-    """How badly the model does on an example: the same score for every query.
+class PopularityCorrected(Method):
+    """Another method's score, less the example's popularity: some are close to everything.
 
-    ``I(q, i) = Σ_t L_t(i) / mean_j L_t(j)``, averaged over noise draws
+    ``I'(q, i) = I(q, i) − mean_r I(r, i)``, r from training examples evenly spaced in the store
 
-    The squared error that `das` multiplies its kernel by, without the kernel. What is rare is
-    learned badly, so this alone finds most of a rare source: a method that is asked for it must
-    do better, and must not name the same examples to everybody.
+    (the centring that takes hubs out of nearest neighbours: Suzuki et al., EMNLP 2013).
+
+    Args:
+        method: whose scores.
+        references: number of r.
     """
 
-    name = "training_loss"
-    requires = Requires(readouts=())
+    def __init__(self, method: Method, references: int = 256) -> None:
+        self.method = method
+        self.references = references
+        self.name = f"{method.name}, popularity corrected"
+        self.requires = method.requires
 
     def fit(self, train: FeatureSet) -> None:
-        """Read the losses of all examples."""
-        losses = torch.from_numpy(train.store.losses()).double()
-        relative = losses / losses.mean(0).clamp(min=torch.finfo(torch.float32).tiny)
-        self._scores = dict(zip(train.store.ids, relative.mean(1).sum(1).float(), strict=True))
+        """Fit the method, and prepare the references as its queries."""
+        self.method.fit(train)
+        rows = evenly(len(train), self.references, ends=True)
+        self._popular = self.method.transform_query(train.block(rows, self.requires))
 
-    def score(self, queries: ExampleBlock, train: ExampleBlock) -> Tensor:
-        """Return ``[Q, n]``, all rows the same."""
-        found = torch.stack([self._scores[id] for id in train.ids])
-        return found.expand(len(queries.ids), -1)
+    def notes(self) -> dict[str, str]:
+        """Return the method's."""
+        return self.method.notes()
+
+    def transform_query(self, queries: ExampleBlock) -> Any:
+        """Return the method's queries, of inner products less the references' mean."""
+        found, popular = self.method.transform_query(queries), self._popular
+        if isinstance(found, InnerProduct):  # less one inner product it is still one
+            return replace(found, queries=found.queries - popular.queries.mean(0))
+        return found
+
+    def score(self, queries: Any, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``."""
+        if isinstance(queries, InnerProduct):
+            return queries.scores(train)
+        popularity = self.method.score(self._popular, train).mean(0)
+        return self.method.score(queries, train) - popularity
+
+    def contributions(self, queries: Any, train: ExampleBlock) -> Tensor | None:
+        """Return what groups add at timesteps, ``[Q, n, T, G]``, if the method can say."""
+        if isinstance(queries, InnerProduct):
+            return queries.contributions(train)
+        parts = self.method.contributions(queries, train)
+        popular = self.method.contributions(self._popular, train)
+        return None if parts is None or popular is None else parts - popular.mean(0)

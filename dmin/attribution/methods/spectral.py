@@ -5,28 +5,24 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from dmin.attribution.curvature.damped import DampedCurvatureMethod, checked_damping
 from dmin.attribution.features import ExampleBlock, FeatureSet
-from dmin.attribution.methods.dmin import DMin
-from dmin.attribution.rows import unit_rows
+from dmin.attribution.inner_product import InnerProduct, scaled_rows
+from dmin.attribution.method import InnerProductMethod
+from dmin.attribution.methods.dmin import DMin, weighted, weights_of
 from dmin.runtime.errors import DminError
 from dmin.runtime.sampling import evenly
-from dmin.store import Layout
 
 
-class Spectral(DampedCurvatureMethod, DMin):
-    """Unit gradients, each timestep preconditioned by a power of its own damped curvature.
+class SpectralFamily(DampedCurvatureMethod):
+    """Unit queries, each timestep preconditioned by a power of its own damped curvature.
 
-    ``I(q, i) = Σ_t w_t ⟨(1 + C_t/λ_t)^{−p} ĝ_t(q), ĝ_t(i)⟩ ,   λ_t = α · mean eigenvalue of C_t``
-
-    with ``C_t = mean_i ĝ_t(i) ĝ_t(i)ᵀ``, draws of noise pooled. p = 0 or α → ∞ is DMin; p = 1 is
-    TRAK of one timestep after DMin's normalisation; between them lies what damps the directions
-    that all examples share. Only the query changes, so any index of DMin's rows serves as it is.
+    ``(1 + C_t/λ_t)^{−p} ĝ_t(q)``, with ``C_t = mean_i ĝ_t(i) ĝ_t(i)ᵀ``, draws of noise pooled
 
     Args:
         alpha: as :class:`DampedCurvatureMethod`, as are all but the next two.
@@ -41,8 +37,6 @@ class Spectral(DampedCurvatureMethod, DMin):
         DminError: as :class:`DampedCurvatureMethod`, or p is not a number.
     """
 
-    name = "spectral"
-
     def __init__(
         self,
         alpha: float | None = 0.03,
@@ -53,9 +47,8 @@ class Spectral(DampedCurvatureMethod, DMin):
         passes: int = 2,
         effective: float | None = None,
     ) -> None:
-        DampedCurvatureMethod.__init__(self, alpha, rank, memory, passes, effective)
-        DMin.__init__(self, weights)
-        self.p = _checked_power(p)
+        super().__init__(alpha, rank, memory, passes, effective)
+        self.p, self.weights = _checked_power(p), weights_of(weights)
 
     def at(self, alpha: float, p: float) -> Self:
         """Return the member of the family at another point, with the curvature as fitted."""
@@ -67,67 +60,35 @@ class Spectral(DampedCurvatureMethod, DMin):
     def fit(self, train: FeatureSet) -> None:
         """Fit the curvature of each timestep."""
         draws, steps, groups, dim = train.store.layout.row_shape
-        self.fit_to(
-            train,
-            lambda block: unit_rows(block).flatten(0, 1),
-            (len(train) * draws, steps, groups * dim),
-            "unit",
-        )
+        shape = len(train) * draws, steps, groups * dim
+        self.fit_to(train, _unit_rows, shape, "unit")
 
-    def transform_query(self, queries: ExampleBlock) -> Tensor:
-        """Return weighted, preconditioned unit queries ``[Q, T, D·G·k]``."""
-        return self._weighted(self._preconditioned(queries))
-
-    def _preconditioned(self, queries: ExampleBlock) -> Tensor:
-        rows = self._unit(queries.features["loss"])
-        by_draw = rows.unflatten(2, (-1, self.curvature.vectors.shape[2])).transpose(1, 2)
+    def preconditioned(self, queries: ExampleBlock) -> InnerProduct:
+        """Return weighted, preconditioned unit queries; draws of noise are averaged."""
+        rows = queries.features["loss"]
         scale = (self.damping**self.p).to(rows)[:, None]
-        found = self.power(by_draw.flatten(0, 1), self.p, queries.ids) * scale
-        return found.view(by_draw.shape).transpose(1, 2).flatten(2)
+        found = self.power(_unit_rows(queries), self.p, queries.ids) * scale
+        vectors: Tensor = weighted(found.view_as(rows), self.weights)
+        return InnerProduct(vectors / rows.shape[1], "unit")
 
 
-class SpectralEnergy(Spectral):
-    """The spectral family's share of each timestep, squared: strength without direction.
+class Spectral(SpectralFamily, InnerProductMethod):
+    """Unit gradients, each timestep preconditioned by a power of its own damped curvature.
 
-    ``I(q, i) = Σ_t w_t² ⟨(1 + C_t/λ_t)^{−p} ĝ_t(q), ĝ_t(i)⟩²``
+    ``I(q, i) = Σ_t w_t ⟨(1 + C_t/λ_t)^{−p} ĝ_t(q), ĝ_t(i)⟩ ,   λ_t = α · mean eigenvalue of C_t``
 
-    DAS's square (arXiv 2410.18639) without its second readout, errors and leverages: few strong
-    examples outweigh the sum of many weak ones, as they do in retraining. No longer one vector a
-    query, so it is found by exact search only. Settings are those of :class:`Spectral`.
+    with ``C_t = mean_i ĝ_t(i) ĝ_t(i)ᵀ``, draws of noise pooled. p = 0 or α → ∞ is DMin; p = 1 is
+    TRAK of one timestep after DMin's normalisation; between them lies what damps the directions
+    that all examples share. Only the query changes, so any index of DMin's rows serves as it is.
+
+    Settings are those of :class:`SpectralFamily`.
     """
 
-    name = "spectral_energy"
+    name = "spectral"
 
-    def __init__(
-        self,
-        alpha: float | None = 1.0,
-        p: float = 1.0,
-        weights: Sequence[float] | None = None,
-        rank: int | None = None,
-        memory: int = 1 << 30,
-        passes: int = 2,
-        effective: float | None = None,
-    ) -> None:
-        super().__init__(alpha, p, weights, rank, memory, passes, effective)
-
-    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
-        """Return ``[Q, n]``, none negative."""
-        return self.contributions(queries, train).sum(2)
-
-    def contributions(self, queries: Tensor, train: ExampleBlock) -> Tensor:
-        """Return the square at each timestep, ``[Q, n, T]``."""
-        return super().contributions(queries, train).square()
-
-    def group_contributions(self, queries: Tensor, train: ExampleBlock, layout: Layout) -> Tensor:
-        """Return ``u_g · u`` for the square of ``u = Σ_g u_g``, ``[Q, n, T, G]``."""
-        both, shape = (queries, self._unit(train.features["loss"])), layout.row_shape
-        q, rows = (x.unflatten(2, (shape[0], *shape[2:])) for x in both)
-        parts = torch.einsum("qtdgk,ntdgk->qntg", q, rows)
-        return parts * parts.sum(3, keepdim=True)
-
-    def linear(self, queries: Tensor, layout: Layout) -> None:  # type: ignore[override]
-        """Return None: squares are no inner product, whatever the parent's scores are."""
-        return None
+    def transform_query(self, queries: ExampleBlock) -> InnerProduct:
+        """Return weighted, preconditioned unit queries."""
+        return self.preconditioned(queries)
 
 
 class ZSum(Spectral):
@@ -139,7 +100,7 @@ class ZSum(Spectral):
     This ranks as the sum of z-scores does, and is still one vector a query.
 
     Args:
-        alpha: as :class:`Spectral`, as are all but the last.
+        alpha: as :class:`SpectralFamily`, as are all but the last.
         p: the power.
         weights: w_t.
         rank: of the curvature.
@@ -149,7 +110,7 @@ class ZSum(Spectral):
         sample: training examples that s is estimated from; their rows are kept in memory.
 
     Raises:
-        DminError: as :class:`Spectral`, or a sample of fewer than two.
+        DminError: as :class:`SpectralFamily`, or a sample of fewer than two.
     """
 
     name = "z_sum"
@@ -175,14 +136,20 @@ class ZSum(Spectral):
         super().fit(train)
         self._sample = train.block(evenly(len(train), self.sample), self.requires)
 
-    def transform_query(self, queries: ExampleBlock) -> Tensor:
-        """Return the sum of both queries, each divided by its spread, ``[Q, T, D·G·k]``."""
-        plain, other = DMin.transform_query(self, queries), super().transform_query(queries)
-        return self._in_spreads(plain) + self._in_spreads(other)
+    def transform_query(self, queries: ExampleBlock) -> InnerProduct:
+        """Return the sum of both queries, each divided by its spread."""
+        weights = None if self.weights is None else self.weights.tolist()
+        plain, other = DMin(weights).transform_query(queries), self.preconditioned(queries)
+        return replace(other, queries=self._in_spreads(plain) + self._in_spreads(other))
 
-    def _in_spreads(self, queries: Tensor) -> Tensor:
-        spread = self.score(queries, self._sample).std(1, correction=0)
-        return queries / spread.clamp(min=1e-12)[:, None, None]
+    def _in_spreads(self, queries: InnerProduct) -> Tensor:
+        spread = queries.scores(self._sample).std(1, correction=0).clamp(min=1e-12)
+        return queries.queries / spread[:, None, None, None, None]
+
+
+def _unit_rows(block: ExampleBlock) -> Tensor:
+    """Return unit gradients, the draws one after the other, ``[n·D, T, G·k]``."""
+    return scaled_rows(block, "unit").flatten(3).flatten(0, 1)
 
 
 def _checked_power(p: float) -> float:

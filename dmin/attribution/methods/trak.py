@@ -2,96 +2,100 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from dmin.attribution.curvature.damped import DampedCurvatureMethod
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
-from dmin.attribution.method import InnerProduct
-from dmin.attribution.rows import over_rows, summed_rows
-from dmin.store import Layout
+from dmin.attribution.inner_product import InnerProduct, summed_rows, with_summed_rows
+from dmin.runtime.errors import DminError
 
 
 class TRAK(DampedCurvatureMethod):
     """Influence of an example on the query's loss, by the empirical Fisher matrix.
 
-    ``I(q, i) = g(q)ᵀ (C + λ)^{−1} g(i) ,   g = Σ_t g_t ,   C = mean_i g(i) g(i)ᵀ``
+    ``I(q, i) = g(q)ᵀ (C + λ)^{−1} g(i) / c(i) ,   g = Σ_t g_t ,   C = mean_i g(i) g(i)ᵀ``
 
     (Park et al. 2023, arXiv 2303.14186, without the ensemble; Q = 1 in diffusion, Zheng et al.
     2024). The constant 1/n does not matter to ranks and is left out. Draws of noise are summed.
 
-    Settings are those of :class:`~dmin.attribution.curvature.damped.DampedCurvatureMethod`.
+    c is 1, or keeps examples of large gradient from leading every list: how far the example moves
+    the model, ``‖(C + λ)^{−1} g(i)‖`` (``relative_if``: Barshan et al. 2020, "RelatIF", arXiv
+    2003.11630), or the norm of its gradient (``renormalised_if``: Hammoudeh & Lowd 2022).
+
+    D-TRAK takes ``g = Σ_t ∇_θ mean(ε_θ(x_t, t)²)`` on both sides, by the readout
+    ``mean_squared_output``: theory has no place for it, experiments do (Zheng et al. 2024, arXiv
+    2311.00500).
+
+    Args:
+        alpha: as :class:`~dmin.attribution.curvature.damped.DampedCurvatureMethod`, as are the
+            next four.
+        rank: of the curvature.
+        memory: bytes that fitting may take.
+        passes: over the store.
+        effective: dimension, instead of α.
+        readout: of which function of the output the gradients are.
+        divisor: c: ``change`` of the model, ``length`` of the gradient, or None for 1.
+        name: in tables and files; None for the method's own.
+
+    Raises:
+        DminError: as :class:`DampedCurvatureMethod`, or another divisor.
     """
 
     name = "trak"
+
+    def __init__(
+        self,
+        alpha: float | None = 0.1,
+        rank: int | None = None,
+        memory: int = 1 << 30,
+        passes: int = 2,
+        effective: float | None = None,
+        readout: str = "loss",
+        divisor: Literal["change", "length"] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(alpha, rank, memory, passes, effective)
+        if divisor not in (None, "change", "length"):
+            raise DminError(f"method.divisor={divisor!r}: give change, length or null.")
+        self.readout, self.divisor, self.name = readout, divisor, name or self.name
+        self.requires = replace(self.requires, readouts=(readout,))
 
     def fit(self, train: FeatureSet) -> None:
         """Fit the curvature of the summed gradients."""
         _, _, groups, dim = train.store.layout.row_shape
         self.fit_to(train, self._rows, (len(train), 1, groups * dim), "summed")
 
-    def transform_query(self, queries: ExampleBlock) -> Tensor:
-        """Return preconditioned queries, ``[Q, G·k]``."""
+    def transform_query(self, queries: ExampleBlock) -> InnerProduct | Tensor:
+        """Return preconditioned queries; plain vectors ``[Q, G·k]`` where scores are divided."""
+        vectors = self.preconditioned(queries)
+        return vectors if self.divisor else with_summed_rows(vectors, queries, self.readout)
+
+    def preconditioned(self, queries: ExampleBlock) -> Tensor:
+        """Return ``(C + λ)^{−1} g`` of queries, ``[Q, G·k]``."""
         return self.power(self._rows(queries), 1.0, queries.ids)[:, 0]
 
-    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+    def score(self, queries: InnerProduct | Tensor, train: ExampleBlock) -> Tensor:
         """Return ``[Q, n]``."""
+        if isinstance(queries, InnerProduct):
+            return queries.scores(train)
         rows = self._rows(train)
-        return queries @ rows[:, 0].T / self._divisor(rows)
+        if self.divisor == "change":
+            divisor = self.curvature.quadratic(rows, self.damping, 2.0)[:, 0].sqrt().to(rows)
+        else:
+            divisor = rows.norm(dim=(1, 2))
+        return queries @ rows[:, 0].T / divisor.clamp(min=torch.finfo(torch.float32).tiny)
 
-    def linear(self, queries: Tensor, layout: Layout) -> InnerProduct | None:
-        """Return each query once for every draw and timestep; see the base class."""
-        return over_rows(queries, layout, self.requires.readouts[0])
-
-    def _divisor(self, rows: Tensor) -> Tensor:
-        """Return what each training example's score is divided by, ``[n]`` or ``[1]``."""
-        return rows.new_ones(1)
+    def contributions(self, queries: InnerProduct | Tensor, train: ExampleBlock) -> Tensor | None:
+        """Return what groups add at timesteps, ``[Q, n, T, G]``; None where scores are divided."""
+        return queries.contributions(train) if isinstance(queries, InnerProduct) else None
 
     def _rows(self, block: ExampleBlock) -> Tensor:
         """Return the gradient summed over timesteps and draws, ``[n, 1, G·k]``."""
-        return summed_rows(block, self.requires.readouts[0]).flatten(1)[:, None]
-
-
-class RelativeIF(TRAK):
-    """TRAK divided by how far the example moves the model, ``‖(C + λ)^{−1} g(i)‖``.
-
-    Keeps examples of large gradient from leading every list (Barshan et al. 2020, "RelatIF",
-    arXiv 2003.11630).
-    """
-
-    name = "relative_if"
-
-    def linear(self, queries: Tensor, layout: Layout) -> None:
-        """Return None: what divides a score is not the norm of a stored row."""
-        return None
-
-    def _divisor(self, rows: Tensor) -> Tensor:
-        squared = self.curvature.quadratic(rows, self.damping, 2.0)[:, 0]
-        return squared.sqrt().clamp(min=torch.finfo(torch.float32).tiny).to(rows)
-
-
-class RenormalisedIF(TRAK):
-    """TRAK divided by the norm of the example's gradient, ``‖g(i)‖`` (Hammoudeh & Lowd 2022)."""
-
-    name = "renormalised_if"
-
-    def linear(self, queries: Tensor, layout: Layout) -> None:
-        """Return None: what divides a score is not the norm of a stored row."""
-        return None
-
-    def _divisor(self, rows: Tensor) -> Tensor:
-        return rows.norm(dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
-
-
-class DTRAK(TRAK):
-    """TRAK of another function than the loss: the mean square of the model's output.
-
-    ``g = Σ_t ∇_θ mean(ε_θ(x_t, t)²)`` on both sides: theory has no place for it, experiments do
-    (Zheng et al. 2024, arXiv 2311.00500).
-    """
-
-    name = "d_trak"
-    requires = Requires(readouts=("mean_squared_output",))
+        return summed_rows(block, self.readout).flatten(1)[:, None]
 
 
 class JourneyTRAK(TRAK):
@@ -108,7 +112,7 @@ class JourneyTRAK(TRAK):
     name = "journey_trak"
     requires = Requires(journey=True)
 
-    def transform_query(self, queries: ExampleBlock) -> Tensor:
+    def preconditioned(self, queries: ExampleBlock) -> Tensor:
         """Return the mean over the states of preconditioned queries, ``[Q, G·k]``."""
-        states = [TRAK.transform_query(self, state) for state in queries.journey]
+        states = [super(JourneyTRAK, self).preconditioned(state) for state in queries.journey]
         return torch.stack(states).mean(0)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.method import InnerProduct
+from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.search.certified import (
     ProjectionIndex,
     load_arrays,

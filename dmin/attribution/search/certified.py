@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.method import InnerProduct
+from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.search.scan import Span, decoded_rows, in_threads, multiply, row_factors
 from dmin.runtime.errors import DminError
 from dmin.store import Store

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.method import InnerProduct
+from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.search.certified import ProjectionIndex
 from dmin.attribution.search.scan import in_threads, row_factors, scan, scores_of_rows
 from dmin.attribution.search.topk import TopK

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dmin.attribution.features import FeatureSet
+from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.merge import enough_of
-from dmin.attribution.method import InnerProduct, Method
+from dmin.attribution.method import Method
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.scores import scored
 from dmin.attribution.search.index import Index
@@ -102,14 +103,14 @@ class Request:
         return self.selection.sign * values, rows, parts
 
     def _indexed(self, asked: Any, index: Index) -> tuple[Tensor, Tensor, Tensor | None]:
-        linear, store = self.method.linear(asked, self.train.store.layout), self.train.store
-        if linear is None:
+        if not isinstance(asked, InnerProduct):
             raise DminError(
                 f"An index cannot help: {self.method.name} scores are no inner product. Set "
                 f"index=null."
             )
-        found = index.search(linear, store, self.k, self.selection.sign, self.keep)
-        return found.scores, found.rows, split(linear, store, found.rows.numpy())
+        store = self.train.store
+        found = index.search(asked, store, self.k, self.selection.sign, self.keep)
+        return found.scores, found.rows, split(asked, store, found.rows.numpy())
 
     def _empty(self, queries: int) -> TopK | Groups:
         return TopK(queries, self.k) if self.groups is None else Groups(queries, *self.groups)
@@ -117,23 +118,22 @@ class Request:
     def _contributions(
         self, queries: FeatureSet, numbers: np.ndarray, asked: Any, rows: np.ndarray
     ) -> Tensor | None:
-        """Read the winners once more; split their scores by timestep, and by group if linear."""
-        linear = self.method.linear(asked, self.train.store.layout)
-        if linear is not None:
-            return split(linear, self.train.store, rows)
-        method, parts = self.method, []
+        """Read the winners once more; split their scores by timestep and group, if anyone can."""
+        if isinstance(asked, InnerProduct):
+            return split(asked, self.train.store, rows)
+        parts = []
         for query, winners in zip(numbers, rows, strict=True):
-            one = method.transform_query(queries.block([query], method.requires))
-            block, found = self.train.block(winners, method.requires), None
-            if len(self.train.store.layout.groups) > 1:
-                found = method.group_contributions(one, block, self.train.store.layout)
-            if found is None:
-                times = method.contributions(one, block)
-                found = None if times is None else times[..., None]
+            found = self._contributions_to(queries, query, winners)
             if found is None:
                 return None
             parts.append(found[0])
         return torch.stack(parts)
+
+    def _contributions_to(self, queries: FeatureSet, query: int, rows: np.ndarray) -> Tensor | None:
+        """Return what the method says of one query and some rows, ``[1, k, T, G]``."""
+        method = self.method
+        asked = method.transform_query(queries.block([query], method.requires))
+        return method.contributions(asked, self.train.block(rows, method.requires))
 
     def _check_split(self, queries: FeatureSet, numbers: np.ndarray, asked: Any) -> None:
         """Refuse what cannot be split between groups of layers, before the scan."""
@@ -150,18 +150,17 @@ class Request:
                 f"{self.selection.group_by} is no single example's score. Set "
                 f"retrieve.group_score=max, or retrieve.split=false."
             )
-        if self.method.linear(asked, self.train.store.layout) is None:
-            method, one = self.method, numbers[:1]
-            asked_one = method.transform_query(queries.block(one, method.requires))
-            block = self.train.block(np.arange(1), method.requires)
-            if method.group_contributions(asked_one, block, self.train.store.layout) is None:
-                raise DminError(
-                    f"retrieve.split=true, but {method.name} scores cannot be split between groups "
-                    f"of layers: they are not made of inner products of gradients. Methods that "
-                    f"are one (dmin, grad_dot, trak, spectral, …), averages of such, and powers "
-                    f"of one (spectral_energy, sharp_energy, das) can be. Choose one of these, or "
-                    f"set retrieve.split=false."
-                )
+        if isinstance(asked, InnerProduct):
+            return
+        found = self._contributions_to(queries, int(numbers[0]), np.arange(1))
+        if found is None or found.shape[3] == 1:
+            raise DminError(
+                f"retrieve.split=true, but {self.method.name} scores cannot be split between "
+                f"groups of layers: they are not made of inner products of gradients. Methods that "
+                f"are one (dmin, grad_dot, trak, spectral, …), averages of such, and powers "
+                f"of one (spectral_energy, sharp_energy, das) can be. Choose one of these, or "
+                f"set retrieve.split=false."
+            )
 
     def answer(
         self, queries: FeatureSet, batches: Sequence[tuple[Tensor, Tensor, Tensor | None]]

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.method import InnerProduct
+from dmin.attribution.inner_product import InnerProduct
 from dmin.store import Store
 from dmin.store.encoding import STORED_AS, word_sums
 

@@ -1,4 +1,7 @@
-"""Likeness of whole images beyond distances of pixels: a Gaussian kernel, and SSIM."""
+"""Likeness of the images alone: pixels, a Gaussian kernel, SSIM (Wang et al. 2004).
+
+A method that does not beat them shows mere likeness.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,36 @@ from torch import Tensor
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
 from dmin.attribution.method import Method
 from dmin.runtime.errors import DminError
+
+
+class PixelL2(Method):
+    """Minus the squared distance of the pixels, ``−‖x_q − x_i‖²``."""
+
+    name = "pixel_l2"
+    requires = Requires(readouts=(), images=True)
+
+    def transform_query(self, queries: ExampleBlock) -> Tensor:
+        """Return the pixels of the queries, ``[Q, C·H·W]``."""
+        return _pixels(queries)
+
+    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``."""
+        return -_squared_distances(queries, train)
+
+
+class PixelCosine(Method):
+    """Cosine of the pixels, ``cos(x_q, x_i)``."""
+
+    name = "pixel_cosine"
+    requires = Requires(readouts=(), images=True)
+
+    def transform_query(self, queries: ExampleBlock) -> Tensor:
+        """Return unit pixels of the queries, ``[Q, C·H·W]``."""
+        return torch.nn.functional.normalize(_pixels(queries), dim=1)
+
+    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``."""
+        return queries @ self.transform_query(train).T
 
 
 class GaussianKernel(Method):
@@ -47,10 +80,8 @@ class GaussianKernel(Method):
 
     def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
         """Return ``[Q, n]``, in (0, 1]."""
-        distance = torch.cdist(
-            queries, _pixels(train), compute_mode="donot_use_mm_for_euclid_dist"
-        ).square()
-        return torch.exp(-distance / (2 * self.bandwidth**2 * self._squared_distance))
+        scale = 2 * self.bandwidth**2 * self._squared_distance
+        return torch.exp(-_squared_distances(queries, train) / scale)
 
 
 class SSIM(Method):
@@ -107,3 +138,10 @@ class SSIM(Method):
 def _pixels(block: ExampleBlock) -> Tensor:
     assert block.images is not None
     return block.images.flatten(1)
+
+
+def _squared_distances(queries: Tensor, train: ExampleBlock) -> Tensor:
+    """Return ``‖x_q − x_i‖²``, ``[Q, n]``."""
+    # Differences one by one: ‖x‖² + ‖y‖² − 2x·y would not give a duplicate exactly zero.
+    mode = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(queries, _pixels(train), compute_mode=mode).square()

@@ -19,7 +19,7 @@ Weights = dict[str, Tensor]
 """Tensors by the names of the attributed parameters."""
 
 
-class ModelLoss:
+class FunctionalLoss:
     """The loss ``L(θ; x, ε_t, t)`` at the points (draw, timestep) of a store, and its gradients.
 
     Everything is computed in the precision of the model's weights, where they are. The model is

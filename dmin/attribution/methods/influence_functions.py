@@ -13,18 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmin.attribution.curvature.functional_loss import FunctionalLoss
 from dmin.attribution.curvature.hessian import Kind, LossCurvature
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
-from dmin.attribution.method import InnerProduct, Method
-from dmin.attribution.methods.model_loss import ModelLoss
-from dmin.attribution.rows import over_rows, summed_rows
+from dmin.attribution.inner_product import InnerProduct, with_summed_rows
+from dmin.attribution.method import InnerProductMethod
 from dmin.runtime.errors import DminError
 from dmin.runtime.sampling import evenly
-from dmin.store import Layout
 
 
 @dataclass(eq=False, repr=False)
-class InverseCurvature(Method):
+class InverseCurvature(InnerProductMethod):
     """Influence of an example on the query's loss, by the curvature of the training loss.
 
     ``I(q, i) = ⟨S (H + λ)^{−1} g(q), S g(i)⟩ ,   g = Σ_{d,t} g_{d,t} ,   λ = damping · ‖H‖``
@@ -63,7 +62,7 @@ class InverseCurvature(Method):
         """Encode the training examples and find the largest eigenvalue."""
         assert train.origin is not None  # check_pair asks
         self.sketch = train.origin.sketch
-        self.loss = ModelLoss(train.origin, known=train)
+        self.loss = FunctionalLoss(train.origin, known=train)
         ids = train.store.ids
         chosen = [train.example(ids[row]) for row in evenly(len(train), self.examples)]
         self.operator = LossCurvature(self.loss, chosen, self.curvature, self.batch_size)
@@ -78,22 +77,14 @@ class InverseCurvature(Method):
             f"damping {self.shift:.4g}"
         }
 
-    def transform_query(self, queries: ExampleBlock) -> Tensor:
-        """Return preconditioned queries, sketched, ``[Q, G, k]``."""
+    def transform_query(self, queries: ExampleBlock) -> InnerProduct:
+        """Return preconditioned queries, sketched."""
         solved = self.solve(self.loss.gradients(queries.examples, self.batch_size))
-        return self.sketch.of(self.loss.shaped(solved))
+        return with_summed_rows(self.sketch.of(self.loss.shaped(solved)).float(), queries)
 
     @abstractmethod
     def solve(self, gradients: Tensor) -> Tensor:
         """Return ``(H + λ)^{−1} g`` of each row, ``[n, P]``."""
-
-    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
-        """Return ``[Q, n]``."""
-        return queries.float().flatten(1) @ summed_rows(train).flatten(1).T
-
-    def linear(self, queries: Tensor, layout: Layout) -> InnerProduct:
-        """Return each query once for every draw and timestep; see the base class."""
-        return over_rows(queries.float(), layout)
 
 
 @dataclass(eq=False, repr=False)

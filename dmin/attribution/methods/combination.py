@@ -1,11 +1,12 @@
-"""Two methods as one: each in units of its own spread, weighed and added up."""
+"""Several methods as one: a weighted sum of their scores."""
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,18 +15,69 @@ from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
 from dmin.attribution.method import Method
 from dmin.runtime.errors import DminError
 from dmin.runtime.sampling import evenly
-from dmin.store import Layout
 
 
-@dataclass(frozen=True)
-class PreparedQuery:
-    """What the parts made of the queries, and what each part's scores are multiplied by."""
+class PreparedQuery(NamedTuple):
+    """What each part made of the queries, and what its scores are multiplied by."""
 
     queries: list[Any]
-    scales: list[Tensor]  # [Q], one a part
+    weights: list[Tensor]  # [Q], or [1] where all queries have the same
 
 
-class Blend(Method):
+class Combination(Method):
+    """A sum of methods' scores, each with a weight that may depend on the query.
+
+    ``I(q, i) = Σ_m w_m(q) I_m(q, i)``
+
+    Attributes:
+        methods: the parts, fitted by :meth:`fit`.
+    """
+
+    methods: list[Method]
+
+    @property
+    @abstractmethod
+    def titles(self) -> Sequence[str]:
+        """What the parts are called in notes."""
+
+    @abstractmethod
+    def weights(self, queries: list[Any]) -> list[Tensor]:
+        """Return each part's weights, ``[Q]`` or ``[1]``, of its prepared queries."""
+
+    def blocks(self, block: ExampleBlock) -> Sequence[ExampleBlock]:
+        """Return what each part reads."""
+        return [block] * len(self.methods)
+
+    def notes(self) -> dict[str, str]:
+        """Return each part's notes."""
+        found = [(title, m.notes()) for title, m in zip(self.titles, self.methods, strict=True)]
+        return {f"{what} of {title}": n for title, notes in found for what, n in notes.items()}
+
+    def transform_query(self, queries: ExampleBlock) -> PreparedQuery:
+        """Return what each part makes of the queries, and its weights."""
+        parts = zip(self.methods, self.blocks(queries), strict=True)
+        prepared = [method.transform_query(block) for method, block in parts]
+        return PreparedQuery(prepared, self.weights(prepared))
+
+    def score(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``."""
+        parts = zip(self.methods, *queries, self.blocks(train), strict=True)
+        return torch.stack([w[:, None] * m.score(q, block) for m, q, w, block in parts]).sum(0)
+
+    def contributions(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor | None:
+        """Return what groups add at timesteps, ``[Q, n, T, G]``, if every part can say."""
+        found = []
+        for m, q, weight, block in zip(self.methods, *queries, self.blocks(train), strict=True):
+            part = m.contributions(q, block)
+            if part is None:
+                return None
+            found.append(part * weight[:, None, None, None])
+        if len({part.shape[3] for part in found}) > 1:  # one of them distinguishes no groups
+            found = [part.sum(3, keepdim=True) for part in found]
+        return torch.stack(found).sum(0)
+
+
+class Blend(Combination):
     """The sum of two methods' scores, each divided by its spread over the training examples.
 
     ``I(q, i) = I_first(q, i) / s_first(q) + share · I_second(q, i) / s_second(q)``
@@ -76,6 +128,11 @@ class Blend(Method):
             model=any(n.model for n in needs),
         )
 
+    @property
+    def titles(self) -> list[str]:
+        """The methods' names."""
+        return [method.name for method in self.methods]
+
     def fit(self, train: FeatureSet) -> None:
         """Fit a copy of each method, and keep a sample of the training examples."""
         self.methods = [copy.copy(method) for method in self.methods]
@@ -83,44 +140,11 @@ class Blend(Method):
             method.fit(train)
         self._sample = train.block(evenly(len(train), self.sample), self.requires)
 
-    def notes(self) -> dict[str, str]:
-        """Return each method's notes."""
-        found = [(m.name, m.notes()) for m in self.methods]
-        return {f"{what} of {name}": note for name, notes in found for what, note in notes.items()}
-
-    def transform_query(self, queries: ExampleBlock) -> PreparedQuery:
-        """Return what each method makes of the queries, and its share in units of its spread."""
-        asked = [method.transform_query(queries) for method in self.methods]
-        scales = []
-        for method, share, each in zip(self.methods, self.shares, asked, strict=True):
+    def weights(self, queries: list[Any]) -> list[Tensor]:
+        """Return each method's share in units of its spread."""
+        found = []
+        for method, share, each in zip(self.methods, self.shares, queries, strict=True):
             spread = method.score(each, self._sample).double().std(1, correction=0)
             # Scores that are all the same rank nothing: such a part is left out.
-            scales.append(torch.where(spread > 0, share / spread, 0.0).float())
-        return PreparedQuery(asked, scales)
-
-    def score(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor:
-        """Return ``[Q, n]``."""
-        parts = zip(self.methods, queries.queries, queries.scales, strict=True)
-        return torch.stack([m.score(q, train) * s[:, None] for m, q, s in parts]).sum(0)
-
-    def contributions(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor | None:
-        """Return what each timestep adds, ``[Q, n, T]``, if both methods can say."""
-        found = []
-        for method, asked, scale in zip(self.methods, queries.queries, queries.scales, strict=True):
-            part = method.contributions(asked, train)
-            if part is None:
-                return None
-            found.append(part * scale[:, None, None])
-        return torch.stack(found).sum(0)
-
-    def group_contributions(
-        self, queries: PreparedQuery, train: ExampleBlock, layout: Layout
-    ) -> Tensor | None:
-        """Return what each group of layers adds, ``[Q, n, T, G]``, if both methods can say."""
-        found = []
-        for method, asked, scale in zip(self.methods, queries.queries, queries.scales, strict=True):
-            part = method.group_contributions(asked, train, layout)
-            if part is None:
-                return None
-            found.append(part * scale[:, None, None, None])
-        return torch.stack(found).sum(0)
+            found.append(torch.where(spread > 0, share / spread, 0.0).float())
+        return found

@@ -1,0 +1,58 @@
+"""Baselines that look at no gradient and no image: chance, and the training loss."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
+from dmin.attribution.method import Method
+
+
+class Random(Method):
+    """A score drawn for each pair of ids, uniform on [0, 1): what knowing nothing achieves.
+
+    Args:
+        seed: key of the draw.
+    """
+
+    name = "random"
+    requires = Requires(readouts=())
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def score(self, queries: ExampleBlock, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``, the same for a pair of ids however the examples are cut."""
+        return torch.tensor([[self._draw(q, i) for i in train.ids] for q in queries.ids])
+
+    def _draw(self, query: str, example: str) -> float:
+        digest = hashlib.blake2b(f"{self.seed}\0{query}\0{example}".encode(), digest_size=3)
+        return int.from_bytes(digest.digest(), "little") / 2**24
+
+
+class TrainingLoss(Method):
+    """How badly the model does on an example: the same score for every query.
+
+    ``I(q, i) = Σ_t L_t(i) / mean_j L_t(j)``, averaged over noise draws
+
+    The squared error that `das` multiplies its kernel by, without the kernel. What is rare is
+    learned badly, so this alone finds most of a rare source: a method that is asked for it must
+    do better, and must not name the same examples to everybody.
+    """
+
+    name = "training_loss"
+    requires = Requires(readouts=())
+
+    def fit(self, train: FeatureSet) -> None:
+        """Read the losses of all examples."""
+        losses = torch.from_numpy(train.store.losses()).double()
+        relative = losses / losses.mean(0).clamp(min=torch.finfo(torch.float32).tiny)
+        self._scores = dict(zip(train.store.ids, relative.mean(1).sum(1).float(), strict=True))
+
+    def score(self, queries: ExampleBlock, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``, all rows the same."""
+        found = torch.stack([self._scores[id] for id in train.ids])
+        return found.expand(len(queries.ids), -1)
