@@ -25,6 +25,7 @@ from dmin.attribution.methods.sharp_energy import SharpEnergy
 from dmin.attribution.methods.spectral import Spectral, ZSum
 from dmin.attribution.methods.trak import TRAK, JourneyTRAK
 from dmin.attribution.ranking import Ranking
+from dmin.attribution.ranking_files import load_ranking, save_ranking
 from dmin.attribution.retrieval import ranked_groups, retrieve, retrieve_part
 from dmin.attribution.scores import score_matrix
 from dmin.attribution.search.approximate import Approximate
@@ -66,10 +67,12 @@ __all__ = [
     "TrainingLoss",
     "Unlearning",
     "ZSum",
+    "load_ranking",
     "merged",
     "ranked_groups",
     "retrieve",
     "retrieve_part",
+    "save_ranking",
     "score_matrix",
 ]
 

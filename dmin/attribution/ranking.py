@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dmin.runtime.errors import DminError
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 PARTS = ("contributions", "group_contributions", "errors", "stability", "group_sizes")
 
@@ -36,7 +31,7 @@ class Ranking:
         train_metadata: [Q][K] small JSON dicts, typically label, caption, file.
         scores: float32 [Q, K], descending along K, in the units of the method.
         contributions: float32 [Q, K, T], what each timestep adds to the score, or None.
-        groups: names of the G groups, none if they were not told apart.
+        groups: names of the G groups, none if they were not distinguished.
         group_contributions: float32 [Q, K, G], what each group adds to the score, or None.
         errors: float32 [Q, K], one standard error of each score, or None; see
             `dmin.attribution.confidence`.
@@ -203,37 +198,6 @@ class Ranking:
             return None
         error = format_score(self.errors[query, rank])
         return f"±{error} · {100 * self.stability[query, rank]:.0f} %"
-
-    def records(self) -> list[dict[str, Any]]:
-        """Lay the ranking out as tidy rows, see :mod:`dmin.attribution.ranking_files`."""
-        from dmin.attribution.ranking_files import records
-
-        return records(self)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write CSV, JSON and Parquet, see :mod:`dmin.attribution.ranking_files`."""
-        from dmin.attribution.ranking_files import save
-
-        return save(self, folder)
-
-    def dump(self) -> bytes:
-        """Return all of it as JSON, for :meth:`load`."""
-        from dmin.attribution.ranking_files import document
-
-        return json.dumps(document(self)).encode()
-
-    @classmethod
-    def load(cls, path: str | Path) -> Ranking:
-        """Read a ranking back from a folder that was saved, or from its `ranking.json`."""
-        from dmin.attribution.ranking_files import load
-
-        return load(path)
-
-    def table(self, max_queries: int = 12, columns: int = 5, width: int | None = None) -> Table:
-        """Draw it for a terminal, see :mod:`dmin.attribution.ranking_table`."""
-        from dmin.attribution.ranking_table import table
-
-        return table(self, max_queries, columns, width)
 
 
 def headline(ranking: Ranking) -> str:

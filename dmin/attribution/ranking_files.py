@@ -72,7 +72,7 @@ def _group(ranking: Ranking, query: int, rank: int) -> dict[str, Any]:
     return {"group": value, **size}
 
 
-def save(ranking: Ranking, folder: str | Path) -> Path:
+def save_ranking(ranking: Ranking, folder: str | Path) -> Path:
     """Write `ranking.csv` (one line for each query and rank) and `ranking.json`.
 
     With pyarrow installed, `ranking.parquet` holds the lines as well, their types kept.
@@ -99,7 +99,7 @@ def save(ranking: Ranking, folder: str | Path) -> Path:
 
 
 def document(ranking: Ranking) -> dict[str, Any]:
-    """Return all of it as JSON values, as `load` reads them."""
+    """Return all of it as JSON values, as `load_ranking` reads them."""
 
     def example(query: int, rank: int) -> dict[str, Any]:
         found = {
@@ -139,11 +139,16 @@ def document(ranking: Ranking) -> dict[str, Any]:
     }
 
 
-def load(path: str | Path) -> Ranking:
+def dump_ranking(ranking: Ranking) -> bytes:
+    """Return all of it as JSON, for :func:`load_ranking` of a file with that content."""
+    return json.dumps(document(ranking)).encode()
+
+
+def load_ranking(path: str | Path) -> Ranking:
     """Read a ranking back.
 
     Args:
-        path: a `ranking.json`, or the folder that `save` wrote.
+        path: a `ranking.json`, or the folder that `save_ranking` wrote.
 
     Raises:
         DminError: there is no such file, or it holds no ranking of this version.

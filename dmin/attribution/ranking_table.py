@@ -11,7 +11,7 @@ from dmin.attribution.ranking import Ranking, format_score, headline
 LONG = 40  # characters of an id, of which more are folded
 
 
-def table(
+def ranking_table(
     ranking: Ranking, max_queries: int = 12, columns: int = 5, width: int | None = None
 ) -> Table:
     """Draw the ranking for a terminal, one line of training examples a query.

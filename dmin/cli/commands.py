@@ -185,6 +185,8 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     from dmin.attribution import retrieve as search
     from dmin.attribution.confidence import with_confidence
     from dmin.attribution.methods.popularity import PopularityCorrected
+    from dmin.attribution.ranking_files import save_ranking
+    from dmin.attribution.ranking_table import ranking_table
     from dmin.attribution.search.selection import Selection
     from dmin.gallery.html import save_html
     from dmin.gallery.png import save_png
@@ -216,7 +218,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     if sure:
         ranking = with_confidence(ranking, queries, train, method, k)
     folder = work.run_folder
-    ranking.save(folder)
+    save_ranking(ranking, folder)
     images = (lambda id: queries.image(id).numpy()), (lambda id: train.image(id).numpy())
     notes = {
         "training examples": f"{len(train):,}",
@@ -228,7 +230,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     first = " ".join(found[0] for found in ranking.train_ids[:3])
     results["figures"] = {"queries": f"{len(queries.store):,}", "first found": f"{first} …"}
     results["files"] = [str(folder / name) for name in ("gallery.png", "gallery.html")]
-    work.console.print(ranking.table(width=work.console.width))
+    work.console.print(ranking_table(ranking, width=work.console.width))
     for what, note in ranking.notes.items():
         work.console.print(f"[bold]{what}[/]: {note}")
     work.console.print(

@@ -83,6 +83,7 @@ def joined(
         selection: how they were chosen.
     """
     from dmin.attribution import Ranking, merged, ranked_groups
+    from dmin.attribution.ranking_files import dump_ranking, load_ranking
     from dmin.attribution.search.selection import Groups
 
     question = {
@@ -91,12 +92,15 @@ def joined(
     }
     folder = work.outputs / "rankings" / f"{work.cfg.name}-{fingerprint(question)}"
     parts = Parts(folder, work.share)
-    parts.save(b"" if part is None else part.dump())
+    if isinstance(part, Ranking):
+        parts.save(dump_ranking(part))
+    else:
+        parts.save(b"" if part is None else part.dump())
     if parts.missing():
         work.console.print(parts.told(), soft_wrap=True)
         return None
     k, files = work.cfg.retrieve.k, parts.files()
     if selection.group_by is None:
-        return merged([Ranking.load(file) for file in files], k, selection.min_score)
+        return merged([load_ranking(file) for file in files], k, selection.min_score)
     tallies = [Groups.load(file) for file in files]
     return ranked_groups(queries, train, tallies, method, k, selection)

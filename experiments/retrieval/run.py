@@ -19,6 +19,7 @@ from data import Resampled, Synthetic, written
 
 from dmin.attribution import Approximate, Certified, retrieve
 from dmin.attribution.inner_product import InnerProduct
+from dmin.attribution.ranking_files import save_ranking
 from dmin.attribution.search.certified import ProjectionIndex
 from dmin.attribution.search.scan import in_threads, scan
 from dmin.attribution.search.topk import TopK
@@ -249,7 +250,7 @@ class Part:
         found["GFLOP/s"] = flops / found["retrieve s"] / 1e9
         folder = self.scratch / "batch-answer"
         start = time.perf_counter()
-        ranking.save(folder)
+        save_ranking(ranking, folder)
         found["CSV, JSON, Parquet s"] = time.perf_counter() - start
         start = time.perf_counter()
         pictures = np.random.default_rng(0).random((64, 3, 64, 64), np.float32)

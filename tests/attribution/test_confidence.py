@@ -10,8 +10,10 @@ import torch
 from attribution.made_stores import drawn, made
 from rich.console import Console
 
-from dmin.attribution import DMin, FeatureSet, GradDot, Ranking, SpectralEnergy, retrieve
+from dmin.attribution import DMin, FeatureSet, GradDot, SpectralEnergy, retrieve
 from dmin.attribution.confidence import parts_of, resampled, with_confidence
+from dmin.attribution.ranking_files import load_ranking, records, save_ranking
+from dmin.attribution.ranking_table import ranking_table
 from dmin.gradients.parameters import Parameter, Parameters
 from dmin.sketches import BlockCyclic
 
@@ -81,16 +83,16 @@ def test_the_parts_add_up_to_the_score(sides):
 
 def test_it_is_kept_shown_and_read_back(sides, tmp_path):
     _, found = confident(sides, DMin())
-    found.save(tmp_path)
+    save_ranking(found, tmp_path)
     rows = list(csv.DictReader((tmp_path / "ranking.csv").open()))
     assert float(rows[0]["error"]) == pytest.approx(found.errors[0, 0])
     assert float(rows[0]["stability"]) == pytest.approx(found.stability[0, 0])
-    again = Ranking.load(tmp_path)
+    again = load_ranking(tmp_path)
     assert np.array_equal(again.errors, found.errors)
     document = json.loads((tmp_path / "ranking.json").read_text())
     assert document["queries"][0]["examples"][0]["stability"] == pytest.approx(1)
     page = Console(width=200, file=io.StringIO())
-    page.print(found.table())
+    page.print(ranking_table(found))
     assert "±" in page.file.getvalue() and "100 %" in page.file.getvalue()
 
 
@@ -105,4 +107,4 @@ def test_opponents_have_it_too_and_methods_that_do_not_add_up_have_none(sides, t
     ranking = retrieve(*sides, Random(), 12)
     found = with_confidence(ranking, *sides, Random(), 3)
     assert found.errors is None and found.scores.shape == (3, 3)
-    assert "error" not in found.records()[0]
+    assert "error" not in records(found)[0]

@@ -9,6 +9,8 @@ import pytest
 from rich.console import Console
 
 from dmin.attribution.ranking import Ranking, format_score
+from dmin.attribution.ranking_files import load_ranking, records, save_ranking
+from dmin.attribution.ranking_table import ranking_table
 from dmin.runtime.errors import DminError
 
 QUERIES, K, STEPS = 3, 4, 5
@@ -50,14 +52,14 @@ def assert_same(one: Ranking, other: Ranking) -> None:
 @pytest.mark.parametrize("parted", [True, False])
 def test_json_gives_back_every_bit(tmp_path, parted):
     saved = ranking() if parted else ranking(contributions=None)
-    folder = saved.save(tmp_path / "new" / "folder")
-    assert_same(saved, Ranking.load(folder))
-    assert_same(saved, Ranking.load(folder / "ranking.json"))
+    folder = save_ranking(saved, tmp_path / "new" / "folder")
+    assert_same(saved, load_ranking(folder))
+    assert_same(saved, load_ranking(folder / "ranking.json"))
 
 
 def test_csv_holds_one_line_for_each_query_and_rank(tmp_path):
     saved = ranking()
-    saved.save(tmp_path)
+    save_ranking(saved, tmp_path)
     with (tmp_path / "ranking.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == QUERIES * K
@@ -79,7 +81,7 @@ def test_csv_holds_one_line_for_each_query_and_rank(tmp_path):
 def test_csv_survives_captions_with_commas_quotes_and_lines(tmp_path):
     caption = 'a "red", round\nball'
     metadata = [[{"caption": caption, "tags": ["a", "b"]}] * K] * QUERIES
-    ranking(train_metadata=metadata).save(tmp_path)
+    save_ranking(ranking(train_metadata=metadata), tmp_path)
     with (tmp_path / "ranking.csv").open(newline="") as file:
         line = next(csv.DictReader(file))
     assert line["caption"] == caption
@@ -89,7 +91,7 @@ def test_csv_survives_captions_with_commas_quotes_and_lines(tmp_path):
 def test_metadata_never_hides_a_column():
     metadata = [[{"score": "mine", "t0950": "too", "query_label": "also"}] * K] * QUERIES
     saved = ranking(train_metadata=metadata)
-    record = saved.records()[0]
+    record = records(saved)[0]
     assert record["score"] == saved.scores[0, 0]
     assert record["query_label"] == 0
     assert record["metadata_score"] == "mine"
@@ -100,19 +102,20 @@ def test_metadata_never_hides_a_column():
 def test_records_are_tidy_where_metadata_differs():
     metadata: list[list[dict[str, Any]]] = [[{} for _ in range(K)] for _ in range(QUERIES)]
     metadata[2][1] = {"caption": "only here"}
-    records = ranking(train_metadata=metadata).records()
-    assert all(list(record) == list(records[0]) for record in records)
-    assert [record["caption"] for record in records].count("only here") == 1
+    lines = records(ranking(train_metadata=metadata))
+    assert all(list(line) == list(lines[0]) for line in lines)
+    assert [line["caption"] for line in lines].count("only here") == 1
 
 
 def test_numbers_read_as_a_person_would_write_them():
-    record = ranking(scores=np.full((QUERIES, K), 0.9), contributions=None).records()[0]
+    record = records(ranking(scores=np.full((QUERIES, K), 0.9), contributions=None))[0]
     assert repr(record["score"]) == "0.9"
 
 
 def test_numpy_metadata_becomes_json(tmp_path):
-    ranking(query_metadata=[{"label": np.int64(7), "box": np.arange(2)}] * QUERIES).save(tmp_path)
-    assert Ranking.load(tmp_path).query_metadata[0] == {"label": 7, "box": [0, 1]}
+    metadata = [{"label": np.int64(7), "box": np.arange(2)}] * QUERIES
+    save_ranking(ranking(query_metadata=metadata), tmp_path)
+    assert load_ranking(tmp_path).query_metadata[0] == {"label": 7, "box": [0, 1]}
 
 
 @pytest.mark.parametrize(
@@ -161,18 +164,18 @@ def test_same_label_is_none_where_a_label_is_missing():
 def test_a_file_that_is_no_ranking_is_refused(tmp_path, text):
     (tmp_path / "ranking.json").write_text(text)
     with pytest.raises(DminError, match=r"ranking\.json"):
-        Ranking.load(tmp_path)
+        load_ranking(tmp_path)
 
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(DminError, match="No ranking"):
-        Ranking.load(tmp_path / "nothing")
+        load_ranking(tmp_path / "nothing")
 
 
 def test_table_shows_ids_labels_and_scores_as_they_are():
     saved = ranking(query_ids=["[red]q[/red]", "q-1", "q-2"])
     console = Console(width=200, record=True, file=io.StringIO())
-    table = saved.table(max_queries=2, columns=3)
+    table = ranking_table(saved, max_queries=2, columns=3)
     console.print(table)
     text = console.export_text()
     assert table.row_count == 2 and len(table.columns) == 4
@@ -186,7 +189,7 @@ def test_table_shows_ids_labels_and_scores_as_they_are():
 def test_table_shows_as_many_examples_as_their_ids_leave_room_for():
     ids = [[f"folder/image-{row:04d}.jpg" for row in range(K)]] * QUERIES
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(table := ranking(train_ids=ids).table(width=80))
+    console.print(table := ranking_table(ranking(train_ids=ids), width=80))
     text = console.export_text()
     assert len(table.columns) == 3 and ids[0][1] in text and ids[0][2] not in text
 

@@ -10,7 +10,8 @@ from made_stores import cosines, drawn, made
 
 from dmin.attribution import DMin, DMinUnnormalised, FeatureSet, GradDot, retrieve
 from dmin.attribution.methods.popularity import PopularityCorrected
-from dmin.attribution.ranking import Ranking
+from dmin.attribution.ranking_files import load_ranking, records, save_ranking
+from dmin.attribution.ranking_table import ranking_table
 from dmin.attribution.search.selection import Selection
 from dmin.attribution.self_influence import save_self_influence, self_influence
 from dmin.runtime.errors import DminError
@@ -92,9 +93,9 @@ def test_groups_say_what_they_are_in_every_form(stores, tmp_path):
     artists = [each["artist"] for each in METADATA if each["label"] < 2]
     sizes = [[artists.count(found.label(query, rank)) for rank in range(2)] for query in range(3)]
     assert found.group_sizes.tolist() == sizes and len(np.unique(sizes)) > 1
-    record = Ranking.load(found.save(tmp_path)).records()[0]
+    record = records(load_ranking(save_ranking(found, tmp_path)))[0]
     assert (record["group"], record["examples"]) == (found.label(0, 0), sizes[0][0])
-    rich.print(found.table(), file=(text := io.StringIO()))
+    rich.print(ranking_table(found), file=(text := io.StringIO()))
     assert "Which artist is behind each" in text.getvalue()
     assert f"{found.label(0, 0)} of {sizes[0][0]}" in text.getvalue()
     assert found.same_label(0, 0) is None  # its artist is shown, not its label
@@ -107,11 +108,11 @@ def test_a_bound_leaves_each_query_its_own_number(stores, scores, tmp_path):
     counts = (scores >= bound - 1e-4).sum(1)
     assert [found.count(query) for query in range(3)] == counts.tolist()
     assert found.scores.shape[1] == counts.max()
-    assert len(found.records()) == 12
-    found.save(tmp_path)
+    assert len(records(found)) == 12
+    save_ranking(found, tmp_path)
     with (tmp_path / "ranking.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 12
-    assert Ranking.load(tmp_path).count(0) == counts[0]
+    assert load_ranking(tmp_path).count(0) == counts[0]
 
 
 def test_a_bound_on_opponents_is_on_their_strength(stores, scores):
@@ -124,9 +125,9 @@ def test_a_bound_on_opponents_is_on_their_strength(stores, scores):
 def test_parquet_where_it_can_be(stores, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     found = retrieve(*stores, k=2)
-    found.save(tmp_path)
+    save_ranking(found, tmp_path)
     lines = parquet.read_table(tmp_path / "ranking.parquet").to_pylist()
-    assert lines == found.records()
+    assert lines == records(found)
 
 
 def test_self_influence(stores):

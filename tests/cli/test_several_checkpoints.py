@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmin.attribution import Ranking
+from dmin.attribution.ranking_files import load_ranking
 from dmin.collect import GradientCollector
 from dmin.data.base import collate
 from dmin.data.digits import Digits
@@ -44,7 +44,7 @@ def test_tracin_is_the_mean_of_both_models(ddpm, ddpm_path, tmp_path):
     one = f"model.path={ddpm_path}"
     dmin("retrieve", *asked, one, "retrieve.k=12", "method=tracin", named, cwd=tmp_path)
     (found,) = (tmp_path / "outputs/runs/retrieve").glob("*/ranking.json")
-    ranking = Ranking.load(found.parent)
+    ranking = load_ranking(found.parent)
     expected = 0
     for path in (ddpm_path, tmp_path / "other"):
         made = GradientCollector(DDPM.from_pretrained(path), BlockCyclic(256), Stratified(1))
