@@ -29,7 +29,7 @@ from dmin.attribution.ranking_files import load_ranking, save_ranking
 from dmin.attribution.retrieval import ranked_groups, retrieve, retrieve_part
 from dmin.attribution.scores import score_matrix
 from dmin.attribution.search.approximate import Approximate
-from dmin.attribution.search.index import Certified
+from dmin.attribution.search.certified import Certified
 from dmin.attribution.search.topk import TopK
 
 __all__ = [

@@ -20,8 +20,9 @@ from data import Resampled, Synthetic, written
 from dmin.attribution import Approximate, Certified, retrieve
 from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.ranking_files import save_ranking
-from dmin.attribution.search.certified import ProjectionIndex
-from dmin.attribution.search.scan import in_threads, scan
+from dmin.attribution.search.certified_bound import ProjectionIndex
+from dmin.attribution.search.scan import scan
+from dmin.attribution.search.threads import in_threads
 from dmin.attribution.search.topk import TopK
 from dmin.gallery.html import save_html
 from dmin.store import Store

@@ -33,7 +33,7 @@ from dmin.attribution import (
 from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.methods.spectral import SpectralFamily
 from dmin.attribution.search.approximate import Approximate
-from dmin.attribution.search.index import Certified
+from dmin.attribution.search.certified import Certified
 from dmin.data import Example, Examples
 from dmin.runtime.errors import DminError
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter

@@ -10,8 +10,9 @@ from made_stores import cosines, drawn, made
 from dmin.attribution import DMin, FeatureSet, GradDot, retrieve, score_matrix
 from dmin.attribution import scores as scores_module
 from dmin.attribution.search import scan as search_scan
-from dmin.attribution.search.index import Certified
-from dmin.attribution.search.scan import in_threads, multiply, scan
+from dmin.attribution.search.certified import Certified
+from dmin.attribution.search.scan import multiply, scan
+from dmin.attribution.search.threads import in_threads
 from dmin.runtime.errors import DminError
 from dmin.store.encoding import word_sums
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from dmin.attribution.inner_product import InnerProduct
-from dmin.attribution.search.certified import (
+from dmin.attribution.search.certified_bound import (
     ProjectionIndex,
     load_arrays,
     save_arrays,
 )
 from dmin.attribution.search.index import Found, Index
-from dmin.attribution.search.scan import in_threads, row_factors, scan, scores_of_rows
+from dmin.attribution.search.scan import row_factors, scan, scores_of_rows
+from dmin.attribution.search.threads import in_threads
 from dmin.attribution.search.topk import TopK
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint

@@ -1,249 +1,184 @@
-"""A small index of a store: projections of its rows on few directions, and what these leave out."""
+"""Certified search: a small index proposes, exact rows decide, a bound says when that is proven."""
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import reduce
-from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dmin.attribution.inner_product import InnerProduct
-from dmin.attribution.search.scan import Span, decoded_rows, in_threads, multiply, row_factors
+from dmin.attribution.search.certified_bound import ProjectionIndex
+from dmin.attribution.search.index import Found, Index
+from dmin.attribution.search.scan import row_factors, scan, scores_of_rows
+from dmin.attribution.search.threads import in_threads
+from dmin.attribution.search.topk import TopK
 from dmin.runtime.errors import DminError
 from dmin.store import Store
 
-ROWS = 256  # in one matrix product
-SAMPLE = 16_384  # rows that the directions are found on
-SPAN = 65_536  # codes of one thread at a time
-# ‖z‖² − ‖Vᵀz‖² in float32 is off by less than this part of ‖z‖².
-SLACK = 1e-5
-ARRAYS = ("directions", "steps", "codes", "roundings", "residuals", "lengths")
+FIRST = 64  # rows read before anything is known of the threshold
+MOST = 8192  # rows read at a time, later
+SCAN_FROM = 0.25  # of the rows: more candidates than this are quicker scanned than read one by one
+TOGETHER = 8  # queries whose bounds are in memory at once
+WORTH = 0.5  # of a scan: where the queries that are left would read more, they are scanned together
 
 
-@dataclass(frozen=True)
-class ProjectionIndex:
-    """For every row z (scaled and concatenated over draws, timesteps and groups) a code of Vᵀz.
-
-    V are about the leading eigenvectors of ZᵀZ, found by streamed randomised subspace iteration
-    (Halko, Martinsson & Tropp 2011, arXiv 0909.4061) in memory of a few ``m × r`` matrices. How
-    near they come decides how much a search reads, never what it finds. Projections are kept as a
-    byte a direction; by how much these are off is kept as well.
+class Certified(Index):
+    """Exact search that reads only the rows that could be among the best.
 
     Args:
-        store: fingerprint of the store.
-        readout: whose rows.
-        scale: how they were scaled, see :class:`InnerProduct`.
-        directions: V, float32 ``[m, r]``, of orthonormal columns.
-        steps: float32 ``[r]``: what one unit of a code is.
-        codes: int8 ``[N, r]``, ``steps · code ≈ Vᵀz``.
-        roundings: ``‖Vᵀz − steps · code‖``, float32 ``[N]``.
-        residuals: at least ``‖z − V Vᵀz‖``, float32 ``[N]``.
-        lengths: ``‖z‖``, float32 ``[N]``.
+        directions: numbers an example that are kept with the store and in memory, a byte each.
+
+    Raises:
+        DminError: no direction.
     """
 
-    store: str
-    readout: str
-    scale: str
-    directions: np.ndarray
-    steps: np.ndarray
-    codes: np.ndarray
-    roundings: np.ndarray
-    residuals: np.ndarray
-    lengths: np.ndarray
+    def __init__(self, directions: int = 256) -> None:
+        if directions < 1:
+            raise DminError(f"index.directions={directions}: an index needs 1 direction or more.")
+        self.directions = directions
+        self._index: ProjectionIndex | None = None
+        self._read: list[np.ndarray] = []
 
-    def bounds(self, queries: Tensor) -> Tensor:
-        """Return what no score exceeds, ``[Q, N]``.
-
-        With a = Vᵀq, p = Vᵀz, and p' as it is kept,
-
-        ``⟨q, z⟩ ≤ ⟨a, p'⟩ + ‖a‖ ‖p − p'‖ + ‖q − Va‖ ‖z − Vp‖ + ε ‖q‖ ‖z‖``
-
-        by Cauchy–Schwarz; ε = 8 √m 2⁻²⁴ allows for the rounding of all sums of m terms in float32,
-        of the exact scores as well (Higham & Mary 2019, SIAM J. Sci. Comput. 41: √m u with
-        overwhelming probability; the store's own rounding has no part: z is what is read back).
-
-        Args:
-            queries: float32 ``[Q, m]``, few.
-        """
-        basis = torch.from_numpy(self.directions)
-        inside = queries @ basis
-        outside = torch.linalg.vector_norm(queries - inside @ basis.T, dim=1)
-        norm, length = torch.linalg.vector_norm(inside, dim=1), queries.norm(dim=1)
-        slack = 8 * len(basis) ** 0.5 * 2.0**-24 * length
-        asked = (inside * torch.from_numpy(self.steps)).numpy()[:, None]
-        found = torch.empty(len(queries), len(self.codes))
-        scores = found.numpy()
-        allowances = (
-            (norm.numpy(), self.roundings),
-            (outside.numpy(), self.residuals),
-            (slack.numpy(), self.lengths),
-        )
-
-        def part(span: Span) -> None:
-            rows = slice(*span)
-            codes, count = self.codes[rows, None], span[1] - span[0]
-            ones = np.ones((count, 1), np.float32)
-            unchecked = np.zeros(count, np.uint32)
-            multiply(codes, ones, unchecked, asked, scores[:, rows])
-            for factor, array in allowances:
-                scores[:, rows] += factor[:, None] * array[rows]
-
-        spans = [(at, min(at + SPAN, len(self.codes))) for at in range(0, len(self.codes), SPAN)]
-        for _ in in_threads(part, spans, compiled=True):
-            pass
+    def search(
+        self,
+        linear: InnerProduct,
+        store: Store,
+        k: int,
+        sign: int = 1,
+        keep: np.ndarray | None = None,
+    ) -> Found:
+        """Return the k best, see :func:`certified_search`; the index is kept with the store."""
+        if self._index is None or self._index.store != store.fingerprint:
+            self._index = ProjectionIndex.of(store, linear, self.directions)
+        found = certified_search(linear, store, self._index, k, sign, keep)
+        self._read.append(found.read / len(store))
         return found
 
-    @classmethod
-    def build(
-        cls,
-        store: Store,
-        linear: InnerProduct,
-        directions: int = 256,
-        passes: int = 2,
-        seed: int = 0,
-    ) -> ProjectionIndex:
-        """Read a store ``passes`` times in part and once as a whole.
-
-        Args:
-            store: the rows.
-            linear: for its readout and scale; its queries are not looked at.
-            directions: r; more make the index larger and the part of the store read smaller.
-            passes: of the subspace iteration.
-            seed: of the first directions.
-        """
-        width = int(np.prod(store.layout.row_shape))
-        rank = min(directions, width, len(store))
-        factors = row_factors(store, linear)
-        spans = [(at, min(at + ROWS, len(store))) for at in range(0, len(store), ROWS)]
-        some = spans[:: max(1, len(store) // SAMPLE)]
-
-        def iterate(span: Span) -> Tensor:
-            parts = decoded_rows(store, linear.readout, span, factors, ROWS)
-            return reduce(torch.add, (rows.T @ (rows @ basis) for _, rows in parts))
-
-        def project(span: Span) -> tuple[Tensor, Tensor]:
-            found = []
-            for _, rows in decoded_rows(store, linear.readout, span, factors, ROWS):
-                found.append((rows @ basis, torch.linalg.vector_norm(rows, dim=1)))
-            return _concatenated(found)
-
-        generator = torch.Generator().manual_seed(seed)
-        basis = _orthonormal(torch.randn(width, rank, generator=generator))
-        for _ in range(passes):
-            total = torch.zeros(width, rank)
-            for part in in_threads(iterate, some):
-                total += part
-            basis = _orthonormal(total)
-        inside, lengths = _concatenated(in_threads(project, spans))
-        left = lengths.square() - torch.linalg.vector_norm(inside, dim=1).square()
-        residuals = (left.clamp(min=0) + SLACK * lengths.square()).sqrt()
-        codes, steps, roundings = _coded(inside)
-        arrays = (basis, steps, codes, roundings, residuals, lengths)
-        kind = store.fingerprint, linear.readout, linear.scale
-        return cls(*kind, *(each.numpy() for each in arrays))
-
-    def decoded(self, rows: slice) -> np.ndarray:
-        """Return projections of some rows as they are kept, float32 ``[n, r]``."""
-        return self.codes[rows] * self.steps
-
-    @staticmethod
-    def path(store: Store, linear: InnerProduct, directions: int) -> Path:
-        """Return where the index of a store is kept: in its directory."""
-        return store.path / f"index-{linear.readout}-{linear.scale}-{directions}.npz"
-
-    @classmethod
-    def of(cls, store: Store, linear: InnerProduct, directions: int = 256) -> ProjectionIndex:
-        """Return the index kept with a store; build and keep it if it is missing or stale."""
-        path = cls.path(store, linear, directions)
-        if path.is_file():
-            index = cls._read(path)
-            if index.store == store.fingerprint:
-                return index
-        index = cls.build(store, linear, directions)
-        index.save(path)
-        return index
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index, whole or not at all."""
-        about = [self.store, self.readout, self.scale]
-        save_arrays(Path(path), about, {name: getattr(self, name) for name in ARRAYS})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], store: Store) -> ProjectionIndex:
-        """Read an index back.
-
-        Raises:
-            DminError: it is damaged, or of other rows than the store's.
-        """
-        index = cls._read(Path(path))
-        require_fresh(Path(path), index.store, store)
-        return index
-
-    @classmethod
-    def _read(cls, path: Path) -> ProjectionIndex:
-        (store, readout, scale), arrays = load_arrays(path, ARRAYS)
-        return cls(store, readout, scale, **arrays)
+    def note(self) -> str:
+        """Say what was read for the proof."""
+        parts = np.concatenate(self._read)
+        proven = parts[parts < 1]
+        part = f"{100 * proven.mean():.2g} % of the rows read for a query" if len(proven) else ""
+        scanned = len(parts) - len(proven)
+        rest = f"{scanned} of {len(parts)} queries by reading all" if scanned else ""
+        return "proven, " + ", ".join(filter(None, (part, rest)))
 
 
-def require_fresh(path: Path, fingerprint: str, store: Store) -> None:
-    """Raise DminError unless an index was made of the rows that a store has now."""
-    if fingerprint != store.fingerprint:
+def certified_search(
+    linear: InnerProduct,
+    store: Store,
+    index: ProjectionIndex,
+    k: int,
+    sign: int = 1,
+    keep: np.ndarray | None = None,
+) -> Found:
+    """Return the k rows of largest ``sign · score``, reading only those that could be among them.
+
+    Rows are read in the order of their upper bounds (:meth:`ProjectionIndex.bounds`) until the next
+    one is below the k-th best score read: what is not read cannot be among the best. Equal scores
+    are ordered by row, as in a scan. Queries whose bounds exclude too little are scanned together,
+    and so are many queries, of which a scan reads less than their proofs would.
+    Arguments are those of :meth:`Index.search`.
+
+    Raises:
+        DminError: the index is of other rows.
+    """
+    _check(linear, store, index)
+    queries = sign * linear.queries.flatten(1).cpu()
+    out = None if keep is None else ~torch.from_numpy(keep)
+    factors = row_factors(store, linear)
+    found = [_Best(query, store, linear, factors, k) for query in queries]
+    for start in range(0, len(found), TOGETHER):
+        fresh, asked = found[start : start + TOGETHER], queries[start : start + TOGETHER]
+        bounds = index.bounds(asked)
+        if out is not None:
+            bounds[:, out] = -torch.inf
+        work = list(zip(fresh, bounds, strict=True))
+        if len(work) == 1:  # then its rows are shared out over the threads
+            fresh[0].prove(bounds[0])
+        else:
+            for _ in in_threads(lambda pair: pair[0].prove(pair[1]), work):
+                pass
+        part = np.mean([len(best.rows_read) for best in fresh]) / len(store)
+        codes = index.codes.shape[1] / store.layout.row_bytes
+        if (len(found) - start - len(fresh)) * (part + codes) > WORTH:
+            break
+    read = np.array([len(best.rows_read) for best in found])
+    pairs = [(best.scores, best.rows) for best in found]
+    unproven = [number for number, best in enumerate(found) if not best.proven]
+    if unproven:  # those that were not begun as well
+        read[unproven] = len(store)
+        replaced = InnerProduct(sign * linear.queries[unproven], linear.scale, linear.readout)
+        for number, each in zip(unproven, _scanned(replaced, store, k, keep), strict=True):
+            pairs[number] = each
+    scores, rows = (torch.stack(part) for part in zip(*pairs, strict=True))
+    return Found(sign * scores, rows, read)
+
+
+class _Best:
+    """The best rows of one query among those read so far."""
+
+    def __init__(
+        self, query: Tensor, store: Store, linear: InnerProduct, factors: Tensor | None, k: int
+    ) -> None:
+        self.query, self.store, self.linear, self.k = query, store, linear, k
+        self.factors = factors
+        self.rows = self.rows_read = torch.empty(0, dtype=torch.int64)
+        self.scores = self._scores_read = torch.empty(0)
+        self.proven = False
+
+    def prove(self, bounds: Tensor) -> None:
+        """Read rows until no other can be among the best; give up where that takes too many."""
+        first = bounds.topk(min(max(FIRST, 4 * self.k), int((bounds > -torch.inf).sum()))).indices
+        self._read(first)
+        bounds[self.rows_read] = -torch.inf
+        left = (bounds >= self.threshold).nonzero()[:, 0]
+        left = left[bounds[left] > -torch.inf]
+        if len(left) > max(SCAN_FROM * len(bounds), MOST):
+            return
+        left = left[bounds[left].argsort(descending=True)]
+        step = 4 * FIRST
+        while len(left):
+            self._read(left[:step])
+            # The next bounds are all smaller: what is open now is a beginning of what was.
+            left = left[step:]
+            left = left[bounds[left] >= self.threshold]
+            step = min(4 * step, MOST)
+        self.proven = True
+
+    @property
+    def threshold(self) -> Tensor:
+        """The k-th best score read."""
+        return self.scores[-1]
+
+    def _read(self, rows: Tensor) -> None:
+        read = scores_of_rows(self.store, self.linear, self.factors, self.query, rows.numpy())
+        scores = torch.cat([self._scores_read, read])
+        self.rows_read, order = torch.cat([self.rows_read, rows]).sort()
+        self._scores_read = scores[order]
+        best = self._scores_read.argsort(descending=True, stable=True)[: self.k]
+        self.scores, self.rows = self._scores_read[best], self.rows_read[best]
+
+
+def _scanned(
+    linear: InnerProduct, store: Store, k: int, keep: np.ndarray | None
+) -> Sequence[tuple[Tensor, Tensor]]:
+    """Return the best by reading everything."""
+    best = TopK(len(linear.queries), k)
+    for first, scores in scan(linear, store, keep=keep):
+        if keep is not None:
+            scores[:, ~torch.from_numpy(keep[first : first + scores.shape[1]])] = -torch.inf
+        best.update(scores, first)
+    return list(zip(best.scores, best.rows, strict=True))
+
+
+def _check(linear: InnerProduct, store: Store, index: ProjectionIndex) -> None:
+    mine = store.fingerprint, linear.readout, linear.scale
+    theirs = index.store, index.readout, index.scale
+    if mine != theirs:
         raise DminError(
-            f"The index {path} is stale: it was made for the rows {fingerprint}, the store"
-            f" {store.path} now has {store.fingerprint}. Delete it and build it again."
+            f"This index is of {theirs[1]!r} rows scaled by {theirs[2]!r} of the store {theirs[0]};"
+            f" the search needs {mine[1]!r}, {mine[2]!r}, {mine[0]}: build it again."
         )
-
-
-def save_arrays(path: Path, about: list[str], arrays: dict[str, np.ndarray]) -> None:
-    """Write an index, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    content: dict[str, Any] = {**arrays, "about": np.array(about)}
-    try:
-        with open(temporary, "xb") as file:
-            np.savez(file, **content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DminError(
-            f"The index {path} could not be written ({error.strerror}): make room or give"
-            " yourself permission, or search without an index (index=null)."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_arrays(path: Path, names: Iterable[str]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Read an index back: what it is of, and its arrays; their check sums are looked at."""
-    try:
-        with np.load(path) as file:
-            return [str(text) for text in file["about"]], {name: file[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile) as error:
-        raise DminError(
-            f"{path} is not an index or is damaged ({error}): delete it and build it again."
-        ) from error
-
-
-def _coded(inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes, steps and the lengths of what rounding to them leaves, a little too large."""
-    steps = inside.abs().amax(0).clamp(min=1e-30) / 127
-    codes = (inside / steps).round().clamp(-127, 127).to(torch.int8)
-    parts = zip(inside.split(SPAN), codes.split(SPAN), strict=True)
-    left = [torch.linalg.vector_norm(one - code.float() * steps, dim=1) for one, code in parts]
-    return codes, steps, torch.cat(left) * 1.0001
-
-
-def _concatenated(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    first, second = zip(*parts, strict=True)
-    return torch.cat(first), torch.cat(second)
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    """Return an orthonormal basis of the columns, exact to float32."""
-    return torch.linalg.qr(columns.double())[0].float().contiguous()

@@ -11,7 +11,7 @@ ahead. Written in LLVM's terms (:func:`products`), every product is added up by 
 instructions in the same order, so that scores do not depend on blocks, threads and other queries;
 and the next rows are fetched meanwhile, which hides the latency of memory.
 
-numba knows no half floats: float16 comes as int16, bfloat16 as uint16, told apart by that. It is
+numba knows no half floats: float16 comes as int16, bfloat16 as uint16, distinguished by that. It is
 imported when this module is, which is when a scan begins. (All of it stands in one file: numba
 keeps what it compiled until the file of the loop changes.)
 """
