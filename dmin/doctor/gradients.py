@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.gradients.capture import Capture
-from dmin.gradients.layers import GradientFactors
+from dmin.gradients.factors import GradientFactors
 from dmin.gradients.parameters import Parameter, Parameters
 from dmin.models.base import READOUTS, DiffusionModel
 

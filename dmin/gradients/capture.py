@@ -2,7 +2,7 @@
 
 Backpropagating a sum of per-example values through a network gives each layer the gradient of its
 output, example by example. Together with the layer's input that is the per-example gradient of its
-parameters, in factors (:mod:`dmin.gradients.layers`). A :class:`Capture` hands these to a sink
+parameters, in factors (:mod:`dmin.gradients.factors`). A :class:`Capture` hands these to a sink
 (:mod:`dmin.gradients.sink`) the moment backward reaches the layer and forgets them, so the full
 gradient never exists. The parameters are frozen meanwhile: autograd computes no weight gradients of
 its own.
@@ -22,7 +22,8 @@ from typing import Any, Generic, Self
 import torch
 from torch import Tensor, nn
 
-from dmin.gradients.layers import GradientFactors, LayerGradient, Sum, layer_gradient, splits
+from dmin.gradients.factors import GradientFactors, Sum
+from dmin.gradients.layers import LayerGradient, layer_gradient, splits
 from dmin.gradients.parameters import some_of
 from dmin.gradients.rerun import PerExampleRerun, differentiable, replaced
 from dmin.gradients.sink import Rows, Sink, State

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dmin.gradients.layers import Dense, GradientFactors
+from dmin.gradients.factors import Dense, GradientFactors
 from dmin.runtime.errors import DminError
 
 

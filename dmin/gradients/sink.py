@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from dmin.gradients.layers import GradientFactors
+from dmin.gradients.factors import GradientFactors
 from dmin.gradients.parameters import Parameters
 
 State = TypeVar("State")

@@ -1,8 +1,7 @@
-"""Loading pipelines, other weights and LoRA adapters, with errors that say what to do."""
+"""Loading pipelines and other weights of their networks, with errors that say what to do."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import re
@@ -22,9 +21,6 @@ from dmin.runtime.errors import DminError
 DType = Literal["float32", "bfloat16"]
 """float16 is left out: gradients of a mean over pixels are smaller than it can hold."""
 
-LORA = r"\.lora_[AB]\."
-"""Regular expression of the parameters of LoRA adapters: for ``collect.params``."""
-
 _IN_FILE = {
     "vae": ("first_stage_model.", "vae."),
     "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
@@ -32,8 +28,6 @@ _IN_FILE = {
     "text_encoder_3": ("text_encoders.t5xxl.",),
 }
 """How the weights of components are named in single files of Stable Diffusion and Flux."""
-
-_LORA_IN_FILE = re.compile(r"lora_[AB]|lora[._](down|up)")  # in the formats of all trainers
 
 
 def load_pipeline(
@@ -190,164 +184,6 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
             f"Give the weights of the same network as model.path."
         )
     network.load_state_dict(state)
-
-
-def load_adapters(
-    network: nn.Module, paths: str | Path | Sequence[str | Path], pipeline: Any = None
-) -> None:
-    """Load LoRA adapters into a network, under names that do not depend on where they come from.
-
-    They are called ``default``, ``default_1``, … and act together, so that the names of their
-    parameters (and with them the sketch) are the same however an adapter was called in training.
-
-    Args:
-        network: gets the adapters; must not have any yet.
-        paths: ``.safetensors`` file or a folder with one, in diffusers', kohya's or peft's format;
-            several are added up.
-        pipeline: whose ``load_lora_weights`` reads more formats, if it has one.
-
-    Raises:
-        DminError: no such file, not a LoRA of this network alone, or peft is not installed.
-    """
-    try:
-        import peft  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise DminError("model.adapter needs peft: pip install 'dmin[lora]'.") from error
-    several = [paths] if isinstance(paths, str | Path) else list(paths)
-    names = ["default", *(f"default_{n}" for n in range(1, len(several)))]
-    for path, name in zip(several, names, strict=False):
-        _load_adapter(network, _adapter_file(Path(path)), name, pipeline)
-    if len(several) > 1:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for module in network.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.set_adapter(names)
-    network.eval()
-
-
-def _load_adapter(network: nn.Module, file: Path, name: str, pipeline: Any) -> None:
-    state = load_file(file)
-    _refuse_adapter(state, file)
-    before = _adapter_keys(network)
-    try:
-        if (file.parent / "adapter_config.json").is_file() or not hasattr(
-            pipeline, "load_lora_weights"
-        ):
-            _inject(network, state, file, name)
-        else:
-            pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
-    except (ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise DminError(
-            f"model.adapter={file}: cannot be loaded into {type(network).__name__}: {error}"
-        ) from error
-    landed = len(_adapter_keys(network) - before)
-    given = sum(bool(_LORA_IN_FILE.search(key)) for key in state)
-    # Other trainers join layers that the network has apart: one matrix then fills several places.
-    is_joined = not any("lora_A" in key for key in state)
-    if landed < max(1, given) or (landed > given and not is_joined):
-        raise DminError(
-            f"model.adapter={file}: its {given} matrices fill {landed} places in "
-            f"{type(network).__name__} (the first is {next(iter(state), 'none')}). Give an adapter "
-            f"trained for this model."
-        )
-
-
-def _refuse_adapter(state: dict[str, Tensor], file: Path) -> None:
-    text = [key for key in state if key.startswith(("text_encoder", "lora_te"))]
-    if text:
-        raise DminError(
-            f"model.adapter={file}: it also adapts a text encoder ({len(text)} tensors, such as "
-            f"{text[0]}), whose part of the gradient dmin does not take. Train the adapter on the "
-            f"denoising network alone, or remove these tensors from the file if their effect may "
-            f"be left out."
-        )
-    odd = [key for key in state if "dora_scale" in key or "lora_magnitude" in key]
-    if odd:
-        raise DminError(
-            f"model.adapter={file}: a DoRA adapter ({odd[0]}), whose magnitudes would be ignored. "
-            f"Use a plain LoRA."
-        )
-
-
-def _adapter_file(path: Path) -> Path:
-    """Return the one weight file of an adapter."""
-    names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    files = [file for file in files if file.name in names] or files
-    if len(files) != 1 or files[0].suffix != ".safetensors":
-        raise DminError(
-            f"model.adapter={path}: expected a .safetensors file, or a folder with just one; found "
-            f"{', '.join(f.name for f in files) or 'none'}. An adapter on the Hub must be "
-            f"downloaded first."
-        )
-    return files[0]
-
-
-def _inject(network: nn.Module, state: dict[str, Tensor], file: Path, name: str) -> None:
-    """Load an adapter with peft alone, for networks that diffusers has no loader for."""
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-
-    for prefix in ("base_model.model.", "transformer.", "unet."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    if (file.parent / "adapter_config.json").is_file():
-        config = LoraConfig.from_pretrained(str(file.parent))
-    else:
-        ranks = {
-            key.removesuffix(".lora_A.weight"): len(value)
-            for key, value in state.items()
-            if key.endswith(".lora_A.weight")
-        }
-        rank = next(iter(ranks.values()), 1)
-        # Files of this kind do not tell alpha; diffusers, too, takes it to be the rank.
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=rank,
-            target_modules=list(ranks),
-            rank_pattern={key: r for key, r in ranks.items() if r != rank},
-            alpha_pattern={key: r for key, r in ranks.items() if r != rank},
-        )
-    modules: Any = network
-    inject_adapter_in_model(config, modules, name)
-    result: Any = set_peft_model_state_dict(modules, state, name)
-    if result.unexpected_keys:
-        raise DminError(
-            f"model.adapter={file}: {type(network).__name__} has no place for "
-            f"{', '.join(result.unexpected_keys[:3])}. Give an adapter trained for this model."
-        )
-
-
-def without_adapter(network: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Return a network without its one adapter, and the adapter's weights; itself if it has none.
-
-    Args:
-        network: left as it is.
-    """
-    if not getattr(network, "peft_config", None):
-        return network, {}
-    from diffusers.utils.peft_utils import recurse_remove_peft_layers
-    from peft import get_peft_model_state_dict
-
-    layers: dict[str, Tensor] = get_peft_model_state_dict(network)
-    plain = copy.deepcopy(network)
-    recurse_remove_peft_layers(plain)
-    del plain.peft_config
-    plain._hf_peft_config_loaded = False
-    return plain, layers
-
-
-def describe_adapters(network: nn.Module) -> dict[str, Any]:
-    """Return rank and scale of a network's adapters: α is no weight, but scales gradients."""
-    configs = getattr(network, "peft_config", {})
-    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
-    return {
-        name: {key: getattr(config, key, None) for key in names} for name, config in configs.items()
-    }
-
-
-def _adapter_keys(network: nn.Module) -> set[str]:
-    return {name for name, _ in network.named_parameters() if ".lora_" in name}
 
 
 def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:

@@ -1,49 +1,29 @@
-"""What latent diffusion models share: a pipeline of diffusers, its encoders and its sampler."""
+"""What latent diffusion models share: latents, conditions and the loss at a timestep."""
 
 from __future__ import annotations
 
 import copy
-import functools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmin.diffusion.processes import DiscreteDiffusion, RectifiedFlow
-from dmin.models import logging_filters as remarks
-from dmin.models import vae
-from dmin.models.base import (
-    Condition,
-    DiffusionModel,
-    Dropped,
-    Prediction,
-    noise_generators,
-    weights_digest,
+from dmin.models import (
+    layers,  # noqa: F401  (registers the gradients of diffusers' own layers)
+    vae,
 )
-from dmin.models.checkpoints import (
-    DType,
-    describe_adapters,
-    load_adapters,
-    load_pipeline,
-    load_weights,
-    without_adapter,
-)
-from dmin.models.settings import name_settings
-from dmin.models.trajectory import recorded
+from dmin.models.adapters import describe_adapters
+from dmin.models.base import Condition, Dropped, Prediction
+from dmin.models.pipeline import PipelineModel
 from dmin.runtime.errors import DminError
 
 DROPPED = "dropped."  # before the names of conditions that stand for no prompt
 
 
-class LatentDiffusion(DiffusionModel):
-    """A diffusion model of the latents of a VAE, held as the pipeline of diffusers it came in.
-
-    Only :attr:`network` is a child module: moving the model moves the network, and the pipeline's
-    :attr:`encoders` stay where they are.
+class LatentDiffusion(PipelineModel):
+    """A diffusion model of the latents of a VAE.
 
     Args:
         pipeline: of diffusers, with all its components.
@@ -63,9 +43,6 @@ class LatentDiffusion(DiffusionModel):
         DminError: a setting does not fit the pipeline.
     """
 
-    pipeline_class: ClassVar[Any]
-    network_name: ClassVar[str] = "transformer"
-    components: ClassVar[dict[str, Any]] = {}  # replaced when loading
     packing: ClassVar[int] = 1  # latent pixels in one vector of the network's input
     process: DiscreteDiffusion | RectifiedFlow
 
@@ -80,9 +57,7 @@ class LatentDiffusion(DiffusionModel):
         guidance_scale: float | None = None,
         query_guidance: float | None = None,
     ) -> None:
-        super().__init__()
-        self.pipeline = pipeline
-        self.network: Any = getattr(pipeline, self.network_name).eval()
+        super().__init__(pipeline, guidance_scale)
         self.process = process
         self.ladder = process.ladder
         if latents not in ("mode", "sample"):
@@ -96,87 +71,8 @@ class LatentDiffusion(DiffusionModel):
         self.latents = latents
         self.latent_seed = latent_seed
         self.prompt_dropout = prompt_dropout
-        self.guidance_scale = guidance_scale
         self.query_guidance = query_guidance
         self.guidance: float | None = None
-        for encoder in self.encoders.values():
-            encoder.eval().requires_grad_(False)
-        pipeline.set_progress_bar_config(disable=True)
-        remarks.say_once(pipeline)
-
-    def __init_subclass__(cls) -> None:
-        """Give ``from_pretrained`` a signature that names all settings of the family."""
-        super().__init_subclass__()
-        name_settings(cls, LatentDiffusion, "from_pretrained")
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        *,
-        adapter: str | Path | Sequence[str] | None = None,
-        ema: str | Path | None = None,
-        variant: str | None = None,
-        revision: str | None = None,
-        torch_dtype: DType = "float32",
-        subfolder: str | None = None,
-        single_file: str | Path | None = None,
-        **settings: Any,
-    ) -> Self:
-        """Load a checkpoint in diffusers' layout.
-
-        Args:
-            path: folder with ``model_index.json``, or the name of a repository on the Hub.
-            adapter: LoRA weights of the network: file or folder, or several.
-            ema: other weights of the network, such as their moving average: ``.safetensors`` file,
-                or a folder that the network's or ``EMAModel``'s ``save_pretrained`` wrote.
-            variant: of the weight files, such as ``fp16``.
-            revision: branch, tag or commit on the Hub.
-            torch_dtype: of all weights; losses are computed in float32 whatever it is.
-            subfolder: folder inside ``path`` that holds the pipeline.
-            single_file: file that holds all weights in the original layout; configs and tokenizers
-                are then read from ``path``.
-            settings: of the family.
-
-        Raises:
-            DminError: no such checkpoint, or it does not fit the settings.
-        """
-        pipeline = load_pipeline(
-            cls.pipeline_class,
-            path,
-            variant=variant,
-            revision=revision,
-            torch_dtype=torch_dtype,
-            subfolder=subfolder,
-            single_file=single_file,
-            **cls.components,
-        )
-        network = getattr(pipeline, cls.network_name)
-        if ema is not None:
-            load_weights(network, ema)
-        if adapter is not None:
-            load_adapters(network, adapter, pipeline)
-        return cls(pipeline, **settings).eval()
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """Save in diffusers' layout; an adapter beside the network, in the folder ``lora``."""
-        path = Path(path)
-        plain, adapter = without_adapter(self.network)
-        self.pipeline.register_modules(**{self.network_name: plain})
-        self.pipeline.save_pretrained(str(path))
-        self.pipeline.register_modules(**{self.network_name: self.network})
-        if adapter:
-            named = {f"{self.network_name}_lora_layers": adapter}
-            self.pipeline.save_lora_weights(str(path / "lora"), **named)
-
-    @property
-    def encoders(self) -> dict[str, nn.Module]:
-        """VAE and text encoders, by name; the caller may move them to a device and back."""
-        return {
-            name: component
-            for name, component in self.pipeline.components.items()
-            if isinstance(component, nn.Module) and component is not self.network
-        }
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         """Return latents and condition, computed where the encoders are, on the images' device."""
@@ -241,30 +137,6 @@ class LatentDiffusion(DiffusionModel):
         step = self.guidance * (found.prediction - other.prediction)
         return Prediction(other.prediction + step, target, weight)
 
-    @torch.no_grad()
-    def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int = 50) -> Tensor:
-        """Generate by the pipeline itself, with its scheduler and a generator for each image."""
-        with self._encoders_with_network():
-            images: Tensor = self.pipeline(
-                **self._sampling(prompts),
-                generator=noise_generators(seeds),
-                num_inference_steps=steps,
-                output_type="pt",
-            ).images
-        return images.float().clamp(0, 1)
-
-    @torch.no_grad()
-    def journey(
-        self, prompts: Sequence[Any], seeds: Sequence[int], steps: int, states: int
-    ) -> Tensor:
-        """Return the pipeline's estimates of the clean latents on the way, decoded."""
-        with recorded(self.pipeline.scheduler, states) as kept, self._encoders_with_network():
-            last = self.sample(prompts, seeds, steps)
-            # With guidance, some pipelines have the states twice over.
-            estimates = [self._unpacked(state[: len(prompts)], last) for state in kept]
-            decoded = [vae.decode(self.pipeline.vae, state) for state in estimates]
-        return torch.stack(decoded).to(last.device)
-
     def log_snr(self, timesteps: Sequence[float]) -> list[float]:
         """Return the log signal-to-noise ratio at each timestep."""
         return self.process.log_snr(timesteps)
@@ -284,20 +156,6 @@ class LatentDiffusion(DiffusionModel):
             "adapters": describe_adapters(self.network),
             "encoders": self._encoder_digests,
         }
-
-    def describe_sampling(self) -> dict[str, Any]:
-        """Return sampler, guidance and the encoders' digests."""
-        scheduler = self.pipeline.scheduler
-        return {
-            **super().describe_sampling(),
-            "scheduler": {"name": type(scheduler).__name__, "config": repr(scheduler.config)},
-            "guidance_scale": self.guidance_scale,
-            "encoders": self._encoder_digests,
-        }
-
-    @functools.cached_property
-    def _encoder_digests(self) -> dict[str, str]:
-        return {name: weights_digest(encoder) for name, encoder in self.encoders.items()}
 
     @abstractmethod
     def _prompts(self, batch: Mapping[str, Any]) -> Sequence[Any]:
@@ -324,15 +182,6 @@ class LatentDiffusion(DiffusionModel):
     def _sizes(self, batch: Mapping[str, Any]) -> Condition:
         """Return conditions that come from the images' sizes, one row an image."""
         return {}
-
-    def _unpacked(self, latents: Tensor, images: Tensor) -> Tensor:
-        """Return latents as the VAE has them, of those of the sampler and what they became."""
-        return latents
-
-    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
-        """Return the arguments of the pipeline's call that tell what to generate."""
-        scale = self.guidance_scale
-        return {} if scale is None else {"guidance_scale": scale}
 
     @property
     def vae_factor(self) -> int:
@@ -365,16 +214,3 @@ class LatentDiffusion(DiffusionModel):
                 f"does not fit {type(self).__name__}: {config['in_channels']} channels are needed, "
                 f"and sides that are multiples of {unit}. Set data.size and data.mode."
             )
-
-    @contextmanager
-    def _encoders_with_network(self) -> Iterator[None]:
-        """Have the encoders on the network's device for a while."""
-        device = next(self.network.parameters()).device
-        places = [(e, next(e.parameters()).device) for e in self.encoders.values()]
-        try:
-            for encoder, _ in places:
-                encoder.to(device)
-            yield
-        finally:
-            for encoder, place in places:
-                encoder.to(place)

@@ -6,7 +6,8 @@ import torch
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from torch import Tensor
 
-from dmin.gradients.layers import GradientFactors, affine, gradient_of, layer_norm, wide
+from dmin.gradients.factors import GradientFactors, wide
+from dmin.gradients.layers import affine, gradient_of, layer_norm
 
 gradient_of(FP32LayerNorm)(layer_norm)
 

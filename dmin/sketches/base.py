@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from dmin.gradients.layers import Dense, GradientFactors
+from dmin.gradients.factors import Dense, GradientFactors
 from dmin.gradients.parameters import Parameter, Parameters
 from dmin.runtime.errors import DminError
 from dmin.sketches import bounds

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from dmin.gradients.layers import Dense, GradientFactors
+from dmin.gradients.factors import Dense, GradientFactors
 from dmin.gradients.parameters import Parameter, Parameters
 from dmin.runtime.errors import DminError
 from dmin.sketches.backends import cpu as forming

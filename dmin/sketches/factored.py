@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmin.gradients.layers import Correlation, GradientFactors, Outer, Rows, Sum
+from dmin.gradients.factors import Correlation, GradientFactors, Outer, Rows, Sum
 from dmin.gradients.parameters import Parameter, Parameters
 from dmin.sketches.base import Accumulator, Sketch, Sketched
 from dmin.sketches.bounds import matrix_shape, moments

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dmin.gradients.layers import GradientFactors, Outer, Sum
+from dmin.gradients.factors import GradientFactors, Outer, Sum
 from dmin.gradients.parameters import Parameters
 from dmin.runtime.errors import DminError
 from dmin.sketches.base import Accumulator, Sketch, Sketched, add_at

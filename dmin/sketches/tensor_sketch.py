@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from dmin.gradients.layers import Correlation, GradientFactors, Outer, Sum
+from dmin.gradients.factors import Correlation, GradientFactors, Outer, Sum
 from dmin.gradients.parameters import Parameter, Parameters
 from dmin.sketches.backends import cpu as forming
 from dmin.sketches.backends import gpu

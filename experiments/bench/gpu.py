@@ -24,7 +24,7 @@ from torch import Tensor
 from workloads import WORKLOADS, Workload, build, times
 
 from dmin.attribution import DMin, retrieve
-from dmin.gradients.layers import Outer
+from dmin.gradients.factors import Outer
 from dmin.gradients.parameters import Parameter, Parameters
 from dmin.sketches import BlockCyclic, TensorSketch
 from dmin.sketches.backends import gpu

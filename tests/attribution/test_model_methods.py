@@ -24,7 +24,7 @@ from dmin.data import Examples
 from dmin.data.digits import Digits
 from dmin.diffusion.noise import SharedNoise
 from dmin.diffusion.timesteps import Explicit, Stratified
-from dmin.gradients.layers import Correlation
+from dmin.gradients.factors import Correlation
 from dmin.models.base import DiffusionModel, Prediction
 from dmin.models.toy.mlp import MLP
 from dmin.runtime.errors import DminError

@@ -20,7 +20,7 @@ from dmin.diffusion.noise import PerExampleNoise
 from dmin.diffusion.timesteps import DMinCubic, Stratified
 from dmin.doctor import diagnose
 from dmin.gradients import layers as layer_gradients
-from dmin.gradients.layers import Dense
+from dmin.gradients.factors import Dense
 from dmin.models import DiffusionModel, Prediction
 from dmin.models.families.ddpm import DDPM
 from dmin.runtime.errors import DminError

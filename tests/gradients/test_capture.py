@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmin.gradients import layers as layer_gradients
 from dmin.gradients.capture import Capture
-from dmin.gradients.layers import Dense
+from dmin.gradients.factors import Dense
 from dmin.gradients.parameters import choose_parameters
 from dmin.gradients.rerun import PerExampleRerun
 from dmin.runtime.errors import DminError

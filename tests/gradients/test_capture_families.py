@@ -10,7 +10,7 @@ from oracle import Keep, error, one_at_a_time
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-import dmin.models.layers  # noqa: F401  (registers diffusers' own norms)
+import dmin.models.latent  # noqa: F401  (registers diffusers' own norms)
 from dmin.gradients.capture import Capture
 from dmin.gradients.parameters import choose_parameters
 

@@ -7,16 +7,8 @@ from hypothesis import strategies as st
 from oracle import captured, check, error, one_at_a_time, square
 from torch import nn
 
-from dmin.gradients.layers import (
-    Correlation,
-    Dense,
-    Outer,
-    Rows,
-    Sum,
-    gradient_of,
-    layer_gradient,
-    splits,
-)
+from dmin.gradients.factors import Correlation, Dense, Outer, Rows, Sum
+from dmin.gradients.layers import gradient_of, layer_gradient, splits
 
 
 class Folded(nn.Module):

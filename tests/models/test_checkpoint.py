@@ -22,8 +22,9 @@ from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Example, collate
 from dmin.diffusion.noise import SharedNoise
 from dmin.diffusion.timesteps import Explicit
+from dmin.gradients.parameters import LORA
 from dmin.models import vae
-from dmin.models.checkpoints import LORA, load_adapters
+from dmin.models.adapters import load_adapters
 from dmin.models.families.ddpm import DDPM
 from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic

@@ -5,7 +5,7 @@ import torch
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 
 from dmin.gradients.layers import layer_gradient
-from dmin.models import layers  # noqa: F401  (registers them)
+from dmin.models import latent  # noqa: F401  (registers them)
 
 LAYERS = {
     "rms_norm": lambda: RMSNorm(6, eps=1e-5),

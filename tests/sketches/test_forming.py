@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dmin.gradients.capture import Capture
-from dmin.gradients.layers import Correlation, Outer
+from dmin.gradients.factors import Correlation, Outer
 from dmin.gradients.parameters import Parameter, Parameters, choose_parameters
 from dmin.sketches import Auto, BlockCyclic, Factored, TensorSketch
 from dmin.sketches.backends.threads import in_threads

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dmin.gradients.capture import Capture
-from dmin.gradients.layers import Dense, Outer, Sum, layer_gradient
+from dmin.gradients.factors import Dense, Outer, Sum
+from dmin.gradients.layers import layer_gradient
 from dmin.gradients.parameters import Parameter, Parameters, choose_parameters
 from dmin.runtime.errors import DminError
 from dmin.sketches import Auto, BlockCyclic, Sketch, TensorSketch

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dmin.attribution.curvature.functional_loss import FunctionalLoss, Weights
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.gradients.capture import Capture
-from dmin.gradients.layers import Correlation, GradientFactors, Outer, Sum, wide
+from dmin.gradients.factors import Correlation, GradientFactors, Outer, Sum, wide
 from dmin.gradients.parameters import Parameters
 from dmin.gradients.sink import Sink
 

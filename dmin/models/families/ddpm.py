@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
+from dmin.models.adapters import describe_adapters, load_adapters
 from dmin.models.base import (
     Condition,
     DiffusionModel,
@@ -18,7 +19,7 @@ from dmin.models.base import (
     class_labels,
     noise_generators,
 )
-from dmin.models.checkpoints import describe_adapters, load_adapters, load_pipeline, load_weights
+from dmin.models.checkpoints import load_pipeline, load_weights
 from dmin.models.schedulers import discrete_diffusion
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import to_device

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.gradients.layers import Correlation, Dense, GradientFactors, Outer, Sum, wide
+from dmin.gradients.factors import Correlation, Dense, GradientFactors, Outer, Sum, wide
 from dmin.sketches.backends.packing import Layout, Planes, Tokens, kernels
 from dmin.sketches.backends.threads import in_threads, with_scratch
 

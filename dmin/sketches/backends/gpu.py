@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from dmin.gradients.layers import Correlation, GradientFactors, Outer, Sum
+from dmin.gradients.factors import Correlation, GradientFactors, Outer, Sum
 from dmin.runtime.errors import DminError
 from dmin.sketches.backends.cpu import as_matrices
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from dmin.gradients.layers import Correlation, Outer, wide
+from dmin.gradients.factors import Correlation, Outer, wide
 
 if TYPE_CHECKING:
     from dmin.sketches.backends.cpu_kernels import Walk

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmin.gradients.layers import Correlation, GradientFactors, Outer, wide
+from dmin.gradients.factors import Correlation, GradientFactors, Outer, wide
 from dmin.sketches.backends.packing import Planes, kernels
 from dmin.sketches.backends.threads import in_threads
 

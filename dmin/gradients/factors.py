@@ -1,0 +1,239 @@
+"""The per-example gradients of one parameter in factors, kept so until somebody needs numbers.
+
+For a layer whose output gradient is ``d`` and whose input is ``a`` the gradient of its weight is,
+for one example, a product of the two: a sum of outer products over positions for ``Linear``, a
+correlation for convolutions. ``dense()`` multiplies them out. A slice ``factors[i:j]`` holds
+examples i to j only, so that a caller can keep to a memory budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_HALF = torch.bfloat16, torch.float16
+_SUMS_WIDE = "dtype" in torch.ops.aten.bmm.overloads()  # torch 2.8 and later
+
+
+class GradientFactors(Protocol):
+    """The gradients of one parameter for each example of a batch, not multiplied out."""
+
+    @property
+    def batch(self) -> int:
+        """Number of examples."""
+
+    def dense(self) -> Tensor:
+        """Return the gradients, ``[batch, *parameter.shape]``, in float32 or float64."""
+
+    def __getitem__(self, examples: slice) -> GradientFactors:
+        """Return the factors of some of the examples."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A gradient already formed, ``[batch, *parameter.shape]``."""
+
+    gradient: Tensor
+
+    @property
+    def batch(self) -> int:
+        """Number of examples."""
+        return len(self.gradient)
+
+    def dense(self) -> Tensor:
+        """Return a copy, so that callers may work in place whatever the factors are."""
+        return wide(self.gradient).clone()
+
+    def __getitem__(self, examples: slice) -> Dense:
+        """Return the gradients of some of the examples."""
+        return Dense(self.gradient[examples])
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A sum of outer products over positions, the gradient of a ``Linear`` weight.
+
+    ``g[b] = Σ_p output_gradient[b, p] ⊗ input[b, p]``
+    """
+
+    output_gradient: Tensor  # [batch, positions, out]
+    input: Tensor  # [batch, positions, in]
+
+    @property
+    def batch(self) -> int:
+        """Number of examples."""
+        return len(self.input)
+
+    def dense(self) -> Tensor:
+        """Return ``[batch, out, in]``.
+
+        A GPU multiplies half precision on its tensor cores and adds up in float32, which is exact
+        but for the order of the sum.
+        """
+        d, a = self.output_gradient, self.input
+        if d.is_cuda and d.dtype == a.dtype and d.dtype in _HALF and _SUMS_WIDE:
+            return torch.bmm(d.transpose(1, 2), a, out_dtype=torch.float32)
+        return torch.bmm(wide(d).transpose(1, 2), wide(a))
+
+    def __getitem__(self, examples: slice) -> Outer:
+        """Return the factors of some of the examples."""
+        return Outer(self.output_gradient[examples], self.input[examples])
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """The gradient of a convolution's weight (1, 2 or 3 dimensions, transposed or not)."""
+
+    output_gradient: Tensor  # [batch, out, *positions]
+    input: Tensor  # [batch, in, *positions], already padded unless the padding is zeros
+    layer: nn.modules.conv._ConvNd
+    padding: tuple[int, ...]
+
+    # Up to this many output positions one batched product of unfolded patches beats a call of the
+    # convolution's own backward for each example (measured on two CPU cores, 8² against 32²).
+    UNFOLD_POSITIONS = 256
+
+    @property
+    def batch(self) -> int:
+        """Number of examples."""
+        return len(self.input)
+
+    def dense(self) -> Tensor:
+        """Return ``[batch, *weight.shape]``."""
+        layer, shape = self.layer, self.layer.weight.shape
+        outer = self.as_outer() if self.output_gradient.is_cuda else None
+        if outer is not None:  # one product of the batch, summed in a fixed order
+            formed = outer.dense().unflatten(2, (-1, shape[1])).transpose(2, 3)
+            return formed.reshape(-1, *shape)
+        d, a = wide(self.output_gradient), wide(self.input)
+        if (
+            type(layer) is nn.Conv2d
+            and layer.groups == 1
+            and d[0, 0].numel() <= self.UNFOLD_POSITIONS
+        ):
+            patches = F.unfold(
+                a, layer.kernel_size, layer.dilation, self.padding, layer.stride
+            )  # [batch, in·kh·kw, positions]
+            return torch.bmm(d.flatten(2), patches.transpose(1, 2)).view(-1, *shape)
+        gradients = d.new_empty(len(d), *shape)
+        weight = layer.weight.detach().to(d.dtype)
+        for example in range(len(d)):
+            gradients[example] = torch.ops.aten.convolution_backward(
+                d[example : example + 1],
+                a[example : example + 1],
+                weight,
+                None,
+                layer.stride,
+                self.padding,
+                layer.dilation,
+                layer.transposed,
+                self._output_padding(),
+                layer.groups,
+                [False, True, False],
+            )[1]
+        return gradients
+
+    def as_outer(self) -> Outer | None:
+        """Return the same gradients as outer products of outputs and patches (tap, input).
+
+        None for groups of channels and transposed convolutions, which are none.
+        """
+        layer, d = self.layer, self.output_gradient.flatten(2).transpose(1, 2)
+        if layer.groups > 1 or layer.transposed:
+            return None
+        a = F.pad(self.input, [p for n in reversed(self.padding) for p in (n, n)])
+        batch, channels, *places = a.stride()
+        steps = [n * s for n, s in zip(places, layer.stride, strict=True)]
+        taps = [n * s for n, s in zip(places, layer.dilation, strict=True)]
+        sizes = *self.output_gradient.shape[2:], *layer.kernel_size
+        patches = a.as_strided(
+            (len(a), *sizes, a.shape[1]), (batch, *steps, *taps, channels), a.storage_offset()
+        )
+        return Outer(d, patches.reshape(len(a), d.shape[1], -1))
+
+    def _output_padding(self) -> list[int]:
+        """Return what a transposed convolution added at the far end, in this very call.
+
+        ``layer(x, output_size=...)`` overrides the layer's own setting.
+        """
+        layer = self.layer
+        if not layer.transposed:
+            return [0] * len(self.padding)
+        return [
+            out - ((size - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
+            for out, size, stride, padding, dilation, kernel in zip(
+                self.output_gradient.shape[2:],
+                self.input.shape[2:],
+                layer.stride,
+                self.padding,
+                layer.dilation,
+                layer.kernel_size,
+                strict=True,
+            )
+        ]
+
+    def __getitem__(self, examples: slice) -> Correlation:
+        """Return the factors of some of the examples."""
+        return Correlation(
+            self.output_gradient[examples], self.input[examples], self.layer, self.padding
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The gradient of an ``Embedding``: output gradients added at the rows that were looked up."""
+
+    output_gradient: Tensor  # [batch, positions, width]
+    index: Tensor  # [batch, positions], integer
+    rows: int
+
+    @property
+    def batch(self) -> int:
+        """Number of examples."""
+        return len(self.index)
+
+    def dense(self) -> Tensor:
+        """Return ``[batch, rows, width]``."""
+        d = wide(self.output_gradient)
+        gradients = d.new_zeros(len(d), self.rows, d.shape[-1])
+        if d.is_cuda:  # in a fixed order
+            example = torch.arange(len(d), device=d.device)[:, None]
+            return gradients.index_put_((example, self.index), d, accumulate=True)
+        return gradients.scatter_add_(1, self.index[..., None].expand_as(d), d)
+
+    def __getitem__(self, examples: slice) -> Rows:
+        """Return the factors of some of the examples."""
+        return Rows(self.output_gradient[examples], self.index[examples], self.rows)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum of several calls' gradients: a layer called more than once, or tied weights."""
+
+    parts: Sequence[GradientFactors]
+
+    @property
+    def batch(self) -> int:
+        """Number of examples."""
+        return self.parts[0].batch
+
+    def dense(self) -> Tensor:
+        """Return ``[batch, *parameter.shape]``."""
+        total = self.parts[0].dense()
+        for part in self.parts[1:]:
+            total += part.dense()
+        return total
+
+    def __getitem__(self, examples: slice) -> Sum:
+        """Return the factors of some of the examples."""
+        return Sum([part[examples] for part in self.parts])
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return x in float32, or float64 when it is that already: sums over positions need it."""
+    return x if x.dtype == torch.float64 else x.float()

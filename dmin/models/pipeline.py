@@ -1,0 +1,216 @@
+"""A model held as the pipeline of diffusers it came in: loading, saving and generating."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from dmin.models import logging_filters, vae
+from dmin.models.adapters import load_adapters, without_adapter
+from dmin.models.base import DiffusionModel, noise_generators, weights_digest
+from dmin.models.checkpoints import DType, load_pipeline, load_weights
+from dmin.models.trajectory import recorded
+
+
+class PipelineModel(DiffusionModel):
+    """A pipeline of diffusers: its network, its encoders and its sampler.
+
+    Only :attr:`network` is a child module: moving the model moves the network, and the pipeline's
+    :attr:`encoders` stay where they are.
+
+    Args:
+        pipeline: of diffusers, with all its components.
+        guidance_scale: of sampling; None for the pipeline's default.
+    """
+
+    pipeline_class: ClassVar[Any]
+    network_name: ClassVar[str] = "transformer"
+    components: ClassVar[dict[str, Any]] = {}  # replaced when loading
+
+    def __init__(self, pipeline: Any, guidance_scale: float | None) -> None:
+        super().__init__()
+        self.pipeline = pipeline
+        self.network: Any = getattr(pipeline, self.network_name).eval()
+        self.guidance_scale = guidance_scale
+        for encoder in self.encoders.values():
+            encoder.eval().requires_grad_(False)
+        pipeline.set_progress_bar_config(disable=True)
+        logging_filters.say_once(pipeline)
+
+    def __init_subclass__(cls) -> None:
+        """Give ``from_pretrained`` a signature that names all settings of the family."""
+        super().__init_subclass__()
+        _name_settings(cls, PipelineModel, "from_pretrained")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        adapter: str | Path | Sequence[str] | None = None,
+        ema: str | Path | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        torch_dtype: DType = "float32",
+        subfolder: str | None = None,
+        single_file: str | Path | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Load a checkpoint in diffusers' layout.
+
+        Args:
+            path: folder with ``model_index.json``, or the name of a repository on the Hub.
+            adapter: LoRA weights of the network: file or folder, or several.
+            ema: other weights of the network, such as their moving average: ``.safetensors`` file,
+                or a folder that the network's or ``EMAModel``'s ``save_pretrained`` wrote.
+            variant: of the weight files, such as ``fp16``.
+            revision: branch, tag or commit on the Hub.
+            torch_dtype: of all weights; losses are computed in float32 whatever it is.
+            subfolder: folder inside ``path`` that holds the pipeline.
+            single_file: file that holds all weights in the original layout; configs and tokenizers
+                are then read from ``path``.
+            settings: of the family.
+
+        Raises:
+            DminError: no such checkpoint, or it does not fit the settings.
+        """
+        pipeline = load_pipeline(
+            cls.pipeline_class,
+            path,
+            variant=variant,
+            revision=revision,
+            torch_dtype=torch_dtype,
+            subfolder=subfolder,
+            single_file=single_file,
+            **cls.components,
+        )
+        network = getattr(pipeline, cls.network_name)
+        if ema is not None:
+            load_weights(network, ema)
+        if adapter is not None:
+            load_adapters(network, adapter, pipeline)
+        return cls(pipeline, **settings).eval()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Save in diffusers' layout; an adapter beside the network, in the folder ``lora``."""
+        path = Path(path)
+        plain, adapter = without_adapter(self.network)
+        self.pipeline.register_modules(**{self.network_name: plain})
+        self.pipeline.save_pretrained(str(path))
+        self.pipeline.register_modules(**{self.network_name: self.network})
+        if adapter:
+            named = {f"{self.network_name}_lora_layers": adapter}
+            self.pipeline.save_lora_weights(str(path / "lora"), **named)
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """VAE and text encoders, by name; the caller may move them to a device and back."""
+        return {
+            name: component
+            for name, component in self.pipeline.components.items()
+            if isinstance(component, nn.Module) and component is not self.network
+        }
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int = 50) -> Tensor:
+        """Generate by the pipeline itself, with its scheduler and a generator for each image."""
+        with self._encoders_with_network():
+            images: Tensor = self.pipeline(
+                **self._sampling(prompts),
+                generator=noise_generators(seeds),
+                num_inference_steps=steps,
+                output_type="pt",
+            ).images
+        return images.float().clamp(0, 1)
+
+    @torch.no_grad()
+    def journey(
+        self, prompts: Sequence[Any], seeds: Sequence[int], steps: int, states: int
+    ) -> Tensor:
+        """Return the pipeline's estimates of the clean latents on the way, decoded."""
+        with recorded(self.pipeline.scheduler, states) as kept, self._encoders_with_network():
+            last = self.sample(prompts, seeds, steps)
+            # With guidance, some pipelines have the states twice over.
+            estimates = [self._unpacked(state[: len(prompts)], last) for state in kept]
+            decoded = [vae.decode(self.pipeline.vae, state) for state in estimates]
+        return torch.stack(decoded).to(last.device)
+
+    def describe_sampling(self) -> dict[str, Any]:
+        """Return sampler, guidance and the encoders' digests."""
+        scheduler = self.pipeline.scheduler
+        return {
+            **super().describe_sampling(),
+            "scheduler": {"name": type(scheduler).__name__, "config": repr(scheduler.config)},
+            "guidance_scale": self.guidance_scale,
+            "encoders": self._encoder_digests,
+        }
+
+    @functools.cached_property
+    def _encoder_digests(self) -> dict[str, str]:
+        return {name: weights_digest(encoder) for name, encoder in self.encoders.items()}
+
+    def _unpacked(self, latents: Tensor, images: Tensor) -> Tensor:
+        """Return latents as the VAE has them, of those of the sampler and what they became."""
+        return latents
+
+    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call that tell what to generate."""
+        scale = self.guidance_scale
+        return {} if scale is None else {"guidance_scale": scale}
+
+    @contextmanager
+    def _encoders_with_network(self) -> Iterator[None]:
+        """Have the encoders on the network's device for a while."""
+        device = next(self.network.parameters()).device
+        places = [(e, next(e.parameters()).device) for e in self.encoders.values()]
+        try:
+            for encoder, _ in places:
+                encoder.to(device)
+            yield
+        finally:
+            for encoder, place in places:
+                encoder.to(place)
+
+
+def _name_settings(family: type, base: type, method: str) -> None:
+    """Give a class method of a base its own signature in a family: with all the family's settings.
+
+    The base's method ends in ``**settings`` and passes them to the constructor, and each
+    constructor keeps its own and passes the others on. So no signature would tell what a family
+    takes; but ``help()`` and the check of configurations ask signatures.
+
+    Args:
+        family: gets the method.
+        base: defines the method; its constructor and those of its subclasses are read.
+        method: name of the class method.
+    """
+    function = vars(base)[method].__func__
+    hints = get_type_hints(function)
+    own = [
+        p.replace(annotation=hints.get(p.name, p.annotation))
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is not p.VAR_KEYWORD
+    ]
+    settings: dict[str, inspect.Parameter] = {}
+    for parent in family.__mro__:
+        if issubclass(parent, base) and "__init__" in vars(parent):
+            constructor: Any = vars(parent)["__init__"]
+            hints = get_type_hints(constructor)
+            for p in inspect.signature(constructor).parameters.values():
+                if p.kind is p.KEYWORD_ONLY:
+                    settings.setdefault(p.name, p.replace(annotation=hints[p.name]))
+
+    @functools.wraps(function)
+    def with_settings(cls: type, *args: Any, **given: Any) -> Any:
+        return function(cls, *args, **given)
+
+    signature = inspect.Signature([*own, *settings.values()])
+    with_settings.__signature__ = signature  # type: ignore[attr-defined]
+    setattr(family, method, classmethod(with_settings))
