@@ -83,7 +83,7 @@ class Capture(Generic[State, Rows]):
         self.budget = budget
         named = dict(network.named_parameters())
         self._chosen = {entry.name: named[entry.name] for entry in sink.parameters.entries}
-        self._watch: ParameterUsage[_Call] = ParameterUsage(network, self._chosen, self._record)
+        self._usage: ParameterUsage[_Call] = ParameterUsage(network, self._chosen, self._record)
         self._paths: dict[str, set[str]] = defaultdict(set)
         self._calls: Counter[str] = Counter()  # of each parameter, whose gradients are to come
         self._pass: _Pass[State] | None = None
@@ -91,12 +91,12 @@ class Capture(Generic[State, Rows]):
     def __enter__(self) -> Self:
         """Freeze the parameters and watch the network."""
         self._anchor = torch.ones((), requires_grad=True)
-        self._watch.__enter__()
+        self._usage.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         """Give the network back as it was."""
-        self._watch.__exit__(*error)
+        self._usage.__exit__(*error)
         self._calls.clear()
 
     @property
@@ -122,10 +122,10 @@ class Capture(Generic[State, Rows]):
         Raises:
             DminError: the gradient of a chosen parameter cannot be had; the message names it.
         """
-        if self._watch.lost:
-            lost = [f"{name} ({why})" for name, why in self._watch.lost.items()]
+        if self._usage.lost:
+            lost = [f"{name} ({why})" for name, why in self._usage.lost.items()]
             raise DminError(
-                f"the gradients of {len(lost)} parameter(s) cannot be told apart by example: "
+                f"the gradients of {len(lost)} parameter(s) cannot be distinguished by example: "
                 f"{some_of(lost)}. Leave them out with params=<regex>."
             )
         if values.ndim != 1 or not values.requires_grad:
@@ -140,18 +140,18 @@ class Capture(Generic[State, Rows]):
         batch = len(values)
         self._pass = _Pass(batch, budget, self.sink.begin(batch, like, budget))
         try:
-            with self._watch.replaying():
+            with self._usage.replaying():
                 torch.autograd.backward(
                     values.sum(), inputs=[self._anchor], retain_graph=keep_graph
                 )
-            with self._watch.off():  # modules may be run again
+            with self._usage.off():  # modules may be run again
                 for name in list(self._pass.arrived):  # some of their calls did not matter
                     self._flush(name)
             rows = self.sink.finish(self._pass.state)
         finally:
             self._pass = None
         if not keep_graph:
-            self._watch.forget()
+            self._usage.forget()
             self._calls.clear()
         return rows
 
@@ -182,11 +182,11 @@ class Capture(Generic[State, Rows]):
 
     def _how(self, use: Use[_Call]) -> LayerGradient | PerExampleRerun | None:
         """Return how the gradients of a call can be had, or None if not example by example."""
-        gradient, batch = layer_gradient(use.module), self._watch.batch
-        own = set(self._watch.own(use.module).values())
+        gradient, batch = layer_gradient(use.module), self._usage.batch
+        own = set(self._usage.own(use.module).values())
         if gradient is not None and use.used <= own and isinstance(use.output, Tensor):
             a = _input(use)
-            known = self._watch.sees_examples(a) and (batch is None or splits(use.module, a, batch))
+            known = self._usage.sees_examples(a) and (batch is None or splits(use.module, a, batch))
             return gradient if known else None
         batch, outputs = batch or 1, differentiable(use.output)
         if not outputs or any(len(x) % batch if x.ndim else batch > 1 for x in outputs):
@@ -194,7 +194,7 @@ class Capture(Generic[State, Rows]):
         rerun = PerExampleRerun(
             use.module, use.name or "the network", (use.args, use.kwargs), use.output
         )
-        known = any(self._watch.sees_examples(x) for x in rerun.tensors((use.args, use.kwargs)))
+        known = any(self._usage.sees_examples(x) for x in rerun.tensors((use.args, use.kwargs)))
         return rerun if known else None
 
     def _arrive(self, call: _Call, inputs: Sequence[Tensor], gradients: Sequence[Any]) -> None:
@@ -205,20 +205,20 @@ class Capture(Generic[State, Rows]):
         factors: dict[str, GradientFactors]
         if isinstance(how, PerExampleRerun):
             path = f"{FALLBACK} ({how.name})"
-            parameters = self._watch.now(call.parameters)
-            with self._watch.off():
+            parameters = self._usage.now(call.parameters)
+            with self._usage.off():
                 factors = how.factors(inputs, gradients, parameters, batch, self._pass.budget)
         else:
             path = CLOSED_FORM
             if not splits(call.module, inputs[0], batch):
                 raise DminError(
                     f"layer {call.name} was given {tuple(inputs[0].shape)} for {batch} examples, "
-                    f"which cannot be told apart. Leave it out with params=<regex>."
+                    f"which cannot be distinguished. Leave it out with params=<regex>."
                 )
             parts = how(call.module, inputs[0], gradients[0], batch)
-            local = {name: key for key, name in self._watch.own(call.module).items()}
+            local = {name: key for key, name in self._usage.own(call.module).items()}
             factors = {name: parts[local[name]] for name in call.parameters}
-        with self._watch.off():  # modules may be run again
+        with self._usage.off():  # modules may be run again
             for name in sorted(call.parameters):
                 self._paths[name].add(path)
                 arrived = self._pass.arrived.setdefault(name, [])

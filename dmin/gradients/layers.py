@@ -53,7 +53,7 @@ def layer_gradient(layer: nn.Module) -> LayerGradient | None:
 
 
 def splits(layer: nn.Module, a: Tensor, batch: int) -> bool:
-    """Return whether the rows of a layer's input can be told apart by example.
+    """Return whether the rows of a layer's input can be distinguished by example.
 
     Not so for what all examples share: a table of positions, a vector without a batch.
     """

@@ -65,7 +65,7 @@ class PerExampleRerun:
                 raise DminError(
                     f"{self.name} ({type(self.module).__name__}) returns a tensor of shape "
                     f"{tuple(gradient.shape)}, which has no rows for each of {batch} examples, so "
-                    f"the gradients of {', '.join(parameters)} cannot be told apart. Leave them "
+                    f"the gradients of {', '.join(parameters)} cannot be distinguished. Leave them "
                     f"out with params=<regex>."
                 )
         work = _Work(self, inputs, output_gradients, batch)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
@@ -84,9 +85,9 @@ class ParameterUsage(Generic[Token]):
             self._holders |= {name: (module, local) for local, name in held.items()}
         self._report = report
         self._chosen = chosen
-        self._watched = _watched(self._note)
+        self._reporting = _reporting_class(self._note)
         self._undo = ExitStack()
-        self._deaf = self._replay = False
+        self._ignore = self._replay = False
         self.forget()
 
     def forget(self) -> None:
@@ -108,7 +109,7 @@ class ParameterUsage(Generic[Token]):
                 undo.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(False)
             self._undo = undo.pop_all()
-        self._watch(self._chosen)
+        self._have_report(self._chosen)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -116,23 +117,21 @@ class ParameterUsage(Generic[Token]):
         self._undo.close()
         self.forget()
 
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
+    def replaying(self) -> AbstractContextManager[None]:
         """Modules that run are recomputed by a checkpoint: report them, but lose nothing."""
-        self._replay = True
-        try:
-            yield
-        finally:
-            self._replay = False
+        return self._with("_replay")
+
+    def off(self) -> AbstractContextManager[None]:
+        """Modules that run are of no interest."""
+        return self._with("_ignore")
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """Modules that run are of no interest."""
-        self._deaf = True
+    def _with(self, flag: str) -> Iterator[None]:
+        setattr(self, flag, True)
         try:
             yield
         finally:
-            self._deaf = False
+            setattr(self, flag, False)
 
     def own(self, module: nn.Module) -> dict[str, str]:
         """Return the names of the watched parameters that a module holds itself, by local name."""
@@ -148,18 +147,8 @@ class ParameterUsage(Generic[Token]):
         for name in sorted(names):
             module, local = self._holders[name]
             found[name] = cast(nn.Parameter, module._parameters[local])
-            if _is_part(found[name]):
-                raise _apart(name)
+            _require_whole(name, found[name])
         return found
-
-    def _inside(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the watched parameters in a module, as it and those in it have them now."""
-        return {
-            name: parameter
-            for each in module.modules()
-            for local, name in self.own(each).items()
-            if (parameter := each._parameters.get(local)) is not None
-        }
 
     def _holds(self, module: nn.Module, known: dict[int, bool]) -> bool:
         """Return whether a module or one within it holds a watched parameter."""
@@ -195,26 +184,28 @@ class ParameterUsage(Generic[Token]):
     def _note(self, parameter: nn.Parameter) -> None:
         """Hear from a parameter that an operation used it."""
         name = self._name_of[id(parameter)]
-        if self._deaf:
+        if self._ignore:
             return
         if self._running:
             self._running[-1].used.add(name)
         elif torch.is_grad_enabled():
             self._lose({name}, "used outside the network's forward")
 
-    def _watch(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def _have_report(self, parameters: Mapping[str, nn.Parameter | None]) -> None:
         """Have parameters report. Sharded ones do it put together, in another object."""
         for name, parameter in parameters.items():
             if type(parameter) is nn.Parameter:
                 self._undo.callback(setattr, parameter, "__class__", nn.Parameter)
-                parameter.__class__ = self._watched
+                parameter.__class__ = self._reporting
                 self._name_of[id(parameter)] = name
 
     def _begin(self, use: Use[Token], args: tuple, kwargs: dict) -> None:
         """Hear that a module's forward begins."""
         if _shards(use.module):
-            self._watch(self._inside(use.module))
-        if self._deaf:
+            for module in use.module.modules():
+                own = self.own(module).items()
+                self._have_report({name: module._parameters.get(local) for local, name in own})
+        if self._ignore:
             return
         if use.module is self.network:
             tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -225,15 +216,14 @@ class ParameterUsage(Generic[Token]):
             parameter = use.module._parameters.get(local)
             if parameter is None:
                 continue
-            if _is_part(parameter):
-                raise _apart(name)
-            if not isinstance(parameter, self._watched):
+            _require_whole(name, parameter)
+            if not isinstance(parameter, self._reporting):
                 use.used.add(name)  # it cannot report: assume its use
         self._running.append(use)
 
     def _end(self, name: str, args: tuple, kwargs: dict, output: Any) -> Any:
         """Hear that a module's forward has ended; report its uses."""
-        if self._deaf or not any(use.name == name for use in reversed(self._running)):
+        if self._ignore or not any(use.name == name for use in reversed(self._running)):
             return output
         while (use := self._running.pop()).name != name:
             pass  # a module that was left before it could say so
@@ -274,26 +264,24 @@ def _shards(module: nn.Module) -> bool:
     return hasattr(type(module), "reshard")
 
 
-def _is_part(parameter: Any) -> bool:
-    return hasattr(parameter, "full_tensor")
-
-
-def _apart(name: str) -> DminError:
-    return DminError(
-        f"{name} was used outside the block it stands in, where it is shared out over processes "
-        f"(trainer=fsdp, trainer=offload). Name the module that is called there in the model's "
-        f"`externally_called`, or leave the parameter out with params=<regex>."
-    )
+def _require_whole(name: str, parameter: nn.Parameter) -> None:
+    """Refuse a parameter of which this process has a part only."""
+    if hasattr(parameter, "full_tensor"):
+        raise DminError(
+            f"{name} was used outside the block it stands in, where it is shared out over "
+            f"processes (trainer=fsdp, trainer=offload). Name the module that is called there in "
+            f"the model's `externally_called`, or leave the parameter out with params=<regex>."
+        )
 
 
 def _place(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def _watched(note: Callable[[nn.Parameter], None]) -> type[nn.Parameter]:
+def _reporting_class(note: Callable[[nn.Parameter], None]) -> type[nn.Parameter]:
     """Return a class for parameters that report each operation that computes with them."""
 
-    class Watched(nn.Parameter):
+    class ReportingParameter(nn.Parameter):
         @classmethod
         def __torch_function__(
             cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -303,10 +291,9 @@ def _watched(note: Callable[[nn.Parameter], None]) -> type[nn.Parameter]:
             if func in _NO_GRADIENT:
                 return result
             if isinstance(result, Tensor) or any(isinstance(x, Tensor) for x in _leaves(result)):
-                for argument in (*args, *(kwargs or {}).values()):
-                    for leaf in _leaves(argument):
-                        if isinstance(leaf, cls):
-                            note(leaf)
+                for leaf in chain.from_iterable(map(_leaves, (*args, *(kwargs or {}).values()))):
+                    if isinstance(leaf, cls):
+                        note(leaf)
             return result
 
-    return Watched
+    return ReportingParameter

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmin.diffusion.processes import DiscreteDiffusion, RectifiedFlow
 from dmin.models import (
-    layers,  # noqa: F401  (registers the gradients of diffusers' own layers)
+    normalization,  # noqa: F401  (registers the gradients of diffusers' own norms)
     vae,
 )
 from dmin.models.adapters import describe_adapters

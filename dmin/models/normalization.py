@@ -1,4 +1,4 @@
-"""Per-example gradients of diffusers' own layers, registered where it keeps their types."""
+"""Per-example gradients of diffusers' own normalizations, registered where this is imported."""
 
 from __future__ import annotations
 
