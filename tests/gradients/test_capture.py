@@ -554,7 +554,7 @@ def test_gradients_are_handed_on_as_they_arrive(kind):
         del inputs["t"]
     elif isinstance(network, Checkpointed):
         inputs["t"] = torch.randn(4, 12)
-    sketch = Impatient().bind(choose_parameters(network))
+    sketch = Impatient(choose_parameters(network))
     with Capture(network, sketch) as capture:
         sketch.capture = capture
         values = square(network, inputs)
