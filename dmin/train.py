@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import lightning
 import torch
@@ -239,7 +239,7 @@ def _fit(
     """Train a model in place; it ends with its weights averaged."""
     module = DiffusionTrainer(model.train(), learning_rate, how.warmup, steps, how.seed)
     data = TrainData(dataset, how.batch_size, steps, how.seed, how.workers)
-    callbacks: list[Any] = how.trainer.callbacks  # type: ignore[attr-defined]
+    callbacks: list[Any] = cast(Any, how.trainer).callbacks
     bars = [] if sys.stdout.isatty() else [c for c in callbacks if isinstance(c, ProgressBar)]
     mine = [EMAWeightAveraging(decay=how.ema_decay), *([StepLines()] if bars else [])]
     for bar in bars:

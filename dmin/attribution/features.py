@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmin.attribution.curvature.curvature import Curvature
 from dmin.data.base import Dataset, Example
-from dmin.data.ids import places_of
+from dmin.data.ids import positions_of
 from dmin.runtime.errors import DminError
 from dmin.store import Store
 
@@ -189,7 +189,7 @@ class FeatureSet:
     @cached_property
     def _places(self) -> dict[str, int]:
         assert self.dataset is not None
-        return places_of(self.dataset)
+        return positions_of(self.dataset)
 
     def _norms(self, readout: str) -> np.ndarray:
         if readout not in self._loaded_norms:

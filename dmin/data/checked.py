@@ -54,7 +54,7 @@ class Checked(Pixels):
         self.skipped = problems
         if not problems:
             return
-        message = told(problems, images, where)
+        message = describe_problems(problems, images, where)
         if self.on_error == "raise":
             raise DminError(
                 f"{message} Mend them, take them out (of the metadata too), or leave them out with "
@@ -66,12 +66,12 @@ class Checked(Pixels):
 
     def describe_skipped(self) -> dict[str, Any]:
         """Return the names of those left out, as JSON."""
-        return {"skipped": [shown(name) for name in sorted(self.skipped)]}
+        return {"skipped": [printable(name) for name in sorted(self.skipped)]}
 
 
-def told(problems: dict[str, str], images: int, where: str) -> str:
+def describe_problems(problems: dict[str, str], images: int, where: str) -> str:
     """Return a sentence that names what cannot be used."""
-    few = [f"{shown(name)} ({reason})" for name, reason in sorted(problems.items())[:3]]
+    few = [f"{printable(name)} ({reason})" for name, reason in sorted(problems.items())[:3]]
     more = ", …" if len(problems) > len(few) else ""
     return (
         f"{len(problems)} of the {images} image(s) of {where} cannot be used: "
@@ -79,6 +79,6 @@ def told(problems: dict[str, str], images: int, where: str) -> str:
     )
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """Return a file name that can be printed: Linux allows bytes that are no text."""
     return name.encode(errors="backslashreplace").decode()

@@ -8,9 +8,9 @@ from typing import Any, Literal  # noqa: F401 (Literal is read from the annotati
 
 from dmin.data.base import Example
 from dmin.data.checked import Checked
-from dmin.data.files import looked_at, read_bytes
 from dmin.data.metadata import as_caption, as_label
 from dmin.data.pixels import Unreadable
+from dmin.data.survey import read_bytes, survey_rows
 from dmin.runtime.errors import DminError
 
 
@@ -93,7 +93,7 @@ class HFDataset(Checked):
                 return str(getattr(error, "reason", error)).rstrip(".")
             return None
 
-        return looked_at(positions, look, {"table": self.fingerprint, **settings})
+        return survey_rows(positions, look, {"table": self.fingerprint, **settings})
 
     def _name(self, position: int) -> str:
         return str(self._rows[position][self.id]) if self.id else _row_id(position)

@@ -13,6 +13,6 @@ def ids_of(dataset: Dataset) -> Sequence[str]:
     return ids if ids is not None else [dataset[index].id for index in range(len(dataset))]
 
 
-def places_of(dataset: Dataset) -> dict[str, int]:
+def positions_of(dataset: Dataset) -> dict[str, int]:
     """Return where each id stands in a dataset."""
-    return {id: place for place, id in enumerate(ids_of(dataset))}
+    return {id: position for position, id in enumerate(ids_of(dataset))}

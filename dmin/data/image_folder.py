@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from dmin.data.base import Example
-from dmin.data.checked import Checked, shown, told
-from dmin.data.files import Survey, read_bytes, survey
+from dmin.data.checked import Checked, describe_problems, printable
 from dmin.data.metadata import NAMES, Facts, read_facts, read_rows
+from dmin.data.survey import Survey, read_bytes, survey
 from dmin.runtime.errors import DminError, DminWarning
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -82,7 +82,7 @@ class ImageFolder(Checked):
         """Return settings, and a digest of the name, facts and bytes of every image."""
         digests, problems = self._survey(self.ids)
         if problems:  # since the dataset was made, or nothing was checked then
-            raise DminError(told(problems, len(self), f"data.root={self.root}"))
+            raise DminError(describe_problems(problems, len(self), f"data.root={self.root}"))
         rows = [
             [name, digests[name], *facts] for name, facts in zip(self.ids, self._facts, strict=True)
         ]
@@ -121,8 +121,8 @@ class ImageFolder(Checked):
         unnamed = [image for image in images if image not in facts]
         if unnamed:
             warnings.warn(
-                f"{where} does not name {len(unnamed)} image(s) there, such as {shown(unnamed[0])}"
-                f": they are left out.",
+                f"{where} does not name {len(unnamed)} image(s) there, such as "
+                f"{printable(unnamed[0])}: they are left out.",
                 DminWarning,
                 stacklevel=5,
             )
@@ -136,7 +136,7 @@ class ImageFolder(Checked):
             absent = [name for name in names if not os.path.isfile(Path(self.root) / name)]
             problems = dict.fromkeys(absent, "there is no such file")
         for name in names:
-            if shown(name) != name:
+            if printable(name) != name:
                 problems[name] = "its name is not UTF-8, so no store can hold it: rename the file"
         return problems
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -101,7 +101,7 @@ class CollectData(lightning.LightningDataModule):
         rank = self.trainer.global_rank if self.trainer else 0
         world = self.trainer.world_size if self.trainer else 1
         return DataLoader(
-            _Numbered(self.dataset),  # type: ignore[arg-type]
+            cast(Any, _Numbered(self.dataset)),
             batch_sampler=self.mine(rank, world),
             collate_fn=_collate_numbered,
             num_workers=self.workers,
@@ -147,7 +147,7 @@ class TrainData(lightning.LightningDataModule):
         batches = _random_batches(len(self.dataset), size, self.steps, self.seed)
         batches = [batch[rank::world] for batch in batches]
         return DataLoader(
-            self.dataset,  # type: ignore[arg-type]
+            cast(Any, self.dataset),
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=self.workers,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dmin.data.base import Dataset, Example, describe_dataset
-from dmin.data.ids import ids_of, places_of
+from dmin.data.ids import ids_of, positions_of
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
 
@@ -73,7 +73,7 @@ class Subset:
 
 
 def _positions(dataset: Dataset, ids: Sequence[str]) -> list[int]:
-    position = places_of(dataset)
+    position = positions_of(dataset)
     unknown = [wanted for wanted in ids if wanted not in position]
     if unknown:
         raise DminError(

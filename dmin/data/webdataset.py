@@ -14,9 +14,9 @@ from typing import Any, BinaryIO, Literal, NamedTuple  # noqa: F401 (Literal: se
 
 from dmin.data.base import Example
 from dmin.data.checked import Checked
-from dmin.data.files import survey
 from dmin.data.metadata import as_caption, as_label
 from dmin.data.pixels import Unreadable
+from dmin.data.survey import survey
 from dmin.runtime.errors import DminError
 
 IMAGES = ("png", "jpg", "jpeg", "webp")

@@ -118,8 +118,7 @@ class DiscreteDiffusion:
     def log_snr(self, timesteps: Sequence[float]) -> list[float]:
         """Return ``log(ᾱ_t / (1 − ᾱ_t))`` of each timestep."""
         alpha = self.scheduler.alphas_cumprod.double()[torch.tensor(timesteps).long()]
-        found: list[float] = torch.log(alpha / (1 - alpha)).tolist()
-        return found
+        return torch.log(alpha / (1 - alpha)).tolist()
 
     def describe(self) -> dict[str, Any]:
         """Return noise schedule, prediction type and weighting, as JSON."""
@@ -231,8 +230,7 @@ class RectifiedFlow:
     def log_snr(self, timesteps: Sequence[float]) -> list[float]:
         """Return ``log((1−σ)² / σ²)`` of each timestep; −∞ for pure noise."""
         sigma = torch.tensor(timesteps, dtype=torch.float64) / self.num
-        found: list[float] = (2 * torch.log((1 - sigma) / sigma)).tolist()
-        return found
+        return (2 * torch.log((1 - sigma) / sigma)).tolist()
 
     def describe(self) -> dict[str, Any]:
         """Return the target and the number of timesteps, as JSON; the shift only moves rungs."""

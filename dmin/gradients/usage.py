@@ -251,7 +251,7 @@ class ParameterUsage(Generic[Token]):
             self.lost |= dict.fromkeys(names, reason)
 
 
-_NO_GRADIENT = {Tensor.detach, Tensor.requires_grad_, Tensor.data.__get__}  # type: ignore[attr-defined]
+_NO_GRADIENT = {Tensor.detach, Tensor.requires_grad_, cast(Any, Tensor.data).__get__}
 
 
 def _leaves(x: Any) -> Sequence[Any]:

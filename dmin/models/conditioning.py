@@ -82,6 +82,33 @@ class Captioned(LatentDiffusion):
         return next(next(encoder.parameters()).device for encoder in encoders)
 
 
+class LongCaptioned(Captioned):
+    """Conditioned on captions of a chosen length: T5 and language models take any.
+
+    Args:
+        pipeline: of diffusers, with all its components.
+        max_sequence_length: tokens kept of a caption; None for the family's own number.
+        settings: of the next class.
+    """
+
+    own_length: ClassVar[int]
+
+    def __init__(
+        self, pipeline: Any, *args: Any, max_sequence_length: int | None = None, **settings: Any
+    ) -> None:
+        super().__init__(pipeline, *args, **settings)
+        own = max_sequence_length is None
+        self.max_sequence_length = self.own_length if own else max_sequence_length
+
+    def describe(self) -> dict[str, Any]:
+        """Return what defines latents, condition and loss."""
+        return {**super().describe(), "max_sequence_length": self.max_sequence_length}
+
+    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        length = {"max_sequence_length": self.max_sequence_length}
+        return {**super()._sampling(prompts), **length}
+
+
 class MicroConditioning(NamedTuple):
     """The sizes that a model is told of an image; height before width, top before left."""
 

@@ -175,9 +175,9 @@ class LatentDiffusion(PipelineModel):
         """Return what the loss adds for a learned variance, if anything."""
         return None
 
-    @abstractmethod
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the network."""
+        return self.network(noised, timestep=t, **condition).sample
 
     def _sizes(self, batch: Mapping[str, Any]) -> Condition:
         """Return conditions that come from the images' sizes, one row an image."""

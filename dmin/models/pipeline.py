@@ -211,6 +211,6 @@ def _name_settings(family: type, base: type, method: str) -> None:
     def with_settings(cls: type, *args: Any, **given: Any) -> Any:
         return function(cls, *args, **given)
 
-    signature = inspect.Signature([*own, *settings.values()])
-    with_settings.__signature__ = signature  # type: ignore[attr-defined]
-    setattr(family, method, classmethod(with_settings))
+    named: Any = with_settings
+    named.__signature__ = inspect.Signature([*own, *settings.values()])
+    setattr(family, method, classmethod(named))

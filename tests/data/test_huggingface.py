@@ -6,7 +6,7 @@ import pytest
 import torch
 from examples_on_disk import rows, table, write_folder
 
-from dmin.data import files
+from dmin.data import survey
 from dmin.data.huggingface import HFDataset
 from dmin.runtime.errors import DminError
 
@@ -145,7 +145,7 @@ def test_unreadable_rows_can_be_left_out_and_keep_the_numbers_of_the_others(hub,
 
 def test_a_large_table_without_problems_is_looked_at_once(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "MANY", 5)
+    monkeypatch.setattr(survey, "MANY", 5)
     table().save_to_disk(str(tmp_path / "x"))
     looked, probe = [], HFDataset.probe
     monkeypatch.setattr(HFDataset, "probe", lambda *a: looked.append(1) or probe(*a))

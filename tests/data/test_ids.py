@@ -5,7 +5,7 @@ from attribution.made_stores import drawn, made
 
 from dmin.attribution import FeatureSet
 from dmin.data import Subset
-from dmin.data.ids import ids_of, places_of
+from dmin.data.ids import ids_of, positions_of
 from dmin.data.image_folder import ImageFolder, save_images
 
 
@@ -33,4 +33,4 @@ def test_a_dataset_without_a_list_is_read(tmp_path):
     folder = ImageFolder(tmp_path)
     plain = [folder[index] for index in range(3)]
     assert ids_of(plain) == folder.ids == ["a.png", "b.png", "c.png"]
-    assert places_of(plain) == {"a.png": 0, "b.png": 1, "c.png": 2}
+    assert positions_of(plain) == {"a.png": 0, "b.png": 1, "c.png": 2}

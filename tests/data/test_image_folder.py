@@ -11,8 +11,8 @@ import pytest
 import torch
 from examples_on_disk import encoded, write_folder
 
-from dmin.data import files as files_module
 from dmin.data import image_folder
+from dmin.data import survey as survey_module
 from dmin.data.image_folder import ImageFolder, save_images
 from dmin.runtime.errors import DminError
 
@@ -303,9 +303,9 @@ def test_a_large_folder_is_read_once(tmp_path, cache, monkeypatch):
         os.utime(path, (1, 1))  # long ago: settled
     first = ImageFolder(root).describe()
     assert not cache.exists()  # a small one is no burden
-    monkeypatch.setattr(files_module, "LARGE", 1)
+    monkeypatch.setattr(survey_module, "LARGE", 1)
     reads = []
-    read = files_module.read_bytes
+    read = survey_module.read_bytes
     monkeypatch.setattr(image_folder, "read_bytes", lambda *a: (reads.append(a[1]), read(*a))[1])
     assert ImageFolder(root).describe() == first and len(reads) == 7
     assert ImageFolder(root).describe() == first and len(reads) == 7
@@ -322,7 +322,7 @@ def test_a_large_folder_is_read_once(tmp_path, cache, monkeypatch):
 
 
 def test_a_failure_is_not_remembered(tmp_path, monkeypatch):
-    monkeypatch.setattr(files_module, "LARGE", 1)
+    monkeypatch.setattr(survey_module, "LARGE", 1)
     root = write_folder(tmp_path)
     good = (root / "3.png").read_bytes()
     put(root, "3.png", b"x" * len(good))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from examples_on_disk import encoded, rows, write_shards, write_tar
 
-from dmin.data import files
+from dmin.data import survey
 from dmin.data.webdataset import TarShards
 from dmin.runtime.errors import DminError
 
@@ -116,8 +116,8 @@ def test_unreadable_samples_can_be_left_out_and_are_counted(tmp_path):
 
 def test_what_was_wrong_with_a_large_shard_is_remembered(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "LARGE", 1)
-    monkeypatch.setattr(files, "_SETTLED_NS", -(10**12))
+    monkeypatch.setattr(survey, "LARGE", 1)
+    monkeypatch.setattr(survey, "_SETTLED_NS", -(10**12))
     write_tar(tmp_path / "x.tar", BAD)
     looked = []
     probe = TarShards.probe

@@ -20,8 +20,7 @@ class DiT(LearnedVariance):
     externally_called = ("transformer_blocks.0.norm1.emb",)  # for the last layer's conditioning
 
     def _prompts(self, batch: Mapping[str, Any]) -> Sequence[Any]:
-        prompts: Sequence[Any] = batch["label"]
-        return prompts
+        return batch["label"]
 
     def _embed(self, prompts: Sequence[Any]) -> Condition:
         classes = self.network.config.num_embeds_ada_norm
@@ -31,8 +30,7 @@ class DiT(LearnedVariance):
         return {"class_labels": torch.tensor([self.network.config.num_embeds_ada_norm])}
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        prediction: Tensor = self.network(noised, timestep=t.long(), **condition).sample
-        return prediction
+        return self.network(noised, timestep=t.long(), **condition).sample
 
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
         labels: Tensor = self._embed(prompts)["class_labels"]

@@ -9,11 +9,11 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from dmin.models.base import Condition
-from dmin.models.conditioning import Captioned
+from dmin.models.conditioning import LongCaptioned
 from dmin.models.latent_processes import LatentFlow
 
 
-class Flux(Captioned, LatentFlow):
+class Flux(LongCaptioned, LatentFlow):
     """Flux.1 dev and schnell (Black Forest Labs 2024).
 
     Args:
@@ -21,11 +21,11 @@ class Flux(Captioned, LatentFlow):
         embedded_guidance: the guidance that the network is told in attribution: what it was
             fine-tuned with. Diffusers' training script takes 3.5 unless told otherwise; models
             without the input (schnell) are not told. ``guidance_scale`` is its value in sampling.
-        max_sequence_length: tokens for T5.
         settings: of the classes above.
     """
 
     pipeline_class = FluxPipeline
+    own_length: ClassVar[int] = 512
     own_size: ClassVar[int] = 128
     packing: ClassVar[int] = 4
 
@@ -34,12 +34,10 @@ class Flux(Captioned, LatentFlow):
         pipeline: Any,
         *,
         embedded_guidance: float = 3.5,
-        max_sequence_length: int = 512,
         **settings: Any,
     ) -> None:
         super().__init__(pipeline, **settings)
         self.embedded_guidance = embedded_guidance
-        self.max_sequence_length = max_sequence_length
 
     @property
     def patch(self) -> int:
@@ -49,8 +47,7 @@ class Flux(Captioned, LatentFlow):
     def describe(self) -> dict[str, Any]:
         """Return what defines latents, condition and loss."""
         told = self.embedded_guidance if self.network.config.guidance_embeds else None
-        length = self.max_sequence_length
-        return {**super().describe(), "embedded_guidance": told, "max_sequence_length": length}
+        return {**super().describe(), "embedded_guidance": told}
 
     def _embed(self, prompts: Sequence[Any]) -> Condition:
         embedded, pooled, _ = self.pipeline.encode_prompt(
@@ -77,14 +74,8 @@ class Flux(Captioned, LatentFlow):
             ),
             **condition,
         ).sample
-        unpacked: Tensor = pipeline._unpack_latents(prediction, height, width, 1)
-        return unpacked
+        return pipeline._unpack_latents(prediction, height, width, 1)
 
     def _unpacked(self, latents: Tensor, images: Tensor) -> Tensor:
         size = images.shape[-2:]
-        unpacked: Tensor = self.pipeline._unpack_latents(latents, *size, self.vae_factor)
-        return unpacked
-
-    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
-        asked = {"max_sequence_length": self.max_sequence_length}
-        return {**super()._sampling(prompts), **asked}
+        return self.pipeline._unpack_latents(latents, *size, self.vae_factor)

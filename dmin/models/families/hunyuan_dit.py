@@ -50,13 +50,12 @@ class HunyuanDiT(SizeConditioning, LearnedVariance):
         return {"image_meta_size": image.new_tensor(rows), "style": style}
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        prediction: Tensor = self.network(
+        return self.network(
             noised,
             t.to(noised.dtype),  # the network computes in the dtype of its timesteps
             image_rotary_emb=self._positions(noised),
             **condition,
         ).sample
-        return prediction
 
     def _positions(self, noised: Tensor) -> Any:
         """Return the rotary embedding of the pipeline's call: a grid cut for 512 pixels."""

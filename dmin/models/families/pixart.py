@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import PixArtAlphaPipeline
 from torch import Tensor
 
 from dmin.models.base import Condition
-from dmin.models.conditioning import Captioned
+from dmin.models.conditioning import LongCaptioned
 from dmin.models.latent_processes import LearnedVariance
 
 
-class PixArt(Captioned, LearnedVariance):
+class PixArt(LongCaptioned, LearnedVariance):
     """PixArt-α (Chen et al. 2023); predicts ε.
 
     Captions are taken as they are: the pipeline's ``clean_caption`` is off.
-
-    Args:
-        pipeline: of diffusers, with all its components.
-        max_sequence_length: tokens for T5.
-        settings: of the classes above.
     """
 
     pipeline_class = PixArtAlphaPipeline
-
-    def __init__(self, pipeline: Any, *, max_sequence_length: int = 120, **settings: Any) -> None:
-        super().__init__(pipeline, **settings)
-        self.max_sequence_length = max_sequence_length
-
-    def describe(self) -> dict[str, Any]:
-        """Return what defines latents, condition and loss."""
-        return {**super().describe(), "max_sequence_length": self.max_sequence_length}
+    own_length: ClassVar[int] = 120
 
     def _embed(self, prompts: Sequence[Any]) -> Condition:
         embedded, mask, _, _ = self.pipeline.encode_prompt(
@@ -53,19 +41,17 @@ class PixArt(Captioned, LearnedVariance):
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         told = {k: condition.get(k) for k in ("resolution", "aspect_ratio")}
-        prediction: Tensor = self.network(
+        return self.network(
             noised,
             encoder_hidden_states=condition["encoder_hidden_states"],
             encoder_attention_mask=condition["encoder_attention_mask"],
             timestep=t,
             added_cond_kwargs=told,
         ).sample
-        return prediction
 
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
         return {
             **super()._sampling(prompts),
-            "max_sequence_length": self.max_sequence_length,
             "clean_caption": False,
             "use_resolution_binning": False,
         }

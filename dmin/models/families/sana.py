@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from diffusers import SanaPipeline
 from torch import Tensor
 
 from dmin.models.base import Condition
-from dmin.models.conditioning import Captioned
+from dmin.models.conditioning import LongCaptioned
 from dmin.models.latent_processes import LatentFlow
 from dmin.runtime.errors import DminError
 
 
-class Sana(Captioned, LatentFlow):
+class Sana(LongCaptioned, LatentFlow):
     """Sana (Xie et al. 2024).
 
     Args:
@@ -23,31 +23,27 @@ class Sana(Captioned, LatentFlow):
         instruction: put before every caption for the language model that encodes it: ``pipeline``
             for the text that diffusers' sampler puts there, or ``none``. Take what the model was
             trained with.
-        max_sequence_length: tokens kept of a caption.
         settings: of the classes above.
     """
 
     pipeline_class = SanaPipeline
+    own_length: ClassVar[int] = 300
 
     def __init__(
         self,
         pipeline: Any,
         *,
         instruction: Literal["pipeline", "none"] = "pipeline",
-        max_sequence_length: int = 300,
         **settings: Any,
     ) -> None:
         super().__init__(pipeline, **settings)
         if instruction not in ("pipeline", "none"):
             raise DminError(f"model.instruction={instruction!r}: allowed are pipeline and none.")
         self.instruction = instruction
-        self.max_sequence_length = max_sequence_length
 
     def describe(self) -> dict[str, Any]:
         """Return what defines latents, condition and loss."""
-        length = self.max_sequence_length
-        told = {"instruction": self._instruction(), "max_sequence_length": length}
-        return {**super().describe(), **told}
+        return {**super().describe(), "instruction": self._instruction()}
 
     def _instruction(self) -> list[str] | None:
         if self.instruction == "none":
@@ -73,13 +69,11 @@ class Sana(Captioned, LatentFlow):
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         scaled = t * self.network.config.timestep_scale
-        prediction: Tensor = self.network(noised, timestep=scaled, **condition).sample
-        return prediction
+        return self.network(noised, timestep=scaled, **condition).sample
 
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
         return {
             **super()._sampling(prompts),
             "complex_human_instruction": self._instruction(),
-            "max_sequence_length": self.max_sequence_length,
             "use_resolution_binning": False,
         }

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from diffusers import StableDiffusionPipeline
-from torch import Tensor
 
 from dmin.models.base import Condition
 from dmin.models.conditioning import Captioned
@@ -31,7 +30,3 @@ class StableDiffusion(Captioned, LatentDenoiser):
             self._texts(prompts), self._text_device, 1, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": embedded}
-
-    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        prediction: Tensor = self.network(noised, t, **condition).sample
-        return prediction

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from diffusers import StableDiffusion3Pipeline
-from torch import Tensor
 
 from dmin.models.base import Condition
-from dmin.models.conditioning import Captioned
+from dmin.models.conditioning import LongCaptioned
 from dmin.models.latent_processes import LatentFlow
 from dmin.runtime.errors import DminError
 
 
-class StableDiffusion3(Captioned, LatentFlow):
+class StableDiffusion3(LongCaptioned, LatentFlow):
     """Stable Diffusion 3 and 3.5 (Esser et al. 2024).
 
     Args:
@@ -22,29 +21,23 @@ class StableDiffusion3(Captioned, LatentFlow):
         target: what the output is compared with: ``model`` for the velocity ε − x0 that it was
             trained to predict; ``noise`` for ε alone, as DMin's published code does by mistake,
             to reproduce its figures.
-        max_sequence_length: tokens for T5.
         settings: of the classes above.
     """
 
     pipeline_class = StableDiffusion3Pipeline
+    own_length: ClassVar[int] = 256
 
     def __init__(
         self,
         pipeline: Any,
         *,
         target: Literal["model", "noise"] = "model",
-        max_sequence_length: int = 256,
         **settings: Any,
     ) -> None:
         super().__init__(pipeline, **settings)
         if target not in ("model", "noise"):
             raise DminError(f"model.target={target!r}: allowed are model and noise.")
         self.process.target = "velocity" if target == "model" else "noise"
-        self.max_sequence_length = max_sequence_length
-
-    def describe(self) -> dict[str, Any]:
-        """Return what defines latents, condition and loss."""
-        return {**super().describe(), "max_sequence_length": self.max_sequence_length}
 
     def _embed(self, prompts: Sequence[Any]) -> Condition:
         embedded, _, pooled, _ = self.pipeline.encode_prompt(
@@ -56,11 +49,3 @@ class StableDiffusion3(Captioned, LatentFlow):
             max_sequence_length=self.max_sequence_length,
         )
         return {"encoder_hidden_states": embedded, "pooled_projections": pooled}
-
-    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        prediction: Tensor = self.network(noised, timestep=t, **condition).sample
-        return prediction
-
-    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
-        asked = {"max_sequence_length": self.max_sequence_length}
-        return {**super()._sampling(prompts), **asked}

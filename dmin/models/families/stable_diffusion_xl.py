@@ -38,10 +38,9 @@ class StableDiffusionXL(SizeConditioning, LatentDenoiser):
         return {"time_ids": batch["image"].new_tensor(rows)}
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        prediction: Tensor = self.network(
+        return self.network(
             noised,
             t,
             encoder_hidden_states=condition["encoder_hidden_states"],
             added_cond_kwargs={k: condition[k] for k in ("text_embeds", "time_ids")},
         ).sample
-        return prediction

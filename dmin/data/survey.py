@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dmin.data.pixels import Unreadable
+from dmin.runtime.files import commit
 from dmin.runtime.fingerprint import fingerprint
 from dmin.runtime.progress import followed
 
@@ -100,7 +101,7 @@ def survey(
     return Survey(found, problems)
 
 
-def looked_at(
+def survey_rows(
     positions: Sequence[int], look: Callable[[int], str | None], settings: dict[str, Any]
 ) -> dict[int, str]:
     """Look at every row of a table once, several at a time; return what is wrong, by position.
@@ -148,10 +149,8 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _save(path: Path, entries: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(entries))
-        partial.replace(path)
+        commit(path, json.dumps(entries).encode())
     except OSError:
         return  # a full or read-only disk costs the time to read the files again, no more
