@@ -67,11 +67,12 @@ class Stratified(Schedule):
 
 
 class LogSNR(Schedule):
-    """The rungs nearest to the middles of ``num`` equal parts of the model's range of log-SNR.
+    """The timesteps nearest to the middles of ``num`` equal parts of the model's range of log-SNR.
 
     ``λ(t) = log(α_t²/σ_t²)`` is the variable in which the diffusion loss does not depend on the
-    noise schedule (Kingma et al. 2021, "Variational Diffusion Models"). Rungs of pure noise or
-    pure image, where λ is infinite, do not count; a rung taken twice gives way to its neighbour.
+    noise schedule (Kingma et al. 2021, "Variational Diffusion Models"). Timesteps of pure
+    noise or pure image, where λ is infinite, do not count; one taken twice gives way to its
+    neighbour.
 
     Args:
         num: T, how many.
@@ -97,10 +98,10 @@ class LogSNR(Schedule):
         return bound
 
     def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
-        """Return the free rung nearest to the middle of each part, noisiest first.
+        """Return the free timestep nearest to the middle of each part, noisiest first.
 
         Raises:
-            DminError: fewer rungs than parts.
+            DminError: fewer timesteps than parts.
         """
         if self._log_snr is None:
             raise RuntimeError("call schedule.bind(model.log_snr) first")
@@ -119,7 +120,7 @@ class LogSNR(Schedule):
 
 
 class DMinCubic(Schedule):
-    """The published schedule of DMin: rungs ``⌊N·(i/T)³⌋``, crowded where there is only noise.
+    """The published schedule of DMin: positions ``⌊N·(i/T)³⌋``, crowded where there is only noise.
 
     Ten of a DDPM's thousand are t = 999, 998, 991, 972, 935, 874, 783, 656, 487, 270. Most of
     these hardly tell one image from another; it is here to reproduce the paper
@@ -127,9 +128,9 @@ class DMinCubic(Schedule):
 
     Args:
         num: T, how many.
-        skip_first: leave out rung 0 and end on the last instead, as the published code does for
-            SD 1.x. Its PNDM sampler has the second timestep twice, hence from there on each rung
-            is one earlier: t = 998, 992, 973, 936, 875, 784, 657, 488, 271, 0.
+        skip_first: leave out position 0 and end on the last instead, as the published code does for
+            SD 1.x. Its PNDM sampler has the second timestep twice, hence from there on each
+            position is one earlier: t = 998, 992, 973, 936, 875, 784, 657, 488, 271, 0.
     """
 
     def __init__(self, num: int = 10, skip_first: bool = False) -> None:
@@ -137,12 +138,12 @@ class DMinCubic(Schedule):
         self.skip_first = skip_first
 
     def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
-        """Return the timesteps on the chosen rungs."""
+        """Return the timesteps at the chosen positions."""
         steps = range(1, self.num + 1) if self.skip_first else range(self.num)
-        rungs = [len(ladder) * step**3 // self.num**3 for step in steps]
+        places = [len(ladder) * step**3 // self.num**3 for step in steps]
         if self.skip_first:
-            rungs = [max(min(1, rung), rung - 1) for rung in rungs]
-        return tuple(ladder[rung] for rung in rungs)
+            places = [max(min(1, place), place - 1) for place in places]
+        return tuple(ladder[place] for place in places)
 
 
 class Explicit(Schedule):

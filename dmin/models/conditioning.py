@@ -124,7 +124,7 @@ SIZE_COLUMNS = {
 
 
 class SizeConditioning(Captioned):
-    """MicroConditioning the sizes of images, too (micro-conditioning, Podell et al. 2023).
+    """Conditioned on the sizes of images, too (micro-conditioning, Podell et al. 2023).
 
     Args:
         pipeline: of diffusers, with all its components.
@@ -172,7 +172,7 @@ class SizeConditioning(Captioned):
             for column, value in zip(columns, told[name], strict=True)
         }
 
-    def _told(self, batch: Mapping[str, Any]) -> list[MicroConditioning]:
+    def _micro_conditioning(self, batch: Mapping[str, Any]) -> list[MicroConditioning]:
         """Return the sizes that the model is told of each image."""
         height, width = batch["image"].shape[-2:]
         count = len(batch["image"])

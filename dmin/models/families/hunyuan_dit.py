@@ -45,7 +45,7 @@ class HunyuanDiT(SizeConditioning, LearnedVariance):
 
     def _sizes(self, batch: Mapping[str, Any]) -> Condition:
         image = batch["image"]
-        rows = [[*told.original, *told.target, *told.crop] for told in self._told(batch)]
+        rows = [[*m.original, *m.target, *m.crop] for m in self._micro_conditioning(batch)]
         style = torch.zeros(len(image), dtype=torch.long, device=image.device)
         return {"image_meta_size": image.new_tensor(rows), "style": style}
 

@@ -34,7 +34,7 @@ class StableDiffusionXL(SizeConditioning, LatentDenoiser):
         return {name: torch.zeros_like(value) for name, value in nothing.items()}
 
     def _sizes(self, batch: Mapping[str, Any]) -> Condition:
-        rows = [[*told.original, *told.crop, *told.target] for told in self._told(batch)]
+        rows = [[*m.original, *m.crop, *m.target] for m in self._micro_conditioning(batch)]
         return {"time_ids": batch["image"].new_tensor(rows)}
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
