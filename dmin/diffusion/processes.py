@@ -179,8 +179,8 @@ class FlowTimesteps(tuple[float, ...]):
 class RectifiedFlow:
     """A rectified flow from image to noise (Liu et al. 2023; Esser et al. 2024).
 
-    ``x_t = (1−σ) x0 + σ ε`` with ``σ = t / N``; the target is the velocity ``ε − x0``. The timesteps
-    of the ladder are even in σ, then shifted towards noise: ``σ ← sσ / (1 + (s−1)σ)``.
+    ``x_t = (1−σ) x0 + σ ε`` with ``σ = t / N``; the target is the velocity ``ε − x0``. The
+    timesteps of the ladder are even in σ, then shifted towards noise: ``σ ← sσ / (1 + (s−1)σ)``.
 
     Args:
         config: of diffusers' flow-matching scheduler, or of another that samples flows.
@@ -233,5 +233,5 @@ class RectifiedFlow:
         return (2 * torch.log((1 - sigma) / sigma)).tolist()
 
     def describe(self) -> dict[str, Any]:
-        """Return the target and the number of timesteps, as JSON; the shift moves timesteps only."""
+        """Return target and number of timesteps, as JSON; the shift only moves timesteps."""
         return {"target": self.target, "num_train_timesteps": self.num}

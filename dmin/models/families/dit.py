@@ -10,7 +10,7 @@ from diffusers import DiTPipeline
 from torch import Tensor
 
 from dmin.models.base import Condition, class_labels
-from dmin.models.latent_processes import LearnedVariance
+from dmin.models.latent import LearnedVariance
 
 
 class DiT(LearnedVariance):

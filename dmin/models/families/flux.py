@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmin.models.base import Condition
 from dmin.models.conditioning import LongCaptioned
-from dmin.models.latent_processes import LatentFlow
+from dmin.models.latent import LatentFlow
 
 
 class Flux(LongCaptioned, LatentFlow):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmin.models.base import Condition
 from dmin.models.conditioning import SizeConditioning
-from dmin.models.latent_processes import LearnedVariance
+from dmin.models.latent import LearnedVariance
 
 
 class HunyuanDiT(SizeConditioning, LearnedVariance):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmin.models.base import Condition
 from dmin.models.conditioning import LongCaptioned
-from dmin.models.latent_processes import LatentFlow
+from dmin.models.latent import LatentFlow
 from dmin.runtime.errors import DminError
 
 

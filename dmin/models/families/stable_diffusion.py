@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 from dmin.models.base import Condition
 from dmin.models.conditioning import Captioned
-from dmin.models.latent_processes import LatentDenoiser
+from dmin.models.latent import LatentDenoiser
 
 
 class StableDiffusion(Captioned, LatentDenoiser):

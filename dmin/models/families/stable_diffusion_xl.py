@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmin.models.base import Condition
 from dmin.models.conditioning import SizeConditioning
-from dmin.models.latent_processes import LatentDenoiser
+from dmin.models.latent import LatentDenoiser
 
 
 class StableDiffusionXL(SizeConditioning, LatentDenoiser):
