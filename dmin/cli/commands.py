@@ -297,7 +297,8 @@ def _chosen_method() -> str | None:
 def evaluate(work: Workspace, results: dict[str, Any]) -> None:
     """Measure every method of a benchmark against ground truth."""
     from dmin.cli.benchmarks import benchmark_context, chosen_methods, further_models
-    from dmin.evaluation.truths import present
+    from dmin.evaluation.report.files import save
+    from dmin.evaluation.report.tables import terminal
 
     work.require_one_process()
     benchmark = build_queries(work.need("benchmark"))  # its datasets are queries
@@ -310,10 +311,10 @@ def evaluate(work: Workspace, results: dict[str, Any]) -> None:
     with benchmark_context(work, benchmark, list(methods.values())) as context:
         report = benchmark.run(context, methods)
     report.left_out |= left_out
-    files = present.save(report, work.run_folder)
+    files = save(report, work.run_folder)
     results["figures"] = _figures(report.results)
     results["table"] = [[r.task, r.name, r.metric, r.mean, r.low, r.high] for r in report.results]
-    for part in present.terminal(report):
+    for part in terminal(report):
         work.console.print(part)
     listed = "".join(f"\n  {file}" for file in files)
     work.console.print(f"Look at{listed}", soft_wrap=True)

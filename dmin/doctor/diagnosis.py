@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from dmin.doctor.timestep_report import Timestep, report_table
+from dmin.runtime.formatting import span
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,7 @@ def _cost_table(cost: Cost) -> Table:
         title_justify="left",
         show_header=False,
     )
-    hours, rest = divmod(round(cost.seconds), 3600)
-    time = f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
-    table.add_row("time (without loading and encoding)", time)
+    table.add_row("time (without loading and encoding)", span(cost.seconds))
     table.add_row("store", _size(cost.store_bytes))
     if cost.encoding_bytes:
         table.add_row("encodings on disk, meanwhile", _size(cost.encoding_bytes))

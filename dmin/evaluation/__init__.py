@@ -8,15 +8,13 @@ from dmin.evaluation.context import BenchmarkContext
 from dmin.evaluation.report.results import Report, Result
 from dmin.evaluation.retraining.ensemble import Ensemble
 from dmin.evaluation.retraining.recipe import Recipe
-from dmin.evaluation.truths.base import (
-    GroundTruth,
-    Relevance,
-    SameColumn,
-    SameLabel,
-    SelfInfluence,
-    Source,
-)
-from dmin.evaluation.truths.counterfactual import LDS, Diversity, LeaveOut, Removal, UnionRemoval
+from dmin.evaluation.truths.base import GroundTruth
+from dmin.evaluation.truths.diversity import Diversity
+from dmin.evaluation.truths.lds import LDS
+from dmin.evaluation.truths.leave_out import LeaveOut
+from dmin.evaluation.truths.relevance import Relevance, SameColumn, SameLabel, Source
+from dmin.evaluation.truths.removal import Removal, UnionRemoval
+from dmin.evaluation.truths.self_influence import SelfInfluence
 from dmin.evaluation.tuning import Tuning
 
 __all__ = [

@@ -13,8 +13,8 @@ import numpy as np
 from dmin.attribution import FeatureSet, Method
 from dmin.attribution.check import check_pair
 from dmin.evaluation.context import BenchmarkContext
-from dmin.evaluation.controls import soft_max, squared, top_only
-from dmin.evaluation.report.results import TRANSFORMED, Cell, Cost, Report, Row, compared
+from dmin.evaluation.controls import transformed
+from dmin.evaluation.report.results import Cell, Cost, Report, Row, compared
 from dmin.evaluation.scoring import Scored, all_scores, fitted
 from dmin.evaluation.truths.base import Array, GroundTruth
 from dmin.evaluation.tuning import Tuning
@@ -295,11 +295,3 @@ class _Run:
         if tuning is None or not tuning.tunes(method):
             return True
         return row.tuned in self.benchmark.costly_for
-
-
-def transformed(scores: Array) -> dict[str, Array]:
-    """Return scores with the same order and other weights: what LDS owes to their shape."""
-    few = max(1, round(0.05 * scores.shape[1]))
-    return dict(
-        zip(TRANSFORMED, (squared(scores), soft_max(scores), top_only(scores, few)), strict=True)
-    )

@@ -1,16 +1,24 @@
 """What a score owes to its shape alone: the controls beside every table.
 
-Squaring scores or keeping the best few lifts LDS without knowing anything more, and a score that
-is the same for every query can still foretell losses. Each function takes scores ``[Q, N]``.
+Squaring scores or keeping the best few lifts LDS without knowing anything more. Each function takes
+scores ``[Q, N]``.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from dmin.evaluation.report.results import TRANSFORMED
 from dmin.runtime.errors import DminError
 
 Array = np.ndarray
+
+
+def transformed(scores: Array) -> dict[str, Array]:
+    """Return scores with the same order and other weights: what LDS owes to their shape."""
+    few = max(1, round(0.05 * scores.shape[1]))
+    changed = squared(scores), soft_max(scores), top_only(scores, few)
+    return dict(zip(TRANSFORMED, changed, strict=True))
 
 
 def squared(scores: Array) -> Array:
@@ -43,28 +51,3 @@ def top_only(scores: Array, k: int) -> Array:
     kept = np.zeros(scores.shape)
     np.put_along_axis(kept, order, 1.0, axis=1)
     return kept
-
-
-def rank_correlations(scores: Array) -> Array:
-    """Return the mean rank correlation of each query's scores with those of the others, ``[Q]``.
-
-    1 for a score that does not look at the query, 0 for unrelated rankings.
-
-    Raises:
-        DminError: there is one query only.
-    """
-    if len(scores) < 2:
-        raise DminError("popularity compares queries: give two or more.")
-    ranks = np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1)
-    correlation = np.asarray(np.corrcoef(ranks))
-    return np.asarray((correlation.sum(1) - 1) / (len(scores) - 1))
-
-
-def shared_top(scores: Array, k: int) -> Array:
-    """Return each query's part in the distinct examples among all queries' top k, ``[Q]``.
-
-    An example that n queries name counts 1/n for each; so the mean over queries is the number of
-    distinct examples over ``Q · k``.
-    """
-    kept = top_only(scores, k)
-    return np.asarray((kept / np.maximum(kept.sum(0), 1)).sum(1) / k)

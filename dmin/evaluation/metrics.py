@@ -72,12 +72,16 @@ def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estim
         resamples: draws of that many queries with replacement.
         seed: key of the draws.
     """
-    generator = np.random.default_rng(seed)
-    drawn = generator.integers(len(values), size=(resamples, len(values)))
-    return interval(values.mean(), values[drawn].mean(axis=1))
+    return interval(values.mean(), resampled_means(values, resamples, seed))
 
 
 def interval(center: float, resampled: np.ndarray) -> Estimate:
     """Return a value with the 95 % percentile interval of its resamples."""
     low, high = np.quantile(resampled, [0.025, 0.975])
     return Estimate(float(center), float(low), float(high))
+
+
+def resampled_means(values: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Return the means of ``count`` draws of that many values with replacement, ``[R]``."""
+    drawn = np.random.default_rng(seed).integers(len(values), size=(count, len(values)))
+    return np.asarray(values[drawn].mean(axis=1))

@@ -26,8 +26,8 @@ from dmin.diffusion.noise import SharedNoise
 from dmin.diffusion.processes import RectifiedFlow
 from dmin.diffusion.timesteps import DMinCubic, Stratified
 from dmin.doctor.timestep_report import report_of
+from dmin.evaluation import GroundTruth, SameColumn, SameLabel, Source
 from dmin.evaluation.metrics import bootstrap, measure
-from dmin.evaluation.truths.base import GroundTruth, SameColumn, SameLabel, Source
 from dmin.models import DiffusionModel, Prediction
 from dmin.queries import Planted
 from dmin.sketches import OPORP, BlockCyclic

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from test_encodings import Latent
+from collect.test_encodings import Latent
 from torch import nn
 from toy_ddpm import TINY_UNET
 

@@ -24,9 +24,9 @@ from dmin.evaluation import (
     Task,
     Tuning,
 )
+from dmin.evaluation.report.files import save
 from dmin.evaluation.report.results import Cell, Row, compared
-from dmin.evaluation.report.tables import markdown
-from dmin.evaluation.truths import present
+from dmin.evaluation.report.tables import markdown, terminal
 from dmin.queries import Planted
 from dmin.runtime.errors import DminError
 
@@ -115,7 +115,7 @@ def test_every_cell_is_inside_its_interval_and_has_its_controls(report):
 def test_what_fitting_found_is_reported_and_printed(report):
     note = report.fits["spectral, tuned on planted, curvature"]
     assert "of the energy; effective dimension" in note
-    shown = "\n".join(str(part) for part in present.terminal(report))
+    shown = "\n".join(str(part) for part in terminal(report))
     for text in (markdown(report), shown):
         assert f"spectral, curvature: {report.fits['spectral, curvature']}" in text
 
@@ -185,7 +185,7 @@ def test_differences_are_paired_and_only_real_leads_are_best():
 
 
 def test_everything_is_written_and_can_be_read_back(report, tmp_path):
-    files = present.save(report, tmp_path)
+    files = save(report, tmp_path)
     assert all(file.is_file() for file in files)
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert [float(r["mean"]) for r in rows] == [
@@ -203,7 +203,7 @@ def test_everything_is_written_and_can_be_read_back(report, tmp_path):
 
 def test_the_page_needs_nothing_else_and_lets_no_markup_in(report, tmp_path):
     report.left_out["<b>"] = "</script><script>alert(1)</script>"
-    present.save(report, tmp_path)
+    save(report, tmp_path)
     del report.left_out["<b>"]
     page = (tmp_path / "results.html").read_text()
     assert page.count("<script>") == 1 and "alert(1)</script>" not in page
@@ -236,7 +236,7 @@ def test_the_papers_tables_have_a_column_a_subset_and_what_it_costs(ddpm, sixty,
     tasks = {"subsets": Task({"subset": truth}, Examples(sixty.examples[:20]))}
     context = small_context(ddpm, sixty, tmp_path)
     found = Benchmark(tasks).run(context, {"dmin": DMin(), "random": Random()})
-    files = present.save(found, tmp_path / "report")
+    files = save(found, tmp_path / "report")
     text = (tmp_path / "report" / "results.md").read_text()
     labels = sorted({str(e.label) for e in sixty.examples[:20]})
     assert f"| method | KiB an example | ms a query | all | {' | '.join(labels)} |" in text

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from dmin.evaluation.controls import rank_correlations, shared_top, soft_max, squared, top_only
+from dmin.evaluation.controls import soft_max, squared, top_only
 from dmin.evaluation.metrics import interval
+from dmin.evaluation.truths.diversity import rank_correlations, shared_top
 from dmin.evaluation.truths.lds import (
     Resamples,
     ceiling,
@@ -15,7 +16,6 @@ from dmin.evaluation.truths.lds import (
     weighted_spearman,
 )
 from dmin.evaluation.truths.removal import (
-    mean_rise,
     rise,
     without_random,
     without_top,
@@ -122,7 +122,6 @@ def test_removal_leaves_out_the_top_and_nothing_else():
 def test_rise_is_in_percent_of_the_loss_without_random_ones():
     random = np.array([[1.0, 2.0], [3.0, 2.0]])
     assert rise(np.array([3.0, 2.0]), random).tolist() == [50, 0]
-    assert mean_rise(np.array([3.0, 2.0]), random).mean == 25
 
 
 def test_transforms_keep_the_order_and_top_only_counts():

@@ -244,7 +244,7 @@ def _best(cells: Sequence[Cell]) -> list[Cell]:
     if not cells:
         return []
     top = max(cells, key=lambda c: float(c.values.mean()))
-    return [c for c in cells if np.quantile(top.resampled - c.resampled, 0.025) <= 0]
+    return [c for c in cells if interval(0, top.resampled - c.resampled).low <= 0]
 
 
 def _short(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The linear datamodelling score: does adding up scores foretell what retraining does?
+"""The linear datamodelling score: does adding up scores predict what retraining does?
 
 Train models on many random subsets S of the data. A good attribution τ orders their losses of a
 query by ``Σ_{i∈S} τ_i`` (Park et al. 2023, arXiv 2303.14186).
@@ -8,14 +8,61 @@ M subsets, Q queries, N training examples, R resamples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from dmin.attribution import FeatureSet
+from dmin.evaluation.context import BenchmarkContext
+from dmin.evaluation.truths.base import Array, GroundTruth, Measures
 from dmin.runtime.errors import DminError
 
-Array = np.ndarray
+
+class LDS(GroundTruth):
+    """The linear datamodelling score over random subsets.
+
+    Args:
+        subsets: how many are trained on.
+        seeds: models a subset; their mean is the target, their agreement the ceiling.
+        share: of the examples in each subset.
+    """
+
+    ranks_only = False
+
+    def __init__(self, subsets: int = 64, seeds: int = 2, share: float = 0.5) -> None:
+        if subsets < 3 or seeds < 2 or not 0 < share < 1:
+            raise DminError(
+                f"LDS: subsets={subsets}, seeds={seeds}, share={share:g}: three or more subsets, "
+                f"two or more seeds (for the ceiling) and a share between 0 and 1 are needed."
+            )
+        self.subsets, self.seeds, self.share = subsets, seeds, share
+
+    def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
+        """Train a model on every subset and seed."""
+        examples = len(context.train)
+        subsets = random_subsets(examples, self.subsets, self.share)
+        self._members = membership(subsets, examples)
+        self._losses = np.stack(
+            [
+                context.retrain(subsets, seed, queries, f"retraining on subsets, seed {seed + 1}")
+                for seed in range(self.seeds)
+            ]
+        )
+
+    def measure(self, scores: Array) -> Measures:
+        """Return the LDS of each query."""
+        return {"LDS": lds(scores, self._members, self._losses.mean(0))}
+
+    def resampled(self, scores: Array, measured: Measures, count: int) -> Measures:
+        """Resample subsets and queries together."""
+        draws = Resamples(self.subsets, len(scores), count)
+        return {"LDS": draws.means(scores, self._members, self._losses.mean(0))}
+
+    def references(self) -> Mapping[str, Measures]:
+        """Return what is attainable, and what one seed predicts of the others."""
+        found = ceiling(self._losses)
+        return {"ceiling": {"LDS": found.attainable}, "one seed": {"LDS": found.one_seed}}
 
 
 def random_subsets(examples: int, count: int, share: float = 0.5, seed: int = 0) -> list[Array]:

@@ -1,13 +1,141 @@
-"""Counterfactual removal: retrain without the examples a method names, and see what it costs."""
+"""Removal: retrain without the examples that a method names, and see what it costs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
-from dmin.evaluation.metrics import Estimate, bootstrap
+from dmin.attribution import FeatureSet
+from dmin.evaluation.context import BenchmarkContext
+from dmin.evaluation.truths.base import Array, GroundTruth, Measures
 from dmin.runtime.errors import DminError
+from dmin.runtime.sampling import evenly
 
-Array = np.ndarray
+
+class Removal(GroundTruth):
+    """Train anew without a query's top k: by how many percent does its loss rise?
+
+    Against models trained without k random examples.
+
+    Args:
+        k: examples removed.
+        queries: how many of the task's queries, evenly spread; one model each a row.
+        seeds: models a query.
+        random: models without random examples, a seed.
+    """
+
+    costly = True
+
+    def __init__(self, k: int = 50, queries: int = 8, seeds: int = 1, random: int = 12) -> None:
+        self.k, self.queries, self.seeds, self.random = k, queries, seeds, random
+
+    def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
+        """Train without random examples."""
+        self._context, self._side = context, queries
+        self._asked = evenly(len(queries), self.queries, ends=True)
+        sets = without_random(len(context.train), self.k, self.random, seed=1)
+        self._random = self._losses(sets, f"removing {self.k} at random")
+
+    def expect(self, scores: Mapping[str, Array]) -> None:
+        """Train without the top k of every row's queries, all together."""
+        sets = [s for each in scores.values() for s in self._sets(each)]
+        self._losses(sets, f"removing each query's top {self.k}")
+
+    def measure(self, scores: Array) -> Measures:
+        """Return the rise in percent."""
+        lost = self._losses(self._sets(scores), f"removing top {self.k}")
+        own = lost[np.arange(len(self._asked)), self._asked]
+        return {f"removal@{self.k} %": rise(own, self._random[:, self._asked])}
+
+    def _sets(self, scores: Array) -> list[Array]:
+        return without_top(scores[self._asked], self.k)
+
+    def _losses(self, sets: Sequence[Array], what: str) -> Array:
+        return mean_over_seeds(self._context, self._side, sets, self.seeds, what)
+
+
+class UnionRemoval(GroundTruth):
+    """Train anew without what a group of queries names together: does it hurt them, not others?
+
+    The queries are cut into groups of neighbours. A group's queries take turns in naming k
+    examples; without these, the rise of their own loss less that of all other queries. One model
+    answers for a whole group.
+
+    Args:
+        k: examples removed, one or several numbers.
+        groups: of queries; one model each a row and k.
+        seeds: models a group.
+        random: models without random examples, a seed.
+    """
+
+    costly = True
+
+    def __init__(
+        self, k: Sequence[int] = (50,), groups: int = 2, seeds: int = 1, random: int = 12
+    ) -> None:
+        if groups < 2 or not k:
+            raise DminError(
+                f"UnionRemoval: k={list(k)}, groups={groups}; at least one k and two groups (each "
+                f"is the others' control) are needed."
+            )
+        self.k, self.groups, self.seeds, self.random = tuple(k), groups, seeds, random
+
+    def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
+        """Train without random examples."""
+        self._context, self._side = context, queries
+        self._parts = np.array_split(np.arange(len(queries)), self.groups)
+        self._random = {
+            k: self._losses(
+                without_random(len(context.train), k, self.random, seed=1),
+                f"removing {k} at random",
+            )
+            for k in self.k
+        }
+
+    def expect(self, scores: Mapping[str, Array]) -> None:
+        """Train without every row's unions, all together."""
+        sets = [s for each in scores.values() for k in self.k for s in self._sets(each, k)]
+        self._losses(sets, "removing what groups of queries name")
+
+    def measure(self, scores: Array) -> Measures:
+        """Return the rise of each query's loss less that of the other groups', in percent."""
+        found = {}
+        for k in self.k:
+            lost = self._losses(self._sets(scores, k), f"removing {k}")
+            each = np.stack([rise(row, self._random[k]) for row in lost])  # [groups, Q]
+            own = np.zeros(each.shape[1])
+            for row, part in zip(each, self._parts, strict=True):
+                own[part] = row[part] - np.delete(row, part).mean()
+            found[f"union@{k} %"] = own
+        return found
+
+    def resampled(self, scores: Array, measured: Measures, count: int) -> Measures:
+        """Resample groups, and queries within them: those of one group share their model."""
+        generator, parts = np.random.default_rng(0), self._parts
+        drawn = generator.integers(len(parts), size=(count, len(parts)))
+        within = [part[generator.integers(len(part), size=(count, len(part)))] for part in parts]
+        found = {}
+        for name, values in measured.items():
+            sums = np.stack([values[rows].sum(1) for rows in within], axis=1)  # [R, groups]
+            sizes = np.array([len(part) for part in parts])
+            total = np.take_along_axis(sums, drawn, axis=1).sum(1)
+            found[name] = total / sizes[drawn].sum(1)
+        return found
+
+    def _sets(self, scores: Array, k: int) -> list[Array]:
+        return [without_union(scores[part], k) for part in self._parts]
+
+    def _losses(self, sets: Sequence[Array], what: str) -> Array:
+        return mean_over_seeds(self._context, self._side, sets, self.seeds, what)
+
+
+def mean_over_seeds(
+    context: BenchmarkContext, queries: FeatureSet, sets: Sequence[Array], seeds: int, what: str
+) -> Array:
+    """Return the losses ``[sets, Q]`` of models trained on sets of rows, mean over seeds."""
+    lost = [context.retrain(sets, seed, queries, what) for seed in range(seeds)]
+    return np.asarray(np.mean(lost, axis=0))
 
 
 def without_top(scores: Array, k: int) -> list[Array]:
@@ -66,11 +194,6 @@ def rise(removed: Array, random: Array) -> Array:
         ``[Q]``, in percent.
     """
     return 100 * (removed / random.mean(0) - 1)
-
-
-def mean_rise(removed: Array, random: Array) -> Estimate:
-    """Return the mean of :func:`rise` with its interval over queries."""
-    return bootstrap(rise(removed, random))
 
 
 def _check(k: int, examples: int) -> None:

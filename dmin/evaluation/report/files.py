@@ -1,4 +1,4 @@
-"""All that is written of a report."""
+"""The files of a report: tables, pictures, a page."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from pathlib import Path
 from dmin.evaluation.report.page import save_page
 from dmin.evaluation.report.plots import save_all
 from dmin.evaluation.report.results import Report
-from dmin.evaluation.report.tables import markdown, terminal
-
-__all__ = ["save", "terminal"]
+from dmin.evaluation.report.tables import markdown
 
 
 def save(report: Report, folder: str | Path) -> list[Path]:

@@ -1,0 +1,69 @@
+"""Leaving a whole class or source out: does the sum of its scores predict what that does?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from dmin.attribution import FeatureSet
+from dmin.evaluation.context import BenchmarkContext
+from dmin.evaluation.truths.base import Array, GroundTruth, Measures, column
+from dmin.evaluation.truths.lds import ceiling, lds
+from dmin.runtime.errors import DminError
+
+
+class LeaveOut(GroundTruth):
+    """Does the sum of scores of each value of a column predict the effect of leaving it out?
+
+    With ``E(q, c)`` the rise of the query's loss when all examples of value c are left out and
+    ``A(q, c) = Σ_{i: c(i) = c} τ(q, i)``: ``leave-out ρ`` is Spearman's correlation over c, and
+    ``leave-out hit`` whether both name the same c first.
+
+    Args:
+        column: of the metadata, such as the label or a source.
+        seeds: models a value.
+    """
+
+    ranks_only = False
+
+    def __init__(self, column: str = "label", seeds: int = 2) -> None:
+        if seeds < 2:
+            raise DminError(f"LeaveOut: seeds={seeds}; the ceiling needs two or more.")
+        self.column, self.seeds = column, seeds
+
+    def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
+        """Train a model without each value, and seed.
+
+        Raises:
+            DminError: the column has fewer than three values.
+        """
+        of = column(context.train.store, self.column)
+        values = np.unique(of)
+        if len(values) < 3:
+            raise DminError(
+                f"LeaveOut: {self.column!r} has {len(values)} values among the training examples; "
+                f"ranks need three or more. Use removal or LDS instead."
+            )
+        self._left_out = of[None, :] == values[:, None]  # [C, N]
+        subsets = [np.flatnonzero(~row) for row in self._left_out]
+        self._losses = np.stack(
+            [
+                context.retrain(
+                    subsets, seed, queries, f"leaving each {self.column} out, {seed + 1}"
+                )
+                for seed in range(self.seeds)
+            ]
+        )
+
+    def measure(self, scores: Array) -> Measures:
+        """Return the correlation over values, and whether the first one agrees."""
+        losses = self._losses.mean(0)  # [C, Q]
+        first = (scores @ self._left_out.T).argmax(1) == losses.argmax(0)
+        # What is left out raises the loss; what stays in lowers it.
+        rank = lds(scores, ~self._left_out, losses)
+        return {"leave-out ρ": rank, "leave-out hit": first.astype(np.float64)}
+
+    def references(self) -> Mapping[str, Measures]:
+        """Return what is attainable."""
+        return {"ceiling": {"leave-out ρ": ceiling(self._losses).attainable}}

@@ -1,0 +1,124 @@
+"""Ground truths that name the right examples of each query; metrics of retrieval."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+from dmin.attribution import FeatureSet
+from dmin.evaluation.context import BenchmarkContext
+from dmin.evaluation.metrics import measure
+from dmin.evaluation.truths.base import Array, GroundTruth, Measures, column
+from dmin.runtime.errors import DminError
+from dmin.store import Store
+
+
+class Relevance(GroundTruth):
+    """A ground truth that names the right examples of each query; metrics of retrieval.
+
+    Args:
+        metrics: see :func:`dmin.evaluation.metrics.measure`.
+    """
+
+    def __init__(self, metrics: Sequence[str] = ("precision@10", "mAP")) -> None:
+        self.metrics = tuple(metrics)
+
+    @abstractmethod
+    def relevant(self, queries: Store, train: Store) -> Array:
+        """Return bool ``[queries, examples]``, at least one True a query."""
+
+    def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
+        """Find the right answers."""
+        self._relevant = self.relevant(queries.store, context.train.store)
+
+    def measure(self, scores: Array) -> Measures:
+        """Return each metric of each query."""
+        return {name: measure(name, scores, self._relevant) for name in self.metrics}
+
+
+class SameColumn(Relevance):
+    """An example is right if it shares the query's value of a metadata column, such as a source.
+
+    Args:
+        column: its name.
+        metrics: what to measure.
+        each: measure the queries of each value apart as well, as the tables of the DMin paper do.
+        value: of all queries, which then need no such column, as generated ones have none.
+    """
+
+    def __init__(
+        self,
+        column: str,
+        metrics: Sequence[str] = ("precision@10", "mAP"),
+        each: bool = False,
+        value: str | None = None,
+    ) -> None:
+        super().__init__(metrics)
+        self.column, self.each, self.value = column, each, value
+
+    def measure(self, scores: Array) -> Measures:
+        """Return each metric of all queries, then of those of each value."""
+        found = dict(super().measure(scores))
+        for value in np.unique(self._asked) if self.each else ():
+            own = self._asked == value
+            found |= {f"{name}, {value}": found[name][own] for name in self.metrics}
+        return found
+
+    def relevant(self, queries: Store, train: Store) -> Array:
+        """Return bool ``[queries, examples]``.
+
+        Raises:
+            DminError: a query or example has no such column, or a query a value of its own.
+        """
+        if self.value is None:
+            self._asked = column(queries, self.column)
+        else:
+            self._asked = np.full(len(queries), self.value)
+        known = column(train, self.column)
+        if len(lost := np.flatnonzero(~np.isin(self._asked, known))):
+            raise DminError(
+                f"{len(lost)} of {len(queries)} queries have a {self.column} that no training "
+                f"example has, such as {queries.ids[lost[0]]!r} with {self._asked[lost[0]]!r}. "
+                f"There is {', '.join(np.unique(known)[:20])}. Ask about these alone."
+            )
+        return np.asarray(self._asked[:, None] == known[None, :])
+
+
+class SameLabel(SameColumn):
+    """An example is right if it has the query's label: DMin's detection rate.
+
+    It rewards mere likeness (a pixel distance does well by it), so read it beside the pixel
+    baseline and never alone.
+
+    Args:
+        metrics: what to measure.
+    """
+
+    def __init__(
+        self, metrics: Sequence[str] = ("precision@5", "precision@10", "precision@50", "mAP")
+    ) -> None:
+        super().__init__("label", metrics)
+
+
+class Source(Relevance):
+    """The one right example is the one the query was made from.
+
+    Args:
+        metrics: what to measure.
+    """
+
+    def __init__(self, metrics: Sequence[str] = ("recall@1", "recall@5", "MRR")) -> None:
+        super().__init__(metrics)
+
+    def relevant(self, queries: Store, train: Store) -> Array:
+        """Return bool ``[queries, examples]`` with one True a row.
+
+        Raises:
+            DminError: a query does not name its source, or the source is not in the store.
+        """
+        found = np.zeros((len(queries), len(train)), dtype=bool)
+        for query, source in enumerate(column(queries, "source_id")):
+            found[query, train.index(str(source))] = True
+        return found

@@ -1,0 +1,58 @@
+"""Ground truth of self-influence: do marked examples score highest with themselves?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from dmin.attribution import FeatureSet
+from dmin.evaluation.context import BenchmarkContext
+from dmin.evaluation.truths.base import Array, GroundTruth, Measures
+from dmin.runtime.errors import DminError
+
+
+class SelfInfluence(GroundTruth):
+    """Do examples that a column marks, such as mislabelled ones, score highest with themselves?
+
+    ``AUROC = P(τ(i, i) > τ(j, j))`` for a marked i and an unmarked j, ties counted half: the mean
+    over marked examples of the share of unmarked ones below (Pruthi et al. 2020, section 4.1).
+    The loss of each example is a reference that needs no gradient.
+
+    Args:
+        column: of the metadata; an example that has it (and not false or null) is marked.
+        sample: unmarked examples that the marked ones are compared with, evenly spread.
+    """
+
+    of = "self"
+
+    def __init__(self, column: str = "mislabelled", sample: int = 250) -> None:
+        self.column, self.sample = column, sample
+
+    def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
+        """Find the marked examples.
+
+        Raises:
+            DminError: none or all are.
+        """
+        train = context.train.store
+        is_marked = np.array([bool(row.get(self.column)) for row in train.metadata])
+        marked, others = np.flatnonzero(is_marked), np.flatnonzero(~is_marked)
+        if not len(marked) or not len(others):
+            raise DminError(
+                f"{len(marked)} of {len(is_marked)} training examples have {self.column!r} in "
+                f"their metadata; self-influence compares those that have it with the others."
+            )
+        step = max(1, len(others) // self.sample)
+        self.rows = np.concatenate([marked, others[::step][: self.sample]])
+        self._marked = is_marked[self.rows]
+        self._losses = train.losses().mean((1, 2))[self.rows]
+
+    def measure(self, scores: Array) -> Measures:
+        """Return the share of unmarked examples that score below each marked one."""
+        marked, others = scores[self._marked, None], scores[None, ~self._marked]
+        return {"AUROC": ((marked > others) + 0.5 * (marked == others)).mean(1)}
+
+    def references(self) -> Mapping[str, Measures]:
+        """Return what the loss alone finds."""
+        return {"training loss": self.measure(self._losses)}
