@@ -12,12 +12,10 @@ import numpy as np
 from PIL.Image import Image
 
 from dmin.attribution.ranking import Ranking, format_score, headline
-from dmin.gallery.pictures import TINY, data_uri, encoded, to_picture
+from dmin.gallery.pictures import TINY, Images, data_uri, encoded, to_picture
 from dmin.runtime.page import write_page
 
 EMBED = 2000  # pictures of 10 to 40 kB: a page that still opens at once
-Images = Callable[[str], np.ndarray]
-"""From an id to its image: [C, H, W] with C of 1 or 3, values in [0, 1]."""
 
 
 def save_html(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
 from dmin.runtime.errors import DminError
+
+Images = Callable[[str], np.ndarray]
+"""From an id to its image: [C, H, W] with C of 1 or 3, values in [0, 1]."""
 
 TINY = 64
 """Up to this side, in pixels, an image is enlarged without smoothing and kept without loss."""

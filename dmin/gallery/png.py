@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +14,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from dmin.attribution.ranking import Ranking, format_score, headline
-from dmin.gallery.pictures import fit, to_picture
-
-Images = Callable[[str], np.ndarray]
-"""From an id to its image: [C, H, W] with C of 1 or 3, values in [0, 1]."""
+from dmin.gallery.pictures import Images, fit, to_picture
 
 DPI = 150
 MOST_GROUPS = 5  # of layers, that have a bar of their own
@@ -266,9 +262,7 @@ def _frame(
     page: Axes, left: float, top: float, side: int, space: float, color: str, linewidth: float
 ) -> None:
     corner, length = (left - space, top - space), side + 2 * space
-    page.add_patch(
-        Rectangle(corner, length, length, fill=False, edgecolor=color, linewidth=linewidth)
-    )
+    page.add_patch(Rectangle(corner, length, length, fill=False, ec=color, lw=linewidth))
 
 
 def _write(
@@ -284,16 +278,7 @@ def _write(
 ) -> None:
     # parse_math off: an id with two dollar signs is a name, not a formula.
     page.text(
-        x,
-        y,
-        text,
-        color=color,
-        size=size,
-        weight=weight,
-        ha=ha,
-        va="baseline",
-        family=_fonts(),
-        parse_math=False,
+        x, y, text, color=color, size=size, weight=weight, ha=ha, family=_fonts(), parse_math=False
     )
 
 

@@ -112,12 +112,9 @@ def by_k(report: Report) -> Figure | None:
     if not kinds:
         return None
     figure, axes = _grid(len(kinds))
-    for axis, ((task, truth, kind), _) in zip(axes, kinds.items(), strict=False):
-        rows = [
-            r
-            for r in whole
-            if (r.task, r.truth) == (task, truth) and r.metric.startswith(f"{kind}@")
-        ]
+    for axis, (task, truth, kind) in zip(axes, kinds, strict=False):
+        here = [r for r in whole if (r.task, r.truth) == (task, truth)]
+        rows = [r for r in here if r.metric.startswith(f"{kind}@")]
         _curves(axis, rows, report.reference)
         axis.set_title(f"{task}: {kind} at k", fontsize=10, loc="left")
     return figure
@@ -146,11 +143,8 @@ def _curves(axis: Any, rows: Sequence[Result], reference: str, most: int = 7) ->
     always = [n for n in (reference, "pixel_l2", "random") if n in strength]
     best = [n for n in sorted(strength, key=lambda n: -strength[n]) if n not in always]
     for number, name in enumerate([*best[: most - len(always)], *always]):
-        line = sorted(
-            (r for r in rows if r.name == name),
-            key=lambda r: int(r.metric.partition("@")[2].split()[0]),
-        )
-        ks = [int(r.metric.partition("@")[2].split()[0]) for r in line]
+        line = sorted((r for r in rows if r.name == name), key=_k)
+        ks = [_k(r) for r in line]
         colour = {"random": "#bbbbbb", "pixel_l2": "#777777"}.get(name, LINES[number % len(LINES)])
         axis.plot(ks, [r.mean for r in line], "o-", color=colour, ms=3, lw=1.4, label=name)
         axis.fill_between(
@@ -162,6 +156,11 @@ def _curves(axis: Any, rows: Sequence[Result], reference: str, most: int = 7) ->
     axis.set_xlabel("k", fontsize=9)
     _finish(axis)
     axis.legend(fontsize=7, frameon=False)
+
+
+def _k(result: Result) -> int:
+    """Return the k of a metric ``…@k``."""
+    return int(result.metric.partition("@")[2].split()[0])
 
 
 def path(report: Report) -> Figure | None:
@@ -178,27 +177,13 @@ def path(report: Report) -> Figure | None:
             for p in dict.fromkeys(r.get("p") for r in points):
                 line = [r for r in points if r.get("p") == p]
                 style = {0.5: ":", 2.0: "--"}.get(p or 1.0, "-")
-                axis.plot(
-                    [r["alpha"] for r in line],
-                    [r[column] for r in line],
-                    color=LINES[number % len(LINES)],
-                    ls=style,
-                    lw=1.3,
-                    label=method if style == "-" else None,
-                )
-        base = _base_mean(report, column)
-        if base is not None:
-            axis.axhline(base, color="#777777", ls="-.", lw=1)
+                xs, ys = [r["alpha"] for r in line], [r[column] for r in line]
+                colour, label = LINES[number % len(LINES)], method if style == "-" else None
+                axis.plot(xs, ys, color=colour, ls=style, lw=1.3, label=label)
         axis.set_xscale("log")
-        axis.set_title(column.replace("/", ", "), fontsize=10, loc="left")
-        axis.set_xlabel("α, damping in mean eigenvalues", fontsize=9)
-        _finish(axis)
-    handles, labels = axes[0].get_legend_handles_labels()
-    last = axes[len(columns)]
-    last.axis("off")
-    last.set_visible(True)
+        _finish_walk(axis, report, column, "α, damping in mean eigenvalues")
     note = f"solid p = 1, dotted p = ½, dashed p = 2\ndash-dotted: {report.reference}"
-    last.legend(handles, labels, title=note, fontsize=8, title_fontsize=8, frameon=False, ncols=2)
+    _draw_legend(axes, len(columns), note)
     return figure
 
 
@@ -225,21 +210,33 @@ def weights(report: Report) -> Figure | None:
             label = method if narrow else None
             style = "-" if narrow else "--"
             axis.plot(list(best), list(best.values()), color=colour, ls=style, lw=1.3, label=label)
-        base = _base_mean(report, column)
-        if base is not None:
-            axis.axhline(base, color="#777777", ls="-.", lw=1)
-        axis.set_title(column.replace("/", ", "), fontsize=10, loc="left")
-        axis.set_xlabel("weights about: 0 the noisiest timestep, 1 the cleanest", fontsize=9)
-        _finish(axis)
-    handles, labels = axes[0].get_legend_handles_labels()
-    last = axes[len(columns)]
-    last.axis("off")
-    last.set_visible(True)
+        what = "weights about: 0 the noisiest timestep, 1 the cleanest"
+        _finish_walk(axis, report, column, what)
     others = ", ".join(f"{w:g}" for w in widths[1:])
     note = f"solid: width {widths[0]:g}" + (f", dashed: {others}" if others else "")
     note += f"\ndash-dotted: {report.reference}, even weights"
-    last.legend(handles, labels, title=note, fontsize=8, title_fontsize=8, frameon=False, ncols=2)
+    _draw_legend(axes, len(columns), note)
     return figure
+
+
+def _finish_walk(axis: Any, report: Report, column: str, what: str) -> None:
+    """Draw the reference's mean of a metric, and write what the panel shows along which axis."""
+    for r in report.results:
+        if r.name == report.reference and f"{r.task}/{r.truth}/{r.metric}" == column:
+            axis.axhline(r.mean, color="#777777", ls="-.", lw=1)
+            break
+    axis.set_title(column.replace("/", ", "), fontsize=10, loc="left")
+    axis.set_xlabel(what, fontsize=9)
+    _finish(axis)
+
+
+def _draw_legend(axes: Sequence[Any], place: int, note: str) -> None:
+    """Draw the legend of the first panel in a place of its own."""
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[place].axis("off")
+    axes[place].set_visible(True)
+    style = {"title": note, "fontsize": 8, "title_fontsize": 8, "frameon": False, "ncols": 2}
+    axes[place].legend(handles, labels, **style)
 
 
 def _watched(path: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -256,28 +253,17 @@ def cost(report: Report) -> Figure | None:
     figure = Figure(figsize=(4.2 * len(panels), 6.4), layout="constrained")
     grid = figure.subplots(2, len(panels), squeeze=False)
     for column, (task, truth, metric) in zip(grid.T, panels, strict=True):
-        rows = [
-            r
-            for r in report.results
-            if (r.task, r.truth, r.metric) == (task, truth, metric) and not r.control
-        ]
+        here = [r for r in report.results if (r.task, r.truth, r.metric) == (task, truth, metric)]
+        rows = [r for r in here if not r.control]
         for axis, what in zip(column, ("KiB an example", "ms a query"), strict=True):
             for r in rows:
                 x = r.bytes / 1024 if what[0] == "K" else 1000 * r.query_seconds
                 colour = FAMILIES[family(r)]
-                axis.errorbar(
-                    max(x, 1e-3),
-                    r.mean,
-                    [[max(0, r.mean - r.low)], [max(0, r.high - r.mean)]],
-                    fmt="o",
-                    color=colour,
-                    ms=4,
-                    lw=0.8,
-                )
+                x, around = max(x, 1e-3), [[max(0, r.mean - r.low)], [max(0, r.high - r.mean)]]
+                axis.errorbar(x, r.mean, around, fmt="o", color=colour, ms=4, lw=0.8)
                 if r.best or r.name in (report.reference, "pixel_l2"):
-                    axis.annotate(
-                        r.name, (max(x, 1e-3), r.mean), (4, 3), textcoords="offset points", size=6
-                    )
+                    offset = {"xytext": (4, 3), "textcoords": "offset points"}
+                    axis.annotate(r.name, (x, r.mean), size=6, **offset)
             axis.set_xscale("symlog" if what[0] == "K" else "log")
             axis.set_xlabel(what, fontsize=9)
             axis.set_title(f"{task}, {metric}", fontsize=10, loc="left")
@@ -294,13 +280,6 @@ def _panels(results: Sequence[Result]) -> list[tuple[str, str, str]]:
         if is_main and here not in found:
             found[here] = r.metric
     return [(*place, metric) for place, metric in found.items()]
-
-
-def _base_mean(report: Report, column: str) -> float | None:
-    for r in report.results:
-        if r.name == report.reference and f"{r.task}/{r.truth}/{r.metric}" == column:
-            return r.mean
-    return None
 
 
 def _grid(count: int) -> tuple[Figure, list[Any]]:

@@ -45,12 +45,11 @@ def train_films(
         rates: the learning rate of each step.
         ema_decay: of the moving average.
     """
-    from dmin.evaluation.retraining.film_kernel import (
-        train,  # numba compiles: only when it is needed
-    )
+    # Numba compiles: only when it is needed.
+    from dmin.evaluation.retraining.film_kernel import train
 
     network: FiLMNetwork = model.network
-    names, rungs = _names(network), torch.tensor(list(model.ladder))
+    names = _names(network)
     lengths = [start[name].numel() if name in start else 0 for name in names]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     flat = torch.cat([start[name].detach().reshape(-1) for name in names if name in start])
