@@ -13,9 +13,9 @@ from models.tiny import BUILDERS, save
 
 from dmin.attribution import Method
 from dmin.attribution.search.index import Index
-from dmin.cli.built import build_queries
+from dmin.cli.config.groups import config_directory, groups
 from dmin.cli.config.validate import validate
-from dmin.cli.help import config_directory, groups
+from dmin.cli.workspace.built import build_queries
 from dmin.data import Example
 from dmin.diffusion.noise import Noise
 from dmin.diffusion.timesteps import Schedule

@@ -1,10 +1,8 @@
-"""The help pages and the "did you mean", from the standard library alone: they show at once."""
+"""The help pages, from the standard library alone: they show at once."""
 
-import difflib
-import os
 import textwrap
-from collections.abc import Iterable
-from pathlib import Path
+
+from dmin.cli.config.groups import groups
 
 COMMANDS = {
     "train": "Train a model on a dataset, or on a subset of it.",
@@ -20,6 +18,9 @@ COMMANDS = {
     "demo": "Do all of it on a small model, in minutes on a laptop.",
 }
 
+# Commands that compose no configuration; each has a page of its own in dmin.cli.tools.
+TOOLS = ("status", "store", "repeat")
+
 # What the example of each command says beyond `experiment=digits`, with which all of them run.
 _EXAMPLES = {
     "train": " train.steps=500 name=short",
@@ -32,42 +33,6 @@ _EXAMPLES = {
     "demo": " seed=1 name=other",
 }
 _WIDTH = 90
-
-
-def config_directory() -> Path:
-    """Return where the YAML files stand: in the package (a wheel), or beside it (a checkout)."""
-    package = Path(__file__).resolve().parents[1]
-    inside, beside = package / "conf", package.parent / "conf"
-    return inside if inside.is_dir() else beside
-
-
-def groups(directory: Path | None = None) -> dict[str, list[str]]:
-    """Return the configuration groups and the choices of each, from the names of the files."""
-    top = directory or config_directory()
-    found = {}
-    for folder, _, files in os.walk(top):
-        choices = sorted(Path(file).stem for file in files if file.endswith(".yaml"))
-        if choices and Path(folder) != top:
-            found[Path(folder).relative_to(top).as_posix()] = choices
-    return dict(sorted(found.items()))
-
-
-def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """Return ``Did you mean a or b?`` for the options nearest to a name; empty when none is near.
-
-    An option also counts by its last part, for one who wrote ``dim`` and meant ``sketch.dim``.
-    """
-
-    def likeness(option: str) -> float:
-        forms = [(name, option, 1.0), (name.lower(), option.lower(), 0.9)]
-        if "." not in name:
-            forms.append((name, option.rpartition(".")[2], 0.9))
-        return max(weight * difflib.SequenceMatcher(None, a, b).ratio() for a, b, weight in forms)
-
-    scores = {option: likeness(option) for option in options}
-    least = max(0.6, max(scores.values(), default=0) - 0.1)
-    near = sorted((o for o in scores if scores[o] >= least), key=lambda o: -scores[o])
-    return f"Did you mean {' or '.join(near[:3])}?" if near else ""
 
 
 def overview() -> str:
@@ -90,13 +55,7 @@ For shell completion: eval "$(dmin --shell-completion install=bash)"
 
 
 def page(command: str) -> str:
-    """Return what ``dmin <command> --help`` prints."""
-    if command in ("status", "store", "repeat"):
-        from dmin.cli.tools import repeat, status
-        from dmin.cli.tools import store as stores
-
-        own = {"status": status.page, "store": stores.page, "repeat": repeat.page}[command]
-        return f"{COMMANDS[command]}\n{own()}"
+    """Return what ``dmin <command> --help`` prints, of one that composes a configuration."""
     listed = groups()
     shown = "\n".join(_entry(group, choices) for group, choices in listed.items()) or "  none"
     digits = f"dmin {command} experiment=digits"

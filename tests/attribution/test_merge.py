@@ -20,7 +20,7 @@ from dmin.attribution import (
 )
 from dmin.attribution.ranking_files import dump_ranking, load_ranking
 from dmin.attribution.search.selection import Groups, Selection
-from dmin.cli.parts import Parts, joined
+from dmin.cli.workspace.ranking_parts import Parts, joined
 from dmin.runtime.errors import DminError
 from dmin.workers.shard import Shard
 

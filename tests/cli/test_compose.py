@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-from dmin.cli.config import compose
-from dmin.cli.config.compose import needs, run
+from dmin.cli.config import compose, explain
+from dmin.cli.config.compose import run
 from dmin.runtime.errors import DminError
 
 CONF = {
@@ -59,7 +59,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text.replace("OUT", str(tmp_path)))
     monkeypatch.setattr(compose, "config_directory", lambda: tmp_path / "conf")
-    monkeypatch.setattr(compose, "groups", lambda: {"model": [], "experiment": []})
+    monkeypatch.setattr(explain, "groups", lambda: {"model": [], "experiment": []})
     monkeypatch.setattr(sys, "argv", ["/bin/dmin", "collect", "as typed"])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
@@ -206,9 +206,8 @@ def test_configuration_is_validated_before_the_step(capsys: pytest.CaptureFixtur
 def test_only_what_a_step_needs_must_have_values() -> None:
     run(Recorder(), "collect", [])
 
-    @needs("benchmark")
-    def step(cfg: DictConfig) -> None: ...
-
+    step = Recorder()
+    step.needs = ("benchmark",)
     with pytest.raises(SystemExit, match=r"No value for benchmark\.extra"):
         run(step, "collect", [])
     with pytest.raises(SystemExit, match=r"No value for benchmark\.extra"):
@@ -313,7 +312,8 @@ def test_exit_of_the_step_is_left_alone() -> None:
 )
 def test_shell_completion(line: str, answer: str, workplace: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from dmin.cli import compose, main; "
+        "import sys; from pathlib import Path; from dmin.cli import main; from dmin.cli.config "
+        "import compose; "
         f"compose.config_directory = lambda: Path({str(workplace / 'conf')!r}); "
         "main(['-sc', 'query=bash'])"
     )

@@ -7,10 +7,9 @@ from hydra import compose, initialize_config_dir
 
 from dmin.cli import help as pages
 from dmin.cli import main
+from dmin.cli.config import groups as choices
+from dmin.cli.config.groups import config_directory, did_you_mean, groups
 from dmin.cli.config.validate import validate
-from dmin.cli.help import config_directory, did_you_mean, groups
-
-OWN_PAGES = ("status", "store", "repeat")  # commands that compose no configuration
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         file = tmp_path / f"{name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    monkeypatch.setattr(pages, "config_directory", lambda: tmp_path)
+    monkeypatch.setattr(choices, "config_directory", lambda: tmp_path)
     return tmp_path
 
 
@@ -49,15 +48,15 @@ def test_page_describes_the_command(
     assert main([command, "model=dit", "--help"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(pages.COMMANDS[command])
-    assert ("--cfg job" in printed) == (command not in OWN_PAGES)
+    assert ("--cfg job" in printed) == (command not in pages.TOOLS)
 
 
-@pytest.mark.parametrize("command", [name for name in pages.COMMANDS if name not in OWN_PAGES])
+@pytest.mark.parametrize("command", [name for name in pages.COMMANDS if name not in pages.TOOLS])
 def test_the_example_of_every_page_composes_and_is_valid(command: str) -> None:
     example = next(
         line for line in pages.page(command).splitlines() if line.startswith(f"  dmin {command} ")
     )
-    with initialize_config_dir(str(pages.config_directory()), version_base="1.3"):
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
         cfg = compose("dmin", example.split()[2:])
     validate(cfg)
 
@@ -83,7 +82,7 @@ def test_every_line_of_a_page_is_readable(conf: Path) -> None:
 def test_configuration_directory_is_in_the_package_or_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pages, "__file__", str(tmp_path / "dmin" / "cli" / "help.py"))
+    monkeypatch.setattr(choices, "__file__", str(tmp_path / "dmin/cli/config/groups.py"))
     assert config_directory() == tmp_path / "conf"
     (tmp_path / "dmin" / "conf").mkdir(parents=True)
     assert config_directory() == tmp_path / "dmin" / "conf"

@@ -10,17 +10,16 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
-from dmin.cli.help import config_directory
-from dmin.cli.jobs import slurm
+from dmin.cli.config.groups import config_directory
+from dmin.cli.jobs import requeue, slurm
 from dmin.cli.jobs.processes import check_devices, is_main
+from dmin.cli.jobs.requeue import after_stop, parsed_time
 from dmin.cli.jobs.slurm import (
     Processes,
     Tasks,
-    after_stop,
     check_fit,
     check_running,
     check_submission,
-    parsed_time,
 )
 from dmin.runtime.errors import DminError
 from dmin.runtime.signals import Stopped
@@ -191,9 +190,9 @@ class TestAfterASignal:
             calls.append(command)
             return subprocess.CompletedProcess(command, 0, "0:50", "")
 
-        monkeypatch.setattr(slurm.subprocess, "run", run)
-        monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
-        monkeypatch.setattr(slurm.time, "sleep", lambda seconds: calls.append("stays"))
+        monkeypatch.setattr(requeue.subprocess, "run", run)
+        monkeypatch.setattr(requeue.shutil, "which", lambda name: name)
+        monkeypatch.setattr(requeue.time, "sleep", lambda seconds: calls.append("stays"))
         monkeypatch.setenv("SLURM_JOB_ID", "17")
         return calls
 

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from dmin.cli import main
 from dmin.cli.config import renamed
 from dmin.cli.config.renamed import current, rename
-from dmin.cli.config.validate import ROOT_KEYS, validate
+from dmin.cli.config.sections import ROOT_KEYS
+from dmin.cli.config.validate import validate
 
 # Every YAML file of 0.1.0, by its path.
 THEN: dict[str, str] = json.loads((settings.DATA / "conf_0_1_0.json").read_text())

@@ -5,9 +5,9 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
+from dmin.cli.config.groups import config_directory
 from dmin.cli.config.tree import settings_tree
 from dmin.cli.config.validate import validate
-from dmin.cli.help import config_directory
 
 
 def test_it_shows_what_is_not_at_its_default():

@@ -96,24 +96,25 @@ def test_a_run_is_repeated_from_its_record(place):
 def test_a_repeated_benchmark_keeps_the_settings_of_its_method(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from dmin.cli import benchmarks, commands
+    from dmin.cli.commands import evaluate
     from dmin.cli.config import compose
     from dmin.cli.tools import repeat
+    from dmin.cli.workspace import benchmark
 
     seen = []
 
     def step(cfg):
         folder = Path(HydraConfig.get().runtime.output_dir)
-        commands.only_the_chosen_method(cfg)
+        evaluate.only_the_chosen_method(cfg)
         with recorded(cfg, folder, "evaluate"):
             named = SimpleNamespace(methods=cfg.benchmark.methods, without=(), settings={})
-            built, _ = benchmarks.chosen_methods(SimpleNamespace(cfg=cfg), named)
+            built, _ = benchmark.chosen_methods(SimpleNamespace(cfg=cfg), named)
             seen.append((folder, {name: method.name for name, method in built.items()}))
             seen.append(built["trak"].alpha)
 
     step.needs = ("method",)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(commands.COMMANDS, "evaluate", step)
+    monkeypatch.setattr(evaluate, "evaluate", step)
     compose.run(step, "evaluate", ["experiment=digits", "method=trak", "method.alpha=0.7"])
     (folder, first), alpha = seen
     repeat.run([str(folder)])

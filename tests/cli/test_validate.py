@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from dmin.cli.config import validate as module
 from dmin.cli.config.annotations import fits, spell
-from dmin.cli.config.validate import ROOT_KEYS, validate
+from dmin.cli.config.sections import ROOT_KEYS
+from dmin.cli.config.validate import validate
 from dmin.runtime.errors import DminError
 
 
@@ -179,7 +180,7 @@ class TestTargets:
         [
             (f"{__name__}.Tyo", r"has no Tyo\. Did you mean Toy\b"),
             (f"{__name__}.Toy.laod", r"Toy has no laod\. Did you mean load\?"),
-            ("dmin.eror.DminError", r"dmin has no eror\. Did you mean errors\?"),
+            ("dmin.runtime.eror.DminError", r"dmin.runtime has no eror\. Did you mean errors\?"),
             ("no_such_package.Model", "there is no module no_such_package.*run dmin where it"),
             (f"{__name__}.NOT_CALLABLE", "not a class or a function"),
             (3, "3, not the dotted name"),

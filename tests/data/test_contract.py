@@ -10,7 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from dmin.cli.help import config_directory, groups
+from dmin.cli.config.groups import config_directory, groups
 from dmin.data import Example, Examples, collate, describe_dataset
 from dmin.data.module import CollectData
 from dmin.runtime.errors import DminError

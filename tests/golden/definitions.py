@@ -22,7 +22,8 @@ from toy_ddpm import TINY_UNET
 from dmin import Example, Examples, GradientCollector, Store, retrieve
 
 # All that is not of the public face of the package stands here.
-from dmin.cli.help import COMMANDS, config_directory  # noqa: F401
+from dmin.cli.config.groups import config_directory
+from dmin.cli.help import COMMANDS  # noqa: F401
 from dmin.collect import predict_trainer
 from dmin.collect.append import collect_more
 from dmin.store.maintenance import verify  # noqa: F401

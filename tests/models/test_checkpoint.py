@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_families import examples, inputs, one_sketch
 
-from dmin.cli.help import config_directory
+from dmin.cli.config.groups import config_directory
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Example, collate
 from dmin.diffusion.noise import SharedNoise

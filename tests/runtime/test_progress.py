@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dmin.cli.benchmarks import _lines
+from dmin.cli.workspace.benchmark import _lines
 from dmin.collect.progress_bar import CollectionProgress
 from dmin.runtime import progress as module
 from dmin.runtime.formatting import span

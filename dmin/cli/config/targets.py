@@ -6,7 +6,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from dmin.cli.help import did_you_mean
+from dmin.cli.config.groups import did_you_mean
 from dmin.runtime.errors import DminError
 
 # What to install, where it has not the name of the module.

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dmin.cli.help import COMMANDS, TOOLS
+from dmin.cli.tools.arguments import Arguments
 from dmin.runtime.errors import DminError
 from dmin.runtime.provenance import RECORD, circumstances
 
@@ -15,9 +17,7 @@ from dmin.runtime.provenance import RECORD, circumstances
 _INCIDENTAL = {"peak", "files", "store", "model", "figures"}
 
 
-def page() -> str:
-    """Return what ``dmin repeat --help`` prints."""
-    return """
+PAGE = """
 usage: dmin repeat RUN_FOLDER [--dry] [setting=value ...]
 
 RUN_FOLDER has the record.json and config.yaml of a run, as every command leaves them under
@@ -37,18 +37,20 @@ examples:
 
 def run(arguments: Sequence[str]) -> int:
     """Repeat a run; return the exit status, 1 with a message for what the user got wrong."""
-    dry = "--dry" in arguments
-    first, *rest = [each for each in arguments if each != "--dry"] or [""]
+    parser = Arguments("repeat")
+    parser.add_argument("folder", nargs="?", default=Path(), type=Path)
+    parser.add_argument("--dry", action="store_true")
+    asked, settings = parser.parse_known_args(arguments)
+    folder: Path = asked.folder
     try:
-        folder = Path(first)
         record = read_record(folder)
         if "runs" in record:
             raise DminError(
                 f"{folder} is an experiment of a checkout: python experiments repeat {folder.name}"
             )
         say("differs from then", since(record))
-        if not dry:
-            say("results", _repeated(folder, record, rest))
+        if not asked.dry:
+            say("results", _repeated(folder, record, settings))
     except DminError as error:
         print(f"dmin: {error}", file=sys.stderr)
         return 1
@@ -56,20 +58,20 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _repeated(folder: Path, record: dict[str, Any], settings: list[str]) -> list[str]:
-    from dmin.cli.commands import COMMANDS
+    from dmin.cli.commands import step_of
     from dmin.cli.config.compose import run as run_step
-    from dmin.cli.help import config_directory
+    from dmin.cli.config.groups import config_directory
 
     command = record["command"]
-    if command not in COMMANDS:
+    if command not in COMMANDS or command in TOOLS:
         raise DminError(f"{folder} records the command {command}, which this dmin has not.")
     outputs = "hydra.run.dir=${paths.outputs}/runs/" + command + "/${now:%Y-%m-%d_%H-%M-%S-%f}"
     place = ["--config-path", str(folder.resolve()), "--config-name", "config"]
     place += ["--config-dir", str(config_directory())]  # for the methods that a benchmark names
-    if chosen := record["job"].get("method"):  # what cfg.method is the choice of: see benchmarks.py
+    if chosen := record["job"].get("method"):  # what cfg.method is the choice of: see workspace
         place.append(f"++hydra.runtime.choices.method={chosen}")
     found: dict[str, Any] = {}
-    run_step(_keeping(COMMANDS[command], found), command, [*place, outputs, *settings])
+    run_step(_keeping(step_of(command), found), command, [*place, outputs, *settings])
     return _compared(record, found)
 
 

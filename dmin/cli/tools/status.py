@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmin.cli.tools.arguments import Arguments
 from dmin.runtime.errors import DminError
 
 if TYPE_CHECKING:
@@ -22,9 +23,7 @@ APART = 5.0  # seconds between two clocks that are worth a word
 SHOWN = 64  # processes listed, first those that need a look
 
 
-def page() -> str:
-    """Return what ``dmin status --help`` prints."""
-    return """
+PAGE = """
 usage: dmin status [STORE] [json=true]
 
 Without a store: all of outputs/stores. A store that is being written is not disturbed.
@@ -268,15 +267,14 @@ def _overview(as_json: bool) -> int:
     return 0
 
 
-def _parsed(arguments: Sequence[str]) -> tuple[Path | None, bool]:
+def _parsed(words: Sequence[str]) -> tuple[Path | None, bool]:
     """Return the store, if one is named, and whether JSON is wanted."""
-    path, as_json = None, False
-    for each in arguments:
-        key, equals, value = each.partition("=")
-        if key == "json" and value in ("true", "false"):
-            as_json = value == "true"
-        elif key == "store" or not equals or "/" in key:
-            path = Path(value if key == "store" else each)
-        else:
-            raise DminError(f"{each}: dmin status takes a store and json=true|false.")
-    return path, as_json
+    parser = Arguments("status")
+    parser.add_argument("path", nargs="?", type=Path)
+    parser.add_argument("--store", type=Path)
+    parser.add_argument("--json", choices=("true", "false"), nargs="?", const="true")
+    try:
+        found = parser.read(words)
+    except DminError as error:
+        raise DminError(f"{error} dmin status takes a store and json=true|false.") from None
+    return found.store or found.path, found.json == "true"

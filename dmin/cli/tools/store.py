@@ -4,9 +4,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dmin.cli.help import did_you_mean
+from dmin.cli.config.groups import did_you_mean
+from dmin.cli.tools.arguments import Arguments
 from dmin.runtime.errors import DminError
 
 if TYPE_CHECKING:
@@ -32,19 +33,15 @@ OPERATIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], str]] = {
 }
 
 
-def page() -> str:
-    """Return what ``dmin store --help`` prints."""
-    lines = []
-    for name, (paths, needed, allowed, what) in OPERATIONS.items():
-        settings = [f"{key}=..." for key in needed] + [f"[{key}=...]" for key in allowed]
-        lines.append(f"  {' '.join([name, paths, *settings]):<38}{what}")
-    listed = "\n".join(lines)
-    return f"""
+PAGE = """
 usage: dmin store OPERATION PATH... [setting=value ...]
 
 operations:
-{listed}
-
+"""
+for _name, (_paths, _needed, _allowed, _what) in OPERATIONS.items():
+    _settings = [f"{key}=..." for key in _needed] + [f"[{key}=...]" for key in _allowed]
+    PAGE += f"  {' '.join([_name, _paths, *_settings]):<56}{_what}\n"
+PAGE += """
 A TARGET is a new directory (or file), but for append: sources never change. An operation that was
 stopped goes on when it is given again, except export. What is removed is in no answer from then
 on; its bytes go when the store is compacted. ids=FILE has an id a line, where=COLUMN:VALUE names
@@ -96,9 +93,7 @@ def _run(arguments: Sequence[str]) -> str:
     if name == "export":
         return str(export(store, paths[1], settings["format"]))
     if name == "fold":
-        if not settings["dim"].isdecimal():
-            raise DminError(f"dim={settings['dim']}: give a whole number, such as dim=1024.")
-        done = operations.fold(store, paths[1], int(settings["dim"]), settings.get("dtype"))
+        done = operations.fold(store, paths[1], settings["dim"], settings.get("dtype"))
     elif name == "convert":
         done = operations.convert(store, paths[1], settings["dtype"])
     else:
@@ -133,24 +128,30 @@ def _lines(file: str) -> list[str]:
         ) from error
 
 
-def _parsed(arguments: Sequence[str]) -> tuple[str, list[Path], dict[str, str]]:
-    """Return operation, paths and settings; a path that has a '=' is written ./a=b."""
-    name, *rest = arguments or [""]
+def _parsed(words: Sequence[str]) -> tuple[str, list[Path], dict[str, Any]]:
+    """Return operation, paths and settings."""
+    name, *rest = words or [""]
     if name not in OPERATIONS:
         near = did_you_mean(name, OPERATIONS)
         known = f"Operations: {', '.join(OPERATIONS)}."
         raise DminError(" ".join(filter(None, (f"there is no dmin store {name}.", near, known))))
     form, needed, allowed, _ = OPERATIONS[name]
-    settings = dict(
-        each.split("=", 1) for each in rest if "=" in each and "/" not in each.split("=")[0]
-    )
-    paths = [Path(each) for each in rest if each.partition("=")[0] not in settings]
-    if strange := [key for key in settings if key not in (*needed, *allowed)]:
-        takes = ", ".join((*needed, *allowed)) or "none"
-        raise DminError(f"{strange[0]} is no setting of dmin store {name}. It takes {takes}.")
+    parser = Arguments(f"store {name}")
+    parser.add_argument("paths", nargs="*", type=Path)
+    for key in (*needed, *allowed):
+        parser.add_argument(f"--{key}", type=_whole if key == "dim" else str)
+    found = vars(parser.read(rest))
+    paths = found.pop("paths")
+    settings = {key: value for key, value in found.items() if value is not None}
     if lacking := [key for key in needed if key not in settings]:
         raise DminError(f"dmin store {name} needs {lacking[0]}=..., see dmin store --help.")
     least = len([each for each in form.split() if not each.startswith("[")])
     if len(paths) < least or (len(paths) > least and "..." not in form):
         raise DminError(f"dmin store {name} takes {form}, and got {len(paths)} paths.")
     return name, paths, settings
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise DminError(f"dim={text}: give a whole number, such as dim=1024.")
+    return int(text)

@@ -16,7 +16,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from dmin.cli.help import groups
+from dmin.cli.config.groups import groups
 from dmin.cli.jobs.processes import is_main, make_trainer
 from dmin.cli.jobs.slurm import Processes
 from dmin.runtime.errors import DminError

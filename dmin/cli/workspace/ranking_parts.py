@@ -13,7 +13,7 @@ from dmin.workers.shard import Shard
 if TYPE_CHECKING:
     from dmin.attribution import FeatureSet, Method, Ranking
     from dmin.attribution.search.selection import Groups, Selection
-    from dmin.cli.built import Built
+    from dmin.cli.workspace.built import Built
 
 
 class Parts:

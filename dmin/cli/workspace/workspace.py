@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dmin.cli.built import Built
+from dmin.cli.workspace.built import Built
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import differences, fingerprint
 from dmin.runtime.signals import StopSignals

@@ -14,10 +14,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dmin.cli.built import build
 from dmin.cli.config.renamed import rename, warn_of
 from dmin.cli.config.validate import validate
-from dmin.cli.workspace import Workspace
+from dmin.cli.workspace.built import build
+from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.errors import DminError
 from dmin.runtime.progress import Lines
 

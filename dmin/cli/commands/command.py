@@ -1,0 +1,63 @@
+"""What the commands have in common: workspace, printed settings, run record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dmin.cli.config.tree import settings_tree
+from dmin.cli.jobs.record import recorded
+from dmin.cli.workspace.workspace import Workspace
+
+Body = Callable[[Workspace, dict[str, Any]], None]
+TRAINING = ("train", "data", "trainer", "logger")
+FEATURES = ("model", "sketch", "timesteps", "noise", "collect", "data", "trainer", "shard")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: called with a composed configuration, it shows it, records the run and does it.
+
+    Args:
+        name: after ``dmin``.
+        body: does the work, and puts results into a mapping; a few lines over the library.
+        needs: the parts of the configuration that the body reads.
+        prepare: brings the configuration into the form that is printed, recorded and run.
+    """
+
+    name: str
+    body: Body
+    needs: tuple[str, ...]
+    prepare: Callable[[DictConfig], None] | None = None
+
+    def __call__(self, cfg: DictConfig) -> None:
+        """Run it."""
+        if self.prepare is not None:
+            self.prepare(cfg)
+        work = Workspace(cfg, self.name)
+        if not work.is_main:  # one of the processes that Lightning started for the main one
+            self.body(work, {})
+            return
+        folder = _as_typed(work.run_folder)
+        if cfg.extras.print_config:
+            shown = settings_tree(self.name, cfg, self.needs, folder / "config.yaml")
+            work.console.print(shown)
+        with recorded(cfg, work.run_folder, self.name) as results:
+            self.body(work, results)
+        work.console.print(f"[dim]again: dmin repeat {folder}[/]", soft_wrap=True)
+
+
+def command(
+    *needs: str, prepare: Callable[[DictConfig], None] | None = None
+) -> Callable[[Body], Command]:
+    """Make a command of a body, by the body's name; arguments as of `Command`."""
+    return lambda body: Command(body.__name__, body, needs, prepare)
+
+
+def _as_typed(folder: Path) -> Path:
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder

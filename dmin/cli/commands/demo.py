@@ -1,0 +1,23 @@
+"""``dmin demo``: all of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dmin.cli.commands.collect import collect
+from dmin.cli.commands.command import FEATURES, TRAINING, command
+from dmin.cli.commands.evaluate import evaluate
+from dmin.cli.commands.retrieve import retrieve
+from dmin.cli.commands.sample import sample
+from dmin.cli.commands.train import train
+from dmin.cli.workspace.workspace import Workspace
+
+
+@command(*TRAINING, *FEATURES, "queries", "method", "index", "retrieve", "benchmark")
+def demo(work: Workspace, results: dict[str, Any]) -> None:
+    """Do everything, one step after the other."""
+    work.require_one_process()
+    steps = (train, collect, sample, retrieve, evaluate)
+    for number, step in enumerate(steps, 1):
+        work.console.rule(f"[bold]{number}/{len(steps)}  dmin {step.name}[/]", align="left")
+        step.body(work, results.setdefault(step.name, {}))

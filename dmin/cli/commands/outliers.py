@@ -1,0 +1,48 @@
+"""``dmin outliers``: the training examples that only they explain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+
+from dmin.cli.commands.command import FEATURES, command
+from dmin.cli.workspace.built import build
+from dmin.cli.workspace.workspace import Workspace
+
+
+@command(*FEATURES, "method", "outliers")
+def outliers(work: Workspace, results: dict[str, Any]) -> None:
+    """Rank the training examples by their influence on themselves, and show the first."""
+    from rich.table import Table
+
+    from dmin.attribution.self_influence import save_self_influence, self_influence
+    from dmin.gallery.sheet import save_sheet
+
+    work.require_one_process()
+    method, k = build(work.cfg.method), work.cfg.outliers.k
+    train = work.train_side([method])
+    scores = self_influence(train, method)
+    folder, store = work.run_folder, train.store
+    order = save_self_influence(store, scores, folder / "outliers.csv", method.name)
+    first = order[:k].tolist()
+    labels = [str(store.metadata[row].get("label", "")) for row in first]
+    ids, spelled = [store.ids[row] for row in first], [f"{scores[row]:.4g}" for row in first]
+    table = Table(title=f"Training examples that explain themselves most, by {method.name}")
+    for column in ("", "example", "label", "score with itself"):
+        table.add_column(column, justify="left" if column == "example" else "right")
+    for rank, line in enumerate(zip(ids, labels, spelled, strict=True), 1):
+        table.add_row(str(rank), *(escape(cell) for cell in line))
+    below = [
+        f"{label} · {score}" if label else score
+        for label, score in zip(labels, spelled, strict=True)
+    ]
+    pictures = [train.image(id).numpy() for id in ids]
+    title = "Rare, or labelled wrongly? They explain themselves most"
+    save_sheet(pictures, ids, below, folder / "outliers.png", title=title)
+    results["figures"] = {"examples": f"{len(store):,}", "first": " ".join(ids[:3]) + " …"}
+    results["files"] = [str(folder / name) for name in ("outliers.png", "outliers.csv")]
+    work.console.print(table)
+    work.console.print(
+        f"Look at\n  {folder / 'outliers.png'}\n  {folder / 'outliers.csv'}", soft_wrap=True
+    )

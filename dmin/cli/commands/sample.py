@@ -1,0 +1,24 @@
+"""``dmin sample``: query images, generated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dmin.cli.commands.command import command
+from dmin.cli.workspace.built import build_queries
+from dmin.cli.workspace.workspace import Workspace
+from dmin.runtime.errors import DminError
+
+
+@command("model", "queries")
+def sample(work: Workspace, results: dict[str, Any]) -> None:
+    """Generate the query images."""
+    from dmin.queries import Generated
+
+    source = build_queries(work.cfg.queries)
+    if not isinstance(source, Generated):
+        raise DminError(
+            "`dmin sample` generates images: say queries=generated queries.prompts=[…]."
+        )
+    results["queries"] = len(work.queries(source))
+    results["figures"] = {"images": f"{results['queries']:,}"}

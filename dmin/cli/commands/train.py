@@ -1,0 +1,75 @@
+"""``dmin train``: a model of the dataset, or of a subset of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from dmin.cli.commands.command import TRAINING, command
+from dmin.cli.config.renamed import rename
+from dmin.cli.workspace.built import build
+from dmin.cli.workspace.workspace import Workspace
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import differences, fingerprint
+
+
+@command(*TRAINING)
+def train(work: Workspace, results: dict[str, Any]) -> None:
+    """Train a model and save it at ``model.path``, unless it is there."""
+    path = Path(work.cfg.model.path)
+    settings = {"train": work.resolved("train")["train"], "data": work.resolved("data")["data"]}
+    results["model"], results["figures"] = str(path), {"model": str(path)}
+    with work.turn(path, done=path.exists()):
+        if _trained(path, settings):
+            work.console.print(f"[bold]model[/]: found {path}")
+            return
+        trainer = work.trainer()
+        trainer.logger = _logger(work, settings) if work.is_main else None
+        model = build(work.need("train"))(dataset=work.data, trainer=trainer)
+        if not work.is_main:
+            return
+        partial = path.with_name(f"{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        (partial / "training.json").write_text(json.dumps(settings, indent=2) + "\n")
+        partial.rename(path)
+    work.console.print(f"[bold]model[/]: saved {path}")
+
+
+def _logger(work: Workspace, settings: dict[str, Any]) -> Any:
+    """Return the logger that is chosen, which knows the settings; None if none is."""
+    if work.cfg.logger is None:
+        return None
+    try:
+        logger = build(work.cfg.logger)(save_dir=work.run_folder)
+        logger.log_hyperparams({"seed": work.cfg.seed, "tags": list(work.cfg.tags), **settings})
+    except ModuleNotFoundError as error:
+        extra = HydraConfig.get().runtime.choices.get("logger")
+        raise DminError(
+            f"logger={extra} needs a package that is not installed ({' '.join(str(error).split())})"
+            f". Try: pip install 'dmin[{extra}]'. logger=csv needs none."
+        ) from error
+    return logger
+
+
+def _trained(path: Path, settings: dict[str, Any]) -> bool:
+    """Say whether a model trained with these settings is there; refuse to replace another."""
+    if not path.exists():
+        return False
+    record = path / "training.json"
+    if not record.is_file():
+        raise DminError(
+            f"model.path={path} exists and was not made by `dmin train`. Choose another path."
+        )
+    found = json.loads(record.read_text())
+    rename(found)
+    if fingerprint(found) == fingerprint(settings):
+        return True
+    raise DminError(
+        f"model.path={path} holds a model trained with other settings: "
+        f"{'; '.join(differences(settings, found))}. Choose another model.path, or delete it."
+    )

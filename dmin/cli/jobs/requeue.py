@@ -1,0 +1,108 @@
+"""SLURM: what becomes of a job that is told to stop before its work is done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+
+from dmin.runtime.errors import DminError
+from dmin.runtime.signals import Stopped
+
+SECONDS = 20  # that a command of SLURM may take
+
+
+def after_stop(stopped: Stopped, asked: bool, is_main: bool, tell: Callable[[str], None]) -> None:
+    """Put the job back into the queue, if it is to go on there.
+
+    Cancelled and preempted jobs (SIGTERM) do not: SLURM itself requeues what it preempts.
+
+    Args:
+        stopped: how the work ended.
+        asked: ``collect.requeue``.
+        is_main: the one process of the job that does it; the others stay until SLURM ends them,
+            since SLURM may take the first that leaves for a failure.
+        tell: told what is done.
+
+    Raises:
+        DminError: it cannot be requeued, or it would never get any further.
+    """
+    submitit = callable(stopped.before)
+    if stopped.signum == signal.SIGTERM or not (submitit or asked):
+        return
+    if not stopped.gained:
+        left = seconds_left()
+        raise DminError(
+            f"the job got {stopped.signum.name} before one block was finished"
+            f"{'' if left is None else f', {left:.0f} s before its end'}: started again it would "
+            f"get no further, so it is not requeued. Ask for more time, send the signal later, or "
+            f"set collect.block_size lower (a new store) and collect.workers higher."
+        )
+    if submitit:
+        tell("what is finished is sealed; submitit decides whether the job goes on later")
+        stopped.before(stopped.signum, None)
+    elif is_main:
+        tell(f"what is finished is sealed; job {requeue()} goes on when its turn comes again")
+    time.sleep(SECONDS)
+
+
+def requeue(environ: Mapping[str, str] = os.environ) -> str:
+    """Put this process's job back into the queue; SLURM then ends it.
+
+    Returns:
+        The number of the job.
+
+    Raises:
+        DminError: there is no such job, or SLURM refused.
+    """
+    job = environ.get("SLURM_JOB_ID")
+    if job is None or shutil.which("scontrol") is None:
+        raise DminError(
+            "collect.requeue=true, but this is no job of SLURM. What is finished is sealed: give "
+            "the same command again."
+        )
+    try:
+        run = subprocess.run(
+            ["scontrol", "requeue", job], capture_output=True, text=True, timeout=SECONDS
+        )
+        said = run.stderr.strip() if run.returncode else ""
+    except subprocess.TimeoutExpired:
+        said = f"no answer in {SECONDS} s"
+    if said:
+        raise DminError(
+            f"SLURM did not requeue job {job} ({said}). Submit it with --requeue where the cluster "
+            f"does not requeue by itself. What is finished is sealed: give the same command again."
+        )
+    return job
+
+
+def seconds_left(environ: Mapping[str, str] = os.environ) -> float | None:
+    """Return the time until this process's job is killed; None if nobody says."""
+    job = environ.get("SLURM_JOB_ID")
+    if job is None or shutil.which("squeue") is None:
+        return None
+    try:
+        run = subprocess.run(
+            ["squeue", "-h", "-j", job, "-o", "%L"],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return parsed_time(run.stdout.strip())
+
+
+def parsed_time(text: str) -> float | None:
+    """Return SLURM's ``days-hours:minutes:seconds`` in seconds; None for UNLIMITED and the like."""
+    days, _, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdecimal() for part in parts) or not (days or "0").isdecimal():
+        return None
+    seconds = 0
+    for part in parts:
+        seconds = 60 * seconds + int(part)
+    return float(seconds + 86400 * int(days or 0))

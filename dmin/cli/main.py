@@ -1,0 +1,81 @@
+"""``dmin <command> [overrides]``: help from the standard library, everything else through Hydra."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from dmin.cli import help as pages
+from dmin.cli.config.groups import did_you_mean
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command of ``dmin``.
+
+    Args:
+        argv: the arguments after ``dmin``; those of the process when None.
+
+    Returns:
+        The exit status. Errors of the configuration or of the command raise ``SystemExit``.
+    """
+    command, *overrides = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    asks_help = bool({"-h", "--help"} & set(overrides))
+    if command in ("-h", "--help"):
+        print(pages.overview(), end="")
+    elif command == "--version":
+        print(f"dmin {_version()}")
+    elif command in ("-sc", "--shell-completion"):
+        return _complete(overrides)
+    elif command not in pages.COMMANDS:
+        return _refuse(command)
+    elif command in pages.TOOLS:
+        tool = import_module(f"dmin.cli.tools.{command}")
+        if asks_help:
+            print(f"{pages.COMMANDS[command]}\n{tool.PAGE}", end="")
+        else:
+            return int(tool.run(overrides))
+    elif asks_help:
+        print(pages.page(command), end="")
+    else:
+        # Imported here, so that the help above does not wait for Hydra.
+        from dmin.cli.commands import step_of
+        from dmin.cli.config.compose import run
+
+        if command == "demo" and not any(o.startswith("experiment=") for o in overrides):
+            overrides = ["experiment=digits", *overrides]
+        run(step_of(command), command, overrides)
+    return 0
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("dmin")
+    except PackageNotFoundError:
+        return "(a checkout that is not installed)"
+
+
+def _refuse(command: str) -> int:
+    if command.startswith("-"):
+        message = f"name a command before {command}, as in: dmin collect {command}"
+    else:
+        near = did_you_mean(command, pages.COMMANDS)
+        names = ", ".join(pages.COMMANDS)
+        message = " ".join(
+            filter(None, (f"there is no command {command}.", near, f"Commands: {names}."))
+        )
+    print(f"dmin: {message}", file=sys.stderr)
+    return 2
+
+
+def _complete(arguments: list[str]) -> int:
+    """Complete the command's name here, and its overrides with Hydra."""
+    from dmin.cli.config.compose import complete
+
+    words = os.environ.get("COMP_LINE", "").split(" ")
+    if arguments and arguments[0].startswith("query=") and len(words) < 3:
+        print(" ".join(name for name in pages.COMMANDS if name.startswith(words[-1])))
+    else:
+        complete(arguments)
+    return 0

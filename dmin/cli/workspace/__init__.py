@@ -1,0 +1,1 @@
+"""What a configuration describes: model, data, stores, queries, a benchmark's context."""
