@@ -38,7 +38,7 @@ class Collect:
 
 @dataclass
 class Shard:
-    """The section ``shard``; see ``dmin.store.Share``."""
+    """The section ``shard``; see ``dmin.workers.shard.Shard``."""
 
     id: int = 0
     num: int = 1
