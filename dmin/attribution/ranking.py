@@ -134,7 +134,7 @@ class Ranking:
 
     def first(self, k: int) -> Ranking:
         """Return the first k examples of each query."""
-        cut = {
+        cut: dict[str, Any] = {
             name: None if value is None else value[:, :k]
             for name in PARTS
             for value in [getattr(self, name)]
@@ -145,7 +145,7 @@ class Ranking:
             train_ids=[row[:k] for row in self.train_ids],
             train_metadata=[row[:k] for row in self.train_metadata],
             scores=self.scores[:, :k],
-            **cut,  # type: ignore[arg-type]
+            **cut,
         )
 
     @property

@@ -13,9 +13,9 @@ from dmin.attribution.features import FeatureSet
 from dmin.attribution.method import Method
 from dmin.attribution.methods.dmin import DMin
 from dmin.attribution.ranking import Ranking
-from dmin.attribution.scores import as_side, query_batches
+from dmin.attribution.request import Request
+from dmin.attribution.scores import as_feature_set, query_batches
 from dmin.attribution.search.index import Index
-from dmin.attribution.search.request import Request
 from dmin.attribution.search.selection import Groups, Selection
 from dmin.store import Store
 
@@ -50,7 +50,7 @@ def retrieve(
     Raises:
         DminError: the stores do not belong together, are incomplete, or k is out of range.
     """
-    queries, train = as_side(queries), as_side(train)
+    queries, train = as_feature_set(queries), as_feature_set(train)
     method, selection = method or DMin(), selection or Selection()
     check_pair(queries, train, method)
     return _searched(queries, Request(train, method, k, rows, selection, index, device))
@@ -91,7 +91,7 @@ def retrieve_part(
     Raises:
         DminError: as in :func:`retrieve`.
     """
-    queries, train = as_side(queries), as_side(train)
+    queries, train = as_feature_set(queries), as_feature_set(train)
     method, selection = method or DMin(), selection or Selection()
     check_pair(queries, train, method)
     request = Request(train, method, k, rows, replace(selection, min_score=None), index, device)
@@ -121,7 +121,7 @@ def ranked_groups(
     Raises:
         DminError: as in :func:`retrieve`.
     """
-    queries, train = as_side(queries), as_side(train)
+    queries, train = as_feature_set(queries), as_feature_set(train)
     method, selection = method or DMin(), selection or Selection()
     request = Request(train, method, k, None, selection, None, "cpu")
     assert request.groups is not None
@@ -147,9 +147,8 @@ def _searched(queries: FeatureSet, request: Request) -> Ranking:
 
 def _tallied(queries: FeatureSet, request: Request) -> Groups:
     request.method.fit(request.train)
-    batches = [request.gathered(asked) for _, asked in query_batches(queries, request.method)]
-    whole = batches[0]
-    assert isinstance(whole, Groups)
-    for batch in batches[1:]:
-        whole.extend(batch)  # type: ignore[arg-type]
+    found = [request.gathered(asked) for _, asked in query_batches(queries, request.method)]
+    whole, *rest = [batch for batch in found if isinstance(batch, Groups)]
+    for batch in rest:
+        whole.extend(batch)
     return whole

@@ -24,7 +24,7 @@ def score_matrix(
     queries: Store | FeatureSet, train: Store | FeatureSet, method: Method, rows: int | None = None
 ) -> np.ndarray:
     """Return every score, float32 ``[queries, examples]``; arguments as in `retrieve`."""
-    queries, train = as_side(queries), as_side(train)
+    queries, train = as_feature_set(queries), as_feature_set(train)
     check_pair(queries, train, method)
     method.fit(train)
     return fitted_scores(queries, train, method, rows)
@@ -71,6 +71,6 @@ def scored(
                 yield first, method.score(asked, train.block(span, method.requires))
 
 
-def as_side(side: Store | FeatureSet) -> FeatureSet:
+def as_feature_set(side: Store | FeatureSet) -> FeatureSet:
     """Return a side of a store that comes without its dataset."""
     return side if isinstance(side, FeatureSet) else FeatureSet(side)

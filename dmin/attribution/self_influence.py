@@ -12,7 +12,7 @@ import torch
 from dmin.attribution.check import check_pair
 from dmin.attribution.features import FeatureSet
 from dmin.attribution.method import Method
-from dmin.attribution.scores import as_side
+from dmin.attribution.scores import as_feature_set
 from dmin.runtime.errors import DminError
 from dmin.store import Store
 
@@ -23,7 +23,7 @@ def self_influence(train: Store | FeatureSet, method: Method, rows: int = 32) ->
     Large for examples that only their own gradient explains: rare, or labelled wrongly
     (Pruthi et al. 2020, arXiv 2002.08484). Methods of unit gradients give all the same.
     """
-    train = as_side(train)
+    train = as_feature_set(train)
     check_pair(train, train, method)
     method.fit(train)
     return fitted_self_influence(train, method, np.arange(len(train)), rows)

@@ -244,8 +244,7 @@ def _dual(stream: Stream, shape: tuple[int, int, int]) -> Parts:
         for piece in pieces:  # in place, which each column allows
             piece.copy_(turn @ piece.double())
         values[b] = found
-    trace = values.sum(1)
-    return values, rows, trace
+    return values, rows, values.sum(1)
 
 
 def _primal(stream: Stream, shape: tuple[int, int, int]) -> Parts:

@@ -102,8 +102,8 @@ class FunctionalLoss:
     def flat(self, values: Mapping[str, Tensor | None]) -> Tensor:
         """Return values of all attributed parameters as one vector ``[P]``; none are zeros."""
         parts = [
-            (w.new_zeros(w.numel()) if values[n] is None else values[n].reshape(-1))  # type: ignore[union-attr]
-            for n, w in self.weights.items()
+            w.new_zeros(w.numel()) if (value := values[name]) is None else value.reshape(-1)
+            for name, w in self.weights.items()
         ]
         return torch.cat(parts)
 

@@ -5,6 +5,8 @@ A method that does not beat them shows mere likeness.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -122,7 +124,7 @@ class SSIM(Method):
         from torchmetrics.functional.image import structural_similarity_index_measure
 
         assert train.images is not None
-        scores = [
+        scores: list[Any] = [
             structural_similarity_index_measure(
                 image.expand_as(train.images),
                 train.images,
@@ -132,7 +134,7 @@ class SSIM(Method):
             )
             for image in queries
         ]
-        return torch.stack(scores)  # type: ignore[arg-type]
+        return torch.stack(scores)
 
 
 def _pixels(block: ExampleBlock) -> Tensor:

@@ -245,7 +245,7 @@ _more_queries = products(QUERIES, first=False)
 
 
 @_loop
-def multiplied(like, addresses, factors, sums, queries, scores):
+def multiplied(like: Any, addresses: Any, factors: Any, sums: Any, queries: Any, scores: Any):
     """Fill the scores of rows, wherever they lie; return the first that is not sound, or −1.
 
     ``scores[q, i] = Σ_s factors[i, s] Σ_x queries[q, s, x] rows[i, s, x]``
@@ -308,7 +308,7 @@ def _add(like, addresses, factors, queries, q, i, part, scores, seen):
 
 
 @_loop
-def _four(addresses, i, offset):
+def _four(addresses: Any, i: int, offset: Any) -> Any:
     """Return where four rows lie; past the end, the last, so that none meets other instructions."""
     last = len(addresses) - 1
     return (
@@ -320,7 +320,7 @@ def _four(addresses, i, offset):
 
 
 @_loop
-def decoded(rows, factors, sums, out):
+def decoded(rows: Any, factors: Any, sums: Any, out: Any) -> int:
     """Fill ``out[i, s] = factors[i, s] rows[i, s]``, float32; result as above.
 
     Args:
