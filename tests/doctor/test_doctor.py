@@ -9,8 +9,8 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from collect.test_encodings import Latent
+from rich.console import Console
 from torch import nn
 from toy_ddpm import TINY_UNET
 
