@@ -31,7 +31,7 @@ from dmin.runtime.fingerprint import fingerprint
 from dmin.runtime.signals import Stopped, StopSignals
 from dmin.runtime.transfer import to_device
 from dmin.sketches import Auto, Sketch
-from dmin.sketches.backends import gpu
+from dmin.sketches.backends import Kernels, check_kernels
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
 from dmin.workers.heartbeat import Heartbeat
 from dmin.workers.shard import Shard
@@ -99,7 +99,7 @@ class GradientCollector(lightning.LightningModule):
         memory: int | None = None,
         budget: int | None = None,
         gradient_checkpointing: bool = False,
-        kernels: gpu.Kernels = "auto",
+        kernels: Kernels = "auto",
     ) -> None:
         super().__init__()
         unknown = [name for name in readouts if name not in READOUTS]
@@ -113,7 +113,7 @@ class GradientCollector(lightning.LightningModule):
             )
         self.model = model
         self.attributed = grouped(choose_parameters(model.network, params), groups)
-        gpu.check(kernels)
+        check_kernels(kernels)
         self.sketch = (sketch or Auto()).bind(self.attributed)
         self.sketch.kernels = kernels
         schedule = (timesteps or Stratified()).bind(getattr(model, "log_snr", None))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, NamedTuple, Self
 
@@ -16,8 +15,10 @@ from dmin.gradients.factors import Dense, GradientFactors
 from dmin.gradients.parameters import Parameter, Parameters
 from dmin.runtime.errors import DminError
 from dmin.sketches import bounds
-from dmin.sketches.backends import cpu as forming
-from dmin.sketches.backends import gpu
+from dmin.sketches.backends import Kernels, backend_for
+from dmin.sketches.backends.base import GroupRows
+from dmin.sketches.backends.torch import project_formed
+from dmin.sketches.maps import Map
 
 
 class Sketched(NamedTuple):
@@ -28,18 +29,26 @@ class Sketched(NamedTuple):
 
 
 class Accumulator:
-    """Rows under construction: sketches and squared norms of a batch, summed over layers."""
+    """Rows under construction, summed over the parameters of a model, and what adds to them.
 
-    def __init__(self, batch: int, groups: int, dim: int, like: Tensor, budget: int) -> None:
-        self.values = like.new_zeros(batch, groups, dim)
+    Args:
+        sketch: whose rows they are.
+        batch: number of examples.
+        like: a tensor whose device and dtype the rows take.
+        budget: bytes that per-example gradients may take at once.
+    """
+
+    def __init__(self, sketch: Sketch, batch: int, like: Tensor, budget: int) -> None:
+        groups = len(sketch.parameters.groups)
+        self.values = like.new_zeros(batch, groups, sketch.dim)
         self.squared_norm = like.new_zeros(batch, groups)
         self.budget = budget
-        # Gradients of vectors by group, which are sketched together: there are many, all small.
-        self.waiting: dict[int, list[tuple[Parameter, Tensor]]] = defaultdict(list)
-        self.entries = 0  # of an example, that wait
-
-
-WAITING = 1 << 16  # entries of an example that may wait
+        self.backend = backend_for(self.values, sketch.kernels, budget)
+        exact = sketch.norm_kind == "exact"
+        self.groups = [
+            GroupRows(self.values[:, g], self.squared_norm[:, g] if exact else None)
+            for g in range(groups)
+        ]
 
 
 class Sketch(ABC):
@@ -59,7 +68,7 @@ class Sketch(ABC):
 
     family: str
     norm_kind = "exact"
-    kernels: gpu.Kernels = "auto"  # how the map is evaluated, never which map it is
+    kernels: Kernels = "auto"  # how the map is evaluated, never which map it is
     # Sketches of k numbers fold by residue, y[c] = Σ_{j mod k' = c} x[j], to exactly the sketch of
     # k' where k' divides k and is a multiple of this; None: they do not.
     folds: int | None = None
@@ -98,7 +107,7 @@ class Sketch(ABC):
             like: a tensor whose device and (wide) dtype the rows take.
             budget: bytes that per-example gradients may take at once.
         """
-        return Accumulator(batch, len(self.parameters.groups), self.dim, like, budget)
+        return Accumulator(self, batch, like, budget)
 
     @abstractmethod
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
@@ -106,32 +115,8 @@ class Sketch(ABC):
 
     def finish(self, state: Accumulator) -> Sketched:
         """Return the finished rows."""
-        self._add_waiting(state)
+        state.backend.finish()
         return Sketched(state.values, state.squared_norm)
-
-    def _wait(self, state: Accumulator, parameter: Parameter, gradient: Tensor) -> None:
-        """Keep the gradient ``[batch, …]`` of a small parameter until there are some."""
-        state.waiting[parameter.group].append((parameter, gradient.reshape(len(gradient), -1)))
-        state.entries += prod(parameter.shape)
-        if state.entries > WAITING:
-            self._add_waiting(state)
-
-    def _add_waiting(self, state: Accumulator) -> None:
-        """Add the gradients that wait."""
-        waiting, state.waiting, state.entries = state.waiting, defaultdict(list), 0
-        for group, some in waiting.items():
-            parameters, gradients = zip(*some, strict=True)
-            self._add_together(state, group, parameters, gradients)
-
-    def _add_together(
-        self,
-        state: Accumulator,
-        group: int,
-        parameters: Sequence[Parameter],
-        gradients: Sequence[Tensor],
-    ) -> None:
-        """Add the gradients ``[batch, n]`` of small parameters of one group."""
-        raise NotImplementedError
 
     def of(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Return the sketch of gradients given in full: the oracle, and the door for other vectors.
@@ -163,15 +148,6 @@ class Sketch(ABC):
         """
         return bounds.whole(g, h) / self.dim
 
-    def _loops(self, values: Tensor) -> bool:
-        """Return whether rows like these are made by the compiled loops of the CPU."""
-        plain = self.kernels == "torch" or self._triton(values)
-        return not plain and forming.applies(values)
-
-    def _triton(self, values: Tensor) -> bool:
-        """Return whether rows like these are made by Triton's kernels."""
-        return gpu.serves(values, self.kernels)
-
     def _check_dim(self, parameters: Parameters) -> None:
         if self.dim > parameters.count:
             raise DminError(
@@ -189,19 +165,15 @@ class Sketch(ABC):
 
 
 class FormedSketch(Sketch):
-    """A sketch of gradients that are formed, a few examples at a time, and reduced at once.
-
-    The examples whose gradients stand in memory together are as many as the budget allows, at
-    least one: small slices also stay in the cache, which is where the time goes.
-    """
+    """A sketch of gradients that are formed, a few examples at a time, and reduced at once."""
 
     @abstractmethod
-    def projection(self, name: str, like: Tensor) -> Callable[[Tensor, Tensor], None]:
+    def projection(self, name: str, state: Accumulator) -> Callable[[Tensor, Tensor], None]:
         """Return the map of one parameter, ready for use.
 
         Args:
             name: of the parameter.
-            like: a tensor whose device and dtype gradients and rows will have.
+            state: of the pass: device and dtype of gradients and rows, and the backend.
 
         Returns:
             A function that adds the sketches of gradients ``[n, P]``, which it may overwrite, to
@@ -211,50 +183,25 @@ class FormedSketch(Sketch):
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
         """Form, measure and project the gradients of one parameter."""
         parameter = self.parameters.by_name[name]
-        values = state.values[:, parameter.group]
-        norms = state.squared_norm[:, parameter.group]
-        size = prod(parameter.shape)
-        project = self.projection(name, values)
-        step = max(1, state.budget // max(1, size * values.element_size()))
-        for start in range(0, factors.batch, step):
-            examples = slice(start, start + step)
-            gradient = factors[examples].dense().to(values.dtype).reshape(-1, size)
-            norms[examples] += torch.linalg.vector_norm(gradient, dim=1).square_()
-            project(gradient, values[examples])
-            del gradient  # before the next slice is formed, so that there is one at a time
+        rows, project = state.groups[parameter.group], self.projection(name, state)
+        project_formed(factors, prod(parameter.shape), rows, state.budget, project)
 
 
-class FoldedSketch(FormedSketch):
+class FoldedSketch(Sketch):
     """A sketch with one bucket and one sign for each scalar: signs flipped, buckets added up."""
 
     @abstractmethod
+    def map_of(self, parameter: Parameter) -> Map:
+        """Return the map of one parameter."""
+
+    def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
+        """Fold the gradients of one parameter."""
+        parameter = self.parameters.by_name[name]
+        state.backend.fold(factors, self.map_of(parameter), state.groups[parameter.group])
+
     def fold(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the map of one parameter.
-
-        Returns:
-            bucket: int64 ``[P]``, in [0, k), for each scalar of the flattened parameter.
-            sign: float32 ``[P]``, ±1.
-        """
-
-    def projection(self, name: str, like: Tensor) -> Callable[[Tensor, Tensor], None]:
-        """Return the map of one parameter, ready for use."""
-        bucket, sign = self.fold(name, like.device)
-        if self._loops(like):
-            return lambda gradient, rows: forming.scatter(gradient, bucket, sign, rows)
-        sign = sign.to(like.dtype)
-        return lambda gradient, rows: add_at(rows, bucket, gradient.mul_(sign))
-
-
-def add_at(rows: Tensor, bucket: Tensor, values: Tensor) -> None:
-    """Add values ``[n, P]`` at buckets ``[P]`` to rows ``[n, k]``, in a fixed order.
-
-    On a GPU ``index_add_`` adds in whatever order its threads come, ``index_put_`` sorts.
-    """
-    if rows.is_cuda:
-        folded = rows.new_zeros(rows.shape[1], len(rows))
-        rows += folded.index_put_((bucket.long(),), values.T, accumulate=True).T
-    else:
-        rows.index_add_(1, bucket, values)
+        """Return bucket and sign of each scalar of a flattened parameter, ``[P]`` each."""
+        return self.map_of(self.parameters.by_name[name]).buckets(device)
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

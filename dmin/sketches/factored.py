@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dmin.gradients.factors import Correlation, GradientFactors, Outer, Rows, Sum
 from dmin.gradients.parameters import Parameter, Parameters
+from dmin.sketches.backends.base import positions_of
 from dmin.sketches.base import Accumulator, Sketch, Sketched
 from dmin.sketches.bounds import matrix_shape, moments
 from dmin.sketches.hashing import hash_words, key, signs
@@ -197,7 +198,7 @@ def _projected(
 
 def _forming_is_cheaper(part: Outer | Correlation, plan: _Plan) -> bool:
     """Return whether forming a gradient takes less than projecting its factors."""
-    (out, inside), (first, second), positions = plan.sizes, plan.shares, _positions(part)
+    (out, inside), (first, second), positions = plan.sizes, plan.shares, positions_of(part)
     # Multiplications with a column of either matrix.
     of_left, of_right = (n * m for n, m in zip(plan.shares, plan.matrices, strict=True))
     projected = positions * (out * of_left + inside * of_right + first * second)
@@ -215,15 +216,8 @@ def _projects(part: GradientFactors, right: Side) -> TypeGuard[Outer | Correlati
     return isinstance(part, Outer)
 
 
-def _positions(part: GradientFactors) -> int:
-    """Return how many outer products a gradient is the sum of."""
-    assert isinstance(part, Outer | Rows | Correlation)
-    d = part.output_gradient
-    return d[0, 0].numel() if isinstance(part, Correlation) else d.shape[1]
-
-
 def _bytes(part: GradientFactors, parameter: Parameter, shares: int) -> int:
     """Return about what projecting one example takes."""
     if isinstance(part, Outer | Rows | Correlation):
-        return 4 * max(_positions(part) * shares, prod(parameter.shape))
+        return 4 * max(positions_of(part) * shares, prod(parameter.shape))
     return 4 * prod(parameter.shape)

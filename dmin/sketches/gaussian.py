@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmin.gradients.parameters import Parameters
 from dmin.runtime.errors import DminError
-from dmin.sketches.base import FormedSketch
+from dmin.sketches.base import Accumulator, FormedSketch
 from dmin.sketches.hashing import key
 
 
@@ -55,14 +55,14 @@ class Gaussian(FormedSketch):
         bound._matrices = {}
         return bound
 
-    def projection(self, name: str, like: Tensor) -> Callable[[Tensor, Tensor], None]:
+    def projection(self, name: str, state: Accumulator) -> Callable[[Tensor, Tensor], None]:
         """Return the product with a parameter's part of the matrix."""
         if name not in self._matrices:
             generator = torch.Generator().manual_seed(key(self.seed, name, "gaussian"))
             size = prod(self.parameters.by_name[name].shape)
             drawn = torch.randn(size, self.dim, generator=generator).mul_(self.dim**-0.5)
-            self._matrices[name] = drawn.to(like.device)
-        matrix = self._matrices[name].to(like.dtype)
+            self._matrices[name] = drawn.to(state.values.device)
+        matrix = self._matrices[name].to(state.values.dtype)
 
         def project(gradient: Tensor, rows: Tensor) -> None:
             rows.addmm_(gradient, matrix)

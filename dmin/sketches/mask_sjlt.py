@@ -11,7 +11,8 @@ from torch import Tensor
 from dmin.gradients.factors import GradientFactors, Outer, Sum
 from dmin.gradients.parameters import Parameters
 from dmin.runtime.errors import DminError
-from dmin.sketches.base import Accumulator, Sketch, Sketched, add_at
+from dmin.sketches.backends.torch import add_at
+from dmin.sketches.base import Accumulator, Sketch, Sketched
 from dmin.sketches.hashing import hash_words, key, signs
 
 

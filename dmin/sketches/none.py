@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmin.gradients.parameters import Parameters
 from dmin.runtime.errors import DminError
-from dmin.sketches.base import FormedSketch
+from dmin.sketches.base import Accumulator, FormedSketch
 
 
 class FullGradient(FormedSketch):
@@ -54,7 +54,7 @@ class FullGradient(FormedSketch):
         """Return the settings that define the map: there are none."""
         return {"family": self.family}
 
-    def projection(self, name: str, like: Tensor) -> Callable[[Tensor, Tensor], None]:
+    def projection(self, name: str, state: Accumulator) -> Callable[[Tensor, Tensor], None]:
         """Return what adds a parameter's gradients at its place."""
         start = self._places[name]
 

@@ -8,8 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dmin.gradients.parameters import Parameters
+from dmin.gradients.parameters import Parameter, Parameters
 from dmin.sketches.base import FoldedSketch
+from dmin.sketches.maps import Map
 
 
 class OPORP(FoldedSketch):
@@ -44,15 +45,30 @@ class OPORP(FoldedSketch):
         bound._sent = {}
         return bound
 
-    def fold(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the stored buckets and signs of one parameter."""
-        start = self.parameters.offsets[name]
-        part = slice(start, start + prod(self.parameters.by_name[name].shape))
+    def map_of(self, parameter: Parameter) -> Map:
+        """Return the part of the permutation and signs that is a parameter's."""
+        start = self.parameters.offsets[parameter.name]
+        return _Part(self, parameter, slice(start, start + prod(parameter.shape)))
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return buckets and signs of all parameters on a device, sent once."""
         if device not in self._sent:
             self._sent[device] = self._bucket.to(device), self._sign.to(device)
-        bucket, sign = (x[part] for x in self._sent[device])
-        return bucket.long(), sign.float()
+        return self._sent[device]
 
     _bucket: Tensor  # int32 [P], in [0, k)
     _sign: Tensor  # int8 [P], ±1
     _sent: dict[torch.device, tuple[Tensor, Tensor]]  # both, where they were used
+
+
+class _Part(Map):
+    """A parameter's part of one permutation."""
+
+    def __init__(self, sketch: OPORP, parameter: Parameter, part: slice) -> None:
+        super().__init__(parameter.shape, sketch.dim)
+        self.sketch, self.part = sketch, part
+
+    def buckets(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the stored buckets and signs."""
+        bucket, sign = (x[self.part] for x in self.sketch.on(device))
+        return bucket.long(), sign.float()

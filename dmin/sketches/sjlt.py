@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from dmin.runtime.errors import DminError
-from dmin.sketches.backends import cpu as forming
-from dmin.sketches.base import FormedSketch, add_at
+from dmin.sketches.base import Accumulator, FormedSketch
 from dmin.sketches.hashing import hash_words, key, signs
 
 
@@ -48,22 +47,20 @@ class SJLT(FormedSketch):
         """Return the settings that define the map."""
         return {**super().describe(), "nonzeros": self.nonzeros}
 
-    def projection(self, name: str, like: Tensor) -> Callable[[Tensor, Tensor], None]:
+    def projection(self, name: str, state: Accumulator) -> Callable[[Tensor, Tensor], None]:
         """Return the folds of one parameter, hashed afresh."""
+        device = state.values.device
         size, s = prod(self.parameters.by_name[name].shape), self.nonzeros
         folds: list[tuple[Tensor, Tensor]] = []
         for r in range(s):
-            hashed = hash_words(key(self.seed, name, f"offset {r}"), size, like.device)
-            sign = signs(key(self.seed, name, f"sign {r}"), size, like.device)
+            hashed = hash_words(key(self.seed, name, f"offset {r}"), size, device)
+            sign = signs(key(self.seed, name, f"sign {r}"), size, device)
             bucket = (hashed % (self.dim // s)).mul_(s).add_(r).to(torch.int32)
             folds.append((bucket, sign.to(torch.int8)))
 
         def project(gradient: Tensor, rows: Tensor) -> None:
             gradient *= s**-0.5
             for bucket, sign in folds:
-                if self._loops(rows):
-                    forming.scatter(gradient, bucket, sign, rows)
-                else:
-                    add_at(rows, bucket, gradient * sign)
+                state.backend.scatter(gradient, bucket, sign, rows)
 
         return project

@@ -27,7 +27,7 @@ from dmin.attribution import DMin, retrieve
 from dmin.gradients.factors import Outer
 from dmin.gradients.parameters import Parameter, Parameters
 from dmin.sketches import BlockCyclic, TensorSketch
-from dmin.sketches.backends import gpu
+from dmin.sketches.backends import installed
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
 
 HERE = Path(__file__).parent
@@ -251,7 +251,7 @@ def flux(device: str, small: bool) -> dict:
 
 def machine(device: str) -> dict:
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    return {"device": name, "torch": torch.__version__, "triton": gpu.installed()}
+    return {"device": name, "torch": torch.__version__, "triton": installed()}
 
 
 def main() -> None:

@@ -13,14 +13,14 @@ from dmin.gradients.factors import Dense, Outer, Sum
 from dmin.gradients.layers import layer_gradient
 from dmin.gradients.parameters import Parameter, Parameters, choose_parameters
 from dmin.runtime.errors import DminError
-from dmin.sketches import Auto, BlockCyclic, Sketch, TensorSketch
-from dmin.sketches.backends import gpu
+from dmin.sketches import Auto, BlockCyclic, Sketch, TensorSketch, backends
+from dmin.sketches.backends import backend_for, check_kernels, cpu, gpu, gpu_tables
 from dmin.sketches.hashing import hash_words
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 triton = pytest.mark.skipif(
-    not gpu.installed(), reason="Triton is not installed: pip install triton"
+    not backends.installed(), reason="Triton is not installed: pip install triton"
 )
 
 
@@ -143,46 +143,44 @@ def test_the_kernels_hash_as_torch_does():
 
 
 def test_blocks_that_reach_a_tile_are_all_found_and_no_other(monkeypatch):
-    monkeypatch.setattr(gpu, "TILE", 64)
+    monkeypatch.setattr(gpu_tables, "TILE", 64)
     for dim, block in ((300, 20), (256, 64), (128, 64), (100, 100), (64, 3)):
         offsets = torch.randint(dim, (200,), generator=torch.Generator().manual_seed(dim))
-        blocks = gpu.sorted_blocks(offsets, dim, block)
+        blocks = gpu_tables.sorted_blocks(offsets, dim, block)
         assert torch.equal(offsets[blocks.order].int(), blocks.offset)
         for tile, (first, count) in enumerate(zip(blocks.first, blocks.reaching, strict=True)):
             found = blocks.order[(first + torch.arange(int(count))) % 200]
             buckets = (offsets[:, None] + torch.arange(block)) % dim
-            reaches = (buckets // gpu.tile_of(dim) == tile).any(1)
+            reaches = (buckets // gpu_tables.tile_of(dim) == tile).any(1)
             assert len(set(found.tolist())) == count
             assert set(reaches.nonzero()[:, 0].tolist()) <= set(found.tolist())
-            if gpu.tile_of(dim) + block <= dim:
+            if gpu_tables.tile_of(dim) + block <= dim:
                 assert int(reaches.sum()) == count
 
 
 def test_what_cannot_be_asked_for():
     with pytest.raises(DminError, match=r"kernels='cuda': allowed are auto .*triton, and torch"):
-        gpu.check("cuda")
+        check_kernels("cuda")
 
 
 def test_triton_is_refused_where_it_cannot_be(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(gpu, "installed", lambda: False)
+    monkeypatch.setattr(backends, "installed", lambda: False)
     with pytest.raises(
         DminError, match=r"kernels=triton, but Triton is not installed.*pip install"
     ):
-        gpu.check("triton")
+        check_kernels("triton")
     with pytest.raises(DminError, match=r"kernels=triton, but the rows are on cpu.*kernels=auto"):
-        gpu.serves(torch.zeros(1), "triton")
-    assert not gpu.serves(torch.zeros(1), "auto")
+        backend_for(torch.zeros(1), "triton", 1)
+    assert isinstance(backend_for(torch.zeros(1), "auto", 1), cpu.CpuBackend)
 
 
 def test_torch_alone_gives_the_rows_of_the_compiled_loops(monkeypatch):
-    from dmin.sketches.backends import cpu as forming
-
     once, _ = factors_of("tokens")
     for sketch in (BlockCyclic(1280), TensorSketch(1024), Auto(1024)):
         auto, _ = rows_of(bound(sketch, (7, 300), "auto"), once)
         with monkeypatch.context() as patch:
-            patch.setattr(forming, "kernels", lambda: pytest.fail("compiled loops were used"))
+            patch.setattr(cpu, "kernels", lambda: pytest.fail("compiled loops were used"))
             torch.testing.assert_close(rows_of(bound(sketch, (7, 300), "torch"), once)[0], auto)
 
 

@@ -6,6 +6,7 @@ order: the result is the same to the bit for any number of threads.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,8 +16,12 @@ import torch
 from torch import Tensor
 
 from dmin.gradients.factors import Correlation, Dense, GradientFactors, Outer, Sum, wide
-from dmin.sketches.backends.packing import Layout, Planes, Tokens, kernels
-from dmin.sketches.backends.threads import in_threads, with_scratch
+from dmin.sketches.backends.base import GroupRows, in_positions
+from dmin.sketches.backends.cpu_layouts import Layout, Planes, Tokens, kernels
+from dmin.sketches.backends.cpu_spectra import add_spectra
+from dmin.sketches.backends.cpu_threads import in_threads, with_scratch
+from dmin.sketches.backends.torch import TorchBackend
+from dmin.sketches.maps import BlockCyclicMap, Map, TensorSketchMap, as_matrices
 
 if TYPE_CHECKING:
     from dmin.sketches.backends.cpu_kernels import Fold
@@ -25,22 +30,60 @@ PARTS = 4  # of an example's rows, where there are fewer examples, …
 PART = 1 << 15  # … if a part has so many entries
 
 
-_NOTHING = np.empty(0, np.int32), np.empty(0, np.float32)
+BATCHED = 1 << 16  # entries of an example's small parameters that are batched
+_NO_BITS, _NO_PLACES = np.empty(0, np.uint32), np.empty(0, np.int32)
+_NO_SIDE = _NO_PLACES, np.empty(0, np.float32)
 
 
-def applies(values: Tensor) -> bool:
-    """Return whether the kernels serve rows of this device and dtype."""
-    return values.device.type == "cpu" and values.dtype == torch.float32
+class CpuBackend(TorchBackend):
+    """Compiled loops for rows in single precision; torch for maps of other kinds.
 
+    There are many vectors in a model (biases, scales of norms), all small: their gradients are
+    batched, and folded by one call.
 
-def as_matrices(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Return (taps, out, in): a parameter as one matrix for each tap of its kernel.
-
-    A vector is a single row. The order of entries is that of (tap, out, in).
+    Args:
+        budget: bytes that formed gradients or packed factors may take at once.
     """
-    if len(shape) < 2:
-        return 1, 1, prod(shape)
-    return prod(shape[2:]), shape[0], shape[1]
+
+    def __init__(self, budget: int) -> None:
+        super().__init__(budget)
+        self._batched: dict[GroupRows, list[tuple[BlockCyclicMap, Tensor]]] = defaultdict(list)
+        self._entries = 0  # of an example, that are batched
+
+    def fold(self, factors: GradientFactors, map_: Map, rows: GroupRows) -> None:
+        """Fold gradients while they are formed."""
+        if isinstance(map_, BlockCyclicMap) and len(map_.shape) < 2 and isinstance(factors, Dense):
+            self._batched[rows].append((map_, factors.gradient.reshape(factors.batch, -1)))
+            self._entries += map_.width
+            if self._entries > BATCHED:
+                self.finish()
+        elif isinstance(map_, BlockCyclicMap | TensorSketchMap):
+            fold_factors(factors, map_, rows, self.budget)
+        else:
+            super().fold(factors, map_, rows)
+
+    def add_spectra(
+        self, factors: GradientFactors, map_: TensorSketchMap, spectrum: Tensor
+    ) -> None:
+        """Count, transform and multiply a few positions at a time, which stay in the cache."""
+        assert in_positions(factors)
+        add_spectra(factors, map_, spectrum)
+
+    def scatter(self, gradient: Tensor, bucket: Tensor, sign: Tensor, values: Tensor) -> None:
+        """Add signed gradients at buckets, an example in one thread."""
+        loops, places = kernels(), (bucket.numpy(), sign.numpy())
+
+        def work(i: int) -> None:
+            loops.scatter(gradient[i].numpy(), *places, values[i].numpy())
+
+        in_threads(len(gradient), work)
+
+    def finish(self) -> None:
+        """Fold the gradients that are batched."""
+        batched, self._batched, self._entries = self._batched, defaultdict(list), 0
+        for rows, some in batched.items():
+            maps, gradients = zip(*some, strict=True)
+            fold_vectors(gradients, maps, rows)
 
 
 def taps_first(gradient: Tensor, shape: Sequence[int]) -> Tensor:
@@ -49,34 +92,23 @@ def taps_first(gradient: Tensor, shape: Sequence[int]) -> Tensor:
     return gradient.reshape(-1, out, width, taps).permute(0, 3, 1, 2)
 
 
-def taps_last(entries: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return what belongs to the entries in the order (tap, out, in) as a flattened parameter."""
-    taps, out, width = as_matrices(shape)
-    return entries.reshape(taps, out * width).T.reshape(-1)
-
-
 def fold_factors(
-    factors: GradientFactors,
-    shape: Sequence[int],
-    fold: Fold,
-    rows: Tensor,
-    norms: Tensor | None,
-    budget: int,
+    factors: GradientFactors, map_: BlockCyclicMap | TensorSketchMap, rows: GroupRows, budget: int
 ) -> None:
     """Add the folded gradients of one parameter to the rows of a batch.
 
     Args:
         factors: the gradients.
-        shape: of the parameter.
-        fold: its map.
-        rows: float32 ``[batch, k]``, changed in place.
-        norms: float32 ``[batch]``, to which squared norms are added; None if they are not wanted.
+        map_: of the parameter.
+        rows: values float32.
         budget: bytes that formed gradients or packed factors may take at once.
     """
+    shape, values, norms = map_.shape, rows.values, rows.squared_norm
     measure = norms is not None
     # The loops are compiled for rows that lie side by side: those of a single group.
-    sums = rows if rows.is_contiguous() else torch.zeros(rows.shape)
-    work = _Work(as_matrices(shape), fold, sums.numpy(), np.zeros(len(rows), np.float32), measure)
+    sums = values if values.is_contiguous() else torch.zeros(values.shape)
+    squares = np.zeros(len(values), np.float32)
+    work = _Work(as_matrices(shape), _compiled(map_), sums.numpy(), squares, measure)
     layouts = _layouts(factors, measure)
     if layouts is None:
         _fold_dense(factors, shape, work, budget)
@@ -85,10 +117,10 @@ def fold_factors(
     else:
         for layout in layouts:
             _fold_examples(layout, work, budget)
-    if sums is not rows:
-        rows += sums
+    if sums is not values:
+        values += sums
     if norms is not None:
-        norms += torch.from_numpy(work.squares)
+        norms += torch.from_numpy(squares)
 
 
 class _Work(NamedTuple):
@@ -159,87 +191,39 @@ def _fold_in_parts(layouts: Sequence[Layout], work: _Work) -> None:
 
 
 def fold_vectors(
-    gradients: Sequence[Tensor],
-    keys: Sequence[tuple[int, int]],
-    block: int,
-    rows: Tensor,
-    norms: Tensor | None,
+    gradients: Sequence[Tensor], maps: Sequence[BlockCyclicMap], rows: GroupRows
 ) -> None:
-    """Add the folded gradients of vectors to the rows of a batch, block-cyclic.
+    """Add the folded gradients of vectors to the rows of a batch.
 
     Args:
         gradients: of each vector, ``[batch, n]``.
-        keys: of each one's signs and offsets.
-        block: b.
-        rows: as for :func:`fold_factors`.
-        norms: likewise.
+        maps: of each, with one block size.
+        rows: values float32.
     """
-    measure = norms is not None
-    sums = rows if rows.is_contiguous() else torch.zeros(rows.shape)
-    squares = np.zeros(len(rows), np.float32)
-    words = np.array(keys, np.uint32)
-    together = side_by_side(gradients), starts_of(gradients), words, block
-    kernels().fold_vectors(*together, sums.numpy(), squares, measure)
-    if sums is not rows:
-        rows += sums
+    values, norms = rows.values, rows.squared_norm
+    sums = values if values.is_contiguous() else torch.zeros(values.shape)
+    squares = np.zeros(len(values), np.float32)
+    together = torch.cat([wide(gradient.detach()) for gradient in gradients], 1).numpy()
+    starts = np.cumsum([0, *(gradient.shape[1] for gradient in gradients)])
+    words = np.array([(map_.sign, map_.offset) for map_ in maps], np.uint32)
+    how = maps[0].block, sums.numpy(), squares, norms is not None
+    kernels().fold_vectors(together, starts, words, *how)
+    if sums is not values:
+        values += sums
     if norms is not None:
         norms += torch.from_numpy(squares)
 
 
-def side_by_side(gradients: Sequence[Tensor]) -> np.ndarray:
-    """Return gradients ``[batch, n]`` in one array ``[batch, P]``."""
-    return torch.cat([wide(gradient.detach()) for gradient in gradients], 1).numpy()
-
-
-def starts_of(gradients: Sequence[Tensor]) -> np.ndarray:
-    """Return where each of these begins, and the end of the last."""
-    return np.cumsum([0, *(gradient.shape[1] for gradient in gradients)])
-
-
-def block_cyclic(sign: int, words: int, offset: int, blocks: int, dim: int, block: int) -> Fold:
-    """Return a block-cyclic map for the kernels.
-
-    Args:
-        sign: key of the signs.
-        words: number of words of 32 signs.
-        offset: key of the offsets.
-        blocks: number of blocks.
-        dim: k.
-        block: b.
-    """
+def _compiled(map_: BlockCyclicMap | TensorSketchMap) -> Fold:
+    """Return a map for the kernels; a folded row is longer than k, and wrapped at the end."""
     loops = kernels()
-    hashed, places = loops.hashed_map(sign, words, offset, blocks, dim)
-    return loops.Fold(hashed, places, block, dim + block, *_NOTHING, *_NOTHING)
-
-
-def tensor_sketch(row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor], dim: int) -> Fold:
-    """Return a TensorSketch for the kernels, to fold gradients that are formed.
-
-    Args:
-        row: bucket and sign of each output.
-        column: bucket and sign of each input, for each tap.
-        dim: k.
-    """
-    sides = [x.numpy() for bucket, sign in (row, column) for x in (bucket.int(), sign.float())]
-    none = np.empty(0, np.uint32), np.empty(0, np.int32)
-    return kernels().Fold(*none, 0, 2 * dim, *sides)
-
-
-def scatter(gradient: Tensor, bucket: Tensor, sign: Tensor, values: Tensor) -> None:
-    """Add signed gradients at buckets.
-
-    Args:
-        gradient: float32 ``[batch, P]``.
-        bucket: integers ``[P]``.
-        sign: ``[P]``, ±1.
-        values: float32 ``[batch, k]``, changed in place.
-    """
-    loops, map_ = kernels(), (bucket.numpy(), sign.numpy())
-
-    def work(i: int) -> None:
-        loops.scatter(gradient[i].numpy(), *map_, values[i].numpy())
-
-    in_threads(len(gradient), work)
+    if isinstance(map_, BlockCyclicMap):
+        keys = map_.sign, map_.words, map_.offset, map_.blocks
+        hashed = loops.hashed_map(*keys, map_.dim)
+        return loops.Fold(*hashed, map_.block, map_.dim + map_.block, *_NO_SIDE, *_NO_SIDE)
+    sides = map_.sides(torch.device("cpu"))
+    arrays = [x.numpy() for bucket, sign in sides for x in (bucket.int(), sign.float())]
+    return loops.Fold(_NO_BITS, _NO_PLACES, 0, 2 * map_.dim, *arrays)
 
 
 def _fold_dense(factors: GradientFactors, shape: Sequence[int], work: _Work, budget: int) -> None:
@@ -274,5 +258,5 @@ def _layouts(factors: GradientFactors, measure: bool) -> list[Layout] | None:
         return [Tokens(part) for part in outer]
     if measure and len(parts) > 1:
         return None
-    planes = [part for part in parts if isinstance(part, Correlation) and Planes.serves(part)]
+    planes = [part for part in parts if in_positions(part) and isinstance(part, Correlation)]
     return [Planes(part) for part in planes] if len(planes) == len(parts) else None

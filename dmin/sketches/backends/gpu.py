@@ -7,74 +7,50 @@ input gives the same bits, in any batch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import cache
-from importlib.util import find_spec
 from math import prod
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmin.gradients.factors import Correlation, GradientFactors, Outer, Sum
-from dmin.runtime.errors import DminError
-from dmin.sketches.backends.cpu import as_matrices
+from dmin.sketches.backends.base import GroupRows
+from dmin.sketches.backends.gpu_tables import Columns, Sides, blocks_of, sides_of, tile_of
+from dmin.sketches.backends.torch import TorchBackend
+from dmin.sketches.maps import BlockCyclicMap, Map, TensorSketchMap, as_matrices
 
-Kernels = Literal["auto", "triton", "torch"]
-
-# A program adds up so many buckets, for so many examples: places and signs are found once for all.
-TILE, EXAMPLES = 512, 4
+EXAMPLES = 4  # that share a program: places and signs are found once for all
 BLOCKS_OF_A_SPLIT, ROWS_OF_A_SPLIT, MOST_SPLITS = 512, 64, 64
 WARPS = 4
 # What stands between two kernels of a transform: within the second cache of an A100 or later.
 CACHED = 24 << 20
 
 
-def check(kernels: str) -> None:
-    """Refuse a setting of kernels that does not exist, or that cannot be had.
+class GpuBackend(TorchBackend):
+    """Triton's kernels for rows in single precision; torch for maps of other kinds.
 
-    Raises:
-        DminError: names what is allowed, or what is missing.
+    Args:
+        budget: bytes that formed gradients may take at once.
     """
-    if kernels not in get_args(Kernels):
-        raise DminError(
-            f"kernels={kernels!r}: allowed are auto (compiled loops on a CPU, Triton on a GPU "
-            f"where it is installed), triton, and torch (plain torch operations everywhere)."
-        )
-    if kernels == "triton" and not installed():
-        raise DminError(
-            "kernels=triton, but Triton is not installed. It comes with torch for CUDA; else "
-            "pip install triton, or set kernels=auto."
-        )
 
+    def fold(self, factors: GradientFactors, map_: Map, rows: GroupRows) -> None:
+        """Form the gradients, and fold them in programs that own some buckets each."""
+        if isinstance(map_, BlockCyclicMap):
+            fold_blocks(factors, map_, rows, self.budget)
+        elif isinstance(map_, TensorSketchMap):
+            fold_tensor_sketch(factors, map_, rows.values, self.budget)
+        else:
+            super().fold(factors, map_, rows)
 
-def serves(values: Tensor, kernels: str) -> bool:
-    """Return whether rows of this device and dtype are made by the Triton kernels.
-
-    Rows in double precision, the oracle's, are made by torch whatever is asked for.
-
-    Raises:
-        DminError: Triton is asked for where it cannot be.
-    """
-    if kernels == "triton" and not (values.is_cuda or interpreted()):
-        raise DminError(
-            f"kernels=triton, but the rows are on {values.device}: Triton's kernels run on a GPU. "
-            f"Set kernels=auto."
-        )
-    asked = kernels == "triton" or (kernels == "auto" and values.is_cuda and installed())
-    return asked and values.dtype == torch.float32
-
-
-@cache
-def installed() -> bool:
-    """Return whether Triton is there."""
-    return find_spec("triton") is not None
-
-
-def interpreted() -> bool:
-    """Return whether Triton interprets its kernels, on a CPU: for tests."""
-    return installed() and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    def add_spectra(
+        self, factors: GradientFactors, map_: TensorSketchMap, spectrum: Tensor
+    ) -> None:
+        """Count, transform and multiply as many positions at a time as the cache holds."""
+        outer = as_product(factors)
+        assert outer is not None
+        add_spectra(outer, map_, spectrum)
 
 
 @cache
@@ -85,120 +61,30 @@ def kernels() -> Any:
     return gpu_kernels
 
 
-class Blocks(NamedTuple):
-    """The blocks of a parameter by ascending offset, and those that reach each tile of buckets."""
-
-    order: Tensor  # int32 [blocks]
-    offset: Tensor  # int32 [blocks]
-    first: Tensor  # int32 [tiles]
-    reaching: Tensor  # int32 [tiles]
-
-
-def sorted_blocks(offsets: Tensor, dim: int, block: int) -> Blocks:
-    """Sort the blocks of a block-cyclic map: 8 bytes a block.
-
-    Args:
-        offsets: integers ``[blocks]`` in [0, k).
-        dim: k.
-        block: b.
-    """
-    offset, order = offsets.sort(stable=True)
-    starts = torch.arange(0, dim, tile_of(dim), device=offsets.device)
-    if tile_of(dim) + block > dim:
-        first, count = torch.zeros_like(starts), torch.full_like(starts, len(offsets))
-    else:
-        lowest = (starts - block + 1) % dim
-        first = torch.searchsorted(offset, lowest)
-        count = torch.searchsorted(offset, starts + tile_of(dim)) - first
-        count += torch.where(lowest > starts, len(offsets), 0)  # from behind the last bucket, too
-    return Blocks(order.int(), offset.int(), first.int(), count.int())
-
-
-class Columns(NamedTuple):
-    """Which entries of a side lie in each bucket; entries of one bucket are in several layers."""
-
-    column: Tensor  # int32 [layers, dim], −1 for none
-    sign: Tensor  # float32 [layers, dim], 0 for none
-
-
-class Sides(NamedTuple):
-    """The map of a TensorSketch, as the kernels want it."""
-
-    row: Columns
-    column: Columns
-    row_bucket: Tensor  # int32 [outputs]
-    row_sign: Tensor  # float32 [outputs]
-    order: Tensor  # int64 [columns]: by ascending bucket
-    order_sign: Tensor  # float32 [columns]: theirs, in that order
-    ordered: Tensor  # int32 [layers, dim]: as `column`, of columns in that order
-
-
-def sides(row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor], dim: int, to: Any) -> Sides:
-    """Return a TensorSketch for the kernels, worked out on the CPU and sent once.
-
-    Args:
-        row: bucket and sign of each output.
-        column: bucket and sign of each (tap, input).
-        dim: k.
-        to: device.
-    """
-    bucket, sign = column
-    order = bucket.argsort(stable=True)
-    ordered = columns((bucket[order], sign[order]), dim).column
-    places = columns(row, dim), columns(column, dim)
-    single = row[0].int(), row[1].float(), order, sign[order].float(), ordered
-    first, second = (Columns(*(x.to(to) for x in side)) for side in places)
-    return Sides(first, second, *(x.to(to) for x in single))
-
-
-def columns(side: tuple[Tensor, Tensor], dim: int) -> Columns:
-    """Return the entries of each bucket, from the bucket and sign of each entry; on the CPU."""
-    bucket, sign = side
-    ascending, order = bucket.sort(stable=True)
-    layer = torch.arange(len(bucket)) - torch.searchsorted(ascending, ascending)
-    column = torch.full((int(layer.max()) + 1, dim), -1, dtype=torch.int32)
-    column[layer, ascending] = order.int()
-    return Columns(column, torch.where(column < 0, 0.0, sign.float()[column.long()]))
-
-
-def tile_of(dim: int) -> int:
-    """Return how many buckets a program has."""
-    return min(TILE, 1 << (dim - 1).bit_length())
-
-
 def fold_blocks(
-    factors: GradientFactors,
-    shape: Sequence[int],
-    blocks: Blocks,
-    block: int,
-    sign: int,
-    rows: Tensor,
-    norms: Tensor | None,
-    budget: int,
+    factors: GradientFactors, map_: BlockCyclicMap, rows: GroupRows, budget: int
 ) -> None:
     """Add the block-cyclic folds of one parameter's gradients to the rows of a batch.
 
     Args:
         factors: the gradients.
-        shape: of the parameter.
-        blocks: its blocks, sorted.
-        block: b.
-        sign: key of the signs.
-        rows: float32 ``[batch, k]``, changed in place.
-        norms: float32 ``[batch]``, to which squared norms are added; None if they are not wanted.
+        map_: of the parameter.
+        rows: values float32.
         budget: bytes that formed gradients may take at once.
     """
-    taps, out, width = as_matrices(shape)
-    dim, words_of_row, of_row = rows.shape[1], -(-width // 32), -(-width // block)
-    words = hashed_words(sign, taps * out * words_of_row, rows.device)
+    shape, values, norms = map_.shape, rows.values, rows.squared_norm
+    blocks = blocks_of(map_, values.device)
+    _, out, width = as_matrices(shape)
+    dim, words_of_row, of_row = map_.dim, -(-width // 32), -(-width // map_.block)
+    words = hashed_words(map_.sign, map_.words, values.device)
     tile, count = tile_of(dim), len(blocks.order)
     splits = min(MOST_SPLITS, max(1, count // BLOCKS_OF_A_SPLIT))
     tiles = len(blocks.first)
     for examples, part in _slices(factors, 4 * prod(shape), budget):
         gradient, strides = formed(part, shape)
         batch = len(gradient)
-        partial = rows.new_empty(batch, splits, dim)
-        squares = rows.new_empty(batch, splits, tiles if norms is not None else 0)
+        partial = values.new_empty(batch, splits, dim)
+        squares = values.new_empty(batch, splits, tiles if norms is not None else 0)
         kernels().fold_blocks[tiles, splits, -(-batch // EXAMPLES)](
             gradient,
             *blocks,
@@ -214,31 +100,31 @@ def fold_blocks(
             words_of_row,
             gradient.stride(0),
             *strides,
-            BLOCK=block,
+            BLOCK=map_.block,
             EXAMPLES=EXAMPLES,
             TILE=tile,
             MEASURE=norms is not None,
             num_warps=WARPS,
         )
-        rows[examples] += partial.sum(1)
+        values[examples] += partial.sum(1)
         if norms is not None:
             norms[examples] += squares.sum((1, 2))
         del gradient, part  # before the next slice is formed: there is one at a time
 
 
 def fold_tensor_sketch(
-    factors: GradientFactors, shape: Sequence[int], sides: Sides, rows: Tensor, budget: int
+    factors: GradientFactors, map_: TensorSketchMap, rows: Tensor, budget: int
 ) -> None:
     """Add the TensorSketches of gradients that are formed, with their columns in bucket order.
 
     Args:
-        factors: sums of outer products, or correlations that :func:`as_product` takes.
-        shape: of the parameter.
-        sides: its map.
+        factors: the gradients.
+        map_: of the parameter.
         rows: float32 ``[batch, k]``, changed in place.
         budget: bytes that formed gradients may take at once.
     """
-    dim, out = rows.shape[1], shape[0]
+    shape, sides = map_.shape, sides_of(map_, rows.device)
+    dim, out = map_.dim, shape[0]
     tile, layers = tile_of(dim), len(sides.ordered)
     splits = min(MOST_SPLITS, max(1, out // ROWS_OF_A_SPLIT))
     for examples, part in _slices(factors, 4 * prod(shape), budget):
@@ -265,15 +151,15 @@ def fold_tensor_sketch(
         del gradient, part
 
 
-def add_spectra(factors: Outer, sides: Sides, dim: int, spectrum: Tensor) -> None:
+def add_spectra(factors: Outer, map_: TensorSketchMap, spectrum: Tensor) -> None:
     """Add ``Σ_p F(C₁ d_p) ∘ F(C₂ a_p)`` over positions, as many at a time as the cache holds.
 
     Args:
         factors: the outer products.
-        sides: the map.
-        dim: k.
+        map_: of the parameter.
         spectrum: complex64 ``[batch, k // 2 + 1]``, changed in place.
     """
+    sides, dim = sides_of(map_, spectrum.device), map_.dim
     positions, frequencies = factors.input.shape[1], dim // 2 + 1
     step = max(1, min(positions, CACHED // (16 * dim)))  # two count sketches, two spectra
     some = max(1, CACHED // (16 * dim * step))

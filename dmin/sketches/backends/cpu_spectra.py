@@ -14,30 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmin.gradients.factors import Correlation, GradientFactors, Outer, wide
-from dmin.sketches.backends.packing import Planes, kernels
-from dmin.sketches.backends.threads import in_threads
+from dmin.gradients.factors import Correlation, Outer, wide
+from dmin.sketches.backends.cpu_layouts import Planes, kernels
+from dmin.sketches.backends.cpu_threads import in_threads
+from dmin.sketches.maps import TensorSketchMap
 
 CHUNK = 64  # positions; fixed, so that sums round the same for any number of threads
 
-Hashes = tuple[Tensor, Tensor]  # bucket and sign of each output, or of each (tap, input)
 
-
-def add_spectra(
-    factors: GradientFactors, row: Hashes, column: Hashes, dim: int, spectrum: Tensor
-) -> None:
+def add_spectra(factors: Outer | Correlation, map_: TensorSketchMap, spectrum: Tensor) -> None:
     """Add the spectra of one layer call's gradients.
 
     Args:
-        factors: outer products, or correlations that :meth:`Planes.serves`.
-        row: hashes of the outputs.
-        column: hashes of the inputs, for each tap of a kernel.
-        dim: k.
+        factors: outer products, or correlations, that are :func:`in_positions`.
+        map_: has the count sketches of outputs and of inputs for each tap of a kernel.
         spectrum: complex64 ``[batch, k // 2 + 1]``, changed in place.
     """
     from scipy.fft import rfft  # like numba, imported when first needed
 
-    sides = [_Side(*row), _Side(*column)]
+    sides = [_Side(*side) for side in map_.sides(spectrum.device)]
     walked = _Tokens(factors) if isinstance(factors, Outer) else _Patches(factors)
     starts = range(0, walked.positions, CHUNK)
     sums = np.zeros((factors.batch, len(starts), spectrum.shape[1]), np.complex64)
@@ -48,7 +43,7 @@ def add_spectra(
         last = min(first + CHUNK, walked.positions)
         transformed = []
         for (x, walk), side in zip(walked.sides(example), sides, strict=True):
-            counted = np.zeros((last - first, dim), np.float32)
+            counted = np.zeros((last - first, map_.dim), np.float32)
             kernels().count_sketch(x, walk, first, last, side.bucket, side.sign, counted)
             transformed.append(rfft(counted, axis=1, overwrite_x=True))
         kernels().add_products(*transformed, sums[example, chunk])
@@ -78,8 +73,7 @@ class _Tokens:
 class _Patches:
     """Correlations: an output position has a patch of inputs under it."""
 
-    def __init__(self, factors: GradientFactors) -> None:
-        assert isinstance(factors, Correlation)
+    def __init__(self, factors: Correlation) -> None:
         layer = Planes(factors, transform=False)
         self.positions = prod(layer.positions)
         own = kernels().Walk(1, self.positions, 0, 1, np.zeros(1, np.int64))

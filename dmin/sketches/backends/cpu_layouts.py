@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmin.gradients.factors import Correlation, Outer, wide
 
@@ -81,13 +81,7 @@ _FIRST = np.zeros(1, np.int64)
 
 
 class Planes(Layout):
-    """Correlations in one or two dimensions: positions lie side by side in memory."""
-
-    @staticmethod
-    def serves(factors: Correlation) -> bool:
-        """Return whether a convolution is one of these."""
-        layer = factors.layer
-        return type(layer) in (nn.Conv1d, nn.Conv2d) and layer.groups == 1
+    """Correlations that are :func:`in_positions`: these lie side by side in memory."""
 
     def __init__(self, factors: Correlation, transform: bool = True) -> None:
         loops = kernels()

@@ -11,7 +11,7 @@ from dmin.gradients.capture import Capture
 from dmin.gradients.factors import Correlation, Outer
 from dmin.gradients.parameters import Parameter, Parameters, choose_parameters
 from dmin.sketches import Auto, BlockCyclic, Factored, TensorSketch
-from dmin.sketches.backends.threads import in_threads
+from dmin.sketches.backends.cpu_threads import in_threads
 from dmin.sketches.hashing import hash_words
 
 K = 512
@@ -111,7 +111,7 @@ def test_vectors_that_are_sketched_together_are_those_sketched_apart(monkeypatch
     sketch = Auto(K).bind(Parameters(tuple(entries), ("even", "odd")))
     gradients = {p.name: torch.randn(3, *p.shape) for p in entries}
     together = sketch.of(gradients)
-    monkeypatch.setattr("dmin.sketches.base.WAITING", 0)
+    monkeypatch.setattr("dmin.sketches.backends.cpu.BATCHED", 0)
     torch.testing.assert_close(sketch.of(gradients), together)
     double = sketch.of({name: g.double() for name, g in gradients.items()})
     torch.testing.assert_close(together.double(), double, rtol=1e-5, atol=1e-5)
@@ -120,7 +120,7 @@ def test_vectors_that_are_sketched_together_are_those_sketched_apart(monkeypatch
 @pytest.mark.parametrize("openmp", [True, False])
 def test_work_that_fails_in_a_thread_is_not_lost(openmp, monkeypatch):
     if not openmp:
-        monkeypatch.setattr("dmin.sketches.backends.threads._openmp", lambda: None)
+        monkeypatch.setattr("dmin.sketches.backends.cpu_threads._openmp", lambda: None)
 
     def work(i):
         if i == 3:

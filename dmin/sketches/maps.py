@@ -1,0 +1,124 @@
+"""Maps that give each scalar of a parameter one bucket and one sign: all that a backend is told."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmin.sketches.hashing import hash_words, signs, spread_words
+
+Side = tuple[Tensor, Tensor]  # bucket, int64 in [0, k), and sign, float32, of each row or column
+
+
+def as_matrices(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Return (taps, out, in): a parameter as one matrix for each tap of its kernel.
+
+    A vector is a single row. The order of entries is that of (tap, out, in).
+    """
+    if len(shape) < 2:
+        return 1, 1, prod(shape)
+    return prod(shape[2:]), shape[0], shape[1]
+
+
+class Map(ABC):
+    """The map of one parameter's gradients to k numbers.
+
+    Args:
+        shape: of the parameter.
+        dim: k.
+
+    Attributes:
+        kept: what is worked out once, by device and by whom.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dim: int) -> None:
+        self.shape = shape
+        self.dim = dim
+        self.kept: dict[Any, Any] = {}
+
+    @abstractmethod
+    def buckets(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the map in its obvious form.
+
+        Returns:
+            bucket: integers ``[P]``, in [0, k), for each scalar of the flattened parameter.
+            sign: float32 ``[P]``, ±1.
+        """
+
+
+class BlockCyclicMap(Map):
+    """Signs hashed for every entry, offsets for every block of a row.
+
+    Args:
+        shape: of the parameter.
+        dim: k.
+        block: b, entries that move together.
+        sign: key of the signs.
+        offset: key of the offsets.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dim: int, block: int, sign: int, offset: int
+    ) -> None:
+        super().__init__(shape, dim)
+        self.block, self.sign, self.offset = block, sign, offset
+        taps, out, self.width = as_matrices(shape)
+        self.rows = taps * out
+        self.blocks = self.rows * -(-self.width // block)
+        self.words = self.rows * -(-self.width // 32)  # of 32 signs
+
+    def buckets(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return buckets and signs, hashed afresh."""
+        offsets = hash_words(self.offset, self.blocks, device)
+        bucket = offsets[:, None] % self.dim + torch.arange(self.block, device=device)
+        bucket = bucket.view(self.rows, -1)[:, : self.width] % self.dim
+        sign = signs(self.sign, self.words * 32, device).view(self.rows, -1)[:, : self.width]
+        return self._taps_last(bucket), self._taps_last(sign)
+
+    def _taps_last(self, entries: Tensor) -> Tensor:
+        """Return entries in the order (tap, out, in) as a flattened parameter."""
+        taps, out, width = as_matrices(self.shape)
+        return entries.reshape(taps, out * width).T.reshape(-1)
+
+
+class TensorSketchMap(Map):
+    """Sums of a row's and a column's bucket, products of their signs.
+
+    Args:
+        shape: of the parameter.
+        dim: k.
+        row: keys of the buckets and the signs of outputs.
+        column: those of inputs, for each tap.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dim: int, row: tuple[int, int], column: tuple[int, int]
+    ) -> None:
+        super().__init__(shape, dim)
+        self.row, self.column = row, column
+
+    def sides(self, device: torch.device) -> tuple[Side, Side]:
+        """Return bucket and sign of each output, and of each input for each tap.
+
+        They are kept, 12 bytes for each: a thousandth of the matrix, and sorted to be made.
+        """
+        if device not in self.kept:
+            taps, out, width = as_matrices(self.shape)
+            self.kept[device] = tuple(
+                (spread_words(bucket, size, device) % self.dim, signs(sign, size, device))
+                for (bucket, sign), size in ((self.row, out), (self.column, taps * width))
+            )
+        return self.kept[device]
+
+    def buckets(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return buckets and signs of all entries."""
+        (row, row_sign), (column, column_sign) = self.sides(device)
+        taps, out, width = as_matrices(self.shape)
+        bucket, sign = (row[:, None] + column) % self.dim, row_sign[:, None] * column_sign
+        natural = (x.view(out, taps, width).transpose(1, 2).reshape(-1) for x in (bucket, sign))
+        return next(natural), next(natural)
