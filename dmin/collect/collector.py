@@ -34,6 +34,7 @@ from dmin.sketches import Auto, Sketch
 from dmin.sketches.backends import Kernels, check_kernels
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
 from dmin.workers.heartbeat import Heartbeat
+from dmin.workers.lock import claim
 from dmin.workers.shard import Shard
 
 # Raised whenever the numbers that land in a store change for unchanged settings.
@@ -214,7 +215,7 @@ class GradientCollector(lightning.LightningModule):
             pending = share.pending(writer.pending(), manifest.num_blocks)
             if pending:
                 progress = Heartbeat(path, share)
-                progress.claim(manifest.num_blocks, wait)
+                claim(progress, manifest.num_blocks, wait)
                 pending = share.pending(writer.pending(), manifest.num_blocks)
                 data = CollectData(dataset, pending, block_size, workers, is_sharded(trainer))
                 work = Work(data, writer, progress, stop)

@@ -26,13 +26,16 @@ def os_failure(doing: str, path: Path, error: OSError) -> DminError:
     return DminError(f"Could not {doing} {path} ({error.strerror or error}): {remedy}.")
 
 
-def commit(path: Path, content: bytes | memoryview, *, overwrite: bool = True) -> None:
-    """Write a file so that it is there whole or not at all, even after a power failure.
+def commit(
+    path: Path, content: bytes | memoryview, *, overwrite: bool = True, durable: bool = True
+) -> None:
+    """Write a file so that it is there whole or not at all.
 
     Args:
         path: the file.
         content: its bytes.
         overwrite: replace a file of this name; otherwise the file that is there first stays.
+        durable: hold this even after a power failure, for which the disk is waited for.
 
     Raises:
         FileExistsError: there is such a file, and it may not be overwritten.
@@ -42,8 +45,9 @@ def commit(path: Path, content: bytes | memoryview, *, overwrite: bool = True) -
     try:
         with open(temporary, "xb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         if overwrite:
             os.rename(temporary, path)
         else:
@@ -51,6 +55,8 @@ def commit(path: Path, content: bytes | memoryview, *, overwrite: bool = True) -
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+    if not durable:
+        return
     # Some network file systems cannot sync a directory; the file is whole there all the same.
     with contextlib.suppress(OSError):
         directory = os.open(path.parent, os.O_RDONLY)

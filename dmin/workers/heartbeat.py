@@ -2,8 +2,8 @@
 
 ::
 
-    store/progress/shard-3-of-64.rank-0-of-2.json     written anew every few seconds
-    store/progress/shard-3-of-64.rank-0-of-2.jsonl    a line a minute, and when the state changes
+    store/progress/shard-3-of-64.rank-0-of-2.<run>.json    written anew every few seconds
+    store/progress/shard-3-of-64.rank-0-of-2.jsonl         a line a minute, and at a new state
 
 These files take no part in fingerprints, and nothing is lost with them. They let `dmin status` tell
 of a running or dead collection, keep two jobs from doing the same, and bound every wait for another
@@ -26,36 +26,39 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dmin.runtime.errors import DminError
 from dmin.runtime.files import commit
-from dmin.workers.liveness import EVERY, FOLDER, SILENT, WorkerStatus, born, machine_here, reports
+from dmin.workers.liveness import EVERY, FOLDER, WorkerStatus, born, machine_here, reports
 from dmin.workers.shard import Shard
 
 LOG_EVERY = 60.0  # seconds between two lines of the log of a process whose state stays
 
 
 class Heartbeat:
-    """Tells others how far this process is, by itself every few seconds, until it is left.
+    """Says how far this process is, by itself every few seconds, until it is left.
 
     Writing it can fail without harm: the work goes on.
 
     Args:
         store: the store's folder.
         share: this process's part.
-        every: seconds between signs of life.
+        every: seconds between two heartbeats.
+        kept: whether the file stays when it is left, and says how that came.
 
     Attributes:
+        file: of this process and run: no other process writes it.
         gained: whether this run finished anything, so that a next one has less to do.
     """
 
-    def __init__(self, store: Path, share: Shard, every: float = EVERY) -> None:
+    def __init__(self, store: Path, share: Shard, every: float = EVERY, kept: bool = True) -> None:
         self.store = store
         self.share = share
         self.gained = False
-        pid = os.getpid()
+        self.kept = kept
+        pid, run = os.getpid(), secrets.token_hex(8)
+        self.file = store / FOLDER / f"{share.name}.{run}.json"
         self._said = WorkerStatus(
             share=share,
-            run=secrets.token_hex(8),
+            run=run,
             state="starting",
             host=socket.gethostname(),
             pid=pid,
@@ -77,20 +80,6 @@ class Heartbeat:
         """What names this run of the job."""
         return self._said.run
 
-    def claim(self, units: int, wait: float = 0.0) -> None:
-        """Take the share; wait a little where it is not plain whether another process has it.
-
-        Args:
-            units: blocks of the store.
-            wait: seconds to let another process finish that is at work on blocks of this share.
-
-        Raises:
-            DminError: one is, and did not finish in time.
-        """
-        if self._rivals(units) or not self._created():
-            self._outwait(units, wait)
-            self._write()
-
     def joins(self, run: str) -> None:
         """Say that this process is a rank of a run that another one named."""
         self.say(run=run)
@@ -110,7 +99,7 @@ class Heartbeat:
         return bool(found)
 
     def say(self, **changes: Any) -> None:
-        """Change what is told, and tell it now: fields of :class:`WorkerStatus`."""
+        """Change what it says, and write it now: fields of :class:`WorkerStatus`."""
         with self._lock:
             self._said = replace(self._said, **changes)
         self._write()
@@ -122,7 +111,7 @@ class Heartbeat:
         self.say(state="collecting", blocks=blocks)
 
     def block_done(self, rows: int) -> None:
-        """Count a block of so many examples; the first is told at once, others in time."""
+        """Count a block of so many examples; the first is said at once, others in time."""
         now = time.monotonic()
         took = now - self._recent[-1][0] if self._recent else 0.0
         self._recent.append((now, rows))
@@ -142,7 +131,7 @@ class Heartbeat:
             self._write()
 
     def __enter__(self) -> Heartbeat:
-        """Begin to give signs of life."""
+        """Begin to write heartbeats."""
         self._thread.start()
         return self
 
@@ -152,10 +141,12 @@ class Heartbeat:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Tell the end, and what went wrong if something did."""
+        """Say how it ended, and what went wrong if something did."""
         self._left.set()
         self._thread.join()
-        if error is None:
+        if not self.kept:
+            self.withdraw()
+        elif error is None:
             self.say(state="finished")
         elif isinstance(error, SystemExit | KeyboardInterrupt):
             self.say(state="stopped", note=f"{type(error).__name__} {error}".strip())
@@ -166,42 +157,12 @@ class Heartbeat:
         while not self._left.wait(self._said.every):
             self._write()
 
-    def _created(self) -> bool:
-        """Write the file if there is none; of several processes at once one does."""
-        try:
-            self._path.parent.mkdir(exist_ok=True)
-            commit(self._path, self._text(), overwrite=False)
-        except FileExistsError:
-            return False
-        except OSError:
-            self._write()  # a file system without links
-        return True
-
-    def _outwait(self, units: int, wait: float) -> None:
-        rivals = self._rivals(units)
-        seen = {each.share: each.beat for each in rivals}
-        start = time.monotonic()
-        silence = max((SILENT * each.every for each in rivals), default=0)
-        while rivals and time.monotonic() < start + max(silence, wait):
-            alive = [each for each in rivals if each.alive or each.beat != seen.get(each.share)]
-            if alive and time.monotonic() >= start + wait:
-                raise DminError(
-                    f"{self.store} is being collected by {alive[0].who}, which does "
-                    f"{alive[0].share} ({alive[0].done} of {alive[0].blocks} blocks done) and with "
-                    f"it blocks that this command ({self.share}) would do again. Let it end, or "
-                    f"stop it and give this command again. To share the work give every job a "
-                    f"part of its own: shard.id=0 … n−1 with shard.num=n."
-                )
-            time.sleep(min(1.0, max(0.1, EVERY / 10)))
-            rivals = self._rivals(units)
-
-    def _rivals(self, units: int) -> list[WorkerStatus]:
-        others = reports(self.store, lambda share: share.overlaps(self.share, units))
-        return [each for each in others if each.running and each.run != self.run]
-
-    @property
-    def _path(self) -> Path:
-        return self.store / FOLDER / f"{self.share.name}.json"
+    def withdraw(self) -> None:
+        """Remove the file, and the folders if nothing else is in them."""
+        with contextlib.suppress(OSError):
+            self.file.unlink(missing_ok=True)
+            self.file.parent.rmdir()
+            self.store.rmdir()
 
     def _text(self) -> bytes:
         with self._lock:
@@ -213,25 +174,22 @@ class Heartbeat:
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(exist_ok=True)
-            temporary = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}.tmp")
-            try:
-                temporary.write_bytes(self._text())
-                temporary.replace(self._path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            commit(self.file, self._text(), durable=False)
             self._log()
 
     def _log(self) -> None:
         """Add a line to what is kept of the whole run, if it is time to."""
         said, now = self._said, time.monotonic()
+        if not self.kept or said.state == "claiming":
+            return
         if said.state == self._logged[0] and now - self._logged[1] < LOG_EVERY:
             return
         self._logged = said.state, now
         kept = ("run", "state", "host", "pid", "blocks", "done", "rows", "rate", "note")
         line = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
         line |= {name: getattr(said, name) for name in kept}
-        with self._path.with_suffix(".jsonl").open("a") as file:
+        with self.file.with_name(f"{self.share.name}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 

@@ -19,9 +19,9 @@ from typing import Any
 from dmin.workers.shard import Shard
 
 FOLDER = "progress"
-EVERY = 10.0  # seconds between two signs of life
-# Without a sign for so many times EVERY a process counts as dead: network file systems may show a
-# change a minute late.
+EVERY = 10.0  # seconds between two heartbeats
+# Without a heartbeat for so many times EVERY a process counts as dead: network file systems may
+# show a change a minute late.
 SILENT = 9
 # Without a finished block for so long a living process counts as stuck, if its blocks are not
 # themselves slow.
@@ -36,7 +36,8 @@ class WorkerStatus:
     Args:
         share: its part of the work.
         run: names the run of its job, the same for all its ranks.
-        state: starting, encoding, collecting, waiting; at its end finished, stopped or failed.
+        state: claiming, starting, encoding, collecting, waiting; at its end finished, stopped or
+            failed.
         host: name of its machine.
         pid: its process number there.
         machine: names the running system in which the number is unique; empty if unknown.
@@ -44,7 +45,7 @@ class WorkerStatus:
         job: number of its job in a batch system; empty outside of one.
         started: its own clock when it began, ISO 8601.
         clock: its own clock when it wrote this, seconds since 1970.
-        every: seconds between its signs of life.
+        every: seconds between its heartbeats.
         beat: counts them.
         blocks: blocks it has to do in this run.
         done: blocks done in this run.
@@ -96,13 +97,18 @@ class WorkerStatus:
 
     @property
     def silent(self) -> bool:
-        """Whether its last sign of life is too long ago, by the file system's clock."""
+        """Whether its last heartbeat is too long ago, by the file system's clock."""
         return self.age > SILENT * self.every
 
     @property
     def running(self) -> bool:
         """Whether it is at work, as far as one look can tell."""
         return not (self.ended or self.dead or self.silent)
+
+    @property
+    def at_work(self) -> bool:
+        """Whether its work is still its own: alive but silent, it is suspended and may go on."""
+        return self.running or self.alive
 
     @property
     def who(self) -> str:
@@ -122,13 +128,24 @@ def reports(
     """
     folder = store / FOLDER
     try:
-        named = [(Shard.named(file.stem), file) for file in folder.glob("*.json")]
+        named = [(Shard.named(file.name), file) for file in folder.glob("*.json")]
     except OSError:
         return []
     wanted = [(share, file) for share, file in named if share is not None and chosen(share)]
     now = _file_system_clock(folder) if wanted else 0.0
     found = (_read(share, file, now) for share, file in wanted)
     return sorted((each for each in found if each is not None), key=lambda each: each.share)
+
+
+def remove_ended(store: Path, share: Shard) -> None:
+    """Remove what ended or lost runs at a share said, and what cannot be read."""
+    folder = store / FOLDER
+    with contextlib.suppress(OSError):
+        now = _file_system_clock(folder)
+        for file in folder.glob(f"{share.name}.*"):
+            status = _read(share, file, now)
+            if file.suffix == ".json" and not (status is not None and status.at_work):
+                file.unlink(missing_ok=True)
 
 
 class LivenessMonitor:

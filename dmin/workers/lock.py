@@ -1,146 +1,177 @@
-"""Jobs that want the same thing made: one makes it, the others wait and find it done."""
+"""The lock: of the processes that want to do the same work one does it, the others wait or refuse.
+
+A *claim* is a worker's own heartbeat file. Whoever wants to work writes a claim and then looks for
+those of others at the same blocks; it works only if it sees none, and withdraws otherwise. So of
+two that write at once at most one works, on whatever nodes they are. A claim ends when its process
+says so, is seen dead from its own machine, or, seen from another, lets its file rest for long. A
+process that is suspended keeps its claim on its own machine; elsewhere it loses it, and goes on
+beside whoever took over: both seal the same blocks, of which readers take one.
+
+A file lock in this node's folder for temporary files makes the processes of one machine write and
+look in turn. It only shortens the race: where there are no locks, and between nodes, claims decide.
+"""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
+import contextlib
+import hashlib
 import os
+import random
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+
+from filelock import FileLock
 
 from dmin.runtime.errors import DminError
 from dmin.runtime.signals import StopSignals
+from dmin.workers.heartbeat import Heartbeat
+from dmin.workers.liveness import WorkerStatus, remove_ended, reports
+from dmin.workers.shard import WHOLE, Shard
 
-EVERY = 60.0  # seconds between two lines that say what is waited for
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-_NOT_WRITABLE = {errno.EACCES, errno.EROFS, errno.EPERM}
+POLL = 0.5  # seconds between two looks at a rival
+REMIND = 60.0  # seconds between two lines that say what is waited for
+BRIEF = 5.0  # seconds to wait for the file lock: it is held for a few file operations
 
 
-@contextmanager
+@contextlib.contextmanager
 def hold(
     path: Path,
-    limit: float,
-    tell: Callable[[str], None],
+    shard: Shard = WHOLE,
     *,
-    shared: bool = False,
+    wait: float,
+    on_wait: Callable[[str], None] = lambda line: None,
     stop: StopSignals | None = None,
-    poll: float = 0.5,
 ) -> Iterator[None]:
     """Hold the right to make what stands at a path; wait while another job has it.
 
-    The lock ends with its process, however that ends. On a file system without locks, and where
-    nothing can be written, there is nothing to hold: several jobs may then do the same work.
+    Where nothing can be written there is nothing to hold.
 
     Args:
-        path: what is made; the lock is a hidden file beside it.
-        limit: seconds to wait.
-        tell: told whom it waits for, at once and then every minute.
-        shared: with others who say so too (the shards of one store), not with those who do not.
+        path: what is made: a model, a folder, a store. The claims lie in a hidden folder beside it
+            until they end.
+        shard: the part that is made; parts that do not overlap are held side by side.
+        wait: seconds to wait for others.
+        on_wait: told whom it waits for, at once and then every minute.
         stop: signals that end the waiting.
-        poll: seconds between two tries.
 
     Raises:
-        DminError: the other one was not done in time.
+        DminError: the other job was not done in time.
+        Stopped: a signal came.
     """
-    file = path.parent / f".{path.name}.lock"
-    patience = _Patience(path, file, limit, tell)
-    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    while (lock := _opened(file)) is not None:
-        with lock:
-            held = _try(lock, mode)
-            if held and not _is(lock, file):
-                continue  # the one before took the file away while this one opened it
-            if held is False:
-                if stop is not None:
-                    stop.between_blocks()
-                patience.wait(poll)
-                continue
-            if held and not shared:
-                _sign(lock)
-            try:
-                yield
-            finally:
-                if held and not shared:
-                    file.unlink(missing_ok=True)
-            return
-    yield
+    heartbeat = Heartbeat(path.with_name(f".{path.name}.claims"), shard, kept=False)
+
+    def refusal(rival: WorkerStatus) -> str:
+        return (
+            f"{path} is being made by another job ({rival.who}, since {rival.started}), and was "
+            f"not done after {wait:g} s (collect.wait_seconds). Wait for it and run the same "
+            f"command again: what is finished is found and not done again. Or set "
+            f"collect.wait_seconds higher."
+        )
+
+    _wait_for_claim(heartbeat, None, wait, refusal, on_wait, stop, f"makes {path}")
+    with heartbeat:
+        yield
 
 
-def _opened(file: Path) -> TextIO | None:
-    """Open the lock file; None where nothing can be written."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return file.open("a+")
-    except OSError as error:
-        if error.errno in _NOT_WRITABLE:
-            return None
-        raise
+def claim(heartbeat: Heartbeat, blocks: int, wait: float = 0.0) -> None:
+    """Take a shard of a store's blocks, or refuse because another process is at some of them.
+
+    Args:
+        heartbeat: of this process, with its shard.
+        blocks: of the store.
+        wait: seconds to let the other process finish.
+
+    Raises:
+        DminError: it did not finish in time.
+    """
+
+    def refusal(rival: WorkerStatus) -> str:
+        return (
+            f"{heartbeat.store} is being collected by {rival.who}, which does {rival.share} "
+            f"({rival.done} of {rival.blocks} blocks done) and with it blocks that this command "
+            f"({heartbeat.share}) would do again. Let it end, or stop it and give this command "
+            f"again. To share the work give every job a part of its own: shard.id=0 … n−1 with "
+            f"shard.num=n."
+        )
+
+    _wait_for_claim(heartbeat, blocks, wait, refusal)
 
 
-def _try(lock: TextIO, mode: int) -> bool | None:
-    """Return whether the lock was had; None where the file system has no locks."""
-    try:
-        fcntl.flock(lock, mode | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return None
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        return False
-    return True
-
-
-def _is(lock: TextIO, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(lock.fileno()), file.stat())
-    except FileNotFoundError:
-        return False
-
-
-class _Patience:
-    """Waiting that says what for, and ends."""
-
-    def __init__(self, path: Path, file: Path, limit: float, tell: Callable[[str], None]) -> None:
-        self.path, self.file, self.limit, self.tell = path, file, limit, tell
-        self.start = time.monotonic()
-        self.said = float("-inf")
-
-    def wait(self, seconds: float) -> None:
-        """Wait a little, unless the limit is reached."""
+def _wait_for_claim(
+    mine: Heartbeat,
+    blocks: int | None,
+    wait: float,
+    refusal: Callable[[WorkerStatus], str],
+    on_wait: Callable[[str], None] = lambda line: None,
+    stop: StopSignals | None = None,
+    doing: str = "",
+) -> None:
+    start = time.monotonic()
+    remind = start
+    beats: dict[str, int] = {}  # of each rival's run when it was first seen
+    while rivals := _claim_once(mine, blocks):
+        if stop is not None:
+            stop.between_blocks()
         now = time.monotonic()
-        if now - self.start >= self.limit:
-            raise DminError(
-                f"{self.path} is being made by another job ({_holder(self.file)}), and was not "
-                f"done after {self.limit:g} s (collect.wait_seconds). Wait for it and run the same "
-                f"command again: what is finished is found and not done again. Or set "
-                f"collect.wait_seconds higher."
-            )
-        if now - self.said >= EVERY:
-            self.tell(f"waiting for another job ({_holder(self.file)}) that makes {self.path}")
-            self.said = now
-        time.sleep(min(seconds, max(0.0, self.start + self.limit - now)))
+        # Who only claims may yet withdraw: no reason to give up.
+        rivals = [each for each in rivals if each.state != "claiming"]
+        lively = [r for r in rivals if r.alive or r.beat != beats.setdefault(r.run, r.beat)]
+        if lively and now >= start + wait:
+            raise DminError(refusal(lively[0]))
+        if lively and now >= remind:
+            on_wait(f"waiting for another job ({lively[0].who}) that {doing}")
+            remind = now + REMIND
+        left = start + wait - now
+        time.sleep(random.uniform(0.5, 1) * (min(POLL, left) if left > 0 else POLL))
 
 
-def _sign(lock: TextIO) -> None:
-    """Say in the lock file who holds it, for those who wait."""
-    who = {
-        "host": os.uname().nodename,
-        "process": os.getpid(),
-        "since": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    lock.truncate(0)
-    lock.write(json.dumps(who))
-    lock.flush()
+def _claim_once(mine: Heartbeat, blocks: int | None) -> list[WorkerStatus]:
+    """Claim, unless others are in the way: return them."""
+    with _file_lock(mine.store):
+        if rivals := _rivals(mine, blocks):
+            return rivals
+        mine.say(state="claiming")
+        end = time.monotonic() + BRIEF
+        while rivals := _rivals(mine, blocks):
+            # Of several that wrote at once the first by name waits for the others to withdraw.
+            others = [r for r in rivals if r.state != "claiming" or r.run < mine.run]
+            if others or time.monotonic() > end:
+                mine.withdraw()
+                return rivals
+            time.sleep(POLL / 10)
+        mine.say(state="starting")
+        remove_ended(mine.store, mine.share)
+        return []
 
 
-def _holder(file: Path) -> str:
+def _rivals(mine: Heartbeat, blocks: int | None) -> list[WorkerStatus]:
+    """Return the workers of other runs whose claims overlap this one's."""
+
+    def overlaps(share: Shard) -> bool:
+        return share.overlaps(mine.share, blocks or share.shards * mine.share.shards)
+
+    return [each for each in reports(mine.store, overlaps) if each.run != mine.run and each.at_work]
+
+
+@contextlib.contextmanager
+def _file_lock(folder: Path) -> Iterator[None]:
+    """Have the processes of this machine look at a folder's claims in turn, where that can be."""
+    lock = None
+    with contextlib.suppress(OSError, NotImplementedError):  # a time-out is an OSError too
+        lock = FileLock(_lock_file(folder))
+        lock.acquire(timeout=BRIEF)
     try:
-        who = json.loads(file.read_text())
-        return f"process {who['process']} on {who['host']}, since {who['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "which one is not known"
+        yield
+    finally:
+        if lock is not None:
+            with contextlib.suppress(OSError, NotImplementedError):
+                lock.release()
+
+
+def _lock_file(folder: Path) -> Path:
+    """Return this node's file for a folder: locks on network file systems may hang or be lost."""
+    place = Path(tempfile.gettempdir()) / f"dmin-{os.getuid()}"
+    place.mkdir(mode=0o700, exist_ok=True)
+    return place / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.lock"

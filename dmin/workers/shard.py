@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from dmin.runtime.errors import DminError
 
-_NAME = re.compile(r"shard-(\d+)-of-(\d+)\.rank-(\d+)-of-(\d+)")
+_FILE = re.compile(r"shard-(\d+)-of-(\d+)\.rank-(\d+)-of-(\d+)(?:\.\w+)?\.json")
 
 
 @dataclass(frozen=True, order=True)
@@ -46,13 +46,13 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """The name of this process's file: ``shard-3-of-64.rank-0-of-2``."""
+        """How the names of this process's files begin: ``shard-3-of-64.rank-0-of-2``."""
         return f"shard-{self.shard}-of-{self.shards}.rank-{self.rank}-of-{self.ranks}"
 
     @classmethod
     def named(cls, name: str) -> Shard | None:
-        """Return the share of a name; None if it is no such name."""
-        match = _NAME.fullmatch(name)
+        """Return the share of a worker's file; None if it has no such name."""
+        match = _FILE.fullmatch(name)
         return cls(*map(int, match.groups())) if match else None
 
     @property
@@ -87,3 +87,6 @@ class Shard:
         parts = [f"shard {self.shard} of {self.shards}"] if self.shards > 1 else []
         parts += [f"rank {self.rank} of {self.ranks}"] if self.ranks > 1 else []
         return ", ".join(parts) or "the whole"
+
+
+WHOLE = Shard()  # all the work, by one process

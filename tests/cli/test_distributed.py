@@ -130,10 +130,11 @@ def test_more_shards_than_blocks_leave_some_with_nothing(collected, tmp_path):
 
 def test_a_shard_that_is_being_collected_is_not_collected_twice(collected, tmp_path):
     from dmin.workers.heartbeat import Heartbeat
+    from dmin.workers.lock import claim
 
     collected(52, tmp_path / "s", shard=0, shards=4)
     other = Heartbeat(tmp_path / "s", Shard(1, 4))
-    other.claim(7)
+    claim(other, 7)
     with pytest.raises(DminError, match=r"being collected by process .*shard 1 of 4.*shard\.num=n"):
         collected(52, tmp_path / "s", shard=1, shards=4)
     collected(52, tmp_path / "s", shard=2, shards=4)

@@ -10,6 +10,7 @@ from attribution.made_stores import drawn, made
 from dmin.cli import main
 from dmin.cli.tools.status import duration
 from dmin.workers.heartbeat import Heartbeat
+from dmin.workers.lock import claim
 from dmin.workers.shard import Shard
 
 
@@ -28,14 +29,14 @@ def told(capsys, *arguments):
 
 
 def change(path, share, **changes):
-    file = path / "progress" / f"{share.name}.json"
+    (file,) = (path / "progress").glob(f"{share.name}.*.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def test_it_tells_what_is_done_and_left_and_at_what_rate(half, capsys):
     for shard, rate in ((0, 7.0), (1, 3.5)):
         progress = Heartbeat(half, Shard(shard, 2))
-        progress.claim(8)
+        claim(progress, 8)
         progress.say(state="collecting", blocks=4, done=2, rows=14, rate=rate)
     text = told(capsys, half)
     assert "28 of 56 rows sealed (50.0 %), 4 of 8 blocks" in text
@@ -48,7 +49,7 @@ def test_it_tells_what_is_done_and_left_and_at_what_rate(half, capsys):
 
 def test_it_tells_who_died_and_what_nobody_does(half, capsys):
     for shard in (0, 1):
-        Heartbeat(half, Shard(shard, 2)).claim(8)
+        claim(Heartbeat(half, Shard(shard, 2)), 8)
     change(half, Shard(1, 2), pid=2**22 + 1, blocks=4, done=1)
     text = told(capsys, half)
     assert "1 died with up to 3 blocks undone" in text
@@ -57,9 +58,9 @@ def test_it_tells_who_died_and_what_nobody_does(half, capsys):
 
 def test_it_tells_what_went_wrong_and_that_clocks_are_apart(half, capsys):
     with pytest.raises(ValueError), Heartbeat(half, Shard(0, 2)) as progress:
-        progress.claim(8)
+        claim(progress, 8)
         raise ValueError("a bad image")
-    Heartbeat(half, Shard(1, 2)).claim(8)
+    claim(Heartbeat(half, Shard(1, 2)), 8)
     change(half, Shard(1, 2), clock=0.0)
     text = told(capsys, half)
     assert "failed" in text and "a bad image" in text and "clocks are apart" in text

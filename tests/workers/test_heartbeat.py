@@ -13,13 +13,15 @@ from dmin.workers import heartbeat as progress
 from dmin.workers import liveness as reports_module
 from dmin.workers.heartbeat import Heartbeat
 from dmin.workers.liveness import LivenessMonitor, reports
+from dmin.workers.lock import claim
 from dmin.workers.shard import Shard
 
 WHOLE = Shard()
 
 
 def path_of(store, share=WHOLE):
-    return store / "progress" / f"{share.name}.json"
+    (path,) = (store / "progress").glob(f"{share.name}.*.json")
+    return path
 
 
 def rewrite(store, share=WHOLE, **changes):
@@ -47,7 +49,7 @@ def test_shares_overlap_only_where_they_may_do_the_same():
     assert not share.overlaps(Shard(1, 4, 1, 2), 8)  # the rank beside it
     assert not share.overlaps(Shard(2, 4), 8)
     assert share.overlaps(Shard(0, 2), 8) and not share.overlaps(Shard(1, 2), 8)
-    assert Shard.named(share.name) == share and Shard.named("manifest") is None
+    assert Shard.named(f"{share.name}.0f.json") == share and Shard.named("manifest.json") is None
 
 
 @pytest.mark.parametrize("shard", [-1, 4])
@@ -58,7 +60,7 @@ def test_a_shard_that_does_not_exist_is_refused(shard):
 
 def test_a_process_tells_how_far_it_is_and_how_it_ended(tmp_path):
     with pytest.raises(ValueError), Heartbeat(tmp_path, Shard()) as progress:
-        progress.claim(4)
+        claim(progress, 4)
         progress.begin(4)
         progress.block_done(32)
         (now,) = reports(tmp_path)
@@ -71,10 +73,10 @@ def test_a_process_tells_how_far_it_is_and_how_it_ended(tmp_path):
 
 def test_a_second_process_at_the_same_blocks_is_refused_and_beside_it_not(tmp_path):
     first = Heartbeat(tmp_path, Shard(0, 2))
-    first.claim(4)
+    claim(first, 4)
     with pytest.raises(DminError, match=r"collected by .*does shard 0 of 2 .*\(the whole\)"):
-        Heartbeat(tmp_path, Shard()).claim(4)
-    Heartbeat(tmp_path, Shard(1, 2)).claim(4)
+        claim(Heartbeat(tmp_path, Shard()), 4)
+    claim(Heartbeat(tmp_path, Shard(1, 2)), 4)
 
 
 def test_of_many_at_once_one_begins(tmp_path):
@@ -82,7 +84,7 @@ def test_of_many_at_once_one_begins(tmp_path):
 
     def begin():
         try:
-            Heartbeat(tmp_path, Shard()).claim(4)
+            claim(Heartbeat(tmp_path, Shard()), 4)
         except DminError as error:
             refused.append(error)
 
@@ -98,18 +100,20 @@ def test_a_killed_process_gives_way_at_once(tmp_path):
     killed = f"""
 import os, signal
 from pathlib import Path
-from dmin.store import Heartbeat, Shard
-Heartbeat(Path({str(tmp_path)!r}), Shard()).claim(4)
+from dmin.workers.heartbeat import Heartbeat
+from dmin.workers.lock import claim
+from dmin.workers.shard import Shard
+claim(Heartbeat(Path({str(tmp_path)!r}), Shard()), 4)
 os.kill(os.getpid(), signal.SIGKILL)"""
     subprocess.run([sys.executable, "-c", killed], timeout=60)
     (left,) = reports(tmp_path)
     assert left.dead and not left.running
-    Heartbeat(tmp_path, Shard()).claim(4)
+    claim(Heartbeat(tmp_path, Shard()), 4)
     assert reports(tmp_path)[0].pid == os.getpid()
 
 
 def test_a_process_of_another_machine_counts_as_alive_while_its_file_changes(tmp_path, quick):
-    Heartbeat(tmp_path, Shard(), every=0.05).claim(4)
+    claim(Heartbeat(tmp_path, Shard(), every=0.05), 4)
     rewrite(tmp_path, machine="another", host="far", beat=7)
     left = threading.Event()
 
@@ -121,14 +125,14 @@ def test_a_process_of_another_machine_counts_as_alive_while_its_file_changes(tmp
     thread = threading.Thread(target=lives)
     thread.start()
     with pytest.raises(DminError, match="on far"):
-        Heartbeat(tmp_path, Shard()).claim(4)
+        claim(Heartbeat(tmp_path, Shard()), 4)
     left.set()
     thread.join()
-    Heartbeat(tmp_path, Shard()).claim(4)  # it fell silent
+    claim(Heartbeat(tmp_path, Shard()), 4)  # it fell silent
 
 
 def test_clocks_that_are_apart_do_not_make_the_living_dead(tmp_path):
-    Heartbeat(tmp_path, Shard()).claim(4)
+    claim(Heartbeat(tmp_path, Shard()), 4)
     rewrite(tmp_path, machine="another", clock=0.0)
     (report,) = reports(tmp_path)
     assert report.running and report.age < 60 and report.ahead < -1e9
@@ -138,7 +142,7 @@ def test_a_watch_sees_who_is_lost_and_why(tmp_path, quick, monkeypatch):
     shares = Shard(ranks=4).job
     ranks = [Heartbeat(tmp_path, share, every=0.02) for share in shares]
     for rank in ranks:
-        rank.claim(4)
+        claim(rank, 4)
         rank.joins("run")
     rewrite(tmp_path, shares[1], pid=2**22 + 1)
     rewrite(tmp_path, shares[2], machine="another")
@@ -156,7 +160,7 @@ def test_a_watch_sees_who_is_lost_and_why(tmp_path, quick, monkeypatch):
 
 def test_a_living_process_that_does_nothing_is_lost_as_well(tmp_path, monkeypatch):
     progress = Heartbeat(tmp_path, Shard())
-    progress.claim(4)
+    claim(progress, 4)
     monkeypatch.setattr(reports_module, "STUCK_SECONDS", 0.0)
     watch = LivenessMonitor(tmp_path, progress.run, [Shard()])
     while not (lost := watch.look()[1]):
@@ -167,11 +171,12 @@ def test_a_living_process_that_does_nothing_is_lost_as_well(tmp_path, monkeypatc
 def test_what_was_said_is_kept_line_by_line(tmp_path, quick):
     for _ in range(2):
         with Heartbeat(tmp_path, WHOLE) as progress:
+            claim(progress, 3)
             progress.begin(3)
             progress.block_done(8)
             progress.say(state="waiting")
-    lines = path_of(tmp_path).with_suffix(".jsonl").read_text().splitlines()
+    lines = (tmp_path / "progress" / f"{WHOLE.name}.jsonl").read_text().splitlines()
     told = [json.loads(line) for line in lines]
-    assert [line["state"] for line in told] == 2 * ["collecting", "waiting", "finished"]
+    assert [line["state"] for line in told] == 2 * ["starting", "collecting", "waiting", "finished"]
     assert told[-1]["rows"] == 8 and len({line["run"] for line in told}) == 2
     assert len(reports(tmp_path)) == 1  # the log is no report

@@ -23,7 +23,7 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.progress import console
 from dmin.runtime.signals import StopSignals
 from dmin.workers.lock import hold
-from dmin.workers.shard import Shard
+from dmin.workers.shard import WHOLE, Shard
 
 if TYPE_CHECKING:
     import lightning
@@ -131,7 +131,7 @@ class Built:
         self,
         path: Path,
         done: bool = False,
-        shared: bool = False,
+        shard: Shard = WHOLE,
         stop: StopSignals | None = None,
     ) -> Iterator[None]:
         """Hold the right to make what stands at a path, while no other job of these settings may.
@@ -139,7 +139,7 @@ class Built:
         Args:
             path: of a store, a model or a folder of queries.
             done: it is there already, so that there is nothing to wait for.
-            shared: with other shards of it.
+            shard: the part of it that is made.
             stop: signals that end the waiting.
         """
         if done or not self.is_main:  # the main process has it for all of them
@@ -148,7 +148,7 @@ class Built:
         limit, tell = self.cfg.collect.wait_seconds, self.console.print
         if not Processes.of(self.cfg.trainer).alone:
             limit = min(limit, RENDEZVOUS)  # the other ranks wait for this one
-        with hold(path, limit, tell, shared=shared, stop=stop):
+        with hold(path, shard, wait=limit, on_wait=tell, stop=stop):
             yield
 
     def resolved(self, *names: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dmin.cli.workspace.built import Built
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import differences, fingerprint
 from dmin.runtime.signals import StopSignals
-from dmin.workers.shard import Shard
+from dmin.workers.shard import WHOLE, Shard
 
 if TYPE_CHECKING:
     from dmin.attribution import FeatureSet, Method
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from dmin.data import Dataset
     from dmin.models import DiffusionModel
     from dmin.store import Manifest, Store
-
-WHOLE = Shard()
 
 
 class Workspace(Built):
@@ -156,7 +154,7 @@ class Workspace(Built):
             f"{self._numbers()}" + (f" (found {path})" if known else "")
         )
         done = known and not options.grow and Store(path, verify=False).complete
-        with self.turn(path, done, shared=shard != WHOLE, stop=stop):
+        with self.turn(path, done, shard, stop=stop):
             settings = dict(
                 block_size=options.block_size,
                 dtype=options.dtype,
