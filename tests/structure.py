@@ -114,9 +114,7 @@ def figures() -> list[tuple[str, str, str, bool]]:
     long = {f.relative_to(TOP).as_posix(): t.count("\n") for f, t in texts.items()}
     long = {name: lines for name, lines in long.items() if lines > 300}
     loose = [f for f in PACKAGE.glob("*.py") if not f.name.startswith("__")]
-    crowded = max(
-        len(list(folder.glob("*.py"))) for folder in PACKAGE.rglob("*") if folder.is_dir()
-    )
+    crowded = max(len(list(folder.glob("*.py"))) for folder in PACKAGE.rglob("*") if folder.is_dir())
     ring, (lacking, public), hints = circle(), undocumented(), annotated()
     complexity, where = worst_complexity()
     ignored = sum(text.count("type: ignore") for text in texts.values())

@@ -4,7 +4,9 @@ import contextlib
 import errno
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from dmin.runtime.errors import DminError
 
@@ -26,16 +28,17 @@ def os_failure(doing: str, path: Path, error: OSError) -> DminError:
     return DminError(f"Could not {doing} {path} ({error.strerror or error}): {remedy}.")
 
 
-def commit(
-    path: Path, content: bytes | memoryview, *, overwrite: bool = True, durable: bool = True
-) -> None:
-    """Write a file so that it is there whole or not at all.
+@contextlib.contextmanager
+def replacing(path: Path, *, overwrite: bool = True, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a file to be written so that it is there whole or not at all.
 
     Args:
         path: the file.
-        content: its bytes.
         overwrite: replace a file of this name; otherwise the file that is there first stays.
         durable: hold this even after a power failure, for which the disk is waited for.
+
+    Yields:
+        A temporary file beside it, which takes its name in the end.
 
     Raises:
         FileExistsError: there is such a file, and it may not be overwritten.
@@ -44,7 +47,7 @@ def commit(
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
@@ -64,3 +67,11 @@ def commit(
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def commit(
+    path: Path, content: bytes | memoryview, *, overwrite: bool = True, durable: bool = True
+) -> None:
+    """Write a file of these bytes, see :func:`replacing`."""
+    with replacing(path, overwrite=overwrite, durable=durable) as file:
+        file.write(content)

@@ -19,6 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dmin.runtime.files import commit
+
 RECORD = "record.json"
 FINISHED = "finished"
 PACKAGES = (
@@ -42,9 +44,8 @@ def circumstances() -> dict[str, Any]:
 
 def write(folder: Path, record: Mapping[str, Any]) -> None:
     """Write a record into a folder, whole or not at all."""
-    new = folder / f".{RECORD}.{os.getpid()}"
-    new.write_text(json.dumps(record, indent=2, default=str) + "\n")
-    os.replace(new, folder / RECORD)
+    text = json.dumps(record, indent=2, default=str) + "\n"
+    commit(folder / RECORD, text.encode(), durable=False)
 
 
 def git_state() -> dict[str, Any] | None:

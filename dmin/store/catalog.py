@@ -13,7 +13,6 @@ A catalog is made anew where it is missing, damaged or of other files; it may be
 import contextlib
 import json
 import os
-import secrets
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ import h5py
 import numpy as np
 
 from dmin.runtime.errors import DminError
-from dmin.runtime.files import os_failure
+from dmin.runtime.files import os_failure, replacing
 from dmin.store.encoding import decode, word_sums
 from dmin.store.manifest import Layout, Manifest
 from dmin.store.mapped import Mapped
@@ -269,11 +268,5 @@ def _empty(layout: Layout) -> dict[str, np.ndarray]:
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Keep a catalog where that is possible; where not, the next opening reads all again."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    with contextlib.suppress(OSError):
-        try:
-            with open(temporary, "xb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError), replacing(path, durable=False) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]

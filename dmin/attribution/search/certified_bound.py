@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -19,6 +17,7 @@ from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.search.scan import Span, decoded_rows, multiply, row_factors
 from dmin.attribution.search.threads import in_threads
 from dmin.runtime.errors import DminError
+from dmin.runtime.files import replacing
 from dmin.store import Store
 
 ROWS = 256  # in one matrix product
@@ -176,19 +175,15 @@ class ProjectionIndex:
 
 def save_arrays(path: Path, about: list[str], arrays: dict[str, np.ndarray]) -> None:
     """Write an index, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     content: dict[str, Any] = {**arrays, "about": np.array(about)}
     try:
-        with open(temporary, "xb") as file:
+        with replacing(path, durable=False) as file:
             np.savez(file, **content)
-        os.replace(temporary, path)
     except OSError as error:
         raise DminError(
             f"The index {path} could not be written ({error.strerror}): make room or give"
             " yourself permission, or search without an index (index=null)."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_arrays(path: Path, names: Iterable[str]) -> tuple[list[str], dict[str, np.ndarray]]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from dmin.runtime.files import commit
 from dmin.runtime.fingerprint import array_digest
 
 
@@ -38,9 +39,7 @@ class Weights:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{key}.tmp"
-        save_file(model, partial)
-        partial.replace(partial.with_suffix(".safetensors"))
+        commit(self.folder / f"{key}.safetensors", save(model), durable=False)
 
 
 class Outcomes:
