@@ -7,7 +7,7 @@ import yaml
 from hydra.utils import instantiate
 
 import dmin.attribution
-from dmin.cli.help import config_directory
+from dmin.cli.config.groups import config_directory
 
 OLD = {
     "DMinUnnormalised": "dmin_unnormalised",
