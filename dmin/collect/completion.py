@@ -1,7 +1,7 @@
 """The end of a collection by several processes: all leave together, and nobody waits for ever.
 
 No collective operation takes part: a process that died would hang it, and one that is only slow
-would break it. Processes watch each other's signs of life instead (`dmin.workers.liveness`).
+would break it. Processes watch each other's heartbeats instead (`dmin.workers.liveness`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Signs of life: who may begin, who is dead, and what is told of it."""
+"""Heartbeats: who may begin, who is dead, and what is said of it."""
 
 import json
 import os
