@@ -1,4 +1,4 @@
-"""What each process of tests/test_sharded.py runs: collect with one network for all of them."""
+"""What each process of tests/collect/test_fsdp.py runs: collect, with one network for all."""
 
 import json
 import sys

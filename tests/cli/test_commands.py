@@ -3,26 +3,13 @@
 import contextlib
 import csv
 import json
-import subprocess
-import sys
 
 import pytest
+from command_line import dmin
 from PIL import Image
 
 from dmin.cli import main
 from dmin.store import Store
-
-
-def dmin(*arguments, cwd, ok=True):
-    run = subprocess.run(
-        [sys.executable, "-m", "dmin", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert (run.returncode == 0) == ok, run.stdout[-3000:] + run.stderr[-3000:]
-    return run
 
 
 def refusal(*arguments, cwd):

@@ -1,11 +1,9 @@
 """Several checkpoints from the command line: a store each, one question."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from command_line import dmin
 
 from dmin.attribution.ranking_files import load_ranking
 from dmin.collect import GradientCollector
@@ -21,13 +19,6 @@ DATA = [
     *("sketch.dim=256", "timesteps.num=1", "trainer=cpu", "extras.threads=1", "name=many"),
     "extras.print_config=false",
 ]
-
-
-def dmin(*arguments, cwd):
-    run = subprocess.run(
-        [sys.executable, "-m", "dmin", *arguments], cwd=cwd, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
 @pytest.mark.slow

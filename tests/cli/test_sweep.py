@@ -6,7 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from cli.test_commands import dmin, refusal
+from cli.test_commands import refusal
+from command_line import dmin
 from hydra.core.hydra_config import HydraConfig
 
 from dmin.cli import main
@@ -51,7 +52,8 @@ def test_jobs_side_by_side_make_a_store_once(place, launcher):
     pytest.importorskip({"parallel": "joblib", "local": "submitit"}[launcher])
     seed = {"parallel": 5, "local": 6}[launcher]
     swept = [f"hydra/launcher={launcher}", f"noise.seed={seed}", "tags=[a],[b]"]
-    dmin("collect", "-m", *COMMON, *swept, cwd=place)
+    # their processes are started, not forked
+    dmin("collect", "-m", *COMMON, *swept, cwd=place, fork=False)
     rows = table(place, "collect")
     assert [row["outcome"] for row in rows] == ["finished"] * 2
     assert rows[0]["store"] == rows[1]["store"]

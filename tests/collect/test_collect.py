@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 
 import numpy as np
 import pytest
 import torch
+from command_line import Command
 from toy_ddpm import TINY_UNET
 
 from dmin.collect import GradientCollector, predict_trainer
@@ -181,25 +180,25 @@ def script(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_bits_as_one(ddpm, ddpm_path, tmp_path):
-    command = [sys.executable, script(tmp_path), ddpm_path, tmp_path / "two", "2", "26"]
-    subprocess.run(command, check=True, timeout=300)
+    run = Command(script(tmp_path), ddpm_path, tmp_path / "two", 2, 26).wait()
+    assert run.returncode == 0, run.stderr
     two = Store(tmp_path / "two")
     assert two.complete and two.digest() == alone(ddpm, 26, tmp_path / "one").digest()
 
 
 @pytest.mark.slow
 def test_a_process_without_any_block_does_not_hang_the_others(ddpm, ddpm_path, tmp_path):
-    command = [sys.executable, script(tmp_path), ddpm_path, tmp_path / "s"]
     digest = alone(ddpm, 26, tmp_path / "s").digest()
     min((tmp_path / "s").glob("segment-*")).unlink()  # one block for two processes
-    subprocess.run([*command, "2", "26"], check=True, timeout=120)
+    run = Command(script(tmp_path), ddpm_path, tmp_path / "s", 2, 26).wait(timeout=120)
+    assert run.returncode == 0, run.stderr
     assert Store(tmp_path / "s").digest() == digest
 
 
 @pytest.mark.slow
 def test_a_killed_collection_resumes_to_the_same_bits(ddpm, ddpm_path, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, script(tmp_path), ddpm_path, killed, "1", "200"])
+    process = Command(script(tmp_path), ddpm_path, killed, 1, 200)
     end = time.monotonic() + 120
     while len(list(killed.glob("segment-*"))) < 3 and time.monotonic() < end:
         time.sleep(0.005)
@@ -212,14 +211,12 @@ def test_a_killed_collection_resumes_to_the_same_bits(ddpm, ddpm_path, tmp_path)
 @pytest.mark.slow
 def test_a_terminated_collection_seals_the_block_at_hand(ddpm_path, tmp_path):
     path = tmp_path / "store"
-    command = [sys.executable, script(tmp_path), ddpm_path, path, "1", "1000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    process = Command(script(tmp_path), ddpm_path, path, 1, 1000)
     end = time.monotonic() + 120
     while not list(path.glob("segment-*")) and time.monotonic() < end:
         time.sleep(0.01)
-    process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60).returncode == 128 + signal.SIGTERM
     store = Store(path)
     assert 0 < len(store) < 1000 and not list(path.glob("*.tmp"))
 

@@ -1,13 +1,12 @@
 """One network for several processes: what it gives is what the whole network gives."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command_line import Command
 from models.families import checkpoint
 from sharded_worker import collect, examples, load
 from torch import nn
@@ -37,8 +36,7 @@ def job(name, model, path, **changes):
 
 
 def run(*jobs):
-    command = [sys.executable, str(TESTS / "sharded_worker.py"), json.dumps(jobs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    done = Command(TESTS / "sharded_worker.py", json.dumps(jobs)).wait(timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 

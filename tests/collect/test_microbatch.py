@@ -137,7 +137,7 @@ def test_gradient_checkpointing_agrees_and_is_switched_off_again(ddpm, digits, t
 
 
 def test_a_network_without_checkpointing_is_refused(digits, tmp_path):
-    from test_encodings import Latent
+    from collect.test_encodings import Latent
 
     collector = GradientCollector(
         Latent(), BlockCyclic(32, block=16), Stratified(2), gradient_checkpointing=True

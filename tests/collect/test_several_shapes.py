@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from collect.test_encodings import Latent
 from PIL import Image
-from test_encodings import Latent
 
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Example, Examples

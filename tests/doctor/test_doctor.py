@@ -2,14 +2,13 @@
 
 import io
 import json
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
 import torch.nn.functional as F
 from collect.test_encodings import Latent
+from command_line import dmin
 from rich.console import Console
 from torch import nn
 from toy_ddpm import TINY_UNET
@@ -244,9 +243,8 @@ def test_the_command_exits_with_1_when_anything_fails(state, status, tmp_path):
     (tmp_path / "conf" / "model" / "own.yaml").write_text("_target_: own.Own\npath: ???\n")
     settings = ["--config-dir", "conf", "data=digits", "model=own", f"model.path={state}"]
     sizes = ["sketch.dim=32", "sketch.block=16", "timesteps.num=2", "trainer=cpu"]
-    command = [sys.executable, "-m", "dmin", "doctor", *settings, *sizes]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == status, run.stdout + run.stderr
+    run = dmin("doctor", *settings, *sizes, cwd=tmp_path, ok=status == 0)
+    assert run.returncode == status
     (file,) = tmp_path.glob("outputs/runs/doctor/*/diagnosis.json")
     saved = json.loads(file.read_text())
     assert saved["passed"] is (status == 0)
