@@ -1,4 +1,4 @@
-"""Figures of the structure of dmin/: `python tests/structure.py` prints them beside their limits."""
+"""Figures of the structure of dmin/: `python tests/structure.py` prints them and their limits."""
 
 import ast
 import json
@@ -114,7 +114,9 @@ def figures() -> list[tuple[str, str, str, bool]]:
     long = {f.relative_to(TOP).as_posix(): t.count("\n") for f, t in texts.items()}
     long = {name: lines for name, lines in long.items() if lines > 300}
     loose = [f for f in PACKAGE.glob("*.py") if not f.name.startswith("__")]
-    crowded = max(len(list(folder.glob("*.py"))) for folder in PACKAGE.rglob("*") if folder.is_dir())
+    crowded = max(
+        len(list(folder.glob("*.py"))) for folder in PACKAGE.rglob("*") if folder.is_dir()
+    )
     ring, (lacking, public), hints = circle(), undocumented(), annotated()
     complexity, where = worst_complexity()
     ignored = sum(text.count("type: ignore") for text in texts.values())
