@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dmin.collect import GradientCollector
 from dmin.data.base import Dataset
 from dmin.data.ids import ids_of
 from dmin.data.subset import Subset
@@ -14,9 +15,6 @@ from dmin.store import Store
 from dmin.store.maintenance import append
 from dmin.store.manifest import manifest_differences
 from dmin.store.revisions import begin_revision
-
-if TYPE_CHECKING:
-    from dmin.collect.collector import GradientCollector
 
 
 def collect_more(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import to_host
+from dmin.store import Rows
+
+Block = Sequence[Mapping[str, Any]]
+"""The examples of a block: a batch for each shape, with the examples' ``position``s."""
 
 
 class Features(NamedTuple):
@@ -76,8 +80,35 @@ class Features(NamedTuple):
         return cls(whole(values), whole(norms), losses)
 
 
-class Passes(NamedTuple):
-    """Pairs of example and point (draw, timestep), in the order of the store's axes."""
+def rows_of(
+    block: Block, parts: Sequence[Features], timesteps: Sequence[float]
+) -> Callable[[], Rows]:
+    """Have the features of a block copied to the host.
 
-    total: int
-    run: Callable[[Tensor], Features]  # positions of pairs -> features; leading axis: pairs
+    Args:
+        block: its examples.
+        parts: their features, a part for each batch of the block.
+        timesteps: of the timesteps' axis.
+
+    Returns:
+        A function that waits for the copies and returns the rows in the order of the examples'
+        positions, to be called in any thread. It raises a DminError if a gradient is NaN.
+    """
+    order = torch.tensor([place for batch in block for place in batch["position"]]).argsort()
+    facts = [fact for b in block for fact in zip(b["id"], b["metadata"], strict=True)]
+    ids, metadata = zip(*(facts[i] for i in order.tolist()), strict=True)
+    arriving = [part.to_host() for part in parts]
+
+    def joined(tensors: Sequence[Tensor]) -> Any:
+        return torch.cat(list(tensors))[order].numpy()
+
+    def rows() -> Rows:
+        found = [wait() for wait in arriving]
+        for part, batch in zip(found, block, strict=True):
+            part.check_finite(batch["id"], timesteps)
+        values = {name: joined([part.values[name] for part in found]) for name in found[0].values}
+        norms = {name: joined([part.norms[name] for part in found]) for name in found[0].norms}
+        losses = joined([part.losses for part in found])
+        return Rows(list(ids), list(metadata), values, norms, losses)
+
+    return rows

@@ -14,20 +14,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from dmin.collect.collector import Collector
+from dmin.collect.features import Features
+from dmin.diffusion.inputs import NoisedBatch
 from dmin.runtime.errors import DminError
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from dmin.collect.collector import GradientCollector
-    from dmin.collect.features import Features
+from dmin.runtime.transfer import to_device
 
 # A module of a list is a unit from this share of the network on: smaller ones would be put together
 # by messages too small to be worth their latency.
@@ -57,31 +56,26 @@ def is_sharded(trainer: lightning.Trainer) -> bool:
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-@contextmanager
-def shardable_copy(collector: GradientCollector, trainer: lightning.Trainer) -> Iterator[None]:
-    """Have the collector work on a network that may be sharded, and the user's stay as it is.
+def shardable_copy(collector: Collector) -> Collector:
+    """Return a collector whose network may be sharded; the user's stays as it is.
 
-    The other one shares the memory of the weights until it is sharded.
+    The other network shares the memory of the weights until it is sharded.
 
     Raises:
         DminError: a setting that sharding does not allow.
     """
-    if not is_sharded(trainer):
-        yield
-        return
     if collector.microbatch == "auto":
         raise DminError(
             "collect.microbatch=auto tries sizes in each process for itself, which a sharded "
             "network (trainer=fsdp, trainer=offload) does not allow: all processes run each pass "
             "together. Give a number, such as collect.microbatch=8."
         )
-    own = collector.model.network
-    weights = {id(p): nn.Parameter(p.data, requires_grad=False) for p in own.parameters()}
-    collector.model.network = copy.deepcopy(own, weights)
-    try:
-        yield
-    finally:
-        collector.model.network = own
+    network = collector.model.network
+    weights = {id(p): nn.Parameter(p.data, requires_grad=False) for p in network.parameters()}
+    model = copy.copy(collector.model)
+    model._modules = dict(model._modules)  # a copy shares it otherwise
+    model.network = copy.deepcopy(network, weights)
+    return collector.with_model(model)
 
 
 @contextmanager
@@ -190,15 +184,12 @@ class LockstepPasses:
         told = torch.tensor(mine, device=self.strategy.root_device)
         self._lacking = int(self.strategy.reduce(told, reduce_op="max")) - mine
 
-    def padded(self, run: Callable[[Tensor], Features]) -> Callable[[Tensor], Features]:
-        """Return how to run passes so that each has all its pairs."""
-
-        def made_up_run(pairs: Tensor) -> Features:
-            repeated = pairs[torch.arange(self.pairs) % len(pairs)]
-            self._again = lambda: run(repeated)
-            return run(repeated).first(len(pairs))
-
-        return made_up_run
+    def padded(self, batch: NoisedBatch, run: Callable[[NoisedBatch], Features]) -> Features:
+        """Run a pass on as many pairs as all passes have, some of them again."""
+        count = len(batch.t)
+        full = batch.rows(to_device(torch.arange(self.pairs) % count, batch.t.device))
+        self._again = lambda: run(full)
+        return run(full).first(count)
 
     def end_block(self, number: int) -> bool:
         """Run the passes that others still run; return whether the block is this process's own."""

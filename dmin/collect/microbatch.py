@@ -1,21 +1,18 @@
-"""How much fits: the number of pairs in one pass, found by trying, and what a pass takes."""
+"""How much fits: the number of pairs in one pass, found by trying."""
 
 from __future__ import annotations
 
-import gc
 import json
 import platform
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from dmin.collect.peak_memory import allocated_bytes, peak_bytes
 from dmin.runtime.errors import DminError
 from dmin.runtime.files import commit, os_failure
 from dmin.runtime.fingerprint import fingerprint
@@ -24,46 +21,6 @@ from dmin.runtime.fingerprint import fingerprint
 WORTHWHILE = 1.05
 # Of the free memory of a GPU, where no limit is given: fragments and other blocks need some.
 SHARE_OF_FREE = 0.85
-
-
-class PeakMemory:
-    """The memory that per-example gradients take, as far as the device can tell.
-
-    On a GPU: the largest ``peak during backward − allocated when forward was done`` of any pass, so
-    beyond weights and activations (torch's allocator; another process's memory does not count). On
-    a CPU no such thing can be measured: there it is by how much the process's peak resident memory
-    grew, activations and the loading of examples included.
-
-    Attributes:
-        bytes: the largest seen so far.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.bytes = 0
-        self._start = _allocated(device)
-        self._held = 0
-
-    @property
-    def meaning(self) -> str:
-        """What the number is, in words."""
-        if self.device.type == "cuda":
-            return "peak GPU memory of a backward pass beyond weights and activations"
-        return "growth of the process's peak resident memory, activations included"
-
-    def forward_done(self) -> None:
-        """Note what stands in memory before backward."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._held = torch.cuda.memory_allocated(self.device)
-
-    def backward_done(self) -> None:
-        """Note what backward took."""
-        if self.device.type == "cuda":
-            taken = torch.cuda.max_memory_allocated(self.device) - self._held
-        else:
-            taken = _peak_resident() - self._start
-        self.bytes = max(self.bytes, taken)
 
 
 def find_microbatch(
@@ -89,7 +46,7 @@ def find_microbatch(
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         limit = int(SHARE_OF_FREE * (torch.cuda.mem_get_info(device)[0] + cached))
     most_bytes = float("inf") if limit is None else limit
-    before = _allocated(device)
+    before = allocated_bytes(device)
     _, taken = _measured(attempt, 1, device, before)  # warms up: its time does not count
     if taken > most_bytes:
         raise DminError(
@@ -146,29 +103,6 @@ def note_of(store: Path, device: torch.device, **settings: Any) -> Path:
     return store.with_name(f"{store.name}.microbatch-{key}.json")
 
 
-@contextmanager
-def gradient_checkpointing(network: nn.Module, on: bool) -> Iterator[None]:
-    """Have a network recompute its activations in backward for a while, if asked to.
-
-    Raises:
-        DminError: the network does not offer it.
-    """
-    if not on or getattr(network, "is_gradient_checkpointing", False):
-        yield
-        return
-    try:
-        network.enable_gradient_checkpointing()  # type: ignore[operator]
-    except (AttributeError, ValueError) as error:
-        raise DminError(
-            f"collect.gradient_checkpointing=true, but {type(network).__name__} does not offer it. "
-            f"Set it to false and collect.microbatch lower."
-        ) from error
-    try:
-        yield
-    finally:
-        network.disable_gradient_checkpointing()  # type: ignore[operator]
-
-
 def _measured(
     attempt: Callable[[int], Any], size: int, device: torch.device, before: int
 ) -> tuple[float, float]:
@@ -186,32 +120,4 @@ def _measured(
         return float("inf"), float("inf")
     seconds = time.perf_counter() - start
     # What PeakMemory resets meanwhile is the forward pass, which backward overtakes.
-    after = torch.cuda.max_memory_allocated(device) if on_gpu else _peak_resident()
-    return seconds, after - before
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _peak_resident()
-
-
-def _peak_resident() -> int:
-    # Linux counts ru_maxrss in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-@contextmanager
-def frozen_gc() -> Iterator[None]:
-    """Spare Python's garbage collector what is there already: the model, all that was imported.
-
-    Watching a network makes thousands of objects a pass, so that a search of them all, a quarter of
-    a second, would come every few passes.
-    """
-    if gc.get_freeze_count():  # somebody does it already
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+    return seconds, peak_bytes(device) - before

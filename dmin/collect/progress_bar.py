@@ -43,10 +43,10 @@ class CollectionProgress(ProgressBar):
         """Show."""
         self._on = True
 
-    def on_predict_start(
+    def on_predict_epoch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Begin to count."""
+        """Begin to count: what precedes the first gradient is over."""
         place = f" in process 0 of {trainer.world_size}" if trainer.world_size > 1 else ""
         self._lines = Lines(self.label, self.examples, place=place)
         if self._on and sys.stdout.isatty():
@@ -67,13 +67,14 @@ class CollectionProgress(ProgressBar):
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
         outputs: Any,
+        batch: Any,
         *_: Any,
     ) -> None:
         """Count the examples of a block; tell, if it is time to."""
         _, rows = outputs
         if rows is None:
             return
-        self.done += len(rows.ids)
+        self.done += sum(len(part["id"]) for part in batch)
         line = self._lines.told(self.done)
         if self._bar is not None:
             rate = f"{self._lines.rate():,.3g}/s"

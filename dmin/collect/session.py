@@ -1,90 +1,142 @@
-"""The Lightning side of collecting: what happens before, at and after each block."""
+"""The session: one Lightning run over blocks of examples, and all that changes while it runs."""
 
 from __future__ import annotations
 
-import signal
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 
-from dmin.collect.background import Arriving, BackgroundWriter
-from dmin.collect.encodings import leave_device, on_device
-from dmin.collect.fsdp import LockstepPasses, explain_lost_peer, shardable_copy
-from dmin.collect.microbatch import (
-    PeakMemory,
-    agree_on_microbatch,
-    find_microbatch,
-    frozen_gc,
-    gradient_checkpointing,
-    note_of,
-)
+from dmin.collect.collector import Collector
+from dmin.collect.encodings_cache import Encoded, EncodingsCache
+from dmin.collect.features import Block, Features, rows_of
+from dmin.collect.fsdp import LockstepPasses, explain_lost_peer, shard
+from dmin.collect.microbatch import agree_on_microbatch, find_microbatch, note_of
+from dmin.collect.peak_memory import PeakMemory
 from dmin.collect.progress_bar import CollectionProgress
+from dmin.collect.sketch_writer import BackgroundWriter, SketchWriter
+from dmin.collect.trainer import frozen_gc, gradient_checkpointing, refuse_cast
 from dmin.data.module import CollectData
+from dmin.diffusion.inputs import NoisedBatch
 from dmin.runtime.errors import DminError
 from dmin.runtime.progress import followed
 from dmin.runtime.signals import StopSignals
-from dmin.store import StoreWriter
+from dmin.runtime.transfer import leave_device, on_device
+from dmin.store import Manifest, Rows, StoreWriter
 from dmin.workers.heartbeat import Heartbeat
 
-if TYPE_CHECKING:
-    from dmin.collect.collector import GradientCollector
 
-
-class Work(NamedTuple):
-    """One process's collecting: which blocks, where to, who is told, what may end it."""
-
-    data: CollectData
-    writer: StoreWriter
-    progress: Heartbeat
-    stop: StopSignals
-
-
-class Preparation(Callback):
-    """What precedes the first gradient: encoding, and finding the size of the microbatch.
+class Session(lightning.LightningModule):
+    """One process's run: encodes its blocks, finds the size of a pass, then differentiates.
 
     Args:
-        work: the blocks to do, and the store that they go to.
+        collector: what is computed. It is read only.
+        data: the blocks to do.
+        writer: of the store that they go to.
+        heartbeat: tells others how far this process is.
+        stop: signals that end the run.
+        encodings: where encodings are kept, for a model with encoders.
+        peak: is told what the passes take.
     """
 
-    def __init__(self, work: Work) -> None:
-        self.data, self.writer, self.progress, self.stop = work
-
-    def setup(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    def __init__(
+        self,
+        collector: Collector,
+        data: CollectData,
+        writer: StoreWriter,
+        heartbeat: Heartbeat,
+        stop: StopSignals,
+        encodings: EncodingsCache | None = None,
+        peak: PeakMemory | None = None,
     ) -> None:
+        super().__init__()
+        self.collector, self.model = collector, collector.model
+        self.data, self.heartbeat, self.stop = data, heartbeat, stop
+        self.store: tuple[Path, Manifest] = writer.path, writer.manifest
+        self.writer = SketchWriter(
+            BackgroundWriter(writer, heartbeat.block_done), stop, lockstep=data.even
+        )
+        self.encodings = encodings
+        self.peak = peak or PeakMemory()
+        self.pairs = collector.pairs  # in one pass
+        self.lockstep: LockstepPasses | None = None  # with those that share the network
+        self._first: tuple[list[int], str] | None = None  # shape and name of the first example
+        # Fewer blocks may be left to do than there are processes.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def run(self, trainer: lightning.Trainer) -> None:
+        """Do this process's blocks; the trainer gets its callbacks back.
+
+        Raises:
+            DminError: bad data, a NaN gradient, a setting that does not fit, or a lost process.
+            Stopped: a signal came; what is finished is sealed.
+        """
+        network = self.model.network
+        refuse_cast(network, trainer)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        before = list(callbacks)
+        shown = CollectionProgress(self.data.examples(trainer.global_rank, trainer.world_size))
+        bars = [bar for bar in before if isinstance(bar, ProgressBar)]
+        others = [callback for callback in before if callback not in bars]
+        callbacks[:] = [*others, self.writer, *([shown] if bars else [])]
+        try:
+            with (
+                warnings.catch_warnings(),
+                explain_lost_peer(trainer),
+                gradient_checkpointing(network, self.collector.gradient_checkpointing),
+                frozen_gc(),
+            ):
+                # `workers` was chosen, and blocks are all there is: neither warning tells news.
+                warnings.filterwarnings("ignore", ".*does not have many workers.*")
+                warnings.filterwarnings("ignore", ".*custom batch sampler.*")
+                trainer.predict(self, datamodule=self.data, return_predictions=False)
+        finally:
+            # It may have been left without its closing: the store's own follows.
+            self.writer.writer.stop()
+            shown.close()
+            callbacks[:] = before
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+
+    def setup(self, stage: str) -> None:
         """Have all processes of the job do blocks of one list, in one folder.
 
         Raises:
             DminError: a process does not see the folder of the first one.
         """
-        if trainer.world_size == 1:
+        if self.trainer.world_size == 1:
             return
-        strategy, progress = trainer.strategy, self.progress
+        strategy, heartbeat = self.trainer.strategy, self.heartbeat
         # Each process looked for what is pending at its own time.
-        self.data.blocks, run = strategy.broadcast((self.data.blocks, progress.run))
-        progress.joins(run)
-        seen = progress.sees_first()
+        self.data.blocks, run = strategy.broadcast((self.data.blocks, heartbeat.run))
+        heartbeat.joins(run)
+        seen = heartbeat.sees_first()
         if not strategy.reduce_boolean_decision(seen, all=True):
-            blind = f"{socket.gethostname()} (rank {trainer.global_rank}) does not see"
+            blind = f"{socket.gethostname()} (rank {self.trainer.global_rank}) does not see"
             raise DminError(
                 f"{'another machine of this job does not see' if seen else blind} the store that "
-                f"rank 0 made at {progress.store}. All machines of a job must share that folder: "
+                f"rank 0 made at {heartbeat.store}. All machines of a job must share that folder: "
                 f"set paths.outputs (or collect.path) to a shared file system, and see that it is "
                 f"mounted on every node."
             )
 
-    def on_predict_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        """Prepare this process's blocks; the network is on its device by now."""
-        collector: Any = pl_module
+    def configure_model(self) -> None:
+        """Shard the network, where that is the trainer's strategy."""
+        if self.device_mesh is not None:
+            offload = getattr(self.trainer.strategy, "offload", False)
+            mesh = self.device_mesh["data_parallel"]
+            shard(self.model.network, mesh, offload, self.model.externally_called)
+
+    def on_predict_start(self) -> None:
+        """Do what precedes the first gradient; the network is on its device by now."""
+        trainer, collector, strategy = self.trainer, self.collector, self.trainer.strategy
         self.stop.listen()  # Lightning's own handler waits for the other processes
         self.stop.forward = partial(_forward, trainer)
         if torch.is_inference_mode_enabled():
@@ -92,65 +144,123 @@ class Preparation(Callback):
                 "trainer.inference_mode is on, which forbids gradients. Set "
                 "trainer.inference_mode=false (Trainer(inference_mode=False))."
             )
-        collector.peak = PeakMemory(collector.device)
+        self.peak.start(self.device)
         shared = self.data.mine(trainer.global_rank, trainer.world_size)
         mine = list(dict.fromkeys(shared.blocks))
         if self.data.even:
             points = collector.noise.draws * len(collector.timesteps)
-            pairs = min(collector.pairs, self.data.block_size * points)
-            collector.in_step = LockstepPasses(trainer.strategy, shared.own, pairs)
-        if collector.encodings is not None:
-            self.encode(trainer, collector, collector.encodings.missing(mine))
+            pairs = min(self.pairs, self.data.block_size * points)
+            self.lockstep = LockstepPasses(strategy, shared.own, pairs)
+        if self.encodings is not None:
+            self._encode_blocks(self.encodings, self.encodings.missing(mine))
         if collector.microbatch == "auto":
-            note = note_of(
-                self.writer.path,
-                collector.device,
-                manifest=self.writer.manifest.fingerprint,
-                memory=collector.memory,
-                budget=collector.budget,
-                gradient_checkpointing=collector.gradient_checkpointing,
-            )
-            collector.pairs = agree_on_microbatch(
-                note, lambda: self.find(trainer, collector, mine[0])
-            )
-        if isinstance(trainer.strategy, DDPStrategy) and trainer.strategy.launcher is not None:
+            self.pairs = self._find_microbatch(mine[0])
+        if isinstance(strategy, DDPStrategy) and strategy.launcher is not None:
             # No collective operation follows: a process that dies keeps no other from its work.
-            trainer.strategy.launcher.ranks_are_apart = True  # type: ignore[attr-defined]
-        self.progress.begin(shared.own)
+            strategy.launcher.ranks_are_apart = True  # type: ignore[attr-defined]
+        self.heartbeat.begin(shared.own)
 
-    def encode(
-        self, trainer: lightning.Trainer, collector: GradientCollector, blocks: list[int]
-    ) -> None:
+    def predict_step(self, block: Block, batch_idx: int) -> tuple[int, Callable[[], Rows] | None]:
+        """Return a block's number, and what waits for its rows.
+
+        A GPU may still be at them: nothing here waits for it. None for rows if the block is
+        another process's, and was done to keep step with it.
+        """
+        collector, encoded = self.collector, self._encoded(block)
+        inputs = [
+            collector.inputs(*each, batch["id"]) for each, batch in zip(encoded, block, strict=True)
+        ]
+        if self.lockstep is not None:
+            self.lockstep.begin_block([len(each) for each in inputs])
+        parts = [collector.passes(each, self.pairs, self._pass) for each in inputs]
+        if self.lockstep is not None and not self.lockstep.end_block(batch_idx):
+            return self._number(block), None
+        return self._number(block), rows_of(block, parts, collector.timesteps)
+
+    def _pass(self, batch: NoisedBatch) -> Features:
+        self.writer.between_passes()
+        if self.lockstep is None:
+            return self.collector.run(batch, self.peak)
+        return self.lockstep.padded(batch, lambda full: self.collector.run(full, self.peak))
+
+    def _number(self, block: Block) -> int:
+        return int(min(place for batch in block for place in batch["position"])) // (
+            self.data.block_size
+        )
+
+    def _encoded(self, block: Block) -> list[Encoded]:
+        """Return a block's encodings: from their file where there are such, else from the model."""
+        if self.encodings is None:
+            return self._encode(block)
+        loaded = self.encodings.load(self._number(block), self.device)
+        found: list[Encoded] = self.trainer.precision_plugin.convert_input(loaded)
+        self._check_shapes(found, block)
+        return found
+
+    def _encode(self, block: Block) -> list[Encoded]:
+        with torch.no_grad():
+            found = [self.model.encode(batch) for batch in block]
+        self._check_shapes(found, block)
+        return found
+
+    def _check_shapes(self, encoded: Sequence[Encoded], block: Block) -> None:
+        """Refuse a second shape while it is not said what the shapes share of the noise."""
+        for (x0, _), batch in zip(encoded, block, strict=True):
+            shape, name = list(x0.shape[1:]), batch["id"][0]
+            self._first = self._first or (shape, name)
+            if self.collector.noise.shapes == "one" and shape != self._first[0]:
+                raise DminError(
+                    f"the examples have several shapes where they are noised: {self._first[1]!r} "
+                    f"is {self._first[0]}, {name!r} {shape}. Say what they share of the noise: "
+                    f"noise.shapes=field is one noise at each place, so that scores across shapes "
+                    f"mean something; noise.shapes=own draws another for each shape. Or bring all "
+                    f"to one size: data.size=<pixels> data.aspect=square."
+                )
+
+    def _encode_blocks(self, encodings: EncodingsCache, blocks: list[int]) -> None:
         """Encode blocks, one at a time, and have the encoders leave the device."""
-        assert collector.encodings is not None
+        trainer, encoders = self.trainer, self.collector.encoders.values()
         if not blocks:  # all encoded before; a trainer may have moved the encoders all the same
-            leave_device(collector.encoders)
+            leave_device(encoders)
             return
-        self.progress.say(state="encoding", blocks=len(blocks))
-        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        with on_device(collector.encoders, collector.device), torch.no_grad():
+        self.heartbeat.say(state="encoding", blocks=len(blocks))
+        with on_device(encoders, self.device):
             loader = self._load(blocks)
-            if shown:
+            if trainer.is_global_zero and trainer.progress_bar_callback is not None:
                 loader = followed(loader, "encoding", len(blocks), "blocks")
             for number, block in zip(blocks, loader, strict=True):
-                block = trainer.strategy.batch_to_device(block, collector.device)
-                collector.encodings.save(number, collector.encode_anew(block))
-                self.progress.gained = True
+                block = trainer.strategy.batch_to_device(block, self.device)
+                encodings.save(number, self._encode(block))
+                self.heartbeat.gained = True
                 self.stop.between_blocks()
 
-    def find(self, trainer: lightning.Trainer, collector: GradientCollector, block: int) -> int:
+    def _find_microbatch(self, block: int) -> int:
+        """Return the size noted beside the store, or find it on one block and note it."""
+        collector, (path, manifest) = self.collector, self.store
+        note = note_of(
+            path,
+            self.device,
+            manifest=manifest.fingerprint,
+            memory=collector.memory,
+            budget=collector.budget,
+            gradient_checkpointing=collector.gradient_checkpointing,
+        )
+        return agree_on_microbatch(note, partial(self._try_sizes, block))
+
+    def _try_sizes(self, block: int) -> int:
         """Find the size of the microbatch on one block: on its largest shape, if it has several."""
+        collector, precision = self.collector, self.trainer.precision_plugin
         (batches,) = self._load([block])
-        batches = trainer.strategy.batch_to_device(batches, collector.device)
-        batches = trainer.precision_plugin.convert_input(batches)
-        with trainer.precision_plugin.predict_step_context():
-            encoded = collector.encode(batches)
+        batches = self.trainer.strategy.batch_to_device(batches, self.device)
+        batches = precision.convert_input(batches)
+        with precision.predict_step_context():
+            encoded = self._encoded(batches)
             largest = max(range(len(encoded)), key=lambda i: encoded[i][0][0].numel())
-            passes = collector.passes(*encoded[largest], batches[largest]["id"])
+            inputs = collector.inputs(*encoded[largest], batches[largest]["id"])
             return find_microbatch(
-                lambda size: passes.run(torch.arange(size)),
-                passes.total,
-                collector.device,
+                lambda size: collector.run(inputs.at(torch.arange(size)), self.peak),
+                len(inputs),
+                self.device,
                 collector.memory,
             )
 
@@ -159,153 +269,8 @@ class Preparation(Callback):
         return CollectData(data.dataset, blocks, data.block_size, data.workers).predict_dataloader()
 
 
-class SketchWriter(BasePredictionWriter):
-    """Hands each block's rows to the store; whatever ends the loop, finished blocks are sealed.
-
-    Args:
-        work: with the store's writer, one a process.
-    """
-
-    def __init__(self, work: Work) -> None:
-        super().__init__("batch")
-        self.writer = BackgroundWriter(work.writer, work.progress.block_done)
-        self.block_size, self.stop = work.writer.manifest.block_size, work.stop
-        self.in_step = work.data.even
-
-    def write_on_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        prediction: tuple[int, Arriving | None],
-        *_: Any,
-    ) -> None:
-        """Hand one block to the store's writer behind the loop, unless it is another process's."""
-        position, rows = prediction
-        if rows is not None:
-            self.writer.append(position // self.block_size, rows)
-        if self.in_step:  # whoever goes on alone would wait for the others' weights
-            stops = trainer.strategy.reduce_boolean_decision(bool(self.stop.received), all=False)
-            if not stops:
-                return  # a signal that came since is told to the others after the next block
-            if not self.stop.received:
-                self.stop.received.append(signal.SIGTERM)
-        self.stop.between_blocks()
-
-    def between_passes(self) -> None:
-        """Once a signal came, seal what is finished: this block may not be, in the time left."""
-        if self.stop.received and not self.in_step:
-            self.writer.seal()
-            self.stop.between_passes()
-
-    def teardown(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
-    ) -> None:
-        """Seal the last blocks.
-
-        Not at the end of prediction, which a process without any block never reaches.
-        """
-        self.writer.close()
-
-    def on_exception(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        exception: BaseException,
-    ) -> None:
-        """Seal what is finished before the exception ends the process."""
-        self.writer.close()
-
-
 def _forward(trainer: lightning.Trainer, signum: int) -> None:
     """Hand a signal on to the processes that Lightning started for this one."""
     launcher = trainer.strategy.launcher
     if launcher is not None:
         launcher.kill(signum)
-
-
-def predict_trainer(**settings: Any) -> lightning.Trainer:
-    """Return a Lightning trainer fit for collecting: no inference mode, logger or checkpoints.
-
-    Args:
-        settings: anything ``lightning.Trainer`` takes; wins over these defaults.
-    """
-    fit = {
-        "accelerator": "auto",
-        "devices": 1,
-        "inference_mode": False,
-        "use_distributed_sampler": False,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-    }
-    return lightning.Trainer(**{**fit, **settings})
-
-
-def predict(collector: GradientCollector, work: Work, trainer: lightning.Trainer) -> None:
-    """Run a trainer over the blocks to do; the model is given back as and where it was."""
-    refuse_cast(collector, trainer)
-    writer = SketchWriter(work)
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    theirs = [bar for bar in callbacks if isinstance(bar, ProgressBar)]
-    shown = CollectionProgress(work.data.examples(trainer.global_rank, trainer.world_size))
-    mine = [Preparation(work), writer, *([shown] if theirs else [])]
-    for bar in theirs:
-        callbacks.remove(bar)
-    network = collector.model.network
-    homes = places({"": network, **collector.encoders})
-    callbacks.extend(mine)
-    collector.between_passes = writer.between_passes
-    try:
-        with (
-            warnings.catch_warnings(),
-            shardable_copy(collector, trainer),
-            explain_lost_peer(trainer),
-            gradient_checkpointing(collector.model.network, collector.gradient_checkpointing),
-            frozen_gc(),
-        ):
-            # `workers` was chosen, and blocks are all there is: neither warning tells news.
-            warnings.filterwarnings("ignore", ".*does not have many workers.*")
-            warnings.filterwarnings("ignore", ".*custom batch sampler.*")
-            trainer.predict(collector, datamodule=work.data, return_predictions=False)
-    finally:
-        collector.in_step = None
-        writer.writer.stop()  # it may have been left without its closing: the store's own follows
-        shown.close()
-        for callback in mine:
-            callbacks.remove(callback)
-        callbacks.extend(theirs)
-        collector.between_passes = lambda: None
-        collector.to(homes[""])
-        for name, encoder in collector.encoders.items():
-            encoder.to(homes[name])
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-
-
-CASTS = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
-
-
-def refuse_cast(collector: GradientCollector, trainer: lightning.Trainer) -> None:
-    """Refuse a precision for which Lightning would cast the user's weights, for good.
-
-    Raises:
-        DminError: names the precision and the type of the weights.
-    """
-    wanted = CASTS.get(str(trainer.precision))
-    found = {p.dtype for p in collector.model.network.parameters() if p.is_floating_point()}
-    if wanted is not None and found != {wanted}:
-        raise DminError(
-            f"trainer.precision={trainer.precision} would cast the model's weights "
-            f"({', '.join(sorted(str(dtype) for dtype in found))}) and leave them so: the next "
-            f"store would be one of other weights. Load the model in that type "
-            f"(model.torch_dtype), or take trainer.precision=bf16-mixed or 32-true."
-        )
-
-
-def places(modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.device]:
-    """Return the device of each module; the CPU for one without any parameter."""
-    found = {}
-    for name, module in modules.items():
-        first = next(module.parameters(), None)
-        found[name] = torch.device("cpu") if first is None else first.device
-    return found

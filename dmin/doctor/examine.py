@@ -6,15 +6,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.collect import GradientCollector, PeakMemory, predict_trainer
-from dmin.collect.encodings import on_device
-from dmin.collect.session import places
+from dmin.collect import (
+    GradientCollector,
+    PeakMemory,
+    Trainer,
+    placed_as_collected,
+    predict_trainer,
+)
 from dmin.data.base import Dataset, Example, by_shape, collate
 from dmin.diffusion.inputs import NoisedBatch, NoisedExamples
 from dmin.doctor import checks as checking
@@ -22,10 +26,8 @@ from dmin.doctor.diagnosis import Check, Cost, Covered, Diagnosis
 from dmin.doctor.timestep_report import Timestep, timestep_report
 from dmin.models.base import Condition
 from dmin.runtime.errors import DminError
+from dmin.runtime.transfer import on_device
 from dmin.store.manifest import STORED_AS
-
-if TYPE_CHECKING:
-    import lightning
 
 LOOKED_AT = 64  # examples read for each one examined, when they have several shapes
 
@@ -34,7 +36,7 @@ def diagnose(
     collector: GradientCollector,
     dataset: Dataset,
     examples: int = 4,
-    trainer: lightning.Trainer | None = None,
+    trainer: Trainer | None = None,
     dtype: str = "float16",
 ) -> Diagnosis:
     """Examine a collector's model on a few examples, in eval mode and precision as it collects.
@@ -59,9 +61,9 @@ def diagnose(
     checks = [checking.weights(collector.model.network), checking.mode(collector.model.network)]
     if not checks[0].passed:
         return Diagnosis(checks)
-    with _at_work(collector, trainer) as device:
+    with placed_as_collected(collector, trainer) as device:
         batch = trainer.strategy.batch_to_device(batch, device)
-        with torch.no_grad(), on_device(collector.encoders, device):
+        with torch.no_grad(), on_device(collector.encoders.values(), device):
             first, second = collector.model.encode(batch), collector.model.encode(batch)
         checks.append(checking.encoders(first, second))
         x0, condition = trainer.precision_plugin.convert_input(first)
@@ -102,23 +104,6 @@ def _of_one_shape(dataset: Dataset, count: int) -> list[Example]:
 
 
 @contextmanager
-def _at_work(collector: GradientCollector, trainer: lightning.Trainer) -> Iterator[torch.device]:
-    """Have the model as it collects: on the device, in the precision, in eval mode."""
-    device = trainer.strategy.root_device
-    homes = places({"": collector.model.network, **collector.encoders})
-    training = {module: module.training for module in collector.modules()}
-    try:
-        trainer.precision_plugin.convert_module(collector)
-        yield collector.eval().to(device).device
-    finally:
-        collector.to(homes[""])
-        for name, encoder in collector.encoders.items():
-            encoder.to(homes[name])
-        for module, mode in training.items():
-            module.training = mode
-
-
-@contextmanager
 def _full_precision() -> Iterator[None]:
     """Switch TF32 off: its rounding would pass for an error of the gradients."""
     if not torch.cuda.is_initialized():
@@ -149,11 +134,11 @@ def _work(
 ) -> tuple[list[Timestep], Cost | None, list[Check]]:
     """Compute the examples' rows, as collecting does, twice: the first time warms up."""
     name = "timesteps tell examples apart"
-    collector.peak = peak = PeakMemory(x0.device)
+    peak = PeakMemory(x0.device)
     try:
-        rows = collector.features(x0, condition, ids).values[collector.readouts[0]]
+        rows = collector.features(x0, condition, ids, peak).values[collector.readouts[0]]
         start = time.perf_counter()
-        collector.features(x0, condition, ids).losses.cpu()  # waits for a GPU
+        collector.features(x0, condition, ids, peak).losses.cpu()  # waits for a GPU
         seconds = (time.perf_counter() - start) / len(x0)
     except DminError as error:
         return [], None, [Check("rows can be computed", False, detail=str(error))]

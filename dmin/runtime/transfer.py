@@ -1,11 +1,15 @@
-"""Copies between host and device that nobody waits for: through pinned memory, with an event."""
+"""Between host and device: copies that nobody waits for, and modules that come and go.
+
+Copies go through pinned memory, with an event.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -39,3 +43,37 @@ def to_host(tensors: Iterable[Tensor]) -> Callable[[], list[Tensor]]:
         return copies
 
     return wait
+
+
+@contextmanager
+def kept_devices(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Bring modules back, in the end, to the devices they are on; the CPU without parameters."""
+    homes = []
+    for module in modules:
+        first = next(module.parameters(), None)
+        homes.append((module, torch.device("cpu") if first is None else first.device))
+    try:
+        yield
+    finally:
+        for module, home in homes:
+            module.to(home)
+
+
+@contextmanager
+def on_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Have modules on a device for a while; then on the CPU, as :func:`leave_device` has it."""
+    modules = list(modules)
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        leave_device(modules)
+
+
+def leave_device(modules: Iterable[nn.Module]) -> None:
+    """Bring modules to the CPU, and give the memory they had to whoever needs it."""
+    for module in modules:
+        module.to("cpu")
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

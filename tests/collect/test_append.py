@@ -28,13 +28,13 @@ def store(collector, digits, tmp_path):
 
 
 def test_new_examples_are_collected_and_only_these(collector, store, digits, monkeypatch):
-    seen, original = [], type(collector).passes
+    seen, original = [], type(collector).inputs
 
     def watched(self, x0, condition, ids):
         seen.extend(ids)
         return original(self, x0, condition, ids)
 
-    monkeypatch.setattr(type(collector), "passes", watched)
+    monkeypatch.setattr(type(collector), "inputs", watched)
     remove(store, [store.ids[2]])
     now = Examples([e for e in digits.examples[:21] if e.id != store.ids[2]])
     found = collect_more(collector, now, store.path, trainer=predict_trainer(**QUIET))

@@ -56,11 +56,11 @@ def test_a_pass_asks_the_device_for_nothing(name, ddpm):
     collector = GradientCollector(away, SKETCHES[name](), Stratified(2), readouts=readouts)
     x0 = torch.empty(3, *ddpm.shape, device="meta")
     condition = {"class_labels": torch.zeros(3, dtype=torch.long, device="meta")}
-    passes = collector.passes(x0, condition, ["a", "b", "c"])
-    passes.run(torch.arange(4))  # what is made once may be sent once
+    inputs = collector.inputs(x0, condition, ["a", "b", "c"])
+    collector.run(inputs.at(torch.arange(4)))  # what is made once may be sent once
     with Hasty():
-        passes = collector.passes(x0, condition, ["a", "b", "c"])
-        found = passes.run(torch.arange(4))
+        inputs = collector.inputs(x0, condition, ["a", "b", "c"])
+        found = collector.run(inputs.at(torch.arange(4)))
     assert found.values["loss"].shape == (4, 1, collector.sketch.dim)
 
 
@@ -102,7 +102,8 @@ def test_a_gpu_is_not_waited_for(name, ddpm):
     condition = {"class_labels": torch.zeros(3, dtype=torch.long).cuda()}
 
     def block():
-        return collector._features(x0, condition, ["a", "b", "c"]).to_host()
+        inputs = collector.inputs(x0, condition, ["a", "b", "c"])
+        return collector.passes(inputs, 4, collector.run).to_host()
 
     block()()
     torch.cuda.set_sync_debug_mode("error")

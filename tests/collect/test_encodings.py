@@ -92,7 +92,7 @@ def test_each_example_is_encoded_once_before_any_gradient(digits, tmp_path):
 
 
 def test_encodings_change_no_bit(digits, tmp_path, reference, monkeypatch):
-    monkeypatch.setattr(GradientCollector, "_encodings", lambda *_: None)
+    monkeypatch.setattr(GradientCollector, "encodings_cache", lambda *_: None)
     model = Latent()
     assert collect(model, digits, tmp_path / "s").digest() == reference
     names = [name for name, _ in model.log]

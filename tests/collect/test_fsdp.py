@@ -12,7 +12,7 @@ from sharded_worker import collect, examples, load
 from torch import nn
 
 from dmin.collect import GradientCollector, predict_trainer
-from dmin.collect.fsdp import Sharded, shardable_copy, units
+from dmin.collect.fsdp import Sharded, units
 from dmin.diffusion.timesteps import Stratified
 from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
@@ -102,7 +102,8 @@ def test_trying_sizes_is_refused(ddpm, tmp_path):
     trainer = predict_trainer(accelerator="cpu", strategy=Sharded(), enable_progress_bar=False)
     collector = GradientCollector(ddpm, microbatch="auto")
     with pytest.raises(DminError, match=r"microbatch=auto.*such as collect\.microbatch=8"):
-        shardable_copy(collector, trainer).__enter__()
+        collector.collect(examples("ddpm", 2), tmp_path / "s", trainer=trainer)
+    assert not (tmp_path / "s").exists()
 
 
 def test_units_are_blocks_and_leave_tied_weights_together():

@@ -19,13 +19,16 @@ def clock(monkeypatch):
     return now
 
 
+BLOCK = [{"id": ["x"] * 20}, {"id": ["y"] * 12}]
+
+
 def collected(clock, blocks, world=1, seconds=1.0):
     shown = CollectionProgress(blocks * 32)
-    shown.on_predict_start(SimpleNamespace(world_size=world), None)
+    shown.on_predict_epoch_start(SimpleNamespace(world_size=world), None)
     for _ in range(blocks):
         clock[0] += seconds
-        shown.on_predict_batch_end(None, None, (0, SimpleNamespace(ids=["x"] * 32)))
-        shown.on_predict_batch_end(None, None, (0, None))  # done to keep step: not its own
+        shown.on_predict_batch_end(None, None, (0, print), BLOCK)
+        shown.on_predict_batch_end(None, None, (0, None), BLOCK)  # done to keep step: not its own
     return shown
 
 
@@ -43,9 +46,9 @@ def test_a_log_file_gets_few_lines_with_rate_and_time_left(clock, capsys):
 def test_other_processes_print_nothing(clock, capsys):
     shown = CollectionProgress(32)
     shown.disable()
-    shown.on_predict_start(SimpleNamespace(world_size=2), None)
+    shown.on_predict_epoch_start(SimpleNamespace(world_size=2), None)
     clock[0] += 100
-    shown.on_predict_batch_end(None, None, (0, SimpleNamespace(ids=["x"] * 32)))
+    shown.on_predict_batch_end(None, None, (0, print), BLOCK)
     assert capsys.readouterr().out == ""
 
 

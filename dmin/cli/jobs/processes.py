@@ -67,7 +67,7 @@ def make_trainer(cfg: DictConfig, command: str) -> lightning.Trainer:
     more = {}
     tasks = tasks_here()
     if tasks is not None and settings.get("plugins") is None:
-        # Our own way with signals (dmin.collect.stopping), and no part for SLURM in a lone process.
+        # Our own way with signals (dmin.runtime.signals), and no part for SLURM in a lone process.
         ours = tasks.total > 1 and not processes.alone
         more["plugins"] = SLURMEnvironment(auto_requeue=False) if ours else LightningEnvironment()
     try:

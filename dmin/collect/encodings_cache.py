@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Container, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmin.models.base import Condition
 from dmin.runtime.errors import DminError
@@ -29,7 +29,7 @@ Encoded = tuple[Tensor, Condition]
 _NAME = re.compile(r"block-(\d{8,})-([0-9a-f]{16})\.safetensors")
 
 
-class Encodings:
+class EncodingsCache:
     """A folder with one file for each encoded block, named after its own bytes.
 
     Files appear whole or not at all, so a killed run goes on where it was.
@@ -146,25 +146,6 @@ class Encodings:
             f"removed after it was written. Delete that file if it is there and run the same "
             f"command again: only this block is encoded again."
         )
-
-
-@contextmanager
-def on_device(encoders: Mapping[str, nn.Module], device: torch.device) -> Iterator[None]:
-    """Have the encoders on a device for a while."""
-    try:
-        for encoder in encoders.values():
-            encoder.to(device)
-        yield
-    finally:
-        leave_device(encoders)
-
-
-def leave_device(encoders: Mapping[str, nn.Module]) -> None:
-    """Bring the encoders to the CPU, and give the memory they had to whoever needs it."""
-    for encoder in encoders.values():
-        encoder.to("cpu")
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _digest(content: bytes) -> str:

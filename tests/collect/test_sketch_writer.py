@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dmin.collect.background import Arriving, BackgroundWriter
+from dmin.collect.sketch_writer import BackgroundWriter
 
 
 class Slow:
@@ -30,7 +30,7 @@ class Slow:
 
 
 def rows(n=3):
-    return Arriving(["x"] * n, lambda: SimpleNamespace(ids=["x"] * n))
+    return lambda: SimpleNamespace(ids=["x"] * n)
 
 
 def test_blocks_are_written_in_order_and_all_before_a_seal_or_the_end():

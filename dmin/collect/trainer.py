@@ -1,0 +1,108 @@
+"""The Lightning trainer: one fit for collecting, and what a run changes of a model for its time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import nn
+
+from dmin.collect.collector import Collector
+from dmin.runtime.errors import DminError
+from dmin.runtime.transfer import kept_devices
+
+CASTS = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+
+
+def predict_trainer(**settings: Any) -> Trainer:
+    """Return a Lightning trainer fit for collecting: no inference mode, logger or checkpoints.
+
+    Args:
+        settings: anything ``lightning.Trainer`` takes; wins over these defaults.
+    """
+    fit = {
+        "accelerator": "auto",
+        "devices": 1,
+        "inference_mode": False,
+        "use_distributed_sampler": False,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(**{**fit, **settings})
+
+
+def refuse_cast(network: nn.Module, trainer: Trainer) -> None:
+    """Refuse a precision for which Lightning would cast the user's weights, for good.
+
+    Raises:
+        DminError: names the precision and the type of the weights.
+    """
+    wanted = CASTS.get(str(trainer.precision))
+    found = {p.dtype for p in network.parameters() if p.is_floating_point()}
+    if wanted is not None and found != {wanted}:
+        raise DminError(
+            f"trainer.precision={trainer.precision} would cast the model's weights "
+            f"({', '.join(sorted(str(dtype) for dtype in found))}) and leave them so: the next "
+            f"store would be one of other weights. Load the model in that type "
+            f"(model.torch_dtype), or take trainer.precision=bf16-mixed or 32-true."
+        )
+
+
+@contextmanager
+def placed_as_collected(collector: Collector, trainer: Trainer) -> Iterator[torch.device]:
+    """Have a collector's model as a run has it: on the device, in the precision, in eval mode."""
+    model = collector.model
+    training = {module: module.training for module in model.modules()}
+    with kept_devices([model.network, *collector.encoders.values()]):
+        try:
+            trainer.precision_plugin.convert_module(model)
+            model.eval().to(trainer.strategy.root_device)
+            yield trainer.strategy.root_device
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+
+
+@contextmanager
+def gradient_checkpointing(network: nn.Module, on: bool) -> Iterator[None]:
+    """Have a network recompute its activations in backward for a while, if asked to.
+
+    Raises:
+        DminError: the network does not offer it.
+    """
+    if not on or getattr(network, "is_gradient_checkpointing", False):
+        yield
+        return
+    try:
+        network.enable_gradient_checkpointing()  # type: ignore[operator]
+    except (AttributeError, ValueError) as error:
+        raise DminError(
+            f"collect.gradient_checkpointing=true, but {type(network).__name__} does not offer it. "
+            f"Set it to false and collect.microbatch lower."
+        ) from error
+    try:
+        yield
+    finally:
+        network.disable_gradient_checkpointing()  # type: ignore[operator]
+
+
+@contextmanager
+def frozen_gc() -> Iterator[None]:
+    """Spare Python's garbage collector what is there already: the model, all that was imported.
+
+    Watching a network makes thousands of objects a pass, so that a search of them all, a quarter of
+    a second, would come every few passes.
+    """
+    if gc.get_freeze_count():  # somebody does it already
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
