@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dmin.collect import GradientCollector
+from dmin.collect.resume import GradientCollector
 from dmin.data.base import Dataset
 from dmin.data.ids import ids_of
 from dmin.data.subset import Subset

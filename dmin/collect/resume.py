@@ -1,8 +1,9 @@
-"""Resuming: what a store lacks is found, claimed and computed; a new store lacks everything."""
+"""Collecting a store is resuming it: what it lacks is found, claimed and computed."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dmin.collect.collector import Collector
 from dmin.collect.completion import finished, wait_for_others
@@ -10,89 +11,109 @@ from dmin.collect.fsdp import is_sharded, shardable_copy
 from dmin.collect.options import CollectOptions
 from dmin.collect.peak_memory import PeakMemory
 from dmin.collect.session import Session
-from dmin.collect.trainer import Trainer
+from dmin.collect.trainer import Trainer, predict_trainer
 from dmin.data.base import Dataset
 from dmin.data.module import CollectData
 from dmin.runtime.signals import Stopped, StopSignals
 from dmin.runtime.transfer import kept_devices
 from dmin.store import Store, StoreWriter
 from dmin.workers.heartbeat import Heartbeat
+from dmin.workers.lock import claim
 from dmin.workers.shard import Shard
 
 # What processes that were told to stop have to seal what is finished, while others wait for them.
 SECONDS_TO_STOP = 30.0
 
 
-def resume(
-    collector: Collector,
-    dataset: Dataset,
-    path: Path,
-    options: CollectOptions,
-    trainer: Trainer,
-    stop: StopSignals,
-    peak: PeakMemory,
-) -> Store:
-    """Compute the blocks that a store lacks of a shard, and return it.
+class GradientCollector(Collector):
+    """A collector that makes stores; its settings are those of :class:`Collector`.
 
-    Args:
-        collector: computes the rows.
-        dataset: the examples.
-        path: the store's folder.
-        options: how it is collected.
-        trainer: runs the session.
-        stop: signals heard so far.
-        peak: is told what the passes take.
-
-    Raises:
-        DminError: see :meth:`dmin.collect.GradientCollector.collect`.
-        Stopped: a signal came; the block at hand was finished, and all is sealed.
+    Attributes:
+        peak: the memory that the last collection took in this process.
     """
-    share = Shard(options.shard, options.shards, trainer.global_rank, trainer.world_size)
-    manifest = collector.manifest(dataset, options.block_size, options.dtype, options.as_queries)
-    encodings = collector.encodings_cache(manifest, path, options.encodings)
-    worker = collector
-    if options.as_queries:
-        worker = worker.with_model(worker.model.for_queries())
-    if is_sharded(trainer):
-        worker = shardable_copy(worker)
-    lost: dict[Shard, str] = {}
-    with (
-        stop,
-        StoreWriter(
-            path,
-            manifest,
-            segment_bytes=options.segment_bytes,
-            seal_seconds=options.seal_seconds,
-            verify=share == Shard(ranks=share.ranks),  # once is enough: the end verifies all
-        ) as writer,
-    ):
-        pending = share.pending(writer.pending(), manifest.num_blocks)
-        if pending:
-            heartbeat = Heartbeat(path, share)
-            heartbeat.claim(manifest.num_blocks, options.wait)
-            pending = share.pending(writer.pending(), manifest.num_blocks)
-            data = CollectData(
-                dataset, pending, options.block_size, options.workers, is_sharded(trainer)
-            )
-            session = Session(worker, data, writer, heartbeat, stop, encodings, peak)
-            with kept_devices([collector.model.network, *collector.encoders.values()]):
-                lost = _run_with_others(session, trainer)
-    store = finished(path, share, lost)
-    if encodings is not None and not options.keep_encodings:
-        if store.complete:
-            encodings.remove()
-        elif share.is_first:
-            encodings.remove(share.range(manifest.num_blocks))
-    return store
+
+    peak = PeakMemory()
+
+    def collect(
+        self,
+        dataset: Dataset,
+        path: str | Path,
+        *,
+        trainer: Trainer | None = None,
+        stop: StopSignals | None = None,
+        **settings: Any,
+    ) -> Store:
+        """Collect the features of a dataset into a store, or the rest of them if some are there.
+
+        The work is cut into blocks of consecutive examples. A killed run loses the blocks that were
+        not sealed yet; the same call computes exactly what is missing, to the same bits on a CPU.
+
+        A model with encoders is collected in two phases: each process first encodes its blocks into
+        files, then its encoders leave the device, and the gradients start from the files. They are
+        encoded in the encoders' own precision, whatever the trainer's is.
+
+        Args:
+            dataset: examples with stable ids.
+            path: the store's folder; made, or resumed if its manifest is the same.
+            trainer: any Lightning trainer; :func:`predict_trainer` if none.
+            stop: signals heard so far; if none, they are heard from here on.
+            settings: the fields of :class:`CollectOptions`.
+
+        Returns:
+            The store, with all blocks of the shard. Complete, it is verified.
+
+        Raises:
+            DminError: bad data, a NaN gradient, a store of something else at that path, another
+                process at the same blocks, or a process of this job that was lost.
+            Stopped: a signal came; the block at hand was finished, and all is sealed.
+        """
+        options, path = CollectOptions(**settings), Path(path)
+        trainer, self.peak = trainer or predict_trainer(), PeakMemory()
+        share = Shard(options.shard, options.shards, trainer.global_rank, trainer.world_size)
+        manifest = self.manifest(dataset, options.block_size, options.dtype, options.as_queries)
+        encodings = self.encodings_cache(manifest, path, options.encodings)
+        worker: Collector = self
+        if options.as_queries:
+            worker = worker.with_model(worker.model.for_queries())
+        if is_sharded(trainer):
+            worker = shardable_copy(worker)
+        with (
+            stop or StopSignals() as stop,
+            StoreWriter(
+                path,
+                manifest,
+                segment_bytes=options.segment_bytes,
+                seal_seconds=options.seal_seconds,
+                verify=share == Shard(ranks=share.ranks),  # once is enough: the end verifies all
+            ) as writer,
+            kept_devices([self.model.network, *self.encoders.values()]),
+        ):
+            session = Session(worker, writer, Heartbeat(path, share), stop, encodings, self.peak)
+            lost = _collect_missing(session, dataset, options, trainer)
+        store = finished(path, share, lost)
+        if encodings is not None and not options.keep_encodings:
+            if store.complete:
+                encodings.remove()
+            elif share.is_first:
+                encodings.remove(share.range(manifest.num_blocks))
+        return store
 
 
-def _run_with_others(session: Session, trainer: Trainer) -> dict[Shard, str]:
-    """Do this process's blocks, and wait for the other processes; return who was lost."""
-    stop = session.stop
-    with session.heartbeat as heartbeat:
+def _collect_missing(
+    session: Session, dataset: Dataset, options: CollectOptions, trainer: Trainer
+) -> dict[Shard, str]:
+    """Do what the store lacks of this process's share; return which other processes were lost."""
+    stop, heartbeat, store = session.stop, session.heartbeat, session.store
+    blocks = store.manifest.num_blocks
+    if not heartbeat.share.pending(store.pending(), blocks):
+        return {}
+    claim(heartbeat, blocks, options.wait)
+    pending = heartbeat.share.pending(store.pending(), blocks)  # others went on meanwhile
+    data = CollectData(dataset, pending, options.block_size, options.workers, is_sharded(trainer))
+    with heartbeat:
         try:
             stop.between_blocks()
-            session.run(trainer)
+            session.run(trainer, data)
             heartbeat.say(state="waiting")
             return wait_for_others(heartbeat, stop)
         except Stopped as stopped:

@@ -6,7 +6,6 @@ import socket
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -29,7 +28,7 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.progress import followed
 from dmin.runtime.signals import StopSignals
 from dmin.runtime.transfer import leave_device, on_device
-from dmin.store import Manifest, Rows, StoreWriter
+from dmin.store import Rows, StoreWriter
 from dmin.workers.heartbeat import Heartbeat
 
 
@@ -38,51 +37,50 @@ class Session(lightning.LightningModule):
 
     Args:
         collector: what is computed. It is read only.
-        data: the blocks to do.
-        writer: of the store that they go to.
+        store: takes the rows.
         heartbeat: tells others how far this process is.
         stop: signals that end the run.
-        encodings: where encodings are kept, for a model with encoders.
+        encodings: where encodings are kept; None for a model without encoders.
         peak: is told what the passes take.
     """
 
     def __init__(
         self,
         collector: Collector,
-        data: CollectData,
-        writer: StoreWriter,
+        store: StoreWriter,
         heartbeat: Heartbeat,
         stop: StopSignals,
-        encodings: EncodingsCache | None = None,
-        peak: PeakMemory | None = None,
+        encodings: EncodingsCache | None,
+        peak: PeakMemory,
     ) -> None:
         super().__init__()
         self.collector, self.model = collector, collector.model
-        self.data, self.heartbeat, self.stop = data, heartbeat, stop
-        self.store: tuple[Path, Manifest] = writer.path, writer.manifest
-        self.writer = SketchWriter(
-            BackgroundWriter(writer, heartbeat.block_done), stop, lockstep=data.even
-        )
-        self.encodings = encodings
-        self.peak = peak or PeakMemory()
+        self.store, self.heartbeat, self.stop = store, heartbeat, stop
+        self.encodings, self.peak = encodings, peak
         self.pairs = collector.pairs  # in one pass
         self.lockstep: LockstepPasses | None = None  # with those that share the network
         self._first: tuple[list[int], str] | None = None  # shape and name of the first example
         # Fewer blocks may be left to do than there are processes.
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
-    def run(self, trainer: lightning.Trainer) -> None:
+    def run(self, trainer: lightning.Trainer, data: CollectData) -> None:
         """Do this process's blocks; the trainer gets its callbacks back.
+
+        Args:
+            trainer: runs the loop.
+            data: the blocks to do, of all processes of the job.
 
         Raises:
             DminError: bad data, a NaN gradient, a setting that does not fit, or a lost process.
             Stopped: a signal came; what is finished is sealed.
         """
-        network = self.model.network
+        network, self.data = self.model.network, data
         refuse_cast(network, trainer)
+        background = BackgroundWriter(self.store, self.heartbeat.block_done)
+        self.writer = SketchWriter(background, self.stop, lockstep=data.even)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         before = list(callbacks)
-        shown = CollectionProgress(self.data.examples(trainer.global_rank, trainer.world_size))
+        shown = CollectionProgress(data.examples(trainer.global_rank, trainer.world_size))
         bars = [bar for bar in before if isinstance(bar, ProgressBar)]
         others = [callback for callback in before if callback not in bars]
         callbacks[:] = [*others, self.writer, *([shown] if bars else [])]
@@ -96,10 +94,10 @@ class Session(lightning.LightningModule):
                 # `workers` was chosen, and blocks are all there is: neither warning tells news.
                 warnings.filterwarnings("ignore", ".*does not have many workers.*")
                 warnings.filterwarnings("ignore", ".*custom batch sampler.*")
-                trainer.predict(self, datamodule=self.data, return_predictions=False)
+                trainer.predict(self, datamodule=data, return_predictions=False)
         finally:
             # It may have been left without its closing: the store's own follows.
-            self.writer.writer.stop()
+            background.stop()
             shown.close()
             callbacks[:] = before
         if trainer.interrupted:
@@ -137,8 +135,8 @@ class Session(lightning.LightningModule):
     def on_predict_start(self) -> None:
         """Do what precedes the first gradient; the network is on its device by now."""
         trainer, collector, strategy = self.trainer, self.collector, self.trainer.strategy
-        self.stop.listen()  # Lightning's own handler waits for the other processes
-        self.stop.forward = partial(_forward, trainer)
+        # Lightning's own handler waits for the other processes.
+        self.stop.listen(partial(_forward, trainer))
         if torch.is_inference_mode_enabled():
             raise DminError(
                 "trainer.inference_mode is on, which forbids gradients. Set "
@@ -184,9 +182,7 @@ class Session(lightning.LightningModule):
         return self.lockstep.padded(batch, lambda full: self.collector.run(full, self.peak))
 
     def _number(self, block: Block) -> int:
-        return int(min(place for batch in block for place in batch["position"])) // (
-            self.data.block_size
-        )
+        return int(min(block[0]["position"])) // self.data.block_size
 
     def _encoded(self, block: Block) -> list[Encoded]:
         """Return a block's encodings: from their file where there are such, else from the model."""
@@ -236,11 +232,11 @@ class Session(lightning.LightningModule):
 
     def _find_microbatch(self, block: int) -> int:
         """Return the size noted beside the store, or find it on one block and note it."""
-        collector, (path, manifest) = self.collector, self.store
+        collector = self.collector
         note = note_of(
-            path,
+            self.store.path,
             self.device,
-            manifest=manifest.fingerprint,
+            manifest=self.store.manifest.fingerprint,
             memory=collector.memory,
             budget=collector.budget,
             gradient_checkpointing=collector.gradient_checkpointing,

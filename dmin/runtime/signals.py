@@ -47,13 +47,12 @@ class StopSignals:
 
     Attributes:
         received: the signals so far, in their order.
-        forward: called with each, to hand it on to processes that depend on this one.
     """
 
     def __init__(self) -> None:
         self.received: list[int] = []
         self._last = float("-inf")
-        self.forward: Callable[[int], None] = lambda signum: None
+        self._forward: Callable[[int], None] = lambda signum: None
         self._before: dict[int, Any] = {}
         self._depth = 0
 
@@ -65,8 +64,14 @@ class StopSignals:
             self.listen()
         return self
 
-    def listen(self) -> None:
-        """Listen again, after somebody else put a handler of theirs in the place."""
+    def listen(self, forward: Callable[[int], None] | None = None) -> None:
+        """Listen again, after somebody else put a handler of theirs in the place.
+
+        Args:
+            forward: called with each signal from now on, to hand it on to processes that depend
+                on this one.
+        """
+        self._forward = forward or self._forward
         for signum in self._before:
             signal.signal(signum, self._note)
 
@@ -103,5 +108,5 @@ class StopSignals:
         now = time.monotonic()
         if now - self._last > SECONDS_OF_ONE_REQUEST:
             self.received.append(signum)
-            self.forward(signum)
+            self._forward(signum)
         self._last = now

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from latent_model import Latent
 from toy_ddpm import TINY_UNET
 
 from dmin.collect import GradientCollector, peak_memory, predict_trainer
@@ -139,8 +140,6 @@ def test_gradient_checkpointing_agrees_and_is_switched_off_again(ddpm, digits, t
 
 
 def test_a_network_without_checkpointing_is_refused(digits, tmp_path):
-    from collect.test_encodings import Latent
-
     collector = GradientCollector(
         Latent(), BlockCyclic(32, block=16), Stratified(2), gradient_checkpointing=True
     )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from collect.test_encodings import Latent
+from latent_model import Latent
 from PIL import Image
 
 from dmin.collect import GradientCollector, predict_trainer

@@ -7,8 +7,8 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from collect.test_encodings import Latent
 from command_line import dmin
+from latent_model import Latent
 from rich.console import Console
 from torch import nn
 from toy_ddpm import TINY_UNET

@@ -14,7 +14,7 @@ def test_the_first_signal_ends_between_blocks_a_second_between_passes(monkeypatc
     before = signal.getsignal(signal.SIGUSR1)
     heard = []
     with StopSignals() as stop:
-        stop.forward = heard.append
+        stop.listen(heard.append)
         stop.between_blocks()
         os.kill(os.getpid(), signal.SIGUSR1)
         stop.between_passes()

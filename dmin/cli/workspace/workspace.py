@@ -138,6 +138,7 @@ class Workspace(Built):
         as_queries: bool = False,
         collector: GradientCollector | None = None,
     ) -> Store:
+        from dmin.collect import CollectOptions
         from dmin.collect.append import collect_more
         from dmin.store import Store
 
@@ -155,14 +156,9 @@ class Workspace(Built):
         )
         done = known and not options.grow and Store(path, verify=False).complete
         with self.turn(path, done, shard, stop=stop):
-            settings = dict(
-                block_size=options.block_size,
-                dtype=options.dtype,
-                segment_bytes=options.segment_bytes,
-                seal_seconds=options.seal_seconds,
-                workers=options.workers,
-                encodings=options.encodings,
-                keep_encodings=options.keep_encodings,
+            names = CollectOptions.__dataclass_fields__
+            settings = {name: options[name] for name in names if name in options}
+            settings |= dict(
                 as_queries=as_queries,
                 shard=shard.shard,
                 shards=shard.shards,
