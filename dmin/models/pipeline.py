@@ -17,6 +17,7 @@ from dmin.models.adapters import load_adapters, without_adapter
 from dmin.models.base import DiffusionModel, noise_generators, weights_digest
 from dmin.models.checkpoints import DType, load_pipeline, load_weights
 from dmin.models.trajectory import recorded
+from dmin.runtime.transfer import kept_devices
 
 
 class PipelineModel(DiffusionModel):
@@ -169,14 +170,10 @@ class PipelineModel(DiffusionModel):
     def _encoders_with_network(self) -> Iterator[None]:
         """Have the encoders on the network's device for a while."""
         device = next(self.network.parameters()).device
-        places = [(e, next(e.parameters()).device) for e in self.encoders.values()]
-        try:
-            for encoder, _ in places:
+        with kept_devices(self.encoders.values()):
+            for encoder in self.encoders.values():
                 encoder.to(device)
             yield
-        finally:
-            for encoder, place in places:
-                encoder.to(place)
 
 
 def _name_settings(family: type, base: type, method: str) -> None:
