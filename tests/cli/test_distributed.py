@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+from command_line import Command, dmin
 
 from dmin.collect import GradientCollector
 from dmin.data.digits import Digits
@@ -30,8 +29,7 @@ RANKS = ["trainer=ddp", "trainer.accelerator=cpu"]
 
 
 def command(ddpm_path, *settings):
-    line = [sys.executable, "-m", "dmin", "collect", *SETTINGS, f"model.path={ddpm_path}"]
-    return [*line, *settings]
+    return ["collect", *SETTINGS, f"model.path={ddpm_path}", *settings]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +53,7 @@ def collected(ddpm, tmp_path_factory):
 def test_two_processes_in_a_sweep_make_the_store_of_one(ddpm_path, collected, tmp_path):
     # 52 examples are six blocks and a half for two processes; nine are one and an eighth.
     line = command(ddpm_path, *RANKS, "-m", "data.count=52,9")
-    subprocess.run(line, cwd=tmp_path, check=True, timeout=300)
+    dmin(*line, cwd=tmp_path)
     found = [Store(path) for path in (tmp_path / "outputs/stores").iterdir()]
     assert {len(store): store.digest() for store in found} == {
         count: collected(count).digest() for count in (52, 9)
@@ -66,7 +64,7 @@ def test_two_processes_in_a_sweep_make_the_store_of_one(ddpm_path, collected, tm
 def test_a_killed_rank_is_told_and_leaves_a_store_that_resumes(ddpm_path, collected, tmp_path):
     path = tmp_path / "store"
     line = command(ddpm_path, *RANKS, "data.count=300", f"collect.path={path}")
-    job = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    job = Command("-m", "dmin", *line, cwd=tmp_path)
     rank = path / "progress" / f"{Shard(rank=1, ranks=2).name}.json"
     end = time.monotonic() + 300
     try:
@@ -74,10 +72,11 @@ def test_a_killed_rank_is_told_and_leaves_a_store_that_resumes(ddpm_path, collec
             assert job.poll() is None and time.monotonic() < end, "it did not begin"
             time.sleep(0.01)
         os.kill(json.loads(rank.read_text())["pid"], signal.SIGKILL)
-        said = job.communicate(timeout=200)[1]
+        ended = job.wait(timeout=200)
     finally:
         job.kill()
-    assert job.returncode == 1
+    said = ended.stderr
+    assert ended.returncode == 1
     assert "rank 1" in said and "was killed" in said and "Traceback" not in said
     store = Store(path)
     odd = [block for block in store.missing_blocks if block % 2]
@@ -94,17 +93,18 @@ def test_a_sharded_network_stops_at_a_signal_and_at_a_death(ddpm_path, collected
     rank = path / "progress" / f"{Shard(rank=1, ranks=2).name}.json"
     for what, status in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, 1)):
         there = len(list(path.glob("segment-*")))
-        job = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        job = Command("-m", "dmin", *line, cwd=tmp_path)
         try:
             end = time.monotonic() + 300
             while len(list(path.glob("segment-*"))) < there + 3:
                 assert job.poll() is None and time.monotonic() < end, "it did not begin"
                 time.sleep(0.01)
             os.kill(json.loads(rank.read_text())["pid"], what)
-            said = job.communicate(timeout=120)[1]
+            ended = job.wait(timeout=120)
         finally:
             job.kill()
-        assert job.returncode == status and "Traceback" not in said, said
+        said = ended.stderr
+        assert ended.returncode == status and "Traceback" not in said, said
         assert not Store(path).complete
     assert "another process of this job was lost" in said
     whole, one = collected(200, path), collected(200)
