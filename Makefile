@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-retrieval gpu lint experiments wheel clean
+.PHONY: help demo test fuzz zoo bench bench-retrieval gpu lint experiments wheel clean
 
 # The first of these that is there; name another with `make test PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,\
@@ -17,7 +17,15 @@ demo: .venv/.installed ## train a small model and trace its images to their trai
 	@.venv/bin/dmin demo $(ARGS)
 
 test: .venv/.installed ## run the tests
-	@.venv/bin/pytest -n auto $(ARGS)
+	@.venv/bin/pytest -n auto --dist worksteal $(ARGS)
+
+fuzz: .venv/.installed ## kill 200 writers and flip a thousand bits of stores (minutes)
+	@DMIN_FUZZ=5 .venv/bin/pytest -n auto tests/store/test_store_crashes.py \
+	  tests/store/test_store_catalog.py $(ARGS)
+
+zoo: .venv/.installed ## hold 2,500 random layers and networks to autograd (minutes)
+	@DMIN_FUZZ=20 .venv/bin/pytest -n auto tests/gradients/test_capture_random.py \
+	  tests/gradients/test_layers.py -k any $(ARGS)
 
 bench: .venv/.installed ## measure collecting beside plain training (40 minutes; goes on if stopped)
 	@.venv/bin/python experiments/bench/run.py $(ARGS)

@@ -63,7 +63,7 @@ def test_two_processes_in_a_sweep_make_the_store_of_one(ddpm_path, collected, tm
 @pytest.mark.slow
 def test_a_killed_rank_is_told_and_leaves_a_store_that_resumes(ddpm_path, collected, tmp_path):
     path = tmp_path / "store"
-    line = command(ddpm_path, *RANKS, "data.count=300", f"collect.path={path}")
+    line = command(ddpm_path, *RANKS, "data.count=160", f"collect.path={path}")
     job = Command("-m", "dmin", *line, cwd=tmp_path)
     rank = path / "progress" / f"{Shard(rank=1, ranks=2).name}.json"
     end = time.monotonic() + 300
@@ -81,14 +81,14 @@ def test_a_killed_rank_is_told_and_leaves_a_store_that_resumes(ddpm_path, collec
     store = Store(path)
     odd = [block for block in store.missing_blocks if block % 2]
     assert store.missing_blocks == odd  # the other one did all of its part
-    assert collected(300, path).digest() == collected(300).digest()
+    assert collected(160, path).digest() == collected(160).digest()
 
 
 @pytest.mark.slow
 def test_a_sharded_network_stops_at_a_signal_and_at_a_death(ddpm_path, collected, tmp_path):
     # Each rank needs the other in every pass: both must end, whichever hears or dies.
     path = tmp_path / "store"
-    sharded = ["trainer=fsdp", "trainer.accelerator=cpu", "data.count=200"]
+    sharded = ["trainer=fsdp", "trainer.accelerator=cpu", "data.count=120"]
     line = command(ddpm_path, *sharded, f"collect.path={path}")
     rank = path / "progress" / f"{Shard(rank=1, ranks=2).name}.json"
     for what, status in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, 1)):
@@ -107,7 +107,7 @@ def test_a_sharded_network_stops_at_a_signal_and_at_a_death(ddpm_path, collected
         assert ended.returncode == status and "Traceback" not in said, said
         assert not Store(path).complete
     assert "another process of this job was lost" in said
-    whole, one = collected(200, path), collected(200)
+    whole, one = collected(120, path), collected(120)
     assert np.abs(whole.features("loss") - one.features("loss")).max() < 2e-6
 
 

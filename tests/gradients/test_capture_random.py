@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from fuzz import longer
 from oracle import check
 from torch import nn
 
 pytest.importorskip("hypothesis")
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 
@@ -85,7 +86,7 @@ class Network(nn.Module):
         return self.layers(x)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@longer(25)
 @given(
     parts=st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=5),
     width=st.sampled_from([4, 8]),

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzz import longer
+from hypothesis import given
 from hypothesis import strategies as st
 from oracle import captured, check, error, one_at_a_time, square
 from torch import nn
@@ -204,7 +205,7 @@ convolutions = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@longer(60)
 @given(convolutions)
 def test_any_convolution_agrees_with_autograd(c):
     torch.manual_seed(c["seed"])
@@ -220,7 +221,7 @@ def test_any_convolution_agrees_with_autograd(c):
     check(layer, {"input": x})
 
 
-@settings(max_examples=40, deadline=None)
+@longer(40)
 @given(
     sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     positions=st.lists(st.integers(1, 4), max_size=3),

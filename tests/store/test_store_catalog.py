@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from fuzz import FUZZ
 
 from dmin.runtime.errors import DminError
 from dmin.store import Store, StoreWriter
@@ -89,7 +90,7 @@ def test_a_damaged_catalog_hides_nothing(path, settled):
     whole, content = store.digest(), (path / NAME).read_bytes()
     generator = random.Random(0)
     outcomes = set()
-    for _ in range(150):
+    for _ in range(40 * FUZZ):
         damaged = bytearray(content)
         damaged[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
         (path / NAME).write_bytes(damaged)
@@ -119,7 +120,7 @@ def test_a_catalog_that_cannot_be_kept_changes_nothing(path, monkeypatch):
 def test_a_bit_that_flips_after_opening_is_found_when_it_is_read(path):
     store = Store(path)
     generator = random.Random(1)
-    for _ in range(20):
+    for _ in range(20 * FUZZ):
         row = generator.randrange(30)
         segment = path / store.segments[store._segment[row]].path.name
         content = segment.read_bytes()

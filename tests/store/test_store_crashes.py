@@ -8,13 +8,14 @@ import time
 
 import numpy as np
 import pytest
+from fuzz import FUZZ
 
 from dmin.runtime import files as files_module
 from dmin.runtime.errors import DminError
 from dmin.store import Store, StoreWriter
 from dmin.store import writer as writer_module
 
-KILLS = 200
+KILLS = 40 * FUZZ
 
 
 def write(path, manifest, make_rows, blocks=None, report=None, **options):
@@ -179,8 +180,8 @@ def test_every_flipped_bit_is_found(sealed):
     segment = sorted(sealed.glob("*.h5"))[1]
     content = segment.read_bytes()
     generator = random.Random(0)
-    places = [generator.randrange(len(content)) for _ in range(150)]
-    places += [generator.randrange(3000) for _ in range(150)]  # mostly HDF5's own
+    places = [generator.randrange(len(content)) for _ in range(30 * FUZZ)]
+    places += [generator.randrange(3000) for _ in range(30 * FUZZ)]  # mostly HDF5's own
     for place in [0, len(content) - 1, *places]:
         damaged = bytearray(content)
         damaged[place] ^= 1 << generator.randrange(8)
