@@ -6,18 +6,17 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import differences, fingerprint
 from dmin.store.catalog import Catalog
-from dmin.store.encoding import STORED_AS, decode, word_sums
+from dmin.store.encoding import decode, word_sums
 from dmin.store.manifest import Layout, require_count
-from dmin.store.mapped import Mapped
+from dmin.store.rows import MappedRows, Metadata
 from dmin.store.segments import Segment, read_manifest, removed_rows
 
 
@@ -52,7 +51,7 @@ class Store:
         self._catalog = catalog = Catalog.of(self.path, self.manifest, verify)
         blocks = np.concatenate([np.empty(0, np.int64), *catalog.blocks])
         starts, counts = self.manifest.spans(blocks)
-        held = _ranges(starts, counts)
+        self._held = held = _ranges(starts, counts)  # places in the dataset of the catalog's rows
         # Two writers may have raced for a block: backwards, so that the first by name wins.
         place = np.full(self.manifest.num_examples, -1)
         place[held[::-1]] = np.arange(len(held))[::-1]
@@ -65,16 +64,11 @@ class Store:
         self._place = place[self.positions]  # of the rows, in the catalog
         rows = catalog["rows"]
         begins = np.cumsum(rows) - rows
-        self._segment = np.repeat(np.arange(len(rows)), rows)[self._place]
-        self._offset = self._place - begins[self._segment]
-        apart = (np.diff(self._segment) != 0) | (np.diff(self._offset) != 1)
-        self._runs = np.flatnonzero(apart) + 1  # rows that do not lie right behind the one before
-        self._mapped: dict[tuple[int, str], Mapped] = {}
+        segment = np.repeat(np.arange(len(rows)), rows)[self._place]
+        offset = self._place - begins[segment]
+        files = [self.path / name for name in catalog.names]
+        self.mapped = MappedRows(files, self.manifest.layout, segment, offset)
         self._small: dict[str, np.ndarray] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the maps behind: they belong to this process."""
-        return {**self.__dict__, "_mapped": {}}
 
     @property
     def segments(self) -> list[Segment]:
@@ -115,8 +109,7 @@ class Store:
     @cached_property
     def ids(self) -> list[str]:
         """The example ids, one a row."""
-        lines = self._catalog.lines("ids")
-        all_ids: list[str] = json.loads(b"[" + b",".join(lines) + b"]")
+        all_ids = self._all_ids()
         ids = [all_ids[place] for place in self._place.tolist()]
         if len(set(ids)) < len(ids):
             twice = Counter(ids).most_common(1)[0][0]
@@ -132,18 +125,18 @@ class Store:
         Args:
             before: only of those at positions below this one.
         """
-        lines = self._catalog.lines("ids")
-        all_ids: list[str] = json.loads(b"[" + b",".join(lines) + b"]")
+        all_ids = self._all_ids()
         if before is None:
             return set(all_ids)
-        starts, counts = self.manifest.spans(
-            np.concatenate([[], *self._catalog.blocks]).astype(int)
-        )
-        early = _ranges(starts, counts) < before
-        return {all_ids[place] for place in np.flatnonzero(early)}
+        return {all_ids[place] for place in np.flatnonzero(self._held < before)}
+
+    def _all_ids(self) -> list[str]:
+        """Return the ids of all rows in the catalog, those removed included."""
+        found: list[str] = json.loads(b"[" + b",".join(self._catalog.lines("ids")) + b"]")
+        return found
 
     @cached_property
-    def metadata(self) -> "Metadata":
+    def metadata(self) -> Metadata:
         """The metadata (label, caption, file ...), one mapping a row."""
         return Metadata(self._catalog.lines("metadata"), self._place)
 
@@ -182,24 +175,6 @@ class Store:
         chosen = None if scales is None else scales[wanted]
         return decode(self.gather(readout, wanted), self.layout.dtype, chosen)
 
-    def stored(self, readout: str, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield the features of rows ``start:stop`` as they are stored and where they lie.
-
-        As many that follow are asked of the disk meanwhile. Whoever multiplies them holds them
-        against ``sums`` on the way, see :meth:`check`.
-
-        Yields:
-            Arrays ``[n, draw, T, group, dim]`` of ``STORED_AS[layout.dtype]``, in order.
-        """
-        after = min(2 * stop - start, len(self))
-        if self._on_disk(readout, np.arange(stop, after)):
-            for first, last in self._together(stop, after):
-                offsets = self._offset[first], self._offset[last - 1] + 1
-                self._map(readout, first).prefetch(*offsets)
-        for first, last in self._together(start, stop):
-            offset = self._offset[first]
-            yield self._map(readout, first).array[offset : offset + last - first]
-
     def gather(self, readout: str, indices: np.ndarray) -> np.ndarray:
         """Return chosen rows as they are stored, ``[n, draw, T, group, dim]``.
 
@@ -208,31 +183,9 @@ class Store:
         Raises:
             DminError: a row is not what was sealed.
         """
-        dtype = STORED_AS[self.layout.dtype]
-        result = np.empty((len(indices), *self.layout.row_shape), dtype=dtype)
-        segments = self._segment[indices]
-        for segment in np.unique(segments).tolist():
-            mine = np.flatnonzero(segments == segment)
-            mine = mine[np.argsort(self._offset[indices[mine]])]
-            offsets, mapped = self._offset[indices[mine]], self._map_segment(readout, segment)
-            mapped.prefetch_rows(offsets)
-            result[_as_slice(mine)] = mapped.array[_as_slice(offsets)]
+        result = self.mapped.gather(readout, indices)
         self.check(readout, indices, result)
         return result
-
-    def addresses(self, readout: str, indices: np.ndarray) -> np.ndarray:
-        """Return where chosen rows lie in memory, uint64 ``[n]``; while the store is there.
-
-        All are asked of the disk at once. Whoever reads them holds them against ``sums``.
-        """
-        segments = self._segment[indices]
-        chosen, which = np.unique(segments, return_inverse=True)
-        maps = [self._map_segment(readout, int(segment)) for segment in chosen]
-        begins = np.array([each.array.ctypes.data for each in maps], dtype=np.uint64)
-        rows = self._offset[indices].astype(np.uint64) * np.uint64(self.layout.row_bytes)
-        for number, each in enumerate(maps if self._on_disk(readout, indices) else ()):
-            each.prefetch_rows(np.sort(self._offset[indices[which == number]]))
-        return begins[which] + rows
 
     def sums(self, readout: str) -> np.ndarray | None:
         """Return the sums of the words of the rows, or None if nothing was verified."""
@@ -250,7 +203,7 @@ class Store:
 
     def corrupt(self, readout: str, row: int) -> DminError:
         """Return the error that says that a row is not what was sealed."""
-        file = self.path / self._catalog.names[self._segment[row]]
+        file = self.mapped.files[self.mapped.segment[row]]
         return DminError(
             f"Row {row} ({readout!r} of example {self.ids[row]!r}) of {file} is not what was sealed"
             f" and verified: a bit has flipped on the disk or in memory. No score was computed from"
@@ -327,72 +280,11 @@ class Store:
             raise DminError(f"The store {self.path} has no row {outside}: it has {len(self)}.")
         return wanted
 
-    def _together(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Yield the spans of rows within ``start:stop`` that lie together in one segment."""
-        inside = slice(*np.searchsorted(self._runs, [start, stop], side="right").tolist())
-        cuts = [start, *(cut for cut in self._runs[inside].tolist() if cut < stop), stop]
-        return ((first, last) for first, last in pairwise(cuts) if first < last)
-
-    def _on_disk(self, readout: str, rows: np.ndarray) -> bool:
-        """Return whether some of the rows are not in memory, as far as eight of them tell.
-
-        To ask for what is there already takes a tenth of the time that reading it does.
-        """
-        some = rows[:: max(1, len(rows) // 8)].tolist()
-        return not all(self._map(readout, row).in_memory(self._offset[row]) for row in some)
-
-    def _map(self, readout: str, row: int) -> Mapped:
-        return self._map_segment(readout, int(self._segment[row]))
-
-    def _map_segment(self, readout: str, segment: int) -> Mapped:
-        if (segment, readout) not in self._mapped:
-            path = self.path / self._catalog.names[segment]
-            # Threads that race for it must end up with one: another would be unmapped again, and
-            # its addresses lead nowhere.
-            return self._mapped.setdefault((segment, readout), Mapped(path, f"features/{readout}"))
-        return self._mapped[segment, readout]
-
-
-class Metadata(Sequence[dict[str, Any]]):
-    """The metadata of the rows, read from JSON when asked for."""
-
-    def __init__(self, lines: list[bytes], place: np.ndarray) -> None:
-        self._lines = lines
-        self._place = place
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._place)
-
-    @overload
-    def __getitem__(self, row: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, row: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        """Return the metadata of a row, or of several."""
-        if isinstance(row, slice):
-            return [json.loads(self._lines[place]) for place in self._place[row].tolist()]
-        found: dict[str, Any] = json.loads(self._lines[self._place[row]])
-        return found
-
-    def __eq__(self, other: object) -> bool:
-        """Compare with another sequence of mappings."""
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    def __hash__(self) -> int:  # as every sequence that may be compared with a list
-        raise TypeError("metadata cannot be hashed")
-
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return ``start … start + count − 1`` of all pairs, one after the other."""
     before = np.cumsum(counts) - counts
     return np.arange(counts.sum()) + np.repeat(starts - before, counts)
-
-
-def _as_slice(indices: np.ndarray) -> slice | np.ndarray:
-    """Return consecutive indices as a slice, which copies several times quicker."""
-    consecutive = (np.diff(indices) == 1).all()
-    return slice(indices[0], indices[-1] + 1) if consecutive else indices
 
 
 def check_comparable(query_store: Store, train_store: Store) -> None:

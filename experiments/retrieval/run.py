@@ -114,7 +114,7 @@ class Part:
         spans = [(at, min(at + 2000, self.n)) for at in range(0, self.n, 2000)]
 
         def touch(span):
-            return sum(int(v.view(np.int64).sum()) for v in store.stored("loss", *span))
+            return sum(int(v.view(np.int64).sum()) for v in store.mapped.runs("loss", *span))
 
         def memory():
             return list(in_threads(touch, spans, compiled=True))
@@ -211,7 +211,7 @@ class Part:
 
     def dropped(self, store):
         """Have the pages of the segments leave memory, and return the store with nothing mapped."""
-        store._mapped.clear()
+        store.mapped._maps.clear()
         gc.collect()
         for file in self.path.glob("segment-*.h5"):
             with open(file, "rb") as raw:

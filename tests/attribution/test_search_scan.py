@@ -118,7 +118,7 @@ def test_no_score_is_computed_from_a_flipped_bit(tmp_path, dtype, queries, index
     damaged = bytearray(segment.read_bytes())
     damaged[damaged.index(stored) + 5] ^= 64
     retrieve(asked, train, k=45, index=index)
-    train._mapped.clear()
+    train.mapped._maps.clear()
     segment.write_bytes(damaged)
     method, side = DMin(), FeatureSet(asked)
     linear = method.transform_query(side.block(range(queries), method.requires))

@@ -122,20 +122,20 @@ def test_a_bit_that_flips_after_opening_is_found_when_it_is_read(path):
     generator = random.Random(1)
     for _ in range(20 * FUZZ):
         row = generator.randrange(30)
-        segment = path / store.segments[store._segment[row]].path.name
+        segment = store.mapped.files[store.mapped.segment[row]]
         content = segment.read_bytes()
-        stored = store._map("square", row).array[store._offset[row]].tobytes()
+        stored = store.mapped.gather("square", np.array([row])).tobytes()
         damaged = bytearray(content)
         damaged[content.index(stored) + generator.randrange(len(stored))] ^= (
             1 << generator.randrange(8)
         )
-        store._mapped.clear()
+        store.mapped._maps.clear()
         segment.write_bytes(damaged)
         message = rf"Row {row} \('square' of example 'bild-é-{row}'\) of .*{segment.name} is not"
         with pytest.raises(DminError, match=message) as caught:
             store.features("square")
         assert "dmin store verify" in str(caught.value)
-        store._mapped.clear()
+        store.mapped._maps.clear()
         segment.write_bytes(content)
     assert store.features("square").shape[0] == 30
 

@@ -45,7 +45,7 @@ def test_features_lengths_and_views(tmp_path, make_manifest, make_rows, dtype, s
     np.testing.assert_allclose(store.lengths("loss"), lengths, rtol=1e-6)
     scales = store.scales("loss")
     for start, stop in ((0, 30), (0, 0), (3, 4), (4, 8), (5, 23), (29, 30)):
-        views = list(store.stored("loss", start, stop))
+        views = list(store.mapped.runs("loss", start, stop))
         assert all(view.dtype == STORED_AS[dtype] for view in views)
         joined = np.concatenate([*views, np.empty((0, *features.shape[1:]), STORED_AS[dtype])])
         chosen = None if scales is None else scales[start:stop]
@@ -94,7 +94,7 @@ def test_datasets_that_cannot_be_mapped_are_read(tmp_path, make_manifest, make_r
     with h5py.File(segment, "a") as file:
         del file["features/loss"]
         file.create_dataset("features/loss", data=want, chunks=True, compression="gzip")
-    views = Store(tmp_path / "s", verify=False).stored("loss", 2, 25)
+    views = Store(tmp_path / "s", verify=False).mapped.runs("loss", 2, 25)
     assert np.array_equal(np.concatenate(list(views)), want[2:25])
 
 

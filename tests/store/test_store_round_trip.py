@@ -15,7 +15,7 @@ import pytest
 from dmin.runtime.errors import DminError
 from dmin.store import Rows, Store, StoreWriter, check_comparable
 from dmin.store import mapped as mapped_module
-from dmin.store import reader as reader_module
+from dmin.store import rows as rows_module
 from dmin.store import writer as writer_module
 from dmin.store.catalog import NAME as CATALOG
 
@@ -104,9 +104,9 @@ def test_chosen_rows(tmp_path, make_manifest, make_rows, segment_bytes):
 def test_only_what_is_needed_is_read(tmp_path, make_manifest, make_rows, monkeypatch):
     store = write(tmp_path / "s", make_manifest(), make_rows, segment_bytes=1)
     opened = []
-    original = reader_module.Mapped
+    original = rows_module.Mapped
     monkeypatch.setattr(
-        reader_module, "Mapped", lambda path, name: opened.append(path.name) or original(path, name)
+        rows_module, "Mapped", lambda path, name: opened.append(path.name) or original(path, name)
     )
     store.features("loss", 5, 7)
     assert [name[:16] for name in opened] == ["segment-00000001"]
@@ -120,7 +120,7 @@ def test_rows_that_are_wanted_are_asked_for_at_once(
     store = write(tmp_path / "s", make_manifest(), make_rows)
     asked = []
     monkeypatch.setattr(
-        reader_module.Mapped, "prefetch", lambda self, start, stop: asked.append((start, stop))
+        rows_module.Mapped, "prefetch", lambda self, start, stop: asked.append((start, stop))
     )
     store.rows("loss", [29, 11, 3, 10])
     monkeypatch.setattr(mapped_module, "NEAR", 1)
@@ -140,7 +140,7 @@ def test_a_store_may_have_more_segments_than_files_may_be_open(tmp_path, make_ma
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 20, before[1]))
         assert store.features("loss").shape[0] == 120
-        assert sum(len(part) for part in store.stored("loss", 0, 120)) == 120
+        assert sum(len(part) for part in store.mapped.runs("loss", 0, 120)) == 120
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
@@ -152,19 +152,19 @@ def test_what_is_in_memory_is_not_asked_of_the_disk(
     with StoreWriter(tmp_path, manifest) as writer:
         writer.append(0, make_rows(manifest, 0))
     store = Store(tmp_path)
-    asked, original = [], reader_module.Mapped.prefetch
+    asked, original = [], rows_module.Mapped.prefetch
     monkeypatch.setattr(
-        reader_module.Mapped, "prefetch", lambda self, start, stop: asked.append((start, stop))
+        rows_module.Mapped, "prefetch", lambda self, start, stop: asked.append((start, stop))
     )
     there = False
-    monkeypatch.setattr(reader_module.Mapped, "in_memory", lambda self, row: there)
-    store.addresses("loss", np.arange(3, 9)), list(store.stored("loss", 0, 10))
+    monkeypatch.setattr(rows_module.Mapped, "in_memory", lambda self, row: there)
+    store.mapped.addresses("loss", np.arange(3, 9)), list(store.mapped.runs("loss", 0, 10))
     assert asked == [(3, 9), (10, 20)]
-    monkeypatch.setattr(reader_module.Mapped, "prefetch", original)  # the disk is asked indeed
-    store.addresses("loss", np.arange(3, 9)), list(store.stored("loss", 0, 10))
-    monkeypatch.setattr(reader_module.Mapped, "prefetch", lambda *_: asked.append(_))
+    monkeypatch.setattr(rows_module.Mapped, "prefetch", original)  # the disk is asked indeed
+    store.mapped.addresses("loss", np.arange(3, 9)), list(store.mapped.runs("loss", 0, 10))
+    monkeypatch.setattr(rows_module.Mapped, "prefetch", lambda *_: asked.append(_))
     there = True
-    store.addresses("loss", np.arange(3, 9)), list(store.stored("loss", 0, 10))
+    store.mapped.addresses("loss", np.arange(3, 9)), list(store.mapped.runs("loss", 0, 10))
     assert len(asked) == 2
 
 
@@ -172,17 +172,17 @@ def test_threads_that_race_for_a_segment_map_it_once(
     tmp_path, make_manifest, make_rows, monkeypatch
 ):
     store = write(tmp_path / "s", make_manifest(), make_rows)
-    original, gate = reader_module.Mapped, threading.Barrier(4)
+    original, gate = rows_module.Mapped, threading.Barrier(4)
 
     def together(path, name):
         gate.wait(30)
         return original(path, name)
 
-    monkeypatch.setattr(reader_module, "Mapped", together)
+    monkeypatch.setattr(rows_module, "Mapped", together)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: store.addresses("loss", np.arange(30)), range(4)))
+        found = list(pool.map(lambda _: store.mapped.addresses("loss", np.arange(30)), range(4)))
     assert all(np.array_equal(found[0], other) for other in found)
-    assert found[0][0] == store._map("loss", 0).array.ctypes.data
+    assert found[0][0] == next(store.mapped.runs("loss", 0, 1)).ctypes.data
 
 
 def test_what_is_not_there_is_named(tmp_path, make_manifest, make_rows):

@@ -111,7 +111,7 @@ def _parts(
     """
     draws, steps, groups, dim = store.layout.row_shape
     sums, first = store.sums(readout), span[0]
-    for run in store.stored(readout, *span):
+    for run in store.mapped.runs(readout, *span):
         last = first + len(run)
         shape = len(run), draws * steps, groups * dim
         if factors is None:
@@ -203,7 +203,7 @@ def scores_of_rows(
 
     def score(span: Span) -> None:
         part = rows[slice(*span)]
-        where = store.addresses(readout, part)
+        where = store.mapped.addresses(readout, part)
         scale = (
             np.ones((len(part), draws * steps), np.float32)
             if factors is None
