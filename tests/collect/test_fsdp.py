@@ -55,10 +55,17 @@ def places(ddpm_path):
 
 @pytest.fixture(scope="module")
 def sharded(places, tmp_path_factory):
-    """Stores of two processes each, and of few examples: one process has no block at all."""
+    """Stores of two processes each."""
     folder = tmp_path_factory.mktemp("sharded")
-    jobs = [job(name, places[name], folder / name) for name in NAMES]
-    jobs.append(job("ddpm", places["ddpm"], folder / "few", count=3))
+    run(*(job(name, places[name], folder / name) for name in NAMES))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unusual(places, tmp_path_factory):
+    """The same in other ways, and of few examples: one process has no block at all."""
+    folder = tmp_path_factory.mktemp("unusual")
+    jobs = [job("ddpm", places["ddpm"], folder / "few", count=3)]
     jobs.append(job("ddpm", places["ddpm"], folder / "offload", offload=True))
     mixed = {"mixed": True}
     jobs.append(job(MIXED, places[MIXED], folder / "mixed", changes=mixed))
@@ -73,27 +80,31 @@ def sharded(places, tmp_path_factory):
 def test_rows_are_those_of_the_whole_network(name, places, sharded, tmp_path):
     whole = collect(name, load(name, places[name]), tmp_path / "whole", 9)
     assert_same(Store(sharded / name), whole)
-    if name == "dit":
-        assert_same(Store(sharded / "recomputed"), whole)
 
 
 @pytest.mark.slow
-def test_images_of_several_shapes_keep_step(places, sharded, tmp_path):
+def test_activations_may_be_recomputed(places, unusual, tmp_path):
+    whole = collect("dit", load("dit", places["dit"]), tmp_path / "whole", 9)
+    assert_same(Store(unusual / "recomputed"), whole)
+
+
+@pytest.mark.slow
+def test_images_of_several_shapes_keep_step(places, unusual, tmp_path):
     # Blocks are cut into passes of one shape: two processes have different numbers of them.
     model = load(MIXED, places[MIXED])
-    assert_same(Store(sharded / "mixed"), collect(MIXED, model, tmp_path / "one", 9, mixed=True))
+    assert_same(Store(unusual / "mixed"), collect(MIXED, model, tmp_path / "one", 9, mixed=True))
 
 
 @pytest.mark.slow
-def test_a_process_without_a_block_of_its_own_keeps_step(places, sharded, tmp_path):
+def test_a_process_without_a_block_of_its_own_keeps_step(places, unusual, tmp_path):
     whole = collect("ddpm", load("ddpm", places["ddpm"]), tmp_path / "whole", 3)
-    assert_same(Store(sharded / "few"), whole)
+    assert_same(Store(unusual / "few"), whole)
 
 
 @pytest.mark.slow
-def test_weights_may_wait_in_host_memory(places, sharded, tmp_path):
+def test_weights_may_wait_in_host_memory(places, unusual, tmp_path):
     whole = collect("ddpm", load("ddpm", places["ddpm"]), tmp_path / "whole", 9)
-    assert_same(Store(sharded / "offload"), whole)
+    assert_same(Store(unusual / "offload"), whole)
     run(job("ddpm", places["ddpm"], tmp_path / "alone", offload=True, devices=1))
     assert_same(Store(tmp_path / "alone"), whole)
 
