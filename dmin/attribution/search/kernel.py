@@ -25,9 +25,11 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from dmin.runtime.jit import compiled
 
 WIDE = bool(get_host_cpu_features().get("avx512f"))
 LANES = 16 if WIDE else 8  # float32 in a vector
@@ -38,14 +40,6 @@ TILE, COLUMNS, TOGETHER = 32, 1024, 64
 LINE, AHEAD = 64, 2048  # bytes that memory gives at a time, and how far ahead rows are fetched
 INT, FLOAT, HALF = ir.IntType(32), ir.FloatType(), ir.HalfType()
 FUSED = ("contract",)
-
-
-def _loop(function: Any) -> Any:
-    """Compile when first called, and keep that on disk where there is a place for it."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither this folder nor the user's own can be written
-        return njit(nogil=True)(function)
 
 
 def _widened(builder: Any, stored: Any, value: Any, shape: Callable[[Any], Any]) -> Any:
@@ -244,7 +238,7 @@ _few_queries = products(QUERIES, first=True)
 _more_queries = products(QUERIES, first=False)
 
 
-@_loop
+@compiled
 def multiplied(like: Any, addresses: Any, factors: Any, sums: Any, queries: Any, scores: Any):
     """Fill the scores of rows, wherever they lie; return the first that is not sound, or −1.
 
@@ -278,7 +272,7 @@ def multiplied(like: Any, addresses: Any, factors: Any, sums: Any, queries: Any,
     return -1
 
 
-@_loop
+@compiled
 def _add(like, addresses, factors, queries, q, i, part, scores, seen):
     """Add what some columns of four rows give with up to four queries."""
     (s, x, columns), (asked, steps, width) = part, queries.shape
@@ -307,7 +301,7 @@ def _add(like, addresses, factors, queries, q, i, part, scores, seen):
             scores[q + a, i + r] += found[a * ROWS + r] * factors[i + r, s]
 
 
-@_loop
+@compiled
 def _four(addresses: Any, i: int, offset: Any) -> Any:
     """Return where four rows lie; past the end, the last, so that none meets other instructions."""
     last = len(addresses) - 1
@@ -319,7 +313,7 @@ def _four(addresses: Any, i: int, offset: Any) -> Any:
     )
 
 
-@_loop
+@compiled
 def decoded(rows: Any, factors: Any, sums: Any, out: Any) -> int:
     """Fill ``out[i, s] = factors[i, s] rows[i, s]``, float32; result as above.
 

@@ -12,11 +12,12 @@ The module is imported when first needed: it compiles once and is cached on disk
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+
+from dmin.runtime.jit import compiled
 
 BETA1, BETA2, TINY = 0.9, 0.999, 1e-8  # those of torch's AdamW
 TIME, LABEL, LAYERS = 0, 4, 5  # numbers of the first tensor of each kind: see film_training
@@ -59,23 +60,10 @@ class Kept(NamedTuple):
     df: Any
 
 
-def _jit(function: Callable, inline: str = "never") -> Any:
-    """Compile a function when it is first called; keep it on disk where there is a place."""
-    settings: dict[str, Any] = {
-        "inline": inline,
-        "nogil": True,
-        "error_model": "numpy",
-        "fastmath": {"contract", "reassoc", "nsz", "arcp"},
-    }
-    try:
-        return njit(cache=True, **settings)(function)
-    except RuntimeError:  # neither this folder nor the user's cache can be written
-        return njit(**settings)(function)
-
-
-def _part(function: Callable) -> Any:
-    """Compile a function into its caller, where it is known that no two arrays overlap."""
-    return _jit(function, inline="always")
+_jit = partial(
+    compiled, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"}, inline="never"
+)
+_part = partial(_jit, inline="always")  # in its caller it is known that no two arrays overlap
 
 
 @_jit

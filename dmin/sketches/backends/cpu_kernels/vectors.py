@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -10,6 +11,8 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+
+from dmin.runtime import jit
 
 _FEATURES = llvm.get_host_cpu_features()
 # Lanes of a vector, and the product that fills the registers with accumulators.
@@ -19,18 +22,10 @@ WIDTH, ROWS, VECTORS = (
 COLUMNS = VECTORS * WIDTH
 WORD = 32  # signs in a hashed word
 
+compiled: Callable[[Callable], Any] = partial(jit.compiled, error_model="numpy")
 inlined: Callable[[Callable], Any] = njit(
     nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"}
 )
-
-
-def compiled(function: Callable) -> Any:
-    """Compile a function when it is first called; keep it on disk where there is a place."""
-    settings: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **settings)(function)
-    except RuntimeError:  # neither this folder nor the user's cache can be written
-        return njit(**settings)(function)
 
 
 def _generated(function: Callable) -> Any:
