@@ -112,7 +112,7 @@ def test_a_catalog_that_cannot_be_kept_changes_nothing(path, monkeypatch):
     def refused(*_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(catalog_module.os, "replace", refused)
+    monkeypatch.setattr(catalog_module.os, "rename", refused)
     assert Store(path).digest() == Store(path).digest()
     assert not (path / NAME).exists() and not list(path.glob("*.tmp"))
 
