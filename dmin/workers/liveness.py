@@ -173,7 +173,7 @@ class LivenessMonitor:
             report = said.get(share)
             if report is None:
                 if now - self._beats[share][1] > SILENT * EVERY:
-                    lost[share] = "never gave a sign of life here: does it see this folder?"
+                    lost[share] = "never gave a heartbeat here: does it see this folder?"
                 continue
             if report.beat != self._beats[share][0]:
                 self._beats[share] = report.beat, now
@@ -186,7 +186,7 @@ class LivenessMonitor:
             if report.dead:
                 lost[share] = f"{report.who} was killed"
             elif quiet > SILENT * report.every:
-                lost[share] = f"{report.who} has given no sign of life for {quiet:.0f} s"
+                lost[share] = f"{report.who} has given no heartbeat for {quiet:.0f} s"
             elif idle > stuck:
                 lost[share] = f"{report.who} has finished no block for {idle:.0f} s"
         return said, lost

@@ -8,7 +8,6 @@ import pytest
 from attribution.made_stores import drawn, made
 
 from dmin.cli import main
-from dmin.cli.tools.status import duration
 from dmin.workers.heartbeat import Heartbeat
 from dmin.workers.lock import claim
 from dmin.workers.shard import Shard
@@ -91,11 +90,3 @@ def test_it_does_without_torch(half):
     check = "import sys; from dmin.cli import main; main(sys.argv[1:]); assert 'torch' not in "
     line = [sys.executable, "-c", f"{check} sys.modules", "status", str(half)]
     subprocess.run(line, check=True, capture_output=True, timeout=60)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(3.4, "3 s"), (185, "3:05 min"), (7800, "2:10 h"), (3.1 * 86400, "3.1 days")],
-)
-def test_times_are_written_for_people(seconds, text):
-    assert duration(seconds) == text

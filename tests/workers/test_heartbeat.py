@@ -154,7 +154,7 @@ def test_a_watch_sees_who_is_lost_and_why(tmp_path, quick, monkeypatch):
         ranks[0].say(state="collecting")
         lost = watch.look()[1]
     assert shares[0] not in lost and "was killed" in lost[shares[1]]
-    assert "no sign of life" in lost[shares[2]]
+    assert "no heartbeat" in lost[shares[2]]
     assert "never gave a sign" in lost[shares[3]]
 
 

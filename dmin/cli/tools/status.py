@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmin.cli.tools.arguments import Arguments
 from dmin.runtime.errors import DminError
+from dmin.runtime.formatting import span, spans
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -167,7 +168,7 @@ def lines(status: Status) -> list[str]:
         left = status.seconds_left
         told.append(
             f"  {len(running)} at work, {status.rate:,.2f} rows/s together, "
-            + ("time left not known yet" if left is None else f"{duration(left)} left")
+            + ("time left not known yet" if left is None else f"{span(left)} left")
         )
     dead = [each for each in status.reports if not each.running and not each.ended]
     if dead:
@@ -177,8 +178,6 @@ def lines(status: Status) -> list[str]:
             f"had not sealed"
         )
     if status.unattended:
-        from dmin.runtime.formatting import spans
-
         told.append(
             f"  [red]{len(status.unattended):,} missing blocks are nobody's[/] (numbers "
             f"{spans(status.unattended)}): give the command again that began them, it resumes"
@@ -211,8 +210,8 @@ def table(status: Status) -> Table:
             state,
             f"{each.done:,}/{each.blocks:,}",
             f"{each.rate:,.2f}" if each.rate else "",
-            "" if left is None else duration(left),
-            f"{duration(each.age)} ago",
+            "" if left is None else span(left),
+            f"{span(each.age)} ago",
             style=style,
         )
         if each.note and state in ("failed", "stopped"):
@@ -220,17 +219,6 @@ def table(status: Status) -> Table:
     if len(ordered) > SHOWN:
         made.add_row(f"and {len(ordered) - SHOWN:,} more: json=true lists all")
     return made
-
-
-def duration(seconds: float) -> str:
-    """Write a time for people: ``40 s``, ``3:05 min``, ``2:10 h``, ``3.1 days``."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)}:{int(seconds % 60):02d} min"
-    if seconds < 48 * 3600:
-        return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d} h"
-    return f"{seconds / 86400:.1f} days"
 
 
 def _overview(as_json: bool) -> int:
@@ -260,7 +248,7 @@ def _overview(as_json: bool) -> int:
             else f"{100 * each.rows / each.manifest.num_examples:.1f} %",
             str(len(each.running) or ""),
             f"{each.rate:,.2f}" if each.rate else "",
-            "" if left is None else duration(left),
+            "" if left is None else span(left),
             style="red" if each.unattended else None,
         )
     console().print(made)
