@@ -171,7 +171,9 @@ class Collector:
             ) from error
         return Features.joined(parts, (len(inputs.x0), self.noise.draws, len(self.timesteps)))
 
-    def run(self, batch: NoisedBatch, peak: PeakMemory | None = None) -> Features:
+    def run(
+        self, batch: NoisedBatch, peak: PeakMemory | None = None, scale: Tensor | float = 1.0
+    ) -> Features:
         """Return the features of pairs, their leading axis.
 
         One forward pass and one backward pass a readout; a GPU is not waited for.
@@ -179,6 +181,7 @@ class Collector:
         Args:
             batch: the pairs.
             peak: is told what the pass takes.
+            scale: what readouts are multiplied by before they are differentiated, ``[pairs]``.
         """
         values, norms = {}, {}
         with (
@@ -190,11 +193,10 @@ class Collector:
                 peak.forward_done()
             for name in self.readouts:
                 last = name == self.readouts[-1]
-                rows = capture.backward(READOUTS[name](prediction), keep_graph=not last)
+                rows = capture.backward(READOUTS[name](prediction) * scale, keep_graph=not last)
                 norm = rows.squared_norm.sum(1).sqrt()
                 # A gradient of exactly zero (a saturated loss) stays a row of zeros.
-                scale = torch.where(norm > 0, norm, 1)[:, None, None]
-                values[name] = rows.values / scale
+                values[name] = rows.values / torch.where(norm > 0, norm, 1)[:, None, None]
                 norms[name] = rows.squared_norm.sqrt()
             if peak is not None:
                 peak.backward_done()

@@ -17,6 +17,7 @@ from dmin.collect.collector import Collector
 from dmin.collect.encodings_cache import Encoded, EncodingsCache
 from dmin.collect.features import Block, Features, rows_of
 from dmin.collect.fsdp import LockstepPasses, explain_lost_peer, shard
+from dmin.collect.guard import Guard
 from dmin.collect.microbatch import agree_on_microbatch, find_microbatch, note_of
 from dmin.collect.peak_memory import PeakMemory
 from dmin.collect.progress_bar import CollectionProgress
@@ -57,6 +58,7 @@ class Session(lightning.LightningModule):
         self.collector, self.model = collector, collector.model
         self.store, self.heartbeat, self.stop = store, heartbeat, stop
         self.encodings, self.peak = encodings, peak
+        self.guard = Guard(collector)
         self.pairs = collector.pairs  # in one pass
         self.lockstep: LockstepPasses | None = None  # with those that share the network
         self._first: tuple[list[int], str] | None = None  # shape and name of the first example
@@ -177,9 +179,13 @@ class Session(lightning.LightningModule):
 
     def _pass(self, batch: NoisedBatch) -> Features:
         self.writer.between_passes()
-        if self.lockstep is None:
-            return self.collector.run(batch, self.peak)
-        return self.lockstep.padded(batch, lambda full: self.collector.run(full, self.peak))
+        return self._run(batch) if self.lockstep is None else self.lockstep.padded(batch, self._run)
+
+    def _run(self, batch: NoisedBatch) -> Features:
+        state = torch.get_rng_state()
+        found = self.collector.run(batch, self.peak)
+        self.guard.check(batch, found, state, alone=self.lockstep is None)
+        return found
 
     def _number(self, block: Block) -> int:
         return int(min(block[0]["position"])) // self.data.block_size

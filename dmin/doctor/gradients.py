@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.gradients.capture import Capture
-from dmin.gradients.factors import GradientFactors
 from dmin.gradients.parameters import Parameter, Parameters
+from dmin.gradients.recorder import Recorder
+from dmin.models.autograd import by_autograd
 from dmin.models.base import READOUTS, DiffusionModel
 
 # Scalars of one example's gradient that are compared at once: a quarter of a GiB in fp32.
@@ -85,7 +86,9 @@ def compare(
             )
         for i in range(count):
             alone, _ = _captured(model, chunk, inputs.rows(slice(i, i + 1)), readout, budget)
-            true = _by_autograd(model, chunk, inputs.rows(slice(i, i + 1)), readout)
+            true = by_autograd(
+                model, [e.name for e in chunk], inputs.rows(slice(i, i + 1)), readout
+            )
             for name, gradient in true.items():
                 found.norm[name][i] = _norm(gradient)
                 found.wrong[name][i] = _norm(alone[name][0] - gradient)
@@ -101,7 +104,7 @@ def _captured(
     budget: int | None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return captured gradients ``[pairs, *shape]`` and the path of each."""
-    recorder = _Recorder(Parameters(tuple(entries)))
+    recorder = Recorder(Parameters(tuple(entries)))
     with torch.enable_grad(), Capture(model.network, recorder, budget) as capture:
         gradients = capture.backward(READOUTS[readout](model.predict(*inputs)))
         paths = capture.coverage
@@ -109,47 +112,6 @@ def _captured(
         if entry.name not in gradients:  # unused
             gradients[entry.name] = inputs.x0.new_zeros(len(inputs.x0), *entry.shape).float()
     return gradients, paths
-
-
-def _by_autograd(
-    model: DiffusionModel, entries: Sequence[Parameter], inputs: NoisedBatch, readout: str
-) -> dict[str, Tensor]:
-    """Return the gradient of one example, by name."""
-    named = dict(model.network.named_parameters())
-    chosen = {entry.name: named[entry.name] for entry in entries}
-    required = {name: p.requires_grad for name, p in named.items()}
-    try:
-        for name, p in named.items():
-            p.requires_grad_(name in chosen)
-        with torch.enable_grad():
-            value = READOUTS[readout](model.predict(*inputs)).sum()
-            found = torch.autograd.grad(value, list(chosen.values()), allow_unused=True)
-    finally:
-        for name, p in named.items():
-            p.requires_grad_(required[name])
-    return {
-        name: torch.zeros_like(p) if gradient is None else gradient.to_dense()
-        for (name, p), gradient in zip(chosen.items(), found, strict=True)
-    }
-
-
-class _Recorder:
-    """A sink that keeps the gradients of a pass in full, by name."""
-
-    def __init__(self, parameters: Parameters) -> None:
-        self.parameters = parameters
-
-    def begin(self, batch: int, like: Tensor, budget: int) -> dict[str, Tensor]:
-        """Start a pass."""
-        return {}
-
-    def add(self, state: dict[str, Tensor], name: str, factors: GradientFactors) -> None:
-        """Keep the gradients of one parameter."""
-        state[name] = factors.dense()
-
-    def finish(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the gradients, ``[batch, *shape]`` by name."""
-        return state
 
 
 def _chunks(entries: Sequence[Parameter]) -> Iterator[list[Parameter]]:

@@ -99,7 +99,7 @@ def test_a_run_that_dies_in_its_gradients_resumes_without_encoders(digits, tmp_p
     model = Latent()
 
     def die(module, args):
-        if encoded(model.log, "network") == [16, 16, 16]:
+        if encoded(model.log, "network").count(16) == 4:  # the first is checked by another
             raise MemoryError("no more")
 
     handle = model.network.register_forward_pre_hook(die)
@@ -109,7 +109,8 @@ def test_a_run_that_dies_in_its_gradients_resumes_without_encoders(digits, tmp_p
     assert Store(tmp_path / "s").missing_blocks == [2, 3]
     model.log.clear()
     assert collect(model, digits, tmp_path / "s").digest() == reference
-    assert encoded(model.log) == [] and encoded(model.log, "network") == [16, 4]
+    passes = [size for size in encoded(model.log, "network") if size > 1]
+    assert encoded(model.log) == [] and passes == [16, 16, 4, 4]  # each size is checked once
 
 
 def test_damaged_encodings_are_refused_and_can_be_mended(digits, tmp_path, reference):

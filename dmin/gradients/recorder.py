@@ -1,0 +1,37 @@
+"""A sink that keeps gradients in full, for checks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from dmin.gradients.factors import GradientFactors
+from dmin.gradients.parameters import Parameters
+
+
+class Recorder:
+    """A sink that keeps gradients as they are, by name.
+
+    Args:
+        parameters: whose gradients are wanted.
+        full: names of those to keep in full; of the others it is only noted that they have a
+            gradient. None keeps all.
+    """
+
+    def __init__(self, parameters: Parameters, full: Collection[str] | None = None) -> None:
+        self.parameters = parameters
+        self.full = parameters.by_name if full is None else full
+
+    def begin(self, batch: int, like: Tensor, budget: int) -> dict[str, Tensor]:
+        """Start a pass."""
+        return {}
+
+    def add(self, state: dict[str, Tensor], name: str, factors: GradientFactors) -> None:
+        """Keep the gradients of one parameter."""
+        state[name] = factors.dense() if name in self.full else torch.empty(0)
+
+    def finish(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradients by name, ``[batch, *shape]``; those of unused parameters lack."""
+        return state

@@ -1,0 +1,45 @@
+"""Gradients by plain autograd: the oracle that captured ones are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from dmin.diffusion.inputs import NoisedBatch
+from dmin.models.base import READOUTS, DiffusionModel
+
+
+def by_autograd(
+    model: DiffusionModel, names: Collection[str], inputs: NoisedBatch, readout: str
+) -> dict[str, Tensor]:
+    """Return the gradients of a readout of one pair by plain autograd.
+
+    Args:
+        model: its network's parameters are given back as they were.
+        names: of the parameters.
+        inputs: one pair.
+        readout: what is differentiated, of ``READOUTS``.
+
+    Returns:
+        ``[*shape]`` by name; zeros where the readout does not depend on the parameter.
+    """
+    named = dict(model.network.named_parameters())
+    chosen = {name: named[name] for name in names}
+    required = {name: p.requires_grad for name, p in named.items()}
+    try:
+        for name, p in named.items():
+            p.requires_grad_(name in chosen)
+        with torch.enable_grad():
+            value = READOUTS[readout](model.predict(*inputs)).sum()
+            found: Sequence[Tensor | None] = [None] * len(chosen)
+            if value.requires_grad:
+                found = torch.autograd.grad(value, list(chosen.values()), allow_unused=True)
+    finally:
+        for name, p in named.items():
+            p.requires_grad_(required[name])
+    return {
+        name: torch.zeros_like(p) if gradient is None else gradient.to_dense()
+        for (name, p), gradient in zip(chosen.items(), found, strict=True)
+    }
