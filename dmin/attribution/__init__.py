@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
 from dmin.attribution.merge import merged
 from dmin.attribution.method import Method
@@ -75,37 +71,3 @@ __all__ = [
     "save_ranking",
     "score_matrix",
 ]
-
-
-def _spectral_energy(
-    alpha: float | None = 1.0,
-    p: float = 1.0,
-    weights: Any = None,
-    rank: int | None = None,
-    memory: int = 1 << 30,
-    passes: int = 2,
-    effective: float | None = None,
-) -> SharpEnergy:
-    return SharpEnergy(
-        alpha, p, weights, 0.0, 1.0, rank, memory, passes, effective, "spectral_energy"
-    )
-
-
-# Classes of 0.1.0 that are settings of another today, as `conf/method` has them.
-_OLD: dict[str, Callable[..., Method]] = {
-    "DMinUnnormalised": partial(DMin, lengths=True),
-    "DTRAK": partial(TRAK, readout="mean_squared_output", name="d_trak"),
-    "DTRAKEnsemble": partial(TRAKEnsemble, readout="mean_squared_output", name="d_trak_ensemble"),
-    "GAS": partial(OverCheckpoints, GradCos(), name="gas"),
-    "RelativeIF": partial(TRAK, divisor="change", name="relative_if"),
-    "RenormalisedIF": partial(TRAK, divisor="length", name="renormalised_if"),
-    "SpectralEnergy": _spectral_energy,
-    "TracIn": partial(OverCheckpoints, GradDot(), name="tracin"),
-}
-
-
-def __getattr__(name: str) -> Callable[..., Method]:
-    """Return what makes a method by its name in 0.1.0."""
-    if name in _OLD:
-        return _OLD[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,10 @@
 """Stores written with given rows, and scores of them in float64."""
 
 import numpy as np
+import yaml
+from hydra.utils import instantiate
 
+from dmin.cli.config.groups import config_directory
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter
 
 TIMES = (900.0, 500.0, 100.0)
@@ -39,6 +42,12 @@ def made(
                 ),
             )
     return Store(path)
+
+
+def preset(name, **settings):
+    """Make a method as its YAML has it, with some settings changed."""
+    text = (config_directory() / f"method/{name}.yaml").read_text()
+    return instantiate({**yaml.safe_load(text), **settings})
 
 
 def drawn(n, draws=1, times=3, groups=1, dim=16, seed=0):

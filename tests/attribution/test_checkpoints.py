@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from made_stores import drawn, made
+from made_stores import drawn, made, preset
 
 from dmin.attribution import (
-    GAS,
     TRAK,
     DMin,
     FeatureSet,
@@ -14,7 +13,6 @@ from dmin.attribution import (
     JourneyTRAK,
     OverCheckpoints,
     Spectral,
-    TracIn,
     TRAKEnsemble,
     retrieve,
     score_matrix,
@@ -22,6 +20,10 @@ from dmin.attribution import (
 from dmin.runtime.errors import DminError
 
 NAMES = ("later", "last")
+
+
+def tracin(checkpoints=(), weights=None):
+    return preset("tracin", checkpoints=list(checkpoints), weights=weights)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +48,9 @@ def alone(sides, method):
 @pytest.mark.parametrize(
     ("average", "method", "weights"),
     [
-        (TracIn(NAMES), GradDot(), [1, 1, 1]),
-        (TracIn(NAMES, [3e-3, 1e-3, 1e-4]), GradDot(), [3e-3, 1e-3, 1e-4]),
-        (GAS(NAMES), GradCos(), [1, 1, 1]),
+        (tracin(NAMES), GradDot(), [1, 1, 1]),
+        (tracin(NAMES, [3e-3, 1e-3, 1e-4]), GradDot(), [3e-3, 1e-3, 1e-4]),
+        (preset("gas", checkpoints=list(NAMES)), GradCos(), [1, 1, 1]),
         (TRAKEnsemble(NAMES, alpha=0.3), TRAK(0.3), [1, 1, 1]),
         (OverCheckpoints(Spectral(), NAMES, [1, 0, 2]), Spectral(), [1, 0, 2]),
     ],
@@ -64,22 +66,22 @@ def test_scores_are_the_weighted_mean_of_the_models(sides, average, method, weig
 def test_contributions_add_up_where_the_method_has_them(sides):
     found = retrieve(*sides, OverCheckpoints(DMin(), NAMES), k=5)
     assert np.allclose(found.contributions.sum(-1), found.scores, atol=1e-5)
-    assert retrieve(*sides, GAS(NAMES), k=5).contributions is None
+    assert retrieve(*sides, preset("gas", checkpoints=list(NAMES)), k=5).contributions is None
 
 
 def test_one_model_is_refused_and_so_is_a_checkpoint_that_is_not_there(sides, tmp_path):
     with pytest.raises(DminError, match="only one is given"):
-        score_matrix(*sides, TracIn())
+        score_matrix(*sides, tracin())
     with pytest.raises(DminError, match="'first'"):
-        score_matrix(*sides, TracIn(["first"]))
+        score_matrix(*sides, tracin(["first"]))
     with pytest.raises(DminError, match="2 numbers for 3 models"):
-        TracIn(NAMES, [1, 2])
+        tracin(NAMES, [1, 2])
     queries, train = sides
     fewer = FeatureSet(
         train.store, checkpoints={"later": FeatureSet(made(tmp_path / "other", drawn(19)))}
     )
     with pytest.raises(DminError, match="same examples in the same order"):
-        score_matrix(queries, fewer, TracIn(["later"]))
+        score_matrix(queries, fewer, tracin(["later"]))
 
 
 def test_journey_trak_is_the_mean_over_the_states_of_the_queries(sides, tmp_path):

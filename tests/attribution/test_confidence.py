@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from attribution.made_stores import drawn, made
+from attribution.made_stores import drawn, made, preset
 from rich.console import Console
 
-from dmin.attribution import DMin, FeatureSet, GradDot, SpectralEnergy, retrieve
+from dmin.attribution import DMin, FeatureSet, GradDot, retrieve
 from dmin.attribution.confidence import parts_of, resampled, with_confidence
 from dmin.attribution.ranking_files import load_ranking, records, save_ranking
 from dmin.attribution.ranking_table import ranking_table
@@ -74,7 +74,7 @@ def test_a_place_is_sure_where_no_other_comes_near(sides):
 
 
 def test_the_parts_add_up_to_the_score(sides):
-    for method in (DMin(), GradDot(), SpectralEnergy()):
+    for method in (DMin(), GradDot(), preset("spectral_energy")):
         ranking = retrieve(*sides, method, 4)
         parts, spread = parts_of(*sides, method, 1, ranking.train_rows[1])
         assert parts.sum((1, 2)) == pytest.approx(ranking.scores[1], rel=1e-4)

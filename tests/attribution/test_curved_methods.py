@@ -6,12 +6,12 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from made_stores import preset
 from scipy.optimize import brentq
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dmin.attribution import (
     DAS,
-    DTRAK,
     SSIM,
     TRAK,
     Blend,
@@ -20,11 +20,8 @@ from dmin.attribution import (
     FeatureSet,
     GaussianKernel,
     PixelL2,
-    RelativeIF,
-    RenormalisedIF,
     SharpEnergy,
     Spectral,
-    SpectralEnergy,
     TrainingLoss,
     ZSum,
     retrieve,
@@ -43,15 +40,15 @@ READOUTS = ("loss", "mean_squared_output", "mean_output")
 METHODS = [
     Spectral(),
     Spectral(0.5, 0.5, [1, 2, 0.5]),
-    SpectralEnergy(0.3, 1.0, [1, 2, 0.5]),
+    preset("spectral_energy", alpha=0.3, weights=[1, 2, 0.5]),
     SharpEnergy(),
     SharpEnergy(0.3, 1.0, [1, 2, 0.5], sharpness=0.5, effective=None),
     SharpEnergy(lengths=1.5, sharpness=1.0, effective=2.5),
     ZSum(),
     TRAK(),
-    RelativeIF(),
-    RenormalisedIF(),
-    DTRAK(),
+    preset("relative_if"),
+    preset("renormalised_if"),
+    preset("d_trak"),
     DAS(),
     DAS(leverage=False),
     DataInf(),

@@ -5,13 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from attribution.made_stores import drawn, made
+from attribution.made_stores import drawn, made, preset
 
 from dmin.attribution import (
     Certified,
     DMin,
     FeatureSet,
-    SpectralEnergy,
     merged,
     ranked_groups,
     retrieve,
@@ -23,6 +22,10 @@ from dmin.attribution.search.selection import Groups, Selection
 from dmin.cli.workspace.ranking_parts import Parts, joined
 from dmin.runtime.errors import DminError
 from dmin.workers.shard import Shard
+
+
+def spectral_energy():
+    return preset("spectral_energy")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def in_parts(stores, shards, method, k, selection, **options):
 
 
 @pytest.mark.parametrize("shards", [1, 4, 60])
-@pytest.mark.parametrize("method", [DMin, SpectralEnergy])
+@pytest.mark.parametrize("method", [DMin, spectral_energy])
 @pytest.mark.parametrize(
     "selection",
     [
@@ -63,7 +66,7 @@ def in_parts(stores, shards, method, k, selection, **options):
     ids=["plain", "opponents", "where", "min_score"],
 )
 def test_parts_make_the_answer_of_one(stores, shards, method, selection):
-    if method is SpectralEnergy:
+    if method is spectral_energy:
         selection = replace(selection, min_score=None)
     whole = retrieve(*stores, method(), 7, None, selection)
     same(in_parts(stores, shards, method, 7, selection), whole)

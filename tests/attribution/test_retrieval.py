@@ -7,7 +7,6 @@ from toy_ddpm import TINY_UNET
 
 from dmin.attribution import (
     DMin,
-    DMinUnnormalised,
     FeatureSet,
     GradCos,
     GradDot,
@@ -32,7 +31,7 @@ METHODS = [
     DMin(),
     DMin([1, 2, 0.5]),
     DMin(renormalise=False),
-    DMinUnnormalised(),
+    DMin(lengths=True),
     GradDot(),
     GradCos(),
     Popularity(),

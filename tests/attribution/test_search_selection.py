@@ -8,7 +8,7 @@ import pytest
 import rich
 from made_stores import cosines, drawn, made
 
-from dmin.attribution import DMin, DMinUnnormalised, FeatureSet, GradDot, retrieve
+from dmin.attribution import DMin, FeatureSet, GradDot, retrieve
 from dmin.attribution.methods.popularity import PopularityCorrected
 from dmin.attribution.ranking_files import load_ranking, records, save_ranking
 from dmin.attribution.ranking_table import ranking_table
@@ -131,7 +131,7 @@ def test_parquet_where_it_can_be(stores, tmp_path):
 
 
 def test_self_influence(stores):
-    found = self_influence(stores[1], DMinUnnormalised(), rows=7)
+    found = self_influence(stores[1], DMin(lengths=True), rows=7)
     norms = stores[1].norms("loss")[..., 0].astype(np.float64)
     lengths = stores[1].lengths("loss").astype(np.float64)
     np.testing.assert_allclose(found, np.square(norms * lengths).sum((1, 2)), rtol=1e-5)
@@ -139,7 +139,7 @@ def test_self_influence(stores):
 
 
 def test_self_influence_is_written_with_the_largest_first(stores, tmp_path):
-    store, scores = stores[1], self_influence(stores[1], DMinUnnormalised())
+    store, scores = stores[1], self_influence(stores[1], DMin(lengths=True))
     order = save_self_influence(store, scores, tmp_path / "o.csv", "dmin_unnormalised")
     assert order.tolist() == sorted(range(len(store)), key=lambda row: -scores[row])
     lines = list(csv.DictReader((tmp_path / "o.csv").open()))

@@ -7,7 +7,7 @@ from math import factorial
 import numpy as np
 import pytest
 import torch
-from made_stores import drawn, made
+from made_stores import drawn, made, preset
 
 from dmin.attribution import (
     DAS,
@@ -19,7 +19,6 @@ from dmin.attribution import (
     Random,
     SharpEnergy,
     Spectral,
-    SpectralEnergy,
     retrieve,
 )
 from dmin.attribution.methods.popularity import PopularityCorrected
@@ -32,11 +31,11 @@ SPLIT = {
     "grad_dot": GradDot,
     "trak": TRAK,
     "spectral": Spectral,
-    "spectral_energy": SpectralEnergy,
+    "spectral_energy": lambda: preset("spectral_energy"),
     "sharp_energy": lambda: SharpEnergy(sharpness=1.5, lengths=0.5),
     "das": DAS,
-    "blend": lambda: Blend(SpectralEnergy(), DMin()),
-    "popularity": lambda: PopularityCorrected(SpectralEnergy(), references=4),
+    "blend": lambda: Blend(preset("spectral_energy"), DMin()),
+    "popularity": lambda: PopularityCorrected(preset("spectral_energy"), references=4),
 }
 
 

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from golden import settings
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from dmin.attribution import Method
 from dmin.cli import main
 from dmin.cli.config import renamed
+from dmin.cli.config.groups import config_directory
 from dmin.cli.config.renamed import current, rename
 from dmin.cli.config.sections import ROOT_KEYS
 from dmin.cli.config.validate import validate
@@ -38,6 +42,38 @@ def test_a_configuration_of_then_is_valid_today(group: str, name: str, conf_of_t
     cfg.name, cfg.model.path = "then", "there"
     rename(cfg)
     validate(cfg, [group] if group in ROOT_KEYS else ["model", "train", "benchmark", "method"])
+
+
+OLD_METHODS = {
+    "DMinUnnormalised": "dmin_unnormalised",
+    "DTRAK": "d_trak",
+    "DTRAKEnsemble": "d_trak_ensemble",
+    "GAS": "gas",
+    "RelativeIF": "relative_if",
+    "RenormalisedIF": "renormalised_if",
+    "SpectralEnergy": "spectral_energy",
+    "TracIn": "tracin",
+}
+
+
+def facts(method: Method) -> dict[str, Any]:
+    return {
+        key: facts(value) if isinstance(value, Method) else str(value)
+        for key, value in vars(method).items()
+    }
+
+
+@pytest.mark.parametrize("old", OLD_METHODS)
+def test_a_method_of_then_is_made_as_its_yaml_does(old: str) -> None:
+    """By its old name alone, and with its settings of then."""
+    name = OLD_METHODS[old]
+    by_yaml = instantiate(yaml.safe_load((config_directory() / f"method/{name}.yaml").read_text()))
+    then = yaml.safe_load(THEN[f"method/{name}.yaml"])
+    for given in ({"_target_": f"dmin.attribution.{old}"}, then):
+        assert rename(given)
+        method = instantiate(given)
+        assert facts(method) == facts(by_yaml)
+        assert method.name == name and type(method) is type(by_yaml)
 
 
 @pytest.fixture

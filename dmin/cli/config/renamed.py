@@ -4,6 +4,7 @@ They enter in two ways: composed (of a user's own YAML files, overrides, or a re
 repeated), and as the settings that a trained model keeps beside its weights.
 """
 
+import copy
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -15,6 +16,35 @@ from dmin.runtime.errors import DminWarning
 # Old → new, of what a `_target_` named: a module, or a name in one. The longest wins. Where a class
 # became settings of another: the other, and these settings.
 TARGETS: dict[str, str | tuple[str, dict[str, Any]]] = {
+    "dmin.attribution.DMinUnnormalised": ("dmin.attribution.DMin", {"lengths": True}),
+    "dmin.attribution.DTRAK": (
+        "dmin.attribution.TRAK",
+        {"readout": "mean_squared_output", "name": "d_trak"},
+    ),
+    "dmin.attribution.DTRAKEnsemble": (
+        "dmin.attribution.TRAKEnsemble",
+        {"readout": "mean_squared_output", "name": "d_trak_ensemble"},
+    ),
+    "dmin.attribution.GAS": (
+        "dmin.attribution.OverCheckpoints",
+        {"method": {"_target_": "dmin.attribution.GradCos"}, "name": "gas"},
+    ),
+    "dmin.attribution.RelativeIF": (
+        "dmin.attribution.TRAK",
+        {"divisor": "change", "name": "relative_if"},
+    ),
+    "dmin.attribution.RenormalisedIF": (
+        "dmin.attribution.TRAK",
+        {"divisor": "length", "name": "renormalised_if"},
+    ),
+    "dmin.attribution.SpectralEnergy": (
+        "dmin.attribution.SharpEnergy",
+        {"alpha": 1.0, "p": 1.0, "sharpness": 1.0, "effective": None, "name": "spectral_energy"},
+    ),
+    "dmin.attribution.TracIn": (
+        "dmin.attribution.OverCheckpoints",
+        {"method": {"_target_": "dmin.attribution.GradDot"}, "name": "tracin"},
+    ),
     "dmin.collect.sharded": "dmin.collect.fsdp",
     "dmin.data.hf": "dmin.data.huggingface",
     "dmin.data.tars": "dmin.data.webdataset",
@@ -86,7 +116,7 @@ def _renamed_call(node: Any, content: dict[str, Any], old: str) -> dict[str, str
     if target != old:
         node["_target_"] = target
         for key in settings.keys() - content.keys():
-            node[key] = settings[key]
+            node[key] = copy.deepcopy(settings[key])
         listed = ", ".join(f"{key}={value}" for key, value in settings.items())
         renamed[old] = f"{target} with {listed}" if listed else target
     return renamed
