@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
+from dmin.models.base import Condition
 from dmin.models.latent import LatentDiffusion
 from dmin.runtime.errors import DminError
 
@@ -23,6 +24,10 @@ class Captioned(LatentDiffusion):
     """
 
     own_size: ClassVar[int] = 64  # of sampled latents, where the network's config does not tell
+    # What the pipeline's encode_prompt is told beside captions and device, and what the network
+    # calls that which it returns; what has no name is not needed.
+    encoding: ClassVar[dict[str, Any]] = {"do_classifier_free_guidance": False}
+    encoded: ClassVar[tuple[str | None, ...]]
 
     def __init__(
         self,
@@ -55,6 +60,15 @@ class Captioned(LatentDiffusion):
                     f"model.empty_captions=keep if the model was trained without captions too."
                 )
         return list(batch["caption"])
+
+    def _embed(self, prompts: Sequence[Any]) -> Condition:
+        return self._encode(prompts, **self.encoding)
+
+    def _encode(self, prompts: Sequence[Any], **told: Any) -> Condition:
+        """Return what the text encoders make of prompts, by the network's names."""
+        texts, device = self._texts(prompts), self._text_device
+        found = self.pipeline.encode_prompt(texts, device=device, **told)
+        return {name: x for name, x in zip(self.encoded, found, strict=False) if name}
 
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
         height, width = self._generated_size()
@@ -103,6 +117,9 @@ class LongCaptioned(Captioned):
     def describe(self) -> dict[str, Any]:
         """Return what defines latents, condition and loss."""
         return {**super().describe(), "max_sequence_length": self.max_sequence_length}
+
+    def _encode(self, prompts: Sequence[Any], **told: Any) -> Condition:
+        return super()._encode(prompts, max_sequence_length=self.max_sequence_length, **told)
 
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
         length = {"max_sequence_length": self.max_sequence_length}

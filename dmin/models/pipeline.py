@@ -34,6 +34,7 @@ class PipelineModel(DiffusionModel):
     pipeline_class: ClassVar[Any]
     network_name: ClassVar[str] = "transformer"
     components: ClassVar[dict[str, Any]] = {}  # replaced when loading
+    sampled_with: ClassVar[dict[str, Any]] = {}  # settings of the pipeline's call
 
     def __init__(self, pipeline: Any, guidance_scale: float | None) -> None:
         super().__init__()
@@ -164,7 +165,7 @@ class PipelineModel(DiffusionModel):
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that tell what to generate."""
         scale = self.guidance_scale
-        return {} if scale is None else {"guidance_scale": scale}
+        return {**self.sampled_with, **({} if scale is None else {"guidance_scale": scale})}
 
     @contextmanager
     def _encoders_with_network(self) -> Iterator[None]:

@@ -81,6 +81,7 @@ class Sketch(ABC):
         self.dim = dim
         self.seed = seed
         self._parameters: Parameters | None = None
+        self._kept: dict[Any, Any] = {}  # what is worked out once, of the parameters bound
 
     def bind(self, parameters: Parameters) -> Self:
         """Return this sketch for the parameters of one model.
@@ -90,7 +91,7 @@ class Sketch(ABC):
         """
         self._check_dim(parameters)
         bound = copy.copy(self)
-        bound._parameters = parameters
+        bound._parameters, bound._kept = parameters, {}
         return bound
 
     def describe(self) -> dict[str, Any]:

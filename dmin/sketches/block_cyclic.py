@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
-from dmin.gradients.parameters import Parameter, Parameters
+from dmin.gradients.parameters import Parameter
 from dmin.runtime.errors import DminError
 from dmin.sketches.base import FoldedSketch
 from dmin.sketches.hashing import key
@@ -47,20 +47,12 @@ class BlockCyclic(FoldedSketch):
         """Return the settings that define the map."""
         return {**super().describe(), "block": self.block}
 
-    def bind(self, parameters: Parameters) -> Self:
-        """Return this sketch for the parameters of one model."""
-        bound = super().bind(parameters)
-        bound._maps = {}
-        return bound
-
     def map_of(self, parameter: Parameter) -> Map:
         """Return the map of one parameter: two keys, hashed into signs and offsets when used."""
-        if parameter.name not in self._maps:
-            self._maps[parameter.name] = self._map(parameter)
-        return self._maps[parameter.name]
+        if parameter.name not in self._kept:
+            self._kept[parameter.name] = self._map(parameter)
+        return self._kept[parameter.name]
 
     def _map(self, parameter: Parameter) -> Map:
         sign, offset = (key(self.seed, parameter.name, what) for what in ("sign", "offset"))
         return BlockCyclicMap(parameter.shape, self.dim, self.block, sign, offset)
-
-    _maps: dict[str, Map]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt, prod
-from typing import NamedTuple, Self, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dmin.gradients.factors import Correlation, GradientFactors, Outer, Rows, Sum
-from dmin.gradients.parameters import Parameter, Parameters
+from dmin.gradients.parameters import Parameter
 from dmin.sketches.backends.base import positions_of
 from dmin.sketches.base import Accumulator, Sketch, Sketched
 from dmin.sketches.bounds import matrix_shape, moments
@@ -67,12 +67,6 @@ class Factored(Sketch):
                 product = _projected(part[examples], left, right, parameter, plan, rows.dtype)
                 rows[examples] += product.flatten(1)
 
-    def bind(self, parameters: Parameters) -> Self:
-        """Return this sketch for the parameters of one model."""
-        bound = super().bind(parameters)
-        bound._plans = {}
-        return bound
-
     def finish(self, state: Accumulator) -> Sketched:
         """Return the finished rows; norms are theirs."""
         return Sketched(state.values, state.values.square().sum(-1))
@@ -123,7 +117,7 @@ class Factored(Sketch):
 
     def _plan(self, parameter: Parameter) -> _Plan:
         """Return what is to be known of a parameter's sides; it is kept, some numbers for each."""
-        if parameter.name not in self._plans:
+        if parameter.name not in self._kept:
             sizes, shares = matrix_shape(parameter.shape), self.shares(parameter)
             keys, matrices = [], []
             for side, size, share in zip(("out", "in"), sizes, shares, strict=True):
@@ -131,10 +125,8 @@ class Factored(Sketch):
                 place = "shift" if size <= share else "place"
                 keys.append((key(*name, "sign"), key(*name, place)))
                 matrices.append(size > share and 1 not in sizes)
-            self._plans[parameter.name] = _Plan(sizes, shares, tuple(keys), tuple(matrices))
-        return self._plans[parameter.name]
-
-    _plans: dict[str, _Plan]
+            self._kept[parameter.name] = _Plan(sizes, shares, tuple(keys), tuple(matrices))
+        return self._kept[parameter.name]
 
 
 class _Plan(NamedTuple):

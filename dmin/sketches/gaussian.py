@@ -51,22 +51,18 @@ class Gaussian(FormedSketch):
                 f"Choose sketch=block_cyclic, of the same error bound and without a matrix, a "
                 f"smaller sketch.dim, or fewer parameters (collect.params)."
             )
-        bound = super().bind(parameters)
-        bound._matrices = {}
-        return bound
+        return super().bind(parameters)
 
     def projection(self, name: str, state: Accumulator) -> Callable[[Tensor, Tensor], None]:
         """Return the product with a parameter's part of the matrix."""
-        if name not in self._matrices:
+        if name not in self._kept:  # float32 [P, k]
             generator = torch.Generator().manual_seed(key(self.seed, name, "gaussian"))
             size = prod(self.parameters.by_name[name].shape)
             drawn = torch.randn(size, self.dim, generator=generator).mul_(self.dim**-0.5)
-            self._matrices[name] = drawn.to(state.values.device)
-        matrix = self._matrices[name].to(state.values.dtype)
+            self._kept[name] = drawn.to(state.values.device)
+        matrix = self._kept[name].to(state.values.dtype)
 
         def project(gradient: Tensor, rows: Tensor) -> None:
             rows.addmm_(gradient, matrix)
 
         return project
-
-    _matrices: dict[str, Tensor]  # float32 [P, k] of each parameter

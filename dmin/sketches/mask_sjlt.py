@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmin.gradients.factors import GradientFactors, Outer, Sum
-from dmin.gradients.parameters import Parameters
 from dmin.runtime.errors import DminError
 from dmin.sketches.backends.torch import add_at
 from dmin.sketches.base import Accumulator, Sketch, Sketched
@@ -52,12 +51,6 @@ class MaskSJLT(Sketch):
         """Return the settings that define the map."""
         return {**super().describe(), "keep": self.keep}
 
-    def bind(self, parameters: Parameters) -> Self:
-        """Return this sketch for the parameters of one model."""
-        bound = super().bind(parameters)
-        bound._places = {}
-        return bound
-
     def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
         """Return the stated bound, ``[n]``; see the base class."""
         q = min(1.0, self.keep / self.parameters.count)
@@ -86,12 +79,11 @@ class MaskSJLT(Sketch):
         return Sketched(state.values, state.values.square().sum(-1))
 
     def _kept_places(self, name: str, size: int, q: float, device: torch.device) -> Tensor:
-        if (name, device) not in self._places:
+        """Return places, kept by device: 8 bytes for each."""
+        if (name, device) not in self._kept:
             places = kept_places(key(self.seed, name, "kept"), size, q)
-            self._places[name, device] = places.to(device)
-        return self._places[name, device]
-
-    _places: dict[tuple[str, torch.device], Tensor]  # 8 bytes a scalar that is kept
+            self._kept[name, device] = places.to(device)
+        return self._kept[name, device]
 
 
 def kept_places(key: int, size: int, q: float) -> Tensor:

@@ -42,7 +42,6 @@ class OPORP(FoldedSketch):
             0, 2, (parameters.count,), generator=generator, dtype=torch.int8
         )
         bound._sign.mul_(2).sub_(1)
-        bound._sent = {}
         return bound
 
     def map_of(self, parameter: Parameter) -> Map:
@@ -52,13 +51,12 @@ class OPORP(FoldedSketch):
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return buckets and signs of all parameters on a device, sent once."""
-        if device not in self._sent:
-            self._sent[device] = self._bucket.to(device), self._sign.to(device)
-        return self._sent[device]
+        if device not in self._kept:
+            self._kept[device] = self._bucket.to(device), self._sign.to(device)
+        return self._kept[device]
 
     _bucket: Tensor  # int32 [P], in [0, k)
     _sign: Tensor  # int8 [P], ±1
-    _sent: dict[torch.device, tuple[Tensor, Tensor]]  # both, where they were used
 
 
 class _Part(Map):

@@ -75,7 +75,7 @@ def test_one_model_is_refused_and_so_is_a_checkpoint_that_is_not_there(sides, tm
     with pytest.raises(DminError, match="'first'"):
         score_matrix(*sides, tracin(["first"]))
     with pytest.raises(DminError, match="2 numbers for 3 models"):
-        tracin(NAMES, [1, 2])
+        OverCheckpoints(GradDot(), NAMES, [1, 2])
     queries, train = sides
     fewer = FeatureSet(
         train.store, checkpoints={"later": FeatureSet(made(tmp_path / "other", drawn(19)))}

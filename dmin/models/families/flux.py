@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from diffusers import FluxPipeline
@@ -28,6 +27,8 @@ class Flux(LongCaptioned, LatentFlow):
     own_length: ClassVar[int] = 512
     own_size: ClassVar[int] = 128
     packing: ClassVar[int] = 4
+    encoding: ClassVar[dict[str, Any]] = {"prompt_2": None}
+    encoded = ("encoder_hidden_states", "pooled_projections")
 
     def __init__(
         self,
@@ -48,15 +49,6 @@ class Flux(LongCaptioned, LatentFlow):
         """Return what defines latents, condition and loss."""
         told = self.embedded_guidance if self.network.config.guidance_embeds else None
         return {**super().describe(), "embedded_guidance": told}
-
-    def _embed(self, prompts: Sequence[Any]) -> Condition:
-        embedded, pooled, _ = self.pipeline.encode_prompt(
-            self._texts(prompts),
-            None,
-            device=self._text_device,
-            max_sequence_length=self.max_sequence_length,
-        )
-        return {"encoder_hidden_states": embedded, "pooled_projections": pooled}
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         batch, channels, height, width = noised.shape

@@ -27,20 +27,16 @@ class HunyuanDiT(SizeConditioning, LearnedVariance):
         "safety_checker": None,
         "requires_safety_checker": False,
     }
+    encoded = ("encoder_hidden_states", None, "text_embedding_mask")
+    sampled_with: ClassVar[dict[str, Any]] = {"use_resolution_binning": False}
 
     def _embed(self, prompts: Sequence[Any]) -> Condition:
         named: dict[str, Tensor] = {}
         # Lengths as in the pipeline's call.
         for index, (suffix, length) in enumerate({"": 77, "_t5": 256}.items()):
-            embedded, _, mask, _ = self.pipeline.encode_prompt(
-                self._texts(prompts),
-                device=self._text_device,
-                do_classifier_free_guidance=False,
-                max_sequence_length=length,
-                text_encoder_index=index,
-            )
-            named[f"encoder_hidden_states{suffix}"] = embedded
-            named[f"text_embedding_mask{suffix}"] = mask
+            told = {"max_sequence_length": length, "text_encoder_index": index}
+            found = self._encode(prompts, **self.encoding, **told)
+            named |= {f"{name}{suffix}": x for name, x in found.items()}
         return named
 
     def _sizes(self, batch: Mapping[str, Any]) -> Condition:
@@ -63,6 +59,3 @@ class HunyuanDiT(SizeConditioning, LearnedVariance):
         region = get_resize_crop_region_for_grid(grid, 512 // 8 // self.patch)
         width = self.network.inner_dim // self.network.num_heads
         return get_2d_rotary_pos_embed(width, region, grid, device=noised.device, output_type="pt")
-
-    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
-        return {**super()._sampling(prompts), "use_resolution_binning": False}

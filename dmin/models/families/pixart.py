@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from diffusers import PixArtAlphaPipeline
@@ -21,15 +21,11 @@ class PixArt(LongCaptioned, LearnedVariance):
 
     pipeline_class = PixArtAlphaPipeline
     own_length: ClassVar[int] = 120
-
-    def _embed(self, prompts: Sequence[Any]) -> Condition:
-        embedded, mask, _, _ = self.pipeline.encode_prompt(
-            self._texts(prompts),
-            do_classifier_free_guidance=False,
-            device=self._text_device,
-            max_sequence_length=self.max_sequence_length,
-        )
-        return {"encoder_hidden_states": embedded, "encoder_attention_mask": mask}
+    encoded = ("encoder_hidden_states", "encoder_attention_mask")
+    sampled_with: ClassVar[dict[str, Any]] = {
+        "clean_caption": False,
+        "use_resolution_binning": False,
+    }
 
     def _sizes(self, batch: Mapping[str, Any]) -> Condition:
         if not self.network.use_additional_conditions:
@@ -48,10 +44,3 @@ class PixArt(LongCaptioned, LearnedVariance):
             timestep=t,
             added_cond_kwargs=told,
         ).sample
-
-    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
-        return {
-            **super()._sampling(prompts),
-            "clean_caption": False,
-            "use_resolution_binning": False,
-        }

@@ -28,6 +28,8 @@ class Sana(LongCaptioned, LatentFlow):
 
     pipeline_class = SanaPipeline
     own_length: ClassVar[int] = 300
+    encoded = ("encoder_hidden_states", "encoder_attention_mask")
+    sampled_with: ClassVar[dict[str, Any]] = {"use_resolution_binning": False}
 
     def __init__(
         self,
@@ -51,29 +53,17 @@ class Sana(LongCaptioned, LatentFlow):
         call = inspect.signature(type(self.pipeline).__call__)
         return list(call.parameters["complex_human_instruction"].default)
 
-    def _embed(self, prompts: Sequence[Any]) -> Condition:
-        return self._embed_after(self._instruction(), prompts)
+    def _encode(self, prompts: Sequence[Any], **told: Any) -> Condition:
+        instruction = {"complex_human_instruction": self._instruction(), **told}
+        return super()._encode(prompts, **instruction)
 
     def _no_prompt(self) -> Condition:
-        return self._embed_after(None, [""])
-
-    def _embed_after(self, instruction: list[str] | None, prompts: Sequence[Any]) -> Condition:
-        embedded, mask, _, _ = self.pipeline.encode_prompt(
-            self._texts(prompts),
-            do_classifier_free_guidance=False,
-            device=self._text_device,
-            max_sequence_length=self.max_sequence_length,
-            complex_human_instruction=instruction,
-        )
-        return {"encoder_hidden_states": embedded, "encoder_attention_mask": mask}
+        return self._encode([""], **self.encoding, complex_human_instruction=None)
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         scaled = t * self.network.config.timestep_scale
         return self.network(noised, timestep=scaled, **condition).sample
 
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
-        return {
-            **super()._sampling(prompts),
-            "complex_human_instruction": self._instruction(),
-            "use_resolution_binning": False,
-        }
+        instruction = {"complex_human_instruction": self._instruction()}
+        return {**super()._sampling(prompts), **instruction}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from diffusers import StableDiffusionPipeline
 
-from dmin.models.base import Condition
 from dmin.models.conditioning import Captioned
 from dmin.models.latent import LatentDenoiser
 
@@ -24,9 +22,8 @@ class StableDiffusion(Captioned, LatentDenoiser):
         "safety_checker": None,
         "requires_safety_checker": False,
     }
-
-    def _embed(self, prompts: Sequence[Any]) -> Condition:
-        embedded, _ = self.pipeline.encode_prompt(
-            self._texts(prompts), self._text_device, 1, do_classifier_free_guidance=False
-        )
-        return {"encoder_hidden_states": embedded}
+    encoding: ClassVar[dict[str, Any]] = {
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": False,
+    }
+    encoded = ("encoder_hidden_states",)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from diffusers import StableDiffusion3Pipeline
 
-from dmin.models.base import Condition
 from dmin.models.conditioning import LongCaptioned
 from dmin.models.latent import LatentFlow
 from dmin.runtime.errors import DminError
@@ -26,6 +24,12 @@ class StableDiffusion3(LongCaptioned, LatentFlow):
 
     pipeline_class = StableDiffusion3Pipeline
     own_length: ClassVar[int] = 256
+    encoding: ClassVar[dict[str, Any]] = {
+        "prompt_2": None,
+        "prompt_3": None,
+        "do_classifier_free_guidance": False,
+    }
+    encoded = ("encoder_hidden_states", None, "pooled_projections")
 
     def __init__(
         self,
@@ -38,14 +42,3 @@ class StableDiffusion3(LongCaptioned, LatentFlow):
         if target not in ("model", "noise"):
             raise DminError(f"model.target={target!r}: allowed are model and noise.")
         self.process.target = "velocity" if target == "model" else "noise"
-
-    def _embed(self, prompts: Sequence[Any]) -> Condition:
-        embedded, _, pooled, _ = self.pipeline.encode_prompt(
-            self._texts(prompts),
-            None,
-            None,
-            device=self._text_device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-        )
-        return {"encoder_hidden_states": embedded, "pooled_projections": pooled}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -20,12 +20,7 @@ class StableDiffusionXL(SizeConditioning, LatentDenoiser):
     pipeline_class = StableDiffusionXLPipeline
     network_name: ClassVar[str] = "unet"
     components: ClassVar[dict[str, Any]] = {"add_watermarker": False}
-
-    def _embed(self, prompts: Sequence[Any]) -> Condition:
-        embedded, _, pooled, _ = self.pipeline.encode_prompt(
-            self._texts(prompts), device=self._text_device, do_classifier_free_guidance=False
-        )
-        return {"encoder_hidden_states": embedded, "text_embeds": pooled}
+    encoded = ("encoder_hidden_states", None, "text_embeds")
 
     def _no_prompt(self) -> Condition:
         nothing = super()._no_prompt()

@@ -112,10 +112,10 @@ def fold_factors(
     layouts = _layouts(factors, measure)
     if layouts is None:
         _fold_dense(factors, shape, work, budget)
-    elif factors.batch < PARTS and prod(shape) >= PARTS * PART:
-        _fold_in_parts(layouts, work)
-    else:
-        for layout in layouts:
+    for layout in layouts or ():
+        if factors.batch < PARTS and prod(shape) >= PARTS * PART:
+            _fold_in_parts(layout, work)
+        else:
             _fold_examples(layout, work, budget)
     if sums is not values:
         values += sums
@@ -134,60 +134,50 @@ class _Work(NamedTuple):
 
 
 def _fold_examples(layout: Layout, work: _Work, budget: int) -> None:
-    """Fold a layer call; each thread takes some of the examples at once."""
-    _, out, width = work.shape
+    """Fold a layer call, as many examples at a time as may be copied at once."""
     threads = torch.get_num_threads()
-    group = threads * max(1, budget // (threads * layout.bytes))  # that are copied at once
+    group = threads * max(1, budget // (threads * layout.bytes))
     for start in range(0, len(work.rows), group):
-        examples = slice(start, start + group)
-        d, a = layout.arrays(examples)
-        rows, squares = work.rows[examples], work.squares[examples]
-        step = -(-len(d) // threads)
-
-        def some(
-            i: int,
-            step: int = step,
-            d: np.ndarray = d,
-            a: np.ndarray = a,
-            rows: np.ndarray = rows,
-            squares: np.ndarray = squares,
-        ) -> None:
-            own = slice(i * step, (i + 1) * step)
-            into = out, width, work.fold, rows[own], squares[own], work.measure
-            with_scratch(layout.fold, d[own], a[own], *layout.settings, *into)
-
-        in_threads(-(-len(d) // step), some)
+        _fold_group(layout, work, slice(start, start + group))
 
 
-def _fold_in_parts(layouts: Sequence[Layout], work: _Work) -> None:
-    """Fold layer calls of so few examples that threads share one; parts are added up in order."""
+def _fold_group(layout: Layout, work: _Work, examples: slice) -> None:
+    """Fold some examples of a layer call; each thread takes some of these at once."""
+    _, out, width = work.shape
+    d, a = layout.arrays(examples)
+    rows, squares = work.rows[examples], work.squares[examples]
+    step = -(-len(d) // torch.get_num_threads())
+
+    def some(i: int) -> None:
+        own = slice(i * step, (i + 1) * step)
+        into = out, width, work.fold, rows[own], squares[own], work.measure
+        with_scratch(layout.fold, d[own], a[own], *layout.settings, *into)
+
+    in_threads(-(-len(d) // step), some)
+
+
+def _fold_in_parts(layout: Layout, work: _Work) -> None:
+    """Fold a layer call of so few examples that threads share one; parts are added up in order."""
     _, out, width = work.shape
     batch = len(work.rows)
-    for layout in layouts:
-        total = np.zeros((batch, PARTS, work.fold.length), np.float32)
-        squares = np.zeros((batch, PARTS), np.float32)
-        packed: list[Any] = [None] * batch
+    total = np.zeros((batch, PARTS, work.fold.length), np.float32)
+    squares = np.zeros((batch, PARTS), np.float32)
+    packed: list[Any] = [None] * batch
 
-        def pack(i: int, layout: Layout = layout, packed: list[Any] = packed) -> None:
-            packed[i] = layout.pack(i)
+    def pack(i: int) -> None:
+        packed[i] = layout.pack(i)
 
-        def part(
-            i: int,
-            layout: Layout = layout,
-            packed: list[Any] = packed,
-            total: np.ndarray = total,
-            squares: np.ndarray = squares,
-        ) -> None:
-            e, p = divmod(i, PARTS)
-            panels = len(packed[e][0])
-            which = panels * p // PARTS, panels * (p + 1) // PARTS
-            into = out, width, work.fold, *which, total[e, p], work.measure
-            squares[e, p] = layout.of_part(*packed[e], *into)
+    def part(i: int) -> None:
+        e, p = divmod(i, PARTS)
+        panels = len(packed[e][0])
+        which = panels * p // PARTS, panels * (p + 1) // PARTS
+        into = out, width, work.fold, *which, total[e, p], work.measure
+        squares[e, p] = layout.of_part(*packed[e], *into)
 
-        in_threads(batch, pack)
-        in_threads(batch * PARTS, part)
-        kernels().add_parts(total, work.rows)
-        np.add(work.squares, squares.sum(1), out=work.squares)
+    in_threads(batch, pack)
+    in_threads(batch * PARTS, part)
+    kernels().add_parts(total, work.rows)
+    np.add(work.squares, squares.sum(1), out=work.squares)
 
 
 def fold_vectors(

@@ -157,8 +157,8 @@ class Planes(Layout):
         transformed_d = _with_slack(panels_d, loops.PRODUCTS, tiles + 1, loops.ROWS)
         shape = panels_a, loops.PRODUCTS, tiles + 1, loops.COLUMNS
         transformed_a = np.empty(shape, np.float32)
-        loops.transform_gradient(packed_d, transformed_d)
-        loops.transform_input(packed_a, transformed_a)
+        loops.transform(packed_d, transformed_d, False)
+        loops.transform(packed_a, transformed_a, True)
         return transformed_d, transformed_a
 
 

@@ -32,8 +32,7 @@ from dmin.sketches.backends.cpu_kernels.toom_cook import (
     TILE,
     TRANSFORM_COST,
     toom_cook,
-    transform_gradient,
-    transform_input,
+    transform,
 )
 from dmin.sketches.backends.cpu_kernels.vectors import COLUMNS, ROWS, WIDTH
 
@@ -60,6 +59,5 @@ __all__ = [
     "pack_rows",
     "scatter",
     "toom_cook",
-    "transform_gradient",
-    "transform_input",
+    "transform",
 ]

@@ -13,8 +13,7 @@ from dmin.sketches.backends.cpu_kernels.toom_cook import (
     PRODUCTS,
     TILE,
     to_kernel,
-    transform_gradient,
-    transform_input,
+    transform,
 )
 from dmin.sketches.backends.cpu_kernels.vectors import (
     COLUMNS,
@@ -88,8 +87,8 @@ def form_transformed_and_fold(  # type: ignore[no-untyped-def]
     """Form rows of a 3 × 3 kernel's gradient from transformed tiles and fold them.
 
     Args:
-        d: from :func:`transform_gradient`.
-        a: from :func:`transform_input`.
+        d: output gradients from :func:`transform`.
+        a: inputs, likewise.
         out: as for :func:`form_and_fold`, like the rest.
         width: columns of the gradient for one tap.
         fold: the map.
@@ -237,8 +236,8 @@ def fold_planes(  # type: ignore[no-untyped-def]
                 panels_d, PRODUCTS, tiles + 1, ROWS
             )
             tiles_a = scratch[start_ta:needed].reshape(panels_a, PRODUCTS, tiles + 1, COLUMNS)
-            transform_gradient(packed_d, tiles_d)
-            transform_input(packed_a, tiles_a)
+            transform(packed_d, tiles_d, False)
+            transform(packed_a, tiles_a, True)
             squares[e] += form_transformed_and_fold(
                 tiles_d, tiles_a, out, width, fold, 0, panels_d, total, measure
             )

@@ -48,57 +48,30 @@ TRANSFORM_COST = 200
 
 
 @compiled
-def transform_gradient(d: np.ndarray, out: np.ndarray) -> None:
-    """Transform each 4 × 4 tile of packed output gradients.
+def transform(x: np.ndarray, out: np.ndarray, inputs: bool) -> None:
+    """Transform each 4 × 4 tile of packed output gradients, or 6 × 6 tile of packed inputs.
+
+    Tiles of inputs overlap by two.
 
     Args:
-        d: ``[panels, 4·tiles, 4·tiles', lanes]``, with WIDTH more floats behind it in memory
-            where lanes are not whole vectors.
+        x: ``[panels, 4·tiles, 4·tiles', lanes]``, of inputs ``[panels, 4·tiles + 2, 4·tiles' + 2,
+            lanes]``, with WIDTH more floats behind it in memory where lanes are not whole vectors.
         out: ``[panels, 36, tiles·tiles' + 1, lanes]``, likewise; the last tile is scratch. (Steps
             of a power of two would also share few places in the cache: five times as slow.)
+        inputs: whether x are inputs.
     """
-    panels, height, width, lanes = d.shape
+    panels, height, width, lanes = x.shape
     down, across = height // TILE, width // TILE
     tiles = out.shape[2]
+    row, column = POINTS * tiles * lanes, tiles * lanes
     for p in range(panels):
         for i in range(down):
             for j in range(across):
                 # Lanes beyond a panel are overwritten by the tile that comes after.
                 for lane in range(0, lanes, WIDTH):
-                    source = ((p * height + TILE * i) * width + TILE * j) * lanes + lane
-                    target = (p * PRODUCTS * tiles + i * across + j) * lanes + lane
-                    _of_gradient(
-                        at(d, source),
-                        width * lanes,
-                        lanes,
-                        at(out, target),
-                        POINTS * tiles * lanes,
-                        tiles * lanes,
-                    )
-
-
-@compiled
-def transform_input(a: np.ndarray, out: np.ndarray) -> None:
-    """Transform each 6 × 6 tile of packed inputs; tiles overlap by two.
-
-    Args:
-        a: ``[panels, 4·tiles + 2, 4·tiles' + 2, lanes]``, as for :func:`transform_gradient`.
-        out: ``[panels, 36, tiles·tiles' + 1, lanes]``, likewise.
-    """
-    panels, height, width, lanes = a.shape
-    down, across = height // TILE, width // TILE
-    tiles = out.shape[2]
-    for p in range(panels):
-        for i in range(down):
-            for j in range(across):
-                for lane in range(0, lanes, WIDTH):
-                    source = ((p * height + TILE * i) * width + TILE * j) * lanes + lane
-                    target = (p * PRODUCTS * tiles + i * across + j) * lanes + lane
-                    _of_input(
-                        at(a, source),
-                        width * lanes,
-                        lanes,
-                        at(out, target),
-                        POINTS * tiles * lanes,
-                        tiles * lanes,
-                    )
+                    source = at(x, ((p * height + TILE * i) * width + TILE * j) * lanes + lane)
+                    target = at(out, (p * PRODUCTS * tiles + i * across + j) * lanes + lane)
+                    if inputs:
+                        _of_input(source, width * lanes, lanes, target, row, column)
+                    else:
+                        _of_gradient(source, width * lanes, lanes, target, row, column)

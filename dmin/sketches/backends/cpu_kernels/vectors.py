@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -28,9 +28,8 @@ inlined: Callable[[Callable], Any] = njit(
 )
 
 
-def _generated(function: Callable) -> Any:
-    """Make a function of what another writes as LLVM's intermediate code."""
-    return intrinsic(function)
+# Makes a function of what another writes as LLVM's intermediate code.
+_generated: Callable[[Callable], Any] = intrinsic
 
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
@@ -42,22 +41,33 @@ def _number(value: int) -> ir.Constant:
     return ir.Constant(_I64, value)
 
 
+def _all(value: float) -> ir.Constant:
+    return ir.Constant(_VECTOR, [ir.Constant(_F32, value)] * WIDTH)
+
+
+def _lanes(chosen: Iterable[int]) -> ir.Constant:
+    """Return what a shuffle takes for each lane of its result."""
+    return ir.Constant(ir.VectorType(_I32, WIDTH), [ir.Constant(_I32, lane) for lane in chosen])
+
+
+def _vector(builder: Any, base: Any, offset: Any) -> Any:
+    """Return the address of a vector at base + offset (in floats)."""
+    return builder.bitcast(builder.gep(base, [offset]), _VECTOR.as_pointer())
+
+
 def _load(builder: Any, base: Any, offset: Any) -> Any:
-    """Load a vector at base + offset (in floats), aligned or not."""
-    place = builder.bitcast(builder.gep(base, [offset]), _VECTOR.as_pointer())
-    return builder.load(place, align=4)
+    """Load a vector, aligned or not."""
+    return builder.load(_vector(builder, base, offset), align=4)
 
 
 def _store(builder: Any, value: Any, base: Any, offset: Any) -> None:
-    place = builder.bitcast(builder.gep(base, [offset]), _VECTOR.as_pointer())
-    builder.store(value, place, align=4)
+    builder.store(value, _vector(builder, base, offset), align=4)
 
 
 def _spread(builder: Any, scalar: Any) -> Any:
     """Return a vector of one number."""
     first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), scalar, ir.Constant(_I32, 0))
-    zeros = ir.Constant(ir.VectorType(_I32, WIDTH), [ir.Constant(_I32, 0)] * WIDTH)
-    return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), zeros)
+    return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), _lanes([0] * WIDTH))
 
 
 def _multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
@@ -95,7 +105,7 @@ def tile(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         d, a, outer, inner, a_outer, a_inner, c, c_row = args
-        zero = ir.Constant(_VECTOR, [ir.Constant(_F32, 0.0)] * WIDTH)
+        zero = _all(0.0)
         entry = builder.block
         line = builder.append_basic_block("line")
         step = builder.append_basic_block("step")
@@ -165,10 +175,7 @@ def add_signed(typing: Any, total: Any, x: Any, word: Any) -> Any:
         total, x, word = args
         bits = builder.bitcast(word, ir.VectorType(ir.IntType(1), WORD))
         for first in range(0, WORD, WIDTH):
-            lanes = [ir.Constant(_I32, first + lane) for lane in range(WIDTH)]
-            mask = builder.shuffle_vector(
-                bits, bits, ir.Constant(ir.VectorType(_I32, WIDTH), lanes)
-            )
+            mask = builder.shuffle_vector(bits, bits, _lanes(range(first, first + WIDTH)))
             value = _load(builder, x, _number(first))
             before = _load(builder, total, _number(first))
             after = builder.select(mask, builder.fsub(before, value), builder.fadd(before, value))
@@ -184,7 +191,7 @@ def square(typing: Any, x: Any, count: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         x, count = args
-        zero = ir.Constant(_VECTOR, [ir.Constant(_F32, 0.0)] * WIDTH)
+        zero = _all(0.0)
         entry, step = builder.block, builder.append_basic_block("step")
         end = builder.append_basic_block("end")
         builder.branch(step)
@@ -228,10 +235,7 @@ def transpose(typing: Any, x: Any, x_row: Any, y: Any, y_row: Any) -> Any:
                         lane - distance + shift + WIDTH if lane & distance else lane + shift
                         for lane in range(WIDTH)
                     ]
-                    mask = ir.Constant(
-                        ir.VectorType(_I32, WIDTH), [ir.Constant(_I32, lane) for lane in lanes]
-                    )
-                    rows[row] = builder.shuffle_vector(*pair, mask)
+                    rows[row] = builder.shuffle_vector(*pair, _lanes(lanes))
             distance *= 2
         for i, row in enumerate(rows):
             _store(builder, row, y, builder.mul(y_row, _number(i)))
@@ -254,7 +258,7 @@ def sandwich(left: np.ndarray) -> Callable:
         for weight, value in zip(weights, values, strict=True):
             if weight == 0:
                 continue
-            factor = ir.Constant(_VECTOR, [ir.Constant(_F32, float(np.float32(weight)))] * WIDTH)
+            factor = _all(float(np.float32(weight)))
             if total is None:
                 total = value if weight == 1 else builder.fmul(value, factor)
             elif weight == 1:
