@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -191,11 +191,6 @@ class FeatureSet:
         assert self.dataset is not None
         return positions_of(self.dataset)
 
-    def _norms(self, readout: str) -> np.ndarray:
-        if readout not in self._loaded_norms:
-            self._loaded_norms[readout] = self.store.norms(readout)
-        return self._loaded_norms[readout]
-
     @cached_property
-    def _loaded_norms(self) -> dict[str, np.ndarray]:
-        return {}
+    def _norms(self) -> Callable[[str], np.ndarray]:
+        return cache(self.store.norms)

@@ -54,6 +54,18 @@ class Method(ABC):
         return {}
 
 
+class CosineMethod(Method):
+    """A method whose scores are products of unit vectors, made of both sides alike."""
+
+    @abstractmethod
+    def transform_query(self, queries: ExampleBlock) -> Tensor:
+        """Return one unit vector an example, ``[Q, m]``."""
+
+    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
+        """Return ``[Q, n]``."""
+        return queries @ self.transform_query(train).T
+
+
 class InnerProductMethod(Method):
     """A method whose scores are one inner product with rows of the store."""
 

@@ -64,9 +64,11 @@ class Checked(Pixels):
             raise DminError(message)
         warnings.warn(f"{message} They are left out.", DminWarning, stacklevel=5)
 
-    def describe_skipped(self) -> dict[str, Any]:
-        """Return the names of those left out, as JSON."""
-        return {"skipped": [printable(name) for name in sorted(self.skipped)]}
+    def described(self, examples: int, **content: Any) -> dict[str, Any]:
+        """Return settings, what the dataset says of its content, and those left out, as JSON."""
+        settings = {"name": type(self).__name__, "examples": examples, **self.settings()}
+        skipped = [printable(name) for name in sorted(self.skipped)]
+        return {**settings, **content, "skipped": skipped}
 
 
 def describe_problems(problems: dict[str, str], images: int, where: str) -> str:

@@ -58,8 +58,7 @@ class HFDataset(Checked):
             )
         rows = self._load()
         self.fingerprint = rows._fingerprint
-        for setting in ("image", "text", "label", "id"):
-            column = getattr(self, setting)
+        for setting, column in self._columns().items():
             if column is not None and column not in rows.features:
                 raise DminError(
                     f"data.{setting}={column!r} is no column of {self.path}. Columns there: "
@@ -79,10 +78,13 @@ class HFDataset(Checked):
         )
         self._kept = [at for at in positions if at not in problems] if problems else positions
 
+    def _columns(self) -> dict[str, str | None]:
+        """Return the name of each column that is asked for."""
+        return {name: getattr(self, name) for name in ("image", "text", "label", "id")}
+
     def _problems(self, positions: range) -> dict[int, str]:
         """Return which rows are not fit for use, and why."""
-        columns = {name: getattr(self, name) for name in ("image", "text", "label", "id")}
-        settings = {"max_pixels": self.max_pixels, **columns, **self.settings()}
+        settings = {"max_pixels": self.max_pixels, **self._columns(), **self.settings()}
 
         def look(at: int) -> str | None:
             try:
@@ -135,16 +137,8 @@ class HFDataset(Checked):
         It is made of the files' paths and times of change, or of the commit on the Hub, so a copy
         elsewhere counts as another dataset; ``save_to_disk`` keeps it inside the copy.
         """
-        columns = {name: getattr(self, name) for name in ("image", "text", "label", "id")}
-        return {
-            "name": type(self).__name__,
-            "examples": len(self),
-            **self.settings(),
-            **columns,
-            "split": self.split,
-            "fingerprint": self.fingerprint,
-            **self.describe_skipped(),
-        }
+        content = {**self._columns(), "split": self.split, "fingerprint": self.fingerprint}
+        return self.described(len(self), **content)
 
     def _load(self) -> Any:
         try:
@@ -185,7 +179,7 @@ class HFDataset(Checked):
         if isinstance(rows.features[self.image], datasets.Image):
             # Left to itself, `datasets` would decode: another way than all other datasets here.
             rows = rows.cast_column(self.image, datasets.Image(decode=False))
-        named = [name for name in (self.image, self.text, self.label, self.id) if name]
+        named = [name for name in self._columns().values() if name]
         plain = [name for name, feature in rows.features.items() if _is_plain(feature)]
         return rows.select_columns(list(dict.fromkeys([*named, *plain])))
 

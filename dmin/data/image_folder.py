@@ -87,13 +87,7 @@ class ImageFolder(Checked):
             [name, digests[name], *facts] for name, facts in zip(self.ids, self._facts, strict=True)
         ]
         content = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
-        return {
-            "name": type(self).__name__,
-            "examples": len(self),
-            **self.settings(),
-            "content": content,
-            **self.describe_skipped(),
-        }
+        return self.described(len(self), content=content)
 
     def _find(self) -> dict[str, Facts]:
         """Return what is known of each image: of those the metadata names, else of all."""

@@ -117,15 +117,8 @@ class TarShards(Checked):
         for found in self._survey().values():
             rows = [[name, found[name][0]] for name in sorted(found)]
             content.update(json.dumps(rows).encode())
-        return {
-            "name": type(self).__name__,
-            "examples": len(self),
-            **self.settings(),
-            "text": self.text,
-            "label": self.label,
-            "content": content.hexdigest()[:16],
-            **self.describe_skipped(),
-        }
+        digest = content.hexdigest()[:16]
+        return self.described(len(self), text=self.text, label=self.label, content=digest)
 
     def _problems(self) -> dict[str, str]:
         """Return which samples are not fit for use, as far as they are to be checked, and why."""

@@ -22,7 +22,7 @@ from typing import Any, Generic, Self
 import torch
 from torch import Tensor, nn
 
-from dmin.gradients.factors import GradientFactors, Sum
+from dmin.gradients.factors import GradientFactors, Sum, wide_dtype
 from dmin.gradients.layers import LayerGradient, layer_gradient, splits
 from dmin.gradients.parameters import some_of
 from dmin.gradients.rerun import PerExampleRerun, differentiable, replaced
@@ -134,8 +134,7 @@ class Capture(Generic[State, Rows]):
                 f"it has shape {tuple(values.shape)} and "
                 f"{'a' if values.requires_grad else 'no'} gradient. Is it summed, or detached?"
             )
-        double = values.dtype == torch.float64
-        like = values.detach().new_zeros((), dtype=torch.float64 if double else torch.float32)
+        like = values.detach().new_zeros((), dtype=wide_dtype(values))
         budget = self.budget or (GPU_BUDGET if values.is_cuda else CPU_BUDGET)
         batch = len(values)
         self._pass = _Pass(batch, budget, self.sink.begin(batch, like, budget))

@@ -236,4 +236,9 @@ class Sum:
 
 def wide(x: Tensor) -> Tensor:
     """Return x in float32, or float64 when it is that already: sums over positions need it."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(wide_dtype(x))
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Return what sums of x are computed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dmin.gradients.factors import Dense, GradientFactors
+from dmin.gradients.factors import Dense, GradientFactors, wide_dtype
 from dmin.runtime.errors import DminError
 
 
@@ -69,7 +69,7 @@ class PerExampleRerun:
                     f"out with params=<regex>."
                 )
         work = _Work(self, inputs, output_gradients, batch)
-        size = sum(p.numel() * _wide(p.dtype).itemsize for p in parameters.values())
+        size = sum(p.numel() * wide_dtype(p).itemsize for p in parameters.values())
         if batch * size > budget:
             return {name: _Lazy(work, p, range(batch)) for name, p in parameters.items()}
         rows = [work.gradients(b, list(parameters.values())) for b in range(batch)]
@@ -141,9 +141,9 @@ class _Work:
             for parameter in parameters:
                 parameter.requires_grad_(False)
         return [
-            torch.zeros_like(p, dtype=_wide(p.dtype))
+            torch.zeros_like(p, dtype=wide_dtype(p))
             if gradient is None
-            else gradient.to_dense().to(_wide(p.dtype))
+            else gradient.to_dense().to(wide_dtype(p))
             for p, gradient in zip(parameters, found, strict=True)
         ]
 
@@ -226,7 +226,3 @@ def _agree(x: Tensor, y: Tensor) -> bool:
     tolerance = 1e-2 if x.dtype.itemsize >= 4 else 1e-1
     scale = float(y.abs().amax()) if y.numel() else 0.0
     return torch.allclose(x, y, rtol=0, atol=tolerance * scale, equal_nan=True)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from dmin.gradients.factors import Dense, GradientFactors
+from dmin.gradients.factors import Dense, GradientFactors, wide_dtype
 from dmin.gradients.parameters import Parameter, Parameters
 from dmin.runtime.errors import DminError
 from dmin.sketches import bounds
@@ -129,7 +129,7 @@ class Sketch(ABC):
             ``[batch, groups, k]``.
         """
         first = next(iter(gradients.values()))
-        state = self.begin(len(first), first.new_zeros((), dtype=_wide_dtype(first)))
+        state = self.begin(len(first), first.new_zeros((), dtype=wide_dtype(first)))
         for name, gradient in gradients.items():
             self.add(state, name, Dense(gradient))
         return self.finish(state).values
@@ -203,7 +203,3 @@ class FoldedSketch(Sketch):
     def fold(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return bucket and sign of each scalar of a flattened parameter, ``[P]`` each."""
         return self.map_of(self.parameters.by_name[name]).buckets(device)
-
-
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmin.gradients.factors import GradientFactors, Outer, Sum
+from dmin.gradients.factors import GradientFactors, Outer, Sum, wide_dtype
 from dmin.runtime.errors import DminError
 from dmin.sketches.backends.torch import add_at
 from dmin.sketches.base import Accumulator, Sketch, Sketched
@@ -115,7 +115,7 @@ def entries(factors: GradientFactors, places: Tensor, shape: tuple[int, ...]) ->
     if not isinstance(part, Outer) or 2 * len(places) > prod(shape):
         return part.dense().reshape(part.batch, -1)[:, places]
     d, a = part.output_gradient, part.input
-    wide = torch.float64 if d.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(d)
     rows, columns = places // shape[1], places % shape[1]
     return torch.einsum("bpj,bpj->bj", d[..., rows].to(wide), a[..., columns].to(wide))
 

@@ -92,7 +92,7 @@ class FunctionalLoss:
         for example in examples:
             total = torch.zeros_like(self.flat(self.weights))
             for piece in self.pairs([example]).split(batch_size):
-                weights = {n: w.requires_grad_() for n, w in self._leaves().items()}
+                weights = {n: w.clone().requires_grad_() for n, w in self.weights.items()}
                 loss = self.losses(weights, piece).sum()
                 found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
                 total += self.flat(dict(zip(weights, found, strict=True)))
@@ -118,9 +118,6 @@ class FunctionalLoss:
         leading = vectors.shape[:-1]
         names = self.weights.items()
         return {n: p.reshape(*leading, *w.shape) for (n, w), p in zip(names, pieces, strict=True)}
-
-    def _leaves(self) -> Weights:
-        return {name: value.clone() for name, value in self.weights.items()}
 
 
 class _Call(nn.Module):

@@ -123,8 +123,7 @@ class LossCurvature:
         )
 
     def _hessian(self, direction: Weights, pairs: NoisedBatch) -> Weights:
-        gradient = grad(lambda weights: self.loss.losses(weights, pairs).sum())
-        return self._along(gradient, direction)
+        return self._along(grad(lambda w: self.loss.losses(w, pairs).sum()), direction)
 
     def _ggn(self, direction: Weights, pairs: NoisedBatch) -> Weights:
         scale: list[Tensor] = []

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
-from dmin.attribution.method import Method
+from dmin.attribution.method import CosineMethod
 from dmin.runtime.errors import DminError
 
 # Of ImageNet: what encoders without a preprocessor_config.json are most often trained with.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class EncoderCosine(Method):
+class EncoderCosine(CosineMethod):
     """Cosine of image embeddings, ``cos(f(x_q), f(x_i))``: what looks or means the same.
 
     f is any image encoder that transformers' ``AutoModel`` loads: the projected image features of a
@@ -71,18 +71,11 @@ class EncoderCosine(Method):
         self.mean = torch.tensor(known.get("image_mean", MEAN)).view(-1, 1, 1)
         self.std = torch.tensor(known.get("image_std", STD)).view(-1, 1, 1)
 
+    @torch.no_grad()
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return unit embeddings, ``[Q, width]``."""
-        assert queries.images is not None
-        return self._embed(queries.images)
-
-    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
-        """Return ``[Q, n]``."""
-        assert train.images is not None
-        return queries @ self._embed(train.images).T
-
-    @torch.no_grad()
-    def _embed(self, images: Tensor) -> Tensor:
+        images = queries.images
+        assert images is not None
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         found = []

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dmin.attribution.features import ExampleBlock
 from dmin.attribution.inner_product import InnerProduct, summed_rows, with_summed_rows
-from dmin.attribution.method import InnerProductMethod, Method
+from dmin.attribution.method import CosineMethod, InnerProductMethod
 
 
 class GradDot(InnerProductMethod):
@@ -24,7 +24,7 @@ class GradDot(InnerProductMethod):
         return with_summed_rows(summed_rows(queries), queries)
 
 
-class GradCos(Method):
+class GradCos(CosineMethod):
     """Cosine of the gradients summed over timesteps and draws.
 
     ``I(q, i) = cos(Σ_t g_t(q), Σ_t g_t(i))`` (GradCos in Charpiat et al. 2019, arXiv 2102.05262).
@@ -35,7 +35,3 @@ class GradCos(Method):
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return unit summed gradients, ``[Q, G·k]``."""
         return torch.nn.functional.normalize(summed_rows(queries).flatten(1), dim=1)
-
-    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
-        """Return ``[Q, n]``."""
-        return queries @ self.transform_query(train).T

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
-from dmin.attribution.method import Method
+from dmin.attribution.method import CosineMethod, Method
 from dmin.runtime.errors import DminError
 
 
@@ -30,7 +30,7 @@ class PixelL2(Method):
         return -_squared_distances(queries, train)
 
 
-class PixelCosine(Method):
+class PixelCosine(CosineMethod):
     """Cosine of the pixels, ``cos(x_q, x_i)``."""
 
     name = "pixel_cosine"
@@ -39,10 +39,6 @@ class PixelCosine(Method):
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return unit pixels of the queries, ``[Q, C·H·W]``."""
         return torch.nn.functional.normalize(_pixels(queries), dim=1)
-
-    def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
-        """Return ``[Q, n]``."""
-        return queries @ self.transform_query(train).T
 
 
 class GaussianKernel(Method):

@@ -19,9 +19,8 @@ from dmin.attribution.search.certified_bound import (
     save_arrays,
 )
 from dmin.attribution.search.index import Found, Index
-from dmin.attribution.search.scan import row_factors, scan, scores_of_rows
+from dmin.attribution.search.scan import best_of_all, row_factors, scores_of_rows
 from dmin.attribution.search.threads import in_threads
-from dmin.attribution.search.topk import TopK
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
 from dmin.store import Store
@@ -123,10 +122,8 @@ class Approximate(Index):
         count = min(self.recall_queries - len(self._hits), len(rows))
         if count <= 0:
             return
-        best = TopK(count, rows.shape[1])
         asked = InnerProduct(linear.queries[:count], linear.scale, linear.readout)
-        for first, scores in scan(asked, store):
-            best.update(scores, first)
+        best = best_of_all(asked, store, rows.shape[1])
         for found, exact in zip(rows.tolist(), best.rows.tolist(), strict=False):
             self._hits.append(len({*found} & {*exact}) / len(exact))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,9 +9,8 @@ from torch import Tensor
 from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.search.certified_bound import ProjectionIndex
 from dmin.attribution.search.index import Found, Index
-from dmin.attribution.search.scan import row_factors, scan, scores_of_rows
+from dmin.attribution.search.scan import best_of_all, row_factors, scores_of_rows
 from dmin.attribution.search.threads import in_threads
-from dmin.attribution.search.topk import TopK
 from dmin.runtime.errors import DminError
 from dmin.store import Store
 
@@ -111,8 +108,9 @@ def certified_search(
     if unproven:  # those that were not begun as well
         read[unproven] = len(store)
         replaced = InnerProduct(sign * linear.queries[unproven], linear.scale, linear.readout)
-        for number, each in zip(unproven, _scanned(replaced, store, k, keep), strict=True):
-            pairs[number] = each
+        best = best_of_all(replaced, store, k, keep)
+        for number, one, other in zip(unproven, best.scores, best.rows, strict=True):
+            pairs[number] = one, other
     scores, rows = (torch.stack(part) for part in zip(*pairs, strict=True))
     return Found(sign * scores, rows, read)
 
@@ -160,18 +158,6 @@ class _Best:
         self._scores_read = scores[order]
         best = self._scores_read.argsort(descending=True, stable=True)[: self.k]
         self.scores, self.rows = self._scores_read[best], self.rows_read[best]
-
-
-def _scanned(
-    linear: InnerProduct, store: Store, k: int, keep: np.ndarray | None
-) -> Sequence[tuple[Tensor, Tensor]]:
-    """Return the best by reading everything."""
-    best = TopK(len(linear.queries), k)
-    for first, scores in scan(linear, store, keep=keep):
-        if keep is not None:
-            scores[:, ~torch.from_numpy(keep[first : first + scores.shape[1]])] = -torch.inf
-        best.update(scores, first)
-    return list(zip(best.scores, best.rows, strict=True))
 
 
 def _check(linear: InnerProduct, store: Store, index: ProjectionIndex) -> None:

@@ -68,28 +68,21 @@ def _words(builder: Any, stored: Any, value: Any, shape: Callable[[Any], Any]) -
     return builder.zext(value, shape(INT))
 
 
-def _alone(kind: Any) -> Any:
-    return kind
+def _of_one(kind: Any, write: Callable[..., Any]) -> Any:
+    """Make a function of one stored number of what writes the code for many."""
+
+    @intrinsic
+    def generated(typing: Any, stored: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return write(builder, stored, arguments[0], lambda kind: kind)
+
+        return kind(stored), generate
+
+    return generated
 
 
-@intrinsic
-def widen(typing: Any, stored: Any) -> Any:
-    """Return a stored number as float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _widened(builder, stored, arguments[0], _alone)
-
-    return types.float32(stored), generate
-
-
-@intrinsic
-def word(typing: Any, stored: Any) -> Any:
-    """Return the bits of a stored number as uint32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _words(builder, stored, arguments[0], _alone)
-
-    return types.uint32(stored), generate
+widen = _of_one(types.float32, _widened)  # a stored number as float32
+word = _of_one(types.uint32, _words)  # its bits as uint32
 
 
 def products(queries: int, first: bool) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.search.threads import in_threads
+from dmin.attribution.search.topk import TopK
 from dmin.store import Store
 from dmin.store.encoding import STORED_AS, word_sums
 
@@ -69,6 +70,16 @@ def scan(
         return span[0], torch.from_numpy(scores)
 
     yield from in_threads(score, spans, compiled=True)
+
+
+def best_of_all(linear: InnerProduct, store: Store, k: int, keep: np.ndarray | None = None) -> TopK:
+    """Return the k best rows by reading everything; arguments are those of :func:`scan`."""
+    best = TopK(len(linear.queries), k)
+    for first, scores in scan(linear, store, keep=keep):
+        if keep is not None:
+            scores[:, ~torch.from_numpy(keep[first : first + scores.shape[1]])] = -torch.inf
+        best.update(scores, first)
+    return best
 
 
 def multiply(
@@ -195,8 +206,7 @@ def scores_of_rows(
     draws, steps, groups, dim = store.layout.row_shape
     readout, sums = linear.readout, store.sums(linear.readout)
     if sums is None:  # nothing was verified: there is nothing to hold rows against
-        found = gathered_rows(store, linear, rows).flatten(1) @ query
-        return found
+        return gathered_rows(store, linear, rows).flatten(1) @ query
     asked = query.view(draws * steps, groups * dim).numpy()
     like = np.empty(0, SEEN_AS[store.layout.dtype])
     scores = torch.empty(len(rows))

@@ -32,7 +32,7 @@ def add_spectra(factors: Outer | Correlation, map_: TensorSketchMap, spectrum: T
     """
     from scipy.fft import rfft  # like numba, imported when first needed
 
-    sides = [_Side(*side) for side in map_.sides(spectrum.device)]
+    sides = [(b.int().numpy(), s.float().numpy()) for b, s in map_.sides(spectrum.device)]
     walked = _Tokens(factors) if isinstance(factors, Outer) else _Patches(factors)
     starts = range(0, walked.positions, CHUNK)
     sums = np.zeros((factors.batch, len(starts), spectrum.shape[1]), np.complex64)
@@ -44,17 +44,12 @@ def add_spectra(factors: Outer | Correlation, map_: TensorSketchMap, spectrum: T
         transformed = []
         for (x, walk), side in zip(walked.sides(example), sides, strict=True):
             counted = np.zeros((last - first, map_.dim), np.float32)
-            kernels().count_sketch(x, walk, first, last, side.bucket, side.sign, counted)
+            kernels().count_sketch(x, walk, first, last, *side, counted)
             transformed.append(rfft(counted, axis=1, overwrite_x=True))
         kernels().add_products(*transformed, sums[example, chunk])
 
     in_threads(factors.batch * len(starts), work)
     spectrum += torch.from_numpy(sums.sum(1))
-
-
-class _Side:
-    def __init__(self, bucket: Tensor, sign: Tensor) -> None:
-        self.bucket, self.sign = bucket.int().numpy(), sign.float().numpy()
 
 
 class _Tokens:
