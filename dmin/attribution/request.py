@@ -85,7 +85,9 @@ class Request:
                 out = ~torch.from_numpy(self.keep[first : first + scores.shape[1]])
                 scores = scores.masked_fill(out, -torch.inf)
             if best is None:
-                best = self._empty(len(scores))
+                best = TopK(len(scores), self.k)
+                if self.groups is not None:
+                    best = Groups(len(scores), *self.groups)
             best.update(scores, first)
         assert best is not None
         return best
@@ -111,9 +113,6 @@ class Request:
         store = self.train.store
         found = index.search(asked, store, self.k, self.selection.sign, self.keep)
         return found.scores, found.rows, split(asked, store, found.rows.numpy())
-
-    def _empty(self, queries: int) -> TopK | Groups:
-        return TopK(queries, self.k) if self.groups is None else Groups(queries, *self.groups)
 
     def _contributions(
         self, queries: FeatureSet, numbers: np.ndarray, asked: Any, rows: np.ndarray

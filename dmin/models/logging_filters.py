@@ -17,18 +17,6 @@ _LEFT_OUT = {
 }
 
 
-class _Without(logging.Filter):
-    """Leaves remarks out that begin in a certain way."""
-
-    def __init__(self, beginning: str) -> None:
-        super().__init__()
-        self.beginning = re.compile(beginning)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether a record is to be printed."""
-        return self.beginning.match(str(record.msg)) is None
-
-
 class _Once(logging.Filter):
     """Lets a pipeline say once that captions are cut, instead of printing each."""
 
@@ -48,15 +36,12 @@ class _Once(logging.Filter):
 def leave_out_remarks() -> None:
     """Have the libraries keep quiet about what asks nothing of the user."""
     for name, beginning in _LEFT_OUT.items():
-        _filter(name, _Without(beginning))
+        remark = re.compile(beginning)
+        logging.getLogger(name).addFilter(lambda r, remark=remark: not remark.match(str(r.msg)))
 
 
 def say_once(pipeline: Any) -> None:
     """Have a pipeline tell of captions that are too long only once."""
-    _filter(type(pipeline).__module__, _Once())
-
-
-def _filter(name: str, wanted: logging.Filter) -> None:
-    logger = logging.getLogger(name)
-    if not any(type(known) is type(wanted) for known in logger.filters):
-        logger.addFilter(wanted)
+    logger = logging.getLogger(type(pipeline).__module__)
+    if not any(isinstance(known, _Once) for known in logger.filters):
+        logger.addFilter(_Once())

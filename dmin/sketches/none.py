@@ -36,7 +36,7 @@ class FullGradient(FormedSketch):
             DminError: a row would have more than ``max_dim`` numbers.
         """
         ends = [0] * len(parameters.groups)
-        places = {}
+        places = {}  # of each parameter, the first of its numbers
         for entry in parameters.entries:
             places[entry.name] = ends[entry.group]
             ends[entry.group] += prod(entry.shape)
@@ -47,7 +47,7 @@ class FullGradient(FormedSketch):
                 f"models; choose another sketch, or raise sketch.max_dim (now {self.max_dim:,})."
             )
         bound = super().bind(parameters)
-        bound.dim, bound._places = max(ends), places
+        bound.dim, bound._kept = max(ends), places
         return bound
 
     def describe(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class FullGradient(FormedSketch):
 
     def projection(self, name: str, state: Accumulator) -> Callable[[Tensor, Tensor], None]:
         """Return what adds a parameter's gradients at its place."""
-        start = self._places[name]
+        start = self._kept[name]
 
         def project(gradient: Tensor, rows: Tensor) -> None:
             rows[:, start : start + gradient.shape[1]] += gradient
@@ -69,5 +69,3 @@ class FullGradient(FormedSketch):
 
     def _check_dim(self, parameters: Parameters) -> None:
         """Any model will do: k follows from it."""
-
-    _places: dict[str, int]  # of each parameter, the first of its numbers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,7 @@ class Approximate(Index):
         pairs = list(in_threads(rank, list(zip(queries, proposed, strict=True))))
         scores, rows = (torch.stack(part) for part in zip(*pairs, strict=True))
         self._read.append((proposed >= 0).sum(1) / len(store))
-        self._measure(
-            InnerProduct(sign * linear.queries, linear.scale, linear.readout), store, rows
-        )
+        self._measure(replace(linear, queries=sign * linear.queries), store, rows)
         return Found(sign * scores, rows, (proposed >= 0).sum(1))
 
     def note(self) -> str:
@@ -122,8 +121,8 @@ class Approximate(Index):
         count = min(self.recall_queries - len(self._hits), len(rows))
         if count <= 0:
             return
-        asked = InnerProduct(linear.queries[:count], linear.scale, linear.readout)
-        best = best_of_all(asked, store, rows.shape[1])
+        first = replace(linear, queries=linear.queries[:count])
+        best = best_of_all(first, store, rows.shape[1])
         for found, exact in zip(rows.tolist(), best.rows.tolist(), strict=False):
             self._hits.append(len({*found} & {*exact}) / len(exact))
 
