@@ -8,9 +8,10 @@ examples i to j only, so that a caller can keep to a memory budget.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -20,42 +21,41 @@ _HALF = torch.bfloat16, torch.float16
 _SUMS_WIDE = "dtype" in torch.ops.aten.bmm.overloads()  # torch 2.8 and later
 
 
-class GradientFactors(Protocol):
-    """The gradients of one parameter for each example of a batch, not multiplied out."""
+@dataclass(frozen=True)
+class GradientFactors(ABC):
+    """The gradients of one parameter for each example of a batch, not multiplied out.
+
+    The fields that are tensors have one row an example.
+    """
 
     @property
     def batch(self) -> int:
         """Number of examples."""
+        return len(getattr(self, fields(self)[0].name))
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """Return the gradients, ``[batch, *parameter.shape]``, in float32 or float64."""
 
-    def __getitem__(self, examples: slice) -> GradientFactors:
+    def __getitem__(self, examples: slice) -> Self:
         """Return the factors of some of the examples."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{n: x[examples] for n, x in own.items() if isinstance(x, Tensor)})
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(GradientFactors):
     """A gradient already formed, ``[batch, *parameter.shape]``."""
 
     gradient: Tensor
-
-    @property
-    def batch(self) -> int:
-        """Number of examples."""
-        return len(self.gradient)
 
     def dense(self) -> Tensor:
         """Return a copy, so that callers may work in place whatever the factors are."""
         return wide(self.gradient).clone()
 
-    def __getitem__(self, examples: slice) -> Dense:
-        """Return the gradients of some of the examples."""
-        return Dense(self.gradient[examples])
-
 
 @dataclass(frozen=True)
-class Outer:
+class Outer(GradientFactors):
     """A sum of outer products over positions, the gradient of a ``Linear`` weight.
 
     ``g[b] = Σ_p output_gradient[b, p] ⊗ input[b, p]``
@@ -63,11 +63,6 @@ class Outer:
 
     output_gradient: Tensor  # [batch, positions, out]
     input: Tensor  # [batch, positions, in]
-
-    @property
-    def batch(self) -> int:
-        """Number of examples."""
-        return len(self.input)
 
     def dense(self) -> Tensor:
         """Return ``[batch, out, in]``.
@@ -80,13 +75,9 @@ class Outer:
             return torch.bmm(d.transpose(1, 2), a, out_dtype=torch.float32)
         return torch.bmm(wide(d).transpose(1, 2), wide(a))
 
-    def __getitem__(self, examples: slice) -> Outer:
-        """Return the factors of some of the examples."""
-        return Outer(self.output_gradient[examples], self.input[examples])
-
 
 @dataclass(frozen=True)
-class Correlation:
+class Correlation(GradientFactors):
     """The gradient of a convolution's weight (1, 2 or 3 dimensions, transposed or not)."""
 
     output_gradient: Tensor  # [batch, out, *positions]
@@ -97,11 +88,6 @@ class Correlation:
     # Up to this many output positions one batched product of unfolded patches beats a call of the
     # convolution's own backward for each example (measured on two CPU cores, 8² against 32²).
     UNFOLD_POSITIONS = 256
-
-    @property
-    def batch(self) -> int:
-        """Number of examples."""
-        return len(self.input)
 
     def dense(self) -> Tensor:
         """Return ``[batch, *weight.shape]``."""
@@ -177,25 +163,14 @@ class Correlation:
             )
         ]
 
-    def __getitem__(self, examples: slice) -> Correlation:
-        """Return the factors of some of the examples."""
-        return Correlation(
-            self.output_gradient[examples], self.input[examples], self.layer, self.padding
-        )
-
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(GradientFactors):
     """The gradient of an ``Embedding``: output gradients added at the rows that were looked up."""
 
     output_gradient: Tensor  # [batch, positions, width]
     index: Tensor  # [batch, positions], integer
     rows: int
-
-    @property
-    def batch(self) -> int:
-        """Number of examples."""
-        return len(self.index)
 
     def dense(self) -> Tensor:
         """Return ``[batch, rows, width]``."""
@@ -206,13 +181,9 @@ class Rows:
             return gradients.index_put_((example, self.index), d, accumulate=True)
         return gradients.scatter_add_(1, self.index[..., None].expand_as(d), d)
 
-    def __getitem__(self, examples: slice) -> Rows:
-        """Return the factors of some of the examples."""
-        return Rows(self.output_gradient[examples], self.index[examples], self.rows)
-
 
 @dataclass(frozen=True)
-class Sum:
+class Sum(GradientFactors):
     """The sum of several calls' gradients: a layer called more than once, or tied weights."""
 
     parts: Sequence[GradientFactors]
@@ -229,9 +200,9 @@ class Sum:
             total += part.dense()
         return total
 
-    def __getitem__(self, examples: slice) -> Sum:
+    def __getitem__(self, examples: slice) -> Self:
         """Return the factors of some of the examples."""
-        return Sum([part[examples] for part in self.parts])
+        return type(self)([part[examples] for part in self.parts])
 
 
 def wide(x: Tensor) -> Tensor:

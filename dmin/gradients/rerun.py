@@ -9,8 +9,8 @@ out must be what came out before.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +149,7 @@ class _Work:
 
 
 @dataclass(frozen=True)
-class _Lazy:
+class _Lazy(GradientFactors):
     """The gradients of one parameter, computed when they are asked for."""
 
     work: _Work
@@ -165,9 +165,9 @@ class _Lazy:
         """Return ``[batch, *parameter.shape]``."""
         return torch.stack([self.work.gradients(b, [self.parameter])[0] for b in self.examples])
 
-    def __getitem__(self, examples: slice) -> _Lazy:
+    def __getitem__(self, examples: slice) -> Self:
         """Return the gradients of some of the examples."""
-        return _Lazy(self.work, self.parameter, self.examples[examples])
+        return replace(self, examples=self.examples[examples])
 
 
 def differentiable(output: Any) -> list[Tensor]:
