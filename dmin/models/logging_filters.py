@@ -36,8 +36,11 @@ class _Once(logging.Filter):
 def leave_out_remarks() -> None:
     """Have the libraries keep quiet about what asks nothing of the user."""
     for name, beginning in _LEFT_OUT.items():
-        remark = re.compile(beginning)
-        logging.getLogger(name).addFilter(lambda r, remark=remark: not remark.match(str(r.msg)))
+
+        def wanted(record: logging.LogRecord, beginning: str = beginning) -> bool:
+            return not re.match(beginning, str(record.msg))
+
+        logging.getLogger(name).addFilter(wanted)
 
 
 def say_once(pipeline: Any) -> None:
