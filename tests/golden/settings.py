@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 # All that is not of the public face of the package stands here.
 from dmin.cli import main
 from dmin.cli.config.groups import config_directory, groups
-from dmin.cli.config.renamed import current_target  # noqa: F401
+from dmin.cli.config.renamed import current  # noqa: F401
 
 CFG, RECORDS = DATA / "cfg", DATA / "records"
 SETTINGS, DIGESTS = DATA / "settings_0_1_0.json", DATA / "digests.json"

@@ -112,7 +112,7 @@ def test_a_fresh_collection_has_the_golden_rows(name, place, tmp_path):
 @pytest.mark.parametrize("target", KNOWN["targets"])
 def test_a_target_of_then_is_found(target):
     try:
-        assert callable(get_object(settings.current_target(target)))
+        assert callable(get_object(settings.current(target)[0]))
     except ImportError:
         if target.startswith("dmin."):
             raise
@@ -137,7 +137,7 @@ def test_a_command_composes_to_the_settings_of_then(command, asked, tmp_path):
     for name, value in then.items():
         name = EXPLAINED.get(name, name)
         if name is not None:
-            value = settings.current_target(value) if name.endswith("_target_") else value
+            value = settings.current(value)[0] if name.endswith("_target_") else value
             old, new = CHANGED.get(name, (value, value))
             assert value == old
             expected[name] = new

@@ -163,17 +163,12 @@ def _show_warnings_plainly() -> None:
 @contextmanager
 def _process(argv: list[str], full_error: str | None) -> Iterator[None]:
     """Change the two things of the process that Hydra reads, for a while."""
-
-    def change(argv: list[str], full_error: str | None) -> None:
-        sys.argv = argv
-        if full_error is None:
-            os.environ.pop(_FULL_ERROR, None)
-        else:
-            os.environ[_FULL_ERROR] = full_error
-
-    before = sys.argv, os.environ.get(_FULL_ERROR)
-    change(argv, full_error)
+    before = sys.argv, os.environ.pop(_FULL_ERROR, None)
+    sys.argv = argv
+    os.environ.update({} if full_error is None else {_FULL_ERROR: full_error})
     try:
         yield
     finally:
-        change(*before)
+        sys.argv, full_error = before
+        os.environ.pop(_FULL_ERROR, None)
+        os.environ.update({} if full_error is None else {_FULL_ERROR: full_error})

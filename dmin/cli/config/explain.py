@@ -31,10 +31,8 @@ def explain(error: BaseException) -> str | None:
         return _explain_composition(error)
     if isinstance(error, yaml.YAMLError):
         return f"A configuration file is not valid YAML: {one_line(error)}."
-    if isinstance(error, InstantiationException):
-        # Raised by `instantiate` around whatever its target raised.
-        cause = error.__cause__
-        return None if cause is None else explain(cause)
+    if isinstance(error, InstantiationException):  # raised around whatever its target raised
+        return None if error.__cause__ is None else explain(error.__cause__)
     if isinstance(error, CompactHydraException):
         return one_line(error)
     return _explain_launcher(error)

@@ -77,11 +77,6 @@ def current(name: str) -> tuple[str, dict[str, Any]]:
     return name, {}
 
 
-def current_target(name: str) -> str:
-    """Return what a ``_target_`` of any release is called today."""
-    return current(name)[0]
-
-
 def rename(node: Any) -> dict[str, str]:
     """Bring every call in a configuration, or in plain mappings and lists, up to date in place.
 

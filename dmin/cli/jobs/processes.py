@@ -76,9 +76,10 @@ def make_trainer(cfg: DictConfig, command: str) -> lightning.Trainer:
         cause = error.__cause__
         if not isinstance(cause, MisconfigurationException | ValueError | RuntimeError):
             raise
+        told = " ".join(str(cause).split()).rstrip(".")
         raise DminError(
             f"no trainer can be set up on {socket.gethostname()} with {processes} "
-            f"trainer.accelerator={settings.get('accelerator')}: {_sentence(cause)}"
+            f"trainer.accelerator={settings.get('accelerator')}: {told}."
         ) from error
     launcher = trainer.strategy.launcher
     if type(launcher) is _SubprocessScriptLauncher:
@@ -190,14 +191,10 @@ def _restore(environ: Mapping[str, str | None]) -> None:
         if value is not None:
             os.environ[name] = value
     # Without the others, NCCL may wait for them here.
-    if distributed.is_initialized() and (sys.exc_info()[0] is None or not _on_gpus()):
+    if not distributed.is_initialized():
+        return
+    if sys.exc_info()[0] is None or "nccl" not in distributed.get_backend():
         distributed.destroy_process_group()
-
-
-def _on_gpus() -> bool:
-    import torch.distributed as distributed
-
-    return "nccl" in distributed.get_backend()
 
 
 def _watch(started: Sequence[subprocess.Popen[bytes]], trainer: lightning.Trainer) -> None:
@@ -224,7 +221,3 @@ def _watch(started: Sequence[subprocess.Popen[bytes]], trainer: lightning.Traine
     for each in started:
         each.kill()
     os._exit(1)
-
-
-def _sentence(error: BaseException) -> str:
-    return f"{' '.join(str(error).split()).rstrip('.')}."

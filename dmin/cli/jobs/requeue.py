@@ -84,13 +84,9 @@ def seconds_left(environ: Mapping[str, str] = os.environ) -> float | None:
     job = environ.get("SLURM_JOB_ID")
     if job is None or shutil.which("squeue") is None:
         return None
+    asked = ["squeue", "-h", "-j", job, "-o", "%L"]
     try:
-        run = subprocess.run(
-            ["squeue", "-h", "-j", job, "-o", "%L"],
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
+        run = subprocess.run(asked, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return None
     return parsed_time(run.stdout.strip())

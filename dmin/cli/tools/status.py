@@ -75,9 +75,8 @@ class Status:
     @property
     def seconds_left(self) -> float | None:
         """Until the slowest process is done; None if nobody works, or none has a rate yet."""
-        left = [self.left(each) for each in self.running]
-        known = [seconds for seconds in left if seconds is not None]
-        return max(known) if known else None
+        left = map(self.left, self.running)
+        return max((seconds for seconds in left if seconds is not None), default=None)
 
     def left(self, report: WorkerStatus) -> float | None:
         """Return the seconds a process has still to work."""
@@ -97,14 +96,11 @@ def status_of(path: Path) -> Status:
 
     manifest = read_manifest(path)
     found = reports(path)  # before the segments: what is sealed meanwhile is then no news
-    there: set[int] = set()
-    for segment in open_segments(path, manifest, verify=False).values():
-        there.update(segment.blocks.tolist())
+    segments = open_segments(path, manifest, verify=False).values()
+    there = {block for segment in segments for block in segment.blocks.tolist()}
     missing = [block for block in range(manifest.num_blocks) if block not in there]
-    attended: set[int] = set()
-    for each in found:
-        if each.running:
-            attended.update(each.share.range(manifest.num_blocks))
+    shares = [each.share.range(manifest.num_blocks) for each in found if each.running]
+    attended = {block for share in shares for block in share}
     unattended = [block for block in missing if block not in attended]
     return Status(path, manifest, len(there), missing, found, unattended)
 
@@ -194,11 +190,7 @@ def lines(status: Status) -> list[str]:
 
 def table(status: Status) -> Table:
     """List the processes: first those that died, then those at work, then those that ended."""
-    from rich.table import Table
-
-    made = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
-    for name in ("part", "process", "state", "blocks", "rows/s", "left", "last sign"):
-        made.add_column(name, justify="left" if name in ("part", "process", "state") else "right")
+    made = _table(("part", "process", "state"), ("blocks", "rows/s", "left", "last sign"))
     ordered = sorted(status.reports, key=lambda each: (each.ended, each.running, each.share))
     for each in ordered[:SHOWN]:
         state = each.state if each.running or each.ended else "dead"
@@ -209,8 +201,7 @@ def table(status: Status) -> Table:
             each.who,
             state,
             f"{each.done:,}/{each.blocks:,}",
-            f"{each.rate:,.2f}" if each.rate else "",
-            "" if left is None else span(left),
+            *_pace(each.rate, left),
             f"{span(each.age)} ago",
             style=style,
         )
@@ -231,28 +222,36 @@ def _overview(as_json: bool) -> int:
     if as_json:
         print(json.dumps([as_values(each) for each in found], indent=1))
         return 0
-    from rich.table import Table
-
     from dmin.runtime.progress import console
 
-    made = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
-    for name in ("store", "rows", "", "at work", "rows/s", "left"):
-        made.add_column(name, justify="left" if name == "store" else "right", overflow="fold")
+    made = _table(("store",), ("rows", "", "at work", "rows/s", "left"), overflow="fold")
     for each in found:
-        left = each.seconds_left if each.missing else None
+        total = each.manifest.num_examples
         made.add_row(
             str(each.path),
-            f"{each.rows:,}/{each.manifest.num_examples:,}",
-            "complete"
-            if not each.missing
-            else f"{100 * each.rows / each.manifest.num_examples:.1f} %",
+            f"{each.rows:,}/{total:,}",
+            f"{100 * each.rows / total:.1f} %" if each.missing else "complete",
             str(len(each.running) or ""),
-            f"{each.rate:,.2f}" if each.rate else "",
-            "" if left is None else span(left),
+            *_pace(each.rate, each.seconds_left if each.missing else None),
             style="red" if each.unattended else None,
         )
     console().print(made)
     return 0
+
+
+def _table(texts: Sequence[str], numbers: Sequence[str], **options: Any) -> Table:
+    from rich.table import Table
+
+    made = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
+    for name in texts:
+        made.add_column(name, justify="left", **options)
+    for name in numbers:
+        made.add_column(name, justify="right", **options)
+    return made
+
+
+def _pace(rate: float, left: float | None) -> tuple[str, str]:
+    return f"{rate:,.2f}" if rate else "", "" if left is None else span(left)
 
 
 def _parsed(words: Sequence[str]) -> tuple[Path | None, bool]:

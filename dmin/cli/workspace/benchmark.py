@@ -63,7 +63,8 @@ def chosen_methods(
     """
     known = GlobalHydra.instance().config_loader().get_group_options("method")
     names = known if benchmark.methods == "all" else list(benchmark.methods)
-    asked = (*names, *benchmark.without, *benchmark.settings)
+    settings = benchmark.settings or {}
+    asked = (*names, *benchmark.without, *settings)
     if unknown := [name for name in asked if name not in known]:
         raise DminError(
             f"benchmark: there is no method {unknown[0]!r}. Choices: {', '.join(known)}."
@@ -73,7 +74,7 @@ def chosen_methods(
     for name in names:
         if name in benchmark.without:
             continue
-        cfg = _with_method(work, name, benchmark.settings.get(name, {}))
+        cfg = _with_method(work, name, settings.get(name, {}))
         if others and cfg.method.get("checkpoints") == []:
             cfg.method.checkpoints = [str(other.cfg.model.path) for other in others]
         missing = OmegaConf.missing_keys(cfg.method)
@@ -141,14 +142,9 @@ def _shown(work: Workspace) -> Iterator[OnProgress]:
     if not work.console.is_terminal:
         yield _lines(work)
         return
-    columns: tuple[Any, ...] = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     bars: dict[str, Any] = {}
-    with Progress(*columns, console=work.console) as progress:
+    with Progress(*columns, TimeElapsedColumn(), console=work.console) as progress:
 
         def on_progress(what: str, done: int, total: int) -> None:
             what, _, detail = what.partition(": ")

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from dmin.data import Dataset
     from dmin.models import DiffusionModel
 
+# Those of the section `collect` that change features, or how much is computed at once.
+COLLECTOR_SETTINGS = (
+    *("readouts", "params", "groups", "microbatch"),
+    *("memory", "budget", "gradient_checkpointing", "kernels"),
+)
 RENDEZVOUS = 300.0  # seconds; less than the ranks of a job wait for each other (trainer=ddp)
 
 
@@ -101,20 +106,13 @@ class Built:
         """Return a collector with these settings, of any model."""
         from dmin.collect import GradientCollector
 
-        collect = self.cfg.collect
+        collect = self.resolved("collect")["collect"]
         return GradientCollector(
             model,
             build(self.cfg.sketch),
             build(self.cfg.timesteps),
             build(self.cfg.noise),
-            readouts=list(collect.readouts),
-            params=collect.params,
-            groups=self.resolved("collect")["collect"]["groups"],
-            microbatch=collect.microbatch,
-            memory=collect.memory,
-            budget=collect.budget,
-            gradient_checkpointing=collect.gradient_checkpointing,
-            kernels=collect.kernels,
+            **{name: collect[name] for name in COLLECTOR_SETTINGS},
         )
 
     def trainer(self) -> lightning.Trainer:
