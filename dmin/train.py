@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import lightning
 import torch
@@ -24,9 +24,7 @@ from dmin.runtime.progress import Lines
 class StepLines(ProgressBar):
     """Prints how far a training is, and its loss, now and then: for log files."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._on = True
+    _on = True
 
     def disable(self) -> None:
         """Show nothing: Lightning calls it in all processes but the first."""
@@ -214,34 +212,25 @@ def train(
     found = model()
     trainer = trainer or fit_trainer()
     first, second = (dataset, None) if lora is None else lora.parts(dataset)
-    how = _How(batch_size, warmup, ema_decay, seed, workers, trainer)
-    _fit(found, first, steps, learning_rate, how)
+
+    def fit(dataset: Dataset, steps: int, learning_rate: float) -> None:
+        module = DiffusionTrainer(found.train(), learning_rate, warmup, steps, seed)
+        _fit(trainer, module, TrainData(dataset, batch_size, steps, seed, workers), ema_decay)
+
+    fit(first, steps, learning_rate)
     if lora is not None and second is not None:
         lora.add_to(found.network)
-        _fit(found, second, lora.steps, lora.learning_rate, how)
+        fit(second, lora.steps, lora.learning_rate)
     return found.eval()
 
 
-class _How(NamedTuple):
-    """What both trainings have in common."""
-
-    batch_size: int
-    warmup: int
-    ema_decay: float
-    seed: int
-    workers: int
-    trainer: lightning.Trainer
-
-
 def _fit(
-    model: DiffusionModel, dataset: Dataset, steps: int, learning_rate: float, how: _How
+    trainer: lightning.Trainer, module: DiffusionTrainer, data: TrainData, ema_decay: float
 ) -> None:
     """Train a model in place; it ends with its weights averaged."""
-    module = DiffusionTrainer(model.train(), learning_rate, how.warmup, steps, how.seed)
-    data = TrainData(dataset, how.batch_size, steps, how.seed, how.workers)
-    callbacks: list[Any] = cast(Any, how.trainer).callbacks
+    callbacks: list[Any] = cast(Any, trainer).callbacks
     bars = [] if sys.stdout.isatty() else [c for c in callbacks if isinstance(c, ProgressBar)]
-    mine = [EMAWeightAveraging(decay=how.ema_decay), *([StepLines()] if bars else [])]
+    mine = [EMAWeightAveraging(decay=ema_decay), *([StepLines()] if bars else [])]
     for bar in bars:
         callbacks.remove(bar)
     callbacks.extend(mine)
@@ -249,8 +238,8 @@ def _fit(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
-            how.trainer.fit_loop.epoch_progress.reset()
-            how.trainer.fit(module, datamodule=data)
+            trainer.fit_loop.epoch_progress.reset()
+            trainer.fit(module, datamodule=data)
     finally:
         for callback in mine:
             callbacks.remove(callback)

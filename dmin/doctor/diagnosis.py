@@ -101,14 +101,10 @@ class Diagnosis:
 
     def tables(self) -> list[Table]:
         """Return tables for the terminal, the verdict last."""
-        tables = []
-        if self.coverage:
-            tables.append(_coverage_table(self.coverage))
-        if self.timesteps:
-            tables.append(report_table(self.timesteps))
-        if self.cost:
-            tables.append(_cost_table(self.cost))
-        return [*tables, _check_table(self.checks)]
+        coverage = [_coverage_table(self.coverage)] if self.coverage else []
+        timesteps = [report_table(self.timesteps)] if self.timesteps else []
+        cost = [_cost_table(self.cost)] if self.cost else []
+        return [*coverage, *timesteps, *cost, _check_table(self.checks)]
 
 
 def _check_table(checks: Sequence[Check]) -> Table:
@@ -138,11 +134,8 @@ def _coverage_table(coverage: Sequence[Covered]) -> Table:
 
 
 def _cost_table(cost: Cost) -> Table:
-    table = Table(
-        title=f"All {cost.examples:,} examples on this device, in one process",
-        title_justify="left",
-        show_header=False,
-    )
+    title = f"All {cost.examples:,} examples on this device, in one process"
+    table = Table(title=title, title_justify="left", show_header=False)
     table.add_row("time (without loading and encoding)", span(cost.seconds))
     table.add_row("store", _size(cost.store_bytes))
     if cost.encoding_bytes:

@@ -133,7 +133,6 @@ def _work(
     collector: GradientCollector, x0: Tensor, condition: Condition, ids: list[str]
 ) -> tuple[list[Timestep], Cost | None, list[Check]]:
     """Compute the examples' rows, as collecting does, twice: the first time warms up."""
-    name = "timesteps tell examples apart"
     peak = PeakMemory(x0.device)
     try:
         rows = collector.features(x0, condition, ids, peak).values[collector.readouts[0]]
@@ -147,7 +146,7 @@ def _work(
     telling = [f"{entry.timestep:g}" for entry in report if not entry.blind]
     chosen = f"timesteps=explicit timesteps.values=[{','.join(telling)}]" if telling else ""
     check = Check(
-        name,
+        "timesteps tell examples apart",
         not blind,
         float(len(blind)),
         0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -78,17 +79,12 @@ def compare(
     for chunk in _chunks(parameters.entries):
         together, paths = _captured(model, chunk, inputs, readout, budget)
         found.path.update(paths)
-        for name in together:
-            found.norm[name] = torch.zeros(count, dtype=torch.float64)
-            found.wrong[name], found.mixed[name] = (
-                found.norm[name].clone(),
-                found.norm[name].clone(),
-            )
+        for name, norms in itertools.product(together, (found.norm, found.wrong, found.mixed)):
+            norms[name] = torch.zeros(count, dtype=torch.float64)
         for i in range(count):
-            alone, _ = _captured(model, chunk, inputs.rows(slice(i, i + 1)), readout, budget)
-            true = by_autograd(
-                model, [e.name for e in chunk], inputs.rows(slice(i, i + 1)), readout
-            )
+            one = inputs.rows(slice(i, i + 1))
+            alone, _ = _captured(model, chunk, one, readout, budget)
+            true = by_autograd(model, [e.name for e in chunk], one, readout)
             for name, gradient in true.items():
                 found.norm[name][i] = _norm(gradient)
                 found.wrong[name][i] = _norm(alone[name][0] - gradient)

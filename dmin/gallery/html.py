@@ -67,20 +67,17 @@ def _data(
 ) -> dict[str, Any]:
     """Gather what the page shows; a training example that several queries share stands once."""
     examples: dict[str, dict[str, Any]] = {}
-    address = _embedded if beside is None else _Folder(beside)
+    address = data_uri if beside is None else _Folder(beside)
     for query, rank in ranking.places():
         name = ranking.train_ids[query][rank]
         if name not in examples:
-            examples[name] = _entry(
-                name,
-                ranking.train_metadata[query][rank],
-                train_images(name),
-                address,
-            )
-            size = ranking.spell_size(query, rank)
-            examples[name] |= {"row": int(ranking.train_rows[query, rank])}
-            examples[name] |= {"label": ranking.label(query, rank)}
-            examples[name]["meta"] |= {} if size is None else {"foremost": f"{size} examples"}
+            metadata = ranking.train_metadata[query][rank]
+            entry = _entry(name, metadata, train_images(name), address)
+            entry["row"] = int(ranking.train_rows[query, rank])
+            entry["label"] = ranking.label(query, rank)
+            if (size := ranking.spell_size(query, rank)) is not None:
+                entry["meta"]["foremost"] = f"{size} examples"
+            examples[name] = entry
     place = {name: index for index, name in enumerate(examples)}
     queries = []
     for query, name in enumerate(ranking.query_ids):
@@ -90,12 +87,11 @@ def _data(
         entry["scores"] = [format_score(score) for score in ranking.scores[query][:shown]]
         entry["sure"] = [ranking.spell_confidence(query, rank) for rank in range(shown)]
         entry["same"] = [ranking.same_label(query, rank) for rank in range(len(entry["top"]))]
-        if ranking.contributions is not None:
-            parts = ranking.contributions[query][:shown]
-            entry["parts"] = [[float(f"{part:.4g}") for part in row] for row in parts]
-        if ranking.group_contributions is not None:
-            parts = ranking.group_contributions[query][:shown]
-            entry["groupParts"] = [[float(f"{part:.4g}") for part in row] for row in parts]
+        by = {"parts": ranking.contributions, "groupParts": ranking.group_contributions}
+        for key, parts in by.items():
+            if parts is not None:
+                rows = parts[query][:shown]
+                entry[key] = [[float(f"{part:.4g}") for part in row] for row in rows]
         queries.append(entry)
     return {
         "title": title,
@@ -109,10 +105,7 @@ def _data(
 
 
 def _entry(
-    name: str,
-    metadata: dict[str, Any],
-    image: np.ndarray,
-    address: Callable[[Image], str],
+    name: str, metadata: dict[str, Any], image: np.ndarray, address: Callable[[Image], str]
 ) -> dict[str, Any]:
     picture = to_picture(image, name)
     return {
@@ -123,10 +116,6 @@ def _entry(
         "size": list(picture.size),
         "tiny": max(picture.size) <= TINY,
     }
-
-
-def _embedded(picture: Image) -> str:
-    return data_uri(picture)
 
 
 class _Folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import font_manager
@@ -17,6 +18,7 @@ from dmin.attribution.ranking import Ranking, format_score, headline
 from dmin.gallery.pictures import Images, fit, to_picture
 
 DPI = 150
+FONTS = ("Inter", "Helvetica Neue", "Arial", "Liberation Sans")
 MOST_GROUPS = 5  # of layers, that have a bar of their own
 INK, MUTED, HAIRLINE, MAT, PAPER = "#17202a", "#66717d", "#dfe3e8", "#f2f4f6", "#ffffff"
 ACCENT, AGAINST, AGREES = "#2565a8", "#c8553d", "#0b7a63"
@@ -276,17 +278,12 @@ def _write(
     weight: str = "normal",
     ha: str = "left",
 ) -> None:
-    # parse_math off: an id with two dollar signs is a name, not a formula.
-    page.text(
-        x, y, text, color=color, size=size, weight=weight, ha=ha, family=_fonts(), parse_math=False
-    )
-
-
-def _fonts() -> list[str]:
-    """Prefer a narrow sans-serif where one is installed; DejaVu comes with matplotlib."""
+    # A narrow sans-serif where one is installed; DejaVu comes with matplotlib.
     installed = set(font_manager.get_font_names())
-    preferred = ("Inter", "Helvetica Neue", "Arial", "Liberation Sans")
-    return [*(name for name in preferred if name in installed), "DejaVu Sans"]
+    family = [*(name for name in FONTS if name in installed), "DejaVu Sans"]
+    # parse_math off: an id with two dollar signs is a name, not a formula.
+    style: dict[str, Any] = {"size": size, "weight": weight, "ha": ha, "family": family}
+    page.text(x, y, text, color=color, parse_math=False, **style)
 
 
 def _clip(text: str, room: float, keep_end: bool = False) -> str:

@@ -54,12 +54,7 @@ def save_sheet(
         axes = figure.add_subplot(grid[place // columns, place % columns])
         axes.imshow(np.asarray(fit(to_picture(image, name), SIDE).convert("RGB")))
         axes.set_axis_off()
-        below: dict[str, Any] = {
-            "transform": axes.transAxes,
-            "ha": "center",
-            "va": "top",
-            "clip_on": False,
-        }
+        below: dict[str, Any] = dict(transform=axes.transAxes, ha="center", va="top", clip_on=False)
         axes.text(0.5, -0.03, shortened(name), color=INK, fontsize=7, **below)
         axes.text(0.5, -0.18, number, color=MUTED, fontsize=7, **below)
     path = Path(path)
