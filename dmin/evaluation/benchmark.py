@@ -41,6 +41,7 @@ class Task:
         object.__setattr__(self, "truths", kept)
 
 
+@dataclass
 class Benchmark:
     """Methods × tasks × ground truths, each with its controls.
 
@@ -69,37 +70,30 @@ class Benchmark:
         DminError: a tuning criterion names what is not there.
     """
 
-    def __init__(
-        self,
-        tasks: Mapping[str, Task],
-        methods: Literal["all"] | Sequence[str] = "all",
-        without: Sequence[str] = (),
-        settings: Mapping[str, Mapping[str, Any]] | None = None,
-        reference: str = "dmin",
-        tuning: Tuning | None = None,
-        untrained: bool = False,
-        transforms: bool = False,
-        costly_for: Sequence[str] = (),
-        dims: Sequence[int] = (),
-        resamples: int = 1000,
-        prepare: bool = False,
-        chunk: int = 64,
-        models: int = 1,
-        running: Sequence[str] | None = None,
-    ) -> None:
-        self.tasks = dict(tasks)
-        self.methods, self.without, self.reference = methods, tuple(without), reference
-        self.settings = dict(settings or {})
-        self.tuning, self.untrained, self.transforms = tuning, untrained, transforms
-        self.costly_for, self.dims, self.resamples = tuple(costly_for), tuple(dims), resamples
-        self.prepare, self.chunk, self.models = prepare, chunk, models
-        self.running = tuple(self.tasks if running is None else running)
-        if tuning is not None:
-            tuning.check({name: task.truths for name, task in self.tasks.items()})
-        if unknown := set(costly_for) - set(tuning.by if tuning else ()):
+    tasks: Mapping[str, Task]
+    methods: Literal["all"] | Sequence[str] = "all"
+    without: Sequence[str] = ()
+    settings: Mapping[str, Mapping[str, Any]] | None = None
+    reference: str = "dmin"
+    tuning: Tuning | None = None
+    untrained: bool = False
+    transforms: bool = False
+    costly_for: Sequence[str] = ()
+    dims: Sequence[int] = ()
+    resamples: int = 1000
+    prepare: bool = False
+    chunk: int = 64
+    models: int = 1
+    running: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse criteria that are not there."""
+        if self.tuning is not None:
+            self.tuning.check({name: task.truths for name, task in self.tasks.items()})
+        if unknown := set(self.costly_for) - set(self.tuning.by if self.tuning else ()):
             raise DminError(
-                f"benchmark.costly_for={list(costly_for)}: {unknown.pop()!r} is no criterion of "
-                f"benchmark.tuning.by."
+                f"benchmark.costly_for={list(self.costly_for)}: {unknown.pop()!r} is no criterion "
+                f"of benchmark.tuning.by."
             )
 
     def run(self, context: BenchmarkContext, methods: Mapping[str, Method]) -> Report:
@@ -130,6 +124,7 @@ class _Run:
         self, benchmark: Benchmark, context: BenchmarkContext, report: Report, dim: int | None
     ) -> None:
         self.benchmark, self.context, self.report, self.dim = benchmark, context, report, dim
+        self.running = list(benchmark.tasks if benchmark.running is None else benchmark.running)
         # Ground truths keep what they prepared, so each task has its own.
         self.tasks = {
             name: Task({of: copy.copy(truth) for of, truth in task.truths.items()}, task.queries)
@@ -166,7 +161,7 @@ class _Run:
                 "no task has queries with a journey: set queries.journey=10, say, for a task whose "
                 "queries are generated."
                 if method.requires.journey
-                else f"it runs the model, and benchmark.running={list(self.benchmark.running)} "
+                else f"it runs the model, and benchmark.running={self.running} "
                 f"names none of the tasks {', '.join(self.sides)}."
             )
         check_pair(next(iter(able.values())), self.context.train, method)
@@ -224,7 +219,7 @@ class _Run:
             name: side
             for name, side in self.sides.items()
             if (side.journey or not method.requires.journey)
-            and (name in self.benchmark.running or not method.requires.model)
+            and (name in self.running or not method.requires.model)
         }
 
     def _judge(self, method: Method, tasks: Sequence[str]) -> dict[str, float]:

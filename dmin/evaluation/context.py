@@ -134,13 +134,11 @@ class BenchmarkContext:
             )
         if (name, True) not in self._sides:
             assert side.dataset is not None
-            store = self.collect(self.untrained, side.dataset, f"untrained-{_dashed(name)}")
+            store = self.collect(
+                self.untrained, side.dataset, f"untrained-{name.replace('_', '-')}"
+            )
             self._sides[name, True] = FeatureSet(store, side.dataset)
         return self._sides[name, True]
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def folded(store: Store, dim: int) -> Store:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dmin.evaluation.report.results import TRANSFORMED, Report, Result
+from dmin.evaluation.report.results import TRANSFORMED, Place, Report, Result
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,8 @@ class Purpose:
 
 def _of_both_sources(result: Result) -> bool:
     """Say whether a precision is over queries of each source, where mAP would be all but even."""
-    return (
-        result.task == "sources"
-        and result.metric.startswith("precision@")
-        and ("," not in result.metric)
-    )
+    metric = result.metric
+    return result.task == "sources" and metric.startswith("precision@") and "," not in metric
 
 
 PURPOSES = (
@@ -31,18 +28,12 @@ PURPOSES = (
         "To name the examples whose removal hurts most",
         lambda r: r.metric.startswith(("removal@", "union@")),
     ),
-    Purpose(
-        "To tell which class of examples matters",
-        lambda r: r.metric == "leave-out ρ",
-    ),
+    Purpose("To tell which class of examples matters", lambda r: r.metric == "leave-out ρ"),
     Purpose(
         "To find where a query's kind comes from",
         lambda r: r.truth != "label" and (r.metric == "mAP" or _of_both_sources(r)),
     ),
-    Purpose(
-        "To find the original of a copy",
-        lambda r: r.metric == "recall@1",
-    ),
+    Purpose("To find the original of a copy", lambda r: r.metric == "recall@1"),
     Purpose(
         "To find examples that are marked, such as wrong labels", lambda r: r.metric == "AUROC"
     ),
@@ -81,8 +72,7 @@ def conclusions(report: Report) -> list[Conclusion]:
 def summary(report: Report) -> str:
     """Return the first paragraph: which method to use for what, and how good it is at that."""
     report = report.at_one_size()
-    advice = [_advise(p, report) for p in PURPOSES]
-    found = [text for text in advice if text]
+    found = [text for purpose in PURPOSES if (text := _advise(purpose, report))]
     if not found:
         return "Nothing was measured that a conclusion could be drawn from."
     return " ".join([_over_all(report), *found])
@@ -101,25 +91,25 @@ def _advise(purpose: Purpose, report: Report) -> str:
 
     def merit(name: str) -> tuple[int, float]:
         own = [r for r in rows if r.name == name]
-        shares = [r.mean / tops[_place(r)] for r in own if tops[_place(r)] > 0]
+        shares = [r.mean / tops[r.place] for r in own if tops[r.place] > 0]
         return sum(r.best for r in own), sum(shares)
 
     name = max(dict.fromkeys(r.name for r in rows), key=merit)
-    base = {_place(r): r for r in rows if r.name == report.reference}
+    base = {r.place: r for r in rows if r.name == report.reference}
     scores = []
     for r in (r for r in rows if r.name == name):
         text = f"{r.metric} {number(r.mean, r.metric)}"
         if r.of_ceiling is not None:
             text += f", {r.of_ceiling:.0%} of the ceiling"
         if not r.best:
-            here = [o for o in rows if _place(o) == _place(r)]
+            here = [o for o in rows if o.place == r.place]
             leader = max(here, key=lambda o: o.mean)
             text += f"; there {leader.name} is better, {number(leader.mean, r.metric)}"
-        if name != report.reference and _place(r) in base:
-            other = base[_place(r)]
+        if name != report.reference and r.place in base:
+            other = base[r.place]
             tied = ", tied" if other.best else ""
             text += f"; {report.reference} {number(other.mean, r.metric)}{tied}"
-        scores.append(f"{text} ({_where(_place(r), report).rpartition(', ')[0]})")
+        scores.append(f"{text} ({_where(r.place, report).rpartition(', ')[0]})")
     sentence = f"{purpose.wish}: {name}, with {'; '.join(scores)}"
     plain = sorted({r.name for r in rows if not r.reads and r.best and r.name != name})
     if plain:
@@ -176,36 +166,22 @@ def _conclude(wish: str, where: str, rows: Sequence[Result], reference: str) -> 
     elif tied:
         text += f", tied with {_listed([r.name for r in tied])}"
     text += "."
-    asides = []
-    base = next((r for r in rows if r.name == reference), None)
-    if base is not None and base.name != best.name:
-        asides.append(f"{reference} has {spell(base)}")
+    base = [r for r in rows if r.name == reference != best.name]
+    asides = [f"{reference} has {spell(r)}" for r in base[:1]]
     plain = [r for r in methods if not r.reads and r.method != "random"]
-    if plain and max(plain, key=lambda r: r.mean).name != best.name:
-        top = max(plain, key=lambda r: r.mean)
+    top = max(plain, key=lambda r: r.mean, default=best)
+    if top.name != best.name:
         asides.append(f"without gradients {top.name} reaches {number(top.mean, top.metric)}")
-    blind = [
-        r
-        for r in rows
-        if r.control == "untrained" and (r.method, r.tuned) == (best.method, best.tuned)
-    ]
-    if blind:
+    kin = (best.method, best.tuned, "untrained")
+    if blind := [r for r in rows if (r.method, r.tuned, r.control) == kin]:
         asides.append(f"{best.name} on an untrained network {number(blind[0].mean, best.metric)}")
-    shaped = [r for r in rows if r.control in TRANSFORMED and r.method == reference and not r.tuned]
-    if shaped:
+    own = [r for r in rows if r.method == reference and not r.tuned]
+    if shaped := [r for r in own if r.control in TRANSFORMED]:
         top = max(shaped, key=lambda r: r.mean)
         asides.append(f"{top.name} {number(top.mean, top.metric)}")
     if asides:
         text += f" For comparison: {'; '.join(asides)}."
     return Conclusion(wish, where, text, best, len(tied))
-
-
-Place = tuple[str, str, str]
-"""Task, ground truth and metric."""
-
-
-def _place(result: Result) -> Place:
-    return result.task, result.truth, result.metric
 
 
 def _where(place: Place, report: Report) -> str:
@@ -216,12 +192,12 @@ def _where(place: Place, report: Report) -> str:
 
 
 def _at(report: Report, place: Place) -> list[Result]:
-    return [r for r in report.results if _place(r) == place]
+    return [r for r in report.results if r.place == place]
 
 
 def _places(purpose: Purpose, report: Report) -> list[Place]:
     """Return where a purpose is measured; of union removals one k, that of single queries."""
-    places = list(dict.fromkeys(_place(r) for r in report.results if purpose.fits(r)))
+    places = list(dict.fromkeys(r.place for r in report.results if purpose.fits(r)))
     alone = {metric.partition("@")[2] for _, _, metric in places if metric.startswith("removal@")}
     kept: dict[Place, None] = {}
     for place in places:

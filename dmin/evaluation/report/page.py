@@ -42,7 +42,7 @@ def save_page(report: Report, path: str | Path, title: str = TITLE) -> Path:
                 "value": spell(c.best),
                 "ofCeiling": _round(c.best.of_ceiling),
                 "tied": c.tied,
-                "key": _key(c.best),
+                "key": "/".join(c.best.place),
             }
             for c in conclusions(report)
         ],
@@ -54,30 +54,27 @@ def save_page(report: Report, path: str | Path, title: str = TITLE) -> Path:
 
 
 def _row(r: Result) -> dict[str, Any]:
+    same = ("task", "truth", "metric", "name", "method", "tuned", "control", "settings")
+    figures = {
+        "mean": r.mean,
+        "low": r.low,
+        "high": r.high,
+        "difference": r.difference,
+        "differenceLow": r.difference_low,
+        "differenceHigh": r.difference_high,
+        "best": r.best,
+        "ofCeiling": r.of_ceiling,
+        "kib": r.bytes / 1024,
+        "fit": r.fit_seconds,
+        "ms": 1000 * r.query_seconds,
+    }
     return {
-        "key": _key(r),
-        "task": r.task,
-        "truth": r.truth,
-        "metric": r.metric,
+        "key": "/".join(r.place),
         "dim": r.dim if r.reads == "gradients" else None,  # else it is the same at every size
-        "name": r.name,
-        "method": r.method,
-        "tuned": r.tuned,
-        "control": r.control,
-        "settings": r.settings,
         "family": family(r),
         "n": r.queries,
-        "mean": _round(r.mean),
-        "low": _round(r.low),
-        "high": _round(r.high),
-        "difference": _round(r.difference),
-        "differenceLow": _round(r.difference_low),
-        "differenceHigh": _round(r.difference_high),
-        "best": r.best,
-        "ofCeiling": _round(r.of_ceiling),
-        "kib": _round(r.bytes / 1024),
-        "fit": _round(r.fit_seconds),
-        "ms": _round(1000 * r.query_seconds),
+        **{name: getattr(r, name) for name in same},
+        **{name: _round(value) for name, value in figures.items()},
     }
 
 
@@ -115,10 +112,6 @@ def _packed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         [place[v] if isinstance(v := row.get(name), str) else v for name in columns] for row in rows
     ]
     return {"columns": columns, "texts": texts, "lines": lines}
-
-
-def _key(r: Result) -> str:
-    return "/".join((r.task, r.truth, r.metric))
 
 
 def _round(value: Any) -> Any:

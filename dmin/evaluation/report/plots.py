@@ -6,34 +6,36 @@ blue goes through a curvature.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from dmin.evaluation.report.results import Report, Result
+from dmin.evaluation.report.results import Place, Report, Result
 
 FAMILIES = {"none": "#9aa0a6", "gradient": "#3f8f6b", "curvature": "#2457a8"}
 PLAIN = ("grad_dot", "grad_cos", "tracin", "gas", "over_checkpoints", "random")
 # precision@40: of both sources of the digits, 40 examples of the foreign one.
 MAIN = ("LDS", "leave-out ρ", "mAP", "precision@40", "recall@1", "AUROC")
 LINES = ("#2457a8", "#c2410c", "#3f8f6b", "#7b3fa0", "#b8860b", "#0e7490", "#9f1239", "#555555")
+Line = tuple[int, str, str, Mapping[float, float]]
+"""Number of its colour, name, style and points."""
 
 
 def save_all(report: Report, folder: Path) -> list[Path]:
     """Write every picture that there is data for; return their paths."""
+    pictures = {
+        "results.png": forest,
+        "detection.png": by_k,
+        "removal.png": removal_curves,
+        "path.png": path,
+        "weights.png": weights,
+        "cost.png": cost,
+    }
     found = []
-    for name, draw in (
-        ("results.png", forest),
-        ("detection.png", by_k),
-        ("removal.png", removal_curves),
-        ("path.png", path),
-        ("weights.png", weights),
-        ("cost.png", cost),
-    ):
-        figure = draw(report)
-        if figure is not None:
+    for name, draw in pictures.items():
+        if (figure := draw(report)) is not None:
             figure.savefig(folder / name, dpi=95)
             found.append(folder / name)
     return found
@@ -61,8 +63,7 @@ def forest(report: Report) -> Figure | None:
     for axis in axes.ravel()[len(panels) :]:
         axis.axis("off")
     for axis, (task, truth, metric) in zip(axes.ravel(), panels, strict=False):
-        here = [r for r in report.results if (r.task, r.truth, r.metric) == (task, truth, metric)]
-        _forest_panel(axis, here, rows)
+        _forest_panel(axis, [r for r in report.results if r.place == (task, truth, metric)], rows)
         several = len({t for own, t, _ in panels if own == task}) > 1
         name = f"{task}, {truth}" if several else task
         axis.set_title(f"{name}\n{metric}", fontsize=9, loc="left")
@@ -85,9 +86,8 @@ def _forest_panel(axis: Any, here: Sequence[Result], rows: Sequence[str]) -> Non
         axis.plot(r.mean, y, "o", color=colour, ms=5 if r.best else 3.6, zorder=3)
         for control, marker in (("untrained", "x"), ("soft-max", "|")):
             kin = (r.method, r.tuned, control)
-            for o in here:
-                if (o.method, o.tuned, o.control) == kin:
-                    axis.plot(o.mean, y, marker, color="#b45309", ms=4.5, mew=1.1, zorder=3)
+            for o in (o for o in here if (o.method, o.tuned, o.control) == kin):
+                axis.plot(o.mean, y, marker, color="#b45309", ms=4.5, mew=1.1, zorder=3)
     for r in here:
         if r.control == "reference":
             style = "-" if r.method == "ceiling" else ":"
@@ -100,7 +100,7 @@ def _forest_panel(axis: Any, here: Sequence[Result], rows: Sequence[str]) -> Non
 
 def by_k(report: Report) -> Figure | None:
     """Draw precision and recall over k of each task that has several k."""
-    kinds: dict[tuple[str, str, str], set[int]] = {}
+    kinds: dict[Place, set[int]] = {}
     largest = max((r.dim or 0 for r in report.results), default=0)
     # Of all queries together, at the largest sketch.
     whole = [r for r in report.results if "," not in r.metric and (r.dim or largest) == largest]
@@ -166,25 +166,19 @@ def _k(result: Result) -> int:
 def path(report: Report) -> Figure | None:
     """Draw every watched metric along the damping, a line a method and power."""
     walked = [row for row in report.path if "centre" not in row and "alpha" in row]
-    if not walked:
-        return None
-    columns = _watched(walked)
     methods = list(dict.fromkeys(row["method"] for row in walked))
-    figure, axes = _grid(len(columns) + 1)
-    for axis, column in zip(axes, columns, strict=False):
+
+    def lines(column: str) -> Iterator[Line]:
         for number, method in enumerate(methods):
             points = [r for r in walked if r["method"] == method and column in r]
             for p in dict.fromkeys(r.get("p") for r in points):
                 line = [r for r in points if r.get("p") == p]
                 style = {0.5: ":", 2.0: "--"}.get(p or 1.0, "-")
-                xs, ys = [r["alpha"] for r in line], [r[column] for r in line]
-                colour, label = LINES[number % len(LINES)], method if style == "-" else None
-                axis.plot(xs, ys, color=colour, ls=style, lw=1.3, label=label)
-        axis.set_xscale("log")
-        _finish_walk(axis, report, column, "α, damping in mean eigenvalues")
+                yield number, method, style, {r["alpha"]: r[column] for r in line}
+
+    what = "α, damping in mean eigenvalues"
     note = f"solid p = 1, dotted p = ½, dashed p = 2\ndash-dotted: {report.reference}"
-    _draw_legend(axes, len(columns), note)
-    return figure
+    return _walk(report, walked, lines, what, note, "log")
 
 
 def weights(report: Report) -> Figure | None:
@@ -193,56 +187,57 @@ def weights(report: Report) -> Figure | None:
     Of a method that has several criteria, or weights at several dampings, the best line is drawn.
     """
     walked = [row for row in report.path if "centre" in row]
-    if not walked:
-        return None
-    columns = _watched(walked)
-    figure, axes = _grid(len(columns) + 1)
-    lines = list(dict.fromkeys((r["method"], r["width"]) for r in walked))
-    methods, widths = (list(dict.fromkeys(line[i] for line in lines)) for i in (0, 1))
-    for axis, column in zip(axes, columns, strict=False):
-        for method, width in lines:
+    drawn = list(dict.fromkeys((r["method"], r["width"]) for r in walked))
+    methods, widths = (list(dict.fromkeys(line[i] for line in drawn)) for i in (0, 1))
+
+    def lines(column: str) -> Iterator[Line]:
+        for method, width in drawn:
             best: dict[float, float] = {}
             for r in walked:
                 if (r["method"], r["width"]) == (method, width):
                     best[r["centre"]] = max(r[column], best.get(r["centre"], -1.0))
-            narrow = width == widths[0]
-            colour = LINES[methods.index(method) % len(LINES)]
-            label = method if narrow else None
-            style = "-" if narrow else "--"
-            axis.plot(list(best), list(best.values()), color=colour, ls=style, lw=1.3, label=label)
-        what = "weights about: 0 the noisiest timestep, 1 the cleanest"
-        _finish_walk(axis, report, column, what)
+            yield methods.index(method), method, "-" if width == widths[0] else "--", best
+
     others = ", ".join(f"{w:g}" for w in widths[1:])
-    note = f"solid: width {widths[0]:g}" + (f", dashed: {others}" if others else "")
+    note = f"solid: width {widths[0]:g}" if widths else ""
+    note += f", dashed: {others}" if others else ""
     note += f"\ndash-dotted: {report.reference}, even weights"
-    _draw_legend(axes, len(columns), note)
-    return figure
+    what = "weights about: 0 the noisiest timestep, 1 the cleanest"
+    return _walk(report, walked, lines, what, note, "linear")
 
 
-def _finish_walk(axis: Any, report: Report, column: str, what: str) -> None:
-    """Draw the reference's mean of a metric, and write what the panel shows along which axis."""
-    for r in report.results:
-        if r.name == report.reference and f"{r.task}/{r.truth}/{r.metric}" == column:
+def _walk(
+    report: Report,
+    walked: Sequence[Mapping[str, Any]],
+    lines: Callable[[str], Iterable[Line]],
+    what: str,
+    note: str,
+    scale: str,
+) -> Figure | None:
+    """Draw the lines of every watched metric, the reference's mean, and a legend at the end."""
+    if not walked:
+        return None
+    columns = dict.fromkeys(name for row in walked for name in row)
+    watched = [c for c in columns if "/" in c and c.rpartition("/")[2] in MAIN]
+    figure, axes = _grid(len(watched) + 1)
+    for axis, column in zip(axes, watched, strict=False):
+        for number, name, style, points in lines(column):
+            colour, label = LINES[number % len(LINES)], name if style == "-" else None
+            xs, ys = list(points), list(points.values())
+            axis.plot(xs, ys, color=colour, ls=style, lw=1.3, label=label)
+        axis.set_xscale(scale)
+        rows = [r for r in report.results if r.name == report.reference]
+        for r in [r for r in rows if "/".join(r.place) == column][:1]:
             axis.axhline(r.mean, color="#777777", ls="-.", lw=1)
-            break
-    axis.set_title(column.replace("/", ", "), fontsize=10, loc="left")
-    axis.set_xlabel(what, fontsize=9)
-    _finish(axis)
-
-
-def _draw_legend(axes: Sequence[Any], place: int, note: str) -> None:
-    """Draw the legend of the first panel in a place of its own."""
-    handles, labels = axes[0].get_legend_handles_labels()
-    axes[place].axis("off")
-    axes[place].set_visible(True)
-    style = {"title": note, "fontsize": 8, "title_fontsize": 8, "frameon": False, "ncols": 2}
-    axes[place].legend(handles, labels, **style)
-
-
-def _watched(path: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the metrics of a path that are drawn."""
-    columns = dict.fromkeys(k for row in path for k in row)
-    return [c for c in columns if "/" in c and c.rpartition("/")[2] in MAIN]
+        axis.set_title(column.replace("/", ", "), fontsize=10, loc="left")
+        axis.set_xlabel(what, fontsize=9)
+        _finish(axis)
+    last, (handles, labels) = axes[len(watched)], axes[0].get_legend_handles_labels()
+    last.axis("off")
+    last.set_visible(True)
+    sizes = {"fontsize": 8, "title_fontsize": 8}
+    last.legend(handles, labels, title=note, frameon=False, ncols=2, **sizes)
+    return figure
 
 
 def cost(report: Report) -> Figure | None:
@@ -252,9 +247,8 @@ def cost(report: Report) -> Figure | None:
         return None
     figure = Figure(figsize=(4.2 * len(panels), 6.4), layout="constrained")
     grid = figure.subplots(2, len(panels), squeeze=False)
-    for column, (task, truth, metric) in zip(grid.T, panels, strict=True):
-        here = [r for r in report.results if (r.task, r.truth, r.metric) == (task, truth, metric)]
-        rows = [r for r in here if not r.control]
+    for column, place in zip(grid.T, panels, strict=True):
+        rows = [r for r in report.results if r.place == place and not r.control]
         for axis, what in zip(column, ("KiB an example", "ms a query"), strict=True):
             for r in rows:
                 x = r.bytes / 1024 if what[0] == "K" else 1000 * r.query_seconds
@@ -266,20 +260,18 @@ def cost(report: Report) -> Figure | None:
                     axis.annotate(r.name, (x, r.mean), size=6, **offset)
             axis.set_xscale("symlog" if what[0] == "K" else "log")
             axis.set_xlabel(what, fontsize=9)
-            axis.set_title(f"{task}, {metric}", fontsize=10, loc="left")
+            axis.set_title(f"{place[0]}, {place[2]}", fontsize=10, loc="left")
             _finish(axis)
     return figure
 
 
-def _panels(results: Sequence[Result]) -> list[tuple[str, str, str]]:
+def _panels(results: Sequence[Result]) -> list[Place]:
     """Return the main metric of every ground truth."""
-    found: dict[tuple[str, str], str] = {}
+    found: dict[tuple[str, str], Place] = {}
     for r in results:
-        here = (r.task, r.truth)
-        is_main = r.metric in MAIN or r.metric.startswith(("removal@", "union@"))
-        if is_main and here not in found:
-            found[here] = r.metric
-    return [(*place, metric) for place, metric in found.items()]
+        if r.metric in MAIN or r.metric.startswith(("removal@", "union@")):
+            found.setdefault((r.task, r.truth), r.place)
+    return list(found.values())
 
 
 def _grid(count: int) -> tuple[Figure, list[Any]]:

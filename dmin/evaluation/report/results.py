@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +16,9 @@ from dmin.evaluation.metrics import interval
 Array = np.ndarray
 
 TRANSFORMED = ("squared", "soft-max", "top 5 %")
+DIFFERENCE = ("difference", "difference_low", "difference_high")
+Place = tuple[str, str, str]
+"""Task, ground truth and metric."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ class Cell:
     cost: Cost = field(default_factory=Cost)
     dim: int | None = None
 
+    @property
+    def place(self) -> Place:
+        """Where it was measured."""
+        return self.task, self.truth, self.metric
+
 
 @dataclass(frozen=True)
 class Result:
@@ -104,6 +112,11 @@ class Result:
     fit_seconds: float = 0.0
     query_seconds: float = 0.0
     reads: str = ""
+
+    @property
+    def place(self) -> Place:
+        """Where it was measured."""
+        return self.task, self.truth, self.metric
 
     @property
     def name(self) -> str:
@@ -149,19 +162,15 @@ class Report:
     def save(self, folder: str | Path) -> None:
         """Write ``results.csv`` (and ``.parquet``, with pyarrow) and ``path.csv``."""
         folder = Path(folder)
-        rows = [{k: _short(v) for k, v in asdict(r).items()} for r in self.results]
+        rows = [asdict(r) for r in self.results]
         _save(rows, folder / "results.csv")
         if self.path:
-            _save(
-                [{k: _short(v) for k, v in row.items()} for row in self.path], folder / "path.csv"
-            )
+            _save(self.path, folder / "path.csv")
         try:
             pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
         except ImportError:
             return
-        parquet.write_table(
-            pyarrow.Table.from_pylist([asdict(r) for r in self.results]), folder / "results.parquet"
-        )
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "results.parquet")
 
     @classmethod
     def load(cls, folder: str | Path, **known: Any) -> Report:
@@ -182,52 +191,29 @@ class Report:
 def compared(cells: Sequence[Cell], reference: str) -> list[Result]:
     """Turn measurements into results: intervals, paired differences, who is best."""
     results = []
-    for group in _groups(cells).values():
+    for place in dict.fromkeys(cell.place for cell in cells):
+        group = [cell for cell in cells if cell.place == place]
         base = next((c for c in group if c.row == Row(c.row.method) == Row(reference)), None)
         ceiling = next((c.values.mean() for c in group if c.row.method == "ceiling"), None)
         best = _best_at_each_size([c for c in group if not c.row.control])
         for cell in group:
             mean, is_method = float(cell.values.mean()), cell.row.control != "reference"
             _, low, high = interval(mean, cell.resampled)
-            found = Result(
-                task=cell.task,
-                truth=cell.truth,
-                metric=cell.metric,
-                method=cell.row.method,
-                tuned=cell.row.tuned,
-                control=cell.row.control,
-                settings=cell.row.settings,
-                dim=cell.dim,
-                queries=len(cell.values),
-                mean=mean,
-                low=low,
-                high=high,
-                best=any(cell is one for one in best),
-                of_ceiling=mean / ceiling if ceiling and is_method else None,
-                bytes=cell.cost.bytes,
-                fit_seconds=cell.cost.fit_seconds,
-                query_seconds=cell.cost.query_seconds,
-                reads=cell.cost.reads,
-            )
-            if base is not None and is_method:
-                found = replace(found, **_difference(cell, base))
-            results.append(found)
+            difference: tuple[float | None, ...] = (None, None, None)
+            if base is not None and is_method and cell is not base:
+                off = cell.values.mean() - base.values.mean()
+                difference = interval(off, cell.resampled - base.resampled)
+            found: dict[str, Any] = {
+                **dict(zip(("task", "truth", "metric"), cell.place, strict=True)),
+                **asdict(cell.row),
+                **dict(zip(DIFFERENCE, difference, strict=True)),
+                **asdict(cell.cost),
+                "best": any(cell is one for one in best),
+                "of_ceiling": mean / ceiling if ceiling and is_method else None,
+            }
+            found |= {"dim": cell.dim, "queries": len(cell.values)}
+            results.append(Result(mean=mean, low=low, high=high, **found))
     return results
-
-
-def _groups(cells: Iterable[Cell]) -> Mapping[tuple[Any, ...], list[Cell]]:
-    groups: dict[tuple[Any, ...], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.task, cell.truth, cell.metric), []).append(cell)
-    return groups
-
-
-def _difference(cell: Cell, base: Cell) -> dict[str, Any]:
-    if cell is base:
-        return {}
-    difference = cell.values.mean() - base.values.mean()
-    found = interval(difference, cell.resampled - base.resampled)
-    return dict(zip(("difference", "difference_low", "difference_high"), found, strict=True))
 
 
 def _best_at_each_size(cells: Sequence[Cell]) -> list[Cell]:
@@ -255,7 +241,7 @@ def _save(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({k: _short(v) for k, v in row.items()} for row in rows)
 
 
 def _read(line: Mapping[str, str]) -> Result:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 
 from rich.console import RenderableType
 from rich.panel import Panel
@@ -22,12 +23,8 @@ LEGEND = (
 def markdown(report: Report) -> str:
     """Return the whole report as Markdown."""
     parts = ["## Which method for what\n", summary(report), ""]
-    wish = ""
-    for c in conclusions(report):
-        if c.wish != wish:
-            parts.append(f"- **{c.wish}.**")
-            wish = c.wish
-        parts.append(f"  - {c.where}: {c.text}")
+    for wish, found in groupby(conclusions(report), lambda c: c.wish):
+        parts += [f"- **{wish}.**", *(f"  - {c.where}: {c.text}" for c in found)]
     parts += ["", "## Tables\n", LEGEND.format(reference=report.reference), ""]
     for task in tasks(report.results):
         rows = [r for r in report.results if r.task == task]
@@ -35,14 +32,13 @@ def markdown(report: Report) -> str:
     if any(r.control in (*TRANSFORMED, "untrained") for r in report.results):
         parts += ["## Controls\n", *_controls(report.results)]
     parts += ["## What each takes\n", *_costs(report.results)]
-    if report.left_out:
-        parts += ["## Left out\n"]
-        parts += [f"- {name}: {reason}" for name, reason in report.left_out.items()]
-        parts.append("")
-    if report.fits:
-        parts += ["## What fitting found\n", *(f"- {k}: {v}" for k, v in report.fits.items()), ""]
-    if report.notes:
-        parts += ["## Measured in\n", *(f"- {k}: {v}" for k, v in report.notes.items()), ""]
+    asides = {
+        "Left out": report.left_out,
+        "What fitting found": report.fits,
+        "Measured in": report.notes,
+    }
+    for title, told in asides.items():
+        parts += [f"## {title}\n", *(f"- {k}: {v}" for k, v in told.items()), ""] if told else []
     return "\n".join(parts)
 
 
@@ -62,12 +58,10 @@ def terminal(report: Report, most: int = 14) -> list[RenderableType]:
         if len(names(rows)) <= most:
             found.append(_terminal_table(task, rows))
     text = Text(summary(report), style="bold")
-    wish = ""
-    for c in conclusions(report):
-        if c.wish != wish:
-            text.append(f"\n\n{c.wish}", style="bold")
-            wish = c.wish
-        text.append(f"\n  {c.where}: ", style="dim not bold").append(c.text, style="not bold")
+    for wish, told in groupby(conclusions(report), lambda c: c.wish):
+        text.append(f"\n\n{wish}", style="bold")
+        for c in told:
+            text.append(f"\n  {c.where}: ", style="dim not bold").append(c.text, style="not bold")
     found.append(Panel(text, title="Which method for what", title_align="left", padding=(1, 2)))
     if report.fits and len(report.fits) <= most:
         lines = "\n".join(f"{name}: {note}" for name, note in report.fits.items())
@@ -78,8 +72,7 @@ def terminal(report: Report, most: int = 14) -> list[RenderableType]:
 
 
 def _terminal_table(task: str, rows: Sequence[Result]) -> Table:
-    title = f"{task} ({max(r.queries for r in rows)} queries)"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=_title(task, rows), title_justify="left")
     table.add_column("method", overflow="fold")
     columns = metrics(rows)
     for metric in columns:
@@ -87,6 +80,10 @@ def _terminal_table(task: str, rows: Sequence[Result]) -> Table:
     for name in names(rows):
         table.add_row(name, *[_terminal_cell(find(rows, name, metric)) for metric in columns])
     return table
+
+
+def _title(task: str, rows: Sequence[Result]) -> str:
+    return f"{task} ({max(r.queries for r in rows)} queries)"
 
 
 def tasks(results: Sequence[Result]) -> list[str]:
@@ -149,70 +146,69 @@ def _apart(result: Result) -> bool:
 
 def _markdown_table(task: str, rows: Sequence[Result]) -> list[str]:
     rows = [r for r in rows if _shown(r)]
-    title = f"### {task} ({max(r.queries for r in rows)} queries)\n"
-    columns = metrics(rows)
+    title, columns = f"### {_title(task, rows)}\n", metrics(rows)
     kinds = list(dict.fromkeys(column.partition(", ")[0] for column in columns))
     if len(kinds) == len(columns):
-        return [title, *_grid(rows, {column: column for column in columns}), ""]
+        return [title, *_grid(rows, {column: column for column in columns})]
     # Queries of each value apart, as in the tables of the DMin paper: one for each metric.
     lines = [title]
     for kind in kinds:
         apart = [column for column in columns if column.partition(", ")[0] == kind]
         heads = {column: column.partition(", ")[2] or "all" for column in apart}
-        lines += [f"{kind}:\n", *_grid(rows, heads, cost=True), ""]
+        lines += [f"{kind}:\n", *_grid(rows, heads, cost=True)]
     return lines
 
 
 def _grid(rows: Sequence[Result], heads: Mapping[str, str], cost: bool = False) -> list[str]:
     """Return a table, a column a metric with the head given; bytes and seconds if asked for."""
     takes = ["KiB an example", "ms a query"] if cost else []
-    titles = ["method", *takes, *heads.values()]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines = []
     for name in names(rows):
         found = [find(rows, name, column) for column in heads]
         one = next((r for r in found if r is not None), None)
-        if one is None:
-            continue
-        spent = [f"{one.bytes / 1024:.1f}", f"{1000 * one.query_seconds:.2f}"] if cost else []
-        lines.append(f"| {' | '.join([name, *spent, *(cell(r) for r in found)])} |")
-    return lines
+        if one is not None:
+            kib, _, ms = _spent(one)
+            lines.append([name, *([kib, ms] if cost else []), *map(cell, found)])
+    return _table(["method", *takes, *heads.values()], lines)
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown, and an empty one."""
+    top, *rest = (f"| {' | '.join(line)} |" for line in (head, *lines))
+    return [top, "|---" * len(head) + "|", *rest, ""]
+
+
+def _spent(result: Result) -> tuple[str, str, str]:
+    """Return KiB an example, seconds to fit and milliseconds a query."""
+    kib, ms = result.bytes / 1024, 1000 * result.query_seconds
+    return f"{kib:.1f}", f"{result.fit_seconds:.2f}", f"{ms:.2f}"
 
 
 def _controls(results: Sequence[Result]) -> list[str]:
     """Return, for each metric that a control changes, the control beside the method itself."""
     lines = []
-    for task, truth, metric in dict.fromkeys((r.task, r.truth, r.metric) for r in results):
-        rows = [r for r in results if (r.task, r.truth, r.metric) == (task, truth, metric)]
+    for place in dict.fromkeys(r.place for r in results):
+        task, _, metric = place
+        rows = [r for r in results if r.place == place]
         controls = [c for c in ("untrained", *TRANSFORMED) if any(r.control == c for r in rows)]
         main = metric in ("LDS", "leave-out ρ", "mAP", "recall@1", "AUROC", "precision@10")
         if not controls or not main:
             continue
-        lines.append(f"### {task}, {metric}\n")
-        lines.append(f"| method | as it is | {' | '.join(controls)} |")
-        lines.append(f"|---|---|{'---|' * len(controls)}")
-        for r in rows:
-            if r.control:
-                continue
+        plain = []
+        for r in (r for r in rows if not r.control):
             kin = {o.control: o for o in rows if (o.method, o.tuned) == (r.method, r.tuned)}
-            cells = [cell(kin.get(c)).replace("**", "").replace("\\*", "") for c in controls]
-            value = cell(r).replace("**", "").replace("\\*", "")
-            lines.append(f"| {r.name} | {value} | {' | '.join(cells)} |")
-        lines.append("")
+            cells = [cell(o) for o in (r, *map(kin.get, controls))]
+            plain.append([r.name, *(c.replace("**", "").replace("\\*", "") for c in cells)])
+        lines += [f"### {task}, {metric}\n", *_table(["method", "as it is", *controls], plain)]
     return lines
 
 
 def _costs(results: Sequence[Result]) -> list[str]:
-    lines = ["| method | chosen | KiB an example | fit, s | a query, ms |", "|---|---|---|---|---|"]
-    seen = set()
-    for r in results:
-        if r.control or line(r) in seen:
-            continue
-        seen.add(line(r))
-        lines.append(
-            f"| {line(r)} | {r.settings} | {r.bytes / 1024:.1f} | {r.fit_seconds:.2f} | "
-            f"{1000 * r.query_seconds:.2f} |"
-        )
-    return [*lines, ""]
+    head = ["method", "chosen", "KiB an example", "fit, s", "a query, ms"]
+    rows: dict[str, Result] = {}
+    for r in (r for r in results if not r.control):
+        rows.setdefault(line(r), r)
+    return _table(head, ([name, r.settings, *_spent(r)] for name, r in rows.items()))
 
 
 def _terminal_cell(result: Result | None) -> str:

@@ -215,9 +215,8 @@ class Ensemble:
         recipe = self.recipe
         models = self._start(len(orders), seed)
         averages = {name: values.detach().clone() for name, values in models.items()}
-        optimizer = torch.optim.AdamW(
-            models.values(), lr=recipe.learning_rate, weight_decay=0.0, fused=True
-        )
+        rate = recipe.learning_rate
+        optimizer = torch.optim.AdamW(models.values(), lr=rate, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
         x0, condition = self.examples
         loss = vmap(self.loss.of, in_dims=(0, 0, None, None, 0))
@@ -256,11 +255,5 @@ class Ensemble:
         torch.manual_seed(seed)
         network = self.model().network
         stacked, _ = stack_module_state([network])
-        return {
-            name: values.detach()
-            .to(self.device)
-            .expand(count, *values.shape[1:])
-            .clone()
-            .requires_grad_()
-            for name, values in stacked.items()
-        }
+        start = {name: values.detach().to(self.device) for name, values in stacked.items()}
+        return {n: v.expand(count, *v.shape[1:]).clone().requires_grad_() for n, v in start.items()}

@@ -12,6 +12,7 @@ The module is imported when first needed: it compiles once and is cached on disk
 
 from __future__ import annotations
 
+from collections import namedtuple
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,31 +34,12 @@ class Net(NamedTuple):
     embedding: int
 
 
-class Kept(NamedTuple):
-    """What a step makes, ``[batch, ...]``, or ``[depth, batch, ...]`` where it is of each layer.
+Kept = namedtuple("Kept", "sample output error e u s before c dc part z f y h dh dz through df")
+"""What a step makes, ``[batch, ...]``, or ``[depth, batch, ...]`` where it is of each layer.
 
-    The timestep's embedding goes ``e → u → s = SiLU(u) → before → c = SiLU(before)``, a layer
-    ``h → z → y = (1 + f₁) z + f₂ → h + SiLU(y)`` with ``f`` from ``c``; ``d…`` are gradients.
-    """
-
-    sample: Any
-    output: Any
-    error: Any
-    e: Any
-    u: Any
-    s: Any
-    before: Any
-    c: Any
-    dc: Any
-    part: Any
-    z: Any
-    f: Any
-    y: Any
-    h: Any
-    dh: Any
-    dz: Any
-    through: Any
-    df: Any
+The timestep's embedding goes ``e → u → s = SiLU(u) → before → c = SiLU(before)``, a layer
+``h → z → y = (1 + f₁) z + f₂ → h + SiLU(y)`` with ``f`` from ``c``; ``d…`` are gradients.
+"""
 
 
 _jit = partial(
@@ -67,9 +49,20 @@ _part = partial(_jit, inline="always")  # in its caller it is known that no two 
 
 
 @_jit
-def _affine(x: Any, weight: Any, bias: Any, out: Any) -> None:
-    """``out = x Wᵀ + b``."""
-    np.dot(x, weight.T, out)
+def _vector(flat: Any, offsets: Any, number: int) -> Any:
+    return flat[offsets[number] : offsets[number + 1]]
+
+
+@_jit
+def _matrix(flat: Any, offsets: Any, number: int, rows: int) -> Any:
+    return _vector(flat, offsets, number).reshape(rows, -1)
+
+
+@_jit
+def _affine(theta: Any, offsets: Any, number: int, x: Any, out: Any) -> None:
+    """``out = x Wᵀ + b``, with W the tensor of that number and b the next one."""
+    bias = _vector(theta, offsets, number + 1)
+    np.dot(x, _matrix(theta, offsets, number, out.shape[1]).T, out)
     for row in range(len(out)):
         for j in range(len(bias)):
             out[row, j] += bias[j]
@@ -93,9 +86,10 @@ def _through_silu(x: Any, above: Any) -> None:
 
 
 @_jit
-def _affine_gradient(above: Any, x: Any, weight: Any, bias: Any) -> None:
+def _affine_gradient(grad: Any, offsets: Any, number: int, x: Any, above: Any) -> None:
     """Write the gradients of a layer's weight and bias."""
-    np.dot(above.T, x, weight)
+    bias = _vector(grad, offsets, number + 1)
+    np.dot(above.T, x, _matrix(grad, offsets, number, above.shape[1]))
     bias[:] = 0
     for row in range(len(above)):
         for j in range(len(bias)):
@@ -108,9 +102,8 @@ def _adamw(theta: Any, grad: Any, moments: Any, mean: Any, rate: Any, step: int,
     first, second = np.float32(BETA1), np.float32(BETA2)
     size = np.float32(rate / (1 - BETA1 ** (step + 1)))
     root = np.float32(1 / np.sqrt(1 - BETA2 ** (step + 1)))
-    tiny, one, new = np.float32(TINY), np.float32(1), np.float32(1 - keep)
-    if step == 0:
-        new = one  # the average starts from the weights after the first step
+    tiny, one = np.float32(TINY), np.float32(1)
+    new = np.float32(1 - keep) if step else one  # it starts from the first step's weights
     m, v = moments[0], moments[1]
     for j in range(len(theta)):
         m[j] += (one - first) * (grad[j] - m[j])
@@ -171,28 +164,17 @@ def train(
 @_part
 def _room(net: Any, batch: int) -> Any:
     """Return where a step keeps what it makes."""
-    image, thin = (batch, net.pixels), (batch, net.embedding)
-    broad, twice = (batch, net.width), (batch, 2 * net.width)
-    deep, of = (net.depth, batch, net.width), np.float32
+    image, thin, broad = (batch, net.pixels), (batch, net.embedding), (batch, net.width)
+    deep, films = (net.depth, batch, net.width), (net.depth, batch, 2 * net.width)
+    of = np.float32
+    sample, output, error = np.empty(image, of), np.empty(image, of), np.empty(image, of)
+    e, u, s, before = np.empty(thin, of), np.empty(thin, of), np.empty(thin, of), np.empty(thin, of)
+    c, dc, part = np.empty(thin, of), np.empty(thin, of), np.empty(thin, of)
+    z, f, y, h = np.empty(deep, of), np.empty(films, of), np.empty(deep, of), np.empty(deep, of)
+    dh, dz, through = np.empty(broad, of), np.empty(broad, of), np.empty(broad, of)
+    df = np.empty((batch, 2 * net.width), of)
     return Kept(
-        sample=np.empty(image, of),
-        output=np.empty(image, of),
-        error=np.empty(image, of),
-        e=np.empty(thin, of),
-        u=np.empty(thin, of),
-        s=np.empty(thin, of),
-        before=np.empty(thin, of),
-        c=np.empty(thin, of),
-        dc=np.empty(thin, of),
-        part=np.empty(thin, of),
-        z=np.empty(deep, of),
-        f=np.empty((net.depth, batch, 2 * net.width), of),
-        y=np.empty(deep, of),
-        h=np.empty(deep, of),
-        dh=np.empty(broad, of),
-        dz=np.empty(broad, of),
-        through=np.empty(broad, of),
-        df=np.empty(twice, of),
+        sample, output, error, e, u, s, before, c, dc, part, z, f, y, h, dh, dz, through, df
     )
 
 
@@ -212,28 +194,22 @@ def _sample(
 @_part
 def _forward(theta: Any, net: Any, kept: Any, labels: Any, chosen: Any) -> None:
     """Fill in all that the network makes of the sample, the output last."""
-    one, at, width = np.float32(1), net.offsets, net.width
-    before, all_h = kept.before, kept.h
-    first = _matrix(theta, at, TIME, net.embedding)
-    _affine(kept.e, first, _vector(theta, at, TIME + 1), kept.u)
+    one, at, width, all_h = np.float32(1), net.offsets, net.width, kept.h
+    _affine(theta, at, TIME, kept.e, kept.u)
     _silu(kept.u, kept.s)
-    second = _matrix(theta, at, TIME + 2, net.embedding)
-    _affine(kept.s, second, _vector(theta, at, TIME + 3), before)
+    _affine(theta, at, TIME + 2, kept.s, kept.before)
     for b in range(len(chosen)):
         label = labels[chosen[b]]
         if label >= 0:
             place = at[LABEL] + label * net.embedding
             for j in range(net.embedding):
-                before[b, j] += theta[place + j]
-    _silu(before, kept.c)
+                kept.before[b, j] += theta[place + j]
+    _silu(kept.before, kept.c)
     for layer in range(net.depth):
         z, f, y, h = kept.z[layer], kept.f[layer], kept.y[layer], all_h[layer]
         number = LAYERS + 2 * layer
-        weight, bias = _matrix(theta, at, number, width), _vector(theta, at, number + 1)
-        _affine(kept.sample if layer == 0 else all_h[layer - 1], weight, bias, z)
-        number += 2 * net.depth
-        weight, bias = _matrix(theta, at, number, 2 * width), _vector(theta, at, number + 1)
-        _affine(kept.c, weight, bias, f)
+        _affine(theta, at, number, kept.sample if layer == 0 else all_h[layer - 1], z)
+        _affine(theta, at, number + 2 * net.depth, kept.c, f)
         for b in range(len(chosen)):
             for j in range(width):
                 a = (one + f[b, j]) * z[b, j] + f[b, width + j]
@@ -241,9 +217,7 @@ def _forward(theta: Any, net: Any, kept: Any, labels: Any, chosen: Any) -> None:
                 h[b, j] = a / (one + np.exp(-a))
                 if layer > 0:
                     h[b, j] += all_h[layer - 1, b, j]
-    last = LAYERS + 4 * net.depth
-    leave, bias = _matrix(theta, at, last, net.pixels), _vector(theta, at, last + 1)
-    _affine(all_h[net.depth - 1], leave, bias, kept.output)
+    _affine(theta, at, LAYERS + 4 * net.depth, all_h[net.depth - 1], kept.output)
 
 
 @_part
@@ -270,8 +244,7 @@ def _backward(theta: Any, grad: Any, net: Any, kept: Any, labels: Any, chosen: A
     one, at, width = np.float32(1), net.offsets, net.width
     dh, dz, df, dc, through = kept.dh, kept.dz, kept.df, kept.dc, kept.through
     last = LAYERS + 4 * net.depth
-    weight, bias = _matrix(grad, at, last, net.pixels), _vector(grad, at, last + 1)
-    _affine_gradient(kept.error, kept.h[net.depth - 1], weight, bias)
+    _affine_gradient(grad, at, last, kept.h[net.depth - 1], kept.error)
     np.dot(kept.error, _matrix(theta, at, last, net.pixels), dh)
     dc[:] = 0
     for layer in range(net.depth - 1, -1, -1):
@@ -284,14 +257,13 @@ def _backward(theta: Any, grad: Any, net: Any, kept: Any, labels: Any, chosen: A
                 dz[b, j] = dy * (one + f[b, j])
                 df[b, j] = dy * z[b, j]
                 df[b, width + j] = dy
-        number = LAYERS + 2 * net.depth + 2 * layer
-        weight, bias = _matrix(grad, at, number, 2 * width), _vector(grad, at, number + 1)
-        _affine_gradient(df, kept.c, weight, bias)
-        np.dot(df, _matrix(theta, at, number, 2 * width), kept.part)
-        dc += kept.part
         number = LAYERS + 2 * layer
-        weight, bias = _matrix(grad, at, number, width), _vector(grad, at, number + 1)
-        _affine_gradient(dz, kept.sample if layer == 0 else kept.h[layer - 1], weight, bias)
+        film = number + 2 * net.depth
+        _affine_gradient(grad, at, film, kept.c, df)
+        np.dot(df, _matrix(theta, at, film, 2 * width), kept.part)
+        dc += kept.part
+        below = kept.sample if layer == 0 else kept.h[layer - 1]
+        _affine_gradient(grad, at, number, below, dz)
         if layer > 0:
             np.dot(dz, _matrix(theta, at, number, width), through)
             dh += through
@@ -310,20 +282,7 @@ def _backward_time(theta: Any, grad: Any, net: Any, kept: Any, labels: Any, chos
             place = at[LABEL] + label * embedding
             for j in range(embedding):
                 grad[place + j] += dc[b, j]
-    weight, bias = _matrix(grad, at, TIME + 2, embedding), _vector(grad, at, TIME + 3)
-    _affine_gradient(dc, kept.s, weight, bias)
+    _affine_gradient(grad, at, TIME + 2, kept.s, dc)
     np.dot(dc, _matrix(theta, at, TIME + 2, embedding), part)
     _through_silu(kept.u, part)
-    weight, bias = _matrix(grad, at, TIME, embedding), _vector(grad, at, TIME + 1)
-    _affine_gradient(part, kept.e, weight, bias)
-
-
-@_jit
-def _vector(flat: Any, offsets: Any, number: int) -> Any:
-    return flat[offsets[number] : offsets[number + 1]]
-
-
-@_jit
-def _matrix(flat: Any, offsets: Any, number: int, rows: int) -> Any:
-    size = offsets[number + 1] - offsets[number]
-    return flat[offsets[number] : offsets[number + 1]].reshape(rows, size // rows)
+    _affine_gradient(grad, at, TIME, kept.e, part)

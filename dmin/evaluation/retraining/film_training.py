@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,13 +57,8 @@ def train_films(
     x0, labels = examples
     noise, t = draws
     rungs = torch.tensor(list(model.ladder))
-    first = network.layers[0]
-    sizes = (
-        first.in_features,
-        first.out_features,
-        len(network.layers),
-        network.time[0].in_features,
-    )
+    first, depth = network.layers[0], len(network.layers)
+    sizes = first.in_features, first.out_features, depth, network.time[0].in_features
     shared = (
         x0.flatten(1).contiguous().numpy(),
         np.full(len(x0), -1) if labels is None else labels.long().numpy(),
@@ -76,11 +72,9 @@ def train_films(
         float(ema_decay),
     )
 
-    def one(order: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        found: tuple[np.ndarray, np.ndarray] = train(
-            flat.clone().numpy(), offsets, sizes, *shared, order.contiguous().numpy(), *drawn
-        )
-        return found
+    def one(order: Tensor) -> Any:
+        steps = order.contiguous().numpy()
+        return train(flat.clone().numpy(), offsets, sizes, *shared, steps, *drawn)
 
     threads = max(1, min(torch.get_num_threads(), len(orders)))
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:

@@ -13,7 +13,27 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.sampling import evenly
 
 
-class Removal(GroundTruth):
+class _WithoutRows(GroundTruth):
+    """Trains anew without rows, with several seeds."""
+
+    costly = True
+    seeds: int
+
+    def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
+        """Remember what is trained, and for whom."""
+        self._context, self._side = context, queries
+
+    def _losses(self, sets: Sequence[Array], what: str) -> Array:
+        """Return the losses ``[sets, Q]`` of models trained on sets of rows, mean over seeds."""
+        each = (self._context.retrain(sets, seed, self._side, what) for seed in range(self.seeds))
+        return np.asarray(np.mean(list(each), axis=0))
+
+    def _at_random(self, k: int, models: int) -> Array:
+        sets = without_random(len(self._context.train), k, models, seed=1)
+        return self._losses(sets, f"removing {k} at random")
+
+
+class Removal(_WithoutRows):
     """Train anew without a query's top k: by how many percent does its loss rise?
 
     Against models trained without k random examples.
@@ -25,17 +45,14 @@ class Removal(GroundTruth):
         random: models without random examples, a seed.
     """
 
-    costly = True
-
     def __init__(self, k: int = 50, queries: int = 8, seeds: int = 1, random: int = 12) -> None:
         self.k, self.queries, self.seeds, self.random = k, queries, seeds, random
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train without random examples."""
-        self._context, self._side = context, queries
+        super().prepare(context, queries)
         self._asked = evenly(len(queries), self.queries, ends=True)
-        sets = without_random(len(context.train), self.k, self.random, seed=1)
-        self._random = self._losses(sets, f"removing {self.k} at random")
+        self._random = self._at_random(self.k, self.random)
 
     def expect(self, scores: Mapping[str, Array]) -> None:
         """Train without the top k of every row's queries, all together."""
@@ -51,11 +68,8 @@ class Removal(GroundTruth):
     def _sets(self, scores: Array) -> list[Array]:
         return without_top(scores[self._asked], self.k)
 
-    def _losses(self, sets: Sequence[Array], what: str) -> Array:
-        return mean_over_seeds(self._context, self._side, sets, self.seeds, what)
 
-
-class UnionRemoval(GroundTruth):
+class UnionRemoval(_WithoutRows):
     """Train anew without what a group of queries names together: does it hurt them, not others?
 
     The queries are cut into groups of neighbours. A group's queries take turns in naming k
@@ -69,8 +83,6 @@ class UnionRemoval(GroundTruth):
         random: models without random examples, a seed.
     """
 
-    costly = True
-
     def __init__(
         self, k: Sequence[int] = (50,), groups: int = 2, seeds: int = 1, random: int = 12
     ) -> None:
@@ -83,15 +95,9 @@ class UnionRemoval(GroundTruth):
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train without random examples."""
-        self._context, self._side = context, queries
+        super().prepare(context, queries)
         self._parts = np.array_split(np.arange(len(queries)), self.groups)
-        self._random = {
-            k: self._losses(
-                without_random(len(context.train), k, self.random, seed=1),
-                f"removing {k} at random",
-            )
-            for k in self.k
-        }
+        self._random = {k: self._at_random(k, self.random) for k in self.k}
 
     def expect(self, scores: Mapping[str, Array]) -> None:
         """Train without every row's unions, all together."""
@@ -115,27 +121,15 @@ class UnionRemoval(GroundTruth):
         generator, parts = np.random.default_rng(0), self._parts
         drawn = generator.integers(len(parts), size=(count, len(parts)))
         within = [part[generator.integers(len(part), size=(count, len(part)))] for part in parts]
-        found = {}
+        sizes, found = np.array([len(part) for part in parts]), {}
         for name, values in measured.items():
             sums = np.stack([values[rows].sum(1) for rows in within], axis=1)  # [R, groups]
-            sizes = np.array([len(part) for part in parts])
             total = np.take_along_axis(sums, drawn, axis=1).sum(1)
             found[name] = total / sizes[drawn].sum(1)
         return found
 
     def _sets(self, scores: Array, k: int) -> list[Array]:
         return [without_union(scores[part], k) for part in self._parts]
-
-    def _losses(self, sets: Sequence[Array], what: str) -> Array:
-        return mean_over_seeds(self._context, self._side, sets, self.seeds, what)
-
-
-def mean_over_seeds(
-    context: BenchmarkContext, queries: FeatureSet, sets: Sequence[Array], seeds: int, what: str
-) -> Array:
-    """Return the losses ``[sets, Q]`` of models trained on sets of rows, mean over seeds."""
-    lost = [context.retrain(sets, seed, queries, what) for seed in range(seeds)]
-    return np.asarray(np.mean(lost, axis=0))
 
 
 def without_top(scores: Array, k: int) -> list[Array]:
