@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz zoo bench bench-retrieval gpu lint experiments wheel clean
+.PHONY: help demo test fuzz zoo bench bench-retrieval gpu lint figures experiments wheel clean
 
 # The first of these that is there; name another with `make test PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,\
@@ -41,6 +41,9 @@ lint: .venv/.installed ## check style, types and the floors of the import graph
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+figures: .venv/.installed ## print the figures of the structure beside their limits
+	@.venv/bin/python tests/structure.py
 
 experiments: ## list the experiments: question, time, hardware, command
 	@$(PYTHON) experiments
