@@ -456,6 +456,8 @@ def test_the_yaml_offers_every_setting_with_its_default(name):
     assert offered.pop("_target_").endswith(f"{FAMILIES[name].model.__name__}.from_pretrained")
     named = inspect.signature(FAMILIES[name].model.from_pretrained).parameters
     defaults = {key: "???" if p.default is p.empty else p.default for key, p in named.items()}
+    if "max_sequence_length" in defaults:  # None stands for the family's own number
+        defaults["max_sequence_length"] = FAMILIES[name].model.own_length
     assert offered == {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
 
 

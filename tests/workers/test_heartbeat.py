@@ -155,7 +155,7 @@ def test_a_watch_sees_who_is_lost_and_why(tmp_path, quick, monkeypatch):
         lost = watch.look()[1]
     assert shares[0] not in lost and "was killed" in lost[shares[1]]
     assert "no heartbeat" in lost[shares[2]]
-    assert "never gave a sign" in lost[shares[3]]
+    assert "never gave a heartbeat" in lost[shares[3]]
 
 
 def test_a_living_process_that_does_nothing_is_lost_as_well(tmp_path, monkeypatch):
