@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from dmin.diffusion.variance import variance_bound
 from dmin.runtime.errors import DminError
-from dmin.runtime.transfer import to_device
 
 
 class Noised(NamedTuple):
@@ -21,34 +21,42 @@ class Noised(NamedTuple):
     weight: Tensor  # [batch], of the example's loss
 
 
-class DiscreteDiffusion:
-    """A variance-preserving diffusion in discrete timesteps (Ho et al. 2020).
+class Levels(NamedTuple):
+    """α and σ of ``x_t = α x0 + σ ε``, each ``[batch, 1, ...]``."""
 
-    ``x_t = √ᾱ_t x0 + √(1−ᾱ_t) ε``. The target is ε, v = √ᾱ_t ε − √(1−ᾱ_t) x0 (Salimans & Ho 2022)
-    or x0, as the scheduler's ``prediction_type`` says. With γ, losses are weighted by min-SNR (Hang
-    et al. 2023), ``min(SNR, γ)`` in units of x0: divided by SNR for ε, by SNR + 1 for v.
+    alpha: Tensor
+    sigma: Tensor
+
+
+class ContinuousTimesteps(tuple[float, ...]):
+    """Timesteps of a continuous process: all from the first down to the last, not only these.
 
     Args:
-        scheduler: diffusers' ``DDPMScheduler``, of which ``alphas_cumprod``, ``betas`` (both
-            ``[timesteps]``), ``add_noise``, ``get_velocity`` and ``config`` are used.
-        snr_gamma: γ, usually 5; None weighs all timesteps alike.
-
-    Raises:
-        DminError: the prediction type is none of these, or γ is not positive.
+        values: the ladder.
+        zero: all down to 0 instead, which itself is none: there is no noise.
     """
 
-    def __init__(self, scheduler: Any, snr_gamma: float | None = None) -> None:
-        self.scheduler = scheduler
-        self.kind = self.scheduler.config.prediction_type
-        if self.kind not in ("epsilon", "v_prediction", "sample"):
-            raise DminError(
-                f"scheduler.prediction_type={self.kind!r}: allowed are epsilon, v_prediction, "
-                f"sample. Mend it in the checkpoint's scheduler/scheduler_config.json."
-            )
-        if snr_gamma is not None and snr_gamma <= 0:
-            raise DminError(f"snr_gamma={snr_gamma}: give a positive number (5 is usual) or null.")
-        self.snr_gamma = snr_gamma
-        self.ladder = range(self.scheduler.config.num_train_timesteps - 1, -1, -1)
+    zero: bool
+
+    def __new__(cls, values: Iterable[float], zero: bool = False) -> Self:
+        """Return the ladder."""
+        made = super().__new__(cls, values)
+        made.zero = zero
+        return made
+
+    def __contains__(self, t: Any) -> bool:
+        """Tell whether the process has this timestep."""
+        return (t > 0 if self.zero else self[-1] <= t) and t <= self[0]
+
+
+class Process(ABC):
+    """Noising ``x_t = α_t x0 + σ_t ε``, what the network is told, and what it should say.
+
+    Attributes:
+        ladder: all timesteps in the order of sampling, in the unit that the network is told.
+    """
+
+    ladder: Sequence[float]
 
     def __call__(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
         """Return noised examples, their targets and weights.
@@ -58,35 +66,100 @@ class DiscreteDiffusion:
             noise: standard normal, as x0.
             t: ``[batch]``, from the ladder.
         """
-        t = t.long()
-        sample = self.scheduler.add_noise(x0, noise, t)
-        if self.kind == "epsilon":
-            target = noise
-        elif self.kind == "v_prediction":
-            target = self.scheduler.get_velocity(x0, noise, t)
-        else:
-            target = x0
-        return Noised(sample, target, self._weight(t, x0))
+        levels = self.levels(t, x0)
+        sample = levels.alpha * x0 + levels.sigma * noise
+        return Noised(sample, self._target(levels, x0, noise), self._weight(levels, len(x0)))
 
-    def _weight(self, t: Tensor, like: Tensor) -> Tensor:
-        if self.snr_gamma is None:
-            return like.new_ones(len(like))
-        alpha = self.scheduler.alphas_cumprod.to(like)[t]
-        snr = alpha / (1 - alpha)
-        clipped = snr.clamp(max=self.snr_gamma)
+    @abstractmethod
+    def levels(self, t: Tensor, like: Tensor) -> Levels:
+        """Return α and σ at timesteps, to go with tensors such as ``like``."""
+
+    @abstractmethod
+    def x0(self, levels: Levels, sample: Tensor, output: Tensor) -> Tensor:
+        """Return what the network's output says x0 is: the inverse of the target."""
+
+    def network_input(self, sample: Tensor, t: Tensor) -> Tensor:
+        """Return x_t as the network takes it."""
+        return sample
+
+    def time(self, t: Tensor) -> Tensor:
+        """Return timesteps as the network is told them."""
+        return t
+
+    def log_snr(self, timesteps: Sequence[float]) -> list[float]:
+        """Return ``log(α² / σ²)`` of each timestep; −∞ for pure noise."""
+        alpha, sigma = self.levels(torch.tensor(timesteps), torch.empty(0, dtype=torch.float64))
+        return (2 * torch.log(alpha / sigma)).tolist()
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return noise schedule, target and weighting, as JSON."""
+
+    @abstractmethod
+    def _target(self, levels: Levels, x0: Tensor, noise: Tensor) -> Tensor:
+        """Return what the network's output is compared with."""
+
+    def _weight(self, levels: Levels, batch: int) -> Tensor:
+        """Return the weight of each example's loss, ``[batch]``."""
+        return levels.sigma.new_ones(batch)
+
+
+class DiscreteDiffusion(Process):
+    """A variance-preserving diffusion in discrete timesteps (Ho et al. 2020).
+
+    ``x_t = √ᾱ_t x0 + √(1−ᾱ_t) ε`` with the scheduler's own ᾱ. The target is ε, v = √ᾱ_t ε −
+    √(1−ᾱ_t) x0 (Salimans & Ho 2022) or x0, as the scheduler's ``prediction_type`` says. With γ,
+    losses are weighted by min-SNR (Hang et al. 2023), ``min(SNR, γ)`` in units of x0: divided by
+    SNR for ε, by SNR + 1 for v.
+
+    Args:
+        scheduler: of diffusers, of which ``alphas_cumprod``, ``betas`` (both ``[timesteps]``) and
+            ``config`` are used.
+        snr_gamma: γ, usually 5; None weighs all timesteps alike.
+
+    Raises:
+        DminError: the prediction type is none of these, or γ is not positive.
+    """
+
+    def __init__(self, scheduler: Any, snr_gamma: float | None = None) -> None:
+        self.scheduler = scheduler
+        self.kind = scheduler.config.get("prediction_type", "epsilon")
+        if self.kind not in ("epsilon", "v_prediction", "sample"):
+            raise DminError(
+                f"scheduler.prediction_type={self.kind!r}: allowed are epsilon, v_prediction, "
+                f"sample. Mend it in the checkpoint's scheduler/scheduler_config.json."
+            )
+        if snr_gamma is not None and snr_gamma <= 0:
+            raise DminError(f"snr_gamma={snr_gamma}: give a positive number (5 is usual) or null.")
+        self.snr_gamma = snr_gamma
+        self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
+        self.ladder = range(len(self.alphas_cumprod) - 1, -1, -1)
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def levels(self, t: Tensor, like: Tensor) -> Levels:
+        """Return ``√ᾱ_t`` and ``√(1−ᾱ_t)``."""
+        key = like.device, like.dtype
+        if key not in self._tables:
+            self._tables[key] = self.alphas_cumprod.to(like)
+        bar = self._tables[key][t.long()].view(-1, *[1] * (like.ndim - 1))
+        return Levels(bar**0.5, (1 - bar) ** 0.5)
+
+    def x0(self, levels: Levels, sample: Tensor, output: Tensor) -> Tensor:
+        """Return what the network's output says x0 is."""
         if self.kind == "epsilon":
-            return torch.where(snr > 0, clipped / snr, 1)  # at a terminal SNR of zero: its limit
-        return clipped / (snr + 1) if self.kind == "v_prediction" else clipped
+            return (sample - levels.sigma * output) / levels.alpha
+        return levels.alpha * sample - levels.sigma * output if self.kind != "sample" else output
+
+    def time(self, t: Tensor) -> Tensor:
+        """Return timesteps as whole numbers, which some networks look up in a table."""
+        return t.long()
 
     def variance_bound(
         self, x0: Tensor, sample: Tensor, t: Tensor, prediction: Tensor, values: Tensor
     ) -> Tensor:
-        """Return the variational bound that trains a learned variance, ``[batch]``.
+        """Return the bound that trains a learned variance, ``[batch]``.
 
-        ``KL(q(x_{t−1}|x_t, x0) ‖ N(μ, Σ))`` in bits a pixel, with
-        ``log Σ = v log β_t + (1−v) log β̃_t``; at t = 0 the likelihood of x0, as of 8-bit pixels.
-        The mean μ is held fixed: the bound trains the variance alone (Nichol & Dhariwal 2021,
-        arXiv 2102.09672, eq. 14 to 16, and the published training code of DiT).
+        See :func:`~dmin.diffusion.variance.variance_bound`.
 
         Args:
             x0: ``[batch, ...]``.
@@ -95,88 +168,96 @@ class DiscreteDiffusion:
             prediction: of ε, v or x0; no gradient flows into it.
             values: 2v − 1, as x0: what the network says of the variance.
         """
-        t = t.long()
-        step = _Step.at(t, self.scheduler, x0)
-        noise_level = (1 - step.alpha_bar).sqrt()
-        prediction = prediction.detach()
-        if self.kind == "epsilon":
-            x0_predicted = (sample - noise_level * prediction) / step.alpha_bar.sqrt()
-        elif self.kind == "v_prediction":
-            x0_predicted = step.alpha_bar.sqrt() * sample - noise_level * prediction
-        else:
-            x0_predicted = prediction
-        mean, true_mean = (step.mean(x, sample) for x in (x0_predicted, x0))
-        share = (values + 1) / 2
-        log_variance = share * step.beta.log() + (1 - share) * step.log_posterior
-        ratio = step.log_posterior - log_variance
-        distance = (true_mean - mean).square() * torch.exp(-log_variance)
-        kl = 0.5 * (torch.exp(ratio) - ratio - 1 + distance)
-        last = -_pixel_log_likelihood(x0, mean, torch.exp(0.5 * log_variance))
-        nats = torch.where((t == 0).view(step.beta.shape), last, kl)
-        return nats.flatten(1).mean(1) / math.log(2)
-
-    def log_snr(self, timesteps: Sequence[float]) -> list[float]:
-        """Return ``log(ᾱ_t / (1 − ᾱ_t))`` of each timestep."""
-        alpha = self.scheduler.alphas_cumprod.double()[torch.tensor(timesteps).long()]
-        return torch.log(alpha / (1 - alpha)).tolist()
+        betas = self.scheduler.betas
+        bar = torch.cumprod(1 - betas.double(), 0).to(x0)[t.long()].view(-1, *[1] * (x0.ndim - 1))
+        predicted = self.x0(Levels(bar.sqrt(), (1 - bar).sqrt()), sample, prediction.detach())
+        return variance_bound(betas, x0, sample, t, predicted, values)
 
     def describe(self) -> dict[str, Any]:
         """Return noise schedule, prediction type and weighting, as JSON."""
         config = self.scheduler.config
-        names = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "trained_betas")
-        found = {name: config.get(name) for name in (*names, "num_train_timesteps")}
+        names = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
+        found = {"prediction_type": self.kind, **{name: config.get(name) for name in names}}
+        found["num_train_timesteps"] = len(self.ladder)
         found["rescale_betas_zero_snr"] = config.get("rescale_betas_zero_snr", False)
+        if config.get("snr_shift_scale", 1) != 1:
+            found["snr_shift_scale"] = config["snr_shift_scale"]
         return {**found, "snr_gamma": self.snr_gamma}
 
+    def _target(self, levels: Levels, x0: Tensor, noise: Tensor) -> Tensor:
+        if self.kind == "epsilon":
+            return noise
+        return levels.alpha * noise - levels.sigma * x0 if self.kind == "v_prediction" else x0
 
-class _Step(NamedTuple):
-    """What one denoising step is made of; each ``[batch, 1, ...]``."""
-
-    beta: Tensor
-    alpha_bar: Tensor
-    alpha_bar_before: Tensor
-    log_posterior: Tensor  # log β̃_t; at t = 0, where it is −∞, that of t = 1
-
-    @classmethod
-    def at(cls, t: Tensor, scheduler: Any, like: Tensor) -> _Step:
-        """Return the steps at timesteps, as tensors that go with others."""
-        beta = scheduler.betas.double()
-        bar = torch.cumprod(1 - beta, 0)  # in single precision 1 − ᾱ_0 would be off by 2e-4
-        before = torch.cat([bar.new_ones(1), bar[:-1]])
-        posterior = beta * (1 - before) / (1 - bar)
-        posterior[0] = posterior[1]
-        shape = (-1, *[1] * (like.ndim - 1))
-        table = torch.stack([beta, bar, before, posterior.log()]).to(like.dtype)
-        return cls(*(x.view(shape) for x in to_device(table, like.device)[:, t.to(like.device)]))
-
-    def mean(self, x0: Tensor, sample: Tensor) -> Tensor:
-        """Return the mean of x_{t−1} given x0 and x_t."""
-        rest = 1 - self.alpha_bar
-        return (
-            self.alpha_bar_before.sqrt() * self.beta / rest * x0
-            + (1 - self.alpha_bar_before) * (1 - self.beta).sqrt() / rest * sample
-        )
+    def _weight(self, levels: Levels, batch: int) -> Tensor:
+        if self.snr_gamma is None:
+            return super()._weight(levels, batch)
+        snr = (levels.alpha / levels.sigma).flatten() ** 2
+        clipped = snr.clamp(max=self.snr_gamma)
+        if self.kind == "epsilon":
+            return torch.where(snr > 0, clipped / snr, 1)  # at a terminal SNR of zero: its limit
+        return clipped / (snr + 1) if self.kind == "v_prediction" else clipped
 
 
-def _pixel_log_likelihood(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """Return the log probability of the 8-bit value around x in [−1, 1] under a normal."""
-    standard = torch.distributions.Normal(0.0, 1.0)
-    above, below = (standard.cdf((x - mean + side / 255) / deviation) for side in (1, -1))
-    inside = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
-    return inside.clamp(min=1e-12).log()
+class EDM(Process):
+    """A variance-exploding diffusion with a preconditioned network (Karras et al. 2022).
+
+    ``x_t = x0 + σ ε``; the network is given ``c_in x_t`` and ``t = ln σ / 4``, and its output F
+    means ``x0 = c_skip x_t + c_out F``, with ``s² = σ² + σ_d²``, ``c_in = 1/s``,
+    ``c_skip = σ_d²/s²``, ``c_out = ±σσ_d/s``: plus for ``epsilon``, minus for ``v_prediction``.
+    The target is ``(x0 − c_skip x_t) / c_out``, and the loss its plain squared error: on x0 that is
+    Karras' weight ``s²/(σσ_d)²`` (arXiv 2206.00364, eq. 7 and 8, table 1).
+
+    Args:
+        ladder: timesteps ``ln σ / 4`` in the order of sampling.
+        sigma_data: σ_d.
+        kind: ``epsilon`` or ``v_prediction``: the sign of c_out.
+
+    Raises:
+        DminError: another prediction type.
+    """
+
+    def __init__(self, ladder: Iterable[float], sigma_data: float, kind: str) -> None:
+        if kind not in ("epsilon", "v_prediction"):
+            raise DminError(
+                f"scheduler.prediction_type={kind!r}: with Karras' preconditioning, allowed are "
+                f"epsilon and v_prediction. Mend it in scheduler/scheduler_config.json."
+            )
+        self.kind, self.sigma_data = kind, float(sigma_data)
+        self.ladder = ContinuousTimesteps(ladder)
+
+    def levels(self, t: Tensor, like: Tensor) -> Levels:
+        """Return 1 and σ."""
+        sigma = torch.exp(4 * t.to(like)).view(-1, *[1] * (like.ndim - 1))
+        return Levels(torch.ones_like(sigma), sigma)
+
+    def network_input(self, sample: Tensor, t: Tensor) -> Tensor:
+        """Return ``c_in x_t``."""
+        return sample / self._spread(self.levels(t, sample).sigma)
+
+    def x0(self, levels: Levels, sample: Tensor, output: Tensor) -> Tensor:
+        """Return ``c_skip x_t + c_out F``."""
+        sigma, data, spread = levels.sigma, self.sigma_data, self._spread(levels.sigma)
+        scale = self._sign * sigma * data / spread
+        return (data / spread) ** 2 * sample + scale * output
+
+    def describe(self) -> dict[str, Any]:
+        """Return preconditioning and prediction type, as JSON; the ladder only has timesteps."""
+        return {"process": "edm", "prediction_type": self.kind, "sigma_data": self.sigma_data}
+
+    def _target(self, levels: Levels, x0: Tensor, noise: Tensor) -> Tensor:
+        data, spread = self.sigma_data, self._spread(levels.sigma)
+        return self._sign * (levels.sigma / data * x0 - data * noise) / spread
+
+    def _spread(self, sigma: Tensor) -> Tensor:
+        return (sigma**2 + self.sigma_data**2).sqrt()
+
+    @property
+    def _sign(self) -> int:
+        return 1 if self.kind == "epsilon" else -1
 
 
-class FlowTimesteps(tuple[float, ...]):
-    """Timesteps of a flow: any of (0, N] is one, not only those of the ladder."""
-
-    __slots__ = ()
-
-    def __contains__(self, t: Any) -> bool:
-        """Tell whether the flow has this timestep."""
-        return 0 < t <= self[0]
-
-
-class RectifiedFlow:
+class RectifiedFlow(Process):
     """A rectified flow from image to noise (Liu et al. 2023; Esser et al. 2024).
 
     ``x_t = (1−σ) x0 + σ ε`` with ``σ = t / N``; the target is the velocity ``ε − x0``. The
@@ -213,25 +294,20 @@ class RectifiedFlow:
         self.num = int(config["num_train_timesteps"])
         even = [step / self.num for step in range(self.num, 0, -1)]
         shifted = (self.shift * s / (1 + (self.shift - 1) * s) for s in even)
-        self.ladder = FlowTimesteps(self.num * s for s in shifted)
+        self.ladder = ContinuousTimesteps((self.num * s for s in shifted), zero=True)
 
-    def __call__(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
-        """Return noised examples, their targets and weights of one.
+    def levels(self, t: Tensor, like: Tensor) -> Levels:
+        """Return ``1 − σ`` and ``σ``."""
+        sigma = (t.to(like) / self.num).view(-1, *[1] * (like.ndim - 1))
+        return Levels(1 - sigma, sigma)
 
-        Args:
-            x0: ``[batch, ...]``.
-            noise: standard normal, as x0.
-            t: ``[batch]``, in (0, N].
-        """
-        sigma = (t.to(x0) / self.num).view(-1, *[1] * (x0.ndim - 1))
-        target = noise - x0 if self.target == "velocity" else noise
-        return Noised((1 - sigma) * x0 + sigma * noise, target, x0.new_ones(len(x0)))
-
-    def log_snr(self, timesteps: Sequence[float]) -> list[float]:
-        """Return ``log((1−σ)² / σ²)`` of each timestep; −∞ for pure noise."""
-        sigma = torch.tensor(timesteps, dtype=torch.float64) / self.num
-        return (2 * torch.log((1 - sigma) / sigma)).tolist()
+    def x0(self, levels: Levels, sample: Tensor, output: Tensor) -> Tensor:
+        """Return ``x_t − σ v``."""
+        return sample - levels.sigma * output
 
     def describe(self) -> dict[str, Any]:
         """Return target and number of timesteps, as JSON; the shift only moves timesteps."""
         return {"target": self.target, "num_train_timesteps": self.num}
+
+    def _target(self, levels: Levels, x0: Tensor, noise: Tensor) -> Tensor:
+        return noise - x0 if self.target == "velocity" else noise

@@ -13,7 +13,7 @@ from dmin.runtime.errors import DminError
 
 
 class Captioned(LatentDiffusion):
-    """Conditioned on captions: to be named before :class:`LatentDenoiser` or :class:`LatentFlow`.
+    """Conditioned on captions.
 
     Args:
         pipeline: of diffusers, with all its components.

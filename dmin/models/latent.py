@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from dmin.diffusion.processes import DiscreteDiffusion, RectifiedFlow
+from dmin.diffusion.processes import DiscreteDiffusion, Process
 from dmin.models import (
     normalization,  # noqa: F401  (registers the gradients of diffusers' own norms)
     vae,
@@ -17,7 +17,7 @@ from dmin.models import (
 from dmin.models.adapters import describe_adapters
 from dmin.models.base import Condition, Dropped, Prediction
 from dmin.models.pipeline import PipelineModel
-from dmin.models.schedulers import discrete_diffusion
+from dmin.models.schedulers import process_of
 from dmin.runtime.errors import DminError
 
 DROPPED = "dropped."  # before the names of conditions that stand for no prompt
@@ -28,7 +28,10 @@ class LatentDiffusion(PipelineModel):
 
     Args:
         pipeline: of diffusers, with all its components.
-        process: how latents are noised, and the target.
+        snr_gamma: weighs losses by min-SNR with this γ (Hang et al. 2023), if a discrete diffusion
+            was trained so; None for equal weights.
+        shift: of a flow's ladder towards noise; None for the scheduler's. It moves the timesteps
+            that schedules choose from, not the loss at a timestep.
         latents: ``mode`` of the VAE's posterior, or ``sample``: a draw, the same noise for all
             images, so that equal images keep equal latents.
         latent_seed: key of that draw.
@@ -45,13 +48,15 @@ class LatentDiffusion(PipelineModel):
     """
 
     packing: ClassVar[int] = 1  # latent pixels in one vector of the network's input
-    process: DiscreteDiffusion | RectifiedFlow
+    processes: ClassVar[tuple[type[Process], ...]] = (DiscreteDiffusion,)
+    """What networks of the family are trained as."""
 
     def __init__(
         self,
         pipeline: Any,
-        process: DiscreteDiffusion | RectifiedFlow,
         *,
+        snr_gamma: float | None = None,
+        shift: float | None = None,
         latents: Literal["mode", "sample"] = "mode",
         latent_seed: int = 0,
         prompt_dropout: float = 0.0,
@@ -59,8 +64,10 @@ class LatentDiffusion(PipelineModel):
         query_guidance: float | None = None,
     ) -> None:
         super().__init__(pipeline, guidance_scale)
-        self.process = process
-        self.ladder = process.ladder
+        self.process: Any = self._checked(
+            process_of(pipeline.scheduler, snr_gamma=snr_gamma, shift=shift)
+        )
+        self.ladder = self.process.ladder
         if latents not in ("mode", "sample"):
             raise DminError(f"model.latents={latents!r}: allowed are mode and sample.")
         if not 0 <= prompt_dropout <= 1:
@@ -117,13 +124,14 @@ class LatentDiffusion(PipelineModel):
     def predict(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """Return the network's prediction for noised latents, its target and weight."""
         noised, target, weight = self.process(x0, noise, t)
+        told, time = self.process.network_input(noised, t), self.process.time(t)
         dtype = self.network.dtype
         cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in condition.items()}
         given = {k: v for k, v in cast.items() if not k.startswith(DROPPED)}
         nothing = {k.removeprefix(DROPPED): v for k, v in cast.items() if k.startswith(DROPPED)}
 
         def predicted(condition: Condition) -> Prediction:
-            output = self._predict(noised.to(dtype), t, condition).to(x0.dtype)
+            output = self._predict(told.to(dtype), time, condition).to(x0.dtype)
             # A learned variance comes after the mean.
             mean, *variance = output.split(x0.shape[1], dim=1)
             bound = self._bound(x0, noised, t, mean, variance[0]) if variance else None
@@ -194,6 +202,17 @@ class LatentDiffusion(PipelineModel):
         """Latent pixels that make one token, in each direction."""
         return self.network.config.get("patch_size") or 1
 
+    def _checked(self, process: Process) -> Process:
+        """Refuse a process that no network of the family is trained as."""
+        if not isinstance(process, self.processes):
+            raise DminError(
+                f"model.path: the {type(self.pipeline.scheduler).__name__} of this checkpoint is "
+                f"that of a {type(process).__name__}, where {type(self).__name__} is trained as "
+                f"{' or '.join(kind.__name__ for kind in self.processes)}. Put the scheduler of "
+                f"its training in the checkpoint's folder scheduler."
+            )
+        return process
+
     def _check_inputs(self) -> None:
         """Refuse relatives of the family that are told more than latents, time and prompt."""
         config, latent = self.network.config, self.pipeline.vae.config["latent_channels"]
@@ -217,32 +236,14 @@ class LatentDiffusion(PipelineModel):
             )
 
 
-class LatentDenoiser(LatentDiffusion):
-    """A latent diffusion in discrete timesteps that predicts ε, v or x0.
-
-    Args:
-        pipeline: of diffusers, with all its components.
-        snr_gamma: weighs losses by min-SNR with this γ (Hang et al. 2023), if the model was trained
-            so; None for equal weights.
-        settings: of :class:`LatentDiffusion`.
-    """
-
-    process: DiscreteDiffusion
-
-    def __init__(self, pipeline: Any, *, snr_gamma: float | None = None, **settings: Any) -> None:
-        super().__init__(
-            pipeline, discrete_diffusion(pipeline.scheduler.config, snr_gamma), **settings
-        )
-
-
-class LearnedVariance(LatentDenoiser):
+class LearnedVariance(LatentDiffusion):
     """A denoiser that predicts the variance of its steps as well (Nichol & Dhariwal 2021).
 
     Args:
         pipeline: of diffusers, with all its components.
         variance_loss: add the variational bound that trained the variance, as in the published
             training code; off, the loss is that of the mean alone, as in most fine-tuning.
-        settings: of :class:`LatentDenoiser`.
+        settings: of :class:`LatentDiffusion`.
     """
 
     def __init__(self, pipeline: Any, *, variance_loss: bool = False, **settings: Any) -> None:
@@ -266,19 +267,3 @@ class LearnedVariance(LatentDenoiser):
         if not self.variance_loss:
             return None
         return self.process.variance_bound(x0, noised, t, mean, variance)
-
-
-class LatentFlow(LatentDiffusion):
-    """A rectified flow in latents that predicts the velocity ε − x0.
-
-    Args:
-        pipeline: of diffusers, with all its components.
-        shift: of the ladder towards noise; None for the scheduler's. It moves the timesteps that
-            schedules choose from, not the loss at a timestep.
-        settings: of :class:`LatentDiffusion`.
-    """
-
-    process: RectifiedFlow
-
-    def __init__(self, pipeline: Any, *, shift: float | None = None, **settings: Any) -> None:
-        super().__init__(pipeline, RectifiedFlow(pipeline.scheduler.config, shift), **settings)

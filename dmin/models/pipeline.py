@@ -16,7 +16,8 @@ from dmin.models import logging_filters, vae
 from dmin.models.adapters import load_adapters, without_adapter
 from dmin.models.base import DiffusionModel, noise_generators, weights_digest
 from dmin.models.checkpoints import DType, load_pipeline, load_weights
-from dmin.models.trajectory import recorded
+from dmin.models.trajectory import recorded, samplable
+from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import kept_devices
 
 
@@ -123,7 +124,15 @@ class PipelineModel(DiffusionModel):
     @torch.no_grad()
     def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int = 50) -> Tensor:
         """Generate by the pipeline itself, with its scheduler and a generator for each image."""
-        with self._encoders_with_network():
+        if self.network_name == "unet" and self.pipeline.scheduler.config.get(
+            "use_dynamic_shifting"
+        ):
+            raise DminError(
+                "scheduler.use_dynamic_shifting=true: the pipelines of UNets do not tell their "
+                "scheduler the size that it is to shift by. Set it to false in the checkpoint's "
+                "scheduler/scheduler_config.json, with the shift it was sampled with."
+            )
+        with self._encoders_with_network(), samplable(self.pipeline.scheduler):
             images: Tensor = self.pipeline(
                 **self._sampling(prompts),
                 generator=noise_generators(seeds),

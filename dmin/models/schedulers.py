@@ -1,28 +1,143 @@
-"""The noise schedule that a model was trained with, read from the config of any scheduler."""
+"""The process that a model was trained with, by the class of its checkpoint's scheduler."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 from diffusers import DDPMScheduler
 
-from dmin.diffusion.processes import DiscreteDiffusion
+from dmin.diffusion.processes import EDM, DiscreteDiffusion, Process, RectifiedFlow
+from dmin.runtime.errors import DminError
+
+_DISCRETE = (
+    *("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "DDIMInverse", "PNDM", "EulerDiscrete"),
+    *("EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete"),
+    *("KDPM2AncestralDiscrete", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSDE"),
+    *("DPMSolverMultistepInverse", "DPMSolverSinglestep", "UniPCMultistep", "SASolver"),
+    *("RePaint", "UnCLIP", "CogVideoXDDIM", "CogVideoXDPM"),
+)
+_EDM = ("EDMEuler", "EDMDPMSolverMultistep")
+_FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete")
+_DISTILLED = "it samples networks distilled from another, whose loss needs a teacher or two steps"
+_TOKENS = "it samples discrete tokens, whose loss is a cross entropy"
+_REFUSED = {
+    "LCM": _DISTILLED,
+    "TCD": _DISTILLED,
+    "FlowMatchLCM": _DISTILLED,
+    "FlowMapEulerDiscrete": _DISTILLED,
+    "Piflow": _DISTILLED,
+    "LTXEulerAncestralRF": _DISTILLED,
+    "CMStochasticIterative": _DISTILLED,
+    "ConsistencyDecoder": _DISTILLED,
+    "SCM": "the loss of TrigFlow needs a derivative of the network along the flow, and a teacher",
+    "Amused": _TOKENS,
+    "VQDiffusion": _TOKENS,
+    "BlockRefinement": _TOKENS,
+    "DiscreteDDIM": _TOKENS,
+    "EntropyBound": _TOKENS,
+    "ScoreSdeVe": "a score −ε/σ of images in [0, 1] is predicted, which needs a process of its own",
+    "ScoreSdeVp": "a score in continuous time is predicted, which needs a process of its own",
+    "KarrasVe": "its scales of images and noise need a process of their own",
+    "IPNDM": "its noise levels are those of a network of sound, which need a process of their own",
+    "DDPMWuerstchen": "its time is a ratio of a cosine, which needs a process of its own",
+    "CosineDPMSolverMultistep": "its time is an arc tangent of σ, which needs a family of sound",
+}
 
 
-def discrete_diffusion(
-    config: Mapping[str, Any], snr_gamma: float | None = None
-) -> DiscreteDiffusion:
-    """Return the training process of a model.
+def process_of(
+    scheduler: Any, *, snr_gamma: float | None = None, shift: float | None = None
+) -> Process:
+    """Return the process that a network was trained with.
+
+    Decided by the class of the scheduler, and then by its settings; never by a setting that is
+    missing. The classes of diffusers that are not listed are refused.
 
     Args:
-        config: of any diffusers scheduler; its noise schedule and prediction type are read.
+        scheduler: of diffusers, as the checkpoint has it; left as it is.
         snr_gamma: as for :class:`DiscreteDiffusion`.
+        shift: as for :class:`RectifiedFlow`.
 
     Raises:
-        DminError: as for :class:`DiscreteDiffusion`.
+        DminError: there is no such process here, or the settings contradict each other.
     """
-    known = inspect.signature(DDPMScheduler).parameters
-    scheduler = DDPMScheduler(**{k: v for k, v in config.items() if k in known})
-    return DiscreteDiffusion(scheduler, snr_gamma)
+    name = _class_name(scheduler)
+    if name not in (*_DISCRETE, *_EDM, *_FLOW):
+        why = _REFUSED.get(name, "dmin does not know what it samples was trained to predict")
+        raise DminError(
+            f"scheduler {name}Scheduler: {why}. If this network was trained as a denoiser or a "
+            f"flow, put the scheduler of its training (DDPMScheduler, EDMEulerScheduler, "
+            f"FlowMatchEulerDiscreteScheduler) in the checkpoint's folder scheduler."
+        )
+    found = _found(scheduler, name, snr_gamma, shift)
+    for setting, value, kind in (
+        ("snr_gamma", snr_gamma, DiscreteDiffusion),
+        ("shift", shift, RectifiedFlow),
+    ):
+        if value is not None and not isinstance(found, kind):
+            raise DminError(
+                f"model.{setting}={value}: this checkpoint's {name}Scheduler is that of a "
+                f"{type(found).__name__}, which has no such setting. Set it to null."
+            )
+    return found
+
+
+def _found(scheduler: Any, name: str, snr_gamma: float | None, shift: float | None) -> Process:
+    config = scheduler.config
+    kind, is_flow = config.get("prediction_type", "epsilon"), config.get("use_flow_sigmas", False)
+    # Euler steps by continuous noise levels, as in Stable Video Diffusion.
+    continuous = name == "EulerDiscrete" and config.get("timestep_type") == "continuous"
+    if name in _EDM or (continuous and kind == "v_prediction"):
+        return EDM(_karras(scheduler), config["sigma_data"] if name in _EDM else 1, kind)
+    if name in _FLOW:
+        return RectifiedFlow(_one_way(scheduler), shift)
+    if is_flow != (kind == "flow_prediction"):
+        raise DminError(
+            f"scheduler.use_flow_sigmas={is_flow} with prediction_type={kind!r} ({name}Scheduler): "
+            f"a flow needs true and flow_prediction; a diffusion false and epsilon, v_prediction "
+            f"or sample. Mend the checkpoint's scheduler/scheduler_config.json."
+        )
+    if is_flow:
+        return RectifiedFlow(config, shift)
+    return DiscreteDiffusion(_as_trained(scheduler), snr_gamma)
+
+
+def _class_name(scheduler: Any) -> str:
+    """Return the name of the class, without its ending; of a user's own, diffusers' it is made of.
+
+    That of a subclass is looked up by its nearest class of diffusers.
+    """
+    names = [c.__name__ for c in type(scheduler).__mro__ if c.__module__.startswith("diffusers.")]
+    return (names or [type(scheduler).__name__])[0].removesuffix("Scheduler")
+
+
+def _karras(scheduler: Any) -> list[float]:
+    """Return all timesteps ``ln σ / 4``, most noise first."""
+    fresh = type(scheduler).from_config(scheduler.config)
+    fresh.set_timesteps(fresh.config.num_train_timesteps)
+    found: list[float] = fresh.timesteps.tolist()
+    return found
+
+
+def _one_way(scheduler: Any) -> Any:
+    """Return the settings of a flow from image to noise in many timesteps."""
+    config = scheduler.config
+    if config.get("invert_sigmas") or config["num_train_timesteps"] < 2:
+        raise DminError(
+            f"scheduler.invert_sigmas={config.get('invert_sigmas')} with num_train_timesteps="
+            f"{config['num_train_timesteps']}: a flow in another direction or unit than the "
+            f"families here have. They need invert_sigmas false, and usually 1000 timesteps."
+        )
+    return config
+
+
+def _as_trained(scheduler: Any) -> Any:
+    """Return a scheduler whose ᾱ is that of its settings.
+
+    A terminal SNR of zero stays in the config where another class that ignores it takes its place.
+    """
+    config, name = scheduler.config, "rescale_betas_zero_snr"
+    if config.get(name) and name not in inspect.signature(type(scheduler).__init__).parameters:
+        made_of = inspect.signature(DDPMScheduler).parameters
+        return DDPMScheduler(**{k: v for k, v in config.items() if k in made_of})
+    return scheduler

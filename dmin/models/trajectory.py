@@ -63,9 +63,30 @@ def recorded(scheduler: Any, states: int) -> Iterator[list[Tensor]]:
         del scheduler.step
 
 
+@contextmanager
+def samplable(scheduler: Any) -> Iterator[None]:
+    """Have a flow's scheduler serve the pipelines of networks that were diffusions before.
+
+    They ask for a scale of the first noise and of the network's input, which for flows is one.
+    """
+    lacking = [n for n in ("init_noise_sigma", "scale_model_input") if not hasattr(scheduler, n)]
+    if lacking:
+        scheduler.init_noise_sigma, scheduler.scale_model_input = 1.0, lambda x, *_, **__: x
+    try:
+        yield
+    finally:
+        for name in lacking:
+            delattr(scheduler, name)
+
+
 def _estimate(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
     """Return x0 of ``x = α x0 + σ ε`` by what the scheduler's model predicts."""
     output, sample = output.float(), sample.float()
+    if hasattr(scheduler, "precondition_outputs"):
+        found: Tensor = scheduler.precondition_outputs(
+            sample, output, scheduler.sigmas[scheduler.step_index - 1].to(sample)
+        )
+        return found
     kind = scheduler.config.get("prediction_type", "flow_prediction")
     alpha, sigma = (x.to(sample) for x in _levels(scheduler, timestep, kind))
     if kind == "epsilon":

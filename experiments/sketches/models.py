@@ -15,10 +15,9 @@ from torch import Tensor
 
 from dmin.data.digits import Digits
 from dmin.data.shapes import Shapes
-from dmin.diffusion.processes import RectifiedFlow
+from dmin.diffusion.processes import DiscreteDiffusion, RectifiedFlow
 from dmin.models.base import Condition, DiffusionModel, Prediction, class_labels
 from dmin.models.families.ddpm import DDPM
-from dmin.models.schedulers import discrete_diffusion
 from dmin.train import fit_trainer, train
 
 COSINE = {
@@ -44,7 +43,7 @@ class PixelDiT(DiffusionModel):
             attention_head_dim=24,
             num_embeds_ada_norm=10,
         )
-        self.process = discrete_diffusion(COSINE)
+        self.process = DiscreteDiffusion(diffusers.DDPMScheduler(**COSINE))
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         return 2 * batch["image"] - 1, {"class_labels": class_labels(batch["label"], 10)}

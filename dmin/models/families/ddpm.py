@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    SchedulerMixin,
+    UNet2DModel,
+)
 from torch import Tensor
 
+from dmin.diffusion.processes import DiscreteDiffusion
 from dmin.models.adapters import describe_adapters, load_adapters
 from dmin.models.base import (
     Condition,
@@ -20,7 +27,7 @@ from dmin.models.base import (
     noise_generators,
 )
 from dmin.models.checkpoints import load_pipeline, load_weights
-from dmin.models.schedulers import discrete_diffusion
+from dmin.models.schedulers import process_of
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import to_device
 
@@ -28,22 +35,23 @@ from dmin.runtime.transfer import to_device
 class DDPM(DiffusionModel):
     """A denoising diffusion model of pixels (Ho et al. 2020).
 
-    The target follows the scheduler's ``prediction_type``: ε, v (Salimans & Ho 2022) or x0.
+    Its process and target are those of the scheduler: discrete, with Karras' preconditioning, or a
+    flow.
 
     Args:
         network: predicts from a noised image, a timestep and, if it was built with
             ``num_class_embeds``, a class label.
-        scheduler: its training noise schedule.
+        scheduler: that it was trained with.
         snr_gamma: weighs losses by min-SNR with this γ (Hang et al. 2023); None for equal weights.
     """
 
     def __init__(
-        self, network: UNet2DModel, scheduler: DDPMScheduler, snr_gamma: float | None = None
+        self, network: UNet2DModel, scheduler: SchedulerMixin, snr_gamma: float | None = None
     ) -> None:
         super().__init__()
         self.network: UNet2DModel = network
         self.scheduler: Any = scheduler
-        self.process = discrete_diffusion(self.scheduler.config, snr_gamma)
+        self.process: Any = process_of(scheduler, snr_gamma=snr_gamma)
         self.ladder = self.process.ladder
         config: Any = network.config
         self.classes: int | None = config.num_class_embeds
@@ -98,8 +106,7 @@ class DDPM(DiffusionModel):
             load_weights(pipeline.unet, ema)
         if adapter is not None:
             load_adapters(pipeline.unet, adapter)
-        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        return cls(pipeline.unet.eval(), scheduler, snr_gamma)
+        return cls(pipeline.unet.eval(), pipeline.scheduler, snr_gamma)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Save in the layout of diffusers' ``DDPMPipeline``."""
@@ -127,15 +134,24 @@ class DDPM(DiffusionModel):
     def predict(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """Return the network's prediction and the target of the scheduler's prediction type."""
         noised, target, weight = self.process(x0, noise, t)
-        prediction = self.network(noised, t.long(), **condition).sample
+        prediction, _ = self._output(noised, t, condition)
         return Prediction(prediction, target, weight)
+
+    def _output(
+        self, noised: Tensor, t: Tensor, condition: Condition
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the network says of the image, and of the variance if it has learned one."""
+        told = self.process.network_input(noised, t)
+        output = self.network(told, self.process.time(t), **condition).sample
+        mean, *variance = output.split(noised.shape[1], dim=1)
+        return mean, variance[0] if variance else None
 
     def log_snr(self, timesteps: Sequence[float]) -> list[float]:
         """Return the log signal-to-noise ratio at each timestep."""
         return self.process.log_snr(timesteps)
 
     def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int = 100) -> Tensor:
-        """Generate by DDIM (Song et al. 2021), η = 0: the seed decides the image."""
+        """Generate by DDIM (Song et al. 2021), η = 0, or Euler's steps: the seed decides."""
         for x, _ in self._denoised(prompts, seeds, steps):
             last = x
         return ((last + 1) / 2).clamp(0, 1)
@@ -154,17 +170,31 @@ class DDPM(DiffusionModel):
         self, prompts: Sequence[Any], seeds: Sequence[int], steps: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the state after each step, and the estimate of x0 that the step was made with."""
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(steps)
-        condition = self.condition(prompts)
+        condition, process = self.condition(prompts), self.process
         device = next(self.network.parameters()).device
         start = [torch.randn(self.shape, generator=g) for g in noise_generators(seeds)]
         x = torch.stack(start).to(device)
-        for t in scheduler.timesteps:
-            prediction = self.network(x, t.to(device), **condition).sample
-            step = scheduler.step(prediction, t, x)
-            x = step.prev_sample
-            yield x, step.pred_original_sample
+        if isinstance(process, DiscreteDiffusion):
+            scheduler = DDIMScheduler.from_config(self.scheduler.config)
+            scheduler.alphas_cumprod = process.alphas_cumprod
+            scheduler.set_timesteps(steps)
+            for t in scheduler.timesteps:
+                step = scheduler.step(self._output(x, t.to(device), condition)[0], t, x)
+                x = step.prev_sample
+                yield x, step.pred_original_sample
+            return
+        places = torch.linspace(0, len(process.ladder) - 1, steps).long()
+        chosen = [torch.tensor(process.ladder[place], device=device) for place in places]
+        x = process.levels(chosen[0], x).sigma * x
+        for t, after in zip(chosen, [*chosen[1:], None], strict=True):  # Euler's steps
+            levels = process.levels(t, x)
+            x0 = process.x0(levels, x, self._output(x, t, condition)[0])
+            if after is None:
+                yield x0, x0
+                return
+            noise, to = (x - levels.alpha * x0) / levels.sigma, process.levels(after, x)
+            x = to.alpha * x0 + to.sigma * noise
+            yield x, x0
 
     def describe(self) -> dict[str, Any]:
         """Return the loss: prediction type, noise schedule and weighting."""

@@ -29,9 +29,6 @@ class DiT(LearnedVariance):
     def _no_prompt(self) -> Condition:
         return {"class_labels": torch.tensor([self.network.config.num_embeds_ada_norm])}
 
-    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return self.network(noised, timestep=t.long(), **condition).sample
-
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
         labels: Tensor = self._embed(prompts)["class_labels"]
         return {**super()._sampling(prompts), "class_labels": labels.tolist()}

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 from diffusers import FluxPipeline
 from torch import Tensor
 
+from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.base import Condition
 from dmin.models.conditioning import LongCaptioned
-from dmin.models.latent import LatentFlow
 
 
-class Flux(LongCaptioned, LatentFlow):
+class Flux(LongCaptioned):
     """Flux.1 dev and schnell (Black Forest Labs 2024).
 
     Args:
@@ -24,6 +24,7 @@ class Flux(LongCaptioned, LatentFlow):
     """
 
     pipeline_class = FluxPipeline
+    processes = (RectifiedFlow,)
     own_length: ClassVar[int] = 512
     own_size: ClassVar[int] = 128
     packing: ClassVar[int] = 4

@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal
 from diffusers import SanaPipeline
 from torch import Tensor
 
+from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.base import Condition
 from dmin.models.conditioning import LongCaptioned
-from dmin.models.latent import LatentFlow
 from dmin.runtime.errors import DminError
 
 
-class Sana(LongCaptioned, LatentFlow):
+class Sana(LongCaptioned):
     """Sana (Xie et al. 2024).
 
     Args:
@@ -27,6 +27,7 @@ class Sana(LongCaptioned, LatentFlow):
     """
 
     pipeline_class = SanaPipeline
+    processes = (RectifiedFlow,)
     own_length: ClassVar[int] = 300
     encoded = ("encoder_hidden_states", "encoder_attention_mask")
     sampled_with: ClassVar[dict[str, Any]] = {"use_resolution_binning": False}

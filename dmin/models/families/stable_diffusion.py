@@ -6,17 +6,20 @@ from typing import Any, ClassVar
 
 from diffusers import StableDiffusionPipeline
 
+from dmin.diffusion.processes import EDM, DiscreteDiffusion, RectifiedFlow
 from dmin.models.conditioning import Captioned
-from dmin.models.latent import LatentDenoiser
 
 
-class StableDiffusion(Captioned, LatentDenoiser):
+class StableDiffusion(Captioned):
     """Stable Diffusion 1.x (predicts ε) and 2.x (ε or v) (Rombach et al. 2022).
+
+    Networks fine-tuned as a flow or with Karras' preconditioning are taken as such.
 
     The safety checker is not loaded: it would turn queries black.
     """
 
     pipeline_class = StableDiffusionPipeline
+    processes = (DiscreteDiffusion, EDM, RectifiedFlow)
     network_name: ClassVar[str] = "unet"
     components: ClassVar[dict[str, Any]] = {
         "safety_checker": None,

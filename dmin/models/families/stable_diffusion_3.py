@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Literal
 
 from diffusers import StableDiffusion3Pipeline
 
+from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.conditioning import LongCaptioned
-from dmin.models.latent import LatentFlow
 from dmin.runtime.errors import DminError
 
 
-class StableDiffusion3(LongCaptioned, LatentFlow):
+class StableDiffusion3(LongCaptioned):
     """Stable Diffusion 3 and 3.5 (Esser et al. 2024).
 
     Args:
@@ -23,6 +23,7 @@ class StableDiffusion3(LongCaptioned, LatentFlow):
     """
 
     pipeline_class = StableDiffusion3Pipeline
+    processes = (RectifiedFlow,)
     own_length: ClassVar[int] = 256
     encoding: ClassVar[dict[str, Any]] = {
         "prompt_2": None,

@@ -9,15 +9,20 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from dmin.diffusion.processes import EDM, DiscreteDiffusion, RectifiedFlow
 from dmin.models.base import Condition
 from dmin.models.conditioning import SizeConditioning
-from dmin.models.latent import LatentDenoiser
 
 
-class StableDiffusionXL(SizeConditioning, LatentDenoiser):
-    """Stable Diffusion XL (Podell et al. 2023); predicts ε or v."""
+class StableDiffusionXL(SizeConditioning):
+    """Stable Diffusion XL (Podell et al. 2023); predicts ε or v.
+
+    Its descendants with Karras' preconditioning (Playground 2.5, CosXL) or trained as a flow are
+    taken as such.
+    """
 
     pipeline_class = StableDiffusionXLPipeline
+    processes = (DiscreteDiffusion, EDM, RectifiedFlow)
     network_name: ClassVar[str] = "unet"
     components: ClassVar[dict[str, Any]] = {"add_watermarker": False}
     encoded = ("encoder_hidden_states", None, "text_embeds")
