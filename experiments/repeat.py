@@ -19,6 +19,7 @@ from typing import Any
 
 from dmin.cli.tools.repeat import read_record, say, since
 from dmin.runtime.errors import DminError
+from dmin.runtime.escape import printable
 from dmin.runtime.provenance import RECORD
 
 _COPIED = ("experiments", "conf", "docs")  # of the checkout: what scripts read and write
@@ -39,27 +40,57 @@ def run(arguments: Sequence[str]) -> int:
         record = read_record(folder)
         if "runs" not in record:
             raise DminError(f"{folder} is the run of a command: dmin repeat {folder}")
+        commands = _commands(folder, record)
         say("differs from then", since(record["runs"][-1]))
-        if not asked.dry:
-            say("results", repeat(folder, record, asked.into))
+        if asked.dry:
+            say("would run", [f"python {' '.join(command)}" for command in commands])
+        else:
+            say("results", repeat(folder, commands, list(record["results"]), asked.into))
     except DminError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
 
 
-def repeat(folder: Path, record: dict[str, Any], into: Path | None) -> list[str]:
+def _commands(folder: Path, record: dict[str, Any]) -> list[list[str]]:
+    """Return the commands of a record, each once: scripts of its own folder and their arguments.
+
+    Raises:
+        DminError: the record is damaged, or names a script or a result elsewhere.
+    """
+    own, top = folder.resolve(), folder.resolve().parents[1]
+    runs, results = record["runs"], record.get("results")
+    try:
+        commands = [list(c) for c in dict.fromkeys(tuple(run["command"]) for run in runs)]
+        places = [*(top / command[0] for command in commands), *(own / name for name in results)]
+        whole = all(isinstance(word, str) for command in commands for word in command)
+    except (TypeError, KeyError, IndexError) as error:
+        raise DminError(f"{folder / RECORD} is damaged: nothing to repeat.") from error
+    if not commands or not whole or not isinstance(results, dict):
+        raise DminError(f"{folder / RECORD} is damaged: nothing to repeat.")
+    for place in places:
+        if not place.resolve().is_relative_to(own):
+            raise DminError(
+                f"{folder / RECORD} names {place}, which is outside of {folder}: only the scripts "
+                f"of an experiment's own folder are run, and only its own results compared."
+            )
+    return commands
+
+
+def repeat(
+    folder: Path, commands: list[list[str]], results: list[str], into: Path | None
+) -> list[str]:
     """Run a record's commands again in a copy without their results; say how these differ.
 
     Args:
         folder: of the experiment; nothing in it is touched.
-        record: of the experiment.
+        commands: scripts and arguments.
+        results: names of the files they made.
         into: where the copy is made; what was begun there goes on. A new folder if None.
 
     Raises:
         DminError: the scripts are not there, or one of them failed.
     """
-    commands = [list(each) for each in dict.fromkeys(tuple(r["command"]) for r in record["runs"])]
     top = folder.resolve().parents[1]
     for script in dict.fromkeys(command[0] for command in commands):
         if not (top / script).is_file():
@@ -71,15 +102,15 @@ def repeat(folder: Path, record: dict[str, Any], into: Path | None) -> list[str]
     into = into or Path("outputs/repeats") / f"{folder.resolve().name}-{now}"
     copy = into / folder.resolve().relative_to(top)
     if not copy.is_dir():
-        results = {folder.resolve() / name for name in (*record["results"], RECORD)}
+        left = {folder.resolve() / name for name in (*results, RECORD)}
         for name in _COPIED:
             if (top / name).is_dir():
-                shutil.copytree(top / name, into / name, ignore=_but(results))
+                shutil.copytree(top / name, into / name, symlinks=True, ignore=_but(left))
     code = str(Path(__file__).resolve().parents[1])
     paths = [code, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     for command in commands:
-        print(f"in {into}: python {' '.join(command)}", flush=True)
+        print(printable(f"in {into}: python {' '.join(command)}"), flush=True)
         status = subprocess.run([sys.executable, *command], cwd=into, env=environment).returncode
         if status:
             raise DminError(
@@ -87,7 +118,7 @@ def repeat(folder: Path, record: dict[str, Any], into: Path | None) -> list[str]
                 f"experiments repeat {folder.name} --into {into}` goes on there."
             )
     print(f"the new results: {copy}")
-    return [line for name in record["results"] for line in _compared(folder / name, copy / name)]
+    return [line for name in results for line in _compared(folder / name, copy / name)]
 
 
 def _but(results: set[Path]) -> Any:

@@ -96,7 +96,9 @@ def test_repeating_runs_in_a_copy_and_says_what_differs(experiment, tmp_path, ca
     table.write_text("name,error\na,0.2\nb,0.5\n")
     before = {each: each.read_bytes() for each in experiment.folder.iterdir() if each.is_file()}
     assert repeat([str(experiment.folder), "--dry"]) == 0
-    assert '"1.0" then' in capfd.readouterr().out and not (tmp_path / "outputs/repeats").exists()
+    shown = capfd.readouterr().out
+    assert '"1.0" then' in shown and "python experiments/tiny/run.py" in shown
+    assert not (tmp_path / "outputs/repeats").exists()
     assert repeat([str(experiment.folder), "--into", "again"]) == 0
     said = capfd.readouterr().out
     assert "results.json: 0 values more, 2 less" in said  # it ran once, from nothing
@@ -111,6 +113,36 @@ def test_what_cannot_be_repeated_is_said(experiment, capfd):
     (experiment.folder / "run.py").unlink()
     assert repeat([str(experiment.folder)]) == 1
     assert "which is not in" in capfd.readouterr().err
+
+
+OUTSIDE = {
+    "another script": (["experiments/other.py"], {}),
+    "an absolute one": (["/bin/true.py"], {}),
+    "one above": (["experiments/tiny/../../evil.py"], {}),
+    "a link": (["experiments/tiny/link.py"], {}),
+    "an option": (["-c", "open('ran', 'w')"], {}),
+    "a module": (["-m", "evil"], {}),
+    "no command": ([], {}),
+    "a text": ("experiments/tiny/run.py", {}),
+    "numbers": ([1], {}),
+    "a result elsewhere": (["experiments/tiny/run.py"], {"../../secret.csv": "0"}),
+    "results of another kind": (["experiments/tiny/run.py"], 3),
+}
+
+
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_only_scripts_of_its_own_folder_are_run(kind, experiment, tmp_path, capfd):
+    experiment()
+    for name in ("evil.py", "experiments/other.py"):
+        (tmp_path / name).write_text("open('ran', 'w')")
+    (experiment.folder / "link.py").symlink_to(tmp_path / "evil.py")
+    command, results = OUTSIDE[kind]
+    record = {"runs": [{"command": command}], "results": results}
+    (experiment.folder / "record.json").write_text(json.dumps(record))
+    for more in ([], ["--dry"]):
+        assert repeat([str(experiment.folder), *more]) == 1
+        assert "record.json" in capfd.readouterr().err
+    assert not list(tmp_path.rglob("ran")) and not (tmp_path / "outputs/repeats").exists()
 
 
 def test_the_command_names_what_repeats_an_experiment(experiment, capfd):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -75,3 +76,22 @@ def commit(
     """Write a file of these bytes, see :func:`replacing`."""
     with replacing(path, overwrite=overwrite, durable=durable) as file:
         file.write(content)
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Return what an ordinary file holds; a pipe in its place would make the reader wait for ever.
+
+    Raises:
+        OSError: it is no ordinary file, holds more than so many bytes, or cannot be read.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not an ordinary file", str(path))
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
+    return content
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

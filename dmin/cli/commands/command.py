@@ -14,7 +14,7 @@ from dmin.cli.jobs.record import recorded
 from dmin.cli.workspace.workspace import Workspace
 
 Body = Callable[[Workspace, dict[str, Any]], None]
-TRAINING = ("train", "data", "trainer", "logger")
+TRAINING = ("train", "model.path", "data", "trainer", "logger")
 FEATURES = ("model", "sketch", "timesteps", "noise", "collect", "data", "trainer", "shard")
 
 

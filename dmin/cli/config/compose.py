@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from dmin.cli.config.explain import explain, one_line
 from dmin.cli.config.groups import config_directory
@@ -23,6 +24,7 @@ from dmin.cli.jobs import sweep
 from dmin.cli.jobs.processes import follow_parent, is_main
 from dmin.cli.jobs.record import note_failure
 from dmin.runtime.errors import DminError, DminWarning
+from dmin.runtime.escape import printable
 from dmin.runtime.progress import console
 
 Step = Callable[[DictConfig], None]
@@ -31,13 +33,14 @@ Step = Callable[[DictConfig], None]
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
-def run(step: Step, name: str, argv: list[str]) -> None:
+def run(step: Step, name: str, argv: list[str], from_here: bool = True) -> None:
     """Compose the configuration, validate it and run a step on it, as ``dmin <name> <argv>``.
 
     Args:
         step: what the command does with the composed configuration.
         name: the command, which names the job.
         argv: overrides and options of Hydra.
+        from_here: whether code in the working folder can be imported.
 
     Raises:
         SystemExit: with a message that says what is wrong with the configuration, or the one of
@@ -55,17 +58,17 @@ def run(step: Step, name: str, argv: list[str]) -> None:
         # The step, and the processes it starts, see the command line and environment they know.
         with _process(*theirs):
             cwd = HydraConfig.get().runtime.cwd
-            if cwd not in sys.path:
+            if from_here and cwd not in sys.path:
                 sys.path.append(cwd)  # so that `_target_: my_model.MyModel` is found where one is
             try:
                 with sweep.own_output():
                     _attempt(step, name, cfg, full=theirs[1] == "1")
-            except (DminError, InstantiationException) as error:
+            except (DminError, HydraException, OmegaConfBaseException) as error:
                 # Hydra's note on the error would only get in the way of the message, and a
                 # SystemExit passes it by.
                 message = None if theirs[1] == "1" else explain(error)
                 if message is not None:
-                    raise SystemExit(message) from error
+                    raise SystemExit(printable(message)) from error
                 raise
 
     try:
@@ -93,7 +96,7 @@ def run(step: Step, name: str, argv: list[str]) -> None:
             )
         if message is None:
             raise
-        raise SystemExit(message) from error
+        raise SystemExit(printable(message)) from error
 
 
 def _attempt(step: Step, name: str, cfg: DictConfig, full: bool) -> None:

@@ -6,14 +6,19 @@ from typing import Any
 
 import yaml
 from hydra.errors import (
-    CompactHydraException,
     ConfigCompositionException,
+    HydraException,
     InstantiationException,
     MissingConfigException,
     OverrideParseException,
 )
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from dmin.cli.config.groups import did_you_mean, groups
 from dmin.runtime.errors import DminError
@@ -31,11 +36,22 @@ def explain(error: BaseException) -> str | None:
         return _explain_composition(error)
     if isinstance(error, yaml.YAMLError):
         return f"A configuration file is not valid YAML: {one_line(error)}."
-    if isinstance(error, InstantiationException):  # raised around whatever its target raised
-        return None if error.__cause__ is None else explain(error.__cause__)
-    if isinstance(error, CompactHydraException):
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return explain(error.__cause__)  # whatever its target raised
+    if isinstance(error, HydraException):
         return one_line(error)
+    if isinstance(error, OmegaConfBaseException):
+        return _explain_setting(error)
     return _explain_launcher(error)
+
+
+def _explain_setting(error: OmegaConfBaseException) -> str:
+    """Say which setting has no value, or none that can be resolved."""
+    key = error.full_key or str(error.key or "a setting")
+    if isinstance(error, MissingMandatoryValue):
+        return f"No value for {key}. Set {key}=<value>."
+    reason = one_line(str(error).partition("\n")[0]).rstrip(".")
+    return f"{key} cannot be used as it is: {reason}. Set {key}=<value>."
 
 
 def _explain_launcher(error: BaseException) -> str | None:

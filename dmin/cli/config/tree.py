@@ -26,7 +26,7 @@ def settings_tree(name: str, cfg: DictConfig, subtrees: tuple[str, ...], file: P
         file: has all settings.
     """
     tree = Tree(f"[bold]dmin {name}[/]", guide_style="dim")
-    for part in dict.fromkeys(("name", "seed", *subtrees)):
+    for part in (each for each in dict.fromkeys(("name", "seed", *subtrees)) if each in cfg):
         node = cfg[part]
         if node is None:
             continue

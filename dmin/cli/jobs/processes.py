@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from dmin.cli.config.groups import config_directory
 from dmin.cli.jobs.slurm import Processes, check_running, tasks_here
 from dmin.runtime.errors import DminError
 
@@ -133,6 +134,8 @@ def command_line(command: str) -> list[str]:
     for source in hydra.runtime.config_sources:
         if source.provider == "command-line":
             line += ["--config-dir", source.path]
+        elif source.provider == "main" and source.path != str(config_directory()):
+            line += ["--config-path", source.path]  # of a run that is repeated
     # The launcher and the sweeper had their part; where the job runs is said below.
     groups = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweeper")
     had = (*groups, "hydra.run.", "hydra.mode", "hydra.job.name")

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dmin.cli.help import COMMANDS, TOOLS
 from dmin.cli.tools.arguments import Arguments
 from dmin.runtime.errors import DminError
+from dmin.runtime.escape import printable
+from dmin.runtime.files import read_regular
 from dmin.runtime.provenance import RECORD, circumstances
 
 # Of results: what depends on the clock, the memory or the place, not on what was computed.
 _INCIDENTAL = {"peak", "files", "store", "model", "figures"}
+MOST_BYTES = 64 << 20  # of a record
 
 
 PAGE = """
-usage: dmin repeat RUN_FOLDER [--dry] [setting=value ...]
+usage: dmin repeat RUN_FOLDER [--dry] [--trust] [setting=value ...]
 
 RUN_FOLDER has the record.json and config.yaml of a run, as every command leaves them under
 outputs/runs/ (and each job of a sweep under outputs/sweeps/). The settings are those of the record,
 whatever the YAML files say by now; settings given here win over them. What differs today (commit,
 versions, machine) is said first, how the results differ is said at the end.
 
-  --dry  say what differs, run nothing
+  --dry    say what differs, and what would run that is not dmin's; run nothing
+  --trust  let the record name any code, as that of a model of your own: only if you know its source
 
 What a run made is found and not made again; to make it anew: paths.outputs=another/folder.
 
@@ -40,6 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     parser = Arguments("repeat")
     parser.add_argument("folder", nargs="?", default=Path(), type=Path)
     parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--trust", action="store_true")
     asked, settings = parser.parse_known_args(arguments)
     folder: Path = asked.folder
     try:
@@ -48,30 +56,72 @@ def run(arguments: Sequence[str]) -> int:
             raise DminError(
                 f"{folder} is an experiment of a checkout: python experiments repeat {folder.name}"
             )
+        repeated = _checked(folder, record, settings)
         say("differs from then", since(record))
-        if not asked.dry:
-            say("results", _repeated(folder, record, settings))
+        if asked.dry:
+            say("asks for more than dmin's own settings do", repeated.demands or ["nothing"])
+        elif repeated.demands and not asked.trust:
+            raise DminError(
+                f"{folder / 'config.yaml'} asks for more than dmin's own settings do, which could "
+                f"run anybody's code: {'; '.join(repeated.demands)}. If you know where it comes "
+                f"from and want that: --trust. Or give a value of your own for it, key=value."
+            )
+        else:
+            say("results", _repeated(record, repeated, settings, asked.trust))
     except DminError as error:
         print(f"dmin: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _repeated(folder: Path, record: dict[str, Any], settings: list[str]) -> list[str]:
+class Repeated(NamedTuple):
+    """What a record asks for: command, settings, chosen method, and what is not always allowed."""
+
+    command: str
+    settings: Any
+    method: str | None
+    demands: list[str]
+
+
+def _checked(folder: Path, record: dict[str, Any], given: list[str]) -> Repeated:
+    """Return what a record asks for, nothing of it composed or imported.
+
+    Raises:
+        DminError: it is not as commands write it.
+    """
+    from dmin.cli.config.trust import demands, read_settings
+
+    command, method = record.get("command"), _part(record, "job").get("method")
+    if not isinstance(command, str) or command not in COMMANDS or command in TOOLS:
+        raise DminError(f"{folder} records the command {command}, which this dmin has not.")
+    if not isinstance(method, str | None) or not re.fullmatch(r"[\w-]*", method or ""):
+        raise DminError(f"{folder / RECORD} is damaged (job.method={method!r}): nothing to repeat.")
+    settings = read_settings(folder / "config.yaml")
+    keys = {each.partition("=")[0].lstrip("+") for each in given if "=" in each}
+    return Repeated(command, settings, method, demands(settings, command, folder, keys))
+
+
+def _repeated(
+    record: dict[str, Any], repeated: Repeated, settings: list[str], trust: bool
+) -> list[str]:
+    from omegaconf import OmegaConf
+
     from dmin.cli.commands import step_of
     from dmin.cli.config.compose import run as run_step
     from dmin.cli.config.groups import config_directory
 
-    command = record["command"]
-    if command not in COMMANDS or command in TOOLS:
-        raise DminError(f"{folder} records the command {command}, which this dmin has not.")
-    outputs = "hydra.run.dir=${paths.outputs}/runs/" + command + "/${now:%Y-%m-%d_%H-%M-%S-%f}"
-    place = ["--config-path", str(folder.resolve()), "--config-name", "config"]
-    place += ["--config-dir", str(config_directory())]  # for the methods that a benchmark names
-    if chosen := record["job"].get("method"):  # what cfg.method is the choice of: see workspace
-        place.append(f"++hydra.runtime.choices.method={chosen}")
+    command = repeated.command
     found: dict[str, Any] = {}
-    run_step(_keeping(step_of(command), found), command, [*place, outputs, *settings])
+    outputs = "hydra.run.dir=${paths.outputs}/runs/" + command + "/${now:%Y-%m-%d_%H-%M-%S-%f}"
+    # Composed from a copy of what was checked, so that no other file of the folder has a say.
+    with tempfile.TemporaryDirectory(prefix="dmin-repeat-") as place:
+        Path(place, "config.yaml").write_text(OmegaConf.to_yaml(repeated.settings), "utf-8")
+        line = ["--config-path", place, "--config-name", "config", outputs]
+        # For the methods that a benchmark names, and what cfg.method is the choice of.
+        line += ["--config-dir", str(config_directory())]
+        if repeated.method:
+            line.append(f"++hydra.runtime.choices.method={repeated.method}")
+        run_step(_keeping(step_of(command), found), command, [*line, *settings], from_here=trust)
     return _compared(record, found)
 
 
@@ -82,17 +132,26 @@ def read_record(folder: Path) -> dict[str, Any]:
         DminError: there is none, or it is damaged.
     """
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        record: Any = json.loads(read_regular(folder / RECORD, MOST_BYTES))
+        if not isinstance(record, dict):
+            raise ValueError("no mapping")
         if "runs" in record or (folder / "config.yaml").is_file():
             return record
-    except OSError:
-        pass
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DminError(f"{folder / RECORD} is damaged ({error}): nothing to repeat.") from error
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EFBIG):
+            raise DminError(f"{folder / RECORD} is no record: {error.strerror}.") from error
     raise DminError(
         f"{folder}: give the folder of a run, which has {RECORD} and config.yaml, such as "
         f"outputs/runs/collect/<date>. A job that was refused before it began has no config.yaml."
     )
+
+
+def _part(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a part of a record; empty where it is not there, or is something else."""
+    found = record.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def since(then: dict[str, Any]) -> list[str]:
@@ -101,14 +160,14 @@ def since(then: dict[str, Any]) -> list[str]:
 
     now, lines = circumstances(), []
     for part in ("git", "versions", "machine"):
-        ours, theirs = now.get(part) or {}, then.get(part) or {}
+        ours, theirs = _part(now, part), _part(then, part)
         ours = {key: value for key, value in ours.items() if key != "threads"}  # not set yet
         theirs = {key: value for key, value in theirs.items() if key in ours or key != "threads"}
         lines += [f"{part}.{line}" for line in differences(ours, theirs)]
     for part in ("code", "folder"):
         if now[part] != then.get(part, now[part]):
             lines.append(f"{part}: {now[part]} here, {then[part]} there")
-    if (then.get("git") or {}).get("changed"):
+    if _part(then, "git").get("changed"):
         lines.append("git: the checkout there had changes that no commit has")
     return _in_time(lines) or ["nothing: commit, versions and machine"]
 
@@ -130,7 +189,7 @@ def _compared(record: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Say how the results differ from those of the record."""
     from dmin.runtime.fingerprint import differences
 
-    ours, theirs = _essential(found), _essential(record.get("results") or {})
+    ours, theirs = _essential(found), _essential(_part(record, "results"))
     if not theirs:
         return [f"nothing to compare with: the run recorded was {record.get('outcome')}"]
     return _in_time(differences(ours, theirs)) or [f"the same as then ({', '.join(theirs)})"]
@@ -152,4 +211,4 @@ def say(what: str, lines: Sequence[str]) -> None:
     """Print lines under a heading."""
     print(f"{what}:")
     for line in lines:
-        print(f"  {line}")
+        print(f"  {printable(line)}")

@@ -1,0 +1,203 @@
+"""What settings from elsewhere, those of a record, may ask for without ``--trust``.
+
+They build only what the shipped YAML files name (or named once, see ``renamed``), held to that list
+after resolution, so that no detour such as ``dmin.capture.torch.load`` passes. Of what others than
+dmin wrote, they set only the arguments that these files set. They are values: no interpolation,
+which could read the environment. And they write below the folder at hand, or where they stand.
+"""
+
+import functools
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dmin.cli.config.groups import config_directory
+from dmin.cli.config.renamed import current
+from dmin.cli.config.targets import load
+from dmin.runtime.errors import DminError
+from dmin.runtime.escape import printable
+from dmin.runtime.files import read_regular
+
+MOST_BYTES = 1 << 20  # of a record's settings, which take some 5 KB
+_CALL = {"_target_", "_partial_", "_convert_"}  # beside the arguments; positional ones have no name
+_NAMES = ("name", "logger.name", "logger.version")  # parts of the paths that are written
+_WRITTEN = ("paths.outputs", "collect.path", "collect.encodings")
+
+
+@functools.cache
+def shipped() -> dict[str, set[str]]:
+    """Return every ``_target_`` of the shipped YAML files, and the arguments they set of it.
+
+    Those of Hydra itself are left out: launchers run what their settings say.
+    """
+    found: dict[str, set[str]] = {}
+    groups = (path for path in config_directory().iterdir() if path.is_dir())
+    for folder in sorted(path for path in groups if path.name != "hydra"):
+        nodes = [yaml.safe_load(file.read_text("utf-8")) for file in sorted(folder.glob("*.yaml"))]
+        calls = [call for node in nodes for _, call in _calls(node)]
+        for call in calls:
+            found.setdefault(call["_target_"], set()).update(call)
+        # The files of a group add settings to each other's.
+        together = {key for node in nodes for key in node}
+        for name in {node["_target_"] for node in nodes if "_target_" in node}:
+            found[name] |= together
+    return found
+
+
+def environment_names() -> set[str]:
+    """Return the variables that shipped YAML files read: SLURM's numbers, which are no secrets."""
+    files = (file.read_text("utf-8") for file in config_directory().rglob("*.yaml"))
+    return {part.partition("}")[0] for text in files for part in text.split("${oc.env:")[1:]}
+
+
+def read_settings(file: Path) -> Any:
+    """Return a record's settings, as plain YAML that composes nothing.
+
+    Raises:
+        DminError: it is no such file, or is more than settings: tags, aliases, a ``hydra`` or
+            ``defaults`` section.
+    """
+    try:
+        text = read_regular(file, MOST_BYTES).decode()
+        events = list(yaml.parse(text, yaml.SafeLoader))
+        settings = OmegaConf.create(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise DminError(
+            f"{file} cannot be read as settings ({' '.join(str(error).split())[:200]}): nothing to "
+            f"repeat."
+        ) from error
+    odd = [str(each.tag) for each in events if getattr(each, "tag", None)]
+    odd += ["an alias" for each in events if isinstance(each, yaml.AliasEvent)]
+    if not OmegaConf.is_dict(settings):
+        odd.append("no mapping")
+    else:
+        odd += [f"{key}:" for key in ("hydra", "defaults") if key in settings]
+    if odd:
+        raise DminError(
+            f"{file} holds {odd[0]}, which no record has and none is obeyed for: it could say how "
+            f"and where things run. Remove it, or give such settings on the command line."
+        )
+    return settings
+
+
+def demands(settings: Any, command: str, folder: Path, given: Collection[str] = ()) -> list[str]:
+    """Return what settings ask for beyond what is always allowed, a line each.
+
+    Args:
+        settings: of a record, as `read_settings` returns them.
+        command: that they are for.
+        folder: of the record.
+        given: dotted keys that the user sets himself, which win over the record's.
+    """
+    plain = OmegaConf.to_container(settings)
+    found = {
+        f"{place}._target_": told
+        for place, call in _calls(plain)
+        if (told := _of_call(call)) is not None
+    }
+    found |= {
+        place: f"reads {value}"
+        for place, value in _leaves(plain)
+        if isinstance(value, str) and "${" in value
+    }
+    values = dict(_leaves(plain))
+    for place in _NAMES:
+        if any(part in str(values.get(place) or "") for part in ("/", "\\", "..")):
+            found[place] = f"writes to {values[place]}"
+    here, outputs = Path.cwd().resolve(), _resolved(values.get("paths.outputs") or "outputs")
+    own = [here, outputs] if folder.resolve().is_relative_to(outputs) else [here]
+    for place in (*_WRITTEN, *(["model.path"] if command in ("train", "demo") else [])):
+        value = values.get(place)
+        if value and not any(_resolved(value).is_relative_to(each) for each in own):
+            found.setdefault(place, f"writes to {value}")
+    return [printable(f"{place}: {told}") for place, told in found.items() if place not in given]
+
+
+def _of_call(call: Mapping[str, Any]) -> str | None:
+    """Say what a call asks for that is not allowed; None if it is as the shipped files have it."""
+    asked = call["_target_"]
+    if not isinstance(asked, str) or (name := _listed(asked)) is None:
+        return f"builds {asked}, which is not among what dmin's own settings build"
+    if name.startswith("dmin."):
+        return None
+    more = [str(key) for key in call if key not in shipped()[name] | _CALL]
+    return (
+        f"builds {asked} with {', '.join(more)}, which dmin's own settings leave" if more else None
+    )
+
+
+def _listed(asked: str) -> str | None:
+    """Return the name on the list by which goes what a name stands for, None if none does."""
+    name, names = current(asked)[0], shipped()
+    if name in names:
+        return name
+    found = _found(name)
+    alike = [each for each in names if each.rpartition(".")[2] == name.rpartition(".")[2]]
+    same = (each for each in alike if found is not None)
+    return next((each for each in same if _identity(load(each, each)) == _identity(found)), None)
+
+
+def _identity(found: Any) -> list[tuple[Any, Any]]:
+    """Return module and qualified name, of a class method also those of its class."""
+    owner = getattr(found, "__self__", None)
+    parts = [found, owner] if isinstance(owner, type) else [found]
+    return [(getattr(p, "__module__", ""), getattr(p, "__qualname__", "")) for p in parts]
+
+
+def _found(name: str) -> Any:
+    """Return what a name stands for, without importing but dmin's modules and those of the list."""
+    parts = name.split(".")
+    allowed = {each.rpartition(".")[0] for each in shipped()}
+    roots = {each.partition(".")[0] for each in allowed}
+    if parts[0] not in roots or any(part.startswith("_") or not part for part in parts):
+        return None
+    found: Any = None
+    for end in range(1, len(parts) + 1):
+        path = ".".join(parts[:end])
+        inside = isinstance(found, ModuleType) and found.__name__.partition(".")[0] in roots
+        if isinstance(found, ModuleType) and not inside:
+            return None  # torch in dmin.capture.torch.load
+        following = getattr(found, parts[end - 1], None)
+        if following is None and (path in allowed or parts[0] == "dmin" or path in sys.modules):
+            try:
+                following = import_module(path)
+            except Exception:  # no such module, or one that cannot be imported here
+                return None
+        if (found := following) is None:
+            return None
+    return found
+
+
+def _calls(node: Any, place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield every mapping with a ``_target_``, wherever it stands, with its dotted place."""
+    if isinstance(node, dict) and "_target_" in node:
+        yield place, node
+    for inner, child in _children(node, place):
+        yield from _calls(child, inner)
+
+
+def _leaves(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every key and every value that holds no others, with its dotted place."""
+    if isinstance(node, dict):
+        yield from ((f"{place}.<key>", key) for key in node if isinstance(key, str) and "$" in key)
+    if not isinstance(node, dict | list):
+        yield place, node
+    for inner, child in _children(node, place):
+        yield from _leaves(child, inner)
+
+
+def _children(node: Any, place: str) -> Iterator[tuple[str, Any]]:
+    listed = enumerate(node if isinstance(node, list) else ())
+    items = node.items() if isinstance(node, dict) else listed
+    return ((f"{place}.{key}".lstrip("."), child) for key, child in items)
+
+
+def _resolved(path: Any) -> Path:
+    return Path(str(path)).expanduser().resolve()
