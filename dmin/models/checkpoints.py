@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dmin.models.relatives import check_checkpoint
 from dmin.runtime.errors import DminError
 
 DType = Literal["float32", "bfloat16"]
@@ -31,6 +31,7 @@ _IN_FILE = {
 
 
 def load_pipeline(
+    family: str,
     pipeline_class: Any,
     path: str | Path,
     *,
@@ -44,7 +45,8 @@ def load_pipeline(
     """Load a pipeline with its own ``from_pretrained`` or ``from_single_file``.
 
     Args:
-        pipeline_class: of diffusers.
+        family: as ``model=`` calls it.
+        pipeline_class: of diffusers, the family's own.
         path: folder saved by it, or the name of a repository on the Hub.
         variant: of the weight files, such as ``fp16``.
         revision: branch, tag or commit on the Hub.
@@ -73,33 +75,26 @@ def load_pipeline(
         )
     options = {"torch_dtype": getattr(torch, torch_dtype), "revision": revision, **components}
     try:
+        where = str(source if is_local else path)
+        pipeline_class = check_checkpoint(family, pipeline_class, where, revision)
         with warnings.catch_warnings():
             # The new name of the argument is unknown to the oldest diffusers that dmin takes.
             warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
             if single_file is None:
-                return pipeline_class.from_pretrained(
-                    str(source if is_local else path), variant=variant, **options
-                )
-            where = str(source if is_local else path)
+                return pipeline_class.from_pretrained(where, variant=variant, **options)
             return _from_single_file(pipeline_class, Path(single_file), where, options)
     except (OSError, ValueError, TypeError) as error:
         raise DminError(_why_not(path, source, pipeline_class, error)) from error
 
 
 def _why_not(path: str | Path, source: Path, pipeline_class: Any, error: Exception) -> str:
-    """Say why a checkpoint is not loaded: another pipeline's, not here, or what diffusers says."""
+    """Say why a checkpoint is not loaded: it is not here, or what diffusers says."""
     wanted, index = pipeline_class.__name__, source / "model_index.json"
     if not index.is_file():
         return (
             f"model.path={path}: there is no such folder here, and it cannot be had from the Hub. "
             f"Give the folder that {wanted}.save_pretrained wrote, or check the name and the "
             f"connection: {error}"
-        )
-    held = json.loads(index.read_text()).get("_class_name", wanted)
-    if held != wanted:
-        return (
-            f"model.path={path}: a {held}, where a {wanted} is needed. Choose the model=... that "
-            f"loads it (docs/models.md)."
         )
     return f"model.path={path}: diffusers cannot load a {wanted} from it: {error}"
 

@@ -105,7 +105,7 @@ class LongCaptioned(Captioned):
         settings: of the next class.
     """
 
-    own_length: ClassVar[int]
+    own_length: int
 
     def __init__(
         self, pipeline: Any, *args: Any, max_sequence_length: int | None = None, **settings: Any

@@ -17,6 +17,12 @@ from dmin.models import (
 from dmin.models.adapters import describe_adapters
 from dmin.models.base import Condition, Dropped, Prediction
 from dmin.models.pipeline import PipelineModel
+from dmin.models.relatives import (
+    check_component,
+    check_inputs,
+    check_variance,
+    diffusers_name,
+)
 from dmin.models.schedulers import process_of
 from dmin.runtime.errors import DminError
 
@@ -47,7 +53,6 @@ class LatentDiffusion(PipelineModel):
         DminError: a setting does not fit the pipeline.
     """
 
-    packing: ClassVar[int] = 1  # latent pixels in one vector of the network's input
     processes: ClassVar[tuple[type[Process], ...]] = (DiscreteDiffusion,)
     """What networks of the family are trained as."""
 
@@ -75,7 +80,9 @@ class LatentDiffusion(PipelineModel):
                 f"model.prompt_dropout={prompt_dropout}: give a share of the training steps, from "
                 f"0 (the prompt is always given) to 1 (never); 0.1 is usual."
             )
-        self._check_inputs()
+        check_component("vae", diffusers_name(pipeline.vae), self.family, "model")
+        latent = pipeline.vae.config["latent_channels"]
+        check_inputs(self.family, type(self.network), self.network.config, latent)
         self.latents = latents
         self.latent_seed = latent_seed
         self.prompt_dropout = prompt_dropout
@@ -213,17 +220,6 @@ class LatentDiffusion(PipelineModel):
             )
         return process
 
-    def _check_inputs(self) -> None:
-        """Refuse relatives of the family that are told more than latents, time and prompt."""
-        config, latent = self.network.config, self.pipeline.vae.config["latent_channels"]
-        if config["in_channels"] != self.packing * latent or config.get("time_cond_proj_dim"):
-            raise DminError(
-                f"model.path: this {type(self.network).__name__} takes more than the latents of an "
-                f"image ({config['in_channels']} channels for {self.packing * latent}, or its "
-                f"guidance), as for inpainting or few-step sampling. dmin attributes text- or "
-                f"class-to-image models: give the checkpoint of one."
-            )
-
     def _check_size(self, image: Tensor, name: str) -> None:
         config = self.pipeline.vae.config
         unit = self.vae_factor * self.patch
@@ -248,13 +244,7 @@ class LearnedVariance(LatentDiffusion):
 
     def __init__(self, pipeline: Any, *, variance_loss: bool = False, **settings: Any) -> None:
         super().__init__(pipeline, **settings)
-        channels = self.network.config["in_channels"]
-        if variance_loss and self.network.out_channels != 2 * channels:
-            raise DminError(
-                f"model.variance_loss=true, but this {type(self.network).__name__} predicts no "
-                f"variance ({self.network.out_channels} channels out for {channels} in). Set it to "
-                f"false."
-            )
+        check_variance(variance_loss, self.network, self.process)
         self.variance_loss = variance_loss
 
     def describe(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dmin.models import logging_filters, vae
 from dmin.models.adapters import load_adapters, without_adapter
 from dmin.models.base import DiffusionModel, noise_generators, weights_digest
 from dmin.models.checkpoints import DType, load_pipeline, load_weights
+from dmin.models.relatives import check_pipeline, diffusers_name
 from dmin.models.trajectory import recorded, samplable
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import kept_devices
@@ -32,6 +33,7 @@ class PipelineModel(DiffusionModel):
         guidance_scale: of sampling; None for the pipeline's default.
     """
 
+    family: ClassVar[str]  # as ``model=`` calls it
     pipeline_class: ClassVar[Any]
     network_name: ClassVar[str] = "transformer"
     components: ClassVar[dict[str, Any]] = {}  # replaced when loading
@@ -39,6 +41,7 @@ class PipelineModel(DiffusionModel):
 
     def __init__(self, pipeline: Any, guidance_scale: float | None) -> None:
         super().__init__()
+        check_pipeline(diffusers_name(pipeline), self.family, "model")
         self.pipeline = pipeline
         self.network: Any = getattr(pipeline, self.network_name).eval()
         self.guidance_scale = guidance_scale
@@ -85,6 +88,7 @@ class PipelineModel(DiffusionModel):
             DminError: no such checkpoint, or it does not fit the settings.
         """
         pipeline = load_pipeline(
+            cls.family,
             cls.pipeline_class,
             path,
             variant=variant,

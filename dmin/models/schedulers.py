@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import DDPMScheduler
 
 from dmin.diffusion.processes import EDM, DiscreteDiffusion, Process, RectifiedFlow
+from dmin.models.relatives import diffusers_name
 from dmin.runtime.errors import DminError
 
 _DISCRETE = (
@@ -61,7 +62,7 @@ def process_of(
     Raises:
         DminError: there is no such process here, or the settings contradict each other.
     """
-    name = _class_name(scheduler)
+    name = diffusers_name(scheduler).removesuffix("Scheduler")
     if name not in (*_DISCRETE, *_EDM, *_FLOW):
         why = _REFUSED.get(name, "dmin does not know what it samples was trained to predict")
         raise DminError(
@@ -100,15 +101,6 @@ def _found(scheduler: Any, name: str, snr_gamma: float | None, shift: float | No
     if is_flow:
         return RectifiedFlow(config, shift)
     return DiscreteDiffusion(_as_trained(scheduler), snr_gamma)
-
-
-def _class_name(scheduler: Any) -> str:
-    """Return the name of the class, without its ending; of a user's own, diffusers' it is made of.
-
-    That of a subclass is looked up by its nearest class of diffusers.
-    """
-    names = [c.__name__ for c in type(scheduler).__mro__ if c.__module__.startswith("diffusers.")]
-    return (names or [type(scheduler).__name__])[0].removesuffix("Scheduler")
 
 
 def _karras(scheduler: Any) -> list[float]:

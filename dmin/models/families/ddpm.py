@@ -27,6 +27,7 @@ from dmin.models.base import (
     noise_generators,
 )
 from dmin.models.checkpoints import load_pipeline, load_weights
+from dmin.models.relatives import check_inputs, check_variance
 from dmin.models.schedulers import process_of
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import to_device
@@ -43,21 +44,33 @@ class DDPM(DiffusionModel):
             ``num_class_embeds``, a class label.
         scheduler: that it was trained with.
         snr_gamma: weighs losses by min-SNR with this γ (Hang et al. 2023); None for equal weights.
+        sample_size: height and width of images, for a network that leaves them open; None for its
+            own, and for images of any size that its levels can halve.
+        variance_loss: add the bound that trained the variance, of a network that has learned one.
     """
 
     def __init__(
-        self, network: UNet2DModel, scheduler: SchedulerMixin, snr_gamma: float | None = None
+        self,
+        network: UNet2DModel,
+        scheduler: SchedulerMixin,
+        snr_gamma: float | None = None,
+        *,
+        sample_size: Sequence[int] | None = None,
+        variance_loss: bool = False,
     ) -> None:
         super().__init__()
+        check_inputs("ddpm", type(network), network.config, None)
         self.network: UNet2DModel = network
         self.scheduler: Any = scheduler
         self.process: Any = process_of(scheduler, snr_gamma=snr_gamma)
         self.ladder = self.process.ladder
         config: Any = network.config
         self.classes: int | None = config.num_class_embeds
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        self.shape = (config.in_channels, height, width)
+        size = config.sample_size if sample_size is None else sample_size
+        height, width = (size, size) if isinstance(size, int | None) else size
+        self.shape: Any = (config.in_channels, height, width)
+        self.variance_loss = variance_loss
+        check_variance(variance_loss, network, self.process)
 
     @classmethod
     def build(cls, network: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Self:
@@ -83,6 +96,8 @@ class DDPM(DiffusionModel):
         adapter: str | Path | Sequence[str] | None = None,
         ema: str | Path | None = None,
         snr_gamma: float | None = None,
+        sample_size: Sequence[int] | None = None,
+        variance_loss: bool = False,
     ) -> Self:
         """Load a checkpoint saved in the layout of diffusers' ``DDPMPipeline``.
 
@@ -91,7 +106,9 @@ class DDPM(DiffusionModel):
             adapter: LoRA weights of the UNet: file or folder, or several.
             ema: other weights of the UNet, such as their moving average: ``.safetensors`` file, or
                 a folder that ``EMAModel.save_pretrained`` wrote.
-            snr_gamma: as for the class.
+            snr_gamma: as for the class, as are the next two.
+            sample_size: of images.
+            variance_loss: whether the variance is trained.
 
         Raises:
             DminError: no such checkpoint.
@@ -101,12 +118,13 @@ class DDPM(DiffusionModel):
                 f"model.path={path}: no diffusers checkpoint there (no model_index.json). Train "
                 f"one with `dmin train`, or give the folder of a saved DDPMPipeline."
             )
-        pipeline = load_pipeline(DDPMPipeline, path)
+        pipeline = load_pipeline("ddpm", DDPMPipeline, path)
         if ema is not None:
             load_weights(pipeline.unet, ema)
         if adapter is not None:
             load_adapters(pipeline.unet, adapter)
-        return cls(pipeline.unet.eval(), pipeline.scheduler, snr_gamma)
+        settings: Any = {"sample_size": sample_size, "variance_loss": variance_loss}
+        return cls(pipeline.unet.eval(), pipeline.scheduler, snr_gamma, **settings)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Save in the layout of diffusers' ``DDPMPipeline``."""
@@ -116,13 +134,27 @@ class DDPM(DiffusionModel):
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         """Return images scaled from [0, 1] to the [−1, 1] that DDPMs are trained on, and labels."""
         image = batch["image"]
-        if tuple(image.shape[1:]) != self.shape:
+        channels, height, _ = self.shape
+        if height is None:
+            self._check_open(image, batch["id"][0])
+        elif tuple(image.shape[1:]) != self.shape:
             raise DminError(
                 f"image {batch['id'][0]!r} is {tuple(image.shape[1:])} (channels, height, width), "
-                f"which does not fit a model of {self.shape}. Set data.size={self.shape[1]} "
-                f"data.mode={'L' if self.shape[0] == 1 else 'RGB'}."
+                f"which does not fit a model of {self.shape}. Set data.size={height} "
+                f"data.mode={'L' if channels == 1 else 'RGB'}."
             )
         return 2 * image - 1, self.condition(batch["label"])
+
+    def _check_open(self, image: Tensor, name: str) -> None:
+        """Refuse images that a network of open size cannot halve as often as it does."""
+        unit = 2 ** (len(self.network.config.block_out_channels) - 1)
+        channels, height, width = image.shape[1:]
+        if channels != self.shape[0] or height % unit or width % unit:
+            raise DminError(
+                f"image {name!r} is {(channels, height, width)} (channels, height, width), where "
+                f"this model takes {self.shape[0]} channels and sides that are multiples of "
+                f"{unit}. Set data.size and data.mode."
+            )
 
     def condition(self, prompts: Sequence[Any]) -> Condition:
         """Return the class labels as a tensor, or nothing for an unconditional model."""
@@ -134,8 +166,11 @@ class DDPM(DiffusionModel):
     def predict(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """Return the network's prediction and the target of the scheduler's prediction type."""
         noised, target, weight = self.process(x0, noise, t)
-        prediction, _ = self._output(noised, t, condition)
-        return Prediction(prediction, target, weight)
+        prediction, variance = self._output(noised, t, condition)
+        bound = None
+        if self.variance_loss and variance is not None:
+            bound = self.process.variance_bound(x0, noised, t, prediction, variance)
+        return Prediction(prediction, target, weight, bound)
 
     def _output(
         self, noised: Tensor, t: Tensor, condition: Condition
@@ -170,6 +205,11 @@ class DDPM(DiffusionModel):
         self, prompts: Sequence[Any], seeds: Sequence[int], steps: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the state after each step, and the estimate of x0 that the step was made with."""
+        if self.shape[1] is None:
+            raise DminError(
+                "this UNet2DModel is of no size, so that none is known for images to generate. Set "
+                "model.sample_size=[HEIGHT,WIDTH]."
+            )
         condition, process = self.condition(prompts), self.process
         device = next(self.network.parameters()).device
         start = [torch.randn(self.shape, generator=g) for g in noise_generators(seeds)]
@@ -199,7 +239,8 @@ class DDPM(DiffusionModel):
     def describe(self) -> dict[str, Any]:
         """Return the loss: prediction type, noise schedule and weighting."""
         adapters = describe_adapters(self.network)
-        return {**super().describe(), **self.process.describe(), "adapters": adapters}
+        trained = {"variance_loss": True} if self.variance_loss else {}
+        return {**super().describe(), **self.process.describe(), "adapters": adapters, **trained}
 
 
 def _known(target: type, settings: Mapping[str, Any], name: str) -> None:

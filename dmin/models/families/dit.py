@@ -16,6 +16,7 @@ from dmin.models.latent import LearnedVariance
 class DiT(LearnedVariance):
     """Diffusion Transformer (Peebles & Xie 2023); predicts ε. Its prompts are class labels."""
 
+    family = "dit"
     pipeline_class = DiTPipeline
     externally_called = ("transformer_blocks.0.norm1.emb",)  # for the last layer's conditioning
 

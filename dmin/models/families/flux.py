@@ -23,11 +23,11 @@ class Flux(LongCaptioned):
         settings: of the classes above.
     """
 
+    family = "flux"
     pipeline_class = FluxPipeline
     processes = (RectifiedFlow,)
-    own_length: ClassVar[int] = 512
+    own_length: int = 512
     own_size: ClassVar[int] = 128
-    packing: ClassVar[int] = 4
     encoding: ClassVar[dict[str, Any]] = {"prompt_2": None}
     encoded = ("encoder_hidden_states", "pooled_projections")
 

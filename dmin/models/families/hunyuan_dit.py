@@ -22,6 +22,7 @@ class HunyuanDiT(SizeConditioning, LearnedVariance):
     The safety checker is not loaded: it would turn queries black.
     """
 
+    family = "hunyuan_dit"
     pipeline_class = HunyuanDiTPipeline
     components: ClassVar[dict[str, Any]] = {
         "safety_checker": None,

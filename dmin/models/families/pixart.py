@@ -14,18 +14,24 @@ from dmin.models.latent import LearnedVariance
 
 
 class PixArt(LongCaptioned, LearnedVariance):
-    """PixArt-α (Chen et al. 2023); predicts ε.
+    """PixArt-α (Chen et al. 2023) and PixArt-Σ (Chen et al. 2024); predicts ε.
 
     Captions are taken as they are: the pipeline's ``clean_caption`` is off.
     """
 
+    family = "pixart"
     pipeline_class = PixArtAlphaPipeline
-    own_length: ClassVar[int] = 120
+    own_length: int = 120
     encoded = ("encoder_hidden_states", "encoder_attention_mask")
     sampled_with: ClassVar[dict[str, Any]] = {
         "clean_caption": False,
         "use_resolution_binning": False,
     }
+
+    def __init__(self, pipeline: Any, **settings: Any) -> None:
+        if type(pipeline).__name__ == "PixArtSigmaPipeline":
+            self.own_length = 300  # of its training and of its pipeline's call
+        super().__init__(pipeline, **settings)
 
     def _sizes(self, batch: Mapping[str, Any]) -> Condition:
         if not self.network.use_additional_conditions:

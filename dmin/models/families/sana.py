@@ -26,9 +26,10 @@ class Sana(LongCaptioned):
         settings: of the classes above.
     """
 
+    family = "sana"
     pipeline_class = SanaPipeline
     processes = (RectifiedFlow,)
-    own_length: ClassVar[int] = 300
+    own_length: int = 300
     encoded = ("encoder_hidden_states", "encoder_attention_mask")
     sampled_with: ClassVar[dict[str, Any]] = {"use_resolution_binning": False}
 

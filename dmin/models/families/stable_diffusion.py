@@ -18,6 +18,7 @@ class StableDiffusion(Captioned):
     The safety checker is not loaded: it would turn queries black.
     """
 
+    family = "stable_diffusion"
     pipeline_class = StableDiffusionPipeline
     processes = (DiscreteDiffusion, EDM, RectifiedFlow)
     network_name: ClassVar[str] = "unet"

@@ -22,9 +22,10 @@ class StableDiffusion3(LongCaptioned):
         settings: of the classes above.
     """
 
+    family = "stable_diffusion_3"
     pipeline_class = StableDiffusion3Pipeline
     processes = (RectifiedFlow,)
-    own_length: ClassVar[int] = 256
+    own_length: int = 256
     encoding: ClassVar[dict[str, Any]] = {
         "prompt_2": None,
         "prompt_3": None,

@@ -12,6 +12,7 @@ from torch import Tensor
 from dmin.diffusion.processes import EDM, DiscreteDiffusion, RectifiedFlow
 from dmin.models.base import Condition
 from dmin.models.conditioning import SizeConditioning
+from dmin.runtime.errors import DminError
 
 
 class StableDiffusionXL(SizeConditioning):
@@ -21,11 +22,26 @@ class StableDiffusionXL(SizeConditioning):
     taken as such.
     """
 
+    family = "stable_diffusion_xl"
     pipeline_class = StableDiffusionXLPipeline
     processes = (DiscreteDiffusion, EDM, RectifiedFlow)
     network_name: ClassVar[str] = "unet"
     components: ClassVar[dict[str, Any]] = {"add_watermarker": False}
     encoded = ("encoder_hidden_states", None, "text_embeds")
+
+    def __init__(self, pipeline: Any, **settings: Any) -> None:
+        super().__init__(pipeline, **settings)
+        config = self.network.config
+        told = (
+            6 * (config.addition_time_embed_dim or 0)
+            + pipeline.text_encoder_2.config.projection_dim
+        )
+        if config.projection_class_embeddings_input_dim not in (None, told):
+            raise DminError(
+                f"model.path: this network is told {config.projection_class_embeddings_input_dim} "
+                f"numbers beside the text, where six sizes and the pooled text make {told}, as the "
+                f"refiner with its score of beauty. Give the base model's checkpoint."
+            )
 
     def _no_prompt(self) -> Condition:
         nothing = super()._no_prompt()

@@ -1,0 +1,259 @@
+"""What a checkpoint is, by the classes and settings it names; relatives of a family are refused.
+
+All of it stands in small JSON files, so that it is known before any weight is read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import diffusers
+
+from dmin.runtime.errors import DminError
+
+
+class Family(NamedTuple):
+    """What the checkpoints of a family are made of."""
+
+    network: str  # its class
+    pipelines: tuple[str, ...]  # of the same networks, trained alike; loaded as the first
+    own: tuple[str, ...] = ()  # others, each loaded as itself
+    takes: Mapping[str, Collection[Any]] = {}  # settings of MORE_INPUTS that it can serve
+    packing: int = 1  # latent pixels in one vector of the network's input
+
+
+def _with_variants(name: str) -> tuple[str, ...]:
+    return tuple(f"{name}{variant}Pipeline" for variant in ("", "Img2Img", "PAG"))
+
+
+_UNET, _ANY = "UNet2DConditionModel", range(1, 10**9)
+FAMILIES = {
+    "ddpm": Family(
+        "UNet2DModel",
+        ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline"),
+        takes={"num_class_embeds": _ANY},
+    ),
+    "dit": Family("DiTTransformer2DModel", ("DiTPipeline",)),
+    "flux": Family(
+        "FluxTransformer2DModel",
+        _with_variants("Flux")[:2],
+        takes={"guidance_embeds": (True,)},
+        packing=4,
+    ),
+    "hunyuan_dit": Family("HunyuanDiT2DModel", ("HunyuanDiTPipeline", "HunyuanDiTPAGPipeline")),
+    "pixart": Family(
+        "PixArtTransformer2DModel", ("PixArtAlphaPipeline",), ("PixArtSigmaPipeline",)
+    ),
+    "sana": Family("SanaTransformer2DModel", ("SanaPipeline", "SanaPAGPipeline")),
+    "stable_diffusion": Family(
+        _UNET, _with_variants("StableDiffusion"), takes={"encoder_hid_dim_type": ("text_proj",)}
+    ),
+    "stable_diffusion_3": Family("SD3Transformer2DModel", _with_variants("StableDiffusion3")),
+    "stable_diffusion_xl": Family(
+        _UNET, _with_variants("StableDiffusionXL"), takes={"addition_embed_type": ("text_time",)}
+    ),
+}
+"""By the name that ``model=`` has for it."""
+
+_REASONS = {
+    "ControlNet": "a second network steers the first by a drawing, which is no part of the data",
+    "Control": "its network is also given the latents of a drawing, which is no part of the data",
+    "Adapter": "a second network steers the first by a drawing, which is no part of the data",
+    "Kontext": "its network is also given the tokens of an image to change",
+    "Fill": "its network is also given a mask and the latents of a masked image",
+    "Inpaint": "its network is also given a mask and the latents of a masked image",
+    "InstructPix2Pix": "its network is also given the latents of an image to change",
+    "Depth2Img": "its network is also given a map of depths",
+    "Redux": "its network is told an image instead of a caption",
+    "ImageVariation": "its network is told an image instead of a caption",
+    "GLIGEN": "its network is also told boxes and what they hold",
+    "Upscale": "its network is also given a small image, and how noisy that is",
+    "SuperResolution": "its network is also given a small image",
+    "LDM": "its latents are those of a VQ autoencoder",
+    "Sprint": "it is distilled: its loss needs a derivative along the flow, and a teacher",
+    "Consistency": "it is distilled: its loss needs a teacher or two steps",
+    "Klein": "FLUX.2 has another network and other latents than Flux.1",
+    "Flux2": "FLUX.2 has another network and other latents than Flux.1",
+    "ScoreSde": "its network predicts a score in continuous time",
+    "Video": "it makes videos",
+}
+"""Part of a pipeline's name → why none of the families is trained as it."""
+
+MORE_INPUTS = {
+    "class_embed_type": "classes, or noise levels in their place",
+    "num_class_embeds": "classes",
+    "addition_embed_type": "more conditions than text",
+    "encoder_hid_dim_type": "the embedding of an image",
+    "time_cond_proj_dim": "its guidance",
+    "guidance_embeds": "its guidance",
+}
+"""Setting of a network → what it is then told; a family names the values that it can give."""
+
+_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AsymmetricAutoencoderKL")
+
+
+def diffusers_name(found: Any) -> str:
+    """Return the name of an object's class; of a user's own, diffusers' that it is made of."""
+    names = [c.__name__ for c in type(found).__mro__ if c.__module__.startswith("diffusers.")]
+    return (names or [type(found).__name__])[0]
+
+
+def check_pipeline(held: str, family: str, what: str) -> None:
+    """Refuse a pipeline that is none of a family.
+
+    Args:
+        held: name of its class.
+        family: as ``model=`` calls it.
+        what: that has it, for the message.
+
+    Raises:
+        DminError: with the reason, and the family that it is of if there is one.
+    """
+    by_name = {p: name for name, of in FAMILIES.items() for p in (*of.pipelines, *of.own)}
+    if by_name.get(held) == family:
+        return
+    if held in by_name:
+        rest = f"Choose model={by_name[held]}, the model=... that loads it (docs/models.md)."
+    else:
+        reason = next((why for part, why in _REASONS.items() if part in held), "no family is it")
+        rest = (
+            f"dmin cannot take it for one: {reason}. Give the text- or class-to-image checkpoint "
+            f"it comes from, or write a model of your own (docs/own_models.md)."
+        )
+    raise DminError(f"{what}: a {held}, where a {FAMILIES[family].pipelines[0]} is needed. {rest}")
+
+
+def check_checkpoint(family: str, pipeline_class: Any, path: str, revision: str | None) -> Any:
+    """Refuse a checkpoint that names what a family does not have, by its JSON files alone.
+
+    Args:
+        family: as ``model=`` calls it.
+        pipeline_class: of diffusers, the family's own.
+        path: folder, or name on the Hub.
+        revision: on the Hub.
+
+    Returns:
+        The class of diffusers to load it with.
+
+    Raises:
+        DminError: another pipeline, network or autoencoder, or components that would be left out.
+    """
+    what = f"model.path={path}"
+    index = pipeline_class.load_config(path, revision=revision)
+    held = index.get("_class_name", "pipeline without a name")
+    held = held if isinstance(held, str) else str(held[-1])
+    check_pipeline(held, family, what)
+    if held in FAMILIES[family].own:
+        pipeline_class = getattr(diffusers, held)
+    if index.get("requires_aesthetics_score"):
+        raise DminError(
+            f"{what}: a refiner, which is told a score of beauty that training images do not have. "
+            f"Give the base model's checkpoint."
+        )
+    parts = {k: v[1] for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
+    configs = {}
+    for name, component in parts.items():
+        if name not in inspect.signature(pipeline_class.__init__).parameters:
+            raise DminError(
+                f"{what}: it has a {name} ({component}), which {pipeline_class.__name__} leaves "
+                f"out. Give the checkpoint that its network was trained in."
+            )
+        check_component(name, component, family, what)
+        if name in ("unet", "transformer", "vae"):
+            configs[name] = _config(getattr(diffusers, component), path, name, revision)
+    network = next(name for name in ("unet", "transformer") if name in parts)
+    channels = configs["vae"].get("latent_channels") if "vae" in configs else None
+    check_inputs(family, getattr(diffusers, parts[network]), configs[network], channels)
+    return pipeline_class
+
+
+def _config(kind: Any, path: str, name: str, revision: str | None) -> Any:
+    """Return the settings of a component; early checkpoints have it in no folder of its own."""
+    try:
+        return kind.load_config(path, subfolder=name, revision=revision)
+    except OSError:
+        return kind.load_config(path, revision=revision)
+
+
+def check_component(name: str, component: str, family: str, what: str) -> None:
+    """Refuse another network or autoencoder than a family's; arguments as above.
+
+    Raises:
+        DminError: it is another.
+    """
+    network = (FAMILIES[family].network,)
+    wanted = {"unet": network, "transformer": network, "vae": _AUTOENCODERS}.get(name)
+    if wanted and component not in wanted:
+        raise DminError(
+            f"{what}: its {name} is a {component}, where {' or '.join(wanted)} is needed. Choose "
+            f"the model=... that is made of it, or write a model of your own (docs/own_models.md)."
+        )
+
+
+def check_inputs(
+    family: str, kind: Any, config: Mapping[str, Any], latent_channels: int | None
+) -> None:
+    """Refuse a network that is to be told more than a family tells it.
+
+    Args:
+        family: as ``model=`` calls it.
+        kind: class of the network.
+        config: its settings.
+        latent_channels: of the autoencoder; None: there is none.
+
+    Raises:
+        DminError: it takes more, or returns something of another shape.
+    """
+    takes, channels = FAMILIES[family].takes, config.get("in_channels")
+    if latent_channels is not None:
+        channels = FAMILIES[family].packing * latent_channels
+    more = [
+        f"{what} ({name}={config[name]})"
+        for name, what in MORE_INPUTS.items()
+        if config.get(name) not in (None, False) and config[name] not in takes.get(name, ())
+    ]
+    if config.get("in_channels", channels) != channels:
+        more.append(f"{config['in_channels']} channels for {channels}")
+    more += [
+        f"the argument {p.name}"
+        for p in inspect.signature(kind.forward).parameters.values()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in _GIVEN
+    ]
+    if more:
+        raise DminError(
+            f"model.path: this {kind.__name__} takes more than the latents of an image and its "
+            f"prompt, as for inpainting or few-step sampling: {', '.join(more)}. Give the "
+            f"checkpoint of a text- or class-to-image model."
+        )
+    out = config.get("out_channels") or channels
+    if out not in (channels, 2 * (channels or 0)):
+        raise DminError(
+            f"model.path: this {kind.__name__} returns {out} channels for {channels}: neither a "
+            f"prediction, nor one with a learned variance, twice as many. Give the checkpoint of a "
+            f"denoiser or a flow."
+        )
+
+
+_GIVEN = ("self", "sample", "hidden_states", "timestep", "encoder_hidden_states")
+
+
+def check_variance(wanted: bool, network: Any, process: Any) -> None:
+    """Refuse the loss of a learned variance for a network that has learned none.
+
+    Args:
+        wanted: whether the loss is asked for.
+        network: of diffusers, with its config.
+        process: that it was trained with.
+
+    Raises:
+        DminError: there is no variance, or no loss for it.
+    """
+    channels, out = network.config["in_channels"], network.config.get("out_channels")
+    out = getattr(network, "out_channels", None) or out
+    if wanted and (out != 2 * channels or not hasattr(process, "variance_bound")):
+        raise DminError(
+            f"model.variance_loss=true, but this {type(network).__name__} predicts no variance "
+            f"({out} channels out for {channels} in), or is no discrete diffusion. Set it to false."
+        )
