@@ -13,6 +13,9 @@ from dmin.data.pixels import Unreadable
 from dmin.data.survey import read_bytes, survey_rows
 from dmin.runtime.errors import DminError
 
+# Kinds of files: each is the name of a loader of `datasets`, of which some read pickles.
+_TABLES = ("parquet", "arrow", "csv", "json")
+
 
 @dataclass(eq=False)
 class HFDataset(Checked):
@@ -158,9 +161,13 @@ class HFDataset(Checked):
                 return found[self.split]
             if path.is_file():
                 kind = path.suffix.removeprefix(".")
+                if kind not in _TABLES:
+                    raise ValueError(f"of files, only {', '.join(_TABLES)} are read")
                 return datasets.load_dataset(
                     kind, data_files={self.split: str(path)}, split=self.split
                 )
+            if str(self.path) == "pandas":
+                raise ValueError("this loader of datasets reads pickles, which can run code")
             return datasets.load_dataset(
                 str(self.path), self.name, split=self.split, revision=self.revision
             )

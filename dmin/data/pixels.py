@@ -18,6 +18,13 @@ from torch import Tensor
 from dmin.data.base import Sizes
 from dmin.runtime.errors import DminError
 
+# Formats whose decoders are part of Pillow and start no other program (PostScript goes to
+# Ghostscript), whatever a file is called.
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI"),
+    *("SGI", "TGA", "TIFF", "WEBP"),
+)
+
 
 class Picture(NamedTuple):
     """An image as a model takes it, and how it came to its size."""
@@ -159,7 +166,7 @@ class Pixels:
             # Pillow's own limit is a global; it only ever rises, and only because a user said so.
             Image.MAX_IMAGE_PIXELS = self.max_pixels
         try:
-            with Image.open(io.BytesIO(content)) as opened:
+            with open_image(content) as opened:
                 reason = self._misfit(*opened.size)
                 if reason is not None:
                     raise Unreadable(name, reason)
@@ -231,8 +238,29 @@ class Pixels:
         if isinstance(error, Image.DecompressionBombError):
             return f"it has far more pixels than max_pixels={self.max_pixels}"
         if isinstance(error, Image.UnidentifiedImageError):
-            return "its content is in no image format that Pillow knows"
+            return _unopened(content)
         return f"it is damaged ({error or type(error).__name__})"
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Return the image in a file's content, not yet decoded; the one way to open any.
+
+    Raises:
+        PIL.UnidentifiedImageError: it is in none of `FORMATS`.
+    """
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]  # as Pillow was built
+    return Image.open(io.BytesIO(content), formats=known)
+
+
+def _unopened(content: bytes) -> str:
+    """Say what a file is that is not opened, by how it begins."""
+    beginning = content[:64].ljust(64, b"\0")
+    for name, (factory, accept) in Image.OPEN.items():
+        if name not in FORMATS and accept is not None and accept(beginning):
+            what = getattr(factory, "format_description", None) or name
+            return f"it is {what} ({name}), which is not opened: save it as PNG or JPEG"
+    return f"its content is in no image format that is opened ({', '.join(FORMATS)})"
 
 
 @functools.cache

@@ -117,6 +117,11 @@ def _inject(network: nn.Module, state: dict[str, Tensor], file: Path, name: str)
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     if (file.parent / "adapter_config.json").is_file():
         config = LoraConfig.from_pretrained(str(file.parent))
+        if config.megatron_config:  # peft would import whatever megatron_core names
+            raise DminError(
+                f"model.adapter={file}: adapter_config.json sets megatron_config, which names code "
+                f"to run. Remove it: the weights do not need it."
+            )
     else:
         ranks = {
             key.removesuffix(".lora_A.weight"): len(value)

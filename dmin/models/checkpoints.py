@@ -6,6 +6,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +74,8 @@ def load_pipeline(
             f"diffusers checkpoint there (no model_index.json). Give the folder that "
             f"{pipeline_class.__name__}.save_pretrained wrote, or the name of one on the Hub."
         )
+    if is_local:
+        _refuse_code(source)
     options = {"torch_dtype": getattr(torch, torch_dtype), "revision": revision, **components}
     try:
         where = str(source if is_local else path)
@@ -85,6 +88,25 @@ def load_pipeline(
             return _from_single_file(pipeline_class, Path(single_file), where, options)
     except (OSError, ValueError, TypeError) as error:
         raise DminError(_why_not(path, source, pipeline_class, error)) from error
+
+
+def _refuse_code(source: Path) -> None:
+    """Refuse a checkpoint that brings or names code of its own: some diffusers would run it."""
+    try:
+        index = json.loads((source / "model_index.json").read_text())
+    except (OSError, ValueError):
+        return  # told by diffusers
+    entries = index.items() if isinstance(index, dict) else ()
+    for name, (library, *_) in ((n, e) for n, e in entries if isinstance(e, list) and e):
+        known = str(library) in ("diffusers", "transformers", "None") or (
+            str(library).isidentifier() and find_spec(f"diffusers.pipelines.{library}") is not None
+        )
+        if not known or (source / name / f"{library}.py").is_file():
+            raise DminError(
+                f"model.path={source}: {name} is made by code of {library!r}, not of diffusers or "
+                f"transformers, and such code is not run. Load it in Python yourself, and give the "
+                f"pipeline to the model's class."
+            )
 
 
 def _why_not(path: str | Path, source: Path, pipeline_class: Any, error: Exception) -> str:

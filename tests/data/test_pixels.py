@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from examples_on_disk import encoded
 from PIL import Image
 
-from dmin.data.pixels import Pixels, Unreadable, buckets
+from dmin.data.pixels import FORMATS, Pixels, Unreadable, buckets
 from dmin.runtime.errors import DminError
 
 RED = (255, 0, 0)
@@ -192,7 +193,7 @@ def test_a_file_that_was_cut_off_is_refused(kind, share):
     ("content", "reason"),
     [
         (b"", "it is empty"),
-        (b"<html>not found</html>", "in no image format that Pillow knows"),
+        (b"<html>not found</html>", "in no image format that is opened"),
         (encoded(noise())[:-2000].ljust(5000, b"\0"), "damaged"),
     ],
 )
@@ -223,3 +224,48 @@ def test_grey_without_a_stated_range_is_refused():
 def test_a_setting_that_cannot_be_is_refused(settings, message):
     with pytest.raises(DminError, match=message):
         Pixels(**settings)
+
+
+Image.init()
+# Formats that Pillow writes but reads only by a program or library beside it, or not at all.
+NOT_WRITTEN = {"BUFR", "GRIB", "HDF5", "WMF", "PALM", "PDF"}
+BEGINNINGS = {
+    "BUFR": b"BUFR",
+    "GRIB": b"GRIB\xff\xff\0\1",
+    "HDF5": b"\x89HDF\r\n\x1a\n",
+    "WMF": b"\xd7\xcd\xc6\x9a\0\0",
+    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "PSD": b"8BPS\0\1",
+    "FITS": b"SIMPLE  =                    T",
+    "XPM": b"/* XPM */",
+}
+
+
+@pytest.mark.parametrize("kind", sorted(Image.OPEN.keys() | Image.SAVE.keys()))
+def test_of_all_formats_that_pillow_knows_only_those_listed_are_opened(kind, monkeypatch):
+    def no_program(*_, **__):
+        raise AssertionError(f"{kind} started a program")
+
+    monkeypatch.setattr("subprocess.Popen", no_program)
+    mode = {"MSP": "1", "XBM": "1", "SPIDER": "F", "BLP": "P"}.get(kind, "RGB")
+    if kind in Image.SAVE and kind not in NOT_WRITTEN:
+        content = encoded(Image.new(mode, (64, 64), 1), kind)
+    elif kind in BEGINNINGS:
+        content = BEGINNINGS[kind].ljust(512, b"\0")
+    else:
+        pytest.skip("Pillow writes none")
+    if kind in FORMATS:
+        assert Pixels().decode(content, "x.png").image.shape == (3, 64, 64)
+    else:
+        named = kind in Image.OPEN and Image.OPEN[kind][1] is not None
+        refused(content, r"\(\w+\), which is not opened" if named else "cannot be read")
+
+
+def test_postscript_in_a_png_is_refused_as_what_it_is():
+    refused(BEGINNINGS["EPS"], r"Encapsulated Postscript \(EPS\), which is not opened")
+
+
+def test_images_are_opened_in_one_place():
+    dmin = Path(__file__).parents[2] / "dmin"
+    found = [file for file in dmin.rglob("*.py") if "Image.open(" in file.read_text()]
+    assert [file.relative_to(dmin).as_posix() for file in found] == ["data/pixels.py"]

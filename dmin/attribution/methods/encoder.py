@@ -55,7 +55,15 @@ class EncoderCosine(CosineMethod):
                 f"method.path={self.path}: no encoder there (no config.json). Give the folder of a "
                 f"model that transformers can load, such as a downloaded clip-vit-base-patch32."
             )
-        model: Any = AutoModel.from_pretrained(self.path, local_files_only=True)
+        try:
+            model: Any = AutoModel.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise DminError(
+                f"method.path={self.path}: transformers cannot load it without code of its own "
+                f"({' '.join(str(error).split())[:300]}). Give the folder of a model it knows."
+            ) from error
         config = getattr(model.config, "vision_config", model.config)
         size = getattr(config, "image_size", None)
         if size is None:
