@@ -169,8 +169,7 @@ class _Run:
         settings: dict[Row, Method] = {Row(name): ready}
         tuning = self.benchmark.tuning
         if tuning is not None and tuning.tunes(ready) and tuning.tasks <= set(able):
-            steps = len(self.context.train.store.layout.timesteps)
-            chosen, path = tuning.walk(name, ready, self._judge, steps)
+            chosen, path = tuning.walk(name, ready, self._judge)
             self.report.path += path
             settings |= chosen
         at = "" if self.dim is None else f", k = {self.dim:,}"

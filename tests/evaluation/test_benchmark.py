@@ -115,8 +115,7 @@ def test_every_cell_is_inside_its_interval_and_has_its_controls(report):
 def test_what_fitting_found_is_reported_and_printed(report):
     note = report.fits["spectral, tuned on planted, curvature"]
     assert "of the energy; effective dimension" in note
-    shown = "\n".join(str(part) for part in terminal(report))
-    for text in (markdown(report), shown):
+    for text in (markdown(report), terminal(report).markup):
         assert f"spectral, curvature: {report.fits['spectral, curvature']}" in text
 
 

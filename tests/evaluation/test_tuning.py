@@ -1,4 +1,4 @@
-"""Timestep weights are chosen on queries of their own, and find the timestep with the signal."""
+"""Settings are chosen on queries of their own, along a path on which queries are projected once."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,8 @@ from attribution.made_stores import made
 from dmin.attribution import DMin, FeatureSet, PixelL2, SharpEnergy, Spectral
 from dmin.attribution.curvature.curvature import Curvature
 from dmin.attribution.scores import fitted_scores
-from dmin.evaluation import Report, Tuning
+from dmin.evaluation import Tuning
 from dmin.evaluation.metrics import measure
-from dmin.evaluation.report.plots import weights as plot
-from dmin.evaluation.tuning import bump
-from dmin.runtime.errors import DminError
 
 SIGNAL, CLASSES = 1, 4
 
@@ -38,66 +35,36 @@ def judged(world, method, task):
     return float(measure("mAP", fitted_scores(asked, train, method), relevant).mean())
 
 
-@pytest.mark.parametrize("method", [DMin(), Spectral(10.0)], ids=lambda m: m.name)
-def test_weights_find_the_timestep_that_has_the_signal(world, method):
-    method.fit(world["x"][0])
-    tuning = Tuning({"planted": "tune/label/mAP"}, alpha=[10.0], p=[1.0], widths=[0.1, 0.5])
-
-    def judge(point, tasks):
-        return {f"{task}/label/mAP": judged(world, point, task) for task in tasks}
-
-    assert tuning.tunes(method) and not tuning.tunes(PixelL2())
-    chosen, path = tuning.walk(method.name, method, judge, steps=3)
-    ((row, point),) = chosen.items()
-    assert int(point.weights.argmax()) == SIGNAL and point.weights[SIGNAL] > 2.9
-    assert "weights = [0.00, 3.00, 0.00]" in row.settings
-    assert method.weights is None  # as it was
-    # On queries that nothing was chosen on, it is better than even weights.
-    assert judged(world, point, "test") > judged(world, method, "test") + 0.1
-    assert len(path) == 1 + 2 * 3
-    best = max(path, key=lambda r: r["tune/label/mAP"])
-    assert (best["centre"], best["width"]) == (0.5, 0.1)
-    assert tuning.moved(method, point).weights is point.weights
-    assert plot(Report([], path)) is not None
-
-
 def test_a_walk_projects_queries_once_and_finds_what_fresh_methods_find(world, monkeypatch):
     counted = []
     project = Curvature.coordinates
     monkeypatch.setattr(Curvature, "coordinates", lambda *args: counted.append(1) or project(*args))
-    tuning = Tuning({"any": "tune/label/mAP"}, effective=[2.0, 8.0], p=[1.0, 2.0], widths=[0.5])
+    tuning = Tuning({"any": "tune/label/mAP"}, effective=[2.0, 8.0], p=[1.0, 2.0])
     method = SharpEnergy()
     method.fit(world["x"][0])
     scores = {}
 
     def judge(point, tasks):
-        scores[point.effective, point.p, str(point.weights)] = (
+        scores[point.effective, point.p] = (
             point,
             fitted_scores(world["tune"][0], world["x"][0], point),
         )
         return {"tune/label/mAP": judged(world, point, "tune")}
 
-    chosen, path = tuning.walk("sharp_energy", method, judge, steps=3)
-    assert len(path) == 4 + 3 and len(counted) == 1
-    assert [row["effective"] for row in path[:4]] == [2.0, 2.0, 8.0, 8.0]
+    chosen, path = tuning.walk("sharp_energy", method, judge)
+    assert len(path) == 4 and len(counted) == 1
+    assert [row["effective"] for row in path] == [2.0, 2.0, 8.0, 8.0]
     assert path[0]["alpha"] > path[2]["alpha"]  # fewer directions are left by more damping
     for point, found in scores.values():
-        weights = None if point.weights is None else point.weights.tolist()
-        fresh = SharpEnergy(effective=point.effective, p=point.p, weights=weights)
+        fresh = SharpEnergy(effective=point.effective, p=point.p)
         fresh.fit(world["x"][0])
         assert np.allclose(fitted_scores(world["tune"][0], world["x"][0], fresh), found, rtol=1e-4)
     assert all(point.known is None for point in chosen.values()) and method.known is None
 
 
-def test_weights_stay_even_where_nothing_is_gained(world):
-    method = DMin()
-    tuning = Tuning({"any": "tune/label/mAP"}, widths=[0.1])
-    assert not Tuning({"any": "tune/label/mAP"}).tunes(method)
-    chosen, _ = tuning.walk("dmin", method, lambda *_: {"tune/label/mAP": 0.5}, steps=3)
-    assert [point.weights for point in chosen.values()] == [None]
-
-
-def test_bumps_have_mean_one_and_widths_are_checked():
-    assert np.allclose(bump(10, 0.4, 0.2).mean(), 1) and bump(1, 0.0, 0.1).tolist() == [1.0]
-    with pytest.raises(DminError, match=r"tuning\.widths=\[0\]"):
-        Tuning({}, widths=[0]).check({})
+def test_only_what_its_fit_does_not_use_is_tuned(world):
+    tuning = Tuning({"any": "tune/label/mAP"})
+    assert not tuning.tunes(DMin()) and not tuning.tunes(PixelL2())
+    method = Spectral(10.0)
+    method.fit(world["x"][0])
+    assert tuning.tunes(method) and tuning.moved(method, Spectral(3.0)).alpha == 3.0

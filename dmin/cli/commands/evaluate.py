@@ -57,8 +57,7 @@ def evaluate(work: Workspace, results: dict[str, Any]) -> None:
     files = save(report, work.run_folder)
     results["figures"] = _figures(report.results)
     results["table"] = [[r.task, r.name, r.metric, r.mean, r.low, r.high] for r in report.results]
-    for part in terminal(report):
-        work.console.print(part)
+    work.console.print(terminal(report))
     listed = "".join(f"\n  {file}" for file in files)
     work.console.print(f"Look at{listed}", soft_wrap=True)
     chosen = _chosen_method()

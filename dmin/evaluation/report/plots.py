@@ -6,7 +6,8 @@ blue goes through a curvature.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,11 @@ PLAIN = ("grad_dot", "grad_cos", "tracin", "gas", "over_checkpoints", "random")
 # precision@40: of both sources of the digits, 40 examples of the foreign one.
 MAIN = ("LDS", "leave-out ρ", "mAP", "precision@40", "recall@1", "AUROC")
 LINES = ("#2457a8", "#c2410c", "#3f8f6b", "#7b3fa0", "#b8860b", "#0e7490", "#9f1239", "#555555")
-Line = tuple[int, str, str, Mapping[float, float]]
-"""Number of its colour, name, style and points."""
 
 
 def save_all(report: Report, folder: Path) -> list[Path]:
     """Write every picture that there is data for; return their paths."""
-    pictures = {
-        "results.png": forest,
-        "detection.png": by_k,
-        "removal.png": removal_curves,
-        "path.png": path,
-        "weights.png": weights,
-        "cost.png": cost,
-    }
+    pictures = {"results.png": forest, "removal.png": removal_curves, "path.png": path}
     found = []
     for name, draw in pictures.items():
         if (figure := draw(report)) is not None:
@@ -98,28 +90,6 @@ def _forest_panel(axis: Any, here: Sequence[Result], rows: Sequence[str]) -> Non
     axis.tick_params(axis="x", labelsize=8)
 
 
-def by_k(report: Report) -> Figure | None:
-    """Draw precision and recall over k of each task that has several k."""
-    kinds: dict[Place, set[int]] = {}
-    largest = max((r.dim or 0 for r in report.results), default=0)
-    # Of all queries together, at the largest sketch.
-    whole = [r for r in report.results if "," not in r.metric and (r.dim or largest) == largest]
-    for r in whole:
-        kind, _, k = r.metric.partition("@")
-        if kind in ("precision", "recall") and not r.control:
-            kinds.setdefault((r.task, r.truth, kind), set()).add(int(k))
-    kinds = {key: ks for key, ks in kinds.items() if len(ks) > 1}
-    if not kinds:
-        return None
-    figure, axes = _grid(len(kinds))
-    for axis, (task, truth, kind) in zip(axes, kinds, strict=False):
-        here = [r for r in whole if (r.task, r.truth) == (task, truth)]
-        rows = [r for r in here if r.metric.startswith(f"{kind}@")]
-        _curves(axis, rows, report.reference)
-        axis.set_title(f"{task}: {kind} at k", fontsize=10, loc="left")
-    return figure
-
-
 def removal_curves(report: Report) -> Figure | None:
     """Draw the rise of the loss over the number of examples removed for a group of queries."""
     rows = [r for r in report.results if r.metric.startswith("union@")]
@@ -165,103 +135,33 @@ def _k(result: Result) -> int:
 
 def path(report: Report) -> Figure | None:
     """Draw every watched metric along the damping, a line a method and power."""
-    walked = [row for row in report.path if "centre" not in row and "alpha" in row]
-    methods = list(dict.fromkeys(row["method"] for row in walked))
-
-    def lines(column: str) -> Iterator[Line]:
-        for number, method in enumerate(methods):
-            points = [r for r in walked if r["method"] == method and column in r]
-            for p in dict.fromkeys(r.get("p") for r in points):
-                line = [r for r in points if r.get("p") == p]
-                style = {0.5: ":", 2.0: "--"}.get(p or 1.0, "-")
-                yield number, method, style, {r["alpha"]: r[column] for r in line}
-
-    what = "α, damping in mean eigenvalues"
-    note = f"solid p = 1, dotted p = ½, dashed p = 2\ndash-dotted: {report.reference}"
-    return _walk(report, walked, lines, what, note, "log")
-
-
-def weights(report: Report) -> Figure | None:
-    """Draw every watched metric along the timestep that weights stress, a line a method and width.
-
-    Of a method that has several criteria, or weights at several dampings, the best line is drawn.
-    """
-    walked = [row for row in report.path if "centre" in row]
-    drawn = list(dict.fromkeys((r["method"], r["width"]) for r in walked))
-    methods, widths = (list(dict.fromkeys(line[i] for line in drawn)) for i in (0, 1))
-
-    def lines(column: str) -> Iterator[Line]:
-        for method, width in drawn:
-            best: dict[float, float] = {}
-            for r in walked:
-                if (r["method"], r["width"]) == (method, width):
-                    best[r["centre"]] = max(r[column], best.get(r["centre"], -1.0))
-            yield methods.index(method), method, "-" if width == widths[0] else "--", best
-
-    others = ", ".join(f"{w:g}" for w in widths[1:])
-    note = f"solid: width {widths[0]:g}" if widths else ""
-    note += f", dashed: {others}" if others else ""
-    note += f"\ndash-dotted: {report.reference}, even weights"
-    what = "weights about: 0 the noisiest timestep, 1 the cleanest"
-    return _walk(report, walked, lines, what, note, "linear")
-
-
-def _walk(
-    report: Report,
-    walked: Sequence[Mapping[str, Any]],
-    lines: Callable[[str], Iterable[Line]],
-    what: str,
-    note: str,
-    scale: str,
-) -> Figure | None:
-    """Draw the lines of every watched metric, the reference's mean, and a legend at the end."""
-    if not walked:
-        return None
-    columns = dict.fromkeys(name for row in walked for name in row)
+    columns = dict.fromkeys(name for row in report.path for name in row)
     watched = [c for c in columns if "/" in c and c.rpartition("/")[2] in MAIN]
+    if not watched:
+        return None
+    methods = list(dict.fromkeys(row["method"] for row in report.path))
     figure, axes = _grid(len(watched) + 1)
     for axis, column in zip(axes, watched, strict=False):
-        for number, name, style, points in lines(column):
-            colour, label = LINES[number % len(LINES)], name if style == "-" else None
-            xs, ys = list(points), list(points.values())
-            axis.plot(xs, ys, color=colour, ls=style, lw=1.3, label=label)
-        axis.set_xscale(scale)
+        for colour, method in zip(itertools.cycle(LINES), methods, strict=False):
+            points = [r for r in report.path if r["method"] == method and column in r]
+            for p in dict.fromkeys(r.get("p") for r in points):
+                line = [(r["alpha"], r[column]) for r in points if r.get("p") == p]
+                style = {0.5: ":", 2.0: "--"}.get(p or 1.0, "-")
+                label = method if style == "-" else None
+                axis.plot(*zip(*line, strict=True), color=colour, ls=style, lw=1.3, label=label)
+        axis.set_xscale("log")
         rows = [r for r in report.results if r.name == report.reference]
         for r in [r for r in rows if "/".join(r.place) == column][:1]:
             axis.axhline(r.mean, color="#777777", ls="-.", lw=1)
         axis.set_title(column.replace("/", ", "), fontsize=10, loc="left")
-        axis.set_xlabel(what, fontsize=9)
+        axis.set_xlabel("α, damping in mean eigenvalues", fontsize=9)
         _finish(axis)
     last, (handles, labels) = axes[len(watched)], axes[0].get_legend_handles_labels()
     last.axis("off")
     last.set_visible(True)
+    note = f"solid p = 1, dotted p = ½, dashed p = 2\ndash-dotted: {report.reference}"
     sizes = {"fontsize": 8, "title_fontsize": 8}
     last.legend(handles, labels, title=note, frameon=False, ncols=2, **sizes)
-    return figure
-
-
-def cost(report: Report) -> Figure | None:
-    """Draw quality against bytes an example and seconds a query."""
-    panels = _panels(report.results)[:3]
-    if not panels or not any(r.bytes for r in report.results):
-        return None
-    figure = Figure(figsize=(4.2 * len(panels), 6.4), layout="constrained")
-    grid = figure.subplots(2, len(panels), squeeze=False)
-    for column, place in zip(grid.T, panels, strict=True):
-        rows = [r for r in report.results if r.place == place and not r.control]
-        for axis, what in zip(column, ("KiB an example", "ms a query"), strict=True):
-            for r in rows:
-                x = r.bytes / 1024 if what[0] == "K" else 1000 * r.query_seconds
-                colour = FAMILIES[family(r)]
-                x, around = max(x, 1e-3), [[max(0, r.mean - r.low)], [max(0, r.high - r.mean)]]
-                axis.errorbar(x, r.mean, around, fmt="o", color=colour, ms=4, lw=0.8)
-                if r.best or r.name in (report.reference, "pixel_l2"):
-                    offset = {"xytext": (4, 3), "textcoords": "offset points"}
-                    axis.annotate(r.name, (x, r.mean), size=6, **offset)
-            axis.set_xscale("symlog" if what[0] == "K" else "log")
-            axis.set_xlabel(what, fontsize=9)
-            axis.set_title(f"{place[0]}, {place[2]}", fontsize=10, loc="left")
-            _finish(axis)
     return figure
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
-from rich.console import RenderableType
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
+from rich.markdown import Markdown
 
 from dmin.evaluation.report.conclusions import conclusions, number, summary
 from dmin.evaluation.report.results import TRANSFORMED, Report, Result
@@ -22,28 +19,19 @@ LEGEND = (
 
 def markdown(report: Report) -> str:
     """Return the whole report as Markdown."""
-    parts = ["## Which method for what\n", summary(report), ""]
-    for wish, found in groupby(conclusions(report), lambda c: c.wish):
-        parts += [f"- **{wish}.**", *(f"  - {c.where}: {c.text}" for c in found)]
-    parts += ["", "## Tables\n", LEGEND.format(reference=report.reference), ""]
+    parts = [*_said(report), "", "## Tables\n", LEGEND.format(reference=report.reference), ""]
     for task in tasks(report.results):
-        rows = [r for r in report.results if r.task == task]
-        parts += _markdown_table(task, rows)
+        parts += _task_table(task, [r for r in report.results if r.task == task])
     if any(r.control in (*TRANSFORMED, "untrained") for r in report.results):
         parts += ["## Controls\n", *_controls(report.results)]
     parts += ["## What each takes\n", *_costs(report.results)]
-    asides = {
-        "Left out": report.left_out,
-        "What fitting found": report.fits,
-        "Measured in": report.notes,
-    }
-    for title, told in asides.items():
+    for title, told in _asides(report).items():
         parts += [f"## {title}\n", *(f"- {k}: {v}" for k, v in told.items()), ""] if told else []
     return "\n".join(parts)
 
 
-def terminal(report: Report, most: int = 14) -> list[RenderableType]:
-    """Return what is printed: tables if they are short, and what they say.
+def terminal(report: Report, most: int = 14) -> Markdown:
+    """Return what is printed: tables and lists if they are short, and what they say.
 
     Of several sizes of the sketch it is the first, of queries by their kind all together.
 
@@ -51,35 +39,32 @@ def terminal(report: Report, most: int = 14) -> list[RenderableType]:
         report: what was measured.
         most: rows of a table that is still printed; longer ones are in the files.
     """
-    found: list[RenderableType] = []
+    parts: list[str] = []
     report = report.at_one_size()
     for task in tasks(report.results):
         rows = [r for r in report.results if r.task == task and _shown(r) and not _apart(r)]
-        if len(names(rows)) <= most:
-            found.append(_terminal_table(task, rows))
-    text = Text(summary(report), style="bold")
-    for wish, told in groupby(conclusions(report), lambda c: c.wish):
-        text.append(f"\n\n{wish}", style="bold")
-        for c in told:
-            text.append(f"\n  {c.where}: ", style="dim not bold").append(c.text, style="not bold")
-    found.append(Panel(text, title="Which method for what", title_align="left", padding=(1, 2)))
-    if report.fits and len(report.fits) <= most:
-        lines = "\n".join(f"{name}: {note}" for name, note in report.fits.items())
-        found.append(Text(lines, style="dim"))
-    for name, reason in report.left_out.items():
-        found.append(Text(f"left out: {name}: {reason}", style="yellow"))
-    return found
+        parts += _task_table(task, rows) if len(names(rows)) <= most else []
+    parts += _said(report)
+    for title, told in _asides(report).items():
+        if told and (len(told) <= most or title == "Left out"):
+            parts += [f"\n{title}:\n", *(f"- {k}: {v}" for k, v in told.items())]
+    return Markdown("\n".join(parts))
 
 
-def _terminal_table(task: str, rows: Sequence[Result]) -> Table:
-    table = Table(title=_title(task, rows), title_justify="left")
-    table.add_column("method", overflow="fold")
-    columns = metrics(rows)
-    for metric in columns:
-        table.add_column(metric, justify="right", overflow="fold")
-    for name in names(rows):
-        table.add_row(name, *[_terminal_cell(find(rows, name, metric)) for metric in columns])
-    return table
+def _said(report: Report) -> list[str]:
+    """Return what the tables come to."""
+    parts = ["## Which method for what\n", summary(report), ""]
+    for wish, found in groupby(conclusions(report), lambda c: c.wish):
+        parts += [f"- **{wish}.**", *(f"  - {c.where}: {c.text}" for c in found)]
+    return parts
+
+
+def _asides(report: Report) -> dict[str, dict[str, str]]:
+    return {
+        "Left out": report.left_out,
+        "What fitting found": report.fits,
+        "Measured in": report.notes,
+    }
 
 
 def _title(task: str, rows: Sequence[Result]) -> str:
@@ -144,7 +129,7 @@ def _apart(result: Result) -> bool:
     return ", " in result.metric
 
 
-def _markdown_table(task: str, rows: Sequence[Result]) -> list[str]:
+def _task_table(task: str, rows: Sequence[Result]) -> list[str]:
     rows = [r for r in rows if _shown(r)]
     title, columns = f"### {_title(task, rows)}\n", metrics(rows)
     kinds = list(dict.fromkeys(column.partition(", ")[0] for column in columns))
@@ -209,8 +194,3 @@ def _costs(results: Sequence[Result]) -> list[str]:
     for r in (r for r in results if not r.control):
         rows.setdefault(line(r), r)
     return _table(head, ([name, r.settings, *_spent(r)] for name, r in rows.items()))
-
-
-def _terminal_cell(result: Result | None) -> str:
-    text = cell(result).replace("\\*", "*")
-    return f"[bold green]{text.strip('*')}[/]" if text.startswith("**") else text
