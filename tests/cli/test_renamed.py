@@ -13,15 +13,15 @@ from omegaconf import OmegaConf
 
 from dmin.attribution import Method
 from dmin.cli import main
-from dmin.cli.config import renamed
+from dmin.cli.config import renamed, sections
 from dmin.cli.config.groups import config_directory
 from dmin.cli.config.renamed import current, rename
-from dmin.cli.config.sections import ROOT_KEYS
 from dmin.cli.config.validate import validate
 
 # Every YAML file of 0.1.0, by its path.
 THEN: dict[str, str] = json.loads((settings.DATA / "conf_0_1_0.json").read_text())
 GROUPS = [file.removesuffix(".yaml").rpartition("/")[::2] for file in THEN if "/" in file]
+ROOT_KEYS = tuple(each.name for each in sections.settings())
 CHOICES = [(group, name) for group, name in GROUPS if group in (*ROOT_KEYS, "experiment", "debug")]
 
 

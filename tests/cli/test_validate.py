@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from dmin.cli.config import validate as module
 from dmin.cli.config.annotations import fits, spell
-from dmin.cli.config.sections import ROOT_KEYS
+from dmin.cli.config.sections import settings
 from dmin.cli.config.validate import validate
 from dmin.runtime.errors import DminError
 
@@ -72,10 +72,12 @@ def test_what_is_right_passes() -> None:
 
 class TestRoot:
     def test_unknown_key_is_refused_with_the_nearest(self) -> None:
-        refused(r"^skech is not a setting of dmin\. Did you mean sketch\? Allowed: seed,", skech={})
+        refused(
+            r"^skech is not a setting of dmin\. Did you mean sketch\? Allowed: model,", skech={}
+        )
 
     def test_key_like_no_other_is_refused_with_all_allowed(self) -> None:
-        refused(re.escape(f"Allowed: {', '.join(ROOT_KEYS)}."), xyzzy=1)
+        refused(re.escape(f"Allowed: {', '.join(each.name for each in settings())}."), xyzzy=1)
 
     @pytest.mark.parametrize(
         ("section", "value", "takes"),
@@ -91,18 +93,24 @@ class TestRoot:
         refused("skech", needed=(), skech={})
 
 
-def test_section_with_a_dataclass_is_held_to_its_fields(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import field, make_dataclass
-
-    collect = make_dataclass("Collect", [("batch_size", int, field(default=8))])
-    root = make_dataclass("Root", [("collect", collect | None, field(default=None))])
-    monkeypatch.setattr(module, "Root", root)
-    check(collect={"batch_size": 3})
-    refused(
-        r"collect\.batchsize is not a setting of collect\. Did you mean batch_size",
-        collect={"batchsize": 3},
+def test_a_section_is_held_to_its_settings() -> None:
+    check(
+        collect={"block_size": 3, "microbatch": "auto", "memory": 5}, retrieve={"where": {"a": 1}}
     )
-    refused(r"collect\.batch_size is 'x' .* but collect takes int", collect={"batch_size": "x"})
+    refused(
+        r"collect\.blocksize is not a setting of collect\. Did you mean block_size",
+        collect={"blocksize": 3},
+    )
+    refused(r"collect\.block_size is 'x' .* but collect takes int", collect={"block_size": "x"})
+    refused(r"retrieve\.k is 2\.5 .* but retrieve takes int", retrieve={"k": 2.5})
+    refused(r"^collect is 3 \(int\), but dmin takes a mapping or null", collect=3)
+
+
+def test_every_setting_of_a_section_has_a_type_that_its_default_fits() -> None:
+    for section in ("", *(each.name for each in settings() if settings(each.name))):
+        for each in settings(section):
+            assert each.annotation is not type(None), f"{section}.{each.name}"
+            assert each.default is None or fits(each.default, each.annotation)
 
 
 class TestArguments:

@@ -79,14 +79,6 @@ def _fits_tuple(value: list[Any], inner: tuple[Any, ...]) -> bool:
     return len(value) == len(inner) and all(map(fits, value, inner))
 
 
-def without_null(annotation: Any) -> Any:
-    """Return ``X`` for ``X | None``, anything else as it is."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        members = [member for member in get_args(annotation) if member is not type(None)]
-        return members[0] if len(members) == 1 else annotation
-    return annotation
-
-
 def spell(annotation: Any) -> str:
     """Write an annotation for someone who writes YAML."""
     kind, inner = get_origin(annotation) or annotation, get_args(annotation)

@@ -1,117 +1,55 @@
-"""The sections of a configuration that are no calls, and their settings with their defaults."""
+"""The sections of a configuration that are no calls: what may stand in them, and their defaults."""
 
-from dataclasses import dataclass, field, fields
-from typing import Literal
+from functools import cache
+from inspect import Parameter
+from typing import Any, Literal
 
+import yaml
 
-@dataclass
-class Paths:
-    """The section ``paths``."""
+from dmin.cli.config.groups import config_directory
 
-    outputs: str = "outputs"
-
-
-@dataclass
-class Collect:
-    """The section ``collect``; see ``GradientCollector`` and its ``collect``."""
-
-    path: str | None = None
-    grow: bool = False
-    params: str = "all"
-    groups: str | dict | None = None
-    readouts: list[str] = field(default_factory=lambda: ["loss"])
-    block_size: int = 32
-    microbatch: int | Literal["auto"] = 64
-    memory: int | None = None
-    budget: int | None = None
-    gradient_checkpointing: bool = False
-    kernels: Literal["auto", "triton", "torch"] = "auto"
-    dtype: str = "float16"
-    segment_bytes: int = 64 << 20
-    seal_seconds: float = 60.0
-    workers: int = 0
-    encodings: str | None = None
-    keep_encodings: bool = False
-    requeue: bool = False
-    wait_seconds: float = 86400.0
+# What a default does not tell; any other setting takes what its default is.
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("model", "data", "queries", "sketch", "timesteps", "noise"), dict | None),
+    **dict.fromkeys(("method", "index", "train", "benchmark", "trainer", "logger"), dict | None),
+    **{"name": str | None, "tags": list[str] | None, "extras.threads": int | None},
+    **{"collect.path": str | None, "collect.groups": str | dict | None},
+    **{"collect.microbatch": int | Literal["auto"], "collect.readouts": list[str]},
+    **{"collect.memory": int | None, "collect.budget": int | None},
+    **{"collect.kernels": Literal["auto", "triton", "torch"], "collect.encodings": str | None},
+    **{"retrieve.rows": int | None, "retrieve.min_score": float | None},
+    **{"retrieve.where": dict | None, "retrieve.group_by": str | None},
+}
 
 
-@dataclass
-class Shard:
-    """The section ``shard``; see ``dmin.workers.shard.Shard``."""
-
-    id: int = 0
-    num: int = 1
-
-
-@dataclass
-class Doctor:
-    """The section ``doctor``; see ``dmin.doctor.diagnose``."""
-
-    examples: int = 4
+@cache
+def _defaults() -> dict[str, Any]:
+    """Return what ``conf/dmin.yaml`` and the choice of ``shard`` that it makes have."""
+    files = {name: config_directory() / name for name in ("dmin.yaml", "shard/one.yaml")}
+    root, shard = (yaml.safe_load(file.read_text("utf-8")) for file in files.values())
+    return {key: each for key, each in root.items() if key not in ("defaults", "hydra")} | {
+        "shard": shard
+    }
 
 
-@dataclass
-class Retrieve:
-    """The section ``retrieve``; see ``dmin.attribution.retrieve`` and its ``Selection``."""
-
-    k: int = 10
-    rows: int | None = None
-    order: str = "proponents"
-    confidence: bool = True
-    min_score: float | None = None
-    where: dict | None = None
-    group_by: str | None = None
-    group_score: str = "sum"
-    split: bool = False
-    popularity: bool = False
-    device: str = "cpu"
+def settings(section: str = "") -> list[Parameter]:
+    """Return the settings of a section, or those of the top, as arguments; none of a call."""
+    groups: dict[str, Any] = dict.fromkeys(key for key in _TYPES if "." not in key)
+    found = _defaults().get(section) if section else groups | _defaults()
+    if not isinstance(found, dict):
+        return []
+    prefix = f"{section}." if section else ""
+    return [
+        Parameter(key, Parameter.KEYWORD_ONLY, default=each, annotation=_type(prefix + key, each))
+        for key, each in found.items()
+    ]
 
 
-@dataclass
-class Outliers:
-    """The section ``outliers``."""
-
-    k: int = 24
-
-
-@dataclass
-class Extras:
-    """The section ``extras``: how a run shows and limits itself."""
-
-    print_config: bool = True
-    threads: int | None = None
-
-
-@dataclass
-class Root:
-    """The settings at the top of a configuration; any other there is refused.
-
-    A section annotated with a dataclass of its own is held to that one's fields in the same way.
-    """
-
-    seed: int = 0
-    name: str | None = None
-    tags: list[str] | None = None
-    paths: Paths | None = None
-    model: dict | None = None
-    data: dict | None = None
-    queries: dict | None = None
-    sketch: dict | None = None
-    timesteps: dict | None = None
-    noise: dict | None = None
-    collect: Collect | None = None
-    shard: Shard | None = None
-    doctor: Doctor | None = None
-    method: dict | None = None
-    index: dict | None = None
-    retrieve: Retrieve | None = None
-    outliers: Outliers | None = None
-    train: dict | None = None
-    benchmark: dict | None = None
-    trainer: dict | None = None
-    logger: dict | None = None
-    extras: Extras | None = None
-
-
-ROOT_KEYS = tuple(setting.name for setting in fields(Root))
+def _type(name: str, default: Any) -> Any:
+    return (
+        _TYPES[name]
+        if name in _TYPES
+        else dict | None
+        if isinstance(default, dict)
+        else type(default)
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.tree import Tree
 
-from dmin.cli.config.annotations import parameters, without_null
+from dmin.cli.config.annotations import parameters
+from dmin.cli.config.sections import settings
 from dmin.cli.config.targets import loaded
-from dmin.cli.config.validate import Root
 
 
 def settings_tree(name: str, cfg: DictConfig, subtrees: tuple[str, ...], file: Path) -> Tree:
@@ -31,26 +31,26 @@ def settings_tree(name: str, cfg: DictConfig, subtrees: tuple[str, ...], file: P
         if node is None:
             continue
         value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-        section: Any = without_null(Root.__dataclass_fields__[part].type)
-        own = section() if is_dataclass(section) and isinstance(section, type) else None
-        told = _spelled(value, own)
+        told = _spelled(value, settings(part))
         if told:
             tree.add(f"[bold]{part}[/]: [cyan]{escape(told)}[/]", highlight=False)
     tree.add(f"[dim]all settings: {escape(str(file))}[/]", highlight=False)
     return tree
 
 
-def _spelled(value: Any, section: Any = None) -> str:
+def _spelled(value: Any, known: Sequence[Parameter] = ()) -> str:
     """Return a value, and a node that names a target as the call it is."""
     if isinstance(value, list):
         return f"[{', '.join(map(_spelled, value))}]"
     if not isinstance(value, dict):
         return str(value)
     if "_target_" not in value:
-        return ", ".join(_changed(value, section))
-    target = str(value["_target_"])
+        return ", ".join(_changed(value, known))
+    name = str(value["_target_"])
     given = {key: each for key, each in value.items() if not key.startswith("_")}
-    return f"{_short(target)}({', '.join(_changed(given, loaded(target)))})"
+    target = loaded(name)
+    known = () if target is None else parameters(target) or ()
+    return f"{_short(name)}({', '.join(_changed(given, known))})"
 
 
 def _short(target: str) -> str:
@@ -59,13 +59,9 @@ def _short(target: str) -> str:
     return f"{modules[-1]}.{last}" if modules and modules[-1][:1].isupper() else last
 
 
-def _changed(given: Mapping[str, Any], target: Any = None) -> Iterator[str]:
-    """Yield the arguments that are not what the target takes by default."""
-    if is_dataclass(target) and not isinstance(target, type):
-        default = vars(target)
-    else:
-        known = (parameters(target) if target is not None else None) or []
-        default = {each.name: each.default for each in known}
+def _changed(given: Mapping[str, Any], known: Sequence[Parameter]) -> Iterator[str]:
+    """Yield the settings that are not at their default."""
+    default = {each.name: each.default for each in known}
     for key, value in given.items():
         if key not in default or _plain(default[key]) != value:
             nested = isinstance(value, dict) and "_target_" not in value

@@ -1,7 +1,8 @@
 """Hold a composed configuration against the signatures of what it would build, before building.
 
 A mapping with a ``_target_`` is a call: its keys must be arguments of the target, and its values
-must fit their annotations. The top of the configuration is treated as a call of `Root`.
+must fit their annotations. The top of the configuration and its sections are treated alike: their
+arguments are the `settings` of `sections`.
 
 A target is imported where the command needs it (``needed``). Elsewhere it is held to its signature
 only if its module is imported already: a command that reads stores must not wait for Lightning,
@@ -9,16 +10,17 @@ and the command that does need the node reports its mistakes. Missing values (``
 argument, an interpolation that leads nowhere) are refused only where they are needed.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from inspect import Parameter
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from dmin.cli.config.annotations import fits, parameters, spell, without_null
+from dmin.cli.config.annotations import fits, parameters, spell
 from dmin.cli.config.groups import did_you_mean, groups
-from dmin.cli.config.sections import Root
+from dmin.cli.config.sections import settings
 from dmin.cli.config.targets import load, loaded
 from dmin.runtime.errors import DminError
 
@@ -38,7 +40,7 @@ def validate(cfg: DictConfig, needed: Collection[str] | None = None) -> None:
         DminError: names the dotted key, what is wrong with it and what is allowed.
     """
     walk = _Walk(needed)
-    walk.call(cfg, "", Root)
+    walk.call(cfg, "", settings())
     for name in needed or ():
         walk.expect(cfg, name)
     if walk.missing:
@@ -77,12 +79,8 @@ class _Walk:
             is_group = path in groups()
             self.missing[path] = f"{path}=<choice>" if is_group else f"+{path}=<value>"
 
-    def call(self, node: DictConfig, path: str, target: Callable[..., Any]) -> None:
-        """Check a mapping as the arguments of a call, or as the fields of a dataclass."""
-        arguments = parameters(target)
-        if arguments is None:  # a builtin that does not tell its signature
-            self.inside(node, path)
-            return
+    def call(self, node: DictConfig, path: str, arguments: Sequence[Parameter]) -> None:
+        """Check a mapping as the arguments of a call, or as the settings of a section."""
         is_call = "_target_" in node
         name = str(node["_target_"]) if is_call else path or "dmin"
         named = {
@@ -106,9 +104,9 @@ class _Walk:
                 self.value(value, child)
                 continue
             annotation = named[key].annotation
-            section = without_null(annotation)
-            if not is_call and is_dataclass(section) and isinstance(value, DictConfig):
-                self.call(value, child, section)  # type: ignore[arg-type]
+            section = [] if path else settings(child)
+            if section and isinstance(value, DictConfig):
+                self.call(value, child, section)
                 continue
             plain = _plain(value)
             if not fits(plain, annotation):
@@ -122,8 +120,9 @@ class _Walk:
         """Check the calls inside a value."""
         if isinstance(value, DictConfig) and "_target_" in value:
             target = self.target(value, path)
-            if target is not None:
-                self.call(value, path, target)
+            # None for a builtin that does not tell its signature.
+            if target is not None and (arguments := parameters(target)) is not None:
+                self.call(value, path, arguments)
                 return
         if isinstance(value, DictConfig | ListConfig):
             self.inside(value, path)
