@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from dmin.attribution.ranking import Ranking
 from dmin.runtime.errors import DminError
+from dmin.runtime.escape import write_csv
 
 SCHEMA = 1
 CORE_COLUMNS = ("query", "rank", "id", "row", "score", "error", "stability", "group", "examples")
@@ -87,11 +87,8 @@ def save_ranking(ranking: Ranking, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lines = records(ranking)
-    with (folder / "ranking.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        for line in lines:
-            writer.writerow({key: _cell(value) for key, value in line.items()})
+    cells = ({key: _cell(value) for key, value in line.items()} for line in lines)
+    write_csv(folder / "ranking.csv", cells)
     _save_parquet(lines, folder / "ranking.parquet")
     text = json.dumps(document(ranking), ensure_ascii=False, indent=1, default=_plain)
     (folder / "ranking.json").write_text(text + "\n", encoding="utf-8")

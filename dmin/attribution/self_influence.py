@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from dmin.attribution.features import FeatureSet
 from dmin.attribution.method import Method
 from dmin.attribution.scores import as_feature_set
 from dmin.runtime.errors import DminError
+from dmin.runtime.escape import write_csv
 from dmin.store import Store
 
 
@@ -64,11 +64,10 @@ def save_self_influence(store: Store, scores: np.ndarray, path: Path, method: st
     order = np.argsort(-scores, kind="stable")
     columns = list(dict.fromkeys(name for row in store.metadata for name in row))
     columns = [name for name in columns if name not in ("rank", "id", "score")]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        lines = csv.writer(file)
-        lines.writerow(["rank", "id", "score", *columns])
-        for rank, row in enumerate(order.tolist(), 1):
-            facts = store.metadata[row]
-            told = [facts.get(name, "") for name in columns]
-            lines.writerow([rank, store.ids[row], f"{scores[row]:.6g}", *told])
+    lines = []
+    for rank, row in enumerate(order.tolist(), 1):
+        facts = store.metadata[row]
+        told = {name: facts.get(name, "") for name in columns}
+        lines.append({"rank": rank, "id": store.ids[row], "score": f"{scores[row]:.6g}", **told})
+    write_csv(path, lines)
     return order

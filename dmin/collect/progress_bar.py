@@ -51,7 +51,7 @@ class CollectionProgress(ProgressBar):
         self._lines = Lines(self.label, self.examples, place=place)
         if self._on and sys.stdout.isatty():
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"),

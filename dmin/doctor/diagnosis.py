@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 
 from dmin.doctor.timestep_report import Timestep, report_table
 from dmin.runtime.formatting import span
@@ -112,11 +113,12 @@ def _check_table(checks: Sequence[Check]) -> Table:
     for heading in ("", "check", "value", "limit", "what was seen, and what to do"):
         justify: Any = "right" if heading in ("value", "limit") else "left"
         table.add_column(heading, justify=justify, overflow="fold")
-    marks = {"passed": "[green]✓[/]", "warning": "[yellow]![/]", "failed": "[red]✗[/]"}
+    marks = {"passed": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗", "red")}
     for check in checks:
         value, limit = ("" if x is None else f"{x:.2g}" for x in (check.value, check.limit))
         told = " ".join(filter(None, (check.detail, "" if check.passed else check.remedy)))
-        table.add_row(marks[check.verdict], check.name, value, limit, told)
+        cells = map(Text, (check.name, value, limit, told))
+        table.add_row(Text(*marks[check.verdict]), *cells)
     return table
 
 
@@ -129,7 +131,7 @@ def _coverage_table(coverage: Sequence[Covered]) -> Table:
     total = sum(row.scalars for row in coverage)
     for row in coverage:
         numbers = f"{row.tensors:,}", f"{row.scalars:,}", f"{row.scalars / total:.2%}"
-        table.add_row(row.layers, row.path, *numbers)
+        table.add_row(Text(row.layers), row.path, *numbers)
     return table
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from dmin.runtime.sampling import evenly
 from dmin.store import Store
@@ -91,6 +92,6 @@ def report_table(report: Sequence[Timestep]) -> Table:
             f"{entry.cosine:.3f}",
             f"{entry.spread:.3f}",
             f"{entry.share:.1%}",
-            "[yellow]blind[/]" if entry.blind else "",
+            Text("blind" if entry.blind else "", "yellow"),
         )
     return table

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dmin.attribution.ranking import Ranking, format_score, headline
 from dmin.gallery.pictures import Images, fit, to_picture
+from dmin.runtime.escape import printable
 
 DPI = 150
 FONTS = ("Inter", "Helvetica Neue", "Arial", "Liberation Sans")
@@ -283,7 +284,7 @@ def _write(
     family = [*(name for name in FONTS if name in installed), "DejaVu Sans"]
     # parse_math off: an id with two dollar signs is a name, not a formula.
     style: dict[str, Any] = {"size": size, "weight": weight, "ha": ha, "family": family}
-    page.text(x, y, text, color=color, parse_math=False, **style)
+    page.text(x, y, printable(text), color=color, parse_math=False, **style)
 
 
 def _clip(text: str, room: float, keep_end: bool = False) -> str:

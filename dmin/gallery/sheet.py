@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dmin.gallery.pictures import fit, to_picture
+from dmin.runtime.escape import printable
 
 DPI = 150
 SIDE = 160  # pixels of a picture
@@ -55,8 +56,9 @@ def save_sheet(
         axes.imshow(np.asarray(fit(to_picture(image, name), SIDE).convert("RGB")))
         axes.set_axis_off()
         below: dict[str, Any] = dict(transform=axes.transAxes, ha="center", va="top", clip_on=False)
-        axes.text(0.5, -0.03, shortened(name), color=INK, fontsize=7, **below)
-        axes.text(0.5, -0.18, number, color=MUTED, fontsize=7, **below)
+        below |= dict(fontsize=7, parse_math=False)
+        axes.text(0.5, -0.03, printable(shortened(name)), color=INK, **below)
+        axes.text(0.5, -0.18, printable(number), color=MUTED, **below)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, format="png")

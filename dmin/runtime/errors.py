@@ -1,5 +1,7 @@
 """The one exception a user is meant to read."""
 
+from dmin.runtime.escape import printable
+
 
 class DminError(Exception):
     """Say what is wrong, where, what is allowed and how to mend it, in one paragraph.
@@ -7,6 +9,9 @@ class DminError(Exception):
     The command line prints the message alone, without a traceback, and exits with status 1.
     Anything else that escapes is a defect of dmin and keeps its traceback.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class DminWarning(UserWarning):

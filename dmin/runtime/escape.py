@@ -11,12 +11,13 @@ from typing import Any
 # Control characters but line feed and tab, which a terminal obeys; those that turn the direction
 # of text; halves of characters, which cannot be written at all.
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_FORMULA, _QUOTED = re.compile(r"\s*[-=+@]|\t"), re.compile(r"'(\s*[-=+@]|\t)")
 _NUMBER = re.compile(r"[-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)", re.IGNORECASE)
 
 
 def printable(text: str) -> str:
-    r"""Return a text with what a terminal would obey spelled out: ``\x1b``, ``\u202e``."""
-    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    r"""Return a text with what a terminal would obey spelled out: ``\u001b``, ``\u202e``."""
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -32,9 +33,17 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         lines.writerows([_cell(row.get(name, "")) for name in columns] for row in rows)
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a table that `write_csv` wrote, as they were."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {name: text[1:] if _QUOTED.match(text) else text for name, text in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
 def _cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = printable(value)
-    formula = text.lstrip().startswith(("=", "+", "-", "@")) or text.startswith("\t")
-    return f"'{text}" if formula and not _NUMBER.fullmatch(text) else text
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text

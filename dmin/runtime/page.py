@@ -37,7 +37,7 @@ def write_page(template: Path, title: str, data: Any, path: str | Path) -> Path:
     page = re.sub(r"\{\{([A-Z_]+)\}\}", lambda match: parts[match[1]], text)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names that are no text
     return path
 
 

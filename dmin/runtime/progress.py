@@ -8,9 +8,13 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
 from rich.progress import track
+from rich.segment import Segment
+from rich.text import Text
 
+from dmin.runtime.escape import printable
 from dmin.runtime.formatting import span
 
 # Seconds after which a line is due, doubled after each up to the second number: a log of a day has
@@ -22,6 +26,22 @@ LOG_WIDTH = 160  # columns of tables in a log file
 T = TypeVar("T")
 
 
+class PlainConsole(Console):
+    """Shows texts as they are, as far as a terminal would obey nothing in them: see `titled`."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """Yield what is shown."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
+def titled(title: str, text: object = "", style: str = "bold") -> Text:
+    """Return a line with its beginning set off: the one way, as texts are no markup."""
+    return Text.assemble((title, style), str(text))
+
+
 def console(quiet: bool = False) -> Console:
     """Return where text and tables go: as wide as the terminal, or COLUMNS, or wide in a log file.
 
@@ -29,7 +49,8 @@ def console(quiet: bool = False) -> Console:
         quiet: whether nothing is shown.
     """
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(quiet=quiet, width=None if known else LOG_WIDTH)
+    width = None if known else LOG_WIDTH
+    return PlainConsole(quiet=quiet, width=width, markup=False, emoji=False)
 
 
 class Lines:
@@ -93,11 +114,11 @@ def followed(
         transient: whether nothing shall be left on a terminal.
     """
     if sys.stdout.isatty():
-        yield from track(items, label, total, transient=transient)
+        yield from track(items, escape(label), total, transient=transient, console=console())
         return
     lines = Lines(label, total, unit)
     for number, item in enumerate(items, 1):
         yield item
         line = lines.told(number)
         if line is not None and not (transient and number == total):
-            print(line, flush=True)
+            print(printable(line), flush=True)

@@ -7,6 +7,7 @@ from typing import Any
 from dmin.cli.commands.command import FEATURES, command
 from dmin.cli.jobs.requeue import after_stop
 from dmin.cli.workspace.workspace import Workspace
+from dmin.runtime.progress import titled
 from dmin.runtime.signals import Stopped, StopSignals
 
 
@@ -28,8 +29,11 @@ def collect(work: Workspace, results: dict[str, Any]) -> None:
         results["figures"] = {"rows": rows, "store": store.path.name}
         results.update(store=str(store.path), rows=len(store))
         work.console.print(
-            f"[bold]store[/]: {store.path}\n  shard {shard.id} of {shard.num} is done; "
-            f"{what_is_missing(store)}."
+            titled(
+                "store",
+                f": {store.path}\n  shard {shard.id} of {shard.num} is done; "
+                f"{what_is_missing(store)}.",
+            )
         )
         return
     size = sum(file.stat().st_size for file in store.path.glob("*.h5"))
@@ -47,9 +51,12 @@ def collect(work: Workspace, results: dict[str, Any]) -> None:
         raw_bytes=raw,
     )
     work.console.print(
-        f"[bold]store[/]: {store.path}\n"
-        f"  {len(store):,} rows, {size / 2**20:,.1f} MiB; {size / len(store) / 1024:,.1f} KiB an "
-        f"example instead of {raw / 1024:,.0f} KiB ({raw * len(store) / size:,.0f} times less)"
+        titled(
+            "store",
+            f": {store.path}\n  {len(store):,} rows, {size / 2**20:,.1f} MiB; "
+            f"{size / len(store) / 1024:,.1f} KiB an example instead of {raw / 1024:,.0f} KiB "
+            f"({raw * len(store) / size:,.0f} times less)",
+        )
     )
     peak = work.collector.peak
     if peak.bytes:  # nothing was collected, or nothing grew

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from dmin.cli.config.tree import settings_tree
 from dmin.cli.jobs.record import recorded
 from dmin.cli.workspace.workspace import Workspace
+from dmin.runtime.progress import titled
 
 Body = Callable[[Workspace, dict[str, Any]], None]
 TRAINING = ("train", "model.path", "data", "trainer", "logger")
@@ -48,7 +49,7 @@ class Command:
             work.console.print(shown)
         with recorded(cfg, work.run_folder, self.name) as results:
             self.body(work, results)
-        work.console.print(f"[dim]again: dmin repeat {folder}[/]", soft_wrap=True)
+        work.console.print(titled(f"again: dmin repeat {folder}", style="dim"), soft_wrap=True)
 
 
 def command(

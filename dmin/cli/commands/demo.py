@@ -11,6 +11,7 @@ from dmin.cli.commands.retrieve import retrieve
 from dmin.cli.commands.sample import sample
 from dmin.cli.commands.train import train
 from dmin.cli.workspace.workspace import Workspace
+from dmin.runtime.progress import titled
 
 
 @command(*TRAINING, *FEATURES, "queries", "method", "index", "retrieve", "benchmark")
@@ -19,5 +20,5 @@ def demo(work: Workspace, results: dict[str, Any]) -> None:
     work.require_one_process()
     steps = (train, collect, sample, retrieve, evaluate)
     for number, step in enumerate(steps, 1):
-        work.console.rule(f"[bold]{number}/{len(steps)}  dmin {step.name}[/]", align="left")
+        work.console.rule(titled(f"{number}/{len(steps)}  dmin {step.name}"), align="left")
         step.body(work, results.setdefault(step.name, {}))

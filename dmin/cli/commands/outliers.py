@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.markup import escape
-
 from dmin.cli.commands.command import FEATURES, command
 from dmin.cli.workspace.built import build
 from dmin.cli.workspace.workspace import Workspace
@@ -32,7 +30,7 @@ def outliers(work: Workspace, results: dict[str, Any]) -> None:
     for column in ("", "example", "label", "score with itself"):
         table.add_column(column, justify="left" if column == "example" else "right")
     for rank, line in enumerate(zip(ids, labels, spelled, strict=True), 1):
-        table.add_row(str(rank), *(escape(cell) for cell in line))
+        table.add_row(str(rank), *line)
     below = [
         f"{label} · {score}" if label else score
         for label, score in zip(labels, spelled, strict=True)

@@ -8,6 +8,7 @@ from dmin.cli.commands.command import FEATURES, command
 from dmin.cli.workspace.built import build, build_queries
 from dmin.cli.workspace.ranking_parts import joined
 from dmin.cli.workspace.workspace import Workspace
+from dmin.runtime.progress import titled
 
 
 @command(*FEATURES, "queries", "method", "index", "retrieve")
@@ -64,7 +65,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     results["files"] = [str(folder / name) for name in ("gallery.png", "gallery.html")]
     work.console.print(ranking_table(ranking, width=work.console.width))
     for what, note in ranking.notes.items():
-        work.console.print(f"[bold]{what}[/]: {note}")
+        work.console.print(titled(what, f": {note}"))
     work.console.print(
         f"Look at\n  {folder / 'gallery.html'}\n  {folder / 'gallery.png'}\n"
         f"  {folder / 'ranking.csv'}",

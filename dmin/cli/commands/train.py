@@ -15,6 +15,7 @@ from dmin.cli.workspace.built import build
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import differences, fingerprint
+from dmin.runtime.progress import titled
 
 
 @command(*TRAINING)
@@ -25,7 +26,7 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
     results["model"], results["figures"] = str(path), {"model": str(path)}
     with work.turn(path, done=path.exists()):
         if _trained(path, settings):
-            work.console.print(f"[bold]model[/]: found {path}")
+            work.console.print(titled("model", f": found {path}"))
             return
         trainer = work.trainer()
         trainer.logger = _logger(work, settings) if work.is_main else None
@@ -37,7 +38,7 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
         model.save_pretrained(partial)
         (partial / "training.json").write_text(json.dumps(settings, indent=2) + "\n")
         partial.rename(path)
-    work.console.print(f"[bold]model[/]: saved {path}")
+    work.console.print(titled("model", f": saved {path}"))
 
 
 def _logger(work: Workspace, settings: dict[str, Any]) -> Any:

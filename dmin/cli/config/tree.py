@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.markup import escape
 from rich.tree import Tree
 
 from dmin.cli.config.annotations import parameters
 from dmin.cli.config.sections import settings
 from dmin.cli.config.targets import loaded
+from dmin.runtime.progress import titled
 
 
 def settings_tree(name: str, cfg: DictConfig, subtrees: tuple[str, ...], file: Path) -> Tree:
@@ -25,7 +25,7 @@ def settings_tree(name: str, cfg: DictConfig, subtrees: tuple[str, ...], file: P
         subtrees: sections that the command reads.
         file: has all settings.
     """
-    tree = Tree(f"[bold]dmin {name}[/]", guide_style="dim")
+    tree = Tree(titled(f"dmin {name}"), guide_style="dim")
     for part in (each for each in dict.fromkeys(("name", "seed", *subtrees)) if each in cfg):
         node = cfg[part]
         if node is None:
@@ -33,8 +33,8 @@ def settings_tree(name: str, cfg: DictConfig, subtrees: tuple[str, ...], file: P
         value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         told = _spelled(value, settings(part))
         if told:
-            tree.add(f"[bold]{part}[/]: [cyan]{escape(told)}[/]", highlight=False)
-    tree.add(f"[dim]all settings: {escape(str(file))}[/]", highlight=False)
+            tree.add(titled(part, ": ").append(told, "cyan"))
+    tree.add(titled(f"all settings: {file}", style="dim"))
     return tree
 
 

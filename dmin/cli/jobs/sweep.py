@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from dmin.cli.jobs.slurm import check_submission
 from dmin.runtime.errors import DminError
+from dmin.runtime.escape import read_csv, write_csv
 from dmin.runtime.provenance import FINISHED, RECORD
 
 CALLBACK = "++hydra.callbacks.dmin_sweep._target_=dmin.cli.jobs.sweep.Sweep"
@@ -187,8 +187,7 @@ def _save(folder: Path, found: Sequence[Job]) -> None:
     """Write the table as CSV and Markdown, with the folder of each job."""
     folders = ["folder", *(str(job.folder) for job in found)]
     lines = [[*line, place] for line, place in zip(_lines(found), folders, strict=True)]
-    with (folder / "sweep.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(lines)
+    write_csv(folder / "sweep.csv", (dict(zip(lines[0], line, strict=True)) for line in lines[1:]))
     lines.insert(1, ["---"] * len(lines[0]))
     escaped = ([cell.replace("|", r"\|").replace("\n", " ") for cell in line] for line in lines)
     (folder / "sweep.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in escaped))
@@ -203,10 +202,6 @@ def _save_results(folder: Path, found: Sequence[Job]) -> None:
                 "job": str(job.number),
                 **{key: job.settings.get(key, "") for key in _varied(found)},
             }
-            with path.open(newline="") as lines:
-                rows += [{**told, **row} for row in csv.DictReader(lines)]
+            rows += [{**told, **row} for row in read_csv(path)]
     if rows:
-        with (folder / "results.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), restval="")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(folder / "results.csv", rows)

@@ -15,6 +15,7 @@ from dmin.runtime.formatting import span, spans
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from dmin.store import Manifest
     from dmin.workers.liveness import WorkerStatus
@@ -147,43 +148,59 @@ def as_values(status: Status) -> dict[str, Any]:
     }
 
 
-def lines(status: Status) -> list[str]:
+def lines(status: Status) -> list[Text]:
     """Say in a few lines how far a store is and what it waits for."""
+    from dmin.runtime.progress import titled
+
     manifest, rows = status.manifest, status.rows
     share = rows / manifest.num_examples
-    bar = f"[green]{'━' * round(30 * share)}[/][dim]{'━' * (30 - round(30 * share))}[/]"
+    done = "━" * round(30 * share)
     told = [
-        f"[bold]store[/]: {status.path}",
-        f"  {bar} {rows:,} of {manifest.num_examples:,} rows sealed ({100 * share:.1f} %), "
-        f"{status.sealed:,} of {manifest.num_blocks:,} blocks",
+        titled("store", f": {status.path}"),
+        titled(f"  {done}", style="green")
+        .append("━" * (30 - len(done)), "dim")
+        .append(
+            f" {rows:,} of {manifest.num_examples:,} rows sealed ({100 * share:.1f} %), "
+            f"{status.sealed:,} of {manifest.num_blocks:,} blocks"
+        ),
     ]
     if not status.missing:
-        return [*told, "  complete"]
+        return [*told, titled("  complete", style="")]
     running = status.running
     if running:
         left = status.seconds_left
-        told.append(
-            f"  {len(running)} at work, {status.rate:,.2f} rows/s together, "
-            + ("time left not known yet" if left is None else f"{span(left)} left")
-        )
+        rest = "time left not known yet" if left is None else f"{span(left)} left"
+        together = f"  {len(running)} at work, {status.rate:,.2f} rows/s together, {rest}"
+        told.append(titled(together, style=""))
     dead = [each for each in status.reports if not each.running and not each.ended]
     if dead:
         undone = sum(each.blocks - each.done for each in dead)
         told.append(
-            f"  [red]{len(dead)} died[/] with up to {undone:,} blocks undone, and lost what they "
-            f"had not sealed"
+            titled(
+                f"  {len(dead)} died",
+                f" with up to {undone:,} blocks undone, and lost what they had not sealed",
+                "red",
+            )
         )
     if status.unattended:
         told.append(
-            f"  [red]{len(status.unattended):,} missing blocks are nobody's[/] (numbers "
-            f"{spans(status.unattended)}): give the command again that began them, it resumes"
+            titled(
+                f"  {len(status.unattended):,} missing blocks are nobody's",
+                f" (numbers {spans(status.unattended)}): give the command again that began them, "
+                f"it resumes",
+                "red",
+            )
         )
     apart = [each for each in running if abs(each.ahead) > APART]
     if apart:
         far = max(apart, key=lambda each: abs(each.ahead))
         told.append(
-            f"  [yellow]clocks are apart[/]: {far.host} by {far.ahead:+.0f} s from the file "
-            f"system's. Nothing here depends on it."
+            titled(
+                "  clocks are apart",
+                f": {far.host} by {far.ahead:+.0f} s from the file system's. Nothing here depends "
+                f"on it.",
+                "yellow",
+            )
         )
     return told
 

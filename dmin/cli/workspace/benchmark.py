@@ -142,7 +142,7 @@ def _shown(work: Workspace) -> Iterator[OnProgress]:
     if not work.console.is_terminal:
         yield _lines(work)
         return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
     bars: dict[str, Any] = {}
     with Progress(*columns, TimeElapsedColumn(), console=work.console) as progress:
 

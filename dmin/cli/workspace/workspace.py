@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from dmin.cli.workspace.built import Built
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import differences, fingerprint
+from dmin.runtime.progress import titled
 from dmin.runtime.signals import StopSignals
 from dmin.workers.shard import WHOLE, Shard
 
@@ -150,9 +151,12 @@ class Workspace(Built):
             )
         known = (path / "manifest.json").is_file()
         self.console.print(
-            f"[bold]{role}[/]: {len(dataset):,} examples × {len(collector.timesteps)} "
-            f"timesteps × {collector.attributed.count:,} parameters → "
-            f"{self._numbers()}" + (f" (found {path})" if known else "")
+            titled(
+                role,
+                f": {len(dataset):,} examples × {len(collector.timesteps)} "
+                f"timesteps × {collector.attributed.count:,} parameters → "
+                f"{self._numbers()}" + (f" (found {path})" if known else ""),
+            )
         )
         done = known and not options.grow and Store(path, verify=False).complete
         with self.turn(path, done, shard, stop=stop):
@@ -209,10 +213,10 @@ class Workspace(Built):
         folder = self.outputs / "queries" / f"{self.cfg.name}-{fingerprint(made_of)}"
         with self.turn(folder, done=folder.is_dir()):
             if folder.is_dir():
-                self.console.print(f"[bold]queries[/]: found {folder}")
+                self.console.print(titled("queries", f": found {folder}"))
             else:
                 source.generate(self.model, folder)
-                self.console.print(f"[bold]queries[/]: generated {folder}")
+                self.console.print(titled("queries", f": generated {folder}"))
         return ImageFolder(folder, mode=None)
 
     def states(self, source: Any, dataset: Dataset) -> list[Dataset]:

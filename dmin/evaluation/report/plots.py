@@ -7,7 +7,8 @@ blue goes through a curvature.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,22 @@ LINES = ("#2457a8", "#c2410c", "#3f8f6b", "#7b3fa0", "#b8860b", "#0e7490", "#9f1
 def save_all(report: Report, folder: Path) -> list[Path]:
     """Write every picture that there is data for; return their paths."""
     pictures = {"results.png": forest, "removal.png": removal_curves, "path.png": path}
-    found = []
+    found, report = [], _without_mathematics(report)
     for name, draw in pictures.items():
         if (figure := draw(report)) is not None:
             figure.savefig(folder / name, dpi=95)
             found.append(folder / name)
     return found
+
+
+def _without_mathematics(report: Report) -> Report:
+    """Return a report whose names matplotlib shows as they are: between ``$`` it reads formulas."""
+
+    def plain(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v.replace("$", r"\$") if isinstance(v, str) else v for k, v in row.items()}
+
+    results = [replace(r, **plain(asdict(r))) for r in report.results]
+    return replace(report, results=results, path=[plain(row) for row in report.path])
 
 
 def family(result: Result) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dmin.evaluation.metrics import interval
+from dmin.runtime.escape import read_csv, write_csv
 
 Array = np.ndarray
 
@@ -163,9 +163,9 @@ class Report:
         """Write ``results.csv`` (and ``.parquet``, with pyarrow) and ``path.csv``."""
         folder = Path(folder)
         rows = [asdict(r) for r in self.results]
-        _save(rows, folder / "results.csv")
-        if self.path:
-            _save(self.path, folder / "path.csv")
+        tables = {"results.csv": rows, **({"path.csv": self.path} if self.path else {})}
+        for name, table in tables.items():
+            write_csv(folder / name, ({k: _short(v) for k, v in row.items()} for row in table))
         try:
             pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
         except ImportError:
@@ -176,15 +176,12 @@ class Report:
     def load(cls, folder: str | Path, **known: Any) -> Report:
         """Read the tables back, to draw them again; ``known`` are the other fields."""
         folder = Path(folder)
-        with (folder / "results.csv").open(newline="") as file:
-            results = [_read(line) for line in csv.DictReader(file)]
-        path: list[dict[str, Any]] = []
-        if (folder / "path.csv").is_file():
-            with (folder / "path.csv").open(newline="") as file:
-                path = [
-                    {k: v if k == "method" else float(v) for k, v in line.items() if v != ""}
-                    for line in csv.DictReader(file)
-                ]
+        results = [_read(line) for line in read_csv(folder / "results.csv")]
+        lines = read_csv(folder / "path.csv") if (folder / "path.csv").is_file() else []
+        path: list[dict[str, Any]] = [
+            {k: v if k == "method" else float(v) for k, v in line.items() if v != ""}
+            for line in lines
+        ]
         return cls(results, path, **known)
 
 
@@ -235,13 +232,6 @@ def _best(cells: Sequence[Cell]) -> list[Cell]:
 
 def _short(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def _save(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)))
-        writer.writeheader()
-        writer.writerows({k: _short(v) for k, v in row.items()} for row in rows)
 
 
 def _read(line: Mapping[str, str]) -> Result:
