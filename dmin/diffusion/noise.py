@@ -64,7 +64,7 @@ class Noise(ABC):
 
     def _drawn(self, shape: tuple[int, ...], text: str) -> Tensor:
         """Return the numbers that a text decides."""
-        return _normal(shape, text)
+        return normal(shape, text)
 
     @abstractmethod
     def _key(self, timestep: float, draw: int, example: str) -> str:
@@ -112,7 +112,7 @@ class SharedNoise(Noise):
         return {**super().describe(), **field}
 
     def _drawn(self, shape: tuple[int, ...], text: str) -> Tensor:
-        return _field(shape, text) if self.shapes == "field" else _normal(shape, text)
+        return field(shape, text) if self.shapes == "field" else normal(shape, text)
 
     def _key(self, timestep: float, draw: int, example: str) -> str:
         return f"noise {self.seed} {timestep!r} {draw}"
@@ -136,15 +136,24 @@ class PerExampleNoise(Noise):
 TILE = 64  # side of the tiles that a field of noise is drawn in
 
 
-def _normal(shape: tuple[int, ...], text: str) -> Tensor:
+def normal(shape: tuple[int, ...], text: str) -> Tensor:
+    """Return standard normal numbers that a text decides, on the CPU."""
     key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(key)
     # Not of the default dtype: in another one, the same generator draws other numbers.
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
-def _field(shape: tuple[int, ...], text: str) -> Tensor:
-    """Return the part around the origin of a field of noise: the middle of a shape lies there."""
+def field(shape: tuple[int, ...], text: str) -> Tensor:
+    """Return the part around the origin of a field of noise: the middle of a shape lies there.
+
+    Args:
+        shape: channels, height and width.
+        text: that decides the numbers.
+
+    Raises:
+        DminError: another shape.
+    """
     if len(shape) != 3:
         raise DminError(
             f"noise.shapes=field is for what has channels, height and width; this model noises "
@@ -154,7 +163,7 @@ def _field(shape: tuple[int, ...], text: str) -> Tensor:
     top, left = height // 2, width // 2
     tiles = [
         [
-            _normal((channels, TILE, TILE), f"{text} tile {i} {j}")
+            normal((channels, TILE, TILE), f"{text} tile {i} {j}")
             for j in range(-left // TILE, -((left - width) // TILE))
         ]
         for i in range(-top // TILE, -((top - height) // TILE))

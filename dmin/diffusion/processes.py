@@ -2,106 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Self
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from dmin.diffusion.loss import LossSettings
+from dmin.diffusion.process import ContinuousTimesteps, Levels, Process
 from dmin.diffusion.variance import variance_bound
 from dmin.runtime.errors import DminError
-
-
-class Noised(NamedTuple):
-    """Noised examples, what a model should say of them, and how much that counts."""
-
-    sample: Tensor  # x_t, as x0
-    target: Tensor  # as x0
-    weight: Tensor  # [batch], of the example's loss
-
-
-class Levels(NamedTuple):
-    """α and σ of ``x_t = α x0 + σ ε``, each ``[batch, 1, ...]``."""
-
-    alpha: Tensor
-    sigma: Tensor
-
-
-class ContinuousTimesteps(tuple[float, ...]):
-    """Timesteps of a continuous process: all from the first down to the last, not only these.
-
-    Args:
-        values: the ladder.
-        zero: all down to 0 instead, which itself is none: there is no noise.
-    """
-
-    zero: bool
-
-    def __new__(cls, values: Iterable[float], zero: bool = False) -> Self:
-        """Return the ladder."""
-        made = super().__new__(cls, values)
-        made.zero = zero
-        return made
-
-    def __contains__(self, t: Any) -> bool:
-        """Tell whether the process has this timestep."""
-        return (t > 0 if self.zero else self[-1] <= t) and t <= self[0]
-
-
-class Process(ABC):
-    """Noising ``x_t = α_t x0 + σ_t ε``, what the network is told, and what it should say.
-
-    Attributes:
-        ladder: all timesteps in the order of sampling, in the unit that the network is told.
-    """
-
-    ladder: Sequence[float]
-
-    def __call__(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
-        """Return noised examples, their targets and weights.
-
-        Args:
-            x0: ``[batch, ...]``.
-            noise: standard normal, as x0.
-            t: ``[batch]``, from the ladder.
-        """
-        levels = self.levels(t, x0)
-        sample = levels.alpha * x0 + levels.sigma * noise
-        return Noised(sample, self._target(levels, x0, noise), self._weight(levels, len(x0)))
-
-    @abstractmethod
-    def levels(self, t: Tensor, like: Tensor) -> Levels:
-        """Return α and σ at timesteps, to go with tensors such as ``like``."""
-
-    @abstractmethod
-    def x0(self, levels: Levels, sample: Tensor, output: Tensor) -> Tensor:
-        """Return what the network's output says x0 is: the inverse of the target."""
-
-    def network_input(self, sample: Tensor, t: Tensor) -> Tensor:
-        """Return x_t as the network takes it."""
-        return sample
-
-    def time(self, t: Tensor) -> Tensor:
-        """Return timesteps as the network is told them."""
-        return t
-
-    def log_snr(self, timesteps: Sequence[float]) -> list[float]:
-        """Return ``log(α² / σ²)`` of each timestep; −∞ for pure noise."""
-        alpha, sigma = self.levels(torch.tensor(timesteps), torch.empty(0, dtype=torch.float64))
-        return (2 * torch.log(alpha / sigma)).tolist()
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Return noise schedule, target and weighting, as JSON."""
-
-    @abstractmethod
-    def _target(self, levels: Levels, x0: Tensor, noise: Tensor) -> Tensor:
-        """Return what the network's output is compared with."""
-
-    def _weight(self, levels: Levels, batch: int) -> Tensor:
-        """Return the weight of each example's loss, ``[batch]``."""
-        return levels.sigma.new_ones(batch)
 
 
 class DiscreteDiffusion(Process):
@@ -121,6 +32,8 @@ class DiscreteDiffusion(Process):
         DminError: the prediction type is none of these, or γ is not positive.
     """
 
+    allowed: ClassVar[dict[str, tuple[Any, ...]]] = {"weighting": ("x0",)}
+
     def __init__(self, scheduler: Any, snr_gamma: float | None = None) -> None:
         self.scheduler = scheduler
         self.kind = scheduler.config.get("prediction_type", "epsilon")
@@ -129,9 +42,7 @@ class DiscreteDiffusion(Process):
                 f"scheduler.prediction_type={self.kind!r}: allowed are epsilon, v_prediction, "
                 f"sample. Mend it in the checkpoint's scheduler/scheduler_config.json."
             )
-        if snr_gamma is not None and snr_gamma <= 0:
-            raise DminError(f"snr_gamma={snr_gamma}: give a positive number (5 is usual) or null.")
-        self.snr_gamma = snr_gamma
+        self.settings = LossSettings(snr_gamma).check()
         self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
         self.ladder = range(len(self.alphas_cumprod) - 1, -1, -1)
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -173,8 +84,7 @@ class DiscreteDiffusion(Process):
         predicted = self.x0(Levels(bar.sqrt(), (1 - bar).sqrt()), sample, prediction.detach())
         return variance_bound(betas, x0, sample, t, predicted, values)
 
-    def describe(self) -> dict[str, Any]:
-        """Return noise schedule, prediction type and weighting, as JSON."""
+    def _described(self) -> dict[str, Any]:
         config = self.scheduler.config
         names = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
         found = {"prediction_type": self.kind, **{name: config.get(name) for name in names}}
@@ -182,18 +92,23 @@ class DiscreteDiffusion(Process):
         found["rescale_betas_zero_snr"] = config.get("rescale_betas_zero_snr", False)
         if config.get("snr_shift_scale", 1) != 1:
             found["snr_shift_scale"] = config["snr_shift_scale"]
-        return {**found, "snr_gamma": self.snr_gamma}
+        return {**found, "snr_gamma": self.settings.snr_gamma}
 
     def _target(self, levels: Levels, x0: Tensor, noise: Tensor) -> Tensor:
         if self.kind == "epsilon":
             return noise
         return levels.alpha * noise - levels.sigma * x0 if self.kind == "v_prediction" else x0
 
+    def _scale(self, levels: Levels) -> Tensor:
+        if self.kind == "epsilon":
+            return levels.sigma / levels.alpha
+        return levels.sigma if self.kind == "v_prediction" else torch.ones_like(levels.sigma)
+
     def _weight(self, levels: Levels, batch: int) -> Tensor:
-        if self.snr_gamma is None:
+        if self.settings.snr_gamma is None:
             return super()._weight(levels, batch)
         snr = (levels.alpha / levels.sigma).flatten() ** 2
-        clipped = snr.clamp(max=self.snr_gamma)
+        clipped = snr.clamp(max=self.settings.snr_gamma)
         if self.kind == "epsilon":
             return torch.where(snr > 0, clipped / snr, 1)  # at a terminal SNR of zero: its limit
         return clipped / (snr + 1) if self.kind == "v_prediction" else clipped
@@ -217,6 +132,12 @@ class EDM(Process):
         DminError: another prediction type.
     """
 
+    allowed: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "snr_gamma": (),
+        "weighting": ("x0",),
+        "huber_schedule": ("constant",),
+    }
+
     def __init__(self, ladder: Iterable[float], sigma_data: float, kind: str) -> None:
         if kind not in ("epsilon", "v_prediction"):
             raise DminError(
@@ -237,17 +158,18 @@ class EDM(Process):
 
     def x0(self, levels: Levels, sample: Tensor, output: Tensor) -> Tensor:
         """Return ``c_skip x_t + c_out F``."""
-        sigma, data, spread = levels.sigma, self.sigma_data, self._spread(levels.sigma)
-        scale = self._sign * sigma * data / spread
-        return (data / spread) ** 2 * sample + scale * output
+        data, spread = self.sigma_data, self._spread(levels.sigma)
+        return (data / spread) ** 2 * sample + self._scale(levels) * output
 
-    def describe(self) -> dict[str, Any]:
-        """Return preconditioning and prediction type, as JSON; the ladder only has timesteps."""
+    def _described(self) -> dict[str, Any]:
         return {"process": "edm", "prediction_type": self.kind, "sigma_data": self.sigma_data}
 
     def _target(self, levels: Levels, x0: Tensor, noise: Tensor) -> Tensor:
         data, spread = self.sigma_data, self._spread(levels.sigma)
         return self._sign * (levels.sigma / data * x0 - data * noise) / spread
+
+    def _scale(self, levels: Levels) -> Tensor:
+        return self._sign * levels.sigma * self.sigma_data / self._spread(levels.sigma)
 
     def _spread(self, sigma: Tensor) -> Tensor:
         return (sigma**2 + self.sigma_data**2).sqrt()
@@ -271,6 +193,12 @@ class RectifiedFlow(Process):
     Raises:
         DminError: the scheduler is not one of flows, or s is not positive.
     """
+
+    allowed: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "snr_gamma": (),
+        "weighting": ("x0", "sigma_sqrt", "cosmap"),
+        "huber_schedule": ("exponential", "constant"),
+    }
 
     def __init__(
         self,
@@ -305,9 +233,19 @@ class RectifiedFlow(Process):
         """Return ``x_t − σ v``."""
         return sample - levels.sigma * output
 
-    def describe(self) -> dict[str, Any]:
-        """Return target and number of timesteps, as JSON; the shift only moves timesteps."""
+    def _described(self) -> dict[str, Any]:
         return {"target": self.target, "num_train_timesteps": self.num}
 
     def _target(self, levels: Levels, x0: Tensor, noise: Tensor) -> Tensor:
         return noise - x0 if self.target == "velocity" else noise
+
+    def _scale(self, levels: Levels) -> Tensor:
+        return levels.sigma
+
+    def _weight(self, levels: Levels, batch: int) -> Tensor:
+        sigma = levels.sigma.flatten()
+        if self.settings.weighting == "sigma_sqrt":
+            return sigma**-2
+        if self.settings.weighting == "cosmap":
+            return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+        return super()._weight(levels, batch)

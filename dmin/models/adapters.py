@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -55,12 +57,16 @@ def _load_adapter(network: nn.Module, file: Path, name: str, pipeline: Any) -> N
     _refuse_adapter(state, file)
     before = _adapter_keys(network)
     try:
-        if (file.parent / "adapter_config.json").is_file() or not hasattr(
-            pipeline, "load_lora_weights"
+        if (
+            (file.parent / "adapter_config.json").is_file()
+            or not hasattr(pipeline, "load_lora_weights")
+            # Diffusers refuses tensors of α beside matrices in its own names.
+            or _is_peft_with_alpha(state)
         ):
             _inject(network, state, file, name)
         else:
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+            _scale(network, state, file, name)
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
         raise DminError(
             f"model.adapter={file}: cannot be loaded into {type(network).__name__}: {error}"
@@ -75,6 +81,56 @@ def _load_adapter(network: nn.Module, file: Path, name: str, pipeline: Any) -> N
             f"{type(network).__name__} (the first is {next(iter(state), 'none')}). Give an adapter "
             f"trained for this model."
         )
+
+
+def _is_peft_with_alpha(state: dict[str, Tensor]) -> bool:
+    own = all(key.startswith(("unet.", "transformer.")) for key in state)
+    return own and any("lora_A" in k for k in state) and any(k.endswith(".alpha") for k in state)
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Return what the header of an adapter's file says of its scale, by peft's names.
+
+    Diffusers writes peft's whole config as JSON, others single values. α of kohya's ``ss_`` entries
+    counts where the file has no tensor of it.
+    """
+    with safe_open(file, "pt") as opened:
+        told = opened.metadata() or {}
+    whole = json.loads(told.get("lora_adapter_metadata") or "{}")
+    named = {
+        key.rpartition(".")[2]: value
+        for key, value in whole.items()
+        if not key.startswith("text_encoder")
+    }
+    for name, others in _IN_HEADER.items():
+        value = next((told[key] for key in others if told.get(key) not in (None, "", "None")), None)
+        if value is not None and name not in named:
+            named[name] = float(value)
+    return named
+
+
+_IN_HEADER = {
+    "lora_alpha": ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha"),
+    "r": ("r", "lora_rank", "rank", "ss_network_dim", "network_dim"),
+}
+
+
+def _scale(network: nn.Module, state: dict[str, Tensor], file: Path, name: str) -> None:
+    """Scale an adapter by the α of its header, which diffusers reads in its own form alone."""
+    header = _header(file)
+    alpha = header.get("lora_alpha")
+    # Where peft's whole config or a tensor says it, the loader has read it.
+    if alpha is None or "target_modules" in header or any(k.endswith("alpha") for k in state):
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for module in network.modules():
+        if isinstance(module, LoraLayer) and name in module.scaling:
+            module.lora_alpha[name] = alpha
+            module.scaling[name] = alpha / module.r[name]
+    configs: Any = network
+    configs.peft_config[name].lora_alpha = alpha
+    configs.peft_config[name].alpha_pattern = {}
 
 
 def _refuse_adapter(state: dict[str, Tensor], file: Path) -> None:
@@ -115,6 +171,8 @@ def _inject(network: nn.Module, state: dict[str, Tensor], file: Path, name: str)
     for prefix in ("base_model.model.", "transformer.", "unet."):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
+    alphas = {k.removesuffix(".alpha"): float(v) for k, v in state.items() if k.endswith(".alpha")}
+    state = {key: value for key, value in state.items() if not key.endswith(".alpha")}
     if (file.parent / "adapter_config.json").is_file():
         config = LoraConfig.from_pretrained(str(file.parent))
         if config.megatron_config:  # peft would import whatever megatron_core names
@@ -128,14 +186,20 @@ def _inject(network: nn.Module, state: dict[str, Tensor], file: Path, name: str)
             for key, value in state.items()
             if key.endswith(".lora_A.weight")
         }
-        rank = next(iter(ranks.values()), 1)
-        # Files of this kind do not tell alpha; diffusers, too, takes it to be the rank.
+        rank, told = next(iter(ranks.values()), 1), _header(file)
+        common, by_layer = told.get("lora_alpha"), told.get("alpha_pattern") or {}
+        # Where nothing tells α, diffusers, too, takes it to be the rank.
+        each = {k: alphas.get(k, r if common is None else common) for k, r in ranks.items()}
         config = LoraConfig(
             r=rank,
-            lora_alpha=rank,
+            lora_alpha=rank if common is None else common,
             target_modules=list(ranks),
             rank_pattern={key: r for key, r in ranks.items() if r != rank},
-            alpha_pattern={key: r for key, r in ranks.items() if r != rank},
+            alpha_pattern={
+                **{k: alpha for k, alpha in each.items() if alpha != (common or rank)},
+                **by_layer,
+            },
+            use_rslora=bool(told.get("use_rslora")),
         )
     modules: Any = network
     inject_adapter_in_model(config, modules, name)

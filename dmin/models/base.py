@@ -25,6 +25,7 @@ class Prediction(NamedTuple):
     weight: Tensor  # [batch], of the example's loss
     bound: Tensor | None = None  # [batch], added to the loss: it trains a learned variance
     dropped: Dropped | None = None
+    loss: Tensor | None = None  # [batch], in place of the weighted squared error
 
 
 class Dropped(NamedTuple):
@@ -162,11 +163,29 @@ def expected(readout: Readout) -> Readout:
 def per_example_loss(prediction: Prediction) -> Tensor:
     """Return the training loss of each example, ``[batch]``: weighted mean over its pixels.
 
-    ``L_b = w_b · mean_p (prediction_bp − target_bp)²``, and the bound of a learned variance.
+    ``L_b = w_b · mean_p (prediction_bp − target_bp)²``, or the model's own loss; and the bound of a
+    learned variance.
     """
-    error = (prediction.prediction - prediction.target).flatten(1)
-    loss = prediction.weight * error.square().mean(1)
+    loss = prediction.loss
+    if loss is None:
+        error = (prediction.prediction - prediction.target).flatten(1)
+        loss = prediction.weight * error.square().mean(1)
     return loss if prediction.bound is None else loss + prediction.bound
+
+
+def weight_of_squares(prediction: Prediction) -> Tensor:
+    """Return the weight of each example's squared error, ``[batch]``.
+
+    Raises:
+        DminError: the loss is no squared error.
+    """
+    if prediction.loss is not None:
+        raise DminError(
+            "this method's curvature is that of a squared error, and the model's loss is another "
+            "(model.loss_type, or a loss of its own). Choose a method without curvature, or "
+            "method.curvature=hessian where it has that."
+        )
+    return prediction.weight
 
 
 @expected

@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from dmin.diffusion.processes import DiscreteDiffusion, Process
+from dmin.diffusion.process import Process
+from dmin.diffusion.processes import DiscreteDiffusion
 from dmin.models import (
     normalization,  # noqa: F401  (registers the gradients of diffusers' own norms)
     vae,
 )
-from dmin.models.adapters import describe_adapters
 from dmin.models.base import Condition, Dropped, Prediction
 from dmin.models.pipeline import PipelineModel
 from dmin.models.relatives import (
@@ -23,7 +23,6 @@ from dmin.models.relatives import (
     check_variance,
     diffusers_name,
 )
-from dmin.models.schedulers import process_of
 from dmin.runtime.errors import DminError
 
 DROPPED = "dropped."  # before the names of conditions that stand for no prompt
@@ -34,10 +33,6 @@ class LatentDiffusion(PipelineModel):
 
     Args:
         pipeline: of diffusers, with all its components.
-        snr_gamma: weighs losses by min-SNR with this γ (Hang et al. 2023), if a discrete diffusion
-            was trained so; None for equal weights.
-        shift: of a flow's ladder towards noise; None for the scheduler's. It moves the timesteps
-            that schedules choose from, not the loss at a timestep.
         latents: ``mode`` of the VAE's posterior, or ``sample``: a draw, the same noise for all
             images, so that equal images keep equal latents.
         latent_seed: key of that draw.
@@ -48,31 +43,26 @@ class LatentDiffusion(PipelineModel):
         query_guidance: w, of queries. None: a query's loss is that of a training example. A number:
             it is that of the guided prediction ``∅ + w (c − ∅)`` which the sampler followed, at
             twice the cost. The training side stays as it was trained, without guidance.
+        settings: of :class:`~dmin.models.trained.TrainedModel`.
 
     Raises:
         DminError: a setting does not fit the pipeline.
     """
 
     processes: ClassVar[tuple[type[Process], ...]] = (DiscreteDiffusion,)
-    """What networks of the family are trained as."""
 
     def __init__(
         self,
         pipeline: Any,
         *,
-        snr_gamma: float | None = None,
-        shift: float | None = None,
         latents: Literal["mode", "sample"] = "mode",
         latent_seed: int = 0,
         prompt_dropout: float = 0.0,
         guidance_scale: float | None = None,
         query_guidance: float | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(pipeline, guidance_scale)
-        self.process: Any = self._checked(
-            process_of(pipeline.scheduler, snr_gamma=snr_gamma, shift=shift)
-        )
-        self.ladder = self.process.ladder
+        super().__init__(pipeline, guidance_scale, **settings)
         if latents not in ("mode", "sample"):
             raise DminError(f"model.latents={latents!r}: allowed are mode and sample.")
         if not 0 <= prompt_dropout <= 1:
@@ -130,8 +120,8 @@ class LatentDiffusion(PipelineModel):
 
     def predict(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """Return the network's prediction for noised latents, its target and weight."""
-        noised, target, weight = self.process(x0, noise, t)
-        told, time = self.process.network_input(noised, t), self.process.time(t)
+        noised = self.process(x0, noise, t)
+        told, time = self.process.network_input(noised.sample, t), self.process.time(t)
         dtype = self.network.dtype
         cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in condition.items()}
         given = {k: v for k, v in cast.items() if not k.startswith(DROPPED)}
@@ -141,8 +131,8 @@ class LatentDiffusion(PipelineModel):
             output = self._predict(told.to(dtype), time, condition).to(x0.dtype)
             # A learned variance comes after the mean.
             mean, *variance = output.split(x0.shape[1], dim=1)
-            bound = self._bound(x0, noised, t, mean, variance[0]) if variance else None
-            return Prediction(mean, target, weight, bound)
+            bound = self._bound(x0, noised.sample, t, mean, variance[0]) if variance else None
+            return self._judged(noised, t, mean, bound)
 
         found = predicted(given)
         if not nothing:
@@ -151,11 +141,7 @@ class LatentDiffusion(PipelineModel):
         if self.guidance is None:
             return found._replace(dropped=Dropped(self.prompt_dropout, other))
         step = self.guidance * (found.prediction - other.prediction)
-        return Prediction(other.prediction + step, target, weight)
-
-    def log_snr(self, timesteps: Sequence[float]) -> list[float]:
-        """Return the log signal-to-noise ratio at each timestep."""
-        return self.process.log_snr(timesteps)
+        return self._judged(noised, t, other.prediction + step)
 
     def describe(self) -> dict[str, Any]:
         """Return what defines latents, condition and loss, with a digest of each encoder."""
@@ -166,10 +152,8 @@ class LatentDiffusion(PipelineModel):
             draw["prompt_dropout"] = self.prompt_dropout
         return {
             **super().describe(),
-            **self.process.describe(),
             "latents": self.latents,
             **draw,
-            "adapters": describe_adapters(self.network),
             "encoders": self._encoder_digests,
         }
 
@@ -208,17 +192,6 @@ class LatentDiffusion(PipelineModel):
     def patch(self) -> int:
         """Latent pixels that make one token, in each direction."""
         return self.network.config.get("patch_size") or 1
-
-    def _checked(self, process: Process) -> Process:
-        """Refuse a process that no network of the family is trained as."""
-        if not isinstance(process, self.processes):
-            raise DminError(
-                f"model.path: the {type(self.pipeline.scheduler).__name__} of this checkpoint is "
-                f"that of a {type(process).__name__}, where {type(self).__name__} is trained as "
-                f"{' or '.join(kind.__name__ for kind in self.processes)}. Put the scheduler of "
-                f"its training in the checkpoint's folder scheduler."
-            )
-        return process
 
     def _check_size(self, image: Tensor, name: str) -> None:
         config = self.pipeline.vae.config

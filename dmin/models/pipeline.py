@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_type_hints
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from dmin.models import logging_filters, vae
 from dmin.models.adapters import load_adapters, without_adapter
-from dmin.models.base import DiffusionModel, noise_generators, weights_digest
+from dmin.models.base import noise_generators, weights_digest
 from dmin.models.checkpoints import DType, load_pipeline, load_weights
 from dmin.models.relatives import check_pipeline, diffusers_name
+from dmin.models.trained import TrainedModel, name_settings
 from dmin.models.trajectory import recorded, samplable
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import kept_devices
 
 
-class PipelineModel(DiffusionModel):
+class PipelineModel(TrainedModel):
     """A pipeline of diffusers: its network, its encoders and its sampler.
 
     Only :attr:`network` is a child module: moving the model moves the network, and the pipeline's
@@ -31,6 +31,7 @@ class PipelineModel(DiffusionModel):
     Args:
         pipeline: of diffusers, with all its components.
         guidance_scale: of sampling; None for the pipeline's default.
+        settings: of :class:`~dmin.models.trained.TrainedModel`.
     """
 
     family: ClassVar[str]  # as ``model=`` calls it
@@ -39,9 +40,9 @@ class PipelineModel(DiffusionModel):
     components: ClassVar[dict[str, Any]] = {}  # replaced when loading
     sampled_with: ClassVar[dict[str, Any]] = {}  # settings of the pipeline's call
 
-    def __init__(self, pipeline: Any, guidance_scale: float | None) -> None:
-        super().__init__()
+    def __init__(self, pipeline: Any, guidance_scale: float | None, **settings: Any) -> None:
         check_pipeline(diffusers_name(pipeline), self.family, "model")
+        super().__init__(pipeline.scheduler, **settings)
         self.pipeline = pipeline
         self.network: Any = getattr(pipeline, self.network_name).eval()
         self.guidance_scale = guidance_scale
@@ -53,7 +54,7 @@ class PipelineModel(DiffusionModel):
     def __init_subclass__(cls) -> None:
         """Give ``from_pretrained`` a signature that names all settings of the family."""
         super().__init_subclass__()
-        _name_settings(cls, PipelineModel, "from_pretrained")
+        name_settings(cls, PipelineModel, "from_pretrained")
 
     @classmethod
     def from_pretrained(
@@ -188,40 +189,3 @@ class PipelineModel(DiffusionModel):
             for encoder in self.encoders.values():
                 encoder.to(device)
             yield
-
-
-def _name_settings(family: type, base: type, method: str) -> None:
-    """Give a class method of a base its own signature in a family: with all the family's settings.
-
-    The base's method ends in ``**settings`` and passes them to the constructor, and each
-    constructor keeps its own and passes the others on. So no signature would tell what a family
-    takes; but ``help()`` and the check of configurations ask signatures.
-
-    Args:
-        family: gets the method.
-        base: defines the method; its constructor and those of its subclasses are read.
-        method: name of the class method.
-    """
-    function = vars(base)[method].__func__
-    hints = get_type_hints(function)
-    own = [
-        p.replace(annotation=hints.get(p.name, p.annotation))
-        for p in inspect.signature(function).parameters.values()
-        if p.kind is not p.VAR_KEYWORD
-    ]
-    settings: dict[str, inspect.Parameter] = {}
-    for parent in family.__mro__:
-        if issubclass(parent, base) and "__init__" in vars(parent):
-            constructor: Any = vars(parent)["__init__"]
-            hints = get_type_hints(constructor)
-            for p in inspect.signature(constructor).parameters.values():
-                if p.kind is p.KEYWORD_ONLY:
-                    settings.setdefault(p.name, p.replace(annotation=hints[p.name]))
-
-    @functools.wraps(function)
-    def with_settings(cls: type, *args: Any, **given: Any) -> Any:
-        return function(cls, *args, **given)
-
-    named: Any = with_settings
-    named.__signature__ = inspect.Signature([*own, *settings.values()])
-    setattr(family, method, classmethod(named))

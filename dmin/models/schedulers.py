@@ -7,7 +7,9 @@ from typing import Any
 
 from diffusers import DDPMScheduler
 
-from dmin.diffusion.processes import EDM, DiscreteDiffusion, Process, RectifiedFlow
+from dmin.diffusion.loss import LossSettings
+from dmin.diffusion.process import Process
+from dmin.diffusion.processes import EDM, DiscreteDiffusion, RectifiedFlow
 from dmin.models.relatives import diffusers_name
 from dmin.runtime.errors import DminError
 
@@ -47,7 +49,7 @@ _REFUSED = {
 
 
 def process_of(
-    scheduler: Any, *, snr_gamma: float | None = None, shift: float | None = None
+    scheduler: Any, settings: LossSettings | None = None, shift: float | None = None
 ) -> Process:
     """Return the process that a network was trained with.
 
@@ -56,11 +58,11 @@ def process_of(
 
     Args:
         scheduler: of diffusers, as the checkpoint has it; left as it is.
-        snr_gamma: as for :class:`DiscreteDiffusion`.
+        settings: of the loss.
         shift: as for :class:`RectifiedFlow`.
 
     Raises:
-        DminError: there is no such process here, or the settings contradict each other.
+        DminError: there is no such process here, or settings contradict each other.
     """
     name = diffusers_name(scheduler).removesuffix("Scheduler")
     if name not in (*_DISCRETE, *_EDM, *_FLOW):
@@ -70,20 +72,16 @@ def process_of(
             f"flow, put the scheduler of its training (DDPMScheduler, EDMEulerScheduler, "
             f"FlowMatchEulerDiscreteScheduler) in the checkpoint's folder scheduler."
         )
-    found = _found(scheduler, name, snr_gamma, shift)
-    for setting, value, kind in (
-        ("snr_gamma", snr_gamma, DiscreteDiffusion),
-        ("shift", shift, RectifiedFlow),
-    ):
-        if value is not None and not isinstance(found, kind):
-            raise DminError(
-                f"model.{setting}={value}: this checkpoint's {name}Scheduler is that of a "
-                f"{type(found).__name__}, which has no such setting. Set it to null."
-            )
-    return found
+    found = _found(scheduler, name, shift)
+    if shift is not None and not isinstance(found, RectifiedFlow):
+        raise DminError(
+            f"model.shift={shift}: this checkpoint's {name}Scheduler is that of a "
+            f"{type(found).__name__}, which has no such setting. Set it to null."
+        )
+    return found.trained_with(settings or LossSettings())
 
 
-def _found(scheduler: Any, name: str, snr_gamma: float | None, shift: float | None) -> Process:
+def _found(scheduler: Any, name: str, shift: float | None) -> Process:
     config = scheduler.config
     kind, is_flow = config.get("prediction_type", "epsilon"), config.get("use_flow_sigmas", False)
     # Euler steps by continuous noise levels, as in Stable Video Diffusion.
@@ -100,7 +98,7 @@ def _found(scheduler: Any, name: str, snr_gamma: float | None, shift: float | No
         )
     if is_flow:
         return RectifiedFlow(config, shift)
-    return DiscreteDiffusion(_as_trained(scheduler), snr_gamma)
+    return DiscreteDiffusion(_as_trained(scheduler))
 
 
 def _karras(scheduler: Any) -> list[float]:

@@ -122,7 +122,11 @@ def test_a_target_of_then_is_found(target):
 # Settings of 0.1.0, by their dotted names, that are another today (None: gone), and why.
 EXPLAINED: dict[str, str | None] = {}
 # Settings that came since.
-ADDED: set[str] = set()
+ADDED: set[str] = {
+    *("model.weighting", "model.noise_offset", "model.input_perturbation", "model.loss_type"),
+    *("model.huber_c", "model.huber_schedule", "model.shift"),
+    *("model.sample_size", "model.variance_loss"),
+}
 # Settings whose value is another today: the old and the new one.
 CHANGED: dict[str, tuple[object, object]] = {}
 

@@ -1,6 +1,7 @@
 """Adapters, other weights and ways to load: what arrives in the network, and what is refused."""
 
 import inspect
+import json
 import logging
 import re
 import shutil
@@ -185,6 +186,73 @@ def test_an_adapter_in_kohyas_format_does_what_its_matrices_say(name, tmp_path):
     found, expected = predictions(model, merged, name)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
     assert (found - predictions(model, load(name).network, name)[1]).abs().max() > 1e-3
+
+
+WRITTEN = {  # where trainers write α = 8 of rank 2
+    "diffusers": {},
+    "plain": {"lora_alpha": "8", "r": "2"},
+    "kohya": {"ss_network_alpha": "8.0", "ss_network_dim": "2"},
+    "network": {"network_alpha": "8", "rank": "2"},
+    "tensors": {},
+    "rank-stabilised": {},
+    "by layer": {},
+    "nowhere": None,
+}
+
+
+def adapter_file(network, folder, where):
+    """Save an adapter whose file alone says its scale; return the network that has it."""
+    config = LoraConfig(
+        r=2,
+        lora_alpha={"nowhere": 2, "by layer": 4}.get(where, 8),
+        alpha_pattern={"to_q": 8, "to_v": 8} if where == "by layer" else {},
+        target_modules=["to_q", "to_v"],
+        use_rslora=where == "rank-stabilised",
+    )
+    adapted = get_peft_model(network, config, adapter_name="weird")
+    randomise(adapted)
+    state = get_peft_model_state_dict(adapted, adapter_name="weird")
+    state = {k.replace("base_model.model.", "unet."): v.contiguous() for k, v in state.items()}
+    if where == "tensors":
+        layers = [k.removesuffix(".lora_A.weight") for k in state if "lora_A" in k]
+        state |= {f"{layer}.alpha": torch.tensor(8.0) for layer in layers}
+    header = WRITTEN[where]
+    if where in ("diffusers", "rank-stabilised", "by layer"):
+        told = {
+            f"unet.{k}": sorted(v) if isinstance(v, set) else v
+            for k, v in config.to_dict().items()
+        }
+        header = {"format": "pt", "lora_adapter_metadata": json.dumps(told)}
+    save_file(state, folder / "one.safetensors", metadata=header)
+    return network, folder / "one.safetensors"
+
+
+@pytest.mark.parametrize("where", WRITTEN)
+def test_the_scale_of_an_adapter_is_found_wherever_it_stands(where, ddpm_path, tmp_path):
+    trained, file = adapter_file(DDPM.from_pretrained(ddpm_path).network, tmp_path, where)
+    model = DDPM.from_pretrained(ddpm_path, adapter=file)
+    x0, noise, t = torch.rand(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.tensor([700, 3])
+    condition = model.condition([1, 2])
+    found = model.predict(x0, noise, t, condition).prediction
+    plain = DDPM.from_pretrained(ddpm_path).predict(x0, noise, t, condition).prediction
+    model.network = trained.eval()
+    expected = model.predict(x0, noise, t, condition).prediction
+    torch.testing.assert_close(found, expected)
+    assert (found - plain).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("where", WRITTEN)
+def test_a_scale_that_diffusers_does_not_read_is_read(where, tmp_path):
+    name = "stable_diffusion"
+    trained, file = adapter_file(load_anew(name).network, tmp_path, where)
+    model = load_anew(name, adapter=file)
+    found, expected = predictions(model, trained, name)
+    torch.testing.assert_close(found, expected)
+    described = model.describe()["adapters"]["default"]
+    assert (8 if where != "nowhere" else 2) in (
+        described["lora_alpha"],
+        *described["alpha_pattern"].values(),
+    )
 
 
 def test_several_adapters_act_together(tmp_path):

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from dmin.attribution.curvature.functional_loss import FunctionalLoss, Weights
 from dmin.data.base import Example
 from dmin.diffusion.inputs import NoisedBatch
+from dmin.models.base import weight_of_squares
 from dmin.runtime.errors import DminError
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class LossCurvature:
         def predicted(weights: Weights) -> Tensor:
             found = self.loss.predict(weights, pairs)
             size = found.prediction[0].numel()
-            scale[:] = [2 * found.weight.detach() / size]
+            scale[:] = [2 * weight_of_squares(found).detach() / size]
             return found.prediction.flatten(1)
 
         change = self._along(predicted, direction)

@@ -15,6 +15,7 @@ from dmin.gradients.capture import Capture
 from dmin.gradients.factors import Correlation, GradientFactors, Outer, Sum, wide
 from dmin.gradients.parameters import Parameters
 from dmin.gradients.sink import Sink
+from dmin.models.base import weight_of_squares
 
 
 @dataclass
@@ -134,7 +135,7 @@ class KroneckerCurvature:
                     found = model.predict(*piece)
                     flat = found.prediction.flatten(1)
                     drawn = torch.randn(flat.shape, generator=generator, dtype=torch.float64)
-                    scale = (2 * found.weight / flat.shape[1]).sqrt()[:, None]
+                    scale = (2 * weight_of_squares(found) / flat.shape[1]).sqrt()[:, None]
                     capture.backward((flat * (scale * drawn.to(flat))).sum(1))
                 yield
 

@@ -18,22 +18,21 @@ from diffusers import (
 from torch import Tensor
 
 from dmin.diffusion.processes import DiscreteDiffusion
-from dmin.models.adapters import describe_adapters, load_adapters
+from dmin.models.adapters import load_adapters
 from dmin.models.base import (
     Condition,
-    DiffusionModel,
     Prediction,
     class_labels,
     noise_generators,
 )
 from dmin.models.checkpoints import load_pipeline, load_weights
 from dmin.models.relatives import check_inputs, check_variance
-from dmin.models.schedulers import process_of
+from dmin.models.trained import TrainedModel, name_settings
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import to_device
 
 
-class DDPM(DiffusionModel):
+class DDPM(TrainedModel):
     """A denoising diffusion model of pixels (Ho et al. 2020).
 
     Its process and target are those of the scheduler: discrete, with Karras' preconditioning, or a
@@ -47,6 +46,7 @@ class DDPM(DiffusionModel):
         sample_size: height and width of images, for a network that leaves them open; None for its
             own, and for images of any size that its levels can halve.
         variance_loss: add the bound that trained the variance, of a network that has learned one.
+        settings: of :class:`~dmin.models.trained.TrainedModel`.
     """
 
     def __init__(
@@ -57,13 +57,12 @@ class DDPM(DiffusionModel):
         *,
         sample_size: Sequence[int] | None = None,
         variance_loss: bool = False,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(scheduler, snr_gamma=snr_gamma, **settings)
         check_inputs("ddpm", type(network), network.config, None)
         self.network: UNet2DModel = network
         self.scheduler: Any = scheduler
-        self.process: Any = process_of(scheduler, snr_gamma=snr_gamma)
-        self.ladder = self.process.ladder
         config: Any = network.config
         self.classes: int | None = config.num_class_embeds
         size = config.sample_size if sample_size is None else sample_size
@@ -95,9 +94,7 @@ class DDPM(DiffusionModel):
         *,
         adapter: str | Path | Sequence[str] | None = None,
         ema: str | Path | None = None,
-        snr_gamma: float | None = None,
-        sample_size: Sequence[int] | None = None,
-        variance_loss: bool = False,
+        **settings: Any,
     ) -> Self:
         """Load a checkpoint saved in the layout of diffusers' ``DDPMPipeline``.
 
@@ -106,9 +103,7 @@ class DDPM(DiffusionModel):
             adapter: LoRA weights of the UNet: file or folder, or several.
             ema: other weights of the UNet, such as their moving average: ``.safetensors`` file, or
                 a folder that ``EMAModel.save_pretrained`` wrote.
-            snr_gamma: as for the class, as are the next two.
-            sample_size: of images.
-            variance_loss: whether the variance is trained.
+            settings: of the class.
 
         Raises:
             DminError: no such checkpoint.
@@ -123,8 +118,7 @@ class DDPM(DiffusionModel):
             load_weights(pipeline.unet, ema)
         if adapter is not None:
             load_adapters(pipeline.unet, adapter)
-        settings: Any = {"sample_size": sample_size, "variance_loss": variance_loss}
-        return cls(pipeline.unet.eval(), pipeline.scheduler, snr_gamma, **settings)
+        return cls(pipeline.unet.eval(), pipeline.scheduler, **settings)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Save in the layout of diffusers' ``DDPMPipeline``."""
@@ -165,12 +159,12 @@ class DDPM(DiffusionModel):
 
     def predict(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """Return the network's prediction and the target of the scheduler's prediction type."""
-        noised, target, weight = self.process(x0, noise, t)
-        prediction, variance = self._output(noised, t, condition)
+        noised = self.process(x0, noise, t)
+        prediction, variance = self._output(noised.sample, t, condition)
         bound = None
         if self.variance_loss and variance is not None:
-            bound = self.process.variance_bound(x0, noised, t, prediction, variance)
-        return Prediction(prediction, target, weight, bound)
+            bound = self.process.variance_bound(x0, noised.sample, t, prediction, variance)
+        return self._judged(noised, t, prediction, bound)
 
     def _output(
         self, noised: Tensor, t: Tensor, condition: Condition
@@ -180,10 +174,6 @@ class DDPM(DiffusionModel):
         output = self.network(told, self.process.time(t), **condition).sample
         mean, *variance = output.split(noised.shape[1], dim=1)
         return mean, variance[0] if variance else None
-
-    def log_snr(self, timesteps: Sequence[float]) -> list[float]:
-        """Return the log signal-to-noise ratio at each timestep."""
-        return self.process.log_snr(timesteps)
 
     def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int = 100) -> Tensor:
         """Generate by DDIM (Song et al. 2021), η = 0, or Euler's steps: the seed decides."""
@@ -237,10 +227,8 @@ class DDPM(DiffusionModel):
             yield x, x0
 
     def describe(self) -> dict[str, Any]:
-        """Return the loss: prediction type, noise schedule and weighting."""
-        adapters = describe_adapters(self.network)
-        trained = {"variance_loss": True} if self.variance_loss else {}
-        return {**super().describe(), **self.process.describe(), "adapters": adapters, **trained}
+        """Return the loss."""
+        return {**super().describe(), **({"variance_loss": True} if self.variance_loss else {})}
 
 
 def _known(target: type, settings: Mapping[str, Any], name: str) -> None:
@@ -252,3 +240,6 @@ def _known(target: type, settings: Mapping[str, Any], name: str) -> None:
                 f"{name}.{key}: {target.__name__} has no such setting. It has: "
                 f"{', '.join(sorted(allowed))}."
             )
+
+
+name_settings(DDPM, DDPM, "from_pretrained")

@@ -83,7 +83,16 @@ class FiLMNetwork(ModelMixin, ConfigMixin):
 
 
 class MLP(DDPM):
-    """A DDPM whose network is a :class:`FiLMNetwork`."""
+    """A DDPM whose network is a :class:`FiLMNetwork`.
+
+    Args:
+        network: the network.
+        scheduler: as for :class:`DDPM`, as is the next.
+        snr_gamma: of min-SNR weights. Retraining in compiled loops knows no other loss.
+    """
+
+    def __init__(self, network: Any, scheduler: Any, snr_gamma: float | None = None) -> None:
+        super().__init__(network, scheduler, snr_gamma)
 
     @classmethod
     def small(

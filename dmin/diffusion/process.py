@@ -1,0 +1,157 @@
+"""What all ways from an image to noise have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from dmin.diffusion.loss import LossSettings
+from dmin.runtime.errors import DminError
+
+
+class Noised(NamedTuple):
+    """Noised examples, what a model should say of them, and how much that counts."""
+
+    sample: Tensor  # x_t, as x0
+    target: Tensor  # as x0
+    weight: Tensor  # [batch], of the example's loss
+
+
+class Levels(NamedTuple):
+    """α and σ of ``x_t = α x0 + σ ε``, each ``[batch, 1, ...]``."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+
+class ContinuousTimesteps(tuple[float, ...]):
+    """Timesteps of a continuous process: all from the first down to the last, not only these.
+
+    Args:
+        values: the ladder.
+        zero: all down to 0 instead, which itself is none: there is no noise.
+    """
+
+    zero: bool
+
+    def __new__(cls, values: Iterable[float], zero: bool = False) -> Self:
+        """Return the ladder."""
+        made = super().__new__(cls, values)
+        made.zero = zero
+        return made
+
+    def __contains__(self, t: Any) -> bool:
+        """Tell whether the process has this timestep."""
+        return (t > 0 if self.zero else self[-1] <= t) and t <= self[0]
+
+
+class Process(ABC):
+    """Noising ``x_t = α_t x0 + σ_t ε``, what the network is told, and what it should say.
+
+    Attributes:
+        ladder: all timesteps in the order of sampling, in the unit that the network is told.
+    """
+
+    ladder: Sequence[float]
+    settings = LossSettings()
+    allowed: ClassVar[dict[str, tuple[Any, ...]]]
+    """Settings of the loss that depend on the process, and the values that it has."""
+
+    def trained_with(self, settings: LossSettings) -> Self:
+        """Return this process with the loss of a training script.
+
+        Raises:
+            DminError: there is no such setting, or the process has none.
+        """
+        self.settings = settings.check()
+        for name, values in self.allowed.items():
+            value = getattr(settings, name)
+            used = name != "huber_schedule" or settings.loss_type != "l2"
+            if used and value is not None and value not in values:
+                raise DminError(
+                    f"model.{name}={value}: this checkpoint is a {type(self).__name__}, by its "
+                    f"scheduler, which has no such setting. Allowed are "
+                    f"{', '.join(map(str, values)) or 'null alone'}."
+                )
+        return self
+
+    def __call__(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
+        """Return noised examples, their targets and weights.
+
+        Args:
+            x0: ``[batch, ...]``.
+            noise: standard normal, as x0.
+            t: ``[batch]``, from the ladder.
+        """
+        levels = self.levels(t, x0)
+        noise, of_target = self.settings.noises(noise, t)
+        sample = levels.alpha * x0 + levels.sigma * noise
+        return Noised(sample, self._target(levels, x0, of_target), self._weight(levels, len(x0)))
+
+    def loss(self, noised: Noised, prediction: Tensor, t: Tensor) -> Tensor | None:
+        """Return each example's loss where it is no squared error, ``[batch]``; else None.
+
+        Args:
+            noised: the examples.
+            prediction: as x0.
+            t: ``[batch]``, from the ladder.
+        """
+        settings = self.settings
+        if settings.loss_type == "l2":
+            return None
+        c = torch.full_like(t, settings.huber_c, dtype=prediction.dtype)
+        if settings.huber_schedule == "exponential":
+            c = c ** (t / len(self.ladder))
+        elif settings.huber_schedule == "snr":
+            levels = self.levels(t, prediction)
+            ratio = (levels.sigma / levels.alpha).flatten()
+            c = (1 - settings.huber_c) / (1 + ratio) ** 2 + settings.huber_c
+        error = (prediction - noised.target).flatten(1)
+        return noised.weight * settings.bounded(error, c[:, None]).mean(1)
+
+    @abstractmethod
+    def levels(self, t: Tensor, like: Tensor) -> Levels:
+        """Return α and σ at timesteps, to go with tensors such as ``like``."""
+
+    @abstractmethod
+    def x0(self, levels: Levels, sample: Tensor, output: Tensor) -> Tensor:
+        """Return what the network's output says x0 is: the inverse of the target."""
+
+    def network_input(self, sample: Tensor, t: Tensor) -> Tensor:
+        """Return x_t as the network takes it."""
+        return sample
+
+    def time(self, t: Tensor) -> Tensor:
+        """Return timesteps as the network is told them."""
+        return t
+
+    def log_snr(self, timesteps: Sequence[float]) -> list[float]:
+        """Return ``log(α² / σ²)`` of each timestep; −∞ for pure noise."""
+        alpha, sigma = self.levels(torch.tensor(timesteps), torch.empty(0, dtype=torch.float64))
+        return (2 * torch.log(alpha / sigma)).tolist()
+
+    def describe(self) -> dict[str, Any]:
+        """Return noise schedule, target and loss, as JSON."""
+        return {**self._described(), **self.settings.describe()}
+
+    @abstractmethod
+    def _described(self) -> dict[str, Any]:
+        """Return noise schedule and target."""
+
+    @abstractmethod
+    def _target(self, levels: Levels, x0: Tensor, noise: Tensor) -> Tensor:
+        """Return what the network's output is compared with."""
+
+    @abstractmethod
+    def _scale(self, levels: Levels) -> Tensor:
+        """Return how far an error of the output moves x0."""
+
+    def _weight(self, levels: Levels, batch: int) -> Tensor:
+        """Return the weight of each example's loss, ``[batch]``."""
+        if self.settings.weighting == "x0":
+            return self._scale(levels).flatten() ** 2
+        return levels.sigma.new_ones(batch)
