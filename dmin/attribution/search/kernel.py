@@ -121,6 +121,7 @@ def products(queries: int, first: bool) -> Any:
             numbers = [builder.select(builder.icmp_signed("<", n, last), n, last) for n in numbers]
             those = [builder.add(start, builder.mul(n, apart)) for n in numbers]
             here, then = (cgutils.unpack_tuple(builder, four) for four in (here, then))
+            # Whole vectors, then number by number: no load reaches past a row.
             loop = _Loop(context, builder, like.dtype, here, those, then if first else [])
             step = ir.Constant(number.type, loop.step)
             whole = builder.sub(number, builder.urem(number, step))
@@ -246,7 +247,11 @@ def multiplied(like: Any, addresses: Any, factors: Any, sums: Any, queries: Any,
         scores: float32 ``[Q, n]``, to be filled.
     """
     count, (asked, steps, width) = len(addresses), queries.shape
-    # Of few queries memory is the limit: then rows are read from end to end.
+    # Outermost first: TOGETHER queries; TILE rows; COLUMNS columns of them, which then lie in the
+    # second cache (int8 to float32: 32 to 128 kB); QUERIES queries, whose columns lie in the first;
+    # ROWS rows, whose products with these are the registers of `products`. So of many queries
+    # the store is read from memory once for TOGETHER of them. Of few, memory is the limit: then
+    # rows are read from end to end, ROWS at a time.
     tile = ROWS if asked <= QUERIES else TILE
     scores[:] = 0
     seen = np.zeros(count, np.uint32)

@@ -67,6 +67,10 @@ def fold_blocks(
     MEASURE: tl.constexpr,
 ):
     """Add the blocks that reach one tile of buckets, and measure what they put there."""
+    # Program (tile of buckets, share of the blocks that reach it, group of EXAMPLES). Its total is
+    # [EXAMPLES, TILE] in registers: a block's place and signs are the same for all examples, and
+    # are read once for EXAMPLES of them. By offset, what reaches a tile is one run of `order`
+    # (around the end), so nobody looks for it; shares fill a GPU where k has few tiles.
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     example = (tl.program_id(2) * EXAMPLES + tl.arange(0, EXAMPLES))[:, None]
     start, reaching = tl.load(first + tile), tl.load(count + tile).to(tl.int64)
@@ -119,6 +123,8 @@ def fold_rows(
     TILE: tl.constexpr,
 ):
     """Add the rows of a gradient, each count-sketched and shifted by its output's bucket."""
+    # Programs and total as in `fold_blocks`, a share being of the rows. A bucket gathers its
+    # columns (a layer at a time; few buckets have many): scattering would need atomic operations.
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     example = (tl.program_id(2) * EXAMPLES + tl.arange(0, EXAMPLES))[:, None]
     low, high = outputs * split // splits, outputs * (split + 1) // splits
@@ -156,6 +162,8 @@ def count_sketch(
     TILE: tl.constexpr,
 ):
     """Write the count sketches of rows: to each bucket, the signed columns that lie in it."""
+    # Program (ROWS rows, tile of buckets): the map is read once for ROWS rows, and each row's
+    # numbers, gathered out of order, are near each other and stay in the cache.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     bucket = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
     inside = bucket < dim
@@ -183,6 +191,8 @@ def add_products(
     TILE: tl.constexpr,
 ):
     """Add ``Σ_p left_p · right_p`` at one tile of frequencies of one example."""
+    # Program (tile of frequencies, example), with [STEP, TILE] real and imaginary sums: positions
+    # go by STEP at a time and are added up at the end, so each spectrum is read once, in order.
     example = tl.program_id(1).to(tl.int64)
     frequency = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = frequency < frequencies

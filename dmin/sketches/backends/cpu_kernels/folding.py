@@ -79,6 +79,8 @@ def fold_rows(x, start, step, count, width, out, o, tap, fold, total):  # type: 
         fold: the map.
         total: where they are added.
     """
+    # total is longer than k, so that neither a block that runs past the last bucket nor the sum of
+    # two places wants a remainder for each number; `wrap` adds the rest to the front at the end.
     if fold.block == 0:
         for r in range(count):
             place, sign = fold.row[o + r], fold.row_sign[o + r]
@@ -90,7 +92,7 @@ def fold_rows(x, start, step, count, width, out, o, tap, fold, total):  # type: 
         return
     block, row = fold.block, tap * out + o
     blocks, words = -(-width // block), -(-width // WORD)
-    if block % WORD:
+    if block % WORD:  # signs of a block begin within a word: number by number
         for r in range(count):
             for c in range(width):
                 word = fold.words[(row + r) * words + c // WORD]
@@ -99,6 +101,7 @@ def fold_rows(x, start, step, count, width, out, o, tap, fold, total):  # type: 
                 value = x[start + r * step + c]
                 total[place] += -value if minus else value
         return
+    # Whole words: WORD numbers lie side by side in x and in total alike, and are added as vectors.
     for r in range(count):
         for b in range(blocks):
             place = fold.offsets[(row + r) * blocks + b] - b * block

@@ -57,6 +57,8 @@ def form_and_fold(  # type: ignore[no-untyped-def]
     """
     panels, pixels, _ = a.shape
     positions = d.shape[1]
+    # piece: ROWS rows of the gradient for one tap, each up to whole words of signs (zeros there).
+    # Some kB: it is folded from the cache, and the next tap reads the same panel of d while near.
     padded = -(-width // WORD) * WORD
     piece = np.zeros(ROWS * padded, np.float32)
     norm = 0.0
@@ -98,6 +100,9 @@ def form_transformed_and_fold(  # type: ignore[no-untyped-def]
         measure: whether to return the squared norm.
     """
     panels, tiles = len(a), a.shape[2] - 1
+    # products: [36, ROWS, COLUMNS], of one panel by one panel; piece: [9, ROWS, padded]. All taps
+    # come out of one product, so the 36 are summed over all tiles first (as many small matrix
+    # products) and go through the inverse once, not once a tile.
     padded = -(-width // WORD) * WORD
     products = np.empty(PRODUCTS * ROWS * COLUMNS, np.float32)
     piece = np.zeros(9 * ROWS * padded, np.float32)
@@ -218,7 +223,9 @@ def fold_planes(  # type: ignore[no-untyped-def]
     size_d, size_a = panels_d * pixels_d * ROWS, panels_a * pixels_a * COLUMNS
     size_td = panels_d * PRODUCTS * (tiles + 1) * ROWS if transforms else 0
     size_ta = panels_a * PRODUCTS * (tiles + 1) * COLUMNS if transforms else 0
-    start_a = size_d + WIDTH  # a vector that is longer than a panel reaches beyond the last
+    # scratch: d and a packed, then both transformed, a vector of slack behind each, as one that is
+    # longer than a panel reaches beyond the last.
+    start_a = size_d + WIDTH
     start_td = start_a + size_a + WIDTH
     start_ta = start_td + size_td + WIDTH
     needed = start_ta + size_ta

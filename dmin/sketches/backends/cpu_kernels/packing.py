@@ -24,6 +24,8 @@ def pack(x: np.ndarray, top: int, left: int, out: np.ndarray) -> None:
         out: ``[panels, height', width', panel]``, zeros, with WIDTH more floats behind it in
             memory. What does not fit in is not needed.
     """
+    # In memory pixels lie side by side, in panels channels do: WIDTH × WIDTH squares are turned in
+    # registers, so that both sides are read and written by whole vectors.
     channels, panel = x.shape[0], out.shape[3]
     height, width = min(x.shape[1], out.shape[1] - top), min(x.shape[2], out.shape[2] - left)
     for p in range(out.shape[0]):

@@ -105,6 +105,9 @@ def tile(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         d, a, outer, inner, a_outer, a_inner, c, c_row = args
+        # Registers: ROWS × VECTORS sums (24 of AVX-512's 32), VECTORS of a, one entry of d spread
+        # out. So a step loads ROWS + VECTORS times for ROWS · VECTORS products: the sums never
+        # leave, and more of them would. Two loops, as positions are lines in a padded image.
         zero = _all(0.0)
         entry = builder.block
         line = builder.append_basic_block("line")
@@ -191,6 +194,7 @@ def square(typing: Any, x: Any, count: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         x, count = args
+        # WORD // WIDTH sums side by side, as an addition waits for the last one to the same sum.
         zero = _all(0.0)
         entry, step = builder.block, builder.append_basic_block("step")
         end = builder.append_basic_block("end")
@@ -277,6 +281,8 @@ def sandwich(left: np.ndarray) -> Callable:
             def place(row: Any, i: int, column: Any, j: int) -> Any:
                 return builder.add(builder.mul(row, _number(i)), builder.mul(column, _number(j)))
 
+            # A vector is one entry of X for WIDTH channels; L is known, so its zeros and ones cost
+            # nothing. 6 × 6 vectors fill the registers: column by column, L X has them alone.
             halfway = []  # L X, one column of X after the other
             for j in range(size):
                 column = [_load(builder, x, place(x_row, i, x_column, j)) for i in range(size)]
