@@ -13,7 +13,7 @@ from omegaconf import open_dict
 from dmin.cli.config.groups import config_directory
 from dmin.cli.jobs import requeue, slurm
 from dmin.cli.jobs.processes import check_devices, is_main
-from dmin.cli.jobs.requeue import after_stop, parsed_time
+from dmin.cli.jobs.requeue import after_stop
 from dmin.cli.jobs.slurm import (
     Processes,
     Tasks,
@@ -175,12 +175,6 @@ def state(pid):
         return "Z"
 
 
-def test_the_times_of_slurm_are_read():
-    assert parsed_time("1-02:03:04") == 93784
-    assert parsed_time("4:05") == 245
-    assert parsed_time("UNLIMITED") is None and parsed_time("") is None
-
-
 class TestAfterASignal:
     @pytest.fixture
     def asked(self, monkeypatch):
@@ -218,9 +212,9 @@ class TestAfterASignal:
         assert heard == [signal.SIGUSR2] and asked == ["stays"]
 
     def test_a_walltime_shorter_than_a_block_is_not_tried_again(self, asked):
-        with pytest.raises(DminError, match=r"before one block.*50 s before its end.*more time"):
+        with pytest.raises(DminError, match=r"before one block.*more time"):
             after_stop(self.stopped(signal.SIGUSR1, gained=False), True, True, print)
-        assert asked == [["squeue", "-h", "-j", "17", "-o", "%L"]]
+        assert asked == []
 
     def test_outside_of_slurm_it_cannot_be(self, monkeypatch):
         monkeypatch.delenv("SLURM_JOB_ID", raising=False)

@@ -6,6 +6,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import hydra
@@ -49,28 +50,7 @@ def run(step: Step, name: str, argv: list[str], from_here: bool = True) -> None:
     """
     follow_parent()
     _show_warnings_plainly()
-    theirs = list(sys.argv), os.environ.get(_FULL_ERROR)
-    started = False
-
-    def job(cfg: DictConfig) -> None:
-        nonlocal started
-        started = True
-        # The step, and the processes it starts, see the command line and environment they know.
-        with _process(*theirs):
-            cwd = HydraConfig.get().runtime.cwd
-            if from_here and cwd not in sys.path:
-                sys.path.append(cwd)  # so that `_target_: my_model.MyModel` is found where one is
-            try:
-                with sweep.own_output():
-                    _attempt(step, name, cfg, full=theirs[1] == "1")
-            except (DminError, HydraException, OmegaConfBaseException) as error:
-                # Hydra's note on the error would only get in the way of the message, and a
-                # SystemExit passes it by.
-                message = None if theirs[1] == "1" else explain(error)
-                if message is not None:
-                    raise SystemExit(printable(message)) from error
-                raise
-
+    job = _Job(step, name, from_here, list(sys.argv), os.environ.get(_FULL_ERROR))
     try:
         with _process([sys.argv[0], *_sorted(argv, f"hydra.job.name={name}", sweep.CALLBACK)], "1"):
             try:
@@ -87,9 +67,9 @@ def run(step: Step, name: str, argv: list[str], from_here: bool = True) -> None:
             _interrupted()
         raise
     except Exception as error:
-        message = None if theirs[1] == "1" else explain(error)
+        message = job.explained(error)
         # Before the step started, the only files touched are those of Hydra's run folder.
-        if message is None and isinstance(error, OSError) and error.filename and not started:
+        if message is None and isinstance(error, OSError) and error.filename and not job.started:
             message = (
                 f"the run folder {error.filename} cannot be written ({error.strerror}). Set "
                 "paths.outputs to a folder with write permission and free space."
@@ -99,22 +79,53 @@ def run(step: Step, name: str, argv: list[str], from_here: bool = True) -> None:
         raise SystemExit(printable(message)) from error
 
 
-def _attempt(step: Step, name: str, cfg: DictConfig, full: bool) -> None:
-    """Validate and run a step. A failed job of a sweep leaves a record, and the others run on."""
-    try:
-        renamed = rename(cfg)
-        validate(cfg, getattr(step, "needs", None))
-        if is_main(cfg.get("trainer") or {}):
-            warn_of(renamed)
-        step(cfg)
-    except Exception as error:
-        if HydraConfig.get().mode == RunMode.RUN:
-            raise
-        message = None if full else explain(error)
-        if message is None:
-            traceback.print_exc()
-        note_failure(cfg, name, message or f"{type(error).__name__}: {one_line(error)}")
-        print(f"job {HydraConfig.get().job.num} failed: {message or error}", file=sys.stderr)
+@dataclass
+class _Job:
+    """A step as Hydra calls it. It sees the command line and environment that the user gave."""
+
+    step: Step
+    name: str
+    from_here: bool
+    argv: list[str]
+    full_error: str | None
+    started: bool = False
+
+    def __call__(self, cfg: DictConfig) -> None:
+        self.started = True
+        with _process(self.argv, self.full_error):
+            cwd = HydraConfig.get().runtime.cwd
+            if self.from_here and cwd not in sys.path:
+                sys.path.append(cwd)  # so that `_target_: my_model.MyModel` is found where one is
+            try:
+                with sweep.own_output():
+                    self._attempt(cfg)
+            except (DminError, HydraException, OmegaConfBaseException) as error:
+                # Hydra's note on the error would only get in the way of the message, and a
+                # SystemExit passes it by.
+                if (message := self.explained(error)) is not None:
+                    raise SystemExit(printable(message)) from error
+                raise
+
+    def explained(self, error: Exception) -> str | None:
+        """Return what is told of an error; None for its traceback."""
+        return None if self.full_error == "1" else explain(error)
+
+    def _attempt(self, cfg: DictConfig) -> None:
+        """Validate and run. A failed job of a sweep leaves a record, and the others run on."""
+        try:
+            renamed = rename(cfg)
+            validate(cfg, getattr(self.step, "needs", None))
+            if is_main(cfg.get("trainer") or {}):
+                warn_of(renamed)
+            self.step(cfg)
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.RUN:
+                raise
+            message = self.explained(error)
+            if message is None:
+                traceback.print_exc()
+            note_failure(cfg, self.name, message or f"{type(error).__name__}: {one_line(error)}")
+            print(f"job {HydraConfig.get().job.num} failed: {message or error}", file=sys.stderr)
 
 
 def complete(arguments: list[str]) -> None:

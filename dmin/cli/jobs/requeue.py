@@ -34,12 +34,10 @@ def after_stop(stopped: Stopped, asked: bool, is_main: bool, tell: Callable[[str
     if stopped.signum == signal.SIGTERM or not (submitit or asked):
         return
     if not stopped.gained:
-        left = seconds_left()
         raise DminError(
-            f"the job got {stopped.signum.name} before one block was finished"
-            f"{'' if left is None else f', {left:.0f} s before its end'}: started again it would "
-            f"get no further, so it is not requeued. Ask for more time, send the signal later, or "
-            f"set collect.block_size lower (a new store) and collect.workers higher."
+            f"the job got {stopped.signum.name} before one block was finished: started again it "
+            f"would get no further, so it is not requeued. Ask for more time, send the signal "
+            f"later, or set collect.block_size lower (a new store) and collect.workers higher."
         )
     if submitit:
         tell("what is finished is sealed; submitit decides whether the job goes on later")
@@ -77,28 +75,3 @@ def requeue(environ: Mapping[str, str] = os.environ) -> str:
             f"does not requeue by itself. What is finished is sealed: give the same command again."
         )
     return job
-
-
-def seconds_left(environ: Mapping[str, str] = os.environ) -> float | None:
-    """Return the time until this process's job is killed; None if nobody says."""
-    job = environ.get("SLURM_JOB_ID")
-    if job is None or shutil.which("squeue") is None:
-        return None
-    asked = ["squeue", "-h", "-j", job, "-o", "%L"]
-    try:
-        run = subprocess.run(asked, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return None
-    return parsed_time(run.stdout.strip())
-
-
-def parsed_time(text: str) -> float | None:
-    """Return SLURM's ``days-hours:minutes:seconds`` in seconds; None for UNLIMITED and the like."""
-    days, _, clock = text.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdecimal() for part in parts) or not (days or "0").isdecimal():
-        return None
-    seconds = 0
-    for part in parts:
-        seconds = 60 * seconds + int(part)
-    return float(seconds + 86400 * int(days or 0))
