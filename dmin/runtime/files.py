@@ -93,5 +93,18 @@ def read_regular(path: Path, most: int) -> bytes:
     return content
 
 
+def append(path: Path, text: str) -> None:
+    """Add a text to an ordinary file, which is made if it is not there; follow no link.
+
+    Raises:
+        OSError: it is something else, or cannot be written.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    with open(_without_waiting(str(path), flags), "a") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not an ordinary file", str(path))
+        file.write(text)
+
+
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dmin.runtime.files import commit
+from dmin.runtime.files import append, commit
 from dmin.workers.liveness import EVERY, FOLDER, WorkerStatus, born, machine_here, reports
 from dmin.workers.shard import Shard
 
@@ -92,11 +92,14 @@ class Heartbeat:
         """
         first = self.share.job[0]
         end = time.monotonic() + limit
-        while not (found := [r for r in reports(self.store, first.__eq__) if r.run == self.run]):
+        while not (found := [r for r in reports(self.store, first.__eq__) if self._of_this_run(r)]):
             if time.monotonic() > end:
                 break
             time.sleep(0.5)
         return bool(found)
+
+    def _of_this_run(self, report: WorkerStatus) -> bool:
+        return report.run == self.run and not report.foreign
 
     def say(self, **changes: Any) -> None:
         """Change what it says, and write it now: fields of :class:`WorkerStatus`."""
@@ -168,7 +171,12 @@ class Heartbeat:
         with self._lock:
             self._said = replace(self._said, beat=self._said.beat + 1, clock=time.time())
             document = asdict(self._said)
-        for name in ("share", "age", "ahead"):  # in the file's name; for the reader to find
+        for name in (
+            "share",
+            "age",
+            "ahead",
+            "foreign",
+        ):  # in the file's name; for the reader to find
             del document[name]
         return (json.dumps(document, indent=1) + "\n").encode()
 
@@ -189,8 +197,7 @@ class Heartbeat:
         kept = ("run", "state", "host", "pid", "blocks", "done", "rows", "rate", "note")
         line = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
         line |= {name: getattr(said, name) for name in kept}
-        with self.file.with_name(f"{self.share.name}.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.file.with_name(f"{self.share.name}.jsonl"), json.dumps(line) + "\n")
 
 
 def batch_job() -> str:

@@ -2,6 +2,9 @@
 
 Clocks of different machines are never compared: whether a file changes is seen over time, and its
 age is told by the file system that stamps it.
+
+A store's folder may be shared, so these files may be anybody's: what is no status of a worker is
+not seen, and what another user's says is shown but holds nothing.
 """
 
 from __future__ import annotations
@@ -10,12 +13,14 @@ import contextlib
 import json
 import os
 import secrets
+import stat
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from dmin.runtime.files import read_regular
 from dmin.workers.shard import Shard
 
 FOLDER = "progress"
@@ -27,6 +32,7 @@ SILENT = 9
 # themselves slow.
 STUCK_SECONDS, STUCK_BLOCKS = 3600.0, 20
 ENDED = ("finished", "stopped", "failed")
+MOST_BYTES, MOST_LETTERS, LARGEST = 1 << 16, 4096, 10**15  # of a file, and of what stands in it
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class WorkerStatus:
         note: what went wrong.
         age: seconds since the file was written, by the file system's clock.
         ahead: seconds by which its clock is ahead of the file system's.
+        foreign: whether another user wrote it.
     """
 
     share: Shard
@@ -77,6 +84,7 @@ class WorkerStatus:
     note: str = ""
     age: float = 0.0
     ahead: float = 0.0
+    foreign: bool = False
 
     @property
     def ended(self) -> bool:
@@ -108,7 +116,7 @@ class WorkerStatus:
     @property
     def at_work(self) -> bool:
         """Whether its work is still its own: alive but silent, it is suspended and may go on."""
-        return self.running or self.alive
+        return not self.foreign and (self.running or self.alive)
 
     @property
     def who(self) -> str:
@@ -132,19 +140,19 @@ def reports(
     except OSError:
         return []
     wanted = [(share, file) for share, file in named if share is not None and chosen(share)]
-    now = _file_system_clock(folder) if wanted else 0.0
-    found = (_read(share, file, now) for share, file in wanted)
+    here = _look(folder) if wanted else _Look(0.0, None)
+    found = (_read(share, file, here) for share, file in wanted)
     return sorted((each for each in found if each is not None), key=lambda each: each.share)
 
 
 def remove_ended(store: Path, share: Shard) -> None:
     """Remove what ended or lost runs at a share said, and what cannot be read."""
     folder = store / FOLDER
-    with contextlib.suppress(OSError):
-        now = _file_system_clock(folder)
-        for file in folder.glob(f"{share.name}.*"):
-            status = _read(share, file, now)
-            if file.suffix == ".json" and not (status is not None and status.at_work):
+    here = _look(folder)
+    for file in folder.glob(f"{share.name}.*.json"):
+        status = _read(share, file, here)
+        if status is None or not (status.at_work or status.foreign):
+            with contextlib.suppress(OSError):
                 file.unlink(missing_ok=True)
 
 
@@ -167,7 +175,7 @@ class LivenessMonitor:
         """Return what the processes said last, and of those that are lost the reason."""
         now = time.monotonic()
         found = reports(self.store, self.shares.__contains__)
-        said = {each.share: each for each in found if each.run == self.run}
+        said = {each.share: each for each in found if each.run == self.run and not each.foreign}
         lost = {}
         for share in self.shares:
             report = said.get(share)
@@ -192,28 +200,52 @@ class LivenessMonitor:
         return said, lost
 
 
-def _read(share: Shard, file: Path, now: float) -> WorkerStatus | None:
-    try:
-        written = file.stat().st_mtime
-        document: Mapping[str, Any] = json.loads(file.read_text())
-        known = {name: document[name] for name in document if name in WorkerStatus.__annotations__}
-        report = WorkerStatus(share=share, **known)
-        return replace(report, age=max(0.0, now - written), ahead=report.clock - written)
-    except (OSError, ValueError, TypeError):
-        return None  # just replaced or removed, or of another version
+class _Look(NamedTuple):
+    """A folder's own clock at a look into it, and whose files are ours; None if unknown."""
+
+    now: float
+    user: int | None
 
 
-def _file_system_clock(folder: Path) -> float:
-    """Return the time by the clock that stamps files in a folder."""
-    probe = folder / f"clock.{secrets.token_hex(4)}.tmp"
+def _look(folder: Path) -> _Look:
+    probe = folder / f"clock.{secrets.token_hex(8)}.tmp"
     try:
-        probe.touch()
-        return probe.stat().st_mtime
+        probe.touch(exist_ok=False)
+        state = probe.stat()
+        return _Look(state.st_mtime, state.st_uid)
     except OSError:
-        return time.time()  # not ours to write: the clocks may be apart then
+        return _Look(time.time(), None)  # not ours to write: the clocks may be apart then
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
+
+
+def _read(share: Shard, file: Path, here: _Look) -> WorkerStatus | None:
+    """Return what a file says; None if it is no status: damaged, another thing, just replaced."""
+    try:
+        state, document = file.lstat(), json.loads(read_regular(file, MOST_BYTES))
+        said = {f.name: document[f.name] for f in fields(WorkerStatus) if f.name in document}
+        kinds = WorkerStatus.__annotations__
+        whole = all(_fits(value, kinds[name]) for name, value in said.items())
+        if not whole or stat.S_ISLNK(state.st_mode):  # a link could lead to a worker elsewhere
+            return None
+        report = WorkerStatus(share=share, **said)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    return replace(
+        report,
+        every=min(report.every, EVERY),
+        age=abs(here.now - state.st_mtime),  # what is from the future was not written just now
+        ahead=report.clock - state.st_mtime,
+        foreign=here.user not in (None, state.st_uid),
+    )
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if kind == "str":
+        return isinstance(value, str) and len(value) <= MOST_LETTERS
+    kinds = {"int": (int,), "float": (int, float)}.get(kind, ())
+    return type(value) in kinds and 0 <= value <= LARGEST
 
 
 def machine_here() -> str:

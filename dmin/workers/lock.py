@@ -5,7 +5,8 @@ those of others at the same blocks; it works only if it sees none, and withdraws
 two that write at once at most one works, on whatever nodes they are. A claim ends when its process
 says so, is seen dead from its own machine, or, seen from another, lets its file rest for long. A
 process that is suspended keeps its claim on its own machine; elsewhere it loses it, and goes on
-beside whoever took over: both seal the same blocks, of which readers take one.
+beside whoever took over: both seal the same blocks, of which readers take one. A claim holds for
+the user who made it: in a shared folder anybody could write one that keeps all others from working.
 
 A file lock in this node's folder for temporary files makes the processes of one machine write and
 look in turn. It only shortens the race: where there are no locks, and between nodes, claims decide.
@@ -17,22 +18,36 @@ import contextlib
 import hashlib
 import os
 import random
+import stat
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock
 
-from dmin.runtime.errors import DminError
+from dmin.runtime.errors import DminError, DminWarning
 from dmin.runtime.signals import StopSignals
 from dmin.workers.heartbeat import Heartbeat
-from dmin.workers.liveness import WorkerStatus, remove_ended, reports
+from dmin.workers.liveness import EVERY, SILENT, WorkerStatus, remove_ended, reports
 from dmin.workers.shard import WHOLE, Shard
 
 POLL = 0.5  # seconds between two looks at a rival
 REMIND = 60.0  # seconds between two lines that say what is waited for
 BRIEF = 5.0  # seconds to wait for the file lock: it is held for a few file operations
+
+
+class Beats(NamedTuple):
+    """A rival's beat when it was first seen and lately, and since when, by this process's clock."""
+
+    first: int
+    last: int
+    since: float
+
+
+Seen = dict[str, Beats]  # by the rival's run
 
 
 @contextlib.contextmanager
@@ -110,14 +125,14 @@ def _wait_for_claim(
 ) -> None:
     start = time.monotonic()
     remind = start
-    beats: dict[str, int] = {}  # of each rival's run when it was first seen
-    while rivals := _claim_once(mine, blocks):
+    seen: Seen = {}
+    while rivals := _claim_once(mine, blocks, seen):
         if stop is not None:
             stop.between_blocks()
         now = time.monotonic()
         # Who only claims may yet withdraw: no reason to give up.
         rivals = [each for each in rivals if each.state != "claiming"]
-        lively = [r for r in rivals if r.alive or r.beat != beats.setdefault(r.run, r.beat)]
+        lively = [r for r in rivals if r.alive or r.beat != seen[r.run].first]
         if lively and now >= start + wait:
             raise DminError(refusal(lively[0]))
         if lively and now >= remind:
@@ -127,14 +142,14 @@ def _wait_for_claim(
         time.sleep(random.uniform(0.5, 1) * (min(POLL, left) if left > 0 else POLL))
 
 
-def _claim_once(mine: Heartbeat, blocks: int | None) -> list[WorkerStatus]:
+def _claim_once(mine: Heartbeat, blocks: int | None, seen: Seen) -> list[WorkerStatus]:
     """Claim, unless others are in the way: return them."""
     with _file_lock(mine.store):
-        if rivals := _rivals(mine, blocks):
+        if rivals := _rivals(mine, blocks, seen):
             return rivals
         mine.say(state="claiming")
         end = time.monotonic() + BRIEF
-        while rivals := _rivals(mine, blocks):
+        while rivals := _rivals(mine, blocks, seen):
             # Of several that wrote at once the first by name waits for the others to withdraw.
             others = [r for r in rivals if r.state != "claiming" or r.run < mine.run]
             if others or time.monotonic() > end:
@@ -146,13 +161,34 @@ def _claim_once(mine: Heartbeat, blocks: int | None) -> list[WorkerStatus]:
         return []
 
 
-def _rivals(mine: Heartbeat, blocks: int | None) -> list[WorkerStatus]:
-    """Return the workers of other runs whose claims overlap this one's."""
+def _rivals(mine: Heartbeat, blocks: int | None, seen: Seen) -> list[WorkerStatus]:
+    """Return the workers of other runs whose claims overlap this one's, as far as they hold.
+
+    A claim whose beat stays the same for long holds nothing, whatever its file says of its age.
+    """
 
     def overlaps(share: Shard) -> bool:
         return share.overlaps(mine.share, blocks or share.shards * mine.share.shards)
 
-    return [each for each in reports(mine.store, overlaps) if each.run != mine.run and each.at_work]
+    now, found = time.monotonic(), []
+    for each in reports(mine.store, overlaps):
+        if each.foreign and each.running and each.run not in seen:
+            seen[each.run] = Beats(each.beat, each.beat, now)
+            warnings.warn(
+                f"{each.who}, of another user, is at work on {mine.store} too. It is not waited "
+                f"for: what both make, both have made.",
+                DminWarning,
+                stacklevel=2,
+            )
+        if each.run == mine.run or not each.at_work:
+            continue
+        known = seen.get(each.run, Beats(each.beat, each.beat, now))
+        if each.beat != known.last:
+            known = known._replace(last=each.beat, since=now)
+        seen[each.run] = known
+        if each.alive or now - known.since <= SILENT * EVERY:
+            found.append(each)
+    return found
 
 
 @contextlib.contextmanager
@@ -174,4 +210,7 @@ def _lock_file(folder: Path) -> Path:
     """Return this node's file for a folder: locks on network file systems may hang or be lost."""
     place = Path(tempfile.gettempdir()) / f"dmin-{os.getuid()}"
     place.mkdir(mode=0o700, exist_ok=True)
+    state = place.lstat()
+    if state.st_uid != os.getuid() or not stat.S_ISDIR(state.st_mode):
+        raise PermissionError(f"{place} is another user's")  # who could hold the lock for ever
     return place / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.lock"

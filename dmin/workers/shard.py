@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from dmin.runtime.errors import DminError
 
-_FILE = re.compile(r"shard-(\d+)-of-(\d+)\.rank-(\d+)-of-(\d+)(?:\.\w+)?\.json")
+_FILE = re.compile(r"shard-{0}-of-{0}\.rank-{0}-of-{0}(?:\.\w+)?\.json".format(r"([0-9]{1,9})"))
 
 
 @dataclass(frozen=True, order=True)
@@ -51,9 +51,10 @@ class Shard:
 
     @classmethod
     def named(cls, name: str) -> Shard | None:
-        """Return the share of a worker's file; None if it has no such name."""
+        """Return the share of a worker's file; None if it has no such name, or there is none."""
         match = _FILE.fullmatch(name)
-        return cls(*map(int, match.groups())) if match else None
+        shard, shards, rank, ranks = map(int, match.groups()) if match else (0, 0, 0, 0)
+        return cls(shard, shards, rank, ranks) if shard < shards and rank < ranks else None
 
     @property
     def is_first(self) -> bool:

@@ -81,9 +81,9 @@ class Status:
 
     def left(self, report: WorkerStatus) -> float | None:
         """Return the seconds a process has still to work."""
-        if report.state != "collecting" or report.rate <= 0:
+        if report.state != "collecting" or report.rate < 1e-6:
             return 0.0 if report.state == "waiting" else None
-        return (report.blocks - report.done) * self.manifest.block_size / report.rate
+        return max(0, report.blocks - report.done) * self.manifest.block_size / report.rate
 
 
 def status_of(path: Path) -> Status:
@@ -174,7 +174,7 @@ def lines(status: Status) -> list[Text]:
         told.append(titled(together, style=""))
     dead = [each for each in status.reports if not each.running and not each.ended]
     if dead:
-        undone = sum(each.blocks - each.done for each in dead)
+        undone = sum(max(0, each.blocks - each.done) for each in dead)
         told.append(
             titled(
                 f"  {len(dead)} died",
