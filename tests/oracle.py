@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmin.gradients.capture import Capture
+from dmin.gradients.ownership import Ownership
 from dmin.gradients.parameters import choose_parameters
 
 # Values of each example of a batch: (network, inputs) -> [batch].
@@ -60,11 +61,26 @@ def one_at_a_time(network: nn.Module, inputs: dict[str, Any], loss: Loss, batch:
     return {name: torch.stack(gradients) for name, gradients in rows.items()}
 
 
+def settled(network, sink, run, budget=None, ownership=None):
+    """What a function of a capture returns, once it is known whose rows are whose."""
+    ownership = ownership or Ownership()
+
+    def attempt():
+        with Capture(network, sink, budget, ownership) as capture:
+            return run(capture)
+
+    return ownership.settle(attempt)
+
+
+def backward(network, sink, values, budget=None):
+    """What a sink made of one pass, and the way of each parameter."""
+    return settled(network, sink, lambda c: (c.backward(values()), c.coverage), budget)
+
+
 def captured(network: nn.Module, inputs: dict[str, Any], loss: Loss = square, params: str = "all"):
     """The gradients that Capture sees."""
     parameters = choose_parameters(network, params)
-    with Capture(network, Keep(parameters)) as capture:
-        rows = capture.backward(loss(network, inputs))
+    rows, _ = backward(network, Keep(parameters), lambda: loss(network, inputs))
     for name, shape, _ in parameters.entries:  # what the values do not depend on is not added
         batch = len(next(iter(rows.values())))
         rows.setdefault(name, torch.zeros(batch, *shape))

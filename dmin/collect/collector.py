@@ -21,6 +21,7 @@ from dmin.diffusion.noise import Noise, SharedNoise
 from dmin.diffusion.timesteps import Schedule, Stratified
 from dmin.gradients.capture import Capture
 from dmin.gradients.groups import Grouping, grouped
+from dmin.gradients.ownership import Ownership
 from dmin.gradients.parameters import choose_parameters
 from dmin.models.base import READOUTS, Condition, DiffusionModel, weights_digest
 from dmin.runtime.errors import DminError
@@ -107,6 +108,7 @@ class Collector:
         self.memory = memory
         self.budget = budget
         self.gradient_checkpointing = gradient_checkpointing
+        self.ownership = Ownership()
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
@@ -139,7 +141,7 @@ class Collector:
                 GPU's memory ran out.
         """
         found = self.passes(
-            self.inputs(x0, condition, ids), self.pairs, lambda batch: self.run(batch, peak)
+            self.inputs(x0, condition, ids), self.pairs, lambda batch: self.run(batch, peak=peak)
         )
         found.check_finite(ids, self.timesteps)
         return found
@@ -172,22 +174,37 @@ class Collector:
         return Features.joined(parts, (len(inputs.x0), self.noise.draws, len(self.timesteps)))
 
     def run(
-        self, batch: NoisedBatch, peak: PeakMemory | None = None, scale: Tensor | float = 1.0
+        self,
+        batch: NoisedBatch,
+        ownership: Ownership | None = None,
+        peak: PeakMemory | None = None,
+        scale: Tensor | float = 1.0,
     ) -> Features:
         """Return the features of pairs, their leading axis.
 
-        One forward pass and one backward pass a readout; a GPU is not waited for.
+        One forward pass and one backward pass a readout; a GPU is not waited for. Passes of a new
+        kind are run some times more, until it is known whose rows are whose.
 
         Args:
             batch: the pairs.
+            ownership: what is known of the network's rows; the collector's own if not given.
             peak: is told what the pass takes.
             scale: what readouts are multiplied by before they are differentiated, ``[pairs]``.
         """
+        ownership = ownership or self.ownership
+        ownership.expect(len(batch.t), batch.x0.shape[1:])
+        return ownership.settle(lambda: self._pass(batch, ownership, peak, scale))
+
+    def _pass(
+        self,
+        batch: NoisedBatch,
+        ownership: Ownership,
+        peak: PeakMemory | None,
+        scale: Tensor | float,
+    ) -> Features:
         values, norms = {}, {}
-        with (
-            torch.enable_grad(),
-            Capture(self.model.network, self.sketch, self.budget) as capture,
-        ):
+        hooks = Capture(self.model.network, self.sketch, self.budget, ownership)
+        with torch.enable_grad(), hooks as capture:
             prediction = self.model.predict(*batch)
             if peak is not None:
                 peak.forward_done()

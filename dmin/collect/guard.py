@@ -1,13 +1,14 @@
 """The guard of a collection: each row is the gradient of its own example, or it is refused.
 
-A network may order a layer's rows otherwise than example after example, let examples see each
-other, or use a parameter where no hook sees it. Each is found by what it does to gradients.
+Whose rows are whose is found out in the backward pass (:mod:`dmin.gradients.ownership`). The guard
+holds what comes of it to what it should be: rows scale as their losses do, a pair alone has the row
+that it has among others, and both are autograd's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from math import prod
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from dmin.collect.collector import Collector
 from dmin.collect.features import Features
-from dmin.diffusion.inputs import NoisedBatch
+from dmin.collect.peak_memory import PeakMemory
+from dmin.diffusion.inputs import NoisedBatch, NoisedExamples
 from dmin.gradients.capture import Capture
+from dmin.gradients.ownership import Ownership
 from dmin.gradients.parameters import Parameter, some_of
 from dmin.gradients.recorder import Recorder
 from dmin.models.autograd import by_autograd
@@ -25,134 +28,183 @@ from dmin.runtime.errors import DminError
 
 # What losses are scaled by: powers of two, which no floating point rounds.
 FACTORS = 8
-# Scalars of one example's gradient that are compared with autograd's.
+# Scalars of one example's gradient that are compared with autograd's at once.
 SCALARS = 1 << 24
-# Of a gradient's length. Right ones are within 1e-6 in single precision, wrong ones off by 2e-2.
-EXACT, HALF = 1e-3, 1e-1
+# Of a gradient's length. Rows that are scaled scale without rounding, but where a GPU adds up in
+# another order each time, or half precision has no small numbers; a pair alone is rounded
+# otherwise. Right ones are within 1e-6 in single precision, wrong ones off by 2e-2.
+SCALED, EXACT, HALF = 1e-5, 1e-3, 1e-1
 # A parameter whose gradient is this small a part of the whole is measured against the whole.
 FLOOR = 1e-4
 
 
 class Guard:
-    """Checks the first pass of each size and shape.
+    """Runs passes, and checks the first of each size and shape.
 
     Row b is Σ_c ∂ℓ_c/∂θ over whatever losses reach it. With ℓ_c scaled by 2^{e_c} it must be scaled
     by 2^{e_b}: so it is ∂ℓ_b/∂θ, and no other row has a part of that. What no gradient shows, a
     decision over the whole batch, shows in the first pair computed alone. Of that pair, once, the
-    gradients of the parameters are held to autograd's, with all that seem unused.
+    gradients of the parameters are held to autograd's, with all that seem unused; parameters that
+    are not had by hooks are from then on had by running the network again.
 
     Args:
-        collector: whose passes are checked.
+        collector: whose passes are run.
+        ownership: what is found out about the rows of the network.
+        alone: whether passes of other sizes may be run; not where processes keep in step.
 
     Attributes:
-        seconds: spent so far.
+        seconds: spent on checks so far.
     """
 
-    def __init__(self, collector: Collector) -> None:
+    def __init__(self, collector: Collector, ownership: Ownership, alone: bool = True) -> None:
         self.collector = collector
+        self.ownership = ownership
+        self.alone = alone
         self.seconds = 0.0
         self._seen: set[tuple[int, ...]] = set()
 
-    def check(self, batch: NoisedBatch, found: Features, state: Tensor, alone: bool = True) -> None:
-        """Hold the rows of a pass to what they should be, unless one like it was checked.
+    def run(self, batch: NoisedBatch, peak: PeakMemory | None = None) -> Features:
+        """Return the features of a pass, held to what they should be unless one like it was.
 
         Args:
             batch: the pairs of the pass.
-            found: what it gave.
-            state: of the CPU's random numbers before it.
-            alone: whether passes of other sizes may be run; not where processes keep in step.
+            peak: is told what the pass takes.
 
         Raises:
             DminError: a row is not the gradient of its own example; names the parameters.
         """
+        state = torch.get_rng_state()
+        found = self.collector.run(batch, self.ownership, peak)
         kind = (len(batch.t), *batch.x0.shape[1:])
-        if kind in self._seen or (self._seen and not alone):
-            return
-        start, first = time.perf_counter(), not self._seen
-        self._seen.add(kind)
-        drawn = not torch.equal(state, torch.get_rng_state())  # a pair alone would draw others
+        if kind in self._seen or (self._seen and not self.alone):
+            return found
+        start = time.perf_counter()
+        after = torch.get_rng_state()
+        drawn = not torch.equal(state, after)  # a pair alone would draw others
+        one = batch.rows(slice(0, 1))
         with torch.random.fork_rng():
             torch.set_rng_state(state)
+            if self.alone and not drawn and not self._seen and self._unlike_autograd(one):
+                torch.set_rng_state(state)
+                found = self.collector.run(batch, self.ownership, peak)
+                self._require_autograd(one)
             if len(batch.t) > 1:
+                torch.set_rng_state(state)
                 self._check_scaled(batch, found)
-            if alone and not drawn:
-                one = batch.rows(slice(0, 1))
+            if self.alone and not drawn:
                 self._check_alone(one, found)
-                if first:
-                    self._check_by_autograd(one)
+        self._seen.add(kind)
         self.seconds += time.perf_counter() - start
+        return found
+
+    def confirm_zeros(
+        self, found: Features, inputs: NoisedExamples, ids: Sequence[str]
+    ) -> None:
+        """Hold examples without any gradient to autograd's.
+
+        Args:
+            found: the features of examples.
+            inputs: the examples.
+            ids: their names.
+
+        Raises:
+            DminError: autograd has a gradient.
+        """
+        for readout, norms in found.norms.items():
+            zero = (norms == 0).flatten(1).all(1)
+            if not self.alone or not bool(zero.any()):
+                continue
+            for row in zero.nonzero()[:, 0].tolist():
+                pairs = torch.arange(inputs.points) + row * inputs.points
+                for one in inputs.at(pairs).split(1):
+                    wrong = self._wrong(one, self.collector.attributed.entries, readout)
+                    if wrong:
+                        raise DminError(
+                            f"example {ids[row]!r} has a gradient of zero at every timestep, but "
+                            f"autograd has one, of {some_of(wrong)}: {_UNSEEN}"
+                        )
 
     def _check_scaled(self, batch: NoisedBatch, found: Features) -> None:
         scale = _factors(len(batch.t)).to(batch.x0.device)
-        scaled = self.collector.run(batch, scale=scale)
+        scaled = self.collector.run(batch, self.ownership, scale=scale)
+        on_cpu, low = batch.x0.device.type == "cpu", self._low(batch)
+        half = any(p.dtype == torch.float16 for p in self.collector.model.network.parameters())
+        limit = SCALED if on_cpu and not half else HALF if low else EXACT
         for name, norms in found.norms.items():
             wide = scale.view(-1, *[1] * (norms.ndim - 1))
             same = (scaled.norms[name] / wide, norms), (scaled.values[name], found.values[name])
-            if max(_deviation(*pair) for pair in same) > self._tolerance(batch):
-                raise self._mixed(batch, scale)
+            if max(_deviation(*pair) for pair in same) > limit:
+                raise DminError(
+                    "the rows of a pass do not scale as the losses of their examples do: examples "
+                    "are mixed, in a way that changes from pass to pass. Set collect.microbatch=1, "
+                    "which computes every pair alone."
+                )
 
     def _check_alone(self, one: NoisedBatch, found: Features) -> None:
-        alone = self.collector.run(one)
+        alone = self.collector.run(one, self.ownership)
+        limit = HALF if self._low(one) else EXACT
         for name, norms in found.norms.items():
             same = (alone.norms[name], norms[:1]), (alone.values[name], found.values[name][:1])
-            if max(_deviation(*pair) for pair in same) > self._tolerance(one):
+            if max(_deviation(*pair) for pair in same) > limit:
                 raise DminError(
                     "an example's gradient depends on which others share its pass: the network "
                     "decides something over the whole batch. Set collect.microbatch=1, which "
                     "computes every pair alone."
                 )
 
-    def _check_by_autograd(self, one: NoisedBatch) -> None:
-        """Hold captured gradients of one pair to autograd's, some of them if there are many."""
-        collector, network = self.collector, self.collector.model.network
-        sample = _sample(collector.attributed.entries)
-        recorder = Recorder(collector.attributed, sample)
-        readout = READOUTS[collector.readouts[0]]
-        with torch.enable_grad(), Capture(network, recorder, collector.budget) as capture:
-            captured = capture.backward(readout(collector.model.predict(*one)))
-        unused = [name for name in collector.attributed.by_name if name not in captured]
-        true = by_autograd(collector.model, {*sample, *unused}, one, collector.readouts[0])
-        whole = torch.stack([g.double().norm() for g in true.values()] or [torch.zeros(())]).norm()
-        wrong = []
-        for name, gradient in true.items():
-            ours = captured[name][0] if name in captured else torch.zeros_like(gradient)
-            length = max(float(gradient.double().norm()), FLOOR * float(whole), 1e-300)
-            if float((ours.double() - gradient.double()).norm()) / length > self._tolerance(one):
-                wrong.append(name)
+    def _unlike_autograd(self, one: NoisedBatch) -> bool:
+        """Have parameters that hooks do not see right be had otherwise; return if there are any."""
+        entries, readout = self.collector.attributed.entries, self.collector.readouts[0]
+        wrong = self._wrong(one, _sample(entries), readout)
+        if wrong:  # then look at all of them
+            wrong |= self._wrong(one, entries, readout)
+        self.ownership.by_network |= wrong
+        return bool(wrong)
+
+    def _require_autograd(self, one: NoisedBatch) -> None:
+        wrong = self._wrong(one, self.collector.attributed.entries, self.collector.readouts[0])
         if wrong:
             raise DminError(
                 f"the captured gradient of {len(wrong)} parameter(s) is not autograd's: "
-                f"{some_of(wrong)}. Something computes with them where dmin cannot see it: "
-                f"compiled code, a hook or forward of one's own, an assignment into a tensor. Load "
-                f"the network without it, or leave them out with collect.params=<regex>."
+                f"{some_of(wrong)}. {_UNSEEN}"
             )
 
-    def _mixed(self, batch: NoisedBatch, scale: Tensor) -> DminError:
-        """Say which parameters' gradients are mixed."""
-        collector, network = self.collector, self.collector.model.network
-        lengths: list[dict[str, Tensor]] = []
-        for factors in (torch.ones_like(scale), scale):
-            lengths.append({})
-            for entry in collector.attributed.entries:
-                recorder = Recorder(collector.attributed, [entry.name])
-                with torch.enable_grad(), Capture(network, recorder, collector.budget) as capture:
-                    value = READOUTS[collector.readouts[0]](collector.model.predict(*batch))
-                    gradient = capture.backward(value * factors).get(entry.name)
-                if gradient is not None:
-                    lengths[-1][entry.name] = (gradient.flatten(1).norm(dim=1) / factors)[:, None]
-        plain, scaled = lengths
-        limit = self._tolerance(batch)
-        names = [n for n in plain if n in scaled and _deviation(scaled[n], plain[n]) > limit]
-        return DminError(
-            f"gradients of {len(names)} parameter(s) mix the examples of a pass: {some_of(names)}. "
-            f"Their layers do not take rows example after example, or examples see each other "
-            f"(batch statistics). Set collect.microbatch=1, which computes every pair alone."
-        )
+    def _wrong(self, one: NoisedBatch, entries: Collection[Parameter], readout: str) -> set[str]:
+        """Return which gradients of one pair are not autograd's; all that seem unused are tried."""
+        limit, wrong = HALF if self._low(one) else EXACT, set()
+        for chunk in _chunks(entries):
+            names = [entry.name for entry in chunk]
+            captured = self._captured(one, names, readout)
+            unused = [name for name in self.collector.attributed.by_name if name not in captured]
+            true = by_autograd(self.collector.model, {*names, *unused}, one, readout)
+            norms = [g.double().norm() for g in true.values()]
+            whole = float(torch.stack(norms).norm()) if norms else 0.0
+            for name, gradient in true.items():
+                ours = captured[name][0] if name in captured else torch.zeros_like(gradient)
+                length = max(float(gradient.double().norm()), FLOOR * whole, 1e-300)
+                if float((ours.double() - gradient.double()).norm()) / length > limit:
+                    wrong.add(name)
+        return wrong
 
-    def _tolerance(self, batch: NoisedBatch) -> float:
+    def _captured(
+        self, one: NoisedBatch, names: Collection[str], readout: str
+    ) -> dict[str, Tensor]:
+        collector = self.collector
+        recorder = Recorder(collector.attributed, names)
+        hooks = Capture(collector.model.network, recorder, collector.budget, self.ownership)
+        with torch.enable_grad(), hooks as capture:
+            return capture.backward(READOUTS[readout](collector.model.predict(*one)))
+
+    def _low(self, batch: NoisedBatch) -> bool:
         dtypes = {p.dtype for p in self.collector.model.network.parameters()} | {batch.x0.dtype}
-        low = torch.is_autocast_enabled(batch.x0.device.type) or any(d.itemsize < 4 for d in dtypes)
-        return HALF if low else EXACT
+        autocast = torch.is_autocast_enabled(batch.x0.device.type)
+        return autocast or any(dtype.itemsize < 4 for dtype in dtypes)
+
+
+_UNSEEN = (
+    "Something computes with them where dmin cannot see it, such as scripted code or a custom "
+    "derivative. Load the network without it, or leave them out with collect.params=<regex>."
+)
 
 
 def _factors(count: int) -> Tensor:
@@ -169,15 +221,20 @@ def _deviation(found: Tensor, expected: Tensor) -> float:
     return float(torch.where(length > 0, distance / length, distance).max())
 
 
-def _sample(entries: Collection[Parameter]) -> list[str]:
-    """Return names of parameters of at most so many scalars, evenly spaced; one at least."""
+def _sample(entries: Collection[Parameter]) -> list[Parameter]:
+    """Return parameters of at most so many scalars, evenly spaced; one at least."""
     entries = list(entries)
     step = max(1, -(-sum(prod(e.shape) for e in entries) // SCALARS))
-    chosen: list[str] = []
-    scalars = 0
-    for entry in sorted(entries[::step], key=lambda e: prod(e.shape)):
-        scalars += prod(entry.shape)
-        if chosen and scalars > SCALARS:
-            break
-        chosen.append(entry.name)
-    return chosen
+    chosen = sorted(entries[::step], key=lambda e: prod(e.shape))
+    return next(_chunks(chosen))
+
+
+def _chunks(entries: Collection[Parameter]) -> Iterator[list[Parameter]]:
+    """Yield parameters, so many scalars at a time; one at least."""
+    chunk: list[Parameter] = []
+    for entry in entries:
+        if chunk and sum(prod(e.shape) for e in [*chunk, entry]) > SCALARS:
+            yield chunk
+            chunk = []
+        chunk.append(entry)
+    yield chunk

@@ -25,6 +25,7 @@ from dmin.collect.sketch_writer import BackgroundWriter, SketchWriter
 from dmin.collect.trainer import frozen_gc, gradient_checkpointing, refuse_cast
 from dmin.data.module import CollectData
 from dmin.diffusion.inputs import NoisedBatch
+from dmin.gradients.ownership import Ownership, Trial
 from dmin.runtime.errors import DminError
 from dmin.runtime.progress import followed
 from dmin.runtime.signals import StopSignals
@@ -58,7 +59,7 @@ class Session(lightning.LightningModule):
         self.collector, self.model = collector, collector.model
         self.store, self.heartbeat, self.stop = store, heartbeat, stop
         self.encodings, self.peak = encodings, peak
-        self.guard = Guard(collector)
+        self.guard = Guard(collector, collector.ownership)
         self.pairs = collector.pairs  # in one pass
         self.lockstep: LockstepPasses | None = None  # with those that share the network
         self._first: tuple[list[int], str] | None = None  # shape and name of the first example
@@ -151,6 +152,8 @@ class Session(lightning.LightningModule):
             points = collector.noise.draws * len(collector.timesteps)
             pairs = min(self.pairs, self.data.block_size * points)
             self.lockstep = LockstepPasses(strategy, shared.own, pairs)
+            agree = partial(strategy.reduce_boolean_decision, all=False)
+            self.guard = Guard(collector, Ownership(agree), alone=False)
         if self.encodings is not None:
             self._encode_blocks(self.encodings, self.encodings.missing(mine))
         if collector.microbatch == "auto":
@@ -173,19 +176,16 @@ class Session(lightning.LightningModule):
         if self.lockstep is not None:
             self.lockstep.begin_block([len(each) for each in inputs])
         parts = [collector.passes(each, self.pairs, self._pass) for each in inputs]
+        for part, each, batch in zip(parts, inputs, block, strict=True):
+            self.guard.confirm_zeros(part, each, batch["id"])
         if self.lockstep is not None and not self.lockstep.end_block(batch_idx):
             return self._number(block), None
         return self._number(block), rows_of(block, parts, collector.timesteps)
 
     def _pass(self, batch: NoisedBatch) -> Features:
         self.writer.between_passes()
-        return self._run(batch) if self.lockstep is None else self.lockstep.padded(batch, self._run)
-
-    def _run(self, batch: NoisedBatch) -> Features:
-        state = torch.get_rng_state()
-        found = self.collector.run(batch, self.peak)
-        self.guard.check(batch, found, state, alone=self.lockstep is None)
-        return found
+        run = partial(self.guard.run, peak=self.peak)
+        return run(batch) if self.lockstep is None else self.lockstep.padded(batch, run)
 
     def _number(self, block: Block) -> int:
         return int(min(block[0]["position"])) // self.data.block_size
@@ -259,8 +259,9 @@ class Session(lightning.LightningModule):
             encoded = self._encoded(batches)
             largest = max(range(len(encoded)), key=lambda i: encoded[i][0][0].numel())
             inputs = collector.inputs(*encoded[largest], batches[largest]["id"])
+            trial = Trial()
             return find_microbatch(
-                lambda size: collector.run(inputs.at(torch.arange(size)), self.peak),
+                lambda size: collector.run(inputs.at(torch.arange(size)), trial, self.peak),
                 len(inputs),
                 self.device,
                 collector.memory,

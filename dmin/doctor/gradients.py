@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.gradients.capture import Capture
+from dmin.gradients.ownership import Ownership
 from dmin.gradients.parameters import Parameter, Parameters
 from dmin.gradients.recorder import Recorder
 from dmin.models.autograd import by_autograd
@@ -100,10 +101,14 @@ def _captured(
     budget: int | None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return captured gradients ``[pairs, *shape]`` and the path of each."""
-    recorder = Recorder(Parameters(tuple(entries)))
-    with torch.enable_grad(), Capture(model.network, recorder, budget) as capture:
-        gradients = capture.backward(READOUTS[readout](model.predict(*inputs)))
-        paths = capture.coverage
+    recorder, ownership = Recorder(Parameters(tuple(entries))), Ownership()
+
+    def run() -> tuple[dict[str, Tensor], dict[str, str]]:
+        hooks = Capture(model.network, recorder, budget, ownership)
+        with torch.enable_grad(), hooks as capture:
+            return capture.backward(READOUTS[readout](model.predict(*inputs))), capture.coverage
+
+    gradients, paths = ownership.settle(run)
     for entry in entries:
         if entry.name not in gradients:  # unused
             gradients[entry.name] = inputs.x0.new_zeros(len(inputs.x0), *entry.shape).float()

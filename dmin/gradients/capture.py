@@ -7,25 +7,37 @@ parameters, in factors (:mod:`dmin.gradients.factors`). A :class:`Capture` hands
 gradient never exists. The parameters are frozen meanwhile: autograd computes no weight gradients of
 its own.
 
-No use of a parameter goes unseen (:mod:`dmin.gradients.usage`). Where it is not a layer with a
-closed form at its own work, the module that used it is run again, an example at a time
+Which rows of a layer are which example's is found out (:mod:`dmin.gradients.ownership`), and no use
+of a parameter goes unseen (:mod:`dmin.gradients.usage`). Where it is not a layer with a closed form
+at its own work, the module that used it is run again, an example at a time
 (:mod:`dmin.gradients.rerun`).
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Generic, Self
 
 import torch
 from torch import Tensor, nn
 
+from dmin.gradients.calls import Call, Examination, Tap
 from dmin.gradients.factors import GradientFactors, Sum, wide_dtype
-from dmin.gradients.layers import LayerGradient, layer_gradient, splits
-from dmin.gradients.parameters import some_of
+from dmin.gradients.layers import features_of, layer_gradient
+from dmin.gradients.ownership import (
+    MAJOR,
+    Ownership,
+    Projector,
+    RowOrder,
+    Unsettled,
+    digits,
+)
+from dmin.gradients.parameters import eager, named_parameters, some_of, uncompiled
 from dmin.gradients.rerun import PerExampleRerun, differentiable, replaced
+from dmin.gradients.rows import Arrived, put_in_order
 from dmin.gradients.sink import Rows, Sink, State
 from dmin.gradients.usage import ParameterUsage, Use
 from dmin.runtime.errors import DminError
@@ -34,17 +46,9 @@ from dmin.runtime.errors import DminError
 # is also the fastest (and is recycled by malloc instead of being mapped afresh each time).
 CPU_BUDGET, GPU_BUDGET = 8 << 20, 512 << 20
 
+# Parameters of layers with a closed form.
+_LOCAL = "weight", "bias"
 CLOSED_FORM, FALLBACK, UNUSED = "closed form", "fallback", "unused"
-
-
-@dataclass
-class _Call:
-    """One forward call whose gradients are to come: of a layer, or of a module to run again."""
-
-    name: str
-    module: nn.Module
-    parameters: set[str]
-    how: LayerGradient | PerExampleRerun
 
 
 @dataclass
@@ -54,50 +58,84 @@ class _Pass(Generic[State]):
     batch: int
     budget: int
     state: State
-    arrived: dict[str, list[GradientFactors]] = field(default_factory=dict)
+    orders: dict[int, RowOrder]  # of the outputs of calls, by their number
+    arrived: dict[str, list[GradientFactors | Arrived]] = field(default_factory=dict)
+    doubt: Tensor | None = None  # whether a row of unknown owner has a gradient
 
 
 class Capture(Generic[State, Rows]):
     """Context in which backward passes give sketched per-example gradients.
 
-    >>> with Capture(network, sketch) as capture:          # sketch bound to the parameters
-    ...     prediction = network(x, t)
-    ...     rows = capture.backward(((prediction - target) ** 2).mean((1, 2, 3)))
+    >>> ownership = Ownership()  # of one network, for all its passes
+    >>> def run():
+    ...     with Capture(network, sketch, ownership=ownership) as capture:  # a bound sketch
+    ...         prediction = network(x, t)
+    ...         return capture.backward(((prediction - target) ** 2).mean((1, 2, 3)))
+    >>> rows = ownership.settle(run)
     >>> rows.values, rows.squared_norm                     # [batch, groups, k], [batch, groups]
 
-    Inside, the network's parameters do not require gradients; on leaving, that setting and the
-    hooks are as they were before.
+    Inside, the network's parameters do not require gradients, and compiled code runs eagerly; on
+    leaving, that and the hooks are as they were before.
 
     Args:
         network: the module whose parameters are attributed.
         sink: of factors, such as a sketch, for :func:`choose_parameters` of this network.
         budget: bytes that per-example gradients may take at once (at least one example's gradient
             of one parameter is formed); None for 8 MiB on a CPU, 512 MiB on a GPU.
+        ownership: what is known of the network's rows; what is found out is added.
     """
 
     def __init__(
-        self, network: nn.Module, sink: Sink[State, Rows], budget: int | None = None
+        self,
+        network: nn.Module,
+        sink: Sink[State, Rows],
+        budget: int | None = None,
+        ownership: Ownership | None = None,
     ) -> None:
-        self.network = network
+        self.network = uncompiled(network)
         self.sink = sink
         self.budget = budget
-        named = dict(network.named_parameters())
+        self.ownership = ownership or Ownership()
+        named = named_parameters(self.network)
         self._chosen = {entry.name: named[entry.name] for entry in sink.parameters.entries}
-        self._usage: ParameterUsage[_Call] = ParameterUsage(network, self._chosen, self._record)
+        self._usage: ParameterUsage[Call] = ParameterUsage(
+            self.network, self._chosen, self._record, self.ownership.by_network
+        )
         self._paths: dict[str, set[str]] = defaultdict(set)
-        self._calls: Counter[str] = Counter()  # of each parameter, whose gradients are to come
         self._pass: _Pass[State] | None = None
+        self._projector: Projector | None = None
+        self._forget()
 
     def __enter__(self) -> Self:
         """Freeze the parameters and watch the network."""
+        hooked = [name for name, p in self._chosen.items() if p._backward_hooks]
+        if hooked:
+            raise DminError(
+                f"{len(hooked)} parameter(s) have hooks that change their gradients: "
+                f"{some_of(hooked)}. Remove them (the handle of Tensor.register_hook), or leave "
+                f"the parameters out with params=<regex>."
+            )
         self._anchor = torch.ones((), requires_grad=True)
-        self._usage.__enter__()
+        with ExitStack() as undo:
+            undo.enter_context(eager())
+            self._examination = None
+            if self.ownership.watch:
+                self._examination = Examination(self, self.network, self._anchor)
+                undo.enter_context(self._examination)
+            undo.enter_context(self._usage)
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         """Give the network back as it was."""
-        self._usage.__exit__(*error)
-        self._calls.clear()
+        self._undo.close()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._calls: list[Call] = []  # of the forward passes, in order
+        self._uses: Counter[str] = Counter()  # of each parameter, whose gradients are to come
+        self._orders: dict[int, RowOrder] | None = None
+        self._kind: Hashable = None
 
     @property
     def coverage(self) -> dict[str, str]:
@@ -121,13 +159,9 @@ class Capture(Generic[State, Rows]):
 
         Raises:
             DminError: the gradient of a chosen parameter cannot be had; the message names it.
+            Unsettled: something was found out, with which the pass has to be run again.
         """
-        if self._usage.lost:
-            lost = [f"{name} ({why})" for name, why in self._usage.lost.items()]
-            raise DminError(
-                f"the gradients of {len(lost)} parameter(s) cannot be distinguished by example: "
-                f"{some_of(lost)}. Leave them out with params=<regex>."
-            )
+        self._require_distinguished()
         if values.ndim != 1 or not values.requires_grad:
             raise DminError(
                 f"the loss must be one value an example that depends on the network's parameters; "
@@ -137,24 +171,112 @@ class Capture(Generic[State, Rows]):
         like = values.detach().new_zeros((), dtype=wide_dtype(values))
         budget = self.budget or (GPU_BUDGET if values.is_cuda else CPU_BUDGET)
         batch = len(values)
-        self._pass = _Pass(batch, budget, self.sink.begin(batch, like, budget))
+        if self._orders is None:
+            self._orders = self._found(values) if batch > 1 else {}
+        self._pass = _Pass(batch, budget, self.sink.begin(batch, like, budget), self._orders)
         try:
-            with self._usage.replaying():
-                torch.autograd.backward(
-                    values.sum(), inputs=[self._anchor], retain_graph=keep_graph
-                )
+            self._backpropagate(values, keep_graph)
             with self._usage.off():  # modules may be run again
                 for name in list(self._pass.arrived):  # some of their calls did not matter
-                    self._flush(name)
+                    self._flush(name, {})
+            self._require_known(self._pass.doubt)
             rows = self.sink.finish(self._pass.state)
         finally:
             self._pass = None
         if not keep_graph:
             self._usage.forget()
-            self._calls.clear()
+            self._forget()
         return rows
 
-    def _record(self, use: Use[_Call]) -> tuple[Any, _Call] | None:
+    def _backpropagate(self, values: Tensor, keep_graph: bool) -> None:
+        with self._usage.replaying():
+            torch.autograd.backward(values.sum(), inputs=[self._anchor], retain_graph=keep_graph)
+
+    def _require_distinguished(self) -> None:
+        if self._usage.lost:
+            lost = [f"{name} ({why})" for name, why in self._usage.lost.items()]
+            raise DminError(
+                f"the gradients of {len(lost)} parameter(s) cannot be distinguished by example: "
+                f"{some_of(lost)}. Compute every pair alone with collect.microbatch=1, or leave "
+                f"them out with params=<regex>."
+            )
+
+    def _found(self, values: Tensor) -> dict[int, RowOrder]:
+        """Return the order of the rows of each output; find it out if it is not known.
+
+        Raises:
+            Unsettled: it was found out by a pass that was for that alone, or needs such a pass.
+        """
+        ownership, examination = self.ownership, self._examination
+        self._kind = (len(values), *(call.kind for call in self._calls))
+        known = ownership.known(self._kind) if examination is None else None
+        routed = examination is None and ownership.routed(self._kind)
+        if not ownership.agree(known is None):
+            return dict(enumerate(known or ()))
+        if ownership.agree(examination is None and not routed):
+            ownership.watch = True
+            raise Unsettled(
+                "the rows of this network's layers have not been examined yet. Run the pass in "
+                "Ownership.settle, which runs it again."
+            )
+        inputs = [] if examination is None else examination.inputs
+        orders = self._probe(values, [*inputs, *self._calls])
+        found = orders[len(inputs) :]
+        if examination is not None:
+            examination.require_apart(orders[: len(inputs)], self._calls, found)
+        unsettled = self._escalate(found)
+        if examination is not None and not unsettled:
+            ownership.learn(self._kind, found, examination.depends)
+            ownership.having.update(call.name for call in self._calls)
+            ownership.watch = False
+        if unsettled or examination is not None:
+            raise Unsettled("the rows of this network's layers were examined. Run the pass again.")
+        return dict(enumerate(found))
+
+    def _probe(self, values: Tensor, calls: Sequence[Call]) -> list[RowOrder]:
+        """Return the order of the rows of each output of some calls."""
+        half = any(call.dtype == torch.float16 for call in calls)
+        base = 4 if half else 8  # half precision has not the range
+        tolerance = 1e-4 if values.device.type == "cpu" and not half else 0.2
+        exponents = digits(len(values), base)
+        self._projector = Projector(values.device)
+        for passes, exponent in enumerate((torch.zeros_like(exponents[0]), *exponents), 1):
+            self._backpropagate(values * (2.0**exponent).to(values), keep_graph=True)
+            for call in calls:
+                call.end_probe(passes)
+        self._projector = None
+        return [
+            order for call in calls for order in call.orders(len(values), base, tolerance)
+        ]
+
+    def _escalate(self, found: Sequence[RowOrder]) -> bool:
+        """Leave calls with rows that are no one example's to the modules around them.
+
+        Raises:
+            DminError: there is none around.
+        """
+        shared = [
+            call
+            for call in self._calls
+            if any(found[call.number + i].shared for i in range(len(call.shapes)))
+        ]
+        alone = self.ownership.agree is bool
+        lost = {n for c in shared for n in c.parameters if not alone or c.module is self.network}
+        if lost:
+            raise DminError(
+                f"the gradients of {len(lost)} parameter(s) cannot be distinguished by example: "
+                f"{some_of(lost)}. Compute every pair alone with collect.microbatch=1."
+            )
+        self.ownership.enclosing.update(call.name for call in shared)
+        return bool(shared)
+
+    def _require_known(self, doubt: Tensor | None) -> None:
+        """Examine the pass again if rows had gradients of which nothing was known."""
+        if self.ownership.agree(doubt is not None and bool(doubt)):
+            self.ownership.doubt(self._kind)
+            raise Unsettled("rows of layers have gradients for the first time. Run the pass again.")
+
+    def _record(self, use: Use[Call]) -> tuple[Any, Call] | None:
         """Arrange to hear of the gradients of a call's outputs; None if they do not help."""
         if not torch.is_grad_enabled():
             raise DminError(
@@ -162,113 +284,125 @@ class Capture(Generic[State, Rows]):
                 f"{some_of(use.used)} would be missing. Remove torch.no_grad from the model; "
                 f"gradient checkpointing needs use_reentrant=False."
             )
-        how = self._how(use)
-        if how is None:
+        call = self._call(use)
+        if call is None:
             return None
-        call = _Call(use.name, use.module, use.used, how)
-        if isinstance(how, PerExampleRerun):
-            inputs = [x.detach() for x in how.tensors((use.args, use.kwargs))]
+        if isinstance(call.how, PerExampleRerun):
+            inputs = [x.detach() for x in call.how.tensors((use.args, use.kwargs))]
             for inner in use.within:  # running again covers these as well
-                self._calls.subtract(inner.parameters & call.parameters)
+                self._uses.subtract(inner.parameters & call.parameters)
                 inner.parameters -= call.parameters
         else:
             inputs = [_input(use).detach()]
-        if self._pass is None:  # else a checkpoint recomputes what is counted already
-            self._calls.update(call.parameters)
+        if self._pass is None and self._projector is None:  # else a checkpoint recomputes what is counted
+            self._uses.update(call.parameters)
+            self._calls.append(call)
         outputs = differentiable(use.output)
-        tapped = _Tap.apply(self, call, self._anchor, len(outputs), *outputs, *inputs)
+        tapped = Tap.apply(self, call, self._anchor, len(outputs), *outputs, *inputs)
         return replaced(use.output, tapped), call
 
-    def _how(self, use: Use[_Call]) -> LayerGradient | PerExampleRerun | None:
+    def _call(self, use: Use[Call]) -> Call | None:
         """Return how the gradients of a call can be had, or None if not example by example."""
-        gradient, batch = layer_gradient(use.module), self._usage.batch
-        own = set(self._usage.own(use.module).values())
-        if gradient is not None and use.used <= own and isinstance(use.output, Tensor):
-            a = _input(use)
-            known = self._usage.sees_examples(a) and (batch is None or splits(use.module, a, batch))
-            return gradient if known else None
-        batch, outputs = batch or 1, differentiable(use.output)
-        if not outputs or any(len(x) % batch if x.ndim else batch > 1 for x in outputs):
+        if use.name in self.ownership.enclosing and use.module is not self.network:
             return None
-        rerun = PerExampleRerun(
-            use.module, use.name or "the network", (use.args, use.kwargs), use.output
-        )
-        known = any(self._usage.sees_examples(x) for x in rerun.tensors((use.args, use.kwargs)))
-        return rerun if known else None
+        number, gradient = sum(len(call.shapes) for call in self._calls), layer_gradient(use.module)
+        outputs = differentiable(use.output)
+        shapes = tuple(x.shape for x in outputs)
+        own = {name for local, name in self._usage.own(use.module).items() if local in _LOCAL}
+        if gradient is not None and use.used <= own and isinstance(use.output, Tensor):
+            features = features_of(use.module, use.output)
+            if not self._sees(use, [_input(use)]) or use.output.ndim <= features:
+                return None
+            how: Any = gradient
+        else:
+            batch, features = self._usage.batch or 1, None
+            if not outputs or any(all(n % batch for n in shape) for shape in shapes):
+                return None
+            how = PerExampleRerun(
+                use.module, use.name or "the network", (use.args, use.kwargs), use.output
+            )
+            if not self._sees(use, how.tensors((use.args, use.kwargs))):
+                return None
+        dtype = outputs[0].dtype
+        return Call(number, use.name, use.module, use.used, how, shapes, dtype, features)
 
-    def _arrive(self, call: _Call, inputs: Sequence[Tensor], gradients: Sequence[Any]) -> None:
+    def _sees(self, use: Use[Call], inputs: Iterable[Tensor]) -> bool:
+        known = use.name in self.ownership.having
+        return known or any(map(self._usage.sees_examples, inputs))
+
+    def arrive(self, call: Call, inputs: Sequence[Tensor], gradients: Sequence[Any]) -> None:
         """Take the gradients of a call's outputs; flush parameters whose last call this was."""
+        if self._projector is not None:
+            call.probe(gradients, self._projector)
+            return
         if self._pass is None or not call.parameters:
             return
-        batch, how = self._pass.batch, call.how
-        factors: dict[str, GradientFactors]
-        if isinstance(how, PerExampleRerun):
-            path = f"{FALLBACK} ({how.name})"
+        batch, orders = self._pass.batch, self._pass.orders
+        order = [orders.get(call.number + i, MAJOR) for i in range(len(call.shapes))]
+        self._doubt(call, order, gradients)
+        arrived: Mapping[str, GradientFactors | Arrived]
+        if isinstance(call.how, PerExampleRerun):
+            path = f"{FALLBACK} ({call.how.name})"
             parameters = self._usage.now(call.parameters)
             with self._usage.off():
-                factors = how.factors(inputs, gradients, parameters, batch, self._pass.budget)
+                arrived = call.how.factors(
+                    inputs, gradients, parameters, order, batch, self._pass.budget
+                )
+        elif order[0].axis == 0:
+            path = CLOSED_FORM
+            parts = call.how(call.module, inputs[0], gradients[0], batch)
+            arrived = {name: parts[local] for name, local in self._local(call).items()}
         else:
             path = CLOSED_FORM
-            if not splits(call.module, inputs[0], batch):
-                raise DminError(
-                    f"layer {call.name} was given {tuple(inputs[0].shape)} for {batch} examples, "
-                    f"which cannot be distinguished. Leave it out with params=<regex>."
-                )
-            parts = how(call.module, inputs[0], gradients[0], batch)
-            local = {name: key for key, name in self._usage.own(call.module).items()}
-            factors = {name: parts[local[name]] for name in call.parameters}
+            waits = Arrived(call, inputs[0], gradients[0], order[0].owners)
+            arrived = dict.fromkeys(call.parameters, waits)
+        ordered: dict[nn.Module, list[dict[str, GradientFactors]]] = {}
         with self._usage.off():  # modules may be run again
             for name in sorted(call.parameters):
                 self._paths[name].add(path)
-                arrived = self._pass.arrived.setdefault(name, [])
-                arrived.append(factors[name])
-                if len(arrived) == self._calls[name]:
-                    self._flush(name)
+                self._pass.arrived.setdefault(name, []).append(arrived[name])
+                if len(self._pass.arrived[name]) == self._uses[name]:
+                    self._flush(name, ordered)
 
-    def _flush(self, name: str) -> None:
-        """Hand one parameter's gradients to the sink and forget them."""
+    def _doubt(self, call: Call, orders: Sequence[RowOrder], gradients: Sequence[Any]) -> None:
+        """Note whether rows have gradients whose owners are not known."""
         assert self._pass is not None
-        parts = self._pass.arrived.pop(name)
+        for i, (order, gradient) in enumerate(zip(orders, gradients, strict=True)):
+            unknown = None if gradient is None else order.unknown
+            if unknown is not None:
+                rows = gradient.flatten(0, len(call.rows(i)) - 1)
+                rows = rows if len(unknown) == len(rows) else rows[unknown.to(rows.device)]
+                before = self._pass.doubt
+                self._pass.doubt = rows.any() if before is None else before | rows.any()
+
+    def _local(self, call: Call) -> dict[str, str]:
+        """Return the local names of a call's parameters."""
+        own = self._usage.own(call.module).items()
+        return {name: local for local, name in own if name in call.parameters}
+
+    def _flush(self, name: str, ordered: dict[nn.Module, list[dict[str, GradientFactors]]]) -> None:
+        """Hand one parameter's gradients to the sink and forget them.
+
+        Args:
+            name: of the parameter.
+            ordered: what was put in order for another parameter of the same layer.
+        """
+        assert self._pass is not None
+        parts: list[GradientFactors] = []
+        waiting: dict[nn.Module, list[Arrived]] = defaultdict(list)
+        for each in self._pass.arrived.pop(name):
+            if isinstance(each, Arrived):
+                waiting[each.call.module].append(each)
+            else:
+                parts.append(each)
+        for module, calls in waiting.items():
+            if module not in ordered:
+                ordered[module] = put_in_order(calls, self._pass.batch)
+            local = self._local(calls[0].call)[name]
+            parts += [factors[local] for factors in ordered[module]]
         self.sink.add(self._pass.state, name, parts[0] if len(parts) == 1 else Sum(parts))
 
 
-class _Tap(torch.autograd.Function):
-    """The identity on a call's outputs, which hands their gradients and the inputs to a capture.
-
-    It starts a graph where the outputs have none. The inputs are saved as autograd saves tensors:
-    checked for changes in place, freed after backward, recomputed under gradient checkpointing.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        capture: Capture[Any, Any],
-        call: _Call,
-        anchor: Tensor,
-        outputs: int,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        ctx.capture, ctx.call = capture, call
-        ctx.save_for_backward(*tensors[outputs:])
-        ctx.set_materialize_grads(False)
-        return tuple(output.detach() for output in tensors[:outputs])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        try:
-            inputs = ctx.saved_tensors
-        except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
-                raise
-            raise DminError(
-                f"the input of layer {ctx.call.name} was changed in place after the layer used "
-                f"it, so its gradient cannot be had. Switch the in-place operation off, or leave "
-                f"the layer out with params=<regex>."
-            ) from error
-        ctx.capture._arrive(ctx.call, inputs, gradients)
-        return (None, None, None, None, *gradients, *[None] * len(inputs))
-
-
-def _input(use: Use[_Call]) -> Tensor:
+def _input(use: Use[Call]) -> Tensor:
     """Return the input of a layer that takes one."""
     return use.args[0] if use.args else next(iter(use.kwargs.values()))

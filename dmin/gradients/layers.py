@@ -17,6 +17,8 @@ from dmin.gradients.factors import Correlation, Dense, GradientFactors, Outer, R
 # A layer's function: (layer, its input, the gradient of its output, batch) -> {parameter: factors}.
 # Input and output gradient have `batch` rows, or a multiple: parts of examples, folded.
 LayerGradient = Callable[[Any, Tensor, Tensor, int], dict[str, GradientFactors]]
+# What of a layer decides what it computes.
+_COMPUTES = {"forward", "_conv_forward", "_output_padding", "__call__", "_call_impl", "__getattr__"}
 _LAYERS: dict[type[nn.Module], tuple[LayerGradient, Callable[[Any], bool]]] = {}
 
 
@@ -41,31 +43,28 @@ def gradient_of(
 def layer_gradient(layer: nn.Module) -> LayerGradient | None:
     """Return the function for a layer, or None when dmin has no closed form for it.
 
-    A subclass counts as its parent only while it keeps the parent's ``forward``: another forward
-    is another derivative.
+    A subclass, or a layer with a ``forward`` of its own, counts as the type only while it computes
+    as that does: another forward is another derivative.
     """
+    replaced = set(vars(layer))
     for parent in type(layer).__mro__:
         if parent in _LAYERS:
             function, unless = _LAYERS[parent]
-            same = type(layer).forward is parent.forward
-            return function if same and not unless(layer) else None
+            return None if replaced & _COMPUTES or unless(layer) else function
+        replaced |= set(vars(parent))
     return None
 
 
-def splits(layer: nn.Module, a: Tensor, batch: int) -> bool:
-    """Return whether the rows of a layer's input can be distinguished by example.
+def features_of(layer: nn.Module, output: Tensor) -> int:
+    """Return how many last axes of a layer's output make up one row.
 
-    Not so for what all examples share: a table of positions, a vector without a batch.
+    A row is what the layer computes by itself: a token of a ``Linear``, an image of a convolution.
     """
-    if isinstance(layer, nn.Embedding):
-        return a.ndim > 0 and len(a) == batch
     if isinstance(layer, nn.modules.conv._ConvNd):
-        features = 1 + len(layer.kernel_size)
-    elif isinstance(layer, nn.LayerNorm | nn.RMSNorm):
-        features = len(layer.normalized_shape)
-    else:
-        features = 1
-    return a.ndim > features and len(a) % batch == 0
+        return 1 + len(layer.kernel_size)
+    if isinstance(layer, nn.GroupNorm):
+        return output.ndim - 1
+    return len(layer.normalized_shape) if isinstance(layer, nn.LayerNorm | nn.RMSNorm) else 1
 
 
 @gradient_of(nn.Linear)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -72,7 +74,7 @@ def choose_parameters(network: nn.Module, params: str = "all") -> Parameters:
         DminError: the expression is invalid or matches nothing, or a chosen parameter has no
             gradient: it is quantised, or compiled where dmin cannot see it.
     """
-    named = dict(network.named_parameters())
+    named = named_parameters(network)
     if params != "all":
         try:
             pattern = re.compile(LORA if params == "lora" else params)
@@ -91,7 +93,7 @@ def choose_parameters(network: nn.Module, params: str = "all") -> Parameters:
             f"Its parameters are named like: {some or '(it has none)'}."
         )
     refused = [f"{name} ({p.dtype})" for name, p in chosen.items() if not p.is_floating_point()]
-    for name, module in network.named_modules():
+    for name, module in uncompiled(network).named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             prefix = f"{name}." if name else ""
             refused += [f"{key} (scripted)" for key in chosen if key.startswith(prefix)]
@@ -102,6 +104,29 @@ def choose_parameters(network: nn.Module, params: str = "all") -> Parameters:
             f"names the parameters to keep."
         )
     return Parameters(tuple(Parameter(name, tuple(p.shape)) for name, p in chosen.items()))
+
+
+def uncompiled(network: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` was given, or the network itself."""
+    inner = getattr(network, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else network
+
+
+def named_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a network by name; compiling it, or modules in it, renames none."""
+    return {plain_name(name): p for name, p in uncompiled(network).named_parameters()}
+
+
+def plain_name(name: str) -> str:
+    """Return a dotted name without the parts that ``torch.compile`` puts in."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Return a context in which compiled code runs uncompiled, where hooks can see it."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def some_of(names: Iterable[str]) -> str:

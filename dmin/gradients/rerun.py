@@ -8,8 +8,9 @@ out must be what came out before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dmin.gradients.factors import Dense, GradientFactors, wide_dtype
+from dmin.gradients.ownership import RowOrder
 from dmin.runtime.errors import DminError
 
 
@@ -52,6 +54,7 @@ class PerExampleRerun:
         inputs: Sequence[Tensor],
         output_gradients: Sequence[Tensor | None],
         parameters: Mapping[str, nn.Parameter],
+        orders: Sequence[RowOrder],
         batch: int,
         budget: int,
     ) -> dict[str, GradientFactors]:
@@ -59,16 +62,16 @@ class PerExampleRerun:
 
         All at once where they fit the budget (bytes); else each parameter by itself, a slice of
         examples at a time, when its factors are asked for numbers.
+
+        Args:
+            inputs: what :meth:`tensors` returned.
+            output_gradients: of the outputs.
+            parameters: as they are now, by name.
+            orders: which rows of each output are whose.
+            batch: number of examples.
+            budget: bytes.
         """
-        for gradient in output_gradients:
-            if gradient is not None and (gradient.ndim == 0 or len(gradient) % batch):
-                raise DminError(
-                    f"{self.name} ({type(self.module).__name__}) returns a tensor of shape "
-                    f"{tuple(gradient.shape)}, which has no rows for each of {batch} examples, so "
-                    f"the gradients of {', '.join(parameters)} cannot be distinguished. Leave them "
-                    f"out with params=<regex>."
-                )
-        work = _Work(self, inputs, output_gradients, batch)
+        work = _Work(self, inputs, output_gradients, orders, batch)
         size = sum(p.numel() * wide_dtype(p).itemsize for p in parameters.values())
         if batch * size > budget:
             return {name: _Lazy(work, p, range(batch)) for name, p in parameters.items()}
@@ -76,33 +79,29 @@ class PerExampleRerun:
         columns = zip(*rows, strict=True)
         return {name: Dense(torch.stack(g)) for name, g in zip(parameters, columns, strict=True)}
 
-    def repeat(self, inputs: Sequence[Tensor], rows: slice, batch: int) -> list[Tensor] | None:
-        """Run the module on some examples; None when that is not what happened before."""
+    def repeat(self, inputs: Sequence[Tensor], cut: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Run the module again, on parts of its inputs."""
         leaves = list(self._constants)
         for i, tensor in zip(self._tensor_at, inputs, strict=True):
-            cut = tensor.ndim > 0 and len(tensor) == batch
-            leaves[i] = tensor[rows] if cut else tensor
+            leaves[i] = cut(tensor)
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
         kind, enabled, dtype = self._autocast
         with torch.enable_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled):
-            try:
-                outputs = differentiable(self.module(*args, **kwargs))
-            except Exception:  # a tensor was cut that should not have been: any error can follow
-                if rows == slice(None):
-                    raise
-                return None
-        pairs = zip(outputs, self._samples, strict=True)
-        agree = all(_agree(_sample(out), part(expected, rows, batch)) for out, expected in pairs)
-        return outputs if agree else None
+            return differentiable(self.module(*args, **kwargs))
+
+    def agrees(self, outputs: Sequence[Tensor]) -> bool:
+        """Return whether outputs are those of the recorded call."""
+        return all(map(_agree, map(_sample, outputs), self._samples))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Work:
     """A recorded call together with the gradients of its outputs."""
 
     call: PerExampleRerun
     inputs: Sequence[Tensor]
     output_gradients: Sequence[Tensor | None]
+    orders: Sequence[RowOrder]
     batch: int
 
     def gradients(self, b: int, parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -110,24 +109,20 @@ class _Work:
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
-            outputs = None
-            if not self.call._whole:
-                outputs = self.call.repeat(self.inputs, slice(b, b + 1), self.batch)
-                flows = [
-                    None if g is None else part(g, slice(b, b + 1), self.batch)
-                    for g in self.output_gradients
-                ]
-            if outputs is None:
+            outputs = None if self.call._whole else self._alone(b)
+            if outputs is not None:
+                flows = [self._part(g, i, b) for i, g in enumerate(self.output_gradients)]
+            else:
                 self.call._whole = True
-                outputs = self.call.repeat(self.inputs, slice(None), self.batch)
-                flows = [_masked(g, b, self.batch) for g in self.output_gradients]
-            if outputs is None:
-                raise DminError(
-                    f"{self.call.name} ({type(self.call.module).__name__}) gives another output "
-                    f"when it is run again on the same arguments, so its gradient cannot be had. "
-                    f"Dropout is the usual reason: put the network in eval mode. Otherwise leave "
-                    f"its parameters out with params=<regex>."
-                )
+                outputs = self.call.repeat(self.inputs, lambda x: x)
+                flows = [self._masked(g, i, b) for i, g in enumerate(self.output_gradients)]
+                if not self.call.agrees(outputs):
+                    raise DminError(
+                        f"{self.call.name} ({type(self.call.module).__name__}) gives another "
+                        f"output when it is run again on the same arguments, so its gradient "
+                        f"cannot be had. Dropout is the usual reason: put the network in eval "
+                        f"mode. Otherwise leave its parameters out with params=<regex>."
+                    )
             pairs = [
                 (out, flow)
                 for out, flow in zip(outputs, flows, strict=True)
@@ -146,6 +141,50 @@ class _Work:
             else gradient.to_dense().to(wide_dtype(p))
             for p, gradient in zip(parameters, found, strict=True)
         ]
+
+    def _alone(self, b: int) -> list[Tensor] | None:
+        """Return the outputs for one example; None when they are not what they were before."""
+        axes = {order.axis for order in self.orders}
+        if None in axes:
+            return None
+        first = self.orders[0].axis or 0
+        try:
+            outputs = self.call.repeat(self.inputs, lambda x: _cut(x, first, b, self.batch))
+        except Exception:  # a tensor was cut that should not have been: any error can follow
+            return None
+        for i, out in enumerate(outputs):
+            if axes == {0}:
+                agree = _agree(_sample(out), part(self.call._samples[i], 0, b, self.batch))
+            else:
+                agree = _agree(out, self._part(self._before[i], i, b))
+            if not agree:
+                return None
+        return outputs
+
+    @cached_property
+    def _before(self) -> list[Tensor]:
+        """The outputs for all examples: of rows along another axis no sample was kept."""
+        with torch.no_grad():
+            outputs = self.call.repeat(self.inputs, lambda x: x)
+        return [x.detach() for x in outputs]
+
+    def _part(self, x: Tensor | None, output: int, b: int) -> Tensor | None:
+        axis = self.orders[output].axis
+        return None if x is None or axis is None else part(x, axis, b, self.batch)
+
+    def _masked(self, gradient: Tensor | None, output: int, b: int) -> Tensor | None:
+        """Return an output's gradient with zeros for all examples but one."""
+        if gradient is None:
+            return None
+        order, masked = self.orders[output], torch.zeros_like(gradient)
+        if order.axis is not None:
+            part(masked, order.axis, b, self.batch).copy_(
+                part(gradient, order.axis, b, self.batch)
+            )
+            return masked
+        rows = gradient.shape[:-1] if gradient.ndim > 1 else gradient.shape
+        own = (order.owners == b).to(gradient.device).view(rows)
+        return gradient * (own[..., None] if gradient.ndim > 1 else own)
 
 
 @dataclass(frozen=True)
@@ -187,21 +226,18 @@ def replaced(output: Any, tensors: Sequence[Tensor]) -> Any:
     )
 
 
-def part(x: Tensor, rows: slice, batch: int) -> Tensor:
-    """Return the rows of some examples, of which each may have several."""
-    if rows == slice(None):
-        return x
-    each = len(x) // batch
-    return x[rows.start * each : rows.stop * each]
+def part(x: Tensor, axis: int, b: int, batch: int) -> Tensor:
+    """Return a view of the entries of one example, which may have several along an axis."""
+    each = x.shape[axis] // batch
+    return x.narrow(axis, b * each, each)
 
 
-def _masked(gradient: Tensor | None, b: int, batch: int) -> Tensor | None:
-    """Return a gradient with zeros for all examples but one."""
-    if gradient is None:
-        return None
-    masked, rows = torch.zeros_like(gradient), slice(b, b + 1)
-    part(masked, rows, batch).copy_(part(gradient, rows, batch))
-    return masked
+def _cut(x: Tensor, axis: int, b: int, batch: int) -> Tensor:
+    """Return an example's part of an input, if it can be taken for one that has such parts."""
+    for each in (axis, 0):
+        if x.ndim > each and x.shape[each] == batch:
+            return x.narrow(each, b, 1)
+    return x
 
 
 def _is_differentiable(leaf: Any) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dmin.gradients.parameters import plain_name
 from dmin.runtime.errors import DminError
 
 Token = TypeVar("Token")
@@ -69,8 +70,10 @@ class ParameterUsage(Generic[Token]):
         network: nn.Module,
         chosen: Mapping[str, nn.Parameter],
         report: Callable[[Use[Token]], tuple[Any, Token] | None],
+        by_network: Collection[str] = (),
     ) -> None:
         self.network = network
+        self._by_network = by_network
         self._name_of = {id(p): name for name, p in chosen.items()}
         # By holder and name, not by identity: a sharded module changes its parameters as it runs.
         self._held: dict[int, dict[str, str]] = {}
@@ -102,6 +105,7 @@ class ParameterUsage(Generic[Token]):
         holding: dict[int, bool] = {}
         with ExitStack() as undo:
             for name, module in self.network.named_modules():
+                name = plain_name(name)
                 if self._holds(module, holding):
                     for handle in self._hook(name, module):
                         undo.callback(handle.remove)
@@ -174,11 +178,11 @@ class ParameterUsage(Generic[Token]):
         def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             return self._end(name, args, kwargs, output)
 
-        # A sharded module gives its parameters back in a hook of its own: be told before that.
-        first = _shards(module)
+        # First at the end: a sharded module gives its parameters back in a hook of its own, and
+        # hooks of others may make something else of the output.
         return (
             module.register_forward_pre_hook(begin, with_kwargs=True),
-            module.register_forward_hook(end, prepend=first, with_kwargs=True, always_call=True),
+            module.register_forward_hook(end, prepend=True, with_kwargs=True, always_call=True),
         )
 
     def _note(self, parameter: nn.Parameter) -> None:
@@ -232,6 +236,9 @@ class ParameterUsage(Generic[Token]):
         around = self._running[-1] if self._running else None
         if around is not None:
             around.within += use.within
+        use.used.difference_update(self._by_network)
+        if use.module is self.network:
+            use.used.update(self._chosen.keys() & self._by_network)
         if not use.used:
             return output
         use.args, use.kwargs, use.output = args, kwargs, output
@@ -290,7 +297,9 @@ def _reporting_class(note: Callable[[nn.Parameter], None]) -> type[nn.Parameter]
                 result = func(*args, **(kwargs or {}))
             if func in _NO_GRADIENT:
                 return result
-            if isinstance(result, Tensor) or any(isinstance(x, Tensor) for x in _leaves(result)):
+            # Such as ``h[0] = parameter``; an attribute that is None, or set, is no use.
+            computes = result is None and func.__name__ not in ("__get__", "__set__")
+            if computes or any(isinstance(x, Tensor) for x in _leaves(result)):
                 for leaf in chain.from_iterable(map(_leaves, (*args, *(kwargs or {}).values()))):
                     if isinstance(leaf, cls):
                         note(leaf)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dmin.diffusion.inputs import NoisedBatch
+from dmin.gradients.parameters import eager, named_parameters
 from dmin.models.base import READOUTS, DiffusionModel
 
 
@@ -25,13 +26,13 @@ def by_autograd(
     Returns:
         ``[*shape]`` by name; zeros where the readout does not depend on the parameter.
     """
-    named = dict(model.network.named_parameters())
+    named = named_parameters(model.network)
     chosen = {name: named[name] for name in names}
     required = {name: p.requires_grad for name, p in named.items()}
     try:
         for name, p in named.items():
             p.requires_grad_(name in chosen)
-        with torch.enable_grad():
+        with torch.enable_grad(), eager():
             value = READOUTS[readout](model.predict(*inputs)).sum()
             found: Sequence[Tensor | None] = [None] * len(chosen)
             if value.requires_grad:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from dmin.gradients.parameters import plain_name, uncompiled
 from dmin.runtime.errors import DminError
 
 Condition = Mapping[str, Tensor]
@@ -239,7 +240,8 @@ def weights_digest(module: nn.Module) -> str:
     All processes have to ask for it where the weights are shared out over them.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    tensors = {plain_name(name): x for name, x in uncompiled(module).state_dict().items()}
+    for name, tensor in sorted(tensors.items()):
         if hasattr(tensor, "full_tensor"):  # sharded: the digest is that of the whole
             tensor = tensor.full_tensor()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

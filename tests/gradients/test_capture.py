@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Keep, captured, check, error, one_at_a_time, square
+from oracle import Keep, backward, captured, check, error, one_at_a_time, settled, square
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dmin.gradients import layers as layer_gradients
 from dmin.gradients.capture import Capture
 from dmin.gradients.factors import Dense
+from dmin.gradients.ownership import MAJOR, Ownership
 from dmin.gradients.parameters import choose_parameters
 from dmin.gradients.rerun import PerExampleRerun
 from dmin.runtime.errors import DminError
@@ -79,12 +80,14 @@ def test_the_network_is_given_back_as_it_was(where):
     if where == "layer":
         inputs["t"] = torch.randn(4, 9)
     try:
-        with Capture(network, sketch) as capture:
+        def run(capture):
             assert not any(p.requires_grad for p in network.parameters())
             values = square(network, inputs)
             if where == "forward":
                 raise KeyboardInterrupt
             capture.backward(values.sum() if where == "backward" else values)
+
+        settled(network, sketch, run)
     except (KeyboardInterrupt, RuntimeError, DminError):
         assert where != "nowhere"
     assert state_of(network) == before
@@ -100,8 +103,7 @@ def test_autograd_computes_no_gradients_of_its_own():
 
 def rows_of(network, inputs, loss=square, budget=None):
     sketch = BlockCyclic(dim=64, block=8).bind(choose_parameters(network))
-    with Capture(network, sketch, budget) as capture:
-        return capture.backward(loss(network, inputs))
+    return backward(network, sketch, lambda: loss(network, inputs), budget)[0]
 
 
 @pytest.mark.parametrize("budget", [1, 1000, 1 << 40])
@@ -134,12 +136,12 @@ def test_rows_are_the_sketch_of_the_gradients():
 def test_several_readouts_of_one_forward_pass():
     network, inputs = network_and_inputs()
     readouts = [lambda y: y.flatten(1).square().mean(1), lambda y: y.flatten(1).sin().sum(1)]
-    with Capture(network, Keep(choose_parameters(network))) as capture:
+
+    def run(capture):
         y = network(**inputs)
-        found = [
-            capture.backward(readouts[0](y), keep_graph=True),
-            capture.backward(readouts[1](y)),
-        ]
+        return capture.backward(readouts[0](y), keep_graph=True), capture.backward(readouts[1](y))
+
+    found = settled(network, Keep(choose_parameters(network)), run)
     for rows, readout in zip(found, readouts, strict=True):
         truth = one_at_a_time(network, inputs, lambda n, i, r=readout: r(n(**i)), 4)
         assert error(rows, truth) <= 1e-5
@@ -152,20 +154,26 @@ def test_several_passes_in_one_context_and_several_calls_in_one_pass():
         return square(network, inputs) + square(network, {**inputs, "t": -inputs["t"]})
 
     truth = one_at_a_time(network, inputs, both, 4)
-    with Capture(network, Keep(choose_parameters(network))) as capture:
-        for _ in range(2):
-            assert error(capture.backward(both(network, inputs)), truth) <= 1e-5
+
+    def run(capture):
+        return [capture.backward(both(network, inputs)) for _ in range(2)]
+
+    for found in settled(network, Keep(choose_parameters(network)), run):
+        assert error(found, truth) <= 1e-5
 
 
 def test_a_pass_that_failed_leaves_no_trace_in_the_next():
     network, inputs = network_and_inputs()
     truth = one_at_a_time(network, inputs, square, 4)
-    with Capture(network, Keep(choose_parameters(network))) as capture:
+
+    def run(capture):
         with pytest.raises(RuntimeError, match="shape"):
             network(inputs["x"], torch.randn(4, 9))  # inside `time`
         with pytest.raises(RuntimeError, match="size"):
             network(inputs["x"][..., :4], inputs["t"])  # inside a block
-        assert error(capture.backward(square(network, inputs)), truth) <= 1e-5
+        return capture.backward(square(network, inputs))
+
+    assert error(settled(network, Keep(choose_parameters(network)), run), truth) <= 1e-5
 
 
 # What no layer's closed form covers, each attributed exactly all the same.
@@ -338,12 +346,12 @@ def test_every_use_is_attributed(kind, budget):
     network = FALLBACKS[kind]().double().eval()
     inputs = {"x": torch.randn(4, 5, 6).double()}
     truth = one_at_a_time(network, inputs, square, 4)
-    with Capture(network, Keep(choose_parameters(network)), budget) as capture:
-        found = capture.backward(square(network, inputs))
+    sink = Keep(choose_parameters(network))
+    found, coverage = backward(network, sink, lambda: square(network, inputs), budget)
     assert error(found, truth) <= 1e-10
     missing = truth.keys() - found.keys()
     assert all(not truth[name].any() for name in missing)
-    for name, path in capture.coverage.items():
+    for name, path in coverage.items():
         assert path == "unused" if name in missing else path != "unused", name
 
 
@@ -357,14 +365,17 @@ def test_parameters_of_modules_are_attributed(dtype):
 def test_the_way_of_each_parameter_is_listed():
     network, inputs = network_and_inputs()
     network.idle = nn.Linear(2, 2)
-    with Capture(network, Keep(choose_parameters(network))) as capture:
+
+    def run(capture):
         assert set(capture.coverage.values()) == {"unused"}
         capture.backward(square(network, inputs))
+        return capture.coverage
+
     expected = {name: "closed form" for name, _ in network.named_parameters()}
     expected |= {"idle.weight": "unused", "idle.bias": "unused"}
     expected |= {f"blocks.{i}.table": f"fallback (blocks.{i})" for i in range(2)}
     expected["scale"] = "fallback (the network)"
-    assert capture.coverage == expected
+    assert settled(network, Keep(choose_parameters(network)), run) == expected
 
 
 @pytest.mark.parametrize("tokens", [4, 8])
@@ -431,9 +442,9 @@ def test_what_the_batch_happens_to_divide_is_not_taken_for_folded_examples(kind,
     torch.manual_seed(0)
     network, inputs = kind(), {"x": torch.randn(batch, 8, 8)}
     check(network, inputs)
-    with Capture(network, Keep(choose_parameters(network))) as capture:
-        capture.backward(square(network, inputs))
-    closed = [path == "closed form" for path in capture.coverage.values()]
+    sink = Keep(choose_parameters(network))
+    _, coverage = backward(network, sink, lambda: square(network, inputs))
+    closed = [path == "closed form" for path in coverage.values()]
     assert all(closed) if kind is Parts else not any(closed[:3])
 
 
@@ -494,10 +505,14 @@ def test_checkpointing_is_exact_and_its_activations_are_not_kept():
     inputs = {"x": torch.randn(4, 5, 6).double(), "t": torch.randn(4, 12).double()}
     truth = one_at_a_time(network, inputs, square, 4)
     network.seen.clear()
-    with Capture(network, Keep(choose_parameters(network))) as capture:
+
+    def run(capture):
+        network.seen.clear()
         values = square(network, inputs)
         assert network.seen and not any(ref() is not None for ref in network.seen)
-        found = capture.backward(values)
+        return capture.backward(values)
+
+    found = settled(network, Keep(choose_parameters(network)), run)
     assert error(found, truth) <= 1e-10
     assert set(found) == set(truth)
 
@@ -555,11 +570,14 @@ def test_gradients_are_handed_on_as_they_arrive(kind):
     elif isinstance(network, Checkpointed):
         inputs["t"] = torch.randn(4, 12)
     sketch = Impatient(choose_parameters(network))
-    with Capture(network, sketch) as capture:
+
+    def run(capture):
         sketch.capture = capture
         values = square(network, inputs)
         capture.backward(values, keep_graph=True)
         capture.backward(values)
+
+    settled(network, sketch, run)
     assert sketch.waiting == 0
 
 
@@ -568,7 +586,7 @@ def test_gradients_that_exceed_the_budget_are_computed_when_asked_for():
     matrix, x, d = Matrix(), torch.randn(4, 5, 6), torch.randn(4, 5, 6)
     call = PerExampleRerun(matrix, "matrix", ((x,), {}), matrix(x))
     formed, lazy = (
-        call.factors(call.tensors(((x,), {})), [d], {"matrix": matrix.matrix}, 4, budget)["matrix"]
+        call.factors(call.tensors(((x,), {})), [d], {"matrix": matrix.matrix}, [MAJOR], 4, budget)["matrix"]
         for budget in (4 * 36 * 4, 4 * 36 * 4 - 1)
     )
     assert isinstance(formed, Dense) and not isinstance(lazy, Dense)
@@ -583,12 +601,16 @@ def test_inputs_of_layers_are_freed_after_the_last_readout():
     network, inputs = network_and_inputs()
     seen = []
     network.blocks[1].norm.register_forward_hook(lambda m, a, y: seen.append(weakref.ref(a[0])))
-    with Capture(network, Keep(choose_parameters(network))) as capture:
+
+    def run(capture):
+        seen.clear()
         values = square(network, inputs)
         assert seen[0]() is not None
         capture.backward(values)
         del values
         assert seen[0]() is None
+
+    settled(network, Keep(choose_parameters(network)), run)
 
 
 # Refusals: each names what it refuses and says what to do.
@@ -683,7 +705,7 @@ def test_a_layer_whose_rows_fit_no_batch_is_refused():
     def loss(network, inputs):
         return network["layer"](inputs["x"]).mean().expand(4).clone()
 
-    with pytest.raises(DminError, match=r"layer layer was given \(7, 6\) for 4 examples"):
+    with pytest.raises(DminError, match=r"layer\.bias \(layer has no row for each.*microbatch=1"):
         captured(network, {"x": torch.randn(7, 6)}, loss)
 
 

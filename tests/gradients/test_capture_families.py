@@ -6,12 +6,11 @@ import re
 import diffusers
 import pytest
 import torch
-from oracle import Keep, error, one_at_a_time
+from oracle import Keep, backward, error, one_at_a_time
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import dmin.models.latent  # noqa: F401  (registers diffusers' own norms)
-from dmin.gradients.capture import Capture
 from dmin.gradients.parameters import choose_parameters
 
 BATCH = 3
@@ -226,10 +225,9 @@ def loss(network: nn.Module, inputs: dict) -> Tensor:
 def capture_all(network: nn.Module, inputs: dict):
     """Gradients of all parameters, each of which must have arrived; and the ways they came."""
     parameters = choose_parameters(network)
-    with Capture(network, Keep(parameters)) as capture:
-        found = capture.backward(loss(network, inputs))
+    found, coverage = backward(network, Keep(parameters), lambda: loss(network, inputs))
     assert set(found) == {name for name, _ in network.named_parameters()}
-    return found, capture.coverage
+    return found, coverage
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -271,11 +269,10 @@ def test_adapters_are_attributed(dora):
     network = peft.inject_adapter_in_model(config, network).double().eval()
     truth = one_at_a_time(network, inputs, loss, BATCH)
     parameters = choose_parameters(network, "lora_")
-    with Capture(network, Keep(parameters)) as capture:
-        found = capture.backward(loss(network, inputs))
+    found, coverage = backward(network, Keep(parameters), lambda: loss(network, inputs))
     assert set(found) == set(truth) and len(found) == len(parameters.entries)
     assert error(found, truth) <= 1e-10
-    assert dora or set(capture.coverage.values()) == {"closed form"}
+    assert dora or set(coverage.values()) == {"closed form"}
 
 
 def test_bfloat16_is_as_good_as_autograd_in_bfloat16():

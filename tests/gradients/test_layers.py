@@ -9,7 +9,7 @@ from oracle import captured, check, error, one_at_a_time, square
 from torch import nn
 
 from dmin.gradients.factors import Correlation, Dense, Outer, Rows, Sum
-from dmin.gradients.layers import gradient_of, layer_gradient, splits
+from dmin.gradients.layers import gradient_of, layer_gradient
 
 
 class Folded(nn.Module):
@@ -319,24 +319,3 @@ def test_factors_are_cut_by_example_and_their_numbers_are_fresh(kind):
     assert factors[1:3].batch == 2
     factors.dense().zero_()  # callers work in place
     torch.testing.assert_close(factors.dense(), whole)
-
-
-@pytest.mark.parametrize(
-    ("layer", "shape", "expected"),
-    [
-        (nn.Linear(3, 2), (4, 3), True),
-        (nn.Linear(3, 2), (8, 5, 3), True),  # folded
-        (nn.Linear(3, 2), (6, 3), False),
-        (nn.Linear(3, 2), (4,), False),  # a vector, no batch
-        (nn.Linear(3, 2), (1, 4, 3), False),  # shared by all examples
-        (nn.Embedding(9, 2), (4, 7), True),
-        (nn.Embedding(9, 2), (8,), False),  # positions
-        (nn.LayerNorm((4, 3)), (4, 3), False),
-        (nn.LayerNorm((4, 3)), (4, 4, 3), True),
-        (nn.Conv2d(4, 2, 1), (4, 5, 5), False),
-        (nn.GroupNorm(1, 2), (4, 2), True),
-    ],
-    ids=str,
-)
-def test_rows_are_told_apart_by_example_or_not_at_all(layer, shape, expected):
-    assert splits(layer, torch.zeros(shape), 4) is expected

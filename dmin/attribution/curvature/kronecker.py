@@ -13,6 +13,7 @@ from dmin.attribution.curvature.functional_loss import FunctionalLoss, Weights
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.gradients.capture import Capture
 from dmin.gradients.factors import Correlation, GradientFactors, Outer, Sum, wide
+from dmin.gradients.ownership import Ownership
 from dmin.gradients.parameters import Parameters
 from dmin.gradients.sink import Sink
 from dmin.models.base import weight_of_squares
@@ -127,16 +128,23 @@ class KroneckerCurvature:
     ) -> Iterable[None]:
         """Backpropagate the drawn output gradients; the sink sees the factors."""
         generator = torch.Generator().manual_seed(seed)
-        model = self.loss.model
+        model, ownership = self.loss.model, Ownership(complete=True)  # sinks add up: none twice
         for piece in pairs.split(batch):
             for _ in range(samples):
-                hooks: Capture[None, None] = Capture(model.network, sink)
-                with torch.enable_grad(), hooks as capture:
-                    found = model.predict(*piece)
-                    flat = found.prediction.flatten(1)
-                    drawn = torch.randn(flat.shape, generator=generator, dtype=torch.float64)
-                    scale = (2 * weight_of_squares(found) / flat.shape[1]).sqrt()[:, None]
-                    capture.backward((flat * (scale * drawn.to(flat))).sum(1))
+                state = generator.get_state()
+
+                def run(piece: NoisedBatch = piece, state: Tensor = state) -> None:
+                    generator.set_state(state)
+                    hooks: Capture[None, None] = Capture(model.network, sink, ownership=ownership)
+                    with torch.enable_grad(), hooks as capture:
+                        found = model.predict(*piece)
+                        flat = found.prediction.flatten(1)
+                        drawn = torch.randn(flat.shape, generator=generator, dtype=torch.float64)
+                        scale = (2 * weight_of_squares(found) / flat.shape[1]).sqrt()[:, None]
+                        capture.backward((flat * (scale * drawn.to(flat))).sum(1))
+
+                ownership.expect(len(piece.t), piece.x0.shape[1:])
+                ownership.settle(run)
                 yield
 
 

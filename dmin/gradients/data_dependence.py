@@ -1,0 +1,81 @@
+"""Does a network take the order of its rows from data? Noted while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
+# What takes positions from a tensor. Looking a table up is none: its rows follow the index.
+_INDEXING = {
+    getattr(holder, name)
+    for holder in (torch, Tensor)
+    for name in (
+        *("gather", "take", "take_along_dim", "index_select", "masked_select", "repeat_interleave"),
+        *("index_add", "index_copy", "index_put", "masked_scatter", "scatter", "scatter_add"),
+        *("scatter_reduce", "index_add_", "index_copy_", "index_put_", "masked_scatter_"),
+        *("scatter_", "scatter_add_", "scatter_reduce_"),
+    )
+    if hasattr(holder, name)
+}
+# What orders rows by data, or makes numbers of Python of it: anything may be decided by them.
+_DECIDING = {
+    getattr(holder, name)
+    for holder in (torch, Tensor)
+    for name in (
+        *("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"),
+        *("__contains__", "equal", "allclose", "nonzero", "argwhere", "sort", "msort", "unique"),
+        *("unique_consecutive", "bincount"),
+    )
+    if hasattr(holder, name)
+}
+
+
+class DataDependence(TorchFunctionMode):
+    """Notes whether positions or decisions come from the tensors it was told of.
+
+    Attributes:
+        found: whether they do.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+        self._data = WeakIdKeyDictionary()
+
+    def begins(self, inputs: Iterable[Tensor]) -> None:
+        """Take tensors for data, with all that is computed from them."""
+        for tensor in inputs:
+            self._data[tensor] = True
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Run an operation and note what it does."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        used = [self._is_data(x) for x in pytree.tree_leaves((args, kwargs))]
+        if any(used):
+            self.found = self.found or self._decides(func, args, kwargs)
+            self.begins(x for x in pytree.tree_leaves(result) if isinstance(x, Tensor))
+            if result is None and args and isinstance(args[0], Tensor):
+                self.begins(args[:1])
+        return result
+
+    def _is_data(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x in self._data
+
+    def _decides(self, func: Callable, args: tuple, kwargs: dict) -> bool:
+        if func in _DECIDING:
+            return True
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            return any(self._is_data(x) for x in pytree.tree_leaves(args[1]))
+        others = [*args[1:], *kwargs.values()]
+        if func is torch.where:
+            return not others
+        return func in _INDEXING and (not others or any(map(self._is_data, others)))

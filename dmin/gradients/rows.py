@@ -1,0 +1,80 @@
+"""Gradients of a layer whose rows are in another order than example after example."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dmin.gradients.calls import Call
+from dmin.gradients.factors import GradientFactors
+
+
+@dataclass
+class Arrived:
+    """One call's input and output gradient, kept until the last call of its layer has come.
+
+    Attributes:
+        call: of a layer with a closed form.
+        input: of the layer.
+        gradient: of its output.
+        owners: ``[rows]``, which example each row belongs to; negative if it has no gradient.
+    """
+
+    call: Call
+    input: Tensor
+    gradient: Tensor
+    owners: Tensor
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Input and output gradient with one leading axis."""
+        axes = len(self.call.rows(0))
+        return self.input.flatten(0, axes - 1), self.gradient.flatten(0, axes - 1)
+
+
+def put_in_order(arrived: Sequence[Arrived], batch: int) -> list[dict[str, GradientFactors]]:
+    """Return the factors of a layer's parameters, its rows put in order.
+
+    Calls on rows of one shape are taken together: where a network takes a list with one tensor an
+    example, each has the rows of one example alone.
+
+    Args:
+        arrived: the calls of one layer.
+        batch: number of examples.
+
+    Returns:
+        By local name, for each shape of rows.
+    """
+    alike: dict[tuple, list[Arrived]] = defaultdict(list)
+    for each in arrived:
+        a, d = each.rows
+        alike[a.shape[1:], d.shape[1:]].append(each)
+    found = []
+    for group in alike.values():
+        inputs, gradients = zip(*(each.rows for each in group), strict=True)
+        owners = torch.cat([each.owners for each in group])
+        index = _index(owners, batch).to(gradients[0].device)
+        call = group[0].call
+        found.append(
+            call.how(call.module, _taken(inputs, index), _taken(gradients, index), batch)
+        )
+    return found
+
+
+def _index(owners: Tensor, batch: int) -> Tensor:
+    """Return the rows of each example, ``[batch · most]``; −1 where it has fewer than the most."""
+    lists = [(owners == b).nonzero()[:, 0] for b in range(batch)]
+    return pad_sequence(lists, batch_first=True, padding_value=-1).flatten()
+
+
+def _taken(tensors: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Return rows by index; zeros for −1."""
+    rows = torch.cat(tuple(tensors)) if len(tensors) > 1 else tensors[0]
+    taken = rows[index.clamp(min=0)]
+    absent = index < 0
+    return taken.masked_fill(absent.view(-1, *[1] * (taken.ndim - 1)), 0)
