@@ -97,9 +97,7 @@ class Guard:
         self.seconds += time.perf_counter() - start
         return found
 
-    def confirm_zeros(
-        self, found: Features, inputs: NoisedExamples, ids: Sequence[str]
-    ) -> None:
+    def confirm_zeros(self, found: Features, inputs: NoisedExamples, ids: Sequence[str]) -> None:
         """Hold examples without any gradient to autograd's.
 
         Args:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from contextlib import ExitStack
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from dmin.gradients.data_dependence import DataDependence
 from dmin.gradients.ownership import UNKNOWN, Projector, RowOrder, order_of, owners_of
-from dmin.gradients.parameters import some_of
 from dmin.runtime.errors import DminError
 
 
@@ -26,6 +22,7 @@ class Call:
         name: of the module.
         module: that was called.
         parameters: whose gradients it gives.
+        own: names of the parameters that the module holds, by local name.
         how: they are had: a layer's closed form, or the call to be run again.
         shapes: of its outputs.
         dtype: of its outputs.
@@ -36,6 +33,7 @@ class Call:
     name: str
     module: nn.Module
     parameters: set[str]
+    own: Mapping[str, str]
     how: Any
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
@@ -52,6 +50,17 @@ class Call:
         shape = self.shapes[output]
         features = min(1, len(shape) - 1) if self.features is None else self.features
         return shape[: len(shape) - features]
+
+    def doubts(
+        self, orders: Sequence[RowOrder], gradients: Sequence[Tensor | None]
+    ) -> Iterator[Tensor]:
+        """Yield, for outputs with rows of unknown owner, whether one of these has a gradient."""
+        for i, (order, gradient) in enumerate(zip(orders, gradients, strict=True)):
+            unknown = None if gradient is None else order.unknown
+            if gradient is not None and unknown is not None:
+                rows = gradient.flatten(0, len(self.rows(i)) - 1)
+                whole = len(unknown) == len(rows)
+                yield (rows if whole else rows[unknown.to(rows.device)]).any()
 
     def probe(self, gradients: Sequence[Tensor | None], projector: Projector) -> None:
         """Keep a few numbers of each row of the output gradients of a pass."""
@@ -119,99 +128,3 @@ class Tap(torch.autograd.Function):
             ) from error
         ctx.capture.arrive(ctx.call, inputs, gradients)
         return (None, None, None, None, *gradients, *[None] * len(inputs))
-
-
-class Examination:
-    """Context in which a network is examined: what it does with its inputs.
-
-    Attributes:
-        inputs: tensors that the network was given.
-
-    Args:
-        capture: that the inputs' gradients are shown to.
-        network: to examine.
-        anchor: what makes tensors part of a graph.
-    """
-
-    def __init__(self, capture: Any, network: nn.Module, anchor: Tensor) -> None:
-        self._capture, self._network, self._anchor = capture, network, anchor
-        self._noted = DataDependence()
-        self.inputs: list[Call] = []
-        self._inside = 0
-
-    def __enter__(self) -> Self:
-        """Hear when the network's forward begins and ends."""
-        with ExitStack() as undo:
-            begins = self._network.register_forward_pre_hook(self._begin, with_kwargs=True)
-            undo.callback(begins.remove)
-            undo.callback(
-                self._network.register_forward_hook(self._end, always_call=True).remove
-            )
-            self._undo = undo.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Leave the network as it was."""
-        if self._inside:
-            self._noted.__exit__(None, None, None)
-        self._undo.close()
-
-    @property
-    def depends(self) -> bool:
-        """Whether the network took an index or a decision from its inputs."""
-        return self._noted.found
-
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if self._inside or not torch.is_grad_enabled():
-            return None
-        args, kwargs = pytree.tree_map(self._tapped, (args, kwargs))
-        self._noted.begins(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-        self._noted.__enter__()
-        self._inside = 1
-        return args, kwargs
-
-    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._inside:
-            self._inside = 0
-            self._noted.__exit__(None, None, None)
-
-    def _tapped(self, x: Any) -> Any:
-        if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
-            return x
-        if not x.is_floating_point() or x.ndim == 0:
-            return x
-        name = f"input {len(self.inputs)} of the network"
-        call = Call(-1, name, self._network, set(), None, (x.shape,), x.dtype)
-        self.inputs.append(call)
-        return Tap.apply(self._capture, call, self._anchor, 1, x)[0]
-
-    def require_apart(
-        self, inputs: Sequence[RowOrder], calls: Sequence[Call], orders: Sequence[RowOrder]
-    ) -> None:
-        """Refuse a network in which the loss of an example depends on the others' inputs.
-
-        Args:
-            inputs: the order of the rows of the network's inputs.
-            calls: of the forward pass.
-            orders: of their outputs' rows.
-
-        Raises:
-            DminError: it does, and between which layers.
-        """
-        reached = [order for order in inputs if order.reached]
-        if not reached or not all(order.shared for order in reached):
-            return
-        mixed = [c.name for c in calls if any(orders[c.number + i].shared for i in range(len(c.shapes)))]
-        statistics = [
-            name
-            for name, module in self._network.named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
-            and (module.training or module.running_mean is None)
-        ]
-        where = f"{some_of(statistics)} take(s) statistics of the batch" if statistics else (
-            f"it happens behind {mixed[-1]}" if mixed else "it happens before the first layer"
-        )
-        raise DminError(
-            f"the examples of a pass see each other in this network: {where}. Set "
-            f"collect.microbatch=1, which computes every pair alone."
-        )

@@ -16,7 +16,7 @@ at its own work, the module that used it is run again, an example at a time
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Generic, Self
@@ -24,20 +24,14 @@ from typing import Any, Generic, Self
 import torch
 from torch import Tensor, nn
 
-from dmin.gradients.calls import Call, Examination, Tap
+from dmin.gradients.calls import Call, Tap
+from dmin.gradients.examination import Examination, Prober, kind_of
 from dmin.gradients.factors import GradientFactors, Sum, wide_dtype
 from dmin.gradients.layers import features_of, layer_gradient
-from dmin.gradients.ownership import (
-    MAJOR,
-    Ownership,
-    Projector,
-    RowOrder,
-    Unsettled,
-    digits,
-)
+from dmin.gradients.ownership import MAJOR, Ownership, RowOrder, Unsettled
 from dmin.gradients.parameters import eager, named_parameters, some_of, uncompiled
 from dmin.gradients.rerun import PerExampleRerun, differentiable, replaced
-from dmin.gradients.rows import Arrived, put_in_order
+from dmin.gradients.rows import Arrived, Ordered, factors_of
 from dmin.gradients.sink import Rows, Sink, State
 from dmin.gradients.usage import ParameterUsage, Use
 from dmin.runtime.errors import DminError
@@ -103,7 +97,7 @@ class Capture(Generic[State, Rows]):
         )
         self._paths: dict[str, set[str]] = defaultdict(set)
         self._pass: _Pass[State] | None = None
-        self._projector: Projector | None = None
+        self._prober = Prober(self.ownership, self.network, self._backpropagate)
         self._forget()
 
     def __enter__(self) -> Self:
@@ -135,7 +129,6 @@ class Capture(Generic[State, Rows]):
         self._calls: list[Call] = []  # of the forward passes, in order
         self._uses: Counter[str] = Counter()  # of each parameter, whose gradients are to come
         self._orders: dict[int, RowOrder] | None = None
-        self._kind: Hashable = None
 
     @property
     def coverage(self) -> dict[str, str]:
@@ -172,7 +165,9 @@ class Capture(Generic[State, Rows]):
         budget = self.budget or (GPU_BUDGET if values.is_cuda else CPU_BUDGET)
         batch = len(values)
         if self._orders is None:
-            self._orders = self._found(values) if batch > 1 else {}
+            self._orders = {}
+            if batch > 1:
+                self._orders = self._prober.orders(values, self._calls, self._examination)
         self._pass = _Pass(batch, budget, self.sink.begin(batch, like, budget), self._orders)
         try:
             self._backpropagate(values, keep_graph)
@@ -201,79 +196,11 @@ class Capture(Generic[State, Rows]):
                 f"them out with params=<regex>."
             )
 
-    def _found(self, values: Tensor) -> dict[int, RowOrder]:
-        """Return the order of the rows of each output; find it out if it is not known.
-
-        Raises:
-            Unsettled: it was found out by a pass that was for that alone, or needs such a pass.
-        """
-        ownership, examination = self.ownership, self._examination
-        self._kind = (len(values), *(call.kind for call in self._calls))
-        known = ownership.known(self._kind) if examination is None else None
-        routed = examination is None and ownership.routed(self._kind)
-        if not ownership.agree(known is None):
-            return dict(enumerate(known or ()))
-        if ownership.agree(examination is None and not routed):
-            ownership.watch = True
-            raise Unsettled(
-                "the rows of this network's layers have not been examined yet. Run the pass in "
-                "Ownership.settle, which runs it again."
-            )
-        inputs = [] if examination is None else examination.inputs
-        orders = self._probe(values, [*inputs, *self._calls])
-        found = orders[len(inputs) :]
-        if examination is not None:
-            examination.require_apart(orders[: len(inputs)], self._calls, found)
-        unsettled = self._escalate(found)
-        if examination is not None and not unsettled:
-            ownership.learn(self._kind, found, examination.depends)
-            ownership.having.update(call.name for call in self._calls)
-            ownership.watch = False
-        if unsettled or examination is not None:
-            raise Unsettled("the rows of this network's layers were examined. Run the pass again.")
-        return dict(enumerate(found))
-
-    def _probe(self, values: Tensor, calls: Sequence[Call]) -> list[RowOrder]:
-        """Return the order of the rows of each output of some calls."""
-        half = any(call.dtype == torch.float16 for call in calls)
-        base = 4 if half else 8  # half precision has not the range
-        tolerance = 1e-4 if values.device.type == "cpu" and not half else 0.2
-        exponents = digits(len(values), base)
-        self._projector = Projector(values.device)
-        for passes, exponent in enumerate((torch.zeros_like(exponents[0]), *exponents), 1):
-            self._backpropagate(values * (2.0**exponent).to(values), keep_graph=True)
-            for call in calls:
-                call.end_probe(passes)
-        self._projector = None
-        return [
-            order for call in calls for order in call.orders(len(values), base, tolerance)
-        ]
-
-    def _escalate(self, found: Sequence[RowOrder]) -> bool:
-        """Leave calls with rows that are no one example's to the modules around them.
-
-        Raises:
-            DminError: there is none around.
-        """
-        shared = [
-            call
-            for call in self._calls
-            if any(found[call.number + i].shared for i in range(len(call.shapes)))
-        ]
-        alone = self.ownership.agree is bool
-        lost = {n for c in shared for n in c.parameters if not alone or c.module is self.network}
-        if lost:
-            raise DminError(
-                f"the gradients of {len(lost)} parameter(s) cannot be distinguished by example: "
-                f"{some_of(lost)}. Compute every pair alone with collect.microbatch=1."
-            )
-        self.ownership.enclosing.update(call.name for call in shared)
-        return bool(shared)
-
     def _require_known(self, doubt: Tensor | None) -> None:
         """Examine the pass again if rows had gradients of which nothing was known."""
         if self.ownership.agree(doubt is not None and bool(doubt)):
-            self.ownership.doubt(self._kind)
+            assert self._pass is not None
+            self.ownership.doubt(kind_of(self._pass.batch, self._calls))
             raise Unsettled("rows of layers have gradients for the first time. Run the pass again.")
 
     def _record(self, use: Use[Call]) -> tuple[Any, Call] | None:
@@ -294,7 +221,9 @@ class Capture(Generic[State, Rows]):
                 inner.parameters -= call.parameters
         else:
             inputs = [_input(use).detach()]
-        if self._pass is None and self._projector is None:  # else a checkpoint recomputes what is counted
+        if (
+            self._pass is None and self._prober.projector is None
+        ):  # else a checkpoint recomputes what is counted
             self._uses.update(call.parameters)
             self._calls.append(call)
         outputs = differentiable(use.output)
@@ -308,8 +237,9 @@ class Capture(Generic[State, Rows]):
         number, gradient = sum(len(call.shapes) for call in self._calls), layer_gradient(use.module)
         outputs = differentiable(use.output)
         shapes = tuple(x.shape for x in outputs)
-        own = {name for local, name in self._usage.own(use.module).items() if local in _LOCAL}
-        if gradient is not None and use.used <= own and isinstance(use.output, Tensor):
+        own = self._usage.own(use.module)
+        plain = use.used <= {name for local, name in own.items() if local in _LOCAL}
+        if gradient is not None and plain and isinstance(use.output, Tensor):
             features = features_of(use.module, use.output)
             if not self._sees(use, [_input(use)]) or use.output.ndim <= features:
                 return None
@@ -324,7 +254,7 @@ class Capture(Generic[State, Rows]):
             if not self._sees(use, how.tensors((use.args, use.kwargs))):
                 return None
         dtype = outputs[0].dtype
-        return Call(number, use.name, use.module, use.used, how, shapes, dtype, features)
+        return Call(number, use.name, use.module, use.used, own, how, shapes, dtype, features)
 
     def _sees(self, use: Use[Call], inputs: Iterable[Tensor]) -> bool:
         known = use.name in self.ownership.having
@@ -332,14 +262,16 @@ class Capture(Generic[State, Rows]):
 
     def arrive(self, call: Call, inputs: Sequence[Tensor], gradients: Sequence[Any]) -> None:
         """Take the gradients of a call's outputs; flush parameters whose last call this was."""
-        if self._projector is not None:
-            call.probe(gradients, self._projector)
+        if self._prober.projector is not None:
+            call.probe(gradients, self._prober.projector)
             return
         if self._pass is None or not call.parameters:
             return
         batch, orders = self._pass.batch, self._pass.orders
         order = [orders.get(call.number + i, MAJOR) for i in range(len(call.shapes))]
-        self._doubt(call, order, gradients)
+        for doubt in call.doubts(order, gradients):
+            before = self._pass.doubt
+            self._pass.doubt = doubt if before is None else before | doubt
         arrived: Mapping[str, GradientFactors | Arrived]
         if isinstance(call.how, PerExampleRerun):
             path = f"{FALLBACK} ({call.how.name})"
@@ -351,12 +283,12 @@ class Capture(Generic[State, Rows]):
         elif order[0].axis == 0:
             path = CLOSED_FORM
             parts = call.how(call.module, inputs[0], gradients[0], batch)
-            arrived = {name: parts[local] for name, local in self._local(call).items()}
+            arrived = {n: parts[own] for own, n in call.own.items() if n in call.parameters}
         else:
             path = CLOSED_FORM
             waits = Arrived(call, inputs[0], gradients[0], order[0].owners)
             arrived = dict.fromkeys(call.parameters, waits)
-        ordered: dict[nn.Module, list[dict[str, GradientFactors]]] = {}
+        ordered: Ordered = {}
         with self._usage.off():  # modules may be run again
             for name in sorted(call.parameters):
                 self._paths[name].add(path)
@@ -364,23 +296,7 @@ class Capture(Generic[State, Rows]):
                 if len(self._pass.arrived[name]) == self._uses[name]:
                     self._flush(name, ordered)
 
-    def _doubt(self, call: Call, orders: Sequence[RowOrder], gradients: Sequence[Any]) -> None:
-        """Note whether rows have gradients whose owners are not known."""
-        assert self._pass is not None
-        for i, (order, gradient) in enumerate(zip(orders, gradients, strict=True)):
-            unknown = None if gradient is None else order.unknown
-            if unknown is not None:
-                rows = gradient.flatten(0, len(call.rows(i)) - 1)
-                rows = rows if len(unknown) == len(rows) else rows[unknown.to(rows.device)]
-                before = self._pass.doubt
-                self._pass.doubt = rows.any() if before is None else before | rows.any()
-
-    def _local(self, call: Call) -> dict[str, str]:
-        """Return the local names of a call's parameters."""
-        own = self._usage.own(call.module).items()
-        return {name: local for local, name in own if name in call.parameters}
-
-    def _flush(self, name: str, ordered: dict[nn.Module, list[dict[str, GradientFactors]]]) -> None:
+    def _flush(self, name: str, ordered: Ordered) -> None:
         """Hand one parameter's gradients to the sink and forget them.
 
         Args:
@@ -388,18 +304,7 @@ class Capture(Generic[State, Rows]):
             ordered: what was put in order for another parameter of the same layer.
         """
         assert self._pass is not None
-        parts: list[GradientFactors] = []
-        waiting: dict[nn.Module, list[Arrived]] = defaultdict(list)
-        for each in self._pass.arrived.pop(name):
-            if isinstance(each, Arrived):
-                waiting[each.call.module].append(each)
-            else:
-                parts.append(each)
-        for module, calls in waiting.items():
-            if module not in ordered:
-                ordered[module] = put_in_order(calls, self._pass.batch)
-            local = self._local(calls[0].call)[name]
-            parts += [factors[local] for factors in ordered[module]]
+        parts = factors_of(name, self._pass.arrived.pop(name), self._pass.batch, ordered)
         self.sink.add(self._pass.state, name, parts[0] if len(parts) == 1 else Sum(parts))
 
 

@@ -2,9 +2,9 @@
 
 The gradient of a layer's weight is Σ_r d_r ⊗ a_r over rows r (tokens, images). Which of them belong
 to example b no shape can tell: B rows may be B examples, or one table that all of them share. The
-output gradients d tell. With the loss of example b scaled by 2^e(b), a row that is b's own is scaled
-by exactly that, at no rounding; a row that several examples have a part in is scaled by no such
-factor. A few passes with e the digits of b's number name the owner of every row.
+output gradients d tell. With the loss of example b scaled by 2^e(b), a row that is b's own scales
+by exactly that, at no rounding; one that several examples have a part in, by no such factor. A few
+passes with e the digits of b's number name the owner of every row.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dmin.runtime.errors import DminError
 
 Result = TypeVar("Result")
 
-UNKNOWN, SHARED = -1, -2
-"""Owners of rows whose gradient is zero, and of rows that are no one example's."""
+UNKNOWN, SHARED, BROKEN = -1, -2, -3
+"""Owners of rows whose gradient is zero, that are no one example's, that are NaN or infinite."""
 
 # More than modules stand in each other.
 ATTEMPTS = 50
@@ -54,6 +54,11 @@ class RowOrder:
     def shared(self) -> bool:
         """Whether a row is no one example's."""
         return bool((self.owners == SHARED).any())
+
+    @property
+    def broken(self) -> bool:
+        """Whether a row is NaN or infinite."""
+        return bool((self.owners == BROKEN).any())
 
     @property
     def reached(self) -> bool:
@@ -197,7 +202,8 @@ def digits(batch: int, base: int) -> list[Tensor]:
         batch: number of examples.
         base: 8 takes one pass up to 8 examples, two up to 64.
     """
-    number, spelled = torch.arange(batch), []
+    number = torch.arange(batch)
+    spelled: list[Tensor] = []
     while not spelled or bool(number.any()):
         spelled.append(number % base)
         number = number // base
@@ -256,7 +262,8 @@ def owners_of(
         owner += place * digit
         place *= base
     owner = torch.where(own & (owner < batch), owner, SHARED)
-    return torch.where(zero, UNKNOWN, owner).to(torch.int16).cpu()
+    owner = torch.where(zero, UNKNOWN, owner)
+    return torch.where(plain.isfinite().all(1), owner, BROKEN).to(torch.int16).cpu()
 
 
 def order_of(owners: Tensor, shape: Sequence[int], batch: int) -> RowOrder:

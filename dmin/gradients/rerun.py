@@ -156,7 +156,8 @@ class _Work:
             if axes == {0}:
                 agree = _agree(_sample(out), part(self.call._samples[i], 0, b, self.batch))
             else:
-                agree = _agree(out, self._part(self._before[i], i, b))
+                before = part(self._before[i], self.orders[i].axis or 0, b, self.batch)
+                agree = _agree(out, before)
             if not agree:
                 return None
         return outputs
@@ -178,9 +179,7 @@ class _Work:
             return None
         order, masked = self.orders[output], torch.zeros_like(gradient)
         if order.axis is not None:
-            part(masked, order.axis, b, self.batch).copy_(
-                part(gradient, order.axis, b, self.batch)
-            )
+            part(masked, order.axis, b, self.batch).copy_(part(gradient, order.axis, b, self.batch))
             return masked
         rows = gradient.shape[:-1] if gradient.ndim > 1 else gradient.shape
         own = (order.owners == b).to(gradient.device).view(rows)

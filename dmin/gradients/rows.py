@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dmin.gradients.calls import Call
@@ -37,7 +37,37 @@ class Arrived:
         return self.input.flatten(0, axes - 1), self.gradient.flatten(0, axes - 1)
 
 
-def put_in_order(arrived: Sequence[Arrived], batch: int) -> list[dict[str, GradientFactors]]:
+Ordered = dict[nn.Module, list[dict[str, GradientFactors]]]
+"""What was put in order for the parameters of a layer, for each shape of rows."""
+
+
+def factors_of(
+    name: str, parts: Sequence[GradientFactors | Arrived], batch: int, ordered: Ordered
+) -> list[GradientFactors]:
+    """Return the factors of one parameter, of which some calls are to be put in order.
+
+    Args:
+        name: of the parameter.
+        parts: of each of its calls.
+        batch: number of examples.
+        ordered: of the same layer's other parameters; what is put in order is added.
+    """
+    waiting: dict[nn.Module, list[Arrived]] = defaultdict(list)
+    found: list[GradientFactors] = []
+    for part in parts:
+        if isinstance(part, Arrived):
+            waiting[part.call.module].append(part)
+        else:
+            found.append(part)
+    for module, calls in waiting.items():
+        if module not in ordered:
+            ordered[module] = _put_in_order(calls, batch)
+        local = next(local for local, own in calls[0].call.own.items() if own == name)
+        found += [factors[local] for factors in ordered[module]]
+    return found
+
+
+def _put_in_order(arrived: Sequence[Arrived], batch: int) -> list[dict[str, GradientFactors]]:
     """Return the factors of a layer's parameters, its rows put in order.
 
     Calls on rows of one shape are taken together: where a network takes a list with one tensor an
@@ -60,9 +90,7 @@ def put_in_order(arrived: Sequence[Arrived], batch: int) -> list[dict[str, Gradi
         owners = torch.cat([each.owners for each in group])
         index = _index(owners, batch).to(gradients[0].device)
         call = group[0].call
-        found.append(
-            call.how(call.module, _taken(inputs, index), _taken(gradients, index), batch)
-        )
+        found.append(call.how(call.module, _taken(inputs, index), _taken(gradients, index), batch))
     return found
 
 

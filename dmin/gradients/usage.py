@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dmin.gradients.parameters import plain_name
+from dmin.gradients.reporting import reporting_class
 from dmin.runtime.errors import DminError
 
 Token = TypeVar("Token")
@@ -88,7 +88,7 @@ class ParameterUsage(Generic[Token]):
             self._holders |= {name: (module, local) for local, name in held.items()}
         self._report = report
         self._chosen = chosen
-        self._reporting = _reporting_class(self._note)
+        self._reporting = reporting_class(self._note)
         self._undo = ExitStack()
         self._ignore = self._replay = False
         self.forget()
@@ -258,14 +258,6 @@ class ParameterUsage(Generic[Token]):
             self.lost |= dict.fromkeys(names, reason)
 
 
-_NO_GRADIENT = {Tensor.detach, Tensor.requires_grad_, cast(Any, Tensor.data).__get__}
-
-
-def _leaves(x: Any) -> Sequence[Any]:
-    """Return what a nested argument or result consists of."""
-    return pytree.tree_leaves(x) if isinstance(x, tuple | list | dict) else (x,)
-
-
 def _shards(module: nn.Module) -> bool:
     """Tell whether a module puts its parameters together when it runs (FSDP2)."""
     return hasattr(type(module), "reshard")
@@ -283,26 +275,3 @@ def _require_whole(name: str, parameter: nn.Parameter) -> None:
 
 def _place(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
-
-
-def _reporting_class(note: Callable[[nn.Parameter], None]) -> type[nn.Parameter]:
-    """Return a class for parameters that report each operation that computes with them."""
-
-    class ReportingParameter(nn.Parameter):
-        @classmethod
-        def __torch_function__(
-            cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-        ) -> Any:
-            with torch._C.DisableTorchFunctionSubclass():
-                result = func(*args, **(kwargs or {}))
-            if func in _NO_GRADIENT:
-                return result
-            # Such as ``h[0] = parameter``; an attribute that is None, or set, is no use.
-            computes = result is None and func.__name__ not in ("__get__", "__set__")
-            if computes or any(isinstance(x, Tensor) for x in _leaves(result)):
-                for leaf in chain.from_iterable(map(_leaves, (*args, *(kwargs or {}).values()))):
-                    if isinstance(leaf, cls):
-                        note(leaf)
-            return result
-
-    return ReportingParameter

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dmin.collect import GradientCollector
 from dmin.diffusion.processes import _Step
 from dmin.diffusion.timesteps import Stratified
+from dmin.gradients.ownership import Trial
 from dmin.runtime.transfer import to_device, to_host
 from dmin.sketches import (
     OPORP,
@@ -57,10 +58,11 @@ def test_a_pass_asks_the_device_for_nothing(name, ddpm):
     x0 = torch.empty(3, *ddpm.shape, device="meta")
     condition = {"class_labels": torch.zeros(3, dtype=torch.long, device="meta")}
     inputs = collector.inputs(x0, condition, ["a", "b", "c"])
-    collector.run(inputs.at(torch.arange(4)))  # what is made once may be sent once
+    rows = Trial()  # finding out whose rows are whose asks, but once
+    collector.run(inputs.at(torch.arange(4)), rows)  # what is made once may be sent once
     with Hasty():
         inputs = collector.inputs(x0, condition, ["a", "b", "c"])
-        found = collector.run(inputs.at(torch.arange(4)))
+        found = collector.run(inputs.at(torch.arange(4)), rows)
     assert found.values["loss"].shape == (4, 1, collector.sketch.dim)
 
 

@@ -11,9 +11,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from dmin.gradients import layers as layer_gradients
-from dmin.gradients.capture import Capture
 from dmin.gradients.factors import Dense
-from dmin.gradients.ownership import MAJOR, Ownership
+from dmin.gradients.ownership import MAJOR
 from dmin.gradients.parameters import choose_parameters
 from dmin.gradients.rerun import PerExampleRerun
 from dmin.runtime.errors import DminError
@@ -80,6 +79,7 @@ def test_the_network_is_given_back_as_it_was(where):
     if where == "layer":
         inputs["t"] = torch.randn(4, 9)
     try:
+
         def run(capture):
             assert not any(p.requires_grad for p in network.parameters())
             values = square(network, inputs)
@@ -586,7 +586,9 @@ def test_gradients_that_exceed_the_budget_are_computed_when_asked_for():
     matrix, x, d = Matrix(), torch.randn(4, 5, 6), torch.randn(4, 5, 6)
     call = PerExampleRerun(matrix, "matrix", ((x,), {}), matrix(x))
     formed, lazy = (
-        call.factors(call.tensors(((x,), {})), [d], {"matrix": matrix.matrix}, [MAJOR], 4, budget)["matrix"]
+        call.factors(call.tensors(((x,), {})), [d], {"matrix": matrix.matrix}, [MAJOR], 4, budget)[
+            "matrix"
+        ]
         for budget in (4 * 36 * 4, 4 * 36 * 4 - 1)
     )
     assert isinstance(formed, Dense) and not isinstance(lazy, Dense)

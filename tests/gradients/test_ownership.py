@@ -322,9 +322,11 @@ def test_networks_whose_examples_see_each_other_are_refused_by_layer(kind, batch
 
 def test_a_single_pass_says_that_it_has_to_be_run_again():
     network = made(Between, 4)
-    with Capture(network, Keep(choose_parameters(network))) as capture:
-        with pytest.raises(Unsettled, match=r"Ownership\.settle"):
-            capture.backward(distance(network, {"x": torch.randn(4, 4, WIDTH)}))
+    with (
+        Capture(network, Keep(choose_parameters(network))) as capture,
+        pytest.raises(Unsettled, match=r"Ownership\.settle"),
+    ):
+        capture.backward(distance(network, {"x": torch.randn(4, 4, WIDTH)}))
 
 
 # Uses that a hook on a layer would not see, or would see wrong.
@@ -470,9 +472,7 @@ def test_compiled_code_is_run_eagerly(make, used):
     plain = Between()
     parameters = choose_parameters(network)
     assert parameters == choose_parameters(plain)
-    found = settled(
-        network, Keep(parameters), lambda c: c.backward(distance(network, {"x": x}))
-    )
+    found = settled(network, Keep(parameters), lambda c: c.backward(distance(network, {"x": x})))
     assert error(found, one_at_a_time(plain, {"x": x}, distance, 4)) <= 1e-5
 
 
