@@ -221,9 +221,8 @@ class Capture(Generic[State, Rows]):
                 inner.parameters -= call.parameters
         else:
             inputs = [_input(use).detach()]
-        if (
-            self._pass is None and self._prober.projector is None
-        ):  # else a checkpoint recomputes what is counted
+        # Else a checkpoint recomputes what is counted already.
+        if self._pass is None and self._prober.projector is None:
             self._uses.update(call.parameters)
             self._calls.append(call)
         outputs = differentiable(use.output)

@@ -219,8 +219,7 @@ def adapter_file(network, folder, where):
     header = WRITTEN[where]
     if where in ("diffusers", "rank-stabilised", "by layer"):
         told = {
-            f"unet.{k}": sorted(v) if isinstance(v, set) else v
-            for k, v in config.to_dict().items()
+            f"unet.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()
         }
         header = {"format": "pt", "lora_adapter_metadata": json.dumps(told)}
     save_file(state, folder / "one.safetensors", metadata=header)
