@@ -11,6 +11,7 @@ from dmin.collect import GradientCollector
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.doctor.diagnosis import Check
 from dmin.doctor.gradients import Comparison, compare
+from dmin.gradients.examination import Coupled
 from dmin.gradients.parameters import Parameter
 from dmin.models.base import READOUTS, Condition
 from dmin.runtime.errors import DminError
@@ -91,6 +92,12 @@ def gradients(
     name = "gradients equal autograd's"
     try:
         found = compare(collector.model, collector.attributed, inputs, readout, collector.budget)
+    except Coupled as error:
+        who = _batch_norms(collector.model.network)
+        remedy = f"Something looks across examples{who}. Set collect.microbatch=1."
+        return None, [
+            Check("examples do not mix in a batch", False, detail=str(error), remedy=remedy)
+        ]
     except DminError as error:
         return None, [Check(name, False, detail=str(error))]
     errors = found.errors()

@@ -17,6 +17,10 @@ from dmin.gradients.parameters import some_of
 from dmin.runtime.errors import DminError
 
 
+class Coupled(DminError):
+    """The loss of an example depends on the others of its pass."""
+
+
 class Examination:
     """Context in which a network is examined: what it does with its inputs.
 
@@ -90,7 +94,7 @@ class Examination:
             orders: of their outputs' rows.
 
         Raises:
-            DminError: it does, and between which layers.
+            Coupled: it does, and behind which layer.
         """
         reached = [order for order in inputs if order.reached]
         if not reached or not all(order.shared for order in reached):
@@ -111,7 +115,7 @@ class Examination:
                 f"it happens behind {mixed[-1]}" if mixed else "it happens before the first layer"
             )
         )
-        raise DminError(
+        raise Coupled(
             f"the examples of a pass see each other in this network: {where}. Set "
             f"collect.microbatch=1, which computes every pair alone."
         )

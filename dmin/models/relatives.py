@@ -251,7 +251,7 @@ def check_variance(wanted: bool, network: Any, process: Any) -> None:
         DminError: there is no variance, or no loss for it.
     """
     channels, out = network.config["in_channels"], network.config.get("out_channels")
-    out = getattr(network, "out_channels", None) or out
+    out = vars(network).get("out_channels") or out
     if wanted and (out != 2 * channels or not hasattr(process, "variance_bound")):
         raise DminError(
             f"model.variance_loss=true, but this {type(network).__name__} predicts no variance "
