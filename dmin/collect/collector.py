@@ -24,6 +24,7 @@ from dmin.gradients.groups import Grouping, grouped
 from dmin.gradients.ownership import Ownership
 from dmin.gradients.parameters import choose_parameters
 from dmin.models.base import READOUTS, Condition, DiffusionModel, weights_digest
+from dmin.models.contract import check_model, predicted
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
 from dmin.sketches import Auto, Sketch
@@ -94,6 +95,7 @@ class Collector:
             raise DminError(
                 f"collect.microbatch={microbatch}: give auto, or a number of pairs from 1 up."
             )
+        check_model(model)
         self.model = model
         self.attributed = grouped(choose_parameters(model.network, params), groups)
         check_kernels(kernels)
@@ -205,7 +207,7 @@ class Collector:
         values, norms = {}, {}
         hooks = Capture(self.model.network, self.sketch, self.budget, ownership)
         with torch.enable_grad(), hooks as capture:
-            prediction = self.model.predict(*batch)
+            prediction = predicted(self.model, batch)
             if peak is not None:
                 peak.forward_done()
             for name in self.readouts:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from dmin.diffusion.inputs import SHARED
 from dmin.models.base import Condition
 from dmin.runtime.errors import DminError
 from dmin.runtime.files import commit, os_failure
@@ -119,8 +120,13 @@ class EncodingsCache:
             blocks[block] = groups[0]
         parts = [(blocks[row // self.block_size], row % self.block_size) for row in rows]
         x0 = torch.stack([encoded[0][place] for encoded, place in parts])
-        names = blocks[wanted[0]][1]
-        return x0, {n: torch.stack([e[1][n][place] for e, place in parts]) for n in names}
+        first = blocks[wanted[0]][1]
+        return x0, {
+            n: value
+            if n.startswith(SHARED)
+            else torch.stack([e[1][n][place] for e, place in parts])
+            for n, value in first.items()
+        }
 
     def remove(self, blocks: Container[int] | None = None) -> None:
         """Delete the encodings, or those of some blocks, and the root if nothing is left in it."""

@@ -26,6 +26,7 @@ from dmin.collect.trainer import frozen_gc, gradient_checkpointing, refuse_cast
 from dmin.data.module import CollectData
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.gradients.ownership import Ownership, Trial
+from dmin.models.contract import encoded
 from dmin.runtime.errors import DminError
 from dmin.runtime.progress import followed
 from dmin.runtime.signals import StopSignals
@@ -201,7 +202,7 @@ class Session(lightning.LightningModule):
 
     def _encode(self, block: Block) -> list[Encoded]:
         with torch.no_grad():
-            found = [self.model.encode(batch) for batch in block]
+            found = [encoded(self.model, batch) for batch in block]
         self._check_shapes(found, block)
         return found
 

@@ -12,6 +12,7 @@ from lightning import Trainer
 from torch import nn
 
 from dmin.collect.collector import Collector
+from dmin.models.contract import check_precision
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import kept_devices
 
@@ -42,6 +43,7 @@ def refuse_cast(network: nn.Module, trainer: Trainer) -> None:
     Raises:
         DminError: names the precision and the type of the weights.
     """
+    check_precision(network)
     wanted = CASTS.get(str(trainer.precision))
     found = {p.dtype for p in network.parameters() if p.is_floating_point()}
     if wanted is not None and found != {wanted}:

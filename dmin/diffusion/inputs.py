@@ -11,6 +11,14 @@ from torch import Tensor
 from dmin.diffusion.noise import Noise
 from dmin.runtime.transfer import to_device
 
+SHARED = "shared."
+"""Before the names of conditions that have no axis of examples: all share the whole of them."""
+
+
+def chosen_rows(condition: Mapping[str, Tensor], rows: slice | Tensor) -> dict[str, Tensor]:
+    """Return the conditions of some examples; shared ones as they are."""
+    return {k: v if k.startswith(SHARED) else v[rows] for k, v in condition.items()}
+
 
 class NoisedBatch(NamedTuple):
     """What ``model.predict`` takes, one row a pair of an example and a point (timestep, draw)."""
@@ -18,11 +26,11 @@ class NoisedBatch(NamedTuple):
     x0: Tensor  # [pairs, ...]
     noise: Tensor  # as x0
     t: Tensor  # [pairs]
-    condition: Mapping[str, Tensor]  # [pairs, ...] each
+    condition: Mapping[str, Tensor]  # [pairs, ...] each, but for those that are shared
 
     def rows(self, chosen: slice | Tensor) -> NoisedBatch:
         """Return some of the pairs, by a slice or by positions on the same device."""
-        condition = {name: value[chosen] for name, value in self.condition.items()}
+        condition = chosen_rows(self.condition, chosen)
         return NoisedBatch(self.x0[chosen], self.noise[chosen], self.t[chosen], condition)
 
     def split(self, size: int) -> Iterator[NoisedBatch]:
@@ -80,7 +88,7 @@ class NoisedExamples:
             self.x0[row],
             self._noise[pairs if self._own else point],
             self._t[point],
-            {name: value[row] for name, value in self.condition.items()},
+            chosen_rows(self.condition, row),
         )
 
     def all(self) -> NoisedBatch:

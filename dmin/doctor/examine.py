@@ -25,6 +25,7 @@ from dmin.doctor import checks as checking
 from dmin.doctor.diagnosis import Check, Cost, Covered, Diagnosis
 from dmin.doctor.timestep_report import Timestep, timestep_report
 from dmin.models.base import Condition
+from dmin.models.contract import encoded
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import on_device
 from dmin.store.manifest import STORED_AS
@@ -64,7 +65,7 @@ def diagnose(
     with placed_as_collected(collector, trainer) as device:
         batch = trainer.strategy.batch_to_device(batch, device)
         with torch.no_grad(), on_device(collector.encoders.values(), device):
-            first, second = collector.model.encode(batch), collector.model.encode(batch)
+            first, second = encoded(collector.model, batch), encoded(collector.model, batch)
         checks.append(checking.encoders(first, second))
         x0, condition = trainer.precision_plugin.convert_input(first)
         inputs = _inputs(collector, x0, condition, batch["id"])

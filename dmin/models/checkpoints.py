@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dmin.models.relatives import check_checkpoint
 from dmin.runtime.errors import DminError
 
-DType = Literal["float32", "bfloat16"]
+DType = Literal["float32", "bfloat16", "float64"]
 """float16 is left out: gradients of a mean over pixels are smaller than it can hold."""
 
 _IN_FILE = {
@@ -52,7 +52,7 @@ def load_pipeline(
         path: folder saved by it, or the name of a repository on the Hub.
         variant: of the weight files, such as ``fp16``.
         revision: branch, tag or commit on the Hub.
-        torch_dtype: ``float32`` or ``bfloat16``, of all weights.
+        torch_dtype: ``float32``, ``bfloat16`` or ``float64``, of all weights.
         subfolder: folder inside ``path`` that holds the pipeline.
         single_file: ``.safetensors`` file with weights in the original layout; configs, tokenizers
             and whatever it does not hold (often all but the network) are then read from ``path``.
@@ -61,10 +61,10 @@ def load_pipeline(
     Raises:
         DminError: there is no such checkpoint, or it is another pipeline's.
     """
-    if torch_dtype not in ("float32", "bfloat16"):
+    if torch_dtype not in get_args(DType):
         raise DminError(
-            f"model.torch_dtype={torch_dtype!r}: allowed are float32 and bfloat16 (float16 rounds "
-            f"small gradients to zero)."
+            f"model.torch_dtype={torch_dtype!r}: allowed are float32, bfloat16 and float64 "
+            f"(float16 rounds small gradients to zero)."
         )
     source = Path(path, subfolder) if subfolder else Path(path)
     is_local = Path(path).exists()

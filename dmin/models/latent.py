@@ -16,6 +16,7 @@ from dmin.models import (
     vae,
 )
 from dmin.models.base import Condition, Dropped, Prediction
+from dmin.models.contract import check_weights
 from dmin.models.pipeline import PipelineModel
 from dmin.models.relatives import (
     check_component,
@@ -70,6 +71,7 @@ class LatentDiffusion(PipelineModel):
                 f"model.prompt_dropout={prompt_dropout}: give a share of the training steps, from "
                 f"0 (the prompt is always given) to 1 (never); 0.1 is usual."
             )
+        check_weights(self.network)
         check_component("vae", diffusers_name(pipeline.vae), self.family, "model")
         latent = pipeline.vae.config["latent_channels"]
         check_inputs(self.family, type(self.network), self.network.config, latent)

@@ -26,6 +26,7 @@ from dmin.models.base import (
     noise_generators,
 )
 from dmin.models.checkpoints import load_pipeline, load_weights
+from dmin.models.contract import check_weights
 from dmin.models.relatives import check_inputs, check_variance
 from dmin.models.trained import TrainedModel, name_settings
 from dmin.runtime.errors import DminError
@@ -60,6 +61,7 @@ class DDPM(TrainedModel):
         **settings: Any,
     ) -> None:
         super().__init__(scheduler, snr_gamma=snr_gamma, **settings)
+        check_weights(network)
         check_inputs("ddpm", type(network), network.config, None)
         self.network: UNet2DModel = network
         self.scheduler: Any = scheduler
@@ -170,8 +172,8 @@ class DDPM(TrainedModel):
         self, noised: Tensor, t: Tensor, condition: Condition
     ) -> tuple[Tensor, Tensor | None]:
         """Return what the network says of the image, and of the variance if it has learned one."""
-        told = self.process.network_input(noised, t)
-        output = self.network(told, self.process.time(t), **condition).sample
+        told = self.process.network_input(noised, t).to(self.network.dtype)
+        output = self.network(told, self.process.time(t), **condition).sample.to(noised.dtype)
         mean, *variance = output.split(noised.shape[1], dim=1)
         return mean, variance[0] if variance else None
 

@@ -1,0 +1,230 @@
+"""What a model returns, held to its contract: at its first example, and in every pass."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from dmin.diffusion.inputs import SHARED, NoisedBatch
+from dmin.models.base import Condition, Prediction
+from dmin.runtime.errors import DminError
+
+_FAULTS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
+_SEEN: WeakSet[nn.Module] = WeakSet()
+"""Models whose encodings do not depend on how many examples there are."""
+
+
+def check_model(model: Any) -> None:
+    """Refuse a model without what every model has.
+
+    Raises:
+        DminError: it has no network with parameters, no ``predict``, or no timesteps.
+    """
+    network = getattr(model, "network", None)
+    if not isinstance(network, nn.Module) or next(network.parameters(), None) is None:
+        raise DminError(
+            f"{_of(model)}.network is {_kind(network)}. It must be the torch module with the "
+            f"parameters that are to be attributed: set self.network in __init__, after "
+            f"super().__init__()."
+        )
+    if not callable(getattr(model, "predict", None)) or not len(getattr(model, "ladder", ())):
+        raise DminError(
+            f"{_of(model)} needs a method predict(x0, noise, t, condition) and ladder, its "
+            f"timesteps in the order of sampling. Derive it from dmin.models.DiffusionModel."
+        )
+
+
+def check_weights(network: nn.Module) -> None:
+    """Refuse weights in which small gradients are lost.
+
+    Raises:
+        DminError: some are float16.
+    """
+    half = [name for name, p in network.named_parameters() if p.dtype is torch.float16]
+    if half:
+        raise DminError(
+            f"{len(half)} parameters of the network are float16 (such as {half[0]}), which rounds "
+            f"small gradients to zero. Load it in float32 or bfloat16 (model.torch_dtype, or "
+            f"network.to(torch.bfloat16))."
+        )
+
+
+def check_precision(network: nn.Module) -> None:
+    """Refuse weights in which gradients are lost, and a precision that no fingerprint tells.
+
+    Raises:
+        DminError: float16 weights, or ``torch.autocast`` around the collection.
+    """
+    check_weights(network)
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    if kinds:
+        raise DminError(
+            f"torch.autocast is on ({', '.join(kinds)}): gradients would be of another precision "
+            f"than the store says. Collect outside of it, with the network in bfloat16 "
+            f"(model.torch_dtype=bfloat16) if that is wanted."
+        )
+
+
+def encoded(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
+    """Return what a model encodes a batch as, checked.
+
+    The first example of a model of one's own without encoders is encoded a second time, alone.
+
+    Args:
+        model: a :class:`~dmin.models.base.DiffusionModel`.
+        batch: as its ``encode`` takes it.
+
+    Raises:
+        DminError: ``encode`` fails, or returns what it must not.
+    """
+    found = _encoded(model, batch)
+    count = len(batch["id"])
+    is_own = not type(model).__module__.startswith("dmin.")
+    if is_own and count > 1 and model not in _SEEN and not getattr(model, "encoders", {}):
+        # An axis may be as long as the batch by chance.
+        alone = _encoded(model, {name: value[:1] for name, value in batch.items()})
+        for name, value in alone[1].items():
+            same = torch.equal(value, found[1][name]) if name.startswith(SHARED) else True
+            if value.shape[1:] != found[1][name].shape[1:] and not name.startswith(SHARED):
+                same = False
+            if not same:
+                raise DminError(
+                    f"{_of(model)}.encode: the condition {name!r} is {list(found[1][name].shape)} "
+                    f"for {count} examples and {list(value.shape)} for the first alone. An "
+                    f"example's condition must not depend on the others: pad to a fixed length."
+                )
+        _SEEN.add(model)
+    return found
+
+
+def predicted(model: Any, batch: NoisedBatch) -> Prediction:
+    """Return what a model predicts for noised examples, checked.
+
+    Args:
+        model: a :class:`~dmin.models.base.DiffusionModel`.
+        batch: the noised examples.
+
+    Raises:
+        DminError: ``predict`` or the network fails, or returns what it must not.
+    """
+    try:
+        found = model.predict(*batch)
+    except _FAULTS as error:
+        shapes = {"x0": batch.x0, "noise": batch.noise, "t": batch.t, **batch.condition}
+        told = ", ".join(f"{name} {list(value.shape)}" for name, value in shapes.items())
+        _explain(error, f"{_of(model)}.predict fails, given {told}")
+    _check_prediction(found, len(batch.t), f"{_of(model)}.predict")
+    return found
+
+
+def _encoded(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
+    ids, name = batch["id"], f"{_of(model)}.encode"
+    try:
+        found = model.encode(batch)
+    except _FAULTS as error:
+        _explain(error, f"{name} fails at {len(ids)} example(s) from {ids[0]!r} on")
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise DminError(
+            f"{name} returns {_kind(found)}. It must return two things: x0, a tensor with a row an "
+            f"example, and the condition, a dict of tensors (empty if there is none)."
+        )
+    x0, condition = found
+    if not isinstance(x0, Tensor) or not x0.is_floating_point() or x0.ndim < 2:
+        raise DminError(
+            f"{name} returns {_kind(x0)} as x0. It must be a tensor of floating point, [batch, "
+            f"...]: join several into one (torch.cat of their flat forms) and part them in predict."
+        )
+    if len(x0) != len(ids):
+        raise DminError(
+            f"{name} returns x0 of {list(x0.shape)} for {len(ids)} example(s). Its first axis must "
+            f"be that of the examples."
+        )
+    if not isinstance(condition, Mapping):
+        raise DminError(
+            f"{name} returns {_kind(condition)} as the condition. It must be a dict of tensors, "
+            f"empty if there is none."
+        )
+    for key, value in condition.items():
+        _check_condition(name, key, value, len(ids))
+    return x0, condition
+
+
+def _check_condition(name: str, key: Any, value: Any, count: int) -> None:
+    """Refuse a condition that has no row an example and is not said to be shared."""
+    if not isinstance(value, Tensor):
+        raise DminError(
+            f"{name} returns {_kind(value)} as the condition {key!r}. It must be a tensor with a "
+            f"row an example: stack a list, leave out None, and keep what is the same for all "
+            f"examples in the model, or as a tensor named {SHARED + str(key)!r}."
+        )
+    if not str(key).startswith(SHARED) and (not value.ndim or len(value) != count):
+        raise DminError(
+            f"{name} returns the condition {key!r} of {list(value.shape)} for {count} example(s). "
+            f"Its first axis must be that of the examples. If it is the same for all of them, call "
+            f"it {SHARED + str(key)!r}: predict then gets it whole under that name."
+        )
+
+
+def _check_prediction(found: Any, count: int, name: str) -> None:
+    fields = ("prediction", "target", "weight")
+    if not all(hasattr(found, field) for field in fields):
+        raise DminError(
+            f"{name} returns {_kind(found)}. It must return a dmin.models.Prediction(prediction, "
+            f"target, weight)."
+        )
+    output = found.prediction
+    if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != count:
+        raise DminError(
+            f"{name}: the prediction is {_kind(output)}, where {count} rows of numbers are needed, "
+            f"one a noised example."
+        )
+    own = getattr(found, "loss", None)
+    target = found.target
+    if own is None and (not isinstance(target, Tensor) or target.shape != output.shape):
+        raise DminError(
+            f"{name}: the target is {_kind(target)} and the prediction {_kind(output)}. They must "
+            f"have one shape; a loss that is no squared error is given as Prediction(..., "
+            f"loss=[batch])."
+        )
+    rows = {"weight": found.weight, "bound": getattr(found, "bound", None), "loss": own}
+    for field, value in rows.items():
+        if value is None and (field != "weight" or own is not None):
+            continue
+        if not isinstance(value, Tensor) or value.shape != (count,):
+            raise DminError(
+                f"{name}: the {field} is {_kind(value)}, where one number an example is needed, "
+                f"[{count}]: do not take the mean over the batch."
+            )
+    dropped = getattr(found, "dropped", None)
+    if dropped is not None:
+        _check_prediction(dropped.prediction, count, f"{name} (dropped)")
+
+
+def _explain(error: Exception, what: str) -> NoReturn:
+    """Raise what a model raised as an error of the model, with the place in its code."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    frames: Sequence[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
+    ours = str(Path(__file__).parents[1])
+    own = [f for f in frames if "site-packages" not in f.filename and ours not in f.filename]
+    place = (own or frames)[-1]
+    raise DminError(
+        f"{what}: {type(error).__name__}: {error} ({Path(place.filename).name}, line "
+        f"{place.lineno}: {place.line}). `dmin doctor` shows whether it is mended."
+    ) from error
+
+
+def _of(model: Any) -> str:
+    return type(model).__name__
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    return "None" if value is None else f"a {type(value).__name__}"
