@@ -21,13 +21,16 @@ def refusal(*arguments, cwd):
     return message
 
 
+# The demo at its smallest: half of the digits, a tenth of its network.
+NETWORK = "train.model.network.block_out_channels=[16,16]"
+SMALLEST = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1", NETWORK]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory in which the demo has run once, at its smallest."""
     place = tmp_path_factory.mktemp("place")
-    place.joinpath("first.txt").write_text(
-        dmin("demo", "debug=fast", "data.split=heldout", "extras.threads=1", cwd=place).stdout
-    )
+    place.joinpath("first.txt").write_text(dmin("demo", *SMALLEST[1:], cwd=place).stdout)
     return place
 
 
@@ -60,56 +63,50 @@ class TestDemo:
 
     def test_a_second_time_finds_everything_done(self, place):
         before = {p: p.stat().st_mtime_ns for p in place.glob("outputs/stores/*/*.h5")}
-        again = dmin("demo", "debug=fast", "data.split=heldout", "extras.threads=1", cwd=place)
+        again = dmin("demo", *SMALLEST[1:], cwd=place)
         assert "Predicting" not in again.stdout
         assert {p: p.stat().st_mtime_ns for p in place.glob("outputs/stores/*/*.h5")} == before
 
     def test_single_commands_share_its_work(self, place):
-        common = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
-        dmin("train", *common, cwd=place)
-        dmin("collect", *common, cwd=place)
-        dmin("sample", *common, cwd=place)
-        found = dmin("retrieve", *common, "method=grad_cos", "retrieve.k=3", cwd=place)
+        dmin("train", *SMALLEST, cwd=place)
+        dmin("collect", *SMALLEST, cwd=place)
+        dmin("sample", *SMALLEST, cwd=place)
+        found = dmin("retrieve", *SMALLEST, "method=grad_cos", "retrieve.k=3", cwd=place)
         assert "by grad_cos" in found.stdout
         assert len(list(place.glob("outputs/stores/debug-train-*"))) == 1
 
     def test_outliers_are_shown_and_written(self, place):
-        common = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
-        dmin("outliers", *common, "method=grad_dot", "outliers.k=5", cwd=place)
+        dmin("outliers", *SMALLEST, "method=grad_dot", "outliers.k=5", cwd=place)
         folder = records(place, "outliers")[0].parent
         scores = [float(r["score"]) for r in csv.DictReader((folder / "outliers.csv").open())]
         assert scores == sorted(scores, reverse=True) and len(scores) > 5
         assert Image.open(folder / "outliers.png").size[0] > 500
 
     def test_another_training_does_not_replace_the_model(self, place):
-        common = ["experiment=digits", "debug=fast", "data.split=heldout"]
-        refused = refusal("train", *common, "train.steps=6", cwd=place)
+        refused = refusal("train", *SMALLEST, "train.steps=6", cwd=place)
         assert "train.steps: 6 here, 5 there" in refused
 
     def test_a_store_damaged_on_disk_is_refused_and_can_be_mended(self, place):
-        common = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
         store = next(place.glob("outputs/stores/debug-train-*"))
         segment = next(store.glob("segment-*"))
         digest = Store(store).digest()
         content = bytearray(segment.read_bytes())
         content[len(content) // 2] ^= 1
         segment.write_bytes(content)
-        refused = refusal("retrieve", *common, cwd=place)
+        refused = refusal("retrieve", *SMALLEST, cwd=place)
         assert segment.name in refused
         segment.unlink()
-        dmin("collect", *common, cwd=place)
+        dmin("collect", *SMALLEST, cwd=place)
         assert Store(store).digest() == digest
 
     def test_retrieving_does_not_collect_the_training_store(self, place):
-        common = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
-        refused = refusal("retrieve", *common, "sketch.dim=512", cwd=place)
+        refused = refusal("retrieve", *SMALLEST, "sketch.dim=512", cwd=place)
         assert "Run `dmin collect` with the same settings first" in refused
         assert "dim: 512 here, 256 there" in refused
 
     def test_a_store_at_a_path_of_its_own_must_fit(self, place):
-        common = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
         store = next(place.glob("outputs/stores/debug-train-*"))
-        common = [*common, f"collect.path={store}"]
+        common = [*SMALLEST, f"collect.path={store}"]
         assert "by dmin" in dmin("retrieve", *common, cwd=place).stdout
         refused = refusal("retrieve", *common, "noise.seed=1", cwd=place)
         assert "noise.seed: 1 here, 0 there" in refused

@@ -20,7 +20,8 @@ COMMON = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threa
 def place(tmp_path_factory):
     """A directory with a model."""
     place = tmp_path_factory.mktemp("sweeps")
-    dmin("train", *COMMON, "logger=csv", cwd=place)
+    network = "train.model.network.block_out_channels=[16,16]"
+    dmin("train", *COMMON, network, "logger=csv", cwd=place)
     return place
 
 
