@@ -6,6 +6,7 @@ factors (:mod:`dmin.gradients.factors`) of the gradient of each of the layer's p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,22 +20,26 @@ from dmin.gradients.factors import Correlation, Dense, GradientFactors, Outer, R
 LayerGradient = Callable[[Any, Tensor, Tensor, int], dict[str, GradientFactors]]
 # What of a layer decides what it computes.
 _COMPUTES = {"forward", "_conv_forward", "_output_padding", "__call__", "_call_impl", "__getattr__"}
-_LAYERS: dict[type[nn.Module], tuple[LayerGradient, Callable[[Any], bool]]] = {}
+_LAYERS: dict[type[nn.Module], tuple[LayerGradient, Callable, Callable]] = {}
 
 
 def gradient_of(
-    *types: type[nn.Module], unless: Callable[[Any], bool] = lambda layer: False
+    *types: type[nn.Module],
+    unless: Callable[[Any], bool] = lambda layer: False,
+    features: Callable[[Any, Tensor], int] = lambda layer, output: 1,
 ) -> Callable[[LayerGradient], LayerGradient]:
     """Register a function as the per-example gradient of some layer types.
 
     Args:
         types: layers that take one tensor and return one, with a row for each example in both.
         unless: says of a layer that the function does not hold for its settings.
+        features: how many last axes of the output of a layer make up one row: what it computes by
+            itself, such as a token of a ``Linear``, an image of a convolution.
     """
 
     def register(function: LayerGradient) -> LayerGradient:
         for layer_type in types:
-            _LAYERS[layer_type] = (function, unless)
+            _LAYERS[layer_type] = (function, unless, features)
         return function
 
     return register
@@ -46,25 +51,23 @@ def layer_gradient(layer: nn.Module) -> LayerGradient | None:
     A subclass, or a layer with a ``forward`` of its own, counts as the type only while it computes
     as that does: another forward is another derivative.
     """
-    replaced = set(vars(layer))
-    for parent in type(layer).__mro__:
-        if parent in _LAYERS:
-            function, unless = _LAYERS[parent]
-            return None if replaced & _COMPUTES or unless(layer) else function
-        replaced |= set(vars(parent))
-    return None
+    registered = _registered(layer)
+    if registered is None or registered[1](layer):
+        return None
+    parents = itertools.takewhile(lambda parent: parent not in _LAYERS, type(layer).__mro__)
+    replaced = set(vars(layer)).union(*map(vars, parents))
+    return None if replaced & _COMPUTES else registered[0]
 
 
 def features_of(layer: nn.Module, output: Tensor) -> int:
-    """Return how many last axes of a layer's output make up one row.
+    """Return how many last axes of the output of a layer with a closed form make up one row."""
+    registered = _registered(layer)
+    assert registered is not None
+    return registered[2](layer, output)
 
-    A row is what the layer computes by itself: a token of a ``Linear``, an image of a convolution.
-    """
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        return 1 + len(layer.kernel_size)
-    if isinstance(layer, nn.GroupNorm):
-        return output.ndim - 1
-    return len(layer.normalized_shape) if isinstance(layer, nn.LayerNorm | nn.RMSNorm) else 1
+
+def _registered(layer: nn.Module) -> tuple[LayerGradient, Callable, Callable] | None:
+    return next((_LAYERS[kind] for kind in type(layer).__mro__ if kind in _LAYERS), None)
 
 
 @gradient_of(nn.Linear)
@@ -81,6 +84,7 @@ def linear(layer: nn.Linear, a: Tensor, d: Tensor, batch: int) -> dict[str, Grad
     nn.ConvTranspose1d,
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
+    features=lambda layer, output: 1 + len(layer.kernel_size),
 )
 def convolution(
     layer: nn.modules.conv._ConvNd, a: Tensor, d: Tensor, batch: int
@@ -100,7 +104,7 @@ def convolution(
     return {"weight": parts[0] if len(parts) == 1 else Sum(parts), "bias": Dense(bias)}
 
 
-@gradient_of(nn.GroupNorm)
+@gradient_of(nn.GroupNorm, features=lambda layer, output: output.ndim - 1)
 def group_norm(layer: nn.GroupNorm, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
     """Return ``Σ d·â`` and ``Σ d`` over positions; â is the normalised input."""
     normalised = F.group_norm(wide(a), layer.num_groups, eps=layer.eps)
@@ -112,14 +116,14 @@ def group_norm(layer: nn.GroupNorm, a: Tensor, d: Tensor, batch: int) -> dict[st
     return {"weight": Dense(scale), "bias": Dense(shift)}
 
 
-@gradient_of(nn.LayerNorm)
+@gradient_of(nn.LayerNorm, features=lambda layer, output: len(layer.normalized_shape))
 def layer_norm(layer: nn.LayerNorm, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
     """Return ``Σ d·â`` and ``Σ d`` over tokens; â is the normalised input."""
     normalised = F.layer_norm(wide(a), layer.normalized_shape, eps=layer.eps)
     return affine(normalised, wide(d), layer.normalized_shape, batch)
 
 
-@gradient_of(nn.RMSNorm)
+@gradient_of(nn.RMSNorm, features=lambda layer, output: len(layer.normalized_shape))
 def rms_norm(layer: nn.RMSNorm, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
     """Return ``Σ d·â`` over tokens; â is the normalised input."""
     # Without an eps torch takes that of the dtype it computes in: float32 for bfloat16 too.

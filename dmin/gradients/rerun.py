@@ -85,9 +85,12 @@ class PerExampleRerun:
         for i, tensor in zip(self._tensor_at, inputs, strict=True):
             leaves[i] = cut(tensor)
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
+        # Not the module itself: inputs and outputs were recorded between the hooks of others. Those
+        # of a sharded module put its parameters together.
+        run = self.module if hasattr(type(self.module), "reshard") else self.module.forward
         kind, enabled, dtype = self._autocast
         with torch.enable_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled):
-            return differentiable(self.module(*args, **kwargs))
+            return differentiable(run(*args, **kwargs))
 
     def agrees(self, outputs: Sequence[Tensor]) -> bool:
         """Return whether outputs are those of the recorded call."""

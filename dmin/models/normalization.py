@@ -9,10 +9,10 @@ from torch import Tensor
 from dmin.gradients.factors import GradientFactors, wide
 from dmin.gradients.layers import affine, gradient_of, layer_norm
 
-gradient_of(FP32LayerNorm)(layer_norm)
+gradient_of(FP32LayerNorm, features=lambda layer, output: len(layer.normalized_shape))(layer_norm)
 
 
-@gradient_of(RMSNorm)
+@gradient_of(RMSNorm, features=lambda layer, output: len(layer.dim))
 def rms_norm(layer: RMSNorm, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
     """Return ``Σ d·â`` and ``Σ d`` over tokens, with ``â = a / √(mean(a²) + eps)``."""
     a = wide(a)
