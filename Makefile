@@ -23,9 +23,9 @@ fuzz: .venv/.installed ## kill 200 writers and flip a thousand bits of stores (m
 	@DMIN_FUZZ=5 .venv/bin/pytest -n auto tests/store/test_store_crashes.py \
 	  tests/store/test_store_catalog.py $(ARGS)
 
-zoo: .venv/.installed ## hold 2,500 random layers and networks to autograd (minutes)
+zoo: .venv/.installed ## hold 3,300 random layers and networks to autograd (minutes)
 	@DMIN_FUZZ=20 .venv/bin/pytest -n auto tests/gradients/test_capture_random.py \
-	  tests/gradients/test_layers.py -k any $(ARGS)
+	  tests/gradients/test_zoo.py tests/gradients/test_layers.py -k any $(ARGS)
 
 bench: .venv/.installed ## measure collecting beside plain training (40 minutes; goes on if stopped)
 	@.venv/bin/python experiments/bench/run.py $(ARGS)

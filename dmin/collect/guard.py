@@ -53,7 +53,7 @@ class Guard:
         alone: whether passes of other sizes may be run; not where processes keep in step.
 
     Attributes:
-        seconds: spent on checks so far.
+        seconds: spent on checks so far, beside those that the ownership counts.
     """
 
     def __init__(self, collector: Collector, ownership: Ownership, alone: bool = True) -> None:
@@ -78,7 +78,7 @@ class Guard:
         kind = (len(batch.t), *batch.x0.shape[1:])
         if kind in self._seen or (self._seen and not self.alone):
             return found
-        start = time.perf_counter()
+        start, examined = time.perf_counter(), self.ownership.seconds
         after = torch.get_rng_state()
         drawn = not torch.equal(state, after)  # a pair alone would draw others
         one = batch.rows(slice(0, 1))
@@ -94,7 +94,7 @@ class Guard:
             if self.alone and not drawn:
                 self._check_alone(one, found)
         self._seen.add(kind)
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.perf_counter() - start - (self.ownership.seconds - examined)
         return found
 
     def confirm_zeros(self, found: Features, inputs: NoisedExamples, ids: Sequence[str]) -> None:

@@ -30,9 +30,11 @@ class GradientCollector(Collector):
 
     Attributes:
         peak: the memory that the last collection took in this process.
+        checks: seconds that went into finding out, and checking, whose row is whose.
     """
 
     peak = PeakMemory()
+    checks = 0.0
 
     def collect(
         self,
@@ -90,6 +92,7 @@ class GradientCollector(Collector):
         ):
             session = Session(worker, writer, Heartbeat(path, share), stop, encodings, self.peak)
             lost = _collect_missing(session, dataset, options, trainer)
+            self.checks = session.guard.seconds + worker.ownership.seconds
         store = finished(path, share, lost)
         if encodings is not None and not options.keep_encodings:
             if store.complete:

@@ -19,6 +19,8 @@ from dmin.collect import (
     placed_as_collected,
     predict_trainer,
 )
+from dmin.collect.guard import Guard
+from dmin.collect.options import CollectOptions
 from dmin.data.base import Dataset, Example, by_shape, collate
 from dmin.diffusion.inputs import NoisedBatch, NoisedExamples
 from dmin.doctor import checks as checking
@@ -38,7 +40,8 @@ def diagnose(
     dataset: Dataset,
     examples: int = 4,
     trainer: Trainer | None = None,
-    dtype: str = "float16",
+    dtype: str = CollectOptions.dtype,
+    block_size: int = CollectOptions.block_size,
 ) -> Diagnosis:
     """Examine a collector's model on a few examples, in eval mode and precision as it collects.
 
@@ -48,6 +51,7 @@ def diagnose(
         examples: how many, at least 3.
         trainer: whose device and precision to use; :func:`~dmin.collect.predict_trainer` if none.
         dtype: of the rows that a store would keep, to predict its size.
+        block_size: examples of a block, which decides the sizes of passes.
 
     Raises:
         DminError: too few examples, or a bad image among them.
@@ -71,7 +75,8 @@ def diagnose(
         inputs = _inputs(collector, x0, condition, batch["id"])
         with trainer.precision_plugin.predict_step_context():
             # First, as a CPU only tells of memory beyond all that was taken before.
-            steps, cost, work = _work(collector, x0, condition, batch["id"])
+            blocks = block_size, len(dataset) % block_size
+            steps, cost, work = _work(collector, x0, condition, batch["id"], blocks)
             with _full_precision():
                 checks.append(checking.repeatable(collector, inputs))
                 found, gradients = checking.gradients(collector, inputs)
@@ -131,11 +136,24 @@ def _inputs(
 
 
 def _work(
-    collector: GradientCollector, x0: Tensor, condition: Condition, ids: list[str]
+    collector: GradientCollector,
+    x0: Tensor,
+    condition: Condition,
+    ids: list[str],
+    blocks: tuple[int, ...],
 ) -> tuple[list[Timestep], Cost | None, list[Check]]:
-    """Compute the examples' rows, as collecting does, twice: the first time warms up."""
+    """Compute the examples' rows, as collecting does, twice: the first time warms up.
+
+    Passes have the sizes that those of blocks of so many examples have, their remainders included,
+    as far as there are pairs; each is checked as collecting checks it.
+    """
     peak = PeakMemory(x0.device)
+    inputs, guard = collector.inputs(x0, condition, ids), Guard(collector, collector.ownership)
+    pairs = [examples * inputs.points for examples in blocks]
+    sizes = {min(collector.pairs, n) for n in pairs} | {n % collector.pairs for n in pairs}
     try:
+        for size in sorted({min(size, len(inputs)) for size in sizes} - {0}):
+            guard.run(inputs.at(torch.arange(size)))
         rows = collector.features(x0, condition, ids, peak).values[collector.readouts[0]]
         start = time.perf_counter()
         collector.features(x0, condition, ids, peak).losses.cpu()  # waits for a GPU

@@ -9,6 +9,7 @@ passes with e the digits of b's number name the owner of every row.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -92,6 +93,7 @@ class Ownership:
         complete: examine each pass of a kind in which not every owner is known, rather than run one
             again if that turns out to matter.
         watch: whether the next pass is there to examine the network.
+        seconds: that went into passes which were there for that alone.
     """
 
     agree: Callable[[bool], bool] = bool
@@ -100,6 +102,7 @@ class Ownership:
     having: set[str] = field(default_factory=set)
     complete: bool = False
     watch: bool = False
+    seconds: float = 0.0
     _orders: dict[Hashable, tuple[RowOrder, ...]] = field(default_factory=dict)
     _confirmed: set[Hashable] = field(default_factory=set)
     _once: dict[Hashable, tuple[RowOrder, ...]] = field(default_factory=dict)
@@ -115,9 +118,11 @@ class Ownership:
         """
         state = torch.get_rng_state()
         for _ in range(ATTEMPTS):
+            start = time.perf_counter()
             try:
                 return run()
             except Unsettled:
+                self.seconds += time.perf_counter() - start
                 torch.set_rng_state(state)
         raise DminError(
             "it cannot be settled which rows of this network's layers are which example's: they "

@@ -113,8 +113,8 @@ def test_a_hook_that_is_off_is_found_and_the_layer_named(ddpm, digits, monkeypat
         factors = linear(layer, a, d, batch)
         return {**factors, "bias": Dense(factors["bias"].dense() * 1.01)}
 
-    linear, unless = layer_gradients._LAYERS[nn.Linear]
-    monkeypatch.setitem(layer_gradients._LAYERS, nn.Linear, (off, unless))
+    linear, *others = layer_gradients._LAYERS[nn.Linear]
+    monkeypatch.setitem(layer_gradients._LAYERS, nn.Linear, (off, *others))
     found = examine(ddpm, digits)
     assert failed(found) == {"gradients equal autograd's"}
     worst = check(found, "gradients equal autograd's")
@@ -127,6 +127,19 @@ def test_normalising_across_the_batch_is_found(digits):
     assert "examples do not mix in a batch" in failed(found)
     assert "batch normalisation 1" in check(found, "examples do not mix in a batch").remedy
     assert examine(Pixels(nn.BatchNorm2d(8)).eval(), digits).passed
+
+
+class Alone(nn.Module):
+    """Does otherwise with an even number of pairs in a pass."""
+
+    def forward(self, x):
+        return x * (2.0 if len(x) % 2 == 0 else 1.0)
+
+
+def test_the_sizes_of_the_collections_own_passes_are_examined(digits):
+    found = examine(Pixels(Alone()), digits, examples=3, microbatch=6)
+    detail = check(found, "rows can be computed").detail
+    assert "over the whole batch" in detail and "collect.microbatch=1" in detail
 
 
 def test_dropout_that_stays_on_is_found(digits):

@@ -55,10 +55,16 @@ def collect(work: Workspace, results: dict[str, Any]) -> None:
             "store",
             f": {store.path}\n  {len(store):,} rows, {size / 2**20:,.1f} MiB; "
             f"{size / len(store) / 1024:,.1f} KiB an example instead of {raw / 1024:,.0f} KiB "
-            f"({raw * len(store) / size:,.0f} times less)",
+            f"({raw * len(store) / size:,.0f} times less)"
+            f"{_checks(work.collector.checks)}",
         )
     )
     peak = work.collector.peak
     if peak.bytes:  # nothing was collected, or nothing grew
         results["peak"] = {"bytes": peak.bytes, "meaning": peak.meaning}
         work.console.print(f"  {peak.bytes / 2**20:,.1f} MiB {peak.meaning}")
+
+
+def _checks(seconds: float) -> str:
+    """Return what checking cost, if anything was collected."""
+    return f"\n  {seconds:,.1f} s of it to check whose gradient is whose" if seconds else ""

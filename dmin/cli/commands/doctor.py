@@ -15,9 +15,16 @@ def doctor(work: Workspace, results: dict[str, Any]) -> None:
     from dmin.doctor import diagnose
 
     work.require_one_process()
-    examples, dtype = work.cfg.doctor.examples, work.cfg.collect.dtype
+    settings = work.cfg.collect
     data = work.data  # first, as it is read sooner than the model
-    found = diagnose(work.collector, data, examples, work.trainer(), dtype)
+    found = diagnose(
+        work.collector,
+        data,
+        work.cfg.doctor.examples,
+        work.trainer(),
+        settings.dtype,
+        settings.block_size,
+    )
     file = work.run_folder / "diagnosis.json"
     found.save(file)
     results["checks"] = {check.name: check.verdict for check in found.checks}
