@@ -200,14 +200,14 @@ def test_a_process_without_any_block_does_not_hang_the_others(ddpm, ddpm_path, t
 @pytest.mark.slow
 def test_a_killed_collection_resumes_to_the_same_bits(ddpm, ddpm_path, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = Command(script(tmp_path), ddpm_path, killed, 1, 200)
+    process = Command(script(tmp_path), ddpm_path, killed, 1, 120)
     end = time.monotonic() + 120
     while len(list(killed.glob("segment-*"))) < 3 and time.monotonic() < end:
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert Store(killed).missing_blocks  # killed in the middle, or this tests nothing
-    assert alone(ddpm, 200, killed).digest() == alone(ddpm, 200, whole).digest()
+    assert alone(ddpm, 120, killed).digest() == alone(ddpm, 120, whole).digest()
 
 
 @pytest.mark.slow
