@@ -38,12 +38,18 @@ def predict_trainer(**settings: Any) -> Trainer:
 
 
 def refuse_cast(network: nn.Module, trainer: Trainer) -> None:
-    """Refuse a precision for which Lightning would cast the user's weights, for good.
+    """Refuse a precision that no fingerprint tells, or that would cast the user's weights for good.
 
     Raises:
         DminError: names the precision and the type of the weights.
     """
     check_precision(network)
+    if str(trainer.precision).endswith("-mixed"):
+        raise DminError(
+            f"trainer.precision={trainer.precision}: gradients would be of another precision than "
+            f"the store says, and be compared with those of this one. Take 32-true, with the "
+            f"network in bfloat16 (model.torch_dtype=bfloat16) if that is wanted."
+        )
     wanted = CASTS.get(str(trainer.precision))
     found = {p.dtype for p in network.parameters() if p.is_floating_point()}
     if wanted is not None and found != {wanted}:
@@ -51,7 +57,7 @@ def refuse_cast(network: nn.Module, trainer: Trainer) -> None:
             f"trainer.precision={trainer.precision} would cast the model's weights "
             f"({', '.join(sorted(str(dtype) for dtype in found))}) and leave them so: the next "
             f"store would be one of other weights. Load the model in that type "
-            f"(model.torch_dtype), or take trainer.precision=bf16-mixed or 32-true."
+            f"(model.torch_dtype), or take trainer.precision=32-true."
         )
 
 

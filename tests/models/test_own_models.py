@@ -265,3 +265,12 @@ def test_autocast_around_a_collection_is_refused(tmp_path):
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(DminError, match="autocast is on"):
         collect(Own(), tmp_path)
     check_precision(Own().network)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_of_the_trainer_is_refused(precision, tmp_path):
+    collector = GradientCollector(Own(), FullGradient(), Explicit([5]))
+    trainer = predict_trainer(**QUIET, precision=precision)
+    examples = Examples([Example(f"e{i}", x) for i, x in enumerate(IMAGES)])
+    with pytest.raises(DminError, match=r"trainer\.precision=.*-mixed.*Take 32-true"):
+        collector.collect(examples, tmp_path / "store", trainer=trainer)
