@@ -110,23 +110,34 @@ def run(arguments: Sequence[str]) -> int:
     """Print the status of one store or of all; return the exit status."""
     try:
         path, as_json = _parsed(arguments)
-        if path is None:
-            return _overview(as_json)
-        found = status_of(path)
+        found = [status_of(each) for each in ([path] if path else _all_stores())]
     except DminError as error:
         print(f"dmin: {error}", file=sys.stderr)
         return 1
     if as_json:
-        print(json.dumps(as_values(found), indent=1))
+        values = [as_values(each) for each in found]
+        print(json.dumps(values[0] if path else values, indent=1))
         return 0
     from dmin.runtime.progress import console
 
     screen = console()
-    for line in lines(found):
+    if path is None:
+        screen.print(overview(found))
+        return 0
+    for line in lines(found[0]):
         screen.print(line, soft_wrap=True, highlight=False)
-    if found.reports:
-        screen.print(table(found))
+    if found[0].reports:
+        screen.print(table(found[0]))
     return 0
+
+
+def _all_stores() -> list[Path]:
+    paths = sorted(file.parent for file in STORES.glob("*/manifest.json"))
+    if not paths:
+        raise DminError(
+            f"there are no stores in {STORES.resolve()}. Name one: dmin status path/to/store."
+        )
+    return paths
 
 
 def as_values(status: Status) -> dict[str, Any]:
@@ -229,18 +240,8 @@ def table(status: Status) -> Table:
     return made
 
 
-def _overview(as_json: bool) -> int:
-    paths = sorted(file.parent for file in STORES.glob("*/manifest.json"))
-    if not paths:
-        raise DminError(
-            f"there are no stores in {STORES.resolve()}. Name one: dmin status path/to/store."
-        )
-    found = [status_of(path) for path in paths]
-    if as_json:
-        print(json.dumps([as_values(each) for each in found], indent=1))
-        return 0
-    from dmin.runtime.progress import console
-
+def overview(found: Sequence[Status]) -> Table:
+    """List stores, a line each."""
     made = _table(("store",), ("rows", "", "at work", "rows/s", "left"), overflow="fold")
     for each in found:
         total = each.manifest.num_examples
@@ -252,8 +253,7 @@ def _overview(as_json: bool) -> int:
             *_pace(each.rate, each.seconds_left if each.missing else None),
             style="red" if each.unattended else None,
         )
-    console().print(made)
-    return 0
+    return made
 
 
 def _table(texts: Sequence[str], numbers: Sequence[str], **options: Any) -> Table:
