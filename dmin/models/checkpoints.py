@@ -97,8 +97,9 @@ def _refuse_code(source: Path) -> None:
         index = json.loads((source / "model_index.json").read_text())
     except (OSError, ValueError):
         return  # told by diffusers
-    entries = index.items() if isinstance(index, dict) else ()
-    for name, (library, *_) in ((n, e) for n, e in entries if isinstance(e, list) and e):
+    entries = index if isinstance(index, dict) else {}
+    parts = {n: e[0] for n, e in entries.items() if isinstance(e, list) and e and n[:1] != "_"}
+    for name, library in parts.items():
         known = str(library) in ("diffusers", "transformers", "None") or (
             str(library).isidentifier() and find_spec(f"diffusers.pipelines.{library}") is not None
         )
