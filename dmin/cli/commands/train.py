@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from dmin.cli.commands.command import TRAINING, command
+from dmin.cli.config.environment import kept
 from dmin.cli.config.renamed import rename
 from dmin.cli.workspace.built import build
 from dmin.cli.workspace.workspace import Workspace
@@ -29,14 +30,18 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
             work.console.print(titled("model", f": found {path}"))
             return
         trainer = work.trainer()
-        trainer.logger = _logger(work, settings) if work.is_main else None
+        told, read = kept(work.cfg)
+        told = {name: told[name] for name in settings}
+        trainer.logger = _logger(work, told) if work.is_main else None
         model = build(work.need("train"))(dataset=work.data, trainer=trainer)
         if not work.is_main:
             return
+        if read:  # what the environment says is not told, and matters all the same
+            told["fingerprint"] = fingerprint(settings)
         partial = path.with_name(f"{path.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
-        (partial / "training.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (partial / "training.json").write_text(json.dumps(told, indent=2) + "\n")
         partial.rename(path)
     work.console.print(titled("model", f": saved {path}"))
 
@@ -66,9 +71,15 @@ def _trained(path: Path, settings: dict[str, Any]) -> bool:
         raise DminError(
             f"model.path={path} exists and was not made by `dmin train`. Choose another path."
         )
-    found = json.loads(record.read_text())
-    rename(found)
-    if fingerprint(found) == fingerprint(settings):
+    try:
+        found = json.loads(record.read_text())
+        rename(found)
+        known = found.pop("fingerprint", None) or fingerprint(found)
+    except (OSError, ValueError, AttributeError) as error:
+        raise DminError(
+            f"model.path={path}: its training.json is damaged ({error}). Choose another model.path."
+        ) from error
+    if known == fingerprint(settings):
         return True
     raise DminError(
         f"model.path={path} holds a model trained with other settings: "

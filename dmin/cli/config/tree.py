@@ -7,10 +7,11 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.tree import Tree
 
 from dmin.cli.config.annotations import parameters
+from dmin.cli.config.environment import kept
 from dmin.cli.config.sections import settings
 from dmin.cli.config.targets import loaded
 from dmin.runtime.progress import titled
@@ -26,12 +27,11 @@ def settings_tree(name: str, cfg: DictConfig, subtrees: tuple[str, ...], file: P
         file: has all settings.
     """
     tree = Tree(titled(f"dmin {name}"), guide_style="dim")
-    for part in (each for each in dict.fromkeys(("name", "seed", *subtrees)) if each in cfg):
-        node = cfg[part]
-        if node is None:
+    values, _ = kept(cfg)
+    for part in (each for each in dict.fromkeys(("name", "seed", *subtrees)) if each in values):
+        if values[part] is None:
             continue
-        value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-        told = _spelled(value, settings(part))
+        told = _spelled(values[part], settings(part))
         if told:
             tree.add(titled(part, ": ").append(told, "cyan"))
     tree.add(titled(f"all settings: {file}", style="dim"))

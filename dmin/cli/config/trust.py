@@ -51,12 +51,6 @@ def shipped() -> dict[str, set[str]]:
     return found
 
 
-def environment_names() -> set[str]:
-    """Return the variables that shipped YAML files read: SLURM's numbers, which are no secrets."""
-    files = (file.read_text("utf-8") for file in config_directory().rglob("*.yaml"))
-    return {part.partition("}")[0] for text in files for part in text.split("${oc.env:")[1:]}
-
-
 def read_settings(file: Path) -> Any:
     """Return a record's settings, as plain YAML that composes nothing.
 

@@ -6,13 +6,15 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from dmin.cli.config.environment import kept, without_values
 from dmin.cli.jobs.sweep import job_settings
 from dmin.runtime.errors import DminError
 from dmin.runtime.provenance import FINISHED, RECORD, circumstances, peak_memory, write
@@ -23,7 +25,8 @@ def recorded(cfg: DictConfig, folder: Path, command: str) -> Iterator[dict[str, 
     """Write ``record.json`` when a run starts and again when it ends, however it ends.
 
     Args:
-        cfg: the composed configuration; written resolved, as ``config.yaml``.
+        cfg: the composed configuration; written resolved, but for what the environment says, as
+            ``config.yaml``.
         folder: the run's folder.
         command: name of the command.
 
@@ -35,9 +38,10 @@ def recorded(cfg: DictConfig, folder: Path, command: str) -> Iterator[dict[str, 
     """
     results: dict[str, Any] = {}
     record = {**_asked(command), "outcome": "running", "seed": cfg.seed}
+    settings, read = kept(cfg)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
         write(folder, record)
     except OSError as error:
         raise DminError(
@@ -55,7 +59,7 @@ def recorded(cfg: DictConfig, folder: Path, command: str) -> Iterator[dict[str, 
         record["seconds"] = round(time.monotonic() - start, 2)
         record["peak_memory_bytes"] = peak_memory()
         record["results"] = results
-        write(folder, record)
+        write(folder, without_values(record, read))
 
 
 def note_failure(cfg: DictConfig, command: str, message: str) -> None:
@@ -63,7 +67,11 @@ def note_failure(cfg: DictConfig, command: str, message: str) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     file = folder / RECORD
     record = json.loads(file.read_text()) if file.is_file() else _asked(command)
-    write(folder, {**record, "outcome": message, "seed": cfg.get("seed")})
+    told = {"outcome": message, "seed": OmegaConf.to_container(cfg).get("seed")}  # type: ignore[union-attr]
+    read: dict[str, str] = {}
+    with suppress(OmegaConfBaseException):  # which may be why it failed
+        _, read = kept(cfg)
+    write(folder, without_values({**record, **told}, read))
 
 
 def _asked(command: str) -> dict[str, Any]:
