@@ -89,7 +89,7 @@ ENCODINGS = {
     ),
     "fails": (
         {"x0": lambda x: x.no_such_thing},
-        r"encode fails at 6 example\(s\) from 'e0' on: AttributeError: .*test_contract.py, line",
+        r"encode fails at 6 example\(s\) from 'e0' on: AttributeError: .*test_own_models.py, line",
     ),
 }
 
@@ -130,7 +130,7 @@ PREDICTIONS = {
     ),
     "fails": (
         lambda p, y, w: Prediction(p @ torch.zeros(3, 3), y, w),
-        r"predict fails, given x0 \[6, 1, 4, 4\], noise .*RuntimeError.*test_contract.py, line",
+        r"predict fails, given x0 \[6, 1, 4, 4\], noise .*RuntimeError.*test_own_models.py, line",
     ),
     "an unknown condition": (
         lambda p, y, w: {}["captions"],
