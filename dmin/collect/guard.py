@@ -19,6 +19,7 @@ from dmin.collect.features import Features
 from dmin.collect.peak_memory import PeakMemory
 from dmin.diffusion.inputs import NoisedBatch, NoisedExamples
 from dmin.gradients.capture import Capture
+from dmin.gradients.factors import wide_dtype
 from dmin.gradients.ownership import Ownership
 from dmin.gradients.parameters import Parameter, some_of
 from dmin.gradients.recorder import Recorder
@@ -79,20 +80,24 @@ class Guard:
         if kind in self._seen or (self._seen and not self.alone):
             return found
         start, examined = time.perf_counter(), self.ownership.seconds
-        after = torch.get_rng_state()
-        drawn = not torch.equal(state, after)  # a pair alone would draw others
+        drawn = not torch.equal(state, torch.get_rng_state())  # a pair alone would draw others
         one = batch.rows(slice(0, 1))
         with torch.random.fork_rng():
-            torch.set_rng_state(state)
-            if self.alone and not drawn and not self._seen and self._unlike_autograd(one):
-                torch.set_rng_state(state)
-                found = self.collector.run(batch, self.ownership, peak)
-                self._require_autograd(one)
+            if self.alone and not drawn and self._alone_differs(one, found):
+                # Whose fault is it: of parameters that hooks do not see right, or of the others?
+                if self._unlike_autograd(one):
+                    torch.set_rng_state(state)
+                    found = self.collector.run(batch, self.ownership, peak)
+                if self._alone_differs(one, found):
+                    self._require_autograd(one)
+                    raise DminError(
+                        "an example's gradient depends on which others share its pass: the network "
+                        "decides something over the whole batch. Set collect.microbatch=1, which "
+                        "computes every pair alone."
+                    )
             if len(batch.t) > 1:
                 torch.set_rng_state(state)
                 self._check_scaled(batch, found)
-            if self.alone and not drawn:
-                self._check_alone(one, found)
         self._seen.add(kind)
         self.seconds += time.perf_counter() - start - (self.ownership.seconds - examined)
         return found
@@ -138,17 +143,33 @@ class Guard:
                     "which computes every pair alone."
                 )
 
-    def _check_alone(self, one: NoisedBatch, found: Features) -> None:
-        alone = self.collector.run(one, self.ownership)
-        limit = HALF if self._low(one) else EXACT
-        for name, norms in found.norms.items():
-            same = (alone.norms[name], norms[:1]), (alone.values[name], found.values[name][:1])
+    def _alone_differs(self, one: NoisedBatch, found: Features) -> bool:
+        """Return whether the first pair has another row by itself: by autograd, if that fits."""
+        collector, limit = self.collector, HALF if self._low(one) else EXACT
+        if collector.attributed.count > SCALARS:
+            if not self._seen and self._unlike_autograd(one):
+                return True
+            rows = collector.run(one, self.ownership)
+            alone = {name: (norms, rows.values[name]) for name, norms in rows.norms.items()}
+        else:
+            alone = {name: self._by_autograd(one, name) for name in found.norms}
+        for name, (norms, values) in alone.items():
+            same = (norms, found.norms[name][:1]), (values, found.values[name][:1])
             if max(_deviation(*pair) for pair in same) > limit:
-                raise DminError(
-                    "an example's gradient depends on which others share its pass: the network "
-                    "decides something over the whole batch. Set collect.microbatch=1, which "
-                    "computes every pair alone."
-                )
+                return True
+        return False
+
+    def _by_autograd(self, one: NoisedBatch, readout: str) -> tuple[Tensor, Tensor]:
+        """Return norms ``[1, groups]`` and values ``[1, groups, k]`` of a row by autograd."""
+        attributed, sketch = self.collector.attributed, self.collector.sketch
+        true = by_autograd(self.collector.model, attributed.by_name, one, readout)
+        wide = {name: gradient[None].to(wide_dtype(gradient)) for name, gradient in true.items()}
+        values = sketch.of(wide)
+        squares = values.new_zeros(1, len(attributed.groups))
+        for entry in attributed.entries:
+            squares[:, entry.group] += wide[entry.name].square().sum().to(squares)
+        norm = squares.sum(1).sqrt()
+        return squares.sqrt(), values / torch.where(norm > 0, norm, 1)[:, None, None]
 
     def _unlike_autograd(self, one: NoisedBatch) -> bool:
         """Have parameters that hooks do not see right be had otherwise; return if there are any."""

@@ -54,6 +54,7 @@ class _Pass(Generic[State]):
     state: State
     orders: dict[int, RowOrder]  # of the outputs of calls, by their number
     arrived: dict[str, list[GradientFactors | Arrived]] = field(default_factory=dict)
+    empty: Counter[str] = field(default_factory=Counter)  # calls of each parameter on no rows
     doubt: Tensor | None = None  # whether a row of unknown owner has a gradient
 
 
@@ -266,6 +267,11 @@ class Capture(Generic[State, Rows]):
             return
         if self._pass is None or not call.parameters:
             return
+        if not any(g is not None and g.numel() for g in gradients):  # of no rows: as if not called
+            self._pass.empty.update(call.parameters)
+            for name in call.parameters:
+                self._flush_complete(name, {})
+            return
         batch, orders = self._pass.batch, self._pass.orders
         order = [orders.get(call.number + i, MAJOR) for i in range(len(call.shapes))]
         for doubt in call.doubts(order, gradients):
@@ -279,21 +285,30 @@ class Capture(Generic[State, Rows]):
                 arrived = call.how.factors(
                     inputs, gradients, parameters, order, batch, self._pass.budget
                 )
-        elif order[0].axis == 0:
+        elif order[0].axis == 0 and len(gradients[0]) % batch == 0:
             path = CLOSED_FORM
             parts = call.how(call.module, inputs[0], gradients[0], batch)
             arrived = {n: parts[own] for own, n in call.own.items() if n in call.parameters}
         else:
             path = CLOSED_FORM
-            waits = Arrived(call, inputs[0], gradients[0], order[0].owners)
+            owners = order[0].owners
+            if order[0] is MAJOR:  # taken for it in a trial, which is after time and memory alone
+                owners = torch.arange(call.rows(0).numel()) % batch
+            waits = Arrived(call, inputs[0], gradients[0], owners)
             arrived = dict.fromkeys(call.parameters, waits)
         ordered: Ordered = {}
-        with self._usage.off():  # modules may be run again
-            for name in sorted(call.parameters):
-                self._paths[name].add(path)
-                self._pass.arrived.setdefault(name, []).append(arrived[name])
-                if len(self._pass.arrived[name]) == self._uses[name]:
-                    self._flush(name, ordered)
+        for name in sorted(call.parameters):
+            self._paths[name].add(path)
+            self._pass.arrived.setdefault(name, []).append(arrived[name])
+            self._flush_complete(name, ordered)
+
+    def _flush_complete(self, name: str, ordered: Ordered) -> None:
+        """Hand on the gradients of a parameter if its last call has come."""
+        assert self._pass is not None
+        parts = self._pass.arrived.get(name)
+        if parts and len(parts) + self._pass.empty[name] == self._uses[name]:
+            with self._usage.off():  # modules may be run again
+                self._flush(name, ordered)
 
     def _flush(self, name: str, ordered: Ordered) -> None:
         """Hand one parameter's gradients to the sink and forget them.

@@ -229,9 +229,11 @@ class Projector:
 
     def __call__(self, gradient: Tensor, features: int) -> Tensor:
         """Return ``[rows, PROJECTIONS]`` of a gradient whose last so many axes are a row."""
-        rows = gradient.detach().reshape(prod(gradient.shape[: gradient.ndim - features]), -1)
-        rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
-        width = rows.shape[1]
+        axes = gradient.ndim - features
+        count, width = prod(gradient.shape[:axes]), prod(gradient.shape[axes:])
+        rows = gradient.detach().reshape(count, width)
+        if rows.is_complex():
+            rows, width = torch.view_as_real(rows).flatten(1), 2 * width
         if width not in self._maps:
             drawn = torch.randn(width, PROJECTIONS, generator=self._generator)
             self._maps[width] = drawn.to(self.device)

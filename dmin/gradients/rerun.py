@@ -253,7 +253,7 @@ def _is_data(leaf: Any) -> bool:
 
 def _sample(x: Tensor, columns: int = 16) -> Tensor:
     """Return a few numbers of each row, to tell whether two runs were the same."""
-    flat = x.detach().reshape(len(x), -1) if x.ndim else x.detach().reshape(1, 1)
+    flat = x.detach().flatten(1) if x.ndim > 1 else x.detach().reshape(-1, 1)
     return flat[:, :: max(1, flat.shape[1] // columns)].clone()
 
 

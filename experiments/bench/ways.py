@@ -9,6 +9,7 @@ from torch import Tensor
 from workloads import BATCH, Workload
 
 from dmin.gradients.capture import Capture
+from dmin.gradients.ownership import Ownership
 from dmin.gradients.parameters import choose_parameters
 from dmin.sketches import BlockCyclic
 
@@ -103,9 +104,13 @@ class Ours:
         self.sketch = sketch.bind(choose_parameters(workload.network, workload.params))
         tensors = [x for x in vars(self.sketch).values() if isinstance(x, Tensor)]
         self.state = sum(x.nbytes for x in tensors)
+        self.ownership = Ownership()
 
     def __call__(self) -> Tensor:
-        with Capture(self.workload.network, self.sketch) as capture:
+        return self.ownership.settle(self._rows)
+
+    def _rows(self) -> Tensor:
+        with Capture(self.workload.network, self.sketch, ownership=self.ownership) as capture:
             rows = capture.backward(self.workload.losses()).values[:, 0]
             self.coverage = capture.coverage
         return rows

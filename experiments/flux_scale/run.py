@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from dmin.gradients.capture import Capture
+from dmin.gradients.ownership import Ownership
 from dmin.gradients.parameters import choose_parameters
 from experiments.record import recorded
 
@@ -82,8 +83,13 @@ def measure(args: argparse.Namespace) -> dict:
         losses().sum().backward()
         made.zero_grad(set_to_none=True)
 
+    ownership = Ownership()
+
     def collect() -> None:
-        with Capture(made, sketch) as capture:
+        ownership.settle(one_pass)
+
+    def one_pass() -> None:
+        with Capture(made, sketch, ownership=ownership) as capture:
             rows = capture.backward(losses())
             covered = [how != "unused" for how in capture.coverage.values()]
             found["coverage"] = sum(covered) / len(covered)

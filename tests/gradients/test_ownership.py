@@ -7,7 +7,7 @@ from oracle import Keep, error, one_at_a_time, settled
 from torch import nn
 
 from dmin.gradients.capture import Capture
-from dmin.gradients.ownership import Ownership, Unsettled
+from dmin.gradients.ownership import Ownership, Trial, Unsettled
 from dmin.gradients.parameters import choose_parameters
 from dmin.runtime.errors import DminError
 
@@ -292,6 +292,17 @@ def test_rows_that_had_no_gradient_before_are_found_out_when_they_have():
     hold(network, ownership, torch.randn(4, 4, WIDTH))
 
 
+@pytest.mark.parametrize("kind", [Between, *FIXED, *SHARED])
+def test_a_trial_is_after_time_and_memory_alone(kind):
+    network = made(kind, 3)
+    settled(
+        network,
+        Keep(choose_parameters(network)),
+        lambda c: c.backward(distance(network, {"x": torch.randn(3, 4, WIDTH)})),
+        ownership=Trial(),
+    )
+
+
 class BatchStatistics(Between):
     def __init__(self):
         super().__init__()
@@ -483,3 +494,20 @@ def test_hooks_on_gradients_are_refused_by_name():
         hold(network, Ownership(), torch.randn(4, 4, WIDTH))
     handle.remove()
     hold(network, Ownership(), torch.randn(4, 4, WIDTH))
+
+
+class SomeEmpty(Between):
+    """An expert that no token goes to, and one that all do."""
+
+    def forward(self, x):
+        flat = x.reshape(-1, WIDTH)
+        chosen = (flat.abs().sum(1) > 100).nonzero()[:, 0]
+        out = torch.zeros_like(flat).index_add(0, chosen, self.b(self.norm(self.a(flat[chosen]))))
+        return super().forward(x) + out.view_as(x)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_call_on_no_rows_is_none(batch):
+    network, ownership = made(SomeEmpty, batch), Ownership()
+    for scale in (1, 1, 1000):
+        hold(network, ownership, scale * torch.randn(batch, 4, WIDTH, dtype=torch.float32))

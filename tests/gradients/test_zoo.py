@@ -208,6 +208,7 @@ def test_any_network_gives_each_example_its_own_gradient(made, batch, dtype, see
             torch.cat([g[name].double().flatten(1) for name in truth], 1)
             for g in (found | zeros, truth)
         )
-        # Autograd adds up in bfloat16; a wrong example is off by the whole length.
-        limit = 1e-10 if dtype == torch.float64 else 0.1
-        assert ((ours - true).norm(dim=1) <= limit * true.norm(dim=1) + 1e-12).all()
+        # Autograd adds up in bfloat16; a wrong example is off by the whole length. What cancels
+        # leaves rounding alone.
+        limit, rounding = (1e-10, 1e-12) if dtype == torch.float64 else (0.1, 1e-5)
+        assert ((ours - true).norm(dim=1) <= limit * true.norm(dim=1) + rounding).all()
