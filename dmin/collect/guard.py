@@ -8,7 +8,7 @@ that it has among others, and both are autograd's.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from math import prod
 
 import torch
@@ -40,7 +40,7 @@ FLOOR = 1e-4
 
 
 class Guard:
-    """Runs passes, and checks the first of each size and shape.
+    """Runs passes, and checks the first of each size, shape and set of calls.
 
     Row b is Σ_c ∂ℓ_c/∂θ over whatever losses reach it. With ℓ_c scaled by 2^{e_c} it must be scaled
     by 2^{e_b}: so it is ∂ℓ_b/∂θ, and no other row has a part of that. What no gradient shows, a
@@ -62,7 +62,7 @@ class Guard:
         self.ownership = ownership
         self.alone = alone
         self.seconds = 0.0
-        self._seen: set[tuple[int, ...]] = set()
+        self._seen: set[Hashable] = set()
 
     def run(self, batch: NoisedBatch, peak: PeakMemory | None = None) -> Features:
         """Return the features of a pass, held to what they should be unless one like it was.
@@ -76,7 +76,9 @@ class Guard:
         """
         state = torch.get_rng_state()
         found = self.collector.run(batch, self.ownership, peak)
-        kind = (len(batch.t), *batch.x0.shape[1:])
+        kind: Hashable = self.ownership.latest  # a network may do otherwise at other timesteps
+        if self.ownership.routed(kind):  # and with other data: examined each time
+            kind = len(batch.t), *batch.x0.shape[1:]
         if kind in self._seen or (self._seen and not self.alone):
             return found
         start, examined = time.perf_counter(), self.ownership.seconds

@@ -167,6 +167,7 @@ class Capture(Generic[State, Rows]):
         batch = len(values)
         if self._orders is None:
             self._orders = {}
+            self.ownership.latest = kind_of(batch, self._calls)
             if batch > 1:
                 self._orders = self._prober.orders(values, self._calls, self._examination)
         self._pass = _Pass(batch, budget, self.sink.begin(batch, like, budget), self._orders)
@@ -200,8 +201,7 @@ class Capture(Generic[State, Rows]):
     def _require_known(self, doubt: Tensor | None) -> None:
         """Examine the pass again if rows had gradients of which nothing was known."""
         if self.ownership.agree(doubt is not None and bool(doubt)):
-            assert self._pass is not None
-            self.ownership.doubt(kind_of(self._pass.batch, self._calls))
+            self.ownership.doubt(self.ownership.latest)
             raise Unsettled("rows of layers have gradients for the first time. Run the pass again.")
 
     def _record(self, use: Use[Call]) -> tuple[Any, Call] | None:

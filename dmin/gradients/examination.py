@@ -164,7 +164,7 @@ class Prober:
         Raises:
             Unsettled: it was found out by a pass that was for that alone, or needs such a pass.
         """
-        ownership, kind = self.ownership, kind_of(len(values), calls)
+        ownership, kind = self.ownership, self.ownership.latest
         known = ownership.known(kind) if examination is None else None
         routed = examination is None and ownership.routed(kind)
         if not ownership.agree(known is None):

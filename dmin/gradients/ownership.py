@@ -92,6 +92,7 @@ class Ownership:
             look like.
         complete: examine each pass of a kind in which not every owner is known, rather than run one
             again if that turns out to matter.
+        latest: kind of the latest pass.
         watch: whether the next pass is there to examine the network.
         seconds: that went into passes which were there for that alone.
     """
@@ -101,6 +102,7 @@ class Ownership:
     by_network: set[str] = field(default_factory=set)
     having: set[str] = field(default_factory=set)
     complete: bool = False
+    latest: Hashable = None
     watch: bool = False
     seconds: float = 0.0
     _orders: dict[Hashable, tuple[RowOrder, ...]] = field(default_factory=dict)

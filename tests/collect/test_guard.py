@@ -7,6 +7,7 @@ from torch import nn
 
 from dmin import DiffusionModel, Example, Examples, GradientCollector, Prediction
 from dmin.collect import predict_trainer
+from dmin.collect.guard import Guard
 from dmin.diffusion import Stratified
 from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
@@ -26,7 +27,7 @@ class Denoiser(DiffusionModel):
 
     def predict(self, x0, noise, t, condition):
         noised = x0 + (1 + t / 10).to(x0)[:, None, None, None] * noise
-        self.network.clean = x0
+        self.network.clean, self.network.t = x0, float(t[0])
         prediction = self.network(noised[:, 0])
         return Prediction(prediction.flatten(1), noise.flatten(1), torch.ones(len(x0)).to(x0))
 
@@ -144,6 +145,17 @@ class Sleeping(Tokens):
         return first * self.seen(x) + (1 - first) * unseen
 
 
+class TwoNetworks(nn.Module):
+    """One for early timesteps, in which examples see each other, and one for late ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.early, self.late = Tokens(), WholeBatchDecision()
+
+    def forward(self, x):
+        return self.early(x) if self.t < 3 else self.late(x)
+
+
 class Custom(Tokens):
     """A derivative of its own, which is not that of what it computes."""
 
@@ -185,6 +197,19 @@ def test_examples_that_see_each_other_are_refused_by_layer(tmp_path):
 def test_a_decision_over_the_whole_batch_is_refused(tmp_path):
     with pytest.raises(DminError, match=r"over the whole batch.*collect\.microbatch=1"):
         collect(WholeBatchDecision, tmp_path / "s", 16)
+
+
+def test_each_part_of_the_schedule_is_checked(tmp_path):
+    """Passes of one size that call other layers are checked by themselves."""
+    images = torch.rand(16, 1, 8, WIDTH, generator=torch.Generator().manual_seed(0))
+    model = Denoiser(TwoNetworks)
+    collector = GradientCollector(model, BlockCyclic(64, block=16), Stratified(4))
+    guard = Guard(collector, collector.ownership)
+    batch = collector.inputs(images, {}, [f"x{i}" for i in range(16)]).all()
+    early, late = (batch.rows(batch.t == t) for t in (min(batch.t), max(batch.t)))
+    guard.run(early)
+    with pytest.raises(DminError, match="over the whole batch"):
+        guard.run(late)
 
 
 def test_an_example_without_any_gradient_is_held_to_autograd(tmp_path):
