@@ -13,8 +13,6 @@ from dmin.evaluation.report.results import Report, Result
 from dmin.runtime.page import write_page
 
 NOT_SHOWN = ("squared", "top 5 %")  # their like is, the soft-max; they stand in the tables
-OF_METHOD = ("name", "method", "tuned", "control", "settings", "family", "dim", "kib", "fit", "ms")
-OF_MEASURE = ("key", "task", "truth", "metric", "n")
 TITLE = "How far can the answer be trusted?"
 
 
@@ -47,7 +45,7 @@ def save_page(report: Report, path: str | Path, title: str = TITLE) -> Path:
             for c in conclusions(report)
         ],
         "main": list(MAIN),
-        "rows": _measured([_row(r) for r in report.results if r.control not in NOT_SHOWN]),
+        "rows": _packed([_row(r) for r in report.results if r.control not in NOT_SHOWN]),
         "path": _packed([{k: _round(v) for k, v in row.items()} for row in report.path]),
     }
     return write_page(Path(__file__).with_name("report.html"), title, data, path)
@@ -76,31 +74,6 @@ def _row(r: Result) -> dict[str, Any]:
         **{name: getattr(r, name) for name in same},
         **{name: _round(value) for name, value in figures.items()},
     }
-
-
-def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return rows as their place in a list of methods, that in one of measures, and the rest."""
-    methods, measures = _distinct(rows, OF_METHOD), _distinct(rows, OF_MEASURE)
-    columns = [name for name in (rows[0] if rows else ()) if name not in OF_METHOD + OF_MEASURE]
-    lines = [
-        [methods[_part(row, OF_METHOD)], measures[_part(row, OF_MEASURE)], *_part(row, columns)]
-        for row in rows
-    ]
-    return {
-        "columns": columns,
-        "methods": _packed([dict(zip(OF_METHOD, part, strict=True)) for part in methods]),
-        "measures": _packed([dict(zip(OF_MEASURE, part, strict=True)) for part in measures]),
-        "lines": lines,
-    }
-
-
-def _distinct(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[Any, int]:
-    """Return the distinct values of some columns, numbered."""
-    return {part: i for i, part in enumerate(dict.fromkeys(_part(row, names) for row in rows))}
-
-
-def _part(row: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in names)
 
 
 def _packed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
