@@ -1,11 +1,13 @@
 """The first paragraph of a report names the best for each purpose, and where it is not."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 
 from dmin.evaluation.report.conclusions import conclusions, summary
 from dmin.evaluation.report.results import Cell, Cost, Report, Row, compared
+from dmin.evaluation.report.tables import markdown
 
 MEANS = {  # of mAP, at each task
     "random": (0.1, 0.1, 0.1),
@@ -56,3 +58,12 @@ def test_of_several_sizes_of_the_sketch_the_first_is_spoken_of():
     better_when_small = report(MEANS, dims=(4096, 256), gain=0.1)
     assert "on 2 of 3 measures" in summary(better_when_small)
     assert {r.dim for r in better_when_small.results if r.best} == {4096, 256}
+
+
+def test_a_value_of_the_data_ends_no_cell_of_a_table():
+    odd = "a | b\n| c"
+    (result, *_) = report({"random": (0.1,) * 3, "dmin": (0.3,) * 3}).results
+    found = replace(result, metric=f"mAP, {odd}", method="x\ny")
+    *_, head, rule, line, _ = markdown(Report([found])).partition("## What each")[0].splitlines()
+    assert head == r"| method | mAP, a \| b \| c |"
+    assert rule == "|---|---|" and line.startswith("| x y | ")

@@ -10,6 +10,7 @@ from rich.markdown import Markdown
 from dmin.evaluation.report.conclusions import conclusions, number, summary
 from dmin.evaluation.report.results import TRANSFORMED, Report, Result
 
+ESCAPED = r"\|"
 LEGEND = (
     "With half the width of the 95 % interval. **Bold**: no other method is better beyond chance, "
     "and it is itself better than {reference} beyond chance (paired differences in the same "
@@ -159,7 +160,11 @@ def _grid(rows: Sequence[Result], heads: Mapping[str, str], cost: bool = False) 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     """Return the lines of a table in Markdown, and an empty one."""
-    top, *rest = (f"| {' | '.join(line)} |" for line in (head, *lines))
+    # A value of the data, such as the name of a source, ends neither its cell nor its line.
+    cells = [
+        [" ".join(text.split()).replace("|", r"\|") for text in each] for each in (head, *lines)
+    ]
+    top, *rest = (f"| {' | '.join(each)} |" for each in cells)
     return [top, "|---" * len(head) + "|", *rest, ""]
 
 
