@@ -55,6 +55,8 @@ def load_adapters(
 def _load_adapter(network: nn.Module, file: Path, name: str, pipeline: Any) -> None:
     state = load_file(file)
     _refuse_adapter(state, file)
+    with safe_open(file, "pt") as opened:
+        told = opened.metadata() or {}
     before = _adapter_keys(network)
     try:
         if (
@@ -63,10 +65,10 @@ def _load_adapter(network: nn.Module, file: Path, name: str, pipeline: Any) -> N
             # Diffusers refuses tensors of α beside matrices in its own names.
             or _is_peft_with_alpha(state)
         ):
-            _inject(network, state, file, name)
+            _inject(network, state, told, file, name)
         else:
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
-            _scale(network, state, file, name)
+            _scale(network, state, told, name)
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
         raise DminError(
             f"model.adapter={file}: cannot be loaded into {type(network).__name__}: {error}"
@@ -88,14 +90,18 @@ def _is_peft_with_alpha(state: dict[str, Tensor]) -> bool:
     return own and any("lora_A" in k for k in state) and any(k.endswith(".alpha") for k in state)
 
 
-def _header(file: Path) -> dict[str, Any]:
+def _header(told: dict[str, str]) -> dict[str, Any]:
     """Return what the header of an adapter's file says of its scale, by peft's names.
 
     Diffusers writes peft's whole config as JSON, others single values. α of kohya's ``ss_`` entries
     counts where the file has no tensor of it.
     """
-    with safe_open(file, "pt") as opened:
-        told = opened.metadata() or {}
+    if re.search(r"split_qkv\W+true", told.get("ss_network_args", ""), re.IGNORECASE):
+        raise ValueError(
+            "its matrices of queries, keys and values are joined of several (split_qkv=True), and "
+            "loaders then read a third or a quarter of its scale. Convert it to diffusers' format "
+            "with the tools of its trainer"
+        )
     whole = json.loads(told.get("lora_adapter_metadata") or "{}")
     named = {
         key.rpartition(".")[2]: value
@@ -115,9 +121,9 @@ _IN_HEADER = {
 }
 
 
-def _scale(network: nn.Module, state: dict[str, Tensor], file: Path, name: str) -> None:
+def _scale(network: nn.Module, state: dict[str, Tensor], told: dict[str, str], name: str) -> None:
     """Scale an adapter by the α of its header, which diffusers reads in its own form alone."""
-    header = _header(file)
+    header = _header(told)
     alpha = header.get("lora_alpha")
     # Where peft's whole config or a tensor says it, the loader has read it.
     if alpha is None or "target_modules" in header or any(k.endswith("alpha") for k in state):
@@ -164,7 +170,9 @@ def _adapter_file(path: Path) -> Path:
     return files[0]
 
 
-def _inject(network: nn.Module, state: dict[str, Tensor], file: Path, name: str) -> None:
+def _inject(
+    network: nn.Module, state: dict[str, Tensor], told: dict[str, str], file: Path, name: str
+) -> None:
     """Load an adapter with peft alone, for networks that diffusers has no loader for."""
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
@@ -186,8 +194,8 @@ def _inject(network: nn.Module, state: dict[str, Tensor], file: Path, name: str)
             for key, value in state.items()
             if key.endswith(".lora_A.weight")
         }
-        rank, told = next(iter(ranks.values()), 1), _header(file)
-        common, by_layer = told.get("lora_alpha"), told.get("alpha_pattern") or {}
+        rank, header = next(iter(ranks.values()), 1), _header(told)
+        common, by_layer = header.get("lora_alpha"), header.get("alpha_pattern") or {}
         # Where nothing tells α, diffusers, too, takes it to be the rank.
         each = {k: alphas.get(k, r if common is None else common) for k, r in ranks.items()}
         config = LoraConfig(
@@ -199,7 +207,7 @@ def _inject(network: nn.Module, state: dict[str, Tensor], file: Path, name: str)
                 **{k: alpha for k, alpha in each.items() if alpha != (common or rank)},
                 **by_layer,
             },
-            use_rslora=bool(told.get("use_rslora")),
+            use_rslora=bool(header.get("use_rslora")),
         )
     modules: Any = network
     inject_adapter_in_model(config, modules, name)

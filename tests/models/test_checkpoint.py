@@ -254,6 +254,18 @@ def test_a_scale_that_diffusers_does_not_read_is_read(where, tmp_path):
     )
 
 
+def test_joined_matrices_whose_scale_loaders_misread_are_refused(tmp_path):
+    _, file = adapter_file(load_anew("stable_diffusion").network, tmp_path, "nowhere")
+    arguments = {"ss_network_args": json.dumps({"split_qkv": "True"})}
+    save_file(load_file(file), file, metadata=arguments)
+    with pytest.raises(DminError, match="split_qkv=True"):
+        load_anew("stable_diffusion", adapter=file)
+    save_file(
+        load_file(file), file, metadata={"ss_network_args": '{"split_qkv": "False", "x": "True"}'}
+    )
+    load_anew("stable_diffusion", adapter=file)
+
+
 def test_several_adapters_act_together(tmp_path):
     name = "stable_diffusion"
     diffusers_adapter(name, tmp_path / "a")
