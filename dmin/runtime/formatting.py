@@ -1,6 +1,6 @@
 """How numbers are written for people."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -22,3 +22,15 @@ def spans(numbers: Sequence[int], most: int = 8) -> str:
     runs = np.split(array, np.flatnonzero(np.diff(array) > 1) + 1)
     texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs if len(run)]
     return ", ".join(texts[:most]) + (" ..." if len(texts) > most else "")
+
+
+def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown, and an empty one.
+
+    A text of the data, such as the name of a source, ends neither its cell nor its line.
+    """
+    plain = (
+        (" ".join(text.split()).replace("|", r"\|") for text in each) for each in (head, *lines)
+    )
+    top, *rest = (f"| {' | '.join(each)} |" for each in plain)
+    return [top, "|---" * len(head) + "|", *rest, ""]

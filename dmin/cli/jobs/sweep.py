@@ -20,6 +20,7 @@ from rich.table import Table
 from dmin.cli.jobs.slurm import check_submission
 from dmin.runtime.errors import DminError
 from dmin.runtime.escape import read_csv, write_csv
+from dmin.runtime.formatting import markdown_table
 from dmin.runtime.provenance import FINISHED, RECORD
 
 CALLBACK = "++hydra.callbacks.dmin_sweep._target_=dmin.cli.jobs.sweep.Sweep"
@@ -186,11 +187,9 @@ def _table(found: Sequence[Job]) -> Table:
 def _save(folder: Path, found: Sequence[Job]) -> None:
     """Write the table as CSV and Markdown, with the folder of each job."""
     folders = ["folder", *(str(job.folder) for job in found)]
-    lines = [[*line, place] for line, place in zip(_lines(found), folders, strict=True)]
-    write_csv(folder / "sweep.csv", (dict(zip(lines[0], line, strict=True)) for line in lines[1:]))
-    lines.insert(1, ["---"] * len(lines[0]))
-    escaped = ([cell.replace("|", r"\|").replace("\n", " ") for cell in line] for line in lines)
-    (folder / "sweep.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in escaped))
+    head, *lines = ([*line, place] for line, place in zip(_lines(found), folders, strict=True))
+    write_csv(folder / "sweep.csv", (dict(zip(head, line, strict=True)) for line in lines))
+    (folder / "sweep.md").write_text("\n".join(markdown_table(head, lines)), "utf-8")
 
 
 def _save_results(folder: Path, found: Sequence[Job]) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from rich.markdown import Markdown
 
 from dmin.evaluation.report.conclusions import conclusions, number, summary
 from dmin.evaluation.report.results import TRANSFORMED, Report, Result
+from dmin.runtime.formatting import markdown_table
 
-ESCAPED = r"\|"
 LEGEND = (
     "With half the width of the 95 % interval. **Bold**: no other method is better beyond chance, "
     "and it is itself better than {reference} beyond chance (paired differences in the same "
@@ -155,17 +155,7 @@ def _grid(rows: Sequence[Result], heads: Mapping[str, str], cost: bool = False) 
         if one is not None:
             kib, _, ms = _spent(one)
             lines.append([name, *([kib, ms] if cost else []), *map(cell, found)])
-    return _table(["method", *takes, *heads.values()], lines)
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a table in Markdown, and an empty one."""
-    # A value of the data, such as the name of a source, ends neither its cell nor its line.
-    cells = [
-        [" ".join(text.split()).replace("|", r"\|") for text in each] for each in (head, *lines)
-    ]
-    top, *rest = (f"| {' | '.join(each)} |" for each in cells)
-    return [top, "|---" * len(head) + "|", *rest, ""]
+    return markdown_table(["method", *takes, *heads.values()], lines)
 
 
 def _spent(result: Result) -> tuple[str, str, str]:
@@ -189,7 +179,10 @@ def _controls(results: Sequence[Result]) -> list[str]:
             kin = {o.control: o for o in rows if (o.method, o.tuned) == (r.method, r.tuned)}
             cells = [cell(o) for o in (r, *map(kin.get, controls))]
             plain.append([r.name, *(c.replace("**", "").replace("\\*", "") for c in cells)])
-        lines += [f"### {task}, {metric}\n", *_table(["method", "as it is", *controls], plain)]
+        lines += [
+            f"### {task}, {metric}\n",
+            *markdown_table(["method", "as it is", *controls], plain),
+        ]
     return lines
 
 
@@ -198,4 +191,4 @@ def _costs(results: Sequence[Result]) -> list[str]:
     rows: dict[str, Result] = {}
     for r in (r for r in results if not r.control):
         rows.setdefault(line(r), r)
-    return _table(head, ([name, r.settings, *_spent(r)] for name, r in rows.items()))
+    return markdown_table(head, ([name, r.settings, *_spent(r)] for name, r in rows.items()))
