@@ -4,13 +4,15 @@ import csv
 import io
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmin.runtime.errors import DminError
+from dmin.cli.config import compose
+from dmin.runtime.errors import DminError, DminWarning
 from dmin.runtime.escape import printable, read_csv, write_csv
 from dmin.runtime.progress import PlainConsole, console, titled
 
@@ -79,6 +81,13 @@ def test_nothing_else_makes_a_console_or_writes_markup():
 
 def test_an_error_says_nothing_that_is_obeyed():
     assert str(DminError("data.root=\x1b[2J: \udcff")) == "data.root=\\u001b[2J: \\udcff"
+
+
+def test_a_warning_of_the_command_line_says_nothing_that_is_obeyed(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    compose._show_warnings_plainly()
+    warnings.showwarning(DminWarning("a\x1b[2J"), DminWarning, "file", 1)
+    assert capsys.readouterr().err == "Warning: a\\u001b[2J\n"
 
 
 @pytest.mark.parametrize("text", FORMULAS)

@@ -125,7 +125,8 @@ class _Job:
             if message is None:
                 traceback.print_exc()
             note_failure(cfg, self.name, message or f"{type(error).__name__}: {one_line(error)}")
-            print(f"job {HydraConfig.get().job.num} failed: {message or error}", file=sys.stderr)
+            told = printable(f"job {HydraConfig.get().job.num} failed: {message or error}")
+            print(told, file=sys.stderr)
 
 
 def complete(arguments: list[str]) -> None:
@@ -166,7 +167,7 @@ def _show_warnings_plainly() -> None:
 
     def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, DminWarning):
-            print(f"Warning: {message}", file=sys.stderr)
+            print(printable(f"Warning: {message}"), file=sys.stderr)
         else:
             plain(message, category, *where, **more)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dmin.cli.config.groups import did_you_mean
 from dmin.cli.tools.arguments import Arguments
 from dmin.runtime.errors import DminError
+from dmin.runtime.escape import printable
 
 if TYPE_CHECKING:
     from dmin.store import Store
@@ -56,7 +57,7 @@ examples:
 def run(arguments: Sequence[str]) -> int:
     """Run one operation; return the exit status, 1 with a message for what the user got wrong."""
     try:
-        print(_run(arguments))
+        print(printable(_run(arguments)))
     except DminError as error:
         print(f"dmin: {error}", file=sys.stderr)
         return 1
