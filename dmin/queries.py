@@ -15,6 +15,7 @@ from dmin.data.base import Dataset, Example, Examples
 from dmin.data.image_folder import save_images
 from dmin.models.base import DiffusionModel
 from dmin.runtime.errors import DminError
+from dmin.runtime.files import os_failure
 from dmin.runtime.progress import followed
 
 
@@ -89,7 +90,10 @@ class Generated:
                 states = model.journey(part, seeds, self.steps, self.journey).cpu()
                 for place, state in zip(self.states(partial), states, strict=True):
                     save_images(place, state, names, rows, append=start > 0)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError as error:
+            raise os_failure("put the queries at", folder, error) from error
 
     def states(self, folder: str | Path) -> list[Path]:
         """Return where the states of the images in a folder are, the noisiest first."""

@@ -17,6 +17,7 @@ REMEDIES = {
     errno.EROFS: "the disk is mounted read-only: choose another directory",
     errno.ENOTDIR: "a part of this path is a file, not a directory: choose another path",
     errno.EEXIST: "a file of this name is in the way: choose another path",
+    errno.ENOTEMPTY: "it is there by now, made by another: give the command again, to find it",
     errno.ENOSPC: "the disk is full: free space, then run the same command again, it resumes",
     errno.EDQUOT: "your disk quota is used up: free space, then run the same command again",
     errno.EFBIG: "files may not grow that large here: raise `ulimit -f` or lower segment_bytes",

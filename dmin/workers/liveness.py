@@ -10,6 +10,7 @@ not seen, and what another user's says is shown but holds nothing.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -32,6 +33,7 @@ SILENT = 9
 # themselves slow.
 STUCK_SECONDS, STUCK_BLOCKS = 3600.0, 20
 ENDED = ("finished", "stopped", "failed")
+MOST_FILES = 20_000  # looked at: others may put any number there
 MOST_BYTES, MOST_LETTERS, LARGEST = 1 << 16, 4096, 10**15  # of a file, and of what stands in it
 
 
@@ -136,7 +138,8 @@ def reports(
     """
     folder = store / FOLDER
     try:
-        named = [(Shard.named(file.name), file) for file in folder.glob("*.json")]
+        files = itertools.islice(folder.glob("*.json"), MOST_FILES)
+        named = [(Shard.named(file.name), file) for file in files]
     except OSError:
         return []
     wanted = [(share, file) for share, file in named if share is not None and chosen(share)]

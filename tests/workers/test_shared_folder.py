@@ -128,6 +128,18 @@ def test_what_is_no_file_is_neither_read_nor_written(kind, name, folder, tmp_pat
     assert other.read_text() == json.dumps(SAID) and not (tmp_path / "nowhere").exists()
 
 
+def test_of_very_many_files_some_are_looked_at(folder, monkeypatch):
+    monkeypatch.setattr(liveness, "MOST_FILES", 50)
+    for number in range(200):
+        (folder / f"{WHOLE.name}.{number:04x}.json").write_text(
+            json.dumps({**SAID, "state": "failed"})
+        )
+    assert len(reports(folder.parent)) == 50
+    start = time.monotonic()
+    claim(Heartbeat(folder.parent, WHOLE), 8)
+    assert time.monotonic() - start < 3
+
+
 @pytest.mark.parametrize("ahead", [3600.0, 1e9])
 def test_a_file_from_the_future_holds_nothing(ahead, folder):
     (folder / NAME).write_text(json.dumps(SAID))

@@ -15,6 +15,7 @@ from dmin.cli.config.renamed import rename
 from dmin.cli.workspace.built import build
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.errors import DminError
+from dmin.runtime.files import os_failure
 from dmin.runtime.fingerprint import differences, fingerprint
 from dmin.runtime.progress import titled
 
@@ -42,7 +43,10 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         (partial / "training.json").write_text(json.dumps(told, indent=2) + "\n")
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError as error:  # another user, whose claim holds nothing here, was first
+            raise os_failure("put the model at", path, error) from error
     work.console.print(titled("model", f": saved {path}"))
 
 
