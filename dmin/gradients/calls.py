@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from dmin.gradients.ownership import UNKNOWN, Projector, RowOrder, order_of, owners_of
 from dmin.runtime.errors import DminError
+
+
+Probe = list[Tensor | None] | None
+"""A few numbers of each row, ``[rows, PROJECTIONS]``, of each output; None where none came."""
 
 
 @dataclass
@@ -27,6 +31,7 @@ class Call:
         shapes: of its outputs.
         dtype: of its outputs.
         features: last axes of an output that make up one row; None: the last, if there are two.
+        probe: what was kept of the rows of its output gradients in the latest pass that probes.
     """
 
     number: int
@@ -38,7 +43,7 @@ class Call:
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
     features: int | None = None
-    _probes: list[list[Tensor | None]] = field(default_factory=list)
+    probe: Probe = None
 
     @property
     def kind(self) -> Hashable:
@@ -62,37 +67,35 @@ class Call:
                 whole = len(unknown) == len(rows)
                 yield (rows if whole else rows[unknown.to(rows.device)]).any()
 
-    def probe(self, gradients: Sequence[Tensor | None], projector: Projector) -> None:
+    def take(self, gradients: Sequence[Tensor | None], projector: Projector) -> None:
         """Keep a few numbers of each row of the output gradients of a pass."""
-        found = [
+        self.probe = [
             None if g is None else projector(g, g.ndim - len(self.rows(i)))
             for i, g in enumerate(gradients)
         ]
-        self._probes.append(found)
 
-    def end_probe(self, passes: int) -> None:
-        """Take gradients that did not come, in one of so many passes so far, for zero."""
-        if len(self._probes) < passes:
-            self._probes.append([None] * len(self.shapes))
-
-    def orders(self, batch: int, base: int, tolerance: float) -> list[RowOrder]:
-        """Return the order of the rows of each output, from the passes that were probed.
+    def orders(
+        self, probes: Sequence[Probe], batch: int, base: int, tolerance: float
+    ) -> list[RowOrder]:
+        """Return the order of the rows of each output.
 
         Args:
+            probes: what was kept of a plain pass, and of one for each digit. Gradients that did
+                not come are zero.
             batch: number of examples.
-            base: of the digits that the passes after the first spell.
+            base: of the digits.
             tolerance: of the ratio of two gradients.
         """
         orders = []
-        for i, passes in enumerate(zip(*self._probes, strict=True)):
-            shape, some = self.rows(i), next((p for p in passes if p is not None), None)
+        for i, shape in enumerate(map(self.rows, range(len(self.shapes)))):
+            passes = [None if probe is None else probe[i] for probe in probes]
+            some = next((p for p in passes if p is not None), None)
             if some is None:
-                owners = torch.tensor([UNKNOWN], dtype=torch.int16).expand(shape.numel())
+                owners = torch.tensor([UNKNOWN], dtype=torch.int32).expand(shape.numel())
             else:
                 plain, *scaled = [torch.zeros_like(some) if p is None else p for p in passes]
                 owners = owners_of(plain, scaled, batch, base, tolerance)
             orders.append(order_of(owners, shape, batch))
-        self._probes.clear()
         return orders
 
 

@@ -263,7 +263,7 @@ class Capture(Generic[State, Rows]):
     def arrive(self, call: Call, inputs: Sequence[Tensor], gradients: Sequence[Any]) -> None:
         """Take the gradients of a call's outputs; flush parameters whose last call this was."""
         if self._prober.projector is not None:
-            call.probe(gradients, self._prober.projector)
+            call.take(gradients, self._prober.projector)
             return
         if self._pass is None or not call.parameters:
             return

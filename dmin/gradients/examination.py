@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dmin.gradients.calls import Call, Tap
+from dmin.gradients.calls import Call, Probe, Tap
 from dmin.gradients.data_dependence import DataDependence
 from dmin.gradients.ownership import Ownership, Projector, RowOrder, Unsettled, digits
 from dmin.gradients.parameters import some_of
@@ -197,13 +197,37 @@ class Prober:
         base = 4 if half else 8  # half precision has not the range
         tolerance = 1e-4 if values.device.type == "cpu" and not half else 0.2
         exponents = digits(len(values), base)
+        exponents.insert(0, torch.zeros_like(exponents[0]))
+        kept = self.ownership.probes
+        while len(kept) < len(exponents):
+            scaled = values * (2.0 ** exponents[len(kept)]).to(values)
+            kept.append(self._passed(scaled, calls))
+            if self.ownership.graph_is_lost and len(kept) < len(exponents):
+                raise Unsettled("a pass can be differentiated once. Run the pass again.")
+        by_call = list(zip(*kept, strict=True))
+        kept.clear()
+        return [
+            order
+            for call, probes in zip(calls, by_call, strict=True)
+            for order in call.orders(probes, len(values), base, tolerance)
+        ]
+
+    def _passed(self, values: Tensor, calls: Sequence[Call]) -> list[Probe]:
+        """Return a few numbers of each row of the output gradients of calls, by one pass."""
+        for call in calls:
+            call.probe = None
         self.projector = Projector(values.device)
-        for passes, exponent in enumerate((torch.zeros_like(exponents[0]), *exponents), 1):
-            self._backpropagate(values * (2.0**exponent).to(values), True)
-            for call in calls:
-                call.end_probe(passes)
-        self.projector = None
-        return [order for call in calls for order in call.orders(len(values), base, tolerance)]
+        try:
+            self._backpropagate(values, not self.ownership.graph_is_lost)
+        except RuntimeError:
+            if not self.ownership.probes or self.ownership.graph_is_lost:
+                raise
+            # Something in it frees what it needs: each pass takes a forward pass of its own.
+            self.ownership.graph_is_lost = True
+            raise Unsettled("a pass can be differentiated once. Run the pass again.") from None
+        finally:
+            self.projector = None
+        return [call.probe for call in calls]
 
     def _escalate(self, calls: Sequence[Call], found: Sequence[RowOrder]) -> bool:
         """Leave calls with rows that are no one example's to the modules around them.

@@ -93,6 +93,8 @@ class Ownership:
         complete: examine each pass of a kind in which not every owner is known, rather than run one
             again if that turns out to matter.
         latest: kind of the latest pass.
+        graph_is_lost: whether a pass can be differentiated only once.
+        probes: what passes so far kept of the rows of calls, while they are being examined.
         watch: whether the next pass is there to examine the network.
         seconds: that went into passes which were there for that alone.
     """
@@ -102,6 +104,8 @@ class Ownership:
     by_network: set[str] = field(default_factory=set)
     having: set[str] = field(default_factory=set)
     complete: bool = False
+    graph_is_lost: bool = False
+    probes: list = field(default_factory=list)
     latest: Hashable = None
     watch: bool = False
     seconds: float = 0.0
@@ -119,6 +123,7 @@ class Ownership:
                 was given this object.
         """
         state = torch.get_rng_state()
+        self.probes.clear()
         for _ in range(ATTEMPTS):
             start = time.perf_counter()
             try:
@@ -272,7 +277,7 @@ def owners_of(
         place *= base
     owner = torch.where(own & (owner < batch), owner, SHARED)
     owner = torch.where(zero, UNKNOWN, owner)
-    return torch.where(plain.isfinite().all(1), owner, BROKEN).to(torch.int16).cpu()
+    return torch.where(plain.isfinite().all(1), owner, BROKEN).to(torch.int32).cpu()
 
 
 def order_of(owners: Tensor, shape: Sequence[int], batch: int) -> RowOrder:

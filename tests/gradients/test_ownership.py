@@ -511,3 +511,43 @@ def test_a_call_on_no_rows_is_none(batch):
     network, ownership = made(SomeEmpty, batch), Ownership()
     for scale in (1, 1, 1000):
         hold(network, ownership, scale * torch.randn(batch, 4, WIDTH, dtype=torch.float32))
+
+
+class Freeing(Between):
+    """Frees what its derivative needs once that was taken, as some fused kernels do."""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.factor = 2.0
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, d):
+            if ctx.factor is None:
+                raise RuntimeError("Trying to backward through the graph a second time")
+            factor, ctx.factor = ctx.factor, None
+            return factor * d
+
+    def forward(self, x):
+        return super().forward(self.Double.apply(self.a(x.flip(0))[..., :WIDTH])).flip(0)
+
+
+class InPlace(Between):
+    """Changes what it is given, and what its layers return."""
+
+    def forward(self, x):
+        x.mul_(2).add_(1)
+        return self.b(torch.relu_(self.a(x)) * 3)
+
+
+def of_a_copy(network, inputs):
+    return distance(network, {"x": inputs["x"].clone()})
+
+
+@pytest.mark.parametrize("kind", [Freeing, InPlace])
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_what_backward_frees_and_what_changes_in_place_is_exact(kind, batch):
+    network, ownership = made(kind, batch), Ownership()
+    for _ in range(3):
+        hold(network, ownership, torch.randn(batch, 4, WIDTH), of_a_copy)
