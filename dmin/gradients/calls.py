@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from dmin.gradients.ownership import UNKNOWN, Projector, RowOrder, order_of, owners_of
 from dmin.runtime.errors import DminError
 
-
 Probe = list[Tensor | None] | None
 """A few numbers of each row, ``[rows, PROJECTIONS]``, of each output; None where none came."""
 
