@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dmin.models.relatives import check_checkpoint
+from dmin.models.relatives import check_checkpoint, pipeline_of
 from dmin.runtime.errors import DminError
 
 DType = Literal["float32", "bfloat16", "float64"]
@@ -34,7 +34,6 @@ _IN_FILE = {
 
 def load_pipeline(
     family: str,
-    pipeline_class: Any,
     path: str | Path,
     *,
     variant: str | None = None,
@@ -48,7 +47,6 @@ def load_pipeline(
 
     Args:
         family: as ``model=`` calls it.
-        pipeline_class: of diffusers, the family's own.
         path: folder saved by it, or the name of a repository on the Hub.
         variant: of the weight files, such as ``fp16``.
         revision: branch, tag or commit on the Hub.
@@ -66,6 +64,7 @@ def load_pipeline(
             f"model.torch_dtype={torch_dtype!r}: allowed are float32, bfloat16 and float64 "
             f"(float16 rounds small gradients to zero)."
         )
+    pipeline_class = pipeline_of(family)
     source = Path(path, subfolder) if subfolder else Path(path)
     is_local = Path(path).exists()
     is_hub = not is_local and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not subfolder
@@ -80,7 +79,7 @@ def load_pipeline(
     options = {"torch_dtype": getattr(torch, torch_dtype), "revision": revision, **components}
     try:
         where = str(source if is_local else path)
-        pipeline_class = check_checkpoint(family, pipeline_class, where, revision)
+        pipeline_class = check_checkpoint(family, where, revision)
         with warnings.catch_warnings():
             # The new name of the argument is unknown to the oldest diffusers that dmin takes.
             warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)

@@ -35,7 +35,6 @@ class PipelineModel(TrainedModel):
     """
 
     family: ClassVar[str]  # as ``model=`` calls it
-    pipeline_class: ClassVar[Any]
     network_name: ClassVar[str] = "transformer"
     components: ClassVar[dict[str, Any]] = {}  # replaced when loading
     sampled_with: ClassVar[dict[str, Any]] = {}  # settings of the pipeline's call
@@ -90,7 +89,6 @@ class PipelineModel(TrainedModel):
         """
         pipeline = load_pipeline(
             cls.family,
-            cls.pipeline_class,
             path,
             variant=variant,
             revision=revision,

@@ -125,12 +125,16 @@ def check_pipeline(held: str, family: str, what: str) -> None:
     raise DminError(f"{what}: a {held}, where a {FAMILIES[family].pipelines[0]} is needed. {rest}")
 
 
-def check_checkpoint(family: str, pipeline_class: Any, path: str, revision: str | None) -> Any:
+def pipeline_of(family: str) -> Any:
+    """Return the class of diffusers that a family's checkpoints are loaded as."""
+    return getattr(diffusers, FAMILIES[family].pipelines[0])
+
+
+def check_checkpoint(family: str, path: str, revision: str | None) -> Any:
     """Refuse a checkpoint that names what a family does not have, by its JSON files alone.
 
     Args:
         family: as ``model=`` calls it.
-        pipeline_class: of diffusers, the family's own.
         path: folder, or name on the Hub.
         revision: on the Hub.
 
@@ -141,6 +145,7 @@ def check_checkpoint(family: str, pipeline_class: Any, path: str, revision: str 
         DminError: another pipeline, network or autoencoder, or components that would be left out.
     """
     what = f"model.path={path}"
+    pipeline_class = pipeline_of(family)
     index = pipeline_class.load_config(path, revision=revision)
     held = index.get("_class_name", "pipeline without a name")
     held = held if isinstance(held, str) else str(held[-1])

@@ -115,7 +115,7 @@ class DDPM(TrainedModel):
                 f"model.path={path}: no diffusers checkpoint there (no model_index.json). Train "
                 f"one with `dmin train`, or give the folder of a saved DDPMPipeline."
             )
-        pipeline = load_pipeline("ddpm", DDPMPipeline, path)
+        pipeline = load_pipeline("ddpm", path)
         if ema is not None:
             load_weights(pipeline.unet, ema)
         if adapter is not None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiTPipeline
 from torch import Tensor
 
 from dmin.models.base import Condition, class_labels
@@ -17,7 +16,6 @@ class DiT(LearnedVariance):
     """Diffusion Transformer (Peebles & Xie 2023); predicts ε. Its prompts are class labels."""
 
     family = "dit"
-    pipeline_class = DiTPipeline
     externally_called = ("transformer_blocks.0.norm1.emb",)  # for the last layer's conditioning
 
     def _prompts(self, batch: Mapping[str, Any]) -> Sequence[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from diffusers import FluxPipeline
 from torch import Tensor
 
 from dmin.diffusion.processes import RectifiedFlow
@@ -24,7 +23,6 @@ class Flux(LongCaptioned):
     """
 
     family = "flux"
-    pipeline_class = FluxPipeline
     processes = (RectifiedFlow,)
     own_length: int = 512
     own_size: ClassVar[int] = 128

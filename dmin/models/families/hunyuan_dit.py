@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import HunyuanDiTPipeline
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch import Tensor
@@ -23,7 +22,6 @@ class HunyuanDiT(SizeConditioning, LearnedVariance):
     """
 
     family = "hunyuan_dit"
-    pipeline_class = HunyuanDiTPipeline
     components: ClassVar[dict[str, Any]] = {
         "safety_checker": None,
         "requires_safety_checker": False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from diffusers import PixArtAlphaPipeline
 from torch import Tensor
 
 from dmin.models.base import Condition
@@ -20,7 +19,6 @@ class PixArt(LongCaptioned, LearnedVariance):
     """
 
     family = "pixart"
-    pipeline_class = PixArtAlphaPipeline
     own_length: int = 120
     encoded = ("encoder_hidden_states", "encoder_attention_mask")
     sampled_with: ClassVar[dict[str, Any]] = {

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from diffusers import SanaPipeline
 from torch import Tensor
 
 from dmin.diffusion.processes import RectifiedFlow
@@ -27,7 +26,6 @@ class Sana(LongCaptioned):
     """
 
     family = "sana"
-    pipeline_class = SanaPipeline
     processes = (RectifiedFlow,)
     own_length: int = 300
     encoded = ("encoder_hidden_states", "encoder_attention_mask")

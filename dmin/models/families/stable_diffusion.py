@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from diffusers import StableDiffusionPipeline
-
 from dmin.diffusion.processes import EDM, DiscreteDiffusion, RectifiedFlow
 from dmin.models.conditioning import Captioned
 
@@ -19,7 +17,6 @@ class StableDiffusion(Captioned):
     """
 
     family = "stable_diffusion"
-    pipeline_class = StableDiffusionPipeline
     processes = (DiscreteDiffusion, EDM, RectifiedFlow)
     network_name: ClassVar[str] = "unet"
     components: ClassVar[dict[str, Any]] = {

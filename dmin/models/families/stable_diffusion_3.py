@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from diffusers import StableDiffusion3Pipeline
-
 from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.conditioning import LongCaptioned
 from dmin.runtime.errors import DminError
@@ -23,7 +21,6 @@ class StableDiffusion3(LongCaptioned):
     """
 
     family = "stable_diffusion_3"
-    pipeline_class = StableDiffusion3Pipeline
     processes = (RectifiedFlow,)
     own_length: int = 256
     encoding: ClassVar[dict[str, Any]] = {

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from dmin.diffusion.processes import EDM, DiscreteDiffusion, RectifiedFlow
@@ -23,7 +22,6 @@ class StableDiffusionXL(SizeConditioning):
     """
 
     family = "stable_diffusion_xl"
-    pipeline_class = StableDiffusionXLPipeline
     processes = (DiscreteDiffusion, EDM, RectifiedFlow)
     network_name: ClassVar[str] = "unet"
     components: ClassVar[dict[str, Any]] = {"add_watermarker": False}
