@@ -194,8 +194,8 @@ class Capture(Generic[State, Rows]):
             lost = [f"{name} ({why})" for name, why in self._usage.lost.items()]
             raise DminError(
                 f"the gradients of {len(lost)} parameter(s) cannot be distinguished by example: "
-                f"{some_of(lost)}. Compute every pair alone with collect.microbatch=1, or leave "
-                f"them out with params=<regex>."
+                f"{some_of(lost)}. Compute every pair alone with collect.microbatch=1; what is "
+                f"used outside has to move into the network's forward, or be detached there."
             )
 
     def _require_known(self, doubt: Tensor | None) -> None:
@@ -246,7 +246,8 @@ class Capture(Generic[State, Rows]):
             how: Any = gradient
         else:
             batch, features = self._usage.batch or 1, None
-            if not outputs or any(all(n % batch for n in shape) for shape in shapes):
+            apart = batch == 1 or all(any(n % batch == 0 for n in shape) for shape in shapes)
+            if not outputs or not apart:
                 return None
             how = PerExampleRerun(
                 use.module, use.name or "the network", (use.args, use.kwargs), use.output

@@ -496,6 +496,29 @@ def test_hooks_on_gradients_are_refused_by_name():
     hold(network, Ownership(), torch.randn(4, 4, WIDTH))
 
 
+class OneNumber(nn.Module):
+    """Its output has no axis at all: the remedy has to work there too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Between()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.inner(x).square().mean() * self.scale
+
+
+def test_the_remedy_works_for_outputs_without_any_axis():
+    network = made(OneNumber, 1)
+
+    def loss(network, inputs):
+        return network(inputs["x"]).expand(len(inputs["x"]))
+
+    hold(network, Ownership(), torch.randn(1, 4, WIDTH), loss)
+    with pytest.raises(DminError, match=r"microbatch=1"):
+        hold(network, Ownership(), torch.randn(4, 4, WIDTH), loss)
+
+
 class SomeEmpty(Between):
     """An expert that no token goes to, and one that all do."""
 
