@@ -167,9 +167,11 @@ class Guard:
         true = by_autograd(self.collector.model, attributed.by_name, one, readout)
         wide = {name: gradient[None].to(wide_dtype(gradient)) for name, gradient in true.items()}
         values = sketch.of(wide)
-        squares = values.new_zeros(1, len(attributed.groups))
-        for entry in attributed.entries:
-            squares[:, entry.group] += wide[entry.name].square().sum().to(squares)
+        squares = values.square().sum(-1)  # of a sketch whose norms are those of its rows
+        if sketch.norm_kind == "exact":
+            squares = torch.zeros_like(squares)
+            for entry in attributed.entries:
+                squares[:, entry.group] += wide[entry.name].square().sum().to(squares)
         norm = squares.sum(1).sqrt()
         return squares.sqrt(), values / torch.where(norm > 0, norm, 1)[:, None, None]
 
