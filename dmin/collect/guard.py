@@ -8,7 +8,7 @@ that it has among others, and both are autograd's.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from math import prod
 
 import torch
@@ -92,11 +92,7 @@ class Guard:
                     found = self.collector.run(batch, self.ownership, peak)
                 if self._alone_differs(one, found):
                     self._require_autograd(one)
-                    raise DminError(
-                        "an example's gradient depends on which others share its pass: the network "
-                        "decides something over the whole batch. Set collect.microbatch=1, which "
-                        "computes every pair alone."
-                    )
+                    raise self._mistake(one, found)
             if len(batch.t) > 1:
                 torch.set_rng_state(state)
                 self._check_scaled(batch, found)
@@ -147,19 +143,39 @@ class Guard:
 
     def _alone_differs(self, one: NoisedBatch, found: Features) -> bool:
         """Return whether the first pair has another row by itself: by autograd, if that fits."""
-        collector, limit = self.collector, HALF if self._low(one) else EXACT
-        if collector.attributed.count > SCALARS:
-            if not self._seen and self._unlike_autograd(one):
-                return True
-            rows = collector.run(one, self.ownership)
-            alone = {name: (norms, rows.values[name]) for name, norms in rows.norms.items()}
-        else:
+        if self.collector.attributed.count <= SCALARS:
             alone = {name: self._by_autograd(one, name) for name in found.norms}
+            return self._differs(one, found, alone)
+        return (not self._seen and self._unlike_autograd(one)) or self._differs_alone(one, found)
+
+    def _differs_alone(self, one: NoisedBatch, found: Features) -> bool:
+        rows = self.collector.run(one, self.ownership)
+        alone = {name: (norms, rows.values[name]) for name, norms in rows.norms.items()}
+        return self._differs(one, found, alone)
+
+    def _differs(
+        self, one: NoisedBatch, found: Features, alone: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> bool:
+        limit = HALF if self._low(one) else EXACT
         for name, (norms, values) in alone.items():
             same = (norms, found.norms[name][:1]), (values, found.values[name][:1])
             if max(_deviation(*pair) for pair in same) > limit:
                 return True
         return False
+
+    def _mistake(self, one: NoisedBatch, found: Features) -> DminError:
+        """Say what is wrong with the first pair's row, whose gradient alone is autograd's."""
+        if self._differs_alone(one, found):
+            return DminError(
+                "an example's gradient depends on which others share its pass: the network decides "
+                "something over the whole batch. Set collect.microbatch=1, which computes every "
+                "pair alone."
+            )
+        sketch, kernels = type(self.collector.sketch).__name__, self.collector.sketch.kernels
+        return DminError(
+            f"the rows are not what {sketch} makes of autograd's gradient (collect.kernels="
+            f"{kernels}). Set collect.kernels=torch, and report this with `dmin doctor`'s output."
+        )
 
     def _by_autograd(self, one: NoisedBatch, readout: str) -> tuple[Tensor, Tensor]:
         """Return norms ``[1, groups]`` and values ``[1, groups, k]`` of a row by autograd."""

@@ -234,7 +234,8 @@ class Capture(Generic[State, Rows]):
         """Return how the gradients of a call can be had, or None if not example by example."""
         if use.name in self.ownership.enclosing and use.module is not self.network:
             return None
-        number, gradient = sum(len(call.shapes) for call in self._calls), layer_gradient(use.module)
+        last, gradient = self._calls[-1] if self._calls else None, layer_gradient(use.module)
+        number = last.number + len(last.shapes) if last else 0
         outputs = differentiable(use.output)
         shapes = tuple(x.shape for x in outputs)
         own = self._usage.own(use.module)

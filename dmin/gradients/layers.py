@@ -6,7 +6,7 @@ factors (:mod:`dmin.gradients.factors`) of the gradient of each of the layer's p
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +40,7 @@ def gradient_of(
     def register(function: LayerGradient) -> LayerGradient:
         for layer_type in types:
             _LAYERS[layer_type] = (function, unless, features)
+        _registered.cache_clear()
         return function
 
     return register
@@ -51,23 +52,31 @@ def layer_gradient(layer: nn.Module) -> LayerGradient | None:
     A subclass, or a layer with a ``forward`` of its own, counts as the type only while it computes
     as that does: another forward is another derivative.
     """
-    registered = _registered(layer)
-    if registered is None or registered[1](layer):
+    kind: Any = type(layer)
+    registered = _registered(kind)
+    if registered is None or not vars(layer).keys().isdisjoint(_COMPUTES):
         return None
-    parents = itertools.takewhile(lambda parent: parent not in _LAYERS, type(layer).__mro__)
-    replaced = set(vars(layer)).union(*map(vars, parents))
-    return None if replaced & _COMPUTES else registered[0]
+    function, unless, _, replaced = registered
+    return None if replaced or unless(layer) else function
 
 
 def features_of(layer: nn.Module, output: Tensor) -> int:
     """Return how many last axes of the output of a layer with a closed form make up one row."""
-    registered = _registered(layer)
+    kind: Any = type(layer)
+    registered = _registered(kind)
     assert registered is not None
     return registered[2](layer, output)
 
 
-def _registered(layer: nn.Module) -> tuple[LayerGradient, Callable, Callable] | None:
-    return next((_LAYERS[kind] for kind in type(layer).__mro__ if kind in _LAYERS), None)
+@functools.cache
+def _registered(kind: Any) -> tuple[LayerGradient, Callable, Callable, bool] | None:
+    """Return what is registered for a type, and whether it computes something else."""
+    replaced: set[str] = set()
+    for parent in kind.__mro__:
+        if parent in _LAYERS:
+            return *_LAYERS[parent], not replaced.isdisjoint(_COMPUTES)
+        replaced |= vars(parent).keys()
+    return None
 
 
 @gradient_of(nn.Linear)
