@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-# What takes positions from a tensor. Looking a table up is none: its rows follow the index.
+# What takes positions from a tensor. Looking parameters up is none: rows follow the index.
 _INDEXING = {
     getattr(holder, name)
     for holder in (torch, Tensor)
@@ -33,7 +34,9 @@ _DECIDING = {
         *("unique_consecutive", "bincount"),
     )
     if hasattr(holder, name)
-}
+} | {F.one_hot}
+# What draws numbers: an order by them is another in each pass.
+_DRAWING = {torch.randperm, torch.rand, torch.randn, torch.randint, torch.multinomial}
 
 
 class DataDependence(TorchFunctionMode):
@@ -60,7 +63,7 @@ class DataDependence(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         used = [self._is_data(x) for x in pytree.tree_leaves((args, kwargs))]
-        if any(used):
+        if any(used) or func in _DRAWING:
             self.found = self.found or self._decides(func, args, kwargs)
             self.begins(x for x in pytree.tree_leaves(result) if isinstance(x, Tensor))
             if result is None and args and isinstance(args[0], Tensor):
@@ -75,6 +78,8 @@ class DataDependence(TorchFunctionMode):
             return True
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             return any(self._is_data(x) for x in pytree.tree_leaves(args[1]))
+        if func is F.embedding:  # rows of a table that was computed are somebody's
+            return any(x.requires_grad or self._is_data(x) for x in args[1:2])
         others = [*args[1:], *kwargs.values()]
         if func is torch.where:
             return not others

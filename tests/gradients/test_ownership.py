@@ -574,3 +574,32 @@ def test_what_backward_frees_and_what_changes_in_place_is_exact(kind, batch):
     network, ownership = made(kind, batch), Ownership()
     for _ in range(3):
         hold(network, ownership, torch.randn(batch, 4, WIDTH), of_a_copy)
+
+
+class SortedByLookUp(Between):
+    def forward(self, x):
+        order = x[:, 0, 0].argsort()
+        out = super().forward(F.embedding(order, x.flatten(1)).view_as(x))
+        return F.embedding(order.argsort(), out.flatten(1)).view_as(x)
+
+
+class SortedByProduct(Between):
+    def forward(self, x):
+        order = F.one_hot(x[:, 0, 0].argsort(), len(x)).to(x)
+        out = super().forward((order @ x.flatten(1)).view_as(x))
+        return (order.T @ out.flatten(1)).view_as(x)
+
+
+class Shuffled(Between):
+    def forward(self, x):
+        order = torch.randperm(len(x))
+        return super().forward(x[order])[order.argsort()]
+
+
+@pytest.mark.parametrize("kind", [SortedByLookUp, SortedByProduct, Shuffled])
+def test_an_order_that_two_passes_share_by_chance_is_not_believed(kind):
+    torch.manual_seed(0)
+    network, ownership = kind(), Ownership()
+    for i in range(8):
+        x = torch.randn(2, 4, WIDTH)
+        hold(network, ownership, x[x[:, 0, 0].argsort()] if i < 2 else x)
