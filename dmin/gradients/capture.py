@@ -30,7 +30,7 @@ from dmin.gradients.factors import GradientFactors, Sum, wide_dtype
 from dmin.gradients.layers import features_of, layer_gradient
 from dmin.gradients.ownership import MAJOR, Ownership, RowOrder, Unsettled
 from dmin.gradients.parameters import eager, named_parameters, some_of, uncompiled
-from dmin.gradients.rerun import PerExampleRerun, differentiable, replaced
+from dmin.gradients.rerun import OtherOutput, PerExampleRerun, differentiable, replaced
 from dmin.gradients.rows import Arrived, Ordered, factors_of
 from dmin.gradients.sink import Rows, Sink, State
 from dmin.gradients.usage import ParameterUsage, Use
@@ -94,7 +94,11 @@ class Capture(Generic[State, Rows]):
         named = named_parameters(self.network)
         self._chosen = {entry.name: named[entry.name] for entry in sink.parameters.entries}
         self._usage: ParameterUsage[Call] = ParameterUsage(
-            self.network, self._chosen, self._record, self.ownership.by_network
+            self.network,
+            self._chosen,
+            self._record,
+            self.ownership.by_network,
+            self.ownership.changing,
         )
         self._paths: dict[str, set[str]] = defaultdict(set)
         self._pass: _Pass[State] | None = None
@@ -167,7 +171,7 @@ class Capture(Generic[State, Rows]):
         batch = len(values)
         if self._orders is None:
             self._orders = {}
-            self.ownership.latest = kind_of(batch, self._calls)
+            self.ownership.latest = kind_of(batch, self._usage.told, self._calls)
             if batch > 1:
                 self._orders = self._prober.orders(values, self._calls, self._examination)
         self._pass = _Pass(batch, budget, self.sink.begin(batch, like, budget), self._orders)
@@ -178,6 +182,12 @@ class Capture(Generic[State, Rows]):
                     self._flush(name, {})
             self._require_known(self._pass.doubt)
             rows = self.sink.finish(self._pass.state)
+        except OtherOutput as error:
+            rerun = {c.name for c in self._calls if isinstance(c.how, PerExampleRerun)}
+            if rerun <= self.ownership.changing or self.ownership.agree is not bool:
+                raise
+            self.ownership.changing |= rerun
+            raise Unsettled(str(error)) from error
         finally:
             self._pass = None
         if not keep_graph:
@@ -250,9 +260,9 @@ class Capture(Generic[State, Rows]):
             apart = batch == 1 or all(any(n % batch == 0 for n in shape) for shape in shapes)
             if not outputs or not apart:
                 return None
-            how = PerExampleRerun(
-                use.module, use.name or "the network", (use.args, use.kwargs), use.output
-            )
+            changing = use.name in self.ownership.changing
+            told = use.module, use.name or "the network", (use.args, use.kwargs), use.output
+            how = PerExampleRerun(*told, changing)
             if not self._sees(use, how.tensors((use.args, use.kwargs))):
                 return None
         dtype = outputs[0].dtype
@@ -326,4 +336,5 @@ class Capture(Generic[State, Rows]):
 
 def _input(use: Use[Call]) -> Tensor:
     """Return the input of a layer that takes one."""
-    return use.args[0] if use.args else next(iter(use.kwargs.values()))
+    given = use.args[0] if use.args else use.kwargs.get("input")
+    return next(iter(use.kwargs.values())) if given is None else given

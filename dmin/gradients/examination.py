@@ -121,9 +121,9 @@ class Examination:
         )
 
 
-def kind_of(batch: int, calls: Sequence[Call]) -> Hashable:
+def kind_of(batch: int, told: Sequence[int | str], calls: Sequence[Call]) -> Hashable:
     """Return what tells a pass from others whose rows may be ordered otherwise."""
-    return batch, *(call.kind for call in calls)
+    return batch, tuple(told), *(call.kind for call in calls)
 
 
 class Prober:

@@ -88,6 +88,7 @@ class Ownership:
             again, because rows of theirs are no one example's.
         by_network: parameters that are differentiated by running the whole network again, an
             example at a time.
+        changing: modules that may change their arguments, which are copied before.
         having: modules whose calls were examined and have rows of examples, whatever their inputs
             look like.
         complete: examine each pass of a kind in which not every owner is known, rather than run one
@@ -102,6 +103,7 @@ class Ownership:
     agree: Callable[[bool], bool] = bool
     enclosing: set[str] = field(default_factory=set)
     by_network: set[str] = field(default_factory=set)
+    changing: set[str] = field(default_factory=set)
     having: set[str] = field(default_factory=set)
     complete: bool = False
     graph_is_lost: bool = False

@@ -22,6 +22,10 @@ from dmin.gradients.ownership import RowOrder
 from dmin.runtime.errors import DminError
 
 
+class OtherOutput(DminError):
+    """A module gives another output when it is run again."""
+
+
 class PerExampleRerun:
     """One call of a module, kept so that it can be repeated for one example at a time.
 
@@ -30,9 +34,13 @@ class PerExampleRerun:
         name: its dotted name, for messages.
         arguments: positional arguments and keywords of the call.
         output: what it returned: tensors, also nested in tuples, lists and dicts.
+        changing: whether the module changes its arguments, so that each run takes copies.
     """
 
-    def __init__(self, module: nn.Module, name: str, arguments: Any, output: Any) -> None:
+    def __init__(
+        self, module: nn.Module, name: str, arguments: Any, output: Any, changing: bool = False
+    ) -> None:
+        self.changing = changing
         self.module = module
         self.name = name
         leaves, self._structure = pytree.tree_flatten(arguments)
@@ -83,7 +91,7 @@ class PerExampleRerun:
         """Run the module again, on parts of its inputs."""
         leaves = list(self._constants)
         for i, tensor in zip(self._tensor_at, inputs, strict=True):
-            leaves[i] = cut(tensor)
+            leaves[i] = cut(tensor).clone() if self.changing else cut(tensor)
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
         # Not the module itself: inputs and outputs were recorded between the hooks of others. Those
         # of a sharded module put its parameters together.
@@ -120,7 +128,7 @@ class _Work:
                 outputs = self.call.repeat(self.inputs, lambda x: x)
                 flows = [self._masked(g, i, b) for i, g in enumerate(self.output_gradients)]
                 if not self.call.agrees(outputs):
-                    raise DminError(
+                    raise OtherOutput(
                         f"{self.call.name} ({type(self.call.module).__name__}) gives another "
                         f"output when it is run again on the same arguments, so its gradient "
                         f"cannot be had. Dropout is the usual reason: put the network in eval "

@@ -63,6 +63,7 @@ class ParameterUsage(Generic[Token]):
     Attributes:
         lost: parameters that were used where no module is left to report to, and how.
         batch: number of examples as the network's own arguments have it, once it was called.
+        told: the whole numbers, flags and words among these arguments, of each call.
     """
 
     def __init__(
@@ -71,9 +72,10 @@ class ParameterUsage(Generic[Token]):
         chosen: Mapping[str, nn.Parameter],
         report: Callable[[Use[Token]], tuple[Any, Token] | None],
         by_network: Collection[str] = (),
+        changing: Collection[str] = (),
     ) -> None:
         self.network = network
-        self._by_network = by_network
+        self._by_network, self._changing = by_network, changing
         self._name_of = {id(p): name for name, p in chosen.items()}
         # By holder and name, not by identity: a sharded module changes its parameters as it runs.
         self._held: dict[int, dict[str, str]] = {}
@@ -97,6 +99,7 @@ class ParameterUsage(Generic[Token]):
         """Forget the forward passes so far."""
         self.lost: dict[str, str] = {}
         self.batch: int | None = None
+        self.told: list[int | str] = []
         self._arguments: set[int] = set()  # where the network's arguments lie in memory
         self._running: list[Use[Token]] = []
 
@@ -212,7 +215,9 @@ class ParameterUsage(Generic[Token]):
         if self._ignore:
             return
         if use.module is self.network:
-            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            leaves = pytree.tree_leaves((args, kwargs))
+            tensors = [x for x in leaves if isinstance(x, Tensor)]
+            self.told += [x for x in leaves if isinstance(x, int | str)]
             sizes = Counter(len(x) for x in tensors if x.ndim)
             self.batch = sizes.most_common(1)[0][0] if sizes else None
             self._arguments = {_place(x) for x in tensors if x.ndim and len(x) == self.batch}
@@ -223,6 +228,8 @@ class ParameterUsage(Generic[Token]):
             _require_whole(name, parameter)
             if not isinstance(parameter, self._reporting):
                 use.used.add(name)  # it cannot report: assume its use
+        if use.name in self._changing:
+            use.args, use.kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         self._running.append(use)
 
     def _end(self, name: str, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -241,7 +248,9 @@ class ParameterUsage(Generic[Token]):
             use.used.update(self._chosen.keys() & self._by_network)
         if not use.used:
             return output
-        use.args, use.kwargs, use.output = args, kwargs, output
+        if name not in self._changing:
+            use.args, use.kwargs = args, kwargs
+        use.output = output
         reported = self._report(use)
         if reported is not None:
             output, token = reported

@@ -603,3 +603,72 @@ def test_an_order_that_two_passes_share_by_chance_is_not_believed(kind):
     for i in range(8):
         x = torch.randn(2, 4, WIDTH)
         hold(network, ownership, x[x[:, 0, 0].argsort()] if i < 2 else x)
+
+
+class Adding(nn.Module):
+    """Adds a parameter to what it is given, in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x):
+        x += self.shift
+        return x
+
+
+class AddingInside(Between):
+    def __init__(self):
+        super().__init__()
+        self.add = Adding()
+
+    def forward(self, x):
+        return super().forward(self.add(2 * x))
+
+
+@pytest.mark.parametrize("kind", [Adding, AddingInside])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_module_that_changes_its_arguments_is_run_again_on_what_they_were(kind, batch):
+    network, ownership = made(kind, batch), Ownership()
+    for _ in range(2):
+        hold(network, ownership, torch.randn(batch, 4, WIDTH), of_a_copy)
+
+
+class PackedAsTold(Between):
+    """Packs tokens by lengths that it is told in numbers of Python."""
+
+    def forward(self, x, lengths):
+        packed = torch.cat([each[:n] for each, n in zip(x, lengths, strict=True)])
+        out = self.b(self.norm(torch.tanh(self.a(packed)))).split(lengths)
+        return torch.stack([each.mean(0) for each in out])
+
+
+def test_numbers_that_a_network_is_told_make_another_kind_of_pass():
+    network, ownership = made(PackedAsTold, 3), Ownership()
+    for lengths in ([1, 2, 3], [1, 2, 3], [3, 2, 1], [2, 1, 3]):
+        x = torch.randn(3, 4, WIDTH)
+
+        def loss(network, inputs, lengths=lengths):
+            return network(inputs["x"], lengths).flatten(1).sin().sum(1)
+
+        found = settled(
+            network,
+            Keep(choose_parameters(network)),
+            lambda capture, x=x, loss=loss: capture.backward(loss(network, {"x": x})),
+            ownership=ownership,
+        )
+        assert error(found, in_the_batch(network, x, loss)) <= 1e-5
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose1d(4, 4, 3, stride=2)
+
+    def forward(self, x):
+        return self.up(output_size=[2 * WIDTH + 2], input=x)
+
+
+def test_a_layer_may_be_called_by_keywords():
+    network = made(ByName, 4)
+    hold(network, Ownership(), torch.randn(4, 4, WIDTH))
