@@ -61,12 +61,12 @@ def one_at_a_time(network: nn.Module, inputs: dict[str, Any], loss: Loss, batch:
     return {name: torch.stack(gradients) for name, gradients in rows.items()}
 
 
-def settled(network, sink, run, budget=None, ownership=None):
+def settled(network, sink, run, budget=None, ownership=None, data=()):
     """What a function of a capture returns, once it is known whose rows are whose."""
     ownership = ownership or Ownership()
 
     def attempt():
-        with Capture(network, sink, budget, ownership) as capture:
+        with Capture(network, sink, budget, ownership, data) as capture:
             return run(capture)
 
     return ownership.settle(attempt)

@@ -205,7 +205,8 @@ class Collector:
         scale: Tensor | float,
     ) -> Features:
         values, norms = {}, {}
-        hooks = Capture(self.model.network, self.sketch, self.budget, ownership)
+        data = [batch.x0, batch.noise, batch.t, *batch.condition.values()]
+        hooks = Capture(self.model.network, self.sketch, self.budget, ownership, data)
         with torch.enable_grad(), hooks as capture:
             prediction = predicted(self.model, batch)
             if peak is not None:

@@ -78,7 +78,7 @@ class Guard:
         found = self.collector.run(batch, self.ownership, peak)
         kind: Hashable = self.ownership.latest  # a network may do otherwise at other timesteps
         if self.ownership.routed(kind):  # and with other data: examined each time
-            kind = len(batch.t), *batch.x0.shape[1:]
+            kind = len(batch.t), *batch.x0.shape[1:], self.ownership.called
         if kind in self._seen or (self._seen and not self.alone):
             return found
         start, examined = time.perf_counter(), self.ownership.seconds

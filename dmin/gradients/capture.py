@@ -78,6 +78,7 @@ class Capture(Generic[State, Rows]):
         budget: bytes that per-example gradients may take at once (at least one example's gradient
             of one parameter is formed); None for 8 MiB on a CPU, 512 MiB on a GPU.
         ownership: what is known of the network's rows; what is found out is added.
+        data: what examples are made of, where code around the network may order them by it.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class Capture(Generic[State, Rows]):
         sink: Sink[State, Rows],
         budget: int | None = None,
         ownership: Ownership | None = None,
+        data: Iterable[Tensor] = (),
     ) -> None:
+        self.data = tuple(data)
         self.network = uncompiled(network)
         self.sink = sink
         self.budget = budget
@@ -119,7 +122,7 @@ class Capture(Generic[State, Rows]):
             undo.enter_context(eager())
             self._examination = None
             if self.ownership.watch:
-                self._examination = Examination(self, self.network, self._anchor)
+                self._examination = Examination(self, self.network, self._anchor, self.data)
                 undo.enter_context(self._examination)
             undo.enter_context(self._usage)
             self._undo = undo.pop_all()
@@ -159,6 +162,8 @@ class Capture(Generic[State, Rows]):
             DminError: the gradient of a chosen parameter cannot be had; the message names it.
             Unsettled: something was found out, with which the pass has to be run again.
         """
+        if self._examination is not None:
+            self._examination.forward_done()
         self._require_distinguished()
         if values.ndim != 1 or not values.requires_grad:
             raise DminError(
@@ -172,6 +177,7 @@ class Capture(Generic[State, Rows]):
         if self._orders is None:
             self._orders = {}
             self.ownership.latest = kind_of(batch, self._usage.told, self._calls)
+            self.ownership.called = tuple(call.name for call in self._calls)
             if batch > 1:
                 self._orders = self._prober.orders(values, self._calls, self._examination)
         self._pass = _Pass(batch, budget, self.sink.begin(batch, like, budget), self._orders)

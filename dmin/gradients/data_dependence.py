@@ -23,7 +23,7 @@ _INDEXING = {
         *("scatter_", "scatter_add_", "scatter_reduce_"),
     )
     if hasattr(holder, name)
-}
+} | {Tensor.__getitem__, Tensor.__setitem__}
 # What orders rows by data, or makes numbers of Python of it: anything may be decided by them.
 _DECIDING = {
     getattr(holder, name)
@@ -35,6 +35,8 @@ _DECIDING = {
     )
     if hasattr(holder, name)
 } | {F.one_hot}
+# What takes of its second tensor no more than dtype, device or shape.
+_AS = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
 # What draws numbers: an order by them is another in each pass.
 _DRAWING = {torch.randperm, torch.rand, torch.randn, torch.randint, torch.multinomial}
 
@@ -62,7 +64,8 @@ class DataDependence(TorchFunctionMode):
         """Run an operation and note what it does."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        used = [self._is_data(x) for x in pytree.tree_leaves((args, kwargs))]
+        given = args[:1] if func in _AS else (args, kwargs)
+        used = [self._is_data(x) for x in pytree.tree_leaves(given)]
         if any(used) or func in _DRAWING:
             self.found = self.found or self._decides(func, args, kwargs)
             self.begins(x for x in pytree.tree_leaves(result) if isinstance(x, Tensor))
@@ -76,11 +79,16 @@ class DataDependence(TorchFunctionMode):
     def _decides(self, func: Callable, args: tuple, kwargs: dict) -> bool:
         if func in _DECIDING:
             return True
-        if func in (Tensor.__getitem__, Tensor.__setitem__):
-            return any(self._is_data(x) for x in pytree.tree_leaves(args[1]))
-        if func is F.embedding:  # rows of a table that was computed are somebody's
-            return any(x.requires_grad or self._is_data(x) for x in args[1:2])
         others = [*args[1:], *kwargs.values()]
+        if func is F.embedding:  # rows of a table that was computed are somebody's
+            return any(map(self._is_somebodys, others[:1]))
         if func is torch.where:
             return not others
-        return func in _INDEXING and (not others or any(map(self._is_data, others)))
+        if func not in _INDEXING:
+            return False
+        index = [x for x in pytree.tree_leaves(others) if self._is_data(x)]
+        # A constant table looked up: its rows follow the index. A second tensor is written there.
+        return not others or bool(index and (self._is_somebodys(args[0]) or len(index) > 1))
+
+    def _is_somebodys(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and (x.requires_grad or self._is_data(x))

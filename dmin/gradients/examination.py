@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -31,11 +31,15 @@ class Examination:
         capture: that the inputs' gradients are shown to.
         network: to examine.
         anchor: what makes tensors part of a graph.
+        data: what examples are made of, beside the network's inputs.
     """
 
-    def __init__(self, capture: Any, network: nn.Module, anchor: Tensor) -> None:
+    def __init__(
+        self, capture: Any, network: nn.Module, anchor: Tensor, data: Iterable[Tensor] = ()
+    ) -> None:
         self._capture, self._network, self._anchor = capture, network, anchor
         self._noted = DataDependence()
+        self._noted.begins(data)
         self.inputs: list[Call] = []
         self._inside = 0
 
@@ -46,13 +50,20 @@ class Examination:
             undo.callback(begins.remove)
             undo.callback(self._network.register_forward_hook(self._end, always_call=True).remove)
             self._undo = undo.pop_all()
+        self._noted.__enter__()
+        self._noting = True
         return self
 
     def __exit__(self, *error: object) -> None:
         """Leave the network as it was."""
-        if self._inside:
-            self._noted.__exit__(None, None, None)
+        self.forward_done()
         self._undo.close()
+
+    def forward_done(self) -> None:
+        """Note no more: what follows is not the model's doing."""
+        if self._noting:
+            self._noted.__exit__(None, None, None)
+            self._noting = False
 
     @property
     def depends(self) -> bool:
@@ -64,14 +75,11 @@ class Examination:
             return None
         args, kwargs = pytree.tree_map(self._tapped, (args, kwargs))
         self._noted.begins(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-        self._noted.__enter__()
         self._inside = 1
         return args, kwargs
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._inside:
-            self._inside = 0
-            self._noted.__exit__(None, None, None)
+        self._inside = 0
 
     def _tapped(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):

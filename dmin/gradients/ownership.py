@@ -94,6 +94,7 @@ class Ownership:
         complete: examine each pass of a kind in which not every owner is known, rather than run one
             again if that turns out to matter.
         latest: kind of the latest pass.
+        called: the modules that it called, by name.
         graph_is_lost: whether a pass can be differentiated only once.
         probes: what passes so far kept of the rows of calls, while they are being examined.
         watch: whether the next pass is there to examine the network.
@@ -109,6 +110,7 @@ class Ownership:
     graph_is_lost: bool = False
     probes: list = field(default_factory=list)
     latest: Hashable = None
+    called: tuple[str, ...] = ()
     watch: bool = False
     seconds: float = 0.0
     _orders: dict[Hashable, tuple[RowOrder, ...]] = field(default_factory=dict)

@@ -672,3 +672,24 @@ class ByName(nn.Module):
 def test_a_layer_may_be_called_by_keywords():
     network = made(ByName, 4)
     hold(network, Ownership(), torch.randn(4, 4, WIDTH))
+
+
+def test_an_order_that_the_model_makes_of_data_is_never_believed():
+    """Sorted around the network, of which the network itself knows nothing."""
+    network, ownership = made(Between, 2), Ownership()
+
+    def loss(network, inputs):
+        order = inputs["x"][:, 0, 0].argsort()
+        out = network(inputs["x"][order])[order.argsort()]
+        return out.flatten(1).sin().sum(1)
+
+    for _ in range(6):
+        x = torch.randn(2, 4, WIDTH)
+        found = settled(
+            network,
+            Keep(choose_parameters(network)),
+            lambda capture, x=x: capture.backward(loss(network, {"x": x})),
+            ownership=ownership,
+            data=[x],
+        )
+        assert error(found, in_the_batch(network, x, loss)) <= 1e-5
