@@ -138,7 +138,7 @@ TEXTS = {
     "a package": "# @package hydra\nrun: {dir: /etc}\ndefaults: []\n",
     "aliases": "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n",
     "merged": "a: &a {_target_: os.mkdir}\ndata: {<<: *a, path: ran}\n",
-    "deep": "a: " + "[" * 3000 + "]" * 3000,
+    "deep": "a: " + "[" * 600 + "]" * 600,
     "two documents": "name: a\n---\nname: b\n",
     "a key twice": "name: a\nname: b\n",
     "a list": "- name\n",

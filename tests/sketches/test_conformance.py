@@ -25,10 +25,10 @@ from made_sketches import (
     residues,
 )
 from omegaconf import OmegaConf
+from oracle import settled
 from torch import nn
 
 from dmin import sketches
-from dmin.gradients.capture import Capture
 from dmin.gradients.factors import Dense, Outer, Sum
 from dmin.gradients.layers import layer_gradient
 from dmin.gradients.parameters import Parameter, Parameters, choose_parameters
@@ -104,8 +104,11 @@ def test_captured_rows_are_the_sketch_of_autograds_gradients(name, budget):
     truth = {key: torch.stack(g) for key, *g in zip(named, *rows, strict=True)}
     sketch = build(name).bind(choose_parameters(network))
     assert "b.weight" not in sketch.parameters.by_name  # it is a.weight
-    with Capture(network, sketch, budget) as capture:
-        found = capture.backward(network(x).square().mean((1, 2)))
+
+    def run(capture):
+        return capture.backward(network(x).square().mean((1, 2)))
+
+    found = settled(network, sketch, run, budget)
     torch.testing.assert_close(found.values, sketch.of(truth))
     norms = flat(truth, sketch.parameters).square().sum(1, keepdim=True)
     if sketch.norm_kind == "exact":
@@ -307,8 +310,11 @@ def test_folded_rows_are_those_collected_at_the_smaller_k(name, wide, monkeypatc
         monkeypatch.setattr(TensorSketch, "_transforms_are_cheaper", lambda *_: transforms)
         settings = {"from_size": 36} if name == "auto" else {}
         sketch = build(name, dim, **settings).bind(parameters)
-        with Capture(network, sketch) as capture:
+
+        def run(capture):
             return capture.backward(network(x).square().mean((1, 2))).values
+
+        return settled(network, sketch, run)
 
     large = collected(64)
     for small in (32, 16, 8):

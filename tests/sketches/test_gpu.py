@@ -6,9 +6,9 @@ compiled for one that is not there.
 
 import pytest
 import torch
+from oracle import settled
 from torch import nn
 
-from dmin.gradients.capture import Capture
 from dmin.gradients.factors import Dense, Outer, Sum
 from dmin.gradients.layers import layer_gradient
 from dmin.gradients.parameters import Parameter, Parameters, choose_parameters
@@ -256,8 +256,7 @@ def captured(kernels, device, dtype=torch.float32, sketch=None):
     network, x = Network().to(device, dtype), torch.randn(BATCH, 3, 8, 8).to(device, dtype)
     sketch = (sketch or Auto(4096)).bind(choose_parameters(network))
     sketch.kernels = kernels
-    with Capture(network, sketch) as capture:
-        return capture.backward(network(x)).values.cpu()
+    return settled(network, sketch, lambda c: c.backward(network(x)).values.cpu())
 
 
 @pytest.mark.gpu
