@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmin.gradients.ownership import UNKNOWN, Projector, RowOrder, order_of, owners_of
+from dmin.gradients.ownership import MAJOR, UNKNOWN, Projector, RowOrder, order_of, owners_of
 from dmin.runtime.errors import DminError
 
 Probe = list[Tensor | None] | None
@@ -60,7 +60,7 @@ class Call:
     ) -> Iterator[Tensor]:
         """Yield, for outputs with rows of unknown owner, whether one of these has a gradient."""
         for i, (order, gradient) in enumerate(zip(orders, gradients, strict=True)):
-            unknown = None if gradient is None else order.unknown
+            unknown = None if gradient is None or order is MAJOR else order.unknown
             if gradient is not None and unknown is not None:
                 rows = gradient.flatten(0, len(self.rows(i)) - 1)
                 whole = len(unknown) == len(rows)

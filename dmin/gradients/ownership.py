@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import TypeVar
 
@@ -66,7 +67,7 @@ class RowOrder:
         """Whether any row has a gradient."""
         return self is MAJOR or bool((self.owners != UNKNOWN).any())
 
-    @property
+    @cached_property
     def unknown(self) -> Tensor | None:
         """Rows whose owner is not known, ``[n]``; None if there are none."""
         rows = (self.owners == UNKNOWN).nonzero()[:, 0]

@@ -208,6 +208,9 @@ def _check_prediction(found: Any, count: int, name: str) -> None:
 
 def _explain(error: Exception, what: str) -> NoReturn:
     """Raise what a model raised as an error of the model, with the place in its code."""
+    # Another process that is gone is no fault of the model; who runs the job explains it.
+    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+        raise error
     if isinstance(error, torch.OutOfMemoryError):
         raise error
     frames: Sequence[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
