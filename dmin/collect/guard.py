@@ -8,7 +8,7 @@ that it has among others, and both are autograd's.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -21,7 +21,7 @@ from dmin.diffusion.inputs import NoisedBatch, NoisedExamples
 from dmin.gradients.capture import Capture
 from dmin.gradients.factors import wide_dtype
 from dmin.gradients.ownership import Ownership
-from dmin.gradients.parameters import Parameter, some_of
+from dmin.gradients.parameters import Parameter, in_chunks, some_of
 from dmin.gradients.recorder import Recorder
 from dmin.models.autograd import by_autograd
 from dmin.models.base import READOUTS
@@ -77,7 +77,7 @@ class Guard:
         state = torch.get_rng_state()
         found = self.collector.run(batch, self.ownership, peak)
         kind: Hashable = self.ownership.latest  # a network may do otherwise at other timesteps
-        if self.ownership.routed(kind):  # and with other data: examined each time
+        if self.ownership.routed:  # and with other data: examined each time
             kind = len(batch.t), *batch.x0.shape[1:], self.ownership.called
         if kind in self._seen or (self._seen and not self.alone):
             return found
@@ -211,7 +211,7 @@ class Guard:
     def _wrong(self, one: NoisedBatch, entries: Collection[Parameter], readout: str) -> set[str]:
         """Return which gradients of one pair are not autograd's; all that seem unused are tried."""
         limit, wrong = HALF if self._low(one) else EXACT, set()
-        for chunk in _chunks(entries):
+        for chunk in in_chunks(entries, SCALARS):
             names = [entry.name for entry in chunk]
             captured = self._captured(one, names, readout)
             unused = [name for name in self.collector.attributed.by_name if name not in captured]
@@ -265,15 +265,4 @@ def _sample(entries: Collection[Parameter]) -> list[Parameter]:
     entries = list(entries)
     step = max(1, -(-sum(prod(e.shape) for e in entries) // SCALARS))
     chosen = sorted(entries[::step], key=lambda e: prod(e.shape))
-    return next(_chunks(chosen))
-
-
-def _chunks(entries: Collection[Parameter]) -> Iterator[list[Parameter]]:
-    """Yield parameters, so many scalars at a time; one at least."""
-    chunk: list[Parameter] = []
-    for entry in entries:
-        if chunk and sum(prod(e.shape) for e in [*chunk, entry]) > SCALARS:
-            yield chunk
-            chunk = []
-        chunk.append(entry)
-    yield chunk
+    return next(in_chunks(chosen, SCALARS))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.gradients.capture import Capture
 from dmin.gradients.ownership import Ownership
-from dmin.gradients.parameters import Parameter, Parameters
+from dmin.gradients.parameters import Parameter, Parameters, in_chunks
 from dmin.gradients.recorder import Recorder
 from dmin.models.autograd import by_autograd
 from dmin.models.base import READOUTS, DiffusionModel
@@ -77,7 +76,7 @@ def compare(
     """
     found = Comparison()
     count = len(inputs.x0)
-    for chunk in _chunks(parameters.entries):
+    for chunk in in_chunks(parameters.entries, AT_ONCE):
         together, paths = _captured(model, chunk, inputs, readout, budget)
         found.path.update(paths)
         for name, norms in itertools.product(together, (found.norm, found.wrong, found.mixed)):
@@ -113,16 +112,6 @@ def _captured(
         if entry.name not in gradients:  # unused
             gradients[entry.name] = inputs.x0.new_zeros(len(inputs.x0), *entry.shape).float()
     return gradients, paths
-
-
-def _chunks(entries: Sequence[Parameter]) -> Iterator[list[Parameter]]:
-    chunk: list[Parameter] = []
-    for entry in entries:
-        if chunk and sum(prod(e.shape) for e in [*chunk, entry]) > AT_ONCE:
-            yield chunk
-            chunk = []
-        chunk.append(entry)
-    yield chunk
 
 
 def _norm(x: Tensor) -> float:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmin.gradients.ownership import MAJOR, UNKNOWN, Projector, RowOrder, order_of, owners_of
+from dmin.gradients.ownership import MAJOR, UNKNOWN, RowOrder
+from dmin.gradients.projections import Projector, order_of, owners_of
 from dmin.runtime.errors import DminError
 
 Probe = list[Tensor | None] | None

@@ -174,23 +174,25 @@ class Capture(Generic[State, Rows]):
         like = values.detach().new_zeros((), dtype=wide_dtype(values))
         budget = self.budget or (GPU_BUDGET if values.is_cuda else CPU_BUDGET)
         batch = len(values)
-        if self._orders is None:
-            self._orders = {}
+        first = self._orders is None
+        if first:
             self.ownership.latest = kind_of(batch, self._usage.told, self._calls)
             self.ownership.called = tuple(call.name for call in self._calls)
-            if batch > 1:
-                self._orders = self._prober.orders(values, self._calls, self._examination)
-        self._pass = _Pass(batch, budget, self.sink.begin(batch, like, budget), self._orders)
+        orders = self._orders or {}
+        if batch > 1 and (first or self.ownership.routed):
+            orders = self._prober.orders(values, self._calls, self._examination)
+        self._orders = orders
+        self._pass = _Pass(batch, budget, self.sink.begin(batch, like, budget), orders)
         try:
             self._backpropagate(values, keep_graph)
             with self._usage.off():  # modules may be run again
                 for name in list(self._pass.arrived):  # some of their calls did not matter
                     self._flush(name, {})
-            self._require_known(self._pass.doubt)
+            self._require_known(self._pass.doubt, first)
             rows = self.sink.finish(self._pass.state)
         except OtherOutput as error:
             rerun = {c.name for c in self._calls if isinstance(c.how, PerExampleRerun)}
-            if rerun <= self.ownership.changing or self.ownership.agree is not bool:
+            if rerun <= self.ownership.changing or not self.ownership.alone:
                 raise
             self.ownership.changing |= rerun
             raise Unsettled(str(error)) from error
@@ -214,10 +216,13 @@ class Capture(Generic[State, Rows]):
                 f"used outside has to move into the network's forward, or be detached there."
             )
 
-    def _require_known(self, doubt: Tensor | None) -> None:
+    def _require_known(self, doubt: Tensor | None, first: bool) -> None:
         """Examine the pass again if rows had gradients of which nothing was known."""
         if self.ownership.agree(doubt is not None and bool(doubt)):
-            self.ownership.doubt(self.ownership.latest)
+            if first:
+                self.ownership.doubt(self.ownership.latest)
+            else:  # another readout reaches what the first does not
+                self.ownership.route()
             raise Unsettled("rows of layers have gradients for the first time. Run the pass again.")
 
     def _record(self, use: Use[Call]) -> tuple[Any, Call] | None:
@@ -275,7 +280,7 @@ class Capture(Generic[State, Rows]):
         return Call(number, use.name, use.module, use.used, own, how, shapes, dtype, features)
 
     def _sees(self, use: Use[Call], inputs: Iterable[Tensor]) -> bool:
-        known = use.name in self.ownership.having
+        known = use.name in self.ownership.distinguished
         return known or any(map(self._usage.sees_examples, inputs))
 
     def arrive(self, call: Call, inputs: Sequence[Tensor], gradients: Sequence[Any]) -> None:

@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from dmin.gradients.calls import Call, Probe, Tap
 from dmin.gradients.data_dependence import DataDependence
-from dmin.gradients.ownership import Ownership, Projector, RowOrder, Unsettled, digits
+from dmin.gradients.ownership import Ownership, RowOrder, Unsettled
 from dmin.gradients.parameters import some_of
+from dmin.gradients.projections import Projector, digits
 from dmin.runtime.errors import DminError
 
 
@@ -173,8 +174,8 @@ class Prober:
             Unsettled: it was found out by a pass that was for that alone, or needs such a pass.
         """
         ownership, kind = self.ownership, self.ownership.latest
-        known = ownership.known(kind) if examination is None else None
-        routed = examination is None and ownership.routed(kind)
+        routed = examination is None and ownership.routed
+        known = ownership.known(kind) if examination is None and not routed else None
         if not ownership.agree(known is None):
             return dict(enumerate(known or ()))
         if ownership.agree(examination is None and not routed):
@@ -193,7 +194,7 @@ class Prober:
         unsettled = self._escalate(calls, found)
         if examination is not None and not unsettled:
             ownership.learn(kind, found, examination.depends)
-            ownership.having.update(call.name for call in calls)
+            ownership.distinguished.update(call.name for call in calls)
             ownership.watch = False
         if unsettled or examination is not None:
             raise Unsettled("the rows of this network's layers were examined. Run the pass again.")
@@ -248,8 +249,8 @@ class Prober:
             for call in calls
             if any(found[call.number + i].shared for i in range(len(call.shapes)))
         ]
-        alone = self.ownership.agree is bool
-        lost = {n for c in shared for n in c.parameters if not alone or c.module is self.network}
+        alone, top = self.ownership.alone, self.network
+        lost = {n for call in shared for n in call.parameters if not alone or call.module is top}
         if lost:
             raise DminError(
                 f"the gradients of {len(lost)} parameter(s) cannot be distinguished by example: "

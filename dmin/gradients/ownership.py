@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from typing import TypeVar
 
 import torch
@@ -28,8 +27,6 @@ UNKNOWN, SHARED, BROKEN = -1, -2, -3
 
 # More than modules stand in each other.
 ATTEMPTS = 50
-# Numbers kept of each row: a row that is shared scales by one factor in all of them by no chance.
-PROJECTIONS = 2
 
 
 class Unsettled(DminError):
@@ -90,8 +87,8 @@ class Ownership:
         by_network: parameters that are differentiated by running the whole network again, an
             example at a time.
         changing: modules that may change their arguments, which are copied before.
-        having: modules whose calls were examined and have rows of examples, whatever their inputs
-            look like.
+        distinguished: modules whose calls were examined and have rows of examples, whatever their
+            inputs look like.
         complete: examine each pass of a kind in which not every owner is known, rather than run one
             again if that turns out to matter.
         latest: kind of the latest pass.
@@ -106,7 +103,7 @@ class Ownership:
     enclosing: set[str] = field(default_factory=set)
     by_network: set[str] = field(default_factory=set)
     changing: set[str] = field(default_factory=set)
-    having: set[str] = field(default_factory=set)
+    distinguished: set[str] = field(default_factory=set)
     complete: bool = False
     graph_is_lost: bool = False
     probes: list = field(default_factory=list)
@@ -117,7 +114,7 @@ class Ownership:
     _orders: dict[Hashable, tuple[RowOrder, ...]] = field(default_factory=dict)
     _confirmed: set[Hashable] = field(default_factory=set)
     _once: dict[Hashable, tuple[RowOrder, ...]] = field(default_factory=dict)
-    _routed: set[Hashable] = field(default_factory=set)
+    _routed: set[tuple[str, ...]] = field(default_factory=set)
     _met: set[Hashable] = field(default_factory=set)
 
     def settle(self, run: Callable[[], Result]) -> Result:
@@ -143,10 +140,20 @@ class Ownership:
         )
 
     def expect(self, pairs: int, shape: Sequence[int]) -> None:
-        """Examine the next pass if none like it was: saves the attempt that would find that out."""
-        if pairs > 1 and (pairs, *shape) not in self._met:
+        """Examine the next pass if none like it was: saves the attempt that would find that out.
+
+        One pair alone needs none, and has the same bits whatever was run before.
+        """
+        if pairs == 1:
+            self.watch = False
+        elif (pairs, *shape) not in self._met:
             self._met.add((pairs, *shape))
             self.watch = True
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process runs its passes by itself."""
+        return self.agree is bool
 
     def known(self, kind: Hashable) -> tuple[RowOrder, ...] | None:
         """Return the orders of the calls of such a pass; None if they have to be found."""
@@ -155,9 +162,14 @@ class Ownership:
             return self._once.pop(kind)
         return self._orders[kind] if kind in self._confirmed else None
 
-    def routed(self, kind: Hashable) -> bool:
-        """Return whether the orders of such a pass come from data, so that each is examined."""
-        return kind in self._routed
+    @property
+    def routed(self) -> bool:
+        """Whether the orders of passes like the latest come from data, so that each is examined."""
+        return self.called in self._routed
+
+    def route(self) -> None:
+        """Have each pass that calls what the latest called be examined, for each readout."""
+        self._routed.add(self.called)
 
     def learn(self, kind: Hashable, found: Sequence[RowOrder], depends: bool) -> None:
         """Take the orders of the calls of a pass.
@@ -176,7 +188,7 @@ class Ownership:
             depends = any(order is None for order in merged)
             orders = tuple(order for order in merged if order is not None)
         if depends or (self.complete and any(order.unknown is not None for order in orders)):
-            self._routed.add(kind)
+            self.route()
             return
         self._orders[kind] = self._once[kind] = orders
         if before is not None or all(order.axis == 0 for order in orders):
@@ -210,98 +222,3 @@ def _merged(before: RowOrder, found: RowOrder) -> RowOrder | None:
     axis = before.axis if before.axis == found.axis else None
     complete = axis == 0 and not bool((owners == UNKNOWN).any())
     return MAJOR if complete else RowOrder(axis, owners)
-
-
-def digits(batch: int, base: int) -> list[Tensor]:
-    """Return the exponents of the passes that spell each example's number, ``[batch]`` each.
-
-    Args:
-        batch: number of examples.
-        base: 8 takes one pass up to 8 examples, two up to 64.
-    """
-    number = torch.arange(batch)
-    spelled: list[Tensor] = []
-    while not spelled or bool(number.any()):
-        spelled.append(number % base)
-        number = number // base
-    return spelled
-
-
-class Projector:
-    """Keeps a few numbers of each row of output gradients: random projections, the same each time.
-
-    Args:
-        device: of the gradients.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._generator = torch.Generator().manual_seed(0)
-        self._maps: dict[int, Tensor] = {}
-
-    def __call__(self, gradient: Tensor, features: int) -> Tensor:
-        """Return ``[rows, PROJECTIONS]`` of a gradient whose last so many axes are a row."""
-        axes = gradient.ndim - features
-        count, width = prod(gradient.shape[:axes]), prod(gradient.shape[axes:])
-        rows = gradient.detach().reshape(count, width)
-        if rows.is_complex():
-            rows, width = torch.view_as_real(rows).flatten(1), 2 * width
-        if width not in self._maps:
-            drawn = torch.randn(width, PROJECTIONS, generator=self._generator)
-            self._maps[width] = drawn.to(self.device)
-        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        return rows.to(dtype) @ self._maps[width].to(dtype)
-
-
-def owners_of(
-    plain: Tensor, scaled: Sequence[Tensor], batch: int, base: int, tolerance: float
-) -> Tensor:
-    """Return the owner of each row, ``[rows]``, on the CPU.
-
-    Args:
-        plain: ``[rows, PROJECTIONS]`` of the gradient.
-        scaled: the same of each pass with scaled losses.
-        batch: number of examples.
-        base: of the digits that the passes spell.
-        tolerance: of the ratio of two gradients. They scale without rounding; two runs of a GPU's
-            kernels differ, and half precision has no small numbers.
-    """
-    owner = torch.zeros(len(plain), dtype=torch.long, device=plain.device)
-    own = torch.ones(len(plain), dtype=torch.bool, device=plain.device)
-    zero = (plain == 0).all(1)
-    place = 1
-    for numbers in scaled:
-        largest = plain.abs().argmax(1, keepdim=True)
-        ratio = (numbers / plain).gather(1, largest)[:, 0]
-        digit = ratio.clamp(min=0.5, max=2.0**base).nan_to_num(1.0).log2().round().long()
-        digit = digit.clamp(0, base - 1)
-        expected = plain * (2.0**digit)[:, None]
-        own &= ((numbers - expected).abs() <= tolerance * expected.abs()).all(1)
-        zero &= (numbers == 0).all(1)
-        owner += place * digit
-        place *= base
-    owner = torch.where(own & (owner < batch), owner, SHARED)
-    owner = torch.where(zero, UNKNOWN, owner)
-    return torch.where(plain.isfinite().all(1), owner, BROKEN).to(torch.int32).cpu()
-
-
-def order_of(owners: Tensor, shape: Sequence[int], batch: int) -> RowOrder:
-    """Return the order of rows, and the axis it goes along if it does.
-
-    Args:
-        owners: ``[prod(shape)]``.
-        shape: of the rows: the output's leading axes.
-        batch: number of examples.
-    """
-    known = owners != UNKNOWN
-    if not bool(known.any()):  # takes no memory
-        return RowOrder(0, owners[:1].expand(len(owners)))
-    for axis, size in enumerate(shape):
-        if size % batch:
-            continue
-        line = torch.arange(size).div(size // batch, rounding_mode="floor")
-        expected = line.view(-1, *[1] * (len(shape) - axis - 1)).expand(*shape).reshape(-1)
-        if bool((owners == expected)[known].all()):
-            whole = axis == 0 and bool(known.all())
-            return MAJOR if whole else RowOrder(axis, owners)
-    return RowOrder(None, owners)

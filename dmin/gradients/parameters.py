@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,6 +104,17 @@ def choose_parameters(network: nn.Module, params: str = "all") -> Parameters:
             f"names the parameters to keep."
         )
     return Parameters(tuple(Parameter(name, tuple(p.shape)) for name, p in chosen.items()))
+
+
+def in_chunks(entries: Iterable[Parameter], scalars: int) -> Iterator[list[Parameter]]:
+    """Yield parameters in order, of at most so many scalars at a time; one at least."""
+    chunk: list[Parameter] = []
+    for entry in entries:
+        if chunk and sum(prod(each.shape) for each in [*chunk, entry]) > scalars:
+            yield chunk
+            chunk = []
+        chunk.append(entry)
+    yield chunk
 
 
 def uncompiled(network: nn.Module) -> nn.Module:

@@ -27,7 +27,9 @@ class Denoiser(DiffusionModel):
 
     def predict(self, x0, noise, t, condition):
         noised = x0 + (1 + t / 10).to(x0)[:, None, None, None] * noise
-        self.network.clean, self.network.t = x0, float(t[0])
+        self.network.clean = x0
+        if hasattr(self.network, "t"):
+            self.network.t = float(t[0])
         prediction = self.network(noised[:, 0])
         return Prediction(prediction.flatten(1), noise.flatten(1), torch.ones(len(x0)).to(x0))
 
@@ -145,8 +147,22 @@ class Sleeping(Tokens):
         return first * self.seen(x) + (1 - first) * unseen
 
 
+class Counting(Tokens):
+    """Lays all but the first example out otherwise from one run to the next."""
+
+    runs = 0
+
+    def forward(self, x):
+        self.runs += 1
+        order = [0, *range(1, len(x))[:: 1 if self.runs % 2 else -1]]
+        back = sorted(range(len(x)), key=order.__getitem__)
+        return super().forward(x[order])[back]
+
+
 class TwoNetworks(nn.Module):
-    """One for early timesteps, in which examples see each other, and one for late ones."""
+    """One for early timesteps, and one for late ones, in which the batch decides."""
+
+    t = 0.0
 
     def __init__(self):
         super().__init__()
@@ -197,6 +213,12 @@ def test_examples_that_see_each_other_are_refused_by_layer(tmp_path):
 def test_a_decision_over_the_whole_batch_is_refused(tmp_path):
     with pytest.raises(DminError, match=r"over the whole batch.*collect\.microbatch=1"):
         collect(WholeBatchDecision, tmp_path / "s", 16)
+
+
+@pytest.mark.parametrize("microbatch", [4, 16])
+def test_an_order_that_changes_from_run_to_run_is_refused(microbatch, tmp_path):
+    with pytest.raises(DminError, match=r"(do not scale|cannot be settled).*collect\.microbatch=1"):
+        collect(Counting, tmp_path / "s", microbatch)
 
 
 def test_each_part_of_the_schedule_is_checked(tmp_path):

@@ -255,7 +255,12 @@ class Counting(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "attempts"),
     # Found out in one pass more; another order than the usual is believed once two passes had it.
-    [(Between, [2, 1, 1]), (SequenceFirst, [3, 2, 1, 1]), (Sorted, [3, 1, 1])],
+    [
+        (Between, [2, 1, 1]),
+        (SequenceFirst, [3, 2, 1, 1]),
+        (Sorted, [3, 1, 1]),
+        (Experts, [3, 1, 1]),
+    ],
 )
 def test_a_layout_is_found_out_once(kind, attempts):
     network, ownership = Counting(made(kind, 4)), Ownership()
@@ -693,3 +698,27 @@ def test_an_order_that_the_model_makes_of_data_is_never_believed():
             data=[x],
         )
         assert error(found, in_the_batch(network, x, loss)) <= 1e-5
+
+
+def test_a_second_readout_may_reach_what_the_first_does_not():
+    """The loss of half the examples weighs nothing, while their outputs are read out as well."""
+    network, ownership = made(Reversed, 4), Ownership()
+    weight = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    for _ in range(3):
+        x = torch.randn(4, 4, WIDTH)
+
+        def readouts(network, inputs):
+            output = network(inputs["x"]).flatten(1)
+            return weight[: len(output)] * output.square().mean(1), output.sin().sum(1)
+
+        def run(capture, x=x):
+            values = readouts(network, {"x": x})
+            first = capture.backward(values[0], keep_graph=True)
+            return first, capture.backward(values[1])
+
+        found = settled(network, Keep(choose_parameters(network)), run, ownership=ownership)
+        for i, gradients in enumerate(found):
+            truth = in_the_batch(network, x, lambda n, inputs, i=i: readouts(n, inputs)[i])
+            assert set(gradients) == set(truth)
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(gradient, truth[name], rtol=1e-4, atol=1e-5)

@@ -21,7 +21,7 @@ def test_a_family_is_examined_once(name):
     collector = Collector(model, BlockCyclic(64, block=16), Stratified(2))
     passes = collector.inputs(x0, condition, batch["id"]).all()
     collector.run(passes)
-    assert not collector.ownership.routed(collector.ownership.latest)
+    assert not collector.ownership.routed
     before = collector.ownership.seconds
     collector.run(passes)
     assert collector.ownership.seconds == before
