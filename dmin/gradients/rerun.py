@@ -8,6 +8,7 @@ out must be what came out before.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -221,7 +222,7 @@ class _Lazy(GradientFactors):
 
 def differentiable(output: Any) -> list[Tensor]:
     """Return the tensors of a module's output that a gradient can flow into."""
-    leaves = (output,) if isinstance(output, Tensor) else pytree.tree_leaves(output)
+    leaves = (output,) if isinstance(output, Tensor) else pytree.tree_leaves(_opened(output))
     return [x for x in leaves if _is_differentiable(x)]
 
 
@@ -229,11 +230,20 @@ def replaced(output: Any, tensors: Sequence[Tensor]) -> Any:
     """Return a module's output with other tensors for its :func:`differentiable` ones."""
     if isinstance(output, Tensor):
         return tensors[0] if tensors else output
+    if _opened(output) is not output:
+        return dataclasses.replace(output, **replaced(_opened(output), tensors))
     leaves, structure = pytree.tree_flatten(output)
     others = iter(tensors)
     return pytree.tree_unflatten(
         [next(others) if _is_differentiable(x) else x for x in leaves], structure
     )
+
+
+def _opened(output: Any) -> Any:
+    """Return the fields of a dataclass; torch knows only those of them that are dictionaries."""
+    if not dataclasses.is_dataclass(output) or isinstance(output, dict | type):
+        return output
+    return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
 
 
 def part(x: Tensor, axis: int, b: int, batch: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Whose rows are whose: however a network lays examples out, each gradient is its own example's."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -698,6 +700,31 @@ def test_an_order_that_the_model_makes_of_data_is_never_believed():
             data=[x],
         )
         assert error(found, in_the_batch(network, x, loss)) <= 1e-5
+
+
+@dataclass
+class Output:
+    sample: torch.Tensor
+    name: str = "output"
+
+
+class Dataclass(Between):
+    """Returns what torch does not look into, and has a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x):
+        return Output(super().forward(x) * self.scale)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_dataclass_may_be_returned(batch):
+    def loss(network, inputs):
+        return network(inputs["x"]).sample.flatten(1).sin().sum(1)
+
+    hold(made(Dataclass, batch), Ownership(), torch.randn(batch, 4, WIDTH), loss)
 
 
 def test_a_second_readout_may_reach_what_the_first_does_not():
