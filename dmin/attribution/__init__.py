@@ -21,7 +21,8 @@ from dmin.attribution.methods.sharp_energy import SharpEnergy
 from dmin.attribution.methods.spectral import Spectral, ZSum
 from dmin.attribution.methods.trak import TRAK, JourneyTRAK
 from dmin.attribution.ranking import Ranking
-from dmin.attribution.ranking_files import load_ranking, save_ranking
+from dmin.attribution.ranking_files import save_ranking
+from dmin.attribution.ranking_json import load_ranking, load_rankings
 from dmin.attribution.retrieval import ranked_groups, retrieve, retrieve_part
 from dmin.attribution.scores import score_matrix
 from dmin.attribution.search.approximate import Approximate
@@ -64,6 +65,7 @@ __all__ = [
     "Unlearning",
     "ZSum",
     "load_ranking",
+    "load_rankings",
     "merged",
     "ranked_groups",
     "retrieve",

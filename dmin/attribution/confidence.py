@@ -14,6 +14,7 @@ from dmin.attribution.ranking import Ranking
 from dmin.attribution.search.scan import gathered_rows
 
 Array = np.ndarray
+SURE = 1.96  # standard deviations: two scores that differ by more are told apart, at 95 %
 
 
 def with_confidence(
@@ -35,8 +36,10 @@ def with_confidence(
     3.2), where scores are cosines.
 
     ``error`` is the standard deviation of the score over these resamples; ``stability`` the share
-    of them in which the example is among the first k of the candidates. It speaks of chance in
-    measuring the score, not of whether the score means influence.
+    of them in which the example is among the first k of the candidates. Examples of one of the
+    ``tiers`` cannot be told apart: no two scores of it differ by more than 1.96 standard deviations
+    of their difference, which is drawn for both together. All that speaks of chance in measuring
+    the score, not of whether the score means influence.
 
     Args:
         ranking: more than k examples a query, so that others can take their places.
@@ -48,13 +51,15 @@ def with_confidence(
         seed: key of the draws.
 
     Returns:
-        The ranking with ``errors`` and ``stability``, or without where a method's scores are not a
-        sum over timesteps.
+        The ranking with ``errors``, ``stability`` and ``tiers``, or without where a method's scores
+        are not a sum over timesteps.
 
     """
     k = min(k, ranking.scores.shape[1])
     generator = np.random.default_rng(seed)
     errors, stability = np.zeros((2, len(ranking.query_ids), k), dtype=np.float32)
+    ahead = min(k + 1, ranking.scores.shape[1])  # who comes next may be of the last tier
+    tiers = np.zeros((len(ranking.query_ids), ahead), dtype=np.int64)
     for query, rows in enumerate(ranking.train_rows):
         parts, spread = parts_of(queries, train, method, query, rows)
         if parts is None:
@@ -66,7 +71,30 @@ def with_confidence(
         sign = 1 if ranking.order == "proponents" else -1
         least = np.sort(sign * drawn, axis=1)[:, -k]
         stability[query] = (sign * drawn >= least[:, None]).mean(0)[:k]
-    return replace(ranking.first(k), errors=errors, stability=stability)
+        tiers[query] = tiers_of(scores[:ahead], drawn[:, :ahead])
+    goes_on, tiers = (tiers[:, k:] == tiers[:, k - 1 : k]).any(1), tiers[:, :k]
+    first = ranking.first(k)
+    return replace(first, errors=errors, stability=stability, tiers=tiers, tier_goes_on=goes_on)
+
+
+def tiers_of(scores: Array, drawn: Array) -> Array:
+    """Return the tier of each score, int64 ``[n]``: a new one begins where any two differ.
+
+    Args:
+        scores: best first, ``[n]``.
+        drawn: as they might have come out, ``[resamples, n]``.
+    """
+    covariance = np.atleast_2d(np.cov(drawn, rowvar=False))
+    variance = np.diag(covariance)
+    spread = np.sqrt(np.maximum(variance[:, None] + variance - 2 * covariance, 0))
+    # Rounding is no difference: copies score alike to the last bits alone.
+    apart = np.abs(scores[:, None] - scores) > SURE * spread + 1e-6 * np.abs(scores).max()
+    tiers, start = np.zeros(len(scores), dtype=np.int64), 0
+    for place in range(1, len(scores)):
+        begins = apart[place, start:place].any()
+        start = place if begins else start
+        tiers[place] = tiers[place - 1] + begins
+    return tiers
 
 
 def resampled(

@@ -39,6 +39,14 @@ class InnerProduct:
             queries, rows = queries[:, 0, 0], rows.sum((1, 2))
         return queries.flatten(1) @ rows.flatten(1).T
 
+    def bound(self) -> Tensor | None:
+        """Return the largest size a score can have, ``[Q]``; None where rows have any length.
+
+        By Cauchy and Schwarz: unit rows that point where the query does. Of a sum of cosines it is
+        the sum of the weights.
+        """
+        return self.queries.flatten(3).norm(dim=3).sum((1, 2)) if self.scale == "unit" else None
+
     def timesteps(self, train: ExampleBlock) -> Tensor:
         """Return what each timestep adds, ``[Q, n, T]``."""
         rows = scaled_rows(train, self.scale, self.readout)

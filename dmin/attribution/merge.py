@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dmin.attribution.ranking import Ranking
+from dmin.attribution.scale import merged_counts
 from dmin.runtime.errors import DminError
 
 
@@ -46,12 +47,20 @@ def merged(parts: Sequence[Ranking], k: int, min_score: float | None = None) -> 
             return None
         return np.take_along_axis(np.concatenate(arrays, axis=1), best[..., None], axis=1)
 
+    best_scores = np.take_along_axis(scores, best, axis=1)
+    counted = [(sign * p.scores, p.at_least) for p in parts if p.at_least is not None]
+    known = len(counted) == len(parts)
+    sampled = [each.sample for each in parts if each.sample is not None]
     return replace(
         first,
+        candidates=sum(each.candidates or 0 for each in parts) or None,
+        at_least=merged_counts(sign * best_scores, counted) if known else None,
+        sample=min(sampled, default=None),
+        typical=None,  # medians of parts are not that of the whole
         train_rows=np.take_along_axis(rows, best, axis=1),
         train_ids=named("train_ids"),
         train_metadata=named("train_metadata"),
-        scores=np.take_along_axis(scores, best, axis=1),
+        scores=best_scores,
         contributions=split("contributions"),
         group_contributions=split("group_contributions"),
         min_score=min_score,

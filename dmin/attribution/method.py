@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
@@ -49,6 +50,16 @@ class Method(ABC):
         """
         return None
 
+    def limit(self, queries: Any, sign: int = 1) -> Tensor | None:
+        """Return the largest score that any example could have, ``[Q]``; None if there is no bound.
+
+        Args:
+            queries: as prepared.
+            sign: −1 for the smallest instead.
+        """
+        bound = queries.bound() if isinstance(queries, InnerProduct) else None
+        return None if bound is None else sign * bound
+
     def notes(self) -> dict[str, str]:
         """Return what fitting found that a reader of the scores should know, by topic."""
         return {}
@@ -64,6 +75,10 @@ class CosineMethod(Method):
     def score(self, queries: Tensor, train: ExampleBlock) -> Tensor:
         """Return ``[Q, n]``."""
         return queries @ self.transform_query(train).T
+
+    def limit(self, queries: Tensor, sign: int = 1) -> Tensor:
+        """Return ±1."""
+        return torch.full((len(queries),), float(sign))
 
 
 class InnerProductMethod(Method):

@@ -12,7 +12,8 @@ import numpy as np
 
 from dmin.runtime.errors import DminError
 
-PARTS = ("contributions", "group_contributions", "errors", "stability", "group_sizes")
+COUNTS = ("group_sizes", "at_least", "tiers", "copy_of")  # int64 [Q, K]
+PARTS = ("contributions", "group_contributions", "errors", "stability", *COUNTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,21 @@ class Ranking:
             example. None where examples were.
         group_sizes: int64 [Q, K], examples of each such value, or None.
         notes: what else there is to say, such as how the answer was found.
+        about: what it was made from, for the head: model, adapter, weights, store, date.
+        candidates: examples that were ranked, or values of ``group_by``; None if not known.
+        maximum: float32 [Q], the largest score possible (opponents: the smallest), or None.
+        typical: float32 [Q], the median score of all candidates, perhaps of a sample, or None.
+        at_least: int64 [Q, K], candidates that score at least as much (opponents: at most), each
+            counting itself, or None.
+        sample: of how many candidates `at_least` is estimated; None where all were counted.
+        tiers: int64 [Q, K], from 0 and ascending: examples of one tier cannot be told apart, or
+            None; see `dmin.attribution.confidence`.
+        tier_goes_on: bool [Q], whether the last tier goes on past K, or None.
+        blind: the timesteps that hardly tell examples apart, or None if that was not measured.
+        copy_of: int64 [Q, K], the first place with the same pixels, or None; see
+            `dmin.attribution.copies`.
+        tied_copies: [Q][K], ids past K with the same pixels and score, or None.
+        same_as: [Q], ids of the training examples with the query's own pixels, or None.
 
     Raises:
         DminError: a part disagrees with the others in shape, order or sum.
@@ -66,19 +82,29 @@ class Ranking:
     group_by: str | None = None
     group_sizes: np.ndarray | None = None
     notes: dict[str, str] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
+    candidates: int | None = None
+    maximum: np.ndarray | None = None
+    typical: np.ndarray | None = None
+    at_least: np.ndarray | None = None
+    sample: int | None = None
+    tiers: np.ndarray | None = None
+    tier_goes_on: np.ndarray | None = None
+    blind: tuple[float, ...] | None = None
+    copy_of: np.ndarray | None = None
+    tied_copies: list[list[list[str]]] | None = None
+    same_as: list[list[str]] | None = None
 
     def __post_init__(self) -> None:
         """Bring the arrays to their dtypes and hold every part to the shape of the scores."""
         # A frozen dataclass is set through object: the conversions are part of its construction.
         object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
-        object.__setattr__(self, "train_rows", np.asarray(self.train_rows, np.int64))
-        object.__setattr__(self, "scores", np.asarray(self.scores, np.float32))
         object.__setattr__(self, "groups", tuple(self.groups))
-        for name in ("contributions", "group_contributions", "errors", "stability"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, np.asarray(getattr(self, name), np.float32))
-        if self.group_sizes is not None:
-            object.__setattr__(self, "group_sizes", np.asarray(self.group_sizes, np.int64))
+        for name in ("train_rows", "scores", "maximum", "typical", "tier_goes_on", *PARTS):
+            if (value := getattr(self, name)) is not None:
+                whole = np.int64 if name in ("train_rows", *COUNTS) else np.float32
+                kind = bool if name == "tier_goes_on" else whole
+                object.__setattr__(self, name, np.asarray(value, kind))
         self._check_shapes()
         self._check_values()
 
@@ -86,15 +112,18 @@ class Ranking:
         if self.scores.ndim != 2 or 0 in self.scores.shape:
             _refuse("scores", list(self.scores.shape), "[queries, k], both at least 1")
         queries, k = self.scores.shape
-        for name in ("query_ids", "query_metadata", "train_ids", "train_metadata"):
-            if len(getattr(self, name)) != queries:
-                _refuse(name, len(getattr(self, name)), f"{queries} entries, one a query")
-        for name in ("train_ids", "train_metadata"):
-            lengths = {len(row) for row in getattr(self, name)}
-            if lengths != {k}:
+        lists = ("train_ids", "train_metadata", "tied_copies")
+        arrays = ("maximum", "typical", "tier_goes_on")
+        for name in ("query_ids", "query_metadata", "same_as", *lists, *arrays):
+            if (value := getattr(self, name)) is not None and len(value) != queries:
+                _refuse(name, len(value), f"{queries} entries, one a query")
+        for name in lists:
+            lengths = {len(row) for row in getattr(self, name) or ()}
+            if lengths - {k}:
                 _refuse(name, sorted(lengths), f"{k} entries a query, as in scores")
-        if self.train_rows.shape != (queries, k):
-            _refuse("train_rows", list(self.train_rows.shape), f"[{queries}, {k}], as in scores")
+        for name in ("train_rows", "errors", "stability", *COUNTS):
+            if (value := getattr(self, name)) is not None and value.shape != (queries, k):
+                _refuse(name, list(value.shape), f"[{queries}, {k}], as in scores")
         for name, axis, what in (
             ("contributions", self.timesteps, "timestep"),
             ("group_contributions", self.groups, "group"),
@@ -145,6 +174,8 @@ class Ranking:
             train_ids=[row[:k] for row in self.train_ids],
             train_metadata=[row[:k] for row in self.train_metadata],
             scores=self.scores[:, :k],
+            tier_goes_on=None if k < self.scores.shape[1] else self.tier_goes_on,
+            tied_copies=self.tied_copies and [row[:k] for row in self.tied_copies],
             **cut,
         )
 
@@ -158,6 +189,51 @@ class Ranking:
             return self.scores.shape[1]
         # As float32, like the scores: one that equals the bound is in.
         return int((self._sign * self.scores[query] >= np.float32(self.min_score)).sum())
+
+    def percentile(self, query: int, rank: int) -> float | None:
+        """Return how many percent of the candidates score less (opponents: more), if known."""
+        if self.at_least is None or not self.candidates:
+            return None
+        return 100 * (1 - int(self.at_least[query, rank]) / self.candidates)
+
+    def cards(self, query: int) -> list[int]:
+        """Return the ranks to show, of copies of one picture the first alone."""
+        shown = range(self.count(query))
+        return [r for r in shown if self.copy_of is None or self.copy_of[query, r] == r]
+
+    def copies(self, query: int, rank: int) -> list[str]:
+        """Return the other examples with the pixels of one, as far as they were found."""
+        if self.copy_of is None:
+            return []
+        alike = np.flatnonzero(self.copy_of[query] == self.copy_of[query, rank])
+        more = [] if self.tied_copies is None else self.tied_copies[query][alike[0]]
+        return [self.train_ids[query][other] for other in alike if other != rank] + more
+
+    @property
+    def centred(self) -> np.ndarray | None:
+        """Contributions less their mean over what is shown: what made the order, [Q, K, T]."""
+        if self.contributions is None:
+            return None
+        parts = self.contributions.astype(np.float64)
+        means = [part[: self.count(query)].mean(0) for query, part in enumerate(parts)]
+        return (parts - np.array(means)[:, None]).astype(np.float32)
+
+    @property
+    def order_shares(self) -> np.ndarray | None:
+        """The share of each timestep in the order of what is shown, float32 [Q, T].
+
+        ``Cov(c_t, s) / Var(s)`` over the examples shown; the shares of a query add up to one. NaN
+        where all scores are equal, or only one is shown.
+        """
+        if (parts := self.centred) is None:
+            return None
+        found = np.full((len(parts), len(self.timesteps)), np.nan)
+        for query, part in enumerate(parts.astype(np.float64)):
+            shown = part[: self.count(query)]
+            totals = shown.sum(1)
+            if (variance := totals @ totals) > 1e-12 * np.square(self.scores[query]).sum():
+                found[query] = totals @ shown / variance
+        return found.astype(np.float32)
 
     def places(self) -> Iterator[tuple[int, int]]:
         """Yield query and rank of everything that is part of the answer."""

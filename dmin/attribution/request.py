@@ -14,6 +14,16 @@ from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.merge import enough_of
 from dmin.attribution.method import Method
 from dmin.attribution.ranking import Ranking
+from dmin.attribution.scale import (
+    READ,
+    STREAMED,
+    Answer,
+    Sample,
+    among,
+    at_least,
+    estimated,
+    medians,
+)
 from dmin.attribution.scores import scored
 from dmin.attribution.search.index import Index
 from dmin.attribution.search.scan import gathered_rows
@@ -49,6 +59,7 @@ class Request:
         if self.groups is not None:
             number = self.groups[1] if self.keep is None else self.groups[1][self.keep]
             allowed, what = len(np.unique(number[number >= 0])), f"values of {selection.group_by}"
+        self.candidates, self.estimated = allowed, False
         if not 1 <= k <= allowed:
             raise DminError(f"k={k}: choose 1 … {allowed}, the number of {what}.")
 
@@ -58,23 +69,24 @@ class Request:
         inside[part.start : part.stop] = True
         self.keep = inside if self.keep is None else self.keep & inside
         found = int(self.keep.sum())
-        self.k = min(self.k, found)
+        self.k, self.candidates = min(self.k, found), found
         return found
 
-    def batch(
-        self, queries: FeatureSet, numbers: np.ndarray, asked: Any
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return scores and rows of the best ``[Q, k]``, and contributions ``[Q, k, T, G]``."""
+    def batch(self, queries: FeatureSet, numbers: np.ndarray, asked: Any) -> Answer:
+        """Return the best of a batch of queries."""
         self._check_split(queries, numbers, asked)
         if self.index is not None:
             return self._indexed(asked, self.index)
-        best = self.gathered(asked)
+        sample = Sample(self.keep, len(self.train), STREAMED)
+        best, sign = self.gathered(asked, sample), self.selection.sign
         if isinstance(best, Groups):
             return self.best_groups(best, queries, numbers, asked)
         parts = self._contributions(queries, numbers, asked, best.rows.numpy())
-        return self.selection.sign * best.scores, best.rows, parts
+        counted = at_least(best.scores, best.tied)
+        limit = self.method.limit(asked, sign)
+        return Answer(sign * best.scores, best.rows, parts, counted, sign * sample.median, limit)
 
-    def gathered(self, asked: Any) -> TopK | Groups:
+    def gathered(self, asked: Any, sample: Sample | None = None) -> TopK | Groups:
         """Return the best rows, or what each group has of them, times the sign."""
         best: TopK | Groups | None = None
         sign = self.selection.sign
@@ -89,30 +101,43 @@ class Request:
                 if self.groups is not None:
                     best = Groups(len(scores), *self.groups)
             best.update(scores, first)
+            if sample is not None:
+                sample.update(scores, first)
         assert best is not None
         return best
 
     def best_groups(
         self, found: Groups, queries: FeatureSet, numbers: np.ndarray, asked: Any
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return scores and foremost rows of the best groups; contributions as in `batch`."""
-        kind = self.selection.group_score
-        values, place = stable_topk(found.scores(kind), self.k)
+    ) -> Answer:
+        """Return scores and foremost rows of the best groups."""
+        kind, sign = self.selection.group_score, self.selection.sign
+        scores = found.scores(kind)
+        values, place = stable_topk(scores, self.k)
         rows = found.rows.gather(1, place)
-        parts = None
+        parts = limit = None
         if kind == "max":  # else it is no single example's score
             parts = self._contributions(queries, numbers, asked, rows.numpy())
-        return self.selection.sign * values, rows, parts
+            limit = self.method.limit(asked, sign)
+        typical = sign * medians(scores[:, found.counts > 0])
+        return Answer(sign * values, rows, parts, among(scores, values), typical, limit)
 
-    def _indexed(self, asked: Any, index: Index) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _indexed(self, asked: Any, index: Index) -> Answer:
         if not isinstance(asked, InnerProduct):
             raise DminError(
                 f"An index cannot help: {self.method.name} scores are no inner product. Set "
                 f"index=null."
             )
-        store = self.train.store
-        found = index.search(asked, store, self.k, self.selection.sign, self.keep)
-        return found.scores, found.rows, split(asked, store, found.rows.numpy())
+        store, sign = self.train.store, self.selection.sign
+        found = index.search(asked, store, self.k, sign, self.keep)
+        sample = Sample(self.keep, len(store), READ)
+        sample.read(asked, store)
+        if found.tied is None:
+            self.estimated = len(sample.rows) < self.candidates
+            counted = estimated(sign * sample.scores, sign * found.scores, self.candidates)
+        else:
+            counted = at_least(sign * found.scores, found.tied)
+        parts, limit = split(asked, store, found.rows.numpy()), self.method.limit(asked, sign)
+        return Answer(found.scores, found.rows, parts, counted, sample.median, limit)
 
     def _contributions(
         self, queries: FeatureSet, numbers: np.ndarray, asked: Any, rows: np.ndarray
@@ -161,23 +186,16 @@ class Request:
                 f"set retrieve.split=false."
             )
 
-    def answer(
-        self, queries: FeatureSet, batches: Sequence[tuple[Tensor, Tensor, Tensor | None]]
-    ) -> Ranking:
-        """Put the batches of queries together."""
-        scores, rows, parts = zip(*batches, strict=True)
-        whole = None if parts[0] is None else joined(parts)
-        return self.ranking(queries, joined(scores), joined(rows), whole)
-
-    def ranking(
-        self, queries: FeatureSet, scores: np.ndarray, rows: np.ndarray, parts: np.ndarray | None
-    ) -> Ranking:
-        """Put names to the numbers."""
+    def answer(self, queries: FeatureSet, batches: Sequence[Answer]) -> Ranking:
+        """Put the batches of queries together, and names to the numbers."""
+        whole = (None if each[0] is None else joined(each) for each in zip(*batches, strict=True))
+        scores, rows, parts, counted, typical, maximum = whole
+        assert scores is not None and rows is not None and counted is not None
         chosen, train = self.selection, self.train.store
         ids, metadata = train.ids, train.metadata
         if chosen.min_score is not None:
             enough = enough_of(scores, chosen.sign, chosen.min_score)
-            scores, rows = scores[:, :enough], rows[:, :enough]
+            scores, rows, counted = scores[:, :enough], rows[:, :enough], counted[:, :enough]
             parts = None if parts is None else parts[:, :enough]
         groups = train.layout.groups
         by_group = parts is not None and parts.shape[3] == len(groups) > 1
@@ -198,6 +216,11 @@ class Request:
             group_by=chosen.group_by,
             group_sizes=None if self.groups is None else self._sizes(rows),
             notes=self._notes(),
+            candidates=self.candidates,
+            maximum=maximum,
+            typical=typical,
+            at_least=counted,
+            sample=min(READ, self.candidates) if self.estimated else None,
         )
 
     def _sizes(self, rows: np.ndarray) -> np.ndarray:

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from dmin.attribution import DMin, FeatureSet, GradDot, retrieve
 from dmin.attribution.confidence import parts_of, resampled, with_confidence
-from dmin.attribution.ranking_files import load_ranking, records, save_ranking
+from dmin.attribution.ranking_files import records, save_ranking
+from dmin.attribution.ranking_json import load_ranking
 from dmin.attribution.ranking_table import ranking_table
 from dmin.gradients.parameters import Parameter, Parameters
 from dmin.sketches import BlockCyclic
@@ -90,7 +91,7 @@ def test_it_is_kept_shown_and_read_back(sides, tmp_path):
     again = load_ranking(tmp_path)
     assert np.array_equal(again.errors, found.errors)
     document = json.loads((tmp_path / "ranking.json").read_text())
-    assert document["queries"][0]["examples"][0]["stability"] == pytest.approx(1)
+    assert document["rankings"][0]["queries"][0]["examples"][0]["stability"] == pytest.approx(1)
     page = Console(width=200, file=io.StringIO())
     page.print(ranking_table(found))
     assert "±" in page.file.getvalue() and "100 %" in page.file.getvalue()

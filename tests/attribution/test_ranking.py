@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from dmin.attribution.ranking import Ranking, format_score
-from dmin.attribution.ranking_files import load_ranking, records, save_ranking
+from dmin.attribution.ranking_files import records, save_ranking
+from dmin.attribution.ranking_json import load_ranking
 from dmin.attribution.ranking_table import ranking_table
 from dmin.runtime.errors import DminError
 

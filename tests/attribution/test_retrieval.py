@@ -148,6 +148,8 @@ def test_topk_equals_a_full_stable_sort_also_among_equals(levels, block):
     expected = scores.argsort(dim=1, descending=True, stable=True)[:, :9]
     assert torch.equal(best.rows, expected)
     assert torch.equal(best.scores, scores.gather(1, expected))
+    last = best.scores[:, -1:]
+    assert torch.equal(best.tied, (scores == last).sum(1) - (best.scores == last).sum(1))
 
 
 def test_stores_of_other_settings_are_refused_by_the_field(ddpm, digits, sides, tmp_path):

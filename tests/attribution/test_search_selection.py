@@ -10,7 +10,8 @@ from made_stores import cosines, drawn, made
 
 from dmin.attribution import DMin, FeatureSet, GradDot, retrieve
 from dmin.attribution.methods.popularity import PopularityCorrected
-from dmin.attribution.ranking_files import load_ranking, records, save_ranking
+from dmin.attribution.ranking_files import records, save_ranking
+from dmin.attribution.ranking_json import load_ranking
 from dmin.attribution.ranking_table import ranking_table
 from dmin.attribution.search.selection import Selection
 from dmin.attribution.self_influence import save_self_influence, self_influence

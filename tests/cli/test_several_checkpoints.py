@@ -5,7 +5,7 @@ import pytest
 import torch
 from command_line import dmin
 
-from dmin.attribution.ranking_files import load_ranking
+from dmin.attribution.ranking_json import load_ranking
 from dmin.collect import GradientCollector
 from dmin.data.base import collate
 from dmin.data.digits import Digits

@@ -10,7 +10,8 @@ from PIL import Image
 
 from dmin.attribution import retrieve
 from dmin.attribution.ranking import Ranking
-from dmin.attribution.ranking_files import load_ranking, records, save_ranking
+from dmin.attribution.ranking_files import records, save_ranking
+from dmin.attribution.ranking_json import load_ranking
 from dmin.attribution.ranking_table import ranking_table
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Examples

@@ -28,6 +28,10 @@ class Random(Method):
         """Return ``[Q, n]``, the same for a pair of ids however the examples are cut."""
         return torch.tensor([[self._draw(q, i) for i in train.ids] for q in queries.ids])
 
+    def limit(self, queries: ExampleBlock, sign: int = 1) -> Tensor:
+        """Return 1 or 0."""
+        return torch.full((len(queries.ids),), float(sign > 0))
+
     def _draw(self, query: str, example: str) -> float:
         digest = hashlib.blake2b(f"{self.seed}\0{query}\0{example}".encode(), digest_size=3)
         return int.from_bytes(digest.digest(), "little") / 2**24

@@ -64,6 +64,16 @@ class Combination(Method):
         parts = zip(self.methods, *queries, self.blocks(train), strict=True)
         return torch.stack([w[:, None] * m.score(q, block) for m, q, w, block in parts]).sum(0)
 
+    def limit(self, queries: PreparedQuery, sign: int = 1) -> Tensor | None:
+        """Return the sum of the parts' limits, if each has one."""
+        found = []
+        for method, prepared, weight in zip(self.methods, *queries, strict=True):
+            limit = method.limit(prepared, sign)
+            if limit is None or (weight < 0).any():
+                return None
+            found.append(weight * limit)
+        return torch.stack(found).sum(0)
+
     def contributions(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor | None:
         """Return what groups add at timesteps, ``[Q, n, T, G]``, if every part can say."""
         found = []

@@ -29,6 +29,10 @@ class PixelL2(Method):
         """Return ``[Q, n]``."""
         return -_squared_distances(queries, train)
 
+    def limit(self, queries: Tensor, sign: int = 1) -> Tensor | None:
+        """Return 0, the same pixels; distances have no end."""
+        return torch.zeros(len(queries)) if sign > 0 else None
+
 
 class PixelCosine(CosineMethod):
     """Cosine of the pixels, ``cos(x_q, x_i)``."""
@@ -81,6 +85,10 @@ class GaussianKernel(Method):
         scale = 2 * self.bandwidth**2 * self._squared_distance
         return torch.exp(-_squared_distances(queries, train) / scale)
 
+    def limit(self, queries: Tensor, sign: int = 1) -> Tensor:
+        """Return 1, the same pixels, or 0."""
+        return torch.full((len(queries),), float(sign > 0))
+
 
 class SSIM(Method):
     """Structural similarity under a Gaussian window (Wang et al. 2004), by torchmetrics.
@@ -131,6 +139,10 @@ class SSIM(Method):
             for image in queries
         ]
         return torch.stack(scores)
+
+    def limit(self, queries: Tensor, sign: int = 1) -> Tensor:
+        """Return ±1."""
+        return torch.full((len(queries),), float(sign))
 
 
 def _pixels(block: ExampleBlock) -> Tensor:

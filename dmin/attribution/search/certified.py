@@ -103,16 +103,17 @@ def certified_search(
         if (len(found) - start - len(fresh)) * (part + codes) > WORTH:
             break
     read = np.array([len(best.rows_read) for best in found])
-    pairs = [(best.scores, best.rows) for best in found]
+    answers = [(best.scores, best.rows, best.tied) for best in found]
     unproven = [number for number, best in enumerate(found) if not best.proven]
     if unproven:  # those that were not begun as well
         read[unproven] = len(store)
         replaced = InnerProduct(sign * linear.queries[unproven], linear.scale, linear.readout)
         best = best_of_all(replaced, store, k, keep)
-        for number, one, other in zip(unproven, best.scores, best.rows, strict=True):
-            pairs[number] = one, other
-    scores, rows = (torch.stack(part) for part in zip(*pairs, strict=True))
-    return Found(sign * scores, rows, read)
+        scanned = zip(best.scores, best.rows, best.tied, strict=True)
+        for number, answer in zip(unproven, scanned, strict=True):
+            answers[number] = answer
+    scores, rows, tied = (torch.stack(part) for part in zip(*answers, strict=True))
+    return Found(sign * scores, rows, read, tied)
 
 
 class _Best:
@@ -150,6 +151,12 @@ class _Best:
     def threshold(self) -> Tensor:
         """The k-th best score read."""
         return self.scores[-1]
+
+    @property
+    def tied(self) -> Tensor:
+        """How many rows read score as much as the last of the best, and are none of them."""
+        last = self.scores[-1:]  # none yet of queries that were not begun
+        return (self._scores_read == last).sum() - (self.scores == last).sum()
 
     def _read(self, rows: Tensor) -> None:
         read = scores_of_rows(self.store, self.linear, self.factors, self.query, rows.numpy())

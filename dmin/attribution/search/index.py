@@ -19,11 +19,13 @@ class Found(NamedTuple):
         scores: float32 ``[Q, k]``, descending.
         rows: int64 ``[Q, k]``.
         read: rows of the store read exactly, ``[Q]``.
+        tied: further rows whose score equals the last, ``[Q]``; None where an index cannot tell.
     """
 
     scores: Tensor
     rows: Tensor
     read: np.ndarray
+    tied: Tensor | None = None
 
 
 class Index(ABC):

@@ -19,41 +19,56 @@ class TopK:
     Attributes:
         scores: float32 ``[queries, ≤ k]``, descending.
         rows: int64 ``[queries, ≤ k]``.
+        tied: int64 ``[queries]``, rows not kept whose score equals the last that is.
     """
 
     def __init__(self, queries: int, k: int) -> None:
         self.k = k
         self.scores = torch.empty(queries, 0)
         self.rows = torch.empty(queries, 0, dtype=torch.int64)
+        self.tied = torch.zeros(queries, dtype=torch.int64)
 
     def update(self, scores: Tensor, first: int) -> None:
         """Take the scores ``[queries, n]`` of the rows from ``first``; rows come in order."""
         if self.scores.shape[1] < self.k:
-            self.scores, self.rows = self._joined(self.scores, self.rows, scores.float(), first)
+            whole = torch.arange(len(scores))
+            found = self._joined(whole, scores.float(), first)
+            self.scores, self.rows, self.tied = found
             return
         # Most blocks have nothing for most queries: who is only as good comes too late.
-        some = (scores.amax(1) > self.scores[:, -1]).nonzero()[:, 0]
+        largest = scores.amax(1)
+        for query in (largest == self.scores[:, -1]).nonzero()[:, 0].tolist():
+            self.tied[query] += (scores[query] == largest[query]).sum()
+        some = (largest > self.scores[:, -1]).nonzero()[:, 0]
         if len(some) > FEW:
-            kept = self.scores[some], self.rows[some]
-            self.scores[some], self.rows[some] = self._joined(*kept, scores[some].float(), first)
+            found = self._joined(some, scores[some].float(), first)
+            self.scores[some], self.rows[some], self.tied[some] = found
             return
         for query in some.tolist():  # a tenth of the time of the above, where it is small
             best, rows = self.scores[query].numpy(), self.rows[query].numpy()
             mine = scores[query].float().numpy()
-            better = np.flatnonzero(mine > best[-1])
+            better = np.flatnonzero(mine >= best[-1])
             joined = np.concatenate([best, mine[better]])
-            order = np.argsort(-joined, kind="stable")[: self.k]
-            best[:], rows[:] = joined[order], np.concatenate([rows, better + first])[order]
+            order = np.argsort(-joined, kind="stable")
+            last = joined[order[self.k - 1]]
+            tied = int((joined[order[self.k :]] == last).sum())
+            self.tied[query] = tied + (int(self.tied[query]) if best[-1] == last else 0)
+            kept = order[: self.k]
+            best[:], rows[:] = joined[kept], np.concatenate([rows, better + first])[kept]
 
-    def _joined(
-        self, scores: Tensor, rows: Tensor, more: Tensor, first: int
-    ) -> tuple[Tensor, Tensor]:
+    def _joined(self, some: Tensor, more: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what scores, rows and ties of some queries become with more scores of theirs."""
         values, index = stable_topk(more, self.k)
-        scores = torch.cat([scores, values], dim=1)
-        rows = torch.cat([rows, index + first], dim=1)
+        scores = torch.cat([self.scores[some], values], dim=1)
+        rows = torch.cat([self.rows[some], index + first], dim=1)
         # Kept rows stand before new ones and are smaller: a stable sort keeps ties in row order.
         order = scores.argsort(dim=1, descending=True, stable=True)[:, : self.k]
-        return scores.gather(1, order), rows.gather(1, order)
+        best = scores.gather(1, order)
+        last = best[:, -1:]
+        old = self.scores[some]
+        before = self.tied[some].where((old[:, -1:] == last).any(1), 0)
+        tied = before + (old == last).sum(1) + (more == last).sum(1) - (best == last).sum(1)
+        return best, rows.gather(1, order), tied
 
 
 def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

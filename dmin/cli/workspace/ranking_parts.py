@@ -39,7 +39,7 @@ def joined(
         DminError: the folder of the parts cannot be written.
     """
     from dmin.attribution import Ranking, merged, ranked_groups
-    from dmin.attribution.ranking_files import dump_ranking, load_ranking
+    from dmin.attribution.ranking_json import dump_ranking, load_ranking
     from dmin.attribution.search.selection import Groups
 
     question = {

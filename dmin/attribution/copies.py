@@ -1,0 +1,66 @@
+"""Copies: examples, and queries, whose decoded pixels are the same, whatever they are called."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+
+from dmin.attribution.ranking import Ranking
+
+Images = Callable[[str], np.ndarray]
+TIED = 1e-5  # of the score: copies are scored alike to rounding
+
+
+def pixel_digest(image: np.ndarray) -> str:
+    """Return a digest of an image ``[C, H, W]`` in [0, 1]: of its size and its 8-bit pixels."""
+    pixels = (np.asarray(image, np.float32).clip(0, 1) * 255).round().astype(np.uint8)
+    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
+    digest.update(pixels.tobytes())
+    return digest.hexdigest()
+
+
+def with_copies(
+    ranking: Ranking,
+    query_images: Images,
+    train_images: Images,
+    wider: Ranking | None = None,
+    known: frozenset[str] = frozenset(),
+) -> Ranking:
+    """Return a ranking that knows which of its examples, and queries, have the same pixels.
+
+    Ranks, ids and k stay as they are: k counts examples, of which several may be one picture.
+
+    Args:
+        ranking: as it is shown.
+        query_images: id of a query -> its image.
+        train_images: the same for training examples. Only those shown are decoded, those that
+            follow with the score of one shown, and those that are called as the query is.
+        wider: the same with more examples a query, among which ones of equal score are looked for.
+        known: ids of training examples: a query of such an id may be that image.
+    """
+    wider = ranking if wider is None else wider
+    digest, asked = cache(lambda id: pixel_digest(train_images(id))), ranking.query_ids
+    copy_of = np.zeros(ranking.scores.shape, np.int64)
+    tied: list[list[list[str]]] = []
+    same_as = []
+    for query, ids in enumerate(ranking.train_ids):
+        first: dict[str, int] = {}
+        for rank, id in enumerate(ids):
+            copy_of[query, rank] = first.setdefault(digest(id), rank)
+        tied.append([[] for _ in ids])
+        for place in range(len(ids), wider.scores.shape[1]):
+            gap = np.abs(wider.scores[query, place] - ranking.scores[query])
+            alike = gap <= TIED * np.abs(ranking.scores[query])
+            id = wider.train_ids[query][place]
+            rank = first.get(digest(id), -1) if alike.any() else -1
+            if rank >= 0 and alike[copy_of[query] == rank].any():
+                tied[query][rank].append(id)
+        mine = pixel_digest(query_images(asked[query]))
+        looked = dict.fromkeys([*ids, *([asked[query]] if asked[query] in known else [])])
+        found = [id for id in looked if digest(id) == mine]
+        same_as.append(found + (tied[query][first[mine]] if mine in first else []))
+    return replace(ranking, copy_of=copy_of, tied_copies=tied, same_as=same_as)
