@@ -213,5 +213,5 @@ def test_query_images_are_read_as_the_training_images(places):
         )
     assert build_queries(same)[0].image.shape == (1, 4, 4)
     assert build_queries(own)[0].image.shape == (1, 6, 6)
-    with pytest.raises(DminError, match=r"^queries\.root=away: no such folder"):
+    with pytest.raises(DminError, match=r"^queries\.root=away: there is no such picture"):
         build_queries(nowhere)

@@ -32,6 +32,16 @@ _EXAMPLES = {
     "evaluate": "",
     "demo": " seed=1 name=other",
 }
+# The words of a line that are no settings.
+_WORDS = dict.fromkeys(("doctor", "collect", "outliers", "evaluate"), " [STORE]") | {
+    "sample": " [STORE] [--prompt TEXT ...]",
+    "retrieve": " [STORE] [PICTURE ...] [--prompt TEXT ...]",
+}
+_STORE = """
+A STORE is a folder that `dmin collect` made. It keeps the settings of model, data and loss, which
+need not be said again; what is said wins, and is held to the store. A model that moved: --model
+PATH. Settings of a store from elsewhere build only what dmin's own do, unless you say --trust.
+"""
 _WIDTH = 90
 
 
@@ -62,8 +72,8 @@ def page(command: str) -> str:
     return f"""\
 {COMMANDS[command]}
 
-usage: dmin {command} [setting=value ...] [Hydra options]
-
+usage: dmin {command}{_WORDS.get(command, "")} [setting=value ...] [Hydra options]
+{_STORE if command in _WORDS else ""}
 examples:
   {digits}{_EXAMPLES[command]}
   {digits} --cfg job      print the composed configuration, run nothing

@@ -7,6 +7,8 @@ from importlib import import_module
 
 from dmin.cli import help as pages
 from dmin.cli.config.groups import did_you_mean
+from dmin.runtime.errors import DminError
+from dmin.runtime.escape import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,10 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Imported here, so that the help above does not wait for Hydra.
         from dmin.cli.commands import step_of
         from dmin.cli.config.compose import run
+        from dmin.cli.config.line import parse, register
 
         if command == "demo" and not any(o.startswith("experiment=") for o in overrides):
             overrides = ["experiment=digits", *overrides]
-        run(step_of(command), command, overrides)
+        try:
+            line = parse(command, overrides)
+        except DminError as error:
+            raise SystemExit(printable(str(error))) from error
+        run(step_of(command), command, line.settings, config=register(line))
     return 0
 
 

@@ -34,7 +34,13 @@ Step = Callable[[DictConfig], None]
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
-def run(step: Step, name: str, argv: list[str], from_here: bool = True) -> None:
+def run(
+    step: Step,
+    name: str,
+    argv: list[str],
+    from_here: bool = True,
+    config: str = "dmin",
+) -> None:
     """Compose the configuration, validate it and run a step on it, as ``dmin <name> <argv>``.
 
     Args:
@@ -42,6 +48,7 @@ def run(step: Step, name: str, argv: list[str], from_here: bool = True) -> None:
         name: the command, which names the job.
         argv: overrides and options of Hydra.
         from_here: whether code in the working folder can be imported.
+        config: the root that is composed: ``conf/dmin.yaml``, or one that `register` made.
 
     Raises:
         SystemExit: with a message that says what is wrong with the configuration, or the one of
@@ -54,7 +61,7 @@ def run(step: Step, name: str, argv: list[str], from_here: bool = True) -> None:
     try:
         with _process([sys.argv[0], *_sorted(argv, f"hydra.job.name={name}", sweep.CALLBACK)], "1"):
             try:
-                _hydra_main(job)
+                _hydra_main(job, config)
             finally:
                 failures = sweep.conclude(console())
         if failures is not None:
@@ -156,9 +163,9 @@ def _sorted(argv: list[str], *first: str) -> list[str]:
     return [*options, "--", *first, *overrides]
 
 
-def _hydra_main(job: Step) -> None:
+def _hydra_main(job: Step, config: str = "dmin") -> None:
     directory = str(config_directory())
-    hydra.main(version_base="1.3", config_path=directory, config_name="dmin")(job)()
+    hydra.main(version_base="1.3", config_path=directory, config_name=config)(job)()
 
 
 def _show_warnings_plainly() -> None:

@@ -64,8 +64,8 @@ def read_settings(file: Path) -> Any:
         settings = OmegaConf.create(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise DminError(
-            f"{file} cannot be read as settings ({' '.join(str(error).split())[:200]}): nothing to "
-            f"repeat."
+            f"{file} cannot be read as settings ({' '.join(str(error).split())[:200]}). Remove "
+            f"it, or name another folder."
         ) from error
     odd = [str(each.tag) for each in events if getattr(each, "tag", None)]
     odd += ["an alias" for each in events if isinstance(each, yaml.AliasEvent)]
@@ -75,8 +75,8 @@ def read_settings(file: Path) -> Any:
         odd += [f"{key}:" for key in ("hydra", "defaults") if key in settings]
     if odd:
         raise DminError(
-            f"{file} holds {odd[0]}, which no record has and none is obeyed for: it could say how "
-            f"and where things run. Remove it, or give such settings on the command line."
+            f"{file} holds {odd[0]}, which dmin never writes there and does not obey: it could say "
+            f"how and where things run. Remove it, or give such settings on the command line."
         )
     return settings
 

@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dmin.cli.config.groups import config_directory
+from dmin.cli.config.line import ROOT, words
 from dmin.cli.jobs.slurm import Processes, check_running, tasks_here
 from dmin.runtime.errors import DminError
 
@@ -130,7 +131,9 @@ def follow_parent() -> None:
 def command_line(command: str) -> list[str]:
     """Return the command for another process of the job at hand: its own settings, no sweep."""
     hydra = HydraConfig.get()
-    line = [sys.executable, "-m", "dmin", command, "--config-name", str(hydra.job.config_name)]
+    line = [sys.executable, "-m", "dmin", command]
+    of_words = hydra.job.config_name == ROOT
+    line += words() if of_words else ["--config-name", str(hydra.job.config_name)]
     for source in hydra.runtime.config_sources:
         if source.provider == "command-line":
             line += ["--config-dir", source.path]

@@ -65,6 +65,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> str:
+    from dmin.cli.config.store_settings import follow
     from dmin.store import Store
     from dmin.store import maintenance as operations
     from dmin.store.export import export
@@ -72,6 +73,7 @@ def _run(arguments: Sequence[str]) -> str:
     name, paths, settings = _parsed(arguments)
     if name == "merge":
         done = operations.merge(paths[:-1], paths[-1])
+        follow(paths[0], paths[-1])
         return f"{done.path}: {len(done):,} of {done.manifest.num_examples:,} rows"
     if name == "verify":
         done = operations.verify(paths[0])
@@ -93,12 +95,15 @@ def _run(arguments: Sequence[str]) -> str:
         return json.dumps(operations.info(store), indent=1, ensure_ascii=False)
     if name == "export":
         return str(export(store, paths[1], settings["format"]))
+    changes = {"collect.dtype": settings["dtype"]} if "dtype" in settings else {}
     if name == "fold":
         done = operations.fold(store, paths[1], settings["dim"], settings.get("dtype"))
+        changes["sketch.dim"] = settings["dim"]
     elif name == "convert":
         done = operations.convert(store, paths[1], settings["dtype"])
     else:
         done = operations.compact(store, paths[1])
+    follow(paths[0], paths[1], changes)
     size = operations.info(done)["bytes an example"]
     return f"{done.path}: {len(done):,} rows, {size / 1024:,.1f} KiB an example"
 

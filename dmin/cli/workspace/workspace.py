@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dmin.cli.config import store_settings
 from dmin.cli.workspace.built import Built
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import differences, fingerprint
@@ -160,6 +161,8 @@ class Workspace(Built):
         )
         done = known and not options.grow and Store(path, verify=False).complete
         with self.turn(path, done, shard, stop=stop):
+            if role == "train" and not options.grow:
+                self._keep_settings(path)
             names = CollectOptions.__dataclass_fields__
             settings = {name: options[name] for name in names if name in options}
             settings |= dict(
@@ -171,8 +174,19 @@ class Workspace(Built):
                 trainer=self.trainer(),
             )
             if role == "train" and options.grow:
-                return collect_more(collector, dataset, path, **settings)
+                grown = collect_more(collector, dataset, path, **settings)
+                self._keep_settings(path)
+                return grown
             return collector.collect(dataset, path, **settings)
+
+    def _keep_settings(self, path: Path) -> None:
+        """Keep the settings beside a store of theirs; of another's settings it complains."""
+        from dmin.store import StoreWriter
+
+        if self.is_main:
+            if not self.cfg.collect.grow:
+                StoreWriter(path, self.train_manifest, verify=False).close()
+            store_settings.keep(self.cfg, path)
 
     def _numbers(self) -> str:
         """Say how many numbers are kept of a gradient."""

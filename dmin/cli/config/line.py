@@ -1,0 +1,171 @@
+"""The words of a command line: a store, pictures, a few options, and settings for Hydra.
+
+    dmin COMMAND [STORE] [PICTURE...] [--prompt TEXT] [--model PATH] [setting=value ...]
+
+What a store keeps, and what the options say, becomes the root that Hydra composes; settings win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+
+from dmin.cli.config.store_settings import GROUPS, read
+from dmin.cli.tools.arguments import Arguments
+from dmin.runtime.errors import DminError
+
+ROOT = "line"
+_OTHER_ROOT = ("--config-name", "-cn", "--config-path", "-cp")
+OF_A_STORE = ("collect", "doctor", "sample", "retrieve", "outliers", "evaluate")
+
+
+class Line(NamedTuple):
+    """A command line, taken apart."""
+
+    words: list[str]  # store, pictures and options: another process of the same job needs them too
+    settings: list[str]  # overrides and options of Hydra
+    root: dict[str, Any] | None  # what Hydra composes; None: conf/dmin.yaml as it is
+
+
+def parse(command: str, arguments: Sequence[str]) -> Line:
+    """Take the words after ``dmin <command>`` apart, and read what a store among them keeps.
+
+    Raises:
+        DminError: a word is neither a store, a picture nor a setting; the store's settings cannot
+            be used; or an option is not one of the command.
+    """
+    options, rest = _options(command, arguments)
+    overrides = get_args_parser().parse_intermixed_args(rest).overrides
+    paths = [word for word in overrides if _is_path(word)]
+    settings = [word for word in rest if word not in paths]
+    own = [word for key, value in options.items() for word in _spelled(key, value)]
+    if not paths and not own:
+        return Line([], settings, None)
+    given = {word.partition("=")[0].lstrip("+~") for word in settings if "=" in word}
+    store, pictures = _told_apart(command, paths, given)
+    named = given | ({"model.path"} if options["model"] else set())
+    root = read(store, command, named, options["trust"]) if store and is_store(store) else {}
+    clash = [word for word in rest if word in _OTHER_ROOT or word.startswith("experiment=")]
+    if clash and (root or not clash[0].startswith("experiment=")):
+        raise DminError(
+            f"{clash[0]} brings settings of its own, and {store or own[0]} has some too. Leave one "
+            f"of them out."
+        )
+    chosen = {group for group in GROUPS if "_target_" in root.get(group, {})}
+    defaults: list[Any] = [{f"override {group}": None} for group in GROUPS if group in chosen]
+    queries = _queries(pictures, options["prompt"], given)
+    if "prompts" in queries and "queries" not in given:
+        defaults.append({"override queries": "generated"})
+    said = {
+        "model": {} if options["model"] is None else {"path": _literal(options["model"])},
+        "collect": {} if store is None else {"path": _literal(str(store))},
+        "queries": queries,
+    }
+    for section, values in said.items():
+        if values:
+            root[section] = root.get(section, {}) | values
+    return Line([*paths, *own], settings, {"defaults": ["dmin", *defaults, "_self_"], **root})
+
+
+def register(line: Line) -> str:
+    """Have Hydra know the root of a line; return the name of what is to be composed."""
+    if line.root is None:
+        return "dmin"
+    configurations = ConfigStore.instance()
+    configurations.store(ROOT, line.root)
+    configurations.store(f"{ROOT}_words", {"words": line.words})
+    return ROOT
+
+
+def words() -> list[str]:
+    """Return the words of the line that was registered."""
+    return list(ConfigStore.instance().load(f"{ROOT}_words.yaml").node.words)
+
+
+def is_store(path: Path) -> bool:
+    """Tell whether a folder is a store."""
+    return (path / "manifest.json").is_file()
+
+
+def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return dmin's own options, and the other words."""
+    parser = Arguments(command)
+    parser.add_argument("--model")
+    parser.add_argument("--trust", action="store_true")
+    parser.add_argument("--prompt", action="append", default=[])
+    found, rest = parser.parse_known_args(arguments)
+    if found.prompt and command not in ("sample", "retrieve"):
+        raise DminError(
+            f"--prompt is said to `dmin retrieve` and `dmin sample`, not to `dmin {command}`."
+        )
+    return vars(found), rest
+
+
+def _spelled(key: str, value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [f"--{key}={each}" for each in value]
+    return [f"--{key}"] if value is True else [f"--{key}={value}"] if value else []
+
+
+def _is_path(word: str) -> bool:
+    """Tell a path from an override; one that has a ``=`` is written ``./a=b``."""
+    return word.startswith(("/", "./", "../", "~/")) or (
+        "=" not in word and not word.startswith(("~", "+"))
+    )
+
+
+def _told_apart(
+    command: str, paths: Sequence[str], given: Collection[str]
+) -> tuple[Path | None, list[str]]:
+    """Return the store, if one is named, and the pictures."""
+    found = [Path(word).expanduser() for word in paths]
+    stores = [path for path in found if is_store(path)]
+    others = [path for path in found if path not in stores]
+    if command not in OF_A_STORE and found:
+        raise DminError(f"`dmin {command}` takes settings (setting=value), and got {paths[0]}.")
+    if len(stores) > 1:
+        raise DminError(f"{stores[0]} and {stores[1]} are both stores. Name one.")
+    if command == "collect" and not stores and len(others) == 1 and _is_free(others[0]):
+        return others[0], []  # where a new one is to be
+    absent = [path for path in others if not path.exists()]
+    if absent or (others and command != "retrieve"):
+        odd = (absent or others)[0]
+        what = "there is no such file or folder" if absent else "it is no store"
+        raise DminError(
+            f"{odd}: {what}. `dmin {command}` takes a store (a folder that `dmin collect` made)"
+            f"{', pictures' if command == 'retrieve' else ''} and settings (setting=value)."
+        )
+    if others and not stores and "model" not in given and "experiment" not in given:
+        raise DminError(
+            f"no store is named beside {others[0]}: `dmin retrieve STORE {others[0]}`, where "
+            f"STORE is the folder that `dmin collect` made and named."
+        )
+    return (stores[0] if stores else None), [str(path) for path in others]
+
+
+def _is_free(path: Path) -> bool:
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def _queries(pictures: list[str], prompts: list[str], given: Collection[str]) -> dict[str, Any]:
+    """Return the settings of the queries: pictures with their prompts, or prompts to generate."""
+    said: list[Any] = [int(text) if text.isdecimal() else _literal(text) for text in prompts]
+    if not pictures and "queries.root" not in given:
+        return {"prompts": said} if said else {}
+    if pictures and len(said) not in (0, 1, len(pictures)):
+        raise DminError(
+            f"--prompt is said {len(said)} times for {len(pictures)} pictures: once for all of "
+            f"them, or once for each."
+        )
+    roots = [_literal(path) for path in pictures]
+    asked = {"root": roots if len(roots) > 1 else roots[0]} if roots else {}
+    return asked | ({"prompt": said if len(said) > 1 else said[0]} if said else {})
+
+
+def _literal(text: str) -> str:
+    """Return a text that OmegaConf takes for itself, whatever stands in it."""
+    return text.replace("${", "\\${")

@@ -1,0 +1,189 @@
+"""The settings a store was collected with, kept beside it, so that later commands need it alone.
+
+``STORE/settings.yaml`` is no part of the store's contents: what it says is held to the manifest by
+whoever uses the store, and it builds only what any settings from elsewhere may (``trust``).
+"""
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from omegaconf import DictConfig, OmegaConf
+
+from dmin.cli.config.annotations import parameters
+from dmin.cli.config.environment import kept
+from dmin.cli.config.targets import load
+from dmin.cli.config.trust import demands, read_settings
+from dmin.runtime.errors import DminError
+from dmin.runtime.files import commit, os_failure
+
+FILE = "settings.yaml"
+FORMAT = 1
+GROUPS = ("model", "data", "sketch", "timesteps", "noise")
+# What features depend on, and what made a pass fit into memory.
+_COLLECT = (
+    *("readouts", "params", "groups", "block_size", "dtype"),
+    *("microbatch", "gradient_checkpointing", "limit"),
+)
+_HEAD = (
+    "# What `dmin <command> STORE` composes. The settings listed as `paths` start at this folder.\n"
+)
+
+
+def keep(cfg: DictConfig, store: Path) -> None:
+    """Write the settings of a collection into its store.
+
+    Args:
+        cfg: composed and validated.
+        store: the folder, which has its manifest.
+
+    Raises:
+        DminError: the file cannot be written.
+    """
+    settings, _ = kept(cfg)
+    parts = {name: settings[name] for name in ("name", "seed", *GROUPS)}
+    collect = {name: settings["collect"][name] for name in _COLLECT if name in cfg.collect}
+    paths = []
+    for place, value in _paths(parts):
+        there = Path(value).expanduser()
+        if there.exists():  # else the name of a model elsewhere
+            _set(parts, place, _way(store, there))
+            paths.append(place)
+    _write(store, {"format": FORMAT, "paths": paths, **parts, "collect": collect})
+
+
+def _write(store: Path, settings: dict[str, Any]) -> None:
+    try:
+        commit(store / FILE, f"{_HEAD}{OmegaConf.to_yaml(settings)}".encode())
+    except OSError as error:
+        raise os_failure("keep the settings in", store, error) from error
+
+
+def follow(source: Path, target: Path, changes: Mapping[str, Any] | None = None) -> None:
+    """Give a store made of another the settings of that one, if it has some.
+
+    Args:
+        source: the store it was made of.
+        target: the new store.
+        changes: dotted settings that differ in it.
+    """
+    if not (source / FILE).is_file() or (target / FILE).is_file():
+        return
+    settings = _plain(source)
+    for place, value in (changes or {}).items():
+        _set(settings, place, value)
+    for place in settings["paths"]:
+        _set(settings, place, _way(target, source / _get(settings, place)))
+    _write(target, settings)
+
+
+def read(store: Path, command: str, chosen: Collection[str], trust: bool) -> dict[str, Any]:
+    """Return the settings that a store keeps; those of paths lead there from the folder at hand.
+
+    Args:
+        store: the folder.
+        command: that they are for.
+        chosen: groups and dotted settings that the user names himself: they are left out.
+        trust: whether they may name any code.
+
+    Raises:
+        DminError: it keeps none, they are not as `keep` writes them, or ask for more than dmin's
+            own settings do.
+    """
+    if not (store / FILE).is_file():
+        if {"model", "data"} <= set(chosen):
+            return {}
+        raise DminError(
+            f"{store} keeps no settings ({FILE}): it was collected in Python, or by an earlier "
+            f"release. Name model=… and data=… as they were, or have them kept by `dmin collect "
+            f"{store}` with the same settings as then, which computes nothing again."
+        )
+    settings = _plain(store)
+    for group in GROUPS:
+        if group in chosen:
+            settings.pop(group, None)
+    asks = [] if trust else demands(OmegaConf.create(settings), command, store, chosen)
+    if asks:
+        raise DminError(
+            f"{store / FILE} asks for more than dmin's own settings do, which could run anybody's "
+            f"code: {'; '.join(asks)}. If you know where the store comes from: --trust. Or name "
+            f"your own on the line, such as model=…"
+        )
+    for place in settings.pop("paths"):
+        kept = _get(settings, place)
+        if kept is not None and place not in chosen:
+            there = store / str(kept)
+            if not there.exists():
+                raise DminError(_moved(store, place, there))
+            _set(settings, place, _way(Path.cwd(), there))
+    del settings["format"]
+    return settings
+
+
+def _moved(store: Path, setting: str, there: Path) -> str:
+    say = "--model PATH" if setting == "model.path" else f"{setting}=PATH"
+    return (
+        f"{store} was collected with {setting} at {os.path.normpath(there)}, and nothing is there "
+        f"now. Say where it is: {say} (it is held to what the store was made of)."
+    )
+
+
+def _plain(store: Path) -> dict[str, Any]:
+    """Return what the file of a store says, if it is as `keep` writes it."""
+    file = store / FILE
+    found: Any = OmegaConf.to_container(read_settings(file))
+    if found.get("format") != FORMAT:
+        raise DminError(
+            f"{file} is of format {found.get('format')!r}, and this dmin reads format {FORMAT}. "
+            f"Remove it and name model=… and data=… on the line."
+        )
+    known = {"format": int, "paths": list, "name": str, "seed": int, "collect": dict}
+    known |= dict.fromkeys(GROUPS, dict)
+    odd = [key for key, kind in known.items() if not isinstance(found.get(key), kind)]
+    odd += [str(key) for key in found if key not in known]
+    if not odd:
+        odd += [f"collect.{key}" for key in found["collect"] if key not in _COLLECT]
+        odd += [str(path) for path in found["paths"] if not isinstance(_get(found, path), str)]
+    if odd:
+        raise DminError(
+            f"{file} does not have {odd[0]} as a store keeps it. Remove the file and name model=… "
+            f"and data=… on the line."
+        )
+    return dict(found)
+
+
+def _paths(settings: dict[str, Any], place: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the arguments of calls among settings that are paths, and their values."""
+    for name, call in settings.items():
+        if not isinstance(call, dict):
+            continue
+        here = f"{place}.{name}".lstrip(".")
+        taken = parameters(load(call["_target_"], here)) or [] if "_target_" in call else []
+        for each in taken:
+            is_path = each.annotation is Path or Path in get_args(each.annotation)
+            if is_path and isinstance(call.get(each.name), str):
+                yield f"{here}.{each.name}", call[each.name]
+        yield from _paths(call, here)
+
+
+def _get(settings: dict[str, Any], place: Any) -> Any:
+    found: Any = settings
+    for key in str(place).split("."):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def _set(settings: dict[str, Any], place: str, value: Any) -> None:
+    *sections, key = place.split(".")
+    for section in sections:
+        settings = settings[section]
+    settings[key] = value
+
+
+def _way(start: Path, end: Path) -> str:
+    """Return the way from one folder to another; the whole path where there is none."""
+    try:
+        return Path(os.path.relpath(end.resolve(), start.resolve())).as_posix()
+    except ValueError:  # on another drive
+        return end.resolve().as_posix()

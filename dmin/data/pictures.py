@@ -1,0 +1,92 @@
+"""The pictures that are asked about: one, several, or a folder of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
+
+from dmin.data.image_folder import ImageFolder
+from dmin.data.metadata import NAMES, Facts, read_facts, read_rows
+from dmin.runtime.errors import DminError
+
+Prompt = str | int
+
+
+@dataclass(eq=False)
+class Pictures(ImageFolder):
+    """A folder as :class:`ImageFolder` has it, or pictures by their files, in the order named.
+
+    What a ``metadata.jsonl`` or ``metadata.csv`` beside a picture says of it holds.
+
+    Args:
+        root: a folder, a picture, or several pictures.
+        prompt: caption (text) or class (a number) of all pictures, or one for each that is named;
+            wins over the metadata.
+
+    Raises:
+        DminError: as of :class:`ImageFolder`; or prompts and pictures are not as many.
+    """
+
+    root: str | Path | Sequence[str | Path]  # type: ignore[assignment]
+    _: KW_ONLY
+    prompt: Prompt | Sequence[Prompt] | None = None
+
+    def __post_init__(self) -> None:
+        """Find the pictures and what is said of them."""
+        self._named: list[str] | None = None
+        roots = [self.root] if isinstance(self.root, str | Path) else list(self.root)
+        files = [Path(each).expanduser() for each in roots]
+        self.root = files[0] if len(files) == 1 and files[0].is_dir() else self._folder(files)
+        super().__post_init__()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what :class:`ImageFolder` does: the same pictures are the same queries."""
+        return {**super().describe(), "name": ImageFolder.__name__}
+
+    def _folder(self, files: list[Path]) -> Path:
+        """Name pictures by their paths below the folder they share, which is returned."""
+        absent = [file for file in files if not file.is_file()]
+        if absent or not files:
+            odd = absent[0] if absent else "[]"
+            raise DminError(
+                f"data.root={odd}: there is no such picture. Give files, or one folder."
+            )
+        folder = Path(os.path.commonpath([file.absolute().parent for file in files]))
+        self._named = [file.absolute().relative_to(folder).as_posix() for file in files]
+        if len(set(self._named)) < len(files):
+            raise DminError(f"data.root={[str(f) for f in files]}: one is named twice.")
+        return folder
+
+    def _find(self) -> dict[str, Facts]:
+        if self._named is None:
+            facts = super()._find()
+        else:
+            facts = dict.fromkeys(self._named, Facts()) | self._told()
+        prompts = self.prompt if isinstance(self.prompt, list | tuple) else None
+        if prompts is None:
+            return {name: self._asked(fact, self.prompt) for name, fact in facts.items()}
+        if self._named is None or len(prompts) != len(facts):
+            raise DminError(
+                f"data.prompt has {len(prompts)} prompts, and there are {len(facts)} pictures: "
+                f"give one for all, or name as many pictures in data.root."
+            )
+        asked = zip(self._named, prompts, strict=True)
+        return {name: self._asked(facts[name], prompt) for name, prompt in asked}
+
+    def _told(self) -> dict[str, Facts]:
+        """Return what the metadata beside the pictures says of them."""
+        root = Path(self.root)  # type: ignore[arg-type]
+        folders = dict.fromkeys(Path(name).parent for name in self._named or ())
+        files = [(folder / name).as_posix() for folder in folders for name in NAMES]
+        rows = read_rows(root, [file for file in files if (root / file).is_file()])
+        named = {name: rows[name] for name in self._named or () if name in rows}
+        return read_facts(named, f"the metadata in {root}", self.label, self.text) if named else {}
+
+    @staticmethod
+    def _asked(facts: Facts, prompt: Any) -> Facts:
+        if prompt is None:
+            return facts
+        return facts._replace(**{"label" if isinstance(prompt, int) else "caption": prompt})

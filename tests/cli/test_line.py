@@ -1,0 +1,189 @@
+"""The words of a command line: a store that keeps its settings, pictures, options."""
+
+import json
+
+import pytest
+import yaml
+from cli.test_trust import BUILT, MKDIR
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+
+from dmin.cli.config import store_settings
+from dmin.cli.config.groups import config_directory
+from dmin.cli.config.line import parse, register
+from dmin.runtime.errors import DminError
+
+LINE = ["model=ddpm", "data=image_folder", "sketch.dim=512", "collect.block_size=7", "name=cats"]
+
+
+def composed(line):
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        return compose(register(line), overrides=line.settings)
+
+
+@pytest.fixture
+def there(tmp_path, monkeypatch):
+    """A folder with a model, photos, a picture, and a store that keeps what it was made with."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/ddpm", "photos", "stores/cats"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "stores/cats/manifest.json").write_text("{}")
+    for name in ("cat.png", "dog.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    line = parse("collect", [*LINE, "model.path=models/ddpm", "data.root=photos"])
+    store_settings.keep(composed(line), tmp_path / "stores/cats")
+    return tmp_path
+
+
+def groups(cfg):
+    return {name: OmegaConf.to_container(cfg[name]) for name in store_settings.GROUPS}
+
+
+def test_a_store_alone_composes_what_it_was_collected_with(there):
+    cfg = composed(parse("retrieve", ["stores/cats", "cat.png", "--prompt", "a ${red} fox"]))
+    plain = composed(parse("retrieve", [*LINE, "model.path=models/ddpm", "data.root=photos"]))
+    assert groups(cfg) == groups(plain)
+    assert cfg.collect.block_size == 7 and cfg.name == "cats"
+    assert cfg.collect.path == "stores/cats" and cfg.method == plain.method
+    assert cfg.queries.root == "cat.png" and cfg.queries.prompt == "a ${red} fox"
+
+
+def test_what_is_said_on_the_line_wins(there):
+    said = ["sketch=oporp", "sketch.seed=3", "model.ema=ema", "method=blend", "retrieve.k=3"]
+    cfg = composed(parse("retrieve", [*said, "stores/cats", "cat.png"]))
+    plain = composed(
+        parse("retrieve", [*LINE[:2], "model.path=models/ddpm", "data.root=photos", *said])
+    )
+    assert groups(cfg) == groups(plain) and cfg.method == plain.method and cfg.retrieve.k == 3
+
+
+def test_a_store_is_used_from_any_folder_and_after_it_moved_with_its_tree(there, monkeypatch):
+    away = there / "away"
+    away.mkdir()
+    for name in ("models", "photos", "stores"):
+        (there / name).rename(away / name)
+    monkeypatch.chdir(away / "photos")
+    cfg = composed(parse("doctor", ["../stores/cats"]))
+    assert cfg.model.path == "../models/ddpm" and cfg.data.root == "."
+    (away / "models").rename(there / "models")
+    with pytest.raises(DminError, match="--model PATH"):
+        parse("doctor", ["../stores/cats"])
+    cfg = composed(parse("doctor", ["../stores/cats", "--model=../../models/ddpm"]))
+    assert cfg.model.path == "../../models/ddpm" and cfg.model._target_.startswith("dmin.")
+
+
+def test_stores_made_of_another_keep_its_settings(there):
+    (there / "deep/inside").mkdir(parents=True)
+    (there / "deep/inside/manifest.json").write_text("{}")
+    store_settings.follow(there / "stores/cats", there / "deep/inside", {"sketch.dim": 256})
+    cfg = composed(parse("outliers", ["deep/inside"]))
+    assert cfg.model.path == "models/ddpm" and cfg.data.root == "photos" and cfg.sketch.dim == 256
+
+
+def test_prompts_alone_are_generated(there):
+    for command in ("sample", "retrieve"):
+        cfg = composed(parse(command, ["stores/cats", "--prompt", "a fox", "--prompt=3"]))
+        assert cfg.queries._target_ == "dmin.queries.Generated"
+        assert cfg.queries.prompts == ["a fox", 3]
+
+
+def test_several_pictures_have_one_prompt_or_one_each(there):
+    words = ["stores/cats", "cat.png", "dog.png"]
+    cfg = composed(parse("retrieve", [*words, "--prompt=a cat", "--prompt=a dog"]))
+    assert cfg.queries.root == ["cat.png", "dog.png"] and cfg.queries.prompt == ["a cat", "a dog"]
+    with pytest.raises(DminError, match="3 times for 2 pictures"):
+        parse("retrieve", [*words, "--prompt=a", "--prompt=b", "--prompt=c"])
+
+
+def test_another_process_of_the_job_composes_the_same(there):
+    words = ["--model=models/ddpm", "stores/cats", "./cat.png", "--prompt=a = b", "-m", "seed=1,2"]
+    line = parse("retrieve", words)
+    assert line.settings == ["-m", "seed=1,2"]
+    assert parse("retrieve", [*line.words, *line.settings]) == line
+
+
+def test_plain_settings_are_left_to_hydra(there):
+    words = [
+        "model=ddpm",
+        "~queries",
+        "+a.b=1",
+        "++c=2",
+        "-m",
+        "--config-dir",
+        "mine",
+        "hydra/launcher=slurm",
+    ]
+    assert parse("collect", words) == ([], words, None)
+
+
+@pytest.mark.parametrize(
+    "command, words, named",
+    [
+        ("retrieve", ["cat.png"], "dmin retrieve STORE cat.png"),
+        ("retrieve", ["stores/cats", "cut.png"], "cut.png: there is no such file"),
+        ("retrieve", ["stores/cats", "stores/cats/"], "Name one"),
+        ("collect", ["photos", "cat.png"], "photos: it is no store"),
+        ("doctor", ["photos"], "it is no store"),
+        ("train", ["stores/cats"], "takes settings"),
+        ("evaluate", ["stores/cats", "--prompt=a"], "--prompt"),
+        ("retrieve", ["stores/cats", "experiment=digits"], "experiment=digits"),
+        ("retrieve", ["stores/cats", "--config-name", "mine"], "--config-name"),
+        ("retrieve", ["stores/cats", "--prompt"], "prompt: expected one argument"),
+    ],
+)
+def test_other_words_are_refused_in_a_sentence(there, command, words, named):
+    with pytest.raises(DminError, match=named) as error:
+        parse(command, words)
+    assert "\n" not in str(error.value)
+
+
+def test_a_new_store_is_named_by_collect(there):
+    assert composed(parse("collect", ["stores/new", *LINE])).collect.path == "stores/new"
+
+
+def test_a_store_of_an_earlier_release_says_what_to_do(there):
+    (there / "stores/cats/settings.yaml").unlink()
+    with pytest.raises(DminError, match=r"keeps no settings.*dmin collect"):
+        parse("retrieve", ["stores/cats", "cat.png"])
+    cfg = composed(parse("retrieve", ["stores/cats", "cat.png", *LINE]))
+    assert cfg.collect.path == "stores/cats"
+
+
+def change(store, **changes):
+    file = store / "settings.yaml"
+    file.write_text(json.dumps(yaml.safe_load(file.read_text()) | changes))
+
+
+FOREIGN = {name: value for name, (place, value) in BUILT.items() if isinstance(value, dict)}
+
+
+@pytest.mark.parametrize("value", FOREIGN.values(), ids=FOREIGN)
+def test_a_store_from_elsewhere_builds_only_what_is_listed(there, value):
+    change(there / "stores/cats", data=value, paths=["model.path"])
+    with pytest.raises(DminError, match="--trust"):
+        parse("retrieve", ["stores/cats", "cat.png"])
+    composed(parse("retrieve", ["stores/cats", "cat.png", "data=digits"]))  # a choice of one's own
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": 2},
+        {"paths": ["model"]},
+        {"paths": ["collect.nothing"]},
+        {"model": None},
+        {"hydra": {"run": {"dir": "/"}}},
+        {"trainer": MKDIR},
+        {"collect": {"path": "/etc"}},
+    ],
+)
+def test_settings_that_no_store_keeps_are_refused(there, changes):
+    change(there / "stores/cats", **changes)
+    with pytest.raises(DminError):
+        parse("retrieve", ["stores/cats", "cat.png", "--trust"])
+
+
+def test_trust_takes_code_of_ones_own(there):
+    change(there / "stores/cats", data=MKDIR, paths=[])
+    assert composed(parse("retrieve", ["stores/cats", "cat.png", "--trust"])).data == MKDIR
