@@ -33,6 +33,12 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         lines.writerows([_cell(row.get(name, "")) for name in columns] for row in rows)
 
 
+def end_lines_in_lf(file: Path) -> None:
+    r"""Have a table that another library wrote end its lines in ``\n``, as all of dmin's do."""
+    if b"\r\n" in (content := file.read_bytes()):
+        file.write_bytes(content.replace(b"\r\n", b"\n"))
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Return the rows of a table that `write_csv` wrote, as they were."""
     with path.open(newline="", encoding="utf-8") as file:

@@ -7,7 +7,6 @@ curvlinops brings torchvision with it: give it an environment of its own.
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from dmin.collect import GradientCollector
 from dmin.data.digits import Digits
 from dmin.diffusion.timesteps import Explicit
 from dmin.models.base import DiffusionModel, Prediction
+from dmin.runtime.escape import write_csv
 from dmin.sketches import BlockCyclic
 
 HERE = Path(__file__).parent
@@ -104,10 +104,7 @@ def main() -> None:
             identity = torch.eye(loss.count, dtype=torch.float64)
             dense = torch.stack([ours.product(v) for v in identity])
     rows.append(ekfac(EKFACLinearOperator, model, origin, pairs, data, dense))
-    with (HERE / "curvlinops.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(HERE / "curvlinops.csv", rows)
     for row in rows:
         print(row)
 

@@ -27,6 +27,7 @@ from dmin.diffusion.noise import SharedNoise
 from dmin.diffusion.timesteps import Stratified
 from dmin.evaluation import Ensemble, Recipe
 from dmin.models.toy.mlp import MLP
+from dmin.runtime.escape import write_csv
 from dmin.sketches import BlockCyclic
 from dmin.store import Store
 from experiments.record import recorded
@@ -246,10 +247,7 @@ def main() -> None:
     for name, measure in (("eigenvalues", model_curvature), ("ranks", low_rank)):
         if options.part in (None, name):
             found = measure(model, options.cache, log)
-            with (HERE / f"{name}.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(found[0]))
-                writer.writeheader()
-                writer.writerows(found)
+            write_csv(HERE / f"{name}.csv", found)
     if all((HERE / f"{name}.csv").is_file() for name in ("eigenvalues", "ranks")):
         ranks, eigenvalues = read("ranks"), read("eigenvalues")
         plot(ranks, eigenvalues, HERE / "curvature.png")

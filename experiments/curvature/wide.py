@@ -8,7 +8,6 @@ Each way to fit runs in a process of its own, so that its peak of memory is its 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 import resource
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dmin.attribution.curvature.curvature import Curvature, fit_curvature
+from dmin.runtime.escape import write_csv
 
 HERE = Path(__file__).parent
 WIDTHS, MEMORIES, PASSES = (16_384, 65_536), (256 << 20,), (1, 2)
@@ -134,10 +134,7 @@ def compare() -> list[dict[str, object]]:
 
 
 def save(name: str, table: list[dict]) -> None:
-    with (HERE / name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(HERE / name, table)
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from dmin.evaluation import GroundTruth, SameColumn, SameLabel, Source
 from dmin.evaluation.metrics import bootstrap, measure
 from dmin.models import DiffusionModel, Prediction
 from dmin.queries import Planted
+from dmin.runtime.escape import write_csv
 from dmin.sketches import OPORP, BlockCyclic
 from dmin.train import fit_trainer, train
 from experiments.record import recorded
@@ -302,14 +302,10 @@ def main() -> None:
     shapes = list(across_shapes(setup))
     tables = {"results": table, "timesteps": steps, "renormalised": folds, "shapes": shapes}
     for name, rows in tables.items():
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        with (HERE / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            for row in rows:
-                writer.writerow(
-                    {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}
-                )
+        lines = (
+            {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
+        write_csv(HERE / f"{name}.csv", lines)
     print(json.dumps(shapes, indent=1))
 
 

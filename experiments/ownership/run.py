@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from dmin.collect.collector import Collector
 from dmin.collect.guard import Guard
 from dmin.diffusion import Stratified
 from dmin.gradients.ownership import Ownership
+from dmin.runtime.escape import write_csv
 from dmin.sketches import Auto
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -156,10 +156,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = [measure(name, args.pairs, args.passes, args.turns) for name in WORKLOADS]
-    with (HERE / "cost.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(HERE / "cost.csv", rows)
     figure, axes = plt.subplots(figsize=(6, 2.2), layout="constrained")
     for i, row in enumerate(rows):
         median, low, high = (100 * (float(row[c]) - 1) for c in ("median", "low", "high"))

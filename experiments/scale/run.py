@@ -7,13 +7,13 @@ this one (*measured*), else from ASSUMED; everything else is arithmetic (*comput
 """
 
 import argparse
-import csv
 import json
 import re
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+from dmin.runtime.escape import write_csv
 from experiments.record import recorded
 
 HERE = Path(__file__).resolve().parent
@@ -220,8 +220,7 @@ def main() -> None:
     options = parser.parse_args()
     ratio, scan = measured("ratio"), measured("scan")
     rows = compute(options, ratio.value, scan.value)
-    with (HERE / "results.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([Row._fields, *rows])
+    write_csv(HERE / "results.csv", (row._asdict() for row in rows))
     plot(rows, HERE / "results.png")
     used = "\n".join(
         f"| {what} | {value} | {label} |"

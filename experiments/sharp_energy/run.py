@@ -8,7 +8,6 @@ Models and stores are made by `dmin evaluate`, and kept under --cache: what is t
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import os
 import subprocess
@@ -29,6 +28,7 @@ from dmin.evaluation.metrics import measure
 from dmin.evaluation.retraining.ensemble import Ensemble, Recipe
 from dmin.evaluation.truths.lds import lds, membership, random_subsets
 from dmin.models.toy.mlp import MLP
+from dmin.runtime.escape import write_csv
 from dmin.store import Store
 from experiments.record import recorded
 
@@ -203,11 +203,7 @@ def main() -> None:
     for name in WORLDS:
         rows += walked(Setup(name, options.cache.absolute()))
         print(name, flush=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with (HERE / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(HERE / "results.csv", rows)
     plot(rows, HERE / "results.png")
 
 

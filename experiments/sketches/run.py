@@ -9,7 +9,6 @@ python experiments/sketches/run.py report              # results.csv, results.pn
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from dmin.collect import GradientCollector
 from dmin.data.base import collate
 from dmin.diffusion.timesteps import Stratified
 from dmin.models.base import per_example_loss
+from dmin.runtime.escape import write_csv
 from dmin.sketches import (
     OPORP,
     SJLT,
@@ -305,10 +305,7 @@ def markdown(lines: list[dict[str, Any]], dim: int = 4096) -> str:
 
 def write_report() -> None:
     lines = table()
-    with (HERE / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    write_csv(HERE / "results.csv", lines)
     (HERE / "table.md").write_text(markdown(lines))
     draw(lines, HERE / "results.png")
 

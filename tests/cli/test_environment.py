@@ -74,6 +74,7 @@ def test_no_file_of_a_run_holds_it_and_repeating_asks_for_trust(tmp_path, monkey
     first, _ = sorted((tmp_path / "outputs/runs/train").iterdir())
     told = [file for file in tmp_path.rglob("*") if file.suffix in (".json", ".yaml", ".csv")]
     assert len(told) > 8
+    assert b"\r" not in (first / "csv" / "metrics.csv").read_bytes()
     for file in told:
         assert SECRET not in file.read_text(), file
     assert "name: ${oc.env:DMIN_TEST_TOKEN}" in shown

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dmin.cli.config import compose
 from dmin.runtime.errors import DminError, DminWarning
-from dmin.runtime.escape import printable, read_csv, write_csv
+from dmin.runtime.escape import end_lines_in_lf, printable, read_csv, write_csv
 from dmin.runtime.progress import PlainConsole, console, titled
 
 HOSTILE = [
@@ -32,6 +32,22 @@ HOSTILE = [
 ]
 texts = st.text(st.characters(exclude_categories=())) | st.sampled_from(HOSTILE)
 FORMULAS = ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "  =1", "\n=1", "=cmd|'/c calc'!A0", "-a"]
+
+
+def test_tables_are_written_in_one_place_which_ends_lines_in_lf(tmp_path):
+    root = Path(__file__).parents[2]
+    writers = [
+        file.relative_to(root).as_posix()
+        for folder in ("dmin", "experiments")
+        for file in (root / folder).rglob("*.py")
+        if re.search(r"csv\.(Dict)?[wW]riter\(|\.to_csv\(|\bsavetxt\(", file.read_text("utf-8"))
+    ]
+    assert writers == ["dmin/runtime/escape.py"]
+    write_csv(tmp_path / "a.csv", [{"a": 1, "b": "x\ny"}, {"a": 2}])
+    (tmp_path / "b.csv").write_bytes(b"step,loss\r\n1,2\r\n")
+    end_lines_in_lf(tmp_path / "b.csv")
+    assert b"\r" not in (tmp_path / "a.csv").read_bytes()
+    assert (tmp_path / "b.csv").read_bytes() == b"step,loss\n1,2\n"
 
 
 @given(texts)

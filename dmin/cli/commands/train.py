@@ -15,6 +15,7 @@ from dmin.cli.config.renamed import rename
 from dmin.cli.workspace.built import build
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.errors import DminError
+from dmin.runtime.escape import end_lines_in_lf
 from dmin.runtime.files import os_failure
 from dmin.runtime.fingerprint import differences, fingerprint
 from dmin.runtime.progress import titled
@@ -34,7 +35,11 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
         told, read = kept(work.cfg)
         told = {name: told[name] for name in settings}
         trainer.logger = _logger(work, told) if work.is_main else None
-        model = build(work.need("train"))(dataset=work.data, trainer=trainer)
+        try:
+            model = build(work.need("train"))(dataset=work.data, trainer=trainer)
+        finally:
+            for file in work.run_folder.glob("*/metrics.csv"):  # Lightning's
+                end_lines_in_lf(file)
         if not work.is_main:
             return
         if read:  # what the environment says is not told, and matters all the same
