@@ -14,7 +14,10 @@ from dmin.attribution.method import Method
 from dmin.attribution.scores import as_feature_set
 from dmin.runtime.errors import DminError
 from dmin.runtime.escape import write_csv
+from dmin.runtime.sampling import evenly
 from dmin.store import Store
+
+FEW = 64  # examples by which it is seen whether a method tells them apart
 
 
 def self_influence(train: Store | FeatureSet, method: Method, rows: int = 32) -> np.ndarray:
@@ -29,6 +32,30 @@ def self_influence(train: Store | FeatureSet, method: Method, rows: int = 32) ->
     return fitted_self_influence(train, method, np.arange(len(train)), rows)
 
 
+def outlier_scores(train: FeatureSet, method: Method, name: str | None = None) -> np.ndarray:
+    """Return the scores of :func:`self_influence`, of a method that tells examples apart by them.
+
+    Args:
+        train: the examples.
+        method: how to score.
+        name: what the method is called in the error; its own name if None.
+
+    Raises:
+        DminError: those of a sample are all equal, as those of unit gradients are; it is seen
+            before the others are scored.
+    """
+    check_pair(train, train, method)
+    method.fit(train)
+    few = fitted_self_influence(train, method, evenly(len(train), FEW, ends=True))
+    if np.ptp(few) <= 1e-3 * np.abs(few).max():
+        raise DminError(
+            f"method={name or method.name} gives every example the same score with itself "
+            f"({few.mean():.4g}), since it compares directions or pictures alone. Take one that "
+            f"looks at the lengths of gradients too: method=grad_dot, datainf or training_loss."
+        )
+    return fitted_self_influence(train, method, np.arange(len(train)))
+
+
 def fitted_self_influence(
     train: FeatureSet, method: Method, chosen: Sequence[int] | np.ndarray, rows: int = 32
 ) -> np.ndarray:
@@ -40,27 +67,17 @@ def fitted_self_influence(
     return np.asarray(torch.cat(found).numpy())
 
 
-def save_self_influence(store: Store, scores: np.ndarray, path: Path, method: str) -> np.ndarray:
+def save_self_influence(store: Store, scores: np.ndarray, path: Path) -> np.ndarray:
     """Write each example's score with itself as CSV, the largest first.
 
     Args:
         store: of the training examples.
         scores: of each with itself, float32 ``[N]``.
         path: of the CSV: rank, id, score, and the metadata of each.
-        method: what they were scored by, for the error.
 
     Returns:
         Rows of the store, the largest score first; of equal ones the lower row.
-
-    Raises:
-        DminError: all scores are equal, as those of unit gradients are.
     """
-    if np.ptp(scores) <= 1e-3 * np.abs(scores).max():
-        raise DminError(
-            f"method={method} gives every example the same score with itself "
-            f"({scores.mean():.4g}), since it compares directions alone. Take one that looks at "
-            f"lengths too: method=grad_dot, datainf or training_loss."
-        )
     order = np.argsort(-scores, kind="stable")
     columns = list(dict.fromkeys(name for row in store.metadata for name in row))
     columns = [name for name in columns if name not in ("rank", "id", "score")]

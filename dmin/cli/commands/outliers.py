@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+
 from dmin.cli.commands.command import FEATURES, command
 from dmin.cli.workspace.built import build
 from dmin.cli.workspace.workspace import Workspace
@@ -14,15 +16,15 @@ def outliers(work: Workspace, results: dict[str, Any]) -> None:
     """Rank the training examples by their influence on themselves, and show the first."""
     from rich.table import Table
 
-    from dmin.attribution.self_influence import save_self_influence, self_influence
+    from dmin.attribution.self_influence import outlier_scores, save_self_influence
     from dmin.gallery.sheet import save_sheet
 
     work.require_one_process()
     method, k = build(work.cfg.method), work.cfg.outliers.k
     train = work.train_side([method])
-    scores = self_influence(train, method)
+    scores = outlier_scores(train, method, HydraConfig.get().runtime.choices.get("method"))
     folder, store = work.run_folder, train.store
-    order = save_self_influence(store, scores, folder / "outliers.csv", method.name)
+    order = save_self_influence(store, scores, folder / "outliers.csv")
     first = order[:k].tolist()
     labels = [str(store.metadata[row].get("label", "")) for row in first]
     ids, spelled = [store.ids[row] for row in first], [f"{scores[row]:.4g}" for row in first]
