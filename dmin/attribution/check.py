@@ -17,15 +17,8 @@ def check_pair(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
             was not collected.
     """
     queries.store.require_complete()
-    train.store.require_complete()
+    check_train(train, method)
     check_comparable(queries.store, train.store)
-    missing = set(method.requires.readouts) - set(train.store.layout.readouts)
-    if missing:
-        raise DminError(
-            f"method={method.name} needs the readouts {', '.join(sorted(missing))}; the store has "
-            f"{', '.join(train.store.layout.readouts)}. Collect again with "
-            f"collect.readouts=[{','.join(sorted({*train.store.layout.readouts, *missing}))}]."
-        )
     if method.requires.model:
         _check_origin(queries, train, method)
     if method.requires.journey:
@@ -33,6 +26,24 @@ def check_pair(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
     for name in method.requires.checkpoints:
         pair = [_checkpoint(side, name, method) for side in (queries, train)]
         check_comparable(pair[0].store, pair[1].store)
+
+
+def check_train(train: FeatureSet, method: Method) -> None:
+    """Refuse training examples that a method cannot score, whatever the queries.
+
+    Raises:
+        DminError: an incomplete store; a readout that was not collected; a method that lacks
+            something, such as the models it averages over.
+    """
+    train.store.require_complete()
+    method.check()
+    missing = set(method.requires.readouts) - set(train.store.layout.readouts)
+    if missing:
+        raise DminError(
+            f"method={method.name} needs the readouts {', '.join(sorted(missing))}; the store has "
+            f"{', '.join(train.store.layout.readouts)}. Collect again with "
+            f"collect.readouts=[{','.join(sorted({*train.store.layout.readouts, *missing}))}]."
+        )
 
 
 def _check_origin(queries: FeatureSet, train: FeatureSet, method: Method) -> None:

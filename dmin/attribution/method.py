@@ -21,6 +21,9 @@ class Method(ABC):
     name: str
     requires = Requires()
 
+    def check(self) -> None:  # noqa: B027 (most methods need nothing but their features)
+        """Refuse settings with which nothing could be fitted, before anything is computed."""
+
     def fit(self, train: FeatureSet) -> None:  # noqa: B027 (most methods learn nothing)
         """Look at the whole training side once, before any score."""
 

@@ -215,8 +215,10 @@ class Ranking:
         if self.contributions is None:
             return None
         parts = self.contributions.astype(np.float64)
-        means = [part[: self.count(query)].mean(0) for query, part in enumerate(parts)]
-        return (parts - np.array(means)[:, None]).astype(np.float32)
+        for query, part in enumerate(parts):
+            if shown := self.count(query):
+                part -= part[:shown].mean(0)
+        return parts.astype(np.float32)
 
     @property
     def order_shares(self) -> np.ndarray | None:

@@ -6,7 +6,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from dmin.attribution.ranking import Ranking, format_score, headline
+from dmin.attribution.ranking import Ranking, headline
+from dmin.attribution.wording import spell_blind, spell_copies, spell_query, spell_scale
 
 LONG = 40  # characters of an id, of which more are folded
 
@@ -28,6 +29,8 @@ def ranking_table(
     """
     queries, k = min(max_queries, len(ranking.query_ids)), min(columns, ranking.scores.shape[1])
     k = k if width is None else min(k, _fitting(ranking, queries, k, width))
+    cards = [ranking.cards(query)[:k] for query in range(queries)]
+    k = max(map(len, cards), default=0) or 1
     table = Table(
         title=Text(f"{headline(ranking)}, by {ranking.method}", style="bold"),
         caption=f"{queries} of {len(ranking.query_ids)} queries, "
@@ -43,8 +46,7 @@ def ranking_table(
         head = Text(ranking.query_ids[query])
         if (label := ranking.query_metadata[query].get("label")) is not None:
             head.append(f"\n{label}", style="not bold")
-        shown = range(min(k, ranking.count(query)))
-        cells = [_terminal_cell(ranking, query, rank) for rank in shown]
+        cells = [_terminal_cell(ranking, query, *card) for card in enumerate(cards[query])]
         if ranking.group_contributions is not None:
             cells += [Text()] * (k - len(cells)) + [_largest_groups(ranking, query, k)]
         table.add_row(head, *cells)
@@ -69,15 +71,18 @@ def _largest_groups(ranking: Ranking, query: int, k: int, most: int = 3) -> Text
     return Text("\n".join(f"{ranking.groups[g]} {parts[g] / total:.0%}" for g in largest))
 
 
-def _terminal_cell(ranking: Ranking, query: int, rank: int) -> Text:
+def _terminal_cell(ranking: Ranking, query: int, place: int, rank: int) -> Text:
     # Text, never markup: an id may hold square brackets.
-    cell = Text(ranking.train_ids[query][rank], style="dim")
+    cell = Text("" if rank == place else f"rank {rank + 1}: ", style="dim")
+    cell.append(ranking.train_ids[query][rank])
+    if (copies := spell_copies(ranking, query, rank)) is not None:
+        cell.append(f" {copies}", style="not dim")
     if (label := ranking.label(query, rank)) is not None:
         style = "bold green not dim" if ranking.same_label(query, rank) else "not dim"
         cell.append(f"\n{label}", style=style)
     if (size := ranking.spell_size(query, rank)) is not None:
         cell.append(f" {size}")
-    cell.append(f"\n{format_score(ranking.scores[query, rank])}", style="not dim")
+    cell.append(f"\n{spell_scale(ranking, query, rank)}", style="not dim")
     sure = ranking.spell_confidence(query, rank)
     return cell if sure is None else cell.append(f"\n{sure}", style="dim")
 
@@ -88,4 +93,20 @@ def _shown(ranking: Ranking) -> str:
         return f"values of {name} each: foremost example, {name} and its examples, score"
     sure = ", its error, and how surely it is among them" if ranking.errors is not None else ""
     split = "; from: the groups of layers that add most" if ranking.groups else ""
-    return f"examples each: id, label, score{sure}{split}"
+    bound = " of the largest possible" if ranking.maximum is not None else ""
+    pixels = "; ×: copies of the same pixels" if _collapsed(ranking) else ""
+    return f"examples each: id, label, score{bound}{sure}{split}{pixels}"
+
+
+def _collapsed(ranking: Ranking) -> bool:
+    return any(ranking.copies(query, rank) for query, rank in ranking.places())
+
+
+def ranking_remarks(ranking: Ranking, max_queries: int = 12) -> list[Text]:
+    """Return what is to be read beside the table: blind timesteps, and a line a query."""
+    blind = spell_blind(ranking)
+    found = [] if blind is None else [Text.assemble((f"{blind}.", "yellow"))]
+    for query in range(min(max_queries, len(ranking.query_ids))):
+        if told := spell_query(ranking, query):
+            found.append(Text.assemble((ranking.query_ids[query], "bold"), f": {'; '.join(told)}"))
+    return found

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from itertools import groupby
+from collections.abc import Sequence
+from itertools import combinations, groupby
+
+import numpy as np
 
 from dmin.attribution.ranking import Ranking, format_score
 
@@ -11,7 +14,7 @@ from dmin.attribution.ranking import Ranking, format_score
 def spell_scale(ranking: Ranking, query: int, rank: int) -> str:
     """Return a score, and the largest possible where there is one: ``8.910 of 10``."""
     score = format_score(ranking.scores[query, rank])
-    if ranking.maximum is None:
+    if ranking.maximum is None or not ranking.maximum[query]:  # "-3 of 0" is no scale
         return score
     return f"{score} of {_short(float(ranking.maximum[query]))}"
 
@@ -36,16 +39,69 @@ def spell_tiers(ranking: Ranking, query: int) -> list[str]:
     if ranking.tiers is None:
         return []
     shown = ranking.tiers[query, : ranking.count(query)].tolist()
-    found, last = [], len(shown)
-    for _, places in groupby(range(len(shown)), shown.__getitem__):
-        ranks = [place + 1 for place in places]
-        goes_on = ranks[-1] == last and _goes_on(ranking, query)
-        if len(ranks) == 1 and not goes_on:
-            found.append(f"{ranks[0]} stands alone")
-            continue
-        span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        found.append(f"{span}{' and what follows' * goes_on} cannot be told apart")
-    return found
+    tiers = [
+        [place + 1 for place in group] for _, group in groupby(range(len(shown)), shown.__getitem__)
+    ]
+    last = tiers.pop() if _goes_on(ranking, query) else None
+    found = []
+    for alone, group in groupby(tiers, lambda tier: len(tier) == 1):
+        several = list(group)
+        spans = [[tier[0] for tier in several]] if alone else several
+        for span in spans:
+            verb = "cannot be told apart" if not alone else "each stand alone"
+            found.append(f"{_span(span)} {'stands alone' if len(span) == 1 else verb}")
+    return (
+        found if last is None else [*found, f"{_span(last)} and what follows cannot be told apart"]
+    )
+
+
+def _span(ranks: list[int]) -> str:
+    return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+
+
+def spell_order(ranking: Ranking, query: int, most: int = 2) -> str | None:
+    """Name the timesteps that made the order of what is shown; None if that is not known."""
+    shares = None if ranking.order_shares is None else ranking.order_shares[query]
+    if shares is None or not np.isfinite(shares).all() or len(shares) < 2:
+        return None
+    largest = np.argsort(-shares, kind="stable")[:most]
+    told = " and ".join(f"t = {ranking.timesteps[t]:g} ({100 * shares[t]:.0f} %)" for t in largest)
+    return f"the order is made at {told}"
+
+
+def spell_query(ranking: Ranking, query: int) -> list[str]:
+    """Return what is to be said of one query's answer, the most telling first."""
+    usual = None if ranking.typical is None else float(ranking.typical[query])
+    scale = [] if ranking.maximum is None else [f"at most {_short(float(ranking.maximum[query]))}"]
+    scale += [] if usual is None else [f"usually {format_score(usual)}"]
+    above = (
+        spell_percentile(ranking, query, ranking.count(query) - 1) if ranking.count(query) else None
+    )
+    told = [spell_same_as(ranking, query), f"scores: {', '.join(scale)}" if scale else None]
+    told += [None if above is None else f"all shown {above}", *spell_tiers(ranking, query)]
+    return [text for text in (*told, spell_order(ranking, query)) if text is not None]
+
+
+def spell_about(ranking: Ranking) -> list[str]:
+    """Return the head, a part each: ``model my/sd15``, ``1,797 examples``."""
+    told = dict(ranking.about)
+    if (examples := told.pop("examples", None)) is not None:
+        told["examples"] = f"{examples} examples"
+    bare = ("examples", "date")
+    return [text if name in bare else f"{name} {text}" for name, text in told.items()]
+
+
+def spell_overlaps(rankings: Sequence[Ranking]) -> list[str]:
+    """Say how many of their examples methods share: ``dmin and blend share 7.4 of 10``."""
+    return [
+        f"{one.method} and {other.method} share {_shared(one, other):.3g} of {one.scores.shape[1]}"
+        for one, other in combinations(rankings, 2)
+    ]
+
+
+def _shared(one: Ranking, other: Ranking) -> float:
+    pairs = zip(one.train_ids, other.train_ids, strict=True)
+    return float(np.mean([len(set(a) & set(b)) for a, b in pairs]))
 
 
 def spell_blind(ranking: Ranking) -> str | None:

@@ -44,6 +44,30 @@ def to_picture(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
+def remembered(images: Images, memory: int = 1 << 29) -> Images:
+    """Return the same images, each decoded once as long as some bytes are enough for them.
+
+    Args:
+        images: decodes.
+        memory: bytes of pixels that are kept; those asked for longest ago leave first.
+    """
+    kept: dict[str, np.ndarray] = {}  # 8 bits a value, which is what is shown
+
+    def image(id: str) -> np.ndarray:
+        found = kept.pop(id, None)
+        if found is None:
+            decoded = np.asarray(images(id), np.float32)
+            found = (decoded * 255).round().clip(0, 255).astype(np.uint8)
+            if np.abs(found / np.float32(255) - decoded).max(initial=0) > 1e-6:
+                return decoded  # not of 8 bits: as it is
+        kept[id] = found
+        while len(kept) > 1 and sum(each.nbytes for each in kept.values()) > memory:
+            kept.pop(next(iter(kept)))
+        return found / np.float32(255)
+
+    return image
+
+
 def fit(picture: Image.Image, side: int) -> Image.Image:
     """Scale a picture so that its longer side is `side` pixels; tiny ones keep hard pixels."""
     longest = max(picture.size)

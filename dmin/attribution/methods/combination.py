@@ -143,6 +143,11 @@ class Blend(Combination):
         """The methods' names."""
         return [method.name for method in self.methods]
 
+    def check(self) -> None:
+        """Check both."""
+        for method in self.methods:
+            method.check()
+
     def fit(self, train: FeatureSet) -> None:
         """Fit a copy of each method, and keep a sample of the training examples."""
         self.methods = [copy.copy(method) for method in self.methods]

@@ -61,12 +61,8 @@ class OverCheckpoints(Combination):
         """The models' names."""
         return ["this model", *self.requires.checkpoints]
 
-    def fit(self, train: FeatureSet) -> None:
-        """Fit a copy of the method for each model.
-
-        Raises:
-            DminError: there is only one model.
-        """
+    def check(self) -> None:
+        """Refuse an average over one model."""
         if not self.requires.checkpoints:
             raise DminError(
                 f"method={self.name} is an average over several models, and only one is given. "
@@ -74,6 +70,10 @@ class OverCheckpoints(Combination):
                 f"settings (dmin collect -m model.path=a,b,c), or take "
                 f"method={self.method.name}."
             )
+
+    def fit(self, train: FeatureSet) -> None:
+        """Fit a copy of the method for each model; errors as of :meth:`check`."""
+        self.check()
         sides = [train, *(train.checkpoints[name] for name in self.requires.checkpoints)]
         self.methods = [copy.deepcopy(self.method) for _ in sides]
         for method, side in zip(self.methods, sides, strict=True):

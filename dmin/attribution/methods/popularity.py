@@ -54,6 +54,10 @@ class PopularityCorrected(Method):
         self.name = f"{method.name}, popularity corrected"
         self.requires = method.requires
 
+    def check(self) -> None:
+        """Check the method."""
+        self.method.check()
+
     def fit(self, train: FeatureSet) -> None:
         """Fit the method, and prepare the references as its queries."""
         self.method.fit(train)

@@ -100,12 +100,6 @@ class SharpEnergy(SpectralFamily):
             energy = energy * self._factor(queries, train)
         return energy.sum(2) ** self.sharpness
 
-    def limit(self, queries: PreparedQuery, sign: int = 1) -> Tensor:
-        """Return what an example along the queries has, of a length that agrees most; or 0."""
-        along = queries.product.queries.flatten(3).norm(dim=3).sum(1)  # [Q, T]
-        longest = torch.exp(3 * self.lengths * queries.lengths.abs())
-        return (along.square() * longest).sum(1) ** self.sharpness * (sign > 0)
-
     def contributions(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor:
         """Return the shares of groups and timesteps, by those of the energy, ``[Q, n, T, G]``.
 
