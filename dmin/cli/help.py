@@ -28,7 +28,7 @@ _EXAMPLES = {
     "collect": " sketch.dim=1024",
     "sample": " queries.per_prompt=4",
     "retrieve": " method=grad_cos retrieve.k=20",
-    "outliers": " method=grad_dot",
+    "outliers": " method=datainf",
     "evaluate": "",
     "demo": " seed=1 name=other",
 }

@@ -8,6 +8,7 @@ import pytest
 from command_line import dmin
 from PIL import Image
 
+from dmin.attribution import load_rankings
 from dmin.cli import main
 from dmin.store import Store
 
@@ -75,12 +76,56 @@ class TestDemo:
         assert "by grad_cos" in found.stdout
         assert len(list(place.glob("outputs/stores/debug-train-*"))) == 1
 
-    def test_outliers_are_shown_and_written(self, place):
-        dmin("outliers", *SMALLEST, "method=grad_dot", "outliers.k=5", cwd=place)
-        folder = records(place, "outliers")[0].parent
+    @pytest.mark.parametrize("method", [[], ["method=training_loss"]])
+    def test_outliers_are_shown_and_written(self, place, method):
+        found = dmin("outliers", *SMALLEST, *method, "outliers.k=5", cwd=place)
+        assert ("by training_loss" if method else "by grad_dot") in found.stdout
+        folder = records(place, "outliers")[-1].parent
         scores = [float(r["score"]) for r in csv.DictReader((folder / "outliers.csv").open())]
         assert scores == sorted(scores, reverse=True) and len(scores) > 5
         assert Image.open(folder / "outliers.png").size[0] > 500
+
+    def test_outliers_are_none_of_directions(self, place):
+        for method in ("dmin", "pixel_l2"):
+            refused = refusal("outliers", *SMALLEST, f"method={method}", cwd=place)
+            assert f"method={method} gives every example the same score" in refused
+
+    def test_several_methods_stand_side_by_side(self, place):
+        asked = ["method=dmin,grad_dot,pixel_l2", "retrieve.k=4"]
+        found = dmin("retrieve", *SMALLEST, *asked, cwd=place)
+        for told in ("by dmin", "by grad_dot", "by pixel_l2", "dmin and grad_dot share"):
+            assert told in found.stdout
+        folder = records(place, "retrieve")[-1].parent
+        rankings = load_rankings(folder)
+        assert [each.method for each in rankings] == ["dmin", "grad_dot", "pixel_l2"]
+        first, _, pixels = rankings
+        assert first.query_ids == pixels.query_ids and first.maximum == pytest.approx(2, abs=1e-4)
+        assert first.about["model"] == "outputs/models/debug" and first.about["adapter"] == "none"
+        assert {"weights", "store", "examples", "date", "dmin"} <= set(first.about)
+        assert first.blind is not None and first.copy_of is not None and pixels.blind is None
+        assert b"\r" not in (folder / "ranking.csv").read_bytes()
+        alone = Image.open(records(place, "demo")[0].parent / "gallery.png").size[1]
+        assert Image.open(folder / "gallery.png").size[1] > 2 * alone
+
+    def test_planted_queries_are_seen_to_be_training_images(self, place):
+        planted = ["queries=planted", "queries.count=3", "retrieve.k=3"]
+        found = dmin("retrieve", *SMALLEST, *planted, cwd=place)
+        assert found.stdout.count("this query is itself a training image: digit-") == 3
+
+    @pytest.mark.parametrize(
+        ("asked", "told"),
+        [
+            ("method=dmin,pixel_12", "method=pixel_12: there is no such method. Did you mean"),
+            ("method=dmin,encoder", "method=encoder needs method.path"),
+            ("method=dmin,over_checkpoints", "method=over_checkpoints is an average over several"),
+            ("method=dmin,d_trak", "method=d_trak needs the readouts mean_squared_output"),
+            ("method=dmin,journey_trak", "method=journey_trak needs what the queries looked like"),
+        ],
+    )
+    def test_a_method_that_cannot_run_is_refused_before_the_others_do(self, place, asked, told):
+        assert told in refusal("retrieve", *SMALLEST, asked, cwd=place)
+        folder = records(place, "retrieve")[-1].parent
+        assert not (folder / "ranking.csv").exists()
 
     def test_another_training_does_not_replace_the_model(self, place):
         refused = refusal("train", *SMALLEST, "train.steps=6", cwd=place)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from dmin.cli.commands.command import FEATURES, command
 from dmin.cli.workspace.built import build, build_queries
@@ -10,62 +11,136 @@ from dmin.cli.workspace.ranking_parts import joined
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.progress import titled
 
+if TYPE_CHECKING:
+    from dmin.attribution import FeatureSet, Method, Ranking
+    from dmin.attribution.search.index import Index
+    from dmin.attribution.search.selection import Selection
+    from dmin.gallery.pictures import Images
+
+SELECTED = ("order", "min_score", "where", "group_by", "group_score", "split")
+
 
 @command(*FEATURES, "queries", "method", "index", "retrieve")
 def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     """Find the training examples behind each query, and show them."""
-    from dmin.attribution import Approximate, Ranking, retrieve_part
-    from dmin.attribution import retrieve as search
-    from dmin.attribution.confidence import with_confidence
-    from dmin.attribution.methods.popularity import PopularityCorrected
-    from dmin.attribution.ranking_files import save_ranking
-    from dmin.attribution.ranking_table import ranking_table
+    from dmin.attribution.check import check_pair, check_train
     from dmin.attribution.search.selection import Selection
-    from dmin.gallery.html import save_html
-    from dmin.gallery.png import save_png
+    from dmin.cli.workspace.side_by_side import about, methods_of
+    from dmin.gallery.pictures import remembered
 
     work.require_one_process(shards=True)
     options = work.resolved("retrieve")["retrieve"]
-    method = build(work.cfg.method)
-    if options["popularity"]:
-        method = PopularityCorrected(method)
-    chosen = ("order", "min_score", "where", "group_by", "group_score", "split")
-    selection = Selection(**{name: options[name] for name in chosen})
+    methods = methods_of(work)
+    selection = Selection(**{name: options[name] for name in SELECTED})
     source = build_queries(work.cfg.queries)  # what is wrong with it is said before the work
-    train = work.train_side([method])
-    queries = work.query_side(source, methods=[method])
+    train = work.train_side(methods.values())
+    for method in methods.values():
+        check_train(train, method)
+    queries = work.query_side(source, methods=methods.values())
+    for method in methods.values():
+        check_pair(queries, train, method)
     index = None if work.cfg.index is None else build(work.cfg.index)
-    rows, device = options["rows"], options["device"]
-    k = options["k"]
-    # Others that may take their places; an approximate index finds none to rely on.
-    sure = options["confidence"] and not (selection.group_by or isinstance(index, Approximate))
-    wide = max(k, min(3 * k, selection.count(train.store.metadata))) if sure else k
-    asked = method, wide, rows, selection, index, device
-    if work.share.shards == 1:
-        ranking: Ranking | None = search(queries, train, *asked)
-    else:
-        part = retrieve_part(queries, train, work.share.range(len(train)), *asked)
-        ranking = joined(work, part, queries, train, method, selection)
-    if ranking is None:
-        return
-    if sure:
-        ranking = with_confidence(ranking, queries, train, method, k)
-    folder = work.run_folder
-    save_ranking(ranking, folder)
-    images = (lambda id: queries.image(id).numpy()), (lambda id: train.image(id).numpy())
-    notes = {
-        "training examples": f"{len(train):,}",
-        "model": str(work.cfg.model.path),
-        "sketch": f"{work.collector.sketch.family}, k = {work.collector.sketch.dim:,}",
-    }
-    save_png(ranking, *images, folder / "gallery.png")
-    save_html(ranking, *images, folder / "gallery.html", notes=notes)
-    first = " ".join(found[0] for found in ranking.train_ids[:3])
-    results["figures"] = {"queries": f"{len(queries.store):,}", "first found": f"{first} …"}
+    pictures = (
+        remembered(lambda id: queries.image(id).numpy()),
+        remembered(lambda id: train.image(id).numpy()),
+    )
+    asked = _Asked(work, options, queries, train, selection, index, pictures)
+    head, rankings = about(work, train), []
+    for name, method in methods.items():
+        if len(methods) > 1:
+            work.console.print(titled("method", f": {name}"))
+        found = asked.ranking(method)
+        if found is None:  # other shards are not done
+            return
+        named = found if len(methods) == 1 else replace(found, method=name)
+        rankings.append(replace(named, about=head))
+    _show(work, rankings, asked.pictures, results)
+
+
+@dataclass
+class _Asked:
+    """What is asked of every method alike."""
+
+    work: Workspace
+    options: dict[str, Any]
+    queries: FeatureSet
+    train: FeatureSet
+    selection: Selection
+    index: Index | None
+    pictures: tuple[Images, Images]
+    blind: dict[str, tuple[float, ...] | None] = field(default_factory=dict)  # by readout
+
+    def ranking(self, method: Method) -> Ranking | None:
+        """Return the answer by one method, with all that its scores mean."""
+        from dmin.attribution import Approximate, retrieve_part
+        from dmin.attribution import retrieve as search
+        from dmin.attribution.confidence import with_confidence
+        from dmin.attribution.copies import with_copies
+
+        k, chosen = self.options["k"], self.selection
+        queries, train = self.queries, self.train
+        # Others that may take their places; an approximate index finds none to rely on.
+        unsure = chosen.group_by or isinstance(self.index, Approximate)
+        sure = self.options["confidence"] and not unsure
+        wide = max(k, min(3 * k, chosen.count(train.store.metadata))) if sure else k
+        rows, device = self.options["rows"], self.options["device"]
+        asked = method, wide, rows, chosen, self.index, device
+        if self.work.share.shards == 1:
+            found: Ranking | None = search(queries, train, *asked)
+        else:
+            part = retrieve_part(queries, train, self.work.share.range(len(train)), *asked)
+            found = joined(self.work, part, queries, train, method, chosen)
+        if found is None:
+            return None
+        wider = found
+        if sure:
+            found = with_confidence(found, queries, train, method, k)
+        if found.contributions is not None and method.requires.readouts:
+            found = replace(found, blind=self.blind_at(method.requires.readouts[0]))
+        if chosen.group_by:
+            return found
+        known = frozenset(queries.store.ids).intersection(train.store.ids)
+        return with_copies(found, *self.pictures, wider, known)
+
+    def blind_at(self, readout: str) -> tuple[float, ...] | None:
+        """Return the timesteps that the doctor calls blind; None of too few examples to tell."""
+        from dmin.doctor.timestep_report import report_of
+
+        if readout not in self.blind:
+            report = report_of(self.train.store, readout) if len(self.train) > 2 else None
+            found = None if report is None else (t.timestep for t in report if t.blind)
+            self.blind[readout] = None if found is None else tuple(found)
+        return self.blind[readout]
+
+
+def _show(
+    work: Workspace,
+    rankings: list[Ranking],
+    pictures: tuple[Images, Images],
+    results: dict[str, Any],
+) -> None:
+    """Write and print the answer."""
+    from dmin.attribution.ranking_files import save_ranking
+    from dmin.attribution.ranking_table import ranking_remarks, ranking_table
+    from dmin.attribution.wording import spell_overlaps
+    from dmin.gallery.html import save_html
+    from dmin.gallery.png import save_png
+
+    folder, first = work.run_folder, rankings[0]
+    save_ranking(rankings, folder)
+    save_png(rankings, *pictures, folder / "gallery.png")
+    save_html(first, *pictures, folder / "gallery.html", notes=first.about)
+    ids = " ".join(found[0] for found in first.train_ids[:3])
+    results["figures"] = {"queries": f"{len(first.query_ids):,}", "first found": f"{ids} …"}
     results["files"] = [str(folder / name) for name in ("gallery.png", "gallery.html")]
-    work.console.print(ranking_table(ranking, width=work.console.width))
-    for what, note in ranking.notes.items():
-        work.console.print(titled(what, f": {note}"))
+    for ranking in rankings:
+        work.console.print(ranking_table(ranking, width=work.console.width))
+        for remark in ranking_remarks(ranking):
+            work.console.print(remark)
+        for what, note in ranking.notes.items():
+            work.console.print(titled(what, f": {note}"))
+    if len(rankings) > 1:
+        work.console.print(titled("agreement", f": {'; '.join(spell_overlaps(rankings))}"))
     work.console.print(
         f"Look at\n  {folder / 'gallery.html'}\n  {folder / 'gallery.png'}\n"
         f"  {folder / 'ranking.csv'}",

@@ -74,13 +74,14 @@ def chosen_methods(
     for name in names:
         if name in benchmark.without:
             continue
-        cfg = _with_method(work, name, settings.get(name, {}))
+        cfg = with_method(work, name, settings.get(name, {}))
         if others and cfg.method.get("checkpoints") == []:
             cfg.method.checkpoints = [str(other.cfg.model.path) for other in others]
         missing = OmegaConf.missing_keys(cfg.method)
         if missing:
             left_out[name] = ", ".join(
-                f"needs benchmark.settings.{name}.{key}=..." for key in sorted(missing)
+                f"needs benchmark.settings.{key.replace('method', name, 1)}=..."
+                for key in sorted(missing)
             )
             continue
         validate(cfg, ["method"])
@@ -88,7 +89,7 @@ def chosen_methods(
     return built, left_out
 
 
-def _with_method(work: Workspace, name: str, settings: Mapping[str, Any]) -> DictConfig:
+def with_method(work: Workspace, name: str, settings: Mapping[str, Any]) -> DictConfig:
     """Return a configuration whose method is that of the given name."""
     cfg = copy.deepcopy(work.cfg)
     with open_dict(cfg):

@@ -1,0 +1,31 @@
+"""What a command line may leave out or say shorter, spelled out for Hydra."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_SEVERAL = re.compile(r"method=([\w-]+(?:,[\w-]+)+)")
+# What stands where a command's own choice is none that could do its work.
+_CHOICES = {"demo": "experiment=digits", "outliers": "method=grad_dot"}
+
+
+def spelled_out(command: str, words: Sequence[str]) -> list[str]:
+    """Return the words after ``dmin <command>`` as Hydra takes them.
+
+    ``dmin retrieve method=a,b,c`` without ``-m`` is one answer by several methods: method=a, and
+    the others beside it.
+    """
+    given = {word.partition("=")[0].lstrip("+") for word in words}
+    chosen = _CHOICES.get(command, "")
+    if chosen and chosen.partition("=")[0] not in given:
+        return [chosen, *words]
+    if command != "retrieve" or {"-m", "--multirun"} & given:
+        return list(words)
+    found: list[str] = []
+    for word in words:
+        several = _SEVERAL.fullmatch(word)
+        first, *others = several[1].split(",") if several else [""]
+        beside = f"retrieve.beside=[{','.join(others)}]"
+        found += [f"method={first}", beside] if several else [word]
+    return found

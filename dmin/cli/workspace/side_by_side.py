@@ -1,0 +1,76 @@
+"""The methods of one answer, side by side, and what is said at its head."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from dmin.cli.config.groups import did_you_mean
+from dmin.cli.config.validate import validate
+from dmin.cli.workspace.benchmark import with_method
+from dmin.cli.workspace.built import build
+from dmin.cli.workspace.workspace import Workspace
+from dmin.runtime.errors import DminError
+
+if TYPE_CHECKING:
+    from dmin.attribution import FeatureSet, Method
+
+
+def methods_of(work: Workspace) -> dict[str, Method]:
+    """Return the method chosen, and those asked for beside it, by what they are called.
+
+    Raises:
+        DminError: there is no such method, one lacks a setting, or shards are to do several.
+    """
+    own = build(work.cfg.method)
+    beside = list(dict.fromkeys(work.cfg.retrieve.get("beside", [])))  # old records have none
+    if not beside:
+        return {own.name: own}
+    if work.share.shards > 1:
+        raise DminError(
+            f"retrieve.beside=[{','.join(beside)}] with shard.num={work.share.shards}: shards rank "
+            f"by one method each time. Give the methods one after the other."
+        )
+    known = GlobalHydra.instance().config_loader().get_group_options("method")
+    chosen = HydraConfig.get().runtime.choices.get("method") or own.name
+    found = {str(chosen): own}
+    for name in beside:
+        if name not in known:
+            near = did_you_mean(name, known) or f"Choices: {', '.join(known)}."
+            raise DminError(f"method={name}: there is no such method. {near}")
+        cfg = with_method(work, name, {})
+        if missing := sorted(OmegaConf.missing_keys(cfg.method)):
+            raise DminError(
+                f"method={name} needs {', '.join(missing)}, and beside "
+                f"others a method is as its YAML has it. Name it first, or in a run of its own."
+            )
+        validate(cfg, ["method"])
+        found.setdefault(name, build(cfg.method))
+    return found
+
+
+def about(work: Workspace, train: FeatureSet) -> dict[str, str]:
+    """Return what an answer was made from: model, adapter, weights, store, examples, date."""
+    model = work.cfg.model
+    adapter, ema = model.get("adapter"), model.get("ema")
+    names = [str(each) for each in adapter] if OmegaConf.is_list(adapter) else [str(adapter)]
+    try:
+        release = version("dmin")
+    except PackageNotFoundError:
+        release = "a checkout"
+    said = {
+        "model": str(model.get("path") or type(work.model).__name__),
+        "adapter": ", ".join(names) if adapter else "none" if "adapter" in model else None,
+        "weights": f"EMA, {ema}" if ema else "as saved",
+        "store": str(train.store.path),
+        "examples": f"{len(train):,}",
+        "sketch": f"{work.collector.sketch.family}, k = {work.collector.sketch.dim:,}",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "dmin": release,
+    }
+    return {name: text for name, text in said.items() if text is not None}
