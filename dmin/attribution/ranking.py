@@ -55,8 +55,7 @@ class Ranking:
             None; see `dmin.attribution.confidence`.
         tier_goes_on: bool [Q], whether the last tier goes on past K, or None.
         blind: the timesteps that hardly tell examples apart, or None if that was not measured.
-        copy_of: int64 [Q, K], the first place with the same pixels, or None; see
-            `dmin.attribution.copies`.
+        copy_of: int64 [Q, K], the first place with the same pixels (`attribution.copies`), or None.
         tied_copies: [Q][K], ids past K with the same pixels and score, or None.
         same_as: [Q], ids of the training examples with the query's own pixels, or None.
 
@@ -109,7 +108,7 @@ class Ranking:
         self._check_values()
 
     def _check_shapes(self) -> None:
-        if self.scores.ndim != 2 or 0 in self.scores.shape:
+        if self.scores.ndim != 2 or not self.scores.size:
             _refuse("scores", list(self.scores.shape), "[queries, k], both at least 1")
         queries, k = self.scores.shape
         lists = ("train_ids", "train_metadata", "tied_copies")
@@ -231,8 +230,7 @@ class Ranking:
             return None
         found = np.full((len(parts), len(self.timesteps)), np.nan)
         for query, part in enumerate(parts.astype(np.float64)):
-            shown = part[: self.count(query)]
-            totals = shown.sum(1)
+            totals = (shown := part[: self.count(query)]).sum(1)
             if (variance := totals @ totals) > 1e-12 * np.square(self.scores[query]).sum():
                 found[query] = totals @ shown / variance
         return found.astype(np.float32)

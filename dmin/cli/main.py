@@ -44,11 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dmin.cli.config.compose import run
         from dmin.cli.config.line import parse, register
         from dmin.cli.config.shorthand import spelled_out
+        from dmin.cli.jobs.processes import PARENT
 
         try:
             line = parse(command, spelled_out(command, overrides))
         except DminError as error:
             raise SystemExit(printable(str(error))) from error
+        if line.told and PARENT not in os.environ:  # the first process speaks for the others
+            print(printable("\n".join(line.told)), flush=True)
         run(step_of(command), command, line.settings, config=register(line))
     return 0
 

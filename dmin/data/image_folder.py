@@ -92,7 +92,7 @@ class ImageFolder(Checked):
     def _find(self) -> dict[str, Facts]:
         """Return what is known of each image: of those the metadata names, else of all."""
         root = Path(self.root)
-        files = list(_walk(root))
+        files = list(files_below(root))
         tables = [file for file in files if Path(file).name in NAMES]
         images = [file for file in files if Path(file).suffix.lower() in SUFFIXES]
         if not tables:
@@ -173,7 +173,7 @@ def save_images(
         file.write("\n".join(lines) + "\n")
 
 
-def _walk(
+def files_below(
     folder: Path, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[str]:
     """Yield the files below a folder by their path from it, in order; links are followed."""
@@ -189,6 +189,6 @@ def _walk(
         if name.startswith((".", "__")):
             continue
         if os.path.isdir(folder / name):
-            yield from _walk(folder / name, f"{inside}{name}/", above | {here})
+            yield from files_below(folder / name, f"{inside}{name}/", above | {here})
         else:
             yield f"{inside}{name}"

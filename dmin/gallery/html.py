@@ -54,7 +54,7 @@ def save_html(
     count = len(ranking.query_ids) + len({id for row in ranking.train_ids for id in row})
     beside = None if count <= embed else path.with_name(f"{path.stem}_files")
     data = _data(ranking, query_images, train_images, title, notes or {}, beside)
-    return write_page(Path(__file__).with_name("gallery.html"), title, data, path)
+    return write_page(Path(__file__).with_name("gallery"), title, data, path)
 
 
 def _data(
@@ -96,6 +96,7 @@ def _data(
     return {
         "title": title,
         "method": ranking.method,
+        "colours": {},
         "timesteps": [f"{t:g}" for t in ranking.timesteps],
         "groups": list(ranking.groups),
         "notes": {str(key): str(value) for key, value in {**notes, **ranking.notes}.items()},

@@ -10,31 +10,33 @@ import re
 from pathlib import Path
 from typing import Any
 
+SHELL = Path(__file__).with_name("page.html")
 
-def write_page(template: Path, title: str, data: Any, path: str | Path) -> Path:
-    """Fill a template with data, and write it.
+
+def write_page(own: Path, title: str, data: Any, path: str | Path) -> Path:
+    """Write a page: the shell, with the style and script that all share and those of its own.
 
     Args:
-        template: the file; has ``{{TITLE}}``, ``{{DATA}}`` (JSON inside a script element),
-            ``{{SCRIPT_HASH}}`` and ``{{STYLE_HASH}}`` for its content security policy.
+        own: the page's own style and script, without their suffixes `.css` and `.js`.
         title: of the page.
-        data: JSON values.
+        data: JSON values, for the script; `colours` are those of the methods.
         path: of the file to write; its folder is made if it is not there.
 
     Returns:
         The path.
     """
-    text = template.read_text(encoding="utf-8")
-    style, script = (_between(text, tag) for tag in ("style", "script"))
+    style, script = (_read(SHELL, kind) + _read(own, kind) for kind in (".css", ".js"))
     parts = {
         "TITLE": html.escape(title),
         # Only this script and this style may run: a name that smuggles in markup stays text.
         "SCRIPT_HASH": _hash(script),
         "STYLE_HASH": _hash(style),
+        "SCRIPT": script,
+        "STYLE": style,
         "DATA": _script_json(data),
     }
     # In one pass, so that nothing inside a part is taken for a placeholder.
-    page = re.sub(r"\{\{([A-Z_]+)\}\}", lambda match: parts[match[1]], text)
+    page = re.sub(r"\{\{([A-Z_]+)\}\}", lambda match: parts[match[1]], _read(SHELL, ".html"))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names that are no text
@@ -49,10 +51,8 @@ def _script_json(data: Any) -> str:
     return text
 
 
-def _between(template: str, tag: str) -> str:
-    found = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
-    assert found is not None, f"the template has no <{tag}>"
-    return found[1]
+def _read(file: Path, suffix: str) -> str:
+    return file.with_suffix(suffix).read_text(encoding="utf-8")
 
 
 def _hash(source: str) -> str:

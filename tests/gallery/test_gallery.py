@@ -1,12 +1,6 @@
-import fcntl
 import html
 import json
-import os
 import re
-import shutil
-import subprocess
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,56 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
+from rankings import EVIL, IMAGES, query_image, ranking, train_image, with_captions
 
-from dmin.attribution.ranking import Ranking, format_score
+from dmin.attribution.ranking import format_score
 from dmin.gallery.html import save_html
 from dmin.gallery.pictures import data_uri, fit, to_picture
 from dmin.gallery.png import ACCENT, AGAINST, AGREES, save_png
 from dmin.runtime.errors import DminError
-
-IMAGES, LABELS = load_digits(return_X_y=True)
-IMAGES = (IMAGES / 16).reshape(-1, 1, 8, 8)
-TIMESTEPS = (950, 750, 550, 350, 150)
-EVIL = "</script><img src=x onerror=document.title='owned'>{{DATA}}<!--\u2028"
-
-
-def query_image(name: str) -> np.ndarray:
-    return IMAGES[1000 + int(name.split("-")[1])]
-
-
-def train_image(name: str) -> np.ndarray:
-    return IMAGES[int(name.split("-")[1])]
-
-
-def ranking(queries: int = 3, k: int = 12) -> Ranking:
-    """Rank digits by the cosine of their pixels, split over the timesteps with one negative."""
-    rows, scores = [], []
-    unit = IMAGES.reshape(len(IMAGES), -1)
-    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
-    for query in range(1000, 1000 + queries):
-        similar = unit[:1000] @ unit[query]
-        rows.append(np.argsort(-similar)[:k])
-        scores.append(similar[rows[-1]])
-    contributions = np.array(scores)[:, :, None] * [-0.1, 0.1, 0.3, 0.5, 0.2]
-    return Ranking(
-        method="dmin",
-        timesteps=TIMESTEPS,
-        query_ids=[f"query-{query}" for query in range(queries)],
-        query_metadata=[{"label": int(LABELS[1000 + i]), "seed": i} for i in range(queries)],
-        train_rows=np.array(rows),
-        train_ids=[[f"digit-{row}" for row in line] for line in rows],
-        train_metadata=[
-            [{"label": int(LABELS[row]), "file": f"{row}.png"} for row in line] for line in rows
-        ],
-        scores=np.array(scores),
-        contributions=contributions,
-    )
-
-
-def with_captions(plain: Ranking, caption: str) -> Ranking:
-    metadata = [[{**one, "caption": caption} for one in row] for row in plain.train_metadata]
-    return replace(plain, train_metadata=metadata)
 
 
 def page_data(path: Path) -> dict[str, Any]:
@@ -278,170 +229,6 @@ def test_html_of_many_digits_stays_below_a_megabyte(tmp_path):
     assert path.stat().st_size < 1_000_000
 
 
-# The page in a browser
-
-
-class Browser:
-    """Headless Chromium, spoken to over two pipes in its DevTools protocol."""
-
-    def __init__(self, page: Path, profile: Path) -> None:
-        # Chromium reads from file descriptor 3 and writes to 4; keep ours away from these.
-        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in (*os.pipe(), *os.pipe())]
-        its_input, self.output, answers, its_output = ends
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-        flags += ["--disable-background-networking", "--disable-component-update"]
-        flags += ["--disable-sync", f"--user-data-dir={profile}", "--remote-debugging-pipe"]
-        redirect = f'exec "$@" 3<&{its_input} 4>&{its_output}'
-        self.process = subprocess.Popen(
-            ["bash", "-c", redirect, "browser", CHROMIUM, *flags, "about:blank"],
-            pass_fds=(its_input, its_output),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(its_input)
-        os.close(its_output)
-        self.answers = os.fdopen(answers, "rb")
-        self.count, self.session = 0, ""
-        self.complaints: list[Any] = []
-        targets = self.send("Target.getTargets")["targetInfos"]
-        target = next(one["targetId"] for one in targets if one["type"] == "page")
-        attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
-        self.session = attached["sessionId"]
-        for domain in ("Runtime", "Log", "Page"):
-            self.send(f"{domain}.enable")
-        self.send("Page.navigate", url=page.as_uri())
-        while self.read().get("method") != "Page.loadEventFired":
-            pass
-
-    def read(self) -> dict[str, Any]:
-        text = bytearray()
-        while (character := self.answers.read(1)) != b"\0":
-            assert character, "Chromium has gone"
-            text += character
-        message = json.loads(text)
-        if message.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown"):
-            self.complaints.append(message["params"])
-        return message
-
-    def send(self, method: str, **params: Any) -> dict[str, Any]:
-        self.count += 1
-        message = {"id": self.count, "method": method, "params": params}
-        message |= {"sessionId": self.session} if self.session else {}
-        os.write(self.output, json.dumps(message).encode() + b"\0")
-        while (answer := self.read()).get("id") != self.count:
-            pass
-        return answer["result"]
-
-    def press(self, key: str, code: int = 0) -> None:
-        text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
-        event = {"key": key, "windowsVirtualKeyCode": code}
-        self.send("Input.dispatchKeyEvent", type="keyDown", text=text, **event)
-        self.send("Input.dispatchKeyEvent", type="keyUp", **event)
-
-    def ask(self, expression: str) -> Any:
-        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def until(self, condition: str, seconds: float = 10) -> None:
-        end = time.monotonic() + seconds
-        while not self.ask(condition):
-            assert time.monotonic() < end, f"still not true: {condition}"
-
-    def close(self) -> None:
-        self.send("Browser.close")
-        self.process.wait(30)
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
-SHOWN = "document.querySelector('main h2').textContent"
-OPEN = "document.querySelector('#detail[open] h2')?.textContent"
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    if not CHROMIUM:
-        pytest.skip("chromium is not installed")
-    some = with_captions(ranking(), EVIL)
-    path = save_html(some, query_image, train_image, tmp_path / "a.html", notes={"note": "noted"})
-    started = Browser(path, tmp_path / "profile")
-    yield started
-    started.close()
-
-
-def test_page_shows_a_query_with_its_examples(browser):
-    some = ranking()
-    assert browser.ask(SHOWN) == "query-0"
-    assert browser.ask("document.querySelectorAll('.card').length") == 12
-    assert browser.ask("document.querySelectorAll('.card svg rect').length") == 12 * 5
-    assert browser.ask("document.querySelectorAll('.card svg .against').length") == 12
-    assert browser.ask("document.querySelector('.card .score').textContent") == format_score(
-        some.scores[0, 0]
-    )
-    assert browser.ask("document.querySelectorAll('main img, nav img').length") == 1 + 12 + 3
-    # All pictures have loaded, so their encoding is sound.
-    widths = "[...document.querySelectorAll('main img')].map((one) => one.naturalWidth)"
-    assert browser.ask(widths) == [8] * 13
-    assert "noted" in browser.ask("document.querySelector('header').textContent")
-    assert browser.complaints == []
-
-
-def test_page_is_walked_with_keys(browser):
-    some = ranking()
-    for key, code, shown in [
-        ("j", 74, "query-1"),
-        ("ArrowRight", 39, "query-2"),
-        ("j", 74, "query-2"),
-        ("k", 75, "query-1"),
-        ("ArrowUp", 38, "query-0"),
-        ("ArrowDown", 40, "query-1"),
-    ]:
-        browser.press(key, code)
-        assert browser.ask(SHOWN) == shown
-    browser.press("Tab", 9)
-    browser.press("Tab", 9)
-    browser.press("Enter", 13)
-    assert browser.ask(OPEN) == some.train_ids[1][1]
-    browser.press("ArrowRight", 39)
-    assert browser.ask(OPEN) == some.train_ids[1][2]
-    rows = browser.ask("[...document.querySelectorAll('.steps tbody tr')].map((r) => r.innerText)")
-    assert some.contributions is not None
-    for row, timestep, part in zip(rows, TIMESTEPS, some.contributions[1, 2], strict=True):
-        name, number = row.split()
-        assert name == str(timestep)
-        assert float(number.replace("−", "-")) == pytest.approx(part, abs=1e-4)
-    browser.press("Escape", 27)
-    assert browser.ask(OPEN) is None
-    browser.until(f"document.activeElement.ariaLabel?.includes('{some.train_ids[1][2]}')")
-    browser.press("?", 191)
-    assert browser.ask("document.querySelector('#help').open") is True
-    assert browser.complaints == []
-
-
-def test_page_filters_by_id_and_label(browser):
-    some = ranking()
-    wanted = some.train_ids[1][4]
-    browser.press("/", 191)
-    for letter in f"id:{wanted}":
-        browser.press(letter)
-    kept = [query for query in range(3) if any(wanted in name for name in some.train_ids[query])]
-    hidden = "[...document.querySelectorAll('#queries li')].map((item) => item.hidden)"
-    assert browser.ask(hidden) == [query not in kept for query in range(3)]
-    assert browser.ask(SHOWN) == f"query-{kept[0]}"
-    bright = "[...document.querySelectorAll('.card:not(.dimmed)')].map((card) => card.ariaLabel)"
-    assert all(wanted in name for name in browser.ask(bright))
-    browser.press("Escape", 27)
-    assert browser.ask(hidden) == [False] * 3
-    assert len(browser.ask(bright)) == 12
-
-
-def test_page_shows_hostile_captions_as_text(browser):
-    browser.ask("document.querySelector('.card').click()")
-    assert EVIL in browser.ask("document.querySelector('#detail').textContent")
-    assert browser.ask("document.querySelectorAll('[onerror], img[src=x]').length") == 0
-    assert browser.ask("document.title") == "Training examples behind each image"
-
-
 def test_pictures_of_a_large_page_are_files_beside_it(tmp_path):
     path = tmp_path / "a b.html"
     (tmp_path / "a b_files").mkdir()
@@ -456,18 +243,6 @@ def test_pictures_of_a_large_page_are_files_beside_it(tmp_path):
         shown = Image.open(tmp_path / "a b_files" / entry["image"].split("/")[1])
         expected = to_picture(train_image(entry["id"]), "")
         np.testing.assert_array_equal(np.asarray(shown), np.asarray(expected))
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
-def test_a_browser_shows_pictures_that_lie_beside_the_page(tmp_path):
-    path = save_html(ranking(), query_image, train_image, tmp_path / "a b.html", embed=10)
-    browser = Browser(path, tmp_path / "profile")
-    try:
-        widths = "[...document.querySelectorAll('main img')].map((one) => one.naturalWidth)"
-        browser.until(f"{widths}.every((width) => width === 8)")
-        assert len(browser.ask(widths)) == 13 and browser.complaints == []
-    finally:
-        browser.close()
 
 
 def test_opponents_are_called_so(tmp_path):

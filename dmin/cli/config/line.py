@@ -16,6 +16,8 @@ from hydra.core.config_store import ConfigStore
 
 from dmin.cli.config.store_settings import GROUPS, read
 from dmin.cli.tools.arguments import Arguments
+from dmin.runs.recognise import read_run
+from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
 ROOT = "line"
@@ -29,6 +31,7 @@ class Line(NamedTuple):
     words: list[str]  # store, pictures and options: another process of the same job needs them too
     settings: list[str]  # overrides and options of Hydra
     root: dict[str, Any] | None  # what Hydra composes; None: conf/dmin.yaml as it is
+    told: Sequence[str] = ()  # lines to be printed before anything is loaded
 
 
 def parse(command: str, arguments: Sequence[str]) -> Line:
@@ -41,8 +44,9 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     options, rest = _options(command, arguments)
     overrides = get_args_parser().parse_intermixed_args(rest).overrides
     paths = [word for word in overrides if _is_path(word)]
-    settings = [word for word in rest if word not in paths]
-    own = [word for key, value in options.items() for word in _spelled(key, value)]
+    of_run = [word for word in overrides if word.startswith(("run=", "run."))]
+    settings = [word for word in rest if word not in {*paths, *of_run}]
+    own = [word for key, value in options.items() for word in _spelled(key, value)] + of_run
     if not paths and not own:
         return Line([], settings, None)
     given = {word.partition("=")[0].lstrip("+~") for word in settings if "=" in word}
@@ -55,8 +59,18 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
             f"{clash[0]} brings settings of its own, and {store or own[0]} has some too. Leave one "
             f"of them out."
         )
+    run = None
+    if of_run:
+        if root:
+            raise DminError(f"{store} has its settings, and {of_run[0]} too. Leave one out.")
+        families = [word[6:] for word in settings if word.startswith("model=")]
+        run = _read_run(of_run, *families)
+        root = {"model": run.model, "data": run.data, "collect": run.collect, "name": run.name}
+        root = {key: value for key, value in root.items() if key != "data" or "data" not in given}
     chosen = {group for group in GROUPS if "_target_" in root.get(group, {})}
     defaults: list[Any] = [{f"override {group}": None} for group in GROUPS if group in chosen]
+    if run is not None and "model" not in given:
+        defaults.append({"override model": run.family})
     queries = _queries(pictures, options["prompt"], given)
     if "prompts" in queries and "queries" not in given:
         defaults.append({"override queries": "generated"})
@@ -68,7 +82,30 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     for section, values in said.items():
         if values:
             root[section] = root.get(section, {}) | values
-    return Line([*paths, *own], settings, {"defaults": ["dmin", *defaults, "_self_"], **root})
+    composed = {"defaults": ["dmin", *defaults, "_self_"], **root}
+    return Line([*paths, *own], settings, composed, run.lines() if run else ())
+
+
+def _read_run(words: Sequence[str], family: str | None = None) -> TrainingRun:
+    """Return the trainer's run that ``run=PATH run.ignore=[key]`` names."""
+    said = dict(word.split("=", 1) for word in words)
+    if strange := said.keys() - {"run", "run.root", "run.ignore", "run.draws"}:
+        raise DminError(
+            f"{strange.pop()} is no setting of a run. There are run.root, run.ignore and run.draws."
+        )
+    if "run" not in said:
+        raise DminError(f"{words[0]} goes with run=PATH, which is not said.")
+    draws, root = said.get("run.draws", "1"), said.get("run.root")
+    if not draws.isdecimal() or not int(draws):
+        raise DminError(f"run.draws={draws}: give a whole number, 1 or more.")
+    ignored = [key.strip() for key in said.get("run.ignore", "").strip("[]").split(",")]
+    return read_run(
+        Path(said["run"]).expanduser(),
+        None if root is None else Path(root).expanduser(),
+        [key for key in ignored if key],
+        int(draws),
+        family,
+    )
 
 
 def register(line: Line) -> str:

@@ -71,11 +71,16 @@ def conclusions(report: Report) -> list[Conclusion]:
 
 def summary(report: Report) -> str:
     """Return the first paragraph: which method to use for what, and how good it is at that."""
+    return " ".join(advice(report))
+
+
+def advice(report: Report) -> list[str]:
+    """Return the same in parts: one method for all purposes, then for each purpose."""
     report = report.at_one_size()
     found = [text for purpose in PURPOSES if (text := _advise(purpose, report))]
     if not found:
-        return "Nothing was measured that a conclusion could be drawn from."
-    return " ".join([_over_all(report), *found])
+        return ["Nothing was measured that a conclusion could be drawn from."]
+    return [_over_all(report), *found]
 
 
 def _advise(purpose: Purpose, report: Report) -> str:

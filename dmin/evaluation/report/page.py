@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmin.evaluation.report.conclusions import conclusions, spell, summary
-from dmin.evaluation.report.plots import MAIN, family
+from dmin.evaluation.report.conclusions import advice, conclusions, spell
+from dmin.evaluation.report.plots import MAIN, colours, families, family
 from dmin.evaluation.report.results import Report, Result
 from dmin.runtime.page import write_page
 
@@ -24,9 +24,14 @@ def save_page(report: Report, path: str | Path, title: str = TITLE) -> Path:
         path: the HTML file to write.
         title: headline.
     """
+    by_family: dict[str, list[str]] = {}
+    for method, own in families(report).items():
+        by_family.setdefault(own, []).append(method)
     data = {
         "title": title,
-        "summary": summary(report),
+        "colours": colours(report),
+        "families": by_family,
+        "summary": advice(report),
         "reference": report.reference,
         "notes": report.notes,
         "fits": report.fits,
@@ -37,6 +42,7 @@ def save_page(report: Report, path: str | Path, title: str = TITLE) -> Path:
                 "where": c.where,
                 "text": c.text,
                 "best": c.best.name,
+                "method": c.best.method,
                 "value": spell(c.best),
                 "ofCeiling": _round(c.best.of_ceiling),
                 "tied": c.tied,
@@ -48,7 +54,7 @@ def save_page(report: Report, path: str | Path, title: str = TITLE) -> Path:
         "rows": _packed([_row(r) for r in report.results if r.control not in NOT_SHOWN]),
         "path": _packed([{k: _round(v) for k, v in row.items()} for row in report.path]),
     }
-    return write_page(Path(__file__).with_name("report.html"), title, data, path)
+    return write_page(Path(__file__).with_name("report"), title, data, path)
 
 
 def _row(r: Result) -> dict[str, Any]:

@@ -1,26 +1,27 @@
 """Pictures of a report; each says in its title what it shows, and is left out where it has no data.
 
-Colours tell families of methods apart: grey looks at no gradient, green compares plain gradients,
-blue goes through a curvature.
+A method has one colour in all of them and on the page. Greys look at no gradient, blues compare
+plain gradients, the other colours go through a curvature.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from dmin.evaluation.report.results import Place, Report, Result
+from dmin.runtime.colours import Colour, method_colours
 
-FAMILIES = {"none": "#9aa0a6", "gradient": "#3f8f6b", "curvature": "#2457a8"}
 PLAIN = ("grad_dot", "grad_cos", "tracin", "gas", "over_checkpoints", "random")
 # precision@40: of both sources of the digits, 40 examples of the foreign one.
 MAIN = ("LDS", "leave-out ρ", "mAP", "precision@40", "recall@1", "AUROC")
-LINES = ("#2457a8", "#c2410c", "#3f8f6b", "#7b3fa0", "#b8860b", "#0e7490", "#9f1239", "#555555")
+INK = "#17202a"
+DASHES = ("-", "--", ":", "-.")  # of the variants of one method in one panel
 
 
 def save_all(report: Report, folder: Path) -> list[Path]:
@@ -52,6 +53,22 @@ def family(result: Result) -> str:
     return "gradient" if is_plain else "curvature"
 
 
+def families(report: Report) -> dict[str, str]:
+    """Return the family of each method of a report, in its order."""
+    found: dict[str, str] = {}
+    for r in report.results:
+        if r.control != "reference":
+            found.setdefault(r.method, family(r))
+    return found
+
+
+def colours(report: Report) -> dict[str, Colour]:
+    """Return the colour of each method; those that share most panels lie farthest apart."""
+    known = families(report)
+    first = [row["method"] for row in report.path if row["method"] in known]
+    return method_colours({method: known[method] for method in (*first, *known)})
+
+
 def forest(report: Report) -> Figure | None:
     """Draw the main metric of every ground truth, a row a method, with intervals and controls."""
     panels = _panels(report.results)
@@ -65,11 +82,13 @@ def forest(report: Report) -> Figure | None:
     axes = figure.subplots(deep, columns, sharey=True, squeeze=False)
     for axis in axes.ravel()[len(panels) :]:
         axis.axis("off")
+    colour = colours(report)
     for axis, (task, truth, metric) in zip(axes.ravel(), panels, strict=False):
-        _forest_panel(axis, [r for r in report.results if r.place == (task, truth, metric)], rows)
+        here = [r for r in report.results if r.place == (task, truth, metric)]
+        _forest_panel(axis, here, rows, colour)
         several = len({t for own, t, _ in panels if own == task}) > 1
         name = f"{task}, {truth}" if several else task
-        axis.set_title(f"{name}\n{metric}", fontsize=9, loc="left")
+        axis.set_title(f"{fill(name, 26)}\n{fill(metric, 26)}", fontsize=9, loc="left")
     axes[0, 0].set_yticks(range(len(rows)), rows)
     axes[0, 0].set_ylim(-0.7, len(rows) - 0.3)
     for axis in axes[:, 0]:
@@ -77,24 +96,26 @@ def forest(report: Report) -> Figure | None:
     return figure
 
 
-def _forest_panel(axis: Any, here: Sequence[Result], rows: Sequence[str]) -> None:
+def _forest_panel(
+    axis: Any, here: Sequence[Result], rows: Sequence[str], colours: Mapping[str, Colour]
+) -> None:
     for y, name in enumerate(rows):
         if y % 2 == 0:
             axis.axhspan(y - 0.5, y + 0.5, color="#f4f5f7", lw=0, zorder=0)
         r = next((r for r in here if r.name == name), None)
         if r is None:
             continue
-        colour = FAMILIES[family(r)]
+        colour = colours[r.method].light
         axis.plot([r.low, r.high], [y, y], color=colour, lw=1.6, solid_capstyle="round", zorder=2)
         axis.plot(r.mean, y, "o", color=colour, ms=5 if r.best else 3.6, zorder=3)
         for control, marker in (("untrained", "x"), ("soft-max", "|")):
             kin = (r.method, r.tuned, control)
             for o in (o for o in here if (o.method, o.tuned, o.control) == kin):
-                axis.plot(o.mean, y, marker, color="#b45309", ms=4.5, mew=1.1, zorder=3)
+                axis.plot(o.mean, y, marker, color=INK, ms=4, mew=0.9, zorder=3)
     for r in here:
         if r.control == "reference":
             style = "-" if r.method == "ceiling" else ":"
-            axis.axvline(r.mean, color="#b03030", ls=style, lw=1, zorder=1)
+            axis.axvline(r.mean, color=INK, ls=style, lw=1, zorder=1)
     axis.axvline(0, color="#cccccc", lw=0.8, zorder=1)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
@@ -109,13 +130,21 @@ def removal_curves(report: Report) -> Figure | None:
         return None
     figure, axes = _grid(len(places))
     for axis, place in zip(axes, places, strict=False):
-        _curves(axis, [r for r in rows if (r.task, r.truth) == place], report.reference)
-        axis.set_title(f"{place[0]}: loss without the union of top k, %", fontsize=10, loc="left")
+        here = [r for r in rows if (r.task, r.truth) == place]
+        _curves(axis, here, report.reference, colours(report))
+        title = fill(f"{place[0]}: loss without the union of top k, %", 50)
+        axis.set_title(title, fontsize=10, loc="left")
         axis.axhline(0, color="#cccccc", lw=0.8)
     return figure
 
 
-def _curves(axis: Any, rows: Sequence[Result], reference: str, most: int = 7) -> None:
+def _curves(
+    axis: Any,
+    rows: Sequence[Result],
+    reference: str,
+    colours: Mapping[str, Colour],
+    most: int = 7,
+) -> None:
     """Draw metrics ``…@k`` over k: the reference, random, pixels, and the best others."""
     rows = [r for r in rows if not r.control]
     strength: dict[str, float] = {}
@@ -123,11 +152,15 @@ def _curves(axis: Any, rows: Sequence[Result], reference: str, most: int = 7) ->
         strength[r.name] = strength.get(r.name, 0) + r.mean
     always = [n for n in (reference, "pixel_l2", "random") if n in strength]
     best = [n for n in sorted(strength, key=lambda n: -strength[n]) if n not in always]
-    for number, name in enumerate([*best[: most - len(always)], *always]):
+    variants: dict[str, int] = {}
+    for name in [*best[: most - len(always)], *always]:
         line = sorted((r for r in rows if r.name == name), key=_k)
         ks = [_k(r) for r in line]
-        colour = {"random": "#bbbbbb", "pixel_l2": "#777777"}.get(name, LINES[number % len(LINES)])
-        axis.plot(ks, [r.mean for r in line], "o-", color=colour, ms=3, lw=1.4, label=name)
+        method = line[0].method
+        variants[method] = nth = variants.get(method, -1) + 1
+        colour, dash = colours[method].light, DASHES[nth % len(DASHES)]
+        means = [r.mean for r in line]
+        axis.plot(ks, means, marker="o", ls=dash, color=colour, ms=3, lw=1.4, label=fill(name, 40))
         axis.fill_between(
             ks, [r.low for r in line], [r.high for r in line], color=colour, alpha=0.1, lw=0
         )
@@ -151,26 +184,28 @@ def path(report: Report) -> Figure | None:
     if not watched:
         return None
     methods = list(dict.fromkeys(row["method"] for row in report.path))
+    known = colours(report)
     figure, axes = _grid(len(watched) + 1)
     for axis, column in zip(axes, watched, strict=False):
-        for colour, method in zip(itertools.cycle(LINES), methods, strict=False):
+        for method in methods:
+            colour = known[method].light if method in known else INK
             points = [r for r in report.path if r["method"] == method and column in r]
             for p in dict.fromkeys(r.get("p") for r in points):
                 line = [(r["alpha"], r[column]) for r in points if r.get("p") == p]
                 style = {0.5: ":", 2.0: "--"}.get(p or 1.0, "-")
-                label = method if style == "-" else None
+                label = fill(method, 26) if style == "-" else None
                 axis.plot(*zip(*line, strict=True), color=colour, ls=style, lw=1.3, label=label)
         axis.set_xscale("log")
         rows = [r for r in report.results if r.name == report.reference]
         for r in [r for r in rows if "/".join(r.place) == column][:1]:
             axis.axhline(r.mean, color="#777777", ls="-.", lw=1)
-        axis.set_title(column.replace("/", ", "), fontsize=10, loc="left")
+        axis.set_title(fill(column.replace("/", ", "), 50), fontsize=10, loc="left")
         axis.set_xlabel("α, damping in mean eigenvalues", fontsize=9)
         _finish(axis)
     last, (handles, labels) = axes[len(watched)], axes[0].get_legend_handles_labels()
     last.axis("off")
     last.set_visible(True)
-    note = f"solid p = 1, dotted p = ½, dashed p = 2\ndash-dotted: {report.reference}"
+    note = f"solid p = 1, dotted p = ½, dashed p = 2\ndash-dotted: {fill(report.reference, 40)}"
     sizes = {"fontsize": 8, "title_fontsize": 8}
     last.legend(handles, labels, title=note, frameon=False, ncols=2, **sizes)
     return figure

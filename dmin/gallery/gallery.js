@@ -1,191 +1,33 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data: 'self'; style-src {{STYLE_HASH}}; script-src {{SCRIPT_HASH}}; base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{TITLE}}</title>
-<style>
-:root {
-  --paper: #f7f8f9; --surface: #fff; --mat: #eef0f3; --line: #dfe3e8; --ink: #17202a;
-  --muted: #5d6874; --accent: #2565a8; --wash: #e8f0f8; --against: #c8553d; --agrees: #0b7a63;
-  --shadow: 0 1px 2px rgb(23 32 42 / .06), 0 4px 14px rgb(23 32 42 / .05);
-  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #101418; --surface: #181d23; --mat: #0b0e11; --line: #2a323b; --ink: #e7ebef;
-    --muted: #98a4b1; --accent: #74b3ee; --wash: #1b2a3a; --against: #f0906f; --agrees: #4cc6a3;
-    --shadow: 0 1px 2px rgb(0 0 0 / .4);
-  }
-}
-* { box-sizing: border-box; scrollbar-width: thin; scrollbar-color: var(--line) transparent; }
-body { margin: 0; background: var(--paper); color: var(--ink); }
-button, input { font: inherit; color: inherit; }
-h1, h2, p, dl, dd, ol, ul, table { margin: 0; padding: 0; }
-ol, ul { list-style: none; }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-[tabindex="-1"]:focus { outline: none; }
-nav button:focus-visible { outline: 3px solid var(--accent) !important; outline-offset: -2px; }
-.visually-hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-.number { font-variant-numeric: tabular-nums; }
-.muted { color: var(--muted); }
-kbd { font: .85em ui-monospace, Menlo, Consolas, monospace; padding: .05em .45em; border: 1px solid var(--line); border-bottom-width: 2px; border-radius: 5px; background: var(--surface); }
-
-header { padding: 28px 32px 20px; border-bottom: 1px solid var(--line); background: var(--surface); }
-.bar { display: flex; flex-wrap: wrap; gap: 14px 24px; align-items: center; justify-content: space-between; }
-h1 { font-size: 1.5rem; line-height: 1.2; letter-spacing: -.012em; font-weight: 650; }
-.tools { display: flex; gap: 8px; align-items: center; }
-.tools input { width: 17rem; max-width: 55vw; padding: 7px 12px; border: 1px solid var(--line); border-radius: 8px; background: var(--paper); }
-.tools input::placeholder { color: var(--muted); }
-.round { width: 36px; height: 36px; border: 1px solid var(--line); border-radius: 8px; background: var(--paper); cursor: pointer; }
-.round:hover { border-color: var(--accent); }
-.facts { display: flex; flex-wrap: wrap; gap: 4px 26px; margin-top: 12px; }
-.facts dt { display: inline; color: var(--muted); }
-.facts dt::after { content: " "; }
-.facts dd { display: inline; overflow-wrap: anywhere; }
-.facts dd.method { font-weight: 650; }
-
-.columns { display: grid; grid-template-columns: 232px minmax(0, 1fr); align-items: start; }
-nav { position: sticky; top: 0; max-height: 100vh; overflow-y: auto; padding: 18px 12px 18px 20px; border-right: 1px solid var(--line); min-height: 100vh; }
-nav p { padding: 0 10px 8px; font-size: .8rem; }
-nav button { display: flex; gap: 12px; align-items: center; width: 100%; padding: 7px 10px; border: 0; border-radius: 10px; background: none; text-align: left; cursor: pointer; }
-nav button:hover { background: var(--mat); }
-nav button[aria-current] { background: var(--wash); box-shadow: inset 3px 0 0 var(--accent); }
-nav img { width: 44px; height: 44px; flex: none; }
-nav span { min-width: 0; display: block; font-size: .85rem; }
-nav small { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-nav b { font-weight: 600; line-height: 1.25; }
-nav b, .card .id { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; word-break: break-all; }
-img { object-fit: contain; background: var(--mat); border-radius: 5px; display: block; }
-img.tiny { image-rendering: pixelated; }
-
-main { padding: 28px 32px 72px; max-width: 1500px; }
-.query { display: flex; flex-wrap: wrap; gap: 24px 32px; align-items: flex-start; margin-bottom: 28px; }
-.query > img { width: 176px; height: 176px; border: 3px solid var(--accent); padding: 4px; background: var(--surface); border-radius: 10px; }
-.about { flex: 1 1 260px; min-width: 0; }
-.eyebrow { color: var(--accent); font-size: .85rem; font-weight: 600; }
-h2 { font-size: 1.3rem; line-height: 1.25; overflow-wrap: anywhere; font-weight: 650; letter-spacing: -.01em; }
-.pairs { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 3px 16px; margin-top: 10px; }
-.pairs dt { color: var(--muted); }
-.pairs dd { overflow-wrap: anywhere; }
-.agreement { margin-top: 10px; }
-.chart { flex: 0 1 400px; min-width: 260px; }
-.chart h3, .panel h3 { margin: 0 0 6px; font-size: .85rem; font-weight: 600; color: var(--muted); }
-svg { display: block; width: 100%; overflow: visible; }
-svg .for { fill: var(--accent); }
-svg .against { fill: var(--against); }
-svg line { stroke: var(--muted); stroke-width: 1; opacity: .55; vector-effect: non-scaling-stroke; }
-.chart svg { height: 112px; }
-.ticks { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; margin-top: 4px; font-size: .72rem; text-align: center; color: var(--muted); }
-.groups { margin-top: 18px; }
-
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(138px, 1fr)); gap: 14px; }
-.card { display: block; width: 100%; padding: 10px 10px 9px; border: 1px solid var(--line); border-radius: 12px; background: var(--surface); box-shadow: var(--shadow); text-align: left; cursor: pointer; transition: border-color .12s, opacity .12s; }
-.card:hover { border-color: var(--accent); }
-.card img { width: 100%; aspect-ratio: 1; }
-.card .line { display: flex; justify-content: space-between; gap: 8px; margin-top: 6px; align-items: baseline; }
-.card .line + .line { margin-top: 1px; }
-.card .score { font-weight: 650; }
-.card .id { font-size: .78rem; color: var(--muted); }
-.card svg { height: 26px; margin-top: 8px; }
-.card.dimmed { opacity: .22; }
-.label { font-size: .85rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; color: var(--muted); }
-.label.same { color: var(--agrees); font-weight: 600; }
-
-dialog { width: min(880px, calc(100vw - 32px)); max-height: calc(100vh - 32px); padding: 0; border: 1px solid var(--line); border-radius: 16px; background: var(--surface); color: var(--ink); box-shadow: 0 24px 80px rgb(0 0 0 / .3); }
-#help { width: min(600px, calc(100vw - 32px)); }
-dialog::backdrop { background: rgb(10 14 18 / .5); }
-.panel { padding: 24px 28px 28px; }
-.panel .bar { margin-bottom: 20px; flex-wrap: nowrap; align-items: flex-start; }
-.split { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 28px 36px; }
-figure { margin: 0; }
-.split .pairs { margin-top: 0; }
-figure img { width: 100%; aspect-ratio: 1; }
-figcaption { margin-top: 5px; font-size: .82rem; color: var(--muted); overflow-wrap: anywhere; }
-figure.origin { width: 42%; margin-top: 16px; }
-figure.origin img { border: 2px solid var(--accent); padding: 3px; background: var(--surface); }
-dialog .label { margin-top: 10px; }
-table { width: 100%; margin-top: 22px; border-collapse: collapse; font-size: .85rem; }
-th, td { padding: 2px 0; font-weight: 400; text-align: right; white-space: nowrap; }
-thead th { padding-bottom: 5px; color: var(--muted); }
-td.bars { width: 99%; padding: 2px 12px; }
-td.bars svg { height: 13px; }
-tfoot th, tfoot td { border-top: 1px solid var(--line); padding-top: 6px; font-weight: 650; }
-.keys { display: grid; grid-template-columns: max-content 1fr; gap: 9px 20px; align-items: baseline; }
-.keys dt { white-space: nowrap; }
-.empty { padding: 40px 0; color: var(--muted); }
-@media (max-width: 760px) {
-  header { padding: 20px 16px 16px; }
-  .columns { display: block; }
-  nav { min-height: 0; top: 0; z-index: 1; padding: 8px; border-right: 0; border-bottom: 1px solid var(--line); background: var(--paper); overflow-x: auto; }
-  nav p { display: none; }
-  nav ol { display: flex; gap: 4px; }
-  nav button { padding: 5px; }
-  nav button[aria-current] { box-shadow: inset 0 -3px 0 var(--accent); }
-  nav span { display: none; }
-  main { padding: 20px 16px 60px; }
-  .query > img { width: 128px; height: 128px; }
-  .split { grid-template-columns: minmax(0, 1fr); }
-  .cards { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 9px; }
-}
-@media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
-@media print { nav, .tools { display: none; } .columns { display: block; } }
-</style>
-</head>
-<body>
-<header>
-  <div class="bar">
-    <h1>{{TITLE}}</h1>
-    <div class="tools" role="search">
-      <input id="filter" type="search" placeholder="Filter by id or label" aria-label="Filter by id or label" autocomplete="off" spellcheck="false">
-      <button id="help-button" class="round" type="button" aria-label="Keyboard help">?</button>
-    </div>
-  </div>
-  <dl class="facts" id="facts"></dl>
-</header>
-<div class="columns">
-  <nav aria-label="Queries">
-    <p class="muted" id="status" role="status"></p>
-    <ol id="queries"></ol>
-  </nav>
-  <main id="main" tabindex="-1"></main>
-</div>
-<dialog id="detail" aria-labelledby="detail-title"></dialog>
-<dialog id="help" aria-labelledby="help-title">
-  <div class="panel">
-    <div class="bar"><h2 id="help-title">Keys</h2><button class="round" type="button" data-close aria-label="Close">✕</button></div>
-    <dl class="keys">
-      <dt><kbd>j</kbd> <kbd>↓</kbd> <kbd>→</kbd></dt><dd>next query, or next example when one is open</dd>
-      <dt><kbd>k</kbd> <kbd>↑</kbd> <kbd>←</kbd></dt><dd>previous query, or previous example</dd>
-      <dt><kbd>Tab</kbd> <kbd>Enter</kbd></dt><dd>walk through the training examples, open one</dd>
-      <dt><kbd>Esc</kbd></dt><dd>close what is open, leave the filter</dd>
-      <dt><kbd>/</kbd></dt><dd>filter: part of an id or label; <kbd>label:7</kbd> for exactly this label</dd>
-      <dt><kbd>Space</kbd></dt><dd>scroll</dd>
-      <dt><kbd>?</kbd></dt><dd>this help</dd>
-    </dl>
-  </div>
-</dialog>
-<noscript><p>This page draws itself from the data it holds and needs JavaScript for that.</p></noscript>
-<script type="application/json" id="data">{{DATA}}</script>
-<script>
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
 const { queries, examples, timesteps, groups } = data;
 const byId = (id) => document.getElementById(id);
 const state = { query: 0, rank: -1, terms: [] };
 
-// Every string reaches the page through here, as text or attribute: never as markup.
-function make(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== false) node.setAttribute(name, value === true ? "" : value);
-  }
-  node.append(...children.filter((child) => child !== null));
-  return node;
-}
+/* The frame of the page */
+
+const key = (name) => make("kbd", {}, name);
+const KEYS = [
+  ["j ↓ →", "next query, or next example when one is open"],
+  ["k ↑ ←", "previous query, or previous example"],
+  ["Tab Enter", "walk through the training examples, open one"],
+  ["Esc", "close what is open, leave the filter"],
+  ["/", "filter: part of an id or label; label:7 for exactly this label"],
+  ["?", "this help"],
+];
+
+document.body.append(
+  make("header", {},
+    make("div", { class: "bar" }, make("h1", {}, data.title),
+      make("div", { class: "tools", role: "search" },
+        make("input", { id: "filter", type: "search", placeholder: "Filter by id or label", "aria-label": "Filter by id or label", autocomplete: "off", spellcheck: "false" }),
+        make("button", { id: "help-button", class: "round", type: "button", "aria-label": "Keyboard help" }, "?")))),
+  make("div", { class: "columns" },
+    make("nav", { "aria-label": "Queries" }, make("p", { class: "muted", id: "status", role: "status" }), make("ol", { id: "queries" })),
+    make("main", { id: "main", tabindex: "-1" })),
+  make("dialog", { id: "detail", "aria-labelledby": "detail-title" }),
+  make("dialog", { id: "help", "aria-labelledby": "help-title" },
+    make("div", { class: "panel" },
+      make("div", { class: "bar" }, make("h2", { id: "help-title" }, "Keys"), make("button", { class: "round", type: "button", "data-close": true, "aria-label": "Close" }, "✕")),
+      make("dl", { class: "keys" }, ...KEYS.flatMap(([names, text]) => [make("dt", {}, ...names.split(" ").map(key)), make("dd", {}, text)])))));
 
 function picture(entry, alt, scale) {
   return make("img", { src: entry.image, alt, class: entry.tiny ? "tiny" : null, loading: scale ?? null });
@@ -210,12 +52,6 @@ function signed(value) {
 }
 
 /* Charts */
-
-function svg(tag, attributes) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  return node;
-}
 
 function reach(rows) {
   const values = rows.flat();
@@ -459,15 +295,10 @@ for (const dialog of document.querySelectorAll("dialog")) {
 
 const facts = [["method", data.method], ["queries", String(queries.length)], ["top", String(queries[0].top.length)]];
 if (timesteps.length) facts.push(["timesteps", timesteps.length > 1 ? `${timesteps.length} (${timesteps[0]} to ${timesteps.at(-1)})` : timesteps[0]]);
-for (const [key, value] of [...facts, ...Object.entries(data.notes)]) {
-  byId("facts").append(make("div", {}, make("dt", {}, key), make("dd", { class: key === "method" ? "method" : null }, value)));
-}
+document.querySelector("header").append(factList([...facts, ...Object.entries(data.notes)]));
 queries.forEach((query, index) => byId("queries").append(make("li", {},
   make("button", { type: "button", onclick: () => openQuery(index) }, picture(query, "", "lazy"),
     make("span", {}, make("b", { title: query.id }, shortId(query.id)), query.label === null ? null : make("small", { class: "muted" }, `label ${query.label}`))))));
 const asked = Number.parseInt(location.hash.slice(1), 10) - 1;
 applyFilter();
 openQuery(asked >= 0 && asked < queries.length ? asked : 0);
-</script>
-</body>
-</html>

@@ -1,0 +1,124 @@
+"""Captions in files beside images, as trainers read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from dmin.runtime.errors import DminError
+
+
+@dataclass(frozen=True)
+class Captions:
+    """How the caption of an image is found, and what is made of it.
+
+    Args:
+        source: ``files`` beside the images, of the same stem; ``names`` of the images, a blank for
+            each ``_``; a ``table``: JSON of captions by image; or ``text``, the same for all.
+        extensions: of the files, the first that is there.
+        lines: ``whole`` takes the text as it is, ``first`` its first line, ``each`` has every line
+            for a caption of its own, of which the first stands for all.
+        table: the JSON file: ``{"a.png": "caption"}``, a list of captions, or a mapping with
+            ``caption`` and ``tags``.
+        missing: what an image without a caption is: an ``error``, left out (``drop``), captioned
+            by the ``text``, or by nothing (``empty``).
+        text: see above.
+        prefix: before every caption, as it stands.
+        suffix: behind it.
+
+    Raises:
+        DminError: a choice is none that there is.
+    """
+
+    source: Literal["files", "names", "table", "text"] = "files"
+    extensions: Sequence[str] = (".txt",)
+    lines: Literal["whole", "first", "each"] = "whole"
+    table: str | Path | None = None
+    missing: Literal["error", "drop", "text", "empty"] = "error"
+    text: str | None = None
+    prefix: str = ""
+    suffix: str = ""
+
+    def read(self, root: Path, images: Sequence[str], files: Collection[str]) -> dict[str, str]:
+        """Return the captions of images; those to be dropped are left out.
+
+        Args:
+            root: the folder.
+            images: their paths below it.
+            files: paths of all files below it.
+
+        Raises:
+            DminError: an image has none, and that is an error; or a file cannot be read.
+        """
+        stems = {file.lower(): file for file in files}
+        table = self._table(root) if self.source == "table" else {}
+        found: dict[str, str] = {}
+        without: list[str] = []
+        for image in images:
+            caption = self._caption(root, image, stems, table)
+            if caption is None:
+                without.append(image)
+                caption = {"text": self.text or "", "empty": ""}.get(self.missing)
+                if caption is None:
+                    continue
+            found[image] = f"{self.prefix}{caption}{self.suffix}"
+        if without and self.missing == "error":
+            raise DminError(
+                f"{len(without)} of the {len(images)} images of {root} have no caption "
+                f"({' or '.join(self.extensions)} beside them): {', '.join(without[:3])}"
+                f"{', …' if len(without) > 3 else ''}. Write them, or say what such an image is: "
+                f"data.captions.missing=drop, empty or text."
+            )
+        return found
+
+    def _caption(
+        self, root: Path, image: str, stems: dict[str, str], table: dict[str, Any]
+    ) -> str | None:
+        path = PurePosixPath(image)
+        if self.source == "text":
+            return self.text
+        if self.source == "names":
+            return path.stem.replace("_", " ")
+        if self.source == "table":
+            return _of_table(table, root, image)
+        for extension in self.extensions:
+            name = stems.get(path.with_suffix(extension).as_posix().lower())
+            if name is not None:
+                return self._of_file(root / name)
+        return None
+
+    def _of_file(self, file: Path) -> str | None:
+        try:
+            text = file.read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise DminError(f"{file} cannot be read as UTF-8 text ({error}). Mend it.") from error
+        if self.lines == "whole":
+            return text.strip()
+        lines = [line.strip() for line in text.strip().splitlines()]
+        return (lines or [""])[0]
+
+    def _table(self, root: Path) -> dict[str, Any]:
+        file = Path(self.table) if self.table is not None else root / "metadata.json"
+        try:
+            found = json.loads(file.read_text("utf-8-sig"))
+            if not isinstance(found, dict):
+                raise ValueError("it is no mapping of images to captions")
+            return found
+        except (OSError, ValueError, RecursionError) as error:
+            raise DminError(f"{file} cannot be read as captions ({error}). Mend it.") from error
+
+
+def _of_table(table: dict[str, Any], root: Path, image: str) -> str | None:
+    """Return the caption of an image, which a table names by its path, its name or its stem."""
+    path = PurePosixPath(image)
+    names = (image, str(root / image), str((root / image).absolute()), path.name, path.stem)
+    entry = next((table[name] for name in names if name in table), None)
+    if isinstance(entry, list):
+        entry = entry[0] if entry else None
+    if isinstance(entry, dict):
+        parts = [entry.get("caption"), entry.get("tags")]
+        return ", ".join(str(part) for part in parts if part) or None
+    return None if entry is None else str(entry)

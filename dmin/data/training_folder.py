@@ -1,0 +1,99 @@
+"""A folder as a trainer reads it, and several folders together."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
+
+from dmin.data.base import Dataset, Example
+from dmin.data.captions import Captions
+from dmin.data.image_folder import SUFFIXES, ImageFolder, files_below
+from dmin.data.metadata import Facts
+from dmin.runtime.errors import DminError
+
+
+@dataclass(eq=False)
+class TrainingFolder(ImageFolder):
+    """The images of a folder with captions beside them.
+
+    Args:
+        root: the folder.
+        captions: how they are found; None for no captions.
+        recursive: whether folders below it are read, too.
+        suffixes: of images.
+        leave: ends of the names of files that are no examples, such as ``-masklabel.png``.
+        repeats: how often an epoch passes each image; it stands with the example.
+    """
+
+    root: str | Path
+    _: KW_ONLY
+    captions: Captions | None = None
+    recursive: bool = False
+    suffixes: Sequence[str] = SUFFIXES
+    leave: Sequence[str] = ()
+    repeats: float = 1.0
+
+    def _find(self) -> dict[str, Facts]:
+        root = Path(self.root)
+        files = [f for f in files_below(root) if self.recursive or "/" not in f]
+        images = [f for f in files if PurePosixPath(f).suffix.lower() in self.suffixes]
+        images = [image for image in images if not image.endswith(tuple(self.leave))]
+        told = {} if self.repeats == 1 else {"repeats": self.repeats}
+        if self.captions is None:
+            return {image: Facts(metadata=told) for image in images}
+        captions = self.captions.read(root, images, files)
+        return {image: Facts(None, caption, told) for image, caption in captions.items()}
+
+
+class Together:
+    """Several datasets as one; an example's id begins with the name of its dataset.
+
+    Args:
+        datasets: by name, in order.
+        approximated: what was random in training, and is not here: part of the fingerprint.
+        pictures: size, aspect, bucket_step and mode of pictures that are asked about: what
+            ``queries`` is composed of.
+
+    Attributes:
+        ids: of all examples.
+
+    Raises:
+        DminError: there is none.
+    """
+
+    def __init__(
+        self, datasets: Mapping[str, Dataset], approximated: Sequence[str] = (), **pictures: Any
+    ) -> None:
+        if not datasets:
+            raise DminError("data.datasets is empty: name one or more.")
+        self.datasets, self.approximated = dict(datasets), list(approximated)
+        self._ends = list(accumulate(len(each) for each in self.datasets.values()))
+        self.ids = [f"{name}/{id}" for name, each in self.datasets.items() for id in _ids_of(each)]
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        """Return one example."""
+        number = bisect_right(self._ends, index)
+        name, dataset = list(self.datasets.items())[number]
+        example = dataset[index - (self._ends[number - 1] if number else 0)]
+        return replace(example, id=f"{name}/{example.id}")
+
+    def describe(self) -> dict[str, Any]:
+        """Return what describes each of them, and what is approximated."""
+        from dmin.data.base import describe_dataset
+
+        parts = {name: describe_dataset(each) for name, each in self.datasets.items()}
+        told = {"approximated": self.approximated} if self.approximated else {}
+        return {"name": "Together", "examples": len(self), "parts": parts, **told}
+
+
+def _ids_of(dataset: Dataset) -> Sequence[str]:
+    ids: Sequence[str] | None = getattr(dataset, "ids", None)
+    return [dataset[i].id for i in range(len(dataset))] if ids is None else ids

@@ -1,0 +1,86 @@
+"""Which family a base model is of, from its small files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmin.runs.files import header
+from dmin.runtime.errors import DminError
+
+# Class of a pipeline → the choice of ``model``.
+PIPELINES = {
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl",
+    "StableDiffusion3Pipeline": "stable_diffusion_3",
+    "FluxPipeline": "flux",
+    "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart",
+    "SanaPipeline": "sana",
+    "HunyuanDiTPipeline": "hunyuan_dit",
+    "DDPMPipeline": "ddpm",
+}
+# Part of a tensor's name in a single file → family; the first that is found.
+_TENSORS = {
+    "conditioner.embedders.1.": "stable_diffusion_xl",
+    "joint_blocks.0.": "stable_diffusion_3",
+    "double_blocks.0.": "flux",
+    "cond_stage_model.": "stable_diffusion",
+}
+
+
+def settings_of(path: str, expected: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Return the family of a base model and the settings that name it.
+
+    Args:
+        path: a folder that diffusers saved, a single file, or a name on a hub.
+        expected: family that the config tells of; needed where the path does not tell.
+
+    Raises:
+        DminError: the family is not known, or not the one that the config tells of.
+    """
+    place = Path(path)
+    if place.suffix in (".ckpt", ".pt", ".bin"):
+        raise DminError(
+            f"{place} is a pickle, which can run code: convert it to .safetensors (diffusers' "
+            f"scripts/convert_original_stable_diffusion_to_diffusers.py does) and name that."
+        )
+    found = None
+    if (place / "model_index.json").is_file():
+        found = PIPELINES.get(_class_of(place / "model_index.json"))
+        if found is None:
+            held = _class_of(place / "model_index.json")
+            raise DminError(f"{place} is a {held}, of which dmin has no family (docs/models.md).")
+    elif place.is_file():
+        found = _of_tensors(header(place)) or expected
+    elif place.is_dir():
+        raise DminError(f"{place} holds no model_index.json: name the folder of a whole pipeline.")
+    else:
+        found = expected
+    if found is None:
+        raise DminError(
+            f"{path}: there is no such folder or file, and a name on a hub does not tell the "
+            f"family. Say which: model=FAMILY, or where the run's files are: run.root=FOLDER."
+        )
+    if expected is not None and found != expected:
+        raise DminError(
+            f"{path} is of the family {found}, and the run was one of {expected}: the config names "
+            f"another base model than it was trained on."
+        )
+    if place.is_file():
+        return found, {"single_file": path}
+    return found, {"path": path}
+
+
+def _class_of(file: Path) -> str:
+    try:
+        return str(json.loads(file.read_text("utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DminError(f"{file} names no pipeline ({error}).") from error
+
+
+def _of_tensors(tensors: Mapping[str, Any]) -> str | None:
+    names = "\n".join(tensors)
+    return next((family for part, family in _TENSORS.items() if part in names), None)

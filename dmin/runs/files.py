@@ -1,0 +1,134 @@
+"""Configs and paths of trainers as they are found: on another machine, from another folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import yaml
+
+from dmin.runtime.errors import DminError
+from dmin.runtime.files import read_regular
+
+MOST_BYTES = 16 << 20
+
+
+def load(file: Path) -> Any:
+    """Return what a TOML, YAML or JSON file holds; comments in JSON are let be.
+
+    Raises:
+        DminError: it cannot be read, or is of no such kind.
+    """
+    try:
+        text = read_regular(file, MOST_BYTES).decode("utf-8-sig")
+        if file.suffix == ".toml":
+            return tomllib.loads(text)
+        if file.suffix in (".yaml", ".yml"):
+            return yaml.safe_load(text)
+        try:
+            return json.loads(text)
+        except ValueError:
+            return json.loads(_without_comments(text))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DminError(f"{file} cannot be read ({reason}). Mend it in a copy.") from error
+
+
+def header(file: Path) -> dict[str, Any]:
+    """Return the header of a safetensors file: its tensors' shapes, and ``__metadata__``.
+
+    Raises:
+        DminError: it is no such file.
+    """
+    try:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            if not 2 <= size <= min(100 << 20, file.stat().st_size):
+                raise ValueError("its header has no sensible size")
+            found = json.loads(opened.read(size))
+            if not isinstance(found, dict):
+                raise ValueError("its header is no mapping")
+            return found
+    except (OSError, ValueError) as error:
+        raise DminError(f"{file} is no safetensors file ({error}).") from error
+
+
+class Places:
+    """Where the relative paths of a run lead: a trainer opens them from where it was started.
+
+    Args:
+        source: the config; its folder and the folders above are tried, then the folder at hand.
+        root: the folder that the user names (``run.root``), tried alone.
+        family: of the base model, if the user names it (``model=``).
+    """
+
+    def __init__(self, source: Path, root: Path | None = None, family: str | None = None) -> None:
+        self.source, self.root, self.family = source, root, family
+        here = source.resolve().parent
+        self.starts = [root] if root else [here, *here.parents, Path.cwd()]
+
+    def find(self, text: str, key: str) -> Path:
+        """Return the file or folder that a path of the config means.
+
+        With ``run.root`` a path of another machine is found there by its last parts.
+
+        Raises:
+            DminError: there is none, or several.
+        """
+        parts = PureWindowsPath(text).parts if _is_windows(text) else Path(text).parts
+        path = Path(text).expanduser()
+        if path.is_absolute() and path.exists():
+            return path
+        relative = [part for part in parts if part not in ("/", "\\") and ":" not in part]
+        tails = [relative]
+        if self.root is not None:
+            tails += [relative[cut:] for cut in range(1, len(relative))]
+        elif path.is_absolute() or _is_windows(text):
+            tails = []
+        for tail in tails:
+            for start in self.starts:
+                if (found := start.joinpath(*tail)).exists():
+                    return found
+        raise DminError(
+            f"{self.source}: {key} = {text}, and nothing is there (looked from "
+            f"{self.root or 'the folder of the file, those above, and the one at hand'}). Say "
+            f"where the run's files are: run.root=FOLDER, below which the path's end is sought."
+        )
+
+    def maybe(self, text: str | None, key: str) -> str | None:
+        """Return a path that may also be a name on a hub."""
+        if text is None:
+            return None
+        try:
+            return _spelled(self.find(text, key))
+        except DminError:
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+                return text
+            raise
+
+    def folder(self, text: str, key: str) -> str:
+        """Return a path that must be there."""
+        return _spelled(self.find(text, key))
+
+
+def _spelled(path: Path) -> str:
+    """Return a path from the folder at hand, if it stands below."""
+    absolute = Path(os.path.abspath(path))
+    here = Path.cwd()
+    return (absolute.relative_to(here) if absolute.is_relative_to(here) else absolute).as_posix()
+
+
+def _is_windows(text: str) -> bool:
+    return bool(re.match(r"[A-Za-z]:[\\/]|\\\\", text)) or ("\\" in text and "/" not in text)
+
+
+def _without_comments(text: str) -> str:
+    """Return JSON without comments and commas before a closing bracket; text in quotes stays."""
+    kept = re.sub(
+        r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', lambda m: m[1] or " ", text, flags=re.DOTALL
+    )
+    return re.sub(r'("(?:\\.|[^"\\])*")|,(\s*[\]}])', lambda m: m[1] or m[2], kept)

@@ -1,0 +1,85 @@
+"""The data of a run, as settings of ``data``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dmin.runs.training_run import Entry, TrainingRun
+
+_FOLDER = "dmin.data.training_folder.TrainingFolder"
+_CAPTIONS = "dmin.data.captions.Captions"
+
+
+def folder(
+    root: str,
+    captions: Mapping[str, Any],
+    suffixes: Sequence[str],
+    *,
+    repeats: float = 1.0,
+    recursive: bool = False,
+    leave: Sequence[str] = (),
+    **shape: Any,
+) -> dict[str, Any]:
+    """Return the settings of one folder.
+
+    Args:
+        root: the folder.
+        captions: settings of `Captions`.
+        suffixes: of what the trainer takes for images.
+        repeats: passes an epoch.
+        recursive: whether the folders below are read.
+        leave: ends of names that are no examples.
+        shape: size and aspect, as `bucket` returns them.
+    """
+    return {
+        "_target_": _FOLDER,
+        "root": root,
+        "captions": {"_target_": _CAPTIONS, **captions},
+        "suffixes": list(suffixes),
+        "recursive": recursive,
+        "leave": list(leave),
+        "repeats": repeats,
+        "mode": "RGB",
+        **shape,
+    }
+
+
+def bucket(size: Any, buckets: bool, step: int, upscale: bool, run: TrainingRun) -> dict[str, Any]:
+    """Return size and aspect of the images of a folder.
+
+    Args:
+        size: a number, or width and height, of which the area counts.
+        buckets: whether images keep about their aspect.
+        step: sides are multiples of it.
+        upscale: whether small images are scaled up.
+        run: is told of what differs.
+    """
+    side = size if isinstance(size, int | float) else None
+    if isinstance(size, str):
+        numbers = [int(part) for part in size.replace("x", ",").split(",")]
+        size, side = numbers, numbers[0] if len(numbers) == 1 else None
+    if side is None:
+        width, height = (list(size) * 2)[:2]
+        side = round((width * height) ** 0.5)
+        if width != height and not buckets:
+            meaning = f"cut to a square of the same area, {side}"
+            run.random.append(Entry("resolution", f"{width}x{height}", meaning))
+    if buckets and not upscale:
+        meaning = "smaller images were not scaled up; here they are"
+        run.random.append(Entry("bucket_no_upscale", True, meaning))
+    settings: dict[str, Any] = {"size": int(side), "aspect": "buckets" if buckets else "square"}
+    return settings | ({"bucket_step": step} if buckets else {})
+
+
+def together(parts: Mapping[str, Mapping[str, Any]], run: TrainingRun) -> dict[str, Any]:
+    """Return the settings of all folders of a run as one dataset."""
+    approximated = sorted({entry.key.rpartition(".")[2] for entry in run.random})
+    first = next(iter(parts.values()))
+    pictures = ("size", "aspect", "bucket_step", "mode")
+    return {
+        "_target_": "dmin.data.training_folder.Together",
+        "datasets": {name: dict(part) for name, part in parts.items()},
+        "approximated": approximated,
+        **{name: first[name] for name in pictures if name in first},
+    }

@@ -1,0 +1,72 @@
+"""``run=PATH``: which trainer's it is, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dmin.runs import kohya
+from dmin.runs.files import Places, load
+from dmin.runs.training_run import TrainingRun
+from dmin.runtime.errors import DminError
+
+TRAINERS: tuple[ModuleType, ...] = (kohya,)
+_CONFIGS = (".toml", ".yaml", ".yml", ".json")
+
+
+def read_run(
+    path: Path,
+    root: Path | None = None,
+    ignore: Collection[str] = (),
+    draws: int = 1,
+    family: str | None = None,
+) -> TrainingRun:
+    """Read a trainer's run.
+
+    Args:
+        path: its config, or the folder that holds it.
+        root: where its relative paths start, if that is not near the config.
+        ignore: keys of another loss to do without.
+        draws: of what was random in the data: 1, the central form.
+        family: of the base model, where that is not here to be looked at.
+
+    Raises:
+        DminError: it is no run of a trainer that is known, lacks a file, or had another loss.
+    """
+    if draws != 1:
+        raise DminError(f"run.draws={draws}: only 1, the central form of each image, is there yet.")
+    found = list(_candidates(path))
+    if not found:
+        known = ", ".join(module.__name__.rpartition(".")[2] for module in TRAINERS)
+        raise DminError(
+            f"run={path} holds no config of a trainer that is known ({known}). Name the config "
+            f"itself, or say model=… and data=…"
+        )
+    if len(found) > 1:
+        names = ", ".join(str(file) for file, *_ in found)
+        raise DminError(f"run={path} holds several: {names}. Name one of them.")
+    file, module, values = found[0]
+    run: TrainingRun = module.read(file, values, Places(file, root, family))
+    run.settle(ignore)
+    return run
+
+
+def _candidates(path: Path) -> Iterator[tuple[Path, ModuleType, Any]]:
+    if not path.exists():
+        raise DminError(f"run={path}: there is no such file or folder.")
+    files = [path]
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.suffix in _CONFIGS)
+    for file in files:
+        try:
+            values = load(file)
+        except DminError:
+            if path.is_file():
+                raise
+            continue
+        for module in TRAINERS:
+            if module.recognises(values):
+                yield file, module, values
+                break

@@ -1,0 +1,205 @@
+"""What a training run says of the gradient: taken, approximated, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dmin.runtime.errors import DminError
+
+
+class Entry(NamedTuple):
+    """One setting of a run and what becomes of it."""
+
+    key: str  # as the trainer calls it
+    value: Any
+    meaning: str
+
+
+@dataclass
+class TrainingRun:
+    """A trainer's run as settings of dmin.
+
+    Attributes:
+        trainer: its name.
+        source: the file that was read.
+        family: the choice of ``model``.
+        name: of the stores made of it.
+        model: settings of it.
+        data: settings of ``data``.
+        collect: settings of ``collect``.
+        taken: what is honoured as it was trained.
+        random: randomness of the data, of which the central form stands for all draws.
+        other: another loss than the plain one: refused unless ignored.
+        ignored: of these, what the user said to ignore.
+        unknown: keys that are not known here.
+        facts: steps, learning rate, seed, …: they change no gradient of the final weights.
+    """
+
+    trainer: str
+    source: Path
+    family: str = ""
+    name: str = "run"
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    collect: dict[str, Any] = field(default_factory=dict)
+    taken: list[Entry] = field(default_factory=list)
+    random: list[Entry] = field(default_factory=list)
+    other: list[Entry] = field(default_factory=list)
+    ignored: list[Entry] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def settle(self, ignore: Collection[str]) -> None:
+        """Move what the user ignores out of the way; refuse the rest of another loss.
+
+        Args:
+            ignore: keys, as the trainer calls them (the last part is enough).
+
+        Raises:
+            DminError: the run has another loss, or a key to ignore is none of it.
+        """
+        said = set(ignore)
+        names = {name for each in self.other for name in (each.key, each.key.rpartition(".")[2])}
+        if strange := sorted(said - names):
+            known = ", ".join(each.key for each in self.other) or "nothing to ignore"
+            raise DminError(
+                f"run.ignore={strange}: {self.source} has no such key in force. It has {known}."
+            )
+        self.ignored = [e for e in self.other if said & {e.key, e.key.rpartition(".")[2]}]
+        self.other = [each for each in self.other if each not in self.ignored]
+        if self.other:
+            listed = "; ".join(f"{e.key} = {shown(e.value)}: {e.meaning}" for e in self.other)
+            keys = ",".join(dict.fromkeys(e.key.rpartition(".")[2] for e in self.other))
+            raise DminError(
+                f"{self.source} trained with another loss than dmin computes: {listed}. To "
+                f"attribute without that: run.ignore=[{keys}]."
+            )
+
+    def lines(self) -> list[str]:
+        """Return the table that is printed before anything is loaded."""
+        lines = [f"run: {self.trainer}, {self.source}"]
+        for title, entries in (
+            ("taken", self.taken),
+            ("random in training, here the central form (approximated)", self.random),
+            ("ignored, as you say", self.ignored),
+        ):
+            if entries:
+                lines.append(f"  {title}")
+                lines += [f"    {e.key} = {shown(e.value)}: {e.meaning}" for e in entries]
+        if self.unknown:
+            lines.append(f"  not known here, and not read: {', '.join(self.unknown)}")
+        return lines
+
+
+class Keys:
+    """The keys of a config, each of which is read, or told of as unknown.
+
+    Args:
+        values: as they stand in the file.
+        run: what is told of them is added to it.
+        where: prefix for messages, such as ``datasets[0]``.
+    """
+
+    def __init__(self, values: Mapping[str, Any], run: TrainingRun, where: str = "") -> None:
+        self.values, self.run, self.where = dict(values), run, where
+        self._read: set[str] = set()
+
+    def name(self, key: str) -> str:
+        """Return a key as messages call it."""
+        return f"{self.where}.{key}" if self.where else key
+
+    def get(self, key: str, default: Any = None, kind: type | None = None) -> Any:
+        """Return a value; numbers and booleans may stand as text.
+
+        Raises:
+            DminError: it is of another kind.
+        """
+        self._read.add(key)
+        value = self.values.get(key, default)
+        if value is None or kind is None:
+            return value
+        try:
+            return _converted(value, kind)
+        except (ValueError, TypeError):
+            raise DminError(
+                f"{self.run.source}: {self.name(key)} = {shown(value)}, which is no "
+                f"{_KINDS[kind]}. Mend it in a copy of the file."
+            ) from None
+
+    def take(
+        self, key: str, setting: str, default: Any = None, kind: type | None = None, off: Any = None
+    ) -> Any:
+        """Return a value that becomes a setting; told of where it is on.
+
+        Args:
+            key: in the file.
+            setting: what becomes of it, in words.
+            default: the trainer's.
+            kind: ``bool``, ``int``, ``float``, ``str``, ``list`` or ``dict``.
+            off: value that means nothing is done.
+        """
+        value = self.get(key, default, kind)
+        if value is not None and value != off:
+            self.run.taken.append(Entry(self.name(key), value, setting))
+        return value
+
+    def random(self, key: str, meaning: str, kind: type = bool, default: Any = None) -> Any:
+        """Return a value that makes the data random; told of where it is on."""
+        value = self.get(key, default, kind)
+        if value:
+            self.run.random.append(Entry(self.name(key), value, meaning))
+        return value
+
+    def refuse(self, keys: Mapping[str, str], off: Collection[Any] = (None, False, 0, "")) -> None:
+        """Note keys that change the loss in a way that is not computed, where they are on."""
+        for key, meaning in keys.items():
+            value = self.get(key)
+            text = value.lower() if isinstance(value, str) else value
+            is_off = value in ([], {}) or text in ("false", "0", "0.0", "none") or value in off
+            if not is_off:
+                self.run.other.append(Entry(self.name(key), value, meaning))
+
+    def skip(self, keys: str) -> None:
+        """Name keys (by blanks apart, ``*`` at the end for any) that change no gradient."""
+        names = keys.split()
+        for key in self.values:
+            if any(key == n or (n.endswith("*") and key.startswith(n[:-1])) for n in names):
+                self._read.add(key)
+
+    def finish(self) -> None:
+        """Tell of the keys that nobody asked for."""
+        self.run.unknown += [self.name(key) for key in self.values if key not in self._read]
+
+
+_KINDS = {
+    bool: "true or false",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    list: "list",
+    dict: "table",
+}
+
+
+def _converted(value: Any, kind: type) -> Any:
+    if kind is bool and isinstance(value, str):
+        return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
+    if kind in (bool, dict, list, str):
+        if not isinstance(value, kind):
+            raise TypeError
+        return value
+    if isinstance(value, bool):
+        raise TypeError
+    number = float(value)  # YAML reads 1e-4 as text
+    if kind is int and number != int(number):
+        raise ValueError
+    return kind(number)
+
+
+def shown(value: Any) -> str:
+    """Return a value in a few letters."""
+    text = str(value).replace("\n", " ")
+    return text if len(text) <= 60 else f"{text[:57]}..."

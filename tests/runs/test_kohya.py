@@ -1,0 +1,172 @@
+"""kohya sd-scripts' runs: what is taken, approximated, refused, and that the data are its own."""
+
+import pytest
+from runs.tiny import header_only, picture, pipeline_index
+
+from dmin.data.training_folder import Together
+from dmin.runs.recognise import read_run
+from dmin.runtime.errors import DminError
+
+MAIN = """
+pretrained_model_name_or_path = "base/sd"
+dataset_config = "data.toml"
+output_dir = "out"
+output_name = "mug"
+network_module = "networks.lora"
+[loss]
+min_snr_gamma = 5
+noise_offset = "0.05"
+caption_dropout_rate = 0.1
+"""
+DATA = """
+[general]
+caption_extension = "txt"
+shuffle_caption = true
+[[datasets]]
+resolution = [32, 32]
+enable_bucket = true
+bucket_reso_steps = 8
+  [[datasets.subsets]]
+  image_dir = "img/mugs"
+  class_tokens = "zqx mug"
+  num_repeats = 3
+  caption_prefix = "zqx,"
+[[datasets]]
+resolution = 16
+  [[datasets.subsets]]
+  image_dir = "img/plain"
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipeline_index("base/sd", "StableDiffusionPipeline")
+    for name in ("img/mugs/a.png", "img/mugs/b.JPG", "img/mugs/c.gif", "img/mugs/deep/d.png"):
+        picture(name)
+    picture("img/plain/e.png")
+    (tmp_path / "img/mugs/a.txt").write_text("a mug\na second line")
+    header_only("out/mug.safetensors")
+    (tmp_path / "run.toml").write_text(MAIN)
+    (tmp_path / "data.toml").write_text(DATA)
+    return tmp_path
+
+
+def built(run):
+    """Return the dataset of a run, built as the commands build it."""
+    from dmin.cli.workspace.built import build
+
+    return build(run.data)
+
+
+def test_a_run_is_taken_as_it_was_trained(place):
+    run = read_run(place / "run.toml")
+    assert run.family == "stable_diffusion" and run.collect == {"params": "lora"}
+    assert run.model == {
+        "path": "base/sd",
+        "snr_gamma": 5.0,
+        "noise_offset": 0.05,
+        "prompt_dropout": 0.1,
+        "adapter": "out/mug.safetensors",
+        "empty_captions": "keep",
+    }
+    data = built(run)
+    assert isinstance(data, Together)
+    assert [(e.id, e.caption, e.metadata.get("repeats"), e.image.shape[-2:]) for e in data] == [
+        ("mugs/a.png", "zqx, a mug", 3.0, (32, 32)),
+        ("mugs/b.JPG", "zqx, zqx mug", 3.0, (32, 32)),
+        ("plain/e.png", "", None, (16, 16)),
+    ]
+
+
+def test_what_is_random_is_said_and_in_the_fingerprint(place):
+    run = read_run(place / "run.toml")
+    assert any("shuffle_caption = True" in line for line in run.lines())
+    assert "shuffle_caption" in built(run).describe()["approximated"]
+
+
+def test_numbered_folders_are_repeats_and_class_tokens(place):
+    (place / "img/mugs").rename(place / "img/3_zqx mug")
+    (place / "run.toml").write_text(
+        MAIN.replace('dataset_config = "data.toml"', 'train_data_dir = "img"\nresolution = "32,32"')
+    )
+    run = read_run(place / "run.toml")
+    assert [(e.id, e.caption, e.metadata["repeats"]) for e in built(run)] == [
+        ("3_zqx mug/a.png", "zqx mug", 3.0),
+        ("3_zqx mug/b.JPG", "zqx mug", 3.0),
+    ]  # .caption is kohya's extension where none is said
+    assert any("plain" in each for each in run.unknown)
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("reg_data_dir = 'img/plain'", "prior preservation"),
+        ("masked_loss = true", "masks"),
+        ("multires_noise_iterations = 6", "several resolutions"),
+        ("clip_skip = 2", "earlier layer"),
+        ("loss_type = 'l1'", "l2, huber"),
+        ("vae = 'other'", "another VAE"),
+    ],
+)
+def test_another_loss_is_refused_unless_it_is_ignored(place, line, named):
+    file = place / "run.toml"
+    file.write_text(f"{MAIN}{line}\n")
+    key = line.partition(" ")[0]
+    with pytest.raises(DminError, match=rf"{named}.*run\.ignore=\[{key}\]"):
+        read_run(file)
+    assert any(key in text for text in read_run(file, ignore=[key]).lines())
+    with pytest.raises(DminError, match="no such key in force"):
+        read_run(file, ignore=[key, "other"])
+
+
+@pytest.mark.parametrize("off", ["false", "0", "''", "[]", "'None'"])
+def test_what_is_off_is_no_other_loss(place, off):
+    (place / "run.toml").write_text(f"{MAIN}multires_noise_iterations = {off}\n")
+    read_run(place / "run.toml")
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (("'networks.lora'", "'networks.oft'"), "reads no adapters"),
+        (("min_snr_gamma = 5", "min_snr_gamma = 'five'"), "no number"),
+        (("img/mugs", "img/cups"), "run.root"),
+        (("base/sd", "base/sd.ckpt"), "is a pickle"),
+        (("'mug'", "'cup'"), "model.adapter=FILE"),
+        (("[[datasets.subsets]]", "[[datasets.other]]"), "no list of tables"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_loaded(place, change, named):
+    for name in ("run.toml", "data.toml"):
+        text = (place / name).read_text().replace('"', "'").replace(*change)
+        (place / name).write_text(text)
+    with pytest.raises(DminError, match=named):
+        read_run(place / "run.toml")
+
+
+def test_a_base_model_elsewhere_needs_its_family(place):
+    text = MAIN.replace("base/sd", "someone/their-model")
+    (place / "run.toml").write_text(text)
+    with pytest.raises(DminError, match="model=FAMILY"):
+        read_run(place / "run.toml")
+    run = read_run(place / "run.toml", family="stable_diffusion_xl")
+    assert (run.family, run.model["path"]) == ("stable_diffusion_xl", "someone/their-model")
+
+
+def test_keys_that_nobody_knows_are_told(place):
+    (place / "run.toml").write_text(f"{MAIN}strange_key = 3\n")
+    assert read_run(place / "run.toml").unknown == ["strange_key"]
+
+
+def test_a_run_from_another_machine_is_found_below_a_root(place):
+    moved = place / "moved"
+    for name in ("img", "base", "out", "data.toml"):
+        moved.mkdir(exist_ok=True)
+        (place / name).rename(moved / name)
+    text = (place / "run.toml").read_text().replace('"out"', "'C:\\Users\\me\\out'")
+    (place / "run.toml").write_text(text)
+    with pytest.raises(DminError, match=r"run\.root"):
+        read_run(place / "run.toml")
+    run = read_run(place / "run.toml", root=moved)
+    assert run.model["adapter"] == "moved/out/mug.safetensors"
