@@ -38,7 +38,7 @@ VALUES = {
     **{("model", family): [f"model.path={{{family}}}"] for family in BUILDERS},
     ("data", "image_folder"): ["data.root={images}"],
     ("data", "training_folder"): ["data.root={images}", "data.captions.missing=empty"],
-    ("data", "training_run"): ["data@data.datasets.some=digits"],
+    ("data", "training_run"): ["+data@data.datasets.some=digits"],
     ("data", "hf_dataset"): ["data.path={table}"],
     ("data", "webdataset"): ["data.shards='{shards}'"],
     ("data", "subset"): ["data@data.dataset=digits", "data.count=2"],
