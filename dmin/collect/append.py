@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +11,32 @@ from dmin.collect.resume import GradientCollector
 from dmin.data.base import Dataset
 from dmin.data.ids import ids_of
 from dmin.data.subset import Subset
-from dmin.runtime.errors import DminError
+from dmin.runtime.errors import DminError, DminWarning
 from dmin.store import Store
-from dmin.store.maintenance import append
-from dmin.store.manifest import manifest_differences
-from dmin.store.revisions import begin_revision
+from dmin.store.comparison import manifest_differences
+from dmin.store.revisions import append, begin_revision
 
 
 def collect_more(
-    collector: GradientCollector, dataset: Dataset, path: str | Path, **options: Any
+    collector: GradientCollector,
+    dataset: Dataset,
+    path: str | Path,
+    restore: bool = False,
+    **options: Any,
 ) -> Store:
     """Collect the examples of a dataset that a finished store has not, into that store.
 
     Examples are known by their ids: rows that are there are neither computed again nor moved, the
     new ones come behind them. They are collected into ``<path>.more`` first, which resumes and is
     shared out like any store, and is deleted in the end. From then on the store is one of the
-    dataset as it is now. Examples that were removed from the store are not collected again.
+    dataset as it is now. Examples that were removed from the store, or from one that it was made
+    of, are not collected again, which a warning says.
 
     Args:
         collector: as the store was collected with.
         dataset: with the examples that are there and more.
         path: of a complete store.
+        restore: collect examples that were removed again.
         options: of :meth:`GradientCollector.collect`.
 
     Returns:
@@ -41,7 +47,7 @@ def collect_more(
     """
     path = Path(path)
     store, aside = Store(path), path.with_name(f"{path.name}.more")
-    here = collector.manifest(dataset, store.manifest.block_size, store.layout.dtype)
+    here = collector.manifest(dataset, store.manifest.block_size, store.layout.dtype, path=path)
     said = manifest_differences(here, store.manifest, counted=False)
     said.pop("the dataset changed since collection", None)
     if said:
@@ -50,24 +56,33 @@ def collect_more(
             f"{path} cannot grow by this collector's rows: {lines}, where here is this command and"
             " there is the store. Use the store's settings."
         )
-    grown = store.manifest.dataset == here.dataset
-    if not grown:
+    same = store.manifest.dataset == here.dataset
+    begun = same and not store.complete
+    if not begun:
         store.require_complete()
-    elif store.complete:
-        return store
     ids = list(ids_of(dataset))
     _require_all(store, ids)
-    start = store.manifest.last_revision[0] if grown else store.manifest.num_examples
-    known = store.held_ids(before=start)
+    start = store.manifest.last_revision[0] if begun else store.manifest.num_examples
+    rows = zip(store.ids, store.positions.tolist(), strict=True)
+    known, gone = {id for id, row in rows if row < start}, store.removed_among(ids)
+    if gone and not restore:
+        known.update(gone)
+        warnings.warn(
+            f"{len(gone):,} of the examples were removed from {path}, such as {gone[0]!r}: they "
+            f"are left out. collect.restore=true collects them again.",
+            DminWarning,
+            stacklevel=2,
+        )
     new = [id for id in ids if id not in known]
     if not new:
-        begin_revision(store, here.dataset, 0)
+        if not same:
+            begin_revision(store, here.dataset, 0)
         return Store(path)
     options = {**options, "block_size": here.block_size, "dtype": here.layout.dtype}
     more = collector.collect(Subset(dataset, ids=new), aside, **options)
     if not more.complete:
         return store
-    store = append(path, more, here.dataset)
+    store = append(path, more, here.dataset, restore)
     shutil.rmtree(aside)
     return store
 

@@ -11,11 +11,12 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from dmin.collect.described import as_found, describe
 from dmin.collect.encodings_cache import Encoded, EncodingsCache
 from dmin.collect.features import Features
 from dmin.collect.options import CollectOptions
 from dmin.collect.peak_memory import PeakMemory
-from dmin.data.base import Dataset, describe_dataset
+from dmin.data.base import Dataset
 from dmin.diffusion.inputs import NoisedBatch, NoisedExamples
 from dmin.diffusion.noise import Noise, SharedNoise
 from dmin.diffusion.timesteps import Schedule, Stratified
@@ -247,13 +248,15 @@ class Collector:
         block_size: int = CollectOptions.block_size,
         dtype: str = CollectOptions.dtype,
         as_queries: bool = False,
+        path: Path | None = None,
     ) -> Manifest:
-        """Return the manifest of this collector's store of a dataset."""
-        described = describe_dataset(dataset)
-        if as_queries:
-            # Beside the examples, not among the features: the store is there to be compared.
-            described.update(self.model.describe_query())
-        return Manifest(self.layout(dtype), self.describe(), described, len(dataset), block_size)
+        """Return the manifest of this collector's store of a dataset; as it is found at a path."""
+        # Beside the examples, not among the features: the store is there to be compared.
+        beside = self.model.describe_query() if as_queries else {}
+        described = {**describe(dataset, self.model.metadata_columns), **beside}
+        layout, features = self.layout(dtype), self.describe()
+        found = Manifest(layout, features, described, len(dataset), block_size)
+        return found if path is None else as_found(found, dataset, path, beside)
 
     def layout(self, dtype: str = CollectOptions.dtype) -> Layout:
         """Return the axes of this collector's features."""
@@ -304,10 +307,5 @@ class Collector:
         """
         if not self.encoders:
             return None
-        made_of = {
-            "model": [manifest.features["loss"], manifest.features.get("encoders")],
-            "dataset": manifest.dataset_fingerprint,
-            "block_size": manifest.block_size,
-        }
         root = root or path.with_name(f"{path.name}.encodings")
-        return EncodingsCache(root, fingerprint(made_of), manifest.block_size)
+        return EncodingsCache(root, manifest.encodings_key, manifest.block_size)

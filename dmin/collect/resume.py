@@ -72,7 +72,9 @@ class GradientCollector(Collector):
         options, path = CollectOptions(**settings), Path(path)
         trainer, self.peak = trainer or predict_trainer(), PeakMemory()
         share = Shard(options.shard, options.shards, trainer.global_rank, trainer.world_size)
-        manifest = self.manifest(dataset, options.block_size, options.dtype, options.as_queries)
+        manifest = self.manifest(
+            dataset, options.block_size, options.dtype, options.as_queries, path
+        )
         encodings = self.encodings_cache(manifest, path, options.encodings)
         worker: Collector = self
         if options.as_queries:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -14,12 +14,30 @@ from torch import Tensor
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import array_digest
 
+SCHEMA = 2
+"""Of descriptions: 2 is of what gradients come from; 1 (it has no number) of all metadata too."""
+
 
 class Sizes(NamedTuple):
     """How an image came to its size: what SDXL and its kin are told of it."""
 
     original: tuple[int, int]  # height and width before it was scaled
     crop: tuple[int, int]  # top and left of the cut, in the scaled image
+
+
+class Facts(NamedTuple):
+    """What is known of an image besides its pixels; see :class:`Example`."""
+
+    label: int | str | None = None
+    caption: str | None = None
+    metadata: Mapping[str, Any] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return all of it as a store keeps it; a column that would hide another is renamed."""
+        known = {"label": self.label, "caption": self.caption}
+        known = {name: value for name, value in known.items() if value is not None}
+        rest = (self.metadata or {}).items()
+        return {**known, **{f"metadata_{k}" if k in known else k: v for k, v in rest}}
 
 
 @dataclass(frozen=True)
@@ -44,8 +62,12 @@ class Example:
 
     def describe(self) -> dict[str, Any]:
         """Return what a store keeps of the example beside its gradient."""
-        known = {"label": self.label, "caption": self.caption}
-        return {**{k: v for k, v in known.items() if v is not None}, **self.metadata}
+        return self.facts.describe()
+
+    @property
+    def facts(self) -> Facts:
+        """What is known of it besides its pixels."""
+        return Facts(self.label, self.caption, self.metadata)
 
 
 class Dataset(Protocol):
@@ -113,7 +135,8 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
     """Return what identifies a dataset's content, as JSON: its dataset fingerprint is made of it.
 
     A dataset with a ``describe()`` of its own (say, of file digests) is asked; otherwise every
-    example is read once, one at a time, and all that is known of it is digested. Ids are held to
+    example is read once, one at a time, and its id, pixels, sizes, label and caption are digested,
+    all that gradients are computed from; other metadata may change. Ids are held to
     be unique either way; a dataset that offers them as a list, ``ids``, saves reading its examples
     for that.
 
@@ -128,19 +151,49 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
         ids = getattr(dataset, "ids", None)
         _check_ids(ids if ids is not None else (e.id for e in _examples(dataset)))
         return dict(describe())
+    return {"schema": SCHEMA, **_digested(dataset, lambda e: [e.id, e.label, e.caption])}
+
+
+def describe_fully(
+    dataset: Dataset, kept: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Return what identified a dataset's content before there was a `SCHEMA`: metadata is in it.
+
+    Args:
+        dataset: the examples.
+        kept: by id, the metadata that are taken for those of the examples, as a store keeps them.
+    """
+    own = getattr(dataset, "describe_fully", None)
+    if own is not None:
+        return dict(own(kept))
+    if hasattr(dataset, "describe"):
+        return dict(dataset.describe())
+
+    def facts(e: Example) -> list[Any]:
+        known = {"label": e.label, "caption": e.caption}
+        metadata = {**{k: v for k, v in known.items() if v is not None}, **e.metadata}
+        return [e.id, e.label, e.caption, (kept or {}).get(e.id, metadata)]
+
+    return _digested(dataset, facts)
+
+
+def _digested(dataset: Dataset, facts: Callable[[Example], list[Any]]) -> dict[str, Any]:
+    """Describe a dataset by a digest of the pixels of its examples and of facts of each."""
     content = hashlib.sha256()
 
     def digest() -> Iterator[str]:
         for example in _examples(dataset):
-            facts: list[Any] = [example.id, example.label, example.caption, example.describe()]
-            if example.sizes is not None:
-                facts.append(list(example.sizes))
-            text = json.dumps(facts, sort_keys=True, default=repr)
+            sizes = [] if example.sizes is None else [list(example.sizes)]
+            text = json.dumps([*facts(example), *sizes], sort_keys=True, default=repr)
             content.update(f"{array_digest(example.image.numpy())}{text}".encode())
             yield example.id
 
     _check_ids(digest())
-    return {"name": name, "examples": len(dataset), "content": content.hexdigest()[:16]}
+    return {
+        "name": type(dataset).__name__,
+        "examples": len(dataset),
+        "content": content.hexdigest()[:16],
+    }
 
 
 def _examples(dataset: Dataset) -> Iterator[Example]:
@@ -174,3 +227,7 @@ class Examples:
     def __getitem__(self, index: int) -> Example:
         """Return one example."""
         return self.examples[index]
+
+    def facts(self, index: int) -> Facts:
+        """Return what is known of an example besides its pixels."""
+        return self.examples[index].facts

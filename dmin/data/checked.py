@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dmin.data.base import SCHEMA
 from dmin.data.pixels import Pixels
 from dmin.runtime.errors import DminError, DminWarning
 
@@ -66,7 +67,8 @@ class Checked(Pixels):
 
     def described(self, examples: int, **content: Any) -> dict[str, Any]:
         """Return settings, what the dataset says of its content, and those left out, as JSON."""
-        settings = {"name": type(self).__name__, "examples": examples, **self.settings()}
+        name = type(self).__name__
+        settings = {"schema": SCHEMA, "name": name, "examples": examples, **self.settings()}
         skipped = [printable(name) for name in sorted(self.skipped)]
         return {**settings, **content, "skipped": skipped}
 

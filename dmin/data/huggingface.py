@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal  # noqa: F401 (Literal is read from the annotations of Pixels)
 
-from dmin.data.base import Example
+from dmin.data.base import SCHEMA, Example, Facts
 from dmin.data.checked import Checked
 from dmin.data.metadata import as_caption, as_label
 from dmin.data.pixels import Unreadable
-from dmin.data.survey import read_bytes, survey_rows
+from dmin.data.survey import read_bytes, remembered, survey_rows
 from dmin.runtime.errors import DminError
 
 # Kinds of files: each is the name of a loader of `datasets`, of which some read pickles.
@@ -71,6 +74,7 @@ class HFDataset(Checked):
         if self.label is not None:
             self.classes = getattr(rows.features[self.label], "names", None)
         self._rows = self._needed(rows)
+        self._known = self._rows.remove_columns(self.image)
         positions = range(len(self._rows))
         problems = self._problems(positions) if self.check else {}
         names = {at: self._name(at) for at in problems}
@@ -114,17 +118,23 @@ class HFDataset(Checked):
         name = str(row.pop(self.id)) if self.id else _row_id(position)
         where = f"image {name!r} of {self.path}"
         image, sizes = self.decode(_content(row.pop(self.image), where), where)
-        label, caption = self._facts(row, where)
-        for column in (self.label, self.text):
-            row.pop(column, None)
-        if self.classes is not None and isinstance(label, int) and label >= 0:
-            row[f"{self.label}_name"] = self.classes[label]
-        return Example(name, image, label, caption, row, sizes)
+        label, caption, rest = self._facts(row, where)
+        return Example(name, image, label, caption, rest or {}, sizes)
 
-    def _facts(self, row: dict[str, Any], where: str) -> tuple[int | str | None, str | None]:
-        """Return label and caption of a row."""
+    def facts(self, index: int) -> Facts:
+        """Return what is known of a row besides its image, which is not read."""
+        row = self._known[self._kept[index]]
+        row.pop(self.id, None)
+        return self._facts(row, f"image {self.ids[index]!r} of {self.path}")
+
+    def _facts(self, row: dict[str, Any], where: str) -> Facts:
+        """Return what a row says of its image."""
         label = as_label(row[self.label], where) if self.label else None
-        return label, as_caption(row[self.text], where) if self.text else None
+        caption = as_caption(row[self.text], where) if self.text else None
+        rest = {k: v for k, v in row.items() if k not in (self.image, self.label, self.text)}
+        if self.classes is not None and isinstance(label, int) and label >= 0:
+            rest[f"{self.label}_name"] = self.classes[label]
+        return Facts(label, caption, rest)
 
     @property
     def ids(self) -> list[str]:
@@ -135,13 +145,32 @@ class HFDataset(Checked):
         return [str(values[position]) for position in self._kept]
 
     def describe(self) -> dict[str, Any]:
-        """Return settings, and the fingerprint that ``datasets`` gives the table.
+        """Return settings, and a digest of the id, image, label and caption of every row.
+
+        That of a large table is kept under the fingerprint that ``datasets`` gives it.
+        """
+        made_of = {"table": self.fingerprint, "schema": SCHEMA, **self._columns()}
+        made_of["skipped"] = sorted(self.skipped)
+        content = remembered(made_of, self._digested_rows(), len(self))
+        return self.described(len(self), content=content)
+
+    def _digested_rows(self) -> Iterator[str]:
+        """Yield what gradients are computed from of each row, as text."""
+        for position, id in zip(self._kept, self.ids, strict=True):
+            row = self._rows[position]
+            image = hashlib.sha256(_content(row[self.image], id)).hexdigest()
+            yield json.dumps([id, image, *self._facts(row, id)[:2]])
+
+    def describe_fully(self, kept: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """Return settings, and the fingerprint that ``datasets`` gives the table, whatever is kept.
 
         It is made of the files' paths and times of change, or of the commit on the Hub, so a copy
         elsewhere counts as another dataset; ``save_to_disk`` keeps it inside the copy.
         """
         content = {**self._columns(), "split": self.split, "fingerprint": self.fingerprint}
-        return self.described(len(self), **content)
+        found = self.described(len(self), **content)
+        del found["schema"]
+        return found
 
     def _load(self) -> Any:
         try:

@@ -1,10 +1,10 @@
-"""The one lookup of examples by their ids."""
+"""The one lookup of examples by their ids, and of what is known of them besides pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from dmin.data.base import Dataset
+from dmin.data.base import Dataset, Facts
 
 
 def ids_of(dataset: Dataset) -> Sequence[str]:
@@ -16,3 +16,14 @@ def ids_of(dataset: Dataset) -> Sequence[str]:
 def positions_of(dataset: Dataset) -> dict[str, int]:
     """Return where each id stands in a dataset."""
     return {id: position for position, id in enumerate(ids_of(dataset))}
+
+
+def facts_of(dataset: Dataset) -> Iterator[Facts]:
+    """Yield what is known of each example; no image is read where the dataset has ``facts``."""
+    return (facts_at(dataset, index) for index in range(len(dataset)))
+
+
+def facts_at(dataset: Dataset, index: int) -> Facts:
+    """Return what is known of one example besides its pixels."""
+    known = getattr(dataset, "facts", None)
+    return known(index) if callable(known) else dataset[index].facts

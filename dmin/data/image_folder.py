@@ -7,7 +7,7 @@ import json
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
@@ -15,9 +15,9 @@ from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of P
 from PIL import Image
 from torch import Tensor
 
-from dmin.data.base import Example
+from dmin.data.base import Example, Facts
 from dmin.data.checked import Checked, describe_problems, printable
-from dmin.data.metadata import NAMES, Facts, read_facts, read_rows
+from dmin.data.metadata import NAMES, read_facts, read_rows
 from dmin.data.survey import Survey, read_bytes, survey
 from dmin.runtime.errors import DminError, DminWarning
 
@@ -78,16 +78,29 @@ class ImageFolder(Checked):
         image, sizes = self.decode(read_bytes(path, str(path)), str(path))
         return Example(name, image, facts.label, facts.caption, facts.metadata or {}, sizes)
 
+    def facts(self, index: int) -> Facts:
+        """Return what is known of an image besides its pixels."""
+        return self._facts[index]
+
     def describe(self) -> dict[str, Any]:
-        """Return settings, and a digest of the name, facts and bytes of every image."""
+        """Return settings, and a digest of the name, bytes, label and caption of every image."""
+        content = self._content([facts[:2] for facts in self._facts])
+        return self.described(len(self), content=content)
+
+    def describe_fully(self, kept: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """Return settings and such a digest of all metadata; see `dmin.data.base`."""
+        pairs = zip(self.ids, self._facts, strict=True)
+        rows = [_as_kept(facts, kept[id]) if kept and id in kept else facts for id, facts in pairs]
+        found = self.described(len(self), content=self._content(rows))
+        del found["schema"]
+        return found
+
+    def _content(self, facts: Sequence[Sequence[Any]]) -> str:
         digests, problems = self._survey(self.ids)
         if problems:  # since the dataset was made, or nothing was checked then
             raise DminError(describe_problems(problems, len(self), f"data.root={self.root}"))
-        rows = [
-            [name, digests[name], *facts] for name, facts in zip(self.ids, self._facts, strict=True)
-        ]
-        content = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
-        return self.described(len(self), content=content)
+        rows = [[name, digests[name], *known] for name, known in zip(self.ids, facts, strict=True)]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
     def _find(self) -> dict[str, Facts]:
         """Return what is known of each image: of those the metadata names, else of all."""
@@ -145,6 +158,13 @@ class ImageFolder(Checked):
         if self.check:
             self.probe(content, name)
         return hashlib.sha256(content).hexdigest()
+
+
+def _as_kept(facts: Facts, kept: Mapping[str, Any]) -> Facts:
+    """Return label and caption with the metadata that a store keeps beside them."""
+    given = {"label": facts.label, "caption": facts.caption}
+    rest = {k: v for k, v in kept.items() if v is None or given.get(k) != v}
+    return facts._replace(metadata=rest if rest or facts.metadata is not None else None)
 
 
 def save_images(

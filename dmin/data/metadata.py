@@ -8,19 +8,12 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
+from dmin.data.base import Facts as Facts
 from dmin.runtime.errors import DminError
 
 NAMES = ("metadata.jsonl", "metadata.csv")
-
-
-class Facts(NamedTuple):
-    """What is known of an image besides its pixels."""
-
-    label: int | str | None = None
-    caption: str | None = None
-    metadata: dict[str, Any] | None = None
 
 
 def read_rows(root: Path, tables: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -42,9 +42,9 @@ class Pictures(ImageFolder):
         self.root = files[0] if len(files) == 1 and files[0].is_dir() else self._folder(files)
         super().__post_init__()
 
-    def describe(self) -> dict[str, Any]:
+    def described(self, examples: int, **content: Any) -> dict[str, Any]:
         """Return what :class:`ImageFolder` does: the same pictures are the same queries."""
-        return {**super().describe(), "name": ImageFolder.__name__}
+        return {**super().described(examples, **content), "name": ImageFolder.__name__}
 
     def _folder(self, files: list[Path]) -> Path:
         """Name pictures by their paths below the folder they share, which is returned."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dmin.data.base import Example
+from dmin.data.base import Example, Facts
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import array_digest
 
@@ -117,6 +117,11 @@ class Shapes:
         label = ATTRIBUTES[self.label].index(facts[self.label])
         image = torch.from_numpy(_draw(facts, self.size, rng))
         return Example(_id(number), image, label, caption(facts), facts)
+
+    def facts(self, index: int) -> Facts:
+        """Return what is known of an image besides its pixels, without drawing it."""
+        facts = _facts(_generator(self.seed, self.numbers[index]), self.minority)
+        return Facts(ATTRIBUTES[self.label].index(facts[self.label]), caption(facts), facts)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings, and a digest of a few images in case the drawing changed."""

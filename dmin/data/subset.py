@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from dmin.data.base import Dataset, Example, describe_dataset
-from dmin.data.ids import ids_of, positions_of
+from dmin.data.base import Dataset, Example, Facts, describe_dataset, describe_fully
+from dmin.data.ids import facts_at, ids_of, positions_of
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
 
@@ -64,10 +64,22 @@ class Subset:
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies the whole, and which part of it this is."""
+        return self._described(describe_dataset(self.dataset))
+
+    def describe_fully(self, kept: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """Return the same of a whole that is described with its metadata."""
+        return self._described(describe_fully(self.dataset, kept))
+
+    def facts(self, index: int) -> Facts:
+        """Return what is known of an example besides its pixels."""
+        return facts_at(self.dataset, self.positions[index])
+
+    def _described(self, whole: dict[str, Any]) -> dict[str, Any]:
         return {
+            **({"schema": whole["schema"]} if "schema" in whole else {}),
             "name": type(self).__name__,
             "examples": len(self),
-            "dataset": describe_dataset(self.dataset),
+            "dataset": whole,
             "positions": fingerprint({"positions": self.positions}),
         }
 

@@ -7,12 +7,12 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple  # noqa: F401 (Literal: see the annotations of Pixels)
 
-from dmin.data.base import Example
+from dmin.data.base import SCHEMA, Example, Facts
 from dmin.data.checked import Checked
 from dmin.data.metadata import as_caption, as_label
 from dmin.data.pixels import Unreadable
@@ -95,11 +95,16 @@ class TarShards(Checked):
             content = _read(file, parts)
         image, sizes = self.decode(_image(content), where)
         label, caption, fields = self._facts(content, where)
-        return Example(name, image, label, caption, fields, sizes)
+        return Example(name, image, label, caption, fields or {}, sizes)
 
-    def _facts(
-        self, content: dict[str, bytes], where: str
-    ) -> tuple[int | str | None, str | None, dict[str, Any]]:
+    def facts(self, index: int) -> Facts:
+        """Return what a sample says of its image, which is not read."""
+        path, parts = self._samples[index]
+        with path.open("rb") as file:
+            said = {kind: part for kind, part in parts.items() if kind not in IMAGES}
+            return self._facts(_read(file, said), f"{self.ids[index]} ({path})")
+
+    def _facts(self, content: dict[str, bytes], where: str) -> Facts:
         """Return label, caption and the rest of what a sample says of its image."""
         fields = _fields(content.get("json", b"{}"), where)
         caption = as_caption(fields.pop(self.text, None), where) if self.text else None
@@ -109,16 +114,26 @@ class TarShards(Checked):
         if "cls" in content:
             text = _decoded(content["cls"], where).strip()
             label = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
-        return label, caption, fields
+        return Facts(label, caption, fields)
 
     def describe(self) -> dict[str, Any]:
-        """Return settings, and a digest of the name and bytes of every shard."""
+        """Return settings, and a digest of the id, image, label and caption of every sample."""
+        return self.described(len(self), content=self._content(1))
+
+    def describe_fully(self, kept: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """Return settings, and a digest of the name and bytes of every shard, whatever is kept."""
+        columns = {"text": self.text, "label": self.label}
+        found = self.described(len(self), **columns, content=self._content(0))
+        del found["schema"]
+        return found
+
+    def _content(self, which: int) -> str:
+        """Return a digest of those of the shards: 0 of their bytes, 1 of what is computed with."""
         content = hashlib.sha256()
         for found in self._survey().values():
-            rows = [[name, found[name][0]] for name in sorted(found)]
+            rows = [[name, found[name][which]] for name in sorted(found)]
             content.update(json.dumps(rows).encode())
-        digest = content.hexdigest()[:16]
-        return self.described(len(self), text=self.text, label=self.label, content=digest)
+        return content.hexdigest()[:16]
 
     def _problems(self) -> dict[str, str]:
         """Return which samples are not fit for use, as far as they are to be checked, and why."""
@@ -130,16 +145,16 @@ class TarShards(Checked):
         }
         if self.check:
             for found in self._survey().values():
-                for _, unreadable in found.values():
+                for *_, unreadable in found.values():
                     problems.update(unreadable)
         return problems
 
     def _survey(self) -> dict[Path, dict[str, Any]]:
-        """Return, by folder and name, each shard's digest, and samples that cannot be read."""
-        settings: dict[str, Any] = {"checked": self.check}
+        """Return, by folder and name, each shard's digests, and samples that cannot be read."""
+        settings: dict[str, Any] = {"checked": self.check, "schema": SCHEMA}
+        settings.update(text=self.text, label=self.label)
         if self.check:
-            said = {"text": self.text, "label": self.label, "max_pixels": self.max_pixels}
-            settings.update(said, **self.settings())
+            settings.update(max_pixels=self.max_pixels, **self.settings())
         shards = {}
         for folder in sorted({path.parent for path in self.paths}):
             names = [path.name for path in self.paths if path.parent == folder]
@@ -148,24 +163,26 @@ class TarShards(Checked):
                 raise Unreadable(str(folder / name), reason)
         return shards
 
-    def _look(self, path: Path, name: str) -> tuple[str, dict[str, str]]:
-        """Return a shard's digest and why samples of it cannot be read, a sample at a time."""
-        problems = {}
+    def _look(self, path: Path, name: str) -> tuple[str, str, dict[str, str]]:
+        """Return a shard's digests and why samples of it cannot be read, a sample at a time."""
+        problems, rows = {}, []
         try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-                for id, parts in self._parts[path].items() if self.check else ():
+                for id, parts in self._parts[path].items():
                     if sum(kind in parts for kind in IMAGES) != 1:
                         continue
                     try:
                         content = _read(file, parts)
-                        self.probe(_image(content), id)
-                        self._facts(content, id)
+                        if self.check:
+                            self.probe(_image(content), id)
+                        said = self._facts(content, id)[:2]
+                        rows.append([id, hashlib.sha256(_image(content)).hexdigest(), *said])
                     except DminError as error:
                         problems[id] = getattr(error, "reason", str(error)).rstrip(".")
         except OSError as error:
             raise Unreadable(name, (error.strerror or type(error).__name__).lower()) from error
-        return digest, problems
+        return digest, hashlib.sha256(json.dumps(rows).encode()).hexdigest(), problems
 
 
 def _expand(pattern: str) -> list[Path]:

@@ -47,10 +47,13 @@ class DiffusionModel(nn.Module):
         ladder: all timesteps in the order of sampling, pure noise first, in the model's own unit.
         externally_called: names of modules that the network calls outside the block they stand
             in. Only needed to share the network out over processes.
+        metadata_columns: columns of the examples' metadata that :meth:`encode` reads: a store is
+            one of other data where these change, and of the same where others do.
     """
 
     network: nn.Module
     externally_called: Sequence[str] = ()
+    metadata_columns: Sequence[str] = ()
     ladder: Sequence[float] = range(999, -1, -1)
 
     @property

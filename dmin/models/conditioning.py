@@ -169,6 +169,8 @@ class SizeConditioning(Captioned):
         if sizes_from not in ("image", "metadata"):
             raise DminError(f"model.sizes_from={sizes_from!r}: allowed are image and metadata.")
         self.sizes_from = sizes_from
+        if sizes_from == "metadata":
+            self.metadata_columns = [name for pair in SIZE_COLUMNS.values() for name in pair]
         self.original_size = _pair(original_size, "original_size")
         self.crop = _pair(crop, "crop")
         self.target_size = _pair(target_size, "target_size")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 from weakref import WeakSet
@@ -123,8 +123,37 @@ def predicted(model: Any, batch: NoisedBatch) -> Prediction:
     return found
 
 
+class _Declared(Mapping[str, Any]):
+    """The metadata of an example, of which a model may read what it declares."""
+
+    def __init__(self, model: Any, known: Mapping[str, Any]) -> None:
+        columns = ("label", "caption", *getattr(model, "metadata_columns", ()))
+        self._known = {name: known[name] for name in columns if name in known}
+        self._columns, self._model = columns, _of(model)
+
+    def __getitem__(self, column: str) -> Any:
+        """Return the value of a column that is declared."""
+        if column not in self._columns:
+            raise DminError(
+                f"{self._model}.encode reads {column!r} of the metadata, which may change after a "
+                f"store was collected, unless the class declares it: metadata_columns = "
+                f"[{column!r}]."
+            )
+        return self._known[column]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of columns that are declared, and there."""
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._known)
+
+
 def _encoded(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
     ids, name = batch["id"], f"{_of(model)}.encode"
+    if "metadata" in batch:
+        batch = {**batch, "metadata": [_Declared(model, facts) for facts in batch["metadata"]]}
     try:
         found = model.encode(batch)
     except _FAULTS as error:

@@ -13,6 +13,7 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.files import os_failure
 from dmin.store.manifest import MANIFEST
 from dmin.store.reader import Store
+from dmin.store.removal import note_copy
 
 ROWS = 256
 # The type of an exported feature to numpy and to safetensors; what numpy lacks becomes float32.
@@ -49,6 +50,7 @@ def export(store: Store, target: str | os.PathLike[str], form: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         FORMS[form](store, partial)
         partial.rename(target)
+        note_copy(store, target)
     except OSError as error:
         raise os_failure("export to", target, error) from error
     return target

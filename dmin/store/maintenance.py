@@ -10,11 +10,13 @@ import numpy as np
 
 from dmin.runtime.errors import DminError
 from dmin.runtime.files import commit, os_failure
-from dmin.runtime.fingerprint import differences, fingerprint
+from dmin.runtime.fingerprint import differences
+from dmin.store.amendments import FORGOTTEN_NAME, METADATA
 from dmin.store.catalog import Catalog
 from dmin.store.manifest import Manifest
 from dmin.store.reader import Store
-from dmin.store.revisions import begin_revision
+from dmin.store.removal import carry_removals, note_copy
+from dmin.store.revisions import copied_rows
 from dmin.store.segments import read_manifest
 from dmin.store.writer import Rows, StoreWriter
 
@@ -31,6 +33,7 @@ def info(store: Store) -> dict[str, Any]:
         "blocks held twice": store.duplicate_blocks,
         "removed": store.removed,
         "grown": len(manifest.revisions),
+        "metadata renewed": bool(store.metadata_digest),
         "segments": len(list(store.path.glob("segment-*.h5"))),
         "bytes": size,
         "bytes an example": round(size / max(1, len(store))),
@@ -58,6 +61,7 @@ def verify(path: str | os.PathLike[str]) -> Store:
     """
     Catalog.of(Path(path), read_manifest(Path(path)), afresh=True)
     store = Store(path)
+    store.metadata[:]
     for readout in store.layout.readouts:
         for block in store.blocks(readout):
             finite = np.isfinite(block.features).all((1, 2, 3, 4)) & np.isfinite(block.norms).all(
@@ -93,11 +97,20 @@ def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[s
                 f"{other.path} cannot be merged with {stores[0].path}: {'; '.join(lines)}, where"
                 " here is the first store. Only parts of one collection can be."
             )
+    renewed = {store.metadata_digest: store for store in stores if store.metadata_digest}
+    if len(renewed) > 1:
+        raise DminError(
+            f"{' and '.join(str(each.path) for each in renewed.values())} have different metadata:"
+            " run `dmin store metadata` on each with the same data first."
+        )
     with StoreWriter(target, first) as writer:
         missing = set(writer.pending())
+    for each in renewed.values():
+        _copy(each.path / METADATA, target)
     for store in stores:
-        for name in store.removals:
-            _copy(store.path / name, target)
+        for file in (*store.removals, *filter(FORGOTTEN_NAME.fullmatch, os.listdir(store.path))):
+            _copy(store.path / file, target)
+        note_copy(store, target)
         for segment in store.segments:
             if missing.intersection(segment.blocks.tolist()):
                 _copy(segment.path, target)
@@ -110,59 +123,6 @@ def _copy(file: Path, target: Path) -> None:
         commit(target / file.name, file.read_bytes())
     except OSError as error:
         raise os_failure("copy a segment into", target, error) from error
-
-
-def append(
-    target: str | os.PathLike[str],
-    source: str | os.PathLike[str] | Store,
-    dataset: dict[str, Any] | None = None,
-) -> Store:
-    """Put the rows of another store behind those of a store; stopped, it resumes.
-
-    For training images that were added and collected apart. Rows that are there are not touched.
-
-    Args:
-        target: a complete store.
-        source: a complete store of the same features, of other examples; any dtype.
-        dataset: what the dataset is from then on; if None, a list of what was put together.
-
-    Raises:
-        DminError: features differ, named field by field; an example is there already; or the store
-            is incomplete.
-    """
-    store = Store(target)
-    more = source if isinstance(source, Store) else Store(source)
-    more.require_complete()
-    lines = differences(more.manifest.comparable(), store.manifest.comparable())
-    if lines:
-        raise DminError(
-            f"{more.path} cannot be put behind {store.path}: {'; '.join(lines)}, where here is the"
-            " first. Collect it with the settings of the store that it is to join."
-        )
-    added = {"dataset": more.manifest.dataset, "rows": fingerprint({"ids": more.ids})}
-    before = store.manifest.dataset
-    joined = dataset or {"name": before.get("name"), "joined": [*_joined(before), added]}
-    begun = before == dataset or (not dataset and _joined(before)[-1:] == [added])
-    if store.complete or not begun:
-        store.require_complete()
-        if twice := sorted(store.held_ids() & set(more.ids)):
-            raise DminError(
-                f"{store.path} has {len(twice)} of the examples of {more.path} already (or had"
-                f" until they were removed), such as {twice[0]!r}: nothing was changed."
-            )
-        begin_revision(store, joined, len(more))
-    manifest = read_manifest(store.path)
-    start = manifest.last_revision[0]
-    with StoreWriter(target, manifest) as writer:
-        for block in writer.pending():
-            rows = manifest.block_rows(block)
-            writer.append(block, _rows(more, rows.start - start, rows.stop - start))
-    return Store(target)
-
-
-def _joined(dataset: dict[str, Any]) -> list[Any]:
-    found: list[Any] = dataset.get("joined", [{"dataset": dataset}])
-    return found
 
 
 def fold(store: Store, target: str | os.PathLike[str], dim: int, dtype: str | None = None) -> Store:
@@ -258,6 +218,8 @@ def rewrite(
         raise DminError(f"{target} is the source itself: choose a new directory.")
     absent = set(store.missing_blocks)
     with StoreWriter(target, manifest, segment_bytes=segment_bytes) as writer:
+        carry_removals(store, target)
+        note_copy(store, target)
         for block in writer.pending():
             if block not in absent:
                 writer.append(block, _block(store, manifest.block_rows(block), change))
@@ -267,22 +229,6 @@ def rewrite(
 def _block(store: Store, within: range, change: Callable[[np.ndarray], np.ndarray]) -> Rows:
     """Return the rows of a block of the target, from a store that may lack others."""
     if store.complete:  # the target's rows are those that are shown, in order
-        return _rows(store, within.start, within.stop, change)
+        return copied_rows(store, within.start, within.stop, change)
     start, stop = np.searchsorted(store.positions, [within.start, within.stop]).tolist()
-    return _rows(store, start, stop, change)
-
-
-def _rows(
-    store: Store,
-    start: int,
-    stop: int,
-    change: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
-) -> Rows:
-    rows, readouts = slice(start, stop), store.layout.readouts
-    return Rows(
-        ids=store.ids[rows],
-        metadata=store.metadata[rows],
-        features={name: change(store.features(name, start, stop)) for name in readouts},
-        norms={name: store.norms(name)[rows] for name in readouts},
-        losses=store.losses()[rows],
-    )
+    return copied_rows(store, start, stop, change)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dmin.runtime.errors import DminError
-from dmin.runtime.fingerprint import differences, fingerprint
+from dmin.runtime.fingerprint import fingerprint
 from dmin.store.encoding import STORED_AS
 
 FORMAT, SCHEMA = "dmin-store", 1
@@ -141,6 +141,16 @@ class Manifest:
         return fingerprint(self.document())
 
     @property
+    def encodings_key(self) -> str:
+        """Equal for stores whose examples are encoded alike, block by block."""
+        made_of = {
+            "model": [self.features.get("loss"), self.features.get("encoders")],
+            "dataset": self.dataset_fingerprint,
+            "block_size": self.block_size,
+        }
+        return fingerprint(made_of)
+
+    @property
     def states(self) -> "list[Manifest]":
         """The manifest as of each revision, the oldest first; the last is this one."""
         earlier = [
@@ -252,33 +262,6 @@ class Manifest:
             f"{source} has format {found[0]!r}, schema {found[1]!r}; this dmin reads {FORMAT!r},"
             f" schema {SCHEMA}: use the version of dmin that wrote it, or collect again."
         )
-
-
-def manifest_differences(
-    here: Manifest, there: Manifest, counted: bool = True
-) -> dict[str, list[str]]:
-    """Say in which respects two manifests are not of one collection, and how; empty if they are.
-
-    Args:
-        here: of a command.
-        there: of a store; its earlier revisions do not matter.
-        counted: hold the numbers of examples to each other.
-    """
-
-    def asked(each: Manifest) -> dict[str, dict[str, Any]]:
-        count = {"num_examples": each.num_examples} if counted else {}
-        return {
-            "the dataset changed since collection": {"dataset": each.dataset, **count},
-            "the features differ": {"features": each.features},
-            "the layout differs": {
-                "layout": asdict(each.layout),
-                "block_size": each.block_size,
-            },
-        }
-
-    ours, theirs = asked(here), asked(there)
-    found = {what: differences(ours[what], theirs[what]) for what in ours}
-    return {what: lines for what, lines in found.items() if lines}
 
 
 def require_count(name: str, value: int) -> None:

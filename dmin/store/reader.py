@@ -4,20 +4,21 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dmin.runtime.errors import DminError
-from dmin.runtime.fingerprint import differences, fingerprint
+from dmin.runtime.fingerprint import fingerprint
+from dmin.store.amendments import read_forgotten, read_metadata, removed_rows, tombstone
 from dmin.store.catalog import Catalog
 from dmin.store.encoding import decode, word_sums
 from dmin.store.manifest import Layout, require_count
-from dmin.store.rows import MappedRows, Metadata
-from dmin.store.segments import Segment, read_manifest, removed_rows
+from dmin.store.rows import MappedRows, Metadata, ranges
+from dmin.store.segments import Segment, read_manifest
 
 
 class Block(NamedTuple):
@@ -51,13 +52,14 @@ class Store:
         self._catalog = catalog = Catalog.of(self.path, self.manifest, verify)
         blocks = np.concatenate([np.empty(0, np.int64), *catalog.blocks])
         starts, counts = self.manifest.spans(blocks)
-        self._held = held = _ranges(starts, counts)  # places in the dataset of the catalog's rows
+        held = ranges(starts, counts)  # places in the dataset of the catalog's rows
         # Two writers may have raced for a block: backwards, so that the first by name wins.
         place = np.full(self.manifest.num_examples, -1)
         place[held[::-1]] = np.arange(len(held))[::-1]
         self.duplicate_blocks = len(blocks) - len(np.unique(blocks))
         self.missing_blocks = np.setdiff1d(np.arange(self.manifest.num_blocks), blocks).tolist()
         self.removals, removed = removed_rows(self.path, self.manifest)
+        self.forgotten = read_forgotten(self.path)
         place[removed] = -1
         self.removed = len(removed)
         self.positions = np.flatnonzero(place >= 0)  # of the rows, in the dataset
@@ -119,16 +121,16 @@ class Store:
             )
         return ids
 
-    def held_ids(self, before: int | None = None) -> set[str]:
-        """Return the ids of all examples that are there, those removed included.
+    @property
+    def changed(self) -> bool:
+        """Whether its examples are others than those it was first collected of."""
+        return bool(self.manifest.revisions or self.removals or self.forgotten)
 
-        Args:
-            before: only of those at positions below this one.
-        """
-        all_ids = self._all_ids()
-        if before is None:
-            return set(all_ids)
-        return {all_ids[place] for place in np.flatnonzero(self._held < before)}
+    def removed_among(self, ids: Iterable[str]) -> list[str]:
+        """Return those of some ids that were removed, here or from what this store was made of."""
+        held, shown = set(self._all_ids()) if self.removed else set(), self._row_of
+        missing = (id for id in ids if id not in shown)
+        return [id for id in missing if id in held or tombstone(id) in self.forgotten]
 
     def _all_ids(self) -> list[str]:
         """Return the ids of all rows in the catalog, those removed included."""
@@ -138,7 +140,22 @@ class Store:
     @cached_property
     def metadata(self) -> Metadata:
         """The metadata (label, caption, file ...), one mapping a row."""
-        return Metadata(self._catalog.lines("metadata"), self._place)
+        lines = self._catalog.lines("metadata")
+        return Metadata(lines, self._place, self._renewed[1], self.positions)
+
+    @cached_property
+    def _renewed(self) -> tuple[str, list[bytes]]:
+        return read_metadata(self.path, self.manifest)
+
+    @property
+    def metadata_digest(self) -> str:
+        """Of the metadata, if they were renewed since collection; else empty."""
+        return self._renewed[0]
+
+    def collected_metadata(self) -> dict[str, dict[str, Any]]:
+        """Return the metadata as they were collected, by id, of removed examples too."""
+        ids, lines = self._all_ids(), self._catalog.lines("metadata")
+        return {id: json.loads(line) for id, line in zip(ids, lines, strict=True)}
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -279,22 +296,3 @@ class Store:
             outside = wanted[(wanted < 0) | (wanted >= len(self))][0]
             raise DminError(f"The store {self.path} has no row {outside}: it has {len(self)}.")
         return wanted
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return ``start … start + count − 1`` of all pairs, one after the other."""
-    before = np.cumsum(counts) - counts
-    return np.arange(counts.sum()) + np.repeat(starts - before, counts)
-
-
-def check_comparable(query_store: Store, train_store: Store) -> None:
-    """Raise DminError unless rows of the two stores may be multiplied with each other."""
-    query, train = query_store.manifest, train_store.manifest
-    lines = differences(query.comparable(), train.comparable())
-    if lines:
-        raise DminError(
-            f"The query store {query_store.path} and the training store {train_store.path} cannot"
-            f" be compared: {'; '.join(lines)}, where here"
-            " is the query store and there is the training store. Collect both with the same model"
-            " weights, loss, noise, schedule and sketch."
-        )

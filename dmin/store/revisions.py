@@ -1,20 +1,26 @@
-"""How a finished store changes: examples are appended, or taken out, by new files.
+"""How a finished store changes: examples are appended, or metadata renewed, by new files.
 
-Nothing that was written is ever changed. ``growth-0001.json`` says how many rows there are to be
-from now on, and of which dataset; ``removed-<digest>.json`` which rows no reader may show any more.
+No row that was written is ever changed. ``growth-0001.json`` says how many there are to be from now
+on, and of which dataset; ``metadata.jsonl``, which a later one replaces, what is known of them.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from dmin.runtime.errors import DminError
 from dmin.runtime.files import commit, os_failure
+from dmin.runtime.fingerprint import differences, fingerprint
+from dmin.store.amendments import METADATA, metadata_text
 from dmin.store.manifest import Manifest
 from dmin.store.reader import Store
+from dmin.store.removal import carry_removals, note_copy
 from dmin.store.segments import growth_name, read_manifest
+from dmin.store.writer import Rows, StoreWriter
 
 
 def begin_revision(store: Store, dataset: dict[str, Any], more: int) -> Manifest:
@@ -52,29 +58,103 @@ def begin_revision(store: Store, dataset: dict[str, Any], more: int) -> Manifest
     return read_manifest(store.path)
 
 
-def remove(store: Store, ids: Sequence[str]) -> Path:
-    """Take examples out of a store: no reader shows them from now on.
+def renew_metadata(store: Store, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Keep other metadata than the segments have; what was renewed before is replaced.
 
-    Their bytes stay until the store is compacted.
-
-    Returns:
-        The file that says so.
+    Args:
+        store: complete.
+        entries: one a row, JSON.
 
     Raises:
-        DminError: an id is not there, or none is given.
+        DminError: one is not JSON, or the file cannot be written.
     """
-    rows = sorted({store.index(id) for id in ids})
-    if not rows:
-        raise DminError("There is nothing to remove: name the ids of one example or more.")
-    content = {
-        "ids": [store.ids[row] for row in rows],
-        "positions": store.positions[rows].tolist(),
-        "store": store.manifest.states[0].fingerprint,
-    }
-    text = f"{json.dumps(content, indent=1, ensure_ascii=False)}\n".encode()
-    file = store.path / f"removed-{hashlib.sha256(text).hexdigest()[:16]}.json"
+    lines = ["null"] * store.manifest.num_examples
+    rows = zip(store.positions.tolist(), store.ids, entries, strict=True)
+    for position, id, entry in rows:
+        lines[position] = metadata_text(id, entry)
+    text = "\n".join(lines).encode()
+    digest, owner = hashlib.sha256(text).hexdigest(), store.manifest.states[0].fingerprint
+    head = json.dumps({"digest": digest, "store": owner}).encode()
     try:
-        commit(file, text)
+        commit(store.path / METADATA, head + b"\n" + text)
     except OSError as error:
-        raise os_failure("write", file, error) from error
-    return file
+        raise os_failure("write", store.path / METADATA, error) from error
+
+
+def append(
+    target: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Store,
+    dataset: dict[str, Any] | None = None,
+    restore: bool = False,
+) -> Store:
+    """Put the rows of another store behind those of a store; stopped, it resumes.
+
+    For training images that were added and collected apart. Rows that are there are not touched.
+
+    Args:
+        target: a complete store.
+        source: a complete store of the same features, of other examples; any dtype.
+        dataset: what the dataset is from then on; if None, a list of what was put together.
+        restore: take back examples that were removed.
+
+    Raises:
+        DminError: features differ, named field by field; an example is there already; or the store
+            is incomplete.
+    """
+    store = Store(target)
+    more = source if isinstance(source, Store) else Store(source)
+    more.require_complete()
+    lines = differences(more.manifest.comparable(), store.manifest.comparable())
+    if lines:
+        raise DminError(
+            f"{more.path} cannot be put behind {store.path}: {'; '.join(lines)}, where here is the"
+            " first. Collect it with the settings of the store that it is to join."
+        )
+    added = {"dataset": more.manifest.dataset, "rows": fingerprint({"ids": more.ids})}
+    before = store.manifest.dataset
+    joined = dataset or {"name": before.get("name"), "joined": [*_joined(before), added]}
+    begun = before == dataset or (not dataset and _joined(before)[-1:] == [added])
+    if store.complete or not begun:
+        store.require_complete()
+        if twice := sorted(set(store.ids) & set(more.ids)):
+            raise DminError(
+                f"{store.path} has {len(twice)} of the examples of {more.path} already (such"
+                f" as {twice[0]!r}): nothing was changed."
+            )
+        if not restore and (gone := store.removed_among(more.ids)):
+            raise DminError(
+                f"{len(gone)} of the examples of {more.path} were removed from {store.path}, such"
+                f" as {gone[0]!r}: remove them there too, or say restore=true to take them back."
+            )
+        begin_revision(store, joined, len(more))
+    carry_removals(more, store.path)
+    note_copy(more, target)
+    manifest = read_manifest(store.path)
+    start = manifest.last_revision[0]
+    with StoreWriter(target, manifest) as writer:
+        for block in writer.pending():
+            rows = manifest.block_rows(block)
+            writer.append(block, copied_rows(more, rows.start - start, rows.stop - start))
+    return Store(target)
+
+
+def _joined(dataset: dict[str, Any]) -> list[Any]:
+    found: list[Any] = dataset.get("joined", [{"dataset": dataset}])
+    return found
+
+
+def copied_rows(
+    store: Store,
+    start: int,
+    stop: int,
+    change: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
+) -> Rows:
+    """Return rows ``start:stop`` of a store as a writer takes them, their features changed."""
+    rows, readouts = slice(start, stop), store.layout.readouts
+    return Rows(
+        ids=store.ids[rows],
+        metadata=store.metadata[rows],
+        features={name: change(store.features(name, start, stop)) for name in readouts},
+        norms={name: store.norms(name)[rows] for name in readouts},
+        losses=store.losses()[rows],
+    )

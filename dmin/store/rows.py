@@ -110,11 +110,22 @@ class MappedRows:
 
 
 class Metadata(Sequence[dict[str, Any]]):
-    """The metadata of the rows, read from JSON when asked for."""
+    """The metadata of the rows, read from JSON when asked for.
 
-    def __init__(self, lines: list[bytes], place: np.ndarray) -> None:
-        self._lines = lines
-        self._place = place
+    Args:
+        lines: of the catalog.
+        place: of each row's among them, ``[n]``.
+        renewed: lines that are later than these, by position; ``null`` where there is none.
+        positions: of the rows, ``[n]``.
+    """
+
+    def __init__(
+        self, lines: list[bytes], place: np.ndarray, renewed: list[bytes], positions: np.ndarray
+    ) -> None:
+        self._lines, self._place = [*lines, *renewed], place
+        later = np.zeros(positions[-1] + 1 if len(positions) else 0, dtype=bool)
+        later[: len(renewed)] = [line != b"null" for line in renewed[: len(later)]]
+        self._place = np.where(later[positions], len(lines) + positions, place)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -143,3 +154,9 @@ def _as_slice(indices: np.ndarray) -> slice | np.ndarray:
     """Return consecutive indices as a slice, which copies several times quicker."""
     consecutive = (np.diff(indices) == 1).all()
     return slice(indices[0], indices[-1] + 1) if consecutive else indices
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return ``start … start + count − 1`` of all pairs, one after the other."""
+    before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + np.repeat(starts - before, counts)

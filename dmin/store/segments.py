@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import io
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from dmin.store.manifest import MANIFEST, Manifest
 
 SEGMENT_NAME = re.compile(r"segment-\d{8,}-([0-9a-f]{16})\.h5")
 GROWTH_NAME = re.compile(r"growth-\d{4,}\.json")
-REMOVED_NAME = re.compile(r"removed-([0-9a-f]{16})\.json")
 
 
 class Content(NamedTuple):
@@ -75,34 +73,6 @@ def _text(path: Path, file: Path) -> str:
         raise DminError(
             f"{file} is damaged ({error}): restore it from a copy, or collect into a new directory."
         ) from error
-
-
-def removed_rows(path: Path, manifest: Manifest) -> tuple[list[str], np.ndarray]:
-    """Return the files that take rows out of a store, and the positions of these rows.
-
-    Raises:
-        DminError: such a file is damaged or of another store: rather than that an example comes
-            back, nothing is read.
-    """
-    names = sorted(filter(REMOVED_NAME.fullmatch, os.listdir(path)))
-    found: set[int] = set()
-    for name in names:
-        try:
-            text = (path / name).read_bytes()
-        except OSError as error:
-            raise os_failure("read", path / name, error) from error
-        digest = hashlib.sha256(text).hexdigest()[:16]
-        if name != f"removed-{digest}.json":
-            raise DminError(
-                f"{path / name} is damaged (the digest of its bytes is {digest}): restore it from a"
-                " copy. Or delete it and remove the examples again; the ids that can still be read"
-                " in it say which."
-            )
-        content = json.loads(text)
-        if content["store"] != manifest.states[0].fingerprint:
-            raise DminError(f"{path / name} was written for another store: move it away.")
-        found.update(content["positions"])
-    return names, np.array(sorted(found), dtype=np.int64)
 
 
 @contextlib.contextmanager

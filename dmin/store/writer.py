@@ -14,8 +14,10 @@ import numpy as np
 from dmin.runtime.errors import DminError
 from dmin.runtime.files import commit, os_failure
 from dmin.runtime.formatting import spans
+from dmin.store.amendments import is_moved, metadata_text
+from dmin.store.comparison import manifest_differences, metadata_remedy
 from dmin.store.encoding import LARGEST, encode
-from dmin.store.manifest import Layout, Manifest, manifest_differences
+from dmin.store.manifest import Layout, Manifest
 from dmin.store.segments import (
     MANIFEST,
     Content,
@@ -97,7 +99,12 @@ class StoreWriter:
         self.manifest = read_manifest(self.path)
         _require_same(self.path, manifest, self.manifest)
         self._remove_stale()
-        self.pending()
+        moved = is_moved(self.path, self.manifest)
+        if self.pending() and moved and self.manifest.fingerprint != manifest.fingerprint:
+            raise DminError(
+                f"{self.path} is being grown or compacted, which was stopped: give that command"
+                " again (collect.grow=true, or `dmin store append` or `compact`), it goes on."
+            )
 
     def __enter__(self) -> "StoreWriter":
         """Return the writer."""
@@ -210,14 +217,14 @@ class StoreWriter:
 
 def _require_same(path: Path, here: Manifest, there: Manifest) -> None:
     """Raise DminError unless a store can be resumed with this manifest."""
-    changed = bool(there.revisions) or bool(list(path.glob("removed-*.json")))
+    changed = is_moved(path, there) or bool(list(path.glob("removed-*.json")))
     lines_of = manifest_differences(here, there, counted=not changed)
     said = [f"{what} ({'; '.join(lines)})" for what, lines in lines_of.items()]
     if said:
         raise DminError(
             f"{path} holds a store that this command cannot continue: {', and '.join(said)}, where"
             " here is this command and there is the store. Nothing was changed: go back to the"
-            " store's settings, or choose another directory."
+            f" store's settings, or choose another directory.{metadata_remedy(here, there, path)}"
         )
 
 
@@ -236,13 +243,7 @@ def _checked_texts(rows: Rows, count: int, taken: set[str]) -> dict[str, list[st
         if id in seen or id in taken:
             raise DminError(f"Two examples have the id {id!r}: give every example its own id.")
         seen.add(id)
-        try:
-            metadata.append(json.dumps(entry, sort_keys=True, allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise DminError(
-                f"The metadata of example {id!r} cannot be written as JSON ({error}): use only"
-                " mappings, lists, texts, finite numbers, booleans and null."
-            ) from error
+        metadata.append(metadata_text(id, entry))
     return {"ids": [json.dumps(id) for id in rows.ids], "metadata": metadata}
 
 

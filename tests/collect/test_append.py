@@ -7,10 +7,11 @@ from dmin.collect import GradientCollector, predict_trainer
 from dmin.collect.append import collect_more
 from dmin.data import Examples
 from dmin.diffusion.timesteps import Stratified
-from dmin.runtime.errors import DminError
+from dmin.runtime.errors import DminError, DminWarning
 from dmin.sketches import BlockCyclic
 from dmin.store import Store
-from dmin.store.revisions import remove
+from dmin.store.maintenance import compact
+from dmin.store.removal import remove
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 
@@ -77,3 +78,24 @@ def test_what_is_refused(collector, store, digits, ddpm):
     other = GradientCollector(ddpm, sketch=BlockCyclic(512), timesteps=Stratified(2))
     with pytest.raises(DminError, match=r"cannot grow by this .*features\.sketch\.dim: 512 here"):
         collect_more(other, digits, store.path)
+
+
+def test_growing_takes_back_what_was_removed_only_if_asked(collector, store, digits, tmp_path):
+    gone = store.ids[2]
+    remove(store, [gone])
+    compacted = compact(Store(store.path), tmp_path / "c").path
+    options = {"trainer": predict_trainer(**QUIET)}
+    for path in (store.path, compacted):
+        with pytest.warns(DminWarning, match=rf"1 of the examples .* '{gone}': they are left out"):
+            found = collect_more(collector, digits, path, **options)
+        assert gone not in found.ids and len(found) == len(digits) - 1 and found.complete
+        with pytest.warns(DminWarning, match="left out"):
+            again = collect_more(collector, digits, path, **options)
+        assert again.fingerprint == found.fingerprint
+        remove(found, [digits.examples[1].id])
+        back = collect_more(collector, digits, path, restore=True, **options)
+        assert sorted(back.ids) == sorted(e.id for e in digits.examples)
+        row = collector.collect(digits, tmp_path / "w", block_size=4, **options)
+        for id in (gone, digits.examples[1].id):
+            one, other = (s.features("loss")[s.index(id)] for s in (back, row))
+            np.testing.assert_allclose(one, other, atol=2e-3)

@@ -27,7 +27,7 @@ from dmin.cli.help import COMMANDS  # noqa: F401
 from dmin.collect import predict_trainer
 from dmin.collect.append import collect_more
 from dmin.store.maintenance import verify  # noqa: F401
-from dmin.store.revisions import remove
+from dmin.store.removal import remove
 
 DATA = Path(__file__).parent / "data"
 STORES = DATA / "stores"

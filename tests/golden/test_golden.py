@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
@@ -11,6 +12,10 @@ import yaml
 from golden import definitions, settings
 from golden.definitions import GOLDENS, STORES
 from hydra.utils import get_object
+
+from dmin.collect.described import refresh_metadata
+from dmin.data import Examples
+from dmin.runtime.errors import DminError
 
 KNOWN = json.loads(settings.SETTINGS.read_text())
 TOLERANCE = 1e-3
@@ -85,6 +90,26 @@ def test_nothing_of_a_golden_store_is_collected_again(name, place, monkeypatch):
     assert segments(place) == before
 
 
+@pytest.mark.parametrize("name", ["mlp", "removed", "grown", "stable_diffusion_xl"])
+def test_a_golden_store_takes_over_metadata_that_changed(name, place):
+    golden, by, path = GOLDENS[name], collector(name), place / "train"
+    examples = definitions.train_examples(golden).examples
+    now = Examples([replace(e, metadata={"artist": f"of {e.id}"}) for e in examples])
+    before, digest = segments(path), definitions.Store(path).digest()
+    with pytest.raises(DminError, match=r"covers all metadata: .*`dmin store metadata .*/train FO"):
+        definitions.collect(golden, by, path, data=now)
+    for change in ({"image": 1 - examples[1].image}, {"label": 99}, {"caption": "another"}):
+        other = [replace(e, **change) if e is now.examples[1] else e for e in now.examples]
+        with pytest.raises(DminError, match=r"collected from other data than these: content: "):
+            refresh_metadata(path, Examples(other))
+    refresh_metadata(path, now)
+    found = definitions.collect(golden, by, path, data=now)
+    assert found.complete and found.digest() == digest and segments(path) == before
+    shown = {id: row["artist"] for id, row in zip(found.ids, found.metadata, strict=True)}
+    assert shown == {id: f"of {id}" for id in found.ids}
+    assert "number" not in found.metadata[0] and found.metadata[0]["label"] == examples[0].label
+
+
 @every
 def test_a_fresh_collection_has_the_golden_rows(name, place, tmp_path):
     golden, by = GOLDENS[name], collector(name)
@@ -95,9 +120,10 @@ def test_a_fresh_collection_has_the_golden_rows(name, place, tmp_path):
     for now, part in zip(fresh, ("train", "queries"), strict=True):
         then = definitions.Store(place / part)
         assert now.ids == then.ids and now.metadata[:] == then.metadata[:]
-        assert now.manifest.fingerprint == then.manifest.fingerprint
+        assert now.manifest.feature_fingerprint == then.manifest.feature_fingerprint
+        assert now.manifest.num_blocks == then.manifest.num_blocks
         if name not in ROUNDED_OTHERWISE:
-            assert now.fingerprint == then.fingerprint
+            assert now.digest() == then.digest()
         np.testing.assert_allclose(now.losses(), then.losses(), rtol=TOLERANCE)
         for readout in then.layout.readouts:
             rows, other = now.features(readout), then.features(readout)
@@ -126,6 +152,7 @@ ADDED: set[str] = {
     *("model.weighting", "model.noise_offset", "model.input_perturbation", "model.loss_type"),
     *("model.huber_c", "model.huber_schedule", "model.shift"),
     *("model.sample_size", "model.variance_loss", "queries.prompt", "retrieve.beside"),
+    "collect.restore",
 }
 # Settings whose value is another today, by their old one: the new one.
 CHANGED: dict[tuple[str, str], str] = {

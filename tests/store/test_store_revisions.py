@@ -10,9 +10,10 @@ from dmin.runtime.errors import DminError
 from dmin.store import Rows, Store, StoreWriter
 from dmin.store.export import export
 from dmin.store.interchange import import_store
-from dmin.store.maintenance import append, compact, convert, info, merge, verify
+from dmin.store.maintenance import compact, convert, info, merge, verify
 from dmin.store.manifest import Manifest
-from dmin.store.revisions import begin_revision, remove
+from dmin.store.removal import remove
+from dmin.store.revisions import append, begin_revision
 
 
 def write(path, manifest, make_rows, blocks=None, **options):

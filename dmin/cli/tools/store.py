@@ -19,8 +19,14 @@ OPERATIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], str]] = {
     "info": ("STORE", (), (), "say what a store holds, as JSON"),
     "verify": ("STORE", (), (), "read every byte and every value"),
     "merge": ("SOURCE... TARGET", (), (), "put parts of one collection together"),
-    "append": ("SOURCE TARGET", (), (), "put the rows of SOURCE behind those of TARGET"),
-    "remove": ("STORE [ID...]", (), ("ids", "where"), "show some examples no more"),
+    "append": ("SOURCE TARGET", (), ("restore",), "put the rows of SOURCE behind those of TARGET"),
+    "remove": ("STORE [ID...]", (), ("ids", "where", "encodings"), "show some examples no more"),
+    "metadata": (
+        "STORE [FOLDER]",
+        (),
+        ("label", "text", "same_images"),
+        "take over the metadata that the images have now",
+    ),
     "import": (
         "SOURCE TARGET",
         (),
@@ -45,8 +51,10 @@ for _name, (_paths, _needed, _allowed, _what) in OPERATIONS.items():
 PAGE += """
 A TARGET is a new directory (or file), but for append: sources never change. An operation that was
 stopped goes on when it is given again, except export. What is removed is in no answer from then
-on; its bytes go when the store is compacted. ids=FILE has an id a line, where=COLUMN:VALUE names
-rows by their metadata.
+on, and nothing that is made of the store has it, unless restore=true; its bytes go when the store
+is compacted. ids=FILE has an id a line, where=COLUMN:VALUE names rows by their metadata. metadata
+changes no row: images, labels and captions have to be those that were collected; FOLDER is for
+stores that keep no settings, or where the images are now.
 
 examples:
   dmin store info outputs/stores/digits-train-0123456789abcdef
@@ -69,6 +77,7 @@ def _run(arguments: Sequence[str]) -> str:
     from dmin.store import Store
     from dmin.store import maintenance as operations
     from dmin.store.export import export
+    from dmin.store.revisions import append
 
     name, paths, settings = _parsed(arguments)
     if name == "merge":
@@ -79,7 +88,7 @@ def _run(arguments: Sequence[str]) -> str:
         done = operations.verify(paths[0])
         return f"{done.path}: {len(done):,} rows are sound"
     if name == "append":
-        done = operations.append(paths[1], paths[0])
+        done = append(paths[1], paths[0], restore=settings.get("restore", False))
         return f"{done.path}: {len(done):,} rows"
     if name == "import":
         from dmin.store.interchange import import_store
@@ -88,6 +97,12 @@ def _run(arguments: Sequence[str]) -> str:
         dtype = settings.get("dtype", "float16")
         done = import_store(paths[0], paths[1], settings.get("sketch"), ids, dtype)
         return f"{done.path}: {len(done):,} rows"
+    if name == "metadata":
+        from dmin.collect.described import refresh_metadata
+
+        data = _data_of(Store(paths[0]), paths[1:], settings)
+        done = refresh_metadata(paths[0], data, settings.get("same_images", False))
+        return f"{done.path}: {len(done):,} rows have the metadata of the data as it is now"
     store = Store(paths[0])
     if name == "remove":
         return _remove(store, [str(path) for path in paths[1:]], settings)
@@ -109,7 +124,7 @@ def _run(arguments: Sequence[str]) -> str:
 
 
 def _remove(store: "Store", ids: list[str], settings: dict[str, str]) -> str:
-    from dmin.store.revisions import remove
+    from dmin.store.removal import known_copies, remove
 
     if "ids" in settings:
         ids += _lines(settings["ids"])
@@ -120,9 +135,47 @@ def _remove(store: "Store", ids: list[str], settings: dict[str, str]) -> str:
         if not found:
             raise DminError(f"where={settings['where']}: no example has {column} = {value}.")
         ids += found
-    file = remove(store, ids)
+    file = remove(store, ids, settings.get("encodings"))
     left = type(store)(store.path)
-    return f"{file}: {len(store) - len(left):,} removed, {len(left):,} rows are left"
+    copies = ", ".join(map(str, known_copies(store.path))) or "none that it knows of"
+    return (
+        f"{file}: {len(store) - len(left):,} removed, {len(left):,} rows are left.\n"
+        f"No answer has them from now on; their indices and kept encodings are deleted. Their rows "
+        f"and ids stay in {store.path} until `dmin store compact {store.path} NEW` has written it "
+        f"without them and it is deleted.\n"
+        f"Not reached, remove them there too: copies of the store and exports ({copies}; others "
+        f"it cannot know), results written before (rankings, pages with their pictures), and "
+        f"the data."
+    )
+
+
+def _data_of(store: "Store", folders: list[Path], settings: dict[str, Any]) -> Any:
+    """Return the data of a store as its settings name them, or a folder of images read likewise.
+
+    Raises:
+        DminError: it keeps no settings, or a folder is named and it is not one of such.
+    """
+    from dmin.data.image_folder import ImageFolder
+
+    if not folders:
+        from omegaconf import OmegaConf
+
+        from dmin.cli.config.store_settings import read
+        from dmin.cli.workspace.built import build
+
+        found = read(store.path, "collect", ("model", "sketch", "timesteps", "noise"), trust=False)
+        return build(OmegaConf.create(found).data)
+    said = store.manifest.dataset
+    if said.get("name") != ImageFolder.__name__:
+        raise DminError(
+            f"{store.path} was collected from data of another kind ({said.get('name')}) than a "
+            f"folder of images: in Python, refresh_metadata(store, dataset) of "
+            f"dmin.collect.described takes any dataset."
+        )
+    known = ("size", "mode", "crop", "resize", "background", "aspect", "bucket_step")
+    options = {name: said[name] for name in known if name in said}
+    options |= {name: settings[name] for name in ("label", "text") if name in settings}
+    return ImageFolder(folders[0], **options, on_error="skip" if said.get("skipped") else "raise")
 
 
 def _lines(file: str) -> list[str]:
@@ -145,16 +198,23 @@ def _parsed(words: Sequence[str]) -> tuple[str, list[Path], dict[str, Any]]:
     parser = Arguments(f"store {name}")
     parser.add_argument("paths", nargs="*", type=Path)
     for key in (*needed, *allowed):
-        parser.add_argument(f"--{key}", type=_whole if key == "dim" else str)
+        kind = {"dim": _whole, "restore": _truth, "same_images": _truth}.get(key, str)
+        parser.add_argument(f"--{key}", type=kind)
     found = vars(parser.read(rest))
     paths = found.pop("paths")
     settings = {key: value for key, value in found.items() if value is not None}
     if lacking := [key for key in needed if key not in settings]:
         raise DminError(f"dmin store {name} needs {lacking[0]}=..., see dmin store --help.")
     least = len([each for each in form.split() if not each.startswith("[")])
-    if len(paths) < least or (len(paths) > least and "..." not in form):
+    if not least <= len(paths) <= (len(paths) if "..." in form else len(form.split())):
         raise DminError(f"dmin store {name} takes {form}, and got {len(paths)} paths.")
     return name, paths, settings
+
+
+def _truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise DminError(f"{text} is neither true nor false.")
+    return text == "true"
 
 
 def _whole(text: str) -> int:

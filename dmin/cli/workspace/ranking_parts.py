@@ -45,6 +45,7 @@ def joined(
     question = {
         **work.resolved("method", "retrieve", "index"),
         "stores": [queries.store.fingerprint, train.store.fingerprint],
+        **({"metadata": train.store.metadata_digest} if train.store.metadata_digest else {}),
     }
     folder = work.outputs / "rankings" / f"{work.cfg.name}-{fingerprint(question)}"
     mine, shards = work.share.shard, work.share.shards

@@ -46,14 +46,15 @@ class Workspace(Built):
     def train_manifest(self) -> Manifest:
         """What the store of the training examples has to be."""
         options, data = self.cfg.collect, self.data  # first, as it is read sooner than the model
-        return self.collector.manifest(data, options.block_size, options.dtype)
+        place = None if options.path is None else Path(options.path)
+        return self.collector.manifest(data, options.block_size, options.dtype, path=place)
 
-    @property
+    @cached_property
     def train_path(self) -> Path:
         """Where that store stands: ``collect.path``, or a path that carries its fingerprint."""
         if self.cfg.collect.path is not None:
             return Path(self.cfg.collect.path)
-        return self._store_path("train", self.train_manifest)
+        return self._store_path("train", self.train_manifest, self.data)
 
     def collect_train(self, stop: StopSignals) -> Store:
         """Return the store of the training examples; collect what is missing of the shard.
@@ -71,23 +72,24 @@ class Workspace(Built):
         Raises:
             DminError: it is not there; names the stores that are, and what differs.
         """
+        from dmin.collect.described import as_found
         from dmin.store import Store
-        from dmin.store.manifest import manifest_differences
+        from dmin.store.comparison import manifest_differences, metadata_remedy
 
-        manifest, path = self.train_manifest, self.train_path
+        path = self.train_path
+        manifest = as_found(self.train_manifest, self.data, path)
         if not (path / "manifest.json").is_file():
             raise DminError(
                 f"there is no store of the training examples for these settings ({path}). Run "
                 f"`dmin collect` with the same settings first.{self._other_stores(manifest)}"
             )
         store = Store(path)
-        changed = bool(store.manifest.revisions or store.removed)
-        found = manifest_differences(manifest, store.manifest, counted=not changed)
+        found = manifest_differences(manifest, store.manifest, counted=not store.changed)
         lines = [line for each in found.values() for line in each]
         if lines:
             raise DminError(
                 f"{path} was collected with other settings: {'; '.join(lines)}. Use its settings, "
-                f"or another collect.path."
+                f"or another collect.path.{metadata_remedy(manifest, store.manifest, path)}"
             )
         store.require_complete()
         return store
@@ -95,19 +97,28 @@ class Workspace(Built):
     def _other_stores(self, manifest: Manifest) -> str:
         """Say which stores of this name come nearest, and how they differ."""
         from dmin.store import Store
+        from dmin.store.comparison import metadata_remedy
 
-        found = []
+        found, remedies = [], []
         for path in (self.outputs / "stores").glob(f"{self.cfg.name}-train-*"):
             other = Store(path, verify=False).manifest
             lines = differences(manifest.document(), other.document())
             # What follows from the features stands among them already.
             lines = [line for line in lines if not line.startswith("layout.")] or lines
             found.append((len(lines), f"{path} ({'; '.join(lines[:4])})"))
+            if other.comparable() == manifest.comparable():
+                remedies.append(metadata_remedy(manifest, other, path))
         nearest = [told for _, told in sorted(found)[:2]]
-        return f" The nearest there is: {'; and '.join(nearest)}." if nearest else ""
+        told = f" The nearest there is: {'; and '.join(nearest)}." if nearest else ""
+        return told + next(filter(None, remedies), "")
 
-    def _store_path(self, role: str, manifest: Manifest) -> Path:
-        return self.outputs / "stores" / f"{self.cfg.name}-{role}-{manifest.fingerprint}"
+    def _store_path(
+        self, role: str, manifest: Manifest, dataset: Dataset, beside: Any = None
+    ) -> Path:
+        from dmin.collect.described import place_of
+
+        place = self.outputs / "stores" / f"{self.cfg.name}-{role}-"
+        return place_of(place, manifest, dataset, beside)
 
     def store(
         self,
@@ -127,7 +138,8 @@ class Workspace(Built):
         options = self.cfg.collect
         collector = self.collector if model in (None, self.model) else self.collector_of(model)
         manifest = collector.manifest(dataset, options.block_size, options.dtype, as_queries)
-        path = self._store_path(role, manifest)
+        beside = collector.model.describe_query() if as_queries else None
+        path = self._store_path(role, manifest, dataset, beside)
         return self._collect(dataset, role, path, as_queries=as_queries, collector=collector)
 
     def _collect(
@@ -174,7 +186,7 @@ class Workspace(Built):
                 trainer=self.trainer(),
             )
             if role == "train" and options.grow:
-                grown = collect_more(collector, dataset, path, **settings)
+                grown = collect_more(collector, dataset, path, options.restore, **settings)
                 self._keep_settings(path)
                 return grown
             return collector.collect(dataset, path, **settings)

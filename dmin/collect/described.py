@@ -1,0 +1,157 @@
+"""What a store says of its dataset: how it is found again, and renewed when metadata changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dmin.data.base import Dataset, Facts, describe_dataset, describe_fully
+from dmin.data.ids import facts_of, ids_of
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import differences, fingerprint
+from dmin.store import Manifest, Store
+from dmin.store.comparison import manifest_differences
+from dmin.store.manifest import MANIFEST
+from dmin.store.revisions import begin_revision, renew_metadata
+from dmin.store.segments import read_manifest
+
+
+def describe(dataset: Dataset, columns: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what identifies what gradients of a dataset are computed from, as JSON.
+
+    Args:
+        dataset: the examples.
+        columns: of their metadata that the model reads.
+    """
+    found = describe_dataset(dataset)
+    if columns:
+        rows = [[(f.metadata or {}).get(name) for name in columns] for f in facts_of(dataset)]
+        found["columns"] = {"names": list(columns), "content": fingerprint({"rows": rows})}
+    return found
+
+
+def as_found(
+    manifest: Manifest, dataset: Dataset, path: Path, beside: Mapping[str, Any] | None = None
+) -> Manifest:
+    """Return the manifest as a store that is there has it, if that has metadata in its fingerprint.
+
+    Args:
+        manifest: of a dataset.
+        dataset: the dataset.
+        path: of a store, or where one may come to be.
+        beside: what the manifest says of its dataset besides the description of it.
+    """
+    if not (path / MANIFEST).is_file():
+        return manifest
+    there = read_manifest(path)
+    alike = there.comparable() == manifest.comparable()
+    if "schema" in there.dataset or there.dataset == manifest.dataset or not alike:
+        return manifest
+    former = {**describe_fully(dataset), **(beside or {})}
+    return replace(manifest, dataset=former) if former == there.dataset else manifest
+
+
+def place_of(
+    place: Path, manifest: Manifest, dataset: Dataset, beside: Mapping[str, Any] | None = None
+) -> Path:
+    """Return where a store stands, or an older one that has another fingerprint for the same.
+
+    Args:
+        place: of all stores of its name and role: what comes before the fingerprint.
+        manifest: of the store, as is the next.
+        dataset: the examples.
+        beside: as for :func:`as_found`.
+    """
+    path = place.with_name(f"{place.name}{manifest.fingerprint}")
+    for file in [] if path.exists() else sorted(place.parent.glob(f"{place.name}*/{MANIFEST}")):
+        there, here = read_manifest(file.parent), as_found(manifest, dataset, file.parent, beside)
+        if not manifest_differences(here, there, counted=not there.revisions):
+            return file.parent
+    return path
+
+
+def refresh_metadata(path: str | Path, dataset: Dataset, same_images: bool = False) -> Store:
+    """Take the metadata of a dataset over into the complete store that was collected from it.
+
+    Rows are not touched. Images, labels and captions must be those that were collected: the store
+    has their digest.
+
+    Args:
+        path: of the store.
+        dataset: as it is now.
+        same_images: believe that the images are, where there is nothing to compare them with;
+            ids, labels and captions are compared all the same.
+
+    Raises:
+        DminError: the store is incomplete, or more than metadata changed.
+    """
+    store = Store(path)
+    store.require_complete()
+    ids, facts = list(ids_of(dataset)), list(facts_of(dataset))
+    _require_ids(store, ids)
+    known = dict(zip(ids, facts, strict=True))
+    columns, kept = _columns(store), store.manifest.dataset
+    described = describe(dataset, columns)
+    old = described if "schema" in kept else describe_fully(dataset, store.collected_metadata())
+    lines = differences(old, {name: kept.get(name) for name in old})
+    if same_images:
+        lines = _changed(store, known, ("label", "caption", *columns))
+    elif "schema" not in kept:
+        lines += _changed(store, known, columns)
+    if lines:
+        raise DminError(
+            f"{store.path} was collected from other data than these: {'; '.join(lines)}, where "
+            f"here are these. Only metadata besides labels and captions can be taken over: name "
+            f"their columns as they were (label=, text=), or, if the images are those of then and "
+            f"were only written anew or some removed, say same_images=true."
+        )
+    renew_metadata(store, [known[id].describe() for id in store.ids])
+    beside = {name: value for name, value in kept.items() if name not in {*old, "joined"}}
+    if {**described, **beside} != kept:
+        begin_revision(store, {**described, **beside}, 0)
+    return Store(path)
+
+
+def _require_ids(store: Store, ids: Sequence[str]) -> None:
+    lost = sorted(set(store.ids).difference(ids))
+    more = sorted(set(ids).difference(store.ids).difference(store.removed_among(ids)))
+    if not lost and not more:
+        return
+    told = [
+        f"{len(each):,} {what} ({', '.join(map(repr, each[:3]))}{', …' if each[3:] else ''})"
+        for each, what in ((lost, "are in the store alone"), (more, "are in the data alone"))
+        if each
+    ]
+    raise DminError(
+        f"The examples of {store.path} and of the data are not the same: {' and '.join(told)}. "
+        f"Remove (`dmin store remove`) or collect (collect.grow=true) what is in one alone first."
+    )
+
+
+def _columns(store: Store) -> list[str]:
+    """Return the columns of the metadata that a store was computed from."""
+    manifest = store.manifest
+    if "columns" in manifest.dataset:
+        return list(manifest.dataset["columns"]["names"])
+    loss = manifest.features.get("loss")
+    if isinstance(loss, dict) and loss.get("sizes_from") == "metadata":
+        from dmin.models.conditioning import SIZE_COLUMNS  # diffusers takes seconds
+
+        return [name for pair in SIZE_COLUMNS.values() for name in pair]
+    return []
+
+
+def _changed(store: Store, known: Mapping[str, Facts], names: Sequence[str]) -> list[str]:
+    """Say which values of columns are not those of the collection."""
+    lines = []
+    for id, kept in store.collected_metadata().items():
+        if id in known:
+            now = known[id].describe()
+            lines += [
+                f"{id}.{n}: {now.get(n)!r} here, {kept.get(n)!r} there"
+                for n in names
+                if now.get(n) != kept.get(n)
+            ]
+    return [*lines[:3], f"… and {len(lines) - 3} more"] if len(lines) > 3 else lines

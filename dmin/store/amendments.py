@@ -1,0 +1,118 @@
+"""Files that amend a store: rows that are shown no more, whom it takes not back, new metadata."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmin.runtime.errors import DminError
+from dmin.runtime.files import os_failure
+from dmin.store.manifest import Manifest
+
+FORGOTTEN_NAME = re.compile(r"forgotten-([0-9a-f]{16})\.json")
+METADATA = "metadata.jsonl"
+REMOVED_NAME = re.compile(r"removed-([0-9a-f]{16})\.json")
+
+
+def removed_rows(path: Path, manifest: Manifest) -> tuple[list[str], np.ndarray]:
+    """Return the files that take rows out of a store, and the positions of these rows.
+
+    Raises:
+        DminError: such a file is damaged or of another store: rather than that an example comes
+            back, nothing is read.
+    """
+    names = sorted(filter(REMOVED_NAME.fullmatch, os.listdir(path)))
+    found: set[int] = set()
+    for name in names:
+        try:
+            text = (path / name).read_bytes()
+        except OSError as error:
+            raise os_failure("read", path / name, error) from error
+        digest = hashlib.sha256(text).hexdigest()[:16]
+        if name != f"removed-{digest}.json":
+            raise DminError(
+                f"{path / name} is damaged (the digest of its bytes is {digest}): restore it from a"
+                " copy. Or delete it and remove the examples again; the ids that can still be read"
+                " in it say which."
+            )
+        content = json.loads(text)
+        if content["store"] != manifest.states[0].fingerprint:
+            raise DminError(f"{path / name} was written for another store: move it away.")
+        found.update(content["positions"])
+    return names, np.array(sorted(found), dtype=np.int64)
+
+
+def tombstone(id: str) -> str:
+    """Return what is kept of the id of an example whose rows are gone: it is told by it again."""
+    return hashlib.sha256(f"removed {id}".encode()).hexdigest()[:32]
+
+
+def read_forgotten(path: Path) -> frozenset[str]:
+    """Return the tombstones of examples that were removed from what a store was made of.
+
+    Raises:
+        DminError: a file of them is damaged.
+    """
+    found: set[str] = set()
+    for name in filter(FORGOTTEN_NAME.fullmatch, os.listdir(path)):
+        try:
+            text = (path / name).read_bytes()
+        except OSError as error:
+            raise os_failure("read", path / name, error) from error
+        if name != f"forgotten-{hashlib.sha256(text).hexdigest()[:16]}.json":
+            raise DminError(
+                f"{path / name} is damaged: it says which examples were removed before and are not"
+                " to come back. Restore it from a copy, or compact the store anew."
+            )
+        found.update(json.loads(text))
+    return frozenset(found)
+
+
+def read_metadata(path: Path, manifest: Manifest) -> tuple[str, list[bytes]]:
+    """Return the metadata that were renewed since collection: their digest, a line a position.
+
+    Empty if none were; the line ``null`` at a position that was not shown then.
+
+    Raises:
+        DminError: the file is damaged or of another store.
+    """
+    file = path / METADATA
+    try:
+        head, *lines = file.read_bytes().split(b"\n")
+        said = json.loads(head)
+        digest, written_for = said["digest"], said["store"]
+    except FileNotFoundError:
+        return "", []
+    except OSError as error:
+        raise os_failure("read", file, error) from error
+    except (ValueError, KeyError, TypeError):
+        digest, written_for = "", manifest.states[0].fingerprint
+    if digest != hashlib.sha256(b"\n".join(lines)).hexdigest():
+        raise DminError(
+            f"{file} is damaged: restore it from a copy, or delete it (metadata are then those of"
+            " the collection) and run `dmin store metadata` again."
+        )
+    if written_for != manifest.states[0].fingerprint:
+        raise DminError(f"{file} was written for another store: move it away.")
+    return digest, lines
+
+
+def is_moved(path: Path, manifest: Manifest) -> bool:
+    """Whether rows of a store are not in the order of the dataset that it says it is of."""
+    return bool(manifest.revisions or list(path.glob("forgotten-*.json")))
+
+
+def metadata_text(id: str, entry: Mapping[str, Any]) -> str:
+    """Return the metadata of an example as a line of JSON, or raise DminError."""
+    try:
+        return json.dumps(entry, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DminError(
+            f"The metadata of example {id!r} cannot be written as JSON ({error}): use only"
+            " mappings, lists, texts, finite numbers, booleans and null."
+        ) from error

@@ -1,0 +1,61 @@
+"""In which respects two stores are of one collection, or may be compared."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import differences
+from dmin.store.manifest import Manifest
+from dmin.store.reader import Store
+
+
+def manifest_differences(
+    here: Manifest, there: Manifest, counted: bool = True
+) -> dict[str, list[str]]:
+    """Say in which respects two manifests are not of one collection, and how; empty if they are.
+
+    Args:
+        here: of a command.
+        there: of a store; its earlier revisions do not matter.
+        counted: hold the numbers of examples to each other.
+    """
+
+    def asked(each: Manifest) -> dict[str, dict[str, Any]]:
+        count = {"num_examples": each.num_examples} if counted else {}
+        return {
+            "the dataset changed since collection": {"dataset": each.dataset, **count},
+            "the features differ": {"features": each.features},
+            "the layout differs": {
+                "layout": asdict(each.layout),
+                "block_size": each.block_size,
+            },
+        }
+
+    ours, theirs = asked(here), asked(there)
+    found = {what: differences(ours[what], theirs[what]) for what in ours}
+    return {what: lines for what, lines in found.items() if lines}
+
+
+def metadata_remedy(here: Manifest, there: Manifest, path: Path) -> str:
+    """Say what to do if only metadata changed; empty where the dataset's fingerprint has none."""
+    if "schema" in there.dataset or "schema" not in here.dataset:
+        return ""
+    return (
+        f" The fingerprint of this older store covers all metadata: if nothing else of the data"
+        f" changed, `dmin store metadata {path} FOLDER`, the folder of the images, takes the new"
+        f" ones over, and the store is of these data then."
+    )
+
+
+def check_comparable(query_store: Store, train_store: Store) -> None:
+    """Raise DminError unless rows of the two stores may be multiplied with each other."""
+    query, train = query_store.manifest, train_store.manifest
+    lines = differences(query.comparable(), train.comparable())
+    if lines:
+        raise DminError(
+            f"The query store {query_store.path} and the training store {train_store.path} cannot"
+            f" be compared: {'; '.join(lines)}, where here"
+            " is the query store and there is the training store. Collect both with the same model"
+            " weights, loss, noise, schedule and sketch."
+        )
