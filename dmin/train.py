@@ -16,7 +16,9 @@ from torch import Tensor
 
 from dmin.data.base import Dataset, Examples
 from dmin.data.module import TrainData
+from dmin.diffusion.inputs import NoisedBatch
 from dmin.models.base import DiffusionModel, per_example_loss
+from dmin.models.masked import encode, predict
 from dmin.runtime.errors import DminError
 from dmin.runtime.progress import Lines
 
@@ -137,11 +139,11 @@ class DiffusionTrainer(lightning.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the mean loss of a batch."""
-        x0, condition = self.model.encode(batch)
+        x0, condition = encode(self.model, batch)
         noise = torch.randn(x0.shape, generator=self.generator).to(x0)
         drawn = torch.randint(len(self.ladder), (len(x0),), generator=self.generator)
         t = self.ladder[drawn].to(x0.device)
-        loss = per_example_loss(self.model.predict(x0, noise, t, condition)).mean()
+        loss = per_example_loss(predict(self.model, NoisedBatch(x0, noise, t, condition))).mean()
         if not torch.isfinite(loss):
             raise DminError(
                 f"the training loss became {loss.item()} at step {batch_idx}. Lower "

@@ -25,6 +25,7 @@ from dmin.gradients.parameters import Parameter, in_chunks, some_of
 from dmin.gradients.recorder import Recorder
 from dmin.models.autograd import by_autograd
 from dmin.models.base import READOUTS
+from dmin.models.masked import predict
 from dmin.runtime.errors import DminError
 
 # What losses are scaled by: powers of two, which no floating point rounds.
@@ -232,7 +233,7 @@ class Guard:
         recorder = Recorder(collector.attributed, names)
         hooks = Capture(collector.model.network, recorder, collector.budget, self.ownership)
         with torch.enable_grad(), hooks as capture:
-            return capture.backward(READOUTS[readout](collector.model.predict(*one)))
+            return capture.backward(READOUTS[readout](predict(collector.model, one)))
 
     def _low(self, batch: NoisedBatch) -> bool:
         dtypes = {p.dtype for p in self.collector.model.network.parameters()} | {batch.x0.dtype}

@@ -51,6 +51,7 @@ class Example:
         caption: text, if any.
         metadata: anything else that should travel to the results, as JSON.
         sizes: how the image came to its size; None if it is as it was.
+        mask: float32 ``[1, H, W]``, how much each place counts in the loss; None for all alike.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Example:
     caption: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     sizes: Sizes | None = None
+    mask: Tensor | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return what a store keeps of the example beside its gradient."""
@@ -102,7 +104,16 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         "caption": [e.caption for e in examples],
         "metadata": [e.describe() for e in examples],
         "sizes": [e.sizes for e in examples],
+        **_masks(examples),
     }
+
+
+def _masks(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Return the masks of a batch, if one of its examples has one."""
+    if all(e.mask is None for e in examples):
+        return {}
+    ones = torch.ones(1, *examples[0].image.shape[1:])
+    return {"mask": torch.stack([ones if e.mask is None else e.mask for e in examples])}
 
 
 def by_shape(examples: Sequence[Example]) -> list[list[int]]:

@@ -98,7 +98,7 @@ class Captions:
         if self.lines == "whole":
             return text.strip()
         lines = [line.strip() for line in text.strip().splitlines()]
-        return (lines or [""])[0]
+        return next(iter(lines), "")
 
     def _table(self, root: Path) -> dict[str, Any]:
         file = Path(self.table) if self.table is not None else root / "metadata.json"

@@ -9,10 +9,14 @@ from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
 
+from torch import Tensor
+
 from dmin.data.base import Dataset, Example
 from dmin.data.captions import Captions
 from dmin.data.image_folder import SUFFIXES, ImageFolder, files_below
+from dmin.data.masks import Masks
 from dmin.data.metadata import Facts
+from dmin.data.pixels import Pixels
 from dmin.runtime.errors import DminError
 
 
@@ -27,6 +31,7 @@ class TrainingFolder(ImageFolder):
         suffixes: of images.
         leave: ends of the names of files that are no examples, such as ``-masklabel.png``.
         repeats: how often an epoch passes each image; it stands with the example.
+        masks: of the loss; None for none.
     """
 
     root: str | Path
@@ -36,6 +41,33 @@ class TrainingFolder(ImageFolder):
     suffixes: Sequence[str] = SUFFIXES
     leave: Sequence[str] = ()
     repeats: float = 1.0
+    masks: Masks | None = None
+
+    def __post_init__(self) -> None:
+        """Find the images, their captions and masks."""
+        super().__post_init__()
+        root = Path(self.root)
+        self._masks = {} if self.masks is None else self.masks.find(root, self.ids)
+        self._cut = Pixels(**{**self.settings(), "mode": "RGB"})
+        for image in self._masks if self.check else ():
+            self._mask(image)
+
+    def _mask(self, image: str) -> Tensor | None:
+        if self.masks is None or image not in self._masks:
+            return None
+        return self.masks.read(self._masks[image], Path(self.root) / image, self._cut)
+
+    def __getitem__(self, index: int) -> Example:
+        """Return one example."""
+        example = super().__getitem__(index)
+        return replace(example, mask=self._mask(example.id))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what :class:`ImageFolder` does, and the digests of the masks."""
+        found = super().describe()
+        if self.masks is not None:
+            found["masks"] = {name: self.masks.digest(file) for name, file in self._masks.items()}
+        return found
 
     def _find(self) -> dict[str, Facts]:
         root = Path(self.root)

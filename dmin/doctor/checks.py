@@ -14,6 +14,7 @@ from dmin.doctor.gradients import Comparison, compare
 from dmin.gradients.examination import Coupled
 from dmin.gradients.parameters import Parameter
 from dmin.models.base import READOUTS, Condition
+from dmin.models.masked import predict
 from dmin.runtime.errors import DminError
 from dmin.sketches import Sketch
 
@@ -71,7 +72,7 @@ def repeatable(collector: GradientCollector, inputs: NoisedBatch) -> Check:
     """Compare two passes over the same input."""
     readout = READOUTS[collector.readouts[0]]
     with torch.no_grad():
-        first, second = (readout(collector.model.predict(*inputs)) for _ in range(2))
+        first, second = (readout(predict(collector.model, inputs)) for _ in range(2))
     off = float(((first - second).abs() / first.abs().clamp_min(1e-12)).max())
     limit = _limit(collector)
     return Check(

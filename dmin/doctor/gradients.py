@@ -16,6 +16,7 @@ from dmin.gradients.parameters import Parameter, Parameters, in_chunks
 from dmin.gradients.recorder import Recorder
 from dmin.models.autograd import by_autograd
 from dmin.models.base import READOUTS, DiffusionModel
+from dmin.models.masked import predict
 
 # Scalars of one example's gradient that are compared at once: a quarter of a GiB in fp32.
 AT_ONCE = 1 << 26
@@ -105,7 +106,7 @@ def _captured(
     def run() -> tuple[dict[str, Tensor], dict[str, str]]:
         hooks = Capture(model.network, recorder, budget, ownership)
         with torch.enable_grad(), hooks as capture:
-            return capture.backward(READOUTS[readout](model.predict(*inputs))), capture.coverage
+            return capture.backward(READOUTS[readout](predict(model, inputs))), capture.coverage
 
     gradients, paths = ownership.settle(run)
     for entry in entries:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.gradients.parameters import eager, named_parameters
 from dmin.models.base import READOUTS, DiffusionModel
+from dmin.models.masked import predict
 
 
 def by_autograd(
@@ -33,7 +34,7 @@ def by_autograd(
         for name, p in named.items():
             p.requires_grad_(name in chosen)
         with torch.enable_grad(), eager():
-            value = READOUTS[readout](model.predict(*inputs)).sum()
+            value = READOUTS[readout](predict(model, inputs)).sum()
             found: Sequence[Tensor | None] = [None] * len(chosen)
             if value.requires_grad:
                 found = torch.autograd.grad(value, list(chosen.values()), allow_unused=True)

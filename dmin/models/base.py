@@ -27,6 +27,7 @@ class Prediction(NamedTuple):
     bound: Tensor | None = None  # [batch], added to the loss: it trains a learned variance
     dropped: Dropped | None = None
     loss: Tensor | None = None  # [batch], in place of the weighted squared error
+    mask: Tensor | None = None  # [batch, 1, H, W], of the squared error
 
 
 class Dropped(NamedTuple):
@@ -167,13 +168,24 @@ def expected(readout: Readout) -> Readout:
 def per_example_loss(prediction: Prediction) -> Tensor:
     """Return the training loss of each example, ``[batch]``: weighted mean over its pixels.
 
-    ``L_b = w_b · mean_p (prediction_bp − target_bp)²``, or the model's own loss; and the bound of a
-    learned variance.
+    ``L_b = w_b · mean_p m_bp (prediction_bp − target_bp)²``, m a mask or 1, or the model's own
+    loss; and the bound of a learned variance.
+
+    Raises:
+        DminError: there is a mask, and the loss is no squared error of an image.
     """
-    loss = prediction.loss
+    loss, mask = prediction.loss, prediction.mask
+    output = prediction.prediction
+    plain = loss is None and prediction.bound is None
+    if mask is not None and not (plain and output.shape[2:] == mask.shape[2:]):
+        raise DminError(
+            "the data have masks of the loss, and this model's loss is no plain squared error of "
+            "an image (model.loss_type, model.variance_loss, or a loss of its own). Leave the "
+            "masks out, or set model.loss_type=l2."
+        )
     if loss is None:
-        error = (prediction.prediction - prediction.target).flatten(1)
-        loss = prediction.weight * error.square().mean(1)
+        error = (output - prediction.target).square()
+        loss = prediction.weight * (error if mask is None else mask * error).flatten(1).mean(1)
     return loss if prediction.bound is None else loss + prediction.bound
 
 
@@ -188,6 +200,11 @@ def weight_of_squares(prediction: Prediction) -> Tensor:
             "this method's curvature is that of a squared error, and the model's loss is another "
             "(model.loss_type, or a loss of its own). Choose a method without curvature, or "
             "method.curvature=hessian where it has that."
+        )
+    if prediction.mask is not None:
+        raise DminError(
+            "this method's curvature is that of a plain squared error, and the data have masks of "
+            "the loss. Choose a method without curvature, or leave the masks out."
         )
     return prediction.weight
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dmin.diffusion.inputs import SHARED, NoisedBatch
 from dmin.models.base import Condition, Prediction
+from dmin.models.masked import encode, predict
 from dmin.runtime.errors import DminError
 
 _FAULTS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
@@ -114,7 +115,7 @@ def predicted(model: Any, batch: NoisedBatch) -> Prediction:
         DminError: ``predict`` or the network fails, or returns what it must not.
     """
     try:
-        found = model.predict(*batch)
+        found = predict(model, batch)
     except _FAULTS as error:
         shapes = {"x0": batch.x0, "noise": batch.noise, "t": batch.t, **batch.condition}
         told = ", ".join(f"{name} {list(value.shape)}" for name, value in shapes.items())
@@ -155,7 +156,7 @@ def _encoded(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
     if "metadata" in batch:
         batch = {**batch, "metadata": [_Declared(model, facts) for facts in batch["metadata"]]}
     try:
-        found = model.encode(batch)
+        found = encode(model, batch)
     except _FAULTS as error:
         _explain(error, f"{name} fails at {len(ids)} example(s) from {ids[0]!r} on")
     if not isinstance(found, tuple) or len(found) != 2:

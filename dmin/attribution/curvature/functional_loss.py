@@ -13,6 +13,7 @@ from dmin.attribution.features import FeatureSet, FeatureSource
 from dmin.data.base import Example, collate
 from dmin.diffusion.inputs import NoisedBatch, NoisedExamples
 from dmin.models.base import Condition, Prediction, per_example_loss
+from dmin.models.masked import encode, predict
 from dmin.runtime.errors import DminError
 
 Weights = dict[str, Tensor]
@@ -72,7 +73,7 @@ class FunctionalLoss:
                 x0, named = kept
                 return x0.to(like), {name: value.to(like.device) for name, value in named.items()}
         with torch.no_grad():
-            return self.model.encode({**batch, "image": batch["image"].to(like)})
+            return encode(self.model, {**batch, "image": batch["image"].to(like)})
 
     def predict(self, weights: Mapping[str, Tensor], pairs: NoisedBatch) -> Prediction:
         """Return what the model with other weights predicts; differentiable in them."""
@@ -128,5 +129,4 @@ class _Call(nn.Module):
         self.model: Any = model
 
     def forward(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        found: Prediction = self.model.predict(x0, noise, t, condition)
-        return found
+        return predict(self.model, NoisedBatch(x0, noise, t, condition))

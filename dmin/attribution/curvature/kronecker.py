@@ -17,6 +17,7 @@ from dmin.gradients.ownership import Ownership
 from dmin.gradients.parameters import Parameters
 from dmin.gradients.sink import Sink
 from dmin.models.base import weight_of_squares
+from dmin.models.masked import predict
 
 
 @dataclass
@@ -137,7 +138,7 @@ class KroneckerCurvature:
                     generator.set_state(state)
                     hooks: Capture[None, None] = Capture(model.network, sink, ownership=ownership)
                     with torch.enable_grad(), hooks as capture:
-                        found = model.predict(*piece)
+                        found = predict(model, piece)
                         flat = found.prediction.flatten(1)
                         drawn = torch.randn(flat.shape, generator=generator, dtype=torch.float64)
                         scale = (2 * weight_of_squares(found) / flat.shape[1]).sqrt()[:, None]

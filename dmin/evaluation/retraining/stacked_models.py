@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dmin.data.base import Dataset, collate
+from dmin.diffusion.inputs import NoisedBatch
 from dmin.models.base import Condition, DiffusionModel, per_example_loss
+from dmin.models.masked import encode, predict
 
 Stacked = dict[str, Tensor]
 """The parameters of several models by name, ``[models, *shape]``."""
@@ -29,7 +31,7 @@ class StackedLoss(nn.Module):
 
     def forward(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the loss of each example with the model's own weights."""
-        return per_example_loss(self.model.predict(x0, noise, t, condition))
+        return per_example_loss(predict(self.model, NoisedBatch(x0, noise, t, condition)))
 
     def of(
         self, weights: Stacked, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition
@@ -66,5 +68,5 @@ def encoded(
     device = device or torch.device("cpu")
     batch["image"] = batch["image"].to(device)
     with torch.no_grad():
-        x0, condition = model.encode(batch)
+        x0, condition = encode(model, batch)
     return x0.to(device), {name: values.to(device) for name, values in condition.items()}
