@@ -38,6 +38,11 @@ VALUES = {
     **{("model", family): [f"model.path={{{family}}}"] for family in BUILDERS},
     ("data", "image_folder"): ["data.root={images}"],
     ("data", "training_folder"): ["data.root={images}", "data.captions.missing=empty"],
+    ("data", "masked_folder"): [
+        "data.root={images}",
+        "data.captions.missing=empty",
+        "data.masks.suffix=.png",
+    ],
     ("data", "training_run"): ["+data@data.datasets.some=digits"],
     ("data", "hf_dataset"): ["data.path={table}"],
     ("data", "webdataset"): ["data.shards='{shards}'"],

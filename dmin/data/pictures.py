@@ -8,8 +8,9 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
 
+from dmin.data.base import Facts
 from dmin.data.image_folder import ImageFolder
-from dmin.data.metadata import NAMES, Facts, read_facts, read_rows
+from dmin.data.metadata import NAMES, read_facts, read_rows
 from dmin.runtime.errors import DminError
 
 Prompt = str | int

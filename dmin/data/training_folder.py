@@ -11,11 +11,10 @@ from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of P
 
 from torch import Tensor
 
-from dmin.data.base import Dataset, Example
+from dmin.data.base import Dataset, Example, Facts, describe_dataset
 from dmin.data.captions import Captions
 from dmin.data.image_folder import SUFFIXES, ImageFolder, files_below
 from dmin.data.masks import Masks
-from dmin.data.metadata import Facts
 from dmin.data.pixels import Pixels
 from dmin.runtime.errors import DminError
 
@@ -112,15 +111,24 @@ class Together:
 
     def __getitem__(self, index: int) -> Example:
         """Return one example."""
-        number = bisect_right(self._ends, index)
-        name, dataset = list(self.datasets.items())[number]
-        example = dataset[index - (self._ends[number - 1] if number else 0)]
+        name, at = self._place(index)
+        example = self.datasets[name][at]
         return replace(example, id=f"{name}/{example.id}")
+
+    def facts(self, index: int) -> Facts:
+        """Return what is known of an example besides its pixels."""
+        name, at = self._place(index)
+        dataset = self.datasets[name]
+        known = getattr(dataset, "facts", None)
+        return dataset[at].facts if known is None else known(at)
+
+    def _place(self, index: int) -> tuple[str, int]:
+        """Return the dataset of an example, and its place in that."""
+        number = bisect_right(self._ends, index)
+        return list(self.datasets)[number], index - (self._ends[number - 1] if number else 0)
 
     def describe(self) -> dict[str, Any]:
         """Return what describes each of them, and what is approximated."""
-        from dmin.data.base import describe_dataset
-
         parts = {name: describe_dataset(each) for name, each in self.datasets.items()}
         told = {"approximated": self.approximated} if self.approximated else {}
         return {"name": "Together", "examples": len(self), "parts": parts, **told}

@@ -9,6 +9,7 @@ from dmin.runs.training_run import Entry, TrainingRun
 
 _FOLDER = "dmin.data.training_folder.TrainingFolder"
 _CAPTIONS = "dmin.data.captions.Captions"
+MASKS = "dmin.data.masks.Masks"
 
 
 def folder(

@@ -9,7 +9,7 @@ from typing import Any
 
 from dmin.runs.base_model import settings_of
 from dmin.runs.files import Places, load
-from dmin.runs.folders import bucket, folder, together
+from dmin.runs.folders import MASKS, bucket, folder, together
 from dmin.runs.training_run import Entry, Keys, TrainingRun
 from dmin.runtime.errors import DminError
 
@@ -22,7 +22,6 @@ FAMILIES = {
 }
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 OTHER_LOSS = {
-    "masked_loss": "the loss is weighed by masks, which dmin does not do yet",
     "alpha_mask": "the loss is weighed by the images' alpha, which dmin does not do yet",
     "debiased_estimation_loss": "weights of 1/√SNR are not computed",
     "scale_v_pred_loss_like_noise_pred": "v-prediction weighed as noise prediction",
@@ -155,6 +154,7 @@ def _loss(keys: Keys, run: TrainingRun) -> None:
         keys.random(key, "how often each timestep was drawn; here all alike", str)
     keys.skip(
         "sigmoid_scale logit_* mode_scale v2 model_prediction_type huber_schedule keep_tokens "
+        "masked_loss "
         "caption_separator clip_l t5xxl ae"
     )
 
@@ -186,7 +186,7 @@ def _folders(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[str
                 f"{run.source} names no data: neither dataset_config nor train_data_dir."
             )
         root = Path(places.folder(text, "train_data_dir"))
-        return _numbered(root, [keys], run)
+        return _numbered(root, [keys], places, run)
     file = places.find(config, "dataset_config")
     found = load(file)
     general = Keys(found.get("general") or {}, run, "general")
@@ -208,7 +208,9 @@ def _folders(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[str
     return parts
 
 
-def _numbered(root: Path, fallback: Sequence[Keys], run: TrainingRun) -> dict[str, dict[str, Any]]:
+def _numbered(
+    root: Path, fallback: Sequence[Keys], places: Places, run: TrainingRun
+) -> dict[str, dict[str, Any]]:
     """Return the folders ``N_class tokens`` below a folder, as kohya reads them."""
     parts = {}
     for path in sorted(each for each in root.iterdir() if each.is_dir()):
@@ -217,7 +219,7 @@ def _numbered(root: Path, fallback: Sequence[Keys], run: TrainingRun) -> dict[st
             run.unknown.append(f"folder {path.name} (no number of repeats before a _)")
             continue
         keys = Keys({"class_tokens": match[2], "num_repeats": int(match[1])}, run, path.name)
-        part = _part(keys, path.as_posix(), fallback, run)
+        part = _part(keys, path.as_posix(), fallback, places, run)
         run.taken.append(Entry(path.name, int(match[1]), f"repeats; class tokens {match[2]!r}"))
         parts[path.name] = part
     if not parts:
@@ -238,7 +240,7 @@ def _subset(
         meaning = "images of prior preservation: left out, and their loss with them"
         run.other.append(Entry(keys.name("is_reg"), name, meaning))
         return name, None
-    part = _part(keys, root, fallback, run)
+    part = _part(keys, root, fallback, places, run)
     if table is not None:
         found = places.folder(table, keys.name("metadata_file"))
         part["captions"] |= {"source": "table", "table": found, "missing": "error"}
@@ -247,7 +249,9 @@ def _subset(
     return name, part
 
 
-def _part(keys: Keys, root: str, fallback: Sequence[Keys], run: TrainingRun) -> dict[str, Any]:
+def _part(
+    keys: Keys, root: str, fallback: Sequence[Keys], places: Places, run: TrainingRun
+) -> dict[str, Any]:
     """Return one folder's settings; what it does not say the levels above do."""
 
     def say(key: str, default: Any, kind: type | None = None) -> Any:
@@ -278,9 +282,13 @@ def _part(keys: Keys, root: str, fallback: Sequence[Keys], run: TrainingRun) -> 
         if value := say(key, None):
             run.random.append(Entry(keys.name(key), value, meaning))
     keys.refuse({key: OTHER_LOSS[key] for key in ("alpha_mask",)})
-    if keys.get("conditioning_data_dir"):
-        meaning = "masks, or drawings: dmin does not weigh the loss by them yet"
-        run.other.append(Entry(keys.name("conditioning_data_dir"), "set", meaning))
+    masks = keys.get("conditioning_data_dir", kind=str)
+    if masks and say("masked_loss", False, bool):
+        found = places.folder(masks, keys.name("conditioning_data_dir"))
+        shape["masks"] = {"_target_": MASKS, "folder": found, "required": True}
+        run.taken.append(Entry(keys.name("conditioning_data_dir"), found, "masks of the loss"))
+    elif masks:
+        run.other.append(Entry(keys.name("conditioning_data_dir"), masks, "images of a ControlNet"))
     keys.skip(DATA)
     repeats = float(say("num_repeats", 1, int))
     return folder(root, captions, SUFFIXES, repeats=repeats, **shape)

@@ -55,7 +55,7 @@ def test_prompts_are_part_of_what_a_store_is_made_of(folder):
     "root, prompt, named",
     [
         ("none.png", None, "none.png: there is no such picture"),
-        (["a.png", "none.png"], None, "none.png: no such picture"),
+        (["a.png", "none.png"], None, "none.png: there is no such picture"),
         ([], None, "no such picture"),
         (["a.png", "a.png"], None, "named twice"),
         (["a.png", "b.png"], ["one"], "1 prompts, and there are 2"),

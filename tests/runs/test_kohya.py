@@ -98,11 +98,23 @@ def test_numbered_folders_are_repeats_and_class_tokens(place):
     assert any("plain" in each for each in run.unknown)
 
 
+def test_masks_of_the_loss_are_taken_where_every_image_has_one(place):
+    (place / "run.toml").write_text(f"{MAIN}masked_loss = true\n")
+    with_masks = DATA.replace("num_repeats = 3", "conditioning_data_dir = 'img/masks'")
+    (place / "data.toml").write_text(with_masks)
+    picture("img/masks/a.png")
+    run = read_run(place / "run.toml")
+    with pytest.raises(Exception, match=r"1 of the 2 images .* have no mask") as error:
+        built(run)
+    assert isinstance(error.value.__cause__, DminError)
+    picture("img/masks/b.png")
+    assert [e.mask is not None for e in built(run)] == [True, True, False]
+
+
 @pytest.mark.parametrize(
     "line, named",
     [
         ("reg_data_dir = 'img/plain'", "prior preservation"),
-        ("masked_loss = true", "masks"),
         ("multires_noise_iterations = 6", "several resolutions"),
         ("clip_skip = 2", "earlier layer"),
         ("loss_type = 'l1'", "l2, huber"),
