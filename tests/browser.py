@@ -38,13 +38,15 @@ def opened(browser: Any, path: Path, width: int = 1440, scheme: str = "light") -
     page.on("request", lambda request: asked.append(request.url))
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto(path.as_uri())
-    yield page
-    beside = path.parent.as_uri() + "/"
-    away = [url for url in asked if not url.startswith(("data:", beside))]
-    assert not away, f"asks for what is elsewhere: {away}"
-    assert not complaints, complaints
-    context.close()
+    try:
+        page.goto(path.as_uri())
+        yield page
+    finally:
+        context.close()
+        beside = path.parent.as_uri() + "/"
+        away = [url for url in asked if not url.startswith(("data:", beside))]
+        assert not away, f"asks for what is elsewhere: {away}"
+        assert not complaints, complaints
 
 
 def broken_laws(page: Any) -> list[str]:

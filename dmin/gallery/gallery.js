@@ -1,42 +1,52 @@
-const { queries, examples, timesteps, groups } = data;
+const { queries, examples, methods } = data;
+const several = methods.length > 1;
 const byId = (id) => document.getElementById(id);
-const state = { query: 0, rank: -1, terms: [] };
+const state = { query: 0, method: 0, card: -1, terms: [] };
 
 /* The frame of the page */
 
-const key = (name) => make("kbd", {}, name);
+const READ = [
+  ["8.9 of 10", "the score, and the largest it could be; the line below is as long as its share, the tick on it is where half of all examples are"],
+  ["±.01 · 97 %", "one standard error of the score, and how surely the example is among those shown"],
+  ["≈ 1–4", "ranks 1 to 4 cannot be told apart: their order may be chance"],
+  ["× 3", "three examples have the same pixels and share this card"],
+  ["bars", "what each timestep added to this score beyond the mean of those shown: first the rough image out of noise, then the details; colour lifts, red lowers"],
+  ["● ○", "the query's label, another label"],
+];
 const KEYS = [
   ["j ↓ →", "next query, or next example when one is open"],
   ["k ↑ ←", "previous query, or previous example"],
   ["Tab Enter", "walk through the training examples, open one"],
-  ["Esc", "close what is open, leave the filter"],
-  ["/", "filter: part of an id or label; label:7 for exactly this label"],
+  ["Esc", "close what is open, leave the search"],
+  ["/", "search ids, labels, captions and metadata; label:7 for exactly this label, artist:ann for a column"],
   ["?", "this help"],
 ];
 
+const closeButton = () => make("button", { class: "round", type: "button", "data-close": true, "aria-label": "Close" }, "✕");
 document.body.append(
   make("header", {},
     make("div", { class: "bar" }, make("h1", {}, data.title),
       make("div", { class: "tools", role: "search" },
-        make("input", { id: "filter", type: "search", placeholder: "Filter by id or label", "aria-label": "Filter by id or label", autocomplete: "off", spellcheck: "false" }),
-        make("button", { id: "help-button", class: "round", type: "button", "aria-label": "Keyboard help" }, "?")))),
+        make("input", { id: "filter", type: "search", placeholder: "Search captions, metadata", "aria-label": "Search captions, metadata, ids and labels", autocomplete: "off", spellcheck: "false" }),
+        make("button", { id: "help-button", class: "round", type: "button", "aria-label": "How to read this page, and its keys" }, "?")))),
   make("div", { class: "columns" },
     make("nav", { "aria-label": "Queries" }, make("p", { class: "muted", id: "status", role: "status" }), make("ol", { id: "queries" })),
     make("main", { id: "main", tabindex: "-1" })),
   make("dialog", { id: "detail", "aria-labelledby": "detail-title" }),
   make("dialog", { id: "help", "aria-labelledby": "help-title" },
     make("div", { class: "panel" },
-      make("div", { class: "bar" }, make("h2", { id: "help-title" }, "Keys"), make("button", { class: "round", type: "button", "data-close": true, "aria-label": "Close" }, "✕")),
-      make("dl", { class: "keys" }, ...KEYS.flatMap(([names, text]) => [make("dt", {}, ...names.split(" ").map(key)), make("dd", {}, text)])))));
+      make("div", { class: "bar" }, make("h2", { id: "help-title" }, "How to read this page"), closeButton()),
+      make("dl", { class: "keys" }, ...READ.flatMap(([sign, text]) => [make("dt", { class: "number" }, sign), make("dd", {}, text)])),
+      make("h3", {}, "Keys"),
+      make("dl", { class: "keys" }, ...KEYS.flatMap(([names, text]) => [make("dt", {}, ...names.split(" ").map((name) => make("kbd", {}, name))), make("dd", {}, text)])))));
 
-function picture(entry, alt, scale) {
-  return make("img", { src: entry.image, alt, class: entry.tiny ? "tiny" : null, loading: scale ?? null });
+function picture(entry, alt, loading = null) {
+  return make("img", { src: entry.image, alt, class: entry.tiny ? "tiny" : null, loading });
 }
 
-function pairs(entries, name = "pairs") {
-  const list = make("dl", { class: name });
-  for (const [key, value] of entries) list.append(make("dt", {}, key), make("dd", {}, value));
-  return list;
+function pairs(entries) {
+  return make("dl", { class: "pairs" }, ...entries.flatMap(([name, value, href]) => [make("dt", {}, name),
+    make("dd", {}, href ? make("a", { href, target: "_blank", rel: "noopener noreferrer" }, value) : value)]));
 }
 
 // Ids differ at their ends; the whole of it stands in the tooltip.
@@ -51,6 +61,9 @@ function signed(value) {
   return (value < 0 ? "−" : "+") + text;
 }
 
+const percent = (share) => `${share < 0 ? "−" : ""}${Math.round(100 * Math.abs(share))} %`;
+const less = (values, means) => values.map((value, place) => value - means[place]);
+
 /* Charts */
 
 function reach(rows) {
@@ -60,66 +73,42 @@ function reach(rows) {
 }
 
 // One bar a timestep; `range` is shared, so that bars compare between charts.
-function bars(values, { above, below }, hidden) {
-  const root = svg("svg", { viewBox: `0 0 ${values.length} 1`, preserveAspectRatio: "none" });
+function bars(values, { above, below }, method, spoken = null) {
   const zero = above / (above + below);
+  const root = svg("svg", { viewBox: `0 0 ${values.length} 1`, preserveAspectRatio: "none", "aria-hidden": spoken ? null : "true", role: spoken && "img", "aria-label": spoken });
   values.forEach((value, step) => {
     const height = Math.abs(value) / (above + below);
-    const rect = svg("rect", {
-      x: step + 0.11, width: 0.78, y: value < 0 ? zero : zero - height, height,
-      class: value < 0 ? "against" : "for",
-    });
-    const tip = svg("title", {});
-    tip.textContent = `t ${timesteps[step]}: ${signed(value)}`;
-    rect.append(tip);
-    root.append(rect);
+    root.append(svg("rect", { x: step + 0.11, width: 0.78, y: value < 0 ? zero : zero - height, height, class: (value < 0 ? "against" : "for") + (method.blind[step] ? " blind" : "") }));
   });
   root.append(svg("line", { x1: 0, x2: values.length, y1: zero, y2: zero }));
-  if (hidden) root.setAttribute("aria-hidden", "true");
-  else {
-    root.setAttribute("role", "img");
-    root.setAttribute("aria-label", values.map((v, step) => `t ${timesteps[step]}: ${signed(v)}`).join(", "));
-  }
   return root;
 }
 
 function flatBar(value, { above, below }) {
-  const root = svg("svg", { viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true" });
   const zero = below / (above + below), width = Math.abs(value) / (above + below);
-  root.append(svg("rect", { x: value < 0 ? zero - width : zero, y: 0.1, width, height: 0.8, class: value < 0 ? "against" : "for" }));
-  root.append(svg("line", { x1: zero, x2: zero, y1: 0, y2: 1 }));
-  return root;
+  return svg("svg", { viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true" },
+    svg("rect", { x: value < 0 ? zero - width : zero, y: 0.1, width, height: 0.8, class: value < 0 ? "against" : "for" }),
+    svg("line", { x1: zero, x2: zero, y1: 0, y2: 1 }));
 }
 
-// Of many groups the largest, and the sum of the others.
-function groupTable(values, total) {
-  const most = 12;
-  if (groups.length <= most + 2) return partsTable("group", groups, values, total);
-  const order = values.map((_, group) => group).sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]));
-  const kept = order.slice(0, most).sort((a, b) => a - b), rest = order.slice(most);
-  return partsTable("group", [...kept.map((group) => groups[group]), `${rest.length} others`],
-    [...kept.map((group) => values[group]), rest.reduce((sum, group) => sum + values[group], 0)], total);
+// Nought to the largest score; a tick where half of all examples are.
+function scaleBar(share, typical) {
+  if (share === undefined || share === null) return null;
+  const bar = make("span", { class: "scale", "aria-hidden": "true" }, make("i"), typical === null ? null : make("b"));
+  bar.firstChild.style.width = `${100 * share}%`;
+  if (typical !== null) bar.lastChild.style.left = `${100 * typical}%`;
+  return bar;
 }
 
-function groupMeans(query) {
-  const count = query.top.length;
-  const means = groups.map((_, group) => query.groupParts.reduce((sum, part) => sum + part[group], 0) / count);
-  return make("div", { class: "groups" }, make("h3", {}, "Mean contribution of each group of parameters"),
-    groupTable(means, signed(means.reduce((sum, mean) => sum + mean, 0))));
+function sharesChart(answer, method) {
+  if (!answer.shares || method.timesteps.length < 2) return null;
+  const steps = method.timesteps, last = steps.length - 1, rough = Number(steps[0]) > Number(steps[last]);
+  const spoken = "Share of each timestep in the order: " + steps.map((t, step) => `t ${t}: ${percent(answer.shares[step])}${method.blind[step] ? ", blind" : ""}`).join(", ");
+  return make("div", { class: "shares" }, bars(answer.shares, reach([answer.shares]), method, spoken),
+    make("p", { class: "ends number", "aria-hidden": "true" }, make("span", {}, `t ${steps[0]}, ${rough ? "noise" : "details"}`), make("span", {}, `${rough ? "details" : "noise"}, ${steps[last]}`)));
 }
 
-function queryChart(query) {
-  const count = query.top.length;
-  const means = timesteps.map((_, step) => query.parts.reduce((sum, part) => sum + part[step], 0) / count);
-  const every = Math.ceil(timesteps.length / 10);
-  const ticks = timesteps.map((t, step) => make("span", {}, step % every ? "" : t));
-  return make("div", { class: "chart" },
-    make("h3", {}, `Mean contribution of each timestep to the ${count} scores`),
-    bars(means, reach([means]), false), make("div", { class: "ticks number", "aria-hidden": "true" }, ...ticks),
-    query.groupParts ? groupMeans(query) : null);
-}
-
-/* One query and its training examples */
+/* One query, and what each method says of it */
 
 function labelOf(entry, same) {
   if (entry.label === null) return null;
@@ -127,31 +116,75 @@ function labelOf(entry, same) {
   return make("span", { class: same ? "label same" : "label", title: same === null ? null : same ? "the query's label" : "another label" }, mark + entry.label);
 }
 
-function card(query, rank, range) {
-  const entry = examples[query.top[rank]], same = query.same[rank];
-  const spoken = [`Rank ${rank + 1}`, `example ${entry.id}`, `score ${query.scores[rank]}`];
-  if (entry.label !== null) spoken.push(`label ${entry.label}` + (same === null ? "" : same ? ", as the query" : ", unlike the query"));
-  return make("li", {}, make("button", { class: "card", type: "button", "aria-label": spoken.join(", "), onclick: () => openDetail(rank) },
+function answerList(answer, method) {
+  const first = answer.cards[0];
+  const more = [
+    () => first && picture(examples[first.example], ""), () => null, () => first && scaleBar(first.share, answer.typical), () => null, () => sharesChart(answer, method),
+  ];
+  return make("dl", { class: "answers" }, ...answer.said.map(([question, text, note], place) => make("div", {},
+    make("dt", {}, question), make("dd", { class: "said number", title: text }, place === 0 ? shortId(text) : text),
+    ...[more[place]()].filter(Boolean).map((node) => make("dd", { class: "seen" }, node)), note ? make("dd", { class: "note number" }, note) : null)));
+}
+
+// Where other methods rank the same picture.
+function elsewhere(query, own, card) {
+  const found = query.answers.flatMap((answer, other) => {
+    const twin = other === own ? undefined : answer.cards.find((one) => one.example === card.example);
+    return twin ? [make("span", { title: `rank ${twin.rank} by ${methods[other].name}` }, swatch(methodColour(methods[other].name)), `#${twin.rank}`)] : [];
+  });
+  return found.length ? make("span", { class: "line chips number" }, ...found) : null;
+}
+
+function cardOf(query, own, place, range) {
+  const answer = query.answers[own], card = answer.cards[place], entry = examples[card.example], method = methods[own];
+  const spoken = [`Rank ${card.rank}`, several ? `by ${method.name}` : null, `example ${entry.id}`, `score ${card.scale}`, card.percentile,
+    card.alike && `cannot be told apart from ranks ${card.alike}`, card.copies && `${card.copyIds.length + 1} copies`, card.itself && "is the query itself",
+    entry.label === null ? null : `label ${entry.label}` + (card.same === null ? "" : card.same ? ", as the query" : ", unlike the query")];
+  const rights = entry.rights.filter(([, , href]) => !href).slice(0, 2).map(([, value]) => value).join(" · ");
+  const small = (text, name, title) => text ? make("span", { class: name, title }, text) : null;
+  return make("li", {}, make("button", { class: "card", type: "button", "aria-label": spoken.filter(Boolean).join(", "), onclick: () => openDetail(own, place) },
     picture(entry, "", "lazy"),
-    make("span", { class: "line" }, make("span", { class: "score number" }, query.scores[rank]), make("span", { class: "muted number" }, `#${rank + 1}`)),
-    query.sure[rank] ? make("span", { class: "line" }, make("span", { class: "muted number", title: "error of the score · how surely it is among these" }, query.sure[rank])) : null,
-    make("span", { class: "line" }, labelOf(entry, same) ?? make("span", { class: "id", title: entry.id }, shortId(entry.id))),
-    entry.label === null ? null : make("span", { class: "id", title: entry.id }, shortId(entry.id)),
-    query.parts ? bars(query.parts[rank], range, true) : null));
+    make("span", { class: "line" }, make("span", { class: "score number" }, card.score), make("span", { class: "muted number" }, `#${card.rank}`)),
+    scaleBar(card.share, answer.typical),
+    small(card.sure?.replace(/ %/g, "\u00a0%"), "small number", "error of the score · how surely it is among these"),
+    card.alike || card.copies || card.itself ? make("span", { class: "line chips number" }, small(card.alike && `≈ ${card.alike}`, null, "cannot be told apart"), small(card.copies, null, "the same pixels"), small(card.itself && "= query", "itself", "the query itself")) : null,
+    elsewhere(query, own, card),
+    labelOf(entry, card.same),
+    small(shortId(entry.id), "id", entry.id), small(entry.caption, "clamp small", entry.caption), small(rights, "clamp small", "whose it is"),
+    card.parts ? bars(less(card.parts, answer.means), range, method) : null));
+}
+
+function methodSection(query, own) {
+  const answer = query.answers[own], method = methods[own];
+  const rows = answer.cards.filter((card) => card.parts).map((card) => less(card.parts, answer.means));
+  const section = make("section", { class: "method", "aria-label": several ? `By ${method.name}` : "Answer" },
+    several ? make("h3", {}, swatch(methodColour(method.name)), method.name) : null,
+    answerList(answer, method),
+    make("div", {}, ...[method.blindText].filter(Boolean).map((text) => make("p", { class: "notice" }, text))),
+    answer.groupMeans ? make("div", { class: "groups" }, make("h3", {}, "Mean contribution of each group of parameters"), groupTable(method, answer.groupMeans, signed(answer.groupMeans.reduce((sum, mean) => sum + mean, 0)))) : null,
+    make("p", { class: "muted small" }, "Best first." + (rows.length ? " Bars: what each timestep added beyond the mean of these." : "")),
+    make("ol", { class: "cards", "aria-label": "Training examples, best first" }, ...answer.cards.map((_, place) => cardOf(query, own, place, reach(rows)))));
+  section.style.setProperty("--own", methodColour(method.name));
+  return section;
 }
 
 function drawQuery() {
-  const query = queries[state.query];
-  const known = query.same.filter((same) => same !== null);
+  const query = queries[state.query], cards = query.answers.flatMap((answer) => answer.cards);
+  const known = query.answers[0].cards.filter((card) => card.same !== null), meta = Object.entries(query.meta);
+  const originals = query.file ? [["original", query.file.split("/").pop(), query.file]] : [];
+  const facts = [...query.rights, ...meta, ...originals];
+  const common = several ? query.answers[0].cards.filter((card) => query.answers.every((answer) => answer.cards.some((one) => one.example === card.example))).length : 0;
   const about = make("div", { class: "about" },
-    make("p", { class: "eyebrow number" }, `Query ${state.query + 1} of ${queries.length}`),
-    make("h2", {}, query.id), pairs(Object.entries(query.meta)));
-  if (known.length) about.append(make("p", { class: "muted number agreement" },
-    `${known.filter(Boolean).length} of ${known.length} examples share its label`));
-  const range = query.parts ? reach(query.parts) : null;
+    make("p", { class: "eyebrow number" }, `Query ${state.query + 1} of ${queries.length}`), make("h2", {}, query.id),
+    query.caption ? make("p", { class: "caption" }, query.caption) : null,
+    query.sameAs ? make("p", { class: "notice" }, query.sameAs) : null,
+    several ? make("p", { class: "muted number" }, `${common} of ${Math.max(...query.answers.map((answer) => answer.cards.length))} pictures are found by all ${methods.length} methods`) : null,
+    known.length && !several ? make("p", { class: "muted number" }, `${known.filter((card) => card.same).length} of ${known.length} examples share its label`) : null,
+    facts.length ? make("details", { open: facts.length <= 6 }, make("summary", {}, "About the query"), pairs(facts)) : null);
   byId("main").replaceChildren(
-    make("section", { class: "query", "aria-label": `Query ${query.id}` }, picture(query, `Query ${query.id}`), about, query.parts ? queryChart(query) : null),
-    make("ol", { class: "cards", "aria-label": "Training examples, best first" }, ...query.top.map((_, rank) => card(query, rank, range))));
+    make("section", { class: "query", "aria-label": `Query ${query.id}` }, picture(query, `Query ${query.id}`), about),
+    make("div", { class: several ? "methods several" : "methods" }, ...methods.map((_, own) => methodSection(query, own))),
+    cards.length ? "" : make("p", { class: "empty" }, "No example is part of this answer."));
   document.querySelectorAll("nav button").forEach((button, index) => {
     // One stop for Tab in the list, so that the examples are near; the arrows walk the list.
     button.tabIndex = index === state.query ? 0 : -1;
@@ -182,66 +215,94 @@ function stepQuery(by) {
 
 /* One training example */
 
-function openDetail(rank) {
-  const query = queries[state.query], entry = examples[query.top[rank]], dialog = byId("detail");
-  state.rank = rank;
-  const facts = [["score", query.scores[rank]], ...(query.sure[rank] ? [["error of the score, and how surely it is among these", query.sure[rank]]] : []), ["rank", `${rank + 1} of ${query.top.length}`], ["row of the store", String(entry.row)], ...Object.entries(entry.meta)];
-  const words = query.same[rank] === null ? null : query.same[rank] ? "● the query's label" : "○ another label";
-  const size = entry.size.join(" × ") + " pixels";
+function openDetail(own, place) {
+  const query = queries[state.query], answer = query.answers[own], method = methods[own], card = answer.cards[place], dialog = byId("detail");
+  const entry = examples[card.example], meta = Object.entries(entry.meta);
+  Object.assign(state, { method: own, card: place });
+  const scores = [
+    ["score", card.scale], ["percentile", card.percentile], ["error, and how surely it is among these", card.sure],
+    ["cannot be told apart", card.alike && `ranks ${card.alike}`], ["rank", `${card.rank} of ${answer.shown}${several ? ` by ${method.name}` : ""}`],
+    ["label", entry.label === null ? null : entry.label + (card.same === null ? "" : card.same ? ", as the query" : ", unlike the query")],
+    ["same pixels", card.copyIds && card.copyIds.slice(0, 20).join(", ") + (card.copyIds.length > 20 ? ` and ${card.copyIds.length - 20} more` : "")],
+    ["the query", card.itself && "is this very picture"], ["row of the store", String(entry.row)],
+  ].filter(([, value]) => value);
+  const rights = [...entry.rights, ...(entry.file ? [["original", entry.file.split("/").pop(), entry.file]] : [])];
+  const part = (title, list, chart = null) => list.length ? make("section", {}, make("h3", {}, title), chart, pairs(list)) : null;
+  dialog.style.setProperty("--own", methodColour(method.name));
   dialog.replaceChildren(make("div", { class: "panel" },
     make("div", { class: "bar" },
-      make("div", {}, make("p", { class: "eyebrow number" }, `Training example ${rank + 1} of ${query.top.length}`), make("h2", { id: "detail-title", tabindex: "-1", autofocus: true }, entry.id)),
+      make("div", {}, make("p", { class: "eyebrow number" }, `Training example ${place + 1} of ${answer.cards.length}`), make("h2", { id: "detail-title", tabindex: "-1", autofocus: true }, entry.id)),
       make("div", { class: "tools" },
         make("button", { class: "round", type: "button", "aria-label": "Previous example", onclick: () => stepDetail(-1) }, "←"),
-        make("button", { class: "round", type: "button", "aria-label": "Next example", onclick: () => stepDetail(1) }, "→"),
-        make("button", { class: "round", type: "button", "aria-label": "Close", onclick: () => dialog.close() }, "✕"))),
+        make("button", { class: "round", type: "button", "aria-label": "Next example", onclick: () => stepDetail(1) }, "→"), closeButton())),
     make("div", { class: "split" },
-      make("div", {},
-        make("figure", {}, picture(entry, `Training example ${entry.id}`), make("figcaption", {}, size)),
+      make("div", { class: "pictures" },
+        make("figure", {}, picture(entry, `Training example ${entry.id}`), make("figcaption", {}, `${entry.size.join(" × ")} pixels`)),
         make("figure", { class: "origin" }, picture(query, `Query ${query.id}`), make("figcaption", {}, `query ${query.id}`))),
-      make("div", {}, pairs(facts), words ? make("p", { class: query.same[rank] ? "label same" : "label" }, words) : null,
-        query.parts ? partsTable("timestep", timesteps, query.parts[rank], query.scores[rank]) : null,
-        query.groupParts ? groupTable(query.groupParts[rank], query.scores[rank]) : null))));
+      make("div", {},
+        part("Answer", scores, scaleBar(card.share, answer.typical)),
+        entry.caption ? make("section", {}, make("h3", {}, "Caption"), make("p", { class: "caption" }, entry.caption)) : null,
+        part("Rights and source", rights),
+        card.parts ? partsTable(method.timesteps.length > 1 ? "timestep" : "the timestep", method.timesteps, less(card.parts, answer.means), card.score, card.parts) : null,
+        card.groupParts ? groupTable(method, card.groupParts, card.score) : null,
+        part("Metadata", meta)))));
   if (!dialog.open) dialog.showModal();
+  dialog.scrollTop = 0;
 }
 
-function partsTable(what, names, values, total) {
+// With `whole`, `values` are what is beyond the mean of those shown, and the whole stands beside.
+function partsTable(what, names, values, total, whole = null) {
   const range = reach([values]);
   const rows = values.map((value, step) => make("tr", {}, make("th", { scope: "row", class: "number" }, names[step]),
-    make("td", { class: "bars" }, flatBar(value, range)), make("td", { class: "number" }, signed(value))));
+    make("td", { class: "bars" }, flatBar(value, range)), make("td", { class: "number" }, signed(value)), whole ? make("td", { class: "number muted" }, signed(whole[step])) : null));
+  const sum = whole ? signed(values.reduce((all, value) => all + value, 0)) : total;
   return make("table", { class: "steps" },
     make("caption", { class: "visually-hidden" }, `What each ${what} contributed to the score`),
-    make("thead", {}, make("tr", {}, make("th", { scope: "col" }, what), make("td", {}), make("th", { scope: "col" }, "contribution"))),
+    make("thead", {}, make("tr", {}, make("th", { scope: "col" }, what), make("td", {}), make("th", { scope: "col" }, whole ? "beyond the mean" : "contribution"), whole ? make("th", { scope: "col" }, "in all") : null)),
     make("tbody", {}, ...rows),
-    make("tfoot", {}, make("tr", {}, make("th", { scope: "row" }, "score"), make("td", {}), make("td", { class: "number" }, total))));
+    make("tfoot", {}, make("tr", {}, make("th", { scope: "row" }, "score"), make("td", {}), make("td", { class: "number" }, sum), whole ? make("td", { class: "number" }, total) : null)));
+}
+
+// Of many groups the largest, and the sum of the others.
+function groupTable({ groups }, values, total) {
+  const most = 12;
+  if (groups.length <= most + 2) return partsTable("group", groups, values, total);
+  const order = values.map((_, group) => group).sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]));
+  const kept = order.slice(0, most).sort((a, b) => a - b), rest = order.slice(most);
+  return partsTable("group", [...kept.map((group) => groups[group]), `${rest.length} others`],
+    [...kept.map((group) => values[group]), rest.reduce((sum, group) => sum + values[group], 0)], total);
 }
 
 function stepDetail(by) {
-  const rank = state.rank + by;
-  if (rank < 0 || rank >= queries[state.query].top.length) return;
+  const place = state.card + by;
+  if (place < 0 || place >= queries[state.query].answers[state.method].cards.length) return;
   // The panel is drawn anew: who presses its arrows goes on pressing them.
   const pressed = document.activeElement.getAttribute("aria-label");
-  openDetail(rank);
+  openDetail(state.method, place);
   const again = [...byId("detail").querySelectorAll("button")].find((button) => button.getAttribute("aria-label") === pressed);
   (again ?? byId("detail-title")).focus();
 }
 
-/* The filter */
+/* The search */
 
-function matches(entry) {
-  const id = entry.id.toLowerCase(), label = (entry.label ?? "").toLowerCase();
+for (const entry of [...queries, ...examples]) {
+  const columns = [["id", entry.id], ["label", entry.label], ["caption", entry.caption], ...entry.rights, ...Object.entries(entry.meta)];
+  entry.columns = columns.filter(([, value]) => value !== null).map(([name, value]) => [name.toLowerCase(), value.toLowerCase()]);
+}
+
+function matches({ columns }) {
   return state.terms.every((term) => {
-    if (term.startsWith("label:")) return label === term.slice(6);
-    if (term.startsWith("id:")) return id.includes(term.slice(3));
-    return id.includes(term) || label.includes(term);
+    const [, name, value] = /^([^:]+):(.*)$/.exec(term) ?? [];
+    if (columns.some(([column]) => column === name)) return columns.some(([column, text]) => column === name && (name === "label" ? text === value : text.includes(value)));
+    return columns.some(([, text]) => text.includes(term));
   });
 }
 
 function dimCards() {
-  const query = queries[state.query], found = query.top.map((index) => matches(examples[index]));
+  const shown = queries[state.query].answers.flatMap((answer) => answer.cards.map((card) => matches(examples[card.example])));
   // A query that is here on its own account keeps all its examples.
-  const all = !found.some(Boolean);
-  document.querySelectorAll(".card").forEach((node, rank) => node.classList.toggle("dimmed", !all && !found[rank]));
+  const all = !shown.some(Boolean);
+  document.querySelectorAll(".card").forEach((node, place) => node.classList.toggle("dimmed", !all && !shown[place]));
 }
 
 function applyFilter() {
@@ -249,7 +310,7 @@ function applyFilter() {
   const good = examples.map(matches);
   let shown = 0;
   queries.forEach((query, index) => {
-    const keep = matches(query) || query.top.some((example) => good[example]);
+    const keep = matches(query) || query.answers.some((answer) => answer.cards.some((card) => good[card.example]));
     byId("queries").children[index].hidden = !keep;
     shown += keep;
   });
@@ -258,7 +319,7 @@ function applyFilter() {
     ? `${shown} of ${queries.length} queries, ${hits} of ${examples.length} examples match`
     : `${queries.length} queries, ${examples.length} examples`;
   const first = queries.findIndex((_, index) => !byId("queries").children[index].hidden);
-  if (first < 0) byId("main").replaceChildren(make("p", { class: "empty" }, "No id or label matches this filter."));
+  if (first < 0) byId("main").replaceChildren(make("p", { class: "empty" }, "No id, label, caption or metadata matches."));
   else if (byId("queries").children[state.query].hidden) openQuery(first, false);
   else drawQuery();
 }
@@ -282,7 +343,7 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-byId("detail").addEventListener("close", () => document.querySelectorAll(".card")[state.rank]?.focus());
+byId("detail").addEventListener("close", () => document.querySelectorAll(".method")[state.method]?.querySelectorAll(".card")[state.card]?.focus());
 byId("filter").addEventListener("input", applyFilter);
 byId("help-button").addEventListener("click", () => byId("help").showModal());
 for (const dialog of document.querySelectorAll("dialog")) {
@@ -293,9 +354,12 @@ for (const dialog of document.querySelectorAll("dialog")) {
 
 /* Begin */
 
-const facts = [["method", data.method], ["queries", String(queries.length)], ["top", String(queries[0].top.length)]];
-if (timesteps.length) facts.push(["timesteps", timesteps.length > 1 ? `${timesteps.length} (${timesteps[0]} to ${timesteps.at(-1)})` : timesteps[0]]);
-document.querySelector("header").append(factList([...facts, ...Object.entries(data.notes)]));
+const steps = methods[0].timesteps;
+document.querySelector("header").append(
+  factList([
+    [several ? "methods" : "method", methods.map((method) => method.name).join(", ")], ...Object.entries(data.about), ["queries", String(queries.length)], ["top", String(methods[0].k)],
+    ...(steps.length ? [["timesteps", steps.length > 1 ? `${steps.length} (${steps[0]} to ${steps.at(-1)})` : steps[0]]] : [])]),
+  ...methods.filter((method) => Object.keys(method.notes).length).map((method) => make("details", {}, make("summary", {}, several ? `What was found by ${method.name}` : "What was found on the way"), factList(Object.entries(method.notes)))));
 queries.forEach((query, index) => byId("queries").append(make("li", {},
   make("button", { type: "button", onclick: () => openQuery(index) }, picture(query, "", "lazy"),
     make("span", {}, make("b", { title: query.id }, shortId(query.id)), query.label === null ? null : make("small", { class: "muted" }, `label ${query.label}`))))));

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,14 +11,27 @@ import numpy as np
 from PIL.Image import Image
 
 from dmin.attribution.ranking import Ranking, format_score, headline
+from dmin.attribution.wording import (
+    spell_blind,
+    spell_copies,
+    spell_percentile,
+    spell_same_as,
+    spell_scale,
+)
+from dmin.gallery.answers import answers
+from dmin.gallery.columns import address, is_rights, original, text
 from dmin.gallery.pictures import TINY, Images, data_uri, encoded, to_picture
+from dmin.runtime.colours import method_colours
+from dmin.runtime.errors import DminError
 from dmin.runtime.page import write_page
 
 EMBED = 2000  # pictures of 10 to 40 kB: a page that still opens at once
+Files = Callable[[str], str | Path | None]
+"""From an id to the example's own file, if it has one."""
 
 
 def save_html(
-    ranking: Ranking,
+    ranking: Ranking | Sequence[Ranking],
     query_images: Images,
     train_images: Images,
     path: str | Path,
@@ -27,96 +39,205 @@ def save_html(
     title: str | None = None,
     notes: dict[str, str] | None = None,
     embed: int = EMBED,
+    query_files: Files | None = None,
+    train_files: Files | None = None,
 ) -> Path:
     """Write a page on which every query can be walked through with the examples behind it.
 
     Args:
-        ranking: all queries and all ranks are shown.
+        ranking: all queries and all ranks are shown; several rankings of the same queries, by
+            methods of different names, stand side by side.
         query_images: id of a query -> [C, H, W] in [0, 1], C of 1 or 3.
         train_images: the same for training examples; asked once an id.
         path: the HTML file to write; its folder is made if it is not there.
         title: headline; by default it says what the page shows.
-        notes: run settings to show in the head, such as `{"training examples": "1797"}`.
+        notes: more to show in the head, such as `{"machine": "of the lab"}`.
         embed: pictures that may stand in the page itself. Where there are more, they are files in
             the folder `<name of the page>_files` beside it, which a browser loads when it shows
             them: keep the two together.
+        query_files: id of a query -> its own file, which the page links; None if there is none.
+        train_files: the same for training examples.
 
     Returns:
         The path. Each image is kept once, at most 256 pixels a side: smaller ones as
         they are, larger ones scaled down (as PNG or JPEG, whichever is smaller).
 
     Raises:
-        DminError: an image has another shape or range.
+        DminError: an image has another shape or range, or rankings are not of the same queries.
     """
-    title = title or headline(ranking)
-    path = Path(path)
+    rankings = [ranking] if isinstance(ranking, Ranking) else list(ranking)
+    _check_alike(rankings)
+    title, path = title or headline(rankings[0]), Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    count = len(ranking.query_ids) + len({id for row in ranking.train_ids for id in row})
-    beside = None if count <= embed else path.with_name(f"{path.stem}_files")
-    data = _data(ranking, query_images, train_images, title, notes or {}, beside)
+    ids = {id for each in rankings for row in each.train_ids for id in row}
+    beside = len(rankings[0].query_ids) + len(ids) > embed
+    store = _Folder(path.with_name(f"{path.stem}_files")) if beside else data_uri
+    shown = _Entries(query_images, query_files or _nowhere, path, store)
+    examples = _Entries(train_images, train_files or _nowhere, path, store)
+    names = [each.method for each in rankings]
+    all_shares = [each.order_shares for each in rankings]  # of all queries at once
+    queries = [
+        {
+            **shown.entry(name, rankings[0].query_metadata[query]),
+            "answers": [
+                _answer(each, query, examples, None if shares is None else shares[query])
+                for each, shares in zip(rankings, all_shares, strict=True)
+            ],
+            "sameAs": next(filter(None, (spell_same_as(each, query) for each in rankings)), None),
+        }
+        for query, name in enumerate(rankings[0].query_ids)
+    ]
+    data = {
+        "title": title,
+        "about": {**rankings[0].about, **(notes or {})},
+        "colours": method_colours(dict.fromkeys(names, "")) if len(names) > 1 else {},
+        "methods": [_method(each) for each in rankings],
+        "queries": queries,
+        "examples": list(examples.entries.values()),
+    }
     return write_page(Path(__file__).with_name("gallery"), title, data, path)
 
 
-def _data(
-    ranking: Ranking,
-    query_images: Images,
-    train_images: Images,
-    title: str,
-    notes: dict[str, str],
-    beside: Path | None,
+def _check_alike(rankings: Sequence[Ranking]) -> None:
+    names = [each.method for each in rankings]
+    same = all(each.query_ids == rankings[0].query_ids for each in rankings)
+    if not rankings or len(set(names)) < len(names) or not same:
+        raise DminError(
+            f"A page cannot have the rankings {names} side by side: allowed are rankings of the "
+            "same queries by methods of different names. Save the others as pages of their own."
+        )
+
+
+def _nowhere(id: str) -> None:
+    """Return the file of an example of which none is known."""
+
+
+def _method(ranking: Ranking) -> dict[str, Any]:
+    blind = set(ranking.blind or ())
+    return {
+        "name": ranking.method,
+        "timesteps": [f"{t:g}" for t in ranking.timesteps],
+        "blind": [t in blind for t in ranking.timesteps],
+        "blindText": spell_blind(ranking),
+        "groups": list(ranking.groups),
+        "notes": {str(topic): str(note) for topic, note in ranking.notes.items()},
+        "k": ranking.scores.shape[1],
+    }
+
+
+def _answer(
+    ranking: Ranking, query: int, examples: _Entries, shares: np.ndarray | None
 ) -> dict[str, Any]:
-    """Gather what the page shows; a training example that several queries share stands once."""
-    examples: dict[str, dict[str, Any]] = {}
-    address = data_uri if beside is None else _Folder(beside)
-    for query, rank in ranking.places():
-        name = ranking.train_ids[query][rank]
-        if name not in examples:
-            metadata = ranking.train_metadata[query][rank]
-            entry = _entry(name, metadata, train_images(name), address)
+    """Return what one method says of one query: the five answers, and a card for each picture."""
+    shares = shares if shares is not None and np.isfinite(shares).all() else None
+    shown = ranking.count(query)
+    parts = {"parts": ranking.contributions, "groupParts": ranking.group_contributions}
+    means = {
+        name: None if part is None or not shown else _short(part[query, :shown].mean(0))
+        for name, part in parts.items()
+    }
+    return {
+        "said": answers(ranking, query, shares),
+        "cards": [_card(ranking, query, rank, examples) for rank in ranking.cards(query)],
+        "shares": None if shares is None else _short(shares),
+        "means": means["parts"],
+        "groupMeans": means["groupParts"],
+        "typical": _share(ranking, query, ranking.typical),
+        "shown": shown,
+    }
+
+
+def _card(ranking: Ranking, query: int, rank: int, examples: _Entries) -> dict[str, Any]:
+    name = ranking.train_ids[query][rank]
+    size = ranking.spell_size(query, rank)
+    more = {} if size is None else {"foremost": f"{size} examples"}
+    copies = ranking.copies(query, rank)
+    same_as = (ranking.same_as or [[]] * (query + 1))[query]
+    card = {
+        "example": examples.place(name, ranking, query, rank, more),
+        "rank": rank + 1,
+        "score": format_score(ranking.scores[query, rank]),
+        "same": ranking.same_label(query, rank),
+    }
+    known = {
+        "scale": spell_scale(ranking, query, rank),
+        "share": _share(ranking, query, ranking.scores[:, rank]),
+        "percentile": spell_percentile(ranking, query, rank),
+        "sure": ranking.spell_confidence(query, rank),
+        "alike": _alike(ranking, query, rank),
+        "copies": spell_copies(ranking, query, rank),
+        "copyIds": copies or None,
+        "itself": not {name, *copies}.isdisjoint(same_as) or None,
+    }
+    card |= {key: value for key, value in known.items() if value is not None}
+    if ranking.contributions is not None:
+        card["parts"] = _short(ranking.contributions[query, rank])
+    if ranking.group_contributions is not None:
+        card["groupParts"] = _short(ranking.group_contributions[query, rank])
+    return card
+
+
+def _alike(ranking: Ranking, query: int, rank: int) -> str | None:
+    """Return the ranks that one cannot be told apart from, itself among them, as ``1–4``."""
+    if ranking.tiers is None:
+        return None
+    tiers = ranking.tiers[query, : ranking.count(query)]  # ascending
+    first = int(np.searchsorted(tiers, tiers[rank])) + 1
+    last = int(np.searchsorted(tiers, tiers[rank], "right"))
+    return f"{first}–{last}" if first < last else None
+
+
+def _share(ranking: Ranking, query: int, values: np.ndarray | None) -> float | None:
+    """Return a value as a part of the largest score, in [0, 1]; None if there is none."""
+    if values is None or ranking.maximum is None or not ranking.maximum[query]:
+        return None
+    share = float(values[query]) / float(ranking.maximum[query])
+    return round(min(1.0, max(0.0, share)), 4)
+
+
+def _short(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]
+
+
+class _Entries:
+    """Pictures and metadata of queries or of examples, each of which stands once in the page."""
+
+    def __init__(
+        self, images: Images, files: Files, page: Path, store: Callable[[Image], str]
+    ) -> None:
+        self.images, self.files, self.page, self.store = images, files, page, store
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.places: dict[str, int] = {}
+
+    def place(
+        self, name: str, ranking: Ranking, query: int, rank: int, more: dict[str, str]
+    ) -> int:
+        """Return where a training example stands among the entries; it is added if it is new."""
+        if name not in self.places:
+            self.places[name] = len(self.places)
+            entry = self.entry(name, ranking.train_metadata[query][rank])
             entry["row"] = int(ranking.train_rows[query, rank])
             entry["label"] = ranking.label(query, rank)
-            if (size := ranking.spell_size(query, rank)) is not None:
-                entry["meta"]["foremost"] = f"{size} examples"
-            examples[name] = entry
-    place = {name: index for index, name in enumerate(examples)}
-    queries = []
-    for query, name in enumerate(ranking.query_ids):
-        entry = _entry(name, ranking.query_metadata[query], query_images(name), address)
-        shown = ranking.count(query)
-        entry["top"] = [place[example] for example in ranking.train_ids[query][:shown]]
-        entry["scores"] = [format_score(score) for score in ranking.scores[query][:shown]]
-        entry["sure"] = [ranking.spell_confidence(query, rank) for rank in range(shown)]
-        entry["same"] = [ranking.same_label(query, rank) for rank in range(len(entry["top"]))]
-        by = {"parts": ranking.contributions, "groupParts": ranking.group_contributions}
-        for key, parts in by.items():
-            if parts is not None:
-                rows = parts[query][:shown]
-                entry[key] = [[float(f"{part:.4g}") for part in row] for row in rows]
-        queries.append(entry)
-    return {
-        "title": title,
-        "method": ranking.method,
-        "colours": {},
-        "timesteps": [f"{t:g}" for t in ranking.timesteps],
-        "groups": list(ranking.groups),
-        "notes": {str(key): str(value) for key, value in {**notes, **ranking.notes}.items()},
-        "queries": queries,
-        "examples": list(examples.values()),
-    }
+            entry["meta"] |= more
+            self.entries[name] = entry
+        return self.places[name]
 
-
-def _entry(
-    name: str, metadata: dict[str, Any], image: np.ndarray, address: Callable[[Image], str]
-) -> dict[str, Any]:
-    picture = to_picture(image, name)
-    return {
-        "id": name,
-        "label": None if metadata.get("label") is None else str(metadata["label"]),
-        "meta": {str(key): _text(value) for key, value in metadata.items()},
-        "image": address(picture),
-        "size": list(picture.size),
-        "tiny": max(picture.size) <= TINY,
-    }
+    def entry(self, name: str, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Return what the page knows of one picture."""
+        picture = to_picture(self.images(name), name)
+        columns = {str(key): text(value) for key, value in metadata.items()}
+        caption = columns.pop("caption", None)
+        return {
+            "id": name,
+            "label": None if metadata.get("label") is None else str(metadata["label"]),
+            "caption": caption,
+            "meta": {k: v for k, v in columns.items() if not is_rights(k)},
+            "rights": [[k, v, address(v)] for k, v in columns.items() if is_rights(k)],
+            "file": original(self.files(name), metadata, self.page),
+            "image": self.store(picture),
+            "size": list(picture.size),
+            "tiny": max(picture.size) <= TINY,
+        }
 
 
 class _Folder:
@@ -137,9 +258,3 @@ class _Folder:
         (self.folder / name).write_bytes(content)
         self.count += 1
         return f"{quote(self.folder.name)}/{name}"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict | list | tuple):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return str(value)

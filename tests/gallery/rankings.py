@@ -49,3 +49,59 @@ def ranking(queries: int = 3, k: int = 12) -> Ranking:
 def with_captions(plain: Ranking, caption: str) -> Ranking:
     metadata = [[{**one, "caption": caption} for one in row] for row in plain.train_metadata]
     return replace(plain, train_metadata=metadata)
+
+
+def told(queries: int = 3, k: int = 12, method: str = "dmin") -> Ranking:
+    """The same with all that may be known: scale, error, tiers, copies, rights, blind timesteps."""
+    some = with_captions(ranking(queries, k), "a digit, written by hand in two strokes")
+    shape = some.scores.shape
+    rights = {"artist": "Ann Other", "licence": "CC BY 4.0", "source_url": "https://example.org/a"}
+    rows = [[{**one, **rights} for one in row] for row in some.train_metadata]
+    copy_of, tiers = np.tile(np.arange(k), (queries, 1)), np.tile(np.arange(k), (queries, 1)) // 4
+    copy_of[:, 2] = 1
+    contributions = 0.1 * some.contributions
+    contributions[:, :, 2] += 0.9 * some.scores
+    return replace(
+        some,
+        method=method,
+        train_metadata=rows,
+        contributions=contributions,
+        errors=np.full(shape, 0.004),
+        stability=np.linspace(0.99, 0.5, k)[None].repeat(queries, 0),
+        about={
+            "model": "models/digits",
+            "adapter": "none",
+            "weights": "EMA, 0.995",
+            "store": "outputs/stores/train-0123abcd",
+            "examples": "1,797",
+            "sketch": "auto, k = 4,096",
+            "date": "2026-11-29 07:00 UTC",
+        },
+        candidates=1797,
+        maximum=np.full(queries, 1.0),
+        typical=np.full(queries, 0.62),
+        at_least=np.arange(1, k + 1)[None].repeat(queries, 0),
+        tiers=tiers,
+        tier_goes_on=np.full(queries, True),
+        blind=(950,),
+        copy_of=copy_of,
+        tied_copies=[[["digit-elsewhere"] if r == 1 else [] for r in range(k)]] * queries,
+        same_as=[[some.train_ids[0][0]], *[[] for _ in range(queries - 1)]],
+    )
+
+
+def side_by_side() -> list[Ranking]:
+    """Three methods that agree in part; one of them splits no score and has no largest one."""
+    first, second = told(), told(method="blend")
+    turned = second.first(8)
+    plain = replace(
+        told(method="pixel_l2").first(6),
+        contributions=None,
+        timesteps=(),
+        maximum=None,
+        errors=None,
+        stability=None,
+        tiers=None,
+        blind=None,
+    )
+    return [first, turned, plain]

@@ -167,7 +167,9 @@ def test_html_holds_each_image_once(tmp_path):
     data = page_data(path)
     for query, entry in enumerate(data["queries"]):
         assert entry["image"] == data_uri(to_picture(query_image(entry["id"]), ""))
-        assert [data["examples"][i]["id"] for i in entry["top"]] == shared.train_ids[query]
+        cards = entry["answers"][0]["cards"]
+        found = [data["examples"][card["example"]]["id"] for card in cards]
+        assert found == shared.train_ids[query]
     for entry in data["examples"]:
         assert entry["image"] == data_uri(to_picture(train_image(entry["id"]), ""))
 
@@ -177,9 +179,11 @@ def test_html_holds_scores_and_contributions(tmp_path):
     data = page_data(save_html(some, query_image, train_image, tmp_path / "a.html"))
     assert some.contributions is not None
     for query, entry in enumerate(data["queries"]):
-        np.testing.assert_allclose(entry["parts"], some.contributions[query], rtol=1e-3)
-        assert entry["scores"] == [format_score(score) for score in some.scores[query]]
-        assert entry["same"] == [some.same_label(query, rank) for rank in range(12)]
+        cards = entry["answers"][0]["cards"]
+        parts = [card["parts"] for card in cards]
+        np.testing.assert_allclose(parts, some.contributions[query], rtol=1e-3)
+        assert [card["score"] for card in cards] == list(map(format_score, some.scores[query]))
+        assert [card["same"] for card in cards] == [some.same_label(query, r) for r in range(12)]
 
 
 def test_html_reaches_for_nothing_outside_itself(tmp_path):
@@ -200,8 +204,8 @@ def test_html_escapes_every_string(tmp_path):
     assert EVIL not in text and "<img" not in text
     assert text.count("</script>") == 2 and text.count("<script") == 2
     data = page_data(path)
-    assert data["examples"][0]["meta"]["caption"] == EVIL
-    assert data["method"] == data["title"] == data["notes"][EVIL] == EVIL
+    assert data["examples"][0]["caption"] == EVIL
+    assert data["methods"][0]["name"] == data["title"] == data["about"][EVIL] == EVIL
     assert f"<title>{html.escape(EVIL)}</title>" in text
 
 
