@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmin.attribution.curvature.curvature import Curvature
 from dmin.data.base import Dataset, Example
-from dmin.data.ids import positions_of
+from dmin.data.ids import file_at, positions_of
 from dmin.runtime.errors import DminError
 from dmin.store import Store
 
@@ -167,6 +167,12 @@ class FeatureSet:
     def image(self, id: str) -> Tensor:
         """Return the image of an example, ``[C, H, W]`` in [0, 1]; see :meth:`example`."""
         return self.example(id).image
+
+    def file(self, id: str) -> Path | None:
+        """Return where an example's image is, if the dataset keeps each in a file of its own."""
+        if self.dataset is None or id not in self._places:
+            return None
+        return file_at(self.dataset, self._places[id])
 
     def example(self, id: str) -> Example:
         """Return an example by its id.

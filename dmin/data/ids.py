@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from dmin.data.base import Dataset, Facts
 
@@ -27,3 +28,9 @@ def facts_at(dataset: Dataset, index: int) -> Facts:
     """Return what is known of one example besides its pixels."""
     known = getattr(dataset, "facts", None)
     return known(index) if callable(known) else dataset[index].facts
+
+
+def file_at(dataset: Dataset, index: int) -> Path | None:
+    """Return where an example's image is, if the dataset keeps each in a file of its own."""
+    find = getattr(dataset, "file", None)
+    return find(index) if callable(find) else None

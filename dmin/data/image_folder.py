@@ -82,6 +82,10 @@ class ImageFolder(Checked):
         """Return what is known of an image besides its pixels."""
         return self._facts[index]
 
+    def file(self, index: int) -> Path:
+        """Return where an image is."""
+        return Path(self.root) / self.ids[index]
+
     def describe(self) -> dict[str, Any]:
         """Return settings, and a digest of the name, bytes, label and caption of every image."""
         content = self._content([facts[:2] for facts in self._facts])

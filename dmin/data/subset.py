@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dmin.data.base import Dataset, Example, Facts, describe_dataset, describe_fully
-from dmin.data.ids import facts_at, ids_of, positions_of
+from dmin.data.ids import facts_at, file_at, ids_of, positions_of
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
 
@@ -73,6 +74,10 @@ class Subset:
     def facts(self, index: int) -> Facts:
         """Return what is known of an example besides its pixels."""
         return facts_at(self.dataset, self.positions[index])
+
+    def file(self, index: int) -> Path | None:
+        """Return where an example's image is, if the whole keeps each in a file of its own."""
+        return file_at(self.dataset, self.positions[index])
 
     def _described(self, whole: dict[str, Any]) -> dict[str, Any]:
         return {

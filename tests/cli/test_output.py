@@ -41,3 +41,7 @@ def test_what_is_shown_of_hostile_examples_is_text(tmp_path):
             assert not [cell for cell in row if cell.startswith(("=", "+", "@", "\t"))]
     page = (folder / "gallery.html").read_text()
     assert page.count("</script>") == page.count("<script") == 2 and "<img src=x" not in page
+    # Each picture has its own file, above the page's folder.
+    originals = set(re.findall(r'"file":"([^"]*)"', page))
+    assert originals <= {(images / f"=1+{n}{NAME}.png").as_uri() for n in range(12)}
+    assert len(originals) >= 3

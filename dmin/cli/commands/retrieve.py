@@ -54,7 +54,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
             return
         named = found if len(methods) == 1 else replace(found, method=name)
         rankings.append(replace(named, about=head))
-    _show(work, rankings, asked.pictures, results)
+    _show(work, rankings, asked, results)
 
 
 @dataclass
@@ -116,7 +116,7 @@ class _Asked:
 def _show(
     work: Workspace,
     rankings: list[Ranking],
-    pictures: tuple[Images, Images],
+    asked: _Asked,
     results: dict[str, Any],
 ) -> None:
     """Write and print the answer."""
@@ -128,8 +128,10 @@ def _show(
 
     folder, first = work.run_folder, rankings[0]
     save_ranking(rankings, folder)
-    save_png(rankings, *pictures, folder / "gallery.png")
-    save_html(first, *pictures, folder / "gallery.html", notes=first.about)
+    save_png(rankings, *asked.pictures, folder / "gallery.png")
+    files = asked.queries.file, asked.train.file
+    page = folder / "gallery.html"
+    save_html(rankings, *asked.pictures, page, query_files=files[0], train_files=files[1])
     ids = " ".join(found[0] for found in first.train_ids[:3])
     results["figures"] = {"queries": f"{len(first.query_ids):,}", "first found": f"{ids} …"}
     results["files"] = [str(folder / name) for name in ("gallery.png", "gallery.html")]
