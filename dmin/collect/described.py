@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dmin.data.base import Dataset, Facts, describe_dataset, describe_fully
-from dmin.data.ids import facts_of, ids_of
-from dmin.runtime.errors import DminError
+from dmin.data.ids import facts_at, facts_of, ids_of, positions_of
+from dmin.runtime.errors import DminError, DminWarning
 from dmin.runtime.fingerprint import differences, fingerprint
 from dmin.store import Manifest, Store
 from dmin.store.comparison import manifest_differences
@@ -112,6 +114,30 @@ def refresh_metadata(path: str | Path, dataset: Dataset, same_images: bool = Fal
     if {**described, **beside} != kept:
         begin_revision(store, {**described, **beside}, 0)
     return Store(path)
+
+
+def warn_if_stale(store: Store, dataset: Dataset, most: int = 1000) -> None:
+    """Warn if metadata that a store keeps are not those of the data, as far as some rows tell.
+
+    Args:
+        store: of the dataset.
+        dataset: looked at if it knows its metadata without reading images.
+        most: rows that are compared.
+    """
+    if not hasattr(dataset, "facts"):
+        return
+    places, rows = positions_of(dataset), range(0, len(store), -(-len(store) // most) or 1)
+    for row in (row for row in rows if store.ids[row] in places):
+        now = json.loads(json.dumps(facts_at(dataset, places[store.ids[row]]).describe()))
+        if lines := differences(now, store.metadata[row]):
+            warnings.warn(
+                f"the metadata of {store.path} are not those of the data any more "
+                f"({store.ids[row]}: {lines[0]}, where there is the store): `dmin store metadata "
+                f"{store.path}` takes them over.",
+                DminWarning,
+                stacklevel=2,
+            )
+            return
 
 
 def _require_ids(store: Store, ids: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from dmin.attribution.search.selection import Selection
 from dmin.cli import main
-from dmin.collect.described import as_found, describe, refresh_metadata
+from dmin.collect.described import as_found, describe, refresh_metadata, warn_if_stale
 from dmin.data.base import describe_fully
 from dmin.data.huggingface import HFDataset
 from dmin.data.ids import facts_of
@@ -17,7 +17,7 @@ from dmin.data.image_folder import ImageFolder
 from dmin.data.subset import Subset
 from dmin.data.webdataset import TarShards
 from dmin.models.contract import encoded
-from dmin.runtime.errors import DminError
+from dmin.runtime.errors import DminError, DminWarning
 from dmin.store import Layout, Manifest, Rows, Store, StoreWriter, revisions
 from dmin.store.maintenance import compact, info, merge
 from dmin.store.removal import remove
@@ -204,6 +204,20 @@ def test_what_nothing_is_computed_from_is_in_no_description(make, part, tmp_path
     assert [f.describe() for f in facts_of(found[0])] == [
         found[0][i].describe() for i in range(len(found[0]))
     ]
+
+
+def test_metadata_that_are_stale_are_told_of(store, tmp_path, recwarn):
+    warn_if_stale(store, folder(tmp_path / "images", artists="xy"))
+    assert not recwarn
+    now = folder(tmp_path / "images", artists="xyxxxxx")
+    with pytest.warns(
+        DminWarning, match=r'3\.png: artist: "x" here, "y" there.*dmin store metadata'
+    ):
+        warn_if_stale(store, now)
+    refresh_metadata(store.path, now)
+    recwarn.clear()
+    warn_if_stale(Store(store.path), now)
+    assert not recwarn
 
 
 def test_columns_that_a_model_reads_are_in_its_description(tmp_path):

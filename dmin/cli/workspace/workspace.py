@@ -72,7 +72,7 @@ class Workspace(Built):
         Raises:
             DminError: it is not there; names the stores that are, and what differs.
         """
-        from dmin.collect.described import as_found
+        from dmin.collect.described import as_found, warn_if_stale
         from dmin.store import Store
         from dmin.store.comparison import manifest_differences, metadata_remedy
 
@@ -92,6 +92,7 @@ class Workspace(Built):
                 f"or another collect.path.{metadata_remedy(manifest, store.manifest, path)}"
             )
         store.require_complete()
+        warn_if_stale(store, self.data)
         return store
 
     def _other_stores(self, manifest: Manifest) -> str:
