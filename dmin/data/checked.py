@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from dmin.data.base import SCHEMA
+from dmin.data.base import SCHEMA, Dataset
+from dmin.data.ids import facts_of, ids_of
 from dmin.data.pixels import Pixels
 from dmin.runtime.errors import DminError, DminWarning
 
@@ -86,3 +88,41 @@ def describe_problems(problems: dict[str, str], images: int, where: str) -> str:
 def printable(name: str) -> str:
     """Return a file name that can be printed: Linux allows bytes that are no text."""
     return name.encode(errors="backslashreplace").decode()
+
+
+def require_captions(
+    dataset: Dataset, model: str, setting: str = "data", empty: bool = False
+) -> None:
+    """Refuse images without the captions that a model is conditioned on.
+
+    Args:
+        dataset: of which captions are known without reading images: one that has ``facts``.
+        model: what to call the model.
+        setting: what the dataset is called among the settings.
+        empty: allow captions of no words.
+
+    Raises:
+        DminError: some have none; says how many, the first ones, and what to do.
+    """
+    captions = zip(ids_of(dataset), (facts.caption for facts in facts_of(dataset)), strict=True)
+    lacking = {id: c for id, c in captions if c is None or not (empty or c.strip())}
+    if not lacking:
+        return
+    few = ", ".join(map(printable, list(lacking)[:3])) + (", …" if len(lacking) > 3 else "")
+    text = Path(getattr(dataset, "root", ""), next(iter(lacking))).with_suffix(".txt")
+    remedy = (
+        f"Give each one in the column text of metadata.jsonl ({setting}.text=COLUMN for another), "
+        f"or take its line out: images that no line names are left out."
+    )
+    if setting == "data" and text.is_file():
+        remedy = (
+            f"They seem to stand in files such as {text.name}: data=training_folder reads these."
+        )
+    elif setting == "queries":
+        remedy = "Say them: --prompt (queries.prompt=…), or text in a metadata.jsonl beside them."
+    elif None not in lacking.values():
+        remedy = "Add them, or set model.empty_captions=keep if it was trained without some."
+    raise DminError(
+        f"{len(lacking):,} of the {len(dataset):,} images of {setting} have no caption ({few}), "
+        f"and {model} is conditioned on captions. {remedy}"
+    )

@@ -43,6 +43,11 @@ class Captioned(LatentDiffusion):
         self.empty_captions = empty_captions
         self.sample_size = _pair(sample_size, "sample_size")
 
+    @classmethod
+    def reads_captions(cls, settings: Mapping[str, Any]) -> bool:
+        """Say whether examples need captions: unless it is never told any."""
+        return settings.get("query_guidance") is not None or settings.get("prompt_dropout", 0) < 1
+
     def describe_sampling(self) -> dict[str, Any]:
         """Return sampler, guidance, size and the encoders' digests."""
         return {**super().describe_sampling(), "size": self._generated_size()}

@@ -33,6 +33,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     methods = methods_of(work)
     selection = Selection(**{name: options[name] for name in SELECTED})
     source = build_queries(work.cfg.queries)  # what is wrong with it is said before the work
+    work.require_captions(source, "queries")
     train = work.train_side(methods.values())
     for method in methods.values():
         check_train(train, method)

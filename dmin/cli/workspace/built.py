@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dmin.cli.config.groups import groups
@@ -100,7 +100,19 @@ class Built:
     @cached_property
     def collector(self) -> GradientCollector:
         """Model, sketch, timesteps and noise, put together."""
+        self.require_captions(self.data)  # before minutes of loading
         return self.collector_of(self.model)
+
+    def require_captions(self, dataset: Any, setting: str = "data") -> None:
+        """Refuse images without captions, as far as these are known, if the model needs some."""
+        from dmin.data.checked import require_captions
+
+        target = get_object(self.cfg.model["_target_"])
+        family, settings = getattr(target, "__self__", target), self.resolved("model")["model"]
+        reads = getattr(family, "reads_captions", None)
+        if hasattr(dataset, "facts") and reads is not None and reads(settings):
+            empty = settings.get("empty_captions") == "keep"
+            require_captions(dataset, family.__name__, setting, empty)
 
     def collector_of(self, model: DiffusionModel) -> GradientCollector:
         """Return a collector with these settings, of any model."""
