@@ -77,7 +77,7 @@ class Generated:
             images = model.sample(part, seeds, self.steps).cpu()
             rows = [
                 {
-                    ("label" if isinstance(prompt, int) else "text"): prompt,
+                    ("label" if isinstance(prompt, int) or model.label_names else "text"): prompt,
                     "seed": seed,
                     "source": "generated",
                     **model.facts_of_samples(),

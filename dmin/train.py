@@ -15,9 +15,11 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from dmin.data.base import Dataset, Examples
+from dmin.data.ids import facts_at, facts_of
 from dmin.data.module import TrainData
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.models.base import DiffusionModel, per_example_loss
+from dmin.models.labels import names_of
 from dmin.models.masked import encode, predict
 from dmin.runtime.errors import DminError
 from dmin.runtime.progress import Lines
@@ -201,7 +203,8 @@ def train(
         The model in eval mode, with averaged weights.
 
     Raises:
-        DminError: the dataset is empty, a setting is out of range, or the loss became NaN.
+        DminError: the dataset is empty, labels do not fit the model's classes, a setting is out of
+            range, or the loss became NaN.
     """
     if len(dataset) == 0:
         raise DminError("train: the dataset is empty, so there is nothing to learn from.")
@@ -212,6 +215,7 @@ def train(
         )
     lightning.seed_everything(seed, verbose=False)
     found = model()
+    learn_labels(found, dataset)
     trainer = trainer or fit_trainer()
     first, second = (dataset, None) if lora is None else lora.parts(dataset)
 
@@ -224,6 +228,17 @@ def train(
         lora.add_to(found.network)
         fit(second, lora.steps, lora.learning_rate)
     return found.eval()
+
+
+def learn_labels(model: DiffusionModel, dataset: Dataset) -> None:
+    """Have a class-conditional model map labels that are text to classes, in their order.
+
+    Raises:
+        DminError: there are more than the model has classes, or not all are text.
+    """
+    classes: int | None = getattr(model, "classes", None)
+    if classes is not None and isinstance(facts_at(dataset, 0).label, str):
+        model.label_names = names_of((facts.label for facts in facts_of(dataset)), classes)
 
 
 def _fit(

@@ -36,8 +36,8 @@ class ImageFolder(Checked):
 
     Args:
         root: the folder.
-        label: column of the label; None for no labels.
-        text: column of the caption; None for no captions.
+        label: column of the label, or several: the first that is there; None for no labels.
+        text: column of the caption, likewise; None for no captions.
 
     Attributes:
         ids: paths of the images below the folder, in order.
@@ -49,8 +49,8 @@ class ImageFolder(Checked):
 
     root: str | Path
     _: KW_ONLY
-    label: str | None = "label"
-    text: str | None = "text"
+    label: str | Sequence[str | None] | None = "label"
+    text: str | Sequence[str | None] | None = "text"
 
     def __post_init__(self) -> None:
         """Find the images and what is said of them."""

@@ -13,6 +13,7 @@ from typing import Any
 from dmin.data.base import Facts as Facts
 from dmin.runtime.errors import DminError
 
+Column = str | Sequence[str | None] | None
 NAMES = ("metadata.jsonl", "metadata.csv")
 
 
@@ -41,23 +42,22 @@ def read_rows(root: Path, tables: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def read_facts(
-    rows: dict[str, dict[str, Any]], where: str, label: str | None, text: str | None
+    rows: dict[str, dict[str, Any]], where: str, label: Column, text: Column
 ) -> dict[str, Facts]:
     """Split each row into label, caption and the rest.
 
     Args:
         rows: by image.
         where: what to call the metadata in a message.
-        label: column of the label, None for no labels.
-        text: column of the caption, None for no captions.
+        label: column of the label, or several, of which the first that is there; None for none.
+        text: column of the caption, likewise.
 
     Raises:
         DminError: a column is not there but was asked for, or seems misspelt; or a value is no
             label or caption.
     """
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    _check_column("label", label, columns, where)
-    _check_column("text", text, columns, where)
+    label, text = _column("label", label, columns, where), _column("text", text, columns, where)
     return {name: _facts(name, dict(row), label, text) for name, row in rows.items()}
 
 
@@ -93,18 +93,24 @@ def _facts(name: str, row: dict[str, Any], label: str | None, text: str | None) 
     return Facts(found, caption, row)
 
 
-def _check_column(setting: str, column: str | None, columns: list[str], where: str) -> None:
-    """Refuse a column that is not there, unless it is the default's and nothing looks like it."""
-    if column is None or column in columns:
-        return
+def _column(setting: str, asked: Column, columns: list[str], where: str) -> str | None:
+    """Return the column that is asked for, and there.
+
+    That none is there is refused, unless the default is among them and nothing looks like it.
+    """
+    names = [asked] if isinstance(asked, str) else [name for name in asked or () if name]
+    found = next((name for name in names if name in columns), None)
+    if found is not None or not names:
+        return found
     lower = {name.lower(): name for name in columns}
-    near = difflib.get_close_matches(column.lower(), lower, n=1, cutoff=0.8)
-    if near or column != setting:
+    near = [n for name in names for n in difflib.get_close_matches(name.lower(), lower, 1, 0.8)]
+    if near or setting not in names:
         guess = f" Did you mean {lower[near[0]]}?" if near else ""
         raise DminError(
-            f"{where} has no column {column!r}.{guess} Columns there: {', '.join(columns)}. "
+            f"{where} has no column {names[0]!r}.{guess} Columns there: {', '.join(columns)}. "
             f"Set data.{setting}=<column>, or data.{setting}=null to do without."
         )
+    return names[0]
 
 
 def _file_name(path: Path, number: int, row: dict[str, Any]) -> PurePosixPath:

@@ -24,7 +24,7 @@ class Pictures(ImageFolder):
 
     Args:
         root: a folder, a picture, or several pictures.
-        prompt: caption (text) or class (a number) of all pictures, or one for each that is named;
+        prompt: caption or class (a number, or its name) of all pictures, or one for each named;
             wins over the metadata.
 
     Raises:
@@ -90,4 +90,8 @@ class Pictures(ImageFolder):
     def _asked(facts: Facts, prompt: Any) -> Facts:
         if prompt is None:
             return facts
-        return facts._replace(**{"label" if isinstance(prompt, int) else "caption": prompt})
+        if isinstance(prompt, int):
+            return facts._replace(label=prompt)
+        # It may be the name of a class: another is none then.
+        label = None if isinstance(facts.label, str) else facts.label
+        return facts._replace(caption=prompt, label=label)

@@ -48,12 +48,15 @@ class DiffusionModel(nn.Module):
         ladder: all timesteps in the order of sampling, pure noise first, in the model's own unit.
         externally_called: names of modules that the network calls outside the block they stand
             in. Only needed to share the network out over processes.
+        label_names: what the classes were called when it was trained on labels that are text, in
+            the order of their numbers; empty where labels are numbers.
         metadata_columns: columns of the examples' metadata that :meth:`encode` reads: a store is
             one of other data where these change, and of the same where others do.
     """
 
     network: nn.Module
     externally_called: Sequence[str] = ()
+    label_names: Sequence[str] = ()
     metadata_columns: Sequence[str] = ()
     ladder: Sequence[float] = range(999, -1, -1)
 
@@ -87,6 +90,11 @@ class DiffusionModel(nn.Module):
             t: ``[batch]``, timesteps from the ladder.
             condition: from :meth:`encode`.
         """
+
+    @classmethod
+    def reads_captions(cls, settings: Mapping[str, Any]) -> bool:
+        """Say whether examples need captions by a model loaded with these settings."""
+        return False
 
     def for_queries(self) -> Self:
         """Return the model that queries are differentiated with: itself, unless they are guided."""
@@ -233,25 +241,6 @@ READOUTS: dict[str, Readout] = {
     "mean_output": mean_output,
 }
 """Functions of a prediction with one value an example, whose gradients can be collected."""
-
-
-def class_labels(prompts: Sequence[Any], classes: int) -> Tensor:
-    """Return class labels as a tensor, ``[len(prompts)]``.
-
-    Args:
-        prompts: the labels.
-        classes: how many the model knows.
-
-    Raises:
-        DminError: one of them is none of these.
-    """
-    wrong = [p for p in prompts if not isinstance(p, int) or not 0 <= p < classes]
-    if wrong:
-        raise DminError(
-            f"label {wrong[0]!r}: the model knows the classes 0 … {classes - 1}. Use a dataset (or "
-            f"prompts) with integer labels in that range."
-        )
-    return torch.tensor(list(prompts))
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -155,7 +155,10 @@ ADDED: set[str] = {
     "collect.restore",
 }
 # Settings whose value is another today, by their old one: the new one.
-CHANGED: dict[tuple[str, str], str] = {
+CHANGED: dict[tuple[str, str], object] = {
+    # As the column of the data, if the queries have that.
+    ("queries.label", "label"): ["${oc.select:data.label,label}", "label"],
+    ("queries.text", "text"): ["${oc.select:data.text,text}", "text"],
     # A folder as before, or pictures by their files; the same pictures have the same fingerprint.
     ("queries._target_", "dmin.data.image_folder.ImageFolder"): "dmin.data.pictures.Pictures",
 }

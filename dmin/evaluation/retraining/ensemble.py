@@ -22,6 +22,7 @@ from dmin.evaluation.retraining.stacked_models import Stacked, StackedLoss, enco
 from dmin.models.base import DiffusionModel
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
+from dmin.train import learn_labels
 
 Progress = Callable[[int, int], None]
 """Called with how much is done, and of how much."""
@@ -60,6 +61,7 @@ class Ensemble:
         self.chunk = chunk
         self.device = torch.device(device)
         self.template = for_vmap(model().requires_grad_(False).to(self.device))
+        learn_labels(self.template, dataset)
         self.loss = StackedLoss(self.template)
         self.examples = encoded(self.template, dataset, self.device)
         self.dataset = describe_dataset(dataset)
@@ -148,6 +150,7 @@ class Ensemble:
     def load(self, models: Stacked, index: int) -> DiffusionModel:
         """Return one of the models as a model of its own, in eval mode."""
         model = self.model()
+        model.label_names = self.template.label_names
         model.network.load_state_dict({name: values[index] for name, values in models.items()})
         return model.eval()
 

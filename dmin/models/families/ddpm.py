@@ -22,11 +22,11 @@ from dmin.models.adapters import load_adapters
 from dmin.models.base import (
     Condition,
     Prediction,
-    class_labels,
     noise_generators,
 )
 from dmin.models.checkpoints import load_pipeline, load_weights
 from dmin.models.contract import check_weights
+from dmin.models.labels import class_labels, load_names, save_names
 from dmin.models.relatives import check_inputs, check_variance
 from dmin.models.trained import TrainedModel, name_settings
 from dmin.runtime.errors import DminError
@@ -120,12 +120,15 @@ class DDPM(TrainedModel):
             load_weights(pipeline.unet, ema)
         if adapter is not None:
             load_adapters(pipeline.unet, adapter)
-        return cls(pipeline.unet.eval(), pipeline.scheduler, **settings)
+        found = cls(pipeline.unet.eval(), pipeline.scheduler, **settings)
+        found.label_names = load_names(Path(path), found.classes)
+        return found
 
     def save_pretrained(self, path: str | Path) -> None:
         """Save in the layout of diffusers' ``DDPMPipeline``."""
         pipeline: Any = DDPMPipeline(self.network, self.scheduler)
         pipeline.save_pretrained(str(path))
+        save_names(self.label_names, Path(path))
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         """Return images scaled from [0, 1] to the [−1, 1] that DDPMs are trained on, and labels."""
@@ -139,7 +142,11 @@ class DDPM(TrainedModel):
                 f"which does not fit a model of {self.shape}. Set data.size={height} "
                 f"data.mode={'L' if channels == 1 else 'RGB'}."
             )
-        return 2 * image - 1, self.condition(batch["label"])
+        labels = batch["label"]
+        if self.label_names:  # a prompt is the name of a class, where a label is not given
+            pairs = zip(labels, batch["caption"], strict=True)
+            labels = [caption if label is None else label for label, caption in pairs]
+        return 2 * image - 1, self.condition(labels)
 
     def _check_open(self, image: Tensor, name: str) -> None:
         """Refuse images that a network of open size cannot halve as often as it does."""
@@ -157,7 +164,8 @@ class DDPM(TrainedModel):
         if self.classes is None:
             return {}
         device = next(self.network.parameters()).device
-        return {"class_labels": to_device(class_labels(prompts, self.classes), device)}
+        labels = class_labels(prompts, self.classes, self.label_names)
+        return {"class_labels": to_device(labels, device)}
 
     def predict(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """Return the network's prediction and the target of the scheduler's prediction type."""
@@ -229,8 +237,9 @@ class DDPM(TrainedModel):
             yield x, x0
 
     def describe(self) -> dict[str, Any]:
-        """Return the loss."""
-        return {**super().describe(), **({"variance_loss": True} if self.variance_loss else {})}
+        """Return the loss, and what labels mean where they are text."""
+        found = {**super().describe(), **({"variance_loss": True} if self.variance_loss else {})}
+        return {**found, **({"classes": list(self.label_names)} if self.label_names else {})}
 
 
 def _known(target: type, settings: Mapping[str, Any], name: str) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmin.models.base import Condition, class_labels
+from dmin.models.base import Condition
+from dmin.models.labels import class_labels
 from dmin.models.latent import LearnedVariance
 
 

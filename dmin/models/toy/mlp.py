@@ -19,6 +19,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from dmin.models.families.ddpm import DDPM
+from dmin.models.labels import load_names, save_names
 from dmin.runtime.errors import DminError
 
 
@@ -140,10 +141,13 @@ class MLP(DDPM):
             )
         network: Any = FiLMNetwork.from_pretrained(str(Path(path) / "unet"))
         scheduler = DDPMScheduler.from_pretrained(str(Path(path) / "scheduler"))
-        return cls(network.eval(), scheduler, snr_gamma)
+        found = cls(network.eval(), scheduler, snr_gamma)
+        found.label_names = load_names(Path(path), found.classes)
+        return found
 
     def save_pretrained(self, path: str | Path) -> None:
         """Save network and scheduler, each as diffusers does (no pipeline knows this network)."""
         network: Any = self.network
         network.save_pretrained(str(Path(path) / "unet"))
         self.scheduler.save_pretrained(str(Path(path) / "scheduler"))
+        save_names(self.label_names, Path(path))
