@@ -196,7 +196,8 @@ def _digested(dataset: Dataset, facts: Callable[[Example], list[Any]]) -> dict[s
         for example in _examples(dataset):
             sizes = [] if example.sizes is None else [list(example.sizes)]
             text = json.dumps([*facts(example), *sizes], sort_keys=True, default=repr)
-            content.update(f"{array_digest(example.image.numpy())}{text}".encode())
+            arrays = [each.numpy() for each in (example.image, example.mask) if each is not None]
+            content.update(f"{array_digest(*arrays)}{text}".encode())
             yield example.id
 
     _check_ids(digest())

@@ -6,11 +6,12 @@ import json
 import examples_on_disk as on_disk
 import numpy as np
 import pytest
+import torch
 
 from dmin.attribution.search.selection import Selection
 from dmin.cli import main
 from dmin.collect.described import as_found, describe, refresh_metadata, warn_if_stale
-from dmin.data.base import describe_fully
+from dmin.data.base import Example, Examples, describe_fully
 from dmin.data.huggingface import HFDataset
 from dmin.data.ids import facts_of
 from dmin.data.image_folder import ImageFolder
@@ -229,13 +230,17 @@ def test_columns_that_a_model_reads_are_in_its_description(tmp_path):
         refresh_metadata(store.path, two)
 
 
+def test_masks_of_the_loss_are_in_the_description():
+    image, half = torch.ones(1, 4, 4), torch.full((1, 4, 4), 0.5)
+    found = [describe(Examples([Example("a", image, mask=m)])) for m in (None, image, half)]
+    assert found[0] != found[1] != found[2] != found[0]
+
+
 def test_a_model_reads_only_what_it_declares(ddpm):
     class Reads(type(ddpm)):
         def encode(self, batch):
             assert [facts.get("artist") for facts in batch["metadata"]] == ["x"]
             return super().encode(batch)
-
-    import torch
 
     model = Reads(ddpm.network, ddpm.scheduler)
     batch = {
