@@ -173,7 +173,7 @@ REFUSALS = [
     (["train", "experiment=digits", "paths.outputs=file/below"], "cannot be written"),
     # A model of one's own, on which nothing is trained; what is missing is named by its setting.
     ([*OWN, "benchmark=dmin_paper"], "Set queries.root=<value>"),
-    ([*OWN, "benchmark=dmin_paper", "queries.root=none"], "queries.root=none: no such folder"),
+    ([*OWN, "benchmark=dmin_paper", "queries.root=none"], "none: there is no such picture"),
     ([*OWN, "benchmark=dmin_paper", "queries.root=a", "queries.size=x"], "queries.size is 'x'"),
     (["train", *OWN[1:]], "Choices of train: digits_mlp"),
 ]
