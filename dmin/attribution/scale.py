@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmin.attribution.inner_product import InnerProduct
-from dmin.attribution.search.scan import gathered_rows
+from dmin.attribution.search.scan import row_factors, scores_of_rows
 from dmin.store import Store
 
 STREAMED = 1024  # scores that are kept of a stream of all
@@ -61,8 +61,9 @@ class Sample:
 
     def read(self, asked: InnerProduct, store: Store) -> None:
         """Score the rows of the sample alone."""
-        rows = gathered_rows(store, asked, self.rows).flatten(1)
-        self._found.append(asked.queries.flatten(1).cpu() @ rows.T)
+        queries = asked.queries.flatten(1).cpu()
+        factors = row_factors(store, asked)
+        self._found.append(scores_of_rows(store, asked, factors, queries, self.rows))
 
     @property
     def scores(self) -> Tensor:

@@ -194,22 +194,24 @@ def scores_of_rows(
     query: Tensor,
     rows: np.ndarray,
 ) -> Tensor:
-    """Return a query's scores of chosen rows, ``[n]``, read where they lie.
+    """Return a query's scores of chosen rows, ``[n]``, or those of several, ``[Q, n]``.
+
+    Rows are read where they lie.
 
     Args:
         store: the rows.
         linear: for its readout.
         factors: of all rows, from :func:`row_factors`.
-        query: ``[D·T·G·k]``.
+        query: ``[D·T·G·k]``, or several ``[Q, D·T·G·k]``.
         rows: which, ``[n]``.
     """
     draws, steps, groups, dim = store.layout.row_shape
     readout, sums = linear.readout, store.sums(linear.readout)
     if sums is None:  # nothing was verified: there is nothing to hold rows against
-        return gathered_rows(store, linear, rows).flatten(1) @ query
-    asked = query.view(draws * steps, groups * dim).numpy()
+        return query @ gathered_rows(store, linear, rows).flatten(1).T
+    asked = query.reshape(-1, draws * steps, groups * dim).numpy()
     like = np.empty(0, SEEN_AS[store.layout.dtype])
-    scores = torch.empty(len(rows))
+    scores = torch.empty(len(asked), len(rows))
 
     def score(span: Span) -> None:
         part = rows[slice(*span)]
@@ -219,8 +221,8 @@ def scores_of_rows(
             if factors is None
             else factors[part].flatten(1).numpy()
         )
-        out = scores[slice(*span)].numpy()
-        wrong = kernel().multiplied(like, where, scale, sums[part], asked[None], out[None])
+        out = scores[:, slice(*span)].numpy()
+        wrong = kernel().multiplied(like, where, scale, sums[part], asked, out)
         if wrong >= 0:
             raise store.corrupt(readout, int(part[wrong]))
 
@@ -228,7 +230,7 @@ def scores_of_rows(
     spans = [(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
     for _ in in_threads(score, spans, compiled=True):
         pass
-    return scores
+    return scores if query.dim() > 1 else scores[0]
 
 
 def gathered_rows(store: Store, linear: InnerProduct, rows: np.ndarray) -> Tensor:
