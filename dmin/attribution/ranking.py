@@ -287,7 +287,7 @@ def headline(ranking: Ranking) -> str:
 
 def format_score(score: float) -> str:
     """Write a score for people: three decimals, or powers of ten where these would say nothing."""
-    size = abs(score)
+    size, score = abs(score), score + 0.0  # no minus before zero
     if not math.isfinite(size) or size == 0 or 5e-3 <= size < 1e4:
         return f"{score:.3f}"
     return f"{score:.1e}"

@@ -93,7 +93,8 @@ def _shown(ranking: Ranking) -> str:
         return f"values of {name} each: foremost example, {name} and its examples, score"
     sure = ", its error, and how surely it is among them" if ranking.errors is not None else ""
     split = "; from: the groups of layers that add most" if ranking.groups else ""
-    bound = " of the largest possible" if ranking.maximum is not None else ""
+    bounded = ranking.maximum is not None and bool(ranking.maximum.any())
+    bound = " of the largest possible" if bounded else ""
     pixels = "; ×: copies of the same pixels" if _collapsed(ranking) else ""
     return f"examples each: id, label, score{bound}{sure}{split}{pixels}"
 

@@ -118,12 +118,14 @@ class TestDemo:
             ("method=dmin,pixel_12", "method=pixel_12: there is no such method. Did you mean"),
             ("method=dmin,encoder", "method=encoder needs method.path"),
             ("method=dmin,over_checkpoints", "method=over_checkpoints is an average over several"),
+            ("method=dmin,trak index=certified", "index is for one method at a time"),
+            ("method=dmin,trak retrieve.min_score=1", "retrieve.min_score is for one method"),
             ("method=dmin,d_trak", "method=d_trak needs the readouts mean_squared_output"),
             ("method=dmin,journey_trak", "method=journey_trak needs what the queries looked like"),
         ],
     )
     def test_a_method_that_cannot_run_is_refused_before_the_others_do(self, place, asked, told):
-        assert told in refusal("retrieve", *SMALLEST, asked, cwd=place)
+        assert told in refusal("retrieve", *SMALLEST, *asked.split(), cwd=place)
         folder = records(place, "retrieve")[-1].parent
         assert not (folder / "ranking.csv").exists()
 

@@ -25,7 +25,8 @@ def methods_of(work: Workspace) -> dict[str, Method]:
     """Return the method chosen, and those asked for beside it, by what they are called.
 
     Raises:
-        DminError: there is no such method, one lacks a setting, or shards are to do several.
+        DminError: there is no such method, one lacks a setting, or several are asked for what only
+            one can do: shards, an index, a least score, a split that must be possible.
     """
     own = build(work.cfg.method)
     beside = list(dict.fromkeys(work.cfg.retrieve.get("beside", [])))  # old records have none
@@ -35,6 +36,15 @@ def methods_of(work: Workspace) -> dict[str, Method]:
         raise DminError(
             f"retrieve.beside=[{','.join(beside)}] with shard.num={work.share.shards}: shards rank "
             f"by one method each time. Give the methods one after the other."
+        )
+    asked = {"index": work.cfg.index, **work.resolved("retrieve")["retrieve"]}
+    if alone := [
+        n for n in ("index", "min_score", "split") if not (asked[n] is None or asked[n] is False)
+    ]:
+        name = alone[0] if alone[0] == "index" else f"retrieve.{alone[0]}"
+        raise DminError(
+            f"{name} is for one method at a time, whose scores it knows: leave it out beside "
+            f"retrieve.beside=[{','.join(beside)}], or give the methods one after the other."
         )
     known = GlobalHydra.instance().config_loader().get_group_options("method")
     chosen = HydraConfig.get().runtime.choices.get("method") or own.name
