@@ -59,10 +59,11 @@ def _how_sure(ranking: Ranking, query: int) -> Answer:
         return Answer(question, "Not known", "no error of the scores was measured")
     stability, shown = ranking.stability[query], ranking.count(query)
     surest = int((stability[:shown] >= 0.9).sum())
-    k = len(stability)
+    k, percent = len(stability), round(100 * float(stability[0]))
+    certainty = f"{percent} %" if percent < 100 else "over 99 %"  # never certain
     return Answer(
         question,
-        f"{100 * stability[0]:.0f} % sure to be among the first {k}",
+        f"{certainty} sure to be among the first {k}",
         f"its score is right within ±{format_score(ranking.errors[query, 0])}; of {shown} shown, "
         f"{surest} are 90 % sure",
     )
@@ -76,6 +77,8 @@ def _scale(ranking: Ranking, query: int) -> Answer:
             notes[-1] = f"half of all have {format_score(ranking.typical[query])} or more"
     if ranking.maximum is None:
         notes.append("this method's scores have no largest value")
+    elif not ranking.maximum[query]:
+        notes.append(f"the {'largest' if ranking.order == 'proponents' else 'smallest'} is 0")
     return Answer(
         "What is the scale?", spell_scale(ranking, query, 0), "; ".join(filter(None, notes))
     )

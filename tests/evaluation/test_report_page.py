@@ -12,6 +12,7 @@ from matplotlib.text import Text
 from dmin.evaluation.report.page import save_page
 from dmin.evaluation.report.plots import colours, forest, path, removal_curves
 from dmin.evaluation.report.results import Cell, Cost, Report, Row, compared
+from dmin.runtime.colours import method_colours
 
 METHODS = ("random", "pixel_l2", "dmin", "grad_dot", "trak", "spectral", "das", "cg")
 LONG = "a_method_of_somebody_with_a_name_that_hardly_ends"
@@ -152,3 +153,17 @@ def test_a_method_has_the_colour_of_its_page_in_the_pictures(report):
             assert line.get_color() == known[name].light
     renamed = replace(report, path=[])
     assert set(colours(renamed)) == set(known)
+
+
+def test_colours_are_distinct_and_stand_out_from_their_paper():
+    def luminance(colour):
+        parts = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return linear @ [0.2126, 0.7152, 0.0722]
+
+    for family in ("none", "gradient", "curvature", ""):
+        found = method_colours({f"{family}{number}": family for number in range(9)}).values()
+        assert family == "none" or len({one.light for one in found}) == 9
+        for light, dark in found:
+            assert 1.05 / (luminance(light) + 0.05) > 3
+            assert (luminance(dark) + 0.05) / (luminance("#181d23") + 0.05) > 3
