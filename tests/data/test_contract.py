@@ -20,11 +20,20 @@ WRITE = {
     "webdataset": on_disk.write_shards,
     "hf_dataset": on_disk.write_table,
 }
+# Their captions stand in files of their own.
+FOLDERS = dict.fromkeys(("masked_folder", "training_folder"), on_disk.write_folder)
 # What a choice cannot know by itself, and what keeps it small.
 VALUES = {
     "image_folder": ["data.root={place}"],
     "webdataset": ["data.shards='{place}'"],
     "hf_dataset": ["data.path={place}", "data.text=text", "data.label=label"],
+    "training_folder": ["data.root={place}", "data.captions.missing=empty"],
+    "masked_folder": [
+        "data.root={place}",
+        "data.captions.missing=empty",
+        "data.masks.suffix=.png",  # each picture is its own mask
+    ],
+    "training_run": ["+data@data.datasets.some=digits"],
     "shapes": ["data.examples=7"],
     "subset": ["data@data.dataset=digits", "data.count=7"],
 }
@@ -45,7 +54,7 @@ def make(request, tmp_path):
     """A function that builds the dataset anew each time."""
     if request.param == "hf_dataset":
         pytest.importorskip("datasets")
-    write = WRITE.get(request.param)
+    write = (WRITE | FOLDERS).get(request.param)
     place = write(tmp_path / "place") if write else None
     return lambda: build(request.param, place)
 
@@ -101,7 +110,8 @@ def test_worker_processes_give_the_same_batches(make):
     alone = list(CollectData(dataset, blocks, 3).predict_dataloader())
     shared = list(CollectData(dataset, blocks, 3, workers=2).predict_dataloader())
     for (ours,), (theirs,) in zip(alone, shared, strict=True):
-        assert torch.equal(ours.pop("image"), theirs.pop("image"))
+        for name in {"image", "mask"} & ours.keys():
+            assert torch.equal(ours.pop(name), theirs.pop(name))
         assert ours == theirs
 
 
