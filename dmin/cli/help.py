@@ -33,7 +33,7 @@ _EXAMPLES = {
     "demo": " seed=1 name=other",
 }
 # The words of a line that are no settings.
-_WORDS = dict.fromkeys(("doctor", "collect", "outliers", "evaluate"), " [STORE]") | {
+_WORDS = dict.fromkeys(("doctor", "collect", "outliers", "evaluate"), " [STORE] [--limit N]") | {
     "sample": " [STORE] [--prompt TEXT ...]",
     "retrieve": " [STORE] [PICTURE ...] [--prompt TEXT ...]",
 }

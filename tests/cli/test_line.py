@@ -81,6 +81,14 @@ def test_stores_made_of_another_keep_its_settings(there):
     assert cfg.model.path == "models/ddpm" and cfg.data.root == "photos" and cfg.sketch.dim == 256
 
 
+def test_a_part_is_asked_for_by_a_limit(there):
+    assert composed(parse("collect", ["--limit", "5", *LINE])).collect.limit == 5
+    cfg = composed(parse("retrieve", ["stores/cats", "--limit=5"]))
+    assert cfg.collect.limit == 5 and cfg.collect.block_size == 7
+    with pytest.raises(DminError, match="limit"):
+        parse("collect", ["--limit", "few", *LINE])
+
+
 def test_prompts_alone_are_generated(there):
     for command in ("sample", "retrieve"):
         cfg = composed(parse(command, ["stores/cats", "--prompt", "a fox", "--prompt=3"]))

@@ -151,7 +151,13 @@ EXPLAINED: dict[str, str | None] = {}
 ADDED: set[str] = {
     *("model.weighting", "model.noise_offset", "model.input_perturbation", "model.loss_type"),
     *("model.huber_c", "model.huber_schedule", "model.shift"),
-    *("model.sample_size", "model.variance_loss", "queries.prompt", "retrieve.beside"),
+    *(
+        "model.sample_size",
+        "model.variance_loss",
+        "queries.prompt",
+        "collect.limit",
+        "retrieve.beside",
+    ),
     "collect.restore",
 }
 # Settings whose value is another today, by their old one: the new one.

@@ -1,6 +1,6 @@
 """The words of a command line: a store, pictures, a few options, and settings for Hydra.
 
-    dmin COMMAND [STORE] [PICTURE...] [--prompt TEXT] [--model PATH] [setting=value ...]
+    dmin COMMAND [STORE] [PICTURE...] [--prompt TEXT] [--model PATH] [--limit N] [setting=value ...]
 
 What a store keeps, and what the options say, becomes the root that Hydra composes; settings win.
 """
@@ -75,8 +75,8 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     if "prompts" in queries and "queries" not in given:
         defaults.append({"override queries": "generated"})
     said = {
-        "model": {} if options["model"] is None else {"path": _literal(options["model"])},
-        "collect": {} if store is None else {"path": _literal(str(store))},
+        "model": _only(path=options["model"] and _literal(options["model"])),
+        "collect": _only(path=store and _literal(str(store)), limit=options["limit"]),
         "queries": queries,
     }
     for section, values in said.items():
@@ -132,6 +132,7 @@ def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], li
     """Return dmin's own options, and the other words."""
     parser = Arguments(command)
     parser.add_argument("--model")
+    parser.add_argument("--limit", type=int)
     parser.add_argument("--trust", action="store_true")
     parser.add_argument("--prompt", action="append", default=[])
     found, rest = parser.parse_known_args(arguments)
@@ -140,6 +141,10 @@ def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], li
             f"--prompt is said to `dmin retrieve` and `dmin sample`, not to `dmin {command}`."
         )
     return vars(found), rest
+
+
+def _only(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _spelled(key: str, value: Any) -> list[str]:

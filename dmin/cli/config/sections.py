@@ -14,6 +14,7 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("method", "index", "train", "benchmark", "trainer", "logger"), dict | None),
     **{"name": str | None, "tags": list[str] | None, "extras.threads": int | None},
     **{"collect.path": str | None, "collect.groups": str | dict | None},
+    **{"collect.limit": int | None},
     **{"collect.microbatch": int | Literal["auto"], "collect.readouts": list[str]},
     **{"collect.memory": int | None, "collect.budget": int | None},
     **{"collect.kernels": Literal["auto", "triton", "torch"], "collect.encodings": str | None},

@@ -86,9 +86,16 @@ class Built:
 
     @cached_property
     def data(self) -> Dataset:
-        """The training examples."""
+        """The training examples, or the part of them that was asked for."""
+        from dmin.data.subset import Subset
+
         dataset: Dataset = build(self.cfg.data)
-        return dataset
+        limit = self.cfg.collect.limit
+        if limit is not None and limit < 1:
+            raise DminError(f"collect.limit={limit}: give a number of examples, 1 or more.")
+        if limit is None or limit >= len(dataset):
+            return dataset
+        return Subset(dataset, count=limit)
 
     @cached_property
     def model(self) -> DiffusionModel:
