@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -25,8 +25,12 @@ class Captions:
             ``caption`` and ``tags``.
         missing: what an image without a caption is: an ``error``, left out (``drop``), captioned
             by the ``text``, or by nothing (``empty``).
+        empty_is_missing: whether an empty caption counts as none.
         text: see above.
-        prefix: before every caption, as it stands.
+        rejoin: a separator, and what stands in its place.
+        replace: text in captions, and what stands in its place.
+        trigger: words put in front, and a blank, of a caption in which they are nowhere.
+        prefix: before every caption, as it stands, after all that.
         suffix: behind it.
 
     Raises:
@@ -38,7 +42,11 @@ class Captions:
     lines: Literal["whole", "first", "each"] = "whole"
     table: str | Path | None = None
     missing: Literal["error", "drop", "text", "empty"] = "error"
+    empty_is_missing: bool = False
     text: str | None = None
+    rejoin: tuple[str, str] | None = None
+    replace: Mapping[str, str] | None = None
+    trigger: str | None = None
     prefix: str = ""
     suffix: str = ""
 
@@ -59,12 +67,12 @@ class Captions:
         without: list[str] = []
         for image in images:
             caption = self._caption(root, image, stems, table)
-            if caption is None:
+            if caption is None or (self.empty_is_missing and not caption):
                 without.append(image)
                 caption = {"text": self.text or "", "empty": ""}.get(self.missing)
                 if caption is None:
                     continue
-            found[image] = f"{self.prefix}{caption}{self.suffix}"
+            found[image] = f"{self.prefix}{self._worded(caption)}{self.suffix}"
         if without and self.missing == "error":
             raise DminError(
                 f"{len(without)} of the {len(images)} images of {root} have no caption "
@@ -73,6 +81,14 @@ class Captions:
                 f"data.captions.missing=drop, empty or text."
             )
         return found
+
+    def _worded(self, caption: str) -> str:
+        changes = [tuple(self.rejoin)] if self.rejoin else []
+        for old, new in (*changes, *(self.replace or {}).items()):
+            caption = caption.replace(old, new)
+        if self.trigger and self.trigger not in caption:
+            return f"{self.trigger} {caption}"
+        return caption
 
     def _caption(
         self, root: Path, image: str, stems: dict[str, str], table: dict[str, Any]

@@ -25,7 +25,8 @@ class Masks:
         suffix: behind the stem of an image, such as ``-masklabel.png``; None: any image's.
         required: every image must have one. Otherwise one without counts everywhere alike.
         invert: black counts instead.
-        least: what black counts.
+        least: what black counts: grey that is darker, or all grey in proportion.
+        proportion: the latter.
         normalised: divide each mask by its mean, so that the loss is the mean over what counts.
     """
 
@@ -34,6 +35,7 @@ class Masks:
     required: bool = False
     invert: bool = False
     least: float = 0.0
+    proportion: bool = False
     normalised: bool = False
 
     def __post_init__(self) -> None:
@@ -71,7 +73,7 @@ class Masks:
 
     def digest(self, file: Path) -> str:
         """Return the digest of a mask and of what is made of it."""
-        settings = f"{self.invert} {self.least} {self.normalised}"
+        settings = f"{self.invert} {self.least} {self.normalised}{' p' * self.proportion}"
         content = read_bytes(file, str(file))
         return hashlib.sha256(content + settings.encode()).hexdigest()[:16]
 
@@ -97,7 +99,9 @@ class Masks:
                 f"{theirs[1]}. Bring the mask to the image's size."
             )
         mask = pixels.decode(content, str(file)).image[:1].clamp(0, 1)
-        mask = (1 - mask if self.invert else mask).clamp_min(self.least)
+        mask = 1 - mask if self.invert else mask
+        least = self.least
+        mask = least + (1 - least) * mask if self.proportion else mask.clamp_min(least)
         if not float(mask.sum()):
             raise DminError(f"the mask {file} is black all over: nothing of its image counts.")
         return mask / mask.mean() if self.normalised else mask

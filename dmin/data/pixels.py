@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -64,6 +64,9 @@ class Pixels:
             each the nearest in aspect ratio of the shapes that :func:`buckets` lists, of about as
             many pixels as the square, as SDXL and many of its kin were trained.
         bucket_step: sides of buckets are multiples of this.
+        bucket_shapes: ``[height, width]`` of each, in place of that list.
+        upscale: whether images of fewer pixels than a bucket are scaled up; otherwise it is one of
+            those of about as many pixels as the image has.
         mode: ``RGB`` or ``L`` (grey) for all images; None keeps grey ones grey and turns all
             others into RGB.
         crop: with a size, ``center`` cuts the middle out, so that the aspect ratio is kept;
@@ -77,6 +80,8 @@ class Pixels:
     size: int | None = None
     aspect: Literal["square", "buckets"] = "square"
     bucket_step: int = 64
+    bucket_shapes: Sequence[Sequence[int]] | None = None
+    upscale: bool = True
     mode: Literal["RGB", "L"] | None = "RGB"
     crop: Literal["center", "none"] = "center"
     resize: bool = True
@@ -104,7 +109,9 @@ class Pixels:
                 f"{str(self.resize).lower()}: images are scaled to buckets of about size² pixels, "
                 f"so give a size, such as 1024, and leave resize=true."
             )
-        if self.aspect == "buckets" and not buckets(self.size or 0, self.bucket_step):
+        if self.aspect != "buckets" and (self.bucket_shapes or not self.upscale):
+            raise DminError("data.bucket_shapes and data.upscale=false need data.aspect=buckets.")
+        if self.aspect == "buckets" and not self._buckets(self.size or 0):
             raise DminError(
                 f"data.bucket_step={self.bucket_step} leaves no bucket for data.size={self.size}. "
                 f"Set it to what the model was trained with: 64 is usual, for 512 pixels and up."
@@ -122,6 +129,8 @@ class Pixels:
         names = ["size", "mode", "crop", "resize", "background"]
         if self.aspect == "buckets":
             names += ["aspect", "bucket_step"]
+            names += ["bucket_shapes"] * (self.bucket_shapes is not None)
+            names += ["upscale"] * (not self.upscale)
         return {name: getattr(self, name) for name in names}
 
     def decode(self, content: bytes, name: str) -> Picture:
@@ -225,12 +234,16 @@ class Pixels:
             return self.size, self.size
         width, height = image.size
         ratio = math.log(height / width)
+        side = self.size if self.upscale else min(self.size, math.isqrt(width * height))
         # On a tie, the larger: a square image goes to the square.
         down, across = min(
-            buckets(self.size, self.bucket_step),
+            self._buckets(side if self.upscale else max(side, self.bucket_step)),
             key=lambda b: (abs(math.log(b[0] / b[1]) - ratio), -b[0] * b[1]),
         )
         return across, down
+
+    def _buckets(self, side: int) -> Sequence[Sequence[int]]:
+        return self.bucket_shapes or buckets(side, self.bucket_step)
 
     def _reason(self, content: bytes, error: Exception) -> str:
         if not content:

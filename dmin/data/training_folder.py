@@ -28,7 +28,8 @@ class TrainingFolder(ImageFolder):
         captions: how they are found; None for no captions.
         recursive: whether folders below it are read, too.
         suffixes: of images.
-        leave: ends of the names of files that are no examples, such as ``-masklabel.png``.
+        leave: ends of the names of files that are no examples, such as ``-masklabel.png``, and
+            folders of such files, with a ``/`` behind the name.
         repeats: how often an epoch passes each image; it stands with the example.
         masks: of the loss; None for none.
     """
@@ -72,12 +73,16 @@ class TrainingFolder(ImageFolder):
         root = Path(self.root)
         files = [f for f in files_below(root) if self.recursive or "/" not in f]
         images = [f for f in files if PurePosixPath(f).suffix.lower() in self.suffixes]
-        images = [image for image in images if not image.endswith(tuple(self.leave))]
+        images = [image for image in images if not self._is_left(image)]
         told = {} if self.repeats == 1 else {"repeats": self.repeats}
         if self.captions is None:
             return {image: Facts(metadata=told) for image in images}
         captions = self.captions.read(root, images, files)
         return {image: Facts(None, caption, told) for image, caption in captions.items()}
+
+    def _is_left(self, image: str) -> bool:
+        inside = any(each.endswith("/") and f"/{each}" in f"/{image}" for each in self.leave)
+        return inside or image.endswith(tuple(self.leave))
 
 
 class Together:

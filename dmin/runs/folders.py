@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dmin.runs.training_run import Entry, TrainingRun
+from dmin.runtime.errors import DminError
 
 _FOLDER = "dmin.data.training_folder.TrainingFolder"
 _CAPTIONS = "dmin.data.captions.Captions"
@@ -66,18 +67,45 @@ def bucket(size: Any, buckets: bool, step: int, upscale: bool, run: TrainingRun)
         if width != height and not buckets:
             meaning = f"cut to a square of the same area, {side}"
             run.random.append(Entry("resolution", f"{width}x{height}", meaning))
-    if buckets and not upscale:
-        meaning = "smaller images were not scaled up; here they are"
-        run.random.append(Entry("bucket_no_upscale", True, meaning))
     settings: dict[str, Any] = {"size": int(side), "aspect": "buckets" if buckets else "square"}
+    if buckets and not upscale:
+        settings["upscale"] = False
     return settings | ({"bucket_step": step} if buckets else {})
+
+
+def add(
+    parts: dict[str, dict[str, Any]],
+    name: str,
+    part: Mapping[str, Any],
+    run: TrainingRun,
+    shapes: Sequence[Mapping[str, Any]] = ({},),
+) -> None:
+    """Add a folder to those of a run, once for each of its sizes.
+
+    Args:
+        parts: those so far, by name.
+        name: of the folder.
+        part: its settings.
+        run: is told of a folder that no epoch passes.
+        shapes: settings of each size.
+    """
+    if part.get("repeats", 1.0) <= 0:
+        run.taken.append(Entry(name, part["repeats"], "repeats: no epoch passes it, left out"))
+        return
+    for shape in shapes:
+        unique = f"{name}@{shape['size']}" if len(shapes) > 1 else name
+        while unique in parts:
+            unique += "'"
+        parts[unique] = {**part, **shape}
 
 
 def together(parts: Mapping[str, Mapping[str, Any]], run: TrainingRun) -> dict[str, Any]:
     """Return the settings of all folders of a run as one dataset."""
+    if not parts:
+        raise DminError(f"{run.source} names no folder of images that it was trained on.")
     approximated = sorted({entry.key.rpartition(".")[2] for entry in run.random})
     first = next(iter(parts.values()))
-    pictures = ("size", "aspect", "bucket_step", "mode")
+    pictures = ("size", "aspect", "bucket_step", "bucket_shapes", "upscale", "mode")
     return {
         "_target_": "dmin.data.training_folder.Together",
         "datasets": {name: dict(part) for name, part in parts.items()},

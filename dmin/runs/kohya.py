@@ -9,7 +9,7 @@ from typing import Any
 
 from dmin.runs.base_model import settings_of
 from dmin.runs.files import Places, load
-from dmin.runs.folders import MASKS, bucket, folder, together
+from dmin.runs.folders import MASKS, add, bucket, folder, together
 from dmin.runs.training_run import Entry, Keys, TrainingRun
 from dmin.runtime.errors import DminError
 
@@ -20,6 +20,7 @@ FAMILIES = {
     "networks.lora_flux": "flux",
     "networks.lora_sd3": "stable_diffusion_3",
 }
+CONFIGS = ("*.toml", "*.json")  # where its configs lie below a folder
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 OTHER_LOSS = {
     "alpha_mask": "the loss is weighed by the images' alpha, which dmin does not do yet",
@@ -198,9 +199,7 @@ def _folders(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[str
             inside = Keys(subset, run, f"{where}.subsets[{at}]")
             name, part = _subset(inside, [dataset, general, keys], places, run)
             if part is not None:
-                while name in parts:
-                    name += "'"
-                parts[name] = part
+                add(parts, name, part, run)
         dataset.skip(f"{DATA} subsets")
         dataset.finish()
     general.skip(DATA)

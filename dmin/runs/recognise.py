@@ -13,7 +13,6 @@ from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
 TRAINERS: tuple[ModuleType, ...] = (kohya,)
-_CONFIGS = (".toml", ".yaml", ".yml", ".json")
 
 
 def read_run(
@@ -56,17 +55,21 @@ def read_run(
 def _candidates(path: Path) -> Iterator[tuple[Path, ModuleType, Any]]:
     if not path.exists():
         raise DminError(f"run={path}: there is no such file or folder.")
-    files = [path]
-    if path.is_dir():
-        files = sorted(each for each in path.iterdir() if each.suffix in _CONFIGS)
-    for file in files:
-        try:
-            values = load(file)
-        except DminError:
-            if path.is_file():
-                raise
-            continue
-        for module in TRAINERS:
-            if module.recognises(values):
-                yield file, module, values
+    if path.is_file():
+        values = load(path)
+        places = [m for m in TRAINERS if path.suffix in {Path(each).suffix for each in m.CONFIGS}]
+        yield from [(path, m, values) for m in places if m.recognises(values)][:1]
+        return
+    for module in TRAINERS:
+        for pattern in module.CONFIGS:  # the first under which there are any
+            read = [(file, _readable(file)) for file in sorted(path.glob(pattern))]
+            if found := [each for each in read if module.recognises(each[1])]:
+                yield from ((file, module, values) for file, values in found)
                 break
+
+
+def _readable(file: Path) -> Any:
+    try:
+        return load(file)
+    except DminError:
+        return None

@@ -66,7 +66,11 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
         families = [word[6:] for word in settings if word.startswith("model=")]
         run = _read_run(of_run, *families)
         root = {"model": run.model, "data": run.data, "collect": run.collect, "name": run.name}
-        root = {key: value for key, value in root.items() if key != "data" or "data" not in given}
+        root = {
+            key: _literals(value)
+            for key, value in root.items()
+            if key != "data" or "data" not in given
+        }
     chosen = {group for group in GROUPS if "_target_" in root.get(group, {})}
     defaults: list[Any] = [{f"override {group}": None} for group in GROUPS if group in chosen]
     if run is not None and "model" not in given:
@@ -206,6 +210,15 @@ def _queries(pictures: list[str], prompts: list[str], given: Collection[str]) ->
     roots = [_literal(path) for path in pictures]
     asked = {"root": roots if len(roots) > 1 else roots[0]} if roots else {}
     return asked | ({"prompt": said if len(said) > 1 else said[0]} if said else {})
+
+
+def _literals(value: Any) -> Any:
+    """Return what a file from elsewhere says, so that OmegaConf resolves nothing in it."""
+    if isinstance(value, dict):
+        return {key: _literals(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_literals(each) for each in value]
+    return _literal(value) if isinstance(value, str) else value
 
 
 def _literal(text: str) -> str:
