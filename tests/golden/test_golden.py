@@ -159,6 +159,7 @@ ADDED: set[str] = {
         "retrieve.beside",
     ),
     "collect.restore",
+    *("data.bucket_shapes", "data.upscale", "queries.bucket_shapes", "queries.upscale"),
 }
 # Settings whose value is another today, by their old one: the new one.
 CHANGED: dict[tuple[str, str], object] = {
