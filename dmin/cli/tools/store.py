@@ -172,8 +172,8 @@ def _data_of(store: "Store", folders: list[Path], settings: dict[str, Any]) -> A
             f"folder of images: in Python, refresh_metadata(store, dataset) of "
             f"dmin.collect.described takes any dataset."
         )
-    known = ("size", "mode", "crop", "resize", "background")
-    known += ("aspect", "bucket_step", "bucket_shapes", "upscale")
+    known = ["size", "mode", "crop", "resize", "background"]
+    known += ["aspect", "bucket_step", "bucket_shapes", "upscale"]
     options = {name: said[name] for name in known if name in said}
     options |= {name: settings[name] for name in ("label", "text") if name in settings}
     return ImageFolder(folders[0], **options, on_error="skip" if said.get("skipped") else "raise")
