@@ -54,6 +54,10 @@ class Command:
     def kill(self):
         self._process.kill()
 
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
     def wait(self, timeout=300):
         """Return what became of it; one that takes longer is killed."""
         self._process.join(timeout)
