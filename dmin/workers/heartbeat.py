@@ -30,6 +30,7 @@ from dmin.runtime.files import append, commit
 from dmin.workers.liveness import EVERY, FOLDER, WorkerStatus, born, machine_here, reports
 from dmin.workers.shard import Shard
 
+TRIES = 100  # to write into a folder that others make and remove
 LOG_EVERY = 60.0  # seconds between two lines of the log of a process whose state stays
 
 
@@ -182,8 +183,13 @@ class Heartbeat:
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            commit(self.file, self._text(), durable=False)
+            for _ in range(TRIES):
+                # Whoever withdraws removes the folder: a claim that is not written would hold
+                # nothing, and its owner would not know.
+                with contextlib.suppress(FileNotFoundError):
+                    self.file.parent.mkdir(parents=True, exist_ok=True)
+                    commit(self.file, self._text(), durable=False)
+                    break
             self._log()
 
     def _log(self) -> None:

@@ -153,9 +153,12 @@ def remove_ended(store: Path, share: Shard) -> None:
     folder = store / FOLDER
     here = _look(folder)
     for file in folder.glob(f"{share.name}.*.json"):
-        status = _read(share, file, here)
-        if status is None or not (status.at_work or status.foreign):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            # One that cannot be read may be on its way: what is just written is let be.
+            recent = time.time() - file.stat().st_mtime < SILENT * EVERY
+            status = _read(share, file, here)
+            ended = not recent if status is None else not (status.at_work or status.foreign)
+            if ended:
                 file.unlink(missing_ok=True)
 
 

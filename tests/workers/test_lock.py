@@ -14,7 +14,7 @@ import pytest
 
 from dmin.runtime.errors import DminError
 from dmin.runtime.signals import Stopped, StopSignals
-from dmin.workers import liveness
+from dmin.workers import heartbeat, liveness
 from dmin.workers import lock as lock_module
 from dmin.workers.heartbeat import Heartbeat
 from dmin.workers.lock import claim, hold
@@ -108,6 +108,19 @@ def test_without_locks_no_two_that_overlap_ever_hold(tmp_path, monkeypatch, shar
         thread.join(60)
         assert not thread.is_alive()
     assert clashes == []
+
+
+def test_a_claim_is_written_though_others_remove_the_folder_meanwhile(tmp_path, monkeypatch):
+    write, removed = heartbeat.commit, []
+
+    def commit(file, *content, **how):
+        if len(removed) < 5:
+            removed.append(file.parent.rmdir())
+        write(file, *content, **how)
+
+    monkeypatch.setattr(heartbeat, "commit", commit)
+    with hold(tmp_path / "store", wait=1):
+        assert len(list(tmp_path.glob(".store.claims/*/*.json"))) == 1 and len(removed) == 5
 
 
 def test_waiting_ends_and_says_for_whom(tmp_path, spawn):
