@@ -90,7 +90,7 @@ class Built:
         from dmin.data.subset import Subset
 
         dataset: Dataset = build(self.cfg.data)
-        limit = self.cfg.collect.limit
+        limit = self.cfg.collect.get("limit")  # records of before have none
         if limit is not None and limit < 1:
             raise DminError(f"collect.limit={limit}: give a number of examples, 1 or more.")
         if limit is None or limit >= len(dataset):
