@@ -110,6 +110,21 @@ def test_without_a_crop_the_whole_image_is_squeezed():
 BUCKETS = {"size": 64, "aspect": "buckets", "bucket_step": 16}
 
 
+def test_small_images_get_buckets_of_their_own_pixels_and_listed_ones_their_nearest():
+    small, large = Image.new("RGB", (40, 20)), Image.new("RGB", (200, 100))
+    settings = {**BUCKETS, "upscale": False}
+    shapes = [decode(p, settings=settings).shape[-2:] for p in (small, large)]
+    assert shapes == [(16, 48), (48, 80)]
+    assert decode(small, settings=BUCKETS).shape[-2:] == (48, 80)
+    listed = {**BUCKETS, "bucket_shapes": [[64, 64], [40, 88]]}
+    assert [decode(p, settings=listed).shape[-2:] for p in (small, large)] == [(40, 88)] * 2
+    assert decode(Image.new("RGB", (60, 64)), settings=listed).shape[-2:] == (64, 64)
+    assert Pixels(**listed).settings()["bucket_shapes"] == [[64, 64], [40, 88]]
+    assert "upscale" not in Pixels(**BUCKETS).settings()
+    with pytest.raises(DminError, match=r"need data\.aspect=buckets"):
+        Pixels(upscale=False)
+
+
 def test_buckets_have_about_as_many_pixels_as_the_square():
     for size, step in ((1024, 64), (512, 64), (64, 16)):
         shapes = buckets(size, step)

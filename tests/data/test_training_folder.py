@@ -47,6 +47,14 @@ def captions(root, **settings):
             {"missing": "empty", "extensions": [".caption"]},
             {"a.png": "", "b.PNG": "", "c_big one.png": ""},
         ),
+        (
+            {"missing": "text", "text": "[x], z", "rejoin": [",", ", "], "replace": {"[x]": "mug"}},
+            {"a.png": "a cup\nof tea", "b.PNG": "a mug", "c_big one.png": "mug,  z"},
+        ),
+        (
+            {"missing": "empty", "trigger": "mug"},
+            {"a.png": "mug a cup\nof tea", "b.PNG": "a mug", "c_big one.png": "mug "},
+        ),
         ({"source": "names"}, {"a.png": "a", "b.PNG": "b", "c_big one.png": "c big one"}),
         ({"source": "text", "text": "x"}, {"a.png": "x", "b.PNG": "x", "c_big one.png": "x"}),
     ],
@@ -71,9 +79,18 @@ def test_missing_captions_are_an_error_with_counts_and_remedy(folder):
         captions(folder)
 
 
+def test_an_empty_caption_is_one_unless_it_counts_as_none(folder):
+    (folder / "b.TXT").write_text(" \n")
+    assert captions(folder, missing="drop")["b.PNG"] == ""
+    assert "b.PNG" not in captions(folder, missing="drop", empty_is_missing=True)
+
+
 def test_folders_below_and_what_is_no_example(folder):
     put(folder / "a-masklabel.png", 255)
-    found = TrainingFolder(folder, recursive=True, leave=("-masklabel.png",))
+    put(folder / "deep/_controls/e.png")
+    put(folder / "no_controls/f.png")
+    leave = ("-masklabel.png", "_controls/", "no_controls/")
+    found = TrainingFolder(folder, recursive=True, leave=leave)
     assert found.ids == ["a.png", "b.PNG", "c_big one.png", "deep/d.png"]
 
 
@@ -102,6 +119,8 @@ def test_a_mask_is_cut_as_its_image_is(folder, tmp_path):
     assert found["a.png"][0, :, 0].min() > 0.9 and found["a.png"][0, :, 3].max() < 0.1
     inverted = masked(folder, folder=tmp_path / "masks", invert=True)[0].mask
     torch.testing.assert_close(inverted, 1 - found["a.png"])
+    grey = masked(folder, folder=tmp_path / "masks", least=0.5, proportion=True)[0].mask
+    torch.testing.assert_close(grey, 0.5 + found["a.png"] / 2)
     normal = masked(folder, folder=tmp_path / "masks", least=0.5, normalised=True)[0].mask
     torch.testing.assert_close(normal.mean(), torch.tensor(1.0))
 

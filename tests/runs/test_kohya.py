@@ -1,8 +1,10 @@
 """kohya sd-scripts' runs: what is taken, approximated, refused, and that the data are its own."""
 
 import pytest
+from omegaconf import OmegaConf
 from runs.tiny import header_only, picture, pipeline_index
 
+from dmin.cli.config.line import parse
 from dmin.data.training_folder import Together
 from dmin.runs.recognise import read_run
 from dmin.runtime.errors import DminError
@@ -169,6 +171,14 @@ def test_a_base_model_elsewhere_needs_its_family(place):
 def test_keys_that_nobody_knows_are_told(place):
     (place / "run.toml").write_text(f"{MAIN}strange_key = 3\n")
     assert read_run(place / "run.toml").unknown == ["strange_key"]
+
+
+def test_nothing_that_a_run_says_is_resolved(place):
+    text = DATA.replace("zqx mug", "${oc.env:HOME}")
+    (place / "data.toml").write_text(text)
+    root = parse("collect", [f"run={place / 'run.toml'}"]).root
+    captions = OmegaConf.create(root).data.datasets.mugs.captions
+    assert captions.text == "${oc.env:HOME}"
 
 
 def test_a_run_from_another_machine_is_found_below_a_root(place):
