@@ -53,12 +53,7 @@ class Request:
         self.groups = selection.groups(metadata) if selection.group_by else None
         if index is not None and self.groups is not None:
             raise DminError("An index cannot help: groups need every score. Set index=null.")
-        allowed, what = len(train), "training examples"
-        if self.keep is not None:
-            allowed, what = int(self.keep.sum()), "training examples that `where` allows"
-        if self.groups is not None:
-            number = self.groups[1] if self.keep is None else self.groups[1][self.keep]
-            allowed, what = len(np.unique(number[number >= 0])), f"values of {selection.group_by}"
+        allowed, what = selection.candidates(metadata)
         self.candidates, self.estimated = allowed, False
         if not 1 <= k <= allowed:
             raise DminError(f"k={k}: choose 1 … {allowed}, the number of {what}.")

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs.files import header
+from dmin.runs.files import Places, header
+from dmin.runs.training_run import Entry, TrainingRun
 from dmin.runtime.errors import DminError
 
 # Class of a pipeline → the choice of ``model``.
@@ -29,6 +30,30 @@ _TENSORS = {
     "double_blocks.0.": "flux",
     "cond_stage_model.": "stable_diffusion",
 }
+
+
+def base_model(
+    run: TrainingRun, places: Places, text: str | None, expected: str | None
+) -> tuple[str, dict[str, Any]]:
+    """Return the family of a run's base model and the settings that name it.
+
+    Args:
+        run: is told of what was taken.
+        places: where its paths lead; a path and a family that the user names win.
+        text: the base model, as the run names it.
+        expected: family that the run's other keys tell of.
+
+    Raises:
+        DminError: none is named, or it is of no family that is known.
+    """
+    said = places.said.get("path")
+    if said is None and text is None:
+        raise DminError(f"{run.source} names no base model: say model.path=PATH.")
+    path = said or str(places.maybe(text, "base model"))
+    family, settings = settings_of(path, places.said.get("family") or expected)
+    meaning = f"model={family}" if said is None else f"model={family}, at model.path as you say"
+    run.taken.append(Entry("base model", path, meaning))
+    return family, settings
 
 
 def settings_of(path: str, expected: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -66,8 +91,8 @@ def settings_of(path: str, expected: str | None = None) -> tuple[str, dict[str, 
         )
     if expected is not None and found != expected:
         raise DminError(
-            f"{path} is of the family {found}, and the run was one of {expected}: the config names "
-            f"another base model than it was trained on."
+            f"{path} is of the family {found}, and the run, or model= on the line, says "
+            f"{expected}: name the base model that it was trained on, model.path=PATH."
         )
     if place.is_file():
         return found, {"single_file": path}

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -63,11 +64,14 @@ class Places:
     Args:
         source: the config; its folder and the folders above are tried, then the folder at hand.
         root: the folder that the user names (``run.root``), tried alone.
-        family: of the base model, if the user names it (``model=``).
+        said: of the model, what the user names: ``family``, ``path``, ``adapter``; it wins over
+            what the run says.
     """
 
-    def __init__(self, source: Path, root: Path | None = None, family: str | None = None) -> None:
-        self.source, self.root, self.family = source, root, family
+    def __init__(
+        self, source: Path, root: Path | None = None, said: Mapping[str, str] | None = None
+    ) -> None:
+        self.source, self.root, self.said = source, root, dict(said or {})
         here = source.resolve().parent
         self.starts = [root] if root else [here, *here.parents, Path.cwd()]
 

@@ -100,11 +100,16 @@ def add(
 
 
 def together(parts: Mapping[str, Mapping[str, Any]], run: TrainingRun) -> dict[str, Any]:
-    """Return the settings of all folders of a run as one dataset."""
+    """Return the settings of all folders of a run as one dataset; set the noise of its shapes."""
     if not parts:
         raise DminError(f"{run.source} names no folder of images that it was trained on.")
     approximated = sorted({entry.key.rpartition(".")[2] for entry in run.random})
     first = next(iter(parts.values()))
+    sizes = {(part.get("size"), part.get("aspect")) for part in parts.values()}
+    if len(sizes) > 1 or any(aspect != "square" for _, aspect in sizes):
+        run.noise["shapes"] = "field"
+        meaning = "noise.shapes=field, the same noise at the same place"
+        run.taken.append(Entry("images of several shapes", "yes", meaning))
     pictures = ("size", "aspect", "bucket_step", "bucket_shapes", "upscale", "mode")
     return {
         "_target_": "dmin.data.training_folder.Together",

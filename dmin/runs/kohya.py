@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmin.runs.base_model import settings_of
-from dmin.runs.files import Places, load
+from dmin.runs.base_model import base_model
+from dmin.runs.files import Places, header, load
 from dmin.runs.folders import MASKS, add, bucket, folder, together
 from dmin.runs.training_run import Entry, Keys, TrainingRun
 from dmin.runtime.errors import DminError
@@ -97,19 +97,15 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
             f"{source}: network_module = {module}, of which dmin reads no adapters. It reads "
             f"{', '.join(FAMILIES)}."
         )
-    base = str(places.maybe(keys.get("pretrained_model_name_or_path", kind=str), "base model"))
-    run.family, run.model = settings_of(base, FAMILIES[module] or places.family)
-    run.taken.append(Entry("pretrained_model_name_or_path", base, f"model={run.family}"))
+    base = keys.get("pretrained_model_name_or_path", kind=str)
+    run.family, run.model = base_model(run, places, base, FAMILIES[module])
     _loss(keys, run)
     run.model["adapter"] = _adapter(keys, run, places)
     if vae := keys.get("vae"):
         run.other.append(Entry("vae", vae, "another VAE: save the base model with it"))
-    text = not keys.get("network_train_unet_only", False, bool)
-    if text and not keys.get("network_train_text_encoder_only", False, bool):
-        meaning = "text encoders were trained, too: their gradients are not taken"
-        run.random.append(Entry("network_train_unet_only", False, meaning))
+    keys.refuse({"network_train_text_encoder_only": "the text encoders alone were trained"})
+    keys.skip("network_train_unet_only network_args")
     run.collect["params"] = "lora"
-    keys.get("network_args")
     run.facts = {
         name: keys.get(name)
         for name in ("network_dim", "network_alpha", "max_train_steps", "max_train_epochs", "seed")
@@ -162,8 +158,12 @@ def _loss(keys: Keys, run: TrainingRun) -> None:
 
 def _adapter(keys: Keys, run: TrainingRun, places: Places) -> str | None:
     """Return the file that came out: the last, else the latest of those on the way."""
-    folder = places.folder(keys.get("output_dir", ".", str), "output_dir")
+    place = keys.get("output_dir", ".", str)
     name = run.name = keys.get("output_name", "last", str)
+    if said := places.said.get("adapter"):
+        run.taken.append(Entry("output_name", said, "model.adapter, as you say"))
+        return said
+    folder = places.folder(place, "output_dir")
     last = Path(folder) / f"{name}.safetensors"
     way = sorted(Path(folder).glob(f"{name}-*.safetensors"))
     run.facts["checkpoints"] = [file.as_posix() for file in way]
@@ -173,6 +173,11 @@ def _adapter(keys: Keys, run: TrainingRun, places: Places) -> str | None:
             f"model.adapter=FILE, or where the run's files are: run.root=FOLDER."
         )
     file = last if last.is_file() else way[-1]
+    if parts := sum(name.startswith("lora_te") for name in header(file)):
+        raise DminError(
+            f"{file} trained the text encoders too ({parts} tensors lora_te…), whose part dmin "
+            f"does not attribute yet. It opens files of the network alone (network_train_unet_only)."
+        )
     run.taken.append(Entry("output_name", file.name, "model.adapter"))
     return file.as_posix()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ def read_run(
     root: Path | None = None,
     ignore: Collection[str] = (),
     draws: int = 1,
-    family: str | None = None,
+    said: Mapping[str, str] | None = None,
 ) -> TrainingRun:
     """Read a trainer's run.
 
@@ -29,7 +29,7 @@ def read_run(
         root: where its relative paths start, if that is not near the config.
         ignore: keys of another loss to do without.
         draws: of what was random in the data: 1, the central form.
-        family: of the base model, where that is not here to be looked at.
+        said: ``family``, ``path`` and ``adapter`` of the model, where the user names them.
 
     Raises:
         DminError: it is no run of a trainer that is known, lacks a file, or had another loss.
@@ -47,7 +47,7 @@ def read_run(
         names = ", ".join(str(file) for file, *_ in found)
         raise DminError(f"run={path} holds several: {names}. Name one of them.")
     file, module, values = found[0]
-    run: TrainingRun = module.read(file, values, Places(file, root, family))
+    run: TrainingRun = module.read(file, values, Places(file, root, said))
     run.settle(ignore)
     return run
 

@@ -29,6 +29,7 @@ class TrainingRun:
         name: of the stores made of it.
         model: settings of it.
         data: settings of ``data``.
+        noise: settings of ``noise``.
         collect: settings of ``collect``.
         taken: what is honoured as it was trained.
         random: randomness of the data, of which the central form stands for all draws.
@@ -44,6 +45,7 @@ class TrainingRun:
     name: str = "run"
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    noise: dict[str, Any] = field(default_factory=dict)
     collect: dict[str, Any] = field(default_factory=dict)
     taken: list[Entry] = field(default_factory=list)
     random: list[Entry] = field(default_factory=list)

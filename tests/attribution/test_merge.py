@@ -119,14 +119,14 @@ def test_shards_of_a_command_leave_their_parts_and_the_last_has_the_answer(
     for i in order:
         work = SimpleNamespace(
             resolved=lambda *names: dict.fromkeys(names),
-            cfg=SimpleNamespace(name="d", retrieve=SimpleNamespace(k=3)),
+            cfg=SimpleNamespace(name="d"),
             outputs=tmp_path,
             share=Shard(i, len(order)),
             console=SimpleNamespace(print=lambda text, **_: told.append(text)),
         )
         rows = Shard(i, len(order)).range(53)
         part = retrieve_part(*stores, rows, DMin(), 3, None, selection)
-        answers.append(joined(work, part, queries, train, DMin(), selection))
+        answers.append(joined(work, part, queries, train, DMin(), selection, 3))
     *others, answer = answers
     assert set(others) == {None} and f"now missing: {order[-1]})" in told[-1]
     whole = retrieve(*stores, DMin(), 3, None, selection)

@@ -74,6 +74,7 @@ class TestDemo:
         dmin("sample", *SMALLEST, cwd=place)
         found = dmin("retrieve", *SMALLEST, "method=grad_cos", "retrieve.k=3", cwd=place)
         assert "by grad_cos" in found.stdout
+        assert "retrieve.k=0: choose 1" in refusal("retrieve", *SMALLEST, "retrieve.k=0", cwd=place)
         assert len(list(place.glob("outputs/stores/debug-train-*"))) == 1
 
     @pytest.mark.parametrize("method", [[], ["method=training_loss"]])
@@ -108,8 +109,9 @@ class TestDemo:
         assert Image.open(folder / "gallery.png").size[1] > 2 * alone
 
     def test_planted_queries_are_seen_to_be_training_images(self, place):
-        planted = ["queries=planted", "queries.count=3", "retrieve.k=3"]
+        planted = ["queries=planted", "queries.count=3", "retrieve.k=9999"]
         found = dmin("retrieve", *SMALLEST, *planted, cwd=place)
+        assert "retrieve.k=9999: there are " in found.stdout and "all are shown" in found.stdout
         assert found.stdout.count("this query is itself a training image: digit-") == 3
 
     @pytest.mark.parametrize(

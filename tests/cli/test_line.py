@@ -1,5 +1,6 @@
 """The words of a command line: a store that keeps its settings, pictures, options."""
 
+import errno
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from dmin.cli.config import store_settings
 from dmin.cli.config.groups import config_directory
 from dmin.cli.config.line import parse, register
-from dmin.runtime.errors import DminError
+from dmin.runtime.errors import DminError, DminWarning
 
 LINE = ["model=ddpm", "data=image_folder", "sketch.dim=512", "collect.block_size=7", "name=cats"]
 
@@ -85,8 +86,21 @@ def test_a_part_is_asked_for_by_a_limit(there):
     assert composed(parse("collect", ["--limit", "5", *LINE])).collect.limit == 5
     cfg = composed(parse("retrieve", ["stores/cats", "--limit=5"]))
     assert cfg.collect.limit == 5 and cfg.collect.block_size == 7
-    with pytest.raises(DminError, match="limit"):
-        parse("collect", ["--limit", "few", *LINE])
+    for command, word in (("collect", "few"), ("train", "5"), ("demo", "5")):
+        with pytest.raises(DminError, match="limit"):
+            parse(command, ["--limit", word, *LINE])
+
+
+def test_a_store_that_nobody_may_write_to_keeps_what_it_has(there, monkeypatch):
+    def full(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(store_settings, "commit", full)
+    cfg = composed(parse("collect", LINE))
+    store_settings.keep(cfg, there / "stores/cats")  # what it has already is not written again
+    (there / "stores/cats/settings.yaml").unlink()
+    with pytest.warns(DminWarning, match="Read-only file system"):
+        store_settings.keep(cfg, there / "stores/cats")
 
 
 def test_prompts_alone_are_generated(there):

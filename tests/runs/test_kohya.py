@@ -164,8 +164,36 @@ def test_a_base_model_elsewhere_needs_its_family(place):
     (place / "run.toml").write_text(text)
     with pytest.raises(DminError, match="model=FAMILY"):
         read_run(place / "run.toml")
-    run = read_run(place / "run.toml", family="stable_diffusion_xl")
+    run = read_run(place / "run.toml", said={"family": "stable_diffusion_xl"})
     assert (run.family, run.model["path"]) == ("stable_diffusion_xl", "someone/their-model")
+
+
+def test_what_the_line_says_of_the_model_wins(place):
+    (place / "run.toml").write_text(MAIN.replace("base/sd", "gone/sd").replace("mug", "gone"))
+    pipeline_index("here", "StableDiffusionXLPipeline")
+    line = [f"run={place / 'run.toml'}", "model.adapter=mine.safetensors"]
+    for path in (["--model", "here"], ["model.path=here"]):
+        root = parse("collect", [*line, *path]).root
+        assert (root["model"]["path"], root["model"]["adapter"]) == ("here", "mine.safetensors")
+        assert {"override model": "stable_diffusion_xl"} in root["defaults"]
+
+
+def test_text_encoders_that_were_trained_are_refused_from_the_header(place):
+    header_only("out/mug.safetensors", ["lora_te_text_model.lora_down.weight"])
+    with pytest.raises(DminError, match=r"1 tensors lora_te.* attribute"):
+        read_run(place / "run.toml")
+
+
+def test_images_of_several_shapes_share_the_noise_where_they_can(place):
+    assert read_run(place / "run.toml").noise == {"shapes": "field"}
+    text = DATA.replace("enable_bucket = true", "").replace("[32, 32]", "16")
+    (place / "data.toml").write_text(text)
+    assert read_run(place / "run.toml").noise == {}
+
+
+def test_a_picture_may_be_asked_about_with_a_run(place):
+    root = parse("retrieve", [f"run={place / 'run.toml'}", "img/plain/e.png"]).root
+    assert root["queries"]["root"] == "img/plain/e.png"
 
 
 def test_keys_that_nobody_knows_are_told(place):

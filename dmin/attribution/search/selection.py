@@ -55,10 +55,16 @@ class Selection:
         """1, or −1 for opponents: what scores are multiplied by so that the largest is first."""
         return 1 if self.order == "proponents" else -1
 
-    def count(self, metadata: Sequence[Mapping[str, Any]]) -> int:
-        """Return how many examples ``where`` allows."""
+    def candidates(self, metadata: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
+        """Return how many there are to rank, and what they are called."""
         kept = self.kept(metadata)
-        return len(metadata) if kept is None else int(kept.sum())
+        if self.group_by:
+            number = self.groups(metadata)[1]
+            number = number if kept is None else number[kept]
+            return len(np.unique(number[number >= 0])), f"values of {self.group_by}"
+        if kept is None:
+            return len(metadata), "training examples"
+        return int(kept.sum()), "training examples that `where` allows"
 
     def kept(self, metadata: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
         """Return which examples ``where`` allows, bool ``[N]``; None for all.

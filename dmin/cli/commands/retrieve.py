@@ -9,6 +9,7 @@ from dmin.cli.commands.command import FEATURES, command
 from dmin.cli.workspace.built import build, build_queries
 from dmin.cli.workspace.ranking_parts import joined
 from dmin.cli.workspace.workspace import Workspace
+from dmin.runtime.errors import DminError
 from dmin.runtime.progress import titled
 
 if TYPE_CHECKING:
@@ -30,11 +31,14 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
 
     work.require_one_process(shards=True)
     options = work.resolved("retrieve")["retrieve"]
+    if options["k"] < 1:
+        raise DminError(f"retrieve.k={options['k']}: choose 1 or more examples to show.")
     methods = methods_of(work)
     selection = Selection(**{name: options[name] for name in SELECTED})
     source = build_queries(work.cfg.queries)  # what is wrong with it is said before the work
     work.require_captions(source, "queries")
     train = work.train_side(methods.values())
+    options["k"] = _shown_of(work, selection, train)
     for method in methods.values():
         check_train(train, method)
     queries = work.query_side(source, methods=methods.values())
@@ -56,6 +60,15 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
         named = found if len(methods) == 1 else replace(found, method=name)
         rankings.append(replace(named, about=head))
     _show(work, rankings, asked, results)
+
+
+def _shown_of(work: Workspace, selection: Selection, train: FeatureSet) -> int:
+    """Return how many are shown: `retrieve.k`, or all where there are fewer, which is said."""
+    k: int = work.cfg.retrieve.k
+    number, what = selection.candidates(train.store.metadata)
+    if number < k:
+        work.console.print(f"retrieve.k={k}: there are {number:,} {what}, and all are shown.")
+    return min(k, number)
 
 
 @dataclass
@@ -83,14 +96,14 @@ class _Asked:
         # Others that may take their places; an approximate index finds none to rely on.
         unsure = chosen.group_by or isinstance(self.index, Approximate)
         sure = self.options["confidence"] and not unsure
-        wide = max(k, min(3 * k, chosen.count(train.store.metadata))) if sure else k
+        wide = max(k, min(3 * k, chosen.candidates(train.store.metadata)[0])) if sure else k
         rows, device = self.options["rows"], self.options["device"]
         asked = method, wide, rows, chosen, self.index, device
         if self.work.share.shards == 1:
             found: Ranking | None = search(queries, train, *asked)
         else:
             part = retrieve_part(queries, train, self.work.share.range(len(train)), *asked)
-            found = joined(self.work, part, queries, train, method, chosen)
+            found = joined(self.work, part, queries, train, method, chosen, k)
         if found is None:
             return None
         wider = found

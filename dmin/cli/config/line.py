@@ -7,7 +7,7 @@ What a store keeps, and what the options say, becomes the root that Hydra compos
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     if not paths and not own:
         return Line([], settings, None)
     given = {word.partition("=")[0].lstrip("+~") for word in settings if "=" in word}
-    store, pictures = _told_apart(command, paths, given)
+    store, pictures = _told_apart(command, paths, given | ({"model"} if of_run else set()))
     named = given | ({"model.path"} if options["model"] else set())
     root = read(store, command, named, options["trust"]) if store and is_store(store) else {}
     clash = [word for word in rest if word in _OTHER_ROOT or word.startswith("experiment=")]
@@ -63,14 +63,9 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     if of_run:
         if root:
             raise DminError(f"{store} has its settings, and {of_run[0]} too. Leave one out.")
-        families = [word[6:] for word in settings if word.startswith("model=")]
-        run = _read_run(of_run, *families)
-        root = {"model": run.model, "data": run.data, "collect": run.collect, "name": run.name}
-        root = {
-            key: _literals(value)
-            for key, value in root.items()
-            if key != "data" or "data" not in given
-        }
+        run = _read_run(of_run, _of_model(settings, options["model"]))
+        sections = ("model", "collect", "name", *({"data", "noise"} - given))
+        root = {key: _literals(getattr(run, key)) for key in sections}
     chosen = {group for group in GROUPS if "_target_" in root.get(group, {})}
     defaults: list[Any] = [{f"override {group}": None} for group in GROUPS if group in chosen]
     if run is not None and "model" not in given:
@@ -90,7 +85,15 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     return Line([*paths, *own], settings, composed, run.lines() if run else ())
 
 
-def _read_run(words: Sequence[str], family: str | None = None) -> TrainingRun:
+def _of_model(settings: Sequence[str], path: str | None) -> dict[str, str]:
+    """Return what a line says of the model: it wins over what a run says."""
+    names = {"model": "family", "model.path": "path", "model.adapter": "adapter"}
+    pairs = (word.partition("=") for word in settings)
+    said = {names[key]: value for key, _, value in pairs if key in names and value != "null"}
+    return said | _only(path=path)
+
+
+def _read_run(words: Sequence[str], said_of_model: Mapping[str, str]) -> TrainingRun:
     """Return the trainer's run that ``run=PATH run.ignore=[key]`` names."""
     said = dict(word.split("=", 1) for word in words)
     if strange := said.keys() - {"run", "run.root", "run.ignore", "run.draws"}:
@@ -108,7 +111,7 @@ def _read_run(words: Sequence[str], family: str | None = None) -> TrainingRun:
         None if root is None else Path(root).expanduser(),
         [key for key in ignored if key],
         int(draws),
-        family,
+        said_of_model,
     )
 
 
@@ -140,6 +143,11 @@ def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], li
     parser.add_argument("--trust", action="store_true")
     parser.add_argument("--prompt", action="append", default=[])
     found, rest = parser.parse_known_args(arguments)
+    if found.limit is not None and command not in OF_A_STORE:
+        raise DminError(
+            f"--limit looks at a part of the examples that gradients are collected of: "
+            f"{', '.join(OF_A_STORE)}. `dmin {command}` has none."
+        )
     if found.prompt and command not in ("sample", "retrieve"):
         raise DminError(
             f"--prompt is said to `dmin retrieve` and `dmin sample`, not to `dmin {command}`."

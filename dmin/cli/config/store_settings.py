@@ -5,6 +5,7 @@ whoever uses the store, and it builds only what any settings from elsewhere may 
 """
 
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +16,7 @@ from dmin.cli.config.annotations import parameters
 from dmin.cli.config.environment import kept
 from dmin.cli.config.targets import load
 from dmin.cli.config.trust import demands, read_settings
-from dmin.runtime.errors import DminError
+from dmin.runtime.errors import DminError, DminWarning
 from dmin.runtime.files import commit, os_failure
 
 FILE = "settings.yaml"
@@ -38,8 +39,7 @@ def keep(cfg: DictConfig, store: Path) -> None:
         cfg: composed and validated.
         store: the folder, which has its manifest.
 
-    Raises:
-        DminError: the file cannot be written.
+    A store that is complete may stand where nobody can write; that is a warning, no failure.
     """
     settings, _ = kept(cfg)
     parts = {name: settings[name] for name in ("name", "seed", *GROUPS)}
@@ -54,10 +54,14 @@ def keep(cfg: DictConfig, store: Path) -> None:
 
 
 def _write(store: Path, settings: dict[str, Any]) -> None:
+    file, text = store / FILE, f"{_HEAD}{OmegaConf.to_yaml(settings)}".encode()
     try:
-        commit(store / FILE, f"{_HEAD}{OmegaConf.to_yaml(settings)}".encode())
+        if not file.is_file() or file.read_bytes() != text:
+            commit(file, text)
     except OSError as error:
-        raise os_failure("keep the settings in", store, error) from error
+        reason = f"{os_failure('keep the settings in', store, error)} Without them, later commands "
+        reason += "need model=… and data=… on their lines."
+        warnings.warn(reason, DminWarning, stacklevel=2)
 
 
 def follow(source: Path, target: Path, changes: Mapping[str, Any] | None = None) -> None:

@@ -21,6 +21,7 @@ def joined(
     train: FeatureSet,
     method: Method,
     selection: Selection,
+    k: int,
 ) -> Ranking | None:
     """Leave this job's part of a ranking; return the whole if all parts are there.
 
@@ -34,6 +35,7 @@ def joined(
         train: all training examples.
         method: how they were scored.
         selection: how they were chosen.
+        k: how many are shown.
 
     Raises:
         DminError: the folder of the parts cannot be written.
@@ -67,7 +69,6 @@ def joined(
         return None
     files = [file for file in files if file.stat().st_size]  # empty: it had nothing to rank
     if selection.group_by is None:
-        k = work.cfg.retrieve.k
         return merged([load_ranking(file) for file in files], k, selection.min_score)
     tallies = [Groups.load(file) for file in files]
-    return ranked_groups(queries, train, tallies, method, work.cfg.retrieve.k, selection)
+    return ranked_groups(queries, train, tallies, method, k, selection)
