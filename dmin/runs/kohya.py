@@ -176,7 +176,7 @@ def _adapter(keys: Keys, run: TrainingRun, places: Places) -> str | None:
     if parts := sum(name.startswith("lora_te") for name in header(file)):
         raise DminError(
             f"{file} trained the text encoders too ({parts} tensors lora_te…), whose part dmin "
-            f"does not attribute yet. It opens those of the network alone (network_train_unet_only)."
+            f"does not attribute yet. It opens those of network_train_unet_only."
         )
     run.taken.append(Entry("output_name", file.name, "model.adapter"))
     return file.as_posix()
