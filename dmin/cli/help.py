@@ -78,6 +78,7 @@ examples:
   {digits}{_EXAMPLES[command]}
   {digits} --cfg job      print the composed configuration, run nothing
   {digits} -m seed=0,1,2  one run for each value
+  {digits} -q             results, warnings and errors alone
 
 configuration groups (group=choice):
 {shown}

@@ -50,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             line = parse(command, spelled_out(command, overrides))
         except DminError as error:
             raise SystemExit(printable(str(error))) from error
-        if line.told and PARENT not in os.environ:  # the first process speaks for the others
+        quiet = "++extras.quiet=true" in line.settings
+        if (
+            line.told and not quiet and PARENT not in os.environ
+        ):  # the first process speaks for the others
             print(printable("\n".join(line.told)), flush=True)
         run(step_of(command), command, line.settings, config=register(line))
     return 0

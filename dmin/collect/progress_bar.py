@@ -13,7 +13,6 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from dmin.runtime.progress import Lines
@@ -24,15 +23,18 @@ class CollectionProgress(ProgressBar):
 
     Args:
         examples: that this process has to do.
+        points: pairs of timestep and draw that each of them has.
         label: what they are.
     """
 
-    def __init__(self, examples: int, label: str = "gradients") -> None:
+    def __init__(self, examples: int, points: int = 1, label: str = "gradients") -> None:
         super().__init__()
-        self.examples = examples
+        self.examples, self.points = examples, points
         self.label = label
         self.done = 0
+        self._pairs = 0  # done of the block at hand
         self._bar: Progress | None = None
+        self._lines: Lines | None = None  # not while the trainer shows nothing
         self._on = True
 
     def disable(self) -> None:
@@ -56,11 +58,25 @@ class CollectionProgress(ProgressBar):
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
+                TextColumn("{task.fields[left]}"),
             )
-            self._task = self._bar.add_task(f"{self.label}{place}", total=self.examples, rate="")
+            name = f"{self.label}{place}"
+            self._task = self._bar.add_task(name, total=self.examples, rate="", left="")
             self._bar.start()
+
+    def pass_done(self, pairs: int) -> None:
+        """Count the pairs of a pass, as parts of their examples."""
+        self._pairs += pairs
+        done = self.done + self._pairs / self.points
+        if done < self.examples:  # of the last pass the end of its block tells
+            self._show(done)
+
+    def say(self, text: str) -> None:
+        """Leave a line above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self._on and self._lines is not None:
+            print(text, flush=True)
 
     def on_predict_batch_end(
         self,
@@ -72,13 +88,19 @@ class CollectionProgress(ProgressBar):
     ) -> None:
         """Count the examples of a block; tell, if it is time to."""
         _, rows = outputs
+        self._pairs = 0
         if rows is None:
             return
         self.done += sum(len(part["id"]) for part in batch)
-        line = self._lines.told(self.done)
+        self._show(self.done)
+
+    def _show(self, done: float) -> None:
+        if self._lines is None:
+            return
+        line = self._lines.told(done)
         if self._bar is not None:
-            rate = f"{self._lines.rate():,.3g}/s"
-            self._bar.update(self._task, completed=self.done, rate=rate)
+            rate, left = f"{self._lines.rate():,.3g}/s", self._lines.ahead()
+            self._bar.update(self._task, completed=done, rate=rate, left=left)
         elif self._on and line is not None:
             print(line, flush=True)
 

@@ -10,6 +10,7 @@ from dmin.collect.completion import finished, wait_for_others
 from dmin.collect.fsdp import is_sharded, shardable_copy
 from dmin.collect.options import CollectOptions
 from dmin.collect.peak_memory import PeakMemory
+from dmin.collect.prediction import require_space, rows_left
 from dmin.collect.session import Session
 from dmin.collect.trainer import Trainer, predict_trainer
 from dmin.data.base import Dataset
@@ -112,6 +113,10 @@ def _collect_missing(
     blocks = store.manifest.num_blocks
     if not heartbeat.share.pending(store.pending(), blocks):
         return {}
+    needed = require_space(rows_left(session.collector, store))
+    bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    if bar and not options.as_queries:
+        print(f"disk: {needed}", flush=True)
     claim(heartbeat, blocks, options.wait)
     pending = heartbeat.share.pending(store.pending(), blocks)  # others went on meanwhile
     data = CollectData(dataset, pending, options.block_size, options.workers, is_sharded(trainer))

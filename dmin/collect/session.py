@@ -20,6 +20,7 @@ from dmin.collect.fsdp import LockstepPasses, explain_lost_peer, shard
 from dmin.collect.guard import Guard
 from dmin.collect.microbatch import agree_on_microbatch, find_microbatch, note_of
 from dmin.collect.peak_memory import PeakMemory
+from dmin.collect.prediction import Forecast, encoding_bytes, require_space, rows_left
 from dmin.collect.progress_bar import CollectionProgress
 from dmin.collect.sketch_writer import BackgroundWriter, SketchWriter
 from dmin.collect.trainer import frozen_gc, gradient_checkpointing, refuse_cast
@@ -84,7 +85,9 @@ class Session(lightning.LightningModule):
         self.writer = SketchWriter(background, self.stop, lockstep=data.even)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         before = list(callbacks)
-        shown = CollectionProgress(data.examples(trainer.global_rank, trainer.world_size))
+        examples = data.examples(trainer.global_rank, trainer.world_size)
+        points = self.collector.noise.draws * len(self.collector.timesteps)
+        shown = self.shown = CollectionProgress(examples, points)
         bars = [bar for bar in before if isinstance(bar, ProgressBar)]
         others = [callback for callback in before if callback not in bars]
         callbacks[:] = [*others, self.writer, *([shown] if bars else [])]
@@ -147,11 +150,11 @@ class Session(lightning.LightningModule):
                 "trainer.inference_mode=false (Trainer(inference_mode=False))."
             )
         self.peak.start(self.device)
+        self.forecast = Forecast(self.shown.examples * self.shown.points, self.device)
         shared = self.data.mine(trainer.global_rank, trainer.world_size)
         mine = list(dict.fromkeys(shared.blocks))
         if self.data.even:
-            points = collector.noise.draws * len(collector.timesteps)
-            pairs = min(self.pairs, self.data.block_size * points)
+            pairs = min(self.pairs, self.data.block_size * self.shown.points)
             self.lockstep = LockstepPasses(strategy, shared.own, pairs)
             agree = partial(strategy.reduce_boolean_decision, all=False)
             self.guard = Guard(collector, Ownership(agree), alone=False)
@@ -185,8 +188,13 @@ class Session(lightning.LightningModule):
 
     def _pass(self, batch: NoisedBatch) -> Features:
         self.writer.between_passes()
-        run = partial(self.guard.run, peak=self.peak)
-        return run(batch) if self.lockstep is None else self.lockstep.padded(batch, run)
+        run, known = partial(self.guard.run, peak=self.peak), self.forecast.told
+        with self.forecast.timed(batch):
+            found = run(batch) if self.lockstep is None else self.lockstep.padded(batch, run)
+        self.shown.pass_done(len(batch.t))
+        if known != self.forecast.told:
+            self.shown.say(f"time: {self.forecast.told}")
+        return found
 
     def _number(self, block: Block) -> int:
         return int(min(block[0]["position"])) // self.data.block_size
@@ -233,7 +241,13 @@ class Session(lightning.LightningModule):
                 loader = followed(loader, "encoding", len(blocks), "blocks")
             for number, block in zip(blocks, loader, strict=True):
                 block = trainer.strategy.batch_to_device(block, self.device)
-                encodings.save(number, self._encode(block))
+                found = self._encode(block)
+                encodings.save(number, found)
+                if number == blocks[0]:
+                    left = encodings.missing(self.data.blocks)
+                    size = int(encoding_bytes(found) * self.data.block_size * len(left))
+                    rows = rows_left(self.collector, self.store)
+                    require_space(rows | {"encodings meanwhile": (encodings.folder, size)})
                 self.heartbeat.gained = True
                 self.stop.between_blocks()
 

@@ -1,6 +1,7 @@
 """Before hours of computing: does dmin do right by this model, and what will it cost?"""
 
-from dmin.doctor.diagnosis import Check, Cost, Covered, Diagnosis
+from dmin.collect.prediction import Cost
+from dmin.doctor.diagnosis import Check, Covered, Diagnosis
 from dmin.doctor.examine import diagnose
 
 __all__ = ["Check", "Cost", "Covered", "Diagnosis", "diagnose"]

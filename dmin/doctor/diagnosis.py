@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
+from dmin.collect.prediction import Cost
 from dmin.doctor.timestep_report import Timestep, report_table
-from dmin.runtime.formatting import span
+from dmin.runtime.formatting import byte_size, span
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,6 @@ class Covered(NamedTuple):
     path: str  # closed form, fallback (module), unused, or not attributed
     tensors: int
     scalars: int
-
-
-class Cost(NamedTuple):
-    """What collecting the whole dataset on this device would take, from a few examples."""
-
-    examples: int
-    seconds: float  # in one process, loading and encoding not counted
-    store_bytes: int
-    encoding_bytes: int  # on disk meanwhile
-    extra_bytes: int
-    extra_meaning: str
 
 
 @dataclass(frozen=True)
@@ -139,12 +129,8 @@ def _cost_table(cost: Cost) -> Table:
     title = f"All {cost.examples:,} examples on this device, in one process"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_row("time (without loading and encoding)", span(cost.seconds))
-    table.add_row("store", _size(cost.store_bytes))
+    table.add_row("store", byte_size(cost.store_bytes))
     if cost.encoding_bytes:
-        table.add_row("encodings on disk, meanwhile", _size(cost.encoding_bytes))
-    table.add_row(cost.extra_meaning, _size(cost.extra_bytes))
+        table.add_row("encodings on disk, meanwhile", byte_size(cost.encoding_bytes))
+    table.add_row(cost.extra_meaning, byte_size(cost.extra_bytes))
     return table
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

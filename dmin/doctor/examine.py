@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,16 @@ from dmin.collect import (
 )
 from dmin.collect.guard import Guard
 from dmin.collect.options import CollectOptions
+from dmin.collect.prediction import Cost, encoding_bytes, row_bytes
 from dmin.data.base import Dataset, Example, by_shape, collate
 from dmin.diffusion.inputs import NoisedBatch, NoisedExamples
 from dmin.doctor import checks as checking
-from dmin.doctor.diagnosis import Check, Cost, Covered, Diagnosis
+from dmin.doctor.diagnosis import Check, Covered, Diagnosis
 from dmin.doctor.timestep_report import Timestep, timestep_report
 from dmin.models.base import Condition
 from dmin.models.contract import encoded
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import on_device
-from dmin.store.manifest import STORED_AS
 
 LOOKED_AT = 64  # examples read for each one examined, when they have several shapes
 
@@ -85,11 +84,12 @@ def diagnose(
         checks += work
     coverage = _coverage(collector, found.path) if found else []
     if cost:
+        kept = encoding_bytes([first]) if collector.encoders else 0
         cost = cost._replace(
             examples=len(dataset),
             seconds=cost.seconds * len(dataset),
-            store_bytes=_row_bytes(collector, dtype) * len(dataset),
-            encoding_bytes=_encoding_bytes(collector, first) * len(dataset),
+            store_bytes=row_bytes(collector, dtype) * len(dataset),
+            encoding_bytes=int(kept * len(dataset)),
         )
     return Diagnosis(checks, coverage, steps, cost)
 
@@ -188,15 +188,3 @@ def _coverage(collector: GradientCollector, paths: dict[str, str]) -> list[Cover
         entry[1] += p.numel()
     rows = [Covered(*key, *entry) for key, entry in sums.items()]
     return sorted(rows, key=lambda row: -row.scalars)
-
-
-def _row_bytes(collector: GradientCollector, dtype: str) -> int:
-    shape = collector.layout(dtype).row_shape
-    per_readout = prod(shape) * STORED_AS[dtype].itemsize + 4 * prod(shape[:3])
-    return len(collector.readouts) * per_readout + 4 * prod(shape[:2])
-
-
-def _encoding_bytes(collector: GradientCollector, encoded: tuple[Tensor, Condition]) -> int:
-    if not collector.encoders:
-        return 0
-    return sum(x.nbytes for x in (encoded[0], *encoded[1].values())) // len(encoded[0])

@@ -43,6 +43,15 @@ def leave_out_remarks() -> None:
         logging.getLogger(name).addFilter(wanted)
 
 
+def hide_bars() -> None:
+    """Have the libraries show no bars while they load."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for each in (of_diffusers, of_transformers):
+        each.disable_progress_bar()
+
+
 def say_once(pipeline: Any) -> None:
     """Have a pipeline tell of captions that are too long only once."""
     logger = logging.getLogger(type(pipeline).__module__)

@@ -16,6 +16,11 @@ def span(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
+def byte_size(count: float) -> str:
+    """Say a number of bytes: ``12.5 MiB``, ``1,024.0 GiB``."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
 def spans(numbers: Sequence[int], most: int = 8) -> str:
     """Write ascending numbers as spans, such as ``0-7, 16-23``."""
     array = np.asarray(numbers, dtype=np.int64)

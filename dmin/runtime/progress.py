@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -24,6 +25,19 @@ FIRST, LAST = 15.0, 900.0
 LOG_WIDTH = 160  # columns of tables in a log file
 
 T = TypeVar("T")
+
+_quiet = False  # of the process, as what reads files or draws images is told of no settings
+
+
+@contextmanager
+def without_progress(on: bool = True) -> Iterator[None]:
+    """Have this process show no progress for a while, if asked to."""
+    global _quiet
+    before, _quiet = _quiet, _quiet or on
+    try:
+        yield
+    finally:
+        _quiet = before
 
 
 class PlainConsole(Console):
@@ -66,7 +80,8 @@ class Lines:
     def __init__(self, label: str, total: int, unit: str = "examples", place: str = "") -> None:
         self.label, self.total, self.place = label, total, place
         self.unit = f" {unit}" if unit else ""
-        self.done = self.found = 0
+        self.done: float = 0
+        self.found: float = 0
         self._start = time.monotonic()
         self._every = FIRST
         self._due = self._start + FIRST
@@ -75,7 +90,7 @@ class Lines:
         """Leave out of the rate what was done before."""
         self.done = self.found = done
 
-    def told(self, done: int) -> str | None:
+    def told(self, done: float) -> str | None:
         """Return a line, if one is due or all is done."""
         self.done = done
         if time.monotonic() < self._due and done < self.total:
@@ -88,12 +103,16 @@ class Lines:
         """Return how many things are done in a second."""
         return (self.done - self.found) / self._seconds()
 
+    def ahead(self) -> str:
+        """Say how long the rest takes at this rate; nothing if there is none, or no rate yet."""
+        left, rate = self.total - self.done, self.rate()
+        return f"{span(left / rate)} left" if left and rate else ""
+
     def __str__(self) -> str:
         rate = self.rate()
-        left = self.total - self.done
-        ahead = f", {span(left / rate)} left" if left and rate else f" in {span(self._seconds())}"
+        ahead = f", {self.ahead()}" if self.ahead() else f" in {span(self._seconds())}"
         return (
-            f"{self.label}: {self.done:,} of {self.total:,}{self.unit}{self.place} "
+            f"{self.label}: {int(self.done):,} of {self.total:,}{self.unit}{self.place} "
             f"({self.done / max(self.total, 1):.1%}), {rate:,.3g} a second{ahead}"
         )
 
@@ -113,6 +132,9 @@ def followed(
         unit: what they are.
         transient: whether nothing shall be left on a terminal.
     """
+    if _quiet:
+        yield from items
+        return
     if sys.stdout.isatty():
         yield from track(items, escape(label), total, transient=transient, console=console())
         return

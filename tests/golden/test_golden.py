@@ -158,7 +158,7 @@ ADDED: set[str] = {
         "collect.limit",
         "retrieve.beside",
     ),
-    "collect.restore",
+    *("collect.restore", "extras.quiet"),
     *("data.bucket_shapes", "data.upscale", "queries.bucket_shapes", "queries.upscale"),
 }
 # Settings whose value is another today, by their old one: the new one.

@@ -73,7 +73,7 @@ def test_items_are_followed_by_lines_in_a_log_file(clock, capsys):
 
 
 def test_a_benchmark_in_a_log_file_tells_of_what_it_does_and_not_of_what_it_found(clock, capsys):
-    told = _lines(SimpleNamespace(console=console()))
+    told = _lines(SimpleNamespace(notes=console()))
     told("retraining", 64, 64)  # all of it was there
     for done in (32, 40, 64):  # 32 were there
         told("retraining: seed 1", done, 64)
@@ -92,3 +92,15 @@ def test_tables_of_a_log_file_are_wide_unless_columns_says_otherwise(monkeypatch
     assert console().width == LOG_WIDTH
     monkeypatch.setenv("COLUMNS", "72")
     assert console().width == 72
+
+
+def test_progress_moves_within_a_block(clock, capsys):
+    shown = CollectionProgress(64, points=10)
+    shown.on_predict_epoch_start(SimpleNamespace(world_size=1), None)
+    for _ in range(4):
+        clock[0] += 20
+        shown.pass_done(64)
+    line = "gradients: 19 of 64 examples (30.0%), 0.32 a second, 2 min left"
+    assert capsys.readouterr().out.splitlines()[1] == line
+    shown.on_predict_batch_end(None, None, (0, print), BLOCK)
+    assert shown.done == 32

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from dmin.cli.config.tree import settings_tree
 from dmin.cli.jobs.record import recorded
 from dmin.cli.workspace.workspace import Workspace
-from dmin.runtime.progress import titled
+from dmin.runtime.progress import titled, without_progress
 
 Body = Callable[[Workspace, dict[str, Any]], None]
 TRAINING = ("train", "model.path", "data", "trainer", "logger")
@@ -46,10 +46,13 @@ class Command:
         folder = _as_typed(work.run_folder)
         if cfg.extras.print_config:
             shown = settings_tree(self.name, cfg, self.needs, folder / "config.yaml")
-            work.console.print(shown)
-        with recorded(cfg, work.run_folder, self.name) as results:
+            work.notes.print(shown)
+        with (
+            without_progress(work.notes.quiet),
+            recorded(cfg, work.run_folder, self.name) as results,
+        ):
             self.body(work, results)
-        work.console.print(titled(f"again: dmin repeat {folder}", style="dim"), soft_wrap=True)
+        work.notes.print(titled(f"again: dmin repeat {folder}", style="dim"), soft_wrap=True)
 
 
 def command(

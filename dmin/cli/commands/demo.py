@@ -20,5 +20,5 @@ def demo(work: Workspace, results: dict[str, Any]) -> None:
     work.require_one_process()
     steps = (train, collect, sample, retrieve, evaluate)
     for number, step in enumerate(steps, 1):
-        work.console.rule(titled(f"{number}/{len(steps)}  dmin {step.name}"), align="left")
+        work.notes.rule(titled(f"{number}/{len(steps)}  dmin {step.name}"), align="left")
         step.body(work, results.setdefault(step.name, {}))

@@ -53,7 +53,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     head, rankings = about(work, train), []
     for name, method in methods.items():
         if len(methods) > 1:
-            work.console.print(titled("method", f": {name}"))
+            work.notes.print(titled("method", f": {name}"))
         found = asked.ranking(method)
         if found is None:  # other shards are not done
             return

@@ -14,8 +14,9 @@ def spelled_out(command: str, words: Sequence[str]) -> list[str]:
     """Return the words after ``dmin <command>`` as Hydra takes them.
 
     ``dmin retrieve method=a,b,c`` without ``-m`` is one answer by several methods: method=a, and
-    the others beside it.
+    the others beside it. ``-q`` or ``--quiet`` is extras.quiet=true.
     """
+    words = ["++extras.quiet=true" if word in ("-q", "--quiet") else word for word in words]
     given = {word.partition("=")[0].lstrip("+") for word in words}
     chosen = _CHOICES.get(command, "")
     if chosen and chosen.partition("=")[0] not in given:

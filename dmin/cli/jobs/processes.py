@@ -66,7 +66,7 @@ def make_trainer(cfg: DictConfig, command: str) -> lightning.Trainer:
     processes = Processes.of(settings)
     check_running(processes, cfg.shard.num if cfg.get("shard") else 1)
     check_devices(settings)
-    more = {}
+    more: dict[str, Any] = {"enable_progress_bar": False} if cfg.extras.get("quiet") else {}
     tasks = tasks_here()
     if tasks is not None and settings.get("plugins") is None:
         # Our own way with signals (dmin.runtime.signals), and no part for SLURM in a lone process.

@@ -140,12 +140,12 @@ def benchmark_context(
 @contextmanager
 def _shown(work: Workspace) -> Iterator[OnProgress]:
     """Show a bar for each thing that is being done, or lines where there is no terminal."""
-    if not work.console.is_terminal:
+    if not work.notes.is_terminal:
         yield _lines(work)
         return
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
     bars: dict[str, Any] = {}
-    with Progress(*columns, TimeElapsedColumn(), console=work.console) as progress:
+    with Progress(*columns, TimeElapsedColumn(), console=work.notes) as progress:
 
         def on_progress(what: str, done: int, total: int) -> None:
             what, _, detail = what.partition(": ")
@@ -170,6 +170,6 @@ def _lines(work: Workspace) -> OnProgress:
             lines[what].skip(done)
         elif line := known.told(done):
             text = f"{line}  {detail}" if done < total else line
-            work.console.print(text, soft_wrap=True, highlight=False)
+            work.notes.print(text, soft_wrap=True, highlight=False)
 
     return on_progress

@@ -73,7 +73,9 @@ class Built:
         self.cfg = cfg
         self.command = command
         self.is_main = is_main(cfg.trainer)
-        self.console = console(quiet=not self.is_main)
+        quiet = bool(cfg.extras.get("quiet"))  # records of before have none
+        self.console = console(quiet=not self.is_main)  # of results
+        self.notes = console(quiet=quiet or not self.is_main)  # on what is being done
         self.run_folder = Path(HydraConfig.get().runtime.output_dir)
         self.outputs = Path(cfg.paths.outputs)
         for name in ("lightning.pytorch", "lightning.fabric"):
@@ -100,7 +102,11 @@ class Built:
     @cached_property
     def model(self) -> DiffusionModel:
         """The trained model."""
-        with self.console.status("loading the model"):
+        from dmin.models.logging_filters import hide_bars
+
+        if self.notes.quiet:
+            hide_bars()
+        with self.notes.status("loading the model"):
             model: DiffusionModel = build(self.cfg.model)
         return model
 
@@ -162,7 +168,7 @@ class Built:
         if done or not self.is_main:  # the main process has it for all of them
             yield
             return
-        limit, tell = self.cfg.collect.wait_seconds, self.console.print
+        limit, tell = self.cfg.collect.wait_seconds, self.notes.print
         if not Processes.of(self.cfg.trainer).alone:
             limit = min(limit, RENDEZVOUS)  # the other ranks wait for this one
         with hold(path, shard, wait=limit, on_wait=tell, stop=stop):

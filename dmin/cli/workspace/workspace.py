@@ -164,7 +164,7 @@ class Workspace(Built):
                 "other data has another name."
             )
         known = (path / "manifest.json").is_file()
-        self.console.print(
+        self.notes.print(
             titled(
                 role,
                 f": {len(dataset):,} examples × {len(collector.timesteps)} "
@@ -240,10 +240,10 @@ class Workspace(Built):
         folder = self.outputs / "queries" / f"{self.cfg.name}-{fingerprint(made_of)}"
         with self.turn(folder, done=folder.is_dir()):
             if folder.is_dir():
-                self.console.print(titled("queries", f": found {folder}"))
+                self.notes.print(titled("queries", f": found {folder}"))
             else:
                 source.generate(self.model, folder)
-                self.console.print(titled("queries", f": generated {folder}"))
+                self.notes.print(titled("queries", f": generated {folder}"))
         return ImageFolder(folder, mode=None)
 
     def states(self, source: Any, dataset: Dataset) -> list[Dataset]:

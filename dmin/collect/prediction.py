@@ -1,0 +1,125 @@
+"""What a collection takes: disk before anything is computed, time and memory from its passes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dmin.collect.collector import Collector
+from dmin.collect.encodings_cache import Encoded
+from dmin.collect.peak_memory import peak_bytes
+from dmin.diffusion.inputs import NoisedBatch
+from dmin.runtime.errors import DminError
+from dmin.runtime.formatting import byte_size, span
+from dmin.store import StoreWriter
+from dmin.store.manifest import STORED_AS
+
+
+class Cost(NamedTuple):
+    """What collecting the whole dataset on this device would take, from a few examples."""
+
+    examples: int
+    seconds: float  # in one process, loading and encoding not counted
+    store_bytes: int
+    encoding_bytes: int  # on disk meanwhile
+    extra_bytes: int
+    extra_meaning: str
+
+
+def row_bytes(collector: Collector, dtype: str) -> int:
+    """Return the bytes that a store keeps of one example: rows, scales, norms and losses.
+
+    Args:
+        collector: with the axes of the rows.
+        dtype: of the rows, as in :class:`~dmin.collect.options.CollectOptions`.
+    """
+    shape = collector.layout(dtype).row_shape
+    per_readout = prod(shape) * STORED_AS[dtype].itemsize + 4 * prod(shape[:3])
+    return len(collector.readouts) * per_readout + 4 * prod(shape[:2])
+
+
+def encoding_bytes(encoded: Sequence[Encoded]) -> float:
+    """Return the bytes of one example's encodings, the mean of a block's."""
+    tensors = [x for x0, condition in encoded for x in (x0, *condition.values())]
+    return sum(x.nbytes for x in tensors) / sum(len(x0) for x0, _ in encoded)
+
+
+def rows_left(collector: Collector, store: StoreWriter) -> dict[str, tuple[Path, int]]:
+    """Return what a store, by all that write into it, is still going to take of its disk."""
+    manifest = store.manifest
+    examples = sum(len(manifest.block_rows(block)) for block in store.pending())
+    return {"rows": (store.path, examples * row_bytes(collector, manifest.layout.dtype))}
+
+
+def require_space(needs: Mapping[str, tuple[Path, int]]) -> str:
+    """Hold what is going to be written to the space that its disks have, and say it in words.
+
+    Args:
+        needs: what is written -> its folder, which may not be there yet, and its bytes.
+
+    Raises:
+        DminError: a disk is too small; names its folder, what is needed, what is free, a remedy.
+    """
+    disks: dict[int, list[tuple[str, Path, int]]] = {}
+    for what, (folder, size) in needs.items():
+        place = folder.absolute()
+        while not place.exists():
+            place = place.parent
+        disks.setdefault(os.stat(place).st_dev, []).append((what, place, size))
+    told = []
+    for parts in disks.values():
+        place, needed = parts[0][1], sum(size for *_, size in parts)
+        disk = shutil.disk_usage(place)
+        shares = " and ".join(f"{byte_size(size)} of {what}" for what, _, size in parts)
+        if disk.total and disk.free < needed:  # some file systems say nothing of themselves
+            raise DminError(
+                f"{place} has {byte_size(disk.free)} free, and {byte_size(needed)} are needed "
+                f"there: {shares}. Free some, name a folder on another disk (collect.path or "
+                f"paths.outputs for rows, collect.encodings for encodings), or keep less of an "
+                f"example: collect.dtype=int8, a lower sketch.dim or timesteps.num."
+            )
+        told.append(f"{shares} (free: {byte_size(disk.free)})")
+    return ", ".join(told)
+
+
+class Forecast:
+    """Times passes until one is like an earlier one, whose checks and first calls are over.
+
+    Args:
+        pairs: of example, timestep and draw that are to be done.
+        device: where they are done.
+    """
+
+    def __init__(self, pairs: int, device: torch.device) -> None:
+        self.pairs, self.device = pairs, device
+        self.told: str | None = None  # what all passes take, once it is known
+        self._kinds: set[Hashable] = set()
+
+    @contextmanager
+    def timed(self, batch: NoisedBatch) -> Iterator[None]:
+        """Time a pass; wait for a GPU while nothing is known."""
+        kind: Hashable = (len(batch.t), *batch.x0.shape[1:])
+        if self.told is not None or kind not in self._kinds:
+            yield
+            self._kinds.add(kind)
+            return
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        seconds = (time.perf_counter() - start) * self.pairs / len(batch.t)
+        memory = byte_size(peak_bytes(self.device))
+        of = "GPU memory" if self.device.type == "cuda" else "memory"
+        self.told = f"about {span(seconds)} by the time of a pass; {memory} of {of} so far"
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
