@@ -17,7 +17,8 @@ class Captions:
 
     Args:
         source: ``files`` beside the images, of the same stem; ``names`` of the images, a blank for
-            each ``_``; a ``table``: JSON of captions by image; or ``text``, the same for all.
+            each ``_``; ``stems``, their names as they are; a ``table``: JSON of captions by image;
+            or ``text``, the same for all.
         extensions: of the files, the first that is there.
         lines: ``whole`` takes the text as it is, ``first`` its first line, ``each`` has every line
             for a caption of its own, of which the first stands for all.
@@ -37,7 +38,7 @@ class Captions:
         DminError: a choice is none that there is.
     """
 
-    source: Literal["files", "names", "table", "text"] = "files"
+    source: Literal["files", "names", "stems", "table", "text"] = "files"
     extensions: Sequence[str] = (".txt",)
     lines: Literal["whole", "first", "each"] = "whole"
     table: str | Path | None = None
@@ -98,6 +99,8 @@ class Captions:
             return self.text
         if self.source == "names":
             return path.stem.replace("_", " ")
+        if self.source == "stems":
+            return path.stem
         if self.source == "table":
             return _of_table(table, root, image)
         for extension in self.extensions:

@@ -153,7 +153,8 @@ class SizeConditioning(Captioned):
         sizes_from: where an example's original size and crop come from. ``image``: its file, before
             the data's size and crop were applied, and where the cut was. ``metadata``: its columns
             original_height, original_width, crop_top and crop_left, for files that were scaled and
-            cropped before.
+            cropped before. ``cut``: the size of the image as it is given, and no crop, as some
+            trainers tell it.
         original_size: height and width before scaling, the same for all.
         crop: top and left of the cut, in the scaled image, the same for all.
         target_size: height and width after cropping; None for those of the image given.
@@ -164,15 +165,17 @@ class SizeConditioning(Captioned):
         self,
         pipeline: Any,
         *args: Any,
-        sizes_from: Literal["image", "metadata"] = "image",
+        sizes_from: Literal["image", "metadata", "cut"] = "image",
         original_size: Sequence[int] | None = None,
         crop: Sequence[int] | None = None,
         target_size: Sequence[int] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(pipeline, *args, **settings)
-        if sizes_from not in ("image", "metadata"):
-            raise DminError(f"model.sizes_from={sizes_from!r}: allowed are image and metadata.")
+        if sizes_from not in ("image", "metadata", "cut"):
+            raise DminError(
+                f"model.sizes_from={sizes_from!r}: allowed are image, metadata and cut."
+            )
         self.sizes_from = sizes_from
         if sizes_from == "metadata":
             self.metadata_columns = [name for pair in SIZE_COLUMNS.values() for name in pair]
@@ -211,6 +214,8 @@ class SizeConditioning(Captioned):
 
     def _size_of(self, batch: Mapping[str, Any], i: int, name: str) -> tuple[int, int] | None:
         """Return the original size or the crop of one example, from where it is to be read."""
+        if self.sizes_from == "cut":
+            return None
         if self.sizes_from == "image":
             sizes = batch["sizes"][i]
             return None if sizes is None else getattr(sizes, name)

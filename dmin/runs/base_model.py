@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dmin.runs.files import Places, header
-from dmin.runs.training_run import Entry, TrainingRun
+from dmin.runs.training_run import Entry, TrainingRun, shown
 from dmin.runtime.errors import DminError
 
 # Class of a pipeline → the choice of ``model``.
@@ -30,6 +30,30 @@ _TENSORS = {
     "double_blocks.0.": "flux",
     "cond_stage_model.": "stable_diffusion",
 }
+
+
+def family_of(
+    run: TrainingRun, kind: Any, families: Mapping[str, str | None], places: Places
+) -> str | None:
+    """Return the family of what a config calls its architecture; None: the base model tells.
+
+    Args:
+        run: whose it is.
+        kind: what the config says.
+        families: by that.
+        places: a family that the user names serves where there is none.
+
+    Raises:
+        DminError: there is none.
+    """
+    if isinstance(kind, str) and kind in families:
+        return families[kind]
+    if (said := places.said.get("family")) is not None:
+        return said
+    raise DminError(
+        f"{run.source} trained {shown(kind)}, of which dmin has no family. It reads "
+        f"{', '.join(families)}; for a model of your own say model=… (docs/own_models.md)."
+    )
 
 
 def base_model(

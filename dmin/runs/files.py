@@ -103,12 +103,19 @@ class Places:
             f"where the run's files are: run.root=FOLDER, below which the path's end is sought."
         )
 
+    def seek(self, text: str | None, key: str) -> Path | None:
+        """Return what `find` does, or None."""
+        try:
+            return self.find(text, key) if text else None
+        except DminError:
+            return None
+
     def maybe(self, text: str | None, key: str) -> str | None:
         """Return a path that may also be a name on a hub."""
         if text is None:
             return None
         try:
-            return _spelled(self.find(text, key))
+            return spelled(self.find(text, key))
         except DminError:
             if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
                 return text
@@ -116,10 +123,10 @@ class Places:
 
     def folder(self, text: str, key: str) -> str:
         """Return a path that must be there."""
-        return _spelled(self.find(text, key))
+        return spelled(self.find(text, key))
 
 
-def _spelled(path: Path) -> str:
+def spelled(path: Path) -> str:
     """Return a path from the folder at hand, if it stands below."""
     absolute = Path(os.path.abspath(path))
     here = Path.cwd()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dmin.runs.training_run import Entry, TrainingRun
+from dmin.runs.training_run import Entry, TrainingRun, shown
 from dmin.runtime.errors import DminError
 
 _FOLDER = "dmin.data.training_folder.TrainingFolder"
@@ -56,21 +57,49 @@ def bucket(size: Any, buckets: bool, step: int, upscale: bool, run: TrainingRun)
         step: sides are multiples of it.
         upscale: whether small images are scaled up.
         run: is told of what differs.
+
+    Raises:
+        DminError: it is no size.
     """
-    side = size if isinstance(size, int | float) else None
-    if isinstance(size, str):
-        numbers = [int(part) for part in size.replace("x", ",").split(",")]
-        size, side = numbers, numbers[0] if len(numbers) == 1 else None
-    if side is None:
-        width, height = (list(size) * 2)[:2]
-        side = round((width * height) ** 0.5)
-        if width != height and not buckets:
-            meaning = f"cut to a square of the same area, {side}"
-            run.random.append(Entry("resolution", f"{width}x{height}", meaning))
-    settings: dict[str, Any] = {"size": int(side), "aspect": "buckets" if buckets else "square"}
+    numbers = sides(size, run)
+    side = round((numbers[0] * numbers[-1]) ** 0.5)
+    if numbers[0] != numbers[-1] and not buckets:
+        meaning = f"cut to a square of the same area, {side}"
+        run.random.append(Entry("resolution", f"{numbers[0]}x{numbers[-1]}", meaning))
+    settings: dict[str, Any] = {"size": side, "aspect": "buckets" if buckets else "square"}
     if buckets and not upscale:
         settings["upscale"] = False
     return settings | ({"bucket_step": step} if buckets else {})
+
+
+def sides(size: Any, run: TrainingRun) -> list[int]:
+    """Return the one or two numbers of a size: a number, ``512,768``, ``512x768`` or a list."""
+    parts = re.split("[x,]", size.strip("()[] ")) if isinstance(size, str) else size
+    try:
+        numbers = [int(each) for each in (parts if isinstance(parts, list | tuple) else [parts])]
+        if not 1 <= len(numbers) <= 2 or not all(0 < n <= 1 << 16 for n in numbers):
+            raise ValueError
+        return numbers
+    except (ValueError, TypeError, OverflowError):
+        raise DminError(
+            f"{run.source}: resolution = {shown(size)}, which is no size of images: a number of "
+            f"pixels, or width and height. Mend it in a copy of the file."
+        ) from None
+
+
+def ratios(side: int, aspects: Iterable[float], step: int) -> dict[str, Any]:
+    """Return size and buckets of given aspect ratios.
+
+    Args:
+        side: of the square of the same area.
+        aspects: height by width.
+        step: sides are rounded to multiples of it.
+    """
+    shapes = {
+        tuple(max(step, round(each / step) * step) for each in (side * a**0.5, side / a**0.5))
+        for a in aspects
+    }
+    return {"size": side, "aspect": "buckets", "bucket_shapes": sorted(map(list, shapes))}
 
 
 def add(

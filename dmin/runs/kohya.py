@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmin.runs.base_model import base_model
-from dmin.runs.files import Places, header, load
+from dmin.runs import adapter
+from dmin.runs import wording as say
+from dmin.runs.base_model import base_model, family_of
+from dmin.runs.files import Places, load
 from dmin.runs.folders import MASKS, add, bucket, folder, together
-from dmin.runs.training_run import Entry, Keys, TrainingRun
+from dmin.runs.training_run import Entry, Keys, Setting, TrainingRun
 from dmin.runtime.errors import DminError
 
 # Module of the network → family; None: the base model tells.
@@ -23,31 +25,39 @@ FAMILIES = {
 CONFIGS = ("*.toml", "*.json")  # where its configs lie below a folder
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 OTHER_LOSS = {
-    "alpha_mask": "the loss is weighed by the images' alpha, which dmin does not do yet",
-    "debiased_estimation_loss": "weights of 1/√SNR are not computed",
-    "scale_v_pred_loss_like_noise_pred": "v-prediction weighed as noise prediction",
-    "v_pred_like_loss": "a second loss of v",
-    "adaptive_noise_scale": "a noise offset that depends on the latents",
-    "multires_noise_iterations": "noise of several resolutions",
-    "zero_terminal_snr": "the noise schedule is rescaled; save the base model with it",
-    "reg_data_dir": "images of prior preservation",
-    "clip_skip": "captions are read from an earlier layer of the text encoder",
-    "weighted_captions": "words of captions are weighed",
-    "min_timestep": "timesteps are cut off: say timesteps=explicit to take the same",
-    "max_timestep": "timesteps are cut off: say timesteps=explicit to take the same",
-    "fp8_base": "the base model was quantised to 8 bits while training",
-    "base_weights": "further adapters were merged into the base model",
+    "the loss is weighed by the images' alpha, which dmin does not do yet": "alpha_mask",
+    say.WEIGHTS: "debiased_estimation_loss scale_v_pred_loss_like_noise_pred",
+    say.TERMS: "v_pred_like_loss",
+    "a noise offset that depends on the latents": "adaptive_noise_scale",
+    "noise of several resolutions": "multires_noise_iterations",
+    say.SCHEDULE: "zero_terminal_snr",
+    say.PRIOR: "reg_data_dir",
+    say.LAYER: "clip_skip",
+    "words of captions are weighed": "weighted_captions",
+    say.CUT_OFF: "min_timestep",
+    say.QUANTISED: "fp8_base",
+    say.MERGED: "base_weights",
+    "another VAE: save the base model with it": "vae",
+    "the text encoders alone were trained": "network_train_text_encoder_only",
 }
 RANDOM = {
-    "shuffle_caption": "the order of tags was drawn each time; here as written",
-    "flip_aug": "half of the passes saw the mirror image; here the image",
-    "color_aug": "colours were changed at random; here as they are",
-    "random_crop": "the crop was drawn each time; here the middle",
-    "face_crop_aug_range": "crops around faces were drawn; here the middle",
-    "caption_dropout_every_n_epochs": "some epochs had no captions",
-    "caption_tag_dropout_rate": "tags were dropped at random; here all",
-    "token_warmup_step": "captions grew over the first steps; here whole",
-    "enable_wildcard": "one of several captions was drawn; here the first",
+    say.ORDER: "shuffle_caption",
+    say.FLIP: "flip_aug",
+    say.COLOURS: "color_aug",
+    say.CROP: "random_crop face_crop_aug_range",
+    say.DROPOUT: "caption_dropout_every_n_epochs",
+    say.TAGS: "caption_tag_dropout_rate token_warmup_step",
+    say.ONE_OF: "enable_wildcard",
+}
+SETTINGS = {
+    "min_snr_gamma": Setting("snr_gamma"),
+    "noise_offset": Setting("noise_offset"),
+    "ip_noise_gamma": Setting("input_perturbation"),
+    "huber_c": Setting("huber_c"),
+    "guidance_scale": Setting("embedded_guidance"),
+    "discrete_flow_shift": Setting("shift"),
+    "t5xxl_max_token_length": Setting("max_sequence_length", kind=int),
+    "caption_dropout_rate": Setting("prompt_dropout"),
 }
 # What changes no gradient of the weights that came out.
 INERT = (
@@ -88,29 +98,17 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     keys = Keys(_flat(found), run)
     module = keys.get("network_module", kind=str)
     if module is None:
-        raise DminError(
-            f"{source} trains the whole network (no network_module): name the model that came out "
-            f"by model.path=…, and its data by data=image_folder data.root=…"
-        )
-    if module not in FAMILIES:
-        raise DminError(
-            f"{source}: network_module = {module}, of which dmin reads no adapters. It reads "
-            f"{', '.join(FAMILIES)}."
-        )
+        raise adapter.refuse_whole(run, "no network_module")
     base = keys.get("pretrained_model_name_or_path", kind=str)
-    run.family, run.model = base_model(run, places, base, FAMILIES[module])
+    run.family, run.model = base_model(run, places, base, family_of(run, module, FAMILIES, places))
     _loss(keys, run)
-    run.model["adapter"] = _adapter(keys, run, places)
-    if vae := keys.get("vae"):
-        run.other.append(Entry("vae", vae, "another VAE: save the base model with it"))
-    keys.refuse({"network_train_text_encoder_only": "the text encoders alone were trained"})
+    name = run.name = keys.get("output_name", "last", str)
+    folder = places.seek(keys.get("output_dir", ".", str), "output_dir")
+    adapter.take(run, places, "output_dir", folder, f"{name}.safetensors", f"{name}-*.safetensors")
     keys.skip("network_train_unet_only network_args")
-    run.collect["params"] = "lora"
-    run.facts = {
-        name: keys.get(name)
-        for name in ("network_dim", "network_alpha", "max_train_steps", "max_train_epochs", "seed")
-        if keys.get(name) is not None
-    }
+    run.facts |= keys.known(
+        "network_dim", "network_alpha", "max_train_steps", "max_train_epochs", "seed"
+    )
     run.data = together(_folders(keys, run, places), run)
     run.model["empty_captions"] = "keep"  # what it makes of images without a caption
     keys.skip(f"{INERT} {DATA}")
@@ -120,66 +118,25 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
 
 def _loss(keys: Keys, run: TrainingRun) -> None:
     """Take what the loss is made of."""
-    model = run.model
-    for key, setting, off in (
-        ("min_snr_gamma", "snr_gamma", None),
-        ("noise_offset", "noise_offset", 0.0),
-        ("ip_noise_gamma", "input_perturbation", 0.0),
-        ("huber_c", "huber_c", None),
-        ("guidance_scale", "embedded_guidance", None),
-        ("discrete_flow_shift", "shift", None),
-        ("t5xxl_max_token_length", "max_sequence_length", None),
-    ):
-        value = keys.take(key, f"model.{setting}", kind=float, off=off)
-        if value is not None and value != off:
-            model[setting] = int(value) if setting == "max_sequence_length" else value
+    keys.settings(SETTINGS)
     kind = keys.take("loss_type", "model.loss_type", "l2", str, off="l2")
     if kind in ("huber", "smooth_l1"):
-        model["loss_type"] = kind
-        model["huber_schedule"] = keys.get("huber_schedule", "snr", str)
+        run.model["loss_type"] = kind
+        run.model["huber_schedule"] = keys.get("huber_schedule", "snr", str)
     elif kind != "l2":
         run.other.append(Entry("loss_type", kind, "dmin computes l2, huber and smooth_l1"))
-    dropout = keys.take("caption_dropout_rate", "model.prompt_dropout", 0.0, float, off=0.0)
-    if dropout:
-        model["prompt_dropout"] = dropout
     # What a base model is told of its own prediction is read from its scheduler.
     if keys.get("v_parameterization", False, bool):
         meaning = "v-prediction: the base model's scheduler must say so, and is read"
         run.taken.append(Entry("v_parameterization", True, meaning))
     keys.refuse(OTHER_LOSS)
-    for key in ("timestep_sampling", "weighting_scheme"):
-        keys.random(key, "how often each timestep was drawn; here all alike", str)
+    keys.refuse({say.CUT_OFF: "max_timestep"}, off=(1000, "1000"))
+    keys.randoms({say.TIMESTEPS: "timestep_sampling weighting_scheme"})
     keys.skip(
         "sigmoid_scale logit_* mode_scale v2 model_prediction_type huber_schedule keep_tokens "
         "masked_loss "
         "caption_separator clip_l t5xxl ae"
     )
-
-
-def _adapter(keys: Keys, run: TrainingRun, places: Places) -> str | None:
-    """Return the file that came out: the last, else the latest of those on the way."""
-    place = keys.get("output_dir", ".", str)
-    name = run.name = keys.get("output_name", "last", str)
-    if said := places.said.get("adapter"):
-        run.taken.append(Entry("output_name", said, "model.adapter, as you say"))
-        return said
-    folder = places.folder(place, "output_dir")
-    last = Path(folder) / f"{name}.safetensors"
-    way = sorted(Path(folder).glob(f"{name}-*.safetensors"))
-    run.facts["checkpoints"] = [file.as_posix() for file in way]
-    if not last.is_file() and not way:
-        raise DminError(
-            f"{run.source}: output_dir = {folder} has no {last.name}. Name the adapter: "
-            f"model.adapter=FILE, or where the run's files are: run.root=FOLDER."
-        )
-    file = last if last.is_file() else way[-1]
-    if parts := sum(name.startswith("lora_te") for name in header(file)):
-        raise DminError(
-            f"{file} trained the text encoders too ({parts} tensors lora_te…), whose part dmin "
-            f"does not attribute yet. It opens those of network_train_unet_only."
-        )
-    run.taken.append(Entry("output_name", file.name, "model.adapter"))
-    return file.as_posix()
 
 
 def _folders(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[str, Any]]:
@@ -197,11 +154,8 @@ def _folders(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[str
     found = load(file)
     general = Keys(found.get("general") or {}, run, "general")
     parts: dict[str, dict[str, Any]] = {}
-    for number, levels in enumerate(_list(found.get("datasets"), file, "datasets")):
-        where = f"datasets[{number}]"
-        dataset = Keys(levels, run, where)
-        for at, subset in enumerate(_list(levels.get("subsets"), file, f"{where}.subsets")):
-            inside = Keys(subset, run, f"{where}.subsets[{at}]")
+    for dataset in Keys(found, run).each("datasets"):
+        for inside in dataset.each("subsets"):
             name, part = _subset(inside, [dataset, general, keys], places, run)
             if part is not None:
                 add(parts, name, part, run)
@@ -241,8 +195,7 @@ def _subset(
     root = places.folder(text, keys.name("image_dir"))
     name = Path(root).name
     if keys.get("is_reg", False, bool):
-        meaning = "images of prior preservation: left out, and their loss with them"
-        run.other.append(Entry(keys.name("is_reg"), name, meaning))
+        keys.note(run.other, "is_reg", name, say.PRIOR)
         return name, None
     part = _part(keys, root, fallback, places, run)
     if table is not None:
@@ -282,10 +235,9 @@ def _part(
         not say("bucket_no_upscale", False, bool),
         run,
     )
-    for key, meaning in RANDOM.items():
-        if value := say(key, None):
-            run.random.append(Entry(keys.name(key), value, meaning))
-    keys.refuse({key: OTHER_LOSS[key] for key in ("alpha_mask",)})
+    inherited = [level.values for level in (*fallback[::-1], keys)]
+    Keys({k: v for each in inherited for k, v in each.items()}, run, keys.where).randoms(RANDOM)
+    keys.refuse({k: v for k, v in OTHER_LOSS.items() if v == "alpha_mask"})
     masks = keys.get("conditioning_data_dir", kind=str)
     if masks and say("masked_loss", False, bool):
         found = places.folder(masks, keys.name("conditioning_data_dir"))
@@ -308,9 +260,3 @@ def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _dotted(extension: str) -> str:
     return extension if extension.startswith(".") else f".{extension}"
-
-
-def _list(found: Any, file: Path, key: str) -> list[dict[str, Any]]:
-    if not isinstance(found, list) or not found or not all(isinstance(e, dict) for e in found):
-        raise DminError(f"{file}: {key} is no list of tables, of which one or more are needed.")
-    return found

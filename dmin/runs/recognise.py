@@ -7,12 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dmin.runs import kohya
+from dmin.runs import kohya, onetrainer
 from dmin.runs.files import Places, load
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
-TRAINERS: tuple[ModuleType, ...] = (kohya,)
+TRAINERS: tuple[ModuleType, ...] = (kohya, onetrainer)
 
 
 def read_run(

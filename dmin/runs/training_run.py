@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,22 @@ class TrainingRun:
         return lines
 
 
+class Setting(NamedTuple):
+    """What a key of a trainer is in dmin."""
+
+    name: str  # of the model's setting
+    default: Any = None  # the trainer's, where the setting's own is another
+    kind: type = float
+    off: Any = 0  # value that means nothing is done
+
+
+# Settings that some families have alone.
+_OF_FAMILIES = {
+    "embedded_guidance": ("flux",),
+    "max_sequence_length": ("flux", "stable_diffusion_3", "pixart", "sana"),
+}
+
+
 class Keys:
     """The keys of a config, each of which is read, or told of as unknown.
 
@@ -114,18 +131,18 @@ class Keys:
         return f"{self.where}.{key}" if self.where else key
 
     def get(self, key: str, default: Any = None, kind: type | None = None) -> Any:
-        """Return a value; numbers and booleans may stand as text.
+        """Return a value, or the default; numbers and booleans may stand as text.
 
         Raises:
             DminError: it is of another kind.
         """
         self._read.add(key)
-        value = self.values.get(key, default)
+        value = default if self.values.get(key) is None else self.values[key]
         if value is None or kind is None:
             return value
         try:
             return _converted(value, kind)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             raise DminError(
                 f"{self.run.source}: {self.name(key)} = {shown(value)}, which is no "
                 f"{_KINDS[kind]}. Mend it in a copy of the file."
@@ -148,21 +165,69 @@ class Keys:
             self.run.taken.append(Entry(self.name(key), value, setting))
         return value
 
+    def inside(self, key: str) -> Keys:
+        """Return the keys of a table, of none if it is not there."""
+        return Keys(self.get(key, {}, dict) or {}, self.run, self.name(key))
+
+    def each(self, key: str) -> list[Keys]:
+        """Return the keys of each table of a list.
+
+        Raises:
+            DminError: it is no such list, or empty.
+        """
+        found = self.get(key)
+        if not isinstance(found, list) or not found or not all(isinstance(e, dict) for e in found):
+            raise DminError(
+                f"{self.run.source}: {self.name(key)} is no list of tables, of which one or more "
+                f"are needed."
+            )
+        return [Keys(e, self.run, f"{self.name(key)}[{n}]") for n, e in enumerate(found)]
+
+    def settings(self, table: Mapping[str, Setting]) -> None:
+        """Take keys that become settings of the model, of those that its family has."""
+        for key, (name, default, kind, off) in table.items():
+            if self.run.family not in _OF_FAMILIES.get(name, (self.run.family,)):
+                self.get(key)
+                continue
+            value = self.take(key, f"model.{name}", default, kind, off)
+            if value is not None and value != off:
+                self.run.model[name] = value
+
+    def note(self, entries: list[Entry], key: str, value: Any, meaning: str) -> None:
+        """Add an entry to those that are taken, random or of another loss."""
+        entries.append(Entry(self.name(key), value, meaning))
+
+    def randoms(self, table: Mapping[str, str], off: Collection[Any] = ()) -> None:
+        """Note keys that make the data random, where they are on.
+
+        Args:
+            table: meaning → keys, by blanks apart.
+            off: values that mean nothing is done, beside false, zero and nothing.
+        """
+        self._note(self.run.random, table, off)
+
+    def refuse(self, table: Mapping[str, str], off: Collection[Any] = ()) -> None:
+        """Note keys that change the loss in a way that is not computed, as `randoms` does."""
+        self._note(self.run.other, table, off)
+
+    def _note(self, entries: list[Entry], table: Mapping[str, str], off: Collection[Any]) -> None:
+        for meaning, keys in table.items():
+            for key in keys.split():
+                value = self.get(key)
+                if not is_off(value) and value not in off:
+                    self.note(entries, key, value, meaning)
+
+    def known(self, *names: str) -> dict[str, Any]:
+        """Return the values of those keys that are there."""
+        found = {name: self.get(name) for name in names}
+        return {name: value for name, value in found.items() if value is not None}
+
     def random(self, key: str, meaning: str, kind: type = bool, default: Any = None) -> Any:
         """Return a value that makes the data random; told of where it is on."""
         value = self.get(key, default, kind)
         if value:
             self.run.random.append(Entry(self.name(key), value, meaning))
         return value
-
-    def refuse(self, keys: Mapping[str, str], off: Collection[Any] = (None, False, 0, "")) -> None:
-        """Note keys that change the loss in a way that is not computed, where they are on."""
-        for key, meaning in keys.items():
-            value = self.get(key)
-            text = value.lower() if isinstance(value, str) else value
-            is_off = value in ([], {}) or text in ("false", "0", "0.0", "none") or value in off
-            if not is_off:
-                self.run.other.append(Entry(self.name(key), value, meaning))
 
     def skip(self, keys: str) -> None:
         """Name keys (by blanks apart, ``*`` at the end for any) that change no gradient."""
@@ -196,9 +261,17 @@ def _converted(value: Any, kind: type) -> Any:
     if isinstance(value, bool):
         raise TypeError
     number = float(value)  # YAML reads 1e-4 as text
+    if not math.isfinite(number):
+        raise ValueError
     if kind is int and number != int(number):
         raise ValueError
     return kind(number)
+
+
+def is_off(value: Any) -> bool:
+    """Tell whether a value says that something is not done; it may stand as text."""
+    text = value.lower() if isinstance(value, str) else value
+    return text in (None, False, 0, "", "false", "0", "0.0", "none", [], {})
 
 
 def shown(value: Any) -> str:

@@ -143,7 +143,7 @@ def test_what_is_off_is_no_other_loss(place, off):
 @pytest.mark.parametrize(
     "change, named",
     [
-        (("'networks.lora'", "'networks.oft'"), "reads no adapters"),
+        (("'networks.lora'", "'networks.oft'"), "has no family"),
         (("min_snr_gamma = 5", "min_snr_gamma = 'five'"), "no number"),
         (("img/mugs", "img/cups"), "run.root"),
         (("base/sd", "base/sd.ckpt"), "is a pickle"),
@@ -180,7 +180,7 @@ def test_what_the_line_says_of_the_model_wins(place):
 
 def test_text_encoders_that_were_trained_are_refused_from_the_header(place):
     header_only("out/mug.safetensors", ["lora_te_text_model.lora_down.weight"])
-    with pytest.raises(DminError, match=r"1 tensors lora_te.* attribute"):
+    with pytest.raises(DminError, match=r"1 tensors such as lora_te.* attribute"):
         read_run(place / "run.toml")
 
 

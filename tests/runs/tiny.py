@@ -30,3 +30,20 @@ def header_only(name, tensors=(), **metadata):
     header = {"__metadata__": metadata, **dict.fromkeys(tensors, entry)}
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+def images():
+    """Write the images and captions on which trainers differ, base models and adapters."""
+    for name, kind in BASES.items():
+        pipeline_index(f"base/{name}", f"{kind}Pipeline")
+    picture("img/mugs/a.png", (80, 40))
+    for name in ("b.JPG", "c.png", "deep/d.png", "a-masklabel.png", "_controls/a.png"):
+        picture(f"img/mugs/{name}", (80, 40) if name.endswith("a-masklabel.png") else (40, 40))
+    picture("img/mugs_mask/a.png", (80, 40))
+    picture("img/plain/e.png")
+    for name, text in (("a.txt", "a mug, red\na second line"), ("c.TXT", ""), ("deep/d.txt", "d")):
+        Path("img/mugs", name).write_text(text)
+    header_only("out/mug.safetensors")
+
+
+BASES = {"sd": "StableDiffusion", "flux": "Flux", "sdxl": "StableDiffusionXL"}

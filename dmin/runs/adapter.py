@@ -1,0 +1,79 @@
+"""The adapter that came out of a run: the last file, else the latest of those on the way."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from dmin.runs.files import Places, header, spelled
+from dmin.runs.training_run import Entry, TrainingRun
+from dmin.runtime.errors import DminError
+
+TEXT = ("lora_te", "text_encoder", "text_encoders.")  # how names of their tensors begin
+
+
+def take(
+    run: TrainingRun, places: Places, key: str, folder: Path | None, last: str, *ways: str
+) -> None:
+    """Take the adapter of a run; those on the way stand among its facts.
+
+    Args:
+        run: gets ``model.adapter``.
+        places: a file that the user names wins.
+        key: where the config names it.
+        folder: of the files, if it was found.
+        last: name of the file that training ends with.
+        ways: patterns of those on the way; the names before ``*`` are taken as they are.
+
+    Raises:
+        DminError: there is none, or it adapts text encoders, too.
+    """
+    run.collect["params"] = "lora"
+    said = places.said.get("adapter")
+    if said is None:
+        files = _files(folder, last, ways)
+        if not files:
+            raise DminError(
+                f"{run.source}: {key} leads to no adapter ({last}). Name it: model.adapter=FILE, "
+                f"or where the run's files are: run.root=FOLDER."
+            )
+        run.facts["checkpoints"] = [spelled(each) for each in files[:-1]]
+        said = spelled(files[-1])
+        run.taken.append(Entry(key, said, "model.adapter"))
+    else:
+        run.taken.append(Entry(key, said, "model.adapter, as you say"))
+    run.model["adapter"] = said
+    names = header(Path(said)) if Path(said).is_file() else {}
+    if parts := [name for name in names if name.startswith(TEXT)]:
+        raise DminError(
+            f"{said} trained the text encoders too ({len(parts)} tensors such as {parts[0]}), "
+            f"whose part dmin does not attribute yet. It opens adapters of the network alone."
+        )
+
+
+def _files(folder: Path | None, last: str, ways: Sequence[str]) -> list[Path]:
+    """Return the files of a run that are there, in the order they were saved."""
+    if folder is None:
+        return []
+    found: list[Path] = []
+    for way in ways:
+        before, star, rest = way.partition("*")
+        found += folder.glob(f"{glob.escape(before)}{star}{rest}")
+    found = [file for file in found if file.is_file() and file != folder / last]
+    return [*sorted(found, key=_natural), *([folder / last] if (folder / last).is_file() else [])]
+
+
+def refuse_whole(run: TrainingRun, without: str) -> DminError:
+    """Return the error of a run that trained all weights."""
+    return DminError(
+        f"{run.source} trains the whole network ({without}): name the model that came out by "
+        f"model=FAMILY model.path=…, and its data by data=training_folder data.root=…"
+    )
+
+
+def _natural(file: Path) -> list[tuple[int, str]]:
+    """Return a key by which step 900 comes before 1000."""
+    parts = re.split(r"(\d+)", file.as_posix())
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]

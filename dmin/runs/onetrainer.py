@@ -1,0 +1,249 @@
+"""OneTrainer: one JSON of settings, and one of concepts, which are folders of images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmin.runs import adapter
+from dmin.runs import wording as say
+from dmin.runs.base_model import base_model, family_of
+from dmin.runs.files import Places, load, spelled
+from dmin.runs.folders import MASKS, add, folder, ratios, sides, together
+from dmin.runs.training_run import Entry, Keys, Setting, TrainingRun
+from dmin.runtime.errors import DminError
+
+# Type of the model → family.
+FAMILIES = {
+    **{f"STABLE_DIFFUSION_{v}": "stable_diffusion" for v in ("15", "20", "20_BASE", "21_BASE")},
+    "STABLE_DIFFUSION_21": "stable_diffusion",
+    "STABLE_DIFFUSION_XL_10_BASE": "stable_diffusion_xl",
+    "STABLE_DIFFUSION_3": "stable_diffusion_3",
+    "STABLE_DIFFUSION_35": "stable_diffusion_3",
+    "FLUX_DEV_1": "flux",
+    "PIXART_ALPHA": "pixart",
+    "PIXART_SIGMA": "pixart",
+    "SANA": "sana",
+}
+CONFIGS = ("*.json", "config/*.json", "backup/*/onetrainer_config/args.json")
+SUFFIXES = (".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".avif")
+LEFT = ("-masklabel", "-condlabel")  # ends of names that are no examples
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+ASPECTS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4)
+SETTINGS = {
+    "offset_noise_weight": Setting("noise_offset"),
+    "timestep_shift": Setting("shift", 1.0, off=None),
+    "text_encoder_2_sequence_length": Setting("max_sequence_length", 77, int),
+}
+OTHER_LOSS = {
+    say.BOUNDED: "mae_strength log_cosh_strength huber_strength",
+    say.NOISE: "generalized_offset_noise perturbation_noise_weight",
+    say.SCHEDULE: "rescale_noise_scheduler_to_zero_terminal_snr force_v_prediction "
+    "force_epsilon_prediction",
+    say.CUT_OFF: "min_noising_strength",
+    say.LAYER: "text_encoder_layer_skip text_encoder_2_layer_skip text_encoder_3_layer_skip "
+    "text_encoder_4_layer_skip",
+    say.TERMS: "masked_prior_preservation_weight",
+    say.CONTROL: "custom_conditioning_image",
+    "convolutions were padded in circles": "force_circular_padding",
+    say.LEARNED: "additional_embeddings",
+}
+OF_TEXT = {
+    say.ORDER: "enable_tag_shuffling",
+    say.TAGS: "tag_dropout_enable",
+    "capitals were drawn; here as written": "caps_randomize_enable",
+}
+OF_IMAGE = {
+    say.CROP: "enable_random_mask_rotate_crop",
+    say.FLIP: "enable_random_flip",
+    say.TURNS: "enable_random_rotate",
+    say.COLOURS: "enable_random_brightness enable_random_contrast enable_random_saturation "
+    "enable_random_hue",
+    "masks were shrunk at random; here whole": "enable_random_circular_mask_shrink",
+}
+FIXED = {
+    "every image was changed so: change the files alike": "enable_fixed_flip enable_fixed_rotate "
+    "enable_fixed_brightness enable_fixed_contrast enable_fixed_saturation enable_fixed_hue"
+}
+# What changes no gradient of the weights that came out.
+INERT = (
+    "__version debug_mode debug_dir cache_dir tensorboard* validat* continue_last_backup "
+    "prevent_overwrites include_train_config multi_gpu device_indexes gradient_* "
+    "fused_gradient_reduce async_gradient_reduce* output_dtype output_model_format enable_async_* "
+    "enable_activation_offloading layer_offload_fraction compile* latent_caching "
+    "clear_cache_before_training learning_rate_* custom_learning_rate_scheduler scheduler_params "
+    "ema ema_* dataloader_threads train_device temp_device train_dtype fallback_train_dtype "
+    "enable_autocast_cache only_cache frames mse_strength vb_loss_strength dropout_probability "
+    "loss_scaler clip_grad_norm noising_weight noising_bias prior quantization "
+    "text_encoder_sequence_length effnet_encoder decoder decoder_* unmasked_probability "
+    "layer_filter layer_filter_* embedding embedding_* preserve_embedding_norm cloud peft_type "
+    "lora_* bundle_additional_embeddings oft_* lokr_* optimizer optimizer_defaults "
+    "sample_* samples samples_to_tensorboard non_ema_sampling backup_* rolling_backup* save_* "
+    "secrets loss_weight_strength"
+)
+PLAIN = ("NONE", "FLOAT_32", "FLOAT_16", "BFLOAT_16", "TFLOAT_32")
+
+
+def recognises(found: Any) -> bool:
+    """Tell whether a config is one of OneTrainer's."""
+    return isinstance(found, Mapping) and {"training_method", "model_type"} <= found.keys()
+
+
+def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
+    """Return what a config of OneTrainer says."""
+    run = TrainingRun("OneTrainer", source)
+    keys = Keys(found, run)
+    version = keys.get("__version", 11, int)
+    if version < 10:
+        raise DminError(
+            f"{source} is of an older OneTrainer (__version = {version}; 10 and later are read). "
+            f"Load it in a newer one, and take the copy that it saves."
+        )
+    if (method := keys.get("training_method", kind=str)) != "LORA":
+        raise adapter.refuse_whole(run, f"training_method = {method}")
+    family = family_of(run, keys.get("model_type"), FAMILIES, places)
+    base = keys.get("base_model_name", kind=str)
+    run.family, run.model = base_model(run, places, base, family)
+    _loss(keys, run)
+    _parts(keys, run)
+    last = places.seek(keys.get("output_model_destination", kind=str), "output_model_destination")
+    work = places.seek(keys.get("workspace_dir", kind=str), "workspace_dir")
+    folder, name = (last.parent, last.name) if last else (work, "")
+    adapter.take(run, places, "output_model_destination", folder, name, "save/*.safetensors")
+    run.name = Path(run.model["adapter"]).stem
+    run.facts |= keys.known("epochs", "batch_size", "learning_rate", "lora_rank", "lora_alpha")
+    run.data = together(_concepts(keys, run, places), run)
+    run.model["empty_captions"] = "keep"  # what it makes of images without a caption
+    keys.skip(INERT)
+    keys.finish()
+    return run
+
+
+def _loss(keys: Keys, run: TrainingRun) -> None:
+    keys.settings(SETTINGS)
+    keys.refuse(OTHER_LOSS)
+    keys.refuse({say.CUT_OFF: "max_noising_strength"}, off=(1, "1.0"))
+    keys.randoms(
+        {say.TIMESTEPS: "timestep_distribution dynamic_timestep_shifting"}, off=("UNIFORM",)
+    )
+    weight = keys.get("loss_weight_fn", "CONSTANT", str)
+    if weight == "MIN_SNR_GAMMA":
+        keys.settings({"loss_weight_strength": Setting("snr_gamma", 5.0)})
+    elif weight != "CONSTANT":
+        keys.note(run.other, "loss_weight_fn", weight, say.WEIGHTS)
+
+
+def _parts(keys: Keys, run: TrainingRun) -> None:
+    """Take what is said of the network, the text encoders and the VAE, each a table of its own."""
+    own = ENCODERS[: 1 + (run.family != "stable_diffusion")]
+    for name in ("unet", "transformer", "vae", *ENCODERS):
+        part = keys.inside(name)
+        if name in ENCODERS and name not in own:
+            continue
+        part.refuse({say.PART: "model_name", say.PADDING: "attention_mask"})
+        if (kind := part.get("weight_dtype", "NONE", str)) not in PLAIN:
+            part.note(run.other, "weight_dtype", kind, say.QUANTISED)
+        if name == "transformer":
+            part.settings({"guidance_scale": Setting("embedded_guidance", 1.0)})
+        if len(own) == 1 and name in own:
+            part.settings({"dropout_probability": Setting("prompt_dropout")})
+        elif name in own:
+            part.randoms({say.DROPOUT: "dropout_probability"})
+
+
+def _concepts(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[str, Any]]:
+    if not keys.get("concepts"):
+        beside = run.source.parent / "concepts.json"
+        name = keys.get("concept_file_name", "concepts.json", str)
+        file = beside if beside.is_file() else places.find(name, "concept_file_name")
+        keys.values["concepts"] = load(file)
+    keys.get("concept_file_name")
+    parts: dict[str, dict[str, Any]] = {}
+    for concept in keys.each("concepts"):
+        path, kind = concept.get("path", "", str), concept.get("type", "STANDARD", str)
+        if kind == "PRIOR_PREDICTION":
+            concept.note(run.other, "type", f"{kind} ({path})", say.PRIOR)
+        elif kind != "STANDARD" or concept.get("validation_concept", False, bool):
+            concept.note(run.taken, "type", kind, f"{path} was held out")
+        elif concept.get("enabled", True, bool):
+            _concept(concept, Path(places.folder(path, concept.name("path"))), keys, parts, places)
+    return parts
+
+
+def _concept(
+    concept: Keys, root: Path, keys: Keys, parts: dict[str, dict[str, Any]], places: Places
+) -> None:
+    """Add the folder of a concept, once for each of its resolutions."""
+    run, image = concept.run, concept.inside("image")
+    deep = concept.get("include_subdirectories", False, bool)
+    size = keys.get("resolution", "512")
+    if image.get("enable_resolution_override", False, bool):
+        size = image.get("resolution_override", "512")
+    shapes = _shapes(size, keys.get("aspect_ratio_bucketing", True, bool), run)
+    repeats = concept.get("balancing", concept.get("repeats", 1.0, float), float)
+    if concept.get("balancing_strategy", "REPEATS", str) == "SAMPLES":  # that many an epoch
+        files = root.rglob("*") if deep else root.glob("*")
+        images = [f for f in files if f.suffix.lower() in SUFFIXES and not f.stem.endswith(LEFT)]
+        repeats /= max(1, len(images))
+    concept.note(run.taken, "path", root.name, f"data, {repeats:g} repeats")
+    if image.get("enable_crop_jitter", True, bool):
+        image.note(run.random, "enable_crop_jitter", True, say.CROP)
+    image.randoms(OF_IMAGE)
+    image.refuse(FIXED)
+    concept.refuse({say.OF_FOLDER: "loss_weight"}, off=(1, "1.0"))
+    more: dict[str, Any] = {}
+    if keys.get("masked_training", False, bool) and any(root.rglob(f"*{LEFT[0]}.png")):
+        more["masks"] = {
+            "_target_": MASKS,
+            "suffix": f"{LEFT[0]}.png",
+            "least": keys.get("unmasked_weight", 0.1, float),
+            "normalised": keys.get("normalize_masked_area_loss", False, bool),
+        }
+        keys.note(run.taken, "masked_training", True, "masks of the loss")
+    captions = _captions(concept.inside("text"), places)
+    leave = [f"{end}.png" for end in LEFT]
+    part = folder(
+        spelled(root),
+        captions,
+        SUFFIXES,
+        repeats=repeats / len(shapes),
+        recursive=deep,
+        leave=leave,
+        **more,
+    )
+    concept.skip("__version name seed image_variations text_variations concept_stats enabled")
+    concept.finish()
+    add(parts, root.name, part, run, shapes)
+
+
+def _shapes(size: Any, bucketed: bool, run: TrainingRun) -> list[dict[str, Any]]:
+    """Return the shapes of each resolution: of several, one was drawn for each image."""
+    if isinstance(size, str) and "x" in size:
+        fixed = [max(64, round(each / 64) * 64) for each in (sides(size, run) * 2)[1::-1]]
+        side = round((fixed[0] * fixed[1]) ** 0.5)
+        return [{"size": side, "aspect": "buckets", "bucket_shapes": [fixed]}]
+    several = [
+        sides(each, run)[0] for each in (size.split(",") if isinstance(size, str) else [size])
+    ]
+    if len(several) > 1:
+        meaning = "one of them was drawn for each image; here each, of as many repeats less"
+        run.random.append(Entry("resolution", size, meaning))
+    if not bucketed:
+        return [{"size": side, "aspect": "square"} for side in several]
+    return [ratios(side, (*ASPECTS, *(1 / a for a in ASPECTS)), 64) for side in several]
+
+
+def _captions(text: Keys, places: Places) -> dict[str, Any]:
+    """Return how captions are found: every line of a file is one, of which one was drawn."""
+    text.randoms(OF_TEXT)
+    source = text.get("prompt_source", "sample", str)
+    if source == "filename":
+        return {"source": "stems"}
+    if source == "concept":
+        file = places.find(text.get("prompt_path", "", str), text.name("prompt_path"))
+        lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+        if len(lines) > 1:
+            text.note(text.run.random, "prompt_path", file.name, say.ONE_OF)
+        return {"source": "text", "text": next(iter(lines), "")}
+    return {"extensions": [".txt"], "lines": "each", "missing": "empty"}

@@ -1,0 +1,103 @@
+"""Runs of every trainer: what is taken, approximated and refused, before anything is loaded."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from runs.tiny import images
+
+from dmin.cli.workspace.built import build
+from dmin.runs.recognise import read_run
+from dmin.runtime.errors import DminError
+
+ONETRAINER = {
+    "__version": 11, "training_method": "LORA", "model_type": "STABLE_DIFFUSION_15",
+    "base_model_name": "base/sd", "workspace_dir": "ws", "concept_file_name": "concepts.json",
+    "output_model_destination": "out/mug.safetensors", "output_model_format": "KOHYA_LORA",
+    "peft_type": "LORA", "lora_rank": 4, "lora_alpha": 2.0, "resolution": "128,256",
+    "masked_training": True, "unmasked_weight": 0.1, "loss_weight_fn": "MIN_SNR_GAMMA",
+    "loss_weight_strength": 5.0, "text_encoder": {"__version": 0, "train": False},
+    "concepts": [
+        {"__version": 2, "name": "mugs", "path": "img/mugs", "type": "STANDARD",
+         "include_subdirectories": True, "balancing": 2.5, "balancing_strategy": "REPEATS",
+         "image": {"enable_crop_jitter": False, "enable_random_flip": True},
+         "text": {"prompt_source": "sample", "enable_tag_shuffling": True}},
+        {"__version": 2, "path": "img/plain", "balancing": 3, "balancing_strategy": "SAMPLES",
+         "text": {"prompt_source": "filename"},
+         "image": {"enable_resolution_override": True, "resolution_override": "128x192"}},
+        {"path": "img/val", "type": "VALIDATION"},
+    ],
+}  # fmt: skip
+
+# Trainer → its config, the model's settings, randomness, and (id, caption, repeats, height, width).
+RUNS = {
+    "onetrainer": (
+        ONETRAINER,
+        {"path": "base/sd", "snr_gamma": 5.0},
+        {"enable_random_flip", "enable_tag_shuffling", "resolution", "enable_crop_jitter"},
+        [
+            *(
+                (f"mugs@{size}/{name}", caption, 1.25, *shape)
+                for size, tall in ((128, (192, 128)), (256, (384, 192)))
+                for name, caption, shape in (
+                    ("_controls/a.png", "", (size, size)),
+                    ("a.png", "a mug, red", tall),
+                    ("b.JPG", "", (size, size)),
+                    ("c.png", "", (size, size)),
+                    ("deep/d.png", "d", (size, size)),
+                )
+            ),
+            ("plain/e.png", "e", 3.0, 192, 128),
+        ],
+    ),
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images()
+    return tmp_path
+
+
+def written(name, config):
+    file = Path(f"{name}.json")
+    file.write_text(json.dumps(config))
+    return file
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_taken_as_it_was_trained(place, name):
+    config, model, random, examples = RUNS[name]
+    run = read_run(written(name, config))
+    assert model.items() <= run.model.items()
+    assert {entry.key.rpartition(".")[2] for entry in run.random} == random
+    assert run.model["adapter"].startswith("out/") and run.unknown == []
+    data = build(run.data)
+    got = [(e.id, e.caption, e.metadata.get("repeats", 1.0), *e.image.shape[1:]) for e in data]
+    assert got == examples
+
+
+def leaves(config, path=()):
+    """Yield the place of every value of a config."""
+    pairs = config.items() if isinstance(config, dict) else enumerate(config)
+    for key, value in pairs:
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from leaves(value, (*path, key))
+
+
+@pytest.mark.parametrize("odd", [[], {}, "odd", -1, 1e400, True, None, [[1]], [{"a": 1}]], ids=str)
+@pytest.mark.parametrize("name", RUNS)
+def test_odd_values_are_refused_in_a_sentence_or_read(place, name, odd):
+    for at in leaves(RUNS[name][0]):
+        config = copy.deepcopy(RUNS[name][0])
+        inside = config
+        for key in at[:-1]:
+            inside = inside[key]
+        inside[at[-1]] = odd
+        try:
+            read_run(written(name, config))
+        except DminError as error:
+            assert len(str(error)) < 900, at
