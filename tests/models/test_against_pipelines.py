@@ -82,6 +82,8 @@ def test_sizes_told_are_those_of_each_image_or_a_setting(name):
     assert rows(load(name), *file) == [[480, 640, 0, 8, 32, 48], [32, 48, 0, 0, 32, 48]]
     fixed = load(name, original_size=(64, 96), crop=(1, 2), target_size=(8, 16))
     assert rows(fixed, *file) == [[64, 96, 1, 2, 8, 16]] * 2
+    cut = load(name, sizes_from="cut")
+    assert rows(cut, *file) == [[32, 48, 0, 0, 32, 48]] * 2
     said = load(name, sizes_from="metadata")
     columns = {"original_height": 9, "original_width": 8, "crop_top": 7, "crop_left": 6}
     assert rows(said, (file[0][0], columns)) == [[9, 8, 7, 6, 32, 48]]
