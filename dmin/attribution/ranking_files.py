@@ -10,7 +10,7 @@ from typing import Any
 
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.ranking_json import document, number, plain, score_facts
-from dmin.runtime.escape import write_csv
+from dmin.runtime.escape import named_apart, write_csv
 
 CORE_COLUMNS = (
     *("method", "query", "rank", "id", "row", "score", "error", "stability", "maximum"),
@@ -34,7 +34,7 @@ def records(ranking: Ranking) -> list[dict[str, Any]]:
     train_keys = _keys([example for row in ranking.train_metadata for example in row])
     groups = [f"group_{name}" for name in ranking.groups]
     taken = {*CORE_COLUMNS, *times, *groups, *(f"query_{key}" for key in query_keys)}
-    columns = {key: f"metadata_{key}" if key in taken else key for key in train_keys}
+    columns = named_apart(train_keys, taken)
     records = []
     for query, rank in ranking.places():
         example, origin = ranking.train_metadata[query][rank], ranking.query_metadata[query]

@@ -13,7 +13,7 @@ from dmin.attribution.features import FeatureSet
 from dmin.attribution.method import Method
 from dmin.attribution.scores import as_feature_set
 from dmin.runtime.errors import DminError
-from dmin.runtime.escape import write_csv
+from dmin.runtime.escape import named_apart, write_csv
 from dmin.runtime.sampling import evenly
 from dmin.store import Store
 
@@ -80,11 +80,11 @@ def save_self_influence(store: Store, scores: np.ndarray, path: Path) -> np.ndar
     """
     order = np.argsort(-scores, kind="stable")
     columns = list(dict.fromkeys(name for row in store.metadata for name in row))
-    columns = [name for name in columns if name not in ("rank", "id", "score")]
+    names = named_apart(columns, ("rank", "id", "score"))
     lines = []
     for rank, row in enumerate(order.tolist(), 1):
         facts = store.metadata[row]
-        told = {name: facts.get(name, "") for name in columns}
+        told = {own: facts.get(name, "") for name, own in names.items()}
         lines.append({"rank": rank, "id": store.ids[row], "score": f"{scores[row]:.6g}", **told})
     write_csv(path, lines)
     return order

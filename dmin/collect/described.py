@@ -176,8 +176,13 @@ def _changed(store: Store, known: Mapping[str, Facts], names: Sequence[str]) -> 
         if id in known:
             now = known[id].describe()
             lines += [
-                f"{id}.{n}: {now.get(n)!r} here, {kept.get(n)!r} there"
+                f"{id}.{n}: {_said(now, n)!r} here, {_said(kept, n)!r} there"
                 for n in names
-                if now.get(n) != kept.get(n)
+                if _said(now, n) != _said(kept, n)
             ]
     return [*lines[:3], f"… and {len(lines) - 3} more"] if len(lines) > 3 else lines
+
+
+def _said(row: Mapping[str, Any], name: str) -> Any:
+    """Return a label, caption or column; a store of before may keep a column as either."""
+    return row.get(name, row.get(f"metadata_{name}"))

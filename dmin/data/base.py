@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dmin.runtime.errors import DminError
+from dmin.runtime.escape import named_apart
 from dmin.runtime.fingerprint import array_digest
 
 SCHEMA = 2
@@ -33,11 +34,16 @@ class Facts(NamedTuple):
     metadata: Mapping[str, Any] | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Return all of it as a store keeps it; a column that would hide another is renamed."""
+        """Return all of it as a store keeps it.
+
+        ``label`` and ``caption`` are what a model sees, and nothing else: other columns of these
+        names, whether an example has a label or not, become ``metadata_label``.
+        """
         known = {"label": self.label, "caption": self.caption}
+        rest = self.metadata or {}
+        names = named_apart(rest, known)
         known = {name: value for name, value in known.items() if value is not None}
-        rest = (self.metadata or {}).items()
-        return {**known, **{f"metadata_{k}" if k in known else k: v for k, v in rest}}
+        return {**known, **{names[name]: value for name, value in rest.items()}}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal  # noqa: F401 (Literal is read from the annotati
 
 from dmin.data.base import SCHEMA, Example, Facts
 from dmin.data.checked import Checked
-from dmin.data.metadata import as_caption, as_label
+from dmin.data.metadata import split_row
 from dmin.data.pixels import Unreadable
 from dmin.data.survey import read_bytes, remembered, survey_rows
 from dmin.runtime.errors import DminError
@@ -115,25 +115,23 @@ class HFDataset(Checked):
         """Return one example."""
         position = self._kept[index]
         row = self._rows[position]
-        name = str(row.pop(self.id)) if self.id else _row_id(position)
+        name = str(row[self.id]) if self.id else _row_id(position)
         where = f"image {name!r} of {self.path}"
-        image, sizes = self.decode(_content(row.pop(self.image), where), where)
+        image, sizes = self.decode(_content(row[self.image], where), where)
         label, caption, rest = self._facts(row, where)
         return Example(name, image, label, caption, rest or {}, sizes)
 
     def facts(self, index: int) -> Facts:
         """Return what is known of a row besides its image, which is not read."""
         row = self._known[self._kept[index]]
-        row.pop(self.id, None)
         return self._facts(row, f"image {self.ids[index]!r} of {self.path}")
 
     def _facts(self, row: dict[str, Any], where: str) -> Facts:
         """Return what a row says of its image."""
-        label = as_label(row[self.label], where) if self.label else None
-        caption = as_caption(row[self.text], where) if self.text else None
-        rest = {k: v for k, v in row.items() if k not in (self.image, self.label, self.text)}
+        label, caption, rest = split_row(row, self.label, self.text, where)
+        rest = {k: v for k, v in (rest or {}).items() if k not in (self.image, self.id)}
         if self.classes is not None and isinstance(label, int) and label >= 0:
-            rest[f"{self.label}_name"] = self.classes[label]
+            rest.setdefault(f"{self.label}_name", self.classes[label])
         return Facts(label, caption, rest)
 
     @property

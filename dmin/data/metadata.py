@@ -6,7 +6,7 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -58,7 +58,7 @@ def read_facts(
     """
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     label, text = _column("label", label, columns, where), _column("text", text, columns, where)
-    return {name: _facts(name, dict(row), label, text) for name, row in rows.items()}
+    return {name: split_row(row, label, text, name) for name, row in rows.items()}
 
 
 def as_label(value: Any, name: str) -> int | str | None:
@@ -87,10 +87,18 @@ def as_caption(value: Any, name: str) -> str | None:
     raise DminError(f"{name} has the caption {value!r}; a caption is text.")
 
 
-def _facts(name: str, row: dict[str, Any], label: str | None, text: str | None) -> Facts:
-    found = as_label(row.pop(label, None), name) if label else None
-    caption = as_caption(row.pop(text, None), name) if text else None
-    return Facts(found, caption, row)
+def split_row(row: Mapping[str, Any], label: str | None, text: str | None, name: str) -> Facts:
+    """Return the label and the caption of a row, and the rest of it.
+
+    Args:
+        row: what is said of an image.
+        label: column of the label; None for none.
+        text: column of the caption, which may be the same; None for none.
+        name: what to call the image in a message.
+    """
+    found = as_label(row.get(label), name) if label else None
+    caption = as_caption(row.get(text), name) if text else None
+    return Facts(found, caption, {k: v for k, v in row.items() if k not in (label, text)})
 
 
 def _column(setting: str, asked: Column, columns: list[str], where: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple  # noqa: F401 (Literal: se
 
 from dmin.data.base import SCHEMA, Example, Facts
 from dmin.data.checked import Checked
-from dmin.data.metadata import as_caption, as_label
+from dmin.data.metadata import split_row
 from dmin.data.pixels import Unreadable
 from dmin.data.survey import survey
 from dmin.runtime.errors import DminError
@@ -107,14 +107,14 @@ class TarShards(Checked):
     def _facts(self, content: dict[str, bytes], where: str) -> Facts:
         """Return label, caption and the rest of what a sample says of its image."""
         fields = _fields(content.get("json", b"{}"), where)
-        caption = as_caption(fields.pop(self.text, None), where) if self.text else None
-        label = as_label(fields.pop(self.label, None), where) if self.label else None
+        told = split_row(fields, self.label, self.text, where)
         if "txt" in content:
-            caption = _decoded(content["txt"], where)
+            told = told._replace(caption=_decoded(content["txt"], where))
         if "cls" in content:
             text = _decoded(content["cls"], where).strip()
             label = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
-        return Facts(label, caption, fields)
+            told = told._replace(label=label)
+        return told
 
     def describe(self) -> dict[str, Any]:
         """Return settings, and a digest of the id, image, label and caption of every sample."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,23 @@ _NUMBER = re.compile(r"[-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)", re.IGNORECASE)
 def printable(text: str) -> str:
     r"""Return a text with what a terminal would obey spelled out: ``\u001b``, ``\u202e``."""
     return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def named_apart(names: Iterable[str], taken: Collection[str]) -> dict[str, str]:
+    """Return names of their own for columns: ``metadata_`` before those that would hide others.
+
+    Args:
+        names: of the columns.
+        taken: names that others have.
+    """
+    names = list(names)
+    found: dict[str, str] = {}
+    for name in names:
+        own = name
+        while own in taken or (own != name and (own in names or own in found.values())):
+            own = f"metadata_{own}"
+        found[name] = own
+    return found
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -11,7 +11,7 @@ import torch
 from dmin.attribution.search.selection import Selection
 from dmin.cli import main
 from dmin.collect.described import as_found, describe, refresh_metadata, warn_if_stale
-from dmin.data.base import Example, Examples, describe_fully
+from dmin.data.base import Example, Examples, Facts, describe_fully
 from dmin.data.huggingface import HFDataset
 from dmin.data.ids import facts_of
 from dmin.data.image_folder import ImageFolder
@@ -78,7 +78,7 @@ def test_metadata_are_taken_over(store, tmp_path, capsys):
     assert found.digest() == digest and info(found)["metadata renewed"]
     assert {file.name: file.read_bytes() for file in found.path.glob("*.h5")} == files
     # What asks by metadata asks the new ones.
-    assert Selection(where={"artist": "c"}).count(found.metadata) == 2
+    assert Selection(where={"artist": "c"}).candidates(found.metadata)[0] == 2
     names, groups = Selection(group_by="artist").groups(found.metadata)
     assert names == ["a", "b", "c"] and groups.tolist() == [0, 1, 2, 0, 1, 2, 0]
     # It is a store of these data from now on, and of the same ones when they change once more.
@@ -251,3 +251,18 @@ def test_a_model_reads_only_what_it_declares(ddpm):
         encoded(model, batch)
     model.metadata_columns = ["artist"]
     encoded(model, batch)
+
+
+@pytest.mark.parametrize("described", DESCRIBED.values())
+def test_a_column_that_once_stood_for_a_label_is_renamed(described, tmp_path, monkeypatch):
+    folder(tmp_path / "images")
+    data = ImageFolder(tmp_path / "images", label=None)
+    with monkeypatch.context() as then:
+        then.setattr(Facts, "describe", lambda facts: {"caption": facts[1], **facts.metadata})
+        stored(data, tmp_path / "store", described(data))
+    assert "label" in Store(tmp_path / "store").metadata[0]
+    with pytest.warns(DminWarning, match="dmin store metadata"):
+        warn_if_stale(Store(tmp_path / "store"), data)
+    for same_images in (False, True):
+        kept = refresh_metadata(tmp_path / "store", data, same_images).metadata[2]
+        assert kept == {"caption": "picture 2", "metadata_label": 2}
