@@ -35,6 +35,7 @@ OF_SHAPES = [
 VALUES = {
     ("model", "ddpm"): ["model.path={ddpm_path}"],
     ("model", "mlp"): ["model.path={mlp_path}"],
+    ("model", "auto"): ["model.path={stable_diffusion}"],
     **{("model", family): [f"model.path={{{family}}}"] for family in BUILDERS},
     ("data", "image_folder"): ["data.root={images}"],
     ("data", "training_folder"): ["data.root={images}", "data.captions.missing=empty"],

@@ -13,13 +13,14 @@ COMMANDS = {
     "outliers": "Find training examples that only they explain: rare, or labelled wrongly.",
     "evaluate": "Measure how far the answers can be trusted, against ground truth.",
     "status": "See how much of a running or dead collection is done, by whom, how fast.",
+    "models": "See which families of models are opened, by what, and why others are refused.",
     "store": "Inspect, verify, merge, fold, convert, compact and export stores.",
     "repeat": "Run the settings of an earlier run again, and say what differs.",
     "demo": "Do all of it on a small model, in minutes on a laptop.",
 }
 
 # Commands that compose no configuration; each has a page of its own in dmin.cli.tools.
-TOOLS = ("status", "store", "repeat")
+TOOLS = ("status", "models", "store", "repeat")
 
 # What the example of each command says beyond `experiment=digits`, with which all of them run.
 _EXAMPLES = {

@@ -22,6 +22,7 @@ _FAMILIES = {
     "StableDiffusion": "families.stable_diffusion",
     "StableDiffusion3": "families.stable_diffusion_3",
     "StableDiffusionXL": "families.stable_diffusion_xl",
+    "auto": "recognition",
 }
 
 __all__ = ["READOUTS", "Condition", "DiffusionModel", "Prediction"]

@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dmin.models.recognition import HUB, PICKLES, refuse_pickle, tensor_names
 from dmin.models.relatives import check_checkpoint, pipeline_of
 from dmin.runtime.errors import DminError
 
@@ -67,7 +67,7 @@ def load_pipeline(
     pipeline_class = pipeline_of(family)
     source = Path(path, subfolder) if subfolder else Path(path)
     is_local = Path(path).exists()
-    is_hub = not is_local and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not subfolder
+    is_hub = not is_local and HUB.fullmatch(str(path)) and not subfolder
     if not is_hub and not (source / "model_index.json").is_file():
         raise DminError(
             f"model.path={path}{f', model.subfolder={subfolder}' if subfolder else ''}: no "
@@ -76,6 +76,7 @@ def load_pipeline(
         )
     if is_local:
         _refuse_code(source)
+        _check_variant(source, variant)
     options = {"torch_dtype": getattr(torch, torch_dtype), "revision": revision, **components}
     try:
         where = str(source if is_local else path)
@@ -110,6 +111,30 @@ def _refuse_code(source: Path) -> None:
             )
 
 
+def _check_variant(source: Path, variant: str | None) -> None:
+    """Refuse a checkpoint whose weights are all of another variant than the one asked for."""
+    found: dict[str, set[str | None]] = {}
+    for file in source.glob("*/*"):
+        if known := _WEIGHTS.fullmatch(file.name):
+            found.setdefault(file.parent.name, set()).add(known[1])
+    there = sorted({name for each in found.values() for name in each if name})
+    lacking = [folder for folder, held in sorted(found.items()) if not held & {None, variant}]
+    if lacking or (variant is not None and found and variant not in there):
+        say = f"model.variant={there[0]}" if there else "model.variant=null"
+        raise DminError(
+            f"model.variant={'null' if variant is None else variant}: the weights in "
+            f"{', '.join(lacking or sorted(found))} of {source} are of "
+            f"{f'the variant {there[0]}' if there else 'no variant'} alone. Say {say} (they are "
+            f"computed in model.torch_dtype, whatever they are kept in)."
+        )
+
+
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?(?:\.([a-z]\w*))?"
+    r"(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+)
+
+
 def _why_not(path: str | Path, source: Path, pipeline_class: Any, error: Exception) -> str:
     """Say why a checkpoint is not loaded: it is not here, or what diffusers says."""
     wanted, index = pipeline_class.__name__, source / "model_index.json"
@@ -129,14 +154,9 @@ def _from_single_file(pipeline_class: Any, file: Path, source: str, options: dic
             f"model.single_file={file}: diffusers cannot load {pipeline_class.__name__} from one "
             f"file. Convert it to diffusers' layout and give the folder as model.path."
         )
-    try:
-        with safe_open(file, "pt") as opened:
-            keys = list(opened.keys())
-    except (OSError, SafetensorError) as error:
-        raise DminError(
-            f"model.single_file={file} cannot be read as a .safetensors file ({error}). Files of "
-            f"another kind can run code when they are read: convert them first."
-        ) from error
+    if file.suffix in PICKLES:
+        refuse_pickle(file, "model.single_file")
+    keys = tensor_names(file)
     components = [name for name in inspect.signature(pipeline_class).parameters if name != "self"]
     lacking = [name for name in _IN_FILE if name in components and not _holds(keys, name)]
     beside = {}

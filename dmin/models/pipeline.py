@@ -34,7 +34,6 @@ class PipelineModel(TrainedModel):
         settings: of :class:`~dmin.models.trained.TrainedModel`.
     """
 
-    family: ClassVar[str]  # as ``model=`` calls it
     network_name: ClassVar[str] = "transformer"
     components: ClassVar[dict[str, Any]] = {}  # replaced when loading
     sampled_with: ClassVar[dict[str, Any]] = {}  # settings of the pipeline's call

@@ -6,58 +6,55 @@ All of it stands in small JSON files, so that it is known before any weight is r
 from __future__ import annotations
 
 import inspect
+import pkgutil
 from collections.abc import Collection, Mapping
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import diffusers
 
 from dmin.runtime.errors import DminError
 
+_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AsymmetricAutoencoderKL")
 
-class Family(NamedTuple):
-    """What the checkpoints of a family are made of."""
+
+class Claims(NamedTuple):
+    """What the checkpoints of a family are made of; a family has it as its attribute ``claims``."""
 
     network: str  # its class
     pipelines: tuple[str, ...]  # of the same networks, trained alike; loaded as the first
     own: tuple[str, ...] = ()  # others, each loaded as itself
     takes: Mapping[str, Collection[Any]] = {}  # settings of MORE_INPUTS that it can serve
     packing: int = 1  # latent pixels in one vector of the network's input
+    keys: tuple[str, ...] = ()  # parts of tensors' names, all of which a single file has
+    vae: tuple[str, ...] = _AUTOENCODERS
 
 
-def _with_variants(name: str) -> tuple[str, ...]:
+def variants(name: str) -> tuple[str, ...]:
+    """Return the pipelines of a family's networks that only sample otherwise."""
     return tuple(f"{name}{variant}Pipeline" for variant in ("", "Img2Img", "PAG"))
 
 
-_UNET, _ANY = "UNet2DConditionModel", range(1, 10**9)
-FAMILIES = {
-    "ddpm": Family(
-        "UNet2DModel",
-        ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline"),
-        takes={"num_class_embeds": _ANY},
-    ),
-    "dit": Family("DiTTransformer2DModel", ("DiTPipeline",)),
-    "flux": Family(
-        "FluxTransformer2DModel",
-        _with_variants("Flux")[:2],
-        takes={"guidance_embeds": (True,)},
-        packing=4,
-    ),
-    "hunyuan_dit": Family("HunyuanDiT2DModel", ("HunyuanDiTPipeline", "HunyuanDiTPAGPipeline")),
-    "pixart": Family(
-        "PixArtTransformer2DModel", ("PixArtAlphaPipeline",), ("PixArtSigmaPipeline",)
-    ),
-    "sana": Family("SanaTransformer2DModel", ("SanaPipeline", "SanaPAGPipeline")),
-    "stable_diffusion": Family(
-        _UNET, _with_variants("StableDiffusion"), takes={"encoder_hid_dim_type": ("text_proj",)}
-    ),
-    "stable_diffusion_3": Family("SD3Transformer2DModel", _with_variants("StableDiffusion3")),
-    "stable_diffusion_xl": Family(
-        _UNET, _with_variants("StableDiffusionXL"), takes={"addition_embed_type": ("text_time",)}
-    ),
-}
-"""By the name that ``model=`` has for it."""
+UNET, ANY = "UNet2DConditionModel", range(1, 10**9)
+FAMILIES: dict[str, Any] = {}
+"""Classes by the name that ``model=`` has for them; each enters when it is defined."""
 
-_REASONS = {
+
+def all_families() -> dict[str, Any]:
+    """Return the class of every family, those that nobody asked for yet included."""
+    package = import_module(f"{__package__}.families")
+    for found in pkgutil.iter_modules(package.__path__):
+        import_module(f"{package.__name__}.{found.name}")
+    return FAMILIES
+
+
+def claimants(pipeline: str) -> list[str]:
+    """Return the families that claim a pipeline's class: one, or none."""
+    of = {name: family.claims for name, family in all_families().items()}
+    return [name for name, held in of.items() if pipeline in (*held.pipelines, *held.own)]
+
+
+REASONS = {
     "ControlNet": "a second network steers the first by a drawing, which is no part of the data",
     "Control": "its network is also given the latents of a drawing, which is no part of the data",
     "Adapter": "a second network steers the first by a drawing, which is no part of the data",
@@ -91,7 +88,11 @@ MORE_INPUTS = {
 }
 """Setting of a network → what it is then told; a family names the values that it can give."""
 
-_AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AsymmetricAutoencoderKL")
+
+def pipelines_of_diffusers() -> list[str]:
+    """Return the names of all pipelines of the installed diffusers."""
+    found: Any = vars(import_module("diffusers.pipelines"))["_import_structure"].values()
+    return sorted({name for names in found for name in names if name.endswith("Pipeline")})
 
 
 def diffusers_name(found: Any) -> str:
@@ -111,23 +112,28 @@ def check_pipeline(held: str, family: str, what: str) -> None:
     Raises:
         DminError: with the reason, and the family that it is of if there is one.
     """
-    by_name = {p: name for name, of in FAMILIES.items() for p in (*of.pipelines, *of.own)}
-    if by_name.get(held) == family:
+    claims = FAMILIES[family].claims
+    if held in (*claims.pipelines, *claims.own):
         return
-    if held in by_name:
-        rest = f"Choose model={by_name[held]}, the model=... that loads it (docs/models.md)."
+    if found := claimants(held):
+        rest = f"Choose model={found[0]}, the model=... that loads it (docs/models.md)."
     else:
-        reason = next((why for part, why in _REASONS.items() if part in held), "no family is it")
         rest = (
-            f"dmin cannot take it for one: {reason}. Give the text- or class-to-image checkpoint "
-            f"it comes from, or write a model of your own (docs/own_models.md)."
+            f"dmin cannot take it for one: {reason(held) or 'no family is it'}. Give the text- or "
+            f"class-to-image checkpoint it comes from, or write a model of your own "
+            f"(docs/own_models.md)."
         )
-    raise DminError(f"{what}: a {held}, where a {FAMILIES[family].pipelines[0]} is needed. {rest}")
+    raise DminError(f"{what}: a {held}, where a {claims.pipelines[0]} is needed. {rest}")
+
+
+def reason(pipeline: str) -> str | None:
+    """Return why no family is trained as a pipeline; None where nothing but a family is lacking."""
+    return next((why for part, why in REASONS.items() if part in pipeline), None)
 
 
 def pipeline_of(family: str) -> Any:
     """Return the class of diffusers that a family's checkpoints are loaded as."""
-    return getattr(diffusers, FAMILIES[family].pipelines[0])
+    return getattr(diffusers, FAMILIES[family].claims.pipelines[0])
 
 
 def check_checkpoint(family: str, path: str, revision: str | None) -> Any:
@@ -150,7 +156,7 @@ def check_checkpoint(family: str, path: str, revision: str | None) -> Any:
     held = index.get("_class_name", "pipeline without a name")
     held = held if isinstance(held, str) else str(held[-1])
     check_pipeline(held, family, what)
-    if held in FAMILIES[family].own:
+    if held in FAMILIES[family].claims.own:
         pipeline_class = getattr(diffusers, held)
     if index.get("requires_aesthetics_score"):
         raise DminError(
@@ -188,8 +194,9 @@ def check_component(name: str, component: str, family: str, what: str) -> None:
     Raises:
         DminError: it is another.
     """
-    network = (FAMILIES[family].network,)
-    wanted = {"unet": network, "transformer": network, "vae": _AUTOENCODERS}.get(name)
+    claims = FAMILIES[family].claims
+    network = (claims.network,)
+    wanted = {"unet": network, "transformer": network, "vae": claims.vae}.get(name)
     if wanted and component not in wanted:
         raise DminError(
             f"{what}: its {name} is a {component}, where {' or '.join(wanted)} is needed. Choose "
@@ -211,13 +218,13 @@ def check_inputs(
     Raises:
         DminError: it takes more, or returns something of another shape.
     """
-    takes, channels = FAMILIES[family].takes, config.get("in_channels")
+    claims, channels = FAMILIES[family].claims, config.get("in_channels")
     if latent_channels is not None:
-        channels = FAMILIES[family].packing * latent_channels
+        channels = claims.packing * latent_channels
     more = [
         f"{what} ({name}={config[name]})"
         for name, what in MORE_INPUTS.items()
-        if config.get(name) not in (None, False) and config[name] not in takes.get(name, ())
+        if config.get(name) not in (None, False) and config[name] not in claims.takes.get(name, ())
     ]
     if config.get("in_channels", channels) != channels:
         more.append(f"{config['in_channels']} channels for {channels}")

@@ -14,6 +14,7 @@ from dmin.diffusion.process import Noised, Process
 from dmin.diffusion.processes import EDM, DiscreteDiffusion, RectifiedFlow
 from dmin.models.adapters import describe_adapters
 from dmin.models.base import DiffusionModel, Prediction
+from dmin.models.relatives import FAMILIES, Claims
 from dmin.models.schedulers import process_of
 from dmin.runtime.errors import DminError
 
@@ -41,6 +42,14 @@ class TrainedModel(DiffusionModel):
 
     processes: ClassVar[tuple[type[Process], ...]] = (DiscreteDiffusion, EDM, RectifiedFlow)
     """What networks of the family are trained as."""
+    family: ClassVar[str]  # as ``model=`` calls it
+    claims: ClassVar[Claims]
+
+    def __init_subclass__(cls) -> None:
+        """Enter a class that claims checkpoints among the families."""
+        super().__init_subclass__()
+        if "claims" in vars(cls):
+            FAMILIES[cls.family] = cls
 
     def __init__(
         self,

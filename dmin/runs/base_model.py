@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dmin.runs.files import Places, header
 from dmin.runs.training_run import Entry, TrainingRun, shown
 from dmin.runtime.errors import DminError
-
-# Class of a pipeline → the choice of ``model``.
-PIPELINES = {
-    "StableDiffusionPipeline": "stable_diffusion",
-    "StableDiffusionXLPipeline": "stable_diffusion_xl",
-    "StableDiffusion3Pipeline": "stable_diffusion_3",
-    "FluxPipeline": "flux",
-    "PixArtAlphaPipeline": "pixart",
-    "PixArtSigmaPipeline": "pixart",
-    "SanaPipeline": "sana",
-    "HunyuanDiTPipeline": "hunyuan_dit",
-    "DDPMPipeline": "ddpm",
-}
-# Part of a tensor's name in a single file → family; the first that is found.
-_TENSORS = {
-    "conditioner.embedders.1.": "stable_diffusion_xl",
-    "joint_blocks.0.": "stable_diffusion_3",
-    "double_blocks.0.": "flux",
-    "cond_stage_model.": "stable_diffusion",
-}
 
 
 def family_of(
@@ -90,20 +68,16 @@ def settings_of(path: str, expected: str | None = None) -> tuple[str, dict[str, 
     Raises:
         DminError: the family is not known, or not the one that the config tells of.
     """
+    from dmin.models import recognition  # imports torch
+
     place = Path(path)
-    if place.suffix in (".ckpt", ".pt", ".bin"):
-        raise DminError(
-            f"{place} is a pickle, which can run code: convert it to .safetensors (diffusers' "
-            f"scripts/convert_original_stable_diffusion_to_diffusers.py does) and name that."
-        )
-    found = None
+    if place.suffix in recognition.PICKLES:
+        recognition.refuse_pickle(place, "base model")
     if (place / "model_index.json").is_file():
-        found = PIPELINES.get(_class_of(place / "model_index.json"))
-        if found is None:
-            held = _class_of(place / "model_index.json")
-            raise DminError(f"{place} is a {held}, of which dmin has no family (docs/models.md).")
+        name = recognition.pipeline_name(place, None, None)
+        found: str | None = recognition.of_pipeline(name, str(place))
     elif place.is_file():
-        found = _of_tensors(header(place)) or expected
+        found = recognition.of_tensors(header(place)) or expected
     elif place.is_dir():
         raise DminError(f"{place} holds no model_index.json: name the folder of a whole pipeline.")
     else:
@@ -121,15 +95,3 @@ def settings_of(path: str, expected: str | None = None) -> tuple[str, dict[str, 
     if place.is_file():
         return found, {"single_file": path}
     return found, {"path": path}
-
-
-def _class_of(file: Path) -> str:
-    try:
-        return str(json.loads(file.read_text("utf-8"))["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DminError(f"{file} names no pipeline ({error}).") from error
-
-
-def _of_tensors(tensors: Mapping[str, Any]) -> str | None:
-    names = "\n".join(tensors)
-    return next((family for part, family in _TENSORS.items() if part in names), None)

@@ -5,7 +5,6 @@ import json
 import shutil
 
 import diffusers
-import diffusers.pipelines
 import pytest
 import torch
 from models.families import FAMILIES as TESTED
@@ -18,17 +17,17 @@ from dmin.models.base import per_example_loss
 from dmin.models.families.ddpm import DDPM
 from dmin.models.families.pixart import PixArt
 from dmin.models.families.stable_diffusion_xl import StableDiffusionXL
-from dmin.models.relatives import FAMILIES, MORE_INPUTS, check_inputs, check_pipeline
+from dmin.models.relatives import (
+    MORE_INPUTS,
+    all_families,
+    check_inputs,
+    check_pipeline,
+    pipelines_of_diffusers,
+)
 from dmin.runtime.errors import DminError
 
-PIPELINES = sorted(
-    {
-        name
-        for names in diffusers.pipelines._import_structure.values()
-        for name in names
-        if name.endswith("Pipeline")
-    }
-)
+PIPELINES = pipelines_of_diffusers()
+FAMILIES = {name: of.claims for name, of in all_families().items()}
 LOADED = {name: TESTED[name].model for name in TESTED} | {"ddpm": DDPM}
 
 

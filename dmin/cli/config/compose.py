@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from dmin.cli.config import auto
 from dmin.cli.config.explain import explain, one_line
 from dmin.cli.config.groups import config_directory
 from dmin.cli.config.renamed import rename, warn_of
@@ -120,10 +121,13 @@ class _Job:
     def _attempt(self, cfg: DictConfig) -> None:
         """Validate and run. A failed job of a sweep leaves a record, and the others run on."""
         try:
-            renamed = rename(cfg)
-            validate(cfg, getattr(self.step, "needs", None))
+            renamed, needed = rename(cfg), getattr(self.step, "needs", None)
+            told = auto.resolve(cfg, needed)
+            validate(cfg, needed)
             if is_main(cfg.get("trainer") or {}):
                 warn_of(renamed)
+                if told:
+                    console().print(told, soft_wrap=True, highlight=False)
             self.step(cfg)
         except Exception as error:
             if HydraConfig.get().mode == RunMode.RUN:

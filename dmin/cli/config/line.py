@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 
+from dmin.cli.config.auto import opened
 from dmin.cli.config.store_settings import GROUPS, read
 from dmin.cli.tools.arguments import Arguments
 from dmin.runs.recognise import read_run
@@ -48,7 +49,7 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     settings = [word for word in rest if word not in {*paths, *of_run}]
     own = [word for key, value in options.items() for word in _spelled(key, value)] + of_run
     if not paths and not own:
-        return Line([], settings, None)
+        return Line([], opened(settings), None)
     given = {word.partition("=")[0].lstrip("+~") for word in settings if "=" in word}
     store, pictures = _told_apart(command, paths, given | ({"model"} if of_run else set()))
     named = given | ({"model.path"} if options["model"] else set())
@@ -82,6 +83,7 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
         if values:
             root[section] = root.get(section, {}) | values
     composed = {"defaults": ["dmin", *defaults, "_self_"], **root}
+    settings = settings if chosen or run else opened(settings)
     return Line([*paths, *own], settings, composed, run.lines() if run else ())
 
 

@@ -27,7 +27,7 @@ from dmin.models.base import (
 from dmin.models.checkpoints import load_pipeline, load_weights
 from dmin.models.contract import check_weights
 from dmin.models.labels import class_labels, load_names, save_names
-from dmin.models.relatives import check_inputs, check_variance
+from dmin.models.relatives import ANY, Claims, check_inputs, check_variance
 from dmin.models.trained import TrainedModel, name_settings
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import to_device
@@ -49,6 +49,13 @@ class DDPM(TrainedModel):
         variance_loss: add the bound that trained the variance, of a network that has learned one.
         settings: of :class:`~dmin.models.trained.TrainedModel`.
     """
+
+    family = "ddpm"
+    claims = Claims(
+        "UNet2DModel",
+        ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline"),
+        takes={"num_class_embeds": ANY},
+    )
 
     def __init__(
         self,

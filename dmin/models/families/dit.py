@@ -11,12 +11,14 @@ from torch import Tensor
 from dmin.models.base import Condition
 from dmin.models.labels import class_labels
 from dmin.models.latent import LearnedVariance
+from dmin.models.relatives import Claims
 
 
 class DiT(LearnedVariance):
     """Diffusion Transformer (Peebles & Xie 2023); predicts ε. Its prompts are class labels."""
 
     family = "dit"
+    claims = Claims("DiTTransformer2DModel", ("DiTPipeline",))
     externally_called = ("transformer_blocks.0.norm1.emb",)  # for the last layer's conditioning
 
     def _prompts(self, batch: Mapping[str, Any]) -> Sequence[Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.base import Condition
 from dmin.models.conditioning import LongCaptioned
+from dmin.models.relatives import Claims, variants
 
 
 class Flux(LongCaptioned):
@@ -23,6 +24,13 @@ class Flux(LongCaptioned):
     """
 
     family = "flux"
+    claims = Claims(
+        "FluxTransformer2DModel",
+        variants("Flux")[:2],
+        takes={"guidance_embeds": (True,)},
+        packing=4,
+        keys=("double_blocks.0.",),
+    )
     processes = (RectifiedFlow,)
     own_length: int = 512
     own_size: ClassVar[int] = 128

@@ -13,6 +13,7 @@ from torch import Tensor
 from dmin.models.base import Condition
 from dmin.models.conditioning import SizeConditioning
 from dmin.models.latent import LearnedVariance
+from dmin.models.relatives import Claims
 
 
 class HunyuanDiT(SizeConditioning, LearnedVariance):
@@ -22,6 +23,7 @@ class HunyuanDiT(SizeConditioning, LearnedVariance):
     """
 
     family = "hunyuan_dit"
+    claims = Claims("HunyuanDiT2DModel", ("HunyuanDiTPipeline", "HunyuanDiTPAGPipeline"))
     components: ClassVar[dict[str, Any]] = {
         "safety_checker": None,
         "requires_safety_checker": False,

@@ -10,6 +10,7 @@ from torch import Tensor
 from dmin.models.base import Condition
 from dmin.models.conditioning import LongCaptioned
 from dmin.models.latent import LearnedVariance
+from dmin.models.relatives import Claims
 
 
 class PixArt(LongCaptioned, LearnedVariance):
@@ -19,6 +20,7 @@ class PixArt(LongCaptioned, LearnedVariance):
     """
 
     family = "pixart"
+    claims = Claims("PixArtTransformer2DModel", ("PixArtAlphaPipeline",), ("PixArtSigmaPipeline",))
     own_length: int = 120
     encoded = ("encoder_hidden_states", "encoder_attention_mask")
     sampled_with: ClassVar[dict[str, Any]] = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.base import Condition
 from dmin.models.conditioning import LongCaptioned
+from dmin.models.relatives import Claims
 from dmin.runtime.errors import DminError
 
 
@@ -26,6 +27,7 @@ class Sana(LongCaptioned):
     """
 
     family = "sana"
+    claims = Claims("SanaTransformer2DModel", ("SanaPipeline", "SanaPAGPipeline"))
     processes = (RectifiedFlow,)
     own_length: int = 300
     encoded = ("encoder_hidden_states", "encoder_attention_mask")

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from dmin.diffusion.processes import EDM, DiscreteDiffusion, RectifiedFlow
 from dmin.models.conditioning import Captioned
+from dmin.models.relatives import UNET, Claims, variants
 
 
 class StableDiffusion(Captioned):
@@ -17,6 +18,12 @@ class StableDiffusion(Captioned):
     """
 
     family = "stable_diffusion"
+    claims = Claims(
+        UNET,
+        variants("StableDiffusion"),
+        takes={"encoder_hid_dim_type": ("text_proj",)},
+        keys=("cond_stage_model.",),
+    )
     processes = (DiscreteDiffusion, EDM, RectifiedFlow)
     network_name: ClassVar[str] = "unet"
     components: ClassVar[dict[str, Any]] = {

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.conditioning import LongCaptioned
+from dmin.models.relatives import Claims, variants
 from dmin.runtime.errors import DminError
 
 
@@ -21,6 +22,9 @@ class StableDiffusion3(LongCaptioned):
     """
 
     family = "stable_diffusion_3"
+    claims = Claims(
+        "SD3Transformer2DModel", variants("StableDiffusion3"), keys=("joint_blocks.0.",)
+    )
     processes = (RectifiedFlow,)
     own_length: int = 256
     encoding: ClassVar[dict[str, Any]] = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from dmin.diffusion.processes import EDM, DiscreteDiffusion, RectifiedFlow
 from dmin.models.base import Condition
 from dmin.models.conditioning import SizeConditioning
+from dmin.models.relatives import UNET, Claims, variants
 from dmin.runtime.errors import DminError
 
 
@@ -22,6 +23,12 @@ class StableDiffusionXL(SizeConditioning):
     """
 
     family = "stable_diffusion_xl"
+    claims = Claims(
+        UNET,
+        variants("StableDiffusionXL"),
+        takes={"addition_embed_type": ("text_time",)},
+        keys=("conditioner.embedders.1.",),
+    )
     processes = (DiscreteDiffusion, EDM, RectifiedFlow)
     network_name: ClassVar[str] = "unet"
     components: ClassVar[dict[str, Any]] = {"add_watermarker": False}

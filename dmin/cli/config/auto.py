@@ -1,0 +1,54 @@
+"""``model=auto``: composed as the family that the checkpoint tells of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+TARGET = "dmin.models.auto"
+_WHERE = ("single_file", "subfolder", "revision")
+
+
+def opened(settings: Sequence[str]) -> list[str]:
+    """Return the words of a line, those of the model fit for ``auto``, which lists no settings.
+
+    Args:
+        settings: overrides and options of Hydra.
+    """
+    others = ("experiment=", "model=", "model@")
+    if any(word.startswith(others) and word != "model=auto" for word in settings):
+        return list(settings)
+    return [f"++{word}" if word.startswith("model.") else word for word in settings]
+
+
+def resolve(cfg: DictConfig, needed: Collection[str] | None = None) -> str | None:
+    """Put the family's settings in the place of ``model=auto``, what the user said on top.
+
+    What is run, recorded and kept beside a store then names the family.
+
+    Args:
+        cfg: a composed configuration; changed.
+        needed: subtrees that the command reads; None for all.
+
+    Returns:
+        What was found, in a line; None where there was nothing to find.
+
+    Raises:
+        DminError: the checkpoint is of no family.
+    """
+    node = cfg.get("model")
+    if needed is not None and "model" not in needed:
+        return None
+    if node is None or node.get("_target_") != TARGET or OmegaConf.is_missing(node, "path"):
+        return None
+    from dmin.models.recognition import recognise  # imports torch
+
+    said = {name: value for name, value in node.items() if name != "_target_"}
+    where = {name: said[name] for name in _WHERE if said.get(name) is not None}
+    found = recognise(str(said["path"]), **where)
+    own = OmegaConf.to_container(compose(f"model/{found.family}").model)
+    with open_dict(cfg):
+        cfg.model = OmegaConf.merge(own, said)
+    return f"model: {found.evidence} → model={found.family}"

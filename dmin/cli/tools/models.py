@@ -1,0 +1,94 @@
+"""``dmin models [PATH]``: the families, what each opens, and what is refused; or what PATH is."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dmin.cli.tools.arguments import Arguments
+from dmin.runtime.errors import DminError
+from dmin.runtime.escape import printable
+
+PAGE = """
+usage: dmin models [PATH] [markdown=true]
+
+Without a path: every family, the pipelines of diffusers it opens, the tensors by which a single
+file is known, and why the others are refused. With one: which family a folder or a file is of.
+
+examples:
+  dmin models
+  dmin models my/checkpoint
+"""
+FAMILIES = ("`model=`", "opens", "network", "prompt", "trained as", "single file by")
+REFUSED = ("refused", "because")
+_INDENT = 24
+_UNKNOWN = "no family has its network yet (`dmin models PATH` prints what one would need)"
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print it; return the exit status."""
+    parser = Arguments("models")
+    parser.add_argument("path", nargs="?")
+    parser.add_argument("--markdown", choices=["true", "false"], default="false")
+    try:
+        asked = parser.read(arguments)
+        if asked.path is not None:
+            from dmin.models.recognition import recognise
+
+            found = recognise(asked.path)
+            print(printable(f"{asked.path}: {found.evidence} → model={found.family}"))
+            return 0
+    except DminError as error:
+        raise SystemExit(printable(str(error))) from error
+    if asked.markdown == "true":
+        print(markdown(FAMILIES, families()), markdown(REFUSED, refused()), sep="\n\n")
+        return 0
+    for name, *rest in families():
+        print(_wrapped(name, "; ".join(filter(None, rest))))
+    print("\nrefused:")
+    for names, why in refused():
+        print(_wrapped(names, why) if len(names) < _INDENT - 2 else _wrapped(why + ":", names))
+    return 0
+
+
+def families() -> Iterator[tuple[str, ...]]:
+    """Yield what each family claims and is trained as."""
+    from dmin.models.conditioning import Captioned, SizeConditioning
+    from dmin.models.relatives import all_families
+
+    for name, family in sorted(all_families().items()):
+        claims: Any = family.claims
+        prompt = "caption" if issubclass(family, Captioned) else "class label"
+        yield (
+            f"`{name}`",
+            ", ".join((*claims.pipelines, *claims.own)),
+            claims.network,
+            prompt + (", sizes" if issubclass(family, SizeConditioning) else ""),
+            ", ".join(process.__name__ for process in family.processes),
+            ", ".join(f"`{key}`" for key in claims.keys),
+        )
+
+
+def refused() -> Iterator[tuple[str, str]]:
+    """Yield the other pipelines of the installed diffusers, by why they are refused."""
+    from dmin.models.relatives import claimants, pipelines_of_diffusers, reason
+
+    found: dict[str, list[str]] = {}
+    for name in pipelines_of_diffusers():
+        if not claimants(name):
+            found.setdefault(reason(name) or _UNKNOWN, []).append(name.removesuffix("Pipeline"))
+    yield from sorted((", ".join(names), why) for why, names in found.items())
+
+
+def markdown(head: Sequence[str], rows: Iterator[tuple[str, ...]]) -> str:
+    """Return a table as docs/models.md has it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _wrapped(head: str, text: str) -> str:
+    head = f"  {head.strip('`')} "
+    start = head.ljust(_INDENT) if len(head) <= _INDENT else f"{head}\n{' ' * _INDENT}"
+    text = text.replace("`", "")
+    return start + textwrap.fill(text, 90 - _INDENT).replace("\n", "\n" + " " * _INDENT)

@@ -1,0 +1,235 @@
+"""``model=auto``: which family a checkpoint is of, from its small files alone."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import diffusers
+from safetensors import SafetensorError, safe_open
+
+from dmin.models.base import DiffusionModel
+from dmin.models.relatives import all_families, claimants, reason
+from dmin.runtime.errors import DminError
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
+"""Names of repositories."""
+
+
+class Recognised(NamedTuple):
+    """What a checkpoint is, and by what that is known."""
+
+    family: str  # as ``model=`` calls it
+    evidence: str
+
+
+def auto(
+    path: str | Path,
+    *,
+    single_file: str | Path | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    **settings: Any,
+) -> DiffusionModel:
+    """Load a checkpoint as the family that it tells of itself.
+
+    Args:
+        path: folder with ``model_index.json``, or the name of a repository on the Hub.
+        single_file: file that holds all weights in the original layout.
+        subfolder: folder inside ``path`` that holds the pipeline.
+        revision: on the Hub.
+        settings: of the family.
+
+    Raises:
+        DminError: no family is it, or what is there is no whole checkpoint.
+    """
+    where: dict[str, Any] = {"single_file": single_file, "subfolder": subfolder, "revision": revision}
+    said = {name: value for name, value in where.items() if value is not None}
+    found = all_families()[recognise(path, **said).family]
+    model: DiffusionModel = found.from_pretrained(path, **said, **settings)
+    return model
+
+
+def recognise(
+    path: str | Path,
+    *,
+    single_file: str | Path | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+) -> Recognised:
+    """Return the family of a checkpoint; arguments as of :func:`auto`.
+
+    Raises:
+        DminError: as there; also where file and folder are of two families.
+    """
+    place = Path(path, subfolder or "")
+    for setting, given in (("path", path), ("single_file", single_file)):
+        if given is not None and Path(given).suffix in PICKLES:
+            refuse_pickle(given, f"model.{setting}")
+    if place.suffix == ".safetensors" and place.is_file():
+        family = of_tensors(tensor_names(place))
+        raise DminError(
+            f"model.path={path} is a single file{f' of the family {family}' if family else ''}. "
+            f"Say model.single_file={path}, and model.path=FOLDER of a pipeline of its version and "
+            f"size, from which its configs and tokenizers are read."
+        )
+    if (place / "config.json").is_file() and not (place / "model_index.json").is_file():
+        _refuse_part(place)
+    name = pipeline_name(path, subfolder, revision)
+    found = Recognised(of_pipeline(name, str(place)), f"a {name} by its model_index.json")
+    if single_file is not None:
+        family = of_tensors(tensor_names(Path(single_file)))
+        if family not in (None, found.family):
+            raise DminError(
+                f"model.single_file={single_file} is of the family {family} by the names of its "
+                f"tensors, and model.path={path} of {found.family}. Give a pipeline of the file's "
+                f"family, version and size as model.path."
+            )
+    return found
+
+
+def refuse_pickle(path: Any, setting: str) -> NoReturn:
+    """Refuse a file that can run code when it is read.
+
+    Raises:
+        DminError: always.
+    """
+    raise DminError(
+        f"{setting}={path} is a pickle, which can run code: convert it to .safetensors (diffusers' "
+        f"scripts/convert_original_stable_diffusion_to_diffusers.py does, with "
+        f"--from_safetensors off and --to_safetensors) where you trust it, and name that."
+    )
+
+
+def of_pipeline(name: str, what: str) -> str:
+    """Return the family that claims a pipeline's class.
+
+    Args:
+        name: of the class.
+        what: that has it, for messages.
+
+    Raises:
+        DminError: none does, with all that are opened and what an own family would look like; or
+            several do.
+    """
+    found = claimants(name)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DminError(
+            f"{what} is a {name}, which several families claim: {', '.join(found)}. Say which: "
+            f"model={found[0]}."
+        )
+    opened = "; ".join(
+        f"{family} ({', '.join((of.claims.pipelines[0], *of.claims.own))})"
+        for family, of in sorted(all_families().items())
+    )
+    why = reason(name)
+    rest = f": {why}." if why else f". A family of your own:\n\n{skeleton(name)}"
+    raise DminError(
+        f"{what} is a {name}, of which dmin has no family. It opens {opened}. This one it does "
+        f"not{rest}"
+    )
+
+
+def of_tensors(names: Iterable[str]) -> str | None:
+    """Return the family that claims a single file: of those whose keys it all has, the longest."""
+    text = "\n".join(names)
+    known = {family: of.claims.keys for family, of in all_families().items()}
+    found = [f for f, keys in known.items() if keys and all(key in text for key in keys)]
+    return max(found, key=lambda family: len(known[family]), default=None)
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Return the names of a file's tensors, from its header alone.
+
+    Raises:
+        DminError: it is no ``.safetensors`` file.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise DminError(
+            f"model.single_file={file} cannot be read as a .safetensors file ({error}). Files of "
+            f"another kind can run code when they are read: convert them first."
+        ) from error
+
+
+def pipeline_name(path: str | Path, subfolder: str | None, revision: str | None) -> str:
+    """Return the class that a folder, or a repository on the Hub, names.
+
+    Raises:
+        DminError: there is none.
+    """
+    place = Path(path, subfolder or "")
+    if not Path(path).exists() and (subfolder or not HUB.fullmatch(str(path))):
+        raise DminError(
+            f"model.path={place}: there is no such folder. Give the one that save_pretrained wrote "
+            f"(with model_index.json), or the name of one on the Hub."
+        )
+    try:
+        where = str(place if Path(path).exists() or subfolder else path)
+        index: Any = diffusers.DiffusionPipeline.load_config(where, revision=revision)
+        name = index["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DminError(
+            f"model.path={place} names no pipeline of diffusers ({' '.join(str(error).split())}). "
+            f"Give the folder that save_pretrained wrote (with model_index.json), or the name of "
+            f"one on the Hub."
+        ) from error
+    return name if isinstance(name, str) else str(name[-1])
+
+
+def _refuse_part(folder: Path) -> NoReturn:
+    """Say what to do with the folder of a network alone, as trainers save their checkpoints."""
+    try:
+        held = json.loads((folder / "config.json").read_text("utf-8")).get("_class_name", "model")
+    except (OSError, ValueError, AttributeError):
+        held = "model"
+    of = sorted(name for name, family in all_families().items() if family.claims.network == held)
+    known = f", as {' and '.join(of)} have" if of else ", which no family has"
+    base = folder.parent if (folder.parent / "model_index.json").is_file() else "PIPELINE"
+    raise DminError(
+        f"model.path={folder} is a {held} alone{known}, without encoders and scheduler. Say "
+        f"model.path={base}, the pipeline that it was trained in"
+        + ("." if base == folder.parent else f", and model.ema={folder}, the weights it came to.")
+    )
+
+
+def skeleton(pipeline: str) -> str:
+    """Return the code of the family that a pipeline's class would need, as far as it tells."""
+    found = getattr(diffusers, pipeline, None)
+    taken = inspect.signature(found.__init__).parameters if found else {}
+    part = "unet" if "unet" in taken else "transformer"
+    kind = str(taken[part].annotation) if part in taken else "TheNetwork"
+    kind = kind.rpartition(".")[2].strip("'>")
+    network = getattr(diffusers, kind, None)
+    forward = inspect.signature(network.forward).parameters if network else {}
+    told = ", ".join(list(forward)[1:]) or "unknown"
+    encode = getattr(found, "encode_prompt", None)
+    asked = ", ".join(list(inspect.signature(encode).parameters)[1:]) if encode else "unknown"
+    name = pipeline.removesuffix("Pipeline")
+    return f'''\
+# my_family.py, then: dmin doctor --config-dir my_conf model=my_family (docs/own_models.md)
+from dmin.diffusion.processes import RectifiedFlow
+from dmin.models.conditioning import Captioned
+from dmin.models.relatives import Claims
+
+class {name}(Captioned):
+    family = "my_family"
+    claims = Claims("{kind}", ("{pipeline}",))
+    processes = (RectifiedFlow,)  # or DiscreteDiffusion, EDM: as it was trained
+    network_name = "{part}"
+    # encode_prompt takes {asked}
+    encoding = {{"do_classifier_free_guidance": False}}
+    encoded = ("encoder_hidden_states",)  # what the network calls that which it returns
+
+    def _predict(self, noised, t, condition):
+        # forward takes {told}
+        return self.network(noised, timestep=t, **condition, return_dict=False)[0]'''
