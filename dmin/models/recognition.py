@@ -48,8 +48,8 @@ def auto(
     Raises:
         DminError: no family is it, or what is there is no whole checkpoint.
     """
-    where: dict[str, Any] = {"single_file": single_file, "subfolder": subfolder, "revision": revision}
-    said = {name: value for name, value in where.items() if value is not None}
+    where = {"single_file": single_file, "subfolder": subfolder, "revision": revision}
+    said: dict[str, Any] = {name: value for name, value in where.items() if value is not None}
     found = all_families()[recognise(path, **said).family]
     model: DiffusionModel = found.from_pretrained(path, **said, **settings)
     return model

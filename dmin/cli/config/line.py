@@ -90,7 +90,7 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
 def _of_model(settings: Sequence[str], path: str | None) -> dict[str, str]:
     """Return what a line says of the model: it wins over what a run says."""
     names = {"model": "family", "model.path": "path", "model.adapter": "adapter"}
-    pairs = (word.partition("=") for word in settings)
+    pairs = (word.partition("=") for word in settings if word != "model=auto")
     said = {names[key]: value for key, _, value in pairs if key in names and value != "null"}
     return said | _only(path=path)
 
