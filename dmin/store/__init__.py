@@ -9,7 +9,7 @@
       removed-<digest>.json               rows that are shown no more
       forgotten-<digest>.json             hashes of ids that what it was made of shows no more
       metadata.jsonl                      metadata that are later than those of the segments
-      catalog.npz                         kept of the first opening, made again where it is missing
+      catalog.kept                        kept of the first opening, made again where it is missing
       progress/                           who works on it: small files without any part in it
       *.tmp                               leftovers of killed writers, never read
 

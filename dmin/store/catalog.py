@@ -2,41 +2,39 @@
 
 Opening a store of a thousand segments must neither open a thousand files nor read all their bytes.
 So the first opening compares the digest of every segment with its name, and keeps what it read
-on the way in ``catalog.npz``: where rows lie, ids, metadata, norms, losses, lengths, and the sum of
-the words of every row. Later openings only look whether the files are still the same (size, inode,
-times of change), and every row is held against its sum whenever it is read. So a bit that flips
-after the first opening is found before it is scored, and one outside the features is not looked at.
+on the way in ``catalog.kept``: where rows lie, ids, metadata, norms, losses, lengths, and the sum
+of the words of every row. Later openings only look whether the files are still the same (size,
+inode, times of change), and every row is held against its sum whenever it is read. So a bit that
+flips after the first opening is found before it is scored, and one outside the features is not
+looked at.
 
-A catalog is made anew where it is missing, damaged or of other files; it may be deleted.
+A catalog is one file under one digest (:mod:`dmin.runtime.kept`), made anew where it is missing,
+damaged or of other files; it may be deleted.
 """
 
 import contextlib
-import json
 import os
-import struct
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import h5py
 import numpy as np
 
-from dmin.runtime.errors import DminError
-from dmin.runtime.files import os_failure, replacing
-from dmin.store.encoding import decode, word_sums
+from dmin.runtime.files import os_failure
+from dmin.runtime.kept import Kept, keep, kept, remark
+from dmin.store.encoding import STORED_AS, decode, word_sums
 from dmin.store.manifest import Layout, Manifest
 from dmin.store.mapped import Mapped
-from dmin.store.segments import damaged, require_own, segment_names, wrong_bytes
+from dmin.store.segments import damaged, dataset, require_own, segment_names, wrong_bytes
 
-NAME, SCHEMA = "catalog.npz", 1
+NAME, SCHEMA = "catalog.kept", 2
+TEXTS = "ids", "metadata"
 # A file that changed this shortly before it was looked at may change again within one tick of the
 # file system's clock, unseen: it is read again.
 SETTLED_NS = 2 * 10**9
-# What numpy and zipfile raise when a file is not what it was; contents have check sums.
-UNREADABLE = OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile, struct.error
 CHUNK = 8 << 20  # bytes of features looked at at a time
 
 
@@ -53,40 +51,21 @@ class Catalog:
     """What is known of the sealed segments of a store, segment after segment by name.
 
     Args:
-        arrays: by name; others are loaded from the source when first asked for.
-        source: the file.
+        names: of the segments.
+        arrays: by name.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], source: Path) -> None:
-        self._arrays = arrays
-        self.source = source
-        self.kinds: list[str] = json.loads(str(self["about"]))["arrays"]
-        self.names = [str(name) for name in self["names"]]
-        self.stats, ends = self["stats"], self["ends"]
-        self.blocks = np.split(self["blocks"], ends[:-1]) if len(ends) else []
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Take everything along: the file may not be there where this is unpickled."""
-        return {**self.__dict__, "_arrays": {name: self[name] for name in self.kinds}}
+    def __init__(self, names: list[str], arrays: dict[str, np.ndarray]) -> None:
+        self.names, self._arrays = names, arrays
+        self.stats, ends = arrays["stats"], arrays["ends"]
+        self.blocks = np.split(arrays["blocks"], ends[:-1]) if len(ends) else []
 
     def __contains__(self, name: str) -> bool:
         """Return whether there is such an array."""
-        return name in self.kinds
+        return name in self._arrays
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return an array of all rows held, segment after segment."""
-        if name not in self._arrays:
-            try:
-                with np.load(self.source) as file:
-                    # Names are digests: a catalog of the same names holds the same.
-                    if "names" in self._arrays and file["names"].tolist() != self.names:
-                        raise ValueError("it is now one of other segments")
-                    self._arrays[name] = file[name]
-            except UNREADABLE as error:
-                raise DminError(
-                    f"{self.source} is damaged or was made anew meanwhile ({error}): delete it, it"
-                    " is made again from the segments."
-                ) from error
         return self._arrays[name]
 
     def lines(self, name: str) -> list[bytes]:
@@ -97,9 +76,9 @@ class Catalog:
         """Yield what is known of each segment."""
         rows = self["rows"]
         cuts = np.cumsum(rows)[:-1]
-        kinds = [n for n in self.kinds if "/" in n or n == "losses"]
+        kinds = [n for n in self._arrays if "/" in n or n == "losses"]
         parts = {name: np.split(self[name], cuts) for name in kinds}
-        texts = {name: self.lines(name) for name in ("ids", "metadata")}
+        texts = {name: self.lines(name) for name in TEXTS}
         start = 0
         for number, name in enumerate(self.names):
             stop = start + int(rows[number])
@@ -126,36 +105,65 @@ class Catalog:
         """
         try:
             names = segment_names(path)
-            kept = None if afresh else cls._kept(path, manifest)
+            before = None if afresh else cls._kept(path, manifest)
             stats = [_stat(path / name) for name in names]
         except OSError as error:
             raise os_failure("read", Path(error.filename or path), error) from error
-        if kept is not None and kept.names == names and _same(kept.stats, stats).all():
-            return kept
+        if before is not None and before.names == names and _same(before.stats, stats).all():
+            return before
         known: dict[str, Entry] = {}
-        if kept is not None:
+        if before is not None:
             now = dict(zip(names, stats, strict=True))
-            for name, entry in kept.entries():
+            for name, entry in before.entries():
                 if name in now and _same(entry.stat[None], [now[name]]).all():
                     known[name] = entry
         entries = _read_all(path, manifest, names, known, verify)
         arrays = _joined(entries, manifest)
-        if verify and names:
-            _save(path / NAME, arrays)
-        return cls(arrays, path / NAME)
+        if verify and names:  # where it cannot be kept, the next opening reads all again
+            about = {"schema": SCHEMA, "manifest": manifest.fingerprint, "names": names}
+            with contextlib.suppress(OSError):
+                keep(path / NAME, about, arrays)
+        return cls(names, arrays)
 
     @classmethod
     def _kept(cls, path: Path, manifest: Manifest) -> "Catalog | None":
         """Return the catalog kept with a store, if there is a sound one of its manifest."""
-        try:
-            with np.load(path / NAME) as file:
-                about = json.loads(str(file["about"]))
-                whole = sorted(file) == about["arrays"]  # a missing one must not go unnoticed
-            if whole and about["schema"] == SCHEMA and about["manifest"] in manifest.fingerprints:
-                return cls({}, path / NAME)
-        except (*UNREADABLE, DminError):
-            pass  # it is only kept to save time
-        return None
+        found = kept(path / NAME)
+        if found is None or found.about.get("schema") != SCHEMA:
+            return None
+        if found.about.get("manifest") not in manifest.fingerprints:
+            return None
+        if not _fits(found, manifest):
+            remark(path / NAME, "its arrays are not those of this store")
+            return None
+        return cls(found.about["names"], found.arrays)
+
+
+def _fits(found: Kept, manifest: Manifest) -> bool:
+    """Return whether a catalog has what the blocks that it names have, in every array."""
+    arrays = found.arrays
+    try:
+        blocks, rows, ends = (arrays[name] for name in ("blocks", "rows", "ends"))
+        count, held = len(found.about["names"]), int(rows.sum())
+        expected: dict[str, tuple[Any, tuple[int, ...]]] = {
+            name: (each.dtype, (held, *each.shape[1:]))
+            for name, each in _empty(manifest.layout).items()
+        }
+        expected |= {name: (np.int64, (count,)) for name in ("rows", "ends")}
+        expected |= {"stats": (np.int64, (count, 5)), "blocks": (np.int64, (int(ends[-1]),))}
+        expected |= {name: (np.uint8, arrays[name].shape) for name in TEXTS}
+        parts = np.split(manifest.spans(blocks)[1], ends[:-1])
+        return (
+            found.has(expected)
+            and [int(part.sum()) for part in parts] == rows.tolist()
+            and all(_line_count(arrays[name].tobytes()) == held for name in TEXTS)
+        )
+    except (KeyError, IndexError, TypeError, ValueError):
+        return False
+
+
+def _line_count(text: bytes) -> int:
+    return text.count(b"\n") + 1 if text else 0
 
 
 def _stat(path: Path) -> np.ndarray:
@@ -196,23 +204,33 @@ def _read(path: Path, manifest: Manifest, verify: bool) -> Entry | str:
     if wrong := wrong_bytes(path, verify):
         return wrong
     layout = manifest.layout
-    scaled = ["scales"] if layout.dtype == "int8" else []
     try:
         with h5py.File(path, "r", locking=False) as file:
-            written_for, blocks = file.attrs["manifest"], file["blocks"][:]
-            arrays = {"losses": file["losses"][:]}
-            for kind in ("norms", "lengths", *scaled):
-                for readout in layout.readouts:
-                    if f"{kind}/{readout}" in file:  # those of older versions lack lengths
-                        arrays[f"{kind}/{readout}"] = file[f"{kind}/{readout}"][:]
-            texts = {name: file[name][:].tobytes()[1:-1] for name in ("ids", "metadata")}
-    except (OSError, KeyError, RuntimeError) as error:
+            require_own(path, file.attrs["manifest"], manifest)
+            blocks = dataset(file, "blocks")[:]
+            held = int(manifest.spans(blocks)[1].sum())
+            arrays = {}
+            for name, empty in _empty(layout).items():
+                # Those of older versions lack lengths; sums are made here.
+                if name in file or not name.startswith(("lengths/", "sums/")):
+                    arrays[name] = dataset(file, name, empty.dtype, (held, *empty.shape[1:]))[:]
+            for readout in layout.readouts:
+                dataset(
+                    file,
+                    f"features/{readout}",
+                    STORED_AS[layout.dtype],
+                    (held, *layout.row_shape),
+                )
+            texts = {name: dataset(file, name)[:].tobytes()[1:-1] for name in TEXTS}
+    except (OSError, KeyError, RuntimeError, ValueError, IndexError, TypeError) as error:
         return f"HDF5 cannot read it: {error}"
-    require_own(path, written_for, manifest)
+    # Lines of JSON hold no raw line breaks: these separate the rows.
+    texts = {name: text.replace(b",\n", b"\n") for name, text in texts.items()}
+    if any(_line_count(text) != held for text in texts.values()):
+        return "it has not one id and one line of metadata a row"
     for readout in layout.readouts:
         _look_at(path, readout, arrays, layout.dtype, verify)
-    # Lines of JSON hold no raw line breaks: these separate the rows.
-    return Entry(stat, blocks, arrays, {k: v.replace(b",\n", b"\n") for k, v in texts.items()})
+    return Entry(stat, blocks, arrays, texts)
 
 
 def _look_at(
@@ -229,14 +247,13 @@ def _look_at(
         lengths = []
         for part in parts:
             wide = decode(features[part], dtype, None if scales is None else scales[part])
-            lengths.append(np.sqrt(np.square(wide).sum((3, 4))))
-        arrays[f"lengths/{readout}"] = np.concatenate(lengths)
+            lengths.append(np.sqrt(np.square(wide).sum((3, 4), dtype=np.float64)))
+        arrays[f"lengths/{readout}"] = np.concatenate(lengths).astype(np.float32)
 
 
 def _joined(entries: dict[str, Entry], manifest: Manifest) -> dict[str, np.ndarray]:
     each = list(entries.values())
     arrays = {
-        "names": np.array(list(entries), dtype=str),
         "stats": np.array([one.stat for one in each], dtype=np.int64).reshape(-1, 5),
         "rows": np.array([len(one.arrays["losses"]) for one in each], dtype=np.int64),
         "ends": np.cumsum([len(one.blocks) for one in each], dtype=np.int64),
@@ -245,12 +262,10 @@ def _joined(entries: dict[str, Entry], manifest: Manifest) -> dict[str, np.ndarr
     for name, empty in _empty(manifest.layout).items():
         if all(name in one.arrays for one in each):
             arrays[name] = np.concatenate([empty, *(one.arrays[name] for one in each)])
-    for name in ("ids", "metadata"):
+    for name in TEXTS:
         joined = b"\n".join(one.texts[name] for one in each)
         arrays[name] = np.frombuffer(joined, dtype=np.uint8)
-    about: dict[str, Any] = {"schema": SCHEMA, "manifest": manifest.fingerprint}
-    about["arrays"] = sorted([*arrays, "about"])
-    return {**arrays, "about": np.array(json.dumps(about))}
+    return arrays
 
 
 def _empty(layout: Layout) -> dict[str, np.ndarray]:
@@ -264,9 +279,3 @@ def _empty(layout: Layout) -> dict[str, np.ndarray]:
         if layout.dtype == "int8":
             found[f"scales/{readout}"] = found["losses"]
     return found
-
-
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Keep a catalog where that is possible; where not, the next opening reads all again."""
-    with contextlib.suppress(OSError), replacing(path, durable=False) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]

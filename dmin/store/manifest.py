@@ -185,7 +185,13 @@ class Manifest:
         return int(rows[-2]), int(blocks[-2])
 
     def spans(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return first row and number of rows of each block, ``[n]``."""
+        """Return first row and number of rows of each block, ``[n]``.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        if len(blocks) and not 0 <= blocks.min() <= blocks.max() < self.num_blocks:
+            raise ValueError(f"blocks {blocks}: there are {self.num_blocks}, from 0")
         rows, first = self._cuts
         revision = np.searchsorted(first, blocks, side="right") - 1
         start = rows[revision] + (blocks - first[revision]) * self.block_size

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dmin.runtime.files import os_failure
-from dmin.store.segments import open_hdf5
+from dmin.store.segments import dataset, open_hdf5
 
 NEAR = 64 << 10  # bytes: one longer read is quicker than two short ones
 
@@ -33,12 +33,12 @@ class Mapped:
         self._path, self._offset = path, -1
         self._advise: Callable[[int, int], Any] = lambda start, length: None
         with open_hdf5(path) as file:
-            dataset = file[name]
-            offset = dataset.id.get_offset()
-            if offset is None or offset % dataset.dtype.itemsize:  # not ours: chunked, or unaligned
-                self.array: np.ndarray = dataset[:]
+            found = dataset(file, name)
+            offset = found.id.get_offset()
+            if offset is None or offset % found.dtype.itemsize:  # not ours: chunked, or unaligned
+                self.array: np.ndarray = found[:]
                 return
-            shape, dtype = dataset.shape, dataset.dtype
+            shape, dtype = found.shape, found.dtype
         try:
             with open(path, "rb") as raw:
                 pages, self._advise = _pages(raw.fileno())

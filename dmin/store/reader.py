@@ -17,7 +17,7 @@ from dmin.store.amendments import read_forgotten, read_metadata, removed_rows, t
 from dmin.store.catalog import Catalog
 from dmin.store.encoding import decode, word_sums
 from dmin.store.manifest import Layout, require_count
-from dmin.store.rows import MappedRows, Metadata, ranges
+from dmin.store.rows import MappedRows, Metadata, parsed, ranges
 from dmin.store.segments import Segment, read_manifest
 
 
@@ -134,8 +134,17 @@ class Store:
 
     def _all_ids(self) -> list[str]:
         """Return the ids of all rows in the catalog, those removed included."""
-        found: list[str] = json.loads(b"[" + b",".join(self._catalog.lines("ids")) + b"]")
-        return found
+        try:
+            found: list[str] = json.loads(b"[" + b",".join(self._catalog.lines("ids")) + b"]")
+            whole = len(found) == len(self._catalog.lines("ids"))
+            if whole and all(isinstance(id, str) for id in found):
+                return found
+        except (ValueError, RecursionError):
+            pass
+        raise DminError(
+            f"The store {self.path} has ids that are no texts: it was not written by dmin. Collect"
+            " it again."
+        )
 
     @cached_property
     def metadata(self) -> Metadata:
@@ -155,7 +164,7 @@ class Store:
     def collected_metadata(self) -> dict[str, dict[str, Any]]:
         """Return the metadata as they were collected, by id, of removed examples too."""
         ids, lines = self._all_ids(), self._catalog.lines("metadata")
-        return {id: json.loads(line) for id, line in zip(ids, lines, strict=True)}
+        return {id: parsed(line) for id, line in zip(ids, lines, strict=True)}
 
     @cached_property
     def _row_of(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from dmin.runtime.errors import DminError
 from dmin.store.encoding import STORED_AS
 from dmin.store.manifest import Layout
 from dmin.store.mapped import Mapped
@@ -138,9 +139,8 @@ class Metadata(Sequence[dict[str, Any]]):
     def __getitem__(self, row: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
         """Return the metadata of a row, or of several."""
         if isinstance(row, slice):
-            return [json.loads(self._lines[place]) for place in self._place[row].tolist()]
-        found: dict[str, Any] = json.loads(self._lines[self._place[row]])
-        return found
+            return [parsed(self._lines[place]) for place in self._place[row].tolist()]
+        return parsed(self._lines[self._place[row]])
 
     def __eq__(self, other: object) -> bool:
         """Compare with another sequence of mappings."""
@@ -148,6 +148,24 @@ class Metadata(Sequence[dict[str, Any]]):
 
     def __hash__(self) -> int:  # as every sequence that may be compared with a list
         raise TypeError("metadata cannot be hashed")
+
+
+def parsed(line: bytes) -> dict[str, Any]:
+    """Return the metadata of an example from its line of JSON.
+
+    Raises:
+        DminError: it is none.
+    """
+    try:
+        found = json.loads(line)
+        if isinstance(found, dict):
+            return found
+    except (ValueError, RecursionError):
+        pass
+    raise DminError(
+        f"The store has metadata that are no JSON mapping ({line[:60]!r}): they were not written by"
+        " dmin. Run `dmin store metadata` to renew them, or collect again."
+    )
 
 
 def _as_slice(indices: np.ndarray) -> slice | np.ndarray:

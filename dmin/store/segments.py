@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -86,6 +86,25 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
             yield file
     except OSError as error:
         raise os_failure("read", path, error) from error
+
+
+def dataset(
+    file: h5py.File, name: str, kind: Any = None, shape: tuple[int, ...] | None = None
+) -> h5py.Dataset:
+    """Return a dataset of a segment, whose numbers lie in this file and nowhere else.
+
+    Raises:
+        KeyError: there is none.
+        ValueError: it leads elsewhere, or is of another type or shape than the one given.
+    """
+    parts = name.split("/")
+    links = [file.get("/".join(parts[:end]), getlink=True) for end in range(1, len(parts) + 1)]
+    found = file[name] if all(isinstance(link, h5py.HardLink) for link in links) else None
+    if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
+        raise ValueError(f"{name} does not lie in this file")
+    if kind is not None and (found.dtype, found.shape) != (kind, shape):
+        raise ValueError(f"{name} is {found.dtype} {found.shape}, not {kind} {shape}")
+    return found
 
 
 def encode_segment(manifest: Manifest, blocks: Mapping[int, Content]) -> memoryview:
@@ -186,8 +205,10 @@ def _open_segment(path: Path, manifest: Manifest, verify: bool) -> Segment | str
     try:
         with h5py.File(path, "r", locking=False) as file:
             require_own(path, file.attrs["manifest"], manifest)
-            return Segment(path, file["blocks"][:])
-    except (OSError, KeyError, RuntimeError) as error:
+            blocks = dataset(file, "blocks")[:]
+            manifest.spans(blocks)
+            return Segment(path, blocks)
+    except (OSError, KeyError, RuntimeError, ValueError, IndexError, TypeError) as error:
         return f"HDF5 cannot read it: {error}"
 
 

@@ -105,7 +105,7 @@ class Part:
             found[name] = timed(lambda: Store(self.path).lengths("loss"), 1)["best"]
         store = self.opened()
         found["store bytes"] = sum(f.stat().st_size for f in self.path.glob("segment-*.h5"))
-        found["catalog bytes"] = (self.path / "catalog.npz").stat().st_size
+        found["catalog bytes"] = (self.path / "catalog.kept").stat().st_size
         return found | {"segments": len(store.segments)}
 
     def exact(self):

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from fuzz import FUZZ
 from made_stores import drawn, made
 
 from dmin.attribution import DMin, FeatureSet, GradCos, GradDot, retrieve, score_matrix
@@ -12,7 +13,8 @@ from dmin.attribution.search import certified as search_module
 from dmin.attribution.search.certified import Certified, certified_search
 from dmin.attribution.search.certified_bound import ProjectionIndex
 from dmin.attribution.search.selection import Selection
-from dmin.runtime.errors import DminError
+from dmin.runtime.errors import DminError, DminWarning
+from dmin.runtime.kept import keep, kept
 from dmin.store import Store
 
 N, DIM = 400, 32
@@ -165,10 +167,55 @@ def test_the_index_is_kept_and_made_again_when_stale(tmp_path):
     with pytest.raises(DminError, match="build it again"):
         certified_search(linear, other, kept, 3)
     shutil.copy(path, ProjectionIndex.path(other, linear, 5))
-    assert ProjectionIndex.of(other, linear, 5).store == other.fingerprint
-    path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(DminError, match="damaged"):
-        ProjectionIndex.of(train, linear, 5)
+    assert ProjectionIndex.of(other, linear, 5).kind["store"] == other.fingerprint
+
+
+def test_every_flipped_bit_of_an_index_is_found_and_it_is_made_again(tmp_path):
+    asked, train = pair(tmp_path, "clustered")
+    linear = linear_of((asked, train), DMin())
+    built = ProjectionIndex.of(train, linear, 5)
+    path = ProjectionIndex.path(train, linear, 5)
+    content = path.read_bytes()
+    generator = np.random.default_rng(0)
+    head = generator.choice(8 * 700, 20 * FUZZ, replace=False)
+    for bit in [*head, *generator.integers(0, 8 * len(content), 20 * FUZZ)]:
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.warns(DminWarning, match="made again"):
+            found = ProjectionIndex.of(train, linear, 5)
+        assert np.array_equal(found.codes, built.codes) and path.read_bytes() == content
+
+
+def test_an_index_of_other_shapes_is_made_again(tmp_path):
+    asked, train = pair(tmp_path, "clustered")
+    linear = linear_of((asked, train), DMin())
+    ProjectionIndex.of(train, linear, 5)
+    path = ProjectionIndex.path(train, linear, 5)
+    about, arrays = kept(path)
+    keep(path, about, {**arrays, "codes": arrays["codes"][:200]})
+    with pytest.warns(DminWarning, match="its arrays are not those of this store"):
+        assert ProjectionIndex.of(train, linear, 5).codes.shape == (N, 5)
+
+
+def test_an_index_that_cannot_be_kept_is_in_memory(tmp_path, monkeypatch):
+    asked, train = pair(tmp_path, "clustered")
+
+    def refused(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("dmin.runtime.files.os.rename", refused)
+    with pytest.warns(DminWarning, match=r"could not be kept \(Read-only file system\): it is in"):
+        found = retrieve(asked, train, k=5, index=Certified(9))
+    assert np.array_equal(found.train_rows, retrieve(asked, train, k=5).train_rows)
+    assert not list(train.path.glob("index-*"))
+
+
+def test_one_index_object_serves_several_scales(tmp_path):
+    stores, index = pair(tmp_path, "clustered"), Certified(9)
+    for method in (DMin(), GradDot(), DMin()):
+        found = retrieve(*stores, method, k=5, index=index)
+        assert np.array_equal(found.train_rows, retrieve(*stores, method, k=5).train_rows)
 
 
 def test_where_no_index_helps(tmp_path):

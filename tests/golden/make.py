@@ -45,7 +45,7 @@ def make_stores(names: list[str]) -> None:
                 (target / store).mkdir(parents=True)
                 for file in (place / store).iterdir():
                     # Made again where they are missing.
-                    if file.is_file() and file.name != "catalog.npz":
+                    if file.is_file() and file.name != "catalog.kept":
                         shutil.copy(file, target / store / file.name)
         (target / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
         print(name, sum(f.stat().st_size for f in target.rglob("*") if f.is_file()), flush=True)

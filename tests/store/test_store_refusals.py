@@ -1,5 +1,6 @@
 """What a store refuses, and what it says: the name, the value, what is allowed, the remedy."""
 
+import gc
 import json
 import os
 import resource
@@ -241,6 +242,7 @@ def small_disk(tmp_path):
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("cannot mount a small disk here")
     yield place
+    gc.collect()  # no map of a file there is left
     subprocess.run(["umount", str(place)], check=True)
 
 

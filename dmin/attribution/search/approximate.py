@@ -16,14 +16,16 @@ from torch import Tensor
 from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.search.certified_bound import (
     ProjectionIndex,
-    load_arrays,
-    save_arrays,
+    keep_where_possible,
+    kind_of,
+    of_kind,
 )
 from dmin.attribution.search.index import Found, Index
 from dmin.attribution.search.scan import best_of_all, row_factors, scores_of_rows
 from dmin.attribution.search.threads import in_threads
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
+from dmin.runtime.kept import Kept, remark
 from dmin.store import Store
 
 TRAIN = 200_000  # rows that faiss learns its cells and codes on
@@ -61,7 +63,7 @@ class Approximate(Index):
         self.factory, self.parameters = factory, dict(search or {})
         self.directions, self.candidates = directions, candidates
         self.recall_queries = recall_queries
-        self._of = ""
+        self._of: dict[str, str] = {}
         self._index: Any = None
         self._basis = torch.empty(0)
         self._hits: list[float] = []
@@ -80,7 +82,7 @@ class Approximate(Index):
             raise DminError(
                 "faiss does not know of `where`: set index=certified or index=null to filter."
             )
-        if self._of != store.fingerprint:
+        if self._of != kind_of(store, linear):
             self._prepare(store, linear)
         queries = sign * linear.queries.flatten(1).cpu()
         count = min(self.candidates * k, len(store))
@@ -129,27 +131,24 @@ class Approximate(Index):
     def path(self, store: Store, linear: InnerProduct) -> Path:
         """Return where the index of a store is kept: in its directory."""
         kind = fingerprint({"factory": self.factory, "directions": self.directions})[:8]
-        return store.path / f"index-{linear.readout}-{linear.scale}-faiss-{kind}.npz"
+        return store.path / f"index-{linear.readout}-{linear.scale}-faiss-{kind}.kept"
 
     def _prepare(self, store: Store, linear: InnerProduct) -> None:
         """Take the index kept with a store, or build it."""
         path = self.path(store, linear)
         projections = ProjectionIndex.of(store, linear, self.directions)
         with _one_library(torch.get_num_threads()) as faiss:
-            self._index = self._kept(path, store) if path.is_file() else None
+            kind = {**kind_of(store, linear), "factory": self.factory, "faiss": faiss.__version__}
+            found = of_kind(path, kind)
+            self._index = None if found is None else _unpacked(faiss, found, projections)
+            if found is not None and self._index is None:
+                remark(path, "faiss finds no index of this store in it")
             if self._index is None:
                 self._index = self._built(faiss, projections)
-                about = [store.fingerprint, self.factory, faiss.__version__]
-                save_arrays(path, about, {"index": faiss.serialize_index(self._index)})
+                keep_where_possible(path, kind, {"index": faiss.serialize_index(self._index)})
             self._set(faiss)
-        self._basis, self._of = torch.from_numpy(projections.directions), store.fingerprint
-
-    def _kept(self, path: Path, store: Store) -> Any:
-        """Return the index kept with a store, unless it is of other rows or another factory."""
-        (of, factory, _), arrays = load_arrays(path, ("index",))
-        if (of, factory) != (store.fingerprint, self.factory):
-            return None
-        return import_module("faiss").deserialize_index(arrays["index"])
+        self._basis = torch.from_numpy(projections.directions)
+        self._of = kind_of(store, linear)
 
     def _built(self, faiss: Any, projections: ProjectionIndex) -> Any:
         count, width = projections.codes.shape
@@ -175,6 +174,15 @@ class Approximate(Index):
                     f"index.search: a faiss index {self.factory!r} has no parameter {name}={value}:"
                     " IVF has nprobe, HNSW has efSearch."
                 ) from error
+
+
+def _unpacked(faiss: Any, found: Kept, projections: ProjectionIndex) -> Any:
+    """Return the index that was kept; None unless it is of as many rows and directions."""
+    try:
+        index = faiss.deserialize_index(found.arrays["index"])
+    except (KeyError, RuntimeError, TypeError, AssertionError):
+        return None
+    return index if (index.ntotal, index.d) == projections.codes.shape else None
 
 
 def _unknown(factory: str, error: Exception) -> DminError:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dmin.attribution.inner_product import InnerProduct
-from dmin.attribution.search.certified_bound import ProjectionIndex
+from dmin.attribution.search.certified_bound import ProjectionIndex, kind_of
 from dmin.attribution.search.index import Found, Index
 from dmin.attribution.search.scan import best_of_all, row_factors, scores_of_rows
 from dmin.attribution.search.threads import in_threads
@@ -47,7 +47,7 @@ class Certified(Index):
         keep: np.ndarray | None = None,
     ) -> Found:
         """Return the k best, see :func:`certified_search`; the index is kept with the store."""
-        if self._index is None or self._index.store != store.fingerprint:
+        if self._index is None or self._index.kind != kind_of(store, linear):
             self._index = ProjectionIndex.of(store, linear, self.directions)
         found = certified_search(linear, store, self._index, k, sign, keep)
         self._read.append(found.read / len(store))
@@ -168,10 +168,6 @@ class _Best:
 
 
 def _check(linear: InnerProduct, store: Store, index: ProjectionIndex) -> None:
-    mine = store.fingerprint, linear.readout, linear.scale
-    theirs = index.store, index.readout, index.scale
-    if mine != theirs:
-        raise DminError(
-            f"This index is of {theirs[1]!r} rows scaled by {theirs[2]!r} of the store {theirs[0]};"
-            f" the search needs {mine[1]!r}, {mine[2]!r}, {mine[0]}: build it again."
-        )
+    mine = kind_of(store, linear)
+    if mine != index.kind:
+        raise DminError(f"This index is of {index.kind}; the search needs {mine}: build it again.")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.search.scan import Span, decoded_rows, multiply, row_factors
 from dmin.attribution.search.threads import in_threads
-from dmin.runtime.errors import DminError
-from dmin.runtime.files import replacing
+from dmin.runtime.errors import DminWarning
+from dmin.runtime.kept import Kept, keep, kept, remark
 from dmin.store import Store
 
 ROWS = 256  # in one matrix product
@@ -38,9 +38,7 @@ class ProjectionIndex:
     byte a direction; by how much these are off is kept as well.
 
     Args:
-        store: fingerprint of the store.
-        readout: whose rows.
-        scale: how they were scaled, see :class:`InnerProduct`.
+        kind: what it is of, see :func:`kind_of`.
         directions: V, float32 ``[m, r]``, of orthonormal columns.
         steps: float32 ``[r]``: what one unit of a code is.
         codes: int8 ``[N, r]``, ``steps · code ≈ Vᵀz``.
@@ -49,9 +47,7 @@ class ProjectionIndex:
         lengths: ``‖z‖``, float32 ``[N]``.
     """
 
-    store: str
-    readout: str
-    scale: str
+    kind: dict[str, str]
     directions: np.ndarray
     steps: np.ndarray
     codes: np.ndarray
@@ -146,9 +142,8 @@ class ProjectionIndex:
         left = lengths.square() - torch.linalg.vector_norm(inside, dim=1).square()
         residuals = (left.clamp(min=0) + SLACK * lengths.square()).sqrt()
         codes, steps, roundings = _coded(inside)
-        arrays = (basis, steps, codes, roundings, residuals, lengths)
-        kind = store.fingerprint, linear.readout, linear.scale
-        return cls(*kind, *(each.numpy() for each in arrays))
+        arrays = (each.numpy() for each in (basis, steps, codes, roundings, residuals, lengths))
+        return cls(kind_of(store, linear), *arrays)
 
     def decoded(self, rows: slice) -> np.ndarray:
         """Return projections of some rows as they are kept, float32 ``[n, r]``."""
@@ -157,44 +152,50 @@ class ProjectionIndex:
     @staticmethod
     def path(store: Store, linear: InnerProduct, directions: int) -> Path:
         """Return where the index of a store is kept: in its directory."""
-        return store.path / f"index-{linear.readout}-{linear.scale}-{directions}.npz"
+        return store.path / f"index-{linear.readout}-{linear.scale}-{directions}.kept"
 
     @classmethod
     def of(cls, store: Store, linear: InnerProduct, directions: int = 256) -> ProjectionIndex:
         """Return the index kept with a store; build and keep it if it is missing or stale."""
-        path = cls.path(store, linear, directions)
-        if path.is_file():
-            (of, readout, scale), arrays = load_arrays(path, ARRAYS)
-            if of == store.fingerprint:
-                return cls(of, readout, scale, **arrays)
+        path, kind = cls.path(store, linear, directions), kind_of(store, linear)
+        count, width = len(store), int(np.prod(store.layout.row_shape))
+        rank = min(directions, width, count)
+        rows: tuple[Any, tuple[int, ...]] = (np.float32, (count,))
+        shapes = {"roundings": rows, "residuals": rows, "lengths": rows}
+        shapes |= {"directions": (np.float32, (width, rank)), "steps": (np.float32, (rank,))}
+        if (found := of_kind(path, kind)) is not None:
+            if found.has({**shapes, "codes": (np.int8, (count, rank))}):
+                return cls(kind, **found.arrays)
+            remark(path, "its arrays are not those of this store")
         index = cls.build(store, linear, directions)
-        about = [index.store, index.readout, index.scale]
-        save_arrays(path, about, {name: getattr(index, name) for name in ARRAYS})
+        keep_where_possible(path, kind, {name: getattr(index, name) for name in ARRAYS})
         return index
 
 
-def save_arrays(path: Path, about: list[str], arrays: dict[str, np.ndarray]) -> None:
-    """Write an index, whole or not at all."""
-    content: dict[str, Any] = {**arrays, "about": np.array(about)}
+def kind_of(store: Store, linear: InnerProduct) -> dict[str, str]:
+    """Return what an index is of."""
+    return {"store": store.fingerprint, "readout": linear.readout, "scale": linear.scale}
+
+
+def of_kind(path: Path, kind: Mapping[str, Any]) -> Kept | None:
+    """Return an index kept with a store; None if it is missing, damaged, or of anything else."""
+    found = kept(path)
+    return found if found is not None and found.about == kind else None
+
+
+def keep_where_possible(
+    path: Path, kind: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Keep an index with its store; where that cannot be, say so: it is in memory all the same."""
     try:
-        with replacing(path, durable=False) as file:
-            np.savez(file, **content)
+        keep(path, kind, arrays)
     except OSError as error:
-        raise DminError(
-            f"The index {path} could not be written ({error.strerror}): make room or give"
-            " yourself permission, or search without an index (index=null)."
-        ) from error
-
-
-def load_arrays(path: Path, names: Iterable[str]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Read an index back: what it is of, and its arrays; their check sums are looked at."""
-    try:
-        with np.load(path) as file:
-            return [str(text) for text in file["about"]], {name: file[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile) as error:
-        raise DminError(
-            f"{path} is not an index or is damaged ({error}): delete it and build it again."
-        ) from error
+        warnings.warn(
+            f"The index {path} could not be kept ({error.strerror}): it is in memory, and made"
+            " again in every run. Make room or give yourself permission to change that.",
+            DminWarning,
+            stacklevel=3,
+        )
 
 
 def _coded(inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dmin.runtime.errors import DminError
+from dmin.runtime.kept import packed, unpacked
 
 
 @dataclass(frozen=True)
@@ -159,12 +158,10 @@ class Groups:
         found.counts = self.counts
         return found
 
-    def dump(self) -> bytes:
+    def dump(self) -> memoryview:
         """Return what was found, for :meth:`load`."""
-        file, names = BytesIO(), np.array(self.names)
         state = {name: getattr(self, name).numpy() for name in self.STATE}
-        np.savez_compressed(file, names=names, of=self.of.numpy(), **state)
-        return file.getvalue()
+        return packed({"names": self.names}, {"of": self.of.numpy(), **state})
 
     @classmethod
     def load(cls, file: Path) -> Groups:
@@ -174,13 +171,12 @@ class Groups:
             DminError: the file is damaged.
         """
         try:
-            with np.load(file) as arrays:
-                kept = {name: arrays[name] for name in ("names", "of", *cls.STATE)}
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            kept = unpacked(np.fromfile(file, np.uint8))
+            found = cls(0, kept.about["names"], kept.arrays["of"])
+            for name in cls.STATE:
+                setattr(found, name, torch.from_numpy(kept.arrays[name]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DminError(f"{file} is damaged ({error}): rank that part again.") from error
-        found = cls(0, kept["names"].tolist(), kept["of"])
-        for name in cls.STATE:
-            setattr(found, name, torch.from_numpy(kept[name]))
         return found
 
     def scores(self, kind: str) -> Tensor:

@@ -1,0 +1,114 @@
+"""Files that only save time: arrays under one digest, compared before a byte of them is understood.
+
+A file begins with a line that says what it is and the digest of all that follows: the length of a
+head of JSON, the head (names, types and shapes of the arrays, and what they are of), and the arrays
+as they lie in memory. One that is damaged is as good as none; a remark says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dmin.runtime.errors import DminWarning
+from dmin.runtime.files import commit
+
+MAGIC = b"dmin keeps this to save time, 1: "
+START, ALIGNED = 128, 64  # bytes: of the first line, and what arrays begin at multiples of
+CHUNK = 16 << 20  # bytes that are digested by one thread
+
+
+class Kept(NamedTuple):
+    """What a file holds.
+
+    Args:
+        about: what the arrays are of, JSON.
+        arrays: by name.
+    """
+
+    about: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+    def has(self, shapes: Mapping[str, tuple[Any, tuple[int, ...]]]) -> bool:
+        """Return whether there are arrays of these types and shapes, and no others."""
+        found = {name: (array.dtype, array.shape) for name, array in self.arrays.items()}
+        return found == {name: (np.dtype(kind), shape) for name, (kind, shape) in shapes.items()}
+
+
+def keep(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a file that :func:`kept` reads, whole or not at all.
+
+    Raises:
+        OSError: it could not be written; nothing is left of it.
+    """
+    commit(path, packed(about, arrays), durable=False)
+
+
+def kept(path: Path) -> Kept | None:
+    """Return what a file holds; None if it is not there, or, with a remark, if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return unpacked(np.fromfile(path, np.uint8))
+    except (OSError, ValueError) as error:
+        remark(path, str(error))
+        return None
+
+
+def packed(about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> memoryview:
+    """Return the bytes of such a file."""
+    shapes = {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()}
+    head = json.dumps({"about": about, "arrays": shapes}).encode()
+    content = bytearray(START) + len(head).to_bytes(8, "little") + head
+    for array in arrays.values():
+        content += bytes(-len(content) % ALIGNED)
+        content += np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    line = MAGIC + _digest(memoryview(content)[START:])
+    content[:START] = line.ljust(START - 1) + b"\n"
+    return memoryview(content)
+
+
+def unpacked(content: np.ndarray) -> Kept:
+    """Return what bytes (uint8) that :func:`packed` returned hold; arrays are views of them.
+
+    Raises:
+        ValueError: they are others.
+    """
+    first = content[:START].tobytes()
+    if first != (MAGIC + _digest(content[START:].data)).ljust(START - 1) + b"\n":
+        raise ValueError("its digest is not that of its bytes")
+    try:
+        place = START + 8 + int.from_bytes(content[START : START + 8].tobytes(), "little")
+        head = json.loads(content[START + 8 : place].tobytes())
+        arrays = {}
+        for name, (kind, shape) in head["arrays"].items():
+            place += -place % ALIGNED
+            end = place + np.dtype(kind).itemsize * prod(shape)
+            if min(shape, default=0) < 0:
+                raise ValueError(f"{name} is of shape {shape}")
+            arrays[name] = content[place:end].view(kind).reshape(shape)
+            place = end
+        return Kept(dict(head["about"]), arrays)
+    except (TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"it says what no file can hold: {error!r}") from error
+
+
+def remark(path: Path, why: str) -> None:
+    """Say that a file is of no use."""
+    warnings.warn(f"{path} is damaged ({why}): it is made again.", DminWarning, stacklevel=2)
+
+
+def _digest(content: memoryview) -> bytes:
+    """Return the SHA-256 of the SHA-256 of chunks, which threads look at side by side, in hex."""
+    chunks = [content[at : at + CHUNK] for at in range(0, len(content), CHUNK)]
+    with ThreadPoolExecutor(min(8, len(chunks) or 1)) as pool:
+        parts = pool.map(lambda chunk: hashlib.sha256(chunk).digest(), chunks)
+        return hashlib.sha256(b"".join(parts)).hexdigest().encode()
