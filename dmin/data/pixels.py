@@ -65,8 +65,8 @@ class Pixels:
             many pixels as the square, as SDXL and many of its kin were trained.
         bucket_step: sides of buckets are multiples of this.
         bucket_shapes: ``[height, width]`` of each, in place of that list.
-        upscale: whether images of fewer pixels than a bucket are scaled up; otherwise it is one of
-            those of about as many pixels as the image has.
+        upscale: whether small images are scaled up. If not, each is scaled down to size² pixels,
+            if it has more, and its sides are cut to multiples of bucket_step.
         mode: ``RGB`` or ``L`` (grey) for all images; None keeps grey ones grey and turns all
             others into RGB.
         crop: with a size, ``center`` cuts the middle out, so that the aspect ratio is kept;
@@ -233,13 +233,13 @@ class Pixels:
         if self.aspect == "square":
             return self.size, self.size
         width, height = image.size
-        ratio = math.log(height / width)
-        side = self.size if self.upscale else min(self.size, math.isqrt(width * height))
+        if not self.upscale and self.bucket_shapes is None:
+            scale, step = min(1.0, self.size / math.sqrt(width * height)), self.bucket_step
+            across, down = (max(step, int(x * scale + 1e-6) // step * step) for x in image.size)
+            return across, down
         # On a tie, the larger: a square image goes to the square.
-        down, across = min(
-            self._buckets(side if self.upscale else max(side, self.bucket_step)),
-            key=lambda b: (abs(math.log(b[0] / b[1]) - ratio), -b[0] * b[1]),
-        )
+        shapes, ratio = self._buckets(self.size), math.log(height / width)
+        down, across = min(shapes, key=lambda b: (abs(math.log(b[0] / b[1]) - ratio), -b[0] * b[1]))
         return across, down
 
     def _buckets(self, side: int) -> Sequence[Sequence[int]]:

@@ -10,6 +10,8 @@ from dmin.runs.files import Places, header
 from dmin.runs.training_run import Entry, TrainingRun, shown
 from dmin.runtime.errors import DminError
 
+FLOWS = ("flux", "stable_diffusion_3", "sana")  # families
+
 
 def family_of(
     run: TrainingRun, kind: Any, families: Mapping[str, str | None], places: Places

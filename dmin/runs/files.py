@@ -83,6 +83,8 @@ class Places:
         Raises:
             DminError: there is none, or several.
         """
+        if not text.strip():
+            raise DminError(f"{self.source}: {key} is not said, and a path is needed.")
         parts = PureWindowsPath(text).parts if _is_windows(text) else Path(text).parts
         path = Path(text).expanduser()
         if path.is_absolute() and path.exists():

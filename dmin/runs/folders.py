@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dmin.runs.files import Places
+from dmin.runs.keys import Keys
 from dmin.runs.training_run import Entry, TrainingRun, shown
 from dmin.runtime.errors import DminError
 
@@ -102,6 +104,22 @@ def ratios(side: int, aspects: Iterable[float], step: int) -> dict[str, Any]:
     return {"size": side, "aspect": "buckets", "bucket_shapes": sorted(map(list, shapes))}
 
 
+def masks(keys: Keys, key: str, places: Places, **settings: Any) -> dict[str, Any]:
+    """Return the settings of masks of the loss, if a key names a folder of them.
+
+    Args:
+        keys: of the folder of images.
+        key: names it.
+        places: where it leads.
+        settings: of `Masks`.
+    """
+    if not (path := keys.get(key, kind=str)):
+        return {}
+    found = places.folder(path, keys.name(key))
+    keys.note(keys.run.taken, key, found, "masks of the loss")
+    return {"masks": {"_target_": MASKS, "folder": found, **settings}}
+
+
 def add(
     parts: dict[str, dict[str, Any]],
     name: str,
@@ -133,6 +151,7 @@ def together(parts: Mapping[str, Mapping[str, Any]], run: TrainingRun) -> dict[s
     if not parts:
         raise DminError(f"{run.source} names no folder of images that it was trained on.")
     approximated = sorted({entry.key.rpartition(".")[2] for entry in run.random})
+    run.model["empty_captions"] = "keep"  # what trainers make of images without a caption
     first = next(iter(parts.values()))
     sizes = {(part.get("size"), part.get("aspect")) for part in parts.values()}
     if len(sizes) > 1 or any(aspect != "square" for _, aspect in sizes):

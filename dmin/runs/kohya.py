@@ -11,8 +11,9 @@ from dmin.runs import adapter
 from dmin.runs import wording as say
 from dmin.runs.base_model import base_model, family_of
 from dmin.runs.files import Places, load
-from dmin.runs.folders import MASKS, add, bucket, folder, together
-from dmin.runs.training_run import Entry, Keys, Setting, TrainingRun
+from dmin.runs.folders import add, bucket, folder, masks, together
+from dmin.runs.keys import Keys, Setting, Table
+from dmin.runs.training_run import Entry, TrainingRun
 from dmin.runtime.errors import DminError
 
 # Module of the network → family; None: the base model tells.
@@ -24,22 +25,56 @@ FAMILIES = {
 }
 CONFIGS = ("*.toml", "*.json")  # where its configs lie below a folder
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
-OTHER_LOSS = {
-    "the loss is weighed by the images' alpha, which dmin does not do yet": "alpha_mask",
-    say.WEIGHTS: "debiased_estimation_loss scale_v_pred_loss_like_noise_pred",
-    say.TERMS: "v_pred_like_loss",
-    "a noise offset that depends on the latents": "adaptive_noise_scale",
-    "noise of several resolutions": "multires_noise_iterations",
-    say.SCHEDULE: "zero_terminal_snr",
-    say.PRIOR: "reg_data_dir",
-    say.LAYER: "clip_skip",
-    "words of captions are weighed": "weighted_captions",
-    say.CUT_OFF: "min_timestep",
-    say.QUANTISED: "fp8_base",
-    say.MERGED: "base_weights",
-    "another VAE: save the base model with it": "vae",
-    "the text encoders alone were trained": "network_train_text_encoder_only",
-}
+# What folders are described by, at whatever level.
+DATA = (
+    "resolution enable_bucket bucket_* min_bucket_reso max_bucket_reso caption_* num_repeats "
+    "class_tokens keep_tokens* secondary_separator batch_size cache_info resize_interpolation "
+    "token_warmup_* validation_* train_data_dir shuffle_caption flip_aug color_aug random_crop "
+    "face_crop_aug_range enable_wildcard"
+)
+# Of the options of the trainer.
+TABLE = Table(
+    settings={
+        "min_snr_gamma": Setting("snr_gamma"),
+        "noise_offset": Setting("noise_offset"),
+        "ip_noise_gamma": Setting("input_perturbation"),
+        "huber_c": Setting("huber_c"),
+        "guidance_scale": Setting("embedded_guidance"),
+        "discrete_flow_shift": Setting("shift"),
+        "t5xxl_max_token_length": Setting("max_sequence_length", kind=int),
+        "caption_dropout_rate": Setting("prompt_dropout"),
+    },
+    other={
+        say.ALPHA: "alpha_mask",
+        say.WEIGHTS: "debiased_estimation_loss scale_v_pred_loss_like_noise_pred",
+        say.TERMS: "v_pred_like_loss",
+        "a noise offset that depends on the latents": "adaptive_noise_scale",
+        "noise of several resolutions": "multires_noise_iterations",
+        say.SCHEDULE: "zero_terminal_snr",
+        say.PRIOR: "reg_data_dir",
+        say.LAYER: "clip_skip",
+        "words of captions are weighed": "weighted_captions",
+        say.CUT_OFF: "min_timestep",
+        say.QUANTISED: "fp8_base",
+        say.MERGED: "base_weights",
+        "another VAE: save the base model with it": "vae",
+        "the text encoders alone were trained": "network_train_text_encoder_only",
+    },
+    random={say.TIMESTEPS: "timestep_sampling weighting_scheme"},
+    inert="output_* save_* log_* logging_* wandb_* tracker_* sample_* huggingface_* hub_* "
+    "train_batch_size optimizer_* optimizer learning_rate unet_lr text_encoder_lr lr_* lr "
+    "max_train_* max_grad_norm gradient_* mixed_precision full_bf16 full_fp16 no_half_vae "
+    "xformers sdpa mem_eff_attn cache_* dataset_config vae_batch_size "
+    "persistent_data_loader_workers max_data_loader_n_workers seed lowram highvram "
+    "training_comment metadata_* no_metadata deepspeed* ddp_* dynamo_* torch_compile "
+    "network_dropout scale_weight_norms skip_* debug_dataset dataset_repeats resume* "
+    "stop_text_encoder_training prior_loss_weight max_token_length fused_* blocks_to_swap "
+    "initial_* validate_* console_* async_upload epoch lora_weights lowvram masked_loss "
+    "dim_from_weights network_weights extra_config config_file dataset_class apply_t5_attn_mask "
+    "disable_mmap_load_safetensors noise_offset_random_strength ip_noise_gamma_random_strength "
+    "sigmoid_scale logit_* mode_scale v2 model_prediction_type huber_schedule clip_l t5xxl ae "
+    f"caption_separator network_train_unet_only network_args {DATA}",
+)
 RANDOM = {
     say.ORDER: "shuffle_caption",
     say.FLIP: "flip_aug",
@@ -49,37 +84,6 @@ RANDOM = {
     say.TAGS: "caption_tag_dropout_rate token_warmup_step",
     say.ONE_OF: "enable_wildcard",
 }
-SETTINGS = {
-    "min_snr_gamma": Setting("snr_gamma"),
-    "noise_offset": Setting("noise_offset"),
-    "ip_noise_gamma": Setting("input_perturbation"),
-    "huber_c": Setting("huber_c"),
-    "guidance_scale": Setting("embedded_guidance"),
-    "discrete_flow_shift": Setting("shift"),
-    "t5xxl_max_token_length": Setting("max_sequence_length", kind=int),
-    "caption_dropout_rate": Setting("prompt_dropout"),
-}
-# What changes no gradient of the weights that came out.
-INERT = (
-    "output_* save_* log_* logging_* wandb_* tracker_* sample_* huggingface_* hub_* "
-    "train_batch_size optimizer_* optimizer learning_rate unet_lr text_encoder_lr lr_* lr "
-    "max_train_* max_grad_norm gradient_* mixed_precision full_bf16 full_fp16 no_half_vae "
-    "xformers sdpa mem_eff_attn cache_* dataset_config vae_batch_size "
-    "persistent_data_loader_workers max_data_loader_n_workers seed lowram highvram "
-    "training_comment metadata_* no_metadata deepspeed* ddp_* dynamo_* torch_compile "
-    "network_dropout scale_weight_norms skip_* bucket_* debug_dataset dataset_repeats resume* "
-    "stop_text_encoder_training prior_loss_weight max_token_length fused_* blocks_to_swap "
-    "initial_* validation_* validate_* console_* async_upload epoch lora_weights lowvram "
-    "dim_from_weights network_weights extra_config config_file dataset_class apply_t5_attn_mask "
-    "disable_mmap_load_safetensors noise_offset_random_strength ip_noise_gamma_random_strength"
-)
-# What folders are described by, at whatever level.
-DATA = (
-    "resolution enable_bucket bucket_* min_bucket_reso max_bucket_reso caption_* num_repeats "
-    "class_tokens keep_tokens* secondary_separator batch_size cache_info resize_interpolation "
-    "token_warmup_* validation_* train_data_dir shuffle_caption flip_aug color_aug random_crop "
-    "face_crop_aug_range enable_wildcard"
-)
 
 
 def recognises(found: Any) -> bool:
@@ -105,20 +109,17 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     name = run.name = keys.get("output_name", "last", str)
     folder = places.seek(keys.get("output_dir", ".", str), "output_dir")
     adapter.take(run, places, "output_dir", folder, f"{name}.safetensors", f"{name}-*.safetensors")
-    keys.skip("network_train_unet_only network_args")
     run.facts |= keys.known(
         "network_dim", "network_alpha", "max_train_steps", "max_train_epochs", "seed"
     )
-    run.data = together(_folders(keys, run, places), run)
-    run.model["empty_captions"] = "keep"  # what it makes of images without a caption
-    keys.skip(f"{INERT} {DATA}")
-    keys.finish()
+    parts = _folders(keys, run, places)
+    keys.apply(TABLE)
+    run.data = together(parts, run)
     return run
 
 
 def _loss(keys: Keys, run: TrainingRun) -> None:
     """Take what the loss is made of."""
-    keys.settings(SETTINGS)
     kind = keys.take("loss_type", "model.loss_type", "l2", str, off="l2")
     if kind in ("huber", "smooth_l1"):
         run.model["loss_type"] = kind
@@ -127,16 +128,8 @@ def _loss(keys: Keys, run: TrainingRun) -> None:
         run.other.append(Entry("loss_type", kind, "dmin computes l2, huber and smooth_l1"))
     # What a base model is told of its own prediction is read from its scheduler.
     if keys.get("v_parameterization", False, bool):
-        meaning = "v-prediction: the base model's scheduler must say so, and is read"
-        run.taken.append(Entry("v_parameterization", True, meaning))
-    keys.refuse(OTHER_LOSS)
+        keys.note(run.taken, "v_parameterization", True, say.PREDICTION)
     keys.refuse({say.CUT_OFF: "max_timestep"}, off=(1000, "1000"))
-    keys.randoms({say.TIMESTEPS: "timestep_sampling weighting_scheme"})
-    keys.skip(
-        "sigmoid_scale logit_* mode_scale v2 model_prediction_type huber_schedule keep_tokens "
-        "masked_loss "
-        "caption_separator clip_l t5xxl ae"
-    )
 
 
 def _folders(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[str, Any]]:
@@ -167,7 +160,7 @@ def _folders(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[str
 
 
 def _numbered(
-    root: Path, fallback: Sequence[Keys], places: Places, run: TrainingRun
+    root: Path, above: Sequence[Keys], places: Places, run: TrainingRun
 ) -> dict[str, dict[str, Any]]:
     """Return the folders ``N_class tokens`` below a folder, as kohya reads them."""
     parts = {}
@@ -177,7 +170,7 @@ def _numbered(
             run.unknown.append(f"folder {path.name} (no number of repeats before a _)")
             continue
         keys = Keys({"class_tokens": match[2], "num_repeats": int(match[1])}, run, path.name)
-        part = _part(keys, path.as_posix(), fallback, places, run)
+        part = _part(keys, path.as_posix(), above, places)
         run.taken.append(Entry(path.name, int(match[1]), f"repeats; class tokens {match[2]!r}"))
         parts[path.name] = part
     if not parts:
@@ -186,68 +179,53 @@ def _numbered(
 
 
 def _subset(
-    keys: Keys, fallback: Sequence[Keys], places: Places, run: TrainingRun
+    keys: Keys, above: Sequence[Keys], places: Places, run: TrainingRun
 ) -> tuple[str, dict[str, Any] | None]:
-    table = keys.get("metadata_file", kind=str)
-    text = keys.get("image_dir", kind=str)
-    if text is None:
-        raise DminError(f"{run.source}: {keys.name('image_dir')} is not there.")
-    root = places.folder(text, keys.name("image_dir"))
+    """Return the name and the settings of a folder; None: it was not trained on."""
+    root = places.folder(keys.get("image_dir", "", str), keys.name("image_dir"))
     name = Path(root).name
     if keys.get("is_reg", False, bool):
         keys.note(run.other, "is_reg", name, say.PRIOR)
         return name, None
-    part = _part(keys, root, fallback, places, run)
-    if table is not None:
+    part = _part(keys, root, above, places)
+    if table := keys.get("metadata_file", kind=str):
         found = places.folder(table, keys.name("metadata_file"))
         part["captions"] |= {"source": "table", "table": found, "missing": "error"}
-    run.taken.append(Entry(keys.name("image_dir"), name, f"data, {part['repeats']:g} repeats"))
+    keys.note(run.taken, "image_dir", name, f"data, {part['repeats']:g} repeats")
     keys.finish()
     return name, part
 
 
-def _part(
-    keys: Keys, root: str, fallback: Sequence[Keys], places: Places, run: TrainingRun
-) -> dict[str, Any]:
+def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[str, Any]:
     """Return one folder's settings; what it does not say the levels above do."""
-
-    def say(key: str, default: Any, kind: type | None = None) -> Any:
-        for level in (keys, *fallback):
-            if key in level.values:
-                return level.get(key, default, kind)
-        return default
-
-    tokens = say("class_tokens", None, str)
-    prefix, suffix = say("caption_prefix", "", str), say("caption_suffix", "", str)
+    run = own.run
+    levels = [level.values for level in (*above[::-1], own)]
+    keys = Keys({k: v for level in levels for k, v in level.items()}, run, own.where)
+    tokens = keys.get("class_tokens", kind=str)
+    prefix, suffix = keys.get("caption_prefix", "", str), keys.get("caption_suffix", "", str)
     captions = {
-        "extensions": [_dotted(say("caption_extension", ".caption", str))],
+        "extensions": [f".{keys.get('caption_extension', '.caption', str).lstrip('.')}"],
         "lines": "first",
         "missing": "text" if tokens else "empty",
         "text": tokens,
         "prefix": f"{prefix} " if prefix else "",
         "suffix": f" {suffix}" if suffix else "",
     }
-    size = say("resolution", 512)
     shape = bucket(
-        size,
-        say("enable_bucket", False, bool),
-        int(say("bucket_reso_steps", 64, int)),
-        not say("bucket_no_upscale", False, bool),
+        keys.get("resolution", 512),
+        keys.get("enable_bucket", False, bool),
+        keys.get("bucket_reso_steps", 64, int),
+        not keys.get("bucket_no_upscale", False, bool),
         run,
     )
-    inherited = [level.values for level in (*fallback[::-1], keys)]
-    Keys({k: v for each in inherited for k, v in each.items()}, run, keys.where).randoms(RANDOM)
-    keys.refuse({k: v for k, v in OTHER_LOSS.items() if v == "alpha_mask"})
-    masks = keys.get("conditioning_data_dir", kind=str)
-    if masks and say("masked_loss", False, bool):
-        found = places.folder(masks, keys.name("conditioning_data_dir"))
-        shape["masks"] = {"_target_": MASKS, "folder": found, "required": True}
-        run.taken.append(Entry(keys.name("conditioning_data_dir"), found, "masks of the loss"))
-    elif masks:
-        run.other.append(Entry(keys.name("conditioning_data_dir"), masks, "images of a ControlNet"))
-    keys.skip(DATA)
-    repeats = float(say("num_repeats", 1, int))
-    return folder(root, captions, SUFFIXES, repeats=repeats, **shape)
+    keys.randoms(RANDOM)
+    own.refuse({say.ALPHA: "alpha_mask"})
+    if keys.get("masked_loss", False, bool):
+        shape |= masks(own, "conditioning_data_dir", places, required=True)
+    else:
+        own.refuse({say.CONTROL: "conditioning_data_dir"})
+    own.skip(DATA)
+    return folder(root, captions, SUFFIXES, repeats=keys.get("num_repeats", 1, int), **shape)
 
 
 def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,7 +234,3 @@ def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in found.items():
         flat |= value if isinstance(value, dict) else {key: value}
     return flat
-
-
-def _dotted(extension: str) -> str:
-    return extension if extension.startswith(".") else f".{extension}"

@@ -7,12 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dmin.runs import kohya, onetrainer
+from dmin.runs import ai_toolkit, kohya, onetrainer
 from dmin.runs.files import Places, load
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
-TRAINERS: tuple[ModuleType, ...] = (kohya, onetrainer)
+TRAINERS: tuple[ModuleType, ...] = (kohya, onetrainer, ai_toolkit)
 
 
 def read_run(

@@ -110,11 +110,11 @@ def test_without_a_crop_the_whole_image_is_squeezed():
 BUCKETS = {"size": 64, "aspect": "buckets", "bucket_step": 16}
 
 
-def test_small_images_get_buckets_of_their_own_pixels_and_listed_ones_their_nearest():
+def test_images_are_scaled_down_alone_where_asked_and_listed_buckets_give_the_nearest():
     small, large = Image.new("RGB", (40, 20)), Image.new("RGB", (200, 100))
     settings = {**BUCKETS, "upscale": False}
     shapes = [decode(p, settings=settings).shape[-2:] for p in (small, large)]
-    assert shapes == [(16, 48), (48, 80)]
+    assert shapes == [(16, 32), (32, 80)]
     assert decode(small, settings=BUCKETS).shape[-2:] == (48, 80)
     listed = {**BUCKETS, "bucket_shapes": [[64, 64], [40, 88]]}
     assert [decode(p, settings=listed).shape[-2:] for p in (small, large)] == [(40, 88)] * 2

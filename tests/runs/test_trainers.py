@@ -30,6 +30,25 @@ ONETRAINER = {
     ],
 }  # fmt: skip
 
+AI_TOOLKIT = {
+    "job": "extension",
+    "config": {"name": "mug", "process": [{
+        "type": "sd_trainer", "training_folder": "out", "trigger_word": "zqx",
+        "network": {"type": "lora", "linear": 4, "linear_alpha": 4},
+        "save": {"dtype": "float16", "save_every": 50},
+        "datasets": [
+            {"folder_path": "img/mugs", "caption_ext": "txt", "default_caption": "[trigger] mug",
+             "resolution": [64, 96], "num_repeats": 2, "mask_path": "img/mugs_mask",
+             "mask_min_value": 0.1, "caption_dropout_rate": 0.05},
+            {"folder_path": "img/plain", "is_reg": False, "resolution": 32, "square_crop": True,
+             "caption_dropout_rate": 0.05, "flip_x": True},
+        ],
+        "train": {"steps": 100, "batch_size": 1, "noise_scheduler": "flowmatch", "lr": "1e-4",
+                  "timestep_type": "sigmoid", "optimizer": "adamw8bit", "dtype": "bf16"},
+        "model": {"name_or_path": "base/flux", "arch": "flux:dev"},
+    }]},
+}  # fmt: skip
+
 # Trainer → its config, the model's settings, randomness, and (id, caption, repeats, height, width).
 RUNS = {
     "onetrainer": (
@@ -51,7 +70,29 @@ RUNS = {
             ("plain/e.png", "e", 3.0, 192, 128),
         ],
     ),
+    "ai_toolkit": (
+        AI_TOOLKIT,
+        {"path": "base/flux", "embedded_guidance": 1.0, "prompt_dropout": 0.05},
+        {"mask_path", "timestep_type", "flip_x"},
+        [
+            *(
+                (f"mugs@{size}/{name}", caption, 2, *shape)
+                for size in (64, 96)
+                for name, caption, shape in (
+                    ("a-masklabel.png", "zqx mug", (80, 32)),
+                    ("a.png", "zqx a mug,  red\na second line", (80, 32)),
+                    ("b.JPG", "zqx mug", (32, 32)),
+                    ("c.png", "zqx mug", (32, 32)),
+                    ("deep/d.png", "zqx d", (32, 32)),
+                )
+            ),
+            ("plain/e.png", "zqx ", 1.0, 32, 32),
+        ],
+    ),
 }
+
+
+WITHOUT_MASKS = ()
 
 
 @pytest.fixture
@@ -75,6 +116,7 @@ def test_a_run_is_taken_as_it_was_trained(place, name):
     assert {entry.key.rpartition(".")[2] for entry in run.random} == random
     assert run.model["adapter"].startswith("out/") and run.unknown == []
     data = build(run.data)
+    assert any(example.mask is not None for example in data) or name in WITHOUT_MASKS
     got = [(e.id, e.caption, e.metadata.get("repeats", 1.0), *e.image.shape[1:]) for e in data]
     assert got == examples
 

@@ -1,0 +1,214 @@
+"""The keys of a config, each of which is taken, noted, let be, or told of as unknown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from dmin.runs.training_run import Entry, TrainingRun, shown
+from dmin.runtime.errors import DminError
+
+
+class Setting(NamedTuple):
+    """What a key of a trainer is in dmin."""
+
+    name: str  # of the model's setting
+    default: Any = None  # the trainer's, where the setting's own is another
+    kind: type = float
+    off: Any = 0  # value that means nothing is done
+
+
+class Table(NamedTuple):
+    """What becomes of the keys of a section of a config; several stand in a text, by blanks apart.
+
+    Attributes:
+        settings: of the model, by key.
+        other: keys of another loss, by what they mean.
+        random: keys of randomness of the data, by what they mean.
+        inert: keys that change no gradient of the weights that came out; ``*`` at the end for any.
+        off: values that mean nothing is done, beside false, zero and nothing.
+    """
+
+    settings: Mapping[str, Setting] = {}
+    other: Mapping[str, str] = {}
+    random: Mapping[str, str] = {}
+    inert: str = ""
+    off: Collection[Any] = ()
+
+
+# Settings that some families have alone.
+_OF_FAMILIES = {
+    "embedded_guidance": ("flux",),
+    "max_sequence_length": ("flux", "stable_diffusion_3", "pixart", "sana"),
+}
+
+
+class Keys:
+    """The keys of a config, each of which is read, or told of as unknown.
+
+    Args:
+        values: as they stand in the file.
+        run: what is told of them is added to it.
+        where: prefix for messages, such as ``datasets[0]``.
+    """
+
+    def __init__(self, values: Mapping[str, Any], run: TrainingRun, where: str = "") -> None:
+        self.values, self.run, self.where = dict(values), run, where
+        self._read: set[str] = set()
+
+    def name(self, key: str) -> str:
+        """Return a key as messages call it."""
+        return f"{self.where}.{key}" if self.where else key
+
+    def get(self, key: str, default: Any = None, kind: type | None = None) -> Any:
+        """Return a value, or the default; numbers and booleans may stand as text.
+
+        Raises:
+            DminError: it is of another kind.
+        """
+        self._read.add(key)
+        value = default if self.values.get(key) is None else self.values[key]
+        if value is None or kind is None:
+            return value
+        try:
+            return _converted(value, kind)
+        except (ValueError, TypeError, KeyError, OverflowError):
+            raise DminError(
+                f"{self.run.source}: {self.name(key)} = {shown(value)}, which is no "
+                f"{_KINDS[kind]}. Mend it in a copy of the file."
+            ) from None
+
+    def take(
+        self, key: str, setting: str, default: Any = None, kind: type | None = None, off: Any = None
+    ) -> Any:
+        """Return a value that becomes a setting; told of where it is on.
+
+        Args:
+            key: in the file.
+            setting: what becomes of it, in words.
+            default: the trainer's.
+            kind: ``bool``, ``int``, ``float``, ``str``, ``list`` or ``dict``.
+            off: value that means nothing is done.
+        """
+        value = self.get(key, default, kind)
+        if value is not None and value != off:
+            self.run.taken.append(Entry(self.name(key), value, setting))
+        return value
+
+    def inside(self, key: str) -> Keys:
+        """Return the keys of a table, of none if it is not there."""
+        return Keys(self.get(key, {}, dict) or {}, self.run, self.name(key))
+
+    def each(self, key: str) -> list[Keys]:
+        """Return the keys of each table of a list.
+
+        Raises:
+            DminError: it is no such list, or empty.
+        """
+        found = self.get(key)
+        if not isinstance(found, list) or not found or not all(isinstance(e, dict) for e in found):
+            raise DminError(
+                f"{self.run.source}: {self.name(key)} is no list of tables, of which one or more "
+                f"are needed."
+            )
+        return [Keys(e, self.run, f"{self.name(key)}[{n}]") for n, e in enumerate(found)]
+
+    def apply(self, table: Table) -> None:
+        """Take, note or leave every key as a table says; tell of those that nobody asked for."""
+        for key, setting in table.settings.items():
+            self.setting(key, setting)
+        self.refuse(table.other, table.off)
+        self._note(self.run.random, table.random, table.off)
+        self.skip(table.inert)
+        self.finish()
+
+    def setting(self, key: str, setting: Setting) -> None:
+        """Take a key that becomes a setting of the model, if its family has that."""
+        name, default, kind, off = setting
+        if self.run.family not in _OF_FAMILIES.get(name, (self.run.family,)):
+            self.get(key)
+            return
+        value = self.take(key, f"model.{name}", default, kind, off)
+        if value is not None and value != off:
+            self.run.model[name] = value
+
+    def note(self, entries: list[Entry], key: str, value: Any, meaning: str) -> None:
+        """Add an entry to those that are taken, random or of another loss."""
+        entries.append(Entry(self.name(key), value, meaning))
+
+    def refuse(self, table: Mapping[str, str], off: Collection[Any] = ()) -> None:
+        """Note keys that change the loss in a way that is not computed, where they are on.
+
+        Args:
+            table: meaning → keys, by blanks apart.
+            off: values that mean nothing is done, beside false, zero and nothing.
+        """
+        self._note(self.run.other, table, off)
+
+    def randoms(self, table: Mapping[str, str]) -> None:
+        """Note keys that make the data random, where they are on, as `refuse` does."""
+        self._note(self.run.random, table, ())
+
+    def _note(self, entries: list[Entry], table: Mapping[str, str], off: Collection[Any]) -> None:
+        for meaning, keys in table.items():
+            for key in keys.split():
+                value = self.get(key)
+                if not is_off(value) and (value is True or value not in off):
+                    self.note(entries, key, value, meaning)
+
+    def known(self, *names: str) -> dict[str, Any]:
+        """Return the values of those keys that are there."""
+        found = {name: self.get(name) for name in names}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def random(self, key: str, meaning: str, kind: type = bool, default: Any = None) -> Any:
+        """Return a value that makes the data random; told of where it is on."""
+        value = self.get(key, default, kind)
+        if value:
+            self.run.random.append(Entry(self.name(key), value, meaning))
+        return value
+
+    def skip(self, keys: str) -> None:
+        """Name keys (by blanks apart, ``*`` at the end for any) that change no gradient."""
+        names = keys.split()
+        for key in self.values:
+            if any(key == n or (n.endswith("*") and key.startswith(n[:-1])) for n in names):
+                self._read.add(key)
+
+    def finish(self) -> None:
+        """Tell of the keys that nobody asked for."""
+        self.run.unknown += [self.name(key) for key in self.values if key not in self._read]
+
+
+_KINDS = {
+    bool: "true or false",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    list: "list",
+    dict: "table",
+}
+
+
+def _converted(value: Any, kind: type) -> Any:
+    if kind is bool and isinstance(value, str):
+        return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
+    if kind in (bool, dict, list, str):
+        if not isinstance(value, kind):
+            raise TypeError
+        return value
+    if isinstance(value, bool):
+        raise TypeError
+    number = float(value)  # YAML reads 1e-4 as text
+    if not math.isfinite(number):
+        raise ValueError
+    if kind is int and number != int(number):
+        raise ValueError
+    return kind(number)
+
+
+def is_off(value: Any) -> bool:
+    """Tell whether a value says that something is not done; it may stand as text."""
+    text = value.lower() if isinstance(value, str) else value
+    return text in (None, False, 0, "", "false", "0", "0.0", "none", [], {})
