@@ -16,7 +16,7 @@ from torch import nn
 
 from dmin.runtime.errors import DminError
 
-LORA = r"\.lora_[AB]\."  # peft's names, whatever the adapter's
+LORA = r"\.(lora_\w+|lokr_\w+|hada)\."  # peft's names and LyCORIS', whatever the adapter's
 
 
 class Parameter(NamedTuple):

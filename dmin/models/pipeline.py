@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmin.models import logging_filters, vae
-from dmin.models.adapters import load_adapters, without_adapter
+from dmin.models.adapters import load_adapters, save_adapters, without_adapters
 from dmin.models.base import noise_generators, weights_digest
 from dmin.models.checkpoints import DType, load_pipeline, load_weights
 from dmin.models.relatives import check_pipeline, diffusers_name
@@ -72,7 +72,7 @@ class PipelineModel(TrainedModel):
 
         Args:
             path: folder with ``model_index.json``, or the name of a repository on the Hub.
-            adapter: LoRA weights of the network: file or folder, or several.
+            adapter: of the network and its text encoders: file or folder, or several.
             ema: other weights of the network, such as their moving average: ``.safetensors`` file,
                 or a folder that the network's or ``EMAModel``'s ``save_pretrained`` wrote.
             variant: of the weight files, such as ``fp16``.
@@ -104,15 +104,19 @@ class PipelineModel(TrainedModel):
         return cls(pipeline, **settings).eval()
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Save in diffusers' layout; an adapter beside the network, in the folder ``lora``."""
-        path = Path(path)
-        plain, adapter = without_adapter(self.network)
-        self.pipeline.register_modules(**{self.network_name: plain})
+        """Save in diffusers' layout; adapters beside the network, in the folder ``lora``."""
+        path, own = Path(path), dict(self.pipeline.components)
+        changed = {self.network_name: self.network, **self.encoders}
+        plain = {name: without_adapters(part) for name, part in changed.items()}
+        self.pipeline.register_modules(**plain)
         self.pipeline.save_pretrained(str(path))
-        self.pipeline.register_modules(**{self.network_name: self.network})
-        if adapter:
-            named = {f"{self.network_name}_lora_layers": adapter}
+        self.pipeline.register_modules(**{name: own[name] for name in plain})
+        if getattr(self.network, "peft_config", None):  # trained here
+            from peft import get_peft_model_state_dict
+
+            named = {f"{self.network_name}_lora_layers": get_peft_model_state_dict(self.network)}
             self.pipeline.save_lora_weights(str(path / "lora"), **named)
+        save_adapters(self.network, path / "lora")
 
     @property
     def encoders(self) -> dict[str, nn.Module]:

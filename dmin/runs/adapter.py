@@ -28,7 +28,7 @@ def take(
         ways: patterns of those on the way; the names before ``*`` are taken as they are.
 
     Raises:
-        DminError: there is none, or it adapts text encoders, too.
+        DminError: there is none.
     """
     run.collect["params"] = "lora"
     said = places.said.get("adapter")
@@ -46,11 +46,9 @@ def take(
         run.taken.append(Entry(key, said, "model.adapter, as you say"))
     run.model["adapter"] = said
     names = header(Path(said)) if Path(said).is_file() else {}
-    if parts := [name for name in names if name.startswith(TEXT)]:
-        raise DminError(
-            f"{said} trained the text encoders too ({len(parts)} tensors such as {parts[0]}), "
-            f"whose part dmin does not attribute yet. It opens adapters of the network alone."
-        )
+    if parts := sum(name.startswith(TEXT) for name in names):
+        meaning = "encode the captions; their part of the gradient is not taken"
+        run.taken.append(Entry("tensors of text encoders", parts, meaning))
 
 
 def _files(folder: Path | None, last: str, ways: Sequence[str]) -> list[Path]:

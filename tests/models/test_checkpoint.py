@@ -5,7 +5,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from models.families import FAMILIES, checkpoint, load
 from models.tiny import clip
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from test_families import examples, inputs, one_sketch
 
 from dmin.cli.config.groups import config_directory
@@ -25,7 +24,6 @@ from dmin.diffusion.noise import SharedNoise
 from dmin.diffusion.timesteps import Explicit
 from dmin.gradients.parameters import LORA
 from dmin.models import vae
-from dmin.models.adapters import load_adapters
 from dmin.models.families.ddpm import DDPM
 from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
@@ -159,7 +157,18 @@ KOHYA = {  # family -> {module in kohya's file: layers of ours that its matrix i
     },
     "flux": {
         "double_blocks.0.img_attn.qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+        "double_blocks.0.txt_mod.lin": ["transformer_blocks.0.norm1_context.linear"],
+        "single_blocks.0.linear1": [
+            *(f"single_transformer_blocks.0.attn.to_{x}" for x in "qkv"),
+            "single_transformer_blocks.0.proj_mlp",
+        ],
         "single_blocks.0.linear2": ["single_transformer_blocks.0.proj_out"],
+    },
+    "stable_diffusion_3": {
+        "joint_blocks_0_context_block_attn_qkv": [
+            f"transformer_blocks.0.attn.add_{x}_proj" for x in "qkv"
+        ],
+        "joint_blocks_0_x_block_attn2_qkv": [f"transformer_blocks.0.attn2.to_{x}" for x in "qkv"],
     },
 }
 
@@ -181,7 +190,7 @@ def test_an_adapter_in_kohyas_format_does_what_its_matrices_say(name, tmp_path):
     save_file(state, tmp_path / "kohya.safetensors")
     model = load_anew(name, adapter=tmp_path / "kohya.safetensors")
     lora = [n for n, _ in model.network.named_parameters() if re.search(LORA, n)]
-    assert len(lora) == 2 * sum(map(len, KOHYA[name].values()))
+    assert len(lora) == 2 * len(KOHYA[name])  # the file's own, not one for each layer of ours
     assert all(".default." in n for n in lora)
     found, expected = predictions(model, merged, name)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
@@ -248,22 +257,9 @@ def test_a_scale_that_diffusers_does_not_read_is_read(where, tmp_path):
     found, expected = predictions(model, trained, name)
     torch.testing.assert_close(found, expected)
     described = model.describe()["adapters"]["default"]
-    assert (8 if where != "nowhere" else 2) in (
-        described["lora_alpha"],
-        *described["alpha_pattern"].values(),
-    )
-
-
-def test_joined_matrices_whose_scale_loaders_misread_are_refused(tmp_path):
-    _, file = adapter_file(load_anew("stable_diffusion").network, tmp_path, "nowhere")
-    arguments = {"ss_network_args": json.dumps({"split_qkv": "True"})}
-    save_file(load_file(file), file, metadata=arguments)
-    with pytest.raises(DminError, match="split_qkv=True"):
-        load_anew("stable_diffusion", adapter=file)
-    save_file(
-        load_file(file), file, metadata={"ss_network_args": '{"split_qkv": "False", "x": "True"}'}
-    )
-    load_anew("stable_diffusion", adapter=file)
+    alpha = {"nowhere": 2, "rank-stabilised": 8 * 2**0.5}.get(where, 8)  # as a scale of α/r
+    told = described["lora_alpha"], *described["alpha_pattern"].values()
+    assert any(abs(value - alpha) < 1e-9 for value in told)
 
 
 def test_several_adapters_act_together(tmp_path):
@@ -279,45 +275,13 @@ def test_several_adapters_act_together(tmp_path):
     assert (found - once).abs().max() > 1e-4
 
 
-def test_adapters_that_would_be_taken_in_part_are_refused(tmp_path):
-    name = "stable_diffusion"
-    diffusers_adapter(name, tmp_path)
-    file = tmp_path / "pytorch_lora_weights.safetensors"
-    state = load_file(file)
-    key = next(iter(state))
-    cases = {
-        "text_encoder.layer.lora_A.weight": "adapts a text encoder",
-        "lora_te1_layer.lora_down.weight": "adapts a text encoder",
-        key.replace("lora_A.weight", "lora_magnitude_vector"): "DoRA",
-    }
-    for odd, message in cases.items():
-        save_file({**state, odd: torch.zeros(2)}, file)
-        with pytest.raises(DminError, match=message):
-            FAMILIES[name].model.from_pretrained(checkpoint(name), adapter=tmp_path)
-
-
 def test_adapters_of_another_model_are_refused(tmp_path):
     diffusers_adapter("stable_diffusion_3", tmp_path)
     for name in ("stable_diffusion", "dit", "flux", "sana"):
-        with pytest.raises(DminError, match=r"Give an adapter|cannot be loaded"):
+        with pytest.raises(DminError, match=r"do not fit .* Give an adapter"):
             FAMILIES[name].model.from_pretrained(checkpoint(name), adapter=tmp_path)
     with pytest.raises(DminError, match="with just one; found none"):
         FAMILIES["dit"].model.from_pretrained(checkpoint("dit"), adapter=tmp_path / "nowhere")
-
-
-def test_layers_that_the_adapter_has_no_weights_for_are_refused(tmp_path):
-    """They would get random ones, and with them a gradient."""
-    _, folder = peft_adapter(load_anew("dit").network, tmp_path)
-    file = folder / "adapter_model.safetensors"
-    save_file(dict(list(load_file(file).items())[:2]), file)
-    with pytest.raises(DminError, match="its 2 matrices fill 8 places"):
-        load_anew("dit", adapter=folder)
-
-
-def test_without_peft_the_remedy_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(DminError, match=r"pip install 'dmin\[lora\]'"):
-        load_adapters(torch.nn.Linear(1, 1), tmp_path)
 
 
 def test_ddpm_takes_adapters_and_averaged_weights(ddpm, ddpm_path, tmp_path):

@@ -109,7 +109,7 @@ class DDPM(TrainedModel):
 
         Args:
             path: folder with ``model_index.json``, ``unet/`` and ``scheduler/``.
-            adapter: LoRA weights of the UNet: file or folder, or several.
+            adapter: of the UNet: file or folder, or several.
             ema: other weights of the UNet, such as their moving average: ``.safetensors`` file, or
                 a folder that ``EMAModel.save_pretrained`` wrote.
             settings: of the class.

@@ -1,0 +1,102 @@
+"""Adapters in a network: what they are, saved, and taken off."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dmin.models.adapters.layers import Adapted
+from dmin.models.adapters.reading import AdapterFile
+
+
+@dataclass
+class Loaded:
+    """An adapter in a network: its file, and which parameter each of its tensors became."""
+
+    file: AdapterFile
+    parameters: list[tuple[str, Any, nn.Parameter, bool]]  # key, part of it, is it transposed
+    scales: dict[str, tuple[str, int | None, float]]  # of layers: kind, rank, scale
+
+    @torch.no_grad()
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors of the file with the values that they have now."""
+        state = {key: tensor.clone() for key, tensor in self.file.state.items()}
+        for key, index, parameter, transposed in self.parameters:
+            part = state[key][index]
+            part.copy_((parameter.flatten(1).T if transposed else parameter).reshape(part.shape))
+        return state
+
+
+def adapters_of(network: Any) -> dict[str, Loaded]:
+    """Return the adapters that were loaded into a network, by name."""
+    found: dict[str, Loaded] = getattr(network, "dmin_adapters", {})
+    return found
+
+
+def describe_adapters(network: nn.Module) -> dict[str, Any]:
+    """Return kind, rank and scale of a network's adapters: α is no weight, but scales gradients."""
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+    configs = getattr(network, "peft_config", {})
+    found = {
+        name: {key: getattr(config, key, None) for key in names} for name, config in configs.items()
+    }
+    return {**found, **{name: _described(one) for name, one in adapters_of(network).items()}}
+
+
+def _described(loaded: Loaded) -> dict[str, Any]:
+    """Return an adapter's ranks and scales, in the words of a LoRA's config where it is one."""
+    common, _ = Counter(loaded.scales.values()).most_common(1)[0]
+    others = {path: told for path, told in loaded.scales.items() if told != common}
+
+    def alpha(told: tuple[str, int | None, float]) -> float:
+        whole = told[2] * (told[1] or 1)
+        return int(whole) if whole == int(whole) else whole
+
+    kinds = sorted({told[0] for told in loaded.scales.values()})
+    return {
+        "r": common[1],
+        "lora_alpha": alpha(common),
+        "rank_pattern": {p: told[1] for p, told in others.items() if told[1] != common[1]},
+        "alpha_pattern": {p: alpha(t) for p, t in others.items() if alpha(t) != alpha(common)},
+        "use_rslora": False,
+        **({} if kinds == ["LoRA"] else {"kinds": kinds}),
+    }
+
+
+def save_adapters(network: nn.Module, folder: Path) -> None:
+    """Save the adapters of a network as their files have them, with the values they have now."""
+    for name, loaded in adapters_of(network).items():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(loaded.state(), folder / f"{name}.safetensors", metadata=loaded.file.header)
+
+
+def without_adapters(network: Any) -> Any:
+    """Return a network without its adapters; itself if it has none.
+
+    Args:
+        network: left as it is.
+    """
+    if getattr(network, "peft_config", None):
+        from diffusers.utils.peft_utils import recurse_remove_peft_layers
+
+        plain = copy.deepcopy(network)
+        recurse_remove_peft_layers(plain)
+        del plain.peft_config
+        plain._hf_peft_config_loaded = False
+        return plain
+    if not any(isinstance(module, Adapted) for module in network.modules()):
+        return network
+    plain = copy.deepcopy(network)
+    for path, layer in list(plain.named_modules()):
+        if isinstance(layer, Adapted):
+            above, _, last = path.rpartition(".")
+            setattr(plain.get_submodule(above), last, layer.base_layer)
+    plain.__dict__.pop("dmin_adapters", None)
+    return plain

@@ -1,0 +1,227 @@
+"""Putting adapters into a network and the text encoders beside it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmin.gradients.factors import wide
+from dmin.models.adapters.formulas import KINDS, MAGNITUDE, difference, rank
+from dmin.models.adapters.layers import Adapted, Change, Magnitude, Place, built, weight_of
+from dmin.models.adapters.loaded import Loaded, adapters_of
+from dmin.models.adapters.names import base_of, flat, places
+from dmin.models.adapters.reading import AdapterFile, FileModule, read
+
+logger = logging.getLogger(__name__)
+
+
+def load_adapters(
+    network: nn.Module, paths: str | Path | Sequence[str | Path], pipeline: Any = None
+) -> None:
+    """Load adapters into a network and the text encoders beside it.
+
+    Each layer they name becomes :class:`~dmin.models.adapters.layers.Adapted`, whose parameters are
+    the file's own factors, whatever its trainer calls them. They are called ``default``,
+    ``default_1``, … and act together, so that the names of their parameters (and with them the
+    sketch) are the same however an adapter was called in training.
+
+    Args:
+        network: gets the adapters; must not have any yet.
+        paths: ``.safetensors`` file or a folder with one; several are added up.
+        pipeline: of diffusers, whose text encoders get their part of a file.
+
+    Raises:
+        DminError: no such file, a tensor in it that dmin does not compute with, or a module that
+            is not in this network or has other sizes there.
+    """
+    several = [paths] if isinstance(paths, str | Path) else list(paths)
+    names = ["default", *(f"default_{n}" for n in range(1, len(several)))]
+    components = getattr(pipeline, "components", {})
+    encoders = {
+        key: part
+        for key, part in components.items()
+        if key.startswith("text_encoder") and isinstance(part, nn.Module)
+    }
+    for path, name in zip(several, names, strict=True):
+        _load(read(Path(path)), name, network, encoders)
+    for part in (network, *encoders.values()):
+        part.eval()
+
+
+def _load(file: AdapterFile, name: str, network: nn.Module, encoders: dict[str, Any]) -> None:
+    modules = file.modules()
+    if file.config.get("use_dora") and not any(MAGNITUDE in module.tensors for module in modules):
+        raise file.error("its adapter_config.json says use_dora, and it has no magnitudes")
+    if any(module.text is not None for module in modules) and not encoders:
+        raise file.error("it adapts a text encoder, and this model has none")
+    targets = [network, *encoders.values()]
+    chosen = [targets[_component(module, len(encoders))] for module in modules]
+    tables = {id(target): places(target) for target in targets}
+    split = _is_split(file)
+    fitting: list[tuple[nn.Module, FileModule, list[Place]]] = []
+    wrong: list[str] = []
+    for module, target in zip(modules, chosen, strict=True):
+        where = tables[id(target)].get(flat(module.name), [])
+        parts = _split(file, module, where) if split and len(where) > 1 else [(module, where)]
+        for part, its in parts:
+            problem = _misfit(part, [target.get_submodule(place.path) for place in its])
+            if problem is None:
+                fitting.append((target, part, its))
+            else:
+                wrong.append(f"{module.key} ({problem})")
+    if wrong:
+        raise file.error(
+            f"{len(wrong)} of its {len(modules)} modules do not fit {type(network).__name__}, such "
+            f"as {', '.join(wrong[:3])}; {len(fitting)} do. Give an adapter trained for this model"
+        )
+    loaded = Loaded(file, [], {})
+    for target, part, its in fitting:
+        _place(target, part, its, name, file.scale(part), loaded)
+    if of_text := sum(module.text is not None for module in modules):
+        logger.warning(
+            "model.adapter=%s: %d of its %d modules are of text encoders. Prompts are encoded with "
+            "them; their part of the gradient is not taken.",
+            *(file.path, of_text, len(modules)),
+        )
+    known: Any = network
+    known.dmin_adapters = {**adapters_of(network), name: loaded}
+
+
+def _component(module: FileModule, encoders: int) -> int:
+    """Return the place of a module's network among (network, text encoders …)."""
+    if module.text is None:
+        return 0
+    return encoders if module.text < 0 else 1 + min(module.text, encoders - 1)
+
+
+def _is_split(file: AdapterFile) -> bool:
+    """Return whether joined matrices are block-diagonal: kohya's ``split_qkv=True``."""
+    told = file.header.get("ss_network_args", "")
+    return re.search(r"split_qkv\W+true", told, re.IGNORECASE) is not None
+
+
+def _split(
+    file: AdapterFile, module: FileModule, where: list[Place]
+) -> Iterator[tuple[FileModule, list[Place]]]:
+    """Yield the adapters of each of several layers, that kohya saved as one block-diagonal pair.
+
+    Each of them was trained with α/r of its own rank r, not of the rank of the whole.
+    """
+    down, up = module.tensors["lora_A"], module.tensors["lora_B"].clone()
+    r = len(down) // len(where)
+    for n, place in enumerate(where):
+        own = slice(n * r, (n + 1) * r)
+        block = slice(place.start, place.start + (place.rows or 0)), own
+        tensors = {**module.tensors, "lora_A": down[own], "lora_B": up[block].clone()}
+        up[block] = 0
+        part = replace(module, tensors=tensors, index={"lora_A": own, "lora_B": block})
+        yield part, [Place(place.path)]
+    if up.any() or r * len(where) != len(down):
+        raise file.error(
+            f"its header says split_qkv=True, and {module.key} is not made of {len(where)} blocks"
+        )
+
+
+def _misfit(module: FileModule, layers: Sequence[nn.Module]) -> str | None:
+    """Return why a module's tensors are no change of layers, None if they are one."""
+    if not layers:
+        return "not in it"
+    shapes = [base_of(layer).weight.shape for layer in layers]
+    wanted = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    factors = {key: value.to("meta") for key, value in module.factors.items()}
+    try:
+        found = difference(factors, wanted[2:]).shape
+    except RuntimeError:
+        return "its tensors do not fit one another"
+    plain = tuple(n for n in found[2:] if n != 1) == tuple(n for n in wanted[2:] if n != 1)
+    joined = len(found) == 2 and found.numel() == torch.Size(wanted).numel()
+    if found[0] != wanted[0] or not (joined or (found[1] == wanted[1] and plain)):
+        return f"{_sizes(found)} where it is {_sizes(wanted)}"
+    magnitude = module.tensors.get(MAGNITUDE)
+    if magnitude is not None and magnitude.numel() not in wanted[:2]:
+        return f"{magnitude.numel()} magnitudes where it is {_sizes(wanted)}"
+    return None
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _place(
+    target: nn.Module,
+    module: FileModule,
+    where: list[Place],
+    name: str,
+    scale: float,
+    loaded: Loaded,
+) -> None:
+    """Give layers what a module of a file changes of them."""
+    layers = [_adapted(target, place.path) for place in where]
+    weights = [weight_of(layer.base_layer) for layer in layers]
+    like, dim = weights[0], 1 if weights[0].ndim > 2 else -1
+    tensors = {k: v.to(like.device, like.dtype) for k, v in module.tensors.items()}
+    factors = {k: tensors[k] for k in module.factors}
+    delta = built(factors, layers[0].base_layer, scale)
+    changes = [Change(delta, place, dim) for place in where]
+    if MAGNITUDE in tensors:
+        whole = difference(factors, like.shape[2:]).reshape(-1, *like.shape[1:])
+        _decompose(changes, tensors[MAGNITUDE], scale * whole, weights, module)
+    for layer, change in zip(layers, changes, strict=True):
+        layer.add(name, change)
+    for factor, key in module.keys.items():
+        if factor != "alpha":
+            holder: Any = changes[0].layers["hada" if factor.startswith("hada") else factor]
+            parameter = getattr(holder, factor.removeprefix("hada_"), None)
+            transposed = factor == "lokr_w2_a" and "lokr_t2" in factors
+            entry = parameter if parameter is not None else holder.weight
+            loaded.parameters.append((key, module.index.get(factor, ...), entry, transposed))
+    of = "" if module.text is None else "text_encoder "
+    for place in where:
+        loaded.scales[of + place.path] = KINDS[frozenset(factors)], rank(factors), scale
+
+
+def _decompose(
+    changes: Sequence[Change],
+    magnitude: Tensor,
+    delta: Tensor,
+    weights: Sequence[Tensor],
+    module: FileModule,
+) -> None:
+    """Add magnitudes to the changes of layers; of which axis they are, their shape tells."""
+    inputs = weights[0].shape[1]
+    of_inputs = (
+        "dora_scale" in module.keys[MAGNITUDE]
+        and magnitude.ndim > 1
+        and magnitude.shape[:2] == (1, inputs)
+        and inputs > 1
+    )
+    shared, dim = nn.Parameter(magnitude), 1 if of_inputs else 0
+    new = [
+        weight.detach() + change.place.take(delta, 0)
+        for change, weight in zip(changes, weights, strict=True)
+    ]
+    norms = [wide(w.transpose(0, dim).flatten(1)).norm(dim=1) for w in new]
+    if of_inputs:
+        norms = [torch.stack(norms).norm(dim=0)] * len(norms)
+    for change, norm in zip(changes, norms, strict=True):
+        place = Place(change.place.path) if of_inputs else change.place
+        norm = norm.to(magnitude.dtype)
+        change.magnitude = Magnitude(shared, norm, place, change.dim)
+        change.of_inputs = of_inputs
+
+
+def _adapted(network: nn.Module, path: str) -> Adapted:
+    """Return the layer at a path with a place for adapters."""
+    layer = network.get_submodule(path)
+    if not isinstance(layer, Adapted):
+        layer = Adapted(layer)
+        above, _, last = path.rpartition(".")
+        setattr(network.get_submodule(above), last, layer)
+    return layer
