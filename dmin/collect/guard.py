@@ -27,6 +27,7 @@ from dmin.models.autograd import by_autograd
 from dmin.models.base import READOUTS
 from dmin.models.masked import predict
 from dmin.runtime.errors import DminError
+from dmin.runtime.transfer import in_double
 
 # What losses are scaled by: powers of two, which no floating point rounds.
 FACTORS = 8
@@ -217,12 +218,12 @@ class Guard:
             captured = self._captured(one, names, readout)
             unused = [name for name in self.collector.attributed.by_name if name not in captured]
             true = by_autograd(self.collector.model, {*names, *unused}, one, readout)
-            norms = [g.double().norm() for g in true.values()]
+            norms = [in_double(g).norm() for g in true.values()]
             whole = float(torch.stack(norms).norm()) if norms else 0.0
             for name, gradient in true.items():
                 ours = captured[name][0] if name in captured else torch.zeros_like(gradient)
-                length = max(float(gradient.double().norm()), FLOOR * whole, 1e-300)
-                if float((ours.double() - gradient.double()).norm()) / length > limit:
+                length = max(float(in_double(gradient).norm()), FLOOR * whole, 1e-300)
+                if float((in_double(ours) - in_double(gradient)).norm()) / length > limit:
                     wrong.add(name)
         return wrong
 
@@ -255,7 +256,7 @@ def _factors(count: int) -> Tensor:
 
 def _deviation(found: Tensor, expected: Tensor) -> float:
     """Return the largest distance of a row from the expected one, in units of its length."""
-    found, expected = found.flatten(1).double(), expected.flatten(1).double()
+    found, expected = in_double(found.flatten(1)), in_double(expected.flatten(1))
     length = expected.norm(dim=1)
     distance = (found - expected).norm(dim=1)
     return float(torch.where(length > 0, distance / length, distance).max())

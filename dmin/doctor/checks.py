@@ -16,6 +16,7 @@ from dmin.gradients.parameters import Parameter
 from dmin.models.base import READOUTS, Condition
 from dmin.models.masked import predict
 from dmin.runtime.errors import DminError
+from dmin.runtime.transfer import in_double
 from dmin.sketches import Sketch
 
 # Relative errors that rounding explains, by the dtype that the network computes in.
@@ -56,7 +57,7 @@ def mode(network: nn.Module) -> Check:
 def encoders(first: tuple[Tensor, Condition], second: tuple[Tensor, Condition]) -> Check:
     """Compare two encodings of the same examples."""
     pairs = [(first[0], second[0]), *((v, second[1][name]) for name, v in first[1].items())]
-    off = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+    off = max(float((in_double(a) - in_double(b)).abs().max()) for a, b in pairs)
     return Check(
         "encoding is deterministic",
         off <= 1e-6,
@@ -173,9 +174,9 @@ def _bias(sketch: Sketch, entry: Parameter, device: torch.device) -> float:
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(count, *entry.shape, generator=generator).to(device)
     h = g + torch.randn(count, *entry.shape, generator=generator).to(device)
-    sketched = [sketch.of({entry.name: x}).flatten(1).double() for x in (g, h)]
-    variance = sketch.variance(entry.name, g, h).double()
-    g, h = g.flatten(1).double(), h.flatten(1).double()
+    sketched = [in_double(sketch.of({entry.name: x}).flatten(1)) for x in (g, h)]
+    variance = in_double(sketch.variance(entry.name, g, h))
+    g, h = in_double(g.flatten(1)), in_double(h.flatten(1))
     scale = g.norm(dim=1) * h.norm(dim=1)
     true = (g * h).sum(1) / scale
     error = (sketched[0] * sketched[1]).sum(1) / scale - true

@@ -18,8 +18,13 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     From memory that is not pinned the copy would wait until the device has done everything before.
     """
     if device.type != "cuda" or x.device.type != "cpu":
-        return x.to(device, non_blocking=True)
+        return x.to(device, non_blocking=x.is_cuda)  # of others nobody says when it has come
     return x.pin_memory().to(device, non_blocking=True)
+
+
+def in_double(x: Tensor) -> Tensor:
+    """Return a tensor in double precision: on the host, if its device may have none."""
+    return (x if x.device.type in ("cpu", "cuda") else x.cpu()).double()
 
 
 def to_host(tensors: Iterable[Tensor]) -> Callable[[], list[Tensor]]:
