@@ -11,7 +11,7 @@ from dmin.runs import wording as say
 from dmin.runs.base_model import FLOWS, base_model, family_of
 from dmin.runs.files import Places
 from dmin.runs.folders import add, bucket, folder, masks, together
-from dmin.runs.keys import Keys, Setting, Table
+from dmin.runs.keys import Keys, tables
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
@@ -31,78 +31,6 @@ OLDER = {"v2": "sd2", "v3": "sd3", "xl": "sdxl"}  # as in ``is_xl``
 CONFIGS = ("*.yaml", "*.yml", "*.json")
 PROCESSES = ("sd_trainer", "ui_trainer", "diffusion_trainer")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-ONE = (1, "1", "1.0")
-TOP = Table(
-    other={say.LEARNED: "embedding decorator", say.TERMS: "adapter slider guidance"},
-    inert="type training_folder device performance_log_every sqlite_db_path log_dir logging meta "
-    "save sample trigger_word",
-)
-TRAIN = Table(
-    settings={
-        "noise_offset": Setting("noise_offset"),
-        "min_snr_gamma": Setting("snr_gamma"),
-        "cfg_scale": Setting("embedded_guidance", 1.0, off=None),
-    },
-    other={
-        say.BOUNDED: "loss_type",
-        say.WEIGHTS: "snr_gamma linear_timesteps linear_timesteps2",
-        say.CUT_OFF: "min_denoising_steps",
-        say.NOISE: "match_noise_norm dynamic_noise_offset blended_blur_noise random_noise_shift "
-        "noise_multiplier random_noise_multiplier force_consistent_noise img_multiplier "
-        "optimal_noise_pairing_samples noisy_latent_multiplier latent_multiplier",
-        say.TERMS: "loss_target inverted_mask_prior diff_output_preservation do_guidance_loss "
-        "blank_prompt_preservation do_differential_guidance do_prior_divergence do_cfg train_turbo "
-        "correct_pred_norm target_norm_std learnable_snr_gos pred_scaler adaptive_scaling_factor "
-        "latent_feature_extractor_path diffusion_feature_extractor_path",
-        "images were brought to another mean": "standardize_images standardize_latents",
-        "the network was told no guidance": "bypass_guidance_embedding",
-        "other captions were told, too": "short_and_long_captions prompt_saturation_chance",
-    },
-    random={say.TIMESTEPS: "content_or_style", say.DROPOUT: "prompt_dropout_prob"},
-    inert="steps batch_size gradient_accumulation gradient_accumulation_steps train_unet lr "
-    "train_text_encoder gradient_checkpointing optimizer optimizer_params unet_lr text_encoder_lr "
-    "lr_scheduler lr_scheduler_params dtype ema_config disable_sampling skip_first_sample "
-    "force_first_sample cache_text_embeddings max_grad_norm max_loss reg_weight xformers sdp "
-    "attention_backend diff_output_preservation_multiplier diff_output_preservation_class "
-    "inverted_mask_prior_multiplier blank_prompt_preservation_multiplier start_step "
-    "switch_boundary_every num_train_timesteps unconditional_prompt guidance_loss_target",
-    off=("mse", "noise", "balanced", *ONE),
-)
-MODEL = Table(
-    other={
-        say.PART: "vae_path refiner_name_or_path unet_path te_name_or_path",
-        say.MERGED: "lora_path assistant_lora_path accuracy_recovery_adapter",
-        say.QUANTISED: "quantize quantize_te",
-        say.PADDING: "attn_masking",
-    },
-    inert="low_vram dtype vae_dtype te_dtype qtype qtype_te compile layer_offloading model_kwargs "
-    "layer_offloading_text_encoder_percent layer_offloading_transformer_percent quantize_kwargs "
-    "extras_name_or_path inference_lora_path split_model_over_gpus",
-)
-DATA = Table(
-    other={
-        say.CONTROL: "control_path control_path_1 control_path_2 control_path_3 controls "
-        "inpaint_path unconditional_path clip_image_path",
-        say.OF_FOLDER: "loss_multiplier network_weight",
-        say.ALPHA: "alpha_mask",
-        "images were scaled first": "scale",
-        "videos": "num_frames",
-    },
-    random={
-        say.ORDER: "shuffle_tokens",
-        say.TAGS: "token_dropout_rate",
-        say.CROP: "random_crop",
-        say.TURNS: "random_scale",
-        say.COLOURS: "augments augmentations",
-        "words were added at random; here none": "random_triggers",
-        "mirrored copies were examples, too; here the images alone": "flip_x flip_y",
-    },
-    inert="type cache_latents cache_latents_to_disk cache_text_embeddings num_workers keep_tokens "
-    "prefetch_factor bucket_tolerance random_triggers_max replacements fast_image_size debug fps "
-    "shrink_video_to_frames do_i2v replay_transforms full_size_control_images invert_mask "
-    "mask_min_value control_transparent_color",
-    off=ONE,
-)
 
 
 def recognises(found: Any) -> bool:
@@ -141,8 +69,8 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     adapter.take(run, places, "training_folder", folder_of_run, last, way)
     run.facts |= train.known("steps", "batch_size", "lr")
     parts = _folders(keys, places, train)
-    for part, table in ((keys, TOP), (train, TRAIN), (model, MODEL)):
-        part.apply(table)
+    for name, part in {"process": keys, "train": train, "model": model}.items():
+        part.apply(tables("ai_toolkit")[name])
     run.data = together(parts, run)
     return run
 
@@ -202,7 +130,7 @@ def _folders(keys: Keys, places: Places, train: Keys) -> dict[str, dict[str, Any
         )
         each.randoms({"masks were blurred a little; here sharp": "mask_path"})
         each.note(run.taken, key, root.name, f"data, {part['repeats']:g} repeats")
-        each.apply(DATA)
+        each.apply(tables("ai_toolkit")["datasets"])
         add(parts, root.name, part, run, shapes)
     if len(dropped) == 1 and any(dropped):
         run.model["prompt_dropout"] = dropped.pop()

@@ -14,6 +14,7 @@ from dmin.runtime.errors import DminError
 _FOLDER = "dmin.data.training_folder.TrainingFolder"
 _CAPTIONS = "dmin.data.captions.Captions"
 MASKS = "dmin.data.masks.Masks"
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 
 def folder(
@@ -64,6 +65,8 @@ def bucket(size: Any, buckets: bool, step: int, upscale: bool, run: TrainingRun)
         DminError: it is no size.
     """
     numbers = sides(size, run)
+    if step < 1:
+        raise DminError(f"{run.source}: sides of buckets in steps of {step}: 1 pixel at least.")
     side = round((numbers[0] * numbers[-1]) ** 0.5)
     if numbers[0] != numbers[-1] and not buckets:
         meaning = f"cut to a square of the same area, {side}"

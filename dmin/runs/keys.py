@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Mapping
+from importlib.resources import files
 from typing import Any, NamedTuple
 
+import yaml
+
+from dmin.runs import wording
 from dmin.runs.training_run import Entry, TrainingRun, shown
 from dmin.runtime.errors import DminError
 
@@ -16,7 +21,7 @@ class Setting(NamedTuple):
     name: str  # of the model's setting
     default: Any = None  # the trainer's, where the setting's own is another
     kind: type = float
-    off: Any = 0  # value that means nothing is done
+    nothing: Any = 0  # value that means nothing is done
 
 
 class Table(NamedTuple):
@@ -27,14 +32,37 @@ class Table(NamedTuple):
         other: keys of another loss, by what they mean.
         random: keys of randomness of the data, by what they mean.
         inert: keys that change no gradient of the weights that came out; ``*`` at the end for any.
-        off: values that mean nothing is done, beside false, zero and nothing.
+        nothing: values that mean it is not done, beside false, zero and none.
     """
 
     settings: Mapping[str, Setting] = {}
     other: Mapping[str, str] = {}
     random: Mapping[str, str] = {}
     inert: str = ""
-    off: Collection[Any] = ()
+    nothing: Collection[Any] = ()
+
+
+@functools.cache
+def tables(trainer: str) -> Mapping[str, Table]:
+    """Return the tables of a trainer, by section of its configs: ``tables/TRAINER.yaml``."""
+    text = files("dmin.runs").joinpath(f"tables/{trainer}.yaml").read_text("utf-8")
+
+    def worded(meanings: Mapping[str, str]) -> dict[str, str]:
+        return {getattr(wording, key, key): keys for key, keys in meanings.items()}
+
+    return {
+        name: Table(
+            {
+                key: Setting(**{**each, "kind": _KINDS_BY_NAME[each.get("kind", "float")]})
+                for key, each in section.get("settings", {}).items()
+            },
+            worded(section.get("other", {})),
+            worded(section.get("random", {})),
+            section.get("inert", ""),
+            tuple(section.get("nothing", ())),
+        )
+        for name, section in yaml.safe_load(text).items()
+    }
 
 
 # Settings that some families have alone.
@@ -118,8 +146,8 @@ class Keys:
         """Take, note or leave every key as a table says; tell of those that nobody asked for."""
         for key, setting in table.settings.items():
             self.setting(key, setting)
-        self.refuse(table.other, table.off)
-        self._note(self.run.random, table.random, table.off)
+        self.refuse(table.other, table.nothing)
+        self._note(self.run.random, table.random, table.nothing)
         self.skip(table.inert)
         self.finish()
 
@@ -169,6 +197,16 @@ class Keys:
             self.run.random.append(Entry(self.name(key), value, meaning))
         return value
 
+    def bounded(self) -> None:
+        """Take the error of the loss, as kohya and SimpleTuner call it."""
+        kind = self.take("loss_type", "model.loss_type", "l2", str, off="l2")
+        if kind in ("huber", "smooth_l1"):
+            self.run.model["loss_type"] = kind
+            self.run.model["huber_schedule"] = self.get("huber_schedule", "snr", str)
+            self.setting("huber_c", Setting("huber_c"))
+        elif kind != "l2":
+            self.note(self.run.other, "loss_type", kind, "dmin computes l2, huber and smooth_l1")
+
     def skip(self, keys: str) -> None:
         """Name keys (by blanks apart, ``*`` at the end for any) that change no gradient."""
         names = keys.split()
@@ -181,6 +219,7 @@ class Keys:
         self.run.unknown += [self.name(key) for key in self.values if key not in self._read]
 
 
+_KINDS_BY_NAME = {"float": float, "int": int}
 _KINDS = {
     bool: "true or false",
     int: "whole number",

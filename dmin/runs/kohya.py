@@ -12,7 +12,7 @@ from dmin.runs import wording as say
 from dmin.runs.base_model import base_model, family_of
 from dmin.runs.files import Places, load
 from dmin.runs.folders import add, bucket, folder, masks, together
-from dmin.runs.keys import Keys, Setting, Table
+from dmin.runs.keys import Keys, tables
 from dmin.runs.training_run import Entry, TrainingRun
 from dmin.runtime.errors import DminError
 
@@ -25,65 +25,6 @@ FAMILIES = {
 }
 CONFIGS = ("*.toml", "*.json")  # where its configs lie below a folder
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
-# What folders are described by, at whatever level.
-DATA = (
-    "resolution enable_bucket bucket_* min_bucket_reso max_bucket_reso caption_* num_repeats "
-    "class_tokens keep_tokens* secondary_separator batch_size cache_info resize_interpolation "
-    "token_warmup_* validation_* train_data_dir shuffle_caption flip_aug color_aug random_crop "
-    "face_crop_aug_range enable_wildcard"
-)
-# Of the options of the trainer.
-TABLE = Table(
-    settings={
-        "min_snr_gamma": Setting("snr_gamma"),
-        "noise_offset": Setting("noise_offset"),
-        "ip_noise_gamma": Setting("input_perturbation"),
-        "huber_c": Setting("huber_c"),
-        "guidance_scale": Setting("embedded_guidance"),
-        "discrete_flow_shift": Setting("shift"),
-        "t5xxl_max_token_length": Setting("max_sequence_length", kind=int),
-        "caption_dropout_rate": Setting("prompt_dropout"),
-    },
-    other={
-        say.ALPHA: "alpha_mask",
-        say.WEIGHTS: "debiased_estimation_loss scale_v_pred_loss_like_noise_pred",
-        say.TERMS: "v_pred_like_loss",
-        "a noise offset that depends on the latents": "adaptive_noise_scale",
-        "noise of several resolutions": "multires_noise_iterations",
-        say.SCHEDULE: "zero_terminal_snr",
-        say.PRIOR: "reg_data_dir",
-        say.LAYER: "clip_skip",
-        "words of captions are weighed": "weighted_captions",
-        say.CUT_OFF: "min_timestep",
-        say.QUANTISED: "fp8_base",
-        say.MERGED: "base_weights",
-        "another VAE: save the base model with it": "vae",
-        "the text encoders alone were trained": "network_train_text_encoder_only",
-    },
-    random={say.TIMESTEPS: "timestep_sampling weighting_scheme"},
-    inert="output_* save_* log_* logging_* wandb_* tracker_* sample_* huggingface_* hub_* "
-    "train_batch_size optimizer_* optimizer learning_rate unet_lr text_encoder_lr lr_* lr "
-    "max_train_* max_grad_norm gradient_* mixed_precision full_bf16 full_fp16 no_half_vae "
-    "xformers sdpa mem_eff_attn cache_* dataset_config vae_batch_size "
-    "persistent_data_loader_workers max_data_loader_n_workers seed lowram highvram "
-    "training_comment metadata_* no_metadata deepspeed* ddp_* dynamo_* torch_compile "
-    "network_dropout scale_weight_norms skip_* debug_dataset dataset_repeats resume* "
-    "stop_text_encoder_training prior_loss_weight max_token_length fused_* blocks_to_swap "
-    "initial_* validate_* console_* async_upload epoch lora_weights lowvram masked_loss "
-    "dim_from_weights network_weights extra_config config_file dataset_class apply_t5_attn_mask "
-    "disable_mmap_load_safetensors noise_offset_random_strength ip_noise_gamma_random_strength "
-    "sigmoid_scale logit_* mode_scale v2 model_prediction_type huber_schedule clip_l t5xxl ae "
-    f"caption_separator network_train_unet_only network_args {DATA}",
-)
-RANDOM = {
-    say.ORDER: "shuffle_caption",
-    say.FLIP: "flip_aug",
-    say.COLOURS: "color_aug",
-    say.CROP: "random_crop face_crop_aug_range",
-    say.DROPOUT: "caption_dropout_every_n_epochs",
-    say.TAGS: "caption_tag_dropout_rate token_warmup_step",
-    say.ONE_OF: "enable_wildcard",
-}
 
 
 def recognises(found: Any) -> bool:
@@ -113,19 +54,15 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
         "network_dim", "network_alpha", "max_train_steps", "max_train_epochs", "seed"
     )
     parts = _folders(keys, run, places)
-    keys.apply(TABLE)
+    keys.skip(tables("kohya")["folders"].inert)  # at whatever level
+    keys.apply(tables("kohya")["options"])
     run.data = together(parts, run)
     return run
 
 
 def _loss(keys: Keys, run: TrainingRun) -> None:
     """Take what the loss is made of."""
-    kind = keys.take("loss_type", "model.loss_type", "l2", str, off="l2")
-    if kind in ("huber", "smooth_l1"):
-        run.model["loss_type"] = kind
-        run.model["huber_schedule"] = keys.get("huber_schedule", "snr", str)
-    elif kind != "l2":
-        run.other.append(Entry("loss_type", kind, "dmin computes l2, huber and smooth_l1"))
+    keys.bounded()
     # What a base model is told of its own prediction is read from its scheduler.
     if keys.get("v_parameterization", False, bool):
         keys.note(run.taken, "v_parameterization", True, say.PREDICTION)
@@ -145,6 +82,7 @@ def _folders(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[str
         return _numbered(root, [keys], places, run)
     file = places.find(config, "dataset_config")
     found = load(file)
+    of_folders = tables("kohya")["folders"]
     general = Keys(found.get("general") or {}, run, "general")
     parts: dict[str, dict[str, Any]] = {}
     for dataset in Keys(found, run).each("datasets"):
@@ -152,9 +90,9 @@ def _folders(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[str
             name, part = _subset(inside, [dataset, general, keys], places, run)
             if part is not None:
                 add(parts, name, part, run)
-        dataset.skip(f"{DATA} subsets")
+        dataset.skip(f"{of_folders.inert} subsets")
         dataset.finish()
-    general.skip(DATA)
+    general.skip(of_folders.inert)
     general.finish()
     return parts
 
@@ -198,7 +136,7 @@ def _subset(
 
 def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[str, Any]:
     """Return one folder's settings; what it does not say the levels above do."""
-    run = own.run
+    run, table = own.run, tables("kohya")["folders"]
     levels = [level.values for level in (*above[::-1], own)]
     keys = Keys({k: v for level in levels for k, v in level.items()}, run, own.where)
     tokens = keys.get("class_tokens", kind=str)
@@ -218,13 +156,13 @@ def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[s
         not keys.get("bucket_no_upscale", False, bool),
         run,
     )
-    keys.randoms(RANDOM)
+    keys.randoms(table.random)
     own.refuse({say.ALPHA: "alpha_mask"})
     if keys.get("masked_loss", False, bool):
         shape |= masks(own, "conditioning_data_dir", places, required=True)
     else:
         own.refuse({say.CONTROL: "conditioning_data_dir"})
-    own.skip(DATA)
+    own.skip(table.inert)
     return folder(root, captions, SUFFIXES, repeats=keys.get("num_repeats", 1, int), **shape)
 
 

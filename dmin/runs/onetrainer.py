@@ -11,7 +11,7 @@ from dmin.runs import wording as say
 from dmin.runs.base_model import base_model, family_of
 from dmin.runs.files import Places, load, spelled
 from dmin.runs.folders import MASKS, add, folder, ratios, sides, together
-from dmin.runs.keys import Keys, Setting, Table
+from dmin.runs.keys import Keys, Setting, tables
 from dmin.runs.training_run import Entry, TrainingRun
 from dmin.runtime.errors import DminError
 
@@ -32,64 +32,6 @@ SUFFIXES = (".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".avif")
 LEFT = ("-masklabel", "-condlabel")  # ends of names that are no examples
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 ASPECTS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4)
-TABLE = Table(
-    settings={
-        "offset_noise_weight": Setting("noise_offset"),
-        "timestep_shift": Setting("shift", 1.0, off=None),
-        "text_encoder_2_sequence_length": Setting("max_sequence_length", 77, int),
-    },
-    other={
-        say.BOUNDED: "mae_strength log_cosh_strength huber_strength",
-        say.NOISE: "generalized_offset_noise perturbation_noise_weight",
-        say.SCHEDULE: "rescale_noise_scheduler_to_zero_terminal_snr force_v_prediction "
-        "force_epsilon_prediction",
-        say.CUT_OFF: "min_noising_strength",
-        say.LAYER: "text_encoder_layer_skip text_encoder_2_layer_skip text_encoder_3_layer_skip "
-        "text_encoder_4_layer_skip",
-        say.TERMS: "masked_prior_preservation_weight",
-        say.CONTROL: "custom_conditioning_image",
-        "convolutions were padded in circles": "force_circular_padding",
-        say.LEARNED: "additional_embeddings",
-    },
-    random={say.TIMESTEPS: "timestep_distribution dynamic_timestep_shifting"},
-    inert="__version debug_mode debug_dir cache_dir tensorboard* validat* continue_last_backup "
-    "prevent_overwrites include_train_config multi_gpu device_indexes gradient_* save_* secrets "
-    "fused_gradient_reduce async_gradient_reduce* output_dtype output_model_format backup_* "
-    "enable_async_offloading enable_activation_offloading layer_offload_fraction compile* "
-    "latent_caching clear_cache_before_training learning_rate_* custom_learning_rate_scheduler "
-    "scheduler_params ema ema_* dataloader_threads train_device temp_device train_dtype prior "
-    "fallback_train_dtype enable_autocast_cache only_cache frames mse_strength vb_loss_strength "
-    "dropout_probability loss_scaler clip_grad_norm noising_weight noising_bias quantization cloud "
-    "text_encoder_sequence_length effnet_encoder decoder decoder_* unmasked_probability peft_type "
-    "layer_filter layer_filter_* embedding embedding_* preserve_embedding_norm lora_* oft_* lokr_* "
-    "bundle_additional_embeddings optimizer optimizer_defaults sample_* samples rolling_backup* "
-    "samples_to_tensorboard non_ema_sampling loss_weight_strength",
-    off=("UNIFORM",),
-)
-OF_TEXT = Table(
-    random={
-        say.ORDER: "enable_tag_shuffling",
-        say.TAGS: "tag_dropout_enable",
-        "capitals were drawn; here as written": "caps_randomize_enable",
-    },
-    inert="tag_delimiter tag_dropout_* keep_tags_count caps_randomize_* prompt_path",
-)
-OF_IMAGE = Table(
-    random={
-        say.CROP: "enable_random_mask_rotate_crop",
-        say.FLIP: "enable_random_flip",
-        say.TURNS: "enable_random_rotate",
-        say.COLOURS: "enable_random_brightness enable_random_contrast enable_random_saturation "
-        "enable_random_hue",
-        "masks were shrunk at random; here whole": "enable_random_circular_mask_shrink",
-    },
-    other={
-        "every image was changed so: change the files alike": "enable_fixed_flip "
-        "enable_fixed_rotate enable_fixed_brightness enable_fixed_contrast enable_fixed_hue "
-        "enable_fixed_saturation"
-    },
-    inert="random_* resolution_override",
-)
 PLAIN = ("NONE", "FLOAT_32", "FLOAT_16", "BFLOAT_16", "TFLOAT_32")
 
 
@@ -122,7 +64,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     run.name = Path(run.model["adapter"]).stem
     run.facts |= keys.known("epochs", "batch_size", "learning_rate", "lora_rank", "lora_alpha")
     parts = _concepts(keys, run, places)
-    keys.apply(TABLE)
+    keys.apply(tables("onetrainer")["options"])
     run.data = together(parts, run)
     return run
 
@@ -191,7 +133,7 @@ def _concept(
     concept.note(run.taken, "path", root.name, f"data, {repeats:g} repeats")
     if image.get("enable_crop_jitter", True, bool):
         image.note(run.random, "enable_crop_jitter", True, say.CROP)
-    image.apply(OF_IMAGE)
+    image.apply(tables("onetrainer")["image"])
     concept.refuse({say.OF_FOLDER: "loss_weight"}, off=(1, "1.0"))
     more: dict[str, Any] = {}
     if keys.get("masked_training", False, bool) and any(root.rglob(f"*{LEFT[0]}.png")):
@@ -238,7 +180,7 @@ def _shapes(size: Any, bucketed: bool, run: TrainingRun) -> list[dict[str, Any]]
 def _captions(text: Keys, places: Places) -> dict[str, Any]:
     """Return how captions are found: every line of a file is one, of which one was drawn."""
     source = text.get("prompt_source", "sample", str)
-    text.apply(OF_TEXT)
+    text.apply(tables("onetrainer")["text"])
     if source == "filename":
         return {"source": "stems"}
     if source == "concept":

@@ -43,8 +43,8 @@ def images():
     picture("img/plain/e.png")
     for name, text in (("a.txt", "a mug, red\na second line"), ("c.TXT", ""), ("deep/d.txt", "d")):
         Path("img/mugs", name).write_text(text)
-    for name in ("out", "out/mug"):
-        header_only(f"{name}/mug.safetensors")
+    for name in ("mug", "mug/mug", "pytorch_lora_weights"):
+        header_only(f"out/{name}.safetensors")
 
 
 BASES = {"sd": "StableDiffusion", "flux": "Flux", "sdxl": "StableDiffusionXL"}

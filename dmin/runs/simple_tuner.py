@@ -1,0 +1,160 @@
+"""SimpleTuner: one JSON or TOML of options, and a JSON of data backends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmin.runs import adapter
+from dmin.runs import wording as say
+from dmin.runs.base_model import base_model, family_of
+from dmin.runs.files import Places, load
+from dmin.runs.folders import IMAGES, add, bucket, folder, masks, sides, together
+from dmin.runs.keys import Keys, Setting, tables
+from dmin.runs.training_run import TrainingRun
+from dmin.runtime.errors import DminError
+
+# Family of the trainer → ours.
+FAMILIES = {
+    "sd1x": "stable_diffusion",
+    "sd2x": "stable_diffusion",
+    "sdxl": "stable_diffusion_xl",
+    "sd3": "stable_diffusion_3",
+    "flux": "flux",
+    "pixart_sigma": "pixart",
+    "sana": "sana",
+}
+CONFIGS = ("*.json", "*.toml", "config/*.json", "config/*.toml")
+SHARED = "resolution resolution_type caption_strategy instance_prompt aspect_bucket_alignment"
+
+
+def recognises(found: Any) -> bool:
+    """Tell whether a config is one of SimpleTuner's."""
+    keys = _plain(found) if isinstance(found, Mapping) else {}
+    return {"model_family", "data_backend_config"} <= keys.keys()
+
+
+def _plain(found: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key).removeprefix("--"): value for key, value in found.items()}
+
+
+def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
+    """Return what a config of SimpleTuner says."""
+    run = TrainingRun("SimpleTuner", source)
+    keys = Keys(_plain(found), run)
+    if (kind := keys.get("model_type", "full", str)) != "lora":
+        raise adapter.refuse_whole(run, f"model_type = {kind}")
+    family = family_of(run, keys.get("model_family"), FAMILIES, places)
+    base = keys.get("pretrained_model_name_or_path", kind=str)
+    run.family, run.model = base_model(run, places, base, family)
+    keys.bounded()
+    if keys.get("caption_dropout_probability") is None:
+        meaning = "0 or 0.1, as its version has it; here 0. Say model.prompt_dropout=0.1"
+        keys.note(run.random, "caption_dropout_probability", "not said", meaning)
+    if keys.get("offset_noise", False, bool):
+        if keys.get("noise_offset_probability", 0.25, float) == 1:
+            keys.setting("noise_offset", Setting("noise_offset", 0.1))
+        else:
+            keys.note(run.other, "offset_noise", True, "an offset of noise in a share of the steps")
+    place = keys.get("output_dir", "simpletuner-results", str)
+    run.name = Path(place).name or "run"
+    name = "pytorch_lora_weights.safetensors"
+    folder_of_run = places.seek(place, "output_dir")
+    adapter.take(run, places, "output_dir", folder_of_run, name, f"checkpoint-*/{name}")
+    run.facts |= keys.known("max_train_steps", "learning_rate", "train_batch_size", "seed")
+    parts = _folders(keys, places)
+    keys.apply(tables("simple_tuner")["options"])
+    run.data = together(parts, run)
+    return run
+
+
+def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
+    """Return the folders of the image backends, with the masks that belong to them."""
+    run, parts = keys.run, dict[str, dict[str, Any]]()
+    file = places.find(keys.get("data_backend_config", "", str), "data_backend_config")
+    shared = {key: keys.values[key] for key in SHARED.split() if key in keys.values}
+    found = Keys({"backends": load(file)}, run).each("backends")
+    backends = [Keys({**shared, **each.values}, run, each.where) for each in found]
+    kinds = [each.get("dataset_type", "image", str) for each in backends]
+    named = {str(each.get("id")): each for each in backends}
+    of_image = {
+        str(each.get("source_dataset_id")): each
+        for each, kind in zip(backends, kinds, strict=True)
+        if kind == "conditioning"
+    }
+    for each, kind in zip(backends, kinds, strict=True):
+        off = each.get("disabled", False, bool) or each.get("disable", False, bool)
+        if kind == "text_embeds":
+            each.refuse({"captions were changed by rules": "caption_filter_list"})
+        if kind in ("video", "audio") and not off:
+            each.note(run.other, "dataset_type", kind, "no images: left out")
+        if kind != "image" or off:
+            continue
+        name = each.get("id", "data", str)
+        each.refuse({say.PRIOR: "is_regularisation_data is_regularization_data"})
+        if any(each.get(f"is_regulari{z}ation_data", False, bool) for z in "sz"):
+            continue
+        if (where := each.get("type", "local", str)) != "local":
+            raise DminError(
+                f"{run.source}: {each.name('type')} = {where}, and images on this machine are "
+                f"needed: load them into a folder, and name it with type local in a copy."
+            )
+        linked = each.get("conditioning_data")
+        linked = linked[0] if isinstance(linked, list) and linked else linked
+        mask = named.get(str(linked)) if linked else of_image.get(name)
+        root = places.folder(each.get("instance_data_dir", "", str), each.name("instance_data_dir"))
+        passes = (1 + each.get("repeats", 0, int)) * each.get("probability", 1.0, float)
+        shape = _shape(each) | (_masks(mask, places) if mask else {})
+        part = folder(root, _captions(each), IMAGES, repeats=passes, recursive=True, **shape)
+        each.note(run.taken, "instance_data_dir", root, f"data, {passes:g} passes an epoch")
+        each.apply(tables("simple_tuner")["backends"])
+        add(parts, name, part, run)
+    return parts
+
+
+def _shape(each: Keys) -> dict[str, Any]:
+    """Return size and aspect: of the area in pixels or megapixels, or of the shorter side."""
+    kind = each.get("resolution_type", "pixel_area", str)
+    size = each.get("resolution", 1024.0, float)
+    side = sides((size * 1e6) ** 0.5 if kind == "area" and size > 0 else size, each.run)[0]
+    step = each.get("aspect_bucket_alignment", 64, int)
+    square = each.get("crop", False, bool) and each.get("crop_aspect", "square", str) == "square"
+    shape = bucket(side, not square, step, True, each.run)
+    if kind == "pixel" and not square:
+        longer = range(side, 3 * side + 1, step)
+        shape["bucket_shapes"] = [*([side, n] for n in longer), *([n, side] for n in longer[1:])]
+    return shape
+
+
+def _masks(mask: Keys, places: Places) -> dict[str, Any]:
+    kind = mask.get("conditioning_type", "", str)
+    if kind == "mask":
+        return masks(mask, "instance_data_dir", places)
+    mask.note(mask.run.other, "conditioning_type", kind, say.CONTROL)
+    return {}
+
+
+def _captions(each: Keys) -> dict[str, Any]:
+    """Return how captions are found: by the names of images unless it is said otherwise."""
+    source = each.get("caption_strategy", "filename", str)
+    told = each.get("instance_prompt")
+    several = told if isinstance(told, list) else [told]
+    prompt = several[0] if several and isinstance(several[0], str) else ""
+    if len(several) > 1:
+        each.note(each.run.random, "instance_prompt", told, say.ONE_OF)
+    if each.inside("caption_shuffle").get("enable", False, bool):
+        each.note(each.run.random, "caption_shuffle", True, say.ORDER)
+    if source == "instanceprompt" or each.get("only_instance_prompt", False, bool):
+        return {"source": "text", "text": prompt}
+    before = each.get("prepend_instance_prompt", False, bool)
+    prefix = {"prefix": f"{prompt} "} if before and prompt else {}
+    if source == "filename":
+        return {"source": "names", **prefix}
+    if source == "textfile":
+        whole = each.get("disable_multiline_split", False, bool)
+        return {"extensions": [".txt"], "lines": "whole" if whole else "each", **prefix}
+    raise DminError(
+        f"{each.run.source}: {each.name('caption_strategy')} = {source}, and tables of captions "
+        f"are not read yet: write each into a .txt beside its image, and say textfile in a copy."
+    )
