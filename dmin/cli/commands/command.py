@@ -49,7 +49,7 @@ class Command:
             work.notes.print(shown)
         with (
             without_progress(work.notes.quiet),
-            recorded(cfg, work.run_folder, self.name) as results,
+            recorded(cfg, work.run_folder, self.name, work.made_of) as results,
         ):
             self.body(work, results)
         work.notes.print(titled(f"again: dmin repeat {folder}", style="dim"), soft_wrap=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmin.cli.commands.command import FEATURES, command
 from dmin.cli.workspace.built import build, build_queries
+from dmin.cli.workspace.made_of import note_queries
 from dmin.cli.workspace.ranking_parts import joined
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.errors import DminError
@@ -37,6 +38,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     selection = Selection(**{name: options[name] for name in SELECTED})
     source = build_queries(work.cfg.queries)  # what is wrong with it is said before the work
     work.require_captions(source, "queries")
+    note_queries(work, source)
     train = work.train_side(methods.values())
     options["k"] = _shown_of(work, selection, train)
     for method in methods.values():

@@ -13,6 +13,7 @@ from dmin.cli.commands.command import TRAINING, command
 from dmin.cli.config.environment import kept
 from dmin.cli.config.renamed import rename
 from dmin.cli.workspace.built import build
+from dmin.cli.workspace.made_of import note_data
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.errors import DminError
 from dmin.runtime.escape import end_lines_in_lf
@@ -31,6 +32,7 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
         if _trained(path, settings):
             work.console.print(titled("model", f": found {path}"))
             return
+        note_data(work)
         trainer = work.trainer()
         told, read = kept(work.cfg)
         told = {name: told[name] for name in settings}

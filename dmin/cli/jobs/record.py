@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -21,7 +22,9 @@ from dmin.runtime.provenance import FINISHED, RECORD, circumstances, peak_memory
 
 
 @contextmanager
-def recorded(cfg: DictConfig, folder: Path, command: str) -> Iterator[dict[str, Any]]:
+def recorded(
+    cfg: DictConfig, folder: Path, command: str, made_of: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[dict[str, Any]]:
     """Write ``record.json`` when a run starts and again when it ends, however it ends.
 
     Args:
@@ -29,6 +32,7 @@ def recorded(cfg: DictConfig, folder: Path, command: str) -> Iterator[dict[str, 
             ``config.yaml``.
         folder: the run's folder.
         command: name of the command.
+        made_of: digests of data and weights, as far as the run has read them when it ends.
 
     Yields:
         A mapping to put results into.
@@ -58,7 +62,7 @@ def recorded(cfg: DictConfig, folder: Path, command: str) -> Iterator[dict[str, 
     finally:
         record["seconds"] = round(time.monotonic() - start, 2)
         record["peak_memory_bytes"] = peak_memory()
-        record["results"] = results
+        record |= {"made_of": dict(made_of), "results": results}
         write(folder, without_values(record, read))
 
 

@@ -31,7 +31,8 @@ outputs/runs/ (and each job of a sweep under outputs/sweeps/). The settings are 
 whatever the YAML files say by now; settings given here win over them. What differs today (commit,
 versions, machine) is said first, how the results differ is said at the end.
 
-  --dry    say what differs, and what would run that is not dmin's; run nothing
+  --dry    say what differs, data and weights included, and what would run that is not dmin's; run
+           nothing
   --trust  let the record name any code, as that of a model of your own: only if you know its source
 
 What a run made is found and not made again; to make it anew: paths.outputs=another/folder.
@@ -59,6 +60,7 @@ def run(arguments: Sequence[str]) -> int:
         repeated = _checked(folder, record, settings)
         say("differs from then", since(record))
         if asked.dry:
+            say("data and weights", _read_again(record, repeated, settings, asked.trust))
             say("asks for more than dmin's own settings do", repeated.demands or ["nothing"])
         elif repeated.demands and not asked.trust:
             raise DminError(
@@ -104,25 +106,61 @@ def _checked(folder: Path, record: dict[str, Any], given: list[str]) -> Repeated
 def _repeated(
     record: dict[str, Any], repeated: Repeated, settings: list[str], trust: bool
 ) -> list[str]:
+    """Do the work again, and say how what came out differs."""
+    from dmin.cli.commands import step_of
+
+    found: dict[str, Any] = {}
+    outputs = "${paths.outputs}/runs/" + repeated.command + "/${now:%Y-%m-%d_%H-%M-%S-%f}"
+    _run(_keeping(step_of(repeated.command), found), repeated, settings, trust, outputs)
+    return _compared(record, found)
+
+
+def _read_again(
+    record: dict[str, Any], repeated: Repeated, settings: list[str], trust: bool
+) -> list[str]:
+    """Say how data and weights differ from those of a record, with nothing left of the reading."""
+    from dmin.cli.commands import step_of
+    from dmin.runtime.fingerprint import differences
+
+    then = _part(record, "made_of")
+    if not then or (repeated.demands and not trust):
+        why = "that would run what is asked for below" if then else "the record does not tell them"
+        return [f"not compared: {why}"]
+    now: dict[str, Any] = {}
+
+    def look(cfg: Any) -> None:
+        from dmin.cli.workspace.made_of import made_now
+        from dmin.cli.workspace.workspace import Workspace
+
+        now.update(made_now(Workspace(cfg, repeated.command), then))
+
+    look.needs = getattr(step_of(repeated.command), "needs", None)  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory(prefix="dmin-repeat-") as place:
+        try:
+            _run(look, repeated, [*settings, "hydra.output_subdir=null"], trust, f"'{place}'")
+        except SystemExit as error:
+            return [f"not compared: {error}"]
+    return _in_time(differences(now, then)) or [f"the same as then ({', '.join(then)})"]
+
+
+def _run(
+    step: Callable[[Any], None], repeated: Repeated, settings: list[str], trust: bool, outputs: str
+) -> None:
+    """Run a step on the settings of a record."""
     from omegaconf import OmegaConf
 
-    from dmin.cli.commands import step_of
     from dmin.cli.config.compose import run as run_step
     from dmin.cli.config.groups import config_directory
 
-    command = repeated.command
-    found: dict[str, Any] = {}
-    outputs = "hydra.run.dir=${paths.outputs}/runs/" + command + "/${now:%Y-%m-%d_%H-%M-%S-%f}"
     # Composed from a copy of what was checked, so that no other file of the folder has a say.
     with tempfile.TemporaryDirectory(prefix="dmin-repeat-") as place:
         Path(place, "config.yaml").write_text(OmegaConf.to_yaml(repeated.settings), "utf-8")
-        line = ["--config-path", place, "--config-name", "config", outputs]
+        line = ["--config-path", place, "--config-name", "config", f"hydra.run.dir={outputs}"]
         # For the methods that a benchmark names, and what cfg.method is the choice of.
         line += ["--config-dir", str(config_directory())]
         if repeated.method:
             line.append(f"++hydra.runtime.choices.method={repeated.method}")
-        run_step(_keeping(step_of(command), found), command, [*line, *settings], from_here=trust)
-    return _compared(record, found)
+        run_step(step, repeated.command, [*line, *settings], from_here=trust)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -173,13 +211,13 @@ def since(then: dict[str, Any]) -> list[str]:
 
 
 def _keeping(step: Callable[[Any], None], found: dict[str, Any]) -> Callable[[Any], None]:
-    """Return the step, which also keeps the results of its record."""
+    """Return the step, which also keeps its record."""
     from hydra.core.hydra_config import HydraConfig
 
     def kept(cfg: Any) -> None:
         step(cfg)
         file = Path(HydraConfig.get().runtime.output_dir) / RECORD
-        found.update(json.loads(file.read_text()).get("results", {}))
+        found.update(json.loads(file.read_text()))
 
     kept.needs = getattr(step, "needs", None)  # type: ignore[attr-defined]
     return kept
@@ -189,9 +227,11 @@ def _compared(record: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Say how the results differ from those of the record."""
     from dmin.runtime.fingerprint import differences
 
-    ours, theirs = _essential(found), _essential(_part(record, "results"))
+    ours, theirs = (_essential(_part(each, "results")) for each in (found, record))
     if not theirs:
         return [f"nothing to compare with: the run recorded was {record.get('outcome')}"]
+    if made_of := _part(record, "made_of"):
+        ours, theirs = {**ours, **_part(found, "made_of")}, {**theirs, **made_of}
     return _in_time(differences(ours, theirs)) or [f"the same as then ({', '.join(theirs)})"]
 
 

@@ -41,13 +41,17 @@ class Workspace(Built):
     def __init__(self, cfg: DictConfig, command: str) -> None:
         super().__init__(cfg, command)
         self._others: dict[str, Workspace] = {}  # of further checkpoints
+        self.made_of: dict[str, Any] = {}  # digests of data and weights that were read
 
     @cached_property
     def train_manifest(self) -> Manifest:
         """What the store of the training examples has to be."""
         options, data = self.cfg.collect, self.data  # first, as it is read sooner than the model
         place = None if options.path is None else Path(options.path)
-        return self.collector.manifest(data, options.block_size, options.dtype, path=place)
+        found = self.collector.manifest(data, options.block_size, options.dtype, path=place)
+        weights = {"network": found.features["weights"], **found.features.get("encoders", {})}
+        self.made_of |= {"data": found.dataset, "weights": weights}
+        return found
 
     @cached_property
     def train_path(self) -> Path:

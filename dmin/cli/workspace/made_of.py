@@ -1,0 +1,36 @@
+"""What a run was made of: digests of data, weights and queries, which its record keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+from dmin.cli.workspace.built import build_queries
+from dmin.cli.workspace.workspace import Workspace
+
+
+def note_data(work: Workspace) -> None:
+    """Note the training examples of a command that makes no store of them."""
+    from dmin.collect.described import describe
+
+    work.made_of["data"] = describe(work.data)
+
+
+def note_queries(work: Workspace, source: Any) -> None:
+    """Note queries that are there, not generated or made of training examples."""
+    from dmin.collect.described import describe
+    from dmin.queries import Generated, Planted
+
+    if not isinstance(source, Generated | Planted):
+        work.made_of["queries"] = describe(source)
+
+
+def made_now(work: Workspace, parts: Container[str]) -> dict[str, Any]:
+    """Return what the settings of a run would be made of today, in the parts that it noted."""
+    if "queries" in parts:
+        note_queries(work, build_queries(work.cfg.queries))
+    if "weights" in parts:
+        _ = work.train_manifest
+    elif "data" in parts:
+        note_data(work)
+    return work.made_of
