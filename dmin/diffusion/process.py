@@ -121,6 +121,19 @@ class Process(ABC):
     def x0(self, levels: Levels, sample: Tensor, output: Tensor) -> Tensor:
         """Return what the network's output says x0 is: the inverse of the target."""
 
+    def optimum(self, x0: Tensor, sample: Tensor, t: Tensor) -> Tensor:
+        """Return what the best network for data of a single x0 says: the target at zero loss.
+
+        Args:
+            x0: that one, ``[1, ...]``.
+            sample: x_t as the network takes it, ``[batch, ...]``.
+            t: ``[batch]``.
+        """
+        levels = self.levels(t, sample)
+        sample = sample / self.network_input(torch.ones_like(sample), t)
+        noise = (sample - levels.alpha * x0) / levels.sigma
+        return self._target(levels, x0.expand_as(sample), noise)
+
     def network_input(self, sample: Tensor, t: Tensor) -> Tensor:
         """Return x_t as the network takes it."""
         return sample

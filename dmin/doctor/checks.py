@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from dmin.doctor.gradients import Comparison, compare
 from dmin.gradients.examination import Coupled
 from dmin.gradients.parameters import Parameter
 from dmin.models.base import READOUTS, Condition
+from dmin.models.latent import LatentDiffusion
 from dmin.models.masked import predict
+from dmin.models.oracle import sampling_error
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import in_double
 from dmin.sketches import Sketch
@@ -23,6 +26,8 @@ from dmin.sketches import Sketch
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # Standard errors by which the mean error of a sketch may be off zero.
 SKETCH_LIMIT = 6.0
+# Some samplers end before all noise is gone, or round their timesteps.
+SAMPLER_LIMIT = 0.1
 # Other batch sizes run other kernels, whose rounding a small loss of large parts magnifies.
 BATCH_ROUNDING = 10.0
 SHAPES, SCALARS = 48, 1 << 24  # layer shapes that are sketched, and random scalars for each
@@ -84,6 +89,24 @@ def repeatable(collector: GradientCollector, inputs: NoisedBatch) -> Check:
         "Largest relative difference of the loss between two passes over the same input.",
         "Something in the network draws at random in eval mode. Switch its dropout off.",
     )
+
+
+def sampler(model: Any) -> list[Check]:
+    """Hold what the family claims of the network to the checkpoint's own sampler."""
+    if not isinstance(model, LatentDiffusion) or getattr(model.process, "target", "") == "noise":
+        return []
+    return [
+        Check(
+            "its own sampler agrees with the loss",
+            (off := sampling_error(model)) <= SAMPLER_LIMIT,
+            off,
+            SAMPLER_LIMIT,
+            "How far the pipeline ends from the one image that the best network knows, with its "
+            "scheduler and autoencoder.",
+            "Sign, unit of time, process or scale of latents are others than model=... takes them "
+            "for. Put the scheduler of its training in the checkpoint, or choose its family.",
+        )
+    ]
 
 
 def gradients(

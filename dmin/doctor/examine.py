@@ -69,6 +69,7 @@ def diagnose(
         batch = trainer.strategy.batch_to_device(batch, device)
         with torch.no_grad(), on_device(collector.encoders.values(), device):
             first, second = encoded(collector.model, batch), encoded(collector.model, batch)
+            checks += checking.sampler(collector.model)
         checks.append(checking.encoders(first, second))
         x0, condition = trainer.precision_plugin.convert_input(first)
         inputs = _inputs(collector, x0, condition, batch["id"])

@@ -23,7 +23,6 @@ class Captioned(LatentDiffusion):
         settings: of the next class.
     """
 
-    own_size: ClassVar[int] = 64  # of sampled latents, where the network's config does not tell
     # What the pipeline's encode_prompt is told beside captions and device, and what the network
     # calls that which it returns; what has no name is not needed.
     encoding: ClassVar[dict[str, Any]] = {"do_classifier_free_guidance": False}
@@ -81,11 +80,7 @@ class Captioned(LatentDiffusion):
         return {**super()._sampling(prompts), **asked}
 
     def _generated_size(self) -> tuple[int, int]:
-        if self.sample_size is not None:
-            return self.sample_size
-        size = self.network.config.get("sample_size") or self.own_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.vae_factor * height, self.vae_factor * width
+        return super()._generated_size() if self.sample_size is None else self.sample_size
 
     @staticmethod
     def _texts(prompts: Sequence[Any]) -> list[str]:

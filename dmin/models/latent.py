@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
@@ -51,6 +52,13 @@ class LatentDiffusion(PipelineModel):
     """
 
     processes: ClassVar[tuple[type[Process], ...]] = (DiscreteDiffusion,)
+    shifted: ClassVar[bool] = False  # its pipelines use the autoencoder's shift_factor
+    own_size: ClassVar[int] = 64  # of sampled latents, where the network's config does not tell
+    # How the network is called: by which name it is told the time, as what (the timestep, σ, or the
+    # signal 1 − σ), and the sign that makes its output the process's target.
+    time_name: ClassVar[str] = "timestep"
+    time_unit: ClassVar[Literal["timestep", "sigma", "signal"]] = "timestep"
+    sign: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -73,7 +81,7 @@ class LatentDiffusion(PipelineModel):
             )
         check_weights(self.network)
         check_component("vae", diffusers_name(pipeline.vae), self.family, "model")
-        latent = pipeline.vae.config["latent_channels"]
+        latent = vae.channels(pipeline.vae.config)
         check_inputs(self.family, type(self.network), self.network.config, latent)
         self.latents = latents
         self.latent_seed = latent_seed
@@ -86,7 +94,7 @@ class LatentDiffusion(PipelineModel):
         image = batch["image"]
         self._check_size(image, batch["id"][0])
         condition = {**self._prompted(batch), **self._sizes(batch)}
-        x0 = vae.encode(self.pipeline.vae, image, self.latents, self.latent_seed)
+        x0 = vae.encode(self.pipeline.vae, image, self.latents, self.latent_seed, self.shifted)
         return x0, {k: v.to(image.device) for k, v in condition.items()}
 
     def _prompted(self, batch: Mapping[str, Any]) -> Condition:
@@ -178,8 +186,30 @@ class LatentDiffusion(PipelineModel):
         return None
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Call the network."""
-        return self.network(noised, timestep=t, **condition).sample
+        """Call the network; t as the process has it."""
+        told = {self.time_name: self._time(t), **self._told(noised, condition)}
+        output = self.network(self._tokens(noised), **told, return_dict=False)[0]
+        return self.sign * self._latents(output, noised.shape)
+
+    def _time(self, t: Tensor) -> Tensor:
+        """Return timesteps as the network is told them, ``[batch]``."""
+        if self.time_unit == "timestep":
+            return t
+        if self.time_unit == "signal":
+            return 1 - t / self.process.num
+        return t.to(self.network.dtype) / self.process.num
+
+    def _told(self, noised: Tensor, condition: Condition) -> dict[str, Any]:
+        """Return the network's other arguments."""
+        return dict(condition)
+
+    def _tokens(self, latents: Tensor) -> Any:
+        """Return latents ``[batch, C, h, w]`` as the network takes them."""
+        return pack(latents) if self.claims.packing > 1 else latents
+
+    def _latents(self, tokens: Any, shape: Sequence[int]) -> Tensor:
+        """Return latents of a shape, of what the network takes or returns."""
+        return unpack(tokens, shape) if self.claims.packing > 1 else tokens
 
     def _sizes(self, batch: Mapping[str, Any]) -> Condition:
         """Return conditions that come from the images' sizes, one row an image."""
@@ -193,18 +223,49 @@ class LatentDiffusion(PipelineModel):
     @property
     def patch(self) -> int:
         """Latent pixels that make one token, in each direction."""
-        return self.network.config.get("patch_size") or 1
+        if self.claims.packing > 1:
+            return math.isqrt(self.claims.packing)
+        size = self.network.config.get("patch_size") or 1
+        return int(size if isinstance(size, int) else size[-1])
+
+    def _generated_size(self) -> tuple[int, int]:
+        """Return height and width of generated images."""
+        size = self.network.config.get("sample_size") or self.own_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.vae_factor * height, self.vae_factor * width
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        return vae.decode(self.pipeline.vae, latents, self.shifted)
+
+    def _unpacked(self, latents: Tensor, images: Tensor) -> Tensor:
+        height, width = (side // self.vae_factor for side in images.shape[-2:])
+        return self._latents(latents, (len(latents), 1, height, width))
 
     def _check_size(self, image: Tensor, name: str) -> None:
-        config = self.pipeline.vae.config
+        autoencoder = self.pipeline.vae
+        needed = 3 if vae.of_frames(autoencoder) else autoencoder.config["in_channels"]
         unit = self.vae_factor * self.patch
         channels, height, width = image.shape[1:]
-        if channels != config["in_channels"] or height % unit or width % unit:
+        if channels != needed or height % unit or width % unit:
             raise DminError(
                 f"image {name!r} is {(channels, height, width)} (channels, height, width), which "
-                f"does not fit {type(self).__name__}: {config['in_channels']} channels are needed, "
+                f"does not fit {type(self).__name__}: {needed} channels are needed, "
                 f"and sides that are multiples of {unit}. Set data.size and data.mode."
             )
+
+
+def pack(x: Tensor) -> Tensor:
+    """Return latents ``[batch, C, h, w]`` as tokens ``[batch, hw/4, 4C]``: squares of 2 × 2."""
+    batch, channels, height, width = x.shape
+    squares = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return squares.reshape(batch, height * width // 4, 4 * channels)
+
+
+def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return tokens as latents with height and width of a shape: the inverse of :func:`pack`."""
+    height, width = shape[-2:]
+    squares = tokens.reshape(len(tokens), height // 2, width // 2, -1, 2, 2)
+    return squares.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
 
 
 class LearnedVariance(LatentDiffusion):

@@ -144,7 +144,8 @@ class PipelineModel(TrainedModel):
                 generator=noise_generators(seeds),
                 num_inference_steps=steps,
                 output_type="pt",
-            ).images
+            )[0]
+        images = images[:, 0] if images.ndim == 5 else images  # the one frame of a video
         return images.float().clamp(0, 1)
 
     @torch.no_grad()
@@ -156,7 +157,7 @@ class PipelineModel(TrainedModel):
             last = self.sample(prompts, seeds, steps)
             # With guidance, some pipelines have the states twice over.
             estimates = [self._unpacked(state[: len(prompts)], last) for state in kept]
-            decoded = [vae.decode(self.pipeline.vae, state) for state in estimates]
+            decoded = [self._decoded(state) for state in estimates]
         return torch.stack(decoded).to(last.device)
 
     def describe_sampling(self) -> dict[str, Any]:
@@ -172,6 +173,10 @@ class PipelineModel(TrainedModel):
     @functools.cached_property
     def _encoder_digests(self) -> dict[str, str]:
         return {name: weights_digest(encoder) for name, encoder in self.encoders.items()}
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Return the images of latents."""
+        return vae.decode(self.pipeline.vae, latents)
 
     def _unpacked(self, latents: Tensor, images: Tensor) -> Tensor:
         """Return latents as the VAE has them, of those of the sampler and what they became."""

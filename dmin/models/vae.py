@@ -5,23 +5,28 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmin.diffusion.noise import SharedNoise
 from dmin.runtime.errors import DminError
 
 
 def encode(
-    vae: Any, image: Tensor, kind: Literal["mode", "sample"] = "mode", seed: int = 0
+    vae: Any,
+    image: Tensor,
+    kind: Literal["mode", "sample"] = "mode",
+    seed: int = 0,
+    shifted: bool = True,
 ) -> Tensor:
     """Return scaled latents, computed where the autoencoder is.
 
     Args:
-        vae: an autoencoder of diffusers, variational or plain.
+        vae: an autoencoder of diffusers, variational or plain; one of videos has a single frame.
         image: ``[batch, C, H, W]`` in [0, 1].
         kind: ``mode`` of the posterior, or ``sample``: mean and deviation with one noise for all
             images, so that equal images have equal latents.
         seed: key of that noise.
+        shifted: as for :func:`scale`.
 
     Returns:
         ``[batch, latent channels, H / factor, W / factor]``, of the images' dtype and device.
@@ -29,7 +34,8 @@ def encode(
     Raises:
         DminError: a sample of a plain autoencoder.
     """
-    encoded = vae.encode((2 * image - 1).to(next(vae.parameters())))
+    pixels = (2 * image - 1).to(next(vae.parameters()))
+    encoded = vae.encode(pixels.unsqueeze(2) if of_frames(vae) else pixels)
     if not hasattr(encoded, "latent_dist"):
         if kind == "sample":
             raise DminError(
@@ -44,37 +50,85 @@ def encode(
         # No diffusion has a timestep of −1: a key of its own.
         noise = SharedNoise(seed)(posterior.mean.shape[1:], -1.0)
         z = posterior.mean + posterior.std * noise.to(posterior.mean)
-    return scale(z.to(image), vae.config)
+    return normalised(vae, z.to(image), shifted)
 
 
-def scale(z: Tensor, config: Any) -> Tensor:
-    """Return latents as the diffusion model takes them: centred and of unit scale.
+def normalised(vae: Any, z: Tensor, shifted: bool = True) -> Tensor:
+    """Return latents as the diffusion model takes them, of those as the autoencoder has them.
+
+    Args:
+        vae: by what it has: running statistics of squares of 2 × 2 latents (``bn``), else the
+            numbers of its config.
+        z: ``[batch, C, h, w]``, or with a single frame, ``[batch, C, 1, h, w]``.
+        shifted: as for :func:`scale`.
+    """
+    z = z.squeeze(2) if z.ndim == 5 else z
+    if not hasattr(vae, "bn"):
+        return scale(z, vae.config, shifted)
+    mean, std = _statistics(vae, z)
+    return nn.functional.pixel_shuffle((nn.functional.pixel_unshuffle(z, 2) - mean) / std, 2)
+
+
+def _statistics(vae: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of each place in a square of 2 × 2, ``[1, 4 C, 1, 1]``."""
+    var = vae.bn.running_var + vae.config["batch_norm_eps"]
+    return vae.bn.running_mean.view(1, -1, 1, 1).to(z), var.sqrt().view(1, -1, 1, 1).to(z)
+
+
+def scale(z: Tensor, config: Any, shifted: bool = True) -> Tensor:
+    """Return latents centred and of unit scale.
 
     ``(z − shift) · s``, or ``(z − mean) · s / std`` by channel where the config has these (some
-    checkpoints of SDXL).
+    checkpoints of SDXL; s is 1 where it has none: Qwen-Image, Wan).
+
+    Args:
+        z: ``[batch, C, ...]``.
+        config: of the autoencoder.
+        shifted: whether the pipelines of the family use a ``shift_factor`` where there is one.
     """
     mean, std = config.get("latents_mean"), config.get("latents_std")
-    factor: float = config["scaling_factor"]
     if mean is not None and std is not None:
-        centre, spread = (torch.tensor(x).to(z).view(1, -1, 1, 1) for x in (mean, std))
-        return (z - centre) * factor / spread
+        by_channel = (1, -1, *[1] * (z.ndim - 2))
+        centre, spread = (torch.tensor(x).to(z).view(by_channel) for x in (mean, std))
+        return (z - centre) * (config.get("scaling_factor") or 1.0) / spread
     shift: float = config.get("shift_factor") or 0.0
-    return (z - shift) * factor
+    factor: float = config["scaling_factor"]
+    return (z - shift) * factor if shifted else z * factor
 
 
-def decode(vae: Any, latents: Tensor) -> Tensor:
+def decode(vae: Any, latents: Tensor, shifted: bool = True) -> Tensor:
     """Return the images ``[batch, C, H, W]`` in [0, 1] of scaled latents, on the CPU."""
-    image = vae.decode(unscale(latents.float(), vae.config).to(next(vae.parameters()))).sample
+    latents = latents.float()
+    if hasattr(vae, "bn"):
+        mean, std = _statistics(vae, latents)
+        squares = nn.functional.pixel_unshuffle(latents, 2) * std + mean
+        z = nn.functional.pixel_shuffle(squares, 2)
+    else:
+        z = unscale(latents, vae.config, shifted)
+    z = z.to(next(vae.parameters()))
+    image = vae.decode(z.unsqueeze(2)).sample[:, :, 0] if of_frames(vae) else vae.decode(z).sample
     return ((image.float().cpu() + 1) / 2).clamp(0, 1)
 
 
-def unscale(z: Tensor, config: Any) -> Tensor:
+def unscale(z: Tensor, config: Any, shifted: bool = True) -> Tensor:
     """Return latents as the autoencoder has them: the inverse of :func:`scale`."""
-    zero, one = (scale(torch.full((1, z.shape[1], 1, 1), x).to(z), config) for x in (0.0, 1.0))
+    flat = (1, z.shape[1], *[1] * (z.ndim - 2))
+    zero, one = (scale(torch.full(flat, x).to(z), config, shifted) for x in (0.0, 1.0))
     return (z - zero) / (one - zero)
 
 
 def factor(vae: Any) -> int:
     """Return how many pixels one latent pixel stands for, in each direction."""
-    stages = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
+    names = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
+    stages = next(vae.config[name] for name in names if vae.config.get(name))
     return int(2 ** (len(stages) - 1))
+
+
+def channels(config: Any) -> int:
+    """Return the channels of an autoencoder's latents, by its config."""
+    return int(config.get("latent_channels") or config["z_dim"])
+
+
+def of_frames(vae: Any) -> bool:
+    """Tell whether an autoencoder is one of videos, for which an image is a single frame."""
+    return any(isinstance(module, nn.Conv3d) for module in vae.modules())

@@ -27,6 +27,7 @@ class Family:
     predictions: tuple[str, ...] = ("epsilon",)
     size: int = 16
     settings: dict = field(default_factory=dict)
+    unguided: dict = field(default_factory=dict)  # beside guidance_scale=1
     timesteps: tuple[float, ...] = (700, 20)
     prompts: tuple = ("a red cat", "dog", "blue")
 
@@ -57,6 +58,7 @@ FAMILIES = {
         {"encoder_hidden_states": (12, 16), "pooled_projections": (16,)},
         ("flow",),
         settings={"max_sequence_length": 12, "sample_size": (16, 16)},
+        unguided={"embedded_guidance": 1.0},
     ),
     "dit": Family(DiT, (4, 8, 8), {"class_labels": ()}, ("epsilon",), prompts=(3, 0, 999)),
     "pixart": Family(

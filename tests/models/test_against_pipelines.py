@@ -11,33 +11,6 @@ from dmin.queries import Generated
 from dmin.runtime.errors import DminError
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_predictions_are_those_of_the_pipeline(name):
-    family = FAMILIES[name]
-    settings = {"embedded_guidance": 1.0} if name == "flux" else {}
-    model = load(name, guidance_scale=1.0, **settings)  # one call of the network a step
-    calls = []
-
-    def record(network, args, kwargs, output):
-        noised = args[0] if args else kwargs["hidden_states"]
-        calls.append((noised, output[0] if isinstance(output, tuple) else output.sample))
-
-    handle = model.network.register_forward_hook(record, with_kwargs=True)
-    prompt = family.prompts[0]
-    model.sample([prompt], [7], 2)
-    handle.remove()
-    condition = {**model.condition([prompt]), **model._sizes(sized(family.size, family.size))}
-    for (noised, output), t in zip(calls, model.pipeline.scheduler.timesteps, strict=True):
-        if name == "flux":
-            height = 2 * family.latent[1]
-            noised, output = (
-                model.pipeline._unpack_latents(x, height, height, 2) for x in (noised, output)
-            )
-        with torch.no_grad():
-            found = model._predict(noised, t[None], condition)
-        torch.testing.assert_close(found, output, atol=1e-5, rtol=1e-4)
-
-
 def test_pixart_of_1024_pixels_is_told_size_and_shape():
     model = FAMILIES["pixart"].model.from_pretrained(checkpoint("pixart", sample_size=128))
     sizes = model._sizes({"image": torch.zeros(2, 3, 32, 16)})

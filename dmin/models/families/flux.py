@@ -32,6 +32,8 @@ class Flux(LongCaptioned):
         keys=("double_blocks.0.",),
     )
     processes = (RectifiedFlow,)
+    shifted = True
+    time_unit = "sigma"
     own_length: int = 512
     own_size: ClassVar[int] = 128
     encoding: ClassVar[dict[str, Any]] = {"prompt_2": None}
@@ -47,34 +49,18 @@ class Flux(LongCaptioned):
         super().__init__(pipeline, **settings)
         self.embedded_guidance = embedded_guidance
 
-    @property
-    def patch(self) -> int:
-        """Latent pixels that make one token: the pipeline packs squares of two."""
-        return 2
-
     def describe(self) -> dict[str, Any]:
         """Return what defines latents, condition and loss."""
         told = self.embedded_guidance if self.network.config.guidance_embeds else None
         return {**super().describe(), "embedded_guidance": told}
 
-    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        batch, channels, height, width = noised.shape
-        pipeline, guidance = self.pipeline, None
+    def _told(self, noised: Tensor, condition: Condition) -> dict[str, Any]:
+        batch, _, height, width = noised.shape
+        guidance, text = None, condition["encoder_hidden_states"]
         if self.network.config.guidance_embeds:
-            guidance = t.new_full((batch,), self.embedded_guidance, dtype=noised.dtype)
-        text = condition["encoder_hidden_states"]
-        prediction = self.network(
-            hidden_states=pipeline._pack_latents(noised, batch, channels, height, width),
-            timestep=t.to(noised.dtype) / self.process.num,
-            guidance=guidance,
-            txt_ids=text.new_zeros(text.shape[1], 3),
-            img_ids=pipeline._prepare_latent_image_ids(
-                batch, height // 2, width // 2, noised.device, noised.dtype
-            ),
-            **condition,
-        ).sample
-        return pipeline._unpack_latents(prediction, height, width, 1)
-
-    def _unpacked(self, latents: Tensor, images: Tensor) -> Tensor:
-        size = images.shape[-2:]
-        return self.pipeline._unpack_latents(latents, *size, self.vae_factor)
+            guidance = noised.new_full((batch,), self.embedded_guidance)
+        ids = self.pipeline._prepare_latent_image_ids(
+            batch, height // 2, width // 2, noised.device, noised.dtype
+        )
+        positions = {"txt_ids": text.new_zeros(text.shape[1], 3), "img_ids": ids}
+        return {"guidance": guidance, **positions, **condition}

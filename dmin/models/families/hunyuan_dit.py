@@ -46,13 +46,11 @@ class HunyuanDiT(SizeConditioning, LearnedVariance):
         style = torch.zeros(len(image), dtype=torch.long, device=image.device)
         return {"image_meta_size": image.new_tensor(rows), "style": style}
 
-    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return self.network(
-            noised,
-            t.to(noised.dtype),  # the network computes in the dtype of its timesteps
-            image_rotary_emb=self._positions(noised),
-            **condition,
-        ).sample
+    def _time(self, t: Tensor) -> Tensor:
+        return t.to(self.network.dtype)  # which the network then computes in
+
+    def _told(self, noised: Tensor, condition: Condition) -> dict[str, Any]:
+        return {"image_rotary_emb": self._positions(noised), **condition}
 
     def _positions(self, noised: Tensor) -> Any:
         """Return the rotary embedding of the pipeline's call: a grid cut for 512 pixels."""

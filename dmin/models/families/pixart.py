@@ -41,12 +41,7 @@ class PixArt(LongCaptioned, LearnedVariance):
         rows = {"resolution": [height, width], "aspect_ratio": [height / width]}
         return {k: image.new_tensor(row).repeat(len(image), 1) for k, row in rows.items()}
 
-    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        told = {k: condition.get(k) for k in ("resolution", "aspect_ratio")}
-        return self.network(
-            noised,
-            encoder_hidden_states=condition["encoder_hidden_states"],
-            encoder_attention_mask=condition["encoder_attention_mask"],
-            timestep=t,
-            added_cond_kwargs=told,
-        ).sample
+    def _told(self, noised: Tensor, condition: Condition) -> dict[str, Any]:
+        sizes = ("resolution", "aspect_ratio")
+        text = {k: v for k, v in condition.items() if k not in sizes}
+        return {**text, "added_cond_kwargs": {k: condition.get(k) for k in sizes}}

@@ -62,9 +62,9 @@ class Sana(LongCaptioned):
     def _no_prompt(self) -> Condition:
         return self._encode([""], **self.encoding, complex_human_instruction=None)
 
-    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        scaled = t * self.network.config.timestep_scale
-        return self.network(noised, timestep=scaled, **condition).sample
+    def _time(self, t: Tensor) -> Tensor:
+        scaled: Tensor = t * self.network.config.timestep_scale
+        return scaled
 
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
         instruction = {"complex_human_instruction": self._instruction()}

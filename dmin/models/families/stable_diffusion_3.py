@@ -26,6 +26,7 @@ class StableDiffusion3(LongCaptioned):
         "SD3Transformer2DModel", variants("StableDiffusion3"), keys=("joint_blocks.0.",)
     )
     processes = (RectifiedFlow,)
+    shifted = True
     own_length: int = 256
     encoding: ClassVar[dict[str, Any]] = {
         "prompt_2": None,

@@ -58,10 +58,7 @@ class StableDiffusionXL(SizeConditioning):
         rows = [[*m.original, *m.crop, *m.target] for m in self._micro_conditioning(batch)]
         return {"time_ids": batch["image"].new_tensor(rows)}
 
-    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return self.network(
-            noised,
-            t,
-            encoder_hidden_states=condition["encoder_hidden_states"],
-            added_cond_kwargs={k: condition[k] for k in ("text_embeds", "time_ids")},
-        ).sample
+    def _told(self, noised: Tensor, condition: Condition) -> dict[str, Any]:
+        added = {k: condition[k] for k in ("text_embeds", "time_ids")}
+        text = condition["encoder_hidden_states"]
+        return {"encoder_hidden_states": text, "added_cond_kwargs": added}

@@ -1,0 +1,99 @@
+"""What holds of every family: its claims of the network are those of the real pipeline.
+
+No weights decide these tests: with the best network for one x0 the real pipeline ends at x0, the
+autoencoder is asked to decode what normalises to x0, and what the network says is what the pipeline
+hands its scheduler.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from models.families import FAMILIES, load
+from models.test_against_pipelines import sized
+
+from dmin.cli.config.groups import groups
+from dmin.doctor.checks import SAMPLER_LIMIT, sampler
+from dmin.models import vae
+from dmin.models.oracle import sampling_error
+
+CASES = [(name, kind) for name, f in FAMILIES.items() for kind in f.predictions]
+# Samplers that stop before all noise is gone (set_alpha_to_one: false), or round their timesteps.
+ENDS_EARLY = {"stable_diffusion": 0.06, "stable_diffusion_xl": 0.06, "dit": 0.06, "sana": 2e-3}
+
+
+@contextmanager
+def statistics(autoencoder):
+    """Have an autoencoder with numbers that no family has by chance."""
+    before = dict(autoencoder.config)
+    by_channel = torch.rand(2, vae.channels(before), generator=torch.Generator().manual_seed(3))
+    if hasattr(autoencoder, "bn"):
+        autoencoder.bn.running_mean.copy_(by_channel[0].repeat(4))
+        autoencoder.bn.running_var.copy_(by_channel[1].repeat(4) + 0.5)
+    elif before.get("latents_mean") is not None:
+        mean, std = by_channel[0].tolist(), (by_channel[1] + 0.5).tolist()
+        autoencoder.register_to_config(latents_mean=mean, latents_std=std)
+    else:
+        changes = {"scaling_factor": 0.7, "shift_factor": 0.3}
+        autoencoder.register_to_config(**{k: v for k, v in changes.items() if k in before})
+    yield
+    autoencoder.register_to_config(**{k: v for k, v in before.items() if not k.startswith("_")})
+
+
+def test_every_family_is_held_to_this():
+    assert {*FAMILIES, "auto", "ddpm", "mlp"} == set(groups()["model"])
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_the_best_network_for_one_image_leads_the_pipeline_to_it(name, kind):
+    model = load(name, kind)
+    forward, decode = model.network.forward, model.pipeline.vae.decode
+    with statistics(model.pipeline.vae):
+        assert sampling_error(model) <= ENDS_EARLY.get(name, 1e-5)
+    assert model.network.forward == forward and model.pipeline.vae.decode == decode
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("claim", ["sign", "time", "shifted"])
+def test_a_claim_that_is_wrong_is_found(name, claim, monkeypatch):
+    model = load(name)
+    other = {"sign": -model.sign, "shifted": not model.shifted}
+    if claim == "time":
+        right = type(model)._time
+        monkeypatch.setattr(type(model), "_time", lambda self, t: right(self, t.flip(0)))
+    else:
+        monkeypatch.setattr(type(model), claim, other[claim])
+    with statistics(model.pipeline.vae):
+        moved = "shift_factor" in model.pipeline.vae.config
+        if claim == "shifted" and not (moved and not model.pipeline.vae.config.get("latents_mean")):
+            return
+        assert sampling_error(model) > SAMPLER_LIMIT
+        (check,) = sampler(model)
+        assert not check.passed and "Sign, unit of time" in check.remedy
+
+
+def test_a_family_by_hand_has_no_sampler_to_be_held_to(ddpm):
+    assert sampler(ddpm) == [] == sampler(load("stable_diffusion_3", target="noise"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_predictions_are_what_the_pipeline_hands_its_scheduler(name, monkeypatch):
+    family = FAMILIES[name]
+    model = load(name, guidance_scale=1.0, **family.unguided)  # one call of the network a step
+    scheduler, prompt, handed = model.pipeline.scheduler, family.prompts[0], []
+    step = scheduler.step
+
+    def watched(output, t, sample, *args, **kwargs):
+        handed.append((output, t, sample))
+        return step(output, t, sample, *args, **kwargs)
+
+    monkeypatch.setattr(scheduler, "step", watched)
+    model.sample([prompt], [7], 2)
+    condition = {**model.condition([prompt]), **model._sizes(sized(family.size, family.size))}
+    assert len(handed) == 2
+    for output, t, sample in handed:
+        noised, expected = (model._latents(x, (1, *family.latent)) for x in (sample, output))
+        with torch.no_grad():
+            found = model._predict(noised, model.process.time(t[None]), condition)
+        found = found[:, : expected.shape[1]]  # without a learned variance
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
