@@ -7,12 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dmin.runs import ai_toolkit, kohya, onetrainer, simple_tuner
+from dmin.runs import ai_toolkit, diffusion_pipe, kohya, onetrainer, simple_tuner
 from dmin.runs.files import Places, load
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
-TRAINERS: tuple[ModuleType, ...] = (kohya, onetrainer, ai_toolkit, simple_tuner)
+TRAINERS: tuple[ModuleType, ...] = (kohya, onetrainer, ai_toolkit, simple_tuner, diffusion_pipe)
 
 
 def read_run(

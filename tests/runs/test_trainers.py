@@ -66,6 +66,22 @@ BACKENDS = [
     {"id": "text", "type": "local", "dataset_type": "text_embeds", "default": True},
 ]  # fmt: skip
 
+PIPE = {
+    "output_dir": "runs", "dataset": "dp_data.toml", "epochs": 3, "save_every_n_epochs": 1,
+    "micro_batch_size_per_gpu": 1, "adapter": {"type": "lora", "rank": 4},
+    "model": {"type": "sdxl", "checkpoint_path": "base/sdxl", "dtype": "float32",
+              "min_snr_gamma": 5, "v_pred": False, "min_t": 0.0},
+    "optimizer": {"type": "adamw_optimi", "lr": 2e-5},
+}  # fmt: skip
+PIPE_DATA = {
+    "resolutions": [64, [128, 72]], "enable_ar_bucket": True, "min_ar": 0.5, "max_ar": 2.0,
+    "num_ar_buckets": 3, "caption_prefix": "zqx, ", "frame_buckets": [1],
+    "directory": [
+        {"path": "img/mugs", "mask_path": "img/mugs_mask", "num_repeats": 2.5},
+        {"path": "img/plain", "skip_empty_caption": False, "size_buckets": [[96, 32, 1]]},
+    ],
+}  # fmt: skip
+
 # Trainer → its config, the model's settings, randomness, and (id, caption, repeats, height, width).
 RUNS = {
     "onetrainer": (
@@ -128,6 +144,18 @@ RUNS["simple_tuner"] = (
         ("named/e.png", "zqx mug", 0.5, 64, 64),
     ],
 )
+RUNS["diffusion_pipe"] = (
+    {"run.toml": PIPE, "dp_data.toml": PIPE_DATA},
+    {"path": "base/sdxl", "snr_gamma": 5.0, "sizes_from": "cut"},
+    {"type"},
+    [  # images without a caption are left out
+        ("mugs@64/a.png", "zqx, a mug, red\na second line", 2.5, 96, 48),
+        ("mugs@64/c.png", "zqx, ", 2.5, 64, 64),
+        ("mugs@96/a.png", "zqx, a mug, red\na second line", 2.5, 128, 64),
+        ("mugs@96/c.png", "zqx, ", 2.5, 96, 96),
+        ("plain/e.png", "zqx, ", 1.0, 32, 96),
+    ],
+)
 WITHOUT_MASKS = ()
 
 
@@ -158,14 +186,13 @@ def as_toml(value, top=True):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_taken_as_it_was_trained(place, name):
     files, model, random, examples = RUNS[name]
-    for image in (
-        ("a-masklabel", "b", "_controls/a") if name == "simple_tuner" else ()
-    ):  # it needs captions
-        Path(f"img/mugs/{image}.txt").write_text(image)
+    if name == "simple_tuner":  # which needs captions
+        for image in ("a-masklabel", "b", "_controls/a"):
+            Path(f"img/mugs/{image}.txt").write_text(image)
     run = read_run(written(files))
     assert model.items() <= run.model.items()
     assert {entry.key.rpartition(".")[2] for entry in run.random} == random
-    assert run.model["adapter"].startswith("out/") and run.unknown == []
+    assert run.model["adapter"].startswith(("out/", "runs/")) and run.unknown == []
     data = build(run.data)
     assert any(example.mask is not None for example in data) or name in WITHOUT_MASKS
     got = [(e.id, e.caption, e.metadata.get("repeats", 1.0), *e.image.shape[1:]) for e in data]

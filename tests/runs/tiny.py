@@ -43,8 +43,8 @@ def images():
     picture("img/plain/e.png")
     for name, text in (("a.txt", "a mug, red\na second line"), ("c.TXT", ""), ("deep/d.txt", "d")):
         Path("img/mugs", name).write_text(text)
-    for name in ("mug", "mug/mug", "pytorch_lora_weights"):
-        header_only(f"out/{name}.safetensors")
+    for name in ("out/mug", "out/mug/mug", "out/pytorch_lora_weights", "runs/one/epoch2/lora"):
+        header_only(f"{name}.safetensors")
 
 
 BASES = {"sd": "StableDiffusion", "flux": "Flux", "sdxl": "StableDiffusionXL"}
