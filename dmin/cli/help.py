@@ -11,6 +11,7 @@ COMMANDS = {
     "sample": "Generate query images, each with the prompt and seed that made it.",
     "retrieve": "Find the training examples behind each query image, and show them.",
     "outliers": "Find training examples that only they explain: rare, or labelled wrongly.",
+    "losses": "See the loss of every training image, and whether the model is over-fitted.",
     "evaluate": "Measure how far the answers can be trusted, against ground truth.",
     "status": "See how much of a running or dead collection is done, by whom, how fast.",
     "models": "See which families of models are opened, by what, and why others are refused.",
@@ -30,11 +31,13 @@ _EXAMPLES = {
     "sample": " queries.per_prompt=4",
     "retrieve": " method=grad_cos retrieve.k=20",
     "outliers": " method=datainf",
+    "losses": " noise.draws=4",
     "evaluate": "",
     "demo": " seed=1 name=other",
 }
 # The words of a line that are no settings.
 _WORDS = dict.fromkeys(("doctor", "collect", "outliers", "evaluate"), " [STORE] [--limit N]") | {
+    "losses": " [STORE] [HELD_OUT ...] [--limit N]",
     "sample": " [STORE] [--prompt TEXT ...]",
     "retrieve": " [STORE] [PICTURE ...] [--prompt TEXT ...]",
 }

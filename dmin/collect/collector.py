@@ -124,6 +124,12 @@ class Collector:
         other.model = model
         return other
 
+    def losses_only(self) -> Self:
+        """Return a collector that differentiates nothing: what it collects are losses alone."""
+        other = copy.copy(self)
+        other.readouts = ()
+        return other
+
     def features(
         self,
         x0: Tensor,
@@ -194,6 +200,8 @@ class Collector:
             peak: is told what the pass takes.
             scale: what readouts are multiplied by before they are differentiated, ``[pairs]``.
         """
+        if not self.readouts:
+            return self._losses(batch, peak)
         ownership = ownership or self.ownership
         ownership.expect(len(batch.t), batch.x0.shape[1:])
         return ownership.settle(lambda: self._pass(batch, ownership, peak, scale))
@@ -224,12 +232,21 @@ class Collector:
             losses = READOUTS["loss"](prediction).detach()
         return Features(values, norms, losses)
 
+    def _losses(self, batch: NoisedBatch, peak: PeakMemory | None) -> Features:
+        if peak is not None:
+            peak.forward_done()  # all that follows counts
+        with torch.no_grad():
+            losses = READOUTS["loss"](predicted(self.model, batch))
+        if peak is not None:
+            peak.backward_done()
+        return Features({}, {}, losses)
+
     def describe(self) -> dict[str, Any]:
         """Return everything that must match between a training and a query store, as JSON."""
         entries = [list(entry) for entry in self.attributed.entries]
         loss = self.model.describe()
         digests = {} if "encoders" in loss else self._encoder_digests
-        return {
+        found = {
             "schema": FEATURE_SCHEMA,
             "weights": weights_digest(self.model.network),
             **({"encoders": digests} if digests else {}),
@@ -241,6 +258,8 @@ class Collector:
             "noise": self.noise.describe(),
             "sketch": self.sketch.describe(),
         }
+        of_gradients = () if self.readouts else ("parameters", "sketch")
+        return {name: each for name, each in found.items() if name not in of_gradients}
 
     def manifest(
         self,
@@ -264,8 +283,8 @@ class Collector:
             readouts=self.readouts,
             draws=self.noise.draws,
             timesteps=self.timesteps,
-            groups=self.attributed.groups,
-            dim=self.sketch.dim,
+            groups=self.attributed.groups if self.readouts else ("none",),
+            dim=self.sketch.dim if self.readouts else 1,
             dtype=dtype,
         )
 

@@ -23,7 +23,8 @@ class Layout:
     """The axes of every feature array, ``[rows, draw, timestep, group, dim]``, one per readout.
 
     Args:
-        readouts: what was differentiated, such as ``("loss",)``; names an HDF5 dataset.
+        readouts: what was differentiated, such as ``("loss",)``; names an HDF5 dataset. None: the
+            store has losses alone.
         draws: noises drawn for each timestep.
         timesteps: the timesteps, in the order of their axis.
         groups: parameters sketched together, such as ``("model",)``.
@@ -46,7 +47,8 @@ class Layout:
         for name, kind in (("readouts", str), ("timesteps", float), ("groups", str)):
             values = tuple(kind(value) for value in getattr(self, name))
             object.__setattr__(self, name, values)
-            if not values or len(set(values)) < len(values):
+            few = not values and name != "readouts"  # without any there are losses alone
+            if few or len(set(values)) < len(values):
                 raise DminError(f"layout.{name} is {list(values)}: give one or more, all different")
         for readout in self.readouts:
             if not re.fullmatch(r"\w[\w.-]*", readout):

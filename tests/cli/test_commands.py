@@ -91,6 +91,20 @@ class TestDemo:
             refused = refusal("outliers", *SMALLEST, f"method={method}", cwd=place)
             assert f"method={method} gives every example the same score" in refused
 
+    def test_losses_need_no_gradients_and_tell_of_images_held_out(self, place):
+        folder = next((place / "outputs/queries").glob("debug-*"))
+        found = dmin("losses", *SMALLEST, "noise.draws=2", folder, "losses.k=5", cwd=place)
+        assert "images held out is" in found.stdout and "from 30 on" in found.stdout
+        kept = Store(next((place / "outputs/stores").glob("debug-losses-*")))
+        assert kept.layout.readouts == () and kept.losses().shape[1] == 2
+        rows = list(csv.DictReader((records(place, "losses")[-1].parent / "losses.csv").open()))
+        relative = [float(row["relative"]) for row in rows]
+        assert relative == sorted(relative, reverse=True) and len(rows) == len(kept)
+        # Of the same settings there is a store of gradients, which has the losses too.
+        again = dmin("losses", *SMALLEST, "losses.k=5", cwd=place)
+        assert "from how timesteps differ" in again.stdout and "losses alone" not in again.stdout
+        assert len(list((place / "outputs/stores").glob("debug-losses-*"))) == 1
+
     def test_several_methods_stand_side_by_side(self, place):
         asked = ["method=dmin,grad_dot,pixel_l2", "retrieve.k=4"]
         found = dmin("retrieve", *SMALLEST, *asked, cwd=place)

@@ -23,7 +23,8 @@ from dmin.runtime.errors import DminError
 
 ROOT = "line"
 _OTHER_ROOT = ("--config-name", "-cn", "--config-path", "-cp")
-OF_A_STORE = ("collect", "doctor", "sample", "retrieve", "outliers", "evaluate")
+OF_A_STORE = ("collect", "doctor", "sample", "retrieve", "outliers", "losses", "evaluate")
+WITH_PICTURES = {"retrieve": "pictures", "losses": "pictures that were held out"}
 
 
 class Line(NamedTuple):
@@ -72,12 +73,14 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     if run is not None and "model" not in given:
         defaults.append({"override model": run.family})
     queries = _queries(pictures, options["prompt"], given)
-    if "prompts" in queries and "queries" not in given:
-        defaults.append({"override queries": "generated"})
+    if queries and "queries" not in given:
+        choice = "generated" if "prompts" in queries else "images"
+        defaults.append({"override queries": choice})
     said = {
         "model": _only(path=options["model"] and _literal(options["model"])),
         "collect": _only(path=store and _literal(str(store)), limit=options["limit"]),
         "queries": queries,
+        "losses": {"held_out": True} if pictures and command == "losses" else {},
     }
     for section, values in said.items():
         if values:
@@ -188,16 +191,17 @@ def _told_apart(
     if command == "collect" and not stores and len(others) == 1 and _is_free(others[0]):
         return others[0], []  # where a new one is to be
     absent = [path for path in others if not path.exists()]
-    if absent or (others and command != "retrieve"):
+    if absent or (others and command not in WITH_PICTURES):
         odd = (absent or others)[0]
         what = "there is no such file or folder" if absent else "it is no store"
+        pictures = f", {WITH_PICTURES[command]}" if command in WITH_PICTURES else ""
         raise DminError(
             f"{odd}: {what}. `dmin {command}` takes a store (a folder that `dmin collect` made)"
-            f"{', pictures' if command == 'retrieve' else ''} and settings (setting=value)."
+            f"{pictures} and settings (setting=value)."
         )
     if others and not stores and "model" not in given and "experiment" not in given:
         raise DminError(
-            f"no store is named beside {others[0]}: `dmin retrieve STORE {others[0]}`, where "
+            f"no store is named beside {others[0]}: `dmin {command} STORE {others[0]}`, where "
             f"STORE is the folder that `dmin collect` made and named."
         )
     return (stores[0] if stores else None), [str(path) for path in others]

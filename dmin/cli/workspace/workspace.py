@@ -131,6 +131,7 @@ class Workspace(Built):
         role: str,
         as_queries: bool = False,
         model: DiffusionModel | None = None,
+        losses_only: bool = False,
     ) -> Store:
         """Return the complete store of a dataset; collect what is missing of it.
 
@@ -139,9 +140,11 @@ class Workspace(Built):
             role: a word for the path and for the progress shown.
             as_queries: whether the examples are queries.
             model: another than the configured one.
+            losses_only: without gradients.
         """
         options = self.cfg.collect
         collector = self.collector if model in (None, self.model) else self.collector_of(model)
+        collector = collector.losses_only() if losses_only else collector
         manifest = collector.manifest(dataset, options.block_size, options.dtype, as_queries)
         beside = collector.model.describe_query() if as_queries else None
         path = self._store_path(role, manifest, dataset, beside)
@@ -173,7 +176,7 @@ class Workspace(Built):
                 role,
                 f": {len(dataset):,} examples × {len(collector.timesteps)} "
                 f"timesteps × {collector.attributed.count:,} parameters → "
-                f"{self._numbers()}" + (f" (found {path})" if known else ""),
+                f"{self._numbers(collector)}" + (f" (found {path})" if known else ""),
             )
         )
         done = known and not options.grow and Store(path, verify=False).complete
@@ -205,8 +208,10 @@ class Workspace(Built):
                 StoreWriter(path, self.train_manifest, verify=False).close()
             store_settings.keep(self.cfg, path)
 
-    def _numbers(self) -> str:
+    def _numbers(self, collector: GradientCollector) -> str:
         """Say how many numbers are kept of a gradient."""
+        if not collector.readouts:
+            return "losses alone"
         groups = len(self.collector.attributed.groups)
         dim = f"{self.collector.sketch.dim} numbers"
         return dim if groups == 1 else f"{groups} groups × {dim}"
