@@ -87,7 +87,8 @@ class Session(lightning.LightningModule):
         before = list(callbacks)
         examples = data.examples(trainer.global_rank, trainer.world_size)
         points = self.collector.noise.draws * len(self.collector.timesteps)
-        shown = self.shown = CollectionProgress(examples, points)
+        what = "gradients" if self.collector.readouts else "losses"
+        shown = self.shown = CollectionProgress(examples, points, what)
         bars = [bar for bar in before if isinstance(bar, ProgressBar)]
         others = [callback for callback in before if callback not in bars]
         callbacks[:] = [*others, self.writer, *([shown] if bars else [])]

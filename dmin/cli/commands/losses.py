@@ -65,7 +65,7 @@ def losses(work: Workspace, results: dict[str, Any]) -> None:
         require_held_out(kept.ids, held, store.ids, found)
         usual = usual_losses(held, _buckets(work, others), found, buckets)
         gap = over_fitting(table, loss_table(held, usual=usual))
-        work.console.print(titled("held out", f": {gap.spell()}"))
+        work.console.print(titled("held out", f": {gap.spell()}"), soft_wrap=True)
         results["figures"]["gap"] = f"{gap.mean:+.1%}"
     files = [folder / name for name in ("losses.csv", "highest.png", "lowest.png")]
     results["files"] = [str(file) for file in files]
