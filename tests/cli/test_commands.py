@@ -94,7 +94,7 @@ class TestDemo:
     def test_losses_need_no_gradients_and_tell_of_images_held_out(self, place):
         folder = next((place / "outputs/queries").glob("debug-*"))
         found = dmin("losses", *SMALLEST, "noise.draws=2", folder, "losses.k=5", cwd=place)
-        assert "images held out is" in found.stdout and "from 30 on" in found.stdout
+        assert "100 images held out is" in found.stdout and "(95 %:" in found.stdout
         kept = Store(next((place / "outputs/stores").glob("debug-losses-*")))
         assert kept.layout.readouts == () and kept.losses().shape[1] == 2
         rows = list(csv.DictReader((records(place, "losses")[-1].parent / "losses.csv").open()))

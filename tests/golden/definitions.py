@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
 from hydra.utils import get_method, instantiate
 from models.tiny import BUILDERS
@@ -26,11 +27,12 @@ from dmin.cli.config.groups import config_directory
 from dmin.cli.help import COMMANDS  # noqa: F401
 from dmin.collect import predict_trainer
 from dmin.collect.append import collect_more
+from dmin.runtime.fingerprint import array_digest
 from dmin.store.maintenance import verify  # noqa: F401
 from dmin.store.removal import remove
 
 DATA = Path(__file__).parent / "data"
-STORES = DATA / "stores"
+STORES, BITS = DATA / "stores", DATA / "bits.json"
 TINY_MLP = {"width": 4, "depth": 1, "embedding": 4}
 CLASSES = 10
 WORDS = ("a red cat", "dog", "blue", "cat", "red dog", "a blue dog", "a cat")
@@ -261,3 +263,14 @@ def answer(golden: Golden, train: Store, asked: Store) -> dict[str, Any]:
         "groups": list(ranking.groups),
         "train_metadata": ranking.train_metadata[0],
     }
+
+
+def arithmetic():
+    """Return what a few operations give here, to the bit."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 8, 16, 16, generator=draw)
+    y = F.conv2d(x, torch.randn(8, 8, 3, 3, generator=draw), padding=1)
+    rows = F.silu(y).flatten(2).transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(rows, rows, rows)
+    norm = F.layer_norm(mixed @ torch.randn(8, 24, generator=draw), (24,))
+    return array_digest(norm.numpy(), norm.exp().sum(1).numpy())

@@ -1,4 +1,4 @@
-"""Make the golden artefacts anew: ``python tests/golden/make.py [stores|records|settings|demo]``.
+"""Make the golden artefacts anew: ``make.py [stores|bits|records|settings|demo]``.
 
 They hold later code to what earlier code computed: make them anew only to add to them. Single
 stores by name: ``make.py stores mlp``. ``make.py --compare-demo`` runs the demo (minutes) and says
@@ -49,6 +49,21 @@ def make_stores(names: list[str]) -> None:
                         shutil.copy(file, target / store / file.name)
         (target / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
         print(name, sum(f.stat().st_size for f in target.rglob("*") if f.is_file()), flush=True)
+
+
+def make_bits() -> None:
+    """Add the digests that fresh collections have on a processor of this arithmetic."""
+    torch.set_num_threads(1)
+    digests = {}
+    for name, golden in definitions.GOLDENS.items():
+        by = definitions.collector(golden)
+        with tempfile.TemporaryDirectory() as scratch:
+            train = definitions.make(golden, by, Path(scratch) / "train")
+            queries = definitions.collect_queries(golden, by, Path(scratch) / "queries")
+            digests[name] = {"train": train.digest(), "queries": queries.digest()}
+    known = json.loads(definitions.BITS.read_text())
+    known[definitions.arithmetic()] = digests
+    definitions.BITS.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def make_records() -> None:
@@ -148,6 +163,8 @@ if __name__ == "__main__":
     part, *only = sys.argv[1:] or ["all"]
     if part in ("stores", "all"):
         make_stores(only or list(definitions.GOLDENS))
+    if part in ("bits", "all"):
+        make_bits()
     if part in ("records", "all"):
         make_records()
     if part in ("settings", "all"):
