@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from dmin.data.texts import parse_json, read_text
 from dmin.runtime.errors import DminError
 
 
@@ -110,10 +110,9 @@ class Captions:
         return None
 
     def _of_file(self, file: Path) -> str | None:
-        try:
-            text = file.read_text("utf-8-sig")
-        except (OSError, ValueError) as error:
-            raise DminError(f"{file} cannot be read as UTF-8 text ({error}). Mend it.") from error
+        text = read_text(file)
+        if file.suffix.lower() == ".json":  # as img2dataset writes them
+            text = str(parse_json(text, str(file)).get("caption") or "")
         if self.lines == "whole":
             return text.strip()
         lines = [line.strip() for line in text.strip().splitlines()]
@@ -121,13 +120,7 @@ class Captions:
 
     def _table(self, root: Path) -> dict[str, Any]:
         file = Path(self.table) if self.table is not None else root / "metadata.json"
-        try:
-            found = json.loads(file.read_text("utf-8-sig"))
-            if not isinstance(found, dict):
-                raise ValueError("it is no mapping of images to captions")
-            return found
-        except (OSError, ValueError, RecursionError) as error:
-            raise DminError(f"{file} cannot be read as captions ({error}). Mend it.") from error
+        return parse_json(read_text(file), str(file))
 
 
 def _of_table(table: dict[str, Any], root: Path, image: str) -> str | None:

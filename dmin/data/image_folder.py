@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import unicodedata
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
@@ -17,30 +15,35 @@ from torch import Tensor
 
 from dmin.data.base import Example, Facts
 from dmin.data.checked import Checked, describe_problems, printable
-from dmin.data.metadata import NAMES, read_facts, read_rows
+from dmin.data.formats import suffixes
+from dmin.data.layout import Folder
 from dmin.data.survey import Survey, read_bytes, survey
-from dmin.runtime.errors import DminError, DminWarning
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from dmin.runtime.errors import DminError
 
 
 @dataclass(eq=False)
 class ImageFolder(Checked):
     """The images of a folder, ordered by name; an image's id is its path below the folder.
 
-    Captions and labels come from ``metadata.jsonl`` or ``metadata.csv``, in the folder or in
+    Captions and labels come from ``metadata.jsonl``, ``.csv`` or ``.parquet``, in the folder or in
     sub-folders, with a ``file_name`` column (as in Hugging Face's imagefolder); further columns
-    travel with the example. Then the dataset is the images named there. Without such a file the
-    name of the sub-folder, if any, is the label. Links are followed; hidden files and folders
-    (``.name``, ``__name__``) are left out.
+    travel with the example. Then the dataset is the images named there. Without such a file
+    captions stand beside the images (``.txt``, ``.caption``, or the ``.json`` of img2dataset, whose
+    fields travel as well) or in kohya's ``metadata.json``, and the name of the sub-folder, if any,
+    is the label; of kohya's folders ``10_name`` it is repeats and the caption of those that have
+    none. Links are followed; hidden files and folders (``.name``, ``__name__``) and masks
+    (``a-masklabel.png``, or ``masks/a.png`` where there is an ``a``) are no examples.
 
     Args:
         root: the folder.
+        layout: where captions and labels are, one of `dmin.data.layout.LAYOUTS`; ``auto`` finds it
+            out, and refuses what may be several.
         label: column of the label, or several: the first that is there; None for no labels.
         text: column of the caption, likewise; None for no captions.
 
     Attributes:
         ids: paths of the images below the folder, in order.
+        summary: what the folder was found to be, and which files are ignored, on one line.
 
     Raises:
         DminError: no such folder, no images, metadata that is not as it should be, or images that
@@ -51,19 +54,23 @@ class ImageFolder(Checked):
     _: KW_ONLY
     label: str | Sequence[str | None] | None = "label"
     text: str | Sequence[str | None] | None = "text"
+    layout: str = "auto"
 
     def __post_init__(self) -> None:
         """Find the images and what is said of them."""
         super().__post_init__()
         if not Path(self.root).is_dir():
             raise DminError(f"data.root={self.root}: no such folder. Give a folder of images.")
+        self._wrong: dict[str, str] = {}
+        self.summary = ""
         facts = self._find()
         if not facts:
             raise DminError(
-                f"data.root={self.root} holds no images ({', '.join(SUFFIXES)}). Give another "
-                f"folder."
+                f"data.root={self.root} holds no images ({', '.join(suffixes())}). Give another "
+                f"folder. {self.summary}"
             )
-        self.leave_out(self._problems(sorted(facts)), len(facts), f"data.root={self.root}")
+        problems = self._problems(sorted(facts)) | self._wrong
+        self.leave_out(problems, len(facts.keys() | problems), f"data.root={self.root}")
         self.ids = sorted(facts.keys() - self.skipped.keys())
         self._facts = [facts[name] for name in self.ids]
 
@@ -107,37 +114,22 @@ class ImageFolder(Checked):
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
     def _find(self) -> dict[str, Facts]:
-        """Return what is known of each image: of those the metadata names, else of all."""
-        root = Path(self.root)
-        files = list(files_below(root))
-        tables = [file for file in files if Path(file).name in NAMES]
-        images = [file for file in files if Path(file).suffix.lower() in SUFFIXES]
-        if not tables:
-            folders = {image: Path(image).parent.as_posix() for image in images}
-            return {n: Facts(None if folder == "." else folder) for n, folder in folders.items()}
-        both = [t for t in tables if t.endswith(".csv") and f"{t[:-4]}.jsonl" in tables]
-        if both:
-            raise DminError(
-                f"{root / both[0]} stands beside a metadata.jsonl. Keep one of the two."
-            )
-        where = f"the metadata of {root}"
-        facts = read_facts(read_rows(root, tables), where, self.label, self.text)
-        # macOS spells é in two characters, most others in one: the name on disk is the right one.
-        spelling = {unicodedata.normalize("NFC", file): file for file in files}
-        on_disk = set(files)
-        facts = {
-            n if n in on_disk else spelling.get(unicodedata.normalize("NFC", n), n): fact
-            for n, fact in facts.items()
-        }
-        unnamed = [image for image in images if image not in facts]
-        if unnamed:
-            warnings.warn(
-                f"{where} does not name {len(unnamed)} image(s) there, such as "
-                f"{printable(unnamed[0])}: they are left out.",
-                DminWarning,
-                stacklevel=5,
-            )
+        """Return what is known of each image."""
+        folder = Folder(Path(self.root))
+        facts = folder.read(self.layout, self.label, self.text, self.told_wrong)
+        self.summary = folder.summary(facts)
         return facts
+
+    def told_wrong(self, name: str, error: DminError) -> None:
+        """Take it that what is said of an image cannot be used: raise that, or leave it out.
+
+        Args:
+            name: of the image, or of the line that names it.
+            error: what is wrong.
+        """
+        if self.on_error == "raise":
+            raise error
+        self._wrong[name] = getattr(error, "reason", str(error)).rstrip(".")
 
     def _problems(self, names: list[str]) -> dict[str, str]:
         """Return which images are not fit for use, as far as they are to be checked, and why."""
@@ -195,24 +187,3 @@ def save_images(
     lines = [json.dumps({"file_name": name, **row}) for name, row in zip(names, rows, strict=True)]
     with (folder / "metadata.jsonl").open("a" if append else "w") as file:
         file.write("\n".join(lines) + "\n")
-
-
-def files_below(
-    folder: Path, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[str]:
-    """Yield the files below a folder by their path from it, in order; links are followed."""
-    found = os.stat(folder)
-    here = (found.st_dev, found.st_ino)
-    if here in above:
-        return  # a link to a folder that this one stands in
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise DminError(f"{folder} cannot be listed ({error.strerror}). Grant access.") from error
-    for name in names:
-        if name.startswith((".", "__")):
-            continue
-        if os.path.isdir(folder / name):
-            yield from files_below(folder / name, f"{inside}{name}/", above | {here})
-        else:
-            yield f"{inside}{name}"

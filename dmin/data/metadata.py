@@ -4,45 +4,70 @@ from __future__ import annotations
 
 import csv
 import difflib
+import importlib
 import io
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 from dmin.data.base import Facts as Facts
+from dmin.data.texts import odd, parse_json, read_text
 from dmin.runtime.errors import DminError
 
 Column = str | Sequence[str | None] | None
-NAMES = ("metadata.jsonl", "metadata.csv")
+NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+Refuse = Callable[[str, DminError], None]
+"""Takes the name of an image and what is wrong with what is said of it: raises that or keeps it."""
 
 
-def read_rows(root: Path, tables: Sequence[str]) -> dict[str, dict[str, Any]]:
+def stop(name: str, error: DminError) -> NoReturn:
+    """Raise what is wrong with what is said of an image."""
+    raise error
+
+
+def read_rows(
+    root: Path, tables: Sequence[str], refuse: Refuse = stop
+) -> dict[str, dict[str, Any]]:
     """Return the rows of metadata files by the path of their image below the root.
 
     Args:
         root: the folder of images.
         tables: paths of the metadata files below it; each names images relative to itself.
+        refuse: is told of rows that cannot be used.
 
     Raises:
-        DminError: a file is not as it should be, or an image is named twice.
+        DminError: a file is not as it should be, or two of a folder.
     """
     by_name: dict[str, dict[str, Any]] = {}
+    folders: dict[str, str] = {}
     for table in tables:
         path = root / table
-        rows = list(_jsonl(path) if path.suffix == ".jsonl" else _csv(path))
-        for number, row in rows:
-            name = (PurePosixPath(table).parent / _file_name(path, number, row)).as_posix()
-            if name in by_name:
-                raise DminError(
-                    f"{path}, line {number}: {name} is named twice. Keep one of the rows."
-                )
+        other = folders.setdefault(str(path.parent), path.name)
+        if other != path.name:
+            raise DminError(f"{path} stands beside a {other}. Keep one of the two.")
+        for number, row in _READ[path.suffix](path):
+            try:
+                row = row if isinstance(row, dict) else parse_json(row, f"{path}, line {number}")
+                if None in row:
+                    raise DminError(
+                        f"{path}, line {number} has more cells than the header. Put quotes around "
+                        f"values with commas."
+                    )
+                inside = _file_name(path, number, row)
+                name = (PurePosixPath(table).parent / inside).as_posix()
+                if name in by_name:
+                    raise DminError(
+                        f"{path}, line {number}: {name} is named twice. Keep one of the rows."
+                    )
+            except DminError as error:
+                refuse(f"{table}, line {number}", error)
+                continue
             by_name[name] = row
     return by_name
 
 
 def read_facts(
-    rows: dict[str, dict[str, Any]], where: str, label: Column, text: Column
+    rows: dict[str, dict[str, Any]], where: str, label: Column, text: Column, refuse: Refuse = stop
 ) -> dict[str, Facts]:
     """Split each row into label, caption and the rest.
 
@@ -51,14 +76,22 @@ def read_facts(
         where: what to call the metadata in a message.
         label: column of the label, or several, of which the first that is there; None for none.
         text: column of the caption, likewise.
+        refuse: is told of rows that cannot be used.
 
     Raises:
-        DminError: a column is not there but was asked for, or seems misspelt; or a value is no
-            label or caption.
+        DminError: a column is not there but was asked for, or seems misspelt.
     """
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     label, text = _column("label", label, columns, where), _column("text", text, columns, where)
-    return {name: split_row(row, label, text, name) for name, row in rows.items()}
+    facts = {}
+    for name, row in rows.items():
+        try:
+            if reason := odd(row):
+                raise DminError(f"{where} says of {name}: {reason}.")
+            facts[name] = split_row(row, label, text, name)
+        except DminError as error:
+            refuse(name, error)
+    return facts
 
 
 def as_label(value: Any, name: str) -> int | str | None:
@@ -137,29 +170,34 @@ def _file_name(path: Path, number: int, row: dict[str, Any]) -> PurePosixPath:
     return inside
 
 
-def _jsonl(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DminError(f"{path}, line {number} is not JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise DminError(f"{path}, line {number} is not a JSON object.")
-        yield number, row
+def _jsonl(path: Path) -> Iterable[tuple[int, str]]:
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return ((number, line) for number, line in lines if line.strip())
+
+
+def _parquet(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ModuleNotFoundError as error:
+        raise DminError(f"{path} needs the package pyarrow: pip install 'dmin[data]'.") from error
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        raise DminError(f"{path} cannot be read as parquet ({error}). Write it anew.") from error
+    return enumerate(rows, 1)
 
 
 def _csv(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     rows: list[tuple[int, dict[str, Any]]] = []
-    for row in reader:
-        if None in row:
-            raise DminError(
-                f"{path}, line {reader.line_num} has more cells than the header. Put quotes around "
-                f"values with commas."
-            )
-        rows.append((reader.line_num, {k: v if v != "" else None for k, v in row.items()}))
+    limit = csv.field_size_limit(2**31 - 1)  # what is too large is told of by its image
+    try:
+        for row in reader:
+            rows.append((reader.line_num, {k: v if v != "" else None for k, v in row.items()}))
+    except csv.Error as error:
+        raise DminError(f"{path}, line {reader.line_num}: {error}. Mend it.") from error
+    finally:
+        csv.field_size_limit(limit)
     for column in reader.fieldnames or ():
         values = [row[column] for _, row in rows if row[column] is not None]
         # A column of integers is one in every row and written as Python writes them: 007 is text.
@@ -174,8 +212,8 @@ def _is_integer(value: str) -> bool:
     return digits.isascii() and digits.isdigit() and len(digits) < 19 and str(int(value)) == value
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # Excel writes a byte order mark
-    except UnicodeDecodeError as error:
-        raise DminError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
+_READ: dict[str, Callable[[Path], Iterable[tuple[int, Any]]]] = {
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
 
 from dmin.data.base import Facts
+from dmin.data.captions import Captions
 from dmin.data.image_folder import ImageFolder
 from dmin.data.metadata import NAMES, read_facts, read_rows
 from dmin.runtime.errors import DminError
@@ -20,7 +21,7 @@ Prompt = str | int
 class Pictures(ImageFolder):
     """A folder as :class:`ImageFolder` has it, or pictures by their files, in the order named.
 
-    What a ``metadata.jsonl`` or ``metadata.csv`` beside a picture says of it holds.
+    What metadata files beside a picture say of it holds, else the text in its ``.txt``.
 
     Args:
         root: a folder, a picture, or several pictures.
@@ -84,7 +85,12 @@ class Pictures(ImageFolder):
         files = [(folder / name).as_posix() for folder in folders for name in NAMES]
         rows = read_rows(root, [file for file in files if (root / file).is_file()])
         named = {name: rows[name] for name in self._named or () if name in rows}
-        return read_facts(named, f"the metadata in {root}", self.label, self.text) if named else {}
+        facts = read_facts(named, f"the metadata in {root}", self.label, self.text) if named else {}
+        others = [name for name in self._named or () if name not in facts]
+        beside = [path.relative_to(root) for f in folders for path in (root / f).iterdir()]
+        captions = Captions(extensions=(".txt", ".caption"), missing="drop")
+        told = captions.read(root, others, [path.as_posix() for path in beside])
+        return {**{name: Facts(caption=caption) for name, caption in told.items()}, **facts}
 
     @staticmethod
     def _asked(facts: Facts, prompt: Any) -> Facts:

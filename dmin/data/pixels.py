@@ -16,14 +16,9 @@ from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
 from dmin.data.base import Sizes
+from dmin.data.formats import FORMATS as FORMATS
+from dmin.data.formats import formats
 from dmin.runtime.errors import DminError
-
-# Formats whose decoders are part of Pillow and start no other program (PostScript goes to
-# Ghostscript), whatever a file is called.
-FORMATS = (
-    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI"),
-    *("SGI", "TGA", "TIFF", "WEBP"),
-)
 
 
 class Picture(NamedTuple):
@@ -261,19 +256,17 @@ def open_image(content: bytes) -> Image.Image:
     Raises:
         PIL.UnidentifiedImageError: it is in none of `FORMATS`.
     """
-    Image.init()
-    known = [name for name in FORMATS if name in Image.OPEN]  # as Pillow was built
-    return Image.open(io.BytesIO(content), formats=known)
+    return Image.open(io.BytesIO(content), formats=formats())
 
 
 def _unopened(content: bytes) -> str:
     """Say what a file is that is not opened, by how it begins."""
     beginning = content[:64].ljust(64, b"\0")
     for name, (factory, accept) in Image.OPEN.items():
-        if name not in FORMATS and accept is not None and accept(beginning):
+        if name not in formats() and accept is not None and accept(beginning):
             what = getattr(factory, "format_description", None) or name
             return f"it is {what} ({name}), which is not opened: save it as PNG or JPEG"
-    return f"its content is in no image format that is opened ({', '.join(FORMATS)})"
+    return f"its content is in no image format that is opened ({', '.join(formats())})"
 
 
 @functools.cache

@@ -6,14 +6,16 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import accumulate
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
 
 from torch import Tensor
 
 from dmin.data.base import Dataset, Example, Facts, describe_dataset
 from dmin.data.captions import Captions
-from dmin.data.image_folder import SUFFIXES, ImageFolder, files_below
+from dmin.data.ids import facts_at, ids_of
+from dmin.data.image_folder import ImageFolder
+from dmin.data.layout import Folder
 from dmin.data.masks import Masks
 from dmin.data.pixels import Pixels
 from dmin.runtime.errors import DminError
@@ -27,7 +29,7 @@ class TrainingFolder(ImageFolder):
         root: the folder.
         captions: how they are found; None for no captions.
         recursive: whether folders below it are read, too.
-        suffixes: of images.
+        suffixes: of images; None for all that are opened.
         leave: ends of the names of files that are no examples, such as ``-masklabel.png``, and
             folders of such files, with a ``/`` behind the name.
         repeats: how often an epoch passes each image; it stands with the example.
@@ -38,7 +40,7 @@ class TrainingFolder(ImageFolder):
     _: KW_ONLY
     captions: Captions | None = None
     recursive: bool = False
-    suffixes: Sequence[str] = SUFFIXES
+    suffixes: Sequence[str] | None = None
     leave: Sequence[str] = ()
     repeats: float = 1.0
     masks: Masks | None = None
@@ -70,19 +72,17 @@ class TrainingFolder(ImageFolder):
         return found
 
     def _find(self) -> dict[str, Facts]:
-        root = Path(self.root)
-        files = [f for f in files_below(root) if self.recursive or "/" not in f]
-        images = [f for f in files if PurePosixPath(f).suffix.lower() in self.suffixes]
-        images = [image for image in images if not self._is_left(image)]
+        folder = Folder(Path(self.root), self.suffixes, self.recursive, self.leave)
         told = {} if self.repeats == 1 else {"repeats": self.repeats}
-        if self.captions is None:
-            return {image: Facts(metadata=told) for image in images}
-        captions = self.captions.read(root, images, files)
-        return {image: Facts(None, caption, told) for image, caption in captions.items()}
-
-    def _is_left(self, image: str) -> bool:
-        inside = any(each.endswith("/") and f"/{each}" in f"/{image}" for each in self.leave)
-        return inside or image.endswith(tuple(self.leave))
+        facts = {image: Facts(metadata=told) for image in folder.images}
+        if self.captions is not None:
+            folder.layout = self.captions.source
+            captions = self.captions.read(folder.root, folder.images, folder.files)
+            facts = {image: Facts(None, caption, told) for image, caption in captions.items()}
+            for suffix in self.captions.extensions if folder.layout == "files" else ():
+                folder.used.update(folder.beside(suffix).values())
+        self.summary = folder.summary(facts)
+        return facts
 
 
 class Together:
@@ -96,6 +96,7 @@ class Together:
 
     Attributes:
         ids: of all examples.
+        summary: what each folder was found to be.
 
     Raises:
         DminError: there is none.
@@ -108,7 +109,9 @@ class Together:
             raise DminError("data.datasets is empty: name one or more.")
         self.datasets, self.approximated = dict(datasets), list(approximated)
         self._ends = list(accumulate(len(each) for each in self.datasets.values()))
-        self.ids = [f"{name}/{id}" for name, each in self.datasets.items() for id in _ids_of(each)]
+        self.ids = [f"{name}/{id}" for name, each in self.datasets.items() for id in ids_of(each)]
+        told = {name: getattr(each, "summary", "") for name, each in self.datasets.items()}
+        self.summary = "\n".join(f"{name}: {line}" for name, line in told.items() if line)
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -123,9 +126,7 @@ class Together:
     def facts(self, index: int) -> Facts:
         """Return what is known of an example besides its pixels."""
         name, at = self._place(index)
-        dataset = self.datasets[name]
-        known = getattr(dataset, "facts", None)
-        return dataset[at].facts if known is None else known(at)
+        return facts_at(self.datasets[name], at)
 
     def _place(self, index: int) -> tuple[str, int]:
         """Return the dataset of an example, and its place in that."""
@@ -137,8 +138,3 @@ class Together:
         parts = {name: describe_dataset(each) for name, each in self.datasets.items()}
         told = {"approximated": self.approximated} if self.approximated else {}
         return {"name": "Together", "examples": len(self), "parts": parts, **told}
-
-
-def _ids_of(dataset: Dataset) -> Sequence[str]:
-    ids: Sequence[str] | None = getattr(dataset, "ids", None)
-    return [dataset[i].id for i in range(len(dataset))] if ids is None else ids

@@ -17,6 +17,7 @@ from dmin.data.checked import Checked
 from dmin.data.metadata import split_row
 from dmin.data.pixels import Unreadable
 from dmin.data.survey import survey
+from dmin.data.texts import decode_text, parse_json
 from dmin.runtime.errors import DminError
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
@@ -106,12 +107,16 @@ class TarShards(Checked):
 
     def _facts(self, content: dict[str, bytes], where: str) -> Facts:
         """Return label, caption and the rest of what a sample says of its image."""
-        fields = _fields(content.get("json", b"{}"), where)
+        fields = parse_json(
+            decode_text(content.get("json", b"{}"), f"the json of {where}"), f"the json of {where}"
+        )
         told = split_row(fields, self.label, self.text, where)
         if "txt" in content:
-            told = told._replace(caption=_decoded(content["txt"], where))
+            told = told._replace(
+                caption=decode_text(content["txt"], f"the text of {where}").strip()
+            )
         if "cls" in content:
-            text = _decoded(content["cls"], where).strip()
+            text = decode_text(content["cls"], f"the text of {where}").strip()
             label = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
             told = told._replace(label=label)
         return told
@@ -252,20 +257,3 @@ def _read(file: BinaryIO, parts: dict[str, Part]) -> dict[str, bytes]:
 
 def _image(content: dict[str, bytes]) -> bytes:
     return next(content[kind] for kind in IMAGES if kind in content)
-
-
-def _fields(content: bytes, where: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(content)
-    except ValueError as error:
-        raise DminError(f"the json of {where} is not JSON: {error}.") from error
-    if not isinstance(fields, dict):
-        raise DminError(f"the json of {where} is not a JSON object.")
-    return fields
-
-
-def _decoded(content: bytes, where: str) -> str:
-    try:
-        return content.decode().strip()
-    except UnicodeDecodeError as error:
-        raise DminError(f"the text of {where} is not UTF-8 ({error}).") from error

@@ -160,6 +160,7 @@ ADDED: set[str] = {
     ),
     *("collect.restore", "extras.quiet"),
     *("losses.k", "losses.held_out"),
+    "data.layout",
     *("data.bucket_shapes", "data.upscale", "queries.bucket_shapes", "queries.upscale"),
 }
 # Settings whose value is another today, by their old one: the new one.

@@ -20,7 +20,7 @@ from dmin.cli.config.groups import groups
 from dmin.cli.jobs.processes import is_main, make_trainer
 from dmin.cli.jobs.slurm import Processes
 from dmin.runtime.errors import DminError
-from dmin.runtime.progress import console
+from dmin.runtime.progress import console, titled
 from dmin.runtime.signals import StopSignals
 from dmin.workers.lock import hold
 from dmin.workers.shard import WHOLE, Shard
@@ -92,6 +92,8 @@ class Built:
         from dmin.data.subset import Subset
 
         dataset: Dataset = build(self.cfg.data)
+        for line in getattr(dataset, "summary", "").splitlines():
+            self.console.print(titled("data", f": {line}"))
         limit = self.cfg.collect.get("limit")  # records of before have none
         if limit is not None and limit < 1:
             raise DminError(f"collect.limit={limit}: give a number of examples, 1 or more.")

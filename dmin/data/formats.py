@@ -1,0 +1,77 @@
+"""Formats of image files that are opened, and how a file is told to be one."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path, PurePath
+
+from PIL import Image
+
+# Formats whose decoders are part of Pillow and start no other program (PostScript goes to
+# Ghostscript), whatever a file is called.
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI"),
+    *("SGI", "TGA", "TIFF", "WEBP"),
+)
+# Of files that Pillow reads by a plugin: the format, the plugin's module and package, suffixes.
+PLUGINS = (
+    ("HEIF", "pillow_heif", "pillow-heif", (".heic", ".heif", ".hif")),
+    ("JXL", "pillow_jxl", "pillow-jxl-plugin", (".jxl",)),
+    ("AVIF", "pillow_avif", "pillow-avif-plugin", (".avif", ".avifs")),
+)
+_NOT_OPENED = (
+    *(".psd", ".xcf", ".kra", ".svg", ".ai", ".eps", ".pdf", ".exr", ".hdr", ".dds", ".icns"),
+    *(".mp4", ".webm", ".mov", ".avi", ".mkv", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf"),
+    *(".rw2", ".raf", ".pef", ".srw", ".raw", ".jxr"),
+)
+# Not looked into: files of trainers, which may be many.
+_NO_IMAGES = (
+    *(".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet", ".npz", ".npy", ".pt", ".pth"),
+    *(".safetensors", ".tar", ".zip", ".md", ".html", ".yaml", ".yml", ".toml", ".log", ".py"),
+)
+# What may be told by its beginning alone; cameras' raw files begin as TIFF.
+_TOLD = ("AVIF", "GIF", "JPEG", "JPEG2000", "PNG", "QOI", "WEBP")
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Return those of `FORMATS` that Pillow opens as it was built, and those of its plugins."""
+    Image.init()
+    for name, module, *_ in PLUGINS:
+        if name not in Image.OPEN and importlib.util.find_spec(module) is not None:
+            plugin = importlib.import_module(module)
+            getattr(plugin, "register_heif_opener", lambda: None)()
+    return tuple(name for name in (*FORMATS, "HEIF", "JXL") if name in Image.OPEN)
+
+
+@functools.cache
+def suffixes() -> tuple[str, ...]:
+    """Return the suffixes of the files that are opened, in lower case."""
+    known = formats()
+    return tuple(sorted(s for s, name in Image.registered_extensions().items() if name in known))
+
+
+def is_image(path: Path) -> bool:
+    """Say whether a file is an image: by its suffix, or how it begins if that is unknown."""
+    suffix = path.suffix.lower()
+    if suffix in suffixes() or suffix in _NO_IMAGES or why_not_opened(path.name):
+        return suffix in suffixes()
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(64).ljust(64, b"\0")
+    except OSError:
+        return False
+    accepts = (Image.OPEN[name][1] for name in _TOLD if name in formats())
+    return any(accept is not None and accept(beginning) is True for accept in accepts)
+
+
+def why_not_opened(name: str) -> str | None:
+    """Return why files of a suffix are not opened though they are pictures; None for others."""
+    suffix = PurePath(name).suffix.lower()
+    if suffix in suffixes():
+        return None
+    package = next((package for *_, package, some in PLUGINS if suffix in some), None)
+    if package is not None:
+        return f"{suffix} need the plugin {package} (pip install {package})"
+    return f"{suffix} of a format that is not opened" if suffix in _NOT_OPENED else None

@@ -1,0 +1,303 @@
+"""What the files of a folder are: examples, captions, masks, metadata, or ignored, and why."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+from dmin.data.base import Facts
+from dmin.data.captions import Captions
+from dmin.data.formats import is_image, why_not_opened
+from dmin.data.metadata import NAMES, Column, Refuse, read_facts, read_rows
+from dmin.data.texts import parse_json, read_text
+from dmin.runtime.errors import DminError, DminWarning
+from dmin.runtime.escape import printable
+
+BESIDE = (".txt", ".caption", ".json")
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "auto": (),
+    "metadata": NAMES,
+    "beside": BESIDE,
+    "txt": BESIDE[:1],
+    "caption": BESIDE[1:2],
+    "json": BESIDE[2:],
+    "table": ("metadata.json", "captions.json"),
+    "kohya": BESIDE[:2],
+    "labels": (),
+}
+"""Where captions and labels are: the files of metadata, or the suffixes of files beside images."""
+
+_MASKS, _MASK_FOLDERS = ("-masklabel", "-condlabel"), {"mask", "masks"}
+_MASK = "masks, no examples: data=masked_folder uses them"
+_NUMBERS = re.compile(r"(?=.*\s)[-+.\deE\s]+", re.DOTALL)  # such as boxes
+
+
+@dataclass
+class Folder:
+    """The files of a folder, and what each of them is.
+
+    Args:
+        root: the folder.
+        suffixes: of images; None for all that are opened.
+        recursive: whether folders below it are read, too.
+        leave: ends of the names of files that are no examples, and folders of such files, with a
+            ``/`` behind the name; None for masks as they are usually named.
+
+    Attributes:
+        files: all that may be read, by their paths below the folder.
+        images: those that may be examples.
+        used: those in which captions and metadata are.
+        layout: one of `LAYOUTS`, once it was read.
+    """
+
+    root: Path
+    suffixes: Sequence[str] | None = None
+    recursive: bool = True
+    leave: Sequence[str] | None = None
+    used: set[str] = field(default_factory=set)
+    layout: str = "auto"
+
+    def __post_init__(self) -> None:
+        """List the files."""
+        self._why: dict[str, str] = {}
+        self.files = list(files_below(self.root, self._why))
+        if not self.recursive:
+            self._why |= {file: "in folders below" for file in self.files if "/" in file}
+            self.files = [file for file in self.files if "/" not in file]
+        self._spelt = {_folded(file): file for file in self.files}
+        known = self.suffixes
+        images = [
+            file
+            for file in self.files
+            if (
+                is_image(self.root / file) if known is None else file.lower().endswith(tuple(known))
+            )
+        ]
+        masks = set(self._masks(images))
+        self._why |= dict.fromkeys(masks, _MASK)
+        self.images = [image for image in images if image not in masks]
+
+    def _masks(self, images: Sequence[str]) -> list[str]:
+        if self.leave is not None:
+            inside = [f"/{each}" for each in self.leave if each.endswith("/")]
+            ends = tuple(self.leave)
+            return [i for i in images if i.endswith(ends) or any(f in f"/{i}" for f in inside)]
+        beside = [i for i in images if PurePosixPath(i).stem.endswith(_MASKS)]
+        apart = [i for i in images if _MASK_FOLDERS & set(PurePosixPath(i).parts[:-1])]
+        stems = {PurePosixPath(i).stem for i in set(images).difference(beside, apart)}
+        of = [i for i in apart if PurePosixPath(i).stem in stems]
+        if of and len(of) < len(apart):
+            odd = next(i for i in apart if i not in of)
+            raise DminError(
+                f"data.root={self.root}: {printable(odd)} has the name of no other image, which "
+                f"masks have, and others beside it do. Rename the folder if these are examples; "
+                f"or say what is none: data=training_folder data.leave=[masks/]."
+            )
+        return beside + of
+
+    def read(self, layout: str, label: Column, text: Column, refuse: Refuse) -> dict[str, Facts]:
+        """Return what is said of each example.
+
+        Args:
+            layout: one of `LAYOUTS`.
+            label: column of the label; None for none.
+            text: column of the caption; None for none.
+            refuse: is told of what cannot be used.
+
+        Raises:
+            DminError: it may be several layouts; or what is said is not as it should be.
+        """
+        if layout not in LAYOUTS:
+            raise DminError(f"data.layout={layout!r}: choose one of {', '.join(LAYOUTS)}.")
+        self.layout = self._found(text) if layout == "auto" else layout
+        if self.layout == "metadata":
+            facts = self._by_metadata(label, text, refuse)
+            sure = layout != "auto" or any(f.caption is not None for f in facts.values())
+            if not sure and (others := self._sources(text)):
+                self._ask(["metadata", *others], "the metadata say no captions, other files may")
+            return facts
+        told = self._by_table() if self.layout == "table" else self._by_files(label, text, refuse)
+        texts = [each.caption or "" for each in told.values()]
+        if layout == "auto" and texts and all(_NUMBERS.fullmatch(each) for each in texts):
+            self._ask([self.layout, "labels"], "the texts beside them are numbers, captions or not")
+        facts = {}
+        for image in self.images:
+            known, folder = told.get(image, Facts()), os.path.dirname(image)
+            if self.layout == "kohya":
+                repeats, tokens = _class_tokens(image) or ("0", "")
+                caption = tokens if known.caption is None and text is not None else known.caption
+                if int(repeats):
+                    facts[image] = Facts(None, caption, {"repeats": int(repeats)})
+            # The folders of img2dataset, whose files say a key, are but numbers.
+            elif known.label is None and label is not None and "key" not in (known.metadata or ()):
+                facts[image] = known._replace(label=folder or None)
+            else:
+                facts[image] = known
+        return facts
+
+    def beside(self, suffix: str) -> dict[str, str]:
+        """Return the file of the same stem and this suffix of each image that has one."""
+        names = {i: _folded(f"{os.path.splitext(i)[0]}{suffix}") for i in self.images}
+        return {i: self._spelt[name] for i, name in names.items() if name in self._spelt}
+
+    def summary(self, examples: Mapping[str, Facts]) -> str:
+        """Return what the folder was found to be, and what is ignored, on one line."""
+        captions = sum(f.caption is not None for f in examples.values())
+        labels = len({f.label for f in examples.values()} - {None})
+        parts = [f"{len(examples):,} images", f"layout {self.layout}"]
+        parts += [f"{captions:,} captions"] * bool(captions) + [f"{labels:,} labels"] * bool(labels)
+        why: dict[str, list[str]] = {}
+        for file in dict.fromkeys([*self.files, *self._why]):
+            if file not in examples and file not in self.used:
+                why.setdefault(self._reason(file), []).append(file)
+        for reason, files in why.items():
+            few = ", ".join(printable(file) for file in files[:2]) + ", …" * bool(files[2:])
+            parts.append(f"{'' if reason == _MASK else 'ignored: '}{len(files):,} {reason} ({few})")
+        return " · ".join(parts)
+
+    def _reason(self, file: str) -> str:
+        """Return why a file is ignored."""
+        if reason := self._why.get(file) or why_not_opened(file):
+            return reason
+        if file in self.images:
+            return f"left out by layout {self.layout}"
+        suffix = PurePosixPath(file).suffix.lower()
+        if suffix in BESIDE and file in self.beside(suffix).values():
+            return f"beside images, which layout {self.layout} does not read"
+        return "texts of no image" if suffix in BESIDE[:2] else "of no image format"
+
+    def _tables(self, names: Sequence[str]) -> list[str]:
+        return [file for file in self.files if os.path.basename(file) in names]
+
+    def _sources(self, text: Column) -> list[str]:
+        """Return the layouts by which there are captions, where those are wanted."""
+        beside = any(self.beside(suffix) for suffix in BESIDE)
+        table = set(self._tables(LAYOUTS["table"])).difference(self.beside(".json").values())
+        return [] if text is None else ["beside"] * beside + ["table"] * bool(table)
+
+    def _found(self, text: Column) -> str:
+        """Return the layout of the folder; refuse what may be several."""
+        if self._tables(NAMES):
+            return "metadata"
+        found = self._sources(text)
+        if len(found) > 1:
+            self._ask(found, "captions stand beside them and in a table")
+        classes = {image.partition("/")[0]: _class_tokens(image) for image in self.images}
+        if not classes or not all(classes.values()):
+            return found[0] if found else "labels"
+        # Classes are numbered in turn or with zeros, 007; repeats are not.
+        numbers = sorted((each[0] for each in classes.values() if each), key=int)
+        counted = len(numbers) > 1 and numbers == [str(n + 1) for n in range(len(numbers))]
+        zeros = any(n.startswith("0") for n in numbers)
+        if found == ["table"] or (not found and (counted or zeros)):
+            reason = f"{next(iter(classes))} may be repeats and class tokens, or but a name"
+            self._ask(["kohya", *(found or ["labels"])], reason)
+        return "kohya"
+
+    def _by_metadata(self, label: Column, text: Column, refuse: Refuse) -> dict[str, Facts]:
+        tables, where = self._tables(NAMES), f"the metadata of {self.root}"
+        self.used.update(tables)
+        # macOS spells é in two characters, most others in one: the name on disk is the right one.
+        spelt = {unicodedata.normalize("NFC", file): file for file in self.files} | {
+            file: file for file in self.files
+        }
+        rows = {
+            spelt.get(name, spelt.get(unicodedata.normalize("NFC", name), name)): row
+            for name, row in read_rows(self.root, tables, refuse).items()
+        }
+        facts = read_facts(rows, where, label, text, refuse)
+        unnamed = [image for image in self.images if image not in facts]
+        if unnamed:
+            warnings.warn(
+                f"{where} does not name {len(unnamed)} image(s) there, such as "
+                f"{printable(unnamed[0])}: they are left out.",
+                DminWarning,
+                stacklevel=7,
+            )
+        return facts
+
+    def _by_files(self, label: Column, text: Column, refuse: Refuse) -> dict[str, Facts]:
+        """Return what files beside images say; refuse captions that do not agree."""
+        rows: dict[str, dict[str, Any]] = {}
+        told: dict[str, list[str]] = {}
+        suffixes = LAYOUTS[self.layout]
+        for suffix in suffixes:
+            for image, file in self.beside(suffix).items():
+                self.used.add(file)
+                try:
+                    said = read_text(self.root / file)
+                    if suffix == ".json":
+                        rows[image] = parse_json(said, str(self.root / file))
+                    else:
+                        told.setdefault(image, []).append(said.strip())
+                except DminError as error:
+                    refuse(image, error)
+        columns = [text] if isinstance(text, str) else [*(text or ())]
+        where, asked = f"the .json files of {self.root}", [*columns, "caption"]
+        facts = read_facts(rows, where, label, asked if columns else None, refuse)
+        for image, texts in told.items() if columns else ():
+            known = facts.get(image, Facts())
+            if len({*texts, (known.caption or texts[0]).strip()}) > 1:
+                few = [suffix.removeprefix(".") for suffix in suffixes]
+                self._ask(few, f"the captions of {printable(image)} differ")
+            facts[image] = known._replace(caption=texts[0])
+        return facts
+
+    def _by_table(self) -> dict[str, Facts]:
+        tables = self._tables(LAYOUTS["table"])
+        self.used.update(tables)
+        found: dict[str, str] = {}
+        for table in tables:
+            captions = Captions(source="table", table=self.root / table, missing="drop")
+            found |= captions.read(self.root, self.images, self.files)
+        return {image: Facts(caption=caption) for image, caption in found.items()}
+
+    def _ask(self, choices: Sequence[str], reason: str) -> NoReturn:
+        raise DminError(
+            f"data.root={self.root} may be read in several ways: {reason}. Say which: "
+            f"data.layout={' or data.layout='.join(choices)} (data=training_folder has more)."
+        )
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name.lower())
+
+
+def _class_tokens(image: str) -> tuple[str, str] | None:
+    """Return repeats and class tokens of the folder directly below the root that an image is in."""
+    found = re.fullmatch(r"([0-9]{1,9})_([^/]+)/[^/]+", image)
+    return (found[1], found[2].strip()) if found else None
+
+
+def files_below(
+    folder: Path, left: dict[str, str], inside: str = "", above: frozenset[Any] = frozenset()
+) -> Iterator[str]:
+    """Yield the files below a folder by their path from it, in order; links are followed.
+
+    Args:
+        folder: the folder.
+        left: gets hidden files and folders, and why they are left.
+        inside: the folder's own path from where this began.
+        above: folders that this one stands in.
+    """
+    found = os.stat(folder)
+    here = (found.st_dev, found.st_ino)
+    if here in above:
+        return  # a link to a folder that this one stands in
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise DminError(f"{folder} cannot be listed ({error.strerror}). Grant access.") from error
+    for name in names:
+        if name.startswith((".", "__")):
+            left[f"{inside}{name}"] = "hidden"
+        elif os.path.isdir(folder / name):
+            yield from files_below(folder / name, left, f"{inside}{name}/", above | {here})
+        else:
+            yield f"{inside}{name}"

@@ -1,0 +1,95 @@
+"""Text and JSON in files of others: read by its byte-order mark, held to what a store can keep."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from dmin.data.survey import read_bytes
+from dmin.runtime.errors import DminError
+
+# That of UTF-32 begins with that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_DEEPEST, _LONGEST = 64, 2**20
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file, as its byte-order mark says, else UTF-8.
+
+    Raises:
+        DminError: it is no such text, or cannot be read.
+    """
+    return decode_text(read_bytes(path, str(path)), str(path))
+
+
+def decode_text(content: bytes, where: str) -> str:
+    """Return bytes as text, as their byte-order mark says, else UTF-8.
+
+    Args:
+        content: the bytes.
+        where: what to call them in a message.
+
+    Raises:
+        DminError: they are no such text.
+    """
+    codec = next((codec for mark, codec in _MARKS.items() if content.startswith(mark)), "utf-8-sig")
+    try:
+        return content.decode(codec)
+    except UnicodeDecodeError as error:
+        name = codec.upper().removesuffix("-SIG")
+        raise DminError(f"{where} is not {name} ({error}). Save it as UTF-8.") from error
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """Return a JSON object that a store can keep.
+
+    Args:
+        text: of the object.
+        where: what to call it in a message.
+
+    Raises:
+        DminError: it is not JSON, no object, or holds what :func:`odd` names.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DminError(f"{where} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise DminError(f"{where} is not a JSON object.")
+    if reason := odd(found):
+        raise DminError(f"{where}: {reason}.")
+    return found
+
+
+def odd(value: Any, name: str = "it", depth: int = 0) -> str | None:
+    """Return why a value cannot be kept as JSON and read by others; None if it can."""
+    if depth > _DEEPEST:
+        return f"{name} is nested more than {_DEEPEST} deep"
+    if isinstance(value, dict):
+        parts = [
+            *((key, "a name in it") for key in value),
+            *((v, str(k)) for k, v in value.items()),
+        ]
+        return next((why for v, n in parts if (why := odd(v, n, depth + 1))), None)
+    if isinstance(value, list | tuple):
+        return next((why for each in value if (why := odd(each, name, depth + 1))), None)
+    if isinstance(value, str):
+        if len(value) > _LONGEST:
+            return f"{name} has {len(value):,} characters, more than {_LONGEST:,}"
+        half = re.search("[\ud800-\udfff]", value)
+        return f"{name} holds half a character (a surrogate), which is no text" if half else None
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{name} is {value}, which JSON has no number for: write null"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return f"{name} is a number of more than 64 bits: write it as text"
+    known = value is None or isinstance(value, int | float)
+    return None if known else f"{name} is a {type(value).__name__}, no JSON: write it as text"
