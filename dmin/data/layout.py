@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
@@ -15,6 +15,7 @@ from dmin.data.base import Facts
 from dmin.data.captions import Captions
 from dmin.data.formats import is_image, why_not_opened
 from dmin.data.metadata import NAMES, Column, Refuse, read_facts, read_rows
+from dmin.data.survey import files_below
 from dmin.data.texts import parse_json, read_text
 from dmin.runtime.errors import DminError, DminWarning
 from dmin.runtime.escape import printable
@@ -204,12 +205,11 @@ class Folder:
         tables, where = self._tables(NAMES), f"the metadata of {self.root}"
         self.used.update(tables)
         # macOS spells é in two characters, most others in one: the name on disk is the right one.
-        spelt = {unicodedata.normalize("NFC", file): file for file in self.files} | {
-            file: file for file in self.files
-        }
+        spelt = {unicodedata.normalize("NFC", file): file for file in self.files}
+        there, rows = set(self.files), read_rows(self.root, tables, refuse)
         rows = {
-            spelt.get(name, spelt.get(unicodedata.normalize("NFC", name), name)): row
-            for name, row in read_rows(self.root, tables, refuse).items()
+            name if name in there else spelt.get(unicodedata.normalize("NFC", name), name): row
+            for name, row in rows.items()
         }
         facts = read_facts(rows, where, label, text, refuse)
         unnamed = [image for image in self.images if image not in facts]
@@ -273,31 +273,3 @@ def _class_tokens(image: str) -> tuple[str, str] | None:
     """Return repeats and class tokens of the folder directly below the root that an image is in."""
     found = re.fullmatch(r"([0-9]{1,9})_([^/]+)/[^/]+", image)
     return (found[1], found[2].strip()) if found else None
-
-
-def files_below(
-    folder: Path, left: dict[str, str], inside: str = "", above: frozenset[Any] = frozenset()
-) -> Iterator[str]:
-    """Yield the files below a folder by their path from it, in order; links are followed.
-
-    Args:
-        folder: the folder.
-        left: gets hidden files and folders, and why they are left.
-        inside: the folder's own path from where this began.
-        above: folders that this one stands in.
-    """
-    found = os.stat(folder)
-    here = (found.st_dev, found.st_ino)
-    if here in above:
-        return  # a link to a folder that this one stands in
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise DminError(f"{folder} cannot be listed ({error.strerror}). Grant access.") from error
-    for name in names:
-        if name.startswith((".", "__")):
-            left[f"{inside}{name}"] = "hidden"
-        elif os.path.isdir(folder / name):
-            yield from files_below(folder / name, left, f"{inside}{name}/", above | {here})
-        else:
-            yield f"{inside}{name}"

@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dmin.data.pixels import Unreadable
+from dmin.runtime.errors import DminError
 from dmin.runtime.files import commit
 from dmin.runtime.fingerprint import fingerprint
 from dmin.runtime.progress import followed
@@ -51,6 +52,34 @@ def read_bytes(path: Path, name: str) -> bytes:
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
     raise Unreadable(name, reason)
+
+
+def files_below(
+    folder: Path, left: dict[str, str], inside: str = "", above: frozenset[Any] = frozenset()
+) -> Iterator[str]:
+    """Yield the files below a folder by their path from it, in order; links are followed.
+
+    Args:
+        folder: the folder.
+        left: gets hidden files and folders, and why they are left.
+        inside: the folder's own path from where this began.
+        above: folders that this one stands in.
+    """
+    found = os.stat(folder)
+    here = (found.st_dev, found.st_ino)
+    if here in above:
+        return  # a link to a folder that this one stands in
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise DminError(f"{folder} cannot be listed ({error.strerror}). Grant access.") from error
+    for name in names:
+        if name.startswith((".", "__")):
+            left[f"{inside}{name}"] = "hidden"
+        elif os.path.isdir(folder / name):
+            yield from files_below(folder / name, left, f"{inside}{name}/", above | {here})
+        else:
+            yield f"{inside}{name}"
 
 
 def survey(
