@@ -61,7 +61,7 @@ clean: ## remove .venv, dist/ and the caches; outputs/ stays
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "dmin needs Python 3.11 or newer; found: $$($(or $(PYTHON),false) --version 2>/dev/null \
 	|| echo none). Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "Installing dmin and what it needs into .venv: once, one to five minutes, 2 GB or more ..."
+	@echo "Installing dmin and what it needs into .venv: once, one to five minutes, 2.5 GB, or 6 GB with CUDA ..."
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -c constraints.txt -e '.[dev,lora,data,faiss,slurm,joblib,tensorboard]'

@@ -1,6 +1,7 @@
 """What a command line leaves out or says shorter, and what is none of that."""
 
 import pytest
+from golden.settings import dmin
 
 from dmin.cli.config.shorthand import spelled_out
 
@@ -22,3 +23,12 @@ from dmin.cli.config.shorthand import spelled_out
 )
 def test_words_are_spelled_out(command, words, expected):
     assert spelled_out(command, words) == expected
+
+
+def test_settings_of_the_machine_are_found_in_the_folder_one_is_in(tmp_path):
+    place = tmp_path / 'it\'s "mine"'
+    (place / "conf/local").mkdir(parents=True)
+    text = "# @package _global_\nsketch: {dim: 512}\nextras: {quiet: true}\n"
+    (place / "conf/local/default.yaml").write_text(text)
+    status, shown = dmin("collect", "model=mlp", "data=digits", "--cfg", "job", place=place)
+    assert status == 0 and "dim: 512" in shown and "quiet: true" in shown

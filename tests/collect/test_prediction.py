@@ -1,5 +1,6 @@
 """What is said before hours of work, and while they pass."""
 
+import csv
 import re
 import shutil
 from types import SimpleNamespace
@@ -90,7 +91,16 @@ def test_a_pass_is_timed_once_one_like_it_was_checked(monkeypatch):
 
 def test_quiet_commands_say_their_results_alone(ddpm_path, tmp_path):
     line = ["model=ddpm", f"model.path={ddpm_path}", "data=digits", "collect.limit=12", "-q"]
-    line += ["sketch=block_cyclic", "timesteps.num=2", "trainer=cpu", "data.split=heldout"]
+    line += [
+        "logger=csv",
+        "sketch=block_cyclic",
+        "timesteps.num=2",
+        "trainer=cpu",
+        "data.split=heldout",
+    ]
     status, said = dmin("collect", *line, place=tmp_path)
     assert status == 0 and said.startswith("store: outputs/stores/digits-train-")
+    (logged,) = tmp_path.glob("outputs/runs/collect/*/csv/metrics.csv")
+    (row,) = csv.DictReader(logged.open(newline=""))
+    assert float(row["rows"]) == 12 and "\r" not in logged.read_text()
     assert not re.search("again:|gradients:|time:|disk:|oading|model", said)

@@ -10,12 +10,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dmin.cli.config.tree import settings_tree
+from dmin.cli.jobs.logger import log_results, make_logger
 from dmin.cli.jobs.record import recorded
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.progress import titled, without_progress
 
 Body = Callable[[Workspace, dict[str, Any]], None]
-TRAINING = ("train", "model.path", "data", "trainer", "logger")
+TRAINING = ("train", "model.path", "data", "trainer")
 FEATURES = ("model", "sketch", "timesteps", "noise", "collect", "data", "trainer", "shard")
 
 
@@ -26,7 +27,7 @@ class Command:
     Args:
         name: after ``dmin``.
         body: does the work, and puts results into a mapping; a few lines over the library.
-        needs: the parts of the configuration that the body reads.
+        needs: the parts of the configuration that the body reads, beside the logger.
         prepare: brings the configuration into the form that is printed, recorded and run.
     """
 
@@ -51,7 +52,11 @@ class Command:
             without_progress(work.notes.quiet),
             recorded(cfg, work.run_folder, self.name, work.made_of) as results,
         ):
-            self.body(work, results)
+            work.logger = make_logger(cfg, work.run_folder, self.needs)  # or refused before work
+            try:
+                self.body(work, results)
+            finally:
+                log_results(work.logger, results, work.run_folder)
         work.notes.print(titled(f"again: dmin repeat {folder}", style="dim"), soft_wrap=True)
 
 
@@ -59,7 +64,7 @@ def command(
     *needs: str, prepare: Callable[[DictConfig], None] | None = None
 ) -> Callable[[Body], Command]:
     """Make a command of a body, by the body's name; arguments as of `Command`."""
-    return lambda body: Command(body.__name__, body, needs, prepare)
+    return lambda body: Command(body.__name__, body, (*needs, "logger"), prepare)
 
 
 def _as_typed(folder: Path) -> Path:

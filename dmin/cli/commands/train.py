@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-
 from dmin.cli.commands.command import TRAINING, command
 from dmin.cli.config.environment import kept
 from dmin.cli.config.renamed import rename
@@ -16,7 +14,6 @@ from dmin.cli.workspace.built import build
 from dmin.cli.workspace.made_of import note_data
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.errors import DminError
-from dmin.runtime.escape import end_lines_in_lf
 from dmin.runtime.files import os_failure
 from dmin.runtime.fingerprint import differences, fingerprint
 from dmin.runtime.progress import titled
@@ -36,12 +33,8 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
         trainer = work.trainer()
         told, read = kept(work.cfg)
         told = {name: told[name] for name in settings}
-        trainer.logger = _logger(work, told) if work.is_main else None
-        try:
-            model = build(work.need("train"))(dataset=work.data, trainer=trainer)
-        finally:
-            for file in work.run_folder.glob("*/metrics.csv"):  # Lightning's
-                end_lines_in_lf(file)
+        trainer.logger = work.logger
+        model = build(work.need("train"))(dataset=work.data, trainer=trainer)
         if not work.is_main:
             return
         if read:  # what the environment says is not told, and matters all the same
@@ -55,22 +48,6 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
         except OSError as error:  # another user, whose claim holds nothing here, was first
             raise os_failure("put the model at", path, error) from error
     work.console.print(titled("model", f": saved {path}"))
-
-
-def _logger(work: Workspace, settings: dict[str, Any]) -> Any:
-    """Return the logger that is chosen, which knows the settings; None if none is."""
-    if work.cfg.logger is None:
-        return None
-    try:
-        logger = build(work.cfg.logger)(save_dir=work.run_folder)
-        logger.log_hyperparams({"seed": work.cfg.seed, "tags": list(work.cfg.tags), **settings})
-    except ModuleNotFoundError as error:
-        extra = HydraConfig.get().runtime.choices.get("logger")
-        raise DminError(
-            f"logger={extra} needs a package that is not installed ({' '.join(str(error).split())})"
-            f". Try: pip install 'dmin[{extra}]'. logger=csv needs none."
-        ) from error
-    return logger
 
 
 def _trained(path: Path, settings: dict[str, Any]) -> bool:

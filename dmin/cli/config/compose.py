@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -48,7 +49,7 @@ def run(
         step: what the command does with the composed configuration.
         name: the command, which names the job.
         argv: overrides and options of Hydra.
-        from_here: whether code in the working folder can be imported.
+        from_here: whether code, and conf/, in the working folder have a say.
         config: the root that is composed: ``conf/dmin.yaml``, or one that `register` made.
 
     Raises:
@@ -60,7 +61,8 @@ def run(
     _show_warnings_plainly()
     job = _Job(step, name, from_here, list(sys.argv), os.environ.get(_FULL_ERROR))
     try:
-        with _process([sys.argv[0], *_sorted(argv, f"hydra.job.name={name}", sweep.CALLBACK)], "1"):
+        first = [f"hydra.job.name={name}", sweep.CALLBACK, *(_own_settings() if from_here else [])]
+        with _process([sys.argv[0], *_sorted(argv, *first)], "1"):
             try:
                 _hydra_main(job, config)
             finally:
@@ -165,6 +167,15 @@ def _sorted(argv: list[str], *first: str) -> list[str]:
     for override in overrides:
         options.remove(override)
     return [*options, "--", *first, *overrides]
+
+
+def _own_settings() -> list[str]:
+    """Return what has Hydra look into conf/ of the working folder, if it has conf/local there."""
+    here = Path.cwd() / "conf"
+    if not (here / "local").is_dir() or here == config_directory():
+        return []
+    place = str(here).replace("${", "\\${").replace('"', r"\"")
+    return [f'hydra.searchpath=["file://{place}"]']
 
 
 def _hydra_main(job: Step, config: str = "dmin") -> None:

@@ -76,6 +76,7 @@ class Built:
         quiet = bool(cfg.extras.get("quiet"))  # records of before have none
         self.console = console(quiet=not self.is_main)  # of results
         self.notes = console(quiet=quiet or not self.is_main)  # on what is being done
+        self.logger: Any = None  # that the command was given
         self.run_folder = Path(HydraConfig.get().runtime.output_dir)
         self.outputs = Path(cfg.paths.outputs)
         for name in ("lightning.pytorch", "lightning.fabric"):

@@ -1,0 +1,69 @@
+"""The logger that is chosen: settings when a run starts, numbers while it trains and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from dmin.cli.config.environment import kept
+from dmin.runtime.errors import DminError
+from dmin.runtime.escape import end_lines_in_lf
+
+
+def make_logger(cfg: DictConfig, folder: Path, sections: Iterable[str]) -> Any:
+    """Return the logger that is chosen, which has been told the settings; None if none is.
+
+    Args:
+        cfg: the composed configuration.
+        folder: where it may write.
+        sections: of the configuration, that it is told.
+
+    Raises:
+        DminError: its package is not installed.
+    """
+    if cfg.logger is None:
+        return None
+    told, _ = kept(cfg)
+    settings = {name: told[name] for name in sections if name in told and name != "logger"}
+    try:
+        logger = instantiate(cfg.logger, _convert_="all")(save_dir=folder)
+        logger.log_hyperparams({"seed": cfg.seed, "tags": list(cfg.tags), **settings})
+    except ModuleNotFoundError as error:
+        extra = HydraConfig.get().runtime.choices.get("logger")
+        raise DminError(
+            f"logger={extra} needs a package that is not installed ({' '.join(str(error).split())})"
+            f". Try: pip install 'dmin[{extra}]'. logger=csv needs none."
+        ) from error
+    return logger
+
+
+def log_results(logger: Any, results: Mapping[str, Any], folder: Path) -> None:
+    """Log the numbers among the results of a run: counts, bytes, and each measure of a benchmark.
+
+    Args:
+        logger: of Lightning; None logs nothing.
+        results: as its record has them.
+        folder: where the logger may have written.
+    """
+    if logger is None:
+        return
+    if numbers := dict(_numbers(results)):
+        logger.log_metrics(numbers)
+        logger.save()
+    for file in folder.glob("*/metrics.csv"):  # Lightning's
+        end_lines_in_lf(file)
+
+
+def _numbers(results: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in results.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{place}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{place}{key}", value
+        elif key == "table":  # of a benchmark: task, method, metric, mean, low, high
+            yield from ((f"{place}{'/'.join(row[:3])}", row[3]) for row in value)
