@@ -21,9 +21,13 @@ MOST_BYTES = 16 << 20
 def load(file: Path) -> Any:
     """Return what a TOML, YAML or JSON file holds; comments in JSON are let be.
 
+    Of a safetensors file it is the text in its header.
+
     Raises:
         DminError: it cannot be read, or is of no such kind.
     """
+    if file.suffix == ".safetensors":
+        return header(file).get("__metadata__")
     try:
         text = read_regular(file, MOST_BYTES).decode("utf-8-sig")
         if file.suffix == ".toml":

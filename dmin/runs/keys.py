@@ -67,6 +67,7 @@ def tables(trainer: str) -> Mapping[str, Table]:
 
 # Settings that some families have alone.
 _OF_FAMILIES = {
+    "shift": ("flux", "stable_diffusion_3", "sana"),
     "embedded_guidance": ("flux",),
     "max_sequence_length": ("flux", "stable_diffusion_3", "pixart", "sana"),
 }
@@ -189,13 +190,6 @@ class Keys:
         """Return the values of those keys that are there."""
         found = {name: self.get(name) for name in names}
         return {name: value for name, value in found.items() if value is not None}
-
-    def random(self, key: str, meaning: str, kind: type = bool, default: Any = None) -> Any:
-        """Return a value that makes the data random; told of where it is on."""
-        value = self.get(key, default, kind)
-        if value:
-            self.run.random.append(Entry(self.name(key), value, meaning))
-        return value
 
     def bounded(self) -> None:
         """Take the error of the loss, as kohya and SimpleTuner call it."""

@@ -80,16 +80,25 @@ def _folders(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[str
             )
         root = Path(places.folder(text, "train_data_dir"))
         return _numbered(root, [keys], places, run)
-    file = places.find(config, "dataset_config")
-    found = load(file)
+    return of_datasets(Keys(load(places.find(config, "dataset_config")), run), keys, places)
+
+
+def of_datasets(found: Keys, keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
+    """Return the folders of a file of data sets, by name.
+
+    Args:
+        found: ``general`` and ``datasets`` with their ``subsets``.
+        keys: options of the trainer, which hold for all of them.
+        places: where paths lead.
+    """
     of_folders = tables("kohya")["folders"]
-    general = Keys(found.get("general") or {}, run, "general")
+    general = found.inside("general")
     parts: dict[str, dict[str, Any]] = {}
-    for dataset in Keys(found, run).each("datasets"):
+    for dataset in found.each("datasets"):
         for inside in dataset.each("subsets"):
-            name, part = _subset(inside, [dataset, general, keys], places, run)
+            name, part = _subset(inside, [dataset, general, keys], places, found.run)
             if part is not None:
-                add(parts, name, part, run)
+                add(parts, name, part, found.run)
         dataset.skip(f"{of_folders.inert} subsets")
         dataset.finish()
     general.skip(of_folders.inert)
@@ -156,6 +165,8 @@ def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[s
         not keys.get("bucket_no_upscale", False, bool),
         run,
     )
+    if shape["aspect"] == "buckets" and (listed := keys.get("bucket_shapes", kind=list)):
+        shape = {"size": shape["size"], "aspect": "buckets", "bucket_shapes": listed}
     keys.randoms(table.random)
     own.refuse({say.ALPHA: "alpha_mask"})
     if keys.get("masked_loss", False, bool):

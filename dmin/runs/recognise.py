@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dmin.runs import ai_toolkit, diffusion_pipe, kohya, onetrainer, simple_tuner
+from dmin.runs import (
+    ai_toolkit,
+    diffusers_scripts,
+    diffusion_pipe,
+    kohya,
+    kohya_header,
+    onetrainer,
+    simple_tuner,
+)
 from dmin.runs.files import Places, load
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
-TRAINERS: tuple[ModuleType, ...] = (kohya, onetrainer, ai_toolkit, simple_tuner, diffusion_pipe)
+TRAINERS: tuple[ModuleType, ...] = (
+    kohya,
+    onetrainer,
+    ai_toolkit,
+    simple_tuner,
+    diffusion_pipe,
+    diffusers_scripts,
+)
+# Of files that came out, where no config is.
+HEADERS: tuple[ModuleType, ...] = (kohya_header,)
 
 
 def read_run(
@@ -36,7 +53,7 @@ def read_run(
     """
     if draws != 1:
         raise DminError(f"run.draws={draws}: only 1, the central form of each image, is there yet.")
-    found = list(_candidates(path))
+    found = list(_candidates(path, TRAINERS)) or list(_candidates(path, HEADERS))
     if not found:
         known = ", ".join(module.__name__.rpartition(".")[2] for module in TRAINERS)
         raise DminError(
@@ -52,15 +69,17 @@ def read_run(
     return run
 
 
-def _candidates(path: Path) -> Iterator[tuple[Path, ModuleType, Any]]:
+def _candidates(
+    path: Path, trainers: Sequence[ModuleType]
+) -> Iterator[tuple[Path, ModuleType, Any]]:
     if not path.exists():
         raise DminError(f"run={path}: there is no such file or folder.")
     if path.is_file():
         values = load(path)
-        places = [m for m in TRAINERS if path.suffix in {Path(each).suffix for each in m.CONFIGS}]
+        places = [m for m in trainers if path.suffix in {Path(each).suffix for each in m.CONFIGS}]
         yield from [(path, m, values) for m in places if m.recognises(values)][:1]
         return
-    for module in TRAINERS:
+    for module in trainers:
         for pattern in module.CONFIGS:  # the first under which there are any
             read = [(file, _readable(file)) for file in sorted(path.glob(pattern))]
             if found := [each for each in read if module.recognises(each[1])]:

@@ -82,6 +82,13 @@ PIPE_DATA = {
     ],
 }  # fmt: skip
 
+SCRIPT = {
+    "pretrained_model_name_or_path": "base/flux", "instance_data_dir": "img/plain", "rank": 4,
+    "instance_prompt": "zqx mug", "output_dir": "out", "resolution": "32", "center_crop": False,
+    "random_flip": True, "guidance_scale": 1.0, "weighting_scheme": "sigma_sqrt", "seed": 0,
+    "caption_column": None, "with_prior_preservation": False, "repeats": 2, "learning_rate": "1e-4",
+}  # fmt: skip
+
 # Trainer → its config, the model's settings, randomness, and (id, caption, repeats, height, width).
 RUNS = {
     "onetrainer": (
@@ -156,7 +163,13 @@ RUNS["diffusion_pipe"] = (
         ("plain/e.png", "zqx, ", 1.0, 32, 96),
     ],
 )
-WITHOUT_MASKS = ()
+RUNS["diffusers_scripts"] = (
+    {"hparams.yml": SCRIPT},
+    {"path": "base/flux", "embedded_guidance": 1.0, "weighting": "sigma_sqrt"},
+    {"center_crop", "random_flip"},
+    [("plain/e.png", "zqx mug", 2, 32, 32)],
+)
+WITHOUT_MASKS = ("diffusers_scripts",)
 
 
 @pytest.fixture
@@ -170,7 +183,7 @@ def written(files):
     """Write a trainer's files; return the first."""
     for name, content in files.items():
         text = json.dumps(content)
-        Path(name).write_text(text if name.endswith(".json") else as_toml(content))
+        Path(name).write_text(as_toml(content) if name.endswith(".toml") else text)
     return Path(next(iter(files)))
 
 
@@ -220,3 +233,15 @@ def test_odd_values_are_refused_in_a_sentence_or_read(place, name, odd):
             read_run(written(files))
         except DminError as error:
             assert len(str(error)) < 900, at
+
+
+def test_a_script_reads_captions_of_a_folders_metadata(place):
+    Path("img/plain/metadata.jsonl").write_text('{"file_name": "e.png", "caption": "a mug"}')
+    told = {"instance_data_dir": None, "train_data_dir": "img/plain", "caption_column": "caption"}
+    (example,) = build(read_run(written({"hparams.yml": {**SCRIPT, **told}})).data)
+    assert (example.id, example.caption, *example.image.shape[1:]) == (
+        "plain/e.png",
+        "a mug",
+        32,
+        32,
+    )

@@ -1,0 +1,85 @@
+"""The example scripts of diffusers: all their arguments, as the tracker of a run keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmin.runs import adapter
+from dmin.runs import wording as say
+from dmin.runs.base_model import base_model
+from dmin.runs.files import Places
+from dmin.runs.folders import IMAGES, add, bucket, folder, together
+from dmin.runs.keys import Keys, tables
+from dmin.runs.training_run import TrainingRun
+from dmin.runtime.errors import DminError
+
+CONFIGS = ("hparams.yml", "*/*/*/hparams.yml")  # output_dir/logs/TRACKER/TIME
+IMAGE_FOLDER = "dmin.data.image_folder.ImageFolder"
+FOLDERS = ("instance_data_dir", "train_data_dir", "dataset_name")
+
+
+def recognises(found: Any) -> bool:
+    """Tell whether a file has the arguments of one of diffusers' scripts."""
+    known = {"pretrained_model_name_or_path", "output_dir", "resolution"}
+    return isinstance(found, Mapping) and known <= found.keys() and "network_module" not in found
+
+
+def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
+    """Return what the arguments of a script say."""
+    run = TrainingRun("diffusers' scripts", source)
+    keys = Keys(found, run)
+    if keys.get("rank", kind=int) is None:
+        raise adapter.refuse_whole(run, "no rank")
+    base = keys.get("pretrained_model_name_or_path", kind=str)
+    run.family, run.model = base_model(run, places, base, None)
+    place = keys.get("output_dir", "", str)
+    run.name, name = Path(place).name or "run", "pytorch_lora_weights.safetensors"
+    root = places.seek(place, "output_dir")
+    adapter.take(run, places, "output_dir", root, name, f"checkpoint-*/{name}")
+    _weighting(keys, run)
+    run.facts |= keys.known("max_train_steps", "learning_rate", "train_batch_size", "seed", "rank")
+    part = _folder(keys, places)
+    keys.apply(tables("diffusers_scripts")["arguments"])
+    parts: dict[str, dict[str, Any]] = {}
+    add(parts, Path(part["root"]).name, part, run)
+    run.data = together(parts, run)
+    return run
+
+
+def _weighting(keys: Keys, run: TrainingRun) -> None:
+    """Take the weights of a flow's timesteps, and the script for SD3's error of x0."""
+    scheme = keys.get("weighting_scheme", "none", str)
+    weights = scheme if scheme in ("sigma_sqrt", "cosmap") else None
+    if keys.get("precondition_outputs", False, bool):
+        if weights == "cosmap":
+            keys.note(run.other, "weighting_scheme", "cosmap, of the error of x0", say.WEIGHTS)
+        weights = "x0" if weights is None else None  # σ² σ⁻² = 1
+    elif weights is None and scheme != "none":
+        keys.note(run.random, "weighting_scheme", scheme, say.TIMESTEPS)
+    if weights is not None:
+        run.model["weighting"] = weights
+        keys.note(run.taken, "weighting_scheme", scheme, f"model.weighting={weights}")
+
+
+def _folder(keys: Keys, places: Places) -> dict[str, Any]:
+    """Return the folder: of one prompt for all (DreamBooth), or with captions in its metadata."""
+    run = keys.run
+    key = next((each for each in FOLDERS if keys.get(each, kind=str)), None)
+    if key in (None, "dataset_name"):
+        raise DminError(
+            f"{run.source}: its data are {key} = {keys.get('dataset_name')}, no folder here. Say "
+            f"data=hf_dataset data.path=… or data=image_folder data.root=…"
+        )
+    root = places.folder(keys.get(key, "", str), key)
+    shape = bucket(keys.get("resolution", 512), False, 1, True, run)
+    if not keys.get("center_crop", False, bool):
+        keys.note(run.random, "center_crop", False, say.CROP)
+    repeats = keys.get("repeats", 1, int)
+    keys.note(run.taken, key, root, f"data, {repeats} repeats")
+    if key == "instance_data_dir":
+        prompt = {"source": "text", "text": keys.get("instance_prompt", "", str)}
+        return folder(root, prompt, IMAGES, repeats=repeats, **shape)
+    text = keys.get("caption_column", "text", str)
+    return {"_target_": IMAGE_FOLDER, "root": root, "text": text, "mode": "RGB", **shape}

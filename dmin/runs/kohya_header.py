@@ -1,0 +1,137 @@
+"""A LoRA of kohya sd-scripts without its config: what the header of the file says of the run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmin.runs import adapter, kohya
+from dmin.runs import wording as say
+from dmin.runs.base_model import base_model, family_of
+from dmin.runs.files import Places
+from dmin.runs.folders import together
+from dmin.runs.keys import Keys, tables
+from dmin.runs.training_run import TrainingRun
+from dmin.runtime.errors import DminError
+
+CONFIGS = ("*.safetensors",)
+# How the version of the base model begins → family.
+FAMILIES: dict[str, str | None] = {
+    "sd_v1": "stable_diffusion",
+    "sd_v2": "stable_diffusion",
+    "sdxl": "stable_diffusion_xl",
+    "sd3": "stable_diffusion_3",
+    "flux1": "flux",
+}
+# Entry of the header → option of the trainer, where they differ.
+NAMES = {
+    "sd_model_name": "pretrained_model_name_or_path",
+    "vae_name": "vae",
+    "debiased_estimation": "debiased_estimation_loss",
+}
+
+
+def recognises(found: Any) -> bool:
+    """Tell whether a header is of a file of kohya's trainers."""
+    return isinstance(found, Mapping) and "ss_network_module" in found
+
+
+def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
+    """Return what the header of a file says."""
+    run = TrainingRun("kohya sd-scripts, by the file's header", source)
+    told = {k[3:]: v for k, v in found.items() if k.startswith("ss_") and v not in ("None", "")}
+    keys = Keys({NAMES.get(key, key): value for key, value in told.items()}, run)
+    version = keys.get("base_model_version", "", str)
+    family = next((known for known in FAMILIES if version.startswith(known)), version)
+    base = keys.get("pretrained_model_name_or_path", kind=str)
+    kind = family_of(run, family, FAMILIES, places)
+    run.family, run.model = base_model(run, places, base, kind)
+    keys.bounded()
+    if "v" in str(found.get("modelspec.prediction_type", "")).split("_"):
+        keys.note(run.taken, "modelspec.prediction_type", "v", say.PREDICTION)
+    run.name = keys.get("output_name", source.stem, str)
+    adapter.take(run, places, "run", source.parent, source.name)
+    run.facts |= keys.known("network_dim", "network_alpha", "steps", "epoch", "learning_rate")
+    parts = kohya.of_datasets(_datasets(keys, places), keys, places)
+    keys.skip(tables("kohya")["folders"].inert)
+    keys.skip(tables("kohya")["header"].inert)
+    keys.apply(tables("kohya")["options"])
+    run.data = together(parts, run)
+    return run
+
+
+def _datasets(keys: Keys, places: Places) -> Keys:
+    """Return the data sets as a file of them would say it, each folder with what proves it."""
+    found = _json(keys, "datasets")
+    counted = _json(keys, "tag_frequency")
+    if found is None:  # numbered folders, of which the options tell the rest
+        folders = _json(keys, "dataset_dirs")
+        entries = folders.items() if isinstance(folders, dict) else ()
+        subsets = [
+            {"image_dir": name, "class_tokens": name.partition("_")[2] or None, **_table(entry)}
+            for name, entry in entries
+        ]
+        found = [{"subsets": subsets, "bucket_info": _json(keys, "bucket_info")}]
+        if _json(keys, "reg_dataset_dirs"):
+            keys.note(keys.run.other, "reg_dataset_dirs", "there are some", say.PRIOR)
+    datasets = []
+    for dataset in Keys({"datasets": found}, keys.run).each("datasets"):
+        buckets = _table(dataset.inside("bucket_info").get("buckets"))
+        shapes = [_table(each).get("resolution") for each in buckets.values()]
+        told = {"bucket_shapes": [shape[::-1] for shape in shapes if isinstance(shape, list)]}
+        told |= {key: dataset.get(key) for key in ("resolution", "enable_bucket")}
+        subsets = [_subset(each, _table(counted), places) for each in dataset.each("subsets")]
+        told = {key: value for key, value in told.items() if value}
+        datasets.append({**told, "subsets": subsets})
+    return Keys({"datasets": datasets}, keys.run)
+
+
+def _subset(subset: Keys, counted: Mapping[str, Any], places: Places) -> dict[str, Any]:
+    """Return a folder's options; the tags in the header prove the extension of its captions."""
+    told = {key: value for key, value in subset.values.items() if value is not None}
+    if "n_repeats" in told:
+        told["num_repeats"] = told.pop("n_repeats")
+    number = told.pop("img_count", None)
+    if not subset.get("is_reg", False, bool) and "metadata_file" not in told:
+        name = subset.get("image_dir", "", str)
+        root = Path(places.folder(name, subset.name("image_dir")))
+        told["caption_extension"] = _extension(subset, root, counted.get(name), number)
+    return told
+
+
+def _table(found: Any) -> dict[str, Any]:
+    return found if isinstance(found, dict) else {}
+
+
+def _extension(subset: Keys, root: Path, tags: Any, number: Any) -> str:
+    from dmin.data.captions import Captions  # imports torch
+
+    files = sorted(file.name for file in root.iterdir() if file.is_file())
+    images = [name for name in files if Path(name).suffix.lower() in kohya.SUFFIXES]
+    tokens = subset.get("class_tokens", kind=str)
+    for extension in (".caption", ".txt"):
+        missing: Any = "text" if tokens else "empty"
+        read = Captions("files", [extension], "first", missing=missing, text=tokens)
+        captions = read.read(root, images, files).values()
+        words = [part.strip().lower() for caption in captions for part in caption.split(",")]
+        found = Counter(word for word in words if word)
+        if number in (None, len(images)) and found == tags:
+            return extension
+    raise DminError(
+        f"{root} does not hold the images and captions that {subset.run.source} was trained on: "
+        f"its header counts {number} images and other tags. Name the folder that does by "
+        f"run.root=…, or say data=training_folder data.root=… for what is there."
+    )
+
+
+def _json(keys: Keys, key: str) -> Any:
+    text = keys.get(key, kind=str)
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DminError(
+            f"{keys.run.source}: ss_{key} in its header is no JSON ({error})."
+        ) from error
