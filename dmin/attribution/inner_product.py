@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -38,6 +38,10 @@ class InnerProduct:
         if queries.stride()[1:3] == (0, 0):  # the same everywhere: the rows are added up first
             queries, rows = queries[:, 0, 0], rows.sum((1, 2))
         return queries.flatten(1) @ rows.flatten(1).T
+
+    def times(self, sign: int) -> InnerProduct:
+        """Return the queries with the sign of all scores changed, or not."""
+        return replace(self, queries=sign * self.queries)
 
     def bound(self) -> Tensor | None:
         """Return the largest size a score can have, ``[Q]``; None where rows have any length.

@@ -25,6 +25,7 @@ from dmin.attribution.scale import (
     medians,
 )
 from dmin.attribution.scores import scored
+from dmin.attribution.search.contenders import BestRows
 from dmin.attribution.search.index import Index
 from dmin.attribution.search.scan import gathered_rows
 from dmin.attribution.search.selection import Groups, Selection
@@ -76,15 +77,17 @@ class Request:
         best, sign = self.gathered(asked, sample), self.selection.sign
         if isinstance(best, Groups):
             return self.best_groups(best, queries, numbers, asked)
-        parts = self._contributions(queries, numbers, asked, best.rows.numpy())
-        counted = at_least(best.scores, best.tied)
-        limit = self.method.limit(asked, sign)
-        return Answer(sign * best.scores, best.rows, parts, counted, sign * sample.median, limit)
+        scores, rows, tied = best.finish()
+        parts = self._contributions(queries, numbers, asked, rows.numpy())
+        counted, limit = at_least(scores, tied), self.method.limit(asked, sign)
+        return Answer(sign * scores, rows, parts, counted, sign * sample.median, limit)
 
-    def gathered(self, asked: Any, sample: Sample | None = None) -> TopK | Groups:
+    def gathered(self, asked: Any, sample: Sample | None = None) -> BestRows | TopK | Groups:
         """Return the best rows, or what each group has of them, times the sign."""
-        best: TopK | Groups | None = None
-        sign = self.selection.sign
+        best: BestRows | TopK | Groups | None = None
+        sign, store = self.selection.sign, self.train.store
+        if isinstance(asked, InnerProduct) and self.groups is None:
+            best = BestRows(asked.times(sign), store, self.k, self.keep)
         blocks = scored(asked, self.train, self.method, self.rows, self.keep, self.device)
         for first, scores in blocks:
             scores = sign * scores.float()

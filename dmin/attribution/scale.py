@@ -63,7 +63,8 @@ class Sample:
         """Score the rows of the sample alone."""
         queries = asked.queries.flatten(1).cpu()
         factors = row_factors(store, asked)
-        self._found.append(scores_of_rows(store, asked, factors, queries, self.rows))
+        found = scores_of_rows(store, asked, factors, queries, self.rows)
+        self._found.append(found.float())
 
     @property
     def scores(self) -> Tensor:

@@ -21,9 +21,8 @@ from dmin.attribution import Approximate, Certified, retrieve
 from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.ranking_files import save_ranking
 from dmin.attribution.search.certified_bound import ProjectionIndex
-from dmin.attribution.search.scan import scan
+from dmin.attribution.search.contenders import best_of_all
 from dmin.attribution.search.threads import in_threads
-from dmin.attribution.search.topk import TopK
 from dmin.gallery.html import save_html
 from dmin.store import Store
 from experiments.record import recorded
@@ -58,10 +57,7 @@ def timed(work, repeats):
 
 
 def best_rows(linear, store):
-    best = TopK(len(linear.queries), K)
-    for first, scores in scan(linear, store):
-        best.update(scores, first)
-    return best.rows
+    return best_of_all(linear, store, K)[1]
 
 
 def plain_numpy(queries, store):

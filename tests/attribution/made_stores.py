@@ -65,3 +65,19 @@ def cosines(queries, train, weights=1.0):
 
     q, x = unit(queries), unit(train)
     return np.einsum("qdtk,ndtk->qnt", q, x) / q.shape[1] * weights
+
+
+def real_scores(queries, train, scale, sign=1):
+    """Inner products of prepared queries with scaled stored rows in long double, [Q, n]."""
+    x = train.features("loss").astype(np.longdouble)
+    if train.layout.dtype == "int8":
+        scales = train.scales("loss").astype(np.longdouble)[..., None, None]
+        x = scales * train.gather("loss", np.arange(len(train)))
+    x = x.reshape(*x.shape[:3], -1)
+    if scale == "unit":
+        x = x / np.maximum(np.sqrt(np.square(x).sum(-1, keepdims=True)), np.longdouble(1e-12))
+    elif scale == "norm":
+        norms = np.square(train.norms("loss").astype(np.longdouble)).sum(-1)
+        x = x * np.sqrt(norms)[..., None]
+    q = queries.reshape(len(queries), -1).astype(np.longdouble)
+    return sign * (q @ x.reshape(len(x), -1).T)

@@ -28,8 +28,8 @@ from dmin.attribution import (
 )
 from dmin.attribution.confidence import parts_of, resampled, tiers_of, with_confidence
 from dmin.attribution.copies import with_copies
+from dmin.attribution.search.contenders import best_of_all
 from dmin.attribution.search.index import Found, Index
-from dmin.attribution.search.scan import best_of_all
 from dmin.attribution.search.selection import Selection
 from dmin.attribution.wording import (
     spell_blind,
@@ -105,8 +105,8 @@ class Blindfold(Index):
     """Looks at the first rows, and knows of no others."""
 
     def search(self, linear, store, k, sign=1, keep=None):
-        best = best_of_all(linear, store, k, np.arange(len(store)) < 2 * k)
-        return Found(best.scores, best.rows, np.full(len(best.rows), k))
+        scores, rows, _ = best_of_all(linear, store, k, np.arange(len(store)) < 2 * k)
+        return Found(scores, rows, np.full(len(rows), k))
 
     def note(self):
         return ""

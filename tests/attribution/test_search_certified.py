@@ -114,8 +114,8 @@ def test_the_bound_holds_for_every_pair(tmp_path, kind):
     inside, kept = rows @ basis, torch.from_numpy(index.decoded(slice(None))).double()
     left, rounding = (rows - inside @ basis.T).norm(dim=1), (inside - kept).norm(dim=1)
     bounds = index.bounds(linear.queries.flatten(1))
-    assert (queries @ rows.T <= bounds).all()
-    assert (-queries @ rows.T <= index.bounds(-queries.float())).all()
+    assert ((queries @ rows.T).numpy() <= bounds).all()
+    assert ((-queries @ rows.T).numpy() <= index.bounds(-queries.float())).all()
     # Tight enough to be of use: the allowances are not what makes it hold.
     assert (left.numpy() <= index.residuals).all()
     assert (rounding.numpy() <= index.roundings + 1e-6).all()

@@ -20,8 +20,9 @@ from dmin.attribution.search.certified_bound import (
     kind_of,
     of_kind,
 )
+from dmin.attribution.search.contenders import Contenders, ErrorBound, best_of, best_of_all
 from dmin.attribution.search.index import Found, Index
-from dmin.attribution.search.scan import best_of_all, row_factors, scores_of_rows
+from dmin.attribution.search.scan import row_factors, scores_of_rows
 from dmin.attribution.search.threads import in_threads
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
@@ -84,28 +85,30 @@ class Approximate(Index):
             )
         if self._of != kind_of(store, linear):
             self._prepare(store, linear)
-        queries = sign * linear.queries.flatten(1).cpu()
+        signed = linear.times(sign)
+        queries = signed.queries.flatten(1).cpu()
         count = min(self.candidates * k, len(store))
         with _one_library(torch.get_num_threads()):
             _, proposed = self._index.search((queries @ self._basis).numpy(), count)
-        factors = row_factors(store, linear)
+        factors, bound = row_factors(store, linear), ErrorBound(signed, store)
 
-        def rank(pair: tuple[Tensor, np.ndarray]) -> tuple[Tensor, Tensor]:
-            query, rows = pair
-            rows = np.sort(rows[rows >= 0])
+        def rank(number: int) -> Contenders:
+            rows = np.sort(proposed[number][proposed[number] >= 0])
             if len(rows) < k:
                 raise DminError(
                     f"faiss proposed {len(rows)} of {k} rows: raise index.search (nprobe, "
                     "efSearch) or index.candidates."
                 )
-            scores = scores_of_rows(store, linear, factors, query, rows)
-            best = scores.argsort(descending=True, stable=True)[:k]
-            return scores[best], torch.from_numpy(rows)[best]
+            best = Contenders(signed.queries[number], linear, store, k)
+            scores = scores_of_rows(store, linear, factors, queries[number], rows)
+            best.add(rows, scores.numpy(), bound.errors(number, rows))
+            best.settle()
+            return best
 
-        pairs = list(in_threads(rank, list(zip(queries, proposed, strict=True))))
-        scores, rows = (torch.stack(part) for part in zip(*pairs, strict=True))
+        found = list(in_threads(rank, range(len(queries))))
+        scores, rows, _ = best_of(found)
         self._read.append((proposed >= 0).sum(1) / len(store))
-        self._measure(replace(linear, queries=sign * linear.queries), store, rows)
+        self._measure(signed, store, rows)
         return Found(sign * scores, rows, (proposed >= 0).sum(1))
 
     def note(self) -> str:
@@ -124,8 +127,8 @@ class Approximate(Index):
         if count <= 0:
             return
         first = replace(linear, queries=linear.queries[:count])
-        best = best_of_all(first, store, rows.shape[1])
-        for found, exact in zip(rows.tolist(), best.rows.tolist(), strict=False):
+        best = best_of_all(first, store, rows.shape[1])[1]
+        for found, exact in zip(rows.tolist(), best.tolist(), strict=False):
             self._hits.append(len({*found} & {*exact}) / len(exact))
 
     def path(self, store: Store, linear: InnerProduct) -> Path:

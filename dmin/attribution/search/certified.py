@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
-import torch
 from torch import Tensor
 
 from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.search.certified_bound import ProjectionIndex, kind_of
+from dmin.attribution.search.contenders import (
+    Contenders,
+    ErrorBound,
+    best_of,
+    contenders_of_all,
+)
 from dmin.attribution.search.index import Found, Index
-from dmin.attribution.search.scan import best_of_all, row_factors, scores_of_rows
+from dmin.attribution.search.scan import row_factors, scores_of_rows
 from dmin.attribution.search.threads import in_threads
 from dmin.runtime.errors import DminError
 from dmin.store import Store
@@ -83,88 +90,99 @@ def certified_search(
         DminError: the index is of other rows.
     """
     _check(linear, store, index)
-    queries = sign * linear.queries.flatten(1).cpu()
-    out = None if keep is None else ~torch.from_numpy(keep)
+    signed = linear.times(sign)
+    queries, bound = signed.queries.flatten(1).cpu(), ErrorBound(signed, store)
     factors = row_factors(store, linear)
-    found = [_Best(query, store, linear, factors, k) for query in queries]
-    for start in range(0, len(found), TOGETHER):
-        fresh, asked = found[start : start + TOGETHER], queries[start : start + TOGETHER]
+    proofs = [_Proof(number, signed, store, factors, bound, k) for number in range(len(queries))]
+    for start in range(0, len(proofs), TOGETHER):
+        fresh, asked = proofs[start : start + TOGETHER], queries[start : start + TOGETHER]
         bounds = index.bounds(asked)
-        if out is not None:
-            bounds[:, out] = -torch.inf
+        if keep is not None:
+            bounds[:, ~keep] = -np.inf
         work = list(zip(fresh, bounds, strict=True))
         if len(work) == 1:  # then its rows are shared out over the threads
             fresh[0].prove(bounds[0])
         else:
             for _ in in_threads(lambda pair: pair[0].prove(pair[1]), work):
                 pass
-        part = np.mean([len(best.rows_read) for best in fresh]) / len(store)
+        part = np.mean([proof.read for proof in fresh]) / len(store)
         codes = index.codes.shape[1] / store.layout.row_bytes
-        if (len(found) - start - len(fresh)) * (part + codes) > WORTH:
+        if (len(proofs) - start - len(fresh)) * (part + codes) > WORTH:
             break
-    read = np.array([len(best.rows_read) for best in found])
-    answers = [(best.scores, best.rows, best.tied) for best in found]
-    unproven = [number for number, best in enumerate(found) if not best.proven]
+    read = np.array([proof.read for proof in proofs])
+    unproven = [number for number, proof in enumerate(proofs) if not proof.proven]
+    found = [proof.found for proof in proofs]
     if unproven:  # those that were not begun as well
         read[unproven] = len(store)
-        replaced = InnerProduct(sign * linear.queries[unproven], linear.scale, linear.readout)
-        best = best_of_all(replaced, store, k, keep)
-        scanned = zip(best.scores, best.rows, best.tied, strict=True)
-        for number, answer in zip(unproven, scanned, strict=True):
-            answers[number] = answer
-    scores, rows, tied = (torch.stack(part) for part in zip(*answers, strict=True))
+        rest = replace(signed, queries=signed.queries[unproven])
+        scanned = contenders_of_all(rest, store, k, keep)
+        for number, best in zip(unproven, scanned, strict=True):
+            found[number] = best
+    scores, rows, tied = best_of(found)
     return Found(sign * scores, rows, read, tied)
 
 
-class _Best:
-    """The best rows of one query among those read so far."""
+class _Proof:
+    """The best rows of one query among those read so far, and whether others can be.
+
+    Args:
+        number: of the query.
+        linear: all queries.
+        store: the rows.
+        factors: of the rows.
+        bound: on the error of scores.
+        k: how many are asked for.
+    """
 
     def __init__(
-        self, query: Tensor, store: Store, linear: InnerProduct, factors: Tensor | None, k: int
+        self,
+        number: int,
+        linear: InnerProduct,
+        store: Store,
+        factors: Tensor | None,
+        bound: ErrorBound,
+        k: int,
     ) -> None:
-        self.query, self.store, self.linear, self.k = query, store, linear, k
-        self.factors = factors
-        self.rows = self.rows_read = torch.empty(0, dtype=torch.int64)
-        self.scores = self._scores_read = torch.empty(0)
-        self.proven = False
+        self._number, self._linear, self._store = number, linear, store
+        self._factors, self._bound = factors, bound
+        self.found = Contenders(linear.queries[number], linear, store, k)
+        self.read, self.proven = 0, False
 
-    def prove(self, bounds: Tensor) -> None:
-        """Read rows until no other can be among the best; give up where that takes too many."""
-        first = bounds.topk(min(max(FIRST, 4 * self.k), int((bounds > -torch.inf).sum()))).indices
-        self._read(first)
-        bounds[self.rows_read] = -torch.inf
-        left = (bounds >= self.threshold).nonzero()[:, 0]
-        left = left[bounds[left] > -torch.inf]
+    def prove(self, bounds: np.ndarray) -> None:
+        """Read rows until no other can be among the best; give up where that takes too many.
+
+        Args:
+            bounds: what no score exceeds, float32 ``[N]``; changed here.
+        """
+        allowed = int((bounds > -np.inf).sum())
+        first = np.argpartition(-bounds, at := min(max(FIRST, 4 * self.found.k), allowed) - 1)
+        self._read(first[: at + 1])
+        bounds[first[: at + 1]] = -np.inf
+        left = np.flatnonzero((bounds >= self._threshold) & (bounds > -np.inf))
         if len(left) > max(SCAN_FROM * len(bounds), MOST):
             return
-        left = left[bounds[left].argsort(descending=True)]
+        left = left[np.argsort(-bounds[left])]
         step = 4 * FIRST
         while len(left):
             self._read(left[:step])
             # The next bounds are all smaller: what is open now is a beginning of what was.
             left = left[step:]
-            left = left[bounds[left] >= self.threshold]
+            left = left[bounds[left] >= self._threshold]
             step = min(4 * step, MOST)
+        self.found.settle()
         self.proven = True
 
     @property
-    def threshold(self) -> Tensor:
-        """The k-th best score read."""
-        return self.scores[-1]
+    def _threshold(self) -> np.float32:
+        """What the bound of a row must reach, rounded down to the type of the bounds."""
+        return np.nextafter(np.float32(self.found.threshold), np.float32(-np.inf))
 
-    @property
-    def tied(self) -> Tensor:
-        """How many rows read score as much as the last of the best, and are none of them."""
-        last = self.scores[-1:]  # none yet of queries that were not begun
-        return (self._scores_read == last).sum() - (self.scores == last).sum()
-
-    def _read(self, rows: Tensor) -> None:
-        read = scores_of_rows(self.store, self.linear, self.factors, self.query, rows.numpy())
-        scores = torch.cat([self._scores_read, read])
-        self.rows_read, order = torch.cat([self.rows_read, rows]).sort()
-        self._scores_read = scores[order]
-        best = self._scores_read.argsort(descending=True, stable=True)[: self.k]
-        self.scores, self.rows = self._scores_read[best], self.rows_read[best]
+    def _read(self, rows: np.ndarray) -> None:
+        rows = np.sort(rows)
+        query = self._linear.queries[self._number].flatten().cpu()
+        scores = scores_of_rows(self._store, self._linear, self._factors, query, rows)
+        self.found.add(rows, scores.numpy(), self._bound.errors(self._number, rows))
+        self.read += len(rows)
 
 
 def _check(linear: InnerProduct, store: Store, index: ProjectionIndex) -> None:

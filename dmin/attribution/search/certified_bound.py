@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dmin.attribution.inner_product import InnerProduct
-from dmin.attribution.search.scan import Span, decoded_rows, multiply, row_factors
+from dmin.attribution.search.contenders import RELATIVE
+from dmin.attribution.search.scan import Span, decoded_rows, multiply, row_factors, spans
 from dmin.attribution.search.threads import in_threads
 from dmin.runtime.errors import DminWarning
 from dmin.runtime.kept import Kept, keep, kept, remark
@@ -23,8 +24,8 @@ from dmin.store import Store
 ROWS = 256  # in one matrix product
 SAMPLE = 16_384  # rows that the directions are found on
 SPAN = 65_536  # codes of one thread at a time
-# ‖z‖² − ‖Vᵀz‖² in float32 is off by less than this part of ‖z‖².
-SLACK = 1e-5
+SMALLEST = 2.0**-120  # more than what numbers below float32's least add up to
+COLUMNS = 4096  # of the directions that are double at a time
 ARRAYS = ("directions", "steps", "codes", "roundings", "residuals", "lengths")
 
 
@@ -42,9 +43,9 @@ class ProjectionIndex:
         directions: V, float32 ``[m, r]``, of orthonormal columns.
         steps: float32 ``[r]``: what one unit of a code is.
         codes: int8 ``[N, r]``, ``steps · code ≈ Vᵀz``.
-        roundings: ``‖Vᵀz − steps · code‖``, float32 ``[N]``.
+        roundings: at least ``‖Vᵀz − steps · code‖``, float32 ``[N]``.
         residuals: at least ``‖z − V Vᵀz‖``, float32 ``[N]``.
-        lengths: ``‖z‖``, float32 ``[N]``.
+        lengths: at least ``‖z‖``, float32 ``[N]``.
     """
 
     kind: dict[str, str]
@@ -55,45 +56,49 @@ class ProjectionIndex:
     residuals: np.ndarray
     lengths: np.ndarray
 
-    def bounds(self, queries: Tensor) -> Tensor:
-        """Return what no score exceeds, ``[Q, N]``.
+    def bounds(self, queries: Tensor) -> np.ndarray:
+        """Return what no inner product of a stored row and a query exceeds, float32 ``[Q, N]``.
 
         With a = Vᵀq, p = Vᵀz, and p' as it is kept,
 
-        ``⟨q, z⟩ ≤ ⟨a, p'⟩ + ‖a‖ ‖p − p'‖ + ‖q − Va‖ ‖z − Vp‖ + ε ‖q‖ ‖z‖``
+        ``⟨q, z⟩ ≤ ⟨a, p'⟩ + ‖a‖ ‖p − p'‖ + ‖q − Va‖ ‖z − Vp‖ + η ‖q‖ ‖z‖``
 
-        by Cauchy–Schwarz; ε = 8 √m 2⁻²⁴ allows for the rounding of all sums of m terms in float32,
-        of the exact scores as well (Higham & Mary 2019, SIAM J. Sci. Comput. 41: √m u with
-        overwhelming probability; the store's own rounding has no part: z is what is read back).
+        by Cauchy–Schwarz, for real numbers and whatever is kept. η is what rounding can do to the
+        terms: ``⟨a, p'⟩`` is added up as scores are (:data:`RELATIVE`), rows were decoded in
+        float32, and V, orthonormal in double, was rounded: ``‖VᵀV − I‖ ≤ δ = 2.1 √r 2⁻²⁴``, which
+        enters by ``⟨Vᵀ(q − Va), p⟩`` and under the roots of both residuals. Everything else is
+        double. What is not finite excludes nothing.
 
         Args:
             queries: float32 ``[Q, m]``, few.
         """
-        basis = torch.from_numpy(self.directions)
-        inside = queries @ basis
-        outside = torch.linalg.vector_norm(queries - inside @ basis.T, dim=1)
-        norm, length = torch.linalg.vector_norm(inside, dim=1), queries.norm(dim=1)
-        slack = 8 * len(basis) ** 0.5 * 2.0**-24 * length
-        asked = (inside * torch.from_numpy(self.steps)).numpy()[:, None]
-        found = torch.empty(len(queries), len(self.codes))
-        scores = found.numpy()
+        asked = queries.double().numpy()
+        inside = np.zeros((len(asked), len(self.steps)))
+        for first in range(0, asked.shape[1], COLUMNS):
+            part = slice(first, first + COLUMNS)
+            inside += asked[:, part] @ self.directions[part].astype(np.float64)
+        square, length = np.square(inside).sum(1), np.linalg.norm(asked, axis=1)
+        loose = _looseness(len(self.steps))
+        outside = np.sqrt(np.maximum(length**2 - square, 0) + loose * length**2)
         allowances = (
-            (norm.numpy(), self.roundings),
-            (outside.numpy(), self.residuals),
-            (slack.numpy(), self.lengths),
+            (np.sqrt(square), self.roundings),
+            (outside, self.residuals),
+            ((2 * RELATIVE + loose) * length, self.lengths),
         )
+        scaled = (inside * self.steps).astype(np.float32)[:, None]
+        found = np.empty((len(asked), len(self.codes)), np.float32)
 
-        def part(span: Span) -> None:
-            rows = slice(*span)
-            codes, count = self.codes[rows, None], span[1] - span[0]
-            ones = np.ones((count, 1), np.float32)
-            unchecked = np.zeros(count, np.uint32)
-            multiply(codes, ones, unchecked, asked, scores[:, rows])
+        def part_of(span: Span) -> None:
+            rows, count = slice(*span), span[1] - span[0]
+            scores = np.empty((len(asked), count))
+            ones, unchecked = np.ones((count, 1), np.float32), np.zeros(count, np.uint32)
+            multiply(self.codes[rows, None], ones, unchecked, scaled, scores)
             for factor, array in allowances:
-                scores[:, rows] += factor[:, None] * array[rows]
+                scores += factor[:, None] * array[rows] + SMALLEST
+            scores[~np.isfinite(scores)] = np.inf
+            found[:, rows] = np.nextafter(scores.astype(np.float32), np.float32(np.inf))
 
-        spans = [(at, min(at + SPAN, len(self.codes))) for at in range(0, len(self.codes), SPAN)]
-        for _ in in_threads(part, spans, compiled=True):
+        for _ in in_threads(part_of, spans(len(self.codes), SPAN), compiled=True):
             pass
         return found
 
@@ -118,8 +123,8 @@ class ProjectionIndex:
         width = int(np.prod(store.layout.row_shape))
         rank = min(directions, width, len(store))
         factors = row_factors(store, linear)
-        spans = [(at, min(at + ROWS, len(store))) for at in range(0, len(store), ROWS)]
-        some = spans[:: max(1, len(store) // SAMPLE)]
+        whole = spans(len(store), ROWS)
+        some = whole[:: max(1, len(store) // SAMPLE)]
 
         def iterate(span: Span) -> Tensor:
             parts = decoded_rows(store, linear.readout, span, factors, ROWS)
@@ -128,7 +133,8 @@ class ProjectionIndex:
         def project(span: Span) -> tuple[Tensor, Tensor]:
             found = []
             for _, rows in decoded_rows(store, linear.readout, span, factors, ROWS):
-                found.append((rows @ basis, torch.linalg.vector_norm(rows, dim=1)))
+                wide = rows.double()
+                found.append((wide @ exact, torch.linalg.vector_norm(wide, dim=1)))
             return _concatenated(found)
 
         generator = torch.Generator().manual_seed(seed)
@@ -138,11 +144,13 @@ class ProjectionIndex:
             for part in in_threads(iterate, some):
                 total += part
             basis = _orthonormal(total)
-        inside, lengths = _concatenated(in_threads(project, spans))
+        exact = basis.double()
+        inside, lengths = _concatenated(in_threads(project, whole))
         left = lengths.square() - torch.linalg.vector_norm(inside, dim=1).square()
-        residuals = (left.clamp(min=0) + SLACK * lengths.square()).sqrt()
+        residuals = (left.clamp(min=0) + _looseness(rank) * lengths.square()).sqrt()
         codes, steps, roundings = _coded(inside)
-        arrays = (each.numpy() for each in (basis, steps, codes, roundings, residuals, lengths))
+        kept = basis, steps, codes, *(_raised(each) for each in (roundings, residuals, lengths))
+        arrays = (each.numpy() for each in kept)
         return cls(kind_of(store, linear), *arrays)
 
     def decoded(self, rows: slice) -> np.ndarray:
@@ -198,13 +206,26 @@ def keep_where_possible(
         )
 
 
+def _looseness(directions: int) -> float:
+    """Return of ``‖z‖²`` by how much ``‖z‖² − ‖Vᵀz‖²`` can be too small; see ``bounds``.
+
+    Rows are decoded in float32, off by five roundings at most, which enter four times.
+    """
+    return (40 + 2.1 * directions**0.5) * 2.0**-24
+
+
+def _raised(array: Tensor) -> Tensor:
+    """Return float32 that are no smaller, also where what is added to them was rounded."""
+    return (array * (1 + 2e-5) + SMALLEST).float()
+
+
 def _coded(inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes, steps and the lengths of what rounding to them leaves, a little too large."""
-    steps = inside.abs().amax(0).clamp(min=1e-30) / 127
+    """Return codes, steps and the lengths of what rounding to them leaves, in double."""
+    steps = (inside.abs().amax(0) / 127).clamp(min=1e-30).float()
     codes = (inside / steps).round().clamp(-127, 127).to(torch.int8)
     parts = zip(inside.split(SPAN), codes.split(SPAN), strict=True)
-    left = [torch.linalg.vector_norm(one - code.float() * steps, dim=1) for one, code in parts]
-    return codes, steps, torch.cat(left) * 1.0001
+    left = [torch.linalg.vector_norm(one - code.double() * steps, dim=1) for one, code in parts]
+    return codes, steps, torch.cat(left)
 
 
 def _concatenated(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

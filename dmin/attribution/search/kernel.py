@@ -11,6 +11,13 @@ ahead. Written in LLVM's terms (:func:`products`), every product is added up by 
 instructions in the same order, so that scores do not depend on blocks, threads and other queries;
 and the next rows are fetched meanwhile, which hides the latency of memory.
 
+How far a score can be off is known. A place of a register adds up every LANES-th of COLUMNS
+products; these and perhaps their neighbours are inner products of at most :data:`SHORT` numbers in
+float32, off by at most ``SHORT · 2⁻²⁴ / (1 − …)`` of ``Σ |x| |y|``, in whatever order they are
+added up (Higham 2002, Accuracy and Stability of Numerical Algorithms, 3.1). Everything after that
+is double. Longer sums in float32 would be hardly faster, as registers are added up once in COLUMNS
+columns, and little could be proven of them.
+
 numba knows no half floats: float16 comes as int16, bfloat16 as uint16, distinguished by that. It is
 imported when this module is, which is when a scan begins. (All of it stands in one file: numba
 keeps what it compiled until the file of the loop changes.)
@@ -37,8 +44,12 @@ ROWS, QUERIES = 4, 4 if WIDE else 2  # whose sums are in registers at a time
 # What is added up without a break. Of more queries, the numbers of TILE rows in COLUMNS columns
 # stay in the second cache while TOGETHER queries pass, a few of which stay in the first.
 TILE, COLUMNS, TOGETHER = 32, 1024, 64
+SHORT = (
+    128  # products at most that are added up in float32: COLUMNS // 8 lanes, the fewest there are
+)
 LINE, AHEAD = 64, 2048  # bytes that memory gives at a time, and how far ahead rows are fetched
-INT, FLOAT, HALF = ir.IntType(32), ir.FloatType(), ir.HalfType()
+SMALLEST = 1e-12  # length that a row is divided by
+INT, FLOAT, HALF, DOUBLE = ir.IntType(32), ir.FloatType(), ir.HalfType(), ir.DoubleType()
 FUSED = ("contract",)
 
 
@@ -110,7 +121,7 @@ def products(queries: int, first: bool) -> Any:
         asked: Any,
         count: Any,
     ) -> Any:
-        found = types.UniTuple(types.float32, queries * ROWS)
+        found = types.UniTuple(types.float64, queries * ROWS)
         words = types.UniTuple(types.uint32, ROWS)
         signature = types.Tuple((found, words))(like, rows, later, query, stride, asked, count)
 
@@ -168,9 +179,15 @@ class _Loop:
                 self._fetch(place, index)
             for offset in range(0, step, lanes):
                 self._multiply(builder.add(index, ir.Constant(index.type, offset)))
-        return (
-            [self._added(builder.load(each), builder.fadd) for each in self.sums],
-            [self._added(builder.load(each), builder.add) for each in self.bits],
+        # Places of a register that are sums of fewer products are added up while they are float32.
+        narrow = max(1, lanes * (COLUMNS // LANES) // SHORT)
+        sums = [self._added(builder.load(each), builder.fadd, lanes, narrow) for each in self.sums]
+        wide = [builder.fpext(each, ir.VectorType(DOUBLE, narrow)) for each in sums]
+        nought = ir.Constant(INT, 0)
+        totals = [self._added(each, builder.fadd, narrow) for each in wide]
+        bits = [self._added(builder.load(each), builder.add, lanes) for each in self.bits]
+        return tuple(
+            [builder.extract_element(each, nought) for each in part] for part in (totals, bits)
         )
 
     def _shape(self, kind: Any) -> Any:
@@ -212,19 +229,18 @@ class _Loop:
         call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         builder.call(call, [line, *(ir.Constant(INT, value) for value in (0, 2, 1))])
 
-    def _added(self, vector: Any, add: Any) -> Any:
-        """Return the sum of a vector's numbers, halves on halves."""
-        builder, lanes = self.builder, self.lanes
-        while lanes > 1:
+    def _added(self, vector: Any, add: Any, lanes: int, left: int = 1) -> Any:
+        """Return a vector's numbers added up, halves on halves, until so many are left."""
+        while lanes > left:
             lanes //= 2
             low, high = (
-                builder.shuffle_vector(
+                self.builder.shuffle_vector(
                     vector, vector, ir.Constant(ir.VectorType(INT, lanes), list(part))
                 )
                 for part in (range(lanes), range(lanes, 2 * lanes))
             )
             vector = add(low, high)
-        return builder.extract_element(vector, ir.Constant(INT, 0))
+        return vector
 
 
 _one_query = products(1, first=True)
@@ -244,7 +260,7 @@ def multiplied(like: Any, addresses: Any, factors: Any, sums: Any, queries: Any,
         factors: float32 ``[n, S]``, S draws and timesteps.
         sums: uint32 ``[n]``, the words of each row added up.
         queries: float32 ``[Q, S, m]``, C-contiguous.
-        scores: float32 ``[Q, n]``, to be filled.
+        scores: float64 ``[Q, n]``, to be filled.
     """
     count, (asked, steps, width) = len(addresses), queries.shape
     # Outermost first: TOGETHER queries; TILE rows; COLUMNS columns of them, which then lie in the
@@ -333,3 +349,32 @@ def decoded(rows: Any, factors: Any, sums: Any, out: Any) -> int:
         if wrong < 0 and seen != sums[i]:
             wrong = i
     return wrong
+
+
+def _rescored(rows, scale, unit, query, scores):
+    """Fill the scores of some rows by one query, added up in double.
+
+    Args:
+        rows: ``[n, S, m]`` as stored.
+        scale: float64 ``[n, S]``.
+        unit: divide by the length of the scaled row, which is added up on the way.
+        query: float32 ``[S, m]``.
+        scores: float64 ``[n]``, to be filled.
+    """
+    count, steps, width = rows.shape
+    for i in range(count):
+        total = 0.0
+        for s in range(steps):
+            stored, asked = rows[i, s], query[s]
+            product = square = 0.0
+            for x in range(width):
+                value = np.float64(widen(stored[x]))
+                product += value * asked[x]
+                square += value * value
+            product *= scale[i, s]
+            total += product / max(scale[i, s] * np.sqrt(square), SMALLEST) if unit else product
+        scores[i] = total
+
+
+# Its sums may be cut into vectors, in one way for all rows: equal rows have equal scores.
+rescored = compiled(_rescored, fastmath={"reassoc", "contract"})

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.search.threads import in_threads
-from dmin.attribution.search.topk import TopK
 from dmin.store import Store
 from dmin.store.encoding import STORED_AS, word_sums
 
@@ -28,6 +27,7 @@ BLOCK_BYTES = 64 << 20  # of stored rows: what one thread takes at a time
 CHUNK_BYTES = 4 << 20  # of chosen rows: fewer are not worth a thread
 BUFFER_BYTES = 4 << 20  # of decoded rows: what stays in the cache
 MEMORY_BOUND = 8  # queries: more take longer than reading does, and blocks are smaller by that
+PARTS = 32  # sums of float32 that a device keeps of one score at a time
 SCORE_BYTES = 32 << 20  # of one block's scores: of very many queries it has fewer rows
 # numba knows no half floats: float16 comes as int16, bfloat16 as uint16, distinguished by that.
 SEEN_AS = {"float32": "<f4", "float16": "<i2", "bfloat16": "<u2", "int8": "|i1"}
@@ -50,36 +50,26 @@ def scan(
     """
     count = len(linear.queries)
     size = max(CHUNK_BYTES, BLOCK_BYTES // max(1, count // MEMORY_BOUND))
-    most = min(size // store.layout.row_bytes, SCORE_BYTES // (4 * count))
+    most = min(size // store.layout.row_bytes, SCORE_BYTES // (8 * count))
     rows = rows or _even(len(store), most)
-    spans = [(first, min(first + rows, len(store))) for first in range(0, len(store), rows)]
+    some = spans(len(store), rows)
     if keep is not None:
-        spans = [span for span in spans if keep[slice(*span)].any()]
+        some = [span for span in some if keep[slice(*span)].any()]
     queries = linear.queries.flatten(3).flatten(1, 2).float().contiguous()  # [Q, D·T, G·k]
     if queries.is_cuda:
-        yield from _scan_there(linear, store, spans, queries.flatten(1))
+        yield from _scan_there(linear, store, some, queries.flatten(1))
         return
     factors, asked = row_factors(store, linear), queries.numpy()
 
     def score(span: Span) -> tuple[int, Tensor]:
-        scores = np.empty((len(asked), span[1] - span[0]), np.float32)
+        scores = np.empty((len(asked), span[1] - span[0]))
         for first, stored, scale, sums in _parts(store, linear.readout, span, factors):
             out = scores[:, first - span[0] : first - span[0] + len(stored)]
             wrong = multiply(stored, scale, sums, asked, out)
             _require_sound(store, linear.readout, first, wrong)
-        return span[0], torch.from_numpy(scores)
+        return span[0], torch.from_numpy(scores).float()
 
-    yield from in_threads(score, spans, compiled=True)
-
-
-def best_of_all(linear: InnerProduct, store: Store, k: int, keep: np.ndarray | None = None) -> TopK:
-    """Return the k best rows by reading everything; arguments are those of :func:`scan`."""
-    best = TopK(len(linear.queries), k)
-    for first, scores in scan(linear, store, keep=keep):
-        if keep is not None:
-            scores[:, ~torch.from_numpy(keep[first : first + scores.shape[1]])] = -torch.inf
-        best.update(scores, first)
-    return best
+    yield from in_threads(score, some, compiled=True)
 
 
 def multiply(
@@ -92,12 +82,12 @@ def multiply(
 
 
 def _scan_there(
-    linear: InnerProduct, store: Store, spans: Sequence[Span], queries: Tensor
+    linear: InnerProduct, store: Store, some: Sequence[Span], queries: Tensor
 ) -> Iterator[tuple[int, Tensor]]:
-    """Score spans on the queries' device: decoded, scaled and multiplied there, in float32."""
+    """Score spans on the queries' device: decoded, scaled and multiplied there."""
     device = queries.device
     factors = row_factors(store, linear)
-    for span in spans:
+    for span in some:
         parts = []
         for first, stored, _, sums in _parts(store, linear.readout, span, None):
             last = first + len(stored)
@@ -108,8 +98,25 @@ def _scan_there(
             if factors is not None:
                 scale = factors[first:last].flatten(1).to(device, non_blocking=True)
                 rows.mul_(scale[:, :, None])
-            parts.append(queries @ rows.flatten(1).T)
+            parts.append(_short_products(queries, rows.flatten(1)))
         yield span[0], torch.cat(parts, dim=1).cpu()
+
+
+def _short_products(queries: Tensor, rows: Tensor) -> Tensor:
+    """Return ``queries · rowsᵀ``; as in the kernel, only short sums are float32."""
+    short = kernel().SHORT
+    total = torch.zeros(len(queries), len(rows), dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[1], PARTS * short):
+        part = slice(start, start + PARTS * short)
+        some, others = (_cut(each[:, part], short) for each in (queries, rows))
+        total += torch.bmm(some, others.mT).sum(0, dtype=torch.float64)
+    return total.float()
+
+
+def _cut(rows: Tensor, width: int) -> Tensor:
+    """Return rows ``[n, m]`` as ``[parts, n, width]``, zeros at the end."""
+    missing = -rows.shape[1] % width
+    return torch.nn.functional.pad(rows, (0, missing)).unflatten(1, (-1, width)).transpose(0, 1)
 
 
 def _parts(
@@ -139,6 +146,11 @@ def _require_sound(store: Store, readout: str, first: int, wrong: int) -> None:
         raise store.corrupt(readout, first + wrong)
 
 
+def spans(count: int, size: int) -> list[Span]:
+    """Return ``count`` rows cut into spans of ``size``, the last perhaps shorter."""
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def _even(rows: int, most: int) -> int:
     """Return how many rows to give a thread at a time so that all have as many blocks to do."""
     threads = torch.get_num_threads()
@@ -156,14 +168,20 @@ def row_factors(
     store: Store, linear: InnerProduct, rows: np.ndarray | slice = slice(None)
 ) -> Tensor | None:
     """Return what stored rows are multiplied by, float32 ``[n, D, T]``; None for nothing."""
-    scales = store.scales(linear.readout)
-    parts = [] if scales is None else [torch.from_numpy(scales[rows])]
+    parts = exact_factors(store, linear, rows)
     if linear.scale == "unit":
-        parts.append(torch.from_numpy(store.inverse_lengths(linear.readout)[rows]))
-    elif linear.scale == "norm":
-        norms = torch.from_numpy(store.norms(linear.readout)[rows])
-        parts.append(norms.square().sum(-1).sqrt())
-    return reduce(torch.mul, parts) if parts else None
+        parts.append(store.inverse_lengths(linear.readout)[rows])
+    return torch.from_numpy(reduce(np.multiply, parts).astype(np.float32)) if parts else None
+
+
+def exact_factors(store: Store, linear: InnerProduct, rows: np.ndarray | slice) -> list[np.ndarray]:
+    """Return factors float64 ``[n, D, T]`` without those that bring rows to length 1."""
+    scales = store.scales(linear.readout)
+    parts = [] if scales is None else [scales[rows].astype(np.float64)]
+    if linear.scale == "norm":
+        norms = store.norms(linear.readout)[rows].astype(np.float64)
+        parts.append(np.sqrt(np.square(norms).sum(-1)))
+    return parts
 
 
 def decoded_rows(
@@ -194,9 +212,9 @@ def scores_of_rows(
     query: Tensor,
     rows: np.ndarray,
 ) -> Tensor:
-    """Return a query's scores of chosen rows, ``[n]``, or those of several, ``[Q, n]``.
+    """Return a query's scores of chosen rows, float64 ``[n]``, or of several ``[Q, n]``.
 
-    Rows are read where they lie.
+    Rows are read where they lie. How far scores can be off: :class:`ErrorBound`.
 
     Args:
         store: the rows.
@@ -208,10 +226,11 @@ def scores_of_rows(
     draws, steps, groups, dim = store.layout.row_shape
     readout, sums = linear.readout, store.sums(linear.readout)
     if sums is None:  # nothing was verified: there is nothing to hold rows against
-        return query @ gathered_rows(store, linear, rows).flatten(1).T
+        chosen = gathered_rows(store, linear, rows).flatten(1)
+        return query.double() @ chosen.T.double()
     asked = query.reshape(-1, draws * steps, groups * dim).numpy()
     like = np.empty(0, SEEN_AS[store.layout.dtype])
-    scores = torch.empty(len(asked), len(rows))
+    scores = torch.empty(len(asked), len(rows), dtype=torch.float64)
 
     def score(span: Span) -> None:
         part = rows[slice(*span)]
@@ -227,8 +246,7 @@ def scores_of_rows(
             raise store.corrupt(readout, int(part[wrong]))
 
     size = _even(len(rows), max(64, CHUNK_BYTES // store.layout.row_bytes))
-    spans = [(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
-    for _ in in_threads(score, spans, compiled=True):
+    for _ in in_threads(score, spans(len(rows), size), compiled=True):
         pass
     return scores if query.dim() > 1 else scores[0]
 

@@ -56,6 +56,10 @@ class TopK:
             kept = order[: self.k]
             best[:], rows[:] = joined[kept], np.concatenate([rows, better + first])[kept]
 
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores, rows and how many more tie."""
+        return self.scores, self.rows, self.tied
+
     def _joined(self, some: Tensor, more: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return what scores, rows and ties of some queries become with more scores of theirs."""
         values, index = stable_topk(more, self.k)
