@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz zoo bench bench-retrieval gpu lint figures experiments wheel clean
+.PHONY: help demo test fuzz zoo conformance bench bench-retrieval gpu lint figures experiments wheel clean
 
 # The first of these that is there; name another with `make test PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,\
@@ -26,6 +26,9 @@ fuzz: .venv/.installed ## kill 200 writers and flip a thousand bits of stores (m
 zoo: .venv/.installed ## hold 3,300 random layers and networks to autograd (minutes)
 	@DMIN_FUZZ=20 .venv/bin/pytest -n auto tests/gradients/test_capture_random.py \
 	  tests/gradients/test_zoo.py tests/gradients/test_layers.py -k any $(ARGS)
+
+conformance: .venv/.installed ## run every test of a family over all families (minutes)
+	@DMIN_CONFORMANCE=1 .venv/bin/pytest -n auto tests/models $(ARGS)
 
 bench: .venv/.installed ## measure collecting beside plain training (40 minutes; goes on if stopped)
 	@.venv/bin/python experiments/bench/run.py $(ARGS)

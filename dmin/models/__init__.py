@@ -12,16 +12,22 @@ from dmin.models.logging_filters import leave_out_remarks
 leave_out_remarks()
 
 _FAMILIES = {
+    "Chroma": "families.chroma",
     "DDPM": "families.ddpm",
     "DiT": "families.dit",
     "Flux": "families.flux",
+    "Flux2": "families.flux_2",
     "HunyuanDiT": "families.hunyuan_dit",
+    "Lumina2": "families.lumina_2",
     "MLP": "toy.mlp",
     "PixArt": "families.pixart",
+    "QwenImage": "families.qwen_image",
     "Sana": "families.sana",
     "StableDiffusion": "families.stable_diffusion",
     "StableDiffusion3": "families.stable_diffusion_3",
     "StableDiffusionXL": "families.stable_diffusion_xl",
+    "Wan": "families.wan",
+    "ZImage": "families.z_image",
     "auto": "recognition",
 }
 

@@ -126,6 +126,34 @@ class LongCaptioned(Captioned):
         return {**super()._sampling(prompts), **length}
 
 
+class PaddedCaptioned(LongCaptioned):
+    """Conditioned on captions each of its own length, encoded alone: no other one changes it.
+
+    They are kept in the chosen length, zeros and a mask after their tokens.
+    """
+
+    def _encode(self, prompts: Sequence[Any], **told: Any) -> Condition:
+        embedding, mask = self.encoded
+        rows = [self._alone(text, **told)[: self.max_sequence_length] for text in prompts]
+        shape = (len(rows), int(self.max_sequence_length or 0))
+        found = {
+            str(embedding): rows[0].new_zeros(*shape, rows[0].shape[1]),
+            str(mask): torch.zeros(shape, dtype=torch.bool, device=rows[0].device),
+        }
+        for number, row in enumerate(rows):
+            for name, value in ((str(embedding), row), (str(mask), True)):
+                found[name][number, : len(row)] = value
+        return found
+
+    def _alone(self, prompt: Any, **told: Any) -> torch.Tensor:
+        """Return the embedding of one caption, ``[tokens, width]``."""
+        device, length = self._text_device, self.max_sequence_length
+        asked = {"device": device, "max_sequence_length": length, **told}
+        # Some pipelines write the chat's template into the list they are given.
+        found: torch.Tensor = self.pipeline.encode_prompt(self._texts([prompt]), **asked)[0][0]
+        return found
+
+
 class MicroConditioning(NamedTuple):
     """The sizes that a model is told of an image; height before width, top before left."""
 

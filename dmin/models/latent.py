@@ -24,6 +24,7 @@ from dmin.models.relatives import (
     check_inputs,
     check_variance,
     diffusers_name,
+    latent_channels,
 )
 from dmin.runtime.errors import DminError
 
@@ -81,7 +82,7 @@ class LatentDiffusion(PipelineModel):
             )
         check_weights(self.network)
         check_component("vae", diffusers_name(pipeline.vae), self.family, "model")
-        latent = vae.channels(pipeline.vae.config)
+        latent = latent_channels(pipeline.vae.config)
         check_inputs(self.family, type(self.network), self.network.config, latent)
         self.latents = latents
         self.latent_seed = latent_seed

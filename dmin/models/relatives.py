@@ -28,6 +28,7 @@ class Claims(NamedTuple):
     packing: int = 1  # latent pixels in one vector of the network's input
     keys: tuple[str, ...] = ()  # parts of tensors' names, all of which a single file has
     vae: tuple[str, ...] = _AUTOENCODERS
+    gives: tuple[str, ...] = ()  # what its network must be told beside latents, time and text
 
 
 def variants(name: str) -> tuple[str, ...]:
@@ -71,8 +72,11 @@ REASONS = {
     "LDM": "its latents are those of a VQ autoencoder",
     "Sprint": "it is distilled: its loss needs a derivative along the flow, and a teacher",
     "Consistency": "it is distilled: its loss needs a teacher or two steps",
-    "Klein": "FLUX.2 has another network and other latents than Flux.1",
-    "Flux2": "FLUX.2 has another network and other latents than Flux.1",
+    "KV": "its sampler keeps what the network made of images to change",
+    "Edit": "its network is also given the tokens of an image to change",
+    "Layered": "its network makes several layers of an image at once",
+    "Omni": "its network is also given images to change",
+    "ImageToVideo": "its network is also given the latents of a first frame",
     "ScoreSde": "its network predicts a score in continuous time",
     "Video": "it makes videos",
 }
@@ -164,7 +168,7 @@ def check_checkpoint(family: str, path: str, revision: str | None) -> Any:
             f"Give the base model's checkpoint."
         )
     parts = {k: v[1] for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
-    configs = {}
+    configs: dict[str, Any] = {}
     for name, component in parts.items():
         if name not in inspect.signature(pipeline_class.__init__).parameters:
             raise DminError(
@@ -175,9 +179,14 @@ def check_checkpoint(family: str, path: str, revision: str | None) -> Any:
         if name in ("unet", "transformer", "vae"):
             configs[name] = _config(getattr(diffusers, component), path, name, revision)
     network = next(name for name in ("unet", "transformer") if name in parts)
-    channels = configs["vae"].get("latent_channels") if "vae" in configs else None
+    channels = latent_channels(configs["vae"]) if "vae" in configs else None
     check_inputs(family, getattr(diffusers, parts[network]), configs[network], channels)
     return pipeline_class
+
+
+def latent_channels(config: Mapping[str, Any]) -> int:
+    """Return the channels of an autoencoder's latents, by its config."""
+    return int(config.get("latent_channels") or config["z_dim"])
 
 
 def _config(kind: Any, path: str, name: str, revision: str | None) -> Any:
@@ -228,10 +237,11 @@ def check_inputs(
     ]
     if config.get("in_channels", channels) != channels:
         more.append(f"{config['in_channels']} channels for {channels}")
+    given = (*_GIVEN, *claims.gives)
     more += [
         f"the argument {p.name}"
         for p in inspect.signature(kind.forward).parameters.values()
-        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in _GIVEN
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in given
     ]
     if more:
         raise DminError(
@@ -240,7 +250,7 @@ def check_inputs(
             f"checkpoint of a text- or class-to-image model."
         )
     out = config.get("out_channels") or channels
-    if out not in (channels, 2 * (channels or 0)):
+    if out not in (channels, 2 * (channels or 0), (channels or 0) // claims.packing):
         raise DminError(
             f"model.path: this {kind.__name__} returns {out} channels for {channels}: neither a "
             f"prediction, nor one with a learned variance, twice as many. Give the checkpoint of a "

@@ -124,11 +124,6 @@ def factor(vae: Any) -> int:
     return int(2 ** (len(stages) - 1))
 
 
-def channels(config: Any) -> int:
-    """Return the channels of an autoencoder's latents, by its config."""
-    return int(config.get("latent_channels") or config["z_dim"])
-
-
 def of_frames(vae: Any) -> bool:
     """Tell whether an autoencoder is one of videos, for which an image is a single frame."""
     return any(isinstance(module, nn.Conv3d) for module in vae.modules())

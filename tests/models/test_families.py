@@ -5,7 +5,7 @@ import json
 import diffusers
 import pytest
 import torch
-from models.families import FAMILIES, checkpoint, load
+from models.families import EVERY, FAMILIES, checkpoint, load
 from models.tiny import stable_diffusion, unet
 
 from dmin.collect import GradientCollector, predict_trainer
@@ -16,7 +16,7 @@ from dmin.models.base import per_example_loss
 from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
 
-CASES = [(name, kind) for name, f in FAMILIES.items() for kind in f.predictions]
+CASES = [(name, kind) for name, f in EVERY.items() for kind in f.predictions]
 
 
 def examples(family, n=3):
@@ -45,9 +45,9 @@ def test_it_loads_from_disk_ready_to_be_differentiated(name):
     assert list(model.ladder) == sorted(model.ladder, reverse=True)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_encoding_has_the_shapes_of_the_family_and_repeats_itself(name):
-    family, model = FAMILIES[name], load(name)
+    family, model = EVERY[name], load(name)
     x0, _, _, condition = inputs(model, family)
     assert x0.shape == (3, *family.latent) and x0.dtype == torch.float32
     assert {k: tuple(v.shape[1:]) for k, v in condition.items()} == family.condition
@@ -62,7 +62,7 @@ def test_encoding_has_the_shapes_of_the_family_and_repeats_itself(name):
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_the_target_is_that_of_the_prediction_type(name, kind):
-    family, model = FAMILIES[name], load(name, kind)
+    family, model = EVERY[name], load(name, kind)
     x0, noise, t, condition = inputs(model, family)
     with torch.no_grad():
         prediction, target, weight, *_ = model.predict(x0, noise, t, condition)
@@ -117,9 +117,9 @@ def test_what_defines_the_loss_is_described(name):
     assert other.describe() != model.describe()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_rows_are_sketches_of_one_example_at_a_time(name, tmp_path):
-    family, model = FAMILIES[name], load(name)
+    family, model = EVERY[name], load(name)
     dataset, noise = examples(family), SharedNoise(seed=5)
     collector = GradientCollector(
         model, BlockCyclic(256), Explicit(family.timesteps), noise, microbatch=4

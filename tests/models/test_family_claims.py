@@ -5,28 +5,37 @@ autoencoder is asked to decode what normalises to x0, and what the network says 
 hands its scheduler.
 """
 
+import copy
 from contextlib import contextmanager
 
 import pytest
 import torch
-from models.families import FAMILIES, load
+from models.families import EVERY, checkpoint, load
 from models.test_against_pipelines import sized
 
 from dmin.cli.config.groups import groups
 from dmin.doctor.checks import SAMPLER_LIMIT, sampler
-from dmin.models import vae
 from dmin.models.oracle import sampling_error
+from dmin.models.recognition import recognise
+from dmin.models.relatives import latent_channels
+from dmin.runtime.errors import DminError
 
-CASES = [(name, kind) for name, f in FAMILIES.items() for kind in f.predictions]
+CASES = [(name, kind) for name, f in EVERY.items() for kind in f.predictions]
 # Samplers that stop before all noise is gone (set_alpha_to_one: false), or round their timesteps.
-ENDS_EARLY = {"stable_diffusion": 0.06, "stable_diffusion_xl": 0.06, "dit": 0.06, "sana": 2e-3}
+ENDS_EARLY = {
+    "stable_diffusion": 0.06,
+    "stable_diffusion_xl": 0.06,
+    "dit": 0.06,
+    "sana": 2e-3,
+    "wan": 3e-3,
+}
 
 
 @contextmanager
 def statistics(autoencoder):
     """Have an autoencoder with numbers that no family has by chance."""
-    before = dict(autoencoder.config)
-    by_channel = torch.rand(2, vae.channels(before), generator=torch.Generator().manual_seed(3))
+    before, tensors = dict(autoencoder.config), copy.deepcopy(autoencoder.state_dict())
+    by_channel = torch.rand(2, latent_channels(before), generator=torch.Generator().manual_seed(3))
     if hasattr(autoencoder, "bn"):
         autoencoder.bn.running_mean.copy_(by_channel[0].repeat(4))
         autoencoder.bn.running_var.copy_(by_channel[1].repeat(4) + 0.5)
@@ -37,11 +46,12 @@ def statistics(autoencoder):
         changes = {"scaling_factor": 0.7, "shift_factor": 0.3}
         autoencoder.register_to_config(**{k: v for k, v in changes.items() if k in before})
     yield
+    autoencoder.load_state_dict(tensors)
     autoencoder.register_to_config(**{k: v for k, v in before.items() if not k.startswith("_")})
 
 
 def test_every_family_is_held_to_this():
-    assert {*FAMILIES, "auto", "ddpm", "mlp"} == set(groups()["model"])
+    assert {*EVERY, "auto", "ddpm", "mlp"} == set(groups()["model"])
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -53,7 +63,7 @@ def test_the_best_network_for_one_image_leads_the_pipeline_to_it(name, kind):
     assert model.network.forward == forward and model.pipeline.vae.decode == decode
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("claim", ["sign", "time", "shifted"])
 def test_a_claim_that_is_wrong_is_found(name, claim, monkeypatch):
     model = load(name)
@@ -76,10 +86,12 @@ def test_a_family_by_hand_has_no_sampler_to_be_held_to(ddpm):
     assert sampler(ddpm) == [] == sampler(load("stable_diffusion_3", target="noise"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_predictions_are_what_the_pipeline_hands_its_scheduler(name, monkeypatch):
-    family = FAMILIES[name]
-    model = load(name, guidance_scale=1.0, **family.unguided)  # one call of the network a step
+    family = EVERY[name]
+    model = load(
+        name, **{"guidance_scale": 1.0, **family.unguided}
+    )  # one call of the network a step
     scheduler, prompt, handed = model.pipeline.scheduler, family.prompts[0], []
     step = scheduler.step
 
@@ -97,3 +109,30 @@ def test_predictions_are_what_the_pipeline_hands_its_scheduler(name, monkeypatch
             found = model._predict(noised, model.process.time(t[None]), condition)
         found = found[:, : expected.shape[1]]  # without a learned variance
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_klein_is_flux_2_without_a_guidance_that_it_is_told():
+    model = load("flux_2")
+    folder = checkpoint("flux_2", guidance_embeds=False)
+    klein = type(model).from_pretrained(folder, **EVERY["flux_2"].settings)
+    assert type(klein.pipeline).__name__ == "Flux2KleinPipeline"
+    assert klein.describe()["embedded_guidance"] is None
+    assert sampling_error(klein) <= 1e-5 and recognise(folder).family == "flux_2"
+
+
+def test_a_wan_of_two_networks_is_refused():
+    pipeline = copy.copy(load("wan").pipeline)
+    pipeline.transformer_2 = pipeline.transformer
+    with pytest.raises(DminError, match=r"two networks.*Wan 2\.1"):
+        EVERY["wan"].model(pipeline)
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+def test_a_caption_is_padded_after_its_own_tokens_whatever_else_is_encoded(name):
+    model = load(name)
+    given = ["a red cat", "dog"]
+    text, mask = model.condition(given).values()
+    assert given == ["a red cat", "dog"] and mask.sum(1).tolist() == [8, 6]
+    assert not text[~mask].any()
+    alone, _ = model.condition(["dog"]).values()
+    assert torch.equal(alone[0], text[1])

@@ -2,18 +2,22 @@
 
 import pytest
 import torch
-from models.families import FAMILIES, load
+from models.families import EVERY, load
 
 from dmin.collect.collector import Collector
 from dmin.data import Example, collate
 from dmin.diffusion import Stratified
 from dmin.sketches import BlockCyclic
 
+# The lengths of captions decide where rows stand, or rows of padding have no gradient: each pass is
+# examined.
+ROUTED = {"z_image", "lumina_2", "wan"}
 
-@pytest.mark.parametrize("name", FAMILIES)
+
+@pytest.mark.parametrize("name", EVERY)
 def test_a_family_is_examined_once(name):
     model = load(name)
-    size = FAMILIES[name].size
+    size = EVERY[name].size
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     batch = collate([Example(f"x{i}", x, i, f"a cat {i}") for i, x in enumerate(images)])
     with torch.no_grad():
@@ -21,7 +25,9 @@ def test_a_family_is_examined_once(name):
     collector = Collector(model, BlockCyclic(64, block=16), Stratified(2))
     passes = collector.inputs(x0, condition, batch["id"]).all()
     collector.run(passes)
-    assert not collector.ownership.routed
+    assert collector.ownership.routed == (name in ROUTED)
+    if name in ROUTED:
+        return
     before = collector.ownership.seconds
     collector.run(passes)
     assert collector.ownership.seconds == before

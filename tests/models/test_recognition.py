@@ -6,7 +6,7 @@ import diffusers
 import pytest
 from hydra import compose, initialize_config_dir
 from models import documented
-from models.families import FAMILIES as TESTED
+from models.families import EVERY as TESTED
 from models.families import checkpoint
 from omegaconf import open_dict
 from runs.tiny import header_only, pipeline_index
@@ -27,6 +27,11 @@ FILES = {
     "stable_diffusion_xl": ["model.diffusion_model.x", "conditioner.embedders.1.model.x"],
     "stable_diffusion_3": ["model.diffusion_model.joint_blocks.0.context_block.x"],
     "flux": ["double_blocks.0.img_attn.norm.key_norm.scale"],
+    "chroma": ["double_blocks.0.img_mod.x", "distilled_guidance_layer.in_proj.bias"],
+    "flux_2": ["double_blocks.0.img_attn.x", "single_stream_modulation.lin.weight"],
+    "lumina_2": ["cap_embedder.0.weight", "noise_refiner.0.attention.x"],
+    "z_image": ["layers.0.adaLN_modulation.0.weight", "cap_embedder.0.weight", "x_pad_token"],
+    "wan": ["head.modulation", "patch_embedding.weight"],
 }
 
 

@@ -1,0 +1,34 @@
+"""Lumina Image 2: one transformer over caption and image, told by Gemma 2."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from dmin.diffusion.processes import RectifiedFlow
+from dmin.models.base import Condition
+from dmin.models.conditioning import LongCaptioned
+from dmin.models.relatives import Claims
+
+
+class Lumina2(LongCaptioned):
+    """Lumina Image 2.0 (Qin et al. 2025); the system's words go before every caption."""
+
+    family = "lumina_2"
+    claims = Claims(
+        "Lumina2Transformer2DModel",
+        ("Lumina2Pipeline",),
+        keys=("cap_embedder.0.", "noise_refiner.0."),
+        gives=("encoder_attention_mask",),
+    )
+    processes = (RectifiedFlow,)
+    shifted = True
+    time_unit, sign = "signal", -1
+    own_length: int = 256
+    encoded = ("encoder_hidden_states", "encoder_attention_mask")
+    own_size: ClassVar[int] = 128
+
+    def _no_prompt(self) -> Condition:
+        found: Any = self.pipeline._get_gemma_prompt_embeds(
+            [""], self._text_device, self.max_sequence_length
+        )
+        return dict(zip(self.encoded, found, strict=True))

@@ -1,0 +1,49 @@
+"""Z-Image: a transformer on lists of images and captions, each of its own length."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dmin.diffusion.processes import RectifiedFlow
+from dmin.models.base import Condition
+from dmin.models.conditioning import PaddedCaptioned
+from dmin.models.relatives import Claims, variants
+
+
+class ZImage(PaddedCaptioned):
+    """Z-Image (Alibaba 2025); Turbo is distilled: its loss is that of fine-tuning, not its making.
+
+    The pipeline's guidance is ``c + s (c − ∅)``: its scale s is ``query_guidance`` less one.
+    """
+
+    family = "z_image"
+    claims = Claims(
+        "ZImageTransformer2DModel",
+        variants("ZImage")[:2],
+        keys=("layers.0.adaLN_modulation.0.", "cap_embedder.0.", "x_pad_token"),
+        gives=("x", "t", "cap_feats"),
+    )
+    processes = (RectifiedFlow,)
+    shifted = True
+    time_name, time_unit, sign = "t", "signal", -1
+    own_length: int = 512
+    own_size: ClassVar[int] = 128
+    encoded = ("cap_feats", "mask")
+
+    @property
+    def patch(self) -> int:
+        """Latent pixels that make one token."""
+        return int(self.network.config.all_patch_size[0])
+
+    def _told(self, noised: Tensor, condition: Condition) -> dict[str, Any]:
+        pairs = zip(condition["cap_feats"], condition["mask"], strict=True)
+        return {"cap_feats": [caption[mask] for caption, mask in pairs]}
+
+    def _tokens(self, latents: Tensor) -> list[Tensor]:
+        return list(latents.unsqueeze(2))
+
+    def _latents(self, tokens: Any, shape: Any) -> Tensor:
+        return torch.stack(list(tokens)).squeeze(2) if isinstance(tokens, list | tuple) else tokens
