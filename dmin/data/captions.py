@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -51,13 +51,20 @@ class Captions:
     prefix: str = ""
     suffix: str = ""
 
-    def read(self, root: Path, images: Sequence[str], files: Collection[str]) -> dict[str, str]:
+    def read(
+        self,
+        root: Path,
+        images: Sequence[str],
+        files: Collection[str],
+        refuse: Callable[[str, DminError], None] | None = None,
+    ) -> dict[str, str]:
         """Return the captions of images; those to be dropped are left out.
 
         Args:
             root: the folder.
             images: their paths below it.
             files: paths of all files below it.
+            refuse: is told of captions that cannot be used, in place of an error.
 
         Raises:
             DminError: an image has none, and that is an error; or a file cannot be read.
@@ -67,7 +74,13 @@ class Captions:
         found: dict[str, str] = {}
         without: list[str] = []
         for image in images:
-            caption = self._caption(root, image, stems, table)
+            try:
+                caption = self._caption(root, image, stems, table)
+            except DminError as error:
+                if refuse is None:
+                    raise
+                refuse(image, error)
+                continue
             if caption is None or (self.empty_is_missing and not caption):
                 without.append(image)
                 caption = {"text": self.text or "", "empty": ""}.get(self.missing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from dmin.data.ids import facts_of, ids_of
 from dmin.data.pixels import Pixels
 from dmin.runtime.errors import DminError, DminWarning
 
+NO_CAPTION = "it has no caption, and others have"
+
 
 @dataclass(kw_only=True)
 class Checked(Pixels):
@@ -20,7 +23,9 @@ class Checked(Pixels):
     Args:
         on_error: ``raise`` refuses the dataset; ``skip`` leaves such images out before anything is
             collected, so that ids and blocks of the others stay the same from then on. They are
-            counted, listed in ``skipped`` and named in the manifest of every store.
+            counted, listed in ``skipped`` and named in the manifest of every store. So are those of
+            which something is said that cannot be kept (NaN, broken lines), and those without a
+            caption where others have one.
         check: read all images when the dataset is made. Off, a damaged one is met only when its
             turn comes, perhaps hours later.
 
@@ -66,6 +71,11 @@ class Checked(Pixels):
         if len(problems) == images:
             raise DminError(message)
         warnings.warn(f"{message} They are left out.", DminWarning, stacklevel=5)
+
+    def lacking(self, captions: Mapping[str, str | None]) -> dict[str, str]:
+        """Return which images are to be left out for want of a caption, and why."""
+        some = self.on_error == "skip" and any(each is not None for each in captions.values())
+        return {id: NO_CAPTION for id, caption in captions.items() if some and caption is None}
 
     def described(self, examples: int, **content: Any) -> dict[str, Any]:
         """Return settings, what the dataset says of its content, and those left out, as JSON."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal  # noqa: F401 (Literal is read from the annotations of Pixels)
 
 from dmin.data.base import SCHEMA, Example, Facts
-from dmin.data.checked import Checked
+from dmin.data.checked import NO_CAPTION, Checked
 from dmin.data.metadata import split_row
 from dmin.data.pixels import Unreadable
 from dmin.data.survey import read_bytes, remembered, survey_rows
@@ -92,12 +92,15 @@ class HFDataset(Checked):
     def _problems(self, positions: range) -> dict[int, str]:
         """Return which rows are not fit for use, and why."""
         settings = {"max_pixels": self.max_pixels, **self._columns(), **self.settings()}
+        settings |= {"skip": self.on_error == "skip", "told": 1}
 
         def look(at: int) -> str | None:
             try:
                 row = self._rows[at]
                 self.probe(_content(row[self.image], ""), "")
-                self._facts(row, "")
+                caption = self._facts(row, f"row {at}").caption
+                if self.on_error == "skip" and self.text and caption is None:
+                    return NO_CAPTION
             except DminError as error:
                 return str(getattr(error, "reason", error)).rstrip(".")
             return None
@@ -128,8 +131,9 @@ class HFDataset(Checked):
 
     def _facts(self, row: dict[str, Any], where: str) -> Facts:
         """Return what a row says of its image."""
-        label, caption, rest = split_row(row, self.label, self.text, where)
-        rest = {k: v for k, v in (rest or {}).items() if k not in (self.image, self.id)}
+        said = {name: value for name, value in row.items() if name != self.image}
+        label, caption, rest = split_row(said, self.label, self.text, where)
+        rest = {name: value for name, value in (rest or {}).items() if name != self.id}
         if self.classes is not None and isinstance(label, int) and label >= 0:
             rest.setdefault(f"{self.label}_name", self.classes[label])
         return Facts(label, caption, rest)

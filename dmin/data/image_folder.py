@@ -69,7 +69,8 @@ class ImageFolder(Checked):
                 f"data.root={self.root} holds no images ({', '.join(suffixes())}). Give another "
                 f"folder. {self.summary}"
             )
-        problems = self._problems(sorted(facts)) | self._wrong
+        problems = self.lacking({name: known.caption for name, known in facts.items()})
+        problems |= self._problems(sorted(facts)) | self._wrong
         self.leave_out(problems, len(facts.keys() | problems), f"data.root={self.root}")
         self.ids = sorted(facts.keys() - self.skipped.keys())
         self._facts = [facts[name] for name in self.ids]

@@ -86,8 +86,6 @@ def read_facts(
     facts = {}
     for name, row in rows.items():
         try:
-            if reason := odd(row):
-                raise DminError(f"{where} says of {name}: {reason}.")
             facts[name] = split_row(row, label, text, name)
         except DminError as error:
             refuse(name, error)
@@ -128,7 +126,12 @@ def split_row(row: Mapping[str, Any], label: str | None, text: str | None, name:
         label: column of the label; None for none.
         text: column of the caption, which may be the same; None for none.
         name: what to call the image in a message.
+
+    Raises:
+        DminError: the label or the caption is none, or a store cannot keep what is said.
     """
+    if reason := odd(row):
+        raise DminError(f"what is said of {name}: {reason}.")
     found = as_label(row.get(label), name) if label else None
     caption = as_caption(row.get(text), name) if text else None
     return Facts(found, caption, {k: v for k, v in row.items() if k not in (label, text)})

@@ -12,13 +12,17 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from dmin.data.base import Sizes
 from dmin.data.formats import FORMATS as FORMATS
 from dmin.data.formats import formats
 from dmin.runtime.errors import DminError
+
+_ORIENTATION, _T = 0x0112, Image.Transpose
+_UPS = (_T.FLIP_LEFT_RIGHT, _T.ROTATE_180, _T.FLIP_TOP_BOTTOM, _T.TRANSPOSE, _T.ROTATE_270)
+_TURNS = dict(enumerate((*_UPS, _T.TRANSVERSE, _T.ROTATE_90), start=2))
 
 
 class Picture(NamedTuple):
@@ -139,7 +143,7 @@ class Pixels:
             Unreadable: it is no image, is damaged, or does not fit the settings.
         """
         with self._opened(content, name) as opened:
-            upright = ImageOps.exif_transpose(opened)
+            upright = _upright(opened)
             image, crop = self._fitted(self._coloured(upright))
             pixels = np.asarray(image, dtype=np.float32) / 255
             sizes = Sizes((upright.height, upright.width), crop)
@@ -159,6 +163,7 @@ class Pixels:
         with self._opened(content, name) as opened:
             opened.draft(None, (1, 1))  # a JPEG is read to its end, but unpacked small
             opened.load()
+            opened.getexif().get(_ORIENTATION)
             if opened.mode.startswith(("I", "F")):
                 _eight_bits(opened)
 
@@ -247,6 +252,8 @@ class Pixels:
             return f"it has far more pixels than max_pixels={self.max_pixels}"
         if isinstance(error, Image.UnidentifiedImageError):
             return _unopened(content)
+        if "MAX_TEXT" in str(error) or "Too much memory used in text" in str(error):
+            return f"the text in it is longer than {PngImagePlugin.MAX_TEXT_MEMORY >> 20} MiB"
         return f"it is damaged ({error or type(error).__name__})"
 
 
@@ -256,7 +263,17 @@ def open_image(content: bytes) -> Image.Image:
     Raises:
         PIL.UnidentifiedImageError: it is in none of `FORMATS`.
     """
+    # The workflow of an image in a PNG may be longer than Pillow's limit of one text.
+    limit = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
+    PngImagePlugin.MAX_TEXT_CHUNK = limit
     return Image.open(io.BytesIO(content), formats=formats())
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF says; what else stands there may be damaged."""
+    image.load()
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _unopened(content: bytes) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dmin.data.base import Dataset, Example, Facts, describe_dataset
 from dmin.data.captions import Captions
+from dmin.data.checked import NO_CAPTION
 from dmin.data.ids import facts_at, ids_of
 from dmin.data.image_folder import ImageFolder
 from dmin.data.layout import Folder
@@ -77,8 +78,14 @@ class TrainingFolder(ImageFolder):
         facts = {image: Facts(metadata=told) for image in folder.images}
         if self.captions is not None:
             folder.layout = self.captions.source
-            captions = self.captions.read(folder.root, folder.images, folder.files)
-            facts = {image: Facts(None, caption, told) for image, caption in captions.items()}
+            how, skip = self.captions, self.on_error == "skip"
+            if skip and how.missing == "error":  # such images are left out by name
+                how = replace(how, missing="drop")
+            found = how.read(folder.root, folder.images, folder.files, self.told_wrong)
+            if self.captions.missing == "error":
+                lost = [image for image in folder.images if image not in found]
+                self._wrong = {**dict.fromkeys(lost, NO_CAPTION), **self._wrong}
+            facts = {image: Facts(None, caption, told) for image, caption in found.items()}
             for suffix in self.captions.extensions if folder.layout == "files" else ():
                 folder.used.update(folder.beside(suffix).values())
         self.summary = folder.summary(facts)
