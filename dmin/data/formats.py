@@ -75,3 +75,13 @@ def why_not_opened(name: str) -> str | None:
     if package is not None:
         return f"{suffix} need the plugin {package} (pip install {package})"
     return f"{suffix} of a format that is not opened" if suffix in _NOT_OPENED else None
+
+
+def what_it_is(content: bytes) -> str:
+    """Say what a file is that is not opened, by how it begins."""
+    beginning = content[:64].ljust(64, b"\0")
+    for name, (factory, accept) in Image.OPEN.items():
+        if name not in formats() and accept is not None and accept(beginning):
+            what = getattr(factory, "format_description", None) or name
+            return f"it is {what} ({name}), which is not opened: save it as PNG or JPEG"
+    return f"its content is in no image format that is opened ({', '.join(formats())})"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmin.data.base import Sizes
 from dmin.data.formats import FORMATS as FORMATS
-from dmin.data.formats import formats
+from dmin.data.formats import formats, what_it_is
 from dmin.runtime.errors import DminError
 
 _ORIENTATION, _T = 0x0112, Image.Transpose
@@ -251,7 +251,7 @@ class Pixels:
         if isinstance(error, Image.DecompressionBombError):
             return f"it has far more pixels than max_pixels={self.max_pixels}"
         if isinstance(error, Image.UnidentifiedImageError):
-            return _unopened(content)
+            return what_it_is(content)
         if "MAX_TEXT" in str(error) or "Too much memory used in text" in str(error):
             return f"the text in it is longer than {PngImagePlugin.MAX_TEXT_MEMORY >> 20} MiB"
         return f"it is damaged ({error or type(error).__name__})"
@@ -274,16 +274,6 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     return image if turn is None else image.transpose(turn)
-
-
-def _unopened(content: bytes) -> str:
-    """Say what a file is that is not opened, by how it begins."""
-    beginning = content[:64].ljust(64, b"\0")
-    for name, (factory, accept) in Image.OPEN.items():
-        if name not in formats() and accept is not None and accept(beginning):
-            what = getattr(factory, "format_description", None) or name
-            return f"it is {what} ({name}), which is not opened: save it as PNG or JPEG"
-    return f"its content is in no image format that is opened ({', '.join(formats())})"
 
 
 @functools.cache
