@@ -19,6 +19,11 @@ def check_pair(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
     queries.store.require_complete()
     check_train(train, method)
     check_comparable(queries.store, train.store)
+    if method.requires.images and getattr(queries.dataset, "part", None) is not None:
+        raise DminError(
+            f"method={method.name} compares whole pictures, and a part of them is asked about. "
+            f"Leave queries.region and queries.mask out, or choose a method of gradients."
+        )
     if method.requires.model:
         _check_origin(queries, train, method)
     if method.requires.journey:

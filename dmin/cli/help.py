@@ -39,7 +39,7 @@ _EXAMPLES = {
 _WORDS = dict.fromkeys(("doctor", "collect", "outliers", "evaluate"), " [STORE] [--limit N]") | {
     "losses": " [STORE] [HELD_OUT ...] [--limit N]",
     "sample": " [STORE] [--prompt TEXT ...]",
-    "retrieve": " [STORE] [PICTURE ...] [--prompt TEXT ...]",
+    "retrieve": " [STORE] [PICTURE ...] [--prompt TEXT ...] [--region X,Y,W,H | --mask FILE]",
 }
 _STORE = """
 A STORE is a folder that `dmin collect` made. It keeps the settings of model, data and loss, which

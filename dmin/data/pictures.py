@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
 
-from dmin.data.base import Facts
+from torch import Tensor
+
+from dmin.data.base import Example, Facts
 from dmin.data.captions import Captions
 from dmin.data.image_folder import ImageFolder
 from dmin.data.metadata import NAMES, read_facts, read_rows
+from dmin.data.part import Part
 from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import array_digest
 
 Prompt = str | int
 
@@ -27,6 +31,8 @@ class Pictures(ImageFolder):
         root: a folder, a picture, or several pictures.
         prompt: caption or class (a number, or its name) of all pictures, or one for each named;
             wins over the metadata.
+        region: the part of each that is asked about, see :class:`~dmin.data.part.Part`.
+        mask: the same, from files.
 
     Raises:
         DminError: as of :class:`ImageFolder`; or prompts and pictures are not as many.
@@ -35,6 +41,8 @@ class Pictures(ImageFolder):
     root: str | Path | Sequence[str | Path]  # type: ignore[assignment]
     _: KW_ONLY
     prompt: Prompt | Sequence[Prompt] | None = None
+    region: Sequence[float] | None = None
+    mask: str | Path | None = None
 
     def __post_init__(self) -> None:
         """Find the pictures and what is said of them."""
@@ -42,11 +50,28 @@ class Pictures(ImageFolder):
         roots = [self.root] if isinstance(self.root, str | Path) else list(self.root)
         files = [Path(each).expanduser() for each in roots]
         self.root = files[0] if len(files) == 1 and files[0].is_dir() else self._folder(files)
+        asked = self.region is not None or self.mask is not None
+        self.part = Part(self.region, self.mask) if asked else None
         super().__post_init__()
+        for name in self.ids if self.part is not None else ():
+            self._part_of(name)  # what is wrong with it is said now
+
+    def __getitem__(self, index: int) -> Example:
+        """Return one example, with the part of it that is asked about."""
+        example = super().__getitem__(index)
+        return example if self.part is None else replace(example, mask=self._part_of(example.id))
+
+    def _part_of(self, name: str) -> Tensor:
+        assert self.part is not None
+        return self.part.of(Path(self.root), name, self)  # type: ignore[arg-type]
 
     def described(self, examples: int, **content: Any) -> dict[str, Any]:
         """Return what :class:`ImageFolder` does: the same pictures are the same queries."""
-        return {**super().described(examples, **content), "name": ImageFolder.__name__}
+        found = {**super().described(examples, **content), "name": ImageFolder.__name__}
+        if self.part is not None:
+            masks = [self._part_of(name).numpy() for name in self.ids]
+            found["part"] = array_digest(*masks)
+        return found
 
     def _folder(self, files: list[Path]) -> Path:
         """Name pictures by their paths below the folder they share, which is returned."""
@@ -92,8 +117,9 @@ class Pictures(ImageFolder):
         told = captions.read(root, others, [path.as_posix() for path in beside])
         return {**{name: Facts(caption=caption) for name, caption in told.items()}, **facts}
 
-    @staticmethod
-    def _asked(facts: Facts, prompt: Any) -> Facts:
+    def _asked(self, facts: Facts, prompt: Any) -> Facts:
+        if self.part is not None:
+            facts = facts._replace(metadata={**(facts.metadata or {}), "part": self.part.spell()})
         if prompt is None:
             return facts
         if isinstance(prompt, int):

@@ -221,18 +221,28 @@ def weight_of_squares(prediction: Prediction) -> Tensor:
 def mean_squared_output(prediction: Prediction) -> Tensor:
     """Return the mean square of each example's prediction, ``[batch]`` (D-TRAK's readout).
 
+    As of the loss, each place counts as a mask says.
+
     Source: Zheng et al. 2024, "Intriguing Properties of Data Attribution on Diffusion Models".
     """
-    return prediction.prediction.flatten(1).square().mean(1)
+    return _counted(prediction.prediction.square(), prediction)
 
 
 @expected
 def mean_output(prediction: Prediction) -> Tensor:
     """Return the mean of each example's prediction, ``[batch]`` (DAS's readout).
 
+    As of the loss, each place counts as a mask says.
+
     Source: Lin et al. 2025, "Diffusion Attribution Score" (arXiv 2410.18639).
     """
-    return prediction.prediction.flatten(1).mean(1)
+    return _counted(prediction.prediction, prediction)
+
+
+def _counted(values: Tensor, prediction: Prediction) -> Tensor:
+    """Return the mean over an example's values, each counted as the mask says."""
+    mask = prediction.mask
+    return (values if mask is None else mask * values).flatten(1).mean(1)
 
 
 READOUTS: dict[str, Readout] = {

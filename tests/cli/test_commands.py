@@ -122,6 +122,20 @@ class TestDemo:
         alone = Image.open(records(place, "demo")[0].parent / "gallery.png").size[1]
         assert Image.open(folder / "gallery.png").size[1] > 2 * alone
 
+    def test_a_part_of_a_picture_has_an_answer_of_its_own(self, place):
+        folder = next((place / "outputs/queries").glob("debug-*"))
+        picture = sorted(folder.glob("*.png"))[0]
+        asked = [*SMALLEST, picture, "--prompt=0", "retrieve.k=3"]
+        answers = []
+        for part in ([], ["--region=0,0,0.5,1"]):
+            dmin("retrieve", *asked, *part, cwd=place)
+            answers.append(load_rankings(records(place, "retrieve")[-1].parent)[0])
+        whole, half = answers
+        assert half.query_metadata[0]["part"] == "0.5 × 1 at (0, 0)"
+        assert half.query_ids == whole.query_ids and (half.scores != whole.scores).any()
+        refused = refusal("retrieve", *asked, *part, "method=pixel_l2", cwd=place)
+        assert "compares whole pictures" in refused
+
     def test_planted_queries_are_seen_to_be_training_images(self, place):
         planted = ["queries=planted", "queries.count=3", "retrieve.k=9999"]
         found = dmin("retrieve", *SMALLEST, *planted, cwd=place)

@@ -110,6 +110,21 @@ def test_prompts_alone_are_generated(there):
         assert cfg.queries.prompts == ["a fox", 3]
 
 
+def test_a_part_of_a_picture_is_asked_about(there):
+    asked = composed(parse("retrieve", ["stores/cats", "cat.png", "--region", "0,0.5,1,.5"]))
+    assert asked.queries.region == [0, 0.5, 1, 0.5]
+    asked = composed(parse("retrieve", ["stores/cats", "cat.png", "--mask=${x}.png"]))
+    assert asked.queries.mask == "${x}.png"
+    for words, told in (
+        (["stores/cats", "--region=0,0,4,4"], "no picture is named"),
+        (["stores/cats", "cat.png", "--region=left"], "four numbers"),
+    ):
+        with pytest.raises(DminError, match=told):
+            parse("retrieve", words)
+    with pytest.raises(DminError, match="said to `dmin retrieve`"):
+        parse("collect", ["--mask=cat.png", *LINE])
+
+
 def test_several_pictures_have_one_prompt_or_one_each(there):
     words = ["stores/cats", "cat.png", "dog.png"]
     cfg = composed(parse("retrieve", [*words, "--prompt=a cat", "--prompt=a dog"]))

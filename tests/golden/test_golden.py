@@ -154,7 +154,7 @@ ADDED: set[str] = {
     *(
         "model.sample_size",
         "model.variance_loss",
-        "queries.prompt",
+        *("queries.prompt", "queries.region", "queries.mask"),
         "collect.limit",
         "retrieve.beside",
     ),

@@ -11,6 +11,7 @@ from dmin.data import Examples
 from dmin.data.base import Example, collate
 from dmin.diffusion import Explicit, SharedNoise
 from dmin.models import StableDiffusion
+from dmin.models.base import READOUTS, Prediction
 from dmin.models.masked import MASK, encode, predict
 from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
@@ -110,3 +111,14 @@ def test_another_loss_than_the_squared_error_refuses_masks(stable_diffusion, tmp
     trainer = predict_trainer(accelerator="cpu", enable_progress_bar=False)
     with pytest.raises(DminError, match="masks of the loss"):
         collector.collect(Examples(examples()), tmp_path / "store", trainer=trainer)
+
+
+@pytest.mark.parametrize("readout", ["mean_squared_output", "mean_output"])
+def test_other_readouts_count_places_as_the_loss_does(readout):
+    draw = torch.Generator().manual_seed(0)
+    output, target = torch.randn(2, 3, 4, 4, generator=draw), torch.zeros(2, 3, 4, 4)
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[..., :2] = 2
+    found = READOUTS[readout](Prediction(output, target, torch.ones(2), mask=mask))
+    part = output[..., :2].square() if "squared" in readout else output[..., :2]
+    assert torch.allclose(found, part.flatten(1).mean(1))

@@ -14,9 +14,12 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.progress import titled
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dmin.attribution import FeatureSet, Method, Ranking
     from dmin.attribution.search.index import Index
     from dmin.attribution.search.selection import Selection
+    from dmin.data.base import Example
     from dmin.gallery.pictures import Images
 
 SELECTED = ("order", "min_score", "where", "group_by", "group_score", "split")
@@ -48,7 +51,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
         check_pair(queries, train, method)
     index = None if work.cfg.index is None else build(work.cfg.index)
     pictures = (
-        remembered(lambda id: queries.image(id).numpy()),
+        remembered(lambda id: _asked_about(queries.example(id)).numpy()),
         remembered(lambda id: train.image(id).numpy()),
     )
     asked = _Asked(work, options, queries, train, selection, index, pictures)
@@ -62,6 +65,12 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
         named = found if len(methods) == 1 else replace(found, method=name)
         rankings.append(replace(named, about=head))
     _show(work, rankings, asked, results)
+
+
+def _asked_about(example: Example) -> Tensor:
+    from dmin.data.part import dimmed
+
+    return dimmed(example.image, example.mask)
 
 
 def _shown_of(work: Workspace, selection: Selection, train: FeatureSet) -> int:

@@ -27,6 +27,9 @@ OF_A_STORE = ("collect", "doctor", "sample", "retrieve", "outliers", "losses", "
 WITH_PICTURES = {"retrieve": "pictures", "losses": "pictures that were held out"}
 
 
+_OF_PICTURES = (("region", ("retrieve",)), ("mask", ("retrieve",)))
+
+
 class Line(NamedTuple):
     """A command line, taken apart."""
 
@@ -72,7 +75,7 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     defaults: list[Any] = [{f"override {group}": None} for group in GROUPS if group in chosen]
     if run is not None and "model" not in given:
         defaults.append({"override model": run.family})
-    queries = _queries(pictures, options["prompt"], given)
+    queries = _queries(pictures, options["prompt"], given) | _part(options, pictures, given)
     if queries and "queries" not in given:
         choice = "generated" if "prompts" in queries else "images"
         defaults.append({"override queries": choice})
@@ -147,16 +150,18 @@ def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], li
     parser.add_argument("--limit", type=int)
     parser.add_argument("--trust", action="store_true")
     parser.add_argument("--prompt", action="append", default=[])
+    parser.add_argument("--region")
+    parser.add_argument("--mask")
     found, rest = parser.parse_known_args(arguments)
     if found.limit is not None and command not in OF_A_STORE:
         raise DminError(
             f"--limit looks at a part of the examples that gradients are collected of: "
             f"{', '.join(OF_A_STORE)}. `dmin {command}` has none."
         )
-    if found.prompt and command not in ("sample", "retrieve"):
-        raise DminError(
-            f"--prompt is said to `dmin retrieve` and `dmin sample`, not to `dmin {command}`."
-        )
+    for option, those in (("prompt", ("retrieve", "sample")), *_OF_PICTURES):
+        if getattr(found, option) and command not in those:
+            named = " and ".join(f"`dmin {each}`" for each in those)
+            raise DminError(f"--{option} is said to {named}, not to `dmin {command}`.")
     return vars(found), rest
 
 
@@ -224,6 +229,27 @@ def _queries(pictures: list[str], prompts: list[str], given: Collection[str]) ->
     roots = [_literal(path) for path in pictures]
     asked = {"root": roots if len(roots) > 1 else roots[0]} if roots else {}
     return asked | ({"prompt": said if len(said) > 1 else said[0]} if said else {})
+
+
+def _part(options: dict[str, Any], pictures: list[str], given: Collection[str]) -> dict[str, Any]:
+    """Return the settings of the part of the pictures that is asked about."""
+    region, mask = options["region"], options["mask"]
+    if region is None and mask is None:
+        return {}
+    if not pictures and "queries.root" not in given:
+        raise DminError(
+            "--region and --mask say which part of a picture is asked about, and no picture is "
+            "named: `dmin retrieve STORE picture.png --region x,y,width,height`."
+        )
+    if region is None:
+        return {"mask": _literal(mask)}
+    try:
+        numbers = [float(part) for part in region.split(",")]
+    except ValueError as error:
+        raise DminError(
+            f"--region {region}: give x,y,width,height, four numbers of pixels or shares up to 1."
+        ) from error
+    return _only(region=numbers, mask=mask and _literal(mask))
 
 
 def _literals(value: Any) -> Any:

@@ -1,0 +1,155 @@
+"""The part of a picture that is asked about: a region, or a mask."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dmin.data.masks import Masks
+from dmin.data.pixels import Pixels, open_image
+from dmin.data.survey import read_bytes
+from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import array_digest
+
+ASPECT = 0.02  # by which a mask's may differ from its picture's, of that
+LEFT = 0.05  # of a part, at least, where the middle of its picture is cut out; less is ringing
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where pictures are asked about: each place counts as much as it says, m of mean 1.
+
+    Args:
+        region: ``[x, y, width, height]`` from the upper left, in pixels of the picture's file; all
+            of them at most 1: shares of its width and height.
+        mask: a picture, white where it is asked about, for all of the pictures; or a folder that
+            has one of the same stem for each. Any size of the picture's shape; grey counts less.
+
+    Raises:
+        DminError: both are said, the region is none, or the mask is not there.
+    """
+
+    region: Sequence[float] | None = None
+    mask: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what says no part."""
+        if self.region is not None and self.mask is not None:
+            raise DminError("queries.region and queries.mask are both said. Give one of them.")
+        if self.mask is not None and not Path(self.mask).expanduser().exists():
+            raise DminError(f"queries.mask={self.mask}: there is no such file or folder.")
+        if self.region is None:
+            return
+        numbers = [n for n in self.region if isinstance(n, int | float) and math.isfinite(n)]
+        if len(numbers) != 4 or len(self.region) != 4 or min(numbers[:2]) < 0:
+            raise self._odd("give x, y, width and height, of which none is negative")
+        if min(numbers[2:]) <= 0:
+            raise self._odd("width and height must be above zero")
+        whole = all(float(n).is_integer() for n in numbers)
+        if (max(numbers) <= 1) == whole:
+            raise self._odd("give whole numbers of pixels, or shares of which one is below 1")
+
+    @property
+    def in_shares(self) -> bool:
+        """Whether the region is in shares of the picture's sides."""
+        return max(self.region or (2,)) <= 1
+
+    def spell(self) -> str:
+        """Return it in a few words."""
+        if self.region is None:
+            return f"mask {Path(self.mask or '').name}"
+        x, y, width, height = (f"{n:g}" for n in self.region)
+        unit = "" if self.in_shares else " pixels"
+        return f"{width} × {height}{unit} at ({x}, {y})"
+
+    def of(self, root: Path, name: str, pixels: Pixels) -> Tensor:
+        """Return the mask of a picture as the picture is cut and scaled, ``[1, H, W]``.
+
+        Args:
+            root: the folder of the picture.
+            name: its path below that.
+            pixels: how pictures are scaled and cut.
+
+        Raises:
+            DminError: the part is not in the picture, or nothing of it is left.
+        """
+        path = root / name
+        with open_image(read_bytes(path, str(path))) as opened:
+            width, height = ImageOps.exif_transpose(opened).size
+        if self.region is not None:
+            drawn = self._drawn(width, height, str(path))
+        else:
+            drawn = self._read(root, name, width, height)
+        kept = io.BytesIO()
+        drawn.save(kept, "PNG")
+        found = (
+            Pixels(**{**pixels.settings(), "mode": "L"}).decode(kept.getvalue(), str(path)).image
+        )
+        found = found.clamp(0, 1)
+        if float(found.mean()) < LEFT * np.asarray(drawn).mean() / 255:
+            raise self._odd(
+                f"next to nothing of it is left in {path}, of which the middle is cut out "
+                f"(data.crop=none keeps the whole picture)"
+            )
+        return found / found.mean()
+
+    def digest(self, root: Path, names: Sequence[str], pixels: Pixels) -> str:
+        """Return a digest of the masks of pictures; arguments as in :meth:`of`."""
+        return array_digest(*(self.of(root, name, pixels).numpy() for name in names))
+
+    def _drawn(self, width: int, height: int, path: str) -> Image.Image:
+        """Return the region in white on black, in the size of a picture."""
+        x, y, across, down = self.region or ()
+        if self.in_shares:
+            x, across, y, down = x * width, across * width, y * height, down * height
+        left, top, right, bottom = (round(n) for n in (x, y, x + across, y + down))
+        if right > width or bottom > height:
+            raise self._odd(f"it does not lie in {path}, which is {width} × {height} pixels")
+        if left == right or top == bottom:
+            raise self._odd(f"it is less than a pixel of {path}, which is {width} × {height}")
+        found = Image.new("L", (width, height))
+        found.paste(255, (left, top, right, bottom))
+        return found
+
+    def _read(self, root: Path, name: str, width: int, height: int) -> Image.Image:
+        """Return a mask of a file, in the size of its picture."""
+        file = Path(self.mask or "").expanduser()
+        if file.is_dir():
+            file = Masks(folder=file, required=True).find(root, [name])[name]
+        picture = Pixels(mode="L").decode(read_bytes(file, str(file)), str(file)).image
+        own = picture.shape[2] / picture.shape[1]
+        if abs(own * height / width - 1) > ASPECT:
+            raise DminError(
+                f"the mask {file} is {picture.shape[2]} × {picture.shape[1]}, and its picture "
+                f"{root / name} {width} × {height}, which is another shape. Cut it as the picture."
+            )
+        if not float(picture.sum()):
+            raise DminError(f"the mask {file} is black all over: white is what is asked about.")
+        grey = Image.fromarray((picture[0] * 255).round().to(torch.uint8).numpy())
+        return grey.resize((width, height), Image.Resampling.BILINEAR)
+
+    def _odd(self, reason: str) -> DminError:
+        said: Any = self.mask if self.region is None else list(self.region)
+        return DminError(f"queries.{'mask' if self.region is None else 'region'}={said}: {reason}.")
+
+
+def dimmed(image: Tensor, mask: Tensor | None) -> Tensor:
+    """Return an image of which what is not asked about is pale, for people to see.
+
+    Args:
+        image: ``[C, H, W]`` in [0, 1].
+        mask: ``[1, H, W]``, what is asked about; None for all of it.
+    """
+    if mask is None:
+        return image
+    inside = mask / mask.max()
+    return image * inside + (1 - inside) * (0.75 + 0.25 * image)
