@@ -63,7 +63,7 @@ class Pictures(ImageFolder):
 
     def _part_of(self, name: str) -> Tensor:
         assert self.part is not None
-        return self.part.of(Path(self.root), name, self)  # type: ignore[arg-type]
+        return self.part.of(Path(str(self.root)), name, self)
 
     def described(self, examples: int, **content: Any) -> dict[str, Any]:
         """Return what :class:`ImageFolder` does: the same pictures are the same queries."""
