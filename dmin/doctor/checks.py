@@ -18,6 +18,7 @@ from dmin.models.base import READOUTS, Condition
 from dmin.models.latent import LatentDiffusion
 from dmin.models.masked import predict
 from dmin.models.oracle import sampling_error
+from dmin.models.text_encoders import WithTextEncoders
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import in_double
 from dmin.sketches import Sketch
@@ -72,6 +73,21 @@ def encoders(first: tuple[Tensor, Condition], second: tuple[Tensor, Condition]) 
         "Put the encoders in eval mode, and take the mode of the VAE's posterior or a keyed draw: "
         "otherwise a query does not see what its source saw.",
     )
+
+
+def in_each_pass(network: nn.Module) -> list[Check]:
+    """Say which text encoders run in each pass, as they were trained, and what that costs."""
+    if not isinstance(network, WithTextEncoders):
+        return []
+    sizes = {name: sum(p.numel() for p in e.parameters()) for name, e in network.encoders.items()}
+    whole = sum(p.numel() for p in network.network.parameters())
+    told = " and ".join(f"{name} ({size:,} weights)" for name, size in sizes.items())
+    detail = (
+        f"{told} encode the captions once for each pair of example and timestep, forward and "
+        f"backward, beside the network's {whole:,} weights; the seconds told here have them in. "
+        f"model.text_encoders=frozen encodes once an example, without their gradient."
+    )
+    return [Check("text encoders are attributed", True, detail=detail)]
 
 
 def repeatable(collector: GradientCollector, inputs: NoisedBatch) -> Check:

@@ -71,6 +71,7 @@ def diagnose(
             first, second = encoded(collector.model, batch), encoded(collector.model, batch)
             checks += checking.sampler(collector.model)
         checks.append(checking.encoders(first, second))
+        checks += checking.in_each_pass(collector.model.network)
         x0, condition = trainer.precision_plugin.convert_input(first)
         inputs = _inputs(collector, x0, condition, batch["id"])
         with trainer.precision_plugin.predict_step_context():

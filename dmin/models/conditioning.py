@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from dmin.models.base import Condition
-from dmin.models.latent import LatentDiffusion
+from dmin.models.text_encoders import TextConditioned
 from dmin.runtime.errors import DminError
 
 
-class Captioned(LatentDiffusion):
+class Captioned(TextConditioned):
     """Conditioned on captions.
 
     Args:
@@ -92,8 +93,10 @@ class Captioned(LatentDiffusion):
     @property
     def _text_device(self) -> torch.device:
         """Where the text encoders are."""
-        encoders = (e for name, e in self.encoders.items() if name.startswith("text_encoder"))
-        return next(next(encoder.parameters()).device for encoder in encoders)
+        parts = self.pipeline.components.items()
+        encoders = (e for name, e in parts if name.startswith("text_encoder"))
+        modules = (e for e in encoders if isinstance(e, nn.Module))
+        return next(parameter.device for e in modules for parameter in e.parameters())
 
 
 class LongCaptioned(Captioned):

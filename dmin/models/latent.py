@@ -102,13 +102,13 @@ class LatentDiffusion(PipelineModel):
         """Return the conditions that come from prompts, or from there being none."""
         guided = self.guidance is not None
         with_prompt = guided or self.prompt_dropout < 1
-        given = self._embed(self._prompts(batch)) if with_prompt else {}
+        given = self._embedded(self._prompts(batch)) if with_prompt else {}
         if not guided and self.prompt_dropout == 0:
             return given
         count, prefix = len(batch["image"]), DROPPED if with_prompt else ""
         nothing = {
             f"{prefix}{name}": value.expand(count, *value.shape[1:]).contiguous()
-            for name, value in self._no_prompt().items()
+            for name, value in self._embedded(None).items()
         }
         return {**given, **nothing}
 
@@ -127,7 +127,7 @@ class LatentDiffusion(PipelineModel):
     def condition(self, prompts: Sequence[Any]) -> Condition:
         """Return the part of the condition that comes from prompts, on the network's device."""
         device = next(self.network.parameters()).device
-        return {k: v.to(device) for k, v in self._embed(prompts).items()}
+        return {k: v.to(device) for k, v in self._embedded(prompts).items()}
 
     def predict(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """Return the network's prediction for noised latents, its target and weight."""
@@ -168,6 +168,10 @@ class LatentDiffusion(PipelineModel):
             "encoders": self._encoder_digests,
         }
 
+    def _embedded(self, prompts: Sequence[Any] | None) -> Condition:
+        """Return what is kept of prompts, or of there being none (None), until a pass."""
+        return self._no_prompt() if prompts is None else self._embed(prompts)
+
     @abstractmethod
     def _prompts(self, batch: Mapping[str, Any]) -> Sequence[Any]:
         """Return what a batch is conditioned on; checked, so that messages can name the example."""
@@ -189,7 +193,7 @@ class LatentDiffusion(PipelineModel):
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the network; t as the process has it."""
         told = {self.time_name: self._time(t), **self._told(noised, condition)}
-        output = self.network(self._tokens(noised), **told, return_dict=False)[0]
+        output = self.denoiser(self._tokens(noised), **told, return_dict=False)[0]
         return self.sign * self._latents(output, noised.shape)
 
     def _time(self, t: Tensor) -> Tensor:

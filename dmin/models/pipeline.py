@@ -106,8 +106,8 @@ class PipelineModel(TrainedModel):
     def save_pretrained(self, path: str | Path) -> None:
         """Save in diffusers' layout; adapters beside the network, in the folder ``lora``."""
         path, own = Path(path), dict(self.pipeline.components)
-        changed = {self.network_name: self.network, **self.encoders}
-        plain = {name: without_adapters(part) for name, part in changed.items()}
+        parts = {name: part for name, part in own.items() if isinstance(part, nn.Module)}
+        plain = {name: without_adapters(part) for name, part in parts.items()}
         self.pipeline.register_modules(**plain)
         self.pipeline.save_pretrained(str(path))
         self.pipeline.register_modules(**{name: own[name] for name in plain})
@@ -119,12 +119,18 @@ class PipelineModel(TrainedModel):
         save_adapters(self.network, path / "lora")
 
     @property
+    def denoiser(self) -> Any:
+        """The network, without text encoders that are attributed with it."""
+        return self.network
+
+    @property
     def encoders(self) -> dict[str, nn.Module]:
         """VAE and text encoders, by name; the caller may move them to a device and back."""
+        attributed = [self.network, *self.network.children()]
         return {
             name: component
             for name, component in self.pipeline.components.items()
-            if isinstance(component, nn.Module) and component is not self.network
+            if isinstance(component, nn.Module) and component not in attributed
         }
 
     @torch.no_grad()

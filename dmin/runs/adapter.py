@@ -47,7 +47,7 @@ def take(
     run.model["adapter"] = said
     names = header(Path(said)) if Path(said).is_file() else {}
     if parts := sum(name.startswith(TEXT) for name in names):
-        meaning = "encode the captions; their part of the gradient is not taken"
+        meaning = "encode the captions inside each pass; their gradients are part of each row"
         run.taken.append(Entry("tensors of text encoders", parts, meaning))
 
 

@@ -158,7 +158,7 @@ ADDED: set[str] = {
         "collect.limit",
         "retrieve.beside",
     ),
-    *("collect.restore", "extras.quiet"),
+    *("collect.restore", "extras.quiet", "model.text_encoders"),
     *("losses.k", "losses.held_out"),
     "data.layout",
     *("data.bucket_shapes", "data.upscale", "queries.bucket_shapes", "queries.upscale"),

@@ -1,6 +1,11 @@
 """Adapters as people share them: read, placed with the file's own factors as parameters, saved."""
 
-from dmin.models.adapters.loaded import describe_adapters, save_adapters, without_adapters
+from dmin.models.adapters.loaded import (
+    describe_adapters,
+    is_adapted,
+    save_adapters,
+    without_adapters,
+)
 from dmin.models.adapters.loading import load_adapters
 
-__all__ = ["describe_adapters", "load_adapters", "save_adapters", "without_adapters"]
+__all__ = ["describe_adapters", "is_adapted", "load_adapters", "save_adapters", "without_adapters"]

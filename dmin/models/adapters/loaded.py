@@ -70,6 +70,11 @@ def _described(loaded: Loaded) -> dict[str, Any]:
     }
 
 
+def is_adapted(network: nn.Module) -> bool:
+    """Return whether a layer of a network has an adapter that was loaded."""
+    return any(isinstance(module, Adapted) for module in network.modules())
+
+
 def save_adapters(network: nn.Module, folder: Path) -> None:
     """Save the adapters of a network as their files have them, with the values they have now."""
     for name, loaded in adapters_of(network).items():
@@ -91,7 +96,7 @@ def without_adapters(network: Any) -> Any:
         del plain.peft_config
         plain._hf_peft_config_loaded = False
         return plain
-    if not any(isinstance(module, Adapted) for module in network.modules()):
+    if not is_adapted(network):
         return network
     plain = copy.deepcopy(network)
     for path, layer in list(plain.named_modules()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,8 +17,6 @@ from dmin.models.adapters.layers import Adapted, Change, Magnitude, Place, built
 from dmin.models.adapters.loaded import Loaded, adapters_of
 from dmin.models.adapters.names import base_of, flat, places
 from dmin.models.adapters.reading import AdapterFile, FileModule, read
-
-logger = logging.getLogger(__name__)
 
 
 def load_adapters(
@@ -84,12 +81,6 @@ def _load(file: AdapterFile, name: str, network: nn.Module, encoders: dict[str, 
     loaded = Loaded(file, [], {})
     for target, part, its in fitting:
         _place(target, part, its, name, file.scale(part), loaded)
-    if of_text := sum(module.text is not None for module in modules):
-        logger.warning(
-            "model.adapter=%s: %d of its %d modules are of text encoders. Prompts are encoded with "
-            "them; their part of the gradient is not taken.",
-            *(file.path, of_text, len(modules)),
-        )
     known: Any = network
     known.dmin_adapters = {**adapters_of(network), name: loaded}
 

@@ -38,6 +38,7 @@ class Flux(LongCaptioned):
     own_size: ClassVar[int] = 128
     encoding: ClassVar[dict[str, Any]] = {"prompt_2": None}
     encoded = ("encoder_hidden_states", "pooled_projections")
+    made_apart: ClassVar[dict[str, str]] = {"text_encoder_2": "encoder_hidden_states"}
 
     def __init__(
         self,

@@ -1,0 +1,219 @@
+"""Text encoders that were trained with the network: captions are encoded inside each pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import BatchEncoding
+
+from dmin.models.adapters import is_adapted
+from dmin.models.base import Condition
+from dmin.models.latent import LatentDiffusion
+from dmin.runtime.errors import DminError
+
+TOKENS = "tokens."  # before the names of conditions that are captions, to be encoded in a pass
+
+
+class WithTextEncoders(nn.Module):
+    """A network and the text encoders beside it, whose parameters are attributed together.
+
+    What is not found here is asked of the network.
+
+    Args:
+        network: that is told what the encoders make of captions.
+        encoders: by their names in the pipeline.
+    """
+
+    def __init__(self, network: nn.Module, encoders: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.network = network
+        for name, encoder in encoders.items():
+            self.add_module(name, encoder)
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The text encoders, by name."""
+        return {name: part for name, part in self.named_children() if name != "network"}
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what code around asks of the network, such as its config."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("network"), name)
+
+    def forward(self, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """Return what a function gives that calls the parts, whose uses are so counted."""
+        return run(*inputs)
+
+
+class TextConditioned(LatentDiffusion):
+    """Conditioned on texts, by encoders that may have been trained with the network.
+
+    Args:
+        pipeline: of diffusers, with all its components.
+        text_encoders: ``trained`` with the network: captions are encoded inside each pass, and the
+            encoders' gradients are part of each row; or ``frozen``: encoded once. ``auto``: trained
+            where an adapter changes one of them.
+        settings: of the next class.
+    """
+
+    # Encoder of which one condition is made, and nothing else, → its name: if it was not trained,
+    # that stays as it was encoded once. All others run in a pass if one of them was trained.
+    made_apart: ClassVar[dict[str, str]] = {}
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *args: Any,
+        text_encoders: Literal["auto", "trained", "frozen"] = "auto",
+        **settings: Any,
+    ) -> None:
+        super().__init__(pipeline, *args, **settings)
+        if text_encoders not in ("auto", "trained", "frozen"):
+            raise DminError(
+                f"model.text_encoders={text_encoders!r}: allowed are auto, trained and frozen."
+            )
+        encoders = {n: e for n, e in self.encoders.items() if n.startswith("text_encoder")}
+        changed = {name for name, encoder in encoders.items() if is_adapted(encoder)}
+        if text_encoders == "trained" or (changed and text_encoders == "auto"):
+            idle = self.made_apart.keys() - changed
+            inside = {n: e.requires_grad_(True) for n, e in encoders.items() if n not in idle}
+            self.network = WithTextEncoders(self.network, inside)
+
+    @property
+    def denoiser(self) -> Any:
+        """The network, without text encoders that are attributed with it."""
+        return self.network.network if self.encodes_inside else self.network
+
+    @property
+    def encodes_inside(self) -> bool:
+        """Whether captions are encoded inside each pass."""
+        return isinstance(self.network, WithTextEncoders)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what defines latents, condition and loss, text encoders that are trained too."""
+        trained = {"text_encoders": list(self.network.encoders)} if self.encodes_inside else {}
+        return {**super().describe(), **trained}
+
+    def _embedded(self, prompts: Sequence[Any] | None) -> Condition:
+        return self._tokenised(prompts) if self.encodes_inside else super()._embedded(prompts)
+
+    @torch.no_grad()
+    def _tokenised(self, prompts: Sequence[Any] | None) -> Condition:
+        """Return what is kept of prompts: tokens, and what no encoder in a pass makes."""
+        tokens: dict[str, Tensor] = {}
+        recorders = {
+            name: _Recorder(getattr(self.pipeline, name), f"{TOKENS}{name}.", tokens)
+            for name in self.pipeline.components
+            if name.startswith("tokenizer")
+        }
+        whole = super(TextConditioned, self._with_parts(recorders))._embedded(prompts)
+        known = [made for name, made in self.made_apart.items() if name not in self._inside]
+        # Zeros are no prompt's where nothing is encoded for it.
+        found = {
+            name: value
+            for name, value in whole.items()
+            if name in known or not value.is_floating_point() or not value.any()
+        }
+        device = next(iter(whole.values())).device
+        found |= {name: ids.to(device) for name, ids in tokens.items()}
+        again = self._encoded(found)
+        for name, value in whole.items():
+            if not torch.allclose(again[name], value, rtol=0, atol=1e-2 * float(value.abs().max())):
+                raise DminError(
+                    f"model.text_encoders: {type(self.pipeline).__name__} makes another {name} of "
+                    f"the tokens of a caption than of the caption. Set model.text_encoders=frozen."
+                )
+        return found
+
+    def _encoded(self, condition: Condition) -> Condition:
+        """Return a condition whose captions are encoded, differentiable in the text encoders."""
+        tokens = {k: v for k, v in condition.items() if k.startswith(TOKENS)}
+        rest = {k: v for k, v in condition.items() if k not in tokens}
+        parts, first = self._inside, next(iter(tokens.values()))
+        parts |= {name: _Idle(first.device) for name in self.made_apart if name not in parts}
+        for name in {key.split(".")[1] for key in tokens}:
+            of = f"{TOKENS}{name}."
+            own = {k.removeprefix(of): v for k, v in tokens.items() if k.startswith(of)}
+            parts[name] = _Replay(getattr(self.pipeline, name), own)
+        return {**self._with_parts(parts)._embed([""] * len(first)), **rest}
+
+    @property
+    def _inside(self) -> dict[str, Any]:
+        return dict(self.network.encoders)
+
+    def _with_parts(self, parts: Mapping[str, Any]) -> Self:
+        """Return a model whose pipeline has some other components."""
+        other = copy.copy(self)
+        other.pipeline = copy.copy(self.pipeline)
+        vars(other.pipeline).update(parts)
+        return other
+
+    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        plain = super()._predict
+        if not self.encodes_inside:
+            return plain(noised, t, condition)
+
+        def run(noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            whole = self._encoded(condition).items()
+            like = noised.dtype
+            return plain(
+                noised, t, {k: v.to(like) if v.is_floating_point() else v for k, v in whole}
+            )
+
+        found: Tensor = self.network(run, noised, t, condition)
+        return found
+
+
+class _Tokenizer:
+    """Stands for a tokenizer, which answers for all but the call."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+class _Recorder(_Tokenizer):
+    """Keeps the tokens that captions became; those of other lengths are asked for to warn alone."""
+
+    def __init__(self, tokenizer: Any, start: str, kept: dict[str, Tensor]) -> None:
+        super().__init__(tokenizer)
+        self.start, self.kept = start, kept
+
+    def __call__(self, *args: Any, **told: Any) -> Any:
+        found = self.tokenizer(*args, **told)
+        if told.get("padding") == "max_length":
+            self.kept.update({self.start + name: torch.as_tensor(x) for name, x in found.items()})
+        return found
+
+
+class _Replay(_Tokenizer):
+    """Gives tokens that were kept, whatever it is asked for."""
+
+    def __init__(self, tokenizer: Any, tokens: dict[str, Tensor]) -> None:
+        super().__init__(tokenizer)
+        self.tokens = tokens
+
+    def __call__(self, *args: Any, **told: Any) -> Any:
+        return BatchEncoding(self.tokens)
+
+
+class _Idle(nn.Module):
+    """Stands for an encoder whose output is known."""
+
+    dtype = torch.float32
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def forward(self, ids: Tensor, **told: Any) -> tuple[Tensor]:
+        """Return something of the right length."""
+        return (torch.zeros(*ids.shape, 1, device=ids.device),)
