@@ -9,6 +9,7 @@ from dmin.cli import help as pages
 from dmin.cli.config.groups import did_you_mean
 from dmin.runtime.errors import DminError
 from dmin.runtime.escape import printable
+from dmin.runtime.files import machine_failure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,8 +19,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``dmin``; those of the process when None.
 
     Returns:
-        The exit status. Errors of the configuration or of the command raise ``SystemExit``.
+        The exit status. Errors of the configuration or of the command raise ``SystemExit``, and so
+        does what the machine refused: a full disk, memory, a folder that was removed.
     """
+    try:
+        return _main(argv)
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1" or (told := machine_failure(error)) is None:
+            raise
+        raise SystemExit(f"dmin: {told}") from error
+
+
+def _main(argv: Sequence[str] | None) -> int:
     command, *overrides = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     asks_help = bool({"-h", "--help"} & set(overrides))
     if command in ("-h", "--help"):

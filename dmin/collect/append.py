@@ -46,7 +46,7 @@ def collect_more(
         DminError: the store is of other features, or has examples that the dataset has not.
     """
     path = Path(path)
-    store, aside = Store(path), path.with_name(f"{path.name}.more")
+    store, aside = Store(path, growing=True), path.with_name(f"{path.name}.more")
     here = collector.manifest(dataset, store.manifest.block_size, store.layout.dtype, path=path)
     said = manifest_differences(here, store.manifest, counted=False)
     said.pop("the dataset changed since collection", None)

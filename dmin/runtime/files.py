@@ -20,6 +20,9 @@ REMEDIES = {
     errno.ENOTEMPTY: "it is there by now, made by another: give the command again, to find it",
     errno.ENOSPC: "the disk is full: free space, then run the same command again, it resumes",
     errno.EDQUOT: "your disk quota is used up: free space, then run the same command again",
+    errno.ENOENT: "it is not there, or was removed meanwhile: give the command again",
+    errno.ESTALE: "it was removed meanwhile, by another machine: give the command again",
+    errno.EIO: "the disk or the network to it failed: check both, then give the command again",
     errno.EFBIG: "files may not grow that large here: raise `ulimit -f` or lower segment_bytes",
 }
 
@@ -28,6 +31,28 @@ def os_failure(doing: str, path: Path, error: OSError) -> DminError:
     """Say which path failed, why, and what helps."""
     remedy = REMEDIES.get(error.errno or 0, "check that the disk works and that the path is right")
     return DminError(f"Could not {doing} {path} ({error.strerror or error}): {remedy}.")
+
+
+def machine_failure(error: BaseException) -> DminError | None:
+    """Say what the machine refused, be it disk, memory or a folder; None if it is a defect."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return DminError(
+            f"This machine has not enough memory ({text or 'an allocation failed'}): let other"
+            " programs end, or ask for less at a time (collect.microbatch, collect.block_size,"
+            " retrieve.rows, data.workers). What is sealed is kept."
+        )
+    if not isinstance(error, OSError) or error.errno not in REMEDIES:
+        return None
+    if error.filename is None and error.errno == errno.ENOENT:  # os.getcwd
+        return DminError(
+            "The folder that this command was started in is not there any more: change to another"
+            " (cd), and give the command again."
+        )
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    if error.errno == errno.ENOENT and (path is None or path.parent.is_dir()):
+        return None  # of a file that dmin should have made, or looked for
+    return os_failure("use", path or Path("a file"), error)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-# SIGTERM: a cancelled or preempted job. SIGUSR1 and SIGUSR2: what SLURM is asked to send some time
-# before the walltime is up (`sbatch --signal`; submitit takes the second).
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# SIGTERM: a cancelled or preempted job. SIGHUP: the terminal was closed or the connection lost.
+# SIGUSR1 and SIGUSR2: what SLURM is asked to send some time before the walltime is up
+# (`sbatch --signal`; submitit takes the second).
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 # A signal so soon after another is the same request, delivered by two ways.
 SECONDS_OF_ONE_REQUEST = 3.0
@@ -60,7 +61,10 @@ class StopSignals:
         """Begin to listen, unless it did."""
         self._depth += 1
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+            before: dict[int, Any] = {signum: signal.getsignal(signum) for signum in SIGNALS}
+            if before[signal.SIGHUP] == signal.SIG_IGN:  # `nohup` means to go on
+                del before[signal.SIGHUP]
+            self._before = before
             self.listen()
         return self
 

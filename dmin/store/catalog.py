@@ -89,7 +89,12 @@ class Catalog:
 
     @classmethod
     def of(
-        cls, path: Path, manifest: Manifest, verify: bool = True, afresh: bool = False
+        cls,
+        path: Path,
+        manifest: Manifest,
+        verify: bool = True,
+        afresh: bool = False,
+        names: list[str] | None = None,
     ) -> "Catalog":
         """Return the catalog of a store, kept or made anew as far as segments are new.
 
@@ -99,12 +104,13 @@ class Catalog:
             verify: compare the digests of segments that are not in the catalog with their names;
                 without, what is read is not held against anything later either.
             afresh: read all segments again.
+            names: of the segments; those that are there if None.
 
         Raises:
             DminError: segments are damaged (all are named), or were written for another manifest.
         """
         try:
-            names = segment_names(path)
+            names = segment_names(path) if names is None else names
             before = None if afresh else cls._kept(path, manifest)
             stats = [_stat(path / name) for name in names]
         except OSError as error:

@@ -33,6 +33,7 @@ def info(store: Store) -> dict[str, Any]:
         "blocks held twice": store.duplicate_blocks,
         "removed": store.removed,
         "grown": len(manifest.revisions),
+        "growing": store.planned.num_examples - manifest.num_examples,
         "metadata renewed": bool(store.metadata_digest),
         "segments": len(list(store.path.glob("segment-*.h5"))),
         "bytes": size,

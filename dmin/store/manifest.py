@@ -272,6 +272,19 @@ class Manifest:
         )
 
 
+def last_complete(manifest: Manifest, blocks: np.ndarray) -> Manifest:
+    """Return the last revision all of whose blocks are there; the whole if there is none.
+
+    Args:
+        manifest: of the last revision.
+        blocks: that are there.
+    """
+    for state in reversed(manifest.states):
+        if len(np.setdiff1d(np.arange(state.num_blocks), blocks)) == 0:
+            return state
+    return manifest
+
+
 def require_count(name: str, value: int) -> None:
     """Raise DminError unless the value is a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

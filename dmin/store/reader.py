@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from dmin.runtime.fingerprint import fingerprint
 from dmin.store.amendments import read_forgotten, read_metadata, removed_rows, tombstone
 from dmin.store.catalog import Catalog
 from dmin.store.encoding import decode, word_sums
-from dmin.store.manifest import Layout, require_count
-from dmin.store.rows import MappedRows, Metadata, parsed, ranges
-from dmin.store.segments import Segment, read_manifest
+from dmin.store.manifest import Layout, last_complete, require_count
+from dmin.store.rows import MappedRows, Metadata, parsed, parsed_ids, places
+from dmin.store.segments import Segment, read_manifest, segment_names
 
 
 class Block(NamedTuple):
@@ -40,43 +41,42 @@ class Store:
         verify: compare the digest of every segment that is new or changed with its name, and every
             row with the sum noted then whenever it is read, see :mod:`dmin.store.catalog`. Leave
             it on but for a second opening in the same run.
+        growing: show what a store that grows is to become, as far as it is there; otherwise it is
+            what it was when it was complete last.
 
     Raises:
         DminError: there is no store, or a file of it is damaged or from another store.
     """
 
-    def __init__(self, path: str | os.PathLike[str], verify: bool = True) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], verify: bool = True, growing: bool = False
+    ) -> None:
         """Read the manifest and find out where every row is."""
         self.path = Path(path)
-        self.manifest = read_manifest(self.path)
-        self._catalog = catalog = Catalog.of(self.path, self.manifest, verify)
+        # Listed before the manifest is read: that tells of the revision of each of them.
+        names = segment_names(self.path) if self.path.is_dir() else []
+        self.planned = read_manifest(self.path)
+        self._catalog = catalog = Catalog.of(self.path, self.planned, verify, names=names)
         blocks = np.concatenate([np.empty(0, np.int64), *catalog.blocks])
-        starts, counts = self.manifest.spans(blocks)
-        held = ranges(starts, counts)  # places in the dataset of the catalog's rows
-        # Two writers may have raced for a block: backwards, so that the first by name wins.
-        place = np.full(self.manifest.num_examples, -1)
-        place[held[::-1]] = np.arange(len(held))[::-1]
+        self.manifest = self.planned if growing else last_complete(self.planned, blocks)
+        place, self._held = places(self.planned, blocks, self.manifest.num_examples)
         self.duplicate_blocks = len(blocks) - len(np.unique(blocks))
         self.missing_blocks = np.setdiff1d(np.arange(self.manifest.num_blocks), blocks).tolist()
         self.removals, removed = removed_rows(self.path, self.manifest)
         self.forgotten = read_forgotten(self.path)
-        place[removed] = -1
+        place[removed := removed[removed < len(place)]] = -1
         self.removed = len(removed)
         self.positions = np.flatnonzero(place >= 0)  # of the rows, in the dataset
         self._place = place[self.positions]  # of the rows, in the catalog
-        rows = catalog["rows"]
-        begins = np.cumsum(rows) - rows
-        segment = np.repeat(np.arange(len(rows)), rows)[self._place]
-        offset = self._place - begins[segment]
-        files = [self.path / name for name in catalog.names]
-        self.mapped = MappedRows(files, self.manifest.layout, segment, offset)
+        segment = np.repeat(np.arange(len(catalog.names)), catalog["rows"])[self._place]
+        offset = self._place - (np.cumsum(catalog["rows"]) - catalog["rows"])[segment]
+        self.mapped = MappedRows([e.path for e in self.segments], self.layout, segment, offset)
         self._small: dict[str, np.ndarray] = {}
 
     @property
     def segments(self) -> list[Segment]:
         """The sealed files, by name."""
-        catalog = self._catalog
-        pairs = zip(catalog.names, catalog.blocks, strict=True)
+        pairs = zip(self._catalog.names, self._catalog.blocks, strict=True)
         return [Segment(self.path / name, blocks) for name, blocks in pairs]
 
     def __len__(self) -> int:
@@ -91,7 +91,9 @@ class Store:
     @property
     def fingerprint(self) -> str:
         """Equal for stores of the same segments: what was derived from the rows is not stale."""
-        fields = {"manifest": self.manifest.fingerprint, "segments": self._catalog.names}
+        end = self.manifest.num_blocks
+        names = [each.path.name for each in self.segments if (each.blocks < end).any()]
+        fields = {"manifest": self.manifest.fingerprint, "segments": names}
         return fingerprint({**fields, "removed": self.removals} if self.removals else fields)
 
     @property
@@ -128,29 +130,21 @@ class Store:
 
     def removed_among(self, ids: Iterable[str]) -> list[str]:
         """Return those of some ids that were removed, here or from what this store was made of."""
-        held, shown = set(self._all_ids()) if self.removed else set(), self._row_of
-        missing = (id for id in ids if id not in shown)
-        return [id for id in missing if id in held or tombstone(id) in self.forgotten]
+        held = set(self._held_ids()) if self.removed else set()
+        gone = (id for id in ids if id not in self._row_of)
+        return [id for id in gone if id in held or tombstone(id) in self.forgotten]
 
     def _all_ids(self) -> list[str]:
-        """Return the ids of all rows in the catalog, those removed included."""
-        try:
-            found: list[str] = json.loads(b"[" + b",".join(self._catalog.lines("ids")) + b"]")
-            whole = len(found) == len(self._catalog.lines("ids"))
-            if whole and all(isinstance(id, str) for id in found):
-                return found
-        except (ValueError, RecursionError):
-            pass
-        raise DminError(
-            f"The store {self.path} has ids that are no texts: it was not written by dmin. Collect"
-            " it again."
-        )
+        return parsed_ids(self._catalog.lines("ids"), self.path)
+
+    def _held_ids(self) -> list[str]:  # with removed ones, without those still to come
+        return list(compress(self._all_ids(), self._held))
 
     @cached_property
     def metadata(self) -> Metadata:
         """The metadata (label, caption, file ...), one mapping a row."""
-        lines = self._catalog.lines("metadata")
-        return Metadata(lines, self._place, self._renewed[1], self.positions)
+        kept = self._catalog.lines("metadata")
+        return Metadata(kept, self._place, self._renewed[1], self.positions)
 
     @cached_property
     def _renewed(self) -> tuple[str, list[bytes]]:
@@ -163,8 +157,8 @@ class Store:
 
     def collected_metadata(self) -> dict[str, dict[str, Any]]:
         """Return the metadata as they were collected, by id, of removed examples too."""
-        ids, lines = self._all_ids(), self._catalog.lines("metadata")
-        return {id: parsed(line) for id, line in zip(ids, lines, strict=True)}
+        lines = compress(self._catalog.lines("metadata"), self._held)
+        return {id: parsed(line) for id, line in zip(self._held_ids(), lines, strict=True)}
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -264,9 +258,8 @@ class Store:
         """Yield the whole store, ``rows`` rows at a time, reading only what is yielded."""
         require_count("rows", rows)
         for start in range(0, len(self), rows):
-            chosen = range(start, min(start + rows, len(self)))
             norms = self.norms(readout)[start : start + rows]
-            yield Block(start, self.rows(readout, chosen), norms)
+            yield Block(start, self.features(readout, start, start + rows), norms)
 
     def digest(self) -> str:
         """Return 16 hexadecimal digits of ids, features, norms and losses in dataset order.
@@ -285,9 +278,9 @@ class Store:
     def _whole(self, kind: str, readout: str | None) -> np.ndarray:
         """Return a small array of all rows; it stays in memory."""
         name = kind if readout is None else f"{kind}/{readout}"
+        if readout is not None:
+            self._require(readout)
         if name not in self._small:
-            if readout is not None:
-                self._require(readout)
             whole, n = self._catalog[name], len(self._place)
             in_order = n == len(whole) and bool((self._place == np.arange(n)).all())
             self._small[name] = whole if in_order else whole[self._place]
@@ -295,8 +288,8 @@ class Store:
 
     def _require(self, readout: str) -> None:
         if readout not in self.layout.readouts:
-            known = ", ".join(self.layout.readouts)
-            raise DminError(f"The store {self.path} has no readout {readout!r}: it has {known}.")
+            has = ", ".join(self.layout.readouts)
+            raise DminError(f"The store {self.path} has no readout {readout!r}: it has {has}.")
 
     def _wanted(self, readout: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         self._require(readout)

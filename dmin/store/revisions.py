@@ -89,7 +89,9 @@ def append(
 ) -> Store:
     """Put the rows of another store behind those of a store; stopped, it resumes.
 
-    For training images that were added and collected apart. Rows that are there are not touched.
+    For training images that were added and collected apart. Rows that are there are not touched;
+    until all new ones are there, the store is to readers what it was. What was appended before
+    is not appended again.
 
     Args:
         target: a complete store.
@@ -101,7 +103,7 @@ def append(
         DminError: features differ, named field by field; an example is there already; or the store
             is incomplete.
     """
-    store = Store(target)
+    store = Store(target, growing=True)
     more = source if isinstance(source, Store) else Store(source)
     more.require_complete()
     lines = differences(more.manifest.comparable(), store.manifest.comparable())
@@ -113,6 +115,8 @@ def append(
     added = {"dataset": more.manifest.dataset, "rows": fingerprint({"ids": more.ids})}
     before = store.manifest.dataset
     joined = dataset or {"name": before.get("name"), "joined": [*_joined(before), added]}
+    if store.complete and added in _joined(before) and set(more.ids) <= set(store.ids):
+        return store  # it was done before
     begun = before == dataset or (not dataset and _joined(before)[-1:] == [added])
     if store.complete or not begun:
         store.require_complete()

@@ -10,7 +10,7 @@ import numpy as np
 
 from dmin.runtime.errors import DminError
 from dmin.store.encoding import STORED_AS
-from dmin.store.manifest import Layout
+from dmin.store.manifest import Layout, Manifest
 from dmin.store.mapped import Mapped
 
 
@@ -172,6 +172,43 @@ def _as_slice(indices: np.ndarray) -> slice | np.ndarray:
     """Return consecutive indices as a slice, which copies several times quicker."""
     consecutive = (np.diff(indices) == 1).all()
     return slice(indices[0], indices[-1] + 1) if consecutive else indices
+
+
+def parsed_ids(lines: list[bytes], path: Path) -> list[str]:
+    """Return ids from their lines of JSON.
+
+    Raises:
+        DminError: they are none.
+    """
+    try:
+        found: list[str] = json.loads(b"[" + b",".join(lines) + b"]")
+        if len(found) == len(lines) and all(isinstance(id, str) for id in found):
+            return found
+    except (ValueError, RecursionError):
+        pass
+    raise DminError(
+        f"The store {path} has ids that are no texts: it was not written by dmin. Collect it again."
+    )
+
+
+def places(manifest: Manifest, blocks: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where rows are in a catalog.
+
+    Args:
+        manifest: whose blocks these are.
+        blocks: in the order of the catalog.
+        end: examples of the dataset that are looked for.
+
+    Returns:
+        Of each example the number of its row in the catalog, or −1, ``[end]``; and of each row in
+        the catalog whether it is of these examples.
+    """
+    starts, counts = manifest.spans(blocks)
+    held = ranges(starts, counts)  # places in the dataset of the catalog's rows
+    # Two writers may have raced for a block: backwards, so that the first by name wins.
+    place = np.full(manifest.num_examples, -1)
+    place[held[::-1]] = np.arange(len(held))[::-1]
+    return place[:end], held < end
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

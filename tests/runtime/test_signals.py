@@ -44,3 +44,18 @@ def test_what_was_entered_before_stays_until_its_own_end():
         with pytest.raises(Stopped) as error:
             stop.between_blocks()
     assert error.value.before == before == signal.getsignal(signal.SIGTERM)
+
+
+def test_a_terminal_that_closes_ends_the_work_but_not_under_nohup():
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(Stopped, match="SIGHUP"):
+            stop.between_blocks()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            stop.between_blocks()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -70,8 +70,6 @@ def test_what_is_appended_comes_behind(store, more, all_at_once, make_manifest):
     assert found.manifest.dataset["joined"][0]["dataset"] == store.manifest.dataset
     assert found.fingerprint != store.fingerprint
     assert Manifest.from_json(found.manifest.to_json()) == found.manifest
-    with pytest.raises(DminError, match=r"has 9 of the examples .* already .*'bild-é-30'"):
-        append(store.path, more)
     with pytest.raises(DminError, match=r"the dataset changed since collection"):
         StoreWriter(store.path, make_manifest())
     assert verify(store.path).digest() == all_at_once.digest()
@@ -89,8 +87,8 @@ def test_appending_resumes(store, more, all_at_once, monkeypatch):
     monkeypatch.setattr(StoreWriter, "append", dies)
     with pytest.raises(KeyboardInterrupt):
         append(store.path, more)
-    half = Store(store.path)
-    assert not half.complete and len(half) == 34
+    half = Store(store.path, growing=True)
+    assert not half.complete and len(half) == 34 and len(Store(store.path)) == 30
     with pytest.raises(DminError, match="34 of 39 rows"):
         half.require_complete()
     monkeypatch.setattr(StoreWriter, "append", original)
@@ -112,7 +110,7 @@ def test_of_two_that_grow_a_store_one_is_refused(store, make_manifest):
     begin_revision(one, {"name": "one"}, 3)
     with pytest.raises(DminError, match=r"Another process has made .* grow just now"):
         begin_revision(two, {"name": "two"}, 3)
-    assert Store(store.path).manifest.dataset == {"name": "one"}
+    assert Store(store.path, growing=True).manifest.dataset == {"name": "one"}
 
 
 def test_a_damaged_growth_file_is_refused(store, more):

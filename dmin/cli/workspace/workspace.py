@@ -88,7 +88,10 @@ class Workspace(Built):
                 f"`dmin collect` with the same settings first.{self._other_stores(manifest)}"
             )
         store = Store(path)
+        # While it grows it may be asked by the data of before, or by those that it grows by.
         found = manifest_differences(manifest, store.manifest, counted=not store.changed)
+        if store.planned is not store.manifest and found:
+            found = manifest_differences(manifest, store.planned, counted=False)
         lines = [line for each in found.values() for line in each]
         if lines:
             raise DminError(

@@ -1,0 +1,68 @@
+"""What the machine refuses is one paragraph, a defect of dmin keeps its traceback."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+import dmin.store
+from dmin.cli.main import main
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "/there/x")
+TORCH = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (FULL, r"Could not use /there/x \(No space left.*disk is full: free space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk quota is used up"),
+        (OSError(errno.EROFS, "Read-only", "/there"), "read-only: choose another directory"),
+        (OSError(errno.EIO, "Input/output error", "/there"), "the network to it failed"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/gone/x"), "was removed meanwhile"),
+        (FileNotFoundError(errno.ENOENT, "No such file"), "folder that this command was started"),
+        (MemoryError(), r"not enough memory \(an allocation failed\).*collect\.microbatch"),
+        (RuntimeError(TORCH), "not enough memory .*you tried"),
+    ],
+)
+def test_what_the_machine_refuses_is_a_paragraph(monkeypatch, error, message):
+    def refused(*_):
+        raise error
+
+    monkeypatch.setattr(dmin.store, "Store", refused)
+    with pytest.raises(SystemExit, match=message) as caught:
+        main(["store", "info", "somewhere"])
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("dmin: ")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(type(error)):
+        main(["store", "info", "somewhere"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("x"), RuntimeError("x"), FileNotFoundError(2, "No such file", __file__ + ".no")],
+)
+def test_a_defect_keeps_its_traceback(monkeypatch, error):
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(dmin.store, "Store", broken)
+    with pytest.raises(type(error)):
+        main(["store", "info", "somewhere"])
+
+
+def test_a_folder_that_is_gone(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    start = f"import os, sys; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r});"
+    start += "from dmin.cli import main; sys.exit(main(['collect', 'some/store', 'model=mlp']))"
+    found = subprocess.run(
+        [sys.executable, "-c", start],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    assert found.returncode == 1 and "Traceback" not in found.stderr, found.stderr
+    assert "is not there any more: change to another" in found.stderr
