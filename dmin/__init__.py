@@ -30,6 +30,7 @@ _PUBLIC = {
     "SharedNoise": "dmin.diffusion",
     "Store": "dmin.store",
     "Stratified": "dmin.diffusion",
+    "from_pipeline": "dmin.models",
     "retrieve": "dmin.attribution",
 }
 

@@ -29,6 +29,7 @@ _FAMILIES = {
     "Wan": "families.wan",
     "ZImage": "families.z_image",
     "auto": "recognition",
+    "from_pipeline": "in_hand",
 }
 
 __all__ = ["READOUTS", "Condition", "DiffusionModel", "Prediction"]

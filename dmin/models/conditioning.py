@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import nn
 
+from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.base import Condition
 from dmin.models.text_encoders import TextConditioned
 from dmin.runtime.errors import DminError
@@ -129,7 +130,42 @@ class LongCaptioned(Captioned):
         return {**super()._sampling(prompts), **length}
 
 
-class PaddedCaptioned(LongCaptioned):
+class Flow(LongCaptioned):
+    """A rectified flow that is told captions of a chosen length, of 1024 pixels by default."""
+
+    processes = (RectifiedFlow,)
+    own_length: int = 512
+    own_size: ClassVar[int] = 128
+
+
+class GuidanceEmbedded(Flow):
+    """Distilled to take its guidance as an input of the network.
+
+    Args:
+        pipeline: of diffusers, with all its components.
+        embedded_guidance: the guidance that the network is told in attribution: what it was
+            fine-tuned with. Diffusers' training scripts take 3.5 unless told otherwise; models
+            without the input (schnell, klein) are not told. ``guidance_scale`` is its value in
+            sampling.
+        settings: of the next class.
+    """
+
+    def __init__(self, pipeline: Any, *, embedded_guidance: float = 3.5, **settings: Any) -> None:
+        super().__init__(pipeline, **settings)
+        self.embedded_guidance = embedded_guidance
+
+    def describe(self) -> dict[str, Any]:
+        """Return what defines latents, condition and loss."""
+        told = self.embedded_guidance if self.network.config.guidance_embeds else None
+        return {**super().describe(), "embedded_guidance": told}
+
+    def _guidance(self, noised: torch.Tensor) -> torch.Tensor | None:
+        if not self.network.config.guidance_embeds:
+            return None
+        return noised.new_full((len(noised),), self.embedded_guidance)
+
+
+class PaddedCaptioned(Flow):
     """Conditioned on captions each of its own length, encoded alone: no other one changes it.
 
     They are kept in the chosen length, zeros and a mask after their tokens.

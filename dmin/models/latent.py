@@ -239,12 +239,10 @@ class LatentDiffusion(PipelineModel):
         height, width = (size, size) if isinstance(size, int) else size
         return self.vae_factor * height, self.vae_factor * width
 
-    def _decoded(self, latents: Tensor) -> Tensor:
-        return vae.decode(self.pipeline.vae, latents, self.shifted)
-
-    def _unpacked(self, latents: Tensor, images: Tensor) -> Tensor:
+    def _decoded(self, latents: Tensor, images: Tensor) -> Tensor:
         height, width = (side // self.vae_factor for side in images.shape[-2:])
-        return self._latents(latents, (len(latents), 1, height, width))
+        found = self._latents(latents, (len(latents), 1, height, width))
+        return vae.decode(self.pipeline.vae, found, self.shifted)
 
     def _check_size(self, image: Tensor, name: str) -> None:
         autoencoder = self.pipeline.vae

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from dmin.models import logging_filters, vae
+from dmin.models import logging_filters
 from dmin.models.adapters import load_adapters, save_adapters, without_adapters
 from dmin.models.base import noise_generators, weights_digest
 from dmin.models.checkpoints import DType, load_pipeline, load_weights
@@ -103,6 +104,11 @@ class PipelineModel(TrainedModel):
             load_adapters(network, adapter, pipeline)
         return cls(pipeline, **settings).eval()
 
+    @classmethod
+    def of_pipeline(cls, pipeline: Any, **settings: Any) -> Self:
+        """Return the model of a pipeline."""
+        return cls(pipeline, **settings)
+
     def save_pretrained(self, path: str | Path) -> None:
         """Save in diffusers' layout; adapters beside the network, in the folder ``lora``."""
         path, own = Path(path), dict(self.pipeline.components)
@@ -162,8 +168,7 @@ class PipelineModel(TrainedModel):
         with recorded(self.pipeline.scheduler, states) as kept, self._encoders_with_network():
             last = self.sample(prompts, seeds, steps)
             # With guidance, some pipelines have the states twice over.
-            estimates = [self._unpacked(state[: len(prompts)], last) for state in kept]
-            decoded = [self._decoded(state) for state in estimates]
+            decoded = [self._decoded(state[: len(prompts)], last) for state in kept]
         return torch.stack(decoded).to(last.device)
 
     def describe_sampling(self) -> dict[str, Any]:
@@ -180,13 +185,9 @@ class PipelineModel(TrainedModel):
     def _encoder_digests(self) -> dict[str, str]:
         return {name: weights_digest(encoder) for name, encoder in self.encoders.items()}
 
-    def _decoded(self, latents: Tensor) -> Tensor:
-        """Return the images of latents."""
-        return vae.decode(self.pipeline.vae, latents)
-
-    def _unpacked(self, latents: Tensor, images: Tensor) -> Tensor:
-        """Return latents as the VAE has them, of those of the sampler and what they became."""
-        return latents
+    @abstractmethod
+    def _decoded(self, latents: Tensor, images: Tensor) -> Tensor:
+        """Return the images of the sampler's latents, of which the last became these."""
 
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that tell what to generate."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,31 +28,25 @@ class Recognised(NamedTuple):
     evidence: str
 
 
-def auto(
-    path: str | Path,
-    *,
-    single_file: str | Path | None = None,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    **settings: Any,
-) -> DiffusionModel:
+def auto(path: str | Path, **settings: Any) -> DiffusionModel:
     """Load a checkpoint as the family that it tells of itself.
 
     Args:
         path: folder with ``model_index.json``, or the name of a repository on the Hub.
-        single_file: file that holds all weights in the original layout.
-        subfolder: folder inside ``path`` that holds the pipeline.
-        revision: on the Hub.
-        settings: of the family.
+        settings: of the family, as ``single_file``, ``subfolder``, ``revision``.
 
     Raises:
         DminError: no family is it, or what is there is no whole checkpoint.
     """
-    where = {"single_file": single_file, "subfolder": subfolder, "revision": revision}
-    said: dict[str, Any] = {name: value for name, value in where.items() if value is not None}
-    found = all_families()[recognise(path, **said).family]
-    model: DiffusionModel = found.from_pretrained(path, **said, **settings)
+    found = all_families()[recognise(path, **where(settings)).family]
+    model: DiffusionModel = found.from_pretrained(path, **settings)
     return model
+
+
+def where(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those settings of a model that say where it is, beside its path."""
+    names = ("single_file", "subfolder", "revision")
+    return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
 def recognise(
@@ -62,10 +56,16 @@ def recognise(
     subfolder: str | None = None,
     revision: str | None = None,
 ) -> Recognised:
-    """Return the family of a checkpoint; arguments as of :func:`auto`.
+    """Return the family of a checkpoint, by its small files.
+
+    Args:
+        path: folder, or name on the Hub.
+        single_file: file that holds all weights in the original layout.
+        subfolder: folder inside ``path`` that holds the pipeline.
+        revision: on the Hub.
 
     Raises:
-        DminError: as there; also where file and folder are of two families.
+        DminError: none is it, or file and folder are of two.
     """
     place = Path(path, subfolder or "")
     for setting, given in (("path", path), ("single_file", single_file)):
@@ -204,32 +204,33 @@ def _refuse_part(folder: Path) -> NoReturn:
 
 def skeleton(pipeline: str) -> str:
     """Return the code of the family that a pipeline's class would need, as far as it tells."""
-    found = getattr(diffusers, pipeline, None)
-    taken = inspect.signature(found.__init__).parameters if found else {}
-    part = "unet" if "unet" in taken else "transformer"
-    kind = str(taken[part].annotation) if part in taken else "TheNetwork"
+    found = _arguments(getattr(diffusers, pipeline, None), "__init__")
+    part = "unet" if "unet" in found else "transformer"
+    kind = str(found[part].annotation) if part in found else "TheNetwork"
     kind = kind.rpartition(".")[2].strip("'>")
-    network = getattr(diffusers, kind, None)
-    forward = inspect.signature(network.forward).parameters if network else {}
-    told = ", ".join(list(forward)[1:]) or "unknown"
-    encode = getattr(found, "encode_prompt", None)
-    asked = ", ".join(list(inspect.signature(encode).parameters)[1:]) if encode else "unknown"
-    name = pipeline.removesuffix("Pipeline")
+    forward = ", ".join(_arguments(getattr(diffusers, kind, None), "forward")) or "unknown"
+    encode = ", ".join(_arguments(getattr(diffusers, pipeline, None), "encode_prompt")) or "unknown"
     return f'''\
 # my_family.py, then: dmin doctor --config-dir my_conf model=my_family (docs/own_models.md)
-from dmin.diffusion.processes import RectifiedFlow
-from dmin.models.conditioning import Captioned
+from dmin.models.conditioning import Flow  # a rectified flow; of other processes LongCaptioned
 from dmin.models.relatives import Claims
 
-class {name}(Captioned):
+class {pipeline.removesuffix("Pipeline")}(Flow):
     family = "my_family"
     claims = Claims("{kind}", ("{pipeline}",))
-    processes = (RectifiedFlow,)  # or DiscreteDiffusion, EDM: as it was trained
     network_name = "{part}"
-    # encode_prompt takes {asked}
+    # encode_prompt takes {encode}
     encoding = {{"do_classifier_free_guidance": False}}
     encoded = ("encoder_hidden_states",)  # what the network calls that which it returns
 
-    def _predict(self, noised, t, condition):
-        # forward takes {told}
-        return self.network(noised, timestep=t, **condition, return_dict=False)[0]'''
+    def _told(self, noised, condition):
+        # forward takes {forward}
+        return dict(condition)'''
+
+
+def _arguments(kind: Any, method: str) -> dict[str, inspect.Parameter]:
+    """Return what a method of a class of diffusers takes; nothing where a library is lacking."""
+    if kind is None or "dummy" in kind.__module__ or not hasattr(kind, method):
+        return {}
+    taken = dict(inspect.signature(getattr(kind, method)).parameters)
+    return {name: value for name, value in taken.items() if name != "self"}

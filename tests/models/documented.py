@@ -8,11 +8,16 @@ from dmin.cli.tools import models
 PAGE = Path(__file__).parents[2] / "docs/models.md"
 
 
+def markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def page():
     """Return docs/models.md with the tables that `dmin models` has."""
     tables = {
-        "markdown=true": models.markdown(models.FAMILIES, models.families()),
-        "refused": models.markdown(models.REFUSED, models.refused()),
+        "families": markdown(models.FAMILIES, models.families()),
+        "refused": markdown(models.REFUSED, models.refused()),
     }
     text = PAGE.read_text()
     for name, table in tables.items():

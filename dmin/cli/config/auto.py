@@ -8,7 +8,6 @@ from hydra import compose
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 TARGET = "dmin.models.auto"
-_WHERE = ("single_file", "subfolder", "revision")
 
 
 def opened(settings: Sequence[str]) -> list[str]:
@@ -43,11 +42,10 @@ def resolve(cfg: DictConfig, needed: Collection[str] | None = None) -> str | Non
         return None
     if node is None or node.get("_target_") != TARGET or OmegaConf.is_missing(node, "path"):
         return None
-    from dmin.models.recognition import recognise  # imports torch
+    from dmin.models.recognition import recognise, where  # imports torch
 
-    said = {name: value for name, value in node.items() if name != "_target_"}
-    where = {name: said[name] for name in _WHERE if said.get(name) is not None}
-    found = recognise(str(said["path"]), **where)
+    said = {str(name): value for name, value in node.items() if name != "_target_"}
+    found = recognise(str(said["path"]), **where(said))
     own = OmegaConf.to_container(compose(f"model/{found.family}").model)
     with open_dict(cfg):
         cfg.model = OmegaConf.merge(own, said)

@@ -11,7 +11,7 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.escape import printable
 
 PAGE = """
-usage: dmin models [PATH] [markdown=true]
+usage: dmin models [PATH]
 
 Without a path: every family, the pipelines of diffusers it opens, the tensors by which a single
 file is known, and why the others are refused. With one: which family a folder or a file is of.
@@ -30,7 +30,6 @@ def run(arguments: Sequence[str]) -> int:
     """Print it; return the exit status."""
     parser = Arguments("models")
     parser.add_argument("path", nargs="?")
-    parser.add_argument("--markdown", choices=["true", "false"], default="false")
     try:
         asked = parser.read(arguments)
         if asked.path is not None:
@@ -41,14 +40,11 @@ def run(arguments: Sequence[str]) -> int:
             return 0
     except DminError as error:
         raise SystemExit(printable(str(error))) from error
-    if asked.markdown == "true":
-        print(markdown(FAMILIES, families()), markdown(REFUSED, refused()), sep="\n\n")
-        return 0
     for name, *rest in families():
         print(_wrapped(name, "; ".join(filter(None, rest))))
     print("\nrefused:")
     for names, why in refused():
-        print(_wrapped(names, why) if len(names) < _INDENT - 2 else _wrapped(why + ":", names))
+        print(_wrapped(f"{why}:", names))
     return 0
 
 
@@ -81,14 +77,8 @@ def refused() -> Iterator[tuple[str, str]]:
     yield from sorted((", ".join(names), why) for why, names in found.items())
 
 
-def markdown(head: Sequence[str], rows: Iterator[tuple[str, ...]]) -> str:
-    """Return a table as docs/models.md has it."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _wrapped(head: str, text: str) -> str:
-    head = f"  {head.strip('`')} "
-    start = head.ljust(_INDENT) if len(head) <= _INDENT else f"{head}\n{' ' * _INDENT}"
+    head, indent = f"  {head.strip('`')} ", " " * _INDENT
+    start = head.ljust(_INDENT) if len(head) <= _INDENT else f"{head}\n{indent}"
     text = text.replace("`", "")
-    return start + textwrap.fill(text, 90 - _INDENT).replace("\n", "\n" + " " * _INDENT)
+    return start + textwrap.fill(text, 90, initial_indent=indent, subsequent_indent=indent).lstrip()

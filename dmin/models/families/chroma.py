@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.base import Condition
-from dmin.models.conditioning import LongCaptioned
+from dmin.models.conditioning import Flow
 from dmin.models.relatives import Claims, variants
 
 
-class Chroma(LongCaptioned):
+class Chroma(Flow):
     """Chroma (Lodestone Rock 2025): the caption's tokens and one of padding take part."""
 
     family = "chroma"
@@ -23,11 +22,8 @@ class Chroma(LongCaptioned):
         packing=4,
         keys=("double_blocks.0.", "distilled_guidance_layer."),
     )
-    processes = (RectifiedFlow,)
     shifted = True
     time_unit = "sigma"
-    own_length: int = 512
-    own_size: ClassVar[int] = 128
     encoded = ("encoder_hidden_states", None, "attention_mask")
 
     def _told(self, noised: Tensor, condition: Condition) -> dict[str, Any]:

@@ -131,6 +131,11 @@ class DDPM(TrainedModel):
         found.label_names = load_names(Path(path), found.classes)
         return found
 
+    @classmethod
+    def of_pipeline(cls, pipeline: Any, **settings: Any) -> Self:
+        """Return the model of a pipeline."""
+        return cls(pipeline.unet, pipeline.scheduler, **settings)
+
     def save_pretrained(self, path: str | Path) -> None:
         """Save in the layout of diffusers' ``DDPMPipeline``."""
         pipeline: Any = DDPMPipeline(self.network, self.scheduler)

@@ -6,21 +6,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.base import Condition
-from dmin.models.conditioning import LongCaptioned
+from dmin.models.conditioning import GuidanceEmbedded
 from dmin.models.relatives import Claims
 
 
-class Flux2(LongCaptioned):
-    """FLUX.2 dev and klein (Black Forest Labs 2025); the network sees the caption's padding.
-
-    Args:
-        pipeline: of diffusers, with all its components.
-        embedded_guidance: that the network of dev is told in attribution, as for Flux.1; that of
-            klein has no such input.
-        settings: of the classes above.
-    """
+class Flux2(GuidanceEmbedded):
+    """FLUX.2 dev and klein (Black Forest Labs 2025); the network sees the caption's padding."""
 
     family = "flux_2"
     claims = Claims(
@@ -32,27 +24,14 @@ class Flux2(LongCaptioned):
         keys=("double_blocks.0.", "single_stream_modulation.lin."),
         vae=("AutoencoderKLFlux2",),
     )
-    processes = (RectifiedFlow,)
     time_unit = "sigma"
-    own_length: int = 512
-    own_size: ClassVar[int] = 128
     encoding: ClassVar[dict[str, Any]] = {}
     encoded = ("encoder_hidden_states",)
 
-    def __init__(self, pipeline: Any, *, embedded_guidance: float = 3.5, **settings: Any) -> None:
-        super().__init__(pipeline, **settings)
-        self.embedded_guidance = embedded_guidance
-
-    def describe(self) -> dict[str, Any]:
-        """Return what defines latents, condition and loss."""
-        told = self.embedded_guidance if self.network.config.guidance_embeds else None
-        return {**super().describe(), "embedded_guidance": told}
-
     def _told(self, noised: Tensor, condition: Condition) -> dict[str, Any]:
         text, pipeline = condition["encoder_hidden_states"], self.pipeline
-        guidance = noised.new_full((len(noised),), self.embedded_guidance)
         return {
-            "guidance": guidance if self.network.config.guidance_embeds else None,
+            "guidance": self._guidance(noised),
             "encoder_hidden_states": text,
             "txt_ids": pipeline._prepare_text_ids(text).to(noised.device),
             "img_ids": pipeline._prepare_latent_ids(noised[:, :, ::2, ::2]).to(noised.device),

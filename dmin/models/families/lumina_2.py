@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.base import Condition
-from dmin.models.conditioning import LongCaptioned
+from dmin.models.conditioning import Flow
 from dmin.models.relatives import Claims
 
 
-class Lumina2(LongCaptioned):
+class Lumina2(Flow):
     """Lumina Image 2.0 (Qin et al. 2025); the system's words go before every caption."""
 
     family = "lumina_2"
@@ -20,12 +19,10 @@ class Lumina2(LongCaptioned):
         keys=("cap_embedder.0.", "noise_refiner.0."),
         gives=("encoder_attention_mask",),
     )
-    processes = (RectifiedFlow,)
     shifted = True
     time_unit, sign = "signal", -1
     own_length: int = 256
     encoded = ("encoder_hidden_states", "encoder_attention_mask")
-    own_size: ClassVar[int] = 128
 
     def _no_prompt(self) -> Condition:
         found: Any = self.pipeline._get_gemma_prompt_embeds(

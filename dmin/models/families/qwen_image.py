@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.base import Condition
 from dmin.models.conditioning import PaddedCaptioned
 from dmin.models.relatives import Claims, variants
@@ -24,10 +23,7 @@ class QwenImage(PaddedCaptioned):
         keys=("transformer_blocks.0.img_mlp.", "txt_norm."),
         vae=("AutoencoderKLQwenImage",),
     )
-    processes = (RectifiedFlow,)
     time_unit = "sigma"
-    own_length: int = 512
-    own_size: ClassVar[int] = 128
     encoding: ClassVar[dict[str, Any]] = {}
     encoded = ("encoder_hidden_states", "encoder_hidden_states_mask")
 

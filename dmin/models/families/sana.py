@@ -8,14 +8,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.base import Condition
-from dmin.models.conditioning import LongCaptioned
+from dmin.models.conditioning import Flow
 from dmin.models.relatives import Claims
 from dmin.runtime.errors import DminError
 
 
-class Sana(LongCaptioned):
+class Sana(Flow):
     """Sana (Xie et al. 2024).
 
     Args:
@@ -28,7 +27,6 @@ class Sana(LongCaptioned):
 
     family = "sana"
     claims = Claims("SanaTransformer2DModel", ("SanaPipeline", "SanaPAGPipeline"))
-    processes = (RectifiedFlow,)
     own_length: int = 300
     encoded = ("encoder_hidden_states", "encoder_attention_mask")
     sampled_with: ClassVar[dict[str, Any]] = {"use_resolution_binning": False}

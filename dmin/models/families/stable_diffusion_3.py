@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from dmin.diffusion.processes import RectifiedFlow
-from dmin.models.conditioning import LongCaptioned
+from dmin.models.conditioning import Flow
 from dmin.models.relatives import Claims, variants
 from dmin.runtime.errors import DminError
 
 
-class StableDiffusion3(LongCaptioned):
+class StableDiffusion3(Flow):
     """Stable Diffusion 3 and 3.5 (Esser et al. 2024).
 
     Args:
@@ -25,7 +24,6 @@ class StableDiffusion3(LongCaptioned):
     claims = Claims(
         "SD3Transformer2DModel", variants("StableDiffusion3"), keys=("joint_blocks.0.",)
     )
-    processes = (RectifiedFlow,)
     shifted = True
     own_length: int = 256
     encoding: ClassVar[dict[str, Any]] = {

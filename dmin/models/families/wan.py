@@ -6,13 +6,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dmin.diffusion.processes import RectifiedFlow
-from dmin.models.conditioning import LongCaptioned
+from dmin.models.conditioning import Flow
 from dmin.models.relatives import Claims
 from dmin.runtime.errors import DminError
 
 
-class Wan(LongCaptioned):
+class Wan(Flow):
     """Wan 2.1 text to video (Wan team 2025), of images as its training takes them."""
 
     family = "wan"
@@ -22,8 +21,6 @@ class Wan(LongCaptioned):
         keys=("head.modulation", "patch_embedding."),
         vae=("AutoencoderKLWan",),
     )
-    processes = (RectifiedFlow,)
-    own_length: int = 512
     encoded = ("encoder_hidden_states",)
     sampled_with: ClassVar[dict[str, Any]] = {"num_frames": 1}
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.base import Condition
 from dmin.models.conditioning import PaddedCaptioned
 from dmin.models.relatives import Claims, variants
@@ -26,11 +25,8 @@ class ZImage(PaddedCaptioned):
         keys=("layers.0.adaLN_modulation.0.", "cap_embedder.0.", "x_pad_token"),
         gives=("x", "t", "cap_feats"),
     )
-    processes = (RectifiedFlow,)
     shifted = True
     time_name, time_unit, sign = "t", "signal", -1
-    own_length: int = 512
-    own_size: ClassVar[int] = 128
     encoded = ("cap_feats", "mask")
 
     @property

@@ -1,0 +1,57 @@
+"""A pipeline as it is in a notebook, as a model; the pipeline itself stays as it is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from dmin.models.base import DiffusionModel
+from dmin.models.recognition import of_pipeline
+from dmin.models.relatives import all_families, diffusers_name
+from dmin.runtime.errors import DminError
+
+
+def from_pipeline(pipeline: Any, **settings: Any) -> DiffusionModel:
+    """Return the model of a pipeline in hand: its weights as they are, adapters and EMA included.
+
+    The model has modules of its own around the same weights, so that neither modes, flags nor
+    places of the pipeline change. Stores know it by its weights.
+
+    >>> model = dmin.from_pipeline(pipe)
+    >>> store = dmin.GradientCollector(model).collect(images, "outputs/train")
+
+    Args:
+        pipeline: of diffusers, with all its components.
+        settings: of its family, as ``conf/model/<family>.yaml`` has them.
+
+    Raises:
+        DminError: no family is it, a component is missing, or it is being moved in and out of a
+            device.
+    """
+    family = all_families()[of_pipeline(diffusers_name(pipeline), "the pipeline")]
+    own = copy.copy(pipeline)
+    for name, component in pipeline.components.items():
+        if component is None and name in ("unet", "transformer", "vae", "scheduler"):
+            raise DminError(f"the pipeline has no {name}. Load it with all its components.")
+        is_module = isinstance(component, nn.Module)
+        if is_module and any(hasattr(module, "_hf_hook") for module in component.modules()):
+            raise DminError(
+                f"the pipeline's {name} is moved in and out of the device while it runs "
+                f"(enable_model_cpu_offload and the like). Call pipe.remove_all_hooks() first."
+            )
+        setattr(own, name, _around(component) if is_module else copy.copy(component))
+    model: DiffusionModel = family.of_pipeline(own, **settings).eval()
+    return model
+
+
+def _around(module: nn.Module) -> nn.Module:
+    """Return a copy of a module's structure around the same memory."""
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
+    for parameter in module.parameters():
+        # Others than torch's own are of quantised layers, and carry more than their numbers.
+        plain = type(parameter) is nn.Parameter
+        same = nn.Parameter(parameter.data, parameter.requires_grad) if plain else parameter
+        shared[id(parameter)] = same
+    return copy.deepcopy(module, shared)
