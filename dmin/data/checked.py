@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Checked(Pixels):
 
     Attributes:
         skipped: names of those left out, and why.
+        sums: beginnings of the SHA-256 of what was surveyed, by id.
     """
 
     on_error: Literal["raise", "skip"] = "raise"
@@ -47,6 +49,7 @@ class Checked(Pixels):
                 "data.check=true."
             )
         self.skipped: dict[str, str] = {}
+        self.sums: dict[str, str] = {}
 
     def leave_out(self, problems: dict[str, str], images: int, where: str) -> None:
         """Leave images out if that was asked for.
@@ -83,6 +86,24 @@ class Checked(Pixels):
         settings = {"schema": SCHEMA, "name": name, "examples": examples, **self.settings()}
         skipped = [printable(name) for name in sorted(self.skipped)]
         return {**settings, **content, "skipped": skipped}
+
+
+def require_same(id: str, content: bytes, known: str) -> None:
+    """Refuse an example that is not what was surveyed: what is decoded is what was digested.
+
+    Args:
+        id: of the example.
+        content: what its sum is of, as it is now.
+        known: how the SHA-256 of it began; empty if it was not surveyed.
+
+    Raises:
+        DminError: it has changed.
+    """
+    if not hashlib.sha256(content).hexdigest().startswith(known):
+        raise DminError(
+            f"{printable(id)} has changed since the data were surveyed. Put it back as it was and "
+            f"go on, or begin anew with the data as they are."
+        )
 
 
 def describe_problems(problems: dict[str, str], images: int, where: str) -> str:

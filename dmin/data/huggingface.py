@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal  # noqa: F401 (Literal is read from the annotations of Pixels)
 
 from dmin.data.base import SCHEMA, Example, Facts
-from dmin.data.checked import NO_CAPTION, Checked
+from dmin.data.checked import NO_CAPTION, Checked, describe_problems, require_same
 from dmin.data.metadata import split_row
 from dmin.data.pixels import Unreadable
-from dmin.data.survey import read_bytes, remembered, survey_rows
+from dmin.data.survey import Rows, read_bytes, survey_rows
 from dmin.runtime.errors import DminError
 
 # Kinds of files: each is the name of a loader of `datasets`, of which some read pickles.
@@ -75,37 +75,36 @@ class HFDataset(Checked):
             self.classes = getattr(rows.features[self.label], "names", None)
         self._rows = self._needed(rows)
         self._known = self._rows.remove_columns(self.image)
-        positions = range(len(self._rows))
-        problems = self._problems(positions) if self.check else {}
-        names = {at: self._name(at) for at in problems}
-        self.leave_out(
-            {names[at]: reason for at, reason in problems.items()},
-            len(positions),
-            f"data.path={self.path}",
-        )
-        self._kept = [at for at in positions if at not in problems] if problems else positions
+        self._found = self._survey() if self.check else None
+        wrong = self._found.problems if self._found else {}
+        problems = {self._name(at): reason for at, reason in wrong.items()}
+        self.leave_out(problems, len(self._rows), f"data.path={self.path}")
+        self._kept = [at for at in range(len(self._rows)) if at not in wrong]
 
     def _columns(self) -> dict[str, str | None]:
         """Return the name of each column that is asked for."""
         return {name: getattr(self, name) for name in ("image", "text", "label", "id")}
 
-    def _problems(self, positions: range) -> dict[int, str]:
-        """Return which rows are not fit for use, and why."""
+    def _survey(self) -> Rows:
+        """Look at all rows."""
         settings = {"max_pixels": self.max_pixels, **self._columns(), **self.settings()}
-        settings |= {"skip": self.on_error == "skip", "told": 1}
+        settings |= {"skip": self.on_error == "skip", "check": self.check, "schema": SCHEMA}
+        settings["table"] = self.fingerprint
+        return survey_rows(len(self._rows), self._look, settings)
 
-        def look(at: int) -> str | None:
-            try:
-                row = self._rows[at]
-                self.probe(_content(row[self.image], ""), "")
-                caption = self._facts(row, f"row {at}").caption
-                if self.on_error == "skip" and self.text and caption is None:
-                    return NO_CAPTION
-            except DminError as error:
-                return str(getattr(error, "reason", error)).rstrip(".")
-            return None
-
-        return survey_rows(positions, look, {"table": self.fingerprint, **settings})
+    def _look(self, at: int) -> tuple[str, str | None]:
+        """Return what gradients are computed from of a row, as text, and what is wrong with it."""
+        try:
+            row = self._rows[at]
+            content = _content(row[self.image], "")
+            if self.check:
+                self.probe(content, "")
+            known = self._facts(row, f"row {at}")
+            if self.on_error == "skip" and self.text and known.caption is None:
+                return "", NO_CAPTION
+            return _text(self._name(at), content, known), None
+        except DminError as error:
+            return "", str(getattr(error, "reason", error)).rstrip(".")
 
     def _name(self, position: int) -> str:
         return str(self._rows[position][self.id]) if self.id else _row_id(position)
@@ -120,9 +119,11 @@ class HFDataset(Checked):
         row = self._rows[position]
         name = str(row[self.id]) if self.id else _row_id(position)
         where = f"image {name!r} of {self.path}"
-        image, sizes = self.decode(_content(row[self.image], where), where)
-        label, caption, rest = self._facts(row, where)
-        return Example(name, image, label, caption, rest or {}, sizes)
+        content, known = _content(row[self.image], where), self._facts(row, where)
+        surveyed = self._found.sums[position] if self._found else ""
+        require_same(name, _text(name, content, known).encode(), surveyed)
+        image, sizes = self.decode(content, where)
+        return Example(name, image, known.label, known.caption, known.metadata or {}, sizes)
 
     def facts(self, index: int) -> Facts:
         """Return what is known of a row besides its image, which is not read."""
@@ -149,19 +150,14 @@ class HFDataset(Checked):
     def describe(self) -> dict[str, Any]:
         """Return settings, and a digest of the id, image, label and caption of every row.
 
-        That of a large table is kept under the fingerprint that ``datasets`` gives it.
+        Raises:
+            DminError: some cannot be read, and it was not found out before.
         """
-        made_of = {"table": self.fingerprint, "schema": SCHEMA, **self._columns()}
-        made_of["skipped"] = sorted(self.skipped)
-        content = remembered(made_of, self._digested_rows(), len(self))
-        return self.described(len(self), content=content)
-
-    def _digested_rows(self) -> Iterator[str]:
-        """Yield what gradients are computed from of each row, as text."""
-        for position, id in zip(self._kept, self.ids, strict=True):
-            row = self._rows[position]
-            image = hashlib.sha256(_content(row[self.image], id)).hexdigest()
-            yield json.dumps([id, image, *self._facts(row, id)[:2]])
+        self._found = self._found or self._survey()
+        if self._found.problems.keys() & set(self._kept):
+            problems = {self._name(at): why for at, why in self._found.problems.items()}
+            raise DminError(describe_problems(problems, len(self), f"data.path={self.path}"))
+        return self.described(len(self), content=self._found.digest)
 
     def describe_fully(self, kept: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
         """Return settings, and the fingerprint that ``datasets`` gives the table, whatever is kept.
@@ -244,3 +240,8 @@ def _content(cell: Any, where: str) -> bytes:
     raise Unreadable(
         where, f"the column holds {type(cell).__name__}, not image files; name another"
     )
+
+
+def _text(id: str, content: bytes, known: Facts) -> str:
+    """Return what gradients are computed from of a row."""
+    return json.dumps([id, hashlib.sha256(content).hexdigest(), *known[:2]])

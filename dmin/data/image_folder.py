@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dmin.data.base import Example, Facts
-from dmin.data.checked import Checked, describe_problems, printable
+from dmin.data.checked import Checked, describe_problems, printable, require_same
 from dmin.data.formats import suffixes
 from dmin.data.layout import Folder
 from dmin.data.survey import Survey, read_bytes, survey
@@ -83,7 +83,9 @@ class ImageFolder(Checked):
         """Return one example."""
         name, facts = self.ids[index], self._facts[index]
         path = Path(self.root) / name
-        image, sizes = self.decode(read_bytes(path, str(path)), str(path))
+        content = read_bytes(path, str(path))
+        require_same(name, content, self.sums.get(name, ""))
+        image, sizes = self.decode(content, str(path))
         return Example(name, image, facts.label, facts.caption, facts.metadata or {}, sizes)
 
     def facts(self, index: int) -> Facts:
@@ -147,7 +149,9 @@ class ImageFolder(Checked):
     def _survey(self, names: list[str]) -> Survey:
         settings = {**self.settings(), "max_pixels": self.max_pixels} if self.check else {}
         settings["checked"] = self.check
-        return survey(Path(self.root), names, self._look, settings)
+        found = survey(Path(self.root), names, self._look, settings)
+        self.sums = found.found
+        return found
 
     def _look(self, path: Path, name: str) -> str:
         """Return the digest of an image; refuse it if it cannot be read and that is asked."""

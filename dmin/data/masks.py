@@ -71,11 +71,14 @@ class Masks:
             )
         return found
 
+    def content(self, file: Path) -> bytes:
+        """Return a mask and what is made of it, to be digested."""
+        settings = f"{self.invert} {self.least} {self.normalised}{' p' * self.proportion}"
+        return read_bytes(file, str(file)) + settings.encode()
+
     def digest(self, file: Path) -> str:
         """Return the digest of a mask and of what is made of it."""
-        settings = f"{self.invert} {self.least} {self.normalised}{' p' * self.proportion}"
-        content = read_bytes(file, str(file))
-        return hashlib.sha256(content + settings.encode()).hexdigest()[:16]
+        return hashlib.sha256(self.content(file)).hexdigest()[:16]
 
     def read(self, file: Path, image: Path, pixels: Pixels) -> Tensor:
         """Return a mask as its image is read, ``[1, H, W]``.

@@ -35,6 +35,14 @@ class Survey(NamedTuple):
     problems: dict[str, str]  # file -> why it cannot be read
 
 
+class Rows(NamedTuple):
+    """What reading a table found."""
+
+    problems: dict[int, str]  # row -> what is wrong with it
+    digest: str  # of the texts of the others
+    sums: list[str]  # of the text of every row
+
+
 def read_bytes(path: Path, name: str) -> bytes:
     """Return the content of a file.
 
@@ -90,10 +98,10 @@ def survey(
 ) -> Survey:
     """Look at every file once, several at a time.
 
-    For large folders what was found is kept by size and time of change, so that later commands
-    only ask the file system. It is kept in the user's cache folder (``$XDG_CACHE_HOME/dmin``),
-    not beside the data, which is often read-only and shared. Only files in order are kept: one
-    that failed is tried again. Deleting the cache is always safe.
+    For large folders what was found is kept by size, times of change and inode, so that later
+    commands only ask the file system: in the user's cache folder (``$XDG_CACHE_HOME/dmin``), not
+    beside the data, which is often read-only and shared. Only files in order are kept: one that
+    failed is tried again. Deleting the cache is always safe.
 
     Args:
         root: the folder.
@@ -104,9 +112,9 @@ def survey(
     """
     record = _record_path(root, settings)
     known, stamps = _load(record), {file: _stamp(root / file) for file in files}
-    fresh = [file for file in files if known.get(file, [None])[:2] != stamps[file]]
+    fresh = [file for file in files if known.get(file, [])[:4] != stamps[file]]
     amount = sum(stamps[file][0] for file in fresh)
-    found = {file: known[file][2] for file in set(files).difference(fresh)}
+    found = {file: known[file][4] for file in set(files).difference(fresh)}
     problems = {}
 
     def read(file: str) -> tuple[Any, str | None]:
@@ -126,66 +134,50 @@ def survey(
             else:
                 problems[file] = problem
     if amount >= LARGE:
-        settled = {f: o for f, o in found.items() if stamps[f][1] < now - _SETTLED_NS}
+        settled = {f: o for f, o in found.items() if stamps[f][2] < now - _SETTLED_NS}
         _save(record, known | {file: [*stamps[file], o] for file, o in settled.items()})
     return Survey(found, problems)
 
 
 def survey_rows(
-    positions: Sequence[int], look: Callable[[int], str | None], settings: dict[str, Any]
-) -> dict[int, str]:
-    """Look at every row of a table once, several at a time; return what is wrong, by position.
+    rows: int, look: Callable[[int], tuple[str, str | None]], settings: dict[str, Any]
+) -> Rows:
+    """Look at every row of a table once, several at a time.
 
-    That nothing was wrong with a large table is kept in the user's cache folder.
+    What was found in a large table without problems is kept in the user's cache folder.
 
     Args:
-        positions: of the rows.
-        look: returns what is wrong with a row, or None.
+        rows: how many there are.
+        look: returns the text of what gradients are computed from of a row, and what is wrong.
         settings: what the outcome depends on, a fingerprint of the table included.
     """
-    record = _record_path(Path("/"), settings)
-    large = len(positions) >= MANY
-    if large and _load(record).get("rows") == len(positions):
-        return {}
+    record, large = _record_path(Path("/"), settings), rows >= MANY
+    known = _load(record) if large else {}
+    if {"digest", "sums"} <= known.keys():
+        return Rows({}, known["digest"], known["sums"])
+    digest, sums, problems = hashlib.sha256(), [], {}
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        looked: Iterable[str | None] = pool.map(look, positions)
+        looked: Iterable[tuple[str, str | None]] = pool.map(look, range(rows))
         if large:
-            looked = followed(looked, "reading the table", len(positions), "rows", transient=True)
-        problems = {at: wrong for at, wrong in zip(positions, looked, strict=True) if wrong}
+            looked = followed(looked, "reading the table", rows, "rows", transient=True)
+        for at, (text, wrong) in enumerate(looked):
+            sums.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+            if wrong is None:
+                digest.update(f"{text}\n".encode())
+            else:
+                problems[at] = wrong
+    found = Rows(problems, digest.hexdigest()[:16], sums)
     if large and not problems:
-        _save(record, {"rows": len(positions)})
-    return problems
-
-
-def remembered(made_of: dict[str, Any], texts: Iterable[str], count: int) -> str:
-    """Return 16 hexadecimal digits of texts, of many from the user's cache folder if kept there.
-
-    Args:
-        made_of: what the texts depend on, a fingerprint of their table included.
-        texts: read only if they have to be.
-        count: how many there are.
-    """
-    record = _record_path(Path("/"), made_of)
-    large = count >= MANY
-    known = _load(record).get("digest") if large else None
-    if isinstance(known, str):
-        return known
-    if large:
-        texts = followed(texts, "reading the table", count, "rows", transient=True)
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(f"{text}\n".encode())
-    if large:
-        _save(record, {"digest": digest.hexdigest()[:16]})
-    return digest.hexdigest()[:16]
+        _save(record, {"digest": found.digest, "sums": sums})
+    return found
 
 
 def _stamp(path: Path) -> list[int]:
     try:
         found = path.stat()
     except OSError:
-        return [0, 0]
-    return [found.st_size, found.st_mtime_ns]
+        return [0] * 4
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def _record_path(root: Path, settings: dict[str, Any]) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmin.data.base import Dataset, Example, Facts, describe_dataset
 from dmin.data.captions import Captions
-from dmin.data.checked import NO_CAPTION
+from dmin.data.checked import NO_CAPTION, require_same
 from dmin.data.ids import facts_at, ids_of
 from dmin.data.image_folder import ImageFolder
 from dmin.data.layout import Folder
@@ -51,6 +51,7 @@ class TrainingFolder(ImageFolder):
         super().__post_init__()
         root = Path(self.root)
         self._masks = {} if self.masks is None else self.masks.find(root, self.ids)
+        self._said: dict[str, str] = {}
         self._cut = Pixels(**{**self.settings(), "mode": "RGB"})
         for image in self._masks if self.check else ():
             self._mask(image)
@@ -58,7 +59,10 @@ class TrainingFolder(ImageFolder):
     def _mask(self, image: str) -> Tensor | None:
         if self.masks is None or image not in self._masks:
             return None
-        return self.masks.read(self._masks[image], Path(self.root) / image, self._cut)
+        file = self._masks[image]
+        if image in self._said:
+            require_same(str(file), self.masks.content(file), self._said[image])
+        return self.masks.read(file, Path(self.root) / image, self._cut)
 
     def __getitem__(self, index: int) -> Example:
         """Return one example."""
@@ -69,7 +73,8 @@ class TrainingFolder(ImageFolder):
         """Return what :class:`ImageFolder` does, and the digests of the masks."""
         found = super().describe()
         if self.masks is not None:
-            found["masks"] = {name: self.masks.digest(file) for name, file in self._masks.items()}
+            self._said = {name: self.masks.digest(file) for name, file in self._masks.items()}
+            found["masks"] = self._said
         return found
 
     def _find(self) -> dict[str, Facts]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple  # noqa: F401 (Literal: see the annotations of Pixels)
 
 from dmin.data.base import SCHEMA, Example, Facts
-from dmin.data.checked import Checked
+from dmin.data.checked import Checked, require_same
 from dmin.data.metadata import split_row
 from dmin.data.pixels import Unreadable
 from dmin.data.survey import survey
@@ -94,8 +94,10 @@ class TarShards(Checked):
         # Opened anew each time: loaders' processes must not share a position in an open file.
         with path.open("rb") as file:
             content = _read(file, parts)
-        image, sizes = self.decode(_image(content), where)
         label, caption, fields = self._facts(content, where)
+        row = [name, hashlib.sha256(_image(content)).hexdigest(), label, caption]
+        require_same(name, json.dumps(row).encode(), self.sums.get(name, ""))
+        image, sizes = self.decode(_image(content), where)
         return Example(name, image, label, caption, fields or {}, sizes)
 
     def facts(self, index: int) -> Facts:
@@ -149,14 +151,17 @@ class TarShards(Checked):
             if (count := sum(kind in parts for kind in IMAGES)) != 1
         }
         if self.check:
+            captions: dict[str, str | None] = {}
             for found in self._survey().values():
-                for *_, unreadable in found.values():
+                for _, _, unreadable, sums in found.values():
                     problems.update(unreadable)
+                    captions |= {id: "" if told else None for id, (_, told) in sums.items()}
+            problems = self.lacking(captions) | problems
         return problems
 
     def _survey(self) -> dict[Path, dict[str, Any]]:
         """Return, by folder and name, each shard's digests, and samples that cannot be read."""
-        settings: dict[str, Any] = {"checked": self.check, "schema": SCHEMA}
+        settings: dict[str, Any] = {"checked": self.check, "schema": SCHEMA, "sums": 16}
         settings.update(text=self.text, label=self.label)
         if self.check:
             settings.update(max_pixels=self.max_pixels, **self.settings())
@@ -166,11 +171,13 @@ class TarShards(Checked):
             shards[folder], problems = survey(folder, names, self._look, settings)
             for name, reason in problems.items():
                 raise Unreadable(str(folder / name), reason)
+            for *_, sums in shards[folder].values():
+                self.sums |= {id: digits for id, (digits, _) in sums.items()}
         return shards
 
-    def _look(self, path: Path, name: str) -> tuple[str, str, dict[str, str]]:
-        """Return a shard's digests and why samples of it cannot be read, a sample at a time."""
-        problems, rows = {}, []
+    def _look(self, path: Path, name: str) -> tuple[str, str, dict[str, str], dict[str, Any]]:
+        """Return a shard's digests, why samples of it cannot be read, and sums of the others."""
+        problems, rows, sums = {}, [], {}
         try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -182,12 +189,15 @@ class TarShards(Checked):
                         if self.check:
                             self.probe(_image(content), id)
                         said = self._facts(content, id)[:2]
-                        rows.append([id, hashlib.sha256(_image(content)).hexdigest(), *said])
+                        row = [id, hashlib.sha256(_image(content)).hexdigest(), *said]
+                        digits = hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]
+                        sums[id] = digits, said[1] is not None
+                        rows.append(row)
                     except DminError as error:
                         problems[id] = getattr(error, "reason", str(error)).rstrip(".")
         except OSError as error:
             raise Unreadable(name, (error.strerror or type(error).__name__).lower()) from error
-        return digest, hashlib.sha256(json.dumps(rows).encode()).hexdigest(), problems
+        return digest, hashlib.sha256(json.dumps(rows).encode()).hexdigest(), problems, sums
 
 
 def _expand(pattern: str) -> list[Path]:

@@ -299,11 +299,11 @@ def test_the_same_bytes_under_other_settings_are_another_dataset(tmp_path):
 
 def test_a_large_folder_is_read_once(tmp_path, cache, monkeypatch):
     root = write_folder(tmp_path / "pictures")
-    for path in root.iterdir():
-        os.utime(path, (1, 1))  # long ago: settled
     first = ImageFolder(root).describe()
     assert not cache.exists()  # a small one is no burden
     monkeypatch.setattr(survey_module, "LARGE", 1)
+    settled = survey_module._SETTLED_NS
+    monkeypatch.setattr(survey_module, "_SETTLED_NS", -(10**12))
     reads = []
     read = survey_module.read_bytes
     monkeypatch.setattr(image_folder, "read_bytes", lambda *a: (reads.append(a[1]), read(*a))[1])
@@ -312,6 +312,8 @@ def test_a_large_folder_is_read_once(tmp_path, cache, monkeypatch):
     changed = write_folder(tmp_path / "changed", "pixel") / "3.png"
     (root / "3.png").write_bytes(changed.read_bytes())
     assert ImageFolder(root).describe() != first and set(reads[7:]) == {"3.png"}
+    monkeypatch.setattr(survey_module, "_SETTLED_NS", settled)
+    os.utime(root / "3.png", (1, 1))
     # Just changed, so it may change again within one tick of the clock: it is not kept.
     count = len(reads)
     ImageFolder(root)
