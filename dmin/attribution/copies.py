@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cache
+from types import MappingProxyType
 
 import numpy as np
 
+from dmin.attribution.features import FeatureSet
 from dmin.attribution.ranking import Ranking
 
 Images = Callable[[str], np.ndarray]
@@ -23,12 +25,32 @@ def pixel_digest(image: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def namesakes(queries: FeatureSet, train: FeatureSet) -> dict[str, list[str]]:
+    """Return for each query the training examples of its id, or of a file with the same bytes.
+
+    Args:
+        queries: the queries.
+        train: the training examples.
+    """
+    there = set(train.store.ids)
+    digests: list[dict[str, str]] = [
+        getattr(side.dataset, "file_digests", dict)() for side in (queries, train)
+    ]
+    by_digest: dict[str, list[str]] = {}
+    for id, digest in digests[1].items():
+        by_digest.setdefault(digest, []).append(id)
+    return {
+        id: [each for each in (id, *by_digest.get(digests[0].get(id, ""), [])) if each in there]
+        for id in queries.store.ids
+    }
+
+
 def with_copies(
     ranking: Ranking,
     query_images: Images,
     train_images: Images,
     wider: Ranking | None = None,
-    known: frozenset[str] = frozenset(),
+    maybe: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> Ranking:
     """Return a ranking that knows which of its examples, and queries, have the same pixels.
 
@@ -38,9 +60,9 @@ def with_copies(
         ranking: as it is shown.
         query_images: id of a query -> its image.
         train_images: the same for training examples. Only those shown are decoded, those that
-            follow with the score of one shown, and those that are called as the query is.
+            follow with the score of one shown, and those of ``maybe``.
         wider: the same with more examples a query, among which ones of equal score are looked for.
-        known: ids of training examples: a query of such an id may be that image.
+        maybe: id of a query -> training examples that may be it, see :func:`namesakes`.
     """
     wider = ranking if wider is None else wider
     digest, asked = cache(lambda id: pixel_digest(train_images(id))), ranking.query_ids
@@ -60,7 +82,7 @@ def with_copies(
             if rank >= 0 and alike[copy_of[query] == rank].any():
                 tied[query][rank].append(id)
         mine = pixel_digest(query_images(asked[query]))
-        looked = dict.fromkeys([*ids, *([asked[query]] if asked[query] in known else [])])
+        looked = dict.fromkeys([*ids, *maybe.get(asked[query], [])])
         found = [id for id in looked if digest(id) == mine]
         same_as.append(found + (tied[query][first[mine]] if mine in first else []))
     return replace(ranking, copy_of=copy_of, tied_copies=tied, same_as=same_as)

@@ -50,13 +50,16 @@ def merged(parts: Sequence[Ranking], k: int, min_score: float | None = None) -> 
     best_scores = np.take_along_axis(scores, best, axis=1)
     counted = [(sign * p.scores, p.at_least) for p in parts if p.at_least is not None]
     known = len(counted) == len(parts)
+    whole = [each.sampled for each in parts if each.sampled is not None]
+    drawn = np.concatenate(whole, axis=1) if len(whole) == len(parts) else None
     sampled = [each.sample for each in parts if each.sample is not None]
     return replace(
         first,
         candidates=sum(each.candidates or 0 for each in parts) or None,
         at_least=merged_counts(sign * best_scores, counted) if known else None,
         sample=min(sampled, default=None),
-        typical=None,  # medians of parts are not that of the whole
+        typical=None if drawn is None else np.median(drawn, axis=1),
+        sampled=None,
         train_rows=np.take_along_axis(rows, best, axis=1),
         train_ids=named("train_ids"),
         train_metadata=named("train_metadata"),

@@ -13,6 +13,7 @@ import numpy as np
 from dmin.runtime.errors import DminError
 
 COUNTS = ("group_sizes", "at_least", "tiers", "copy_of")  # int64 [Q, K]
+PER_QUERY = ("maximum", "typical", "sampled", "tier_goes_on")  # float32 or bool, [Q, …]
 PARTS = ("contributions", "group_contributions", "errors", "stability", *COUNTS)
 
 
@@ -48,6 +49,7 @@ class Ranking:
         candidates: examples that were ranked, or values of ``group_by``; None if not known.
         maximum: float32 [Q], the largest score possible (opponents: the smallest), or None.
         typical: float32 [Q], the median score of all candidates, perhaps of a sample, or None.
+        sampled: float32 [Q, n], of a part: the scores of that sample which are in it, or None.
         at_least: int64 [Q, K], candidates that score at least as much (opponents: at most), each
             counting itself, or None.
         sample: of how many candidates `at_least` is estimated; None where all were counted.
@@ -85,6 +87,7 @@ class Ranking:
     candidates: int | None = None
     maximum: np.ndarray | None = None
     typical: np.ndarray | None = None
+    sampled: np.ndarray | None = None
     at_least: np.ndarray | None = None
     sample: int | None = None
     tiers: np.ndarray | None = None
@@ -99,7 +102,7 @@ class Ranking:
         # A frozen dataclass is set through object: the conversions are part of its construction.
         object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
         object.__setattr__(self, "groups", tuple(self.groups))
-        for name in ("train_rows", "scores", "maximum", "typical", "tier_goes_on", *PARTS):
+        for name in ("train_rows", "scores", *PER_QUERY, *PARTS):
             if (value := getattr(self, name)) is not None:
                 whole = np.int64 if name in ("train_rows", *COUNTS) else np.float32
                 kind = bool if name == "tier_goes_on" else whole
@@ -112,8 +115,7 @@ class Ranking:
             _refuse("scores", list(self.scores.shape), "[queries, k], both at least 1")
         queries, k = self.scores.shape
         lists = ("train_ids", "train_metadata", "tied_copies")
-        arrays = ("maximum", "typical", "tier_goes_on")
-        for name in ("query_ids", "query_metadata", "same_as", *lists, *arrays):
+        for name in ("query_ids", "query_metadata", "same_as", *lists, *PER_QUERY):
             if (value := getattr(self, name)) is not None and len(value) != queries:
                 _refuse(name, len(value), f"{queries} entries, one a query")
         for name in lists:
@@ -131,9 +133,7 @@ class Ranking:
             if parts is not None and parts.shape != expected:
                 _refuse(name, list(parts.shape), f"{list(expected)}, one a {what}")
         if (self.group_contributions is None) != (not self.groups):
-            _refuse(
-                "groups", list(self.groups), "names exactly where there are group_contributions"
-            )
+            _refuse("groups", list(self.groups), "names exactly where group_contributions are")
 
     def _check_values(self) -> None:
         repeated = sorted(name for name, n in Counter(self.query_ids).items() if n > 1)

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from dmin.attribution.ranking import Ranking
+from dmin.attribution.ranking import PER_QUERY, Ranking
 from dmin.runtime.errors import DminError
 
 FORMAT, VERSION = "dmin-ranking", 2  # without these two a file is of version 1
 # Fields of a ranking, by what a file calls them.
-PER_QUERY = ("maximum", "typical", "tier_goes_on")
 COUNTED = {"tiers": "tier", "copy_of": "copy_of"}  # from 1
 COUNTS = {"group_sizes": "examples", "at_least": "at_least"}
 PARTS = {n: n for n in ("contributions", "group_contributions")}
@@ -64,7 +63,10 @@ def _of_query(ranking: Ranking, query: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in PER_QUERY:
         if (value := getattr(ranking, name)) is not None:
-            found[name] = bool(value[query]) if value.dtype == bool else number(value[query])
+            one = value[query]
+            found[name] = (
+                _numbers(one) if one.ndim else bool(one) if one.dtype == bool else number(one)
+            )
     return found if ranking.same_as is None else {**found, "same_as": ranking.same_as[query]}
 
 

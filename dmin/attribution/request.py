@@ -56,6 +56,7 @@ class Request:
             raise DminError("An index cannot help: groups need every score. Set index=null.")
         allowed, what = selection.candidates(metadata)
         self.candidates, self.estimated = allowed, False
+        self.everywhere, self.part = self.keep, False  # what `keep` is without a part
         if not 1 <= k <= allowed:
             raise DminError(f"k={k}: choose 1 … {allowed}, the number of {what}.")
 
@@ -64,6 +65,7 @@ class Request:
         inside = np.zeros(len(self.train), dtype=bool)
         inside[part.start : part.stop] = True
         self.keep = inside if self.keep is None else self.keep & inside
+        self.part = True
         found = int(self.keep.sum())
         self.k, self.candidates = min(self.k, found), found
         return found
@@ -73,14 +75,18 @@ class Request:
         self._check_split(queries, numbers, asked)
         if self.index is not None:
             return self._indexed(asked, self.index)
-        sample = Sample(self.keep, len(self.train), STREAMED)
+        within = self.keep if self.part else None
+        sample = Sample(self.everywhere, len(self.train), STREAMED, within=within)
         best, sign = self.gathered(asked, sample), self.selection.sign
         if isinstance(best, Groups):
             return self.best_groups(best, queries, numbers, asked)
         scores, rows, tied = best.finish()
         parts = self._contributions(queries, numbers, asked, rows.numpy())
-        counted, limit = at_least(scores, tied), self.method.limit(asked, sign)
-        return Answer(sign * scores, rows, parts, counted, sign * sample.median, limit)
+        found = sign * scores, rows, parts, at_least(scores, tied)
+        limit = self.method.limit(asked, sign)
+        if self.part:
+            return Answer(*found, None, limit, sign * sample.scores)
+        return Answer(*found, sign * sample.median, limit)
 
     def gathered(self, asked: Any, sample: Sample | None = None) -> BestRows | TopK | Groups:
         """Return the best rows, or what each group has of them, times the sign."""
@@ -187,7 +193,7 @@ class Request:
     def answer(self, queries: FeatureSet, batches: Sequence[Answer]) -> Ranking:
         """Put the batches of queries together, and names to the numbers."""
         whole = (None if each[0] is None else joined(each) for each in zip(*batches, strict=True))
-        scores, rows, parts, counted, typical, maximum = whole
+        scores, rows, parts, counted, typical, maximum, sampled = whole
         assert scores is not None and rows is not None and counted is not None
         chosen, train = self.selection, self.train.store
         ids, metadata = train.ids, train.metadata
@@ -217,6 +223,7 @@ class Request:
             candidates=self.candidates,
             maximum=maximum,
             typical=typical,
+            sampled=sampled,
             at_least=counted,
             sample=min(READ, self.candidates) if self.estimated else None,
         )

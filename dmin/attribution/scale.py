@@ -25,16 +25,18 @@ class Answer(NamedTuple):
         rows: int64 ``[Q, k]``.
         parts: what timesteps and groups add, ``[Q, k, T, G]``, or None.
         at_least: candidates that score as much or better, int64 ``[Q, k]``.
-        typical: median of the candidates' scores, ``[Q]``.
+        typical: median of the candidates' scores, ``[Q]``; None of a part of them.
         maximum: the best score possible, ``[Q]``, or None.
+        sampled: of a part, the scores of its candidates among a sample of all, ``[Q, n]``.
     """
 
     scores: Tensor
     rows: Tensor
     parts: Tensor | None
     at_least: Tensor
-    typical: Tensor
+    typical: Tensor | None
     maximum: Tensor | None
+    sampled: Tensor | None = None
 
 
 class Sample:
@@ -45,13 +47,22 @@ class Sample:
         total: N.
         most: how many to sample.
         seed: key of the draw.
+        within: take those of the sample that are in a part, bool ``[N]``; None for all.
     """
 
-    def __init__(self, keep: np.ndarray | None, total: int, most: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        keep: np.ndarray | None,
+        total: int,
+        most: int,
+        seed: int = 0,
+        within: np.ndarray | None = None,
+    ) -> None:
         allowed = None if keep is None else np.flatnonzero(keep)
         count = total if allowed is None else len(allowed)
         drawn = np.random.default_rng(seed).choice(count, min(most, count), False, shuffle=False)
-        self.rows = np.sort(drawn if allowed is None else allowed[drawn])
+        rows = np.sort(drawn if allowed is None else allowed[drawn])
+        self.rows = rows if within is None else rows[within[rows]]
         self._found: list[Tensor] = []
 
     def update(self, scores: Tensor, first: int) -> None:

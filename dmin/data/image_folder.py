@@ -62,6 +62,7 @@ class ImageFolder(Checked):
         if not Path(self.root).is_dir():
             raise DminError(f"data.root={self.root}: no such folder. Give a folder of images.")
         self._wrong: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
         self.summary = ""
         facts = self._find()
         if not facts:
@@ -109,8 +110,13 @@ class ImageFolder(Checked):
         del found["schema"]
         return found
 
+    def file_digests(self) -> dict[str, str]:
+        """Return a digest of the bytes of each image's file, by id, as they were read last."""
+        return self._digests or self._survey(self.ids).found
+
     def _content(self, facts: Sequence[Sequence[Any]]) -> str:
         digests, problems = self._survey(self.ids)
+        self._digests = digests
         if problems:  # since the dataset was made, or nothing was checked then
             raise DminError(describe_problems(problems, len(self), f"data.root={self.root}"))
         rows = [[name, digests[name], *known] for name, known in zip(self.ids, facts, strict=True)]

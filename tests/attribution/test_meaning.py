@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from dmin.attribution import (
     score_matrix,
 )
 from dmin.attribution.confidence import parts_of, resampled, tiers_of, with_confidence
-from dmin.attribution.copies import with_copies
+from dmin.attribution.copies import namesakes, with_copies
 from dmin.attribution.search.contenders import best_of_all
 from dmin.attribution.search.index import Found, Index
 from dmin.attribution.search.selection import Selection
@@ -285,8 +286,19 @@ def test_a_copy_is_one_of_pixels_not_of_names_or_scores(tmp_path):
     assert known.same_as == [[]] * 4 and spell_same_as(known, 0) is None
     renamed = replace(found.first(1), query_ids=["t-3", "b", "c", "d"])
     asked = {"t-3": pictures["t-3"], **dict.fromkeys("bcd", pictures["t-0"] + 0.1)}
-    ids = frozenset(pictures)
-    assert with_copies(renamed, asked.get, pictures.get, known=ids).same_as[0] == ["t-3"]
+    maybe = {"t-3": ["t-2", "t-3"]}
+    assert with_copies(renamed, asked.get, pictures.get, maybe=maybe).same_as[0] == ["t-3"]
+
+
+def test_training_images_that_may_be_a_query_have_its_name_or_its_file(tmp_path):
+    theirs = {"t-0": "a", "t-1": "b", "t-2": "a", "gone": "a"}
+    t, q = (FeatureSet(made(tmp_path / n, drawn(3, dim=16))) for n in ("t", "q"))
+    t.dataset, q.dataset = (
+        SimpleNamespace(file_digests=lambda found=found: found)
+        for found in (theirs, {"q-0": "a", "q-1": "c"})
+    )
+    assert namesakes(q, t) == {"q-0": ["t-0", "t-2"], "q-1": [], "q-2": []}
+    assert namesakes(t, FeatureSet(t.store))["t-1"] == ["t-1"]
 
 
 def full(sides, tmp_path):

@@ -41,6 +41,8 @@ def same(one, other):
     assert np.array_equal(one.train_rows, other.train_rows)
     a, b = one.contributions, other.contributions
     assert (a is None and b is None) or np.abs(a - b).max() < 1e-6
+    assert (one.typical is None) == (other.typical is None) and one.sampled is None
+    assert one.typical is None or np.array_equal(one.typical, other.typical)
     assert one.train_ids == other.train_ids and one.train_metadata == other.train_metadata
 
 

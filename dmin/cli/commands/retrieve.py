@@ -100,7 +100,7 @@ class _Asked:
         from dmin.attribution import Approximate, retrieve_part
         from dmin.attribution import retrieve as search
         from dmin.attribution.confidence import with_confidence
-        from dmin.attribution.copies import with_copies
+        from dmin.attribution.copies import namesakes, with_copies
 
         k, chosen = self.options["k"], self.selection
         queries, train = self.queries, self.train
@@ -124,8 +124,7 @@ class _Asked:
             found = replace(found, blind=self.blind_at(method.requires.readouts[0]))
         if chosen.group_by:
             return found
-        known = frozenset(queries.store.ids).intersection(train.store.ids)
-        return with_copies(found, *self.pictures, wider, known)
+        return with_copies(found, *self.pictures, wider, namesakes(queries, train))
 
     def blind_at(self, readout: str) -> tuple[float, ...] | None:
         """Return the timesteps that the doctor calls blind; None of too few examples to tell."""
