@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs.files import Places, header
+from dmin.runs.files import Places, header, spelled
 from dmin.runs.training_run import Entry, TrainingRun, shown
 from dmin.runtime.errors import DminError
 
@@ -33,7 +33,8 @@ def family_of(
         return said
     raise DminError(
         f"{run.source} trained {shown(kind)}, of which dmin has no family. It reads "
-        f"{', '.join(families)}; for a model of your own say model=… (docs/own_models.md)."
+        f"{', '.join(families) or 'no other'}; for a model of your own say model=… "
+        f"(docs/own_models.md)."
     )
 
 
@@ -54,8 +55,19 @@ def base_model(
     said = places.said.get("path")
     if said is None and text is None:
         raise DminError(f"{run.source} names no base model: say model.path=PATH.")
+    file, expected = places.seek(text, "base model"), places.said.get("family") or expected
+    if file is not None and file.is_file() and file.suffix == ".safetensors":
+        family, settings = settings_of(spelled(file), expected)
+        if said is None or Path(said).is_file():
+            raise DminError(
+                f"{run.source}: its base model, {file}, is one file without configs. Say where a "
+                f"pipeline of its version and size is, as diffusers saves it: model.path=FOLDER."
+            )
+        meaning = f"model={family}, model.single_file; configs at model.path as you say"
+        run.taken.append(Entry("base model", spelled(file), meaning))
+        return family, {**settings, "path": said}
     path = said or str(places.maybe(text, "base model"))
-    family, settings = settings_of(path, places.said.get("family") or expected)
+    family, settings = settings_of(path, expected)
     meaning = f"model={family}" if said is None else f"model={family}, at model.path as you say"
     run.taken.append(Entry("base model", path, meaning))
     return family, settings

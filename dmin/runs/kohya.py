@@ -31,7 +31,7 @@ def recognises(found: Any) -> bool:
     """Tell whether a config is one of kohya's trainers."""
     if not isinstance(found, Mapping):
         return False
-    keys = set(_flat(found))
+    keys = set(flat(found))
     return "pretrained_model_name_or_path" in keys and bool(
         keys & {"network_module", "train_data_dir", "dataset_config"}
     )
@@ -40,7 +40,7 @@ def recognises(found: Any) -> bool:
 def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     """Return what a kohya config says."""
     run = TrainingRun("kohya sd-scripts", source)
-    keys = Keys(_flat(found), run)
+    keys = Keys(flat(found), run)
     module = keys.get("network_module", kind=str)
     if module is None:
         raise adapter.refuse_whole(run, "no network_module")
@@ -177,8 +177,8 @@ def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[s
     return folder(root, captions, SUFFIXES, repeats=keys.get("num_repeats", 1, int), **shape)
 
 
-def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a TOML; its sections are flattened, their names mean nothing."""
+def flat(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a TOML; the names of its sections mean nothing."""
     flat: dict[str, Any] = {}
     for key, value in found.items():
         flat |= value if isinstance(value, dict) else {key: value}

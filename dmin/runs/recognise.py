@@ -13,6 +13,7 @@ from dmin.runs import (
     diffusion_pipe,
     kohya,
     kohya_header,
+    musubi,
     onetrainer,
     simple_tuner,
 )
@@ -27,6 +28,7 @@ TRAINERS: tuple[ModuleType, ...] = (
     simple_tuner,
     diffusion_pipe,
     diffusers_scripts,
+    musubi,
 )
 # Of files that came out, where no config is.
 HEADERS: tuple[ModuleType, ...] = (kohya_header,)

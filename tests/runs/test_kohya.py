@@ -168,6 +168,16 @@ def test_a_base_model_elsewhere_needs_its_family(place):
     assert (run.family, run.model["path"]) == ("stable_diffusion_xl", "someone/their-model")
 
 
+def test_a_base_model_of_one_file_needs_the_folder_of_its_configs(place):
+    header_only("base/mine.safetensors", ["cond_stage_model.some"])
+    (place / "run.toml").write_text(MAIN.replace("base/sd", "base/mine.safetensors"))
+    with pytest.raises(DminError, match=r"one file without configs.*model\.path=FOLDER"):
+        read_run(place / "run.toml")
+    run = read_run(place / "run.toml", said={"path": "base/sd"})
+    told = {"single_file": "base/mine.safetensors", "path": "base/sd"}
+    assert told.items() <= run.model.items()
+
+
 def test_what_the_line_says_of_the_model_wins(place):
     (place / "run.toml").write_text(MAIN.replace("base/sd", "gone/sd").replace("mug", "gone"))
     pipeline_index("here", "StableDiffusionXLPipeline")

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from runs import documented
 from runs.tiny import images
 
 from dmin.cli.workspace.built import build
@@ -169,7 +170,23 @@ RUNS["diffusers_scripts"] = (
     {"center_crop", "random_flip"},
     [("plain/e.png", "zqx mug", 2, 32, 32)],
 )
-WITHOUT_MASKS = ("diffusers_scripts",)
+MUSUBI = {"dit": "base/flux", "dataset_config": "sets.toml", "output_dir": "out",
+          "output_name": "mug", "network_module": "networks.lora_flux_2"}  # fmt: skip
+SETS = {
+    "general": {"resolution": [32, 32], "caption_extension": ".txt", "enable_bucket": True},
+    "datasets": [{"image_directory": "img/mugs", "num_repeats": 2, "batch_size": 1}],
+}
+RUNS["musubi"] = (
+    {"run.toml": MUSUBI, "sets.toml": SETS},
+    {"path": "base/flux", "shift": 1.0},
+    set(),
+    [
+        ("mugs/a.png", "a mug, red\na second line", 2, 64, 16),
+        ("mugs/c.png", "", 2, 32, 32),
+    ],
+)
+SAID = {"musubi": {"family": "flux"}}  # none of its models is a family of dmin's own
+WITHOUT_MASKS = ("diffusers_scripts", "musubi")
 
 
 @pytest.fixture
@@ -202,7 +219,7 @@ def test_a_run_is_taken_as_it_was_trained(place, name):
     if name == "simple_tuner":  # which needs captions
         for image in ("a-masklabel", "b", "_controls/a"):
             Path(f"img/mugs/{image}.txt").write_text(image)
-    run = read_run(written(files))
+    run = read_run(written(files), said=SAID.get(name))
     assert model.items() <= run.model.items()
     assert {entry.key.rpartition(".")[2] for entry in run.random} == random
     assert run.model["adapter"].startswith(("out/", "runs/")) and run.unknown == []
@@ -230,7 +247,7 @@ def test_odd_values_are_refused_in_a_sentence_or_read(place, name, odd):
             inside = inside[key]
         inside[at[-1]] = odd
         try:
-            read_run(written(files))
+            read_run(written(files), said=SAID.get(name))
         except DminError as error:
             assert len(str(error)) < 900, at
 
@@ -245,3 +262,7 @@ def test_a_script_reads_captions_of_a_folders_metadata(place):
         32,
         32,
     )
+
+
+def test_the_page_of_trainers_is_that_of_the_readers():
+    assert documented.PAGE.read_text() == documented.page()

@@ -1,0 +1,64 @@
+"""musubi-tuner: a TOML of options, and one of data sets, each of which is a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmin.runs import adapter
+from dmin.runs.base_model import base_model, family_of
+from dmin.runs.files import Places, load
+from dmin.runs.folders import add, bucket, folder, together
+from dmin.runs.keys import Keys, tables
+from dmin.runs.kohya import SUFFIXES, flat
+from dmin.runs.training_run import TrainingRun
+from dmin.runtime.errors import DminError
+
+CONFIGS = ("*.toml",)
+
+
+def recognises(found: Any) -> bool:
+    """Tell whether a config is one of musubi-tuner's."""
+    return isinstance(found, Mapping) and {"dit", "dataset_config"} <= flat(found).keys()
+
+
+def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
+    """Return what a config of musubi-tuner says: of its models none is a family of dmin's own."""
+    run = TrainingRun("musubi-tuner", source)
+    keys = Keys(flat(found), run)
+    family = family_of(run, keys.get("network_module", kind=str), {}, places)
+    run.family, run.model = base_model(run, places, keys.get("dit", kind=str), family)
+    name = run.name = keys.get("output_name", "last", str)
+    root = places.seek(keys.get("output_dir", ".", str), "output_dir")
+    adapter.take(run, places, "output_dir", root, f"{name}.safetensors", f"{name}-*.safetensors")
+    run.facts |= keys.known("network_dim", "network_alpha", "max_train_steps", "seed")
+    config = Keys(load(places.find(keys.get("dataset_config", "", str), "dataset_config")), run)
+    general, parts = config.inside("general"), dict[str, dict[str, Any]]()
+    for own in config.each("datasets"):
+        each = Keys({**general.values, **own.values}, run, own.where)
+        path, ending = (each.get(k, "", str) for k in ("image_directory", "caption_extension"))
+        if not path or not ending.strip("."):
+            raise DminError(
+                f"{source}: {each.where} needs image_directory and caption_extension. Videos and "
+                f"lists of images are not read yet: leave that data set out in a copy."
+            )
+        where = Path(places.folder(path, each.name("image_directory")))
+        size, upscale = (
+            each.get("resolution", [960, 544]),
+            not each.get("bucket_no_upscale", False, bool),
+        )
+        shape = bucket(size, each.get("enable_bucket", False, bool), 16, upscale, run)
+        captions = {"extensions": [f".{ending.lstrip('.')}"], "missing": "drop"}
+        repeats = each.get("num_repeats", 1, int)
+        each.note(run.taken, "image_directory", where.name, f"data, {repeats} repeats")
+        add(
+            parts,
+            where.name,
+            folder(where.as_posix(), captions, SUFFIXES, repeats=repeats, **shape),
+            run,
+        )
+        each.apply(tables("musubi")["datasets"])
+    keys.apply(tables("musubi")["options"])
+    run.data = together(parts, run)
+    return run
