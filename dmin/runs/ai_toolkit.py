@@ -6,27 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter
+from dmin.runs import adapter, base_model
 from dmin.runs import wording as say
-from dmin.runs.base_model import FLOWS, base_model, family_of
 from dmin.runs.files import Places
 from dmin.runs.folders import add, bucket, folder, masks, together
-from dmin.runs.keys import Keys, tables
+from dmin.runs.keys import FLOWS, Keys, families, table
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
-# Architecture → family.
-FAMILIES = {
-    "sd1": "stable_diffusion",
-    "sd2": "stable_diffusion",
-    "sdxl": "stable_diffusion_xl",
-    "ssd": "stable_diffusion_xl",
-    "vega": "stable_diffusion_xl",
-    "sd3": "stable_diffusion_3",
-    "pixart": "pixart",
-    "pixart_sigma": "pixart",
-    "flux": "flux",
-}
 OLDER = {"v2": "sd2", "v3": "sd3", "xl": "sdxl"}  # as in ``is_xl``
 CONFIGS = ("*.yaml", "*.yml", "*.json")
 PROCESSES = ("sd_trainer", "ui_trainer", "diffusion_trainer")
@@ -57,9 +44,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     named = [key[3:] for key in is_keys if model.get(key, False, bool)]
     kind = OLDER.get(named[0], named[0]) if named else "sd1"
     kind = model.get("arch", kind, str).partition(":")[0]
-    family = family_of(run, kind, FAMILIES, places)
-    base = model.get("name_or_path", kind=str)
-    run.family, run.model = base_model(run, places, base, family)
+    base_model.take(run, places, model.get("name_or_path", kind=str), kind, families("ai_toolkit"))
     if run.family == "stable_diffusion_xl":
         run.model["sizes_from"] = "cut"
     _loss(train, model, run)
@@ -70,7 +55,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     run.facts |= train.known("steps", "batch_size", "lr")
     parts = _folders(keys, places, train)
     for name, part in {"process": keys, "train": train, "model": model}.items():
-        part.apply(tables("ai_toolkit")[name])
+        part.apply(table("ai_toolkit", name))
     run.data = together(parts, run)
     return run
 
@@ -130,7 +115,7 @@ def _folders(keys: Keys, places: Places, train: Keys) -> dict[str, dict[str, Any
         )
         each.randoms({"masks were blurred a little; here sharp": "mask_path"})
         each.note(run.taken, key, root.name, f"data, {part['repeats']:g} repeats")
-        each.apply(tables("ai_toolkit")["datasets"])
+        each.apply(table("ai_toolkit", "datasets"))
         add(parts, root.name, part, run, shapes)
     if len(dropped) == 1 and any(dropped):
         run.model["prompt_dropout"] = dropped.pop()

@@ -10,67 +10,52 @@ from dmin.runs.files import Places, header, spelled
 from dmin.runs.training_run import Entry, TrainingRun, shown
 from dmin.runtime.errors import DminError
 
-FLOWS = ("flux", "stable_diffusion_3", "sana")  # families
 
-
-def family_of(
-    run: TrainingRun, kind: Any, families: Mapping[str, str | None], places: Places
-) -> str | None:
-    """Return the family of what a config calls its architecture; None: the base model tells.
-
-    Args:
-        run: whose it is.
-        kind: what the config says.
-        families: by that.
-        places: a family that the user names serves where there is none.
-
-    Raises:
-        DminError: there is none.
-    """
-    if isinstance(kind, str) and kind in families:
-        return families[kind]
-    if (said := places.said.get("family")) is not None:
-        return said
-    raise DminError(
-        f"{run.source} trained {shown(kind)}, of which dmin has no family. It reads "
-        f"{', '.join(families) or 'no other'}; for a model of your own say model=… "
-        f"(docs/own_models.md)."
-    )
-
-
-def base_model(
-    run: TrainingRun, places: Places, text: str | None, expected: str | None
-) -> tuple[str, dict[str, Any]]:
-    """Return the family of a run's base model and the settings that name it.
+def take(
+    run: TrainingRun,
+    places: Places,
+    text: str | None,
+    kind: Any = None,
+    known: Mapping[str, str | None] | None = None,
+) -> None:
+    """Take a run's base model: its family, and the settings that name it.
 
     Args:
-        run: is told of what was taken.
+        run: gets both.
         places: where its paths lead; a path and a family that the user names win.
         text: the base model, as the run names it.
-        expected: family that the run's other keys tell of.
+        kind: what the run calls its architecture.
+        known: family by that; None where the base model itself tells.
 
     Raises:
         DminError: none is named, or it is of no family that is known.
     """
-    said = places.said.get("path")
+    expected = places.said.get("family")
+    if known is not None and expected is None:
+        if not isinstance(kind, str) or kind not in known:
+            raise DminError(
+                f"{run.source} trained {shown(kind)}, of which dmin has no family. It reads "
+                f"{', '.join(known)}; for a model of your own say model=… (docs/own_models.md)."
+            )
+        expected = known[kind]
+    said, file = places.said.get("path"), places.seek(text, "base model")
     if said is None and text is None:
         raise DminError(f"{run.source} names no base model: say model.path=PATH.")
-    file, expected = places.seek(text, "base model"), places.said.get("family") or expected
     if file is not None and file.is_file() and file.suffix == ".safetensors":
-        family, settings = settings_of(spelled(file), expected)
         if said is None or Path(said).is_file():
             raise DminError(
                 f"{run.source}: its base model, {file}, is one file without configs. Say where a "
                 f"pipeline of its version and size is, as diffusers saves it: model.path=FOLDER."
             )
-        meaning = f"model={family}, model.single_file; configs at model.path as you say"
+        run.family, run.model = settings_of(spelled(file), expected)
+        run.model["path"] = said
+        meaning = f"model={run.family}, model.single_file; configs at model.path as you say"
         run.taken.append(Entry("base model", spelled(file), meaning))
-        return family, {**settings, "path": said}
+        return
     path = said or str(places.maybe(text, "base model"))
-    family, settings = settings_of(path, expected)
-    meaning = f"model={family}" if said is None else f"model={family}, at model.path as you say"
+    run.family, run.model = settings_of(path, expected)
+    meaning = f"model={run.family}" + ("" if said is None else ", at model.path as you say")
     run.taken.append(Entry("base model", path, meaning))
-    return family, settings
 
 
 def settings_of(path: str, expected: str | None = None) -> tuple[str, dict[str, Any]]:

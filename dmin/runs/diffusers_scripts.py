@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter
+from dmin.runs import adapter, base_model
 from dmin.runs import wording as say
-from dmin.runs.base_model import base_model
 from dmin.runs.files import Places
 from dmin.runs.folders import IMAGES, add, bucket, folder, together
-from dmin.runs.keys import Keys, tables
+from dmin.runs.keys import Keys, table
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
@@ -32,8 +31,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     keys = Keys(found, run)
     if keys.get("rank", kind=int) is None:
         raise adapter.refuse_whole(run, "no rank")
-    base = keys.get("pretrained_model_name_or_path", kind=str)
-    run.family, run.model = base_model(run, places, base, None)
+    base_model.take(run, places, keys.get("pretrained_model_name_or_path", kind=str))
     place = keys.get("output_dir", "", str)
     run.name, name = Path(place).name or "run", "pytorch_lora_weights.safetensors"
     root = places.seek(place, "output_dir")
@@ -41,7 +39,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     _weighting(keys, run)
     run.facts |= keys.known("max_train_steps", "learning_rate", "train_batch_size", "seed", "rank")
     part = _folder(keys, places)
-    keys.apply(tables("diffusers_scripts")["arguments"])
+    keys.apply(table("diffusers_scripts", "arguments"))
     parts: dict[str, dict[str, Any]] = {}
     add(parts, Path(part["root"]).name, part, run)
     run.data = together(parts, run)

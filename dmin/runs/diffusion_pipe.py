@@ -6,17 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter
+from dmin.runs import adapter, base_model
 from dmin.runs import wording as say
-from dmin.runs.base_model import base_model, family_of
 from dmin.runs.files import Places, load
 from dmin.runs.folders import IMAGES, add, folder, masks, ratios, sides, together
-from dmin.runs.keys import Keys, tables
+from dmin.runs.keys import Keys, families, table
 from dmin.runs.training_run import TrainingRun, shown
 from dmin.runtime.errors import DminError
 
-# Type of the model → family.
-FAMILIES = {"sdxl": "stable_diffusion_xl", "flux": "flux", "sd3": "stable_diffusion_3"}
 CONFIGS = ("*.toml",)
 STEP = 16  # sides are multiples of it
 
@@ -34,9 +31,8 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     model, of_adapter = keys.inside("model"), keys.inside("adapter")
     if not of_adapter.values:
         raise adapter.refuse_whole(run, "no [adapter]")
-    family = family_of(run, model.get("type"), FAMILIES, places)
     base = model.get("checkpoint_path", model.get("diffusers_path", kind=str), str)
-    run.family, run.model = base_model(run, places, base, family)
+    base_model.take(run, places, base, model.get("type"), families("diffusion_pipe"))
     if run.family == "stable_diffusion_xl":
         run.model["sizes_from"] = "cut"
         meaning = "captions were padded to the longest of a batch; here to 77 tokens"
@@ -51,7 +47,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     run.facts |= keys.known("epochs", "max_steps", "micro_batch_size_per_gpu")
     parts = _folders(keys, places)
     for name, part in {"options": keys, "model": model, "adapter": of_adapter}.items():
-        part.apply(tables("diffusion_pipe")[name])
+        part.apply(table("diffusion_pipe", name))
     run.data = together(parts, run)
     return run
 
@@ -78,7 +74,6 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
     copied = run.source.parent / Path(said).name
     file = copied if said and copied.is_file() else places.find(said, "dataset")
     top = Keys(load(file), run, "dataset")
-    table = tables("diffusion_pipe")["directory"]
     for own in top.each("directory"):
         each = Keys({**top.values, **own.values}, run, own.where)
         root = Path(places.folder(each.get("path", "", str), each.name("path")))
@@ -91,7 +86,7 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
             **masks(each, "mask_path", places),
         )
         each.note(run.taken, "path", root.name, f"data, {part['repeats']:g} repeats")
-        each.apply(table)
+        each.apply(table("diffusion_pipe", "directory"))
         add(parts, root.name, part, run, shapes)
     return parts
 

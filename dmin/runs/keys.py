@@ -22,6 +22,7 @@ class Setting(NamedTuple):
     default: Any = None  # the trainer's, where the setting's own is another
     kind: type = float
     nothing: Any = 0  # value that means nothing is done
+    families: str = ""  # those it holds for, by blanks apart; all that have the setting
 
 
 class Table(NamedTuple):
@@ -43,33 +44,42 @@ class Table(NamedTuple):
 
 
 @functools.cache
-def tables(trainer: str) -> Mapping[str, Table]:
-    """Return the tables of a trainer, by section of its configs: ``tables/TRAINER.yaml``."""
+def _yaml(trainer: str) -> dict[str, Any]:
     text = files("dmin.runs").joinpath(f"tables/{trainer}.yaml").read_text("utf-8")
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
 
-    def worded(meanings: Mapping[str, str]) -> dict[str, str]:
-        return {getattr(wording, key, key): keys for key, keys in meanings.items()}
 
-    return {
-        name: Table(
-            {
-                key: Setting(**{**each, "kind": _KINDS_BY_NAME[each.get("kind", "float")]})
-                for key, each in section.get("settings", {}).items()
-            },
-            worded(section.get("other", {})),
-            worded(section.get("random", {})),
-            section.get("inert", ""),
-            tuple(section.get("nothing", ())),
-        )
-        for name, section in yaml.safe_load(text).items()
+def families(trainer: str, section: str = "families") -> dict[str, str | None]:
+    """Return the families that a trainer's names mean; None: the base model itself tells."""
+    found = _yaml(trainer).get(section, {})
+    known = {"base": None}
+    return {name: known.get(family, family) for family in found for name in found[family].split()}
+
+
+@functools.cache
+def table(trainer: str, section: str) -> Table:
+    """Return what becomes of the keys of a section: ``tables/TRAINER.yaml``."""
+    found = dict(_yaml(trainer)[section])
+    kinds = {"float": float, "int": int}
+    for what in ("other", "random"):
+        found[what] = {getattr(wording, k, k): keys for k, keys in found.get(what, {}).items()}
+    found["settings"] = {
+        key: Setting(**{**each, "kind": kinds[each.get("kind", "float")]})
+        for key, each in found.get("settings", {}).items()
     }
+    return Table(**found)
 
 
 # Settings that some families have alone.
+FLOWS = (
+    *("flux", "flux_2", "stable_diffusion_3", "sana", "chroma", "qwen_image", "z_image"),
+    *("lumina_2", "wan"),
+)
 _OF_FAMILIES = {
-    "shift": ("flux", "stable_diffusion_3", "sana"),
-    "embedded_guidance": ("flux",),
-    "max_sequence_length": ("flux", "stable_diffusion_3", "pixart", "sana"),
+    "shift": FLOWS,
+    "embedded_guidance": ("flux", "flux_2"),
+    "max_sequence_length": (*FLOWS, "pixart"),
 }
 
 
@@ -154,8 +164,9 @@ class Keys:
 
     def setting(self, key: str, setting: Setting) -> None:
         """Take a key that becomes a setting of the model, if its family has that."""
-        name, default, kind, off = setting
-        if self.run.family not in _OF_FAMILIES.get(name, (self.run.family,)):
+        name, default, kind, off, own = setting
+        having = own.split() or _OF_FAMILIES.get(name, (self.run.family,))
+        if self.run.family not in having:
             self.get(key)
             return
         value = self.take(key, f"model.{name}", default, kind, off)
@@ -213,7 +224,6 @@ class Keys:
         self.run.unknown += [self.name(key) for key in self.values if key not in self._read]
 
 
-_KINDS_BY_NAME = {"float": float, "int": int}
 _KINDS = {
     bool: "true or false",
     int: "whole number",

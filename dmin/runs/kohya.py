@@ -7,22 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter
+from dmin.runs import adapter, base_model
 from dmin.runs import wording as say
-from dmin.runs.base_model import base_model, family_of
 from dmin.runs.files import Places, load
 from dmin.runs.folders import add, bucket, folder, masks, together
-from dmin.runs.keys import Keys, tables
+from dmin.runs.keys import Keys, families, table
 from dmin.runs.training_run import Entry, TrainingRun
 from dmin.runtime.errors import DminError
 
-# Module of the network → family; None: the base model tells.
-FAMILIES = {
-    "networks.lora": None,
-    "lycoris.kohya": None,
-    "networks.lora_flux": "flux",
-    "networks.lora_sd3": "stable_diffusion_3",
-}
 CONFIGS = ("*.toml", "*.json")  # where its configs lie below a folder
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 
@@ -44,8 +36,11 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     module = keys.get("network_module", kind=str)
     if module is None:
         raise adapter.refuse_whole(run, "no network_module")
+    known = families("kohya")
+    if keys.get("model_type") == "chroma":
+        known["networks.lora_flux"] = "chroma"
     base = keys.get("pretrained_model_name_or_path", kind=str)
-    run.family, run.model = base_model(run, places, base, family_of(run, module, FAMILIES, places))
+    base_model.take(run, places, base, module, known)
     _loss(keys, run)
     name = run.name = keys.get("output_name", "last", str)
     folder = places.seek(keys.get("output_dir", ".", str), "output_dir")
@@ -54,8 +49,8 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
         "network_dim", "network_alpha", "max_train_steps", "max_train_epochs", "seed"
     )
     parts = _folders(keys, run, places)
-    keys.skip(tables("kohya")["folders"].inert)  # at whatever level
-    keys.apply(tables("kohya")["options"])
+    keys.skip(table("kohya", "folders").inert)  # at whatever level
+    keys.apply(table("kohya", "options"))
     run.data = together(parts, run)
     return run
 
@@ -91,7 +86,7 @@ def of_datasets(found: Keys, keys: Keys, places: Places) -> dict[str, dict[str, 
         keys: options of the trainer, which hold for all of them.
         places: where paths lead.
     """
-    of_folders = tables("kohya")["folders"]
+    of_folders = table("kohya", "folders")
     general = found.inside("general")
     parts: dict[str, dict[str, Any]] = {}
     for dataset in found.each("datasets"):
@@ -145,7 +140,7 @@ def _subset(
 
 def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[str, Any]:
     """Return one folder's settings; what it does not say the levels above do."""
-    run, table = own.run, tables("kohya")["folders"]
+    run, of_folders = own.run, table("kohya", "folders")
     levels = [level.values for level in (*above[::-1], own)]
     keys = Keys({k: v for level in levels for k, v in level.items()}, run, own.where)
     tokens = keys.get("class_tokens", kind=str)
@@ -167,13 +162,13 @@ def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[s
     )
     if shape["aspect"] == "buckets" and (listed := keys.get("bucket_shapes", kind=list)):
         shape = {"size": shape["size"], "aspect": "buckets", "bucket_shapes": listed}
-    keys.randoms(table.random)
+    keys.randoms(of_folders.random)
     own.refuse({say.ALPHA: "alpha_mask"})
     if keys.get("masked_loss", False, bool):
         shape |= masks(own, "conditioning_data_dir", places, required=True)
     else:
         own.refuse({say.CONTROL: "conditioning_data_dir"})
-    own.skip(table.inert)
+    own.skip(of_folders.inert)
     return folder(root, captions, SUFFIXES, repeats=keys.get("num_repeats", 1, int), **shape)
 
 

@@ -8,24 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter, kohya
+from dmin.runs import adapter, base_model, kohya
 from dmin.runs import wording as say
-from dmin.runs.base_model import base_model, family_of
 from dmin.runs.files import Places
 from dmin.runs.folders import together
-from dmin.runs.keys import Keys, tables
+from dmin.runs.keys import Keys, families, table
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
 CONFIGS = ("*.safetensors",)
-# How the version of the base model begins → family.
-FAMILIES: dict[str, str | None] = {
-    "sd_v1": "stable_diffusion",
-    "sd_v2": "stable_diffusion",
-    "sdxl": "stable_diffusion_xl",
-    "sd3": "stable_diffusion_3",
-    "flux1": "flux",
-}
 # Entry of the header → option of the trainer, where they differ.
 NAMES = {
     "sd_model_name": "pretrained_model_name_or_path",
@@ -45,10 +36,10 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     told = {k[3:]: v for k, v in found.items() if k.startswith("ss_") and v not in ("None", "")}
     keys = Keys({NAMES.get(key, key): value for key, value in told.items()}, run)
     version = keys.get("base_model_version", "", str)
-    family = next((known for known in FAMILIES if version.startswith(known)), version)
+    known = families("kohya", "versions")
+    kind = next((name for name in known if version.startswith(name)), version)
     base = keys.get("pretrained_model_name_or_path", kind=str)
-    kind = family_of(run, family, FAMILIES, places)
-    run.family, run.model = base_model(run, places, base, kind)
+    base_model.take(run, places, base, kind, known)
     keys.bounded()
     if "v" in str(found.get("modelspec.prediction_type", "")).split("_"):
         keys.note(run.taken, "modelspec.prediction_type", "v", say.PREDICTION)
@@ -56,9 +47,9 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     adapter.take(run, places, "run", source.parent, source.name)
     run.facts |= keys.known("network_dim", "network_alpha", "steps", "epoch", "learning_rate")
     parts = kohya.of_datasets(_datasets(keys, places), keys, places)
-    keys.skip(tables("kohya")["folders"].inert)
-    keys.skip(tables("kohya")["header"].inert)
-    keys.apply(tables("kohya")["options"])
+    keys.skip(table("kohya", "folders").inert)
+    keys.skip(table("kohya", "header").inert)
+    keys.apply(table("kohya", "options"))
     run.data = together(parts, run)
     return run
 

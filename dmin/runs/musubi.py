@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter
-from dmin.runs.base_model import base_model, family_of
+from dmin.runs import adapter, base_model
 from dmin.runs.files import Places, load
 from dmin.runs.folders import add, bucket, folder, together
-from dmin.runs.keys import Keys, tables
+from dmin.runs.keys import Keys, families, table
 from dmin.runs.kohya import SUFFIXES, flat
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
@@ -24,11 +23,11 @@ def recognises(found: Any) -> bool:
 
 
 def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
-    """Return what a config of musubi-tuner says: of its models none is a family of dmin's own."""
+    """Return what a config of musubi-tuner says."""
     run = TrainingRun("musubi-tuner", source)
     keys = Keys(flat(found), run)
-    family = family_of(run, keys.get("network_module", kind=str), {}, places)
-    run.family, run.model = base_model(run, places, keys.get("dit", kind=str), family)
+    base, module = keys.get("dit", kind=str), keys.get("network_module")
+    base_model.take(run, places, base, module, families("musubi"))
     name = run.name = keys.get("output_name", "last", str)
     root = places.seek(keys.get("output_dir", ".", str), "output_dir")
     adapter.take(run, places, "output_dir", root, f"{name}.safetensors", f"{name}-*.safetensors")
@@ -58,7 +57,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
             folder(where.as_posix(), captions, SUFFIXES, repeats=repeats, **shape),
             run,
         )
-        each.apply(tables("musubi")["datasets"])
-    keys.apply(tables("musubi")["options"])
+        each.apply(table("musubi", "datasets"))
+    keys.apply(table("musubi", "options"))
     run.data = together(parts, run)
     return run

@@ -6,27 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter
+from dmin.runs import adapter, base_model
 from dmin.runs import wording as say
-from dmin.runs.base_model import base_model, family_of
 from dmin.runs.files import Places, load, spelled
 from dmin.runs.folders import MASKS, add, folder, ratios, sides, together
-from dmin.runs.keys import Keys, Setting, tables
+from dmin.runs.keys import Keys, Setting, families, table
 from dmin.runs.training_run import Entry, TrainingRun
 from dmin.runtime.errors import DminError
 
-# Type of the model → family.
-FAMILIES = {
-    **{f"STABLE_DIFFUSION_{v}": "stable_diffusion" for v in ("15", "20", "20_BASE", "21_BASE")},
-    "STABLE_DIFFUSION_21": "stable_diffusion",
-    "STABLE_DIFFUSION_XL_10_BASE": "stable_diffusion_xl",
-    "STABLE_DIFFUSION_3": "stable_diffusion_3",
-    "STABLE_DIFFUSION_35": "stable_diffusion_3",
-    "FLUX_DEV_1": "flux",
-    "PIXART_ALPHA": "pixart",
-    "PIXART_SIGMA": "pixart",
-    "SANA": "sana",
-}
 CONFIGS = ("*.json", "config/*.json", "backup/*/onetrainer_config/args.json")
 SUFFIXES = (".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".avif")
 LEFT = ("-masklabel", "-condlabel")  # ends of names that are no examples
@@ -52,9 +39,8 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
         )
     if (method := keys.get("training_method", kind=str)) != "LORA":
         raise adapter.refuse_whole(run, f"training_method = {method}")
-    family = family_of(run, keys.get("model_type"), FAMILIES, places)
     base = keys.get("base_model_name", kind=str)
-    run.family, run.model = base_model(run, places, base, family)
+    base_model.take(run, places, base, keys.get("model_type"), families("onetrainer"))
     _loss(keys, run)
     _parts(keys, run)
     last = places.seek(keys.get("output_model_destination", kind=str), "output_model_destination")
@@ -64,7 +50,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     run.name = Path(run.model["adapter"]).stem
     run.facts |= keys.known("epochs", "batch_size", "learning_rate", "lora_rank", "lora_alpha")
     parts = _concepts(keys, run, places)
-    keys.apply(tables("onetrainer")["options"])
+    keys.apply(table("onetrainer", "options"))
     run.data = together(parts, run)
     return run
 
@@ -133,7 +119,7 @@ def _concept(
     concept.note(run.taken, "path", root.name, f"data, {repeats:g} repeats")
     if image.get("enable_crop_jitter", True, bool):
         image.note(run.random, "enable_crop_jitter", True, say.CROP)
-    image.apply(tables("onetrainer")["image"])
+    image.apply(table("onetrainer", "image"))
     concept.refuse({say.OF_FOLDER: "loss_weight"}, off=(1, "1.0"))
     more: dict[str, Any] = {}
     if keys.get("masked_training", False, bool) and any(root.rglob(f"*{LEFT[0]}.png")):
@@ -180,7 +166,7 @@ def _shapes(size: Any, bucketed: bool, run: TrainingRun) -> list[dict[str, Any]]
 def _captions(text: Keys, places: Places) -> dict[str, Any]:
     """Return how captions are found: every line of a file is one, of which one was drawn."""
     source = text.get("prompt_source", "sample", str)
-    text.apply(tables("onetrainer")["text"])
+    text.apply(table("onetrainer", "text"))
     if source == "filename":
         return {"source": "stems"}
     if source == "concept":

@@ -6,25 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter
+from dmin.runs import adapter, base_model
 from dmin.runs import wording as say
-from dmin.runs.base_model import base_model, family_of
 from dmin.runs.files import Places, load
 from dmin.runs.folders import IMAGES, add, bucket, folder, masks, sides, together
-from dmin.runs.keys import Keys, Setting, tables
+from dmin.runs.keys import Keys, Setting, families, table
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
-# Family of the trainer → ours.
-FAMILIES = {
-    "sd1x": "stable_diffusion",
-    "sd2x": "stable_diffusion",
-    "sdxl": "stable_diffusion_xl",
-    "sd3": "stable_diffusion_3",
-    "flux": "flux",
-    "pixart_sigma": "pixart",
-    "sana": "sana",
-}
 CONFIGS = ("*.json", "*.toml", "config/*.json", "config/*.toml")
 SHARED = "resolution resolution_type caption_strategy instance_prompt aspect_bucket_alignment"
 
@@ -45,9 +34,8 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     keys = Keys(_plain(found), run)
     if (kind := keys.get("model_type", "full", str)) != "lora":
         raise adapter.refuse_whole(run, f"model_type = {kind}")
-    family = family_of(run, keys.get("model_family"), FAMILIES, places)
     base = keys.get("pretrained_model_name_or_path", kind=str)
-    run.family, run.model = base_model(run, places, base, family)
+    base_model.take(run, places, base, keys.get("model_family"), families("simple_tuner"))
     keys.bounded()
     if keys.get("caption_dropout_probability") is None:
         meaning = "0 or 0.1, as its version has it; here 0. Say model.prompt_dropout=0.1"
@@ -64,7 +52,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     adapter.take(run, places, "output_dir", folder_of_run, name, f"checkpoint-*/{name}")
     run.facts |= keys.known("max_train_steps", "learning_rate", "train_batch_size", "seed")
     parts = _folders(keys, places)
-    keys.apply(tables("simple_tuner")["options"])
+    keys.apply(table("simple_tuner", "options"))
     run.data = together(parts, run)
     return run
 
@@ -108,7 +96,7 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
         shape = _shape(each) | (_masks(mask, places) if mask else {})
         part = folder(root, _captions(each), IMAGES, repeats=passes, recursive=True, **shape)
         each.note(run.taken, "instance_data_dir", root, f"data, {passes:g} passes an epoch")
-        each.apply(tables("simple_tuner")["backends"])
+        each.apply(table("simple_tuner", "backends"))
         add(parts, name, part, run)
     return parts
 

@@ -3,44 +3,47 @@
 import re
 from pathlib import Path
 
-from dmin.runs.keys import tables
-from dmin.runs.recognise import HEADERS, TRAINERS
+import yaml
 
-PAGE = Path(__file__).parents[2] / "docs/trainers.md"
+from dmin.runs.keys import families, table
+
+TOP = Path(__file__).parents[2]
+PAGE, TABLES = TOP / "docs/trainers.md", TOP / "dmin/runs/tables"
 
 
-def table(trainer):
+def keys(trainer, sections):
     """Return what becomes of a trainer's keys, as Markdown."""
     rows = {"taken": [], "approximated": [], "refused unless ignored": []}
-    for section in tables(trainer).values():
+    for section in (table(trainer, name) for name in sections):
         for key, setting in section.settings.items():
             rows["taken"].append(f"`{key}` → `model.{setting.name}`")
-        for meaning, keys in section.random.items():
-            rows["approximated"].append(f"{_keys(keys)}: {meaning}")
-        for meaning, keys in section.other.items():
-            rows["refused unless ignored"].append(f"{_keys(keys)}: {meaning}")
+        for meaning, several in section.random.items():
+            rows["approximated"].append(f"{_keys(several)}: {meaning}")
+        for meaning, several in section.other.items():
+            rows["refused unless ignored"].append(f"{_keys(several)}: {meaning}")
     lines = [f"| {name} | {'; '.join(each)} |" for name, each in rows.items() if each]
     return "\n".join(["| | keys |", "|---|---|", *lines])
 
 
-def _keys(keys):
-    return ", ".join(f"`{key}`" for key in keys.split())
+def _keys(several):
+    return ", ".join(f"`{key}`" for key in several.split())
 
 
 def page():
     """Return docs/trainers.md with the tables of the readers."""
     text = PAGE.read_text()
-    for module in (*TRAINERS, *HEADERS):
-        name = module.__name__.rpartition(".")[2]
-        made = {
-            "keys": lambda name=name: table(name),
-            "models": lambda module=module: ", ".join(f"`{each}`" for each in module.FAMILIES),
-        }
-        for what, content in made.items():
-            marks = re.compile(rf"(<!-- {what} of {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-            if marks.search(text):
-                told = content()
-                text = marks.sub(lambda m, told=told: f"{m[1]}{told}\n{m[2]}", text)
+    for file in sorted(TABLES.glob("*.yaml")):
+        sections = list(yaml.safe_load(file.read_text()))
+        made = {"keys": keys(file.stem, [s for s in sections if s not in ("families", "versions")])}
+        for section in ("families", "versions"):
+            known = families(file.stem, section)
+            pairs = (
+                f"`{name}` → {family or 'its base model tells'}" for name, family in known.items()
+            )
+            made[section] = "; ".join(pairs)
+        for what, told in made.items():
+            marks = rf"(<!-- {what} of {file.stem} -->\n).*?(<!-- end -->)"
+            text = re.sub(marks, lambda m, t=told: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)
     return text
 
 
