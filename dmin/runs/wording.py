@@ -10,7 +10,6 @@ CROP = "the crop was drawn each time; here the middle"
 COLOURS = "colours were changed at random; here as they are"
 TURNS = "images were turned or scaled at random; here as they are"
 DROPOUT = "captions were dropped at random; here never"
-TEXT_ENCODERS = "text encoders were trained, too: their gradients are not taken"
 # Another loss: refused unless ignored.
 BOUNDED = "another error than the squared one"
 LAYER = "captions are read from an earlier layer of the text encoder"

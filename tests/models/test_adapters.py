@@ -1,13 +1,14 @@
 """Every kind of adapter: W + ΔW and each factor's gradient against formulas and autograd."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
 from models.families import FAMILIES, checkpoint
 from models.original_layout import unet_weights
 from oracle import Keep, backward
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.func import functional_call
 
@@ -161,18 +162,29 @@ KINDS = {
 }
 
 
-def gradients_of_file(net):
+FACTORS = {
+    "lora_up.weight": "lora_B",
+    "lora_down.weight": "lora_A",
+    "lora_mid.weight": "lora_mid",
+    "dora_scale": "lora_magnitude_vector",
+}
+
+
+def gradients_of_file(net, state):
     """Every example's gradient of each tensor of the file, as the network's factors have it."""
     x = torch.randn(3, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     chosen = choose_parameters(net, "lora")
     kept, _ = backward(net, Keep(chosen), lambda: net(x).square().flatten(1).mean(1))
-    names = {id(p): name for name, p in net.named_parameters()}
     found = {}
-    for key, index, parameter, transposed in net.dmin_adapters["default"].parameters:
-        gradient = kept[names[id(parameter)]]
-        found[key] = (gradient.flatten(2).transpose(1, 2) if transposed else gradient), index
+    for key in state:
+        layer, factor = key.removeprefix("lora_unet_").split(".", 1)
+        name = f"{layer}.{FACTORS.get(factor, factor)}.default.weight"
+        if factor.startswith("hada"):
+            name = f"{layer}.hada.default.{factor.removeprefix('hada_')}"
+        turned = factor == "lokr_w2_a" and f"lora_unet_{layer}.lokr_t2" in state
+        found[key] = kept[name].flatten(2).transpose(1, 2) if turned else kept[name]
     assert len(found) == len(chosen.entries)
-    return x, {key: gradient for key, (gradient, _) in found.items()}
+    return x, found
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -186,7 +198,7 @@ def test_a_kind_is_its_formula_and_its_gradients_are_autograds(kind, tmp_path):
     plain = Net().double()
     plain.load_state_dict(net.state_dict())
     load_adapters(net, tmp_path / "a.safetensors")
-    x, found = gradients_of_file(net)
+    x, found = gradients_of_file(net, state)
     torch.testing.assert_close(net(x), functional_call(plain, truth, x), rtol=1e-10, atol=1e-12)
     for b in range(len(x)):
         value = functional_call(plain, truth, x[b : b + 1]).square().mean()
@@ -197,7 +209,7 @@ def test_a_kind_is_its_formula_and_its_gradients_are_autograds(kind, tmp_path):
     save_adapters(net, tmp_path / "again")
     again = Net().double()
     again.load_state_dict(plain.state_dict())
-    load_adapters(again, tmp_path / "again/default.safetensors")
+    load_adapters(again, tmp_path / "again/default")
     torch.testing.assert_close(again(x), net(x), rtol=0, atol=0)
     torch.testing.assert_close(without_adapters(net)(x), plain(x), rtol=0, atol=0)
 
@@ -254,9 +266,12 @@ def test_two_whole_factors_of_lokr_have_a_scale_in_peft_alone(tmp_path):
     config = {"peft_type": "LOKR", "r": 4, "alpha": 8}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
-    expected = functional_call(net, weights(net, tensors, None, 2.0), x)
+    expected, again = functional_call(net, weights(net, tensors, None, 2.0), x), deepcopy(net)
     load_adapters(net, tmp_path)
     torch.testing.assert_close(net(x), expected, rtol=1e-10, atol=1e-12)
+    save_adapters(net, tmp_path / "again")  # with what its config says
+    load_adapters(again, tmp_path / "again/default")
+    torch.testing.assert_close(again(x), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_every_tensor_is_accounted_for(tmp_path):
@@ -275,6 +290,10 @@ def test_every_tensor_is_accounted_for(tmp_path):
         save_file({**state, key: torch.zeros(1)}, tmp_path / "a.safetensors")
         with pytest.raises(DminError, match=message):
             load_adapters(net, tmp_path / "a.safetensors")
+    twice = {**state, **{k.replace("lora_unet_", "unet."): v for k, v in state.items()}}
+    save_file({k: v.clone() for k, v in twice.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(DminError, match="is of a layer that another of its modules is of"):
+        load_adapters(net, tmp_path / "a.safetensors")
     nan = {**state, "lora_unet_lin.lora_up.weight": torch.full((8, R), torch.nan)}
     save_file(nan, tmp_path / "a.safetensors")
     with pytest.raises(DminError, match=r"lora_unet_lin\.lora_up\.weight has numbers that are"):
@@ -396,8 +415,6 @@ def test_blocks_of_a_split_qkv_have_the_scale_they_were_trained_with(tmp_path):
         torch.testing.assert_close(
             layer(x) - layer.base_layer(x), x @ added.T, atol=1e-5, rtol=1e-4
         )
-    save_adapters(network, tmp_path / "again")
-    torch.testing.assert_close(load_file(tmp_path / "again/default.safetensors"), state)
     state[f"{name}.lora_up.weight"] += 1
     save_file(state, tmp_path / "a.safetensors", metadata=told)
     with pytest.raises(DminError, match=r"split_qkv=True, and .* is not made of 3 blocks"):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from dmin.models.adapters.layers import Adapted
 from dmin.models.adapters.reading import AdapterFile
@@ -18,20 +18,10 @@ from dmin.models.adapters.reading import AdapterFile
 
 @dataclass
 class Loaded:
-    """An adapter in a network: its file, and which parameter each of its tensors became."""
+    """An adapter in a network: its file, and what became of its modules."""
 
     file: AdapterFile
-    parameters: list[tuple[str, Any, nn.Parameter, bool]]  # key, part of it, is it transposed
     scales: dict[str, tuple[str, int | None, float]]  # of layers: kind, rank, scale
-
-    @torch.no_grad()
-    def state(self) -> dict[str, Tensor]:
-        """Return the tensors of the file with the values that they have now."""
-        state = {key: tensor.clone() for key, tensor in self.file.state.items()}
-        for key, index, parameter, transposed in self.parameters:
-            part = state[key][index]
-            part.copy_((parameter.flatten(1).T if transposed else parameter).reshape(part.shape))
-        return state
 
 
 def adapters_of(network: Any) -> dict[str, Loaded]:
@@ -76,10 +66,13 @@ def is_adapted(network: nn.Module) -> bool:
 
 
 def save_adapters(network: nn.Module, folder: Path) -> None:
-    """Save the adapters of a network as their files have them, with the values they have now."""
+    """Save the adapters of a network as they were loaded, each in a folder of its name."""
     for name, loaded in adapters_of(network).items():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(loaded.state(), folder / f"{name}.safetensors", metadata=loaded.file.header)
+        file, own = loaded.file, folder / name
+        own.mkdir(parents=True, exist_ok=True)
+        save_file(file.state, own / file.path.name, metadata=file.header)
+        if file.config:
+            (own / "adapter_config.json").write_text(json.dumps(file.config))
 
 
 def without_adapters(network: Any) -> Any:

@@ -59,13 +59,21 @@ def _load(file: AdapterFile, name: str, network: nn.Module, encoders: dict[str, 
     if any(module.text is not None for module in modules) and not encoders:
         raise file.error("it adapts a text encoder, and this model has none")
     targets = [network, *encoders.values()]
-    chosen = [targets[_component(module, len(encoders))] for module in modules]
-    tables = {id(target): places(target) for target in targets}
-    split = _is_split(file)
+    tables = [places(target) for target in targets]
+    # Whether joined matrices are block-diagonal: kohya's split_qkv=True.
+    told = file.header.get("ss_network_args", "")
+    split = re.search(r"split_qkv\W+true", told, re.IGNORECASE) is not None
     fitting: list[tuple[nn.Module, FileModule, list[Place]]] = []
-    wrong: list[str] = []
-    for module, target in zip(modules, chosen, strict=True):
-        where = tables[id(target)].get(flat(module.name), [])
+    wrong, taken = [], set()
+    for module in modules:
+        at = 0 if module.text is None else module.text % len(encoders) + 1
+        if module.text is not None and module.text >= len(encoders):
+            wrong.append(f"{module.key} (no such text encoder)")
+            continue
+        target, where = targets[at], tables[at].get(flat(module.name), [])
+        if any((at, place.path) in taken for place in where):
+            raise file.error(f"{module.key} is of a layer that another of its modules is of")
+        taken |= {(at, place.path) for place in where}
         parts = _split(file, module, where) if split and len(where) > 1 else [(module, where)]
         for part, its in parts:
             problem = _misfit(part, [target.get_submodule(place.path) for place in its])
@@ -78,24 +86,11 @@ def _load(file: AdapterFile, name: str, network: nn.Module, encoders: dict[str, 
             f"{len(wrong)} of its {len(modules)} modules do not fit {type(network).__name__}, such "
             f"as {', '.join(wrong[:3])}; {len(fitting)} do. Give an adapter trained for this model"
         )
-    loaded = Loaded(file, [], {})
+    loaded = Loaded(file, {})
     for target, part, its in fitting:
         _place(target, part, its, name, file.scale(part), loaded)
     known: Any = network
     known.dmin_adapters = {**adapters_of(network), name: loaded}
-
-
-def _component(module: FileModule, encoders: int) -> int:
-    """Return the place of a module's network among (network, text encoders …)."""
-    if module.text is None:
-        return 0
-    return encoders if module.text < 0 else 1 + min(module.text, encoders - 1)
-
-
-def _is_split(file: AdapterFile) -> bool:
-    """Return whether joined matrices are block-diagonal: kohya's ``split_qkv=True``."""
-    told = file.header.get("ss_network_args", "")
-    return re.search(r"split_qkv\W+true", told, re.IGNORECASE) is not None
 
 
 def _split(
@@ -112,8 +107,7 @@ def _split(
         block = slice(place.start, place.start + (place.rows or 0)), own
         tensors = {**module.tensors, "lora_A": down[own], "lora_B": up[block].clone()}
         up[block] = 0
-        part = replace(module, tensors=tensors, index={"lora_A": own, "lora_B": block})
-        yield part, [Place(place.path)]
+        yield replace(module, tensors=tensors), [Place(place.path)]
     if up.any() or r * len(where) != len(down):
         raise file.error(
             f"its header says split_qkv=True, and {module.key} is not made of {len(where)} blocks"
@@ -166,13 +160,6 @@ def _place(
         _decompose(changes, tensors[MAGNITUDE], scale * whole, weights, module)
     for layer, change in zip(layers, changes, strict=True):
         layer.add(name, change)
-    for factor, key in module.keys.items():
-        if factor != "alpha":
-            holder: Any = changes[0].layers["hada" if factor.startswith("hada") else factor]
-            parameter = getattr(holder, factor.removeprefix("hada_"), None)
-            transposed = factor == "lokr_w2_a" and "lokr_t2" in factors
-            entry = parameter if parameter is not None else holder.weight
-            loaded.parameters.append((key, module.index.get(factor, ...), entry, transposed))
     of = "" if module.text is None else "text_encoder "
     for place in where:
         loaded.scales[of + place.path] = KINDS[frozenset(factors)], rank(factors), scale

@@ -63,7 +63,6 @@ class FileModule:
         text: place of its text encoder among the pipeline's; None for the network.
         tensors: by the names of :data:`KINDS`.
         keys: of the file, by the same names.
-        index: of the part of a file's tensor that one is, where it is not the whole.
     """
 
     key: str
@@ -71,7 +70,6 @@ class FileModule:
     text: int | None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
-    index: dict[str, Any] = field(default_factory=dict)
 
     @property
     def factors(self) -> dict[str, Tensor]:
