@@ -26,10 +26,7 @@ _NOT_OPENED = (
     *(".rw2", ".raf", ".pef", ".srw", ".raw", ".jxr"),
 )
 # Not looked into: files of trainers, which may be many.
-_NO_IMAGES = (
-    *(".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet", ".npz", ".npy", ".pt", ".pth"),
-    *(".safetensors", ".tar", ".zip", ".md", ".html", ".yaml", ".yml", ".toml", ".log", ".py"),
-)
+_NO_IMAGES = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet", ".npz", ".safetensors")
 # What may be told by its beginning alone; cameras' raw files begin as TIFF.
 _TOLD = ("AVIF", "GIF", "JPEG", "JPEG2000", "PNG", "QOI", "WEBP")
 

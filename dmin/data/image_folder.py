@@ -64,17 +64,21 @@ class ImageFolder(Checked):
         self._wrong: dict[str, str] = {}
         self._digests: dict[str, str] = {}
         self.summary = ""
+        self._files: Folder | None = None
         facts = self._find()
         if not facts:
             raise DminError(
                 f"data.root={self.root} holds no images ({', '.join(suffixes())}). Give another "
-                f"folder. {self.summary}"
+                f"folder. {self._files.summary({}) if self._files else ''}"
             )
         problems = self.lacking({name: known.caption for name, known in facts.items()})
         problems |= self._problems(sorted(facts)) | self._wrong
         self.leave_out(problems, len(facts.keys() | problems), f"data.root={self.root}")
         self.ids = sorted(facts.keys() - self.skipped.keys())
         self._facts = [facts[name] for name in self.ids]
+        if self._files is not None:
+            self.summary = self._files.summary(dict(zip(self.ids, self._facts, strict=True)))
+        del self._files  # its lists of files need not travel to other processes
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -124,10 +128,8 @@ class ImageFolder(Checked):
 
     def _find(self) -> dict[str, Facts]:
         """Return what is known of each image."""
-        folder = Folder(Path(self.root))
-        facts = folder.read(self.layout, self.label, self.text, self.told_wrong)
-        self.summary = folder.summary(facts)
-        return facts
+        self._files = Folder(Path(self.root))
+        return self._files.read(self.layout, self.label, self.text, self.told_wrong)
 
     def told_wrong(self, name: str, error: DminError) -> None:
         """Take it that what is said of an image cannot be used: raise that, or leave it out.

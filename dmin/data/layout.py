@@ -167,7 +167,7 @@ class Folder:
         if reason := self._why.get(file) or why_not_opened(file):
             return reason
         if file in self.images:
-            return f"left out by layout {self.layout}"
+            return "images left out"
         suffix = PurePosixPath(file).suffix.lower()
         if suffix in BESIDE and file in self.beside(suffix).values():
             return f"beside images, which layout {self.layout} does not read"
@@ -250,13 +250,13 @@ class Folder:
         return facts
 
     def _by_table(self) -> dict[str, Facts]:
-        tables = self._tables(LAYOUTS["table"])
-        self.used.update(tables)
-        found: dict[str, str] = {}
-        for table in tables:
+        found: dict[str, Facts] = {}
+        for table in self._tables(LAYOUTS["table"]):
+            self.used.add(table)
             captions = Captions(source="table", table=self.root / table, missing="drop")
-            found |= captions.read(self.root, self.images, self.files)
-        return {image: Facts(caption=caption) for image, caption in found.items()}
+            told = captions.read(self.root, self.images, self.files)
+            found |= {image: Facts(caption=caption) for image, caption in told.items()}
+        return found
 
     def _ask(self, choices: Sequence[str], reason: str) -> NoReturn:
         raise DminError(

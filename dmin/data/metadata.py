@@ -92,32 +92,6 @@ def read_facts(
     return facts
 
 
-def as_label(value: Any, name: str) -> int | str | None:
-    """Return a label as an integer or text.
-
-    Raises:
-        DminError: it is neither.
-    """
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-        return int(value)
-    raise DminError(f"{name} has the label {value!r}; a label is an integer or text.")
-
-
-def as_caption(value: Any, name: str) -> str | None:
-    """Return a caption as text.
-
-    Raises:
-        DminError: it is neither text nor a number.
-    """
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)  # the caption "7" looks like a number in a table
-    raise DminError(f"{name} has the caption {value!r}; a caption is text.")
-
-
 def split_row(row: Mapping[str, Any], label: str | None, text: str | None, name: str) -> Facts:
     """Return the label and the caption of a row, and the rest of it.
 
@@ -132,9 +106,17 @@ def split_row(row: Mapping[str, Any], label: str | None, text: str | None, name:
     """
     if reason := odd(row):
         raise DminError(f"what is said of {name}: {reason}.")
-    found = as_label(row.get(label), name) if label else None
-    caption = as_caption(row.get(text), name) if text else None
-    return Facts(found, caption, {k: v for k, v in row.items() if k not in (label, text)})
+    known, caption = row.get(label) if label else None, row.get(text) if text else None
+    if isinstance(known, float) and known.is_integer():
+        known = int(known)
+    if not isinstance(known, int | str | None):
+        raise DminError(f"{name} has the label {known!r}; a label is an integer or text.")
+    if isinstance(caption, int | float) and not isinstance(caption, bool):
+        caption = str(caption)  # the caption "7" looks like a number in a table
+    if not isinstance(caption, str | None):
+        raise DminError(f"{name} has the caption {caption!r}; a caption is text.")
+    known = int(known) if isinstance(known, bool) else known
+    return Facts(known, caption, {k: v for k, v in row.items() if k not in (label, text)})
 
 
 def _column(setting: str, asked: Column, columns: list[str], where: str) -> str | None:

@@ -79,21 +79,20 @@ class TrainingFolder(ImageFolder):
 
     def _find(self) -> dict[str, Facts]:
         folder = Folder(Path(self.root), self.suffixes, self.recursive, self.leave)
+        self._files = folder
         told = {} if self.repeats == 1 else {"repeats": self.repeats}
         facts = {image: Facts(metadata=told) for image in folder.images}
         if self.captions is not None:
             folder.layout = self.captions.source
-            how, skip = self.captions, self.on_error == "skip"
-            if skip and how.missing == "error":  # such images are left out by name
+            how = self.captions
+            if self.on_error == "skip" and how.missing == "error":
                 how = replace(how, missing="drop")
             found = how.read(folder.root, folder.images, folder.files, self.told_wrong)
-            if self.captions.missing == "error":
-                lost = [image for image in folder.images if image not in found]
-                self._wrong = {**dict.fromkeys(lost, NO_CAPTION), **self._wrong}
+            lost = [] if how is self.captions else [i for i in folder.images if i not in found]
+            self._wrong = {**dict.fromkeys(lost, NO_CAPTION), **self._wrong}
             facts = {image: Facts(None, caption, told) for image, caption in found.items()}
             for suffix in self.captions.extensions if folder.layout == "files" else ():
                 folder.used.update(folder.beside(suffix).values())
-        self.summary = folder.summary(facts)
         return facts
 
 

@@ -109,19 +109,19 @@ class TarShards(Checked):
 
     def _facts(self, content: dict[str, bytes], where: str) -> Facts:
         """Return label, caption and the rest of what a sample says of its image."""
-        fields = parse_json(
-            decode_text(content.get("json", b"{}"), f"the json of {where}"), f"the json of {where}"
-        )
-        told = split_row(fields, self.label, self.text, where)
-        if "txt" in content:
-            told = told._replace(
-                caption=decode_text(content["txt"], f"the text of {where}").strip()
+        said = {
+            kind: decode_text(
+                content[kind], f"the {'json' if kind == 'json' else 'text'} of {where}"
             )
-        if "cls" in content:
-            text = decode_text(content["cls"], f"the text of {where}").strip()
+            for kind in ("json", "txt", "cls")
+            if kind in content
+        }
+        fields = parse_json(said.get("json", "{}"), f"the json of {where}")
+        label, caption, rest = split_row(fields, self.label, self.text, where)
+        if "cls" in said:
+            text = said["cls"].strip()
             label = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
-            told = told._replace(label=label)
-        return told
+        return Facts(label, said["txt"].strip() if "txt" in said else caption, rest)
 
     def describe(self) -> dict[str, Any]:
         """Return settings, and a digest of the id, image, label and caption of every sample."""

@@ -107,7 +107,9 @@ def test_images_without_a_caption_are_left_out_where_others_have_one(tmp_path):
     both = Captions(extensions=(".txt", ".caption"))
     for make in (ImageFolder, lambda *a, **k: TrainingFolder(*a, captions=both, **k)):
         with pytest.warns(UserWarning, match=r"b\.png \(.*not UTF-8.*c\.png \(it has no caption"):
-            assert make(tmp_path, on_error="skip").ids == ["a.png"]
+            dataset = make(tmp_path, on_error="skip")
+        assert dataset.ids == ["a.png"] and dataset.summary.startswith("1 images · ")
+        assert "ignored: 2 images left out (b.png, c.png)" in dataset.summary
     assert len(ImageFolder(tmp_path, layout="labels", on_error="skip")) == 3
 
 
