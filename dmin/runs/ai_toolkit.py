@@ -96,23 +96,16 @@ def _folders(keys: Keys, places: Places, train: Keys) -> dict[str, dict[str, Any
             bucket(size, whole, step, False, run)
             for size in (sizes if isinstance(sizes, list) and sizes else [sizes])
         ]
-        part = folder(
-            root.as_posix(),
-            _captions(each, keys, train),
-            SUFFIXES,
-            repeats=each.get("num_repeats", 1, int),
-            recursive=True,
-            leave=("_controls/",),
-            **masks(
-                each,
-                "mask_path",
-                places,
-                invert=each.get("invert_mask", False, bool),
-                least=each.get("mask_min_value", 0.0, float),
-                proportion=True,
-                normalised=True,
-            ),
-        )
+        of_masks = {
+            "invert": each.get("invert_mask", False, bool),
+            "least": each.get("mask_min_value", 0.0, float),
+            "proportion": True,
+            "normalised": True,
+        }
+        more = {"repeats": each.get("num_repeats", 1, int), "leave": ("_controls/",)}
+        more |= masks(each, "mask_path", places, **of_masks)
+        captions = _captions(each, keys, train)
+        part = folder(root.as_posix(), captions, SUFFIXES, recursive=True, **more)
         each.randoms({"masks were blurred a little; here sharp": "mask_path"})
         each.note(run.taken, key, root.name, f"data, {part['repeats']:g} repeats")
         each.apply(table("ai_toolkit", "datasets"))

@@ -77,14 +77,9 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
     for own in top.each("directory"):
         each = Keys({**top.values, **own.values}, run, own.where)
         root = Path(places.folder(each.get("path", "", str), each.name("path")))
-        shapes = _shapes(each)
-        part = folder(
-            root.as_posix(),
-            _captions(each, root),
-            IMAGES,
-            repeats=each.get("num_repeats", 1.0, float),
-            **masks(each, "mask_path", places),
-        )
+        shapes, captions = _shapes(each), _captions(each, root)
+        more = {"repeats": each.get("num_repeats", 1.0, float)} | masks(each, "mask_path", places)
+        part = folder(root.as_posix(), captions, IMAGES, **more)
         each.note(run.taken, "path", root.name, f"data, {part['repeats']:g} repeats")
         each.apply(table("diffusion_pipe", "directory"))
         add(parts, root.name, part, run, shapes)

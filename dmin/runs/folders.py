@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dmin.runs.files import Places
@@ -105,6 +106,12 @@ def ratios(side: int, aspects: Iterable[float], step: int) -> dict[str, Any]:
         for a in aspects
     }
     return {"size": side, "aspect": "buckets", "bucket_shapes": sorted(map(list, shapes))}
+
+
+def several_lines(root: Path) -> bool:
+    """Tell whether a caption file of a folder has several lines, each a caption of its own."""
+    files = (file for file in root.rglob("*.txt") if file.is_file())
+    return any(b"\n" in file.read_bytes().strip() for file in files)
 
 
 def masks(keys: Keys, key: str, places: Places, **settings: Any) -> dict[str, Any]:

@@ -130,8 +130,8 @@ def _subset(
         keys.note(run.other, "is_reg", name, say.PRIOR)
         return name, None
     part = _part(keys, root, above, places)
-    if table := keys.get("metadata_file", kind=str):
-        found = places.folder(table, keys.name("metadata_file"))
+    if listed := keys.get("metadata_file", kind=str):
+        found = places.folder(listed, keys.name("metadata_file"))
         part["captions"] |= {"source": "table", "table": found, "missing": "error"}
     keys.note(run.taken, "image_dir", name, f"data, {part['repeats']:g} repeats")
     keys.finish()

@@ -9,7 +9,7 @@ from typing import Any
 from dmin.runs import adapter, base_model
 from dmin.runs import wording as say
 from dmin.runs.files import Places, load, spelled
-from dmin.runs.folders import MASKS, add, folder, ratios, sides, together
+from dmin.runs.folders import MASKS, add, folder, ratios, several_lines, sides, together
 from dmin.runs.keys import Keys, Setting, families, table
 from dmin.runs.training_run import Entry, TrainingRun
 from dmin.runtime.errors import DminError
@@ -92,11 +92,13 @@ def _concepts(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[st
     parts: dict[str, dict[str, Any]] = {}
     for concept in keys.each("concepts"):
         path, kind = concept.get("path", "", str), concept.get("type", "STANDARD", str)
+        if not concept.get("enabled", True, bool):
+            continue
         if kind == "PRIOR_PREDICTION":
             concept.note(run.other, "type", f"{kind} ({path})", say.PRIOR)
         elif kind != "STANDARD" or concept.get("validation_concept", False, bool):
             concept.note(run.taken, "type", kind, f"{path} was held out")
-        elif concept.get("enabled", True, bool):
+        else:
             _concept(concept, Path(places.folder(path, concept.name("path"))), keys, parts, places)
     return parts
 
@@ -130,17 +132,9 @@ def _concept(
             "normalised": keys.get("normalize_masked_area_loss", False, bool),
         }
         keys.note(run.taken, "masked_training", True, "masks of the loss")
-    captions = _captions(concept.inside("text"), places)
-    leave = [f"{end}.png" for end in LEFT]
-    part = folder(
-        spelled(root),
-        captions,
-        SUFFIXES,
-        repeats=repeats / len(shapes),
-        recursive=deep,
-        leave=leave,
-        **more,
-    )
+    more |= {"repeats": repeats / len(shapes), "leave": [f"{end}.png" for end in LEFT]}
+    captions = _captions(concept.inside("text"), root, places)
+    part = folder(spelled(root), captions, SUFFIXES, recursive=deep, **more)
     concept.skip("__version name seed image_variations text_variations concept_stats enabled")
     concept.finish()
     add(parts, root.name, part, run, shapes)
@@ -163,7 +157,7 @@ def _shapes(size: Any, bucketed: bool, run: TrainingRun) -> list[dict[str, Any]]
     return [ratios(side, (*ASPECTS, *(1 / a for a in ASPECTS)), 64) for side in several]
 
 
-def _captions(text: Keys, places: Places) -> dict[str, Any]:
+def _captions(text: Keys, root: Path, places: Places) -> dict[str, Any]:
     """Return how captions are found: every line of a file is one, of which one was drawn."""
     source = text.get("prompt_source", "sample", str)
     text.apply(table("onetrainer", "text"))
@@ -171,8 +165,13 @@ def _captions(text: Keys, places: Places) -> dict[str, Any]:
         return {"source": "stems"}
     if source == "concept":
         file = places.find(text.get("prompt_path", "", str), text.name("prompt_path"))
-        lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+        try:
+            lines = [each for each in file.read_text("utf-8-sig").splitlines() if each.strip()]
+        except (OSError, ValueError) as error:
+            raise DminError(f"{file} cannot be read as UTF-8 text ({error}). Mend it.") from error
         if len(lines) > 1:
             text.note(text.run.random, "prompt_path", file.name, say.ONE_OF)
-        return {"source": "text", "text": next(iter(lines), "")}
+        return {"source": "text", "text": next(iter(lines), "").strip()}
+    if several_lines(root):
+        text.note(text.run.random, "prompt_source", source, say.ONE_OF)
     return {"extensions": [".txt"], "lines": "each", "missing": "empty"}

@@ -9,7 +9,7 @@ from typing import Any
 from dmin.runs import adapter, base_model
 from dmin.runs import wording as say
 from dmin.runs.files import Places, load
-from dmin.runs.folders import IMAGES, add, bucket, folder, masks, sides, together
+from dmin.runs.folders import IMAGES, add, bucket, folder, masks, several_lines, sides, together
 from dmin.runs.keys import Keys, Setting, families, table
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
@@ -64,14 +64,10 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
     shared = {key: keys.values[key] for key in SHARED.split() if key in keys.values}
     found = Keys({"backends": load(file)}, run).each("backends")
     backends = [Keys({**shared, **each.values}, run, each.where) for each in found]
-    kinds = [each.get("dataset_type", "image", str) for each in backends]
     named = {str(each.get("id")): each for each in backends}
-    of_image = {
-        str(each.get("source_dataset_id")): each
-        for each, kind in zip(backends, kinds, strict=True)
-        if kind == "conditioning"
-    }
-    for each, kind in zip(backends, kinds, strict=True):
+    of_image = {str(each.get("source_dataset_id")): each for each in backends}
+    for each in backends:
+        kind = each.get("dataset_type", "image", str)
         off = each.get("disabled", False, bool) or each.get("disable", False, bool)
         if kind == "text_embeds":
             each.refuse({"captions were changed by rules": "caption_filter_list"})
@@ -94,7 +90,9 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
         root = places.folder(each.get("instance_data_dir", "", str), each.name("instance_data_dir"))
         passes = (1 + each.get("repeats", 0, int)) * each.get("probability", 1.0, float)
         shape = _shape(each) | (_masks(mask, places) if mask else {})
-        part = folder(root, _captions(each), IMAGES, repeats=passes, recursive=True, **shape)
+        part = folder(
+            root, _captions(each, Path(root)), IMAGES, repeats=passes, recursive=True, **shape
+        )
         each.note(run.taken, "instance_data_dir", root, f"data, {passes:g} passes an epoch")
         each.apply(table("simple_tuner", "backends"))
         add(parts, name, part, run)
@@ -123,7 +121,7 @@ def _masks(mask: Keys, places: Places) -> dict[str, Any]:
     return {}
 
 
-def _captions(each: Keys) -> dict[str, Any]:
+def _captions(each: Keys, root: Path) -> dict[str, Any]:
     """Return how captions are found: by the names of images unless it is said otherwise."""
     source = each.get("caption_strategy", "filename", str)
     told = each.get("instance_prompt")
@@ -141,6 +139,8 @@ def _captions(each: Keys) -> dict[str, Any]:
         return {"source": "names", **prefix}
     if source == "textfile":
         whole = each.get("disable_multiline_split", False, bool)
+        if not whole and several_lines(root):
+            each.note(each.run.random, "caption_strategy", source, say.ONE_OF)
         return {"extensions": [".txt"], "lines": "whole" if whole else "each", **prefix}
     raise DminError(
         f"{each.run.source}: {each.name('caption_strategy')} = {source}, and tables of captions "

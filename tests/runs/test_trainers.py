@@ -28,6 +28,7 @@ ONETRAINER = {
          "text": {"prompt_source": "filename"},
          "image": {"enable_resolution_override": True, "resolution_override": "128x192"}},
         {"path": "img/val", "type": "VALIDATION"},
+        {"path": "img/plain", "type": "PRIOR_PREDICTION", "enabled": False},
     ],
 }  # fmt: skip
 
@@ -95,7 +96,8 @@ RUNS = {
     "onetrainer": (
         {"run.json": ONETRAINER},
         {"path": "base/sd", "snr_gamma": 5.0},
-        {"enable_random_flip", "enable_tag_shuffling", "resolution", "enable_crop_jitter"},
+        {"enable_random_flip", "enable_tag_shuffling", "resolution", "enable_crop_jitter"}
+        | {"prompt_source"},
         [
             *(
                 (f"mugs@{size}/{name}", caption, 1.25, *shape)
@@ -136,7 +138,7 @@ RUNS = {
 RUNS["simple_tuner"] = (
     {"run.json": SIMPLE_TUNER, "backends.json": BACKENDS},
     {"path": "base/flux", "embedded_guidance": 1.0, "prompt_dropout": 0.1, "shift": 3.0},
-    {"instance_prompt"},
+    {"instance_prompt", "caption_strategy"},
     [
         *(
             (f"mugs/{name}", caption, 3.0, 64, 64)
@@ -266,3 +268,47 @@ def test_a_script_reads_captions_of_a_folders_metadata(place):
 
 def test_the_page_of_trainers_is_that_of_the_readers():
     assert documented.PAGE.read_text() == documented.page()
+
+
+@pytest.mark.parametrize(
+    "name, file, at, value, named",
+    [
+        ("onetrainer", 0, ("training_method",), "FINE_TUNE", "trains the whole network"),
+        ("onetrainer", 0, ("__version",), 3, "older OneTrainer"),
+        ("onetrainer", 0, ("model_type",), "STABLE_CASCADE_1", "has no family"),
+        ("onetrainer", 0, ("mae_strength",), 0.5, r"squared.*run\.ignore=\[mae_strength\]"),
+        ("onetrainer", 0, ("concepts", 0, "type"), "PRIOR_PREDICTION", "prior preservation"),
+        ("ai_toolkit", 0, ("config", "process", 0, "network"), {}, "trains the whole network"),
+        ("ai_toolkit", 0, ("config", "process", 0, "model", "quantize"), True, "quantised"),
+        (
+            "ai_toolkit",
+            0,
+            ("config", "process", 0, "train", "timestep_type"),
+            "weighted",
+            "weights",
+        ),
+        ("ai_toolkit", 0, ("config", "process", 0, "datasets", 1, "is_reg"), True, "prior"),
+        ("simple_tuner", 0, ("--model_type",), "full", "trains the whole network"),
+        ("simple_tuner", 0, ("--twinflow_enabled",), "true", "further term"),
+        ("simple_tuner", 1, (0, "caption_strategy"), "parquet", "tables of captions"),
+        ("simple_tuner", 1, (0, "type"), "aws", "on this machine"),
+        ("diffusion_pipe", 0, ("adapter",), {}, "trains the whole network"),
+        ("diffusion_pipe", 0, ("huber_delta",), 1.0, "squared"),
+        ("diffusion_pipe", 1, ("max_ar",), "wide", "no number"),
+        ("diffusers_scripts", 0, ("rank",), None, "trains the whole network"),
+        ("diffusers_scripts", 0, ("with_prior_preservation",), True, "prior"),
+        ("musubi", 0, ("network_module",), "networks.lora_framepack", "has no family"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(place, name, file, at, value, named):
+    files = copy.deepcopy(RUNS[name][0])
+    inside = list(files.values())[file]
+    for key in at[:-1]:
+        inside = inside[key]
+    inside[at[-1]] = value
+    with pytest.raises(DminError, match=named):
+        read_run(written(files), said={} if "network_module" in at else SAID.get(name))
+
+
+def test_keys_that_nobody_knows_are_told(place):
+    assert read_run(written({"run.json": {**ONETRAINER, "strange": 1}})).unknown == ["strange"]
