@@ -41,7 +41,7 @@ def sampling_error(model: LatentDiffusion, steps: int = 4, seed: int = 0) -> flo
     best = _BestNetwork(model, seed)
     prompt = "a photo" if isinstance(model, Captioned) else 0
     autoencoder = model.pipeline.vae
-    with _replaced(model.network, "forward", best), _replaced(autoencoder, "decode", _decoded):
+    with _replaced(model.denoiser, "forward", best), _replaced(autoencoder, "decode", _decoded):
         try:
             model.sample([prompt], [seed], steps)
         except _Decoded as reached:
@@ -54,8 +54,8 @@ class _BestNetwork:
 
     def __init__(self, model: LatentDiffusion, seed: int) -> None:
         self.model, self.seed = model, seed
-        self.names = list(inspect.signature(model.network.forward).parameters)
-        config, own = model.network.config, vars(model.network).get("out_channels")
+        self.names = list(inspect.signature(model.denoiser.forward).parameters)
+        config, own = model.denoiser.config, vars(model.denoiser).get("out_channels")
         out = own or config.get("out_channels") or config["in_channels"]
         self.learns_variance = out == 2 * config["in_channels"]
         self.x0 = torch.empty(0)

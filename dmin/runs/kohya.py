@@ -62,6 +62,7 @@ def _loss(keys: Keys, run: TrainingRun) -> None:
     if keys.get("v_parameterization", False, bool):
         keys.note(run.taken, "v_parameterization", True, say.PREDICTION)
     keys.refuse({say.CUT_OFF: "max_timestep"}, off=(1000, "1000"))
+    keys.refuse({say.LAYER: "clip_skip"}, off=(1, "1"))  # 1 is the last layer
 
 
 def _folders(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[str, Any]]:

@@ -41,6 +41,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     base = keys.get("pretrained_model_name_or_path", kind=str)
     base_model.take(run, places, base, kind, known)
     keys.bounded()
+    keys.refuse({say.LAYER: "clip_skip"}, off=("1",))  # 1 is the last layer
     if "v" in str(found.get("modelspec.prediction_type", "")).split("_"):
         keys.note(run.taken, "modelspec.prediction_type", "v", say.PREDICTION)
     run.name = keys.get("output_name", source.stem, str)

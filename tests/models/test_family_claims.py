@@ -54,6 +54,13 @@ def test_every_family_is_held_to_this():
     assert {*EVERY, "auto", "ddpm", "mlp"} == set(groups()["model"])
 
 
+def test_it_is_held_to_this_with_its_text_encoders_too():
+    kept = load("stable_diffusion", "epsilon")
+    model = type(kept)(kept.pipeline, text_encoders="trained")
+    assert model.encodes_inside
+    assert sampling_error(model) <= ENDS_EARLY["stable_diffusion"]
+
+
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_the_best_network_for_one_image_leads_the_pipeline_to_it(name, kind):
     model = load(name, kind)

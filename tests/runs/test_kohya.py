@@ -136,7 +136,8 @@ def test_another_loss_is_refused_unless_it_is_ignored(place, line, named):
 
 @pytest.mark.parametrize("off", ["false", "0", "''", "[]", "'None'"])
 def test_what_is_off_is_no_other_loss(place, off):
-    (place / "run.toml").write_text(f"{MAIN}multires_noise_iterations = {off}\n")
+    text = f"{MAIN}multires_noise_iterations = {off}\nclip_skip = 1\n"
+    (place / "run.toml").write_text(text)
     read_run(place / "run.toml")
 
 
