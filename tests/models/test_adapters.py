@@ -2,10 +2,13 @@
 
 import json
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
-from models.families import FAMILIES, checkpoint
+import yaml
+from diffusers.loaders import single_file_utils
+from models.families import EVERY, checkpoint
 from models.original_layout import unet_weights
 from oracle import Keep, backward
 from safetensors.torch import save_file
@@ -15,7 +18,9 @@ from torch.func import functional_call
 from dmin.data import Example, collate
 from dmin.gradients.groups import grouped
 from dmin.gradients.parameters import choose_parameters
+from dmin.models import adapters
 from dmin.models.adapters import load_adapters, save_adapters, without_adapters
+from dmin.models.adapters.names import flat, places
 from dmin.models.base import per_example_loss
 from dmin.runtime.errors import DminError
 
@@ -326,7 +331,7 @@ def test_what_fits_and_what_does_not_is_told(tmp_path):
 
 
 def load_anew(name, **settings):
-    family = FAMILIES[name]
+    family = EVERY[name]
     return family.model.from_pretrained(checkpoint(name), **{**family.settings, **settings})
 
 
@@ -473,7 +478,7 @@ def test_the_part_of_a_text_encoder_acts_on_prompts(name, tmp_path):
     assert any((before[key] - found[key]).abs().max() > 1e-4 for key in found)
     assert model.describe()["encoders"] != plain.describe()["encoders"]
     model.save_pretrained(tmp_path / "saved")
-    again = load_anew(name).from_pretrained(tmp_path / "saved", **FAMILIES[name].settings)
+    again = load_anew(name).from_pretrained(tmp_path / "saved", **EVERY[name].settings)
     torch.testing.assert_close(again.condition(prompts), before)
 
 
@@ -498,7 +503,7 @@ def test_gradients_of_text_encoders_join_the_row(name, part, tmp_path):
     encoders = {encoder for encoder, _ in list(TEXT[name].values())[part]}
     assert set(model.describe()["text_encoders"]) == encoders
     assert not encoders & set(model.encoders)
-    settings = {"prompt_dropout": 0.25, **FAMILIES[name].settings}
+    settings = {"prompt_dropout": 0.25, **EVERY[name].settings}
     frozen = type(model)(model.pipeline, text_encoders="frozen", **settings)
     images = [Example(c, torch.rand(3, 16, 16), caption=c) for c in ("a red cat", "dog", "blue")]
     x0, condition = model.encode(collate(images))
@@ -520,3 +525,33 @@ def test_gradients_of_text_encoders_join_the_row(name, part, tmp_path):
         for entry, gradient in zip(chosen.entries, expected, strict=True):
             assert gradient.norm() > 0
             assert (found[entry.name][b] - gradient).norm() <= 1e-4 * gradient.norm(), entry.name
+
+
+CONVERTERS = {
+    "wan": single_file_utils.convert_wan_transformer_to_diffusers,
+    "z_image": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+    "flux_2": single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers,
+}
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_published_names_lead_where_diffusers_puts_their_weights(name):
+    network = load_anew(name).network
+    names, state = places(network), {}
+    known = yaml.safe_load(Path(adapters.__file__).with_name("original_names.yaml").read_text())
+    for blocks, inside in known[type(network).__name__].items():
+        outside = blocks == "outside"
+        starts = range(1 if outside else len(getattr(network, blocks.split()[1])))
+        for original in (
+            f"{'' if outside else f'{blocks.split()[0]}.{n}.'}{key}"
+            for n in starts
+            for key in inside
+        ):
+            where = names.get(flat(original), [])
+            if where:
+                joined = torch.cat([whole(network, place.path).detach() for place in where])
+                turned = joined.roll(len(joined) // 2, 0) if where[0].halves else joined
+                state[f"{original}.weight"] = turned.clone()
+    assert len(state) > 5
+    for key, value in CONVERTERS[name](state).items():
+        torch.testing.assert_close(value, network.get_parameter(key).detach(), rtol=0, atol=0)

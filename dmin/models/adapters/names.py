@@ -3,79 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from dmin.models.adapters.layers import Adapted, Place
 from dmin.runtime.errors import DminError
 
-_QKV, _ADDED = "attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
-# Original name → layers of ours, joined in this order; ~: the halves of its rows are swapped.
-_FLUX_DOUBLE = {
-    "img_attn.qkv": _QKV,
-    "img_attn.proj": "attn.to_out.0",
-    "img_mlp.0": "ff.net.0.proj",
-    "img_mlp.2": "ff.net.2",
-    "img_mod.lin": "norm1.linear",
-    "txt_attn.qkv": _ADDED,
-    "txt_attn.proj": "attn.to_add_out",
-    "txt_mlp.0": "ff_context.net.0.proj",
-    "txt_mlp.2": "ff_context.net.2",
-    "txt_mod.lin": "norm1_context.linear",
-}
-_FLUX_SINGLE = {
-    "linear1": f"{_QKV} proj_mlp",
-    "linear2": "proj_out",
-    "modulation.lin": "norm.linear",
-}
-_FLUX = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "~norm_out.linear",
-}
-_SD3_JOINT = {
-    "x_block.attn.qkv": _QKV,
-    "x_block.attn.proj": "attn.to_out.0",
-    "x_block.attn2.qkv": _QKV.replace("attn.", "attn2."),
-    "x_block.attn2.proj": "attn2.to_out.0",
-    "x_block.mlp.fc1": "ff.net.0.proj",
-    "x_block.mlp.fc2": "ff.net.2",
-    "x_block.adaLN_modulation.1": "norm1.linear",
-    "context_block.attn.qkv": _ADDED,
-    "context_block.attn.proj": "attn.to_add_out",
-    "context_block.mlp.fc1": "ff_context.net.0.proj",
-    "context_block.mlp.fc2": "ff_context.net.2",
-    "context_block.adaLN_modulation.1": "norm1_context.linear",
-}
-_SD3 = {
-    "x_embedder.proj": "pos_embed.proj",
-    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "~norm_out.linear",
-}
-# Class of the network → (name of its blocks, ours, what is in one), and names outside of blocks.
-_TRANSFORMERS: dict[str, tuple[list[tuple[str, str, dict[str, str]]], dict[str, str]]] = {
-    "FluxTransformer2DModel": (
-        [
-            ("double_blocks", "transformer_blocks", _FLUX_DOUBLE),
-            ("single_blocks", "single_transformer_blocks", _FLUX_SINGLE),
-        ],
-        _FLUX,
-    ),
-    "SD3Transformer2DModel": ([("joint_blocks", "transformer_blocks", _SD3_JOINT)], _SD3),
-}
 _UNET = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -118,7 +55,7 @@ def places(network: nn.Module) -> dict[str, list[Place]]:
         # Text encoders have lost a level of their names since most adapters were trained.
         found.setdefault(f"text_model_{flat(name)}", [Place(name)])
     for original, own in _originals(network, list(layers)):
-        parts = [part.removeprefix("~") for part in own.split()]
+        parts = own.removeprefix("~").split()
         if all(part in layers for part in parts):
             found.setdefault(flat(original), _joined(parts, layers, own.startswith("~")))
     return found
@@ -154,18 +91,18 @@ def _originals(network: Any, layers: list[str]) -> Iterator[tuple[str, str]]:
     kind = type(network).__name__
     if kind == "UNet2DConditionModel":
         yield from _unet(network, layers)
-    if kind not in _TRANSFORMERS:
-        return
-    blocks, outside = _TRANSFORMERS[kind]
-    yield from outside.items()
-    for original, own, inside in blocks:
+    known = yaml.safe_load(Path(__file__).with_name("original_names.yaml").read_text())
+    for blocks, inside in known.get(kind, {}).items():
+        if blocks == "outside":
+            yield from inside.items()
+            continue
+        original, own = blocks.split()
         count = len(getattr(network, own))
         for n in range(count):
             for name, parts in inside.items():
-                # The last block of SD3 tells its context shift and scale in the other order.
-                swap = name.startswith("context_block.adaLN") and n == count - 1
-                places = " ".join(f"{'~' if swap else ''}{own}.{n}.{p}" for p in parts.split())
-                yield f"{original}.{n}.{name}", places
+                swap = parts.startswith("~~") and n == count - 1
+                parts = " ".join(f"{own}.{n}.{part}" for part in parts.lstrip("~").split())
+                yield f"{original}.{n}.{name}", f"~{parts}" if swap else parts
 
 
 def _unet(network: Any, layers: list[str]) -> Iterator[tuple[str, str]]:
