@@ -20,7 +20,6 @@ from dmin.diffusion.inputs import NoisedBatch
 from dmin.runtime.errors import DminError
 from dmin.runtime.formatting import byte_size, span
 from dmin.store import StoreWriter
-from dmin.store.manifest import STORED_AS
 
 
 class Cost(NamedTuple):
@@ -41,8 +40,10 @@ def row_bytes(collector: Collector, dtype: str) -> int:
         collector: with the axes of the rows.
         dtype: of the rows, as in :class:`~dmin.collect.options.CollectOptions`.
     """
-    shape = collector.layout(dtype).row_shape
-    per_readout = prod(shape) * STORED_AS[dtype].itemsize + 4 * prod(shape[:3])
+    layout = collector.layout(dtype)
+    shape, scales = layout.row_shape, layout.scale_shape
+    smaller = prod(shape[:3]) + (0 if scales is None else prod(scales))
+    per_readout = layout.row_bytes + 4 * smaller
     return len(collector.readouts) * per_readout + 4 * prod(shape[:2])
 
 

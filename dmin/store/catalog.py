@@ -282,6 +282,6 @@ def _empty(layout: Layout) -> dict[str, np.ndarray]:
         found[f"norms/{readout}"] = np.empty((0, draws, steps, groups), np.float32)
         found[f"lengths/{readout}"] = found["losses"]
         found[f"sums/{readout}"] = np.empty(0, np.uint32)
-        if layout.dtype == "int8":
-            found[f"scales/{readout}"] = found["losses"]
+        if layout.scale_shape is not None:
+            found[f"scales/{readout}"] = np.empty((0, *layout.scale_shape), np.float32)
     return found

@@ -1,4 +1,4 @@
-"""How features are stored: as floats of 32 or 16 bits, or as bytes with a scale."""
+"""How features are stored: as floats of 32 or 16 bits, or as bytes with scales."""
 
 import math
 from typing import Any, NamedTuple
@@ -11,13 +11,16 @@ STORED_AS: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
     "int8": np.dtype("|i1"),
+    "int8_parts": np.dtype("|i1"),
 }
-# The largest size of a value; int8 has a scale of its own for every row, draw and timestep.
+PART = 32, 256  # numbers, at least and at most, that share a scale
+# The largest size of a value; bytes have scales of their own for every row, draw and timestep.
 LARGEST: dict[str, float] = {
     "float32": float(np.finfo(np.float32).max),
     "float16": float(np.finfo(np.float16).max),
     "bfloat16": float(np.uint32(0x7F7F0000).view(np.float32)),
     "int8": float(np.finfo(np.float32).max),
+    "int8_parts": float(np.finfo(np.float32).max),
 }
 
 
@@ -25,20 +28,35 @@ class Encoded(NamedTuple):
     """Features as they are stored."""
 
     values: np.ndarray  # [n, draw, T, group, dim] of STORED_AS[dtype]
-    scales: np.ndarray | None  # float32 [n, draw, T], of int8 only
+    scales: np.ndarray | None  # float32 [n, draw, T], of int8_parts [n, draw, T, parts]
     lengths: np.ndarray  # float32 [n, draw, T], ‖row‖₂ over group and dim of what is read back
+
+
+def scale_shape(width: int, dtype: str) -> tuple[int, ...] | None:
+    """Return the shape of the scales of a row of so many numbers, None where it has none.
+
+    One scale a row is spoilt by one large number: those of parts by a large one in their own.
+    """
+    if dtype == "int8":
+        return ()
+    parts = (part for part in range(PART[1], PART[0] - 1, -1) if width % part == 0)
+    return (width // next(parts, width),) if dtype == "int8_parts" else None
 
 
 def encode(features: np.ndarray, dtype: str) -> Encoded:
     """Round float32 features ``[n, draw, T, group, dim]`` to the nearest that can be stored.
 
     int8 keeps ``x ≈ s·b`` with ``s = max|x| / 127`` over group and dim, so no value is off by more
-    than ``s / 2``.
+    than ``s / 2``; int8_parts has such an s for every part of a row, see :func:`scale_shape`.
     """
-    scales = None
-    if dtype == "int8":
-        scales = np.abs(features).max((3, 4), initial=0) / np.float32(127)
-        values = np.rint(features / np.where(scales > 0, scales, 1)[..., None, None])
+    scales, shape = None, features.shape
+    parts = scale_shape(shape[3] * shape[4], dtype)
+    if parts is not None:
+        count = math.prod(parts)
+        cut = features.reshape(*shape[:3], count, shape[3] * shape[4] // count)
+        scales = np.abs(cut).max(4, initial=0) / np.float32(127)
+        values = np.rint(cut / np.where(scales > 0, scales, 1)[..., None]).reshape(shape)
+        scales = scales.reshape(*shape[:3], *parts)
     elif dtype == "bfloat16":
         bits = np.ascontiguousarray(features, np.float32).view(np.uint32)
         values = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to nearest, ties to even
@@ -55,7 +73,12 @@ def decode(values: np.ndarray, dtype: str, scales: np.ndarray | None = None) -> 
     if dtype == "bfloat16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     wide = values.astype(np.float32, copy=False)
-    return wide if scales is None else wide * scales[..., None, None]
+    if scales is None or not wide.size:
+        return wide
+    scales = scales.reshape(*wide.shape[:3], -1, 1)
+    cut = wide.reshape(*scales.shape[:4], -1)
+    found: np.ndarray = (cut * scales).reshape(wide.shape)
+    return found
 
 
 def word_sums(values: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
-from dmin.store.encoding import STORED_AS
+from dmin.store.encoding import STORED_AS, scale_shape
 
 FORMAT, SCHEMA = "dmin-store", 1
 MANIFEST = "manifest.json"
@@ -65,6 +65,17 @@ class Layout:
     def row_shape(self) -> tuple[int, int, int, int]:
         """The shape of one row's features, ``(draws, timesteps, groups, dim)``."""
         return self.draws, len(self.timesteps), len(self.groups), self.dim
+
+    @property
+    def scale_shape(self) -> tuple[int, ...] | None:
+        """The shape of a row's scales, draws and timesteps first; None where it has none."""
+        parts = scale_shape(len(self.groups) * self.dim, self.dtype)
+        return None if parts is None else (*self.row_shape[:2], *parts)
+
+    @property
+    def steps(self) -> int:
+        """How many factors a row is multiplied by: draws, timesteps, parts with scales."""
+        return prod(self.scale_shape or self.row_shape[:2])
 
     @property
     def row_bytes(self) -> int:
@@ -270,19 +281,6 @@ class Manifest:
             f"{source} has format {found[0]!r}, schema {found[1]!r}; this dmin reads {FORMAT!r},"
             f" schema {SCHEMA}: use the version of dmin that wrote it, or collect again."
         )
-
-
-def last_complete(manifest: Manifest, blocks: np.ndarray) -> Manifest:
-    """Return the last revision all of whose blocks are there; the whole if there is none.
-
-    Args:
-        manifest: of the last revision.
-        blocks: that are there.
-    """
-    for state in reversed(manifest.states):
-        if len(np.setdiff1d(np.arange(state.num_blocks), blocks)) == 0:
-            return state
-    return manifest
 
 
 def require_count(name: str, value: int) -> None:

@@ -17,8 +17,8 @@ from dmin.runtime.fingerprint import fingerprint
 from dmin.store.amendments import read_forgotten, read_metadata, removed_rows, tombstone
 from dmin.store.catalog import Catalog
 from dmin.store.encoding import decode, word_sums
-from dmin.store.manifest import Layout, last_complete, require_count
-from dmin.store.rows import MappedRows, Metadata, parsed, parsed_ids, places
+from dmin.store.manifest import Layout, require_count
+from dmin.store.rows import MappedRows, Metadata, last_complete, parsed, parsed_ids, places
 from dmin.store.segments import Segment, read_manifest, segment_names
 
 
@@ -232,8 +232,8 @@ class Store:
         )
 
     def scales(self, readout: str) -> np.ndarray | None:
-        """Return what int8 features are to be multiplied by, float32 ``[n, draw, T]``."""
-        return self._whole("scales", readout) if self.layout.dtype == "int8" else None
+        """Return what bytes are to be multiplied by, float32 ``[n, *layout.scale_shape]``."""
+        return None if self.layout.scale_shape is None else self._whole("scales", readout)
 
     def lengths(self, readout: str) -> np.ndarray:
         """Return ‖row‖₂ over group and dim of the features read back, float32 ``[n, draw, T]``."""

@@ -191,6 +191,19 @@ def parsed_ids(lines: list[bytes], path: Path) -> list[str]:
     )
 
 
+def last_complete(manifest: Manifest, blocks: np.ndarray) -> Manifest:
+    """Return the last revision all of whose blocks are there; the whole if there is none.
+
+    Args:
+        manifest: of the last revision.
+        blocks: that are there.
+    """
+    for state in reversed(manifest.states):
+        if len(np.setdiff1d(np.arange(state.num_blocks), blocks)) == 0:
+            return state
+    return manifest
+
+
 def places(manifest: Manifest, blocks: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
     """Return where rows are in a catalog.
 

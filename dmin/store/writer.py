@@ -18,6 +18,7 @@ from dmin.store.amendments import is_moved, metadata_text
 from dmin.store.comparison import manifest_differences, metadata_remedy
 from dmin.store.encoding import LARGEST, encode
 from dmin.store.manifest import Layout, Manifest
+from dmin.store.ranking_loss import RankingLoss
 from dmin.store.segments import (
     MANIFEST,
     Content,
@@ -81,16 +82,14 @@ class StoreWriter:
     ) -> None:
         """Make or check the manifest, and look which blocks are there."""
         self.path = Path(path)
-        self.segment_bytes = segment_bytes
-        self.seal_seconds = seal_seconds
+        self.segment_bytes, self.seal_seconds = segment_bytes, seal_seconds
         self.verify = verify
         self._collected: dict[int, Content] = {}
-        self._bytes = 0
-        self._first_append = 0.0
+        self._bytes, self._first_append = 0, 0.0
         self._ids: set[str] = set()
         self._segments: dict[str, Segment] = {}
         self._sealed: set[int] = set()
-        self._closed = False
+        self._closed, self._loss = False, RankingLoss(manifest.layout.dtype)
         try:
             self._create(manifest)
         except OSError as error:
@@ -150,6 +149,7 @@ class StoreWriter:
             _checked_texts(rows, count, self._ids),
             _checked_arrays(rows, count, self.manifest.layout),
         )
+        self._loss.add(self.manifest.layout.readouts[0], rows.features, content.arrays)
         if not self._collected:
             self._first_append = time.monotonic()
         self._collected[block] = content
@@ -185,6 +185,7 @@ class StoreWriter:
     def close(self) -> None:
         """Seal what is collected; the writer takes no more."""
         self.seal()
+        self._loss.warn()
         self._closed = True
 
     def _create(self, manifest: Manifest) -> None:

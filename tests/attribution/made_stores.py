@@ -70,9 +70,10 @@ def cosines(queries, train, weights=1.0):
 def real_scores(queries, train, scale, sign=1):
     """Inner products of prepared queries with scaled stored rows in long double, [Q, n]."""
     x = train.features("loss").astype(np.longdouble)
-    if train.layout.dtype == "int8":
-        scales = train.scales("loss").astype(np.longdouble)[..., None, None]
-        x = scales * train.gather("loss", np.arange(len(train)))
+    if (scales := train.scales("loss")) is not None:
+        stored = train.gather("loss", np.arange(len(train)))
+        cut = stored.reshape(*scales.reshape(*x.shape[:3], -1).shape, -1)
+        x = (scales.reshape(*cut.shape[:4], 1).astype(np.longdouble) * cut).reshape(x.shape)
     x = x.reshape(*x.shape[:3], -1)
     if scale == "unit":
         x = x / np.maximum(np.sqrt(np.square(x).sum(-1, keepdims=True)), np.longdouble(1e-12))

@@ -62,7 +62,7 @@ def stores(folder, kind, dtype):
     return torch.from_numpy(asked), made(folder / "x", rows, dtype, segment_bytes=10**6)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int8_parts"])
 @pytest.mark.parametrize("kind", ROWS)
 def test_proven_is_said_of_real_numbers(tmp_path, kind, dtype):
     asked, train = stores(tmp_path, kind, dtype)

@@ -24,7 +24,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int8_parts"])
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("draws, groups", [(1, 1), (2, 3)])
 def test_scores_are_those_of_float64(tmp_path, dtype, queries, draws, groups):
@@ -109,7 +109,7 @@ def test_threads_give_results_in_order_and_errors_as_they_are(threads):
 
 @pytest.mark.parametrize("queries", [1, 5, 40])
 @pytest.mark.parametrize("index", [None, Certified(4)])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int8_parts"])
 def test_no_score_is_computed_from_a_flipped_bit(tmp_path, dtype, queries, index):
     asked = made(tmp_path / "q", drawn(queries, seed=1), dtype)
     train = made(tmp_path / "x", drawn(45), dtype)
@@ -147,7 +147,7 @@ def test_scores_are_the_same_to_the_bit_whatever_else_is_asked(steps, width):
         assert np.array_equal(scores(queries[first:last]), found[first:last])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int8_parts"])
 @pytest.mark.parametrize("queries", [1, 2, 7])
 def test_scores_are_the_same_to_the_bit_wherever_blocks_end(tmp_path, threads, dtype, queries):
     asked = made(tmp_path / "q", drawn(queries, dim=40, seed=1))
@@ -160,7 +160,7 @@ def test_scores_are_the_same_to_the_bit_wherever_blocks_end(tmp_path, threads, d
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int8_parts"])
 def test_a_gpu_finds_the_same(tmp_path, dtype):
     asked = made(tmp_path / "q", drawn(5, seed=1), dtype)
     train = made(tmp_path / "x", drawn(61), dtype)

@@ -1,13 +1,15 @@
 """Every type of feature, read as it lies in the file, against numpy and torch."""
 
+import warnings
+
 import h5py
 import numpy as np
 import pytest
 import torch
 
-from dmin.runtime.errors import DminError
-from dmin.store import Store, StoreWriter
-from dmin.store.encoding import STORED_AS, decode, encode
+from dmin.runtime.errors import DminError, DminWarning
+from dmin.store import Rows, Store, StoreWriter
+from dmin.store.encoding import STORED_AS, decode, encode, scale_shape
 
 DTYPES = list(STORED_AS)
 
@@ -26,7 +28,7 @@ def original(manifest, make_rows):
 
 def as_stored(rows, dtype):
     """What each type keeps, by another way than the store's; of int8 with a scale in float32."""
-    if dtype == "int8":
+    if dtype.startswith("int8"):  # rows here are too short for parts
         scale = np.abs(rows).max((3, 4), keepdims=True) / np.float32(127)
         return np.rint(rows / scale) * scale.astype(np.float64)
     return torch.from_numpy(rows).to(getattr(torch, dtype)).double().numpy()
@@ -120,3 +122,66 @@ def test_the_fingerprint_follows_the_segments(tmp_path, make_manifest, make_rows
     assert Store(tmp_path / "s").fingerprint == store.fingerprint
     next((tmp_path / "s").glob("*.h5")).unlink()
     assert Store(tmp_path / "s").fingerprint != store.fingerprint
+
+
+@pytest.mark.parametrize("width", [8, 48, 100, 512, 4096, 4099])
+def test_parts_of_a_row_have_scales_of_their_own(width):
+    rows = np.random.default_rng(0).standard_normal((3, 2, 2, 1, width)).astype(np.float32)
+    rows[..., 0] *= 100
+    found = encode(rows, "int8_parts")
+    parts = scale_shape(width, "int8_parts")
+    assert found.scales.shape == (3, 2, 2, *parts) and width % parts[0] == 0
+    back = decode(found.values, "int8_parts", found.scales)
+    errors = np.abs(back - rows).reshape(*found.scales.shape, -1)
+    assert (errors <= found.scales[..., None] / 2 * (1 + 1e-5)).all()
+    if parts[0] > 1:  # the large number spoils its own part alone
+        assert errors[:, :, :, 1:].max() < errors.max() / 10
+    lengths = np.linalg.norm(back.reshape(3, 2, 2, -1).astype(float), axis=-1)
+    np.testing.assert_allclose(found.lengths, lengths, rtol=1e-6)
+
+
+def spiky(share, n=64):
+    """Rows one number of which holds a share of the energy."""
+    rows = np.random.default_rng(1).standard_normal((n, 1, 1, 1, 8192)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
+    rows[..., 7] = np.sqrt(share / (1 - share))
+    return rows
+
+
+@pytest.mark.parametrize(
+    "dtype, share, warned",
+    [
+        ("int8", 0.0, False),
+        ("int8", 0.5, True),
+        ("int8_parts", 0.5, False),
+        ("float16", 0.9, False),
+    ],
+)
+def test_what_bytes_cost_in_ranking_is_measured_and_said(
+    tmp_path, make_manifest, dtype, share, warned
+):
+    manifest = make_manifest(
+        readouts=("loss",),
+        draws=1,
+        timesteps=(5.0,),
+        groups=("all",),
+        dim=8192,
+        dtype=dtype,
+        num_examples=64,
+        block_size=32,
+    )
+    rows, ones = spiky(share), np.ones((32, 1, 1, 1), np.float32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with StoreWriter(tmp_path / "s", manifest) as writer:
+            for block in writer.pending():
+                some = slice(32 * block, 32 * block + 32)
+                ids = [f"{block}-{row}" for row in range(32)]
+                writer.append(
+                    block, Rows(ids, [{}] * 32, {"loss": rows[some]}, {"loss": ones}, ones[..., 0])
+                )
+    said = [str(each.message) for each in caught if each.category is DminWarning]
+    assert bool(said) == warned
+    if warned:
+        assert "64 that were compared" in said[0] and "Use int8_parts or float16" in said[0]
+    assert np.abs(Store(tmp_path / "s").features("loss") - rows).max() < 0.02

@@ -18,11 +18,12 @@ from dmin.attribution.search.scan import (
     CHUNK_BYTES,
     SEEN_AS,
     Span,
-    exact_factors,
     kernel,
+    lengthened,
     row_factors,
     scan,
     spans,
+    stored_scales,
 )
 from dmin.attribution.search.threads import in_threads
 from dmin.store import Store
@@ -49,19 +50,19 @@ class ErrorBound:
     def __init__(self, linear: InnerProduct, store: Store) -> None:
         self.queries = linear.queries.flatten(1).cpu().double().norm(dim=1).numpy()
         self._linear, self._store = linear, store
-        self._width = int(np.prod(store.layout.row_shape[2:]))
+        self._width = int(np.prod(store.layout.row_shape))
 
     def of(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return ``RELATIVE ‖z‖`` and what does not depend on the query, float64 ``[n]`` each."""
         readout, store = self._linear.readout, self._store
+        lengths = store.lengths(readout)[rows].astype(np.float64) + ABSOLUTE
+        own = lengthened(store, self._linear, rows)
         factors = row_factors(store, self._linear, rows)
-        lengths = store.lengths(readout)[rows] + ABSOLUTE
-        times = np.ones_like(lengths) if factors is None else factors.double().numpy()
-        if (scales := store.scales(readout)) is not None:  # lengths have them already
-            lengths /= np.where(scales[rows] > 0, scales[rows], 1)
+        times = np.ones((len(lengths), 1)) if factors is None else factors.double().numpy()
         with np.errstate(invalid="ignore"):  # a length that overflowed, by nought
-            reach = np.sqrt(np.square(lengths * times).sum((1, 2))) * (1 + 1e-5)
-        return RELATIVE * reach, ABSOLUTE * (1 + self._width * times.sum((1, 2)))
+            reach = np.sqrt(np.square(lengths if own is None else lengths * own).sum((1, 2)))
+        times = times.reshape(len(times), -1).sum(1)
+        return RELATIVE * (1 + 1e-5) * reach, ABSOLUTE * (1 + self._width * times)
 
     def errors(self, query: int, rows: slice | np.ndarray) -> np.ndarray:
         """Return the bounds of one query's scores, float64 ``[n]``."""
@@ -203,8 +204,8 @@ def exact_scores(store: Store, linear: InnerProduct, query: Tensor, rows: np.nda
         query: ``[D, T, G, k]``.
         rows: which, ``[n]``.
     """
-    draws, steps, groups, dim = store.layout.row_shape
-    asked = query.reshape(draws * steps, groups * dim).float().contiguous().numpy()
+    steps, layout = int(np.prod(store.layout.row_shape[:2])), store.layout
+    asked = query.reshape(steps, layout.steps // steps, -1).float().contiguous().numpy()
     # Unit rows are divided by the length they have, not by the one that is kept in float32.
     unit = linear.scale == "unit"
     found = np.empty(len(rows))
@@ -212,9 +213,11 @@ def exact_scores(store: Store, linear: InnerProduct, query: Tensor, rows: np.nda
     def score(span: Span) -> None:
         some = rows[slice(*span)]
         stored = store.gather(linear.readout, some).reshape(len(some), *asked.shape)
-        scale = np.ones(stored.shape[:2])
-        for factors in exact_factors(store, linear, some):
-            scale *= factors.reshape(scale.shape)
+        scale = np.ones(stored.shape[:3])
+        if (scales := stored_scales(store, linear, some)) is not None:
+            scale *= scales.reshape(scale.shape)
+        if not unit and (own := lengthened(store, linear, some)) is not None:
+            scale *= own.reshape(len(some), steps, 1)
         seen = stored.view(SEEN_AS[store.layout.dtype])
         kernel().rescored(seen, scale, unit, asked, found[slice(*span)])
 

@@ -355,24 +355,27 @@ def _rescored(rows, scale, unit, query, scores):
     """Fill the scores of some rows by one query, added up in double.
 
     Args:
-        rows: ``[n, S, m]`` as stored.
-        scale: float64 ``[n, S]``.
-        unit: divide by the length of the scaled row, which is added up on the way.
-        query: float32 ``[S, m]``.
+        rows: ``[n, S, P, m]`` as stored, P parts of S draws and timesteps.
+        scale: float64 ``[n, S, P]``.
+        unit: divide by the length of all scaled parts, which is added up on the way.
+        query: float32 ``[S, P, m]``.
         scores: float64 ``[n]``, to be filled.
     """
-    count, steps, width = rows.shape
+    count, steps, parts, width = rows.shape
     for i in range(count):
         total = 0.0
         for s in range(steps):
-            stored, asked = rows[i, s], query[s]
             product = square = 0.0
-            for x in range(width):
-                value = np.float64(widen(stored[x]))
-                product += value * asked[x]
-                square += value * value
-            product *= scale[i, s]
-            total += product / max(scale[i, s] * np.sqrt(square), SMALLEST) if unit else product
+            for p in range(parts):
+                stored, asked = rows[i, s, p], query[s, p]
+                inside = length = 0.0
+                for x in range(width):
+                    value = np.float64(widen(stored[x]))
+                    inside += value * asked[x]
+                    length += value * value
+                product += scale[i, s, p] * inside
+                square += scale[i, s, p] * scale[i, s, p] * length
+            total += product / max(np.sqrt(square), SMALLEST) if unit else product
         scores[i] = total
 
 

@@ -30,7 +30,13 @@ MEMORY_BOUND = 8  # queries: more take longer than reading does, and blocks are 
 PARTS = 32  # sums of float32 that a device keeps of one score at a time
 SCORE_BYTES = 32 << 20  # of one block's scores: of very many queries it has fewer rows
 # numba knows no half floats: float16 comes as int16, bfloat16 as uint16, distinguished by that.
-SEEN_AS = {"float32": "<f4", "float16": "<i2", "bfloat16": "<u2", "int8": "|i1"}
+SEEN_AS = {
+    "float32": "<f4",
+    "float16": "<i2",
+    "bfloat16": "<u2",
+    "int8": "|i1",
+    "int8_parts": "|i1",
+}
 Span = tuple[int, int]
 
 
@@ -55,7 +61,7 @@ def scan(
     some = spans(len(store), rows)
     if keep is not None:
         some = [span for span in some if keep[slice(*span)].any()]
-    queries = linear.queries.flatten(3).flatten(1, 2).float().contiguous()  # [Q, D·T, G·k]
+    queries = linear.queries.reshape(count, store.layout.steps, -1).float().contiguous()
     if queries.is_cuda:
         yield from _scan_there(linear, store, some, queries.flatten(1))
         return
@@ -125,19 +131,18 @@ def _parts(
     """Yield the runs of a span as the loops take them.
 
     Yields:
-        First row; ``[n, D·T, G·k]`` as stored; factors float32 ``[n, D·T]``; sums uint32 ``[n]``.
+        First row; ``[n, S, m]`` as stored, S draws, timesteps and parts with a scale of their own;
+        factors float32 ``[n, S]``; sums uint32 ``[n]``.
     """
-    draws, steps, groups, dim = store.layout.row_shape
-    sums, first = store.sums(readout), span[0]
+    steps, sums, first = store.layout.steps, store.sums(readout), span[0]
     for run in store.mapped.runs(readout, *span):
         last = first + len(run)
-        shape = len(run), draws * steps, groups * dim
         if factors is None:
-            scale = np.ones(shape[:2], np.float32)
+            scale = np.ones((len(run), steps), np.float32)
         else:
             scale = factors[first:last].flatten(1).numpy()
         seen = word_sums(run) if sums is None else sums[first:last]
-        yield first, run.reshape(shape).view(SEEN_AS[store.layout.dtype]), scale, seen
+        yield first, run.reshape(len(run), steps, -1).view(SEEN_AS[store.layout.dtype]), scale, seen
         first = last
 
 
@@ -167,21 +172,31 @@ def kernel() -> Any:
 def row_factors(
     store: Store, linear: InnerProduct, rows: np.ndarray | slice = slice(None)
 ) -> Tensor | None:
-    """Return what stored rows are multiplied by, float32 ``[n, D, T]``; None for nothing."""
-    parts = exact_factors(store, linear, rows)
-    if linear.scale == "unit":
-        parts.append(store.inverse_lengths(linear.readout)[rows])
+    """Return what stored rows are multiplied by, float32 ``[n, D, T, parts]``; None for nothing."""
+    scales, own = stored_scales(store, linear, rows), lengthened(store, linear, rows)
+    parts = [each for each in (scales, None if own is None else own[..., None]) if each is not None]
     return torch.from_numpy(reduce(np.multiply, parts).astype(np.float32)) if parts else None
 
 
-def exact_factors(store: Store, linear: InnerProduct, rows: np.ndarray | slice) -> list[np.ndarray]:
-    """Return factors float64 ``[n, D, T]`` without those that bring rows to length 1."""
+def stored_scales(
+    store: Store, linear: InnerProduct, rows: np.ndarray | slice
+) -> np.ndarray | None:
+    """Return what rows are stored without, float64 ``[n, D, T, parts]``."""
     scales = store.scales(linear.readout)
-    parts = [] if scales is None else [scales[rows].astype(np.float64)]
+    if scales is None:
+        return None
+    chosen = scales[rows].astype(np.float64)
+    return chosen if chosen.ndim == 4 else chosen[..., None]
+
+
+def lengthened(store: Store, linear: InnerProduct, rows: np.ndarray | slice) -> np.ndarray | None:
+    """Return by what rows are made longer, float64 ``[n, D, T]``; None for nothing."""
+    if linear.scale == "unit":
+        return store.inverse_lengths(linear.readout)[rows].astype(np.float64)
     if linear.scale == "norm":
         norms = store.norms(linear.readout)[rows].astype(np.float64)
-        parts.append(np.sqrt(np.square(norms).sum(-1)))
-    return parts
+        return np.sqrt(np.square(norms).sum(-1))
+    return None
 
 
 def decoded_rows(
@@ -194,8 +209,8 @@ def decoded_rows(
     width = int(np.prod(store.layout.row_shape))
     # For many queries the product is what takes time, and it wants more rows at once.
     most = max(1, BUFFER_BYTES // (4 * width), min(queries, 256))
-    draws, steps, groups, dim = store.layout.row_shape
-    buffer = torch.empty(min(most, span[1] - span[0]), draws * steps, groups * dim)
+    steps = store.layout.steps
+    buffer = torch.empty(min(most, span[1] - span[0]), steps, width // steps)
     for first, stored, scale, sums in _parts(store, readout, span, factors):
         for start in range(0, len(stored), len(buffer)):
             part = slice(start, min(start + len(buffer), len(stored)))
@@ -223,12 +238,12 @@ def scores_of_rows(
         query: ``[D·T·G·k]``, or several ``[Q, D·T·G·k]``.
         rows: which, ``[n]``.
     """
-    draws, steps, groups, dim = store.layout.row_shape
+    steps = store.layout.steps
     readout, sums = linear.readout, store.sums(linear.readout)
     if sums is None:  # nothing was verified: there is nothing to hold rows against
         chosen = gathered_rows(store, linear, rows).flatten(1)
         return query.double() @ chosen.T.double()
-    asked = query.reshape(-1, draws * steps, groups * dim).numpy()
+    asked = query.reshape(query.shape[:-1].numel(), steps, -1).numpy()
     like = np.empty(0, SEEN_AS[store.layout.dtype])
     scores = torch.empty(len(asked), len(rows), dtype=torch.float64)
 
@@ -236,7 +251,7 @@ def scores_of_rows(
         part = rows[slice(*span)]
         where = store.mapped.addresses(readout, part)
         scale = (
-            np.ones((len(part), draws * steps), np.float32)
+            np.ones((len(part), steps), np.float32)
             if factors is None
             else factors[part].flatten(1).numpy()
         )
@@ -254,8 +269,10 @@ def scores_of_rows(
 def gathered_rows(store: Store, linear: InnerProduct, rows: np.ndarray) -> Tensor:
     """Return chosen rows, scaled, float32 ``[n, D, T, G, k]``."""
     chosen = as_tensor(store.gather(linear.readout, rows), store.layout.dtype).float()
-    factors = row_factors(store, linear, rows)
-    return chosen if factors is None else chosen.mul_(factors[..., None, None])
+    if (factors := row_factors(store, linear, rows)) is None:
+        return chosen
+    cut = chosen.view(*factors.shape, -1) if len(rows) else chosen
+    return (cut * factors[..., None]).view_as(chosen) if len(rows) else chosen
 
 
 def as_tensor(stored: np.ndarray, dtype: str) -> Tensor:

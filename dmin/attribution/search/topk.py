@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
-
-FEW = 16  # queries that are updated one by one
 
 
 class TopK:
@@ -40,21 +37,9 @@ class TopK:
         for query in (largest == self.scores[:, -1]).nonzero()[:, 0].tolist():
             self.tied[query] += (scores[query] == largest[query]).sum()
         some = (largest > self.scores[:, -1]).nonzero()[:, 0]
-        if len(some) > FEW:
+        if len(some):
             found = self._joined(some, scores[some].float(), first)
             self.scores[some], self.rows[some], self.tied[some] = found
-            return
-        for query in some.tolist():  # a tenth of the time of the above, where it is small
-            best, rows = self.scores[query].numpy(), self.rows[query].numpy()
-            mine = scores[query].float().numpy()
-            better = np.flatnonzero(mine >= best[-1])
-            joined = np.concatenate([best, mine[better]])
-            order = np.argsort(-joined, kind="stable")
-            last = joined[order[self.k - 1]]
-            tied = int((joined[order[self.k :]] == last).sum())
-            self.tied[query] = tied + (int(self.tied[query]) if best[-1] == last else 0)
-            kept = order[: self.k]
-            best[:], rows[:] = joined[kept], np.concatenate([rows, better + first])[kept]
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return scores, rows and how many more tie."""

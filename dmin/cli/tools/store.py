@@ -34,7 +34,7 @@ OPERATIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], str]] = {
         "read what export wrote, or sketches",
     ),
     "fold": ("SOURCE TARGET", ("dim",), ("dtype",), "write the sketch of a smaller dim"),
-    "convert": ("SOURCE TARGET", ("dtype",), (), "write float32, float16, bfloat16 or int8"),
+    "convert": ("SOURCE TARGET", ("dtype",), (), "write another type, such as dtype=int8_parts"),
     "compact": ("SOURCE TARGET", (), (), "write few large segments, without what was removed"),
     "export": ("SOURCE TARGET", ("format",), (), "write numpy, safetensors or parquet"),
 }
