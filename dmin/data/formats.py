@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from pathlib import Path, PurePath
+import os
 
 from PIL import Image
 
@@ -49,13 +49,13 @@ def suffixes() -> tuple[str, ...]:
     return tuple(sorted(s for s, name in Image.registered_extensions().items() if name in known))
 
 
-def is_image(path: Path) -> bool:
+def is_image(path: str) -> bool:
     """Say whether a file is an image: by its suffix, or how it begins if that is unknown."""
-    suffix = path.suffix.lower()
-    if suffix in suffixes() or suffix in _NO_IMAGES or why_not_opened(path.name):
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in suffixes() or suffix in _NO_IMAGES or why_not_opened(path):
         return suffix in suffixes()
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             beginning = file.read(64).ljust(64, b"\0")
     except OSError:
         return False
@@ -65,7 +65,7 @@ def is_image(path: Path) -> bool:
 
 def why_not_opened(name: str) -> str | None:
     """Return why files of a suffix are not opened though they are pictures; None for others."""
-    suffix = PurePath(name).suffix.lower()
+    suffix = os.path.splitext(name)[1].lower()
     if suffix in suffixes():
         return None
     package = next((package for *_, package, some in PLUGINS if suffix in some), None)

@@ -34,7 +34,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 }
 """Where captions and labels are: the files of metadata, or the suffixes of files beside images."""
 
-_MASKS, _MASK_FOLDERS = ("-masklabel", "-condlabel"), {"mask", "masks"}
+_MASKS, _MASK_FOLDER = ("-masklabel", "-condlabel"), re.compile("(^|/)masks?/")
 _MASK = "masks, no examples: data=masked_folder uses them"
 _NUMBERS = re.compile(r"(?=.*\s)[-+.\deE\s]+", re.DOTALL)  # such as boxes
 
@@ -77,7 +77,9 @@ class Folder:
             file
             for file in self.files
             if (
-                is_image(self.root / file) if known is None else file.lower().endswith(tuple(known))
+                is_image(f"{self.root}/{file}")
+                if known is None
+                else file.lower().endswith(tuple(known))
             )
         ]
         masks = set(self._masks(images))
@@ -89,8 +91,10 @@ class Folder:
             inside = [f"/{each}" for each in self.leave if each.endswith("/")]
             ends = tuple(self.leave)
             return [i for i in images if i.endswith(ends) or any(f in f"/{i}" for f in inside)]
-        beside = [i for i in images if PurePosixPath(i).stem.endswith(_MASKS)]
-        apart = [i for i in images if _MASK_FOLDERS & set(PurePosixPath(i).parts[:-1])]
+        beside = [i for i in images if os.path.splitext(i)[0].endswith(_MASKS)]
+        apart = [i for i in images if _MASK_FOLDER.search(i)]
+        if not apart:
+            return beside
         stems = {PurePosixPath(i).stem for i in set(images).difference(beside, apart)}
         of = [i for i in apart if PurePosixPath(i).stem in stems]
         if of and len(of) < len(apart):
@@ -153,25 +157,23 @@ class Folder:
         labels = len({f.label for f in examples.values()} - {None})
         parts = [f"{len(examples):,} images", f"layout {self.layout}"]
         parts += [f"{captions:,} captions"] * bool(captions) + [f"{labels:,} labels"] * bool(labels)
+        beside = {file for suffix in BESIDE for file in self.beside(suffix).values()}
+        told = [
+            (self.images, "images left out"),
+            (beside, f"beside images, which layout {self.layout} does not read"),
+        ]
+        reasons = {file: reason for files, reason in told for file in files} | self._why
         why: dict[str, list[str]] = {}
         for file in dict.fromkeys([*self.files, *self._why]):
             if file not in examples and file not in self.used:
-                why.setdefault(self._reason(file), []).append(file)
+                text = file.lower().endswith(BESIDE[:2])
+                other = "texts of no image" if text else "of no image format"
+                reason = reasons.get(file) or why_not_opened(file) or other
+                why.setdefault(reason, []).append(file)
         for reason, files in why.items():
             few = ", ".join(printable(file) for file in files[:2]) + ", …" * bool(files[2:])
             parts.append(f"{'' if reason == _MASK else 'ignored: '}{len(files):,} {reason} ({few})")
         return " · ".join(parts)
-
-    def _reason(self, file: str) -> str:
-        """Return why a file is ignored."""
-        if reason := self._why.get(file) or why_not_opened(file):
-            return reason
-        if file in self.images:
-            return "images left out"
-        suffix = PurePosixPath(file).suffix.lower()
-        if suffix in BESIDE and file in self.beside(suffix).values():
-            return f"beside images, which layout {self.layout} does not read"
-        return "texts of no image" if suffix in BESIDE[:2] else "of no image format"
 
     def _tables(self, names: Sequence[str]) -> list[str]:
         return [file for file in self.files if os.path.basename(file) in names]

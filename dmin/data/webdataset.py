@@ -152,16 +152,28 @@ class TarShards(Checked):
         }
         if self.check:
             captions: dict[str, str | None] = {}
+            labels: set[str | None] = set()
             for found in self._survey().values():
                 for _, _, unreadable, sums in found.values():
                     problems.update(unreadable)
-                    captions |= {id: "" if told else None for id, (_, told) in sums.items()}
+                    captions |= {id: said[1] for id, (_, said) in sums.items()}
+                    labels |= {said[0] for _, said in sums.values()}
+            for name, column, told in (
+                ("label", self.label, labels),
+                ("text", self.text, set(captions.values())),
+            ):
+                if column not in (None, name) and not any(told):
+                    raise DminError(
+                        f"data.{name}={column}: no sample of {self.shards} has such a field, nor a "
+                        f".{'cls' if name == 'label' else 'txt'}. Name one of its .json, or set "
+                        f"data.{name}=null."
+                    )
             problems = self.lacking(captions) | problems
         return problems
 
     def _survey(self) -> dict[Path, dict[str, Any]]:
         """Return, by folder and name, each shard's digests, and samples that cannot be read."""
-        settings: dict[str, Any] = {"checked": self.check, "schema": SCHEMA, "sums": 16}
+        settings: dict[str, Any] = {"checked": self.check, "schema": SCHEMA, "sums": 2}
         settings.update(text=self.text, label=self.label)
         if self.check:
             settings.update(max_pixels=self.max_pixels, **self.settings())
@@ -191,7 +203,7 @@ class TarShards(Checked):
                         said = self._facts(content, id)[:2]
                         row = [id, hashlib.sha256(_image(content)).hexdigest(), *said]
                         digits = hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]
-                        sums[id] = digits, said[1] is not None
+                        sums[id] = digits, [None if each is None else "there" for each in said]
                         rows.append(row)
                     except DminError as error:
                         problems[id] = getattr(error, "reason", str(error)).rstrip(".")

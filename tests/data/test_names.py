@@ -10,6 +10,7 @@ from dmin.data import collate
 from dmin.data.huggingface import HFDataset
 from dmin.data.image_folder import ImageFolder
 from dmin.data.webdataset import TarShards
+from dmin.runtime.errors import DminError
 from dmin.runtime.escape import named_apart
 
 PICTURE = encoded(np.full((4, 4, 3), 99, np.uint8))
@@ -86,3 +87,10 @@ def test_names_that_are_taken_are_told_apart():
         "metadata_score": "metadata_score",
         "mine": "mine",
     }
+
+
+@pytest.mark.parametrize("asked", ["label", "text"])
+@pytest.mark.parametrize("write", WRITE)
+def test_a_column_that_is_nowhere_is_refused(write, asked, tmp_path):
+    with pytest.raises(DminError, match=f"(data.{asked}=.?nowhere|no column 'nowhere')"):
+        write(tmp_path / "x", **{asked: "nowhere"})
