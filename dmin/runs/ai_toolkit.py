@@ -91,7 +91,7 @@ def _folders(keys: Keys, places: Places, train: Keys) -> dict[str, dict[str, Any
         dropped.add(each.get("caption_dropout_rate", 0.0, float))
         sizes = each.get("resolution", 512)
         whole = each.get("buckets", True, bool) and not each.get("square_crop", False, bool)
-        step = 16 if run.family in FLOWS else 8
+        step = 32 if run.family in ("flux", "stable_diffusion_3") else 16
         shapes = [
             bucket(size, whole, step, False, run)
             for size in (sizes if isinstance(sizes, list) and sizes else [sizes])

@@ -122,8 +122,8 @@ RUNS = {
                 (f"mugs@{size}/{name}", caption, 2, *shape)
                 for size in (64, 96)
                 for name, caption, shape in (
-                    ("a-masklabel.png", "zqx mug", (80, 32)),
-                    ("a.png", "zqx a mug,  red\na second line", (80, 32)),
+                    ("a-masklabel.png", "zqx mug", (64, 32)),
+                    ("a.png", "zqx a mug,  red\na second line", (64, 32)),
                     ("b.JPG", "zqx mug", (32, 32)),
                     ("c.png", "zqx mug", (32, 32)),
                     ("deep/d.png", "zqx d", (32, 32)),
