@@ -86,6 +86,8 @@ class DataDependence(TorchFunctionMode):
             return not others
         if func not in _INDEXING:
             return False
+        if func is Tensor.__setitem__:  # what is written is no index, as x in out[..., 0::2] = x
+            return any(map(self._is_data, pytree.tree_leaves(others[:1])))
         index = [x for x in pytree.tree_leaves(others) if self._is_data(x)]
         # A constant table looked up: its rows follow the index. A second tensor is written there.
         return not others or bool(index and (self._is_somebodys(args[0]) or len(index) > 1))

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import nn
 
-from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.base import Condition
 from dmin.models.text_encoders import TextConditioned
 from dmin.runtime.errors import DminError
@@ -128,69 +127,6 @@ class LongCaptioned(Captioned):
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
         length = {"max_sequence_length": self.max_sequence_length}
         return {**super()._sampling(prompts), **length}
-
-
-class Flow(LongCaptioned):
-    """A rectified flow that is told captions of a chosen length, of 1024 pixels by default."""
-
-    processes = (RectifiedFlow,)
-    own_length: int = 512
-    own_size: ClassVar[int] = 128
-
-
-class GuidanceEmbedded(Flow):
-    """Distilled to take its guidance as an input of the network.
-
-    Args:
-        pipeline: of diffusers, with all its components.
-        embedded_guidance: the guidance that the network is told in attribution: what it was
-            fine-tuned with. Diffusers' training scripts take 3.5 unless told otherwise; models
-            without the input (schnell, klein) are not told. ``guidance_scale`` is its value in
-            sampling.
-        settings: of the next class.
-    """
-
-    def __init__(self, pipeline: Any, *, embedded_guidance: float = 3.5, **settings: Any) -> None:
-        super().__init__(pipeline, **settings)
-        self.embedded_guidance = embedded_guidance
-
-    def describe(self) -> dict[str, Any]:
-        """Return what defines latents, condition and loss."""
-        told = self.embedded_guidance if self.network.config.guidance_embeds else None
-        return {**super().describe(), "embedded_guidance": told}
-
-    def _guidance(self, noised: torch.Tensor) -> torch.Tensor | None:
-        if not self.network.config.guidance_embeds:
-            return None
-        return noised.new_full((len(noised),), self.embedded_guidance)
-
-
-class PaddedCaptioned(Flow):
-    """Conditioned on captions each of its own length, encoded alone: no other one changes it.
-
-    They are kept in the chosen length, zeros and a mask after their tokens.
-    """
-
-    def _encode(self, prompts: Sequence[Any], **told: Any) -> Condition:
-        embedding, mask = self.encoded
-        rows = [self._alone(text, **told)[: self.max_sequence_length] for text in prompts]
-        shape = (len(rows), int(self.max_sequence_length or 0))
-        found = {
-            str(embedding): rows[0].new_zeros(*shape, rows[0].shape[1]),
-            str(mask): torch.zeros(shape, dtype=torch.bool, device=rows[0].device),
-        }
-        for number, row in enumerate(rows):
-            for name, value in ((str(embedding), row), (str(mask), True)):
-                found[name][number, : len(row)] = value
-        return found
-
-    def _alone(self, prompt: Any, **told: Any) -> torch.Tensor:
-        """Return the embedding of one caption, ``[tokens, width]``."""
-        device, length = self._text_device, self.max_sequence_length
-        asked = {"device": device, "max_sequence_length": length, **told}
-        # Some pipelines write the chat's template into the list they are given.
-        found: torch.Tensor = self.pipeline.encode_prompt(self._texts([prompt]), **asked)[0][0]
-        return found
 
 
 class MicroConditioning(NamedTuple):

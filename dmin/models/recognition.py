@@ -212,7 +212,7 @@ def skeleton(pipeline: str) -> str:
     encode = ", ".join(_arguments(getattr(diffusers, pipeline, None), "encode_prompt")) or "unknown"
     return f'''\
 # my_family.py, then: dmin doctor --config-dir my_conf model=my_family (docs/own_models.md)
-from dmin.models.conditioning import Flow  # a rectified flow; of other processes LongCaptioned
+from dmin.models.families.flow import Flow  # or conditioning.LongCaptioned, of other processes
 from dmin.models.relatives import Claims
 
 class {pipeline.removesuffix("Pipeline")}(Flow):

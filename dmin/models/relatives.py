@@ -89,6 +89,9 @@ MORE_INPUTS = {
     "encoder_hid_dim_type": "the embedding of an image",
     "time_cond_proj_dim": "its guidance",
     "guidance_embeds": "its guidance",
+    "image_dim": "the embedding of an image",
+    "siglip_feat_dim": "the embedding of an image",
+    "use_additional_t_cond": "which layers an image has",
 }
 """Setting of a network → what it is then told; a family names the values that it can give."""
 

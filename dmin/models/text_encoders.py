@@ -113,6 +113,14 @@ class TextConditioned(LatentDiffusion):
             if name.startswith("tokenizer")
         }
         whole = super(TextConditioned, self._with_parts(recorders))._embedded(prompts)
+        if not tokens or any(
+            len(each) != len(next(iter(whole.values()))) for each in tokens.values()
+        ):
+            raise DminError(
+                f"model.text_encoders: {type(self.pipeline).__name__} tokenises captions one at a "
+                f"time, or as a chat, which is not repeated in a pass. Set model.text_encoders="
+                f"frozen: the text encoder's part of the gradient is then not taken."
+            )
         known = [made for name, made in self.made_apart.items() if name not in self._inside]
         # Zeros are no prompt's where nothing is encoded for it.
         found = {

@@ -9,6 +9,7 @@ from oracle import Keep, error, one_at_a_time, settled
 from torch import nn
 
 from dmin.gradients.capture import Capture
+from dmin.gradients.data_dependence import DataDependence
 from dmin.gradients.ownership import Ownership, Trial, Unsettled
 from dmin.gradients.parameters import choose_parameters
 from dmin.runtime.errors import DminError
@@ -749,3 +750,17 @@ def test_a_second_readout_may_reach_what_the_first_does_not():
             assert set(gradients) == set(truth)
             for name, gradient in gradients.items():
                 torch.testing.assert_close(gradient, truth[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("write", ["slices", "places", "mask"])
+def test_what_is_written_at_fixed_places_is_no_index(write):
+    x, out = torch.randn(4), torch.zeros(4)
+    with DataDependence() as noted:
+        noted.begins([x])
+        if write == "slices":
+            out[..., 0::2] = 2 * x[1::2]
+        elif write == "places":
+            out[torch.tensor([0, 3])] = x[:2]
+        else:
+            out[x > 0] = 1.0
+    assert noted.found == (write == "mask")

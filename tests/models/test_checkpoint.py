@@ -405,7 +405,7 @@ def test_one_file_that_does_not_do_is_refused(tmp_path):
     with pytest.raises(DminError, match="cannot be read as a"):
         load_anew(name, single_file=tmp_path / "nowhere.safetensors")
     (tmp_path / "x.ckpt").write_bytes(b"pickled")
-    with pytest.raises(DminError, match="can run code when they are read"):
+    with pytest.raises(DminError, match="a pickle, which can run code"):
         load_anew(name, single_file=tmp_path / "x.ckpt")
     other = original.save(in_original_layout("stable_diffusion_3", ()), tmp_path / "3.safetensors")
     with pytest.raises(DminError, match="cannot make a StableDiffusionPipeline of it"):
@@ -426,7 +426,7 @@ def test_a_subfolder_and_a_variant(tmp_path):
         model.from_pretrained(folder, subfolder="nothing")
     load("stable_diffusion").pipeline.save_pretrained(str(tmp_path), variant="half")
     assert model.from_pretrained(tmp_path, variant="half").describe() == described
-    with pytest.raises(DminError, match="cannot load"):
+    with pytest.raises(DminError, match=r"model\.variant=quarter: .* Say model\.variant=half"):
         model.from_pretrained(tmp_path, variant="quarter")
 
 

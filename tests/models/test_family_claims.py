@@ -143,3 +143,12 @@ def test_a_caption_is_padded_after_its_own_tokens_whatever_else_is_encoded(name)
     assert not text[~mask].any()
     alone, _ = model.condition(["dog"]).values()
     assert torch.equal(alone[0], text[1])
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image", "flux_2"])
+def test_text_encoders_that_a_pass_cannot_repeat_are_refused(name):
+    settings = {**EVERY[name].settings, "text_encoders": "trained"}
+    model = EVERY[name].model.from_pretrained(checkpoint(name), **settings)
+    with pytest.raises(DminError, match=r"Set model\.text_encoders=frozen"):
+        model.condition(["a red cat", "dog"])
+    assert sampling_error(model) <= 1e-5

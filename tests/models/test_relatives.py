@@ -144,9 +144,13 @@ OPTIONAL = {
     *("down_intrablock_additional_residuals", "controlnet_block_samples"),
     *("controlnet_single_block_samples", "controlnet_blocks_repeat"),
     "block_controlnet_hidden_states",
+    # Of images to change, which no family here has; the sizes of patches have one value.
+    *("kv_cache", "kv_cache_mode", "num_ref_tokens", "ref_fixed_timestep", "image_noise_mask"),
+    *("patch_size", "f_patch_size"),
 }
 # Asked for by a setting of MORE_INPUTS, where the family does not give them.
 BY_SETTING = {"class_labels", "timestep_cond", "added_cond_kwargs", "guidance"}
+BY_SETTING |= {"additional_t_cond", "siglip_feats", "encoder_hidden_states_image"}
 
 
 @pytest.mark.parametrize("family", TESTED)

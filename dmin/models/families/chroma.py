@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmin.models.base import Condition
-from dmin.models.conditioning import Flow
+from dmin.models.families.flow import Flow
 from dmin.models.relatives import Claims, variants
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dmin.models.base import Condition
-from dmin.models.conditioning import GuidanceEmbedded
+from dmin.models.families.flow import GuidanceEmbedded
 from dmin.models.relatives import Claims
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dmin.models.base import Condition
-from dmin.models.conditioning import Flow
+from dmin.models.families.flow import Flow
 from dmin.models.relatives import Claims
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from dmin.models.base import Condition
-from dmin.models.conditioning import Flow
+from dmin.models.families.flow import Flow
 from dmin.models.relatives import Claims
 from dmin.runtime.errors import DminError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from dmin.models.conditioning import Flow
+from dmin.models.families.flow import Flow
 from dmin.models.relatives import Claims, variants
 from dmin.runtime.errors import DminError
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dmin.models.conditioning import Flow
+from dmin.models.families.flow import Flow
 from dmin.models.relatives import Claims
 from dmin.runtime.errors import DminError
 

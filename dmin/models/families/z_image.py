@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmin.models.base import Condition
-from dmin.models.conditioning import PaddedCaptioned
+from dmin.models.families.flow import PaddedCaptioned
 from dmin.models.relatives import Claims, variants
 
 
