@@ -6,7 +6,48 @@
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers see of the names below
+    from dmin.attribution import (
+        DMin as DMin,
+    )
+    from dmin.attribution import (
+        FeatureSet as FeatureSet,
+    )
+    from dmin.attribution import (
+        Ranking as Ranking,
+    )
+    from dmin.attribution import (
+        retrieve as retrieve,
+    )
+    from dmin.collect import GradientCollector as GradientCollector
+    from dmin.data import Example as Example
+    from dmin.data import Examples as Examples
+    from dmin.diffusion import (
+        Explicit as Explicit,
+    )
+    from dmin.diffusion import (
+        SharedNoise as SharedNoise,
+    )
+    from dmin.diffusion import (
+        Stratified as Stratified,
+    )
+    from dmin.gradients.capture import Capture as Capture
+    from dmin.models import (
+        DiffusionModel as DiffusionModel,
+    )
+    from dmin.models import (
+        Prediction as Prediction,
+    )
+    from dmin.models import (
+        from_pipeline as from_pipeline,
+    )
+    from dmin.runtime.errors import DminError as DminError
+    from dmin.sketches import OPORP as OPORP
+    from dmin.sketches import Auto as Auto
+    from dmin.sketches import BlockCyclic as BlockCyclic
+    from dmin.store import Store as Store
 
 __version__ = "0.1.0"
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-import sys
-
 import torch
+
+from dmin.runtime.memory import peak_resident
 
 
 class PeakMemory:
@@ -50,15 +49,9 @@ class PeakMemory:
 
 def allocated_bytes(device: torch.device) -> int:
     """Return what is allocated on a GPU now; on a CPU, the process's peak so far."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _peak_resident()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else peak_resident()
 
 
 def peak_bytes(device: torch.device) -> int:
     """Return the most that was allocated on a GPU since its reset; on a CPU, by the process."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
-
-
-def _peak_resident() -> int:
-    # Linux counts ru_maxrss in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()

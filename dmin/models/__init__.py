@@ -4,10 +4,30 @@ The families import diffusers, which is slow: each is imported when its name is 
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmin.models.base import READOUTS, Condition, DiffusionModel, Prediction
 from dmin.models.logging_filters import leave_out_remarks
+
+if TYPE_CHECKING:  # what type checkers see of the names below
+    from dmin.models.families.chroma import Chroma as Chroma
+    from dmin.models.families.ddpm import DDPM as DDPM
+    from dmin.models.families.dit import DiT as DiT
+    from dmin.models.families.flux import Flux as Flux
+    from dmin.models.families.flux_2 import Flux2 as Flux2
+    from dmin.models.families.hunyuan_dit import HunyuanDiT as HunyuanDiT
+    from dmin.models.families.lumina_2 import Lumina2 as Lumina2
+    from dmin.models.families.pixart import PixArt as PixArt
+    from dmin.models.families.qwen_image import QwenImage as QwenImage
+    from dmin.models.families.sana import Sana as Sana
+    from dmin.models.families.stable_diffusion import StableDiffusion as StableDiffusion
+    from dmin.models.families.stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
+    from dmin.models.families.stable_diffusion_xl import StableDiffusionXL as StableDiffusionXL
+    from dmin.models.families.wan import Wan as Wan
+    from dmin.models.families.z_image import ZImage as ZImage
+    from dmin.models.in_hand import from_pipeline as from_pipeline
+    from dmin.models.recognition import auto as auto
+    from dmin.models.toy.mlp import MLP as MLP
 
 leave_out_remarks()
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dmin.runtime.files import commit
+from dmin.runtime.memory import peak_resident
 
 RECORD = "record.json"
 FINISHED = "finished"
@@ -74,10 +74,7 @@ def machine() -> dict[str, Any]:
 
 def peak_memory() -> dict[str, int]:
     """Return the most memory that this process, one it started, or its GPU's part had, in bytes."""
-    # Linux counts ru_maxrss in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    whose = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    peak = {"process": max(resource.getrusage(who).ru_maxrss for who in whose) * unit}
+    peak = {"process": peak_resident(children=True)}
     if "torch" in sys.modules:
         import torch
 

@@ -11,8 +11,9 @@ from typing import Any
 
 # SIGTERM: a cancelled or preempted job. SIGHUP: the terminal was closed or the connection lost.
 # SIGUSR1 and SIGUSR2: what SLURM is asked to send some time before the walltime is up
-# (`sbatch --signal`; submitit takes the second).
-SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# (`sbatch --signal`; submitit takes the second). Windows has the first alone.
+_NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 # A signal so soon after another is the same request, delivered by two ways.
 SECONDS_OF_ONE_REQUEST = 3.0

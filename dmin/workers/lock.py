@@ -208,9 +208,10 @@ def _file_lock(folder: Path) -> Iterator[None]:
 
 def _lock_file(folder: Path) -> Path:
     """Return this node's file for a folder: locks on network file systems may hang or be lost."""
-    place = Path(tempfile.gettempdir()) / f"dmin-{os.getuid()}"
+    mine = os.getuid() if hasattr(os, "getuid") else 0  # Windows has a folder of its own for each
+    place = Path(tempfile.gettempdir()) / f"dmin-{mine}"
     place.mkdir(mode=0o700, exist_ok=True)
     state = place.lstat()
-    if state.st_uid != os.getuid() or not stat.S_ISDIR(state.st_mode):
+    if state.st_uid != mine or not stat.S_ISDIR(state.st_mode):
         raise PermissionError(f"{place} is another user's")  # who could hold the lock for ever
     return place / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.lock"

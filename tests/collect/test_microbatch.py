@@ -43,7 +43,7 @@ def clock(monkeypatch):
             Machine.peak = max(Machine.peak, 1000 + self.taken(size))
 
     monkeypatch.setattr(memory.time, "perf_counter", lambda: Machine.now)
-    monkeypatch.setattr(peak_memory, "_peak_resident", lambda: Machine.peak)
+    monkeypatch.setattr(peak_memory, "peak_resident", lambda: Machine.peak)
     return Machine
 
 

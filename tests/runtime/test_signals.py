@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -59,3 +61,27 @@ def test_a_terminal_that_closes_ends_the_work_but_not_under_nohup():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+WINDOWS = """
+import os, signal, sys
+import numpy, h5py, filelock, rich.console
+sys.modules.update(dict.fromkeys(("fcntl", "resource", "pwd")))
+for name in ("SIGHUP", "SIGUSR1", "SIGUSR2"):
+    delattr(signal, name)
+del os.getuid
+from pathlib import Path
+from dmin.runtime.signals import SIGNALS
+from dmin.runtime.provenance import circumstances, peak_memory
+from dmin.store import Store
+from dmin.workers.lock import hold
+assert SIGNALS == (signal.SIGTERM,) and circumstances() and peak_memory() == {"process": 0}
+with hold(Path(sys.argv[1]) / "store", wait=0):
+    print("held")
+"""
+
+
+def test_nothing_asks_for_what_windows_has_not(tmp_path):
+    run = [sys.executable, "-c", WINDOWS, str(tmp_path)]
+    found = subprocess.run(run, capture_output=True, text=True)
+    assert found.stdout == "held\n", found.stderr

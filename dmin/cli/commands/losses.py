@@ -68,7 +68,7 @@ def losses(work: Workspace, results: dict[str, Any]) -> None:
         work.console.print(titled("held out", f": {gap.spell()}"), soft_wrap=True)
         results["figures"]["gap"] = f"{gap.mean:+.1%}"
     files = [folder / name for name in ("losses.csv", "highest.png", "lowest.png")]
-    results["files"] = [str(file) for file in files]
+    results["files"] = [file.name for file in files]  # beside the record
     work.console.print("\n  ".join(["Look at", *map(str, files)]), soft_wrap=True)
 
 

@@ -41,7 +41,7 @@ def outliers(work: Workspace, results: dict[str, Any]) -> None:
     title = "Rare, or labelled wrongly? They explain themselves most"
     save_sheet(pictures, ids, below, folder / "outliers.png", title=title)
     results["figures"] = {"examples": f"{len(store):,}", "first": " ".join(ids[:3]) + " …"}
-    results["files"] = [str(folder / name) for name in ("outliers.png", "outliers.csv")]
+    results["files"] = ["outliers.png", "outliers.csv"]  # beside the record
     work.console.print(table)
     work.console.print(
         f"Look at\n  {folder / 'outliers.png'}\n  {folder / 'outliers.csv'}", soft_wrap=True

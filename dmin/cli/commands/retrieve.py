@@ -158,7 +158,7 @@ def _show(
     save_html(rankings, *asked.pictures, page, query_files=files[0], train_files=files[1])
     ids = " ".join(found[0] for found in first.train_ids[:3])
     results["figures"] = {"queries": f"{len(first.query_ids):,}", "first found": f"{ids} …"}
-    results["files"] = [str(folder / name) for name in ("gallery.png", "gallery.html")]
+    results["files"] = ["gallery.png", "gallery.html"]  # beside the record
     for ranking in rankings:
         work.console.print(ranking_table(ranking, width=work.console.width))
         for remark in ranking_remarks(ranking):
