@@ -19,9 +19,9 @@ demo: .venv/.installed ## train a small model and trace its images to their trai
 test: .venv/.installed ## run the tests
 	@.venv/bin/pytest -n auto --dist worksteal $(ARGS)
 
-fuzz: .venv/.installed ## kill 200 writers and flip a thousand bits of stores (minutes)
+fuzz: .venv/.installed ## kill 200 writers, flip every bit of the heads of a store's files (minutes)
 	@DMIN_FUZZ=5 .venv/bin/pytest -n auto tests/store/test_store_crashes.py \
-	  tests/store/test_store_catalog.py $(ARGS)
+	  tests/store/test_store_catalog.py tests/store/test_store_fuzz.py $(ARGS)
 
 zoo: .venv/.installed ## hold 3,300 random layers and networks to autograd (minutes)
 	@DMIN_FUZZ=20 .venv/bin/pytest -n auto tests/gradients/test_capture_random.py \

@@ -12,7 +12,7 @@ import numpy as np
 
 from dmin.runtime.errors import DminError
 from dmin.runtime.files import os_failure
-from dmin.store.manifest import Manifest
+from dmin.store.manifest import UNREADABLE, Manifest
 
 FORGOTTEN_NAME = re.compile(r"forgotten-([0-9a-f]{16})\.json")
 METADATA = "metadata.jsonl"
@@ -90,7 +90,7 @@ def read_metadata(path: Path, manifest: Manifest) -> tuple[str, list[bytes]]:
         return "", []
     except OSError as error:
         raise os_failure("read", file, error) from error
-    except (ValueError, KeyError, TypeError):
+    except UNREADABLE:
         digest, written_for = "", manifest.states[0].fingerprint
     if digest != hashlib.sha256(b"\n".join(lines)).hexdigest():
         raise DminError(

@@ -26,7 +26,7 @@ import numpy as np
 from dmin.runtime.files import os_failure
 from dmin.runtime.kept import Kept, keep, kept, remark
 from dmin.store.encoding import STORED_AS, decode, word_sums
-from dmin.store.manifest import Layout, Manifest
+from dmin.store.manifest import UNREADABLE, Layout, Manifest
 from dmin.store.mapped import Mapped
 from dmin.store.segments import damaged, dataset, require_own, segment_names, wrong_bytes
 
@@ -228,7 +228,7 @@ def _read(path: Path, manifest: Manifest, verify: bool) -> Entry | str:
                     (held, *layout.row_shape),
                 )
             texts = {name: dataset(file, name)[:].tobytes()[1:-1] for name in TEXTS}
-    except (OSError, KeyError, RuntimeError, ValueError, IndexError, TypeError) as error:
+    except UNREADABLE as error:
         return f"HDF5 cannot read it: {error}"
     # Lines of JSON hold no raw line breaks: these separate the rows.
     texts = {name: text.replace(b",\n", b"\n") for name, text in texts.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dmin.runtime.errors import DminError
-from dmin.store.manifest import MANIFEST, Layout, Manifest
+from dmin.store.manifest import MANIFEST, UNREADABLE, Layout, Manifest
 from dmin.store.reader import Store
 from dmin.store.writer import Rows, StoreWriter
 
@@ -145,15 +145,15 @@ def read(source: Path) -> Arrays:
         if source.is_dir():
             return _folder(source)
         if source.suffix == ".npy":
-            return Arrays({"features": np.load(source, mmap_mode="r")})
+            return Arrays({"features": np.lib.format.open_memmap(source, mode="r")})
         if source.suffix == ".safetensors":
             return _safetensors(source)
         if source.suffix == ".parquet":
             return _parquet(source)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise DminError(
-            f"{source} cannot be imported ({error}): name a folder or file that `dmin store export`"
-            " wrote, or an .npy, .safetensors or .parquet file of sketches."
+            f"{source} cannot be imported ({' '.join(str(error).split())}): name a folder or file"
+            " that `dmin store export` wrote, or .npy, .safetensors or .parquet of sketches."
         ) from error
     raise DminError(
         f"{source} cannot be imported: name a folder that `dmin store export` wrote, or a file that"
@@ -167,7 +167,9 @@ def _folder(source: Path) -> Arrays:
     for readout in manifest.layout.readouts:
         names += [f"features/{readout}", f"norms/{readout}"]
     files = {name: source / f"{name.replace('/', '-')}.npy" for name in names}
-    arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
+    arrays: dict[str, np.ndarray] = {
+        name: np.lib.format.open_memmap(file, mode="r") for name, file in files.items()
+    }
     rows = json.loads((source / "rows.json").read_text("utf-8"))
     return Arrays(arrays, [r["id"] for r in rows], [r["metadata"] for r in rows], manifest)
 
@@ -175,6 +177,8 @@ def _folder(source: Path) -> Arrays:
 def _safetensors(source: Path) -> Arrays:
     with open(source, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > source.stat().st_size:
+            raise ValueError(f"its head is said to have {length:,} bytes")
         header = json.loads(file.read(length))
     about = header.pop("__metadata__", {})
     arrays: dict[str, np.ndarray] = {}

@@ -16,6 +16,11 @@ from dmin.store.encoding import STORED_AS, scale_shape
 
 FORMAT, SCHEMA = "dmin-store", 1
 MANIFEST = "manifest.json"
+# What parsers raise of contents that no writer wrote; RecursionError is a RuntimeError.
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError),
+    *(RuntimeError, OverflowError, EOFError),
+)
 
 
 @dataclass(frozen=True)
@@ -234,7 +239,7 @@ class Manifest:
                 num_examples=fields["num_examples"],
                 revisions=(*self.revisions, before),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except UNREADABLE as error:
             raise DminError(f"{source} is damaged ({error!r}): restore it from a copy.") from error
 
     def comparable(self) -> dict[str, Any]:
@@ -272,7 +277,7 @@ class Manifest:
             if found == (FORMAT, SCHEMA):
                 layout = Layout(**document.pop("layout"))
                 return cls(layout, revisions=document.pop("parts", ()), **document)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except UNREADABLE as error:
             raise DminError(
                 f"{source} is damaged or not the manifest of a store ({error!r}): restore it from"
                 " a copy, or collect into a new directory."

@@ -16,7 +16,7 @@ import numpy as np
 from dmin.runtime.errors import DminError
 from dmin.runtime.files import os_failure
 from dmin.runtime.formatting import spans
-from dmin.store.manifest import MANIFEST, Manifest
+from dmin.store.manifest import MANIFEST, UNREADABLE, Manifest
 
 SEGMENT_NAME = re.compile(r"segment-\d{8,}-([0-9a-f]{16})\.h5")
 GROWTH_NAME = re.compile(r"growth-\d{4,}\.json")
@@ -84,8 +84,13 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r", locking=False) as file:
             yield file
-    except OSError as error:
-        raise os_failure("read", path, error) from error
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno:
+            raise os_failure("read", path, error) from error
+        raise DminError(
+            f"{path} is not what was sealed and verified ({' '.join(str(error).split())}): run"
+            " `dmin store verify` on the store, delete the files that it names and collect again."
+        ) from error
 
 
 def dataset(
@@ -208,7 +213,7 @@ def _open_segment(path: Path, manifest: Manifest, verify: bool) -> Segment | str
             blocks = dataset(file, "blocks")[:]
             manifest.spans(blocks)
             return Segment(path, blocks)
-    except (OSError, KeyError, RuntimeError, ValueError, IndexError, TypeError) as error:
+    except UNREADABLE as error:
         return f"HDF5 cannot read it: {error}"
 
 
