@@ -68,8 +68,8 @@ class Places:
     Args:
         source: the config; its folder and the folders above are tried, then the folder at hand.
         root: the folder that the user names (``run.root``), tried alone.
-        said: of the model, what the user names: ``family``, ``path``, ``adapter``; it wins over
-            what the run says.
+        said: what the user names: ``family``, ``path`` and ``adapter`` of the model, ``data``; it
+            wins over what the run says.
     """
 
     def __init__(

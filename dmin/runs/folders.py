@@ -156,8 +156,19 @@ def add(
         parts[unique] = {**part, **shape}
 
 
-def together(parts: Mapping[str, Mapping[str, Any]], run: TrainingRun) -> dict[str, Any]:
-    """Return the settings of all folders of a run as one dataset; set the noise of its shapes."""
+def together(parts: Mapping[str, Mapping[str, Any]] | None, run: TrainingRun) -> dict[str, Any]:
+    """Return the settings of all folders of a run as one dataset; set the noise of its shapes.
+
+    Args:
+        parts: settings of each, by name; None: the user names other data, and these are not read.
+        run: is told of the noise.
+
+    Raises:
+        DminError: there is none.
+    """
+    if parts is None:
+        run.taken.append(Entry("data", "not the run's", "as you say"))
+        return {}
     if not parts:
         raise DminError(f"{run.source} names no folder of images that it was trained on.")
     approximated = sorted({entry.key.rpartition(".")[2] for entry in run.random})

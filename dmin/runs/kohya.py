@@ -48,7 +48,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     run.facts |= keys.known(
         "network_dim", "network_alpha", "max_train_steps", "max_train_epochs", "seed"
     )
-    parts = _folders(keys, run, places)
+    parts = None if "data" in places.said else _folders(keys, run, places)
     keys.skip(table("kohya", "folders").inert)  # at whatever level
     keys.apply(table("kohya", "options"))
     run.data = together(parts, run)

@@ -47,7 +47,9 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     run.name = keys.get("output_name", source.stem, str)
     adapter.take(run, places, "run", source.parent, source.name)
     run.facts |= keys.known("network_dim", "network_alpha", "steps", "epoch", "learning_rate")
-    parts = kohya.of_datasets(_datasets(keys, places), keys, places)
+    parts = None
+    if "data" not in places.said:
+        parts = kohya.of_datasets(_datasets(keys, places), keys, places)
     keys.skip(table("kohya", "folders").inert)
     keys.skip(table("kohya", "header").inert)
     keys.apply(table("kohya", "options"))

@@ -48,7 +48,7 @@ def read_run(
         root: where its relative paths start, if that is not near the config.
         ignore: keys of another loss to do without.
         draws: of what was random in the data: 1, the central form.
-        said: ``family``, ``path`` and ``adapter`` of the model, where the user names them.
+        said: ``family``, ``path``, ``adapter`` of the model, ``data``, where the user names them.
 
     Raises:
         DminError: it is no run of a trainer that is known, lacks a file, or had another loss.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from runs.tiny import header_only, picture, pipeline_index
 
+from dmin.cli.config.line import parse
 from dmin.cli.workspace.built import build
 from dmin.runs.recognise import read_run
 from dmin.runtime.errors import DminError
@@ -90,3 +91,11 @@ def test_files_of_other_trainers_are_no_run(place):
     shutil.rmtree("3_zqx mug")
     with pytest.raises(DminError, match="no config of a trainer"):
         read_run(lora(network_module=None))
+
+
+def test_data_that_the_line_names_are_not_looked_for(place):
+    shutil.rmtree("3_zqx mug")
+    lora(dataset_dirs=None, tag_frequency=None)
+    line = ["run=out/mug.safetensors", "data=training_folder", "data.root=mine"]
+    found = parse("collect", line)
+    assert "data" not in found.root and any("as you say" in told for told in found.told)

@@ -68,7 +68,7 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     if of_run:
         if root:
             raise DminError(f"{store} has its settings, and {of_run[0]} too. Leave one out.")
-        run = _read_run(of_run, _of_model(settings, options["model"]))
+        run = _read_run(of_run, _of_line(settings, options["model"]))
         sections = ("model", "collect", "name", *({"data", "noise"} - given))
         root = {key: _literals(getattr(run, key)) for key in sections}
     chosen = {group for group in GROUPS if "_target_" in root.get(group, {})}
@@ -93,15 +93,15 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     return Line([*paths, *own], settings, composed, run.lines() if run else ())
 
 
-def _of_model(settings: Sequence[str], path: str | None) -> dict[str, str]:
-    """Return what a line says of the model: it wins over what a run says."""
-    names = {"model": "family", "model.path": "path", "model.adapter": "adapter"}
+def _of_line(settings: Sequence[str], path: str | None) -> dict[str, str]:
+    """Return what a line says of model and data: it wins over what a run says."""
+    names = {"model": "family", "model.path": "path", "model.adapter": "adapter", "data": "data"}
     pairs = (word.partition("=") for word in settings if word != "model=auto")
     said = {names[key]: value for key, _, value in pairs if key in names and value != "null"}
     return said | _only(path=path)
 
 
-def _read_run(words: Sequence[str], said_of_model: Mapping[str, str]) -> TrainingRun:
+def _read_run(words: Sequence[str], said_on_line: Mapping[str, str]) -> TrainingRun:
     """Return the trainer's run that ``run=PATH run.ignore=[key]`` names."""
     said = dict(word.split("=", 1) for word in words)
     if strange := said.keys() - {"run", "run.root", "run.ignore", "run.draws"}:
@@ -119,7 +119,7 @@ def _read_run(words: Sequence[str], said_of_model: Mapping[str, str]) -> Trainin
         None if root is None else Path(root).expanduser(),
         [key for key in ignored if key],
         int(draws),
-        said_of_model,
+        said_on_line,
     )
 
 
