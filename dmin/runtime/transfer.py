@@ -18,7 +18,8 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     From memory that is not pinned the copy would wait until the device has done everything before.
     """
     if device.type != "cuda" or x.device.type != "cpu":
-        return x.to(device, non_blocking=x.is_cuda)  # of others nobody says when it has come
+        # Of devices but a GPU nobody says when it has come; one without numbers has it at once.
+        return x.to(device, non_blocking=x.is_cuda or device.type == "meta")
     return x.pin_memory().to(device, non_blocking=True)
 
 

@@ -68,6 +68,13 @@ def share_below(sides, method, found, keep=slice(None)):
     return 100 * worse
 
 
+def ties(sides, method, found):
+    """Return the percents of all scores that equal each one found but for rounding."""
+    all_ = score_matrix(*sides, method).astype(np.float64)
+    near = 1e-5 * np.abs(all_).max()
+    return 100 * (np.abs(all_[:, None] - found.scores[:, :, None]) <= near).mean(2)
+
+
 def percentiles(found):
     return np.array(
         [[found.percentile(q, r) for r in range(found.scores.shape[1])] for q in range(4)]
@@ -81,7 +88,11 @@ def test_percentiles_are_those_of_a_full_sort(sides, k, order, rows):
     for method in (DMin(), preset("spectral_energy")):
         found = retrieve(*sides, method, k, rows, Selection(order=order))
         assert found.candidates == N and found.sample is None
-        assert percentiles(found) == pytest.approx(share_below(sides, method, found), abs=1e-9)
+        apart = np.abs(percentiles(found) - share_below(sides, method, found))
+        # Copies in other places of a block may differ in the last digit, of sums that no inner
+        # product is: each may count or not.
+        exact = isinstance(method, DMin)
+        assert (apart <= (1e-9 if exact else ties(sides, method, found) + 1e-9)).all()
 
 
 def test_percentiles_count_what_where_allows_what_an_index_proves_and_what_parts_found(sides):

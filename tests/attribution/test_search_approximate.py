@@ -61,7 +61,8 @@ def test_all_rows_proposed_is_exact_search(stores):
 
 
 def test_an_index_is_kept_and_a_stale_one_not_used(tmp_path, stores, faiss, monkeypatch):
-    shutil.copytree(stores[1].path, tmp_path / "x")
+    bare = shutil.ignore_patterns("index-*")  # of other tests
+    shutil.copytree(stores[1].path, tmp_path / "x", ignore=bare)
     made_ones = []
     original = faiss.index_factory
     monkeypatch.setattr(faiss, "index_factory", lambda *a: made_ones.append(a[1]) or original(*a))

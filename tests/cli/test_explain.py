@@ -11,7 +11,7 @@ WRONG = {
         ["model=ddpm", "data=digits", "train=digits_unet"],
         "model.path",
     ),
-    "no model": ("train", ["data=digits", "train=digits_unet"], "model=<choice>"),
+    "no model": ("train", ["data=digits", "train=digits_unet"], "model.path=<value>"),
     "leads nowhere": ("collect", [*DIGITS, "sketch.dim=${nope}"], "sketch.dim"),
     "leads to itself": ("collect", [*DIGITS, "extras.threads=${extras.threads}"], "extras.threads"),
     "no variable": ("collect", [*DIGITS, "paths.outputs=${oc.env:NOT_SET_HERE}"], "NOT_SET_HERE"),

@@ -20,7 +20,7 @@ from dmin.store import segments as segments_module
         ({"dtype": "float8"}, "'float8' is not offered: use float32 or float16"),
         ({"dim": 0}, "layout.dim is 0"),
         ({"draws": 1.5}, r"layout.draws is 1.5"),
-        ({"readouts": ()}, "layout.readouts is"),
+        ({"groups": ()}, "layout.groups is"),
         ({"readouts": ("loss", "loss")}, "layout.readouts is"),
         ({"readouts": ("a/b",)}, "'a/b'"),
         ({"timesteps": (1.0, 1.0)}, "layout.timesteps is"),

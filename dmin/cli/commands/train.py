@@ -29,12 +29,13 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
         if _trained(path, settings):
             work.console.print(titled("model", f": found {path}"))
             return
+        recipe = work.need("train")
         note_data(work)
         trainer = work.trainer()
         told, read = kept(work.cfg)
         told = {name: told[name] for name in settings}
         trainer.logger = work.logger
-        model = build(work.need("train"))(dataset=work.data, trainer=trainer)
+        model = build(recipe)(dataset=work.data, trainer=trainer)
         if not work.is_main:
             return
         if read:  # what the environment says is not told, and matters all the same
