@@ -92,7 +92,8 @@ class Captions:
                 f"{len(without)} of the {len(images)} images of {root} have no caption "
                 f"({' or '.join(self.extensions)} beside them): {', '.join(without[:3])}"
                 f"{', …' if len(without) > 3 else ''}. Write them, or say what such an image is: "
-                f"data.captions.missing=drop, empty or text."
+                f"data.captions.missing=drop, empty or text (of a run's folder: "
+                f"data.datasets.NAME.captions.missing)."
             )
         return found
 
