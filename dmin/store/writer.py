@@ -149,7 +149,8 @@ class StoreWriter:
             _checked_texts(rows, count, self._ids),
             _checked_arrays(rows, count, self.manifest.layout),
         )
-        self._loss.add(self.manifest.layout.readouts[0], rows.features, content.arrays)
+        for readout in self.manifest.layout.readouts[:1]:  # of losses alone there is none
+            self._loss.add(readout, rows.features, content.arrays)
         if not self._collected:
             self._first_append = time.monotonic()
         self._collected[block] = content
