@@ -112,7 +112,7 @@ def by_pixels(queries: list[Example], data: list[Example], part: slice | None) -
     stacked = [
         torch.stack([e.image[..., cut] for e in those]).flatten(1) for those in (queries, data)
     ]
-    return torch.cdist(*stacked).argsort(1, stable=True)[:, :K].numpy()
+    return torch.cdist(*stacked).argsort(dim=1, stable=True)[:, :K].numpy()
 
 
 def precision(rows: np.ndarray, queries: list[Example], data: list[Example], side: str):
