@@ -143,7 +143,7 @@ def main() -> None:
     """Measure, and write table and picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=Path("outputs/parts"))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     settings = parser.parse_args()
     data, queries = pairs("train", PAIRS, 0), pairs("heldout", QUERIES, 1)
     lines = []
