@@ -18,7 +18,6 @@ from dmin.data.masks import Masks
 from dmin.data.pixels import Pixels, open_image
 from dmin.data.survey import read_bytes
 from dmin.runtime.errors import DminError
-from dmin.runtime.fingerprint import array_digest
 
 ASPECT = 0.02  # by which a mask's may differ from its picture's, of that
 LEFT = 0.05  # of a part, at least, where the middle of its picture is cut out; less is ringing
@@ -32,7 +31,8 @@ class Part:
         region: ``[x, y, width, height]`` from the upper left, in pixels of the picture's file; all
             of them at most 1: shares of its width and height.
         mask: a picture, white where it is asked about, for all of the pictures; or a folder that
-            has one of the same stem for each. Any size of the picture's shape; grey counts less.
+            has one of the same stem for each. Any size of the picture's shape; grey counts less,
+            transparent not.
 
     Raises:
         DminError: both are said, the region is none, or the mask is not there.
@@ -102,10 +102,6 @@ class Part:
             )
         return found / found.mean()
 
-    def digest(self, root: Path, names: Sequence[str], pixels: Pixels) -> str:
-        """Return a digest of the masks of pictures; arguments as in :meth:`of`."""
-        return array_digest(*(self.of(root, name, pixels).numpy() for name in names))
-
     def _drawn(self, width: int, height: int, path: str) -> Image.Image:
         """Return the region in white on black, in the size of a picture."""
         x, y, across, down = self.region or ()
@@ -125,7 +121,8 @@ class Part:
         file = Path(self.mask or "").expanduser()
         if file.is_dir():
             file = Masks(folder=file, required=True).find(root, [name])[name]
-        picture = Pixels(mode="L").decode(read_bytes(file, str(file)), str(file)).image
+        seen = Pixels(mode="L", background="black")  # what is transparent is not asked about
+        picture = seen.decode(read_bytes(file, str(file)), str(file)).image
         own = picture.shape[2] / picture.shape[1]
         if abs(own * height / width - 1) > ASPECT:
             raise DminError(

@@ -96,3 +96,11 @@ def test_other_parts_are_other_queries(picture):
     assert kept[1] == kept[3]  # said otherwise
     assert len({str(each) for each in kept}) == 3 and "part" not in kept[0]
     assert Part(region=[0, 0, 4, 4]).of(picture.parent, "a.png", Pixels()).shape == (1, 8, 16)
+
+
+def test_what_is_transparent_in_a_mask_is_not_asked_about(picture, tmp_path):
+    values = np.zeros((8, 16, 4), np.uint8)
+    values[:, 8:] = 255
+    (tmp_path / "m.png").write_bytes(encoded(values))
+    (example,) = Pictures(picture, mask=tmp_path / "m.png")
+    assert example.mask[0, :, :8].max() == 0 and example.mask[0, :, 8:].min() == 2

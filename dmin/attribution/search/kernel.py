@@ -44,9 +44,7 @@ ROWS, QUERIES = 4, 4 if WIDE else 2  # whose sums are in registers at a time
 # What is added up without a break. Of more queries, the numbers of TILE rows in COLUMNS columns
 # stay in the second cache while TOGETHER queries pass, a few of which stay in the first.
 TILE, COLUMNS, TOGETHER = 32, 1024, 64
-SHORT = (
-    128  # products at most that are added up in float32: COLUMNS // 8 lanes, the fewest there are
-)
+SHORT = COLUMNS // 8  # products at most that are added up in float32, by the fewest lanes there are
 LINE, AHEAD = 64, 2048  # bytes that memory gives at a time, and how far ahead rows are fetched
 SMALLEST = 1e-12  # length that a row is divided by
 INT, FLOAT, HALF, DOUBLE = ir.IntType(32), ir.FloatType(), ir.HalfType(), ir.DoubleType()
