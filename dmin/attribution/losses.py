@@ -64,7 +64,10 @@ class Gap:
 
 
 def loss_table(
-    losses: np.ndarray, buckets: Sequence[str] | None = None, usual: np.ndarray | None = None
+    losses: np.ndarray,
+    buckets: Sequence[str] | None = None,
+    usual: np.ndarray | None = None,
+    paired: bool = False,
 ) -> LossTable:
     """Return the mean of each image's losses, beside what is usual, and its standard error.
 
@@ -78,10 +81,13 @@ def loss_table(
         losses: ``[n, D, T]``.
         buckets: of each image, such as its shape; None for one.
         usual: m, ``[n, D, T]``; by default that of these images' own buckets (`usual_losses`).
+        paired: draws are antithetic, so that each two of them count as one.
     """
     usual = usual_losses(losses, buckets, losses, buckets) if usual is None else usual
     quotients = losses.astype(np.float64) / np.maximum(usual, TINY)
-    draws, steps = losses.shape[1:]
+    if paired:
+        quotients = quotients.reshape(len(losses), -1, 2, losses.shape[2]).mean(2)
+    draws, steps = quotients.shape[1:]
     if draws > 1:
         variance = quotients.var(1, ddof=1).sum(1) / (draws * steps**2)
     else:

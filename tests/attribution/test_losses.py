@@ -47,6 +47,9 @@ def test_the_error_is_what_other_noise_changes():
         found = np.stack([loss_table(part).error ** 2 for part in parts]).mean(0) ** 0.5
         ratio = found * np.sqrt(draws) / true
         assert low < np.median(ratio) < high
+    mirrored = np.stack([many, 2 * many.mean() - many], 2).reshape(60, 800, 5)
+    pairs = loss_table(mirrored, usual=np.ones_like(mirrored), paired=True)
+    assert pairs.error.max() < 1e-4 and pairs.draws == 400  # what is odd cancels in each pair
     steady = np.linspace(1, 3, 5) * np.ones((3, 1, 1)) * np.array([1, 2, 3])[:, None, None]
     assert loss_table(steady).error == pytest.approx(0, abs=1e-12)
 

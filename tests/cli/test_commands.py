@@ -74,7 +74,9 @@ class TestDemo:
         dmin("sample", *SMALLEST, cwd=place)
         found = dmin("retrieve", *SMALLEST, "method=grad_cos", "retrieve.k=3", cwd=place)
         assert "by grad_cos" in found.stdout
-        assert "retrieve.k=0: choose 1" in refusal("retrieve", *SMALLEST, "retrieve.k=0", cwd=place)
+        for command in ("retrieve", "outliers", "losses"):
+            refused = refusal(command, *SMALLEST, f"{command}.k=0", cwd=place)
+            assert f"{command}.k=0: choose 1 or more" in refused
         assert len(list(place.glob("outputs/stores/debug-train-*"))) == 1
 
     @pytest.mark.parametrize("method", [[], ["method=training_loss"]])

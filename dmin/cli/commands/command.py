@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dmin.cli.config.tree import settings_tree
 from dmin.cli.jobs.logger import log_results, make_logger
 from dmin.cli.jobs.record import recorded
 from dmin.cli.workspace.workspace import Workspace
+from dmin.runtime.errors import DminError
 from dmin.runtime.progress import titled, without_progress
 
 Body = Callable[[Workspace, dict[str, Any]], None]
@@ -65,6 +66,18 @@ def command(
 ) -> Callable[[Body], Command]:
     """Make a command of a body, by the body's name; arguments as of `Command`."""
     return lambda body: Command(body.__name__, body, (*needs, "logger"), prepare)
+
+
+def shown_count(work: Workspace, setting: str) -> int:
+    """Return how many a command is to show, from a setting such as ``outliers.k``.
+
+    Raises:
+        DminError: less than one.
+    """
+    k = int(OmegaConf.select(work.cfg, setting))
+    if k < 1:
+        raise DminError(f"{setting}={k}: choose 1 or more examples to show.")
+    return k
 
 
 def _as_typed(folder: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dmin.cli.commands.command import FEATURES, command
+from dmin.cli.commands.command import FEATURES, command, shown_count
 from dmin.cli.workspace.built import build_queries
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.progress import followed, titled
@@ -30,7 +30,7 @@ def losses(work: Workspace, results: dict[str, Any]) -> None:
     from dmin.gallery.sheet import save_sheet
 
     work.require_one_process()
-    k = work.cfg.losses.k
+    k = shown_count(work, "losses.k")
     others = None
     if work.cfg.losses.held_out:  # what is wrong with them is said before the work
         others = work.queries(build_queries(work.cfg.queries))
@@ -39,7 +39,8 @@ def losses(work: Workspace, results: dict[str, Any]) -> None:
     found = store.losses()
     train, folder = FeatureSet(store, work.data), work.run_folder
     buckets = _buckets(work, work.data)
-    table = loss_table(found, buckets)
+    paired = work.collector.noise.antithetic
+    table = loss_table(found, buckets, paired=paired)
     order = save_losses(store, table, folder / "losses.csv", buckets)
     sheets = {"highest": order[:k], "lowest": order[::-1][:k]}
     for end, rows in sheets.items():
@@ -64,7 +65,7 @@ def losses(work: Workspace, results: dict[str, Any]) -> None:
         held = kept.losses()
         require_held_out(kept.ids, held, store.ids, found)
         usual = usual_losses(held, _buckets(work, others), found, buckets)
-        gap = over_fitting(table, loss_table(held, usual=usual))
+        gap = over_fitting(table, loss_table(held, usual=usual, paired=paired))
         work.console.print(titled("held out", f": {gap.spell()}"), soft_wrap=True)
         results["figures"]["gap"] = f"{gap.mean:+.1%}"
     files = [folder / name for name in ("losses.csv", "highest.png", "lowest.png")]

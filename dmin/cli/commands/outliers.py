@@ -6,7 +6,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from dmin.cli.commands.command import FEATURES, command
+from dmin.cli.commands.command import FEATURES, command, shown_count
 from dmin.cli.workspace.built import build
 from dmin.cli.workspace.workspace import Workspace
 
@@ -20,7 +20,7 @@ def outliers(work: Workspace, results: dict[str, Any]) -> None:
     from dmin.gallery.sheet import save_sheet
 
     work.require_one_process()
-    method, k = build(work.cfg.method), work.cfg.outliers.k
+    method, k = build(work.cfg.method), shown_count(work, "outliers.k")
     train = work.train_side([method])
     scores = outlier_scores(train, method, HydraConfig.get().runtime.choices.get("method"))
     folder, store = work.run_folder, train.store

@@ -5,21 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dmin.cli.commands.command import FEATURES, command
+from dmin.cli.commands.command import FEATURES, command, shown_count
 from dmin.cli.workspace.built import build, build_queries
 from dmin.cli.workspace.made_of import note_queries
 from dmin.cli.workspace.ranking_parts import joined
 from dmin.cli.workspace.workspace import Workspace
-from dmin.runtime.errors import DminError
 from dmin.runtime.progress import titled
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
 
     from dmin.attribution import FeatureSet, Method, Ranking
     from dmin.attribution.search.index import Index
     from dmin.attribution.search.selection import Selection
-    from dmin.data.base import Example
     from dmin.gallery.pictures import Images
 
 SELECTED = ("order", "min_score", "where", "group_by", "group_score", "split")
@@ -35,15 +33,17 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
 
     work.require_one_process(shards=True)
     options = work.resolved("retrieve")["retrieve"]
-    if options["k"] < 1:
-        raise DminError(f"retrieve.k={options['k']}: choose 1 or more examples to show.")
+    k = shown_count(work, "retrieve.k")
     methods = methods_of(work)
     selection = Selection(**{name: options[name] for name in SELECTED})
     source = build_queries(work.cfg.queries)  # what is wrong with it is said before the work
     work.require_captions(source, "queries")
     note_queries(work, source)
     train = work.train_side(methods.values())
-    options["k"] = _shown_of(work, selection, train)
+    number, what = selection.candidates(train.store.metadata)
+    if number < k:
+        work.console.print(f"retrieve.k={k}: there are {number:,} {what}, and all are shown.")
+    options["k"] = min(k, number)
     for method in methods.values():
         check_train(train, method)
     queries = work.query_side(source, methods=methods.values())
@@ -51,7 +51,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
         check_pair(queries, train, method)
     index = None if work.cfg.index is None else build(work.cfg.index)
     pictures = (
-        remembered(lambda id: _asked_about(queries.example(id)).numpy()),
+        remembered(lambda id: queries.image(id).numpy()),
         remembered(lambda id: train.image(id).numpy()),
     )
     asked = _Asked(work, options, queries, train, selection, index, pictures)
@@ -65,21 +65,6 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
         named = found if len(methods) == 1 else replace(found, method=name)
         rankings.append(replace(named, about=head))
     _show(work, rankings, asked, results)
-
-
-def _asked_about(example: Example) -> Tensor:
-    from dmin.data.part import dimmed
-
-    return dimmed(example.image, example.mask)
-
-
-def _shown_of(work: Workspace, selection: Selection, train: FeatureSet) -> int:
-    """Return how many are shown: `retrieve.k`, or all where there are fewer, which is said."""
-    k: int = work.cfg.retrieve.k
-    number, what = selection.candidates(train.store.metadata)
-    if number < k:
-        work.console.print(f"retrieve.k={k}: there are {number:,} {what}, and all are shown.")
-    return min(k, number)
 
 
 @dataclass
@@ -147,15 +132,22 @@ def _show(
     from dmin.attribution.ranking_files import save_ranking
     from dmin.attribution.ranking_table import ranking_remarks, ranking_table
     from dmin.attribution.wording import spell_overlaps
+    from dmin.data.part import dimmed
     from dmin.gallery.html import save_html
+    from dmin.gallery.pictures import remembered
     from dmin.gallery.png import save_png
 
+    def asked_about(id: str) -> np.ndarray:
+        example = asked.queries.example(id)
+        return dimmed(example.image, example.mask).numpy()
+
     folder, first = work.run_folder, rankings[0]
+    pictures = remembered(asked_about), asked.pictures[1]
     save_ranking(rankings, folder)
-    save_png(rankings, *asked.pictures, folder / "gallery.png")
+    save_png(rankings, *pictures, folder / "gallery.png")
     files = asked.queries.file, asked.train.file
     page = folder / "gallery.html"
-    save_html(rankings, *asked.pictures, page, query_files=files[0], train_files=files[1])
+    save_html(rankings, *pictures, page, query_files=files[0], train_files=files[1])
     ids = " ".join(found[0] for found in first.train_ids[:3])
     results["figures"] = {"queries": f"{len(first.query_ids):,}", "first found": f"{ids} …"}
     results["files"] = ["gallery.png", "gallery.html"]  # beside the record
