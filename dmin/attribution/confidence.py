@@ -14,7 +14,7 @@ from dmin.attribution.ranking import Ranking
 from dmin.attribution.search.scan import gathered_rows
 
 Array = np.ndarray
-SURE = 1.96  # standard deviations: two scores that differ by more are told apart, at 95 %
+SURE = 1.96  # standard deviations: two scores that differ by more are distinguished, at 95 %
 
 
 def with_confidence(
@@ -37,8 +37,8 @@ def with_confidence(
 
     ``error`` is the standard deviation of the score over these resamples; ``stability`` the share
     of them in which the example is among the first k of the candidates. Examples of one of the
-    ``tiers`` cannot be told apart: no two scores of it differ by more than 1.96 standard deviations
-    of their difference, which is drawn for both together. All that speaks of chance in measuring
+    ``tiers`` cannot be distinguished: no two scores of it differ by more than 1.96 standard
+    deviations of their difference, which is drawn for both together. All that speaks of chance in measuring
     the score, not of whether the score means influence.
 
     Args:

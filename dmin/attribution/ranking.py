@@ -53,7 +53,7 @@ class Ranking:
         at_least: int64 [Q, K], candidates that score at least as much (opponents: at most), each
             counting itself, or None.
         sample: of how many candidates `at_least` is estimated; None where all were counted.
-        tiers: int64 [Q, K], from 0 and ascending: examples of one tier cannot be told apart, or
+        tiers: int64 [Q, K], from 0 and ascending: examples of one tier cannot be distinguished, or
             None; see `dmin.attribution.confidence`.
         tier_goes_on: bool [Q], whether the last tier goes on past K, or None.
         blind: the timesteps that hardly tell examples apart, or None if that was not measured.

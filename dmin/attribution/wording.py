@@ -35,7 +35,7 @@ def spell_percentile(ranking: Ranking, query: int, rank: int) -> str | None:
 
 
 def spell_tiers(ranking: Ranking, query: int) -> list[str]:
-    """Say which examples shown can be told apart: ``1 to 4 cannot be told apart``."""
+    """Say which examples shown can be distinguished: ``1 to 4 cannot be distinguished``."""
     if ranking.tiers is None:
         return []
     shown = ranking.tiers[query, : ranking.count(query)].tolist()
@@ -48,10 +48,12 @@ def spell_tiers(ranking: Ranking, query: int) -> list[str]:
         several = list(group)
         spans = [[tier[0] for tier in several]] if alone else several
         for span in spans:
-            verb = "cannot be told apart" if not alone else "each stand alone"
+            verb = "cannot be distinguished" if not alone else "each stand alone"
             found.append(f"{_span(span)} {'stands alone' if len(span) == 1 else verb}")
     return (
-        found if last is None else [*found, f"{_span(last)} and what follows cannot be told apart"]
+        found
+        if last is None
+        else [*found, f"{_span(last)} and what follows cannot be distinguished"]
     )
 
 

@@ -97,7 +97,7 @@ def _second(ranking: Ranking, query: int) -> Answer:
     said = spell_tiers(ranking, query)
     more = "; …" if len(said) > 2 else ""
     note = f"it is {less} behind; {'; '.join(said[:2])}{more}"
-    return Answer(question, "Yes, they cannot be told apart" if alike else "No", note)
+    return Answer(question, "Yes, they cannot be distinguished" if alike else "No", note)
 
 
 def _decided(ranking: Ranking, query: int, shares: np.ndarray | None) -> Answer:

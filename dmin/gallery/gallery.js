@@ -8,7 +8,7 @@ const state = { query: 0, method: 0, card: -1, terms: [] };
 const READ = [
   ["8.9 of 10", "the score, and the largest it could be; the line below is as long as its share, the tick on it is where half of all examples are"],
   ["±.01 · 97 %", "one standard error of the score, and how surely the example is among those shown"],
-  ["≈ 1–4", "ranks 1 to 4 cannot be told apart: their order may be chance"],
+  ["≈ 1–4", "ranks 1 to 4 cannot be distinguished: their order may be chance"],
   ["× 3", "three examples have the same pixels and share this card"],
   ["bars", "what each timestep added to this score beyond the mean of those shown: first the rough image out of noise, then the details; colour lifts, red lowers"],
   ["● ○", "the query's label, another label"],
@@ -138,7 +138,7 @@ function elsewhere(query, own, card) {
 function cardOf(query, own, place, range) {
   const answer = query.answers[own], card = answer.cards[place], entry = examples[card.example], method = methods[own];
   const spoken = [`Rank ${card.rank}`, several ? `by ${method.name}` : null, `example ${entry.id}`, `score ${card.scale}`, card.percentile,
-    card.alike && `cannot be told apart from ranks ${card.alike}`, card.copies && `${card.copyIds.length + 1} copies`, card.itself && "is the query itself",
+    card.alike && `cannot be distinguished from ranks ${card.alike}`, card.copies && `${card.copyIds.length + 1} copies`, card.itself && "is the query itself",
     entry.label === null ? null : `label ${entry.label}` + (card.same === null ? "" : card.same ? ", as the query" : ", unlike the query")];
   const rights = entry.rights.filter(([, , href]) => !href).slice(0, 2).map(([, value]) => value).join(" · ");
   const small = (text, name, title) => text ? make("span", { class: name, title }, text) : null;
@@ -147,7 +147,7 @@ function cardOf(query, own, place, range) {
     make("span", { class: "line" }, make("span", { class: "score number" }, card.score), make("span", { class: "muted number" }, `#${card.rank}`)),
     scaleBar(card.share, answer.typical),
     small(card.sure?.replace(/ %/g, "\u00a0%"), "small number", "error of the score · how surely it is among these"),
-    card.alike || card.copies || card.itself ? make("span", { class: "line chips number" }, small(card.alike && `≈ ${card.alike}`, null, "cannot be told apart"), small(card.copies, null, "the same pixels"), small(card.itself && "= query", "itself", "the query itself")) : null,
+    card.alike || card.copies || card.itself ? make("span", { class: "line chips number" }, small(card.alike && `≈ ${card.alike}`, null, "cannot be distinguished"), small(card.copies, null, "the same pixels"), small(card.itself && "= query", "itself", "the query itself")) : null,
     elsewhere(query, own, card),
     labelOf(entry, card.same),
     small(shortId(entry.id), "id", entry.id), small(entry.caption, "clamp small", entry.caption), small(rights, "clamp small", "whose it is"),
@@ -221,7 +221,7 @@ function openDetail(own, place) {
   Object.assign(state, { method: own, card: place });
   const scores = [
     ["score", card.scale], ["percentile", card.percentile], ["error, and how surely it is among these", card.sure],
-    ["cannot be told apart", card.alike && `ranks ${card.alike}`], ["rank", `${card.rank} of ${answer.shown}${several ? ` by ${method.name}` : ""}`],
+    ["cannot be distinguished", card.alike && `ranks ${card.alike}`], ["rank", `${card.rank} of ${answer.shown}${several ? ` by ${method.name}` : ""}`],
     ["label", entry.label === null ? null : entry.label + (card.same === null ? "" : card.same ? ", as the query" : ", unlike the query")],
     ["same pixels", card.copyIds && card.copyIds.slice(0, 20).join(", ") + (card.copyIds.length > 20 ? ` and ${card.copyIds.length - 20} more` : "")],
     ["the query", card.itself && "is this very picture"], ["row of the store", String(entry.row)],

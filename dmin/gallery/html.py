@@ -178,7 +178,7 @@ def _card(ranking: Ranking, query: int, rank: int, examples: _Entries) -> dict[s
 
 
 def _alike(ranking: Ranking, query: int, rank: int) -> str | None:
-    """Return the ranks that one cannot be told apart from, itself among them, as ``1–4``."""
+    """Return the ranks that one cannot be distinguished from, itself among them, as ``1–4``."""
     if ranking.tiers is None:
         return None
     tiers = ranking.tiers[query, : ranking.count(query)]  # ascending

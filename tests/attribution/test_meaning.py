@@ -379,9 +379,9 @@ def test_the_words(sides, tmp_path):
     assert "t = 900" in spell_blind(found) and "1 of 3 timesteps is blind" in spell_blind(found)
     told = replace(found, tiers=np.tile([0, 0, 1, 2, 2, 2], (4, 1)), tier_goes_on=[True] * 4)
     assert spell_tiers(told, 0) == [
-        "1 to 2 cannot be told apart",
+        "1 to 2 cannot be distinguished",
         "3 stands alone",
-        "4 to 6 and what follows cannot be told apart",
+        "4 to 6 and what follows cannot be distinguished",
     ]
     large = replace(found, candidates=100_000, at_least=np.ones((4, 6)))
     assert spell_percentile(large, 0, 0) == "above 99.999 % of 100,000"

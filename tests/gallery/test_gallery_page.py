@@ -158,7 +158,7 @@ def test_the_page_alone_answers_five_questions(browser, tmp_path):
         assert told().train_ids[0][0] in which
         assert "99 % sure to be among the first 12" in sure and "±4.0e-03" in sure
         assert "0.979 of 1" in scale and "above 99.94 % of 1,797" in scale and "0.620" in scale
-        assert "Yes, they cannot be told apart" in second and "1 to 4" in second
+        assert "Yes, they cannot be distinguished" in second and "1 to 4" in second
         assert "t = 550 made 93 %" in decided
         text = page.inner_text("body")
         for said in ("itself a training image", "t = 950): there all examples look alike"):

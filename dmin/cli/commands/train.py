@@ -25,7 +25,7 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
     path = Path(work.cfg.model.path)
     settings = {"train": work.resolved("train")["train"], "data": work.resolved("data")["data"]}
     results["model"], results["figures"] = str(path), {"model": str(path)}
-    with work.turn(path, done=path.exists()):
+    with work.lock(path, done=path.exists()):
         if _trained(path, settings):
             work.console.print(titled("model", f": found {path}"))
             return

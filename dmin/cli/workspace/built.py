@@ -153,7 +153,7 @@ class Built:
         return Shard(self.cfg.shard.id, self.cfg.shard.num)
 
     @contextmanager
-    def turn(
+    def lock(
         self,
         path: Path,
         done: bool = False,

@@ -183,7 +183,7 @@ class Workspace(Built):
             )
         )
         done = known and not options.grow and Store(path, verify=False).complete
-        with self.turn(path, done, shard, stop=stop):
+        with self.lock(path, done, shard, stop=stop):
             if role == "train" and not options.grow:
                 self._keep_settings(path)
             names = CollectOptions.__dataclass_fields__
@@ -250,7 +250,7 @@ class Workspace(Built):
         if not source.journey:
             del made_of["journey"]
         folder = self.outputs / "queries" / f"{self.cfg.name}-{fingerprint(made_of)}"
-        with self.turn(folder, done=folder.is_dir()):
+        with self.lock(folder, done=folder.is_dir()):
             if folder.is_dir():
                 self.notes.print(titled("queries", f": found {folder}"))
             else:
