@@ -38,8 +38,8 @@ def with_confidence(
     ``error`` is the standard deviation of the score over these resamples; ``stability`` the share
     of them in which the example is among the first k of the candidates. Examples of one of the
     ``tiers`` cannot be distinguished: no two scores of it differ by more than 1.96 standard
-    deviations of their difference, which is drawn for both together. All that speaks of chance in measuring
-    the score, not of whether the score means influence.
+    deviations of their difference, which is drawn for both together. All that speaks of
+    chance in measuring the score, not of whether the score means influence.
 
     Args:
         ranking: more than k examples a query, so that others can take their places.
