@@ -53,7 +53,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     last, way = f"{name}.safetensors", f"{name}_*.safetensors"
     adapter.take(run, places, "training_folder", folder_of_run, last, way)
     run.facts |= train.known("steps", "batch_size", "lr")
-    parts = _folders(keys, places, train)
+    parts = None if "data" in places.said else _folders(keys, places, train)
     for name, part in {"process": keys, "train": train, "model": model}.items():
         part.apply(table("ai_toolkit", name))
     run.data = together(parts, run)

@@ -38,10 +38,8 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     adapter.take(run, places, "output_dir", root, name, f"checkpoint-*/{name}")
     _weighting(keys, run)
     run.facts |= keys.known("max_train_steps", "learning_rate", "train_batch_size", "seed", "rank")
-    part = _folder(keys, places)
+    parts = None if "data" in places.said else _folders(keys, places)
     keys.apply(table("diffusers_scripts", "arguments"))
-    parts: dict[str, dict[str, Any]] = {}
-    add(parts, Path(part["root"]).name, part, run)
     run.data = together(parts, run)
     return run
 
@@ -61,7 +59,7 @@ def _weighting(keys: Keys, run: TrainingRun) -> None:
         keys.note(run.taken, "weighting_scheme", scheme, f"model.weighting={weights}")
 
 
-def _folder(keys: Keys, places: Places) -> dict[str, Any]:
+def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
     """Return the folder: of one prompt for all (DreamBooth), or with captions in its metadata."""
     run = keys.run
     key = next((each for each in FOLDERS if keys.get(each, kind=str)), None)
@@ -78,6 +76,10 @@ def _folder(keys: Keys, places: Places) -> dict[str, Any]:
     keys.note(run.taken, key, root, f"data, {repeats} repeats")
     if key == "instance_data_dir":
         prompt = {"source": "text", "text": keys.get("instance_prompt", "", str)}
-        return folder(root, prompt, IMAGES, repeats=repeats, **shape)
-    text = keys.get("caption_column", "text", str)
-    return {"_target_": IMAGE_FOLDER, "root": root, "text": text, "mode": "RGB", **shape}
+        part = folder(root, prompt, IMAGES, repeats=repeats, **shape)
+    else:
+        text = keys.get("caption_column", "text", str)
+        part = {"_target_": IMAGE_FOLDER, "root": root, "text": text, "mode": "RGB", **shape}
+    parts: dict[str, dict[str, Any]] = {}
+    add(parts, Path(root).name, part, run)
+    return parts

@@ -45,7 +45,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     way = "epoch" if root and any(root.glob("epoch*/*.safetensors")) else "step"
     adapter.take(run, places, "output_dir", root, "adapter", f"{way}*/*.safetensors")
     run.facts |= keys.known("epochs", "max_steps", "micro_batch_size_per_gpu")
-    parts = _folders(keys, places)
+    parts = None if "data" in places.said else _folders(keys, places)
     for name, part in {"options": keys, "model": model, "adapter": of_adapter}.items():
         part.apply(table("diffusion_pipe", name))
     run.data = together(parts, run)

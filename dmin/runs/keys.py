@@ -93,6 +93,8 @@ class Keys:
     """
 
     def __init__(self, values: Mapping[str, Any], run: TrainingRun, where: str = "") -> None:
+        if not isinstance(values, Mapping):
+            raise DminError(f"{run.source}: {where or 'a file that it names'} is no table of keys.")
         self.values, self.run, self.where = dict(values), run, where
         self._read: set[str] = set()
 
@@ -235,9 +237,9 @@ _KINDS = {
 
 
 def _converted(value: Any, kind: type) -> Any:
-    if kind is bool and isinstance(value, str):
-        return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
-    if kind in (bool, dict, list, str):
+    if kind is bool:
+        return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+    if kind in (dict, list, str):
         if not isinstance(value, kind):
             raise TypeError
         return value

@@ -32,32 +32,32 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     root = places.seek(keys.get("output_dir", ".", str), "output_dir")
     adapter.take(run, places, "output_dir", root, f"{name}.safetensors", f"{name}-*.safetensors")
     run.facts |= keys.known("network_dim", "network_alpha", "max_train_steps", "seed")
+    parts = None if "data" in places.said else _folders(keys, places)
+    keys.apply(table("musubi", "options"))
+    run.data = together(parts, run)
+    return run
+
+
+def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
+    """Return the folders of the data sets."""
+    run, parts = keys.run, dict[str, dict[str, Any]]()
     config = Keys(load(places.find(keys.get("dataset_config", "", str), "dataset_config")), run)
-    general, parts = config.inside("general"), dict[str, dict[str, Any]]()
+    general = config.inside("general")
     for own in config.each("datasets"):
         each = Keys({**general.values, **own.values}, run, own.where)
         path, ending = (each.get(k, "", str) for k in ("image_directory", "caption_extension"))
         if not path or not ending.strip("."):
             raise DminError(
-                f"{source}: {each.where} needs image_directory and caption_extension. Videos and "
-                f"lists of images are not read yet: leave that data set out in a copy."
+                f"{run.source}: {each.where} needs image_directory and caption_extension. Videos "
+                f"and lists of images are not read yet: leave that data set out in a copy."
             )
         where = Path(places.folder(path, each.name("image_directory")))
-        size, upscale = (
-            each.get("resolution", [960, 544]),
-            not each.get("bucket_no_upscale", False, bool),
-        )
-        shape = bucket(size, each.get("enable_bucket", False, bool), 16, upscale, run)
+        size, small = each.get("resolution", [960, 544]), each.get("bucket_no_upscale", False, bool)
+        shape = bucket(size, each.get("enable_bucket", False, bool), 16, not small, run)
         captions = {"extensions": [f".{ending.lstrip('.')}"], "missing": "drop"}
         repeats = each.get("num_repeats", 1, int)
         each.note(run.taken, "image_directory", where.name, f"data, {repeats} repeats")
-        add(
-            parts,
-            where.name,
-            folder(where.as_posix(), captions, SUFFIXES, repeats=repeats, **shape),
-            run,
-        )
+        part = folder(where.as_posix(), captions, SUFFIXES, repeats=repeats, **shape)
+        add(parts, where.name, part, run)
         each.apply(table("musubi", "datasets"))
-    keys.apply(table("musubi", "options"))
-    run.data = together(parts, run)
-    return run
+    return parts

@@ -49,7 +49,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     adapter.take(run, places, "output_model_destination", folder, name, "save/*.safetensors")
     run.name = Path(run.model["adapter"]).stem
     run.facts |= keys.known("epochs", "batch_size", "learning_rate", "lora_rank", "lora_alpha")
-    parts = _concepts(keys, run, places)
+    parts = None if "data" in places.said else _concepts(keys, run, places)
     keys.apply(table("onetrainer", "options"))
     run.data = together(parts, run)
     return run

@@ -51,7 +51,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     folder_of_run = places.seek(place, "output_dir")
     adapter.take(run, places, "output_dir", folder_of_run, name, f"checkpoint-*/{name}")
     run.facts |= keys.known("max_train_steps", "learning_rate", "train_batch_size", "seed")
-    parts = _folders(keys, places)
+    parts = None if "data" in places.said else _folders(keys, places)
     keys.apply(table("simple_tuner", "options"))
     run.data = together(parts, run)
     return run

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from runs import documented
-from runs.tiny import images
+from runs.tiny import images, pipeline_index
 
 from dmin.cli.workspace.built import build
 from dmin.runs.recognise import read_run
@@ -231,6 +231,14 @@ def test_a_run_is_taken_as_it_was_trained(place, name):
     assert got == examples
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_data_that_the_line_names_are_not_looked_for(place, name):
+    files = written(RUNS[name][0])
+    Path("img").rename("elsewhere")
+    run = read_run(files, said={**SAID.get(name, {}), "data": "training_folder"})
+    assert run.data == {} and run.unknown == []
+
+
 def leaves(config, path=()):
     """Yield the place of every value of a config."""
     pairs = config.items() if isinstance(config, dict) else enumerate(config)
@@ -252,6 +260,21 @@ def test_odd_values_are_refused_in_a_sentence_or_read(place, name, odd):
             read_run(written(files), said=SAID.get(name))
         except DminError as error:
             assert len(str(error)) < 900, at
+
+
+@pytest.mark.parametrize("name", ["diffusion_pipe", "musubi"])
+def test_a_file_of_data_sets_may_be_of_another_kind(place, name):
+    Path("list.json").write_text("[1]")
+    told = {"dataset": "list.json", "dataset_config": "list.json"}
+    with pytest.raises(DminError, match="no table"):
+        read_run(written({"run.toml": {**RUNS[name][0]["run.toml"], **told}}), said=SAID.get(name))
+
+
+def test_numbers_stand_for_true_and_false(place):
+    pipeline_index("base/sd3", "StableDiffusion3Pipeline")
+    told = {"pretrained_model_name_or_path": "base/sd3", "precondition_outputs": 1}
+    run = read_run(written({"hparams.yml": {**SCRIPT, **told, "weighting_scheme": "logit_normal"}}))
+    assert run.model["weighting"] == "x0"
 
 
 def test_a_script_reads_captions_of_a_folders_metadata(place):
