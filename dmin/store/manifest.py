@@ -55,6 +55,8 @@ class Layout:
             few = not values and name != "readouts"  # without any there are losses alone
             if few or len(set(values)) < len(values):
                 raise DminError(f"layout.{name} is {list(values)}: give one or more, all different")
+        if not np.isfinite(self.timesteps).all():
+            raise DminError(f"layout.timesteps is {list(self.timesteps)}: give finite numbers")
         for readout in self.readouts:
             if not re.fullmatch(r"\w[\w.-]*", readout):
                 raise DminError(

@@ -24,6 +24,7 @@ from dmin.store import segments as segments_module
         ({"readouts": ("loss", "loss")}, "layout.readouts is"),
         ({"readouts": ("a/b",)}, "'a/b'"),
         ({"timesteps": (1.0, 1.0)}, "layout.timesteps is"),
+        ({"timesteps": (1.0, float("nan"))}, "layout.timesteps is"),
         ({"num_examples": 0}, "num_examples is 0"),
         ({"block_size": True}, "block_size is True"),
         ({"features": {"a": float("nan")}}, "features cannot be written as JSON"),
