@@ -84,6 +84,8 @@ class Checked(Pixels):
         """Return settings, what the dataset says of its content, and those left out, as JSON."""
         name = type(self).__name__
         settings = {"schema": SCHEMA, "name": name, "examples": examples, **self.settings()}
+        if not self.upscale and self.bucket_shapes is None:
+            settings["sides"] = "multiples of bucket_step"  # before, one of the buckets
         skipped = [printable(name) for name in sorted(self.skipped)]
         return {**settings, **content, "skipped": skipped}
 

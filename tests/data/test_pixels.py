@@ -10,6 +10,7 @@ import torch
 from examples_on_disk import encoded
 from PIL import Image
 
+from dmin.data.image_folder import ImageFolder
 from dmin.data.pixels import FORMATS, Pixels, Unreadable, buckets
 from dmin.runtime.errors import DminError
 
@@ -123,6 +124,12 @@ def test_images_are_scaled_down_alone_where_asked_and_listed_buckets_give_the_ne
     assert "upscale" not in Pixels(**BUCKETS).settings()
     with pytest.raises(DminError, match=r"need data\.aspect=buckets"):
         Pixels(upscale=False)
+
+
+def test_data_whose_small_images_were_cut_otherwise_before_are_other_data(tmp_path):
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
+    told = [ImageFolder(tmp_path, **BUCKETS, upscale=up).describe() for up in (True, False)]
+    assert "sides" not in told[0] and told[1]["sides"] == "multiples of bucket_step"
 
 
 def test_buckets_have_about_as_many_pixels_as_the_square():
