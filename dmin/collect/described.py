@@ -106,8 +106,9 @@ def refresh_metadata(path: str | Path, dataset: Dataset, same_images: bool = Fal
         raise DminError(
             f"{store.path} was collected from other data than these: {'; '.join(lines)}, where "
             f"here are these. Only metadata besides labels and captions can be taken over: name "
-            f"their columns as they were (label=, text=), or, if the images are those of then and "
-            f"were only written anew or some removed, say same_images=true."
+            f"their columns as they were (label=, text=), and where captions were (layout=plain: "
+            f"in metadata files alone), or, if the images are those of then and were only written "
+            f"anew or some removed, say same_images=true."
         )
     renew_metadata(store, [known[id].describe() for id in store.ids])
     beside = {name: value for name, value in kept.items() if name not in {*old, "joined"}}

@@ -16,7 +16,7 @@ from torch import Tensor
 from dmin.data.base import Example, Facts
 from dmin.data.checked import Checked, describe_problems, printable, require_same
 from dmin.data.formats import suffixes
-from dmin.data.layout import Folder
+from dmin.data.layout import PLAIN, Folder
 from dmin.data.survey import Survey, read_bytes, survey
 from dmin.runtime.errors import DminError
 
@@ -129,6 +129,8 @@ class ImageFolder(Checked):
     def _find(self) -> dict[str, Facts]:
         """Return what is known of each image."""
         self._files = Folder(Path(self.root))
+        if self.layout == "plain":
+            self._files = Folder(Path(self.root), PLAIN, leave=())
         return self._files.read(self.layout, self.label, self.text, self.told_wrong)
 
     def told_wrong(self, name: str, error: DminError) -> None:

@@ -31,8 +31,13 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "table": ("metadata.json", "captions.json"),
     "kohya": BESIDE[:2],
     "labels": (),
+    "plain": NAMES,
 }
-"""Where captions and labels are: the files of metadata, or the suffixes of files beside images."""
+"""Where captions and labels are: the files of metadata, or the suffixes of files beside images.
+
+``plain`` is metadata files, or the sub-folders' names: all that stores of before have read.
+"""
+PLAIN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 _MASKS, _MASK_FOLDER = ("-masklabel", "-condlabel"), re.compile("(^|/)masks?/")
 _MASK = "masks, no examples: data=masked_folder uses them"
@@ -121,6 +126,8 @@ class Folder:
         if layout not in LAYOUTS:
             raise DminError(f"data.layout={layout!r}: choose one of {', '.join(LAYOUTS)}.")
         self.layout = self._found(text) if layout == "auto" else layout
+        if layout == "plain":
+            self.layout = "metadata" if self._tables(NAMES) else "labels"
         if self.layout == "metadata":
             facts = self._by_metadata(label, text, refuse)
             sure = layout != "auto" or any(f.caption is not None for f in facts.values())

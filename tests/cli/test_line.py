@@ -13,6 +13,7 @@ from PIL import Image
 from dmin.cli.config import store_settings
 from dmin.cli.config.groups import config_directory
 from dmin.cli.config.line import parse, register
+from dmin.cli.workspace.built import build
 from dmin.runtime.errors import DminError, DminWarning
 
 LINE = ["model=ddpm", "data=image_folder", "sketch.dim=512", "collect.block_size=7", "name=cats"]
@@ -72,6 +73,24 @@ def test_a_store_is_used_from_any_folder_and_after_it_moved_with_its_tree(there,
         parse("doctor", ["../stores/cats"])
     cfg = composed(parse("doctor", ["../stores/cats", "--model=../../models/ddpm"]))
     assert cfg.model.path == "../../models/ddpm" and cfg.model._target_.startswith("dmin.")
+
+
+def test_a_store_of_before_there_were_layouts_is_of_the_images_it_was(there):
+    for name in ("a/1.png", "a/masks/1.png"):
+        (there / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(there / "photos" / name)
+    (there / "photos/a/1.txt").write_text("a caption that nobody read")
+    (there / "photos/2.tga").write_bytes((there / "photos/a/1.png").read_bytes())
+    file = there / "stores/cats/settings.yaml"
+    today = build(composed(parse("doctor", ["stores/cats"])).data)
+    assert [today.facts(i).caption for i in range(len(today))] == [
+        None,
+        "a caption that nobody read",
+    ]
+    file.write_text(file.read_text().replace("  layout: auto\n", ""))
+    then = build(composed(parse("doctor", ["stores/cats"])).data)
+    assert then.ids == ["a/1.png", "a/masks/1.png"]
+    assert [then.facts(i)[:2] for i in (0, 1)] == [("a", None), ("a/masks", None)]
 
 
 def test_stores_made_of_another_keep_its_settings(there):

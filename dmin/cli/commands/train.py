@@ -9,7 +9,7 @@ from typing import Any
 
 from dmin.cli.commands.command import TRAINING, command
 from dmin.cli.config.environment import kept
-from dmin.cli.config.renamed import rename
+from dmin.cli.config.renamed import complete, rename
 from dmin.cli.workspace.built import build
 from dmin.cli.workspace.made_of import note_data
 from dmin.cli.workspace.workspace import Workspace
@@ -63,6 +63,7 @@ def _trained(path: Path, settings: dict[str, Any]) -> bool:
     try:
         found = json.loads(record.read_text())
         rename(found)
+        complete(found)
         known = found.pop("fingerprint", None) or fingerprint(found)
     except (OSError, ValueError, AttributeError) as error:
         raise DminError(

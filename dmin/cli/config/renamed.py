@@ -6,6 +6,7 @@ repeated), and as the settings that a trained model keeps beside its weights.
 
 import copy
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -64,6 +65,8 @@ TARGETS: dict[str, str | tuple[str, dict[str, Any]]] = {
 }
 # Target of today → its settings, old → new.
 SETTINGS: dict[str, dict[str, str]] = {}
+# Target of today → settings that it had not yet, with what was done then.
+UNSAID: dict[str, dict[str, Any]] = {"dmin.data.image_folder.ImageFolder": {"layout": "plain"}}
 
 
 def current(name: str) -> tuple[str, dict[str, Any]]:
@@ -83,22 +86,32 @@ def rename(node: Any) -> dict[str, str]:
     Returns:
         What was renamed: old → new, spelled for a message.
     """
-    content = getattr(node, "_content", node)  # interpolations and missing values stay as they are
     renamed: dict[str, str] = {}
-    if isinstance(content, list):
-        for child in content:
-            renamed |= rename(child)
-    if not isinstance(content, dict):
-        return renamed
-    for child in content.values():
-        renamed |= rename(child)
-    old = content.get("_target_")
-    old = getattr(old, "_val", old)
-    if isinstance(old, str):
-        unlocked = flag_override(node, ["struct", "readonly"], False)
-        with unlocked if OmegaConf.is_config(node) else nullcontext():
-            renamed |= _renamed_call(node, content, old)
+    for call, content, old in _calls(node):
+        unlocked = flag_override(call, ["struct", "readonly"], False)
+        with unlocked if OmegaConf.is_config(call) else nullcontext():
+            renamed |= _renamed_call(call, content, old)
     return renamed
+
+
+def complete(node: Any) -> None:
+    """Say in the settings of a store or a record, in place, what was done unsaid then."""
+    for call, content, target in _calls(node):
+        for key, value in UNSAID.get(target, {}).items():
+            if key not in content:
+                call[key] = value
+
+
+def _calls(node: Any) -> Iterator[tuple[Any, dict[str, Any], str]]:
+    """Yield every call in a configuration: the node, its content, and its target."""
+    content = getattr(node, "_content", node)  # interpolations and missing values stay as they are
+    children = content.values() if isinstance(content, dict) else content
+    for child in list(children) if isinstance(content, dict | list) else ():
+        yield from _calls(child)
+    target = content.get("_target_") if isinstance(content, dict) else None
+    target = getattr(target, "_val", target)
+    if isinstance(target, str):
+        yield node, content, target
 
 
 def _renamed_call(node: Any, content: dict[str, Any], old: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dmin.cli.config.groups import config_directory
-from dmin.cli.config.renamed import current
+from dmin.cli.config.renamed import complete, current
 from dmin.cli.config.targets import load
 from dmin.runtime.errors import DminError
 from dmin.runtime.escape import printable
@@ -78,6 +78,7 @@ def read_settings(file: Path) -> Any:
             f"{file} holds {odd[0]}, which dmin never writes there and does not obey: it could say "
             f"how and where things run. Remove it, or give such settings on the command line."
         )
+    complete(settings)
     return settings
 
 
