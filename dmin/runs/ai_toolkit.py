@@ -68,14 +68,14 @@ def _loss(train: Keys, model: Keys, run: TrainingRun) -> None:
     scheduler = train.get("noise_scheduler", "ddpm", str)
     if (scheduler == "flowmatch") != (run.family in FLOWS):
         train.note(run.other, "noise_scheduler", scheduler, say.SCHEDULE)
-    if model.get("is_v_pred", False, bool):
-        model.note(run.taken, "is_v_pred", True, say.PREDICTION)
+    v = model.get("is_v_pred", False, bool)
+    base_model.predicts(model, "is_v_pred", "v_prediction" if v else "epsilon")
+    if v:
         train.refuse({say.WEIGHTS: "min_snr_gamma"})  # of noise prediction, for v
 
 
 def _folders(keys: Keys, places: Places, train: Keys) -> dict[str, dict[str, Any]]:
     run, parts = keys.run, dict[str, dict[str, Any]]()
-    dropped = set()
     for each in keys.each("datasets"):
         key = "folder_path" if each.get("folder_path") else "dataset_path"
         path = each.get(key, "", str).replace("[name]", run.name)
@@ -88,7 +88,6 @@ def _folders(keys: Keys, places: Places, train: Keys) -> dict[str, dict[str, Any
                 f"{run.source}: {each.name(key)} = {root} is a table of captions, which is not "
                 f"read yet. Name a folder with captions in .txt beside the images."
             )
-        dropped.add(each.get("caption_dropout_rate", 0.0, float))
         sizes = each.get("resolution", 512)
         whole = each.get("buckets", True, bool) and not each.get("square_crop", False, bool)
         step = 32 if run.family in ("flux", "stable_diffusion_3") else 16
@@ -103,6 +102,7 @@ def _folders(keys: Keys, places: Places, train: Keys) -> dict[str, dict[str, Any
             "normalised": True,
         }
         more = {"repeats": each.get("num_repeats", 1, int), "leave": ("_controls/",)}
+        more["dropout"] = each.get("caption_dropout_rate", 0.0, float)
         more |= masks(each, "mask_path", places, **of_masks)
         captions = _captions(each, keys, train)
         part = folder(root.as_posix(), captions, SUFFIXES, recursive=True, **more)
@@ -110,10 +110,6 @@ def _folders(keys: Keys, places: Places, train: Keys) -> dict[str, dict[str, Any
         each.note(run.taken, key, root.name, f"data, {part['repeats']:g} repeats")
         each.apply(table("ai_toolkit", "datasets"))
         add(parts, root.name, part, run, shapes)
-    if len(dropped) == 1 and any(dropped):
-        run.model["prompt_dropout"] = dropped.pop()
-    elif len(dropped) > 1:
-        keys.note(run.random, "caption_dropout_rate", sorted(dropped), say.DROPOUT)
     return parts
 
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs.files import Places, header, spelled
+from dmin.runs import wording as say
+from dmin.runs.files import Places, header, load, spelled
+from dmin.runs.keys import FLOWS, Keys
 from dmin.runs.training_run import Entry, TrainingRun, shown
 from dmin.runtime.errors import DminError
 
@@ -56,6 +58,25 @@ def take(
     run.family, run.model = settings_of(path, expected)
     meaning = f"model={run.family}" + ("" if said is None else ", at model.path as you say")
     run.taken.append(Entry("base model", path, meaning))
+
+
+def predicts(keys: Keys, key: str, kind: str) -> None:
+    """Hold what a run says that its network predicts to what the base model's scheduler says.
+
+    Args:
+        keys: of the config; the run's base model is known.
+        key: says it.
+        kind: as schedulers call it: ``epsilon``, ``v_prediction`` or ``sample``.
+    """
+    if keys.run.family in FLOWS:
+        return
+    file = Path(keys.run.model.get("path") or "") / "scheduler/scheduler_config.json"
+    told = Keys(load(file), keys.run).get("prediction_type", "epsilon") if file.is_file() else kind
+    if told != kind:
+        meaning = f"{file} says {shown(told)}: say prediction_type {kind} there"
+        keys.note(keys.run.other, key, kind, meaning)
+    elif kind != "epsilon":
+        keys.note(keys.run.taken, key, kind, say.PREDICTION)
 
 
 def settings_of(path: str, expected: str | None = None) -> tuple[str, dict[str, Any]]:

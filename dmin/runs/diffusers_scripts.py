@@ -36,27 +36,14 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     run.name, name = Path(place).name or "run", "pytorch_lora_weights.safetensors"
     root = places.seek(place, "output_dir")
     adapter.take(run, places, "output_dir", root, name, f"checkpoint-*/{name}")
-    _weighting(keys, run)
+    keys.weighted(keys.get("precondition_outputs", False, bool))
+    if kind := keys.get("prediction_type", kind=str):
+        base_model.predicts(keys, "prediction_type", kind)
     run.facts |= keys.known("max_train_steps", "learning_rate", "train_batch_size", "seed", "rank")
     parts = None if "data" in places.said else _folders(keys, places)
     keys.apply(table("diffusers_scripts", "arguments"))
     run.data = together(parts, run)
     return run
-
-
-def _weighting(keys: Keys, run: TrainingRun) -> None:
-    """Take the weights of a flow's timesteps, and the script for SD3's error of x0."""
-    scheme = keys.get("weighting_scheme", "none", str)
-    weights = scheme if scheme in ("sigma_sqrt", "cosmap") else None
-    if keys.get("precondition_outputs", False, bool):
-        if weights == "cosmap":
-            keys.note(run.other, "weighting_scheme", "cosmap, of the error of x0", say.WEIGHTS)
-        weights = "x0" if weights is None else None  # σ² σ⁻² = 1
-    elif weights is None and scheme != "none":
-        keys.note(run.random, "weighting_scheme", scheme, say.TIMESTEPS)
-    if weights is not None:
-        run.model["weighting"] = weights
-        keys.note(run.taken, "weighting_scheme", scheme, f"model.weighting={weights}")
 
 
 def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:

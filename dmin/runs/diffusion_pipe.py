@@ -37,8 +37,8 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
         run.model["sizes_from"] = "cut"
         meaning = "captions were padded to the longest of a batch; here to 77 tokens"
         model.note(run.random, "type", "sdxl", meaning)
-    if model.get("v_pred", False, bool):
-        model.note(run.taken, "v_pred", True, say.PREDICTION)
+        kind = "v_prediction" if model.get("v_pred", False, bool) else "epsilon"
+        base_model.predicts(model, "v_pred", kind)
     model.refuse({say.CUT_OFF: "max_t"}, off=(1, "1"))
     root = _folder_of_run(keys, places)
     run.name = root.name if root else "run"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dmin.runs import wording as say
 from dmin.runs.files import Places
 from dmin.runs.keys import Keys
 from dmin.runs.training_run import Entry, TrainingRun, shown
@@ -24,6 +25,7 @@ def folder(
     suffixes: Sequence[str],
     *,
     repeats: float = 1.0,
+    dropout: float | None = None,
     recursive: bool = False,
     leave: Sequence[str] = (),
     **shape: Any,
@@ -35,6 +37,7 @@ def folder(
         captions: settings of `Captions`.
         suffixes: of what the trainer takes for images.
         repeats: passes an epoch.
+        dropout: share of them without the caption, which `together` takes; None: not said.
         recursive: whether the folders below are read.
         leave: ends of names that are no examples.
         shape: size and aspect, as `bucket` returns them.
@@ -47,6 +50,7 @@ def folder(
         "recursive": recursive,
         "leave": list(leave),
         "repeats": repeats,
+        **({} if dropout is None else {"dropout": dropout}),
         "mode": "RGB",
         **shape,
     }
@@ -70,8 +74,7 @@ def bucket(size: Any, buckets: bool, step: int, upscale: bool, run: TrainingRun)
         raise DminError(f"{run.source}: sides of buckets in steps of {step}: 1 pixel at least.")
     side = round((numbers[0] * numbers[-1]) ** 0.5)
     if numbers[0] != numbers[-1] and not buckets:
-        meaning = f"cut to a square of the same area, {side}"
-        run.random.append(Entry("resolution", f"{numbers[0]}x{numbers[-1]}", meaning))
+        return {"size": side, "aspect": "buckets", "bucket_shapes": [numbers[::-1]]}
     settings: dict[str, Any] = {"size": side, "aspect": "buckets" if buckets else "square"}
     if buckets and not upscale:
         settings["upscale"] = False
@@ -171,6 +174,7 @@ def together(parts: Mapping[str, Mapping[str, Any]] | None, run: TrainingRun) ->
         return {}
     if not parts:
         raise DminError(f"{run.source} names no folder of images that it was trained on.")
+    _dropout({part["dropout"] for part in parts.values() if "dropout" in part}, run)
     approximated = sorted({entry.key.rpartition(".")[2] for entry in run.random})
     run.model["empty_captions"] = "keep"  # what trainers make of images without a caption
     first = next(iter(parts.values()))
@@ -182,7 +186,21 @@ def together(parts: Mapping[str, Mapping[str, Any]] | None, run: TrainingRun) ->
     pictures = ("size", "aspect", "bucket_step", "bucket_shapes", "upscale", "mode")
     return {
         "_target_": "dmin.data.training_folder.Together",
-        "datasets": {name: dict(part) for name, part in parts.items()},
+        "datasets": {
+            name: {key: value for key, value in part.items() if key != "dropout"}
+            for name, part in parts.items()
+        },
         "approximated": approximated,
         **{name: first[name] for name in pictures if name in first},
     }
+
+
+def _dropout(shares: set[float], run: TrainingRun) -> None:
+    """Take the share of captions that were dropped, where all folders that tell one agree."""
+    before = run.model.pop("prompt_dropout", 0.0) if shares else None
+    if len(shares) > 1:
+        run.random.append(Entry("caption_dropout_rate", sorted(shares), say.DROPOUT))
+    elif share := sum(shares):
+        run.model["prompt_dropout"] = share
+        if share != before:
+            run.taken.append(Entry("caption_dropout_rate", share, "model.prompt_dropout"))

@@ -214,6 +214,26 @@ class Keys:
         elif kind != "l2":
             self.note(self.run.other, "loss_type", kind, "dmin computes l2, huber and smooth_l1")
 
+    def weighted(self, of_x0: bool) -> None:
+        """Take the weights of a flow's timesteps, as diffusers and kohya call them.
+
+        Args:
+            of_x0: whether the error is that of x0, as in the scripts for SD3.
+        """
+        scheme = self.get("weighting_scheme", "none", str)
+        weights = scheme if scheme in ("sigma_sqrt", "cosmap") else None
+        if of_x0:
+            if weights == "cosmap":
+                told = "cosmap, of the error of x0"
+                self.note(self.run.other, "weighting_scheme", told, wording.WEIGHTS)
+            weights = "x0" if weights is None else None  # σ² σ⁻² = 1
+        elif weights is None and scheme != "none":
+            self.note(self.run.random, "weighting_scheme", scheme, wording.TIMESTEPS)
+        if weights is not None:
+            self.run.model["weighting"] = weights
+            meaning = f"model.weighting={weights}"
+            self.note(self.run.taken, "weighting_scheme", scheme, meaning)
+
     def skip(self, keys: str) -> None:
         """Name keys (by blanks apart, ``*`` at the end for any) that change no gradient."""
         names = keys.split()

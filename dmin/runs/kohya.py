@@ -11,11 +11,12 @@ from dmin.runs import adapter, base_model
 from dmin.runs import wording as say
 from dmin.runs.files import Places, load
 from dmin.runs.folders import add, bucket, folder, masks, together
-from dmin.runs.keys import Keys, families, table
+from dmin.runs.keys import Keys, families, is_off, table
 from dmin.runs.training_run import Entry, TrainingRun
 from dmin.runtime.errors import DminError
 
 CONFIGS = ("*.toml", "*.json")  # where its configs lie below a folder
+TAGS = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")  # change tags
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 
 
@@ -41,7 +42,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
         known["networks.lora_flux"] = "chroma"
     base = keys.get("pretrained_model_name_or_path", kind=str)
     base_model.take(run, places, base, module, known)
-    _loss(keys, run)
+    loss(keys, "v_prediction" if keys.get("v_parameterization", False, bool) else "epsilon")
     name = run.name = keys.get("output_name", "last", str)
     folder = places.seek(keys.get("output_dir", ".", str), "output_dir")
     adapter.take(run, places, "output_dir", folder, f"{name}.safetensors", f"{name}-*.safetensors")
@@ -55,14 +56,28 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     return run
 
 
-def _loss(keys: Keys, run: TrainingRun) -> None:
-    """Take what the loss is made of."""
+def loss(keys: Keys, predicted: str | None) -> None:
+    """Take what the loss is made of.
+
+    Args:
+        keys: options of the trainer.
+        predicted: by the network, as schedulers call it; None where nothing tells.
+    """
+    run = keys.run
     keys.bounded()
-    # What a base model is told of its own prediction is read from its scheduler.
-    if keys.get("v_parameterization", False, bool):
-        keys.note(run.taken, "v_parameterization", True, say.PREDICTION)
+    if predicted is not None:
+        base_model.predicts(keys, "v_parameterization", predicted)
     keys.refuse({say.CUT_OFF: "max_timestep"}, off=(1000, "1000"))
     keys.refuse({say.LAYER: "clip_skip"}, off=(1, "1"))  # 1 is the last layer
+    if run.family in ("stable_diffusion", "stable_diffusion_xl"):
+        keys.refuse({say.PIECES: "max_token_length"}, off=(75, "75"))
+    elif run.family == "stable_diffusion_3":  # an error of x0
+        keys.weighted(of_x0=True)
+    elif run.family in ("flux", "chroma"):
+        kind = keys.get("model_prediction_type", "sigma_scaled", str)
+        if kind != "raw":
+            meaning = "an estimate of x0 was compared with the velocity"
+            keys.note(run.other, "model_prediction_type", kind, meaning)
 
 
 def _folders(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[str, Any]]:
@@ -108,13 +123,14 @@ def _numbered(
     """Return the folders ``N_class tokens`` below a folder, as kohya reads them."""
     parts = {}
     for path in sorted(each for each in root.iterdir() if each.is_dir()):
-        match = re.match(r"(\d+)_(.*)", path.name)
+        match = re.fullmatch(r"(\d+)(?:_(.*))?", path.name, re.DOTALL)
         if match is None or int(match[1]) < 1:
-            run.unknown.append(f"folder {path.name} (no number of repeats before a _)")
+            run.unknown.append(f"folder {path.name} (no number of repeats)")
             continue
-        keys = Keys({"class_tokens": match[2], "num_repeats": int(match[1])}, run, path.name)
+        keys = Keys({"class_tokens": match[2] or "", "num_repeats": int(match[1])}, run, path.name)
         part = _part(keys, path.as_posix(), above, places)
-        run.taken.append(Entry(path.name, int(match[1]), f"repeats; class tokens {match[2]!r}"))
+        meaning = f"repeats; class tokens {match[2] or ''!r}"
+        run.taken.append(Entry(path.name, int(match[1]), meaning))
         parts[path.name] = part
     if not parts:
         raise DminError(f"{run.source}: {root} has no folder named as 3_class tokens.")
@@ -146,8 +162,13 @@ def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[s
     keys = Keys({k: v for level in levels for k, v in level.items()}, run, own.where)
     tokens = keys.get("class_tokens", kind=str)
     prefix, suffix = keys.get("caption_prefix", "", str), keys.get("caption_suffix", "", str)
+    extension = keys.get("caption_extension", keys.get("caption_extention", ".caption", str), str)
+    marks = [keys.get("secondary_separator", kind=str)]
+    if any(not is_off(keys.get(key)) for key in TAGS):  # parted at it then alone
+        marks.append(keys.get("keep_tokens_separator", kind=str))
     captions = {
-        "extensions": [f".{keys.get('caption_extension', '.caption', str).lstrip('.')}"],
+        "extensions": [f".{extension.lstrip('.')}"],
+        "replace": {mark: keys.get("caption_separator", ",", str) for mark in marks if mark},
         "lines": "first",
         "missing": "text" if tokens else "empty",
         "text": tokens,
@@ -161,16 +182,33 @@ def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[s
         not keys.get("bucket_no_upscale", False, bool),
         run,
     )
-    if shape["aspect"] == "buckets" and (listed := keys.get("bucket_shapes", kind=list)):
+    listed = keys.get("bucket_shapes", kind=list)
+    if "bucket_step" in shape and (listed or "upscale" not in shape):
+        listed = listed or _buckets(shape["size"] ** 2, shape["bucket_step"], keys)
         shape = {"size": shape["size"], "aspect": "buckets", "bucket_shapes": listed}
     keys.randoms(of_folders.random)
-    own.refuse({say.ALPHA: "alpha_mask"})
+    keys.refuse(of_folders.other)
     if keys.get("masked_loss", False, bool):
         shape |= masks(own, "conditioning_data_dir", places, required=True)
     else:
         own.refuse({say.CONTROL: "conditioning_data_dir"})
     own.skip(of_folders.inert)
-    return folder(root, captions, SUFFIXES, repeats=keys.get("num_repeats", 1, int), **shape)
+    shape["dropout"] = keys.get("caption_dropout_rate", 0.0, float)
+    repeats = keys.get("num_repeats", 1, int)
+    return folder(root, captions, SUFFIXES, repeats=repeats, **shape)
+
+
+def _buckets(area: int, step: int, keys: Keys) -> list[list[int]]:
+    """Return the shapes of an area that kohya makes: each multiple of the step is a side of one."""
+    square = max(step, int(area**0.5) // step * step)
+    least = min(square, max(step, keys.get("min_bucket_reso", 256, int) // step * step))
+    most = max(square, -(-keys.get("max_bucket_reso", 1024, int) // step) * step)
+    found = {(square, square)}
+    for side in range(least, most + 1, step):
+        other = min(most, area // side // step * step)
+        if other >= least:
+            found |= {(side, other), (other, side)}
+    return sorted(map(list, found))
 
 
 def flat(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,10 +40,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     kind = next((name for name in known if version.startswith(name)), version)
     base = keys.get("pretrained_model_name_or_path", kind=str)
     base_model.take(run, places, base, kind, known)
-    keys.bounded()
-    keys.refuse({say.LAYER: "clip_skip"}, off=("1",))  # 1 is the last layer
-    if "v" in str(found.get("modelspec.prediction_type", "")).split("_"):
-        keys.note(run.taken, "modelspec.prediction_type", "v", say.PREDICTION)
+    kohya.loss(keys, _predicted(version, str(found.get("modelspec.prediction_type", ""))))
     run.name = keys.get("output_name", source.stem, str)
     adapter.take(run, places, "run", source.parent, source.name)
     run.facts |= keys.known("network_dim", "network_alpha", "steps", "epoch", "learning_rate")
@@ -55,6 +52,13 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     keys.apply(table("kohya", "options"))
     run.data = together(parts, run)
     return run
+
+
+def _predicted(version: str, told: str) -> str | None:
+    """Return what the network predicts: ``v`` is part of one of both, where both tell it."""
+    if "v" in (*version.split("_"), *told.split("_")):
+        return "v_prediction"
+    return "epsilon" if told == "epsilon" or version.startswith("sd_v") else None
 
 
 def _datasets(keys: Keys, places: Places) -> Keys:

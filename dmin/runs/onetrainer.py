@@ -57,6 +57,11 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
 
 def _loss(keys: Keys, run: TrainingRun) -> None:
     keys.refuse({say.CUT_OFF: "max_noising_strength"}, off=(1, "1.0"))
+    for kind in ("v_prediction", "epsilon"):
+        if keys.get(key := f"force_{kind}" + "_prediction" * (kind == "epsilon"), False, bool):
+            base_model.predicts(keys, key, kind)
+    if run.family == "pixart" and keys.get("vb_loss_strength", 1.0, float):
+        keys.note(run.other, "vb_loss_strength", keys.get("vb_loss_strength", 1.0), say.TERMS)
     weight = keys.get("loss_weight_fn", "CONSTANT", str)
     if weight == "MIN_SNR_GAMMA":
         keys.setting("loss_weight_strength", Setting("snr_gamma", 5.0))

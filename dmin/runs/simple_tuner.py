@@ -37,6 +37,9 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     base = keys.get("pretrained_model_name_or_path", kind=str)
     base_model.take(run, places, base, keys.get("model_family"), families("simple_tuner"))
     keys.bounded()
+    kind = keys.get("prediction_type", "model", str)
+    if kind in ("epsilon", "v_prediction", "sample"):
+        base_model.predicts(keys, "prediction_type", kind)
     if keys.get("caption_dropout_probability") is None:
         meaning = "0 or 0.1, as its version has it; here 0. Say model.prompt_dropout=0.1"
         keys.note(run.random, "caption_dropout_probability", "not said", meaning)

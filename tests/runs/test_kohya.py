@@ -2,7 +2,7 @@
 
 import pytest
 from omegaconf import OmegaConf
-from runs.tiny import header_only, picture, pipeline_index
+from runs.tiny import header_only, picture, pipeline_index, predicts
 
 from dmin.cli.config.line import parse
 from dmin.data.training_folder import Together
@@ -121,6 +121,9 @@ def test_masks_of_the_loss_are_taken_where_every_image_has_one(place):
         ("clip_skip = 2", "earlier layer"),
         ("loss_type = 'l1'", "l2, huber"),
         ("vae = 'other'", "another VAE"),
+        ("max_token_length = 225", "several pieces"),
+        ("apply_t5_attn_mask = true", "padding"),
+        ("fp8_base_unet = true", "quantised"),
     ],
 )
 def test_another_loss_is_refused_unless_it_is_ignored(place, line, named):
@@ -132,6 +135,103 @@ def test_another_loss_is_refused_unless_it_is_ignored(place, line, named):
     assert any(key in text for text in read_run(file, ignore=[key]).lines())
     with pytest.raises(DminError, match="no such key in force"):
         read_run(file, ignore=[key, "other"])
+
+
+@pytest.mark.parametrize("trained", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("told", ["epsilon", "v_prediction"])
+def test_what_the_network_predicts_is_held_to_the_scheduler(place, trained, told):
+    predicts("base/sd", told)
+    (place / "run.toml").write_text(
+        f"{MAIN}v_parameterization = {str(trained[0] == 'v').lower()}\n"
+    )
+    if trained != told:
+        with pytest.raises(DminError, match=rf"says {told}: say prediction_type {trained} there"):
+            read_run(place / "run.toml")
+    else:
+        read_run(place / "run.toml")
+
+
+@pytest.mark.parametrize(
+    "family, pipeline, lines, settings",
+    [
+        ("networks.lora_flux", "Flux", "model_prediction_type = 'raw'", {"embedded_guidance": 3.5}),
+        ("networks.lora_flux", "Flux", "", "compared with the velocity"),
+        ("networks.lora_sd3", "StableDiffusion3", "", {"weighting": "x0"}),
+        ("networks.lora_sd3", "StableDiffusion3", "weighting_scheme = 'sigma_sqrt'", {}),
+        ("networks.lora_sd3", "StableDiffusion3", "weighting_scheme = 'cosmap'", "error of x0"),
+    ],
+)
+def test_losses_of_flows_are_taken_or_refused(place, family, pipeline, lines, settings):
+    pipeline_index("base/sd", f"{pipeline}Pipeline")
+    text = MAIN.replace("networks.lora", family).replace("min_snr_gamma = 5", lines)
+    (place / "run.toml").write_text(text)
+    if isinstance(settings, str):
+        with pytest.raises(DminError, match=settings):
+            read_run(place / "run.toml")
+        return
+    model = read_run(place / "run.toml").model
+    assert {k: model.get(k) for k in ("weighting", "embedded_guidance")} == {
+        "weighting": None,
+        "embedded_guidance": None,
+        **settings,
+    }
+
+
+def of_folders(place, mugs="", plain="", **changes):
+    """Return the run whose folders have these lines of their own."""
+    text = DATA.replace('prefix = "zqx,"', f'prefix = "zqx,"\n{mugs}') + plain
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    (place / "data.toml").write_text(text)
+    return read_run(place / "run.toml")
+
+
+@pytest.mark.parametrize(
+    "mugs, plain, share",
+    [(None, None, 0.1), (0.1, 0.1, 0.1), (0.3, 0.3, 0.3), (0, 0, None), (0, 0.1, "random")],
+)
+def test_captions_that_each_folder_drops_are_those_of_the_model(place, mugs, plain, share):
+    of = ["" if each is None else f"caption_dropout_rate = {each}" for each in (mugs, plain)]
+    run = of_folders(place, *of)
+    assert run.model.get("prompt_dropout") == (share if share != "random" else None)
+    random = any("caption_dropout_rate" in entry.key for entry in run.random)
+    assert random == (share == "random") == ("caption_dropout_rate" in run.data["approximated"])
+    built(run)
+
+
+def test_marks_between_tags_are_read_as_the_trainer_does(place):
+    (place / "img/mugs/a.txt").write_text("a mug ||| red;;big")
+    marks = "secondary_separator = ';;'\nkeep_tokens_separator = '|||'"
+    captions = [built(of_folders(place, marks))[0].caption]
+    captions.append(built(of_folders(place, f"{marks}\nshuffle_caption = false"))[0].caption)
+    assert captions == ["zqx, a mug , red,big", "zqx, a mug ||| red,big"]
+
+
+@pytest.mark.parametrize("side, step, least, most", [(512, 64, 256, 1024), (1000, 64, 300, 1500)])
+def test_buckets_are_kohyas(place, side, step, least, most):
+    lines = f"min_bucket_reso = {least}\nmax_bucket_reso = {most}"
+    of_step = {"bucket_reso_steps = 8": f"bucket_reso_steps = {step}\n{lines}"}
+    run = of_folders(place, **of_step, **{"[32, 32]": str(side)})
+    shapes = {tuple(shape) for shape in run.data["datasets"]["mugs"]["bucket_shapes"]}
+    least, most = least // step * step, -(-most // step) * step
+    want = {(side // step * step,) * 2}
+    for width in range(least, most + 1, step):  # of each width the largest that has the area
+        heights = [h for h in range(least, most + 1, step) if width * h <= side * side]
+        want |= {shape for h in heights[-1:] for shape in ((width, h), (h, width))}
+    assert shapes == want and built(run)[0].image.shape[1:] in want
+
+
+def test_width_and_height_without_buckets_are_the_shape(place):
+    changes = {"enable_bucket = true": "enable_bucket = false", "[32, 32]": "[48, 32]"}
+    assert built(of_folders(place, **changes))[0].image.shape[1:] == (32, 48)
+
+
+def test_a_folder_may_be_named_by_its_repeats_alone(place):
+    (place / "img/mugs").rename(place / "img/5")
+    text = MAIN.replace('dataset_config = "data.toml"', 'train_data_dir = "img"\nresolution = 32')
+    (place / "run.toml").write_text(text)
+    example = built(read_run(place / "run.toml"))[0]
+    assert (example.id, example.caption, example.metadata["repeats"]) == ("5/a.png", "", 5.0)
 
 
 @pytest.mark.parametrize("off", ["false", "0", "''", "[]", "'None'"])

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs.tiny import header_only, picture, pipeline_index
+from runs.tiny import header_only, picture, pipeline_index, predicts
 
 from dmin.cli.config.line import parse
 from dmin.cli.workspace.built import build
@@ -85,6 +85,24 @@ def test_data_sets_of_a_file_are_told_as_well(place):
 def test_what_does_not_prove_is_refused(place, change, named):
     with pytest.raises(DminError, match=named):
         read_run(lora(**change))
+
+
+@pytest.mark.parametrize(
+    "version, told, trained",
+    [("sd_v2_v", "", "v_prediction"), ("sd_v1", "", "epsilon"), ("sd_v1", "v", "v_prediction")],
+)
+def test_what_the_network_predicts_is_held_to_the_scheduler(place, version, told, trained):
+    told = {"modelspec.prediction_type": told} if told else {}
+    for scheduler in ("epsilon", "v_prediction"):
+        predicts("sd", scheduler)
+        file = lora(base_model_version=version)
+        header = {f"ss_{k}": v for k, v in {**TOLD, "base_model_version": version}.items()}
+        header_only(file, **header, **told)
+        if scheduler == trained:
+            read_run(file)
+            continue
+        with pytest.raises(DminError, match=f"prediction_type {trained} there"):
+            read_run(file)
 
 
 def test_files_of_other_trainers_are_no_run(place):

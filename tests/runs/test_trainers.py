@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from runs import documented
-from runs.tiny import images, pipeline_index
+from runs.tiny import images, pipeline_index, predicts
 
 from dmin.cli.workspace.built import build
 from dmin.runs.recognise import read_run
@@ -277,6 +277,14 @@ def test_numbers_stand_for_true_and_false(place):
     assert run.model["weighting"] == "x0"
 
 
+def test_the_bound_of_a_learned_variance_is_a_term_of_the_loss(place):
+    pipeline_index("base/pixart", "PixArtAlphaPipeline")
+    told = {**ONETRAINER, "model_type": "PIXART_ALPHA", "base_model_name": "base/pixart"}
+    with pytest.raises(DminError, match=r"vb_loss_strength = 1\.0: a further term"):
+        read_run(written({"run.json": told}))
+    read_run(written({"run.json": {**told, "vb_loss_strength": 0.0}}))
+
+
 def test_a_script_reads_captions_of_a_folders_metadata(place):
     Path("img/plain/metadata.jsonl").write_text('{"file_name": "e.png", "caption": "a mug"}')
     told = {"instance_data_dir": None, "train_data_dir": "img/plain", "caption_column": "caption"}
@@ -331,6 +339,41 @@ def test_what_cannot_be_honoured_is_refused_by_name(place, name, file, at, value
     inside[at[-1]] = value
     with pytest.raises(DminError, match=named):
         read_run(written(files), said={} if "network_module" in at else SAID.get(name))
+
+
+@pytest.mark.parametrize(
+    "name, key, value",
+    [
+        ("onetrainer", "force_v_prediction", True),
+        ("ai_toolkit", "is_v_pred", True),
+        ("simple_tuner", "prediction_type", "v_prediction"),
+        ("diffusion_pipe", "v_pred", True),
+        ("diffusers_scripts", "prediction_type", "v_prediction"),
+    ],
+)
+def test_what_the_network_predicts_is_held_to_the_scheduler(place, name, key, value):
+    files = copy.deepcopy(RUNS[name][0])
+    config = next(iter(files.values()))
+    inside = config["config"]["process"][0]["model"] if name == "ai_toolkit" else config
+    inside = config["model"] if name == "diffusion_pipe" else inside
+    inside[key] = value
+    for text in ("a-masklabel", "b", "_controls/a"):
+        Path(f"img/mugs/{text}.txt").write_text(text)
+    if name == "ai_toolkit":
+        inside |= {"name_or_path": "base/sd", "arch": "sd1"}
+        config["config"]["process"][0]["train"]["noise_scheduler"] = "ddpm"
+    if name == "simple_tuner":
+        config |= {"--model_family": "sd1x", "--pretrained_model_name_or_path": "base/sd"}
+    if name == "diffusers_scripts":
+        config["pretrained_model_name_or_path"] = "base/sd"
+    for kind in ("epsilon", "v_prediction"):
+        for base in ("base/sd", "base/sdxl"):
+            predicts(base, kind)
+        if kind == "v_prediction":
+            assert any(entry.value == kind for entry in read_run(written(files)).taken)
+        else:
+            with pytest.raises(DminError, match="says epsilon: say prediction_type v_prediction"):
+                read_run(written(files))
 
 
 def test_keys_that_nobody_knows_are_told(place):

@@ -22,6 +22,14 @@ def pipeline_index(folder, name):
     Path(folder, "model_index.json").write_text(json.dumps({"_class_name": name}))
 
 
+def predicts(folder, kind):
+    """Write what a saved pipeline's scheduler says that the network predicts."""
+    Path(folder, "scheduler").mkdir(parents=True, exist_ok=True)
+    Path(folder, "scheduler/scheduler_config.json").write_text(
+        json.dumps({"prediction_type": kind})
+    )
+
+
 def header_only(name, tensors=(), **metadata):
     """Write a safetensors file with empty tensors of these names."""
     path = Path(name)
