@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # what type checkers see of the names below
         Ranking as Ranking,
     )
     from dmin.attribution import (
+        places as places,
+    )
+    from dmin.attribution import (
         retrieve as retrieve,
     )
     from dmin.collect import GradientCollector as GradientCollector
@@ -72,6 +75,7 @@ _PUBLIC = {
     "Store": "dmin.store",
     "Stratified": "dmin.diffusion",
     "from_pipeline": "dmin.models",
+    "places": "dmin.attribution",
     "retrieve": "dmin.attribution",
 }
 

@@ -20,6 +20,7 @@ from dmin.attribution.methods.popularity import Popularity
 from dmin.attribution.methods.sharp_energy import SharpEnergy
 from dmin.attribution.methods.spectral import Spectral, ZSum
 from dmin.attribution.methods.trak import TRAK, JourneyTRAK
+from dmin.attribution.place_maps import Places, places
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.ranking_files import save_ranking
 from dmin.attribution.ranking_json import load_ranking, load_rankings
@@ -53,6 +54,7 @@ __all__ = [
     "OverCheckpoints",
     "PixelCosine",
     "PixelL2",
+    "Places",
     "Popularity",
     "Random",
     "Ranking",
@@ -67,6 +69,7 @@ __all__ = [
     "load_ranking",
     "load_rankings",
     "merged",
+    "places",
     "ranked_groups",
     "retrieve",
     "retrieve_part",

@@ -134,6 +134,26 @@ class Sketch(ABC):
             self.add(state, name, Dense(gradient))
         return self.finish(state).values
 
+    def adjoint(self, row: Tensor) -> dict[str, Tensor]:
+        """Return ``Sᵀ row``, whose product with every g is ``⟨row, S g⟩``.
+
+        Args:
+            row: ``[groups, k]``.
+
+        Returns:
+            For each parameter name a tensor ``[*shape]``.
+        """
+        plain = copy.copy(self)
+        plain.kernels, plain.norm_kind = "torch", "sketch"  # what autograd can transpose
+        with torch.enable_grad():
+            at = {
+                each.name: row.new_zeros(1, *each.shape, requires_grad=True)
+                for each in self.parameters.entries
+            }
+            value = (plain.of(at)[0] * row).sum()
+        found = torch.autograd.grad(value, list(at.values()))
+        return {name: gradient[0] for name, gradient in zip(at, found, strict=True)}
+
     def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
         """Return the bound of ``Var⟨S g, S h⟩`` that the family states, of single parameters.
 

@@ -90,9 +90,9 @@ class TestProducts:
     def test_they_are_those_of_the_matrix(self, origin, matrices, kind, forward):
         v = torch.randn(501, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         operator = LossCurvature(FunctionalLoss(origin), DIGITS[:9], kind, batch_size=5)
-        operator.forward = forward
+        operator.loss.forward = forward
         assert relative(operator.product(v), matrices[kind] @ v) < 1e-12
-        assert operator.forward == forward
+        assert operator.loss.forward == forward
 
     def test_leading_eigenpairs(self, origin, matrices, kind):
         values, vectors = LossCurvature(FunctionalLoss(origin), DIGITS[:9], kind).eigenpairs(4)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, jvp, vjp
+from torch.utils._pytree import tree_map
 
 from dmin.attribution.features import FeatureSet, FeatureSource
 from dmin.data.base import Example, collate
@@ -15,6 +17,8 @@ from dmin.diffusion.inputs import NoisedBatch, NoisedExamples
 from dmin.models.base import Condition, Prediction, per_example_loss
 from dmin.models.masked import encode, predict
 from dmin.runtime.errors import DminError
+
+log = logging.getLogger(__name__)
 
 Weights = dict[str, Tensor]
 """Tensors by the names of the attributed parameters."""
@@ -55,6 +59,7 @@ class FunctionalLoss:
         named = dict(origin.model.network.named_parameters())
         self.weights: Weights = {e.name: named[e.name].detach() for e in origin.attributed.entries}
         self.count = sum(value.numel() for value in self.weights.values())
+        self.forward = True  # whether the model has derivatives in forward mode
         self._prediction = _Call(origin.model)
 
     def pairs(self, examples: Sequence[Example]) -> NoisedBatch:
@@ -100,6 +105,25 @@ class FunctionalLoss:
             rows.append(total)
         return torch.stack(rows)
 
+    def along(self, function: Callable[[Weights], Any], direction: Weights) -> Any:
+        """Return the derivative of a function of the weights along a direction.
+
+        Forward, or where an operation of the model has no forward derivative, by transposing the
+        reverse one: as exact, and slower.
+        """
+        if self.forward:
+            try:
+                return jvp(function, (self.weights,), (direction,))[1]
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                log.info("no forward derivative of %s: %s", type(self.model).__name__, error)
+                self.forward = False
+        out, back = reverse(function, self.weights)
+        zeros = tree_map(torch.zeros_like, out)
+        transposed = reverse(lambda cotangent: back(cotangent)[0], zeros)[1]
+        return transposed(direction)[0]
+
     def flat(self, values: Mapping[str, Tensor | None]) -> Tensor:
         """Return values of all attributed parameters as one vector ``[P]``; none are zeros."""
         parts = [
@@ -119,6 +143,12 @@ class FunctionalLoss:
         leading = vectors.shape[:-1]
         names = self.weights.items()
         return {n: p.reshape(*leading, *w.shape) for (n, w), p in zip(names, pieces, strict=True)}
+
+
+def reverse(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Return a function's value, and its transposed derivative."""
+    found: Any = vjp(function, at)
+    return found[0], found[1]
 
 
 class _Call(nn.Module):

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp
-from torch.utils._pytree import tree_map
+from torch.func import grad
 
-from dmin.attribution.curvature.functional_loss import FunctionalLoss, Weights
+from dmin.attribution.curvature.functional_loss import FunctionalLoss, Weights, reverse
 from dmin.data.base import Example
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.models.base import weight_of_squares
 from dmin.runtime.errors import DminError
-
-log = logging.getLogger(__name__)
 
 Kind = Literal["ggn", "hessian"]
 
@@ -64,7 +60,6 @@ class LossCurvature:
             )
         self.loss, self.kind = loss, kind
         self.pairs = list(loss.pairs(examples).split(batch_size))
-        self.forward = True  # whether the model has derivatives in forward mode
 
     def product(self, vector: Tensor, pairs: Sequence[NoisedBatch] | None = None) -> Tensor:
         """Return ``H v``, ``[P]``.
@@ -124,7 +119,7 @@ class LossCurvature:
         )
 
     def _hessian(self, direction: Weights, pairs: NoisedBatch) -> Weights:
-        return self._along(grad(lambda w: self.loss.losses(w, pairs).sum()), direction)
+        return self.loss.along(grad(lambda w: self.loss.losses(w, pairs).sum()), direction)
 
     def _ggn(self, direction: Weights, pairs: NoisedBatch) -> Weights:
         scale: list[Tensor] = []
@@ -135,32 +130,7 @@ class LossCurvature:
             scale[:] = [2 * weight_of_squares(found).detach() / size]
             return found.prediction.flatten(1)
 
-        change = self._along(predicted, direction)
-        back = _reverse(predicted, self.loss.weights)[1]
+        change = self.loss.along(predicted, direction)
+        back = reverse(predicted, self.loss.weights)[1]
         found: Weights = back(scale[0][:, None] * change)[0]
         return found
-
-    def _along(self, function: Callable[[Weights], Any], direction: Weights) -> Any:
-        """Return the derivative of a function of the weights along a direction.
-
-        Forward, or where an operation of the model has no forward derivative, by transposing the
-        reverse one: as exact, and slower.
-        """
-        if self.forward:
-            try:
-                return jvp(function, (self.loss.weights,), (direction,))[1]
-            except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                log.info("no forward derivative of %s: %s", type(self.loss.model).__name__, error)
-                self.forward = False
-        out, back = _reverse(function, self.loss.weights)
-        zeros = tree_map(torch.zeros_like, out)
-        transposed = _reverse(lambda cotangent: back(cotangent)[0], zeros)[1]
-        return transposed(direction)[0]
-
-
-def _reverse(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Return a function's value, and its transposed derivative."""
-    found: Any = vjp(function, at)
-    return found[0], found[1]

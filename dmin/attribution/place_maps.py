@@ -1,0 +1,211 @@
+"""Where in a training picture, and where in the query, a score comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmin.attribution.check import check_pair
+from dmin.attribution.curvature.functional_loss import FunctionalLoss, Weights
+from dmin.attribution.features import FeatureSet, Requires
+from dmin.attribution.inner_product import InnerProduct
+from dmin.attribution.method import Method
+from dmin.attribution.methods.dmin import DMin
+from dmin.attribution.ranking import Ranking
+from dmin.diffusion.inputs import NoisedBatch
+from dmin.models.base import READOUTS
+from dmin.models.places import by_place
+from dmin.runtime.errors import DminError
+from dmin.sketches import Sketch
+
+PARALLEL = 1e-4  # of a row's length: two closer than this are one, but for rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """What the places of two pictures add to the score of one for the other.
+
+    Args:
+        train: float32 ``[h, w]``, of the training picture, at the places that the model diffuses.
+        query: the same of the query; None where the method's score is not symmetric.
+        score: that was split, in the units of the method.
+    """
+
+    train: np.ndarray
+    query: np.ndarray | None
+    score: float
+
+    @property
+    def rest(self) -> float:
+        """What of the score no place has: the sketch's error, and losses without places."""
+        return self.score - float(self.train.sum(dtype=np.float64))
+
+
+PlacesOf = dict[tuple[str, str, str], Places]
+"""By method, query and training example."""
+
+
+def places(
+    queries: FeatureSet,
+    train: FeatureSet,
+    ranking: Ranking,
+    method: Method | None = None,
+    shown: int = 3,
+) -> PlacesOf:
+    """Split the scores of the first examples over the places of the pictures.
+
+    The loss is a sum over places p, ``L = Σ_p L_p``, so is its gradient, and so the score:
+
+        ``I(q, i) = Σ_p Σ_{d,t} c_{d,t} ⟨G_{d,t}(q), ∇_θ L_p(θ; x_i, ε_d, t)⟩``
+
+    G what the method makes of the query's gradient: that gradient itself where its rows are the
+    query's up to a factor (``dmin``), else the adjoint of the sketch, ``Sᵀq``. Each term is the
+    change of L_p along G, one derivative in forward mode, so that no layer needs places. The map
+    of the query is that of its own loss along the example's gradient. Each example shown takes
+    about six passes of the model at each timestep.
+
+    Args:
+        queries: with their dataset.
+        train: with dataset and ``origin``, the collector that made it.
+        ranking: of these.
+        method: that it was made by; :class:`DMin` if none.
+        shown: examples of each query, best first.
+
+    Returns:
+        The maps by (method, query id, training id).
+
+    Raises:
+        DminError: the method's scores are no inner products with rows of the store, groups were
+            ranked, the model is not at hand, or its loss has no places.
+    """
+    method = method or DMin()
+    check_places(method, ranking.group_by)
+    check_pair(queries, train, method)
+    split = _Split(queries, train, method)
+    found: PlacesOf = {}
+    for place, query in enumerate(ranking.query_ids):
+        ids = ranking.train_ids[place][: min(shown, ranking.count(place))]
+        scores = ranking.scores[place]
+        for id, score, maps in zip(ids, scores, split.of(query, ids), strict=False):
+            found[ranking.method, query, id] = Places(*maps, float(score))
+    return found
+
+
+def check_places(method: Method, group_by: str | None = None) -> None:
+    """Refuse what has no places, as far as the method tells before it is fitted."""
+    odd = "groups of examples are ranked" if group_by else None
+    if method.requires.checkpoints or method.requires.images or not method.requires.readouts:
+        odd = f"method={method.name} does not compare gradients of one model"
+    if odd:
+        raise DminError(f"retrieve.places splits the score of an example, and {odd}. {_REMEDY}")
+
+
+_REMEDY = "Choose method=dmin, or another whose scores are inner products; or retrieve.places=0."
+
+
+class _Split:
+    """Splits scores of one method, fitted once."""
+
+    def __init__(self, queries: FeatureSet, train: FeatureSet, method: Method) -> None:
+        origin: Any = train.origin
+        if origin is None:
+            raise DminError(
+                "places run the model itself, but only a store was given. Give what made it as "
+                "well: FeatureSet(store, dataset, origin=collector)."
+            )
+        method.fit(train)
+        self.queries, self.train, self.method = queries, train, method
+        self.asking = FunctionalLoss(origin.with_model(origin.model.for_queries()))
+        self.known = FunctionalLoss(origin, known=train)
+        self.sketch: Sketch = origin.sketch
+
+    def of(self, query: str, ids: list[str]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Return the map of each example, and that of the query for it."""
+        asked = self._prepared(query)
+        rows = asked.queries[0].flatten(0, 1)  # [D · T, G, k]
+        own, length = self._row(self.queries, query, asked.readout)
+        factors = _factors(rows, own)
+        here = self.asking.pairs([self.queries.example(query)])
+        there = [self.known.pairs([self.train.example(id)]) for id in ids]
+        scales = [self._scale(asked, id) for id in ids]
+        like = next(iter(self.known.weights.values()))
+        maps: list[list[Any]] = [[0.0, None if factors is None else 0.0] for _ in ids]
+        for point in range(len(rows)):
+            if not rows[point].any():  # a timestep of weight nought
+                continue
+            at = here.rows(slice(point, point + 1))
+            if factors is None:
+                towards = self.sketch.adjoint(rows[point].to(like))
+            else:
+                factor = float(factors[point] / length[point])
+                towards = _times(_gradient(self.asking, asked.readout, at), factor)
+            for found, pairs, scale in zip(maps, there, scales, strict=True):
+                its = pairs.rows(slice(point, point + 1))
+                of = asked.readout, float(scale[point])
+                found[0] = found[0] + _change(self.known, its, towards, *of)
+                if factors is not None:
+                    back = _times(_gradient(self.known, asked.readout, its), factor)
+                    found[1] = found[1] + _change(self.asking, at, back, *of)
+        return [(a.numpy(), None if b is None else b.numpy()) for a, b in maps]
+
+    def _prepared(self, query: str) -> InnerProduct:
+        row = [self.queries.store.index(query)]
+        asked = self.method.transform_query(self.queries.block(row, self.method.requires))
+        if not isinstance(asked, InnerProduct):
+            raise DminError(
+                f"retrieve.places splits inner products with rows of the store over places, and "
+                f"method={self.method.name} scores otherwise. {_REMEDY}"
+            )
+        return asked
+
+    def _row(self, side: FeatureSet, id: str, readout: str) -> tuple[Tensor, Tensor]:
+        """Return an example's row ``[D · T, G, k]``, and the lengths of its gradients."""
+        block = side.block([side.store.index(id)], Requires((readout,)))
+        lengths = block.norms[readout][0].square().sum(-1).sqrt()
+        tiny = torch.finfo(torch.float32).tiny  # a gradient of nought has a row of noughts
+        return block.features[readout][0].flatten(0, 1), lengths.flatten().clamp(min=tiny)
+
+    def _scale(self, asked: InnerProduct, id: str) -> Tensor:
+        """Return what an example's gradient is multiplied by, ``[D · T]``."""
+        row, length = self._row(self.train, id, asked.readout)
+        if asked.scale == "norm":
+            return torch.ones(len(length))
+        # Unit rows have their own length but for the sketch's error, which is left over.
+        return 1 / length * row.flatten(1).any(1)
+
+
+def _factors(rows: Tensor, own: Tensor) -> Tensor | None:
+    """Return c with ``rows = c · own`` at each point, ``[points]``; None if there is none."""
+    rows, own = rows.flatten(1).double(), own.flatten(1).double()
+    c = (rows * own).sum(1) / own.square().sum(1).clamp(min=1e-30)
+    apart = (rows - c[:, None] * own).norm(dim=1) > PARALLEL * rows.norm(dim=1)
+    return None if bool(apart.any()) else c
+
+
+def _gradient(loss: FunctionalLoss, readout: str, pair: NoisedBatch) -> Weights:
+    """Return the gradient of one pair's readout."""
+    weights = {n: w.clone().requires_grad_() for n, w in loss.weights.items()}
+    with torch.enable_grad():
+        value = READOUTS[readout](loss.predict(weights, pair)).sum()
+    found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+    return loss.shaped(loss.flat(dict(zip(weights, found, strict=True))))
+
+
+def _times(weights: Weights, factor: float) -> Weights:
+    return {name: value * factor for name, value in weights.items()}
+
+
+def _change(
+    loss: FunctionalLoss, pair: NoisedBatch, towards: Weights, readout: str, scale: float
+) -> Tensor:
+    """Return the change of a pair's readout at each place along a direction, ``[h, w]``."""
+
+    def parts(weights: Weights) -> Tensor:
+        return by_place(readout, loss.predict(weights, pair))[0]
+
+    found: Tensor = loss.along(parts, towards)
+    return scale * found.detach().float().cpu()

@@ -1,0 +1,42 @@
+"""What each place of an image adds to a readout."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dmin.models.base import Prediction
+from dmin.runtime.errors import DminError
+
+
+def by_place(readout: str, prediction: Prediction) -> Tensor:
+    """Return a readout as a sum over places p, ``[batch, h, w]``, channels added up.
+
+    ``w_b m_bp (prediction_bp − target_bp)² / P`` of the loss, ``m_bp prediction_bp² / P`` and
+    ``m_bp prediction_bp / P`` of ``mean_squared_output`` and ``mean_output``; m the mask or 1, P
+    the values of an example. The bound of a learned variance has no places and is left out.
+
+    Args:
+        readout: a name of ``READOUTS``.
+        prediction: of a batch, as the model returns it.
+
+    Raises:
+        DminError: the prediction is no image, or the loss is the model's own.
+    """
+    output, size = prediction.prediction, prediction.prediction[0].numel()
+    if output.ndim < 4 or (readout == "loss" and prediction.loss is not None):
+        what = "a loss of its own" if output.ndim >= 4 else f"predictions of {list(output.shape)}"
+        raise DminError(
+            f"retrieve.places: the model has {what}, which is no sum over the places of an image. "
+            f"Set retrieve.places=0."
+        )
+    values = output if readout == "mean_output" else output.square()
+    if readout == "loss":
+        weight = prediction.weight.view(-1, *[1] * (output.ndim - 1))
+        values = weight * (output - prediction.target).square()
+    if prediction.mask is not None:
+        values = prediction.mask * values
+    found = values.flatten(1, -3).sum(1) / size
+    if prediction.dropped is None:
+        return found
+    share = prediction.dropped.share
+    return (1 - share) * found + share * by_place(readout, prediction.dropped.prediction)
