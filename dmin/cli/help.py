@@ -3,6 +3,7 @@
 import textwrap
 
 from dmin.cli.config.groups import groups
+from dmin.cli.config.subtrees import reads
 
 COMMANDS = {
     "train": "Train a model on a dataset, or on a subset of it.",
@@ -63,15 +64,15 @@ commands:
 {commands}
 
 Settings are Hydra overrides. `dmin <command> --help` lists the choices of each configuration
-group, `dmin <command> --cfg job` prints the whole configuration.
+group, `dmin <command> --cfg job` prints all that it reads.
 For shell completion: eval "$(dmin --shell-completion install=bash)"
 """
 
 
 def page(command: str) -> str:
     """Return what ``dmin <command> --help`` prints, of one that composes a configuration."""
-    listed = groups()
-    shown = "\n".join(_entry(group, choices) for group, choices in listed.items()) or "  none"
+    listed = {name: choices for name, choices in groups().items() if reads(command, name)}
+    shown = "\n".join(_entry(group, choices) for group, choices in listed.items())
     digits = f"dmin {command} experiment=digits"
     return f"""\
 {COMMANDS[command]}

@@ -24,14 +24,14 @@ def refusal(*arguments, cwd):
 
 # The demo at its smallest: half of the digits, a tenth of its network.
 NETWORK = "train.model.network.block_out_channels=[16,16]"
-SMALLEST = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1", NETWORK]
+SMALLEST = ["experiment=digits", "debug=fast", "data.split=heldout", "extras.threads=1"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory in which the demo has run once, at its smallest."""
     place = tmp_path_factory.mktemp("place")
-    place.joinpath("first.txt").write_text(dmin("demo", *SMALLEST[1:], cwd=place).stdout)
+    place.joinpath("first.txt").write_text(dmin("demo", *SMALLEST[1:], NETWORK, cwd=place).stdout)
     return place
 
 
@@ -64,12 +64,12 @@ class TestDemo:
 
     def test_a_second_time_finds_everything_done(self, place):
         before = {p: p.stat().st_mtime_ns for p in place.glob("outputs/stores/*/*.h5")}
-        again = dmin("demo", *SMALLEST[1:], cwd=place)
+        again = dmin("demo", *SMALLEST[1:], NETWORK, cwd=place)
         assert "Predicting" not in again.stdout
         assert {p: p.stat().st_mtime_ns for p in place.glob("outputs/stores/*/*.h5")} == before
 
     def test_single_commands_share_its_work(self, place):
-        dmin("train", *SMALLEST, cwd=place)
+        dmin("train", *SMALLEST, NETWORK, cwd=place)
         dmin("collect", *SMALLEST, cwd=place)
         dmin("sample", *SMALLEST, cwd=place)
         found = dmin("retrieve", *SMALLEST, "method=grad_cos", "retrieve.k=3", cwd=place)
@@ -163,7 +163,7 @@ class TestDemo:
         assert not (folder / "ranking.csv").exists()
 
     def test_another_training_does_not_replace_the_model(self, place):
-        refused = refusal("train", *SMALLEST, "train.steps=6", cwd=place)
+        refused = refusal("train", *SMALLEST, NETWORK, "train.steps=6", cwd=place)
         assert "train.steps: 6 here, 5 there" in refused
 
     def test_a_store_damaged_on_disk_is_refused_and_can_be_mended(self, place):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-from dmin.cli.config import compose, explain
+from dmin.cli.config import compose, explain, subtrees
 from dmin.cli.config.compose import run
 from dmin.runtime.errors import DminError
 
@@ -17,6 +17,7 @@ CONF = {
         defaults: [model: small, _self_]
         seed: 0
         name: toy
+        logger: null
         benchmark: {store: here, extra: "???"}
         hydra:
           run: {dir: "OUT/run"}
@@ -38,8 +39,6 @@ CONF = {
 class Recorder:
     """A step that keeps the configurations it was given."""
 
-    needs = ("model", "seed")
-
     def __init__(self, act: Callable[[], None] = lambda: None) -> None:
         self.seen: list[DictConfig] = []
         self.argv: list[str] = []
@@ -59,6 +58,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text.replace("OUT", str(tmp_path)))
     monkeypatch.setattr(compose, "config_directory", lambda: tmp_path / "conf")
+    monkeypatch.setattr(subtrees, "READS", {"collect": ("model",), "evaluate": ("benchmark",)})
     monkeypatch.setattr(explain, "groups", lambda: {"model": [], "experiment": []})
     monkeypatch.setattr(sys, "argv", ["/bin/dmin", "collect", "as typed"])
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -203,15 +203,19 @@ def test_configuration_is_validated_before_the_step(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "", "the message alone"
 
 
-def test_only_what_a_step_needs_must_have_values() -> None:
-    run(Recorder(), "collect", [])
+def test_only_what_a_command_reads_must_have_values() -> None:
+    run(step := Recorder(), "collect", [])
+    assert step.seen[0] == {"seed": 0, "name": "toy", "logger": None, "model": {"width": 1}}
+    with pytest.raises(SystemExit, match=r"No value for benchmark\.extra"):
+        run(Recorder(), "evaluate", [])
 
-    step = Recorder()
-    step.needs = ("benchmark",)
-    with pytest.raises(SystemExit, match=r"No value for benchmark\.extra"):
-        run(step, "collect", [])
-    with pytest.raises(SystemExit, match=r"No value for benchmark\.extra"):
-        run(lambda cfg: None, "collect", [])
+
+def test_a_setting_for_another_command_is_refused() -> None:
+    assert refused("-m", "seed=1,2", "benchmark.store=x") == (
+        "benchmark.store is a setting of `dmin evaluate`; `dmin collect` does not read it. "
+        "Leave it out here."
+    )
+    assert "model@benchmark.extra is a setting" in refused("+model@benchmark.extra=small")
 
 
 def test_files_in_the_working_directory_can_be_targets(workplace: Path) -> None:

@@ -12,9 +12,9 @@ from PIL import Image
 NAME = "[-b]=\x1b[2J"  # an id cannot begin with it: it is below the folder
 CAPTION = "</script><img src=x onerror=alert(1)> [/b] \x1b]0;x\x07 \u202e"
 SMALL = [
-    *("model=mlp", "train=digits_mlp", "data=image_folder", "data.root=images", "data.mode=L"),
+    *("model=mlp", "data=image_folder", "data.root=images", "data.mode=L"),
     *("data.size=8", "debug=fast", "trainer=cpu", "model.path=model", 'paths.outputs="o[/b]"'),
-    *("extras.threads=1", "sketch.dim=64", "sketch.block=16", "name='[/x]=1'"),
+    *("extras.threads=1", "name='[/x]=1'"),
 ]
 
 
@@ -29,7 +29,12 @@ def test_what_is_shown_of_hostile_examples_is_text(tmp_path):
         rows.append({"file_name": name, "label": number % 3, "text": CAPTION, "=by": "=cmd|1"})
     (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     queries = ["queries.root=images", "queries.label=label", "retrieve.k=3"]
-    for command, more in (("train", []), ("collect", []), ("retrieve", queries)):
+    dims = ["sketch.dim=64", "sketch.block=16"]
+    for command, more in (
+        ("train", ["train=digits_mlp"]),
+        ("collect", dims),
+        ("retrieve", dims + queries),
+    ):
         status, shown = dmin(command, *SMALL, *more, place=tmp_path)
         assert status == 0 and "o[/b]" in shown
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown)

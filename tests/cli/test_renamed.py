@@ -145,9 +145,11 @@ def test_a_configuration_of_ones_own_may_use_old_names(
     ):
         (own / group).mkdir(parents=True)
         (own / group / f"{choice}_0.yaml").write_text(THEN[f"{group}/{choice}.yaml"])
-    asked = ["experiment=digits", "debug=fast", "model=mlp", "timesteps=stratified_0"]
-    asked += ["noise=shared_0", "train=digits_mlp_0", "--config-dir", str(own)]
+    both = ["experiment=digits", "debug=fast", "model=mlp", "--config-dir", str(own)]
+    asked = [*both, "train=digits_mlp_0"]
     assert main(["train", *asked]) == 0
+    capsys.readouterr()
+    assert main(["collect", *both, "timesteps=stratified_0", "noise=shared_0"]) == 0
     said = capsys.readouterr().err
     assert said.count("Warning: ") == 1
     assert "dmin.noise.SharedNoise is dmin.diffusion.SharedNoise now" in said

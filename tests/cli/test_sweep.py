@@ -115,7 +115,6 @@ def test_a_repeated_benchmark_keeps_the_settings_of_its_method(tmp_path, monkeyp
             seen.append((folder, {name: method.name for name, method in built.items()}))
             seen.append(built["trak"].alpha)
 
-    step.needs = ("method",)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "evaluate", step)
     compose.run(step, "evaluate", ["experiment=digits", "method=trak", "method.alpha=0.7"])

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from dmin.cli import main
 from dmin.cli.config.groups import config_directory, groups
 from dmin.cli.config.renamed import current  # noqa: F401
+from dmin.cli.config.subtrees import reads  # noqa: F401
 
 CFG, RECORDS = DATA / "cfg", DATA / "records"
 SETTINGS, DIGESTS = DATA / "settings_0_1_0.json", DATA / "digests.json"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from dmin.cli.commands.command import FEATURES, command
+from dmin.cli.commands.command import Command
 from dmin.cli.jobs.requeue import after_stop
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.progress import titled
 from dmin.runtime.signals import Stopped, StopSignals
 
 
-@command(*FEATURES)
+@Command
 def collect(work: Workspace, results: dict[str, Any]) -> None:
     """Collect the gradients of the training examples into a store."""
     with StopSignals() as stop:

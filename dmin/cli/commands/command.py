@@ -17,8 +17,6 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.progress import titled, without_progress
 
 Body = Callable[[Workspace, dict[str, Any]], None]
-TRAINING = ("train", "model.path", "data", "trainer")
-FEATURES = ("model", "sketch", "timesteps", "noise", "collect", "data", "trainer", "shard")
 
 
 @dataclass(frozen=True)
@@ -26,16 +24,18 @@ class Command:
     """A command: called with a composed configuration, it shows it, records the run and does it.
 
     Args:
-        name: after ``dmin``.
-        body: does the work, and puts results into a mapping; a few lines over the library.
-        needs: the parts of the configuration that the body reads, beside the logger.
+        body: does the work, and puts results into a mapping; a few lines over the library. Its
+            name is that of the command.
         prepare: brings the configuration into the form that is printed, recorded and run.
     """
 
-    name: str
     body: Body
-    needs: tuple[str, ...]
     prepare: Callable[[DictConfig], None] | None = None
+
+    @property
+    def name(self) -> str:
+        """What follows ``dmin``."""
+        return self.body.__name__
 
     def __call__(self, cfg: DictConfig) -> None:
         """Run it."""
@@ -47,25 +47,18 @@ class Command:
             return
         folder = _as_typed(work.run_folder)
         if cfg.extras.print_config:
-            shown = settings_tree(self.name, cfg, self.needs, folder / "config.yaml")
+            shown = settings_tree(self.name, cfg, folder / "config.yaml")
             work.notes.print(shown)
         with (
             without_progress(work.notes.quiet),
             recorded(cfg, work.run_folder, self.name, work.made_of) as results,
         ):
-            work.logger = make_logger(cfg, work.run_folder, self.needs)  # or refused before work
+            work.logger = make_logger(cfg, work.run_folder)  # or refused before work
             try:
                 self.body(work, results)
             finally:
                 log_results(work.logger, results, work.run_folder)
         work.notes.print(titled(f"again: dmin repeat {folder}", style="dim"), soft_wrap=True)
-
-
-def command(
-    *needs: str, prepare: Callable[[DictConfig], None] | None = None
-) -> Callable[[Body], Command]:
-    """Make a command of a body, by the body's name; arguments as of `Command`."""
-    return lambda body: Command(body.__name__, body, (*needs, "logger"), prepare)
 
 
 def shown_count(work: Workspace, setting: str) -> int:

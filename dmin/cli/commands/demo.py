@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dmin.cli.commands.collect import collect
-from dmin.cli.commands.command import FEATURES, TRAINING, command
+from dmin.cli.commands.command import Command
 from dmin.cli.commands.evaluate import evaluate
 from dmin.cli.commands.retrieve import retrieve
 from dmin.cli.commands.sample import sample
@@ -14,7 +14,7 @@ from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.progress import titled
 
 
-@command(*TRAINING, *FEATURES, "queries", "method", "index", "retrieve", "benchmark")
+@Command
 def demo(work: Workspace, results: dict[str, Any]) -> None:
     """Do everything, one step after the other."""
     work.require_one_process()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from dmin.cli.commands.command import FEATURES, command
+from dmin.cli.commands.command import Command
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.errors import DminError
 
 
-@command(*FEATURES, "doctor")
+@Command
 def doctor(work: Workspace, results: dict[str, Any]) -> None:
     """Examine the model on a few examples, and say what collecting would take."""
     from dmin.doctor import diagnose

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dmin.cli.commands.collect import collect
-from dmin.cli.commands.command import FEATURES, TRAINING, command
+from dmin.cli.commands.command import Command
 from dmin.cli.commands.train import train
 from dmin.cli.workspace.built import build_queries
 from dmin.cli.workspace.workspace import Workspace
@@ -35,7 +36,7 @@ def _chosen_method() -> str | None:
     return hydra.runtime.choices.get("method") if named else None
 
 
-@command(*TRAINING, *FEATURES, "method", "benchmark", prepare=only_the_chosen_method)
+@partial(Command, prepare=only_the_chosen_method)
 def evaluate(work: Workspace, results: dict[str, Any]) -> None:
     """Measure every method of a benchmark against ground truth."""
     from dmin.cli.workspace.benchmark import benchmark_context, chosen_methods, further_models

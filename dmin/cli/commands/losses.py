@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dmin.cli.commands.command import FEATURES, command, shown_count
+from dmin.cli.commands.command import Command, shown_count
 from dmin.cli.workspace.built import build_queries
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.progress import followed, titled
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dmin.store import Store
 
 
-@command(*FEATURES, "losses")
+@Command
 def losses(work: Workspace, results: dict[str, Any]) -> None:
     """Rank the training images by their loss beside what is usual, and show both ends."""
     from rich.table import Table

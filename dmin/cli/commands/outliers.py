@@ -6,12 +6,12 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from dmin.cli.commands.command import FEATURES, command, shown_count
+from dmin.cli.commands.command import Command, shown_count
 from dmin.cli.workspace.built import build
 from dmin.cli.workspace.workspace import Workspace
 
 
-@command(*FEATURES, "method", "outliers")
+@Command
 def outliers(work: Workspace, results: dict[str, Any]) -> None:
     """Rank the training examples by their influence on themselves, and show the first."""
     from rich.table import Table

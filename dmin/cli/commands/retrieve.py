@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dmin.cli.commands.command import FEATURES, command, shown_count
+from dmin.cli.commands.command import Command, shown_count
 from dmin.cli.workspace.built import build, build_queries
 from dmin.cli.workspace.made_of import note_queries
 from dmin.cli.workspace.ranking_parts import joined
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SELECTED = ("order", "min_score", "where", "group_by", "group_score", "split")
 
 
-@command(*FEATURES, "queries", "method", "index", "retrieve")
+@Command
 def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     """Find the training examples behind each query, and show them."""
     from dmin.attribution.check import check_pair, check_train

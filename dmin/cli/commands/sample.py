@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from dmin.cli.commands.command import command
+from dmin.cli.commands.command import Command
 from dmin.cli.workspace.built import build_queries
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.errors import DminError
 
 
-@command("model", "queries")
+@Command
 def sample(work: Workspace, results: dict[str, Any]) -> None:
     """Generate the query images."""
     from dmin.queries import Generated

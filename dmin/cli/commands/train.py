@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dmin.cli.commands.command import TRAINING, command
+from dmin.cli.commands.command import Command
 from dmin.cli.config.environment import kept
 from dmin.cli.config.renamed import complete, rename
 from dmin.cli.workspace.built import build
@@ -19,7 +19,7 @@ from dmin.runtime.fingerprint import differences, fingerprint
 from dmin.runtime.progress import titled
 
 
-@command(*TRAINING)
+@Command
 def train(work: Workspace, results: dict[str, Any]) -> None:
     """Train a model and save it at ``model.path``, unless it is there."""
     path = Path(work.cfg.model.path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -22,14 +22,13 @@ def opened(settings: Sequence[str]) -> list[str]:
     return [f"++{word}" if word.startswith("model.") else word for word in settings]
 
 
-def resolve(cfg: DictConfig, needed: Collection[str] | None = None) -> str | None:
+def resolve(cfg: DictConfig) -> str | None:
     """Put the family's settings in the place of ``model=auto``, what the user said on top.
 
     What is run, recorded and kept beside a store then names the family.
 
     Args:
-        cfg: a composed configuration; changed.
-        needed: subtrees that the command reads; None for all.
+        cfg: a composed configuration, of which the command reads all; changed.
 
     Returns:
         What was found, in a line; None where there was nothing to find.
@@ -38,8 +37,6 @@ def resolve(cfg: DictConfig, needed: Collection[str] | None = None) -> str | Non
         DminError: the checkpoint is of no family.
     """
     node = cfg.get("model")
-    if needed is not None and "model" not in needed:
-        return None
     if node is None or node.get("_target_") != TARGET or OmegaConf.is_missing(node, "path"):
         return None
     from dmin.models.recognition import recognise, where  # imports torch

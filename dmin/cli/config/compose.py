@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -22,6 +23,7 @@ from dmin.cli.config import auto
 from dmin.cli.config.explain import explain, one_line
 from dmin.cli.config.groups import config_directory
 from dmin.cli.config.renamed import rename, warn_of
+from dmin.cli.config.subtrees import needed, prune, require_read
 from dmin.cli.config.validate import validate
 from dmin.cli.jobs import sweep
 from dmin.cli.jobs.processes import follow_parent, is_main
@@ -62,7 +64,9 @@ def run(
     job = _Job(step, name, from_here, list(sys.argv), os.environ.get(_FULL_ERROR))
     try:
         first = [f"hydra.job.name={name}", sweep.CALLBACK, *(_own_settings() if from_here else [])]
-        with _process([sys.argv[0], *_sorted(argv, *first)], "1"):
+        options, overrides = _taken_apart(argv)
+        require_read(name, overrides)
+        with _process([sys.argv[0], *options, "--", *first, *overrides], "1"), _shown_pruned(name):
             try:
                 _hydra_main(job, config)
             finally:
@@ -123,9 +127,10 @@ class _Job:
     def _attempt(self, cfg: DictConfig) -> None:
         """Validate and run. A failed job of a sweep leaves a record, and the others run on."""
         try:
-            renamed, needed = rename(cfg), getattr(self.step, "needs", None)
-            told = auto.resolve(cfg, needed)
-            validate(cfg, needed)
+            prune(cfg, self.name)
+            renamed = rename(cfg)
+            told = auto.resolve(cfg)
+            validate(cfg, needed(self.name))
             if is_main(cfg.get("trainer") or {}):
                 warn_of(renamed)
                 if told:
@@ -156,8 +161,8 @@ def _interrupted() -> NoReturn:
     raise SystemExit(130) from None
 
 
-def _sorted(argv: list[str], *first: str) -> list[str]:
-    """Put options before overrides, and some overrides before the others, which then win.
+def _taken_apart(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Return the options of Hydra, and the overrides.
 
     Options among the overrides (``seed=1 -m model=a,b``, or what Lightning adds for its other
     processes) are an error to argparse before Python 3.12.
@@ -166,7 +171,7 @@ def _sorted(argv: list[str], *first: str) -> list[str]:
     options = list(argv)
     for override in overrides:
         options.remove(override)
-    return [*options, "--", *first, *overrides]
+    return options, overrides
 
 
 def _own_settings() -> list[str]:
@@ -181,6 +186,21 @@ def _own_settings() -> list[str]:
 def _hydra_main(job: Step, config: str = "dmin") -> None:
     directory = str(config_directory())
     hydra.main(version_base="1.3", config_path=directory, config_name=config)(job)()
+
+
+@contextmanager
+def _shown_pruned(command: str) -> Iterator[None]:
+    """Have ``--cfg job`` print what a command reads; Hydra offers no hook for it."""
+    theirs = Hydra.get_sanitized_cfg
+
+    def ours(self: Hydra, cfg: DictConfig, cfg_type: str) -> DictConfig:
+        return theirs(self, cfg if cfg_type == "hydra" else prune(cfg, command), cfg_type)
+
+    Hydra.get_sanitized_cfg = ours  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.get_sanitized_cfg = theirs  # type: ignore[method-assign]
 
 
 def _show_warnings_plainly() -> None:

@@ -1,7 +1,6 @@
 """Find what a ``_target_`` names, or say why it cannot be found and what to do about it."""
 
 import pkgutil
-import sys
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -16,20 +15,6 @@ _INSTALL = {
     "peft": "'dmin[lora]'",
     "sklearn": "scikit-learn",
 }
-
-
-def loaded(name: str) -> Any | None:
-    """Return what a dotted name stands for if that takes no import, else None."""
-    parts = name.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        module = sys.modules.get(".".join(parts[:end]))
-        if module is not None:
-            # Not getattr: a package that imports its names lazily would do so.
-            found = vars(module).get(parts[end])
-            for part in parts[end + 1 :]:
-                found = getattr(found, part, None)
-            return found
-    return None
 
 
 def load(name: str, key: str) -> Any:

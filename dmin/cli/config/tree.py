@@ -13,23 +13,23 @@ from rich.tree import Tree
 from dmin.cli.config.annotations import parameters
 from dmin.cli.config.environment import kept
 from dmin.cli.config.sections import settings
-from dmin.cli.config.targets import loaded
+from dmin.cli.config.subtrees import sections
+from dmin.cli.config.targets import load
 from dmin.runtime.progress import titled
 
 
-def settings_tree(name: str, cfg: DictConfig, subtrees: tuple[str, ...], file: Path) -> Tree:
+def settings_tree(name: str, cfg: DictConfig, file: Path) -> Tree:
     """Return the settings that a command reads, a line a section, without those at their default.
 
     Args:
         name: of the command.
-        cfg: the validated configuration.
-        subtrees: sections that the command reads.
+        cfg: the validated configuration, which has what the command reads.
         file: has all settings.
     """
     tree = Tree(titled(f"dmin {name}"), guide_style="dim")
     values, _ = kept(cfg)
-    for part in (each for each in dict.fromkeys(("name", "seed", *subtrees)) if each in values):
-        if values[part] is None:
+    for part in ("name", "seed", *sections(name)):
+        if values.get(part) is None:
             continue
         told = _spelled(values[part], settings(part))
         if told:
@@ -48,8 +48,7 @@ def _spelled(value: Any, known: Sequence[Parameter] = ()) -> str:
         return ", ".join(_changed(value, known))
     name = str(value["_target_"])
     given = {key: each for key, each in value.items() if not key.startswith("_")}
-    target = loaded(name)
-    known = () if target is None else parameters(target) or ()
+    known = parameters(load(name, name)) or ()
     return f"{_short(name)}({', '.join(_changed(given, known))})"
 
 

@@ -4,13 +4,11 @@ A mapping with a ``_target_`` is a call: its keys must be arguments of the targe
 must fit their annotations. The top of the configuration and its sections are treated alike: their
 arguments are the `settings` of `sections`.
 
-A target is imported where the command needs it (``needed``). Elsewhere it is held to its signature
-only if its module is imported already: a command that reads stores must not wait for Lightning,
-and the command that does need the node reports its mistakes. Missing values (``???``, a required
-argument, an interpolation that leads nowhere) are refused only where they are needed.
+Missing values are ``???``, a required argument, an interpolation that leads nowhere. What is held
+has only what the command reads (`subtrees.prune`), so that it imports no more than that.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter
 from typing import Any
@@ -21,27 +19,26 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from dmin.cli.config.annotations import fits, parameters, spell
 from dmin.cli.config.groups import did_you_mean, groups
 from dmin.cli.config.sections import settings
-from dmin.cli.config.targets import load, loaded
+from dmin.cli.config.targets import load
 from dmin.runtime.errors import DminError
 
 # What Hydra's `instantiate` reads of a call, besides the arguments.
 _CALL_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
-def validate(cfg: DictConfig, needed: Collection[str] | None = None) -> None:
+def validate(cfg: DictConfig, needed: Iterable[str] = ()) -> None:
     """Refuse unknown keys, values of the wrong type and missing values.
 
     Args:
         cfg: a composed configuration, without Hydra's own node.
-        needed: the dotted names of the subtrees that the command reads; None for all of them.
-            Missing values are refused, and targets imported, in these only.
+        needed: the dotted names of subtrees that must be there.
 
     Raises:
         DminError: names the dotted key, what is wrong with it and what is allowed.
     """
-    walk = _Walk(needed)
+    walk = _Walk()
     walk.call(cfg, "", settings())
-    for name in needed or ():
+    for name in needed:
         walk.expect(cfg, name)
     if walk.missing:
         choices = [
@@ -57,7 +54,6 @@ def validate(cfg: DictConfig, needed: Collection[str] | None = None) -> None:
 class _Walk:
     """One walk over a configuration. Missing values are gathered, to be named all at once."""
 
-    needed: Collection[str] | None
     missing: dict[str, str] = field(default_factory=dict)  # dotted key -> the override to write
     stands_at: dict[str, str] = field(default_factory=dict)  # of what another place is said to be
 
@@ -67,9 +63,6 @@ class _Walk:
             if path.startswith(f"{section}."):
                 return real + path.removeprefix(section)
         return path
-
-    def needs(self, path: str) -> bool:
-        return self.needed is None or any(f"{path}.".startswith(f"{n}.") for n in self.needed)
 
     def expect(self, cfg: DictConfig, path: str) -> None:
         """Note a needed subtree that is not there at all; one that is null says so on purpose."""
@@ -92,7 +85,7 @@ class _Walk:
             if key not in allowed and not (takes_any and not str(key).startswith("_")):
                 place = self.place(f"{path}.")[:-1]
                 raise DminError(_unknown(str(key), place, name, list(named), allowed))
-        if is_call and self.needs(path) and not node.get("_partial_"):
+        if is_call and not node.get("_partial_"):
             placed = len(node.get("_args_") or ())
             for p in arguments[placed:]:
                 is_given = p.name in node.keys()  # noqa: SIM118
@@ -142,32 +135,29 @@ class _Walk:
             except InterpolationToMissingValueError:
                 is_missing = True
             except OmegaConfBaseException as error:
-                if self.needs(child):
-                    reason = str(error).partition("\n")[0]
-                    say = f"say {child}=<value>."
-                    if "SLURM_" in reason:
-                        say = f"SLURM sets it in the tasks of a job; elsewhere {say}"
-                    reason = f"{child} cannot be resolved: {reason}. {say[0].upper()}{say[1:]}"
-                    raise DminError(reason) from error
-                continue
+                reason, say = str(error).partition("\n")[0], f"say {child}=<value>."
+                if "SLURM_" in reason:
+                    say = f"SLURM sets it in the tasks of a job; elsewhere {say}"
+                reason = f"{child} cannot be resolved: {reason}. {say[0].upper()}{say[1:]}"
+                raise DminError(reason) from error
             if not is_missing:
                 if OmegaConf.is_config(value) and OmegaConf.is_interpolation(node, key):
                     self.stands_at[child] = str(value._get_full_key(None))  # type: ignore[union-attr]
                 yield key, child, value
-            elif self.needs(child):
+            else:
                 place = self.place(child)
                 self.missing[place] = f"{place}=<value>"
 
     def target(self, node: DictConfig, path: str) -> Callable[..., Any] | None:
-        """Return what a call calls; None when that is missing, or not imported nor needed."""
+        """Return what a call calls; None when that is missing."""
         try:
             name = node["_target_"]
         except OmegaConfBaseException:
             return None  # reported with the other values
         if not isinstance(name, str):
             raise DminError(f"{path}._target_ is {name!r}, not the dotted name of a class.")
-        found = load(name, f"{path}._target_") if self.needs(path) else loaded(name)
-        if found is not None and not callable(found):
+        found: Any = load(name, f"{path}._target_")
+        if not callable(found):
             raise DminError(f"{path}._target_ is {name}, which is not a class or a function.")
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,12 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.escape import end_lines_in_lf
 
 
-def make_logger(cfg: DictConfig, folder: Path, sections: Iterable[str]) -> Any:
+def make_logger(cfg: DictConfig, folder: Path) -> Any:
     """Return the logger that is chosen, which has been told the settings; None if none is.
 
     Args:
         cfg: the composed configuration.
         folder: where it may write.
-        sections: of the configuration, that it is told.
 
     Raises:
         DminError: its package is not installed.
@@ -29,10 +28,10 @@ def make_logger(cfg: DictConfig, folder: Path, sections: Iterable[str]) -> Any:
     if cfg.logger is None:
         return None
     told, _ = kept(cfg)
-    settings = {name: told[name] for name in sections if name in told and name != "logger"}
+    settings = {name: told[name] for name in told if name not in ("logger", "paths", "extras")}
     try:
         logger = instantiate(cfg.logger, _convert_="all")(save_dir=folder)
-        logger.log_hyperparams({"seed": cfg.seed, "tags": list(cfg.tags), **settings})
+        logger.log_hyperparams(settings)
     except ModuleNotFoundError as error:
         extra = HydraConfig.get().runtime.choices.get("logger")
         raise DminError(

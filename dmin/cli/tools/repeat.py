@@ -119,7 +119,6 @@ def _read_again(
     record: dict[str, Any], repeated: Repeated, settings: list[str], trust: bool
 ) -> list[str]:
     """Say how data and weights differ from those of a record, with nothing left of the reading."""
-    from dmin.cli.commands import step_of
     from dmin.runtime.fingerprint import differences
 
     then = _part(record, "made_of")
@@ -134,7 +133,6 @@ def _read_again(
 
         now.update(made_now(Workspace(cfg, repeated.command), then))
 
-    look.needs = getattr(step_of(repeated.command), "needs", None)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(prefix="dmin-repeat-") as place:
         try:
             _run(look, repeated, [*settings, "hydra.output_subdir=null"], trust, f"'{place}'")
@@ -219,7 +217,6 @@ def _keeping(step: Callable[[Any], None], found: dict[str, Any]) -> Callable[[An
         file = Path(HydraConfig.get().runtime.output_dir) / RECORD
         found.update(json.loads(file.read_text()))
 
-    kept.needs = getattr(step, "needs", None)  # type: ignore[attr-defined]
     return kept
 
 

@@ -84,7 +84,7 @@ def chosen_methods(
                 for key in sorted(missing)
             )
             continue
-        validate(cfg, ["method"])
+        validate(cfg)
         built[name] = build(cfg.method)
     return built, left_out
 

@@ -59,7 +59,7 @@ def methods_of(work: Workspace) -> dict[str, Method]:
                 f"method={name} needs {', '.join(missing)}, and beside "
                 f"others a method is as its YAML has it. Name it first, or in a run of its own."
             )
-        validate(cfg, ["method"])
+        validate(cfg)
         found.setdefault(name, build(cfg.method))
     return found
 
