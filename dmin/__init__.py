@@ -11,73 +11,44 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what type checkers see of the names below
     from dmin.attribution import (
         DMin as DMin,
-    )
-    from dmin.attribution import (
         FeatureSet as FeatureSet,
-    )
-    from dmin.attribution import (
         Ranking as Ranking,
-    )
-    from dmin.attribution import (
         places as places,
-    )
-    from dmin.attribution import (
         retrieve as retrieve,
     )
     from dmin.collect import GradientCollector as GradientCollector
-    from dmin.data import Example as Example
-    from dmin.data import Examples as Examples
+    from dmin.data import Example as Example, Examples as Examples
     from dmin.diffusion import (
         Explicit as Explicit,
-    )
-    from dmin.diffusion import (
         SharedNoise as SharedNoise,
-    )
-    from dmin.diffusion import (
         Stratified as Stratified,
     )
     from dmin.gradients.capture import Capture as Capture
     from dmin.models import (
         DiffusionModel as DiffusionModel,
-    )
-    from dmin.models import (
         Prediction as Prediction,
-    )
-    from dmin.models import (
         from_pipeline as from_pipeline,
     )
     from dmin.runtime.errors import DminError as DminError
-    from dmin.sketches import OPORP as OPORP
-    from dmin.sketches import Auto as Auto
-    from dmin.sketches import BlockCyclic as BlockCyclic
+    from dmin.sketches import OPORP as OPORP, Auto as Auto, BlockCyclic as BlockCyclic
     from dmin.store import Store as Store
 
 __version__ = "0.1.0"
 
-# Public names and where they live. They are imported when first used: `import dmin` is instant,
+# Public names by where they live. They are imported when first used: `import dmin` is instant,
 # and reading a store needs neither torch nor Lightning.
-_PUBLIC = {
-    "Auto": "dmin.sketches",
-    "BlockCyclic": "dmin.sketches",
-    "Capture": "dmin.gradients.capture",
-    "DMin": "dmin.attribution",
-    "DiffusionModel": "dmin.models",
-    "DminError": "dmin.runtime.errors",
-    "Example": "dmin.data",
-    "Examples": "dmin.data",
-    "Explicit": "dmin.diffusion",
-    "FeatureSet": "dmin.attribution",
-    "GradientCollector": "dmin.collect",
-    "OPORP": "dmin.sketches",
-    "Prediction": "dmin.models",
-    "Ranking": "dmin.attribution",
-    "SharedNoise": "dmin.diffusion",
-    "Store": "dmin.store",
-    "Stratified": "dmin.diffusion",
-    "from_pipeline": "dmin.models",
-    "places": "dmin.attribution",
-    "retrieve": "dmin.attribution",
+_HOMES = {
+    "dmin.attribution": ("DMin", "FeatureSet", "Ranking", "places", "retrieve"),
+    "dmin.collect": ("GradientCollector",),
+    "dmin.data": ("Example", "Examples"),
+    "dmin.diffusion": ("Explicit", "SharedNoise", "Stratified"),
+    "dmin.gradients.capture": ("Capture",),
+    "dmin.models": ("DiffusionModel", "Prediction", "from_pipeline"),
+    "dmin.runtime.errors": ("DminError",),
+    "dmin.sketches": ("Auto", "BlockCyclic", "OPORP"),
+    "dmin.store": ("Store",),
 }
+_PUBLIC = {name: home for home, names in _HOMES.items() for name in names}
 
 # What 0.1.0 called it.
 _RENAMED = {"Side": "FeatureSet"}
@@ -85,11 +56,13 @@ _RENAMED = {"Side": "FeatureSet"}
 __all__ = sorted(_PUBLIC)
 
 
-def __getattr__(name: str) -> Any:
-    name = _RENAMED.get(name, name)
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'dmin' has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
+if not TYPE_CHECKING:  # with it, checkers would take any name for a public one
+
+    def __getattr__(name: str) -> Any:
+        name = _RENAMED.get(name, name)
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'dmin' has no attribute {name!r}")
+        return getattr(import_module(_PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -136,8 +136,8 @@ class DiffusionTrainer(lightning.LightningModule):
         self.learning_rate = learning_rate
         self.warmup = warmup
         self.steps = steps
-        self.generator = torch.Generator().manual_seed(seed)
-        self.ladder = torch.tensor(list(model.ladder))
+        self.generator: torch.Generator = torch.Generator().manual_seed(seed)
+        self.ladder: Tensor = torch.tensor(list(model.ladder))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the mean loss of a batch."""

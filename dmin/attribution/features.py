@@ -133,11 +133,11 @@ class FeatureSet:
     ) -> None:
         self.store = store
         self.dataset = dataset
-        self.checkpoints = dict(checkpoints or {})
-        self.journey = list(journey)
+        self.checkpoints: dict[str, FeatureSet] = dict(checkpoints or {})
+        self.journey: list[FeatureSet] = list(journey)
         self.origin = origin
         self.encodings = encodings
-        self.fits = FitCache()
+        self.fits: FitCache = FitCache()
 
     def __len__(self) -> int:
         """Return the number of examples."""

@@ -19,7 +19,7 @@ class Method(ABC):
     """
 
     name: str
-    requires = Requires()
+    requires: Requires = Requires()
 
     def check(self) -> None:  # noqa: B027 (most methods need nothing but their features)
         """Refuse settings with which nothing could be fitted, before anything is computed."""

@@ -62,7 +62,7 @@ class Sample:
         count = total if allowed is None else len(allowed)
         drawn = np.random.default_rng(seed).choice(count, min(most, count), False, shuffle=False)
         rows = np.sort(drawn if allowed is None else allowed[drawn])
-        self.rows = rows if within is None else rows[within[rows]]
+        self.rows: np.ndarray = rows if within is None else rows[within[rows]]
         self._found: list[Tensor] = []
 
     def update(self, scores: Tensor, first: int) -> None:

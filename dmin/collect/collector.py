@@ -23,7 +23,7 @@ from dmin.diffusion.timesteps import Schedule, Stratified
 from dmin.gradients.capture import Capture
 from dmin.gradients.groups import Grouping, grouped
 from dmin.gradients.ownership import Ownership
-from dmin.gradients.parameters import choose_parameters
+from dmin.gradients.parameters import Parameters, choose_parameters
 from dmin.models.base import READOUTS, Condition, DiffusionModel, weights_digest
 from dmin.models.contract import check_model, predicted
 from dmin.runtime.errors import DminError
@@ -98,20 +98,20 @@ class Collector:
             )
         check_model(model)
         self.model = model
-        self.attributed = grouped(choose_parameters(model.network, params), groups)
+        self.attributed: Parameters = grouped(choose_parameters(model.network, params), groups)
         check_kernels(kernels)
-        self.sketch = (sketch or Auto()).bind(self.attributed)
+        self.sketch: Sketch = (sketch or Auto()).bind(self.attributed)
         self.sketch.kernels = kernels
         schedule = (timesteps or Stratified()).bind(getattr(model, "log_snr", None))
-        self.timesteps = schedule(model.ladder)
-        self.noise = noise or SharedNoise()
-        self.readouts = tuple(readouts)
+        self.timesteps: tuple[float, ...] = schedule(model.ladder)
+        self.noise: Noise = noise or SharedNoise()
+        self.readouts: tuple[str, ...] = tuple(readouts)
         self.microbatch = microbatch
-        self.pairs = UNTRIED if isinstance(microbatch, str) else microbatch  # in one pass
+        self.pairs: int = UNTRIED if isinstance(microbatch, str) else microbatch  # in one pass
         self.memory = memory
         self.budget = budget
         self.gradient_checkpointing = gradient_checkpointing
-        self.ownership = Ownership()
+        self.ownership: Ownership = Ownership()
 
     @property
     def encoders(self) -> dict[str, nn.Module]:

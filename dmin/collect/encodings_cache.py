@@ -42,7 +42,7 @@ class EncodingsCache:
     """
 
     def __init__(self, root: str | Path, key: str, block_size: int) -> None:
-        self.folder = Path(root) / key
+        self.folder: Path = Path(root) / key
         self.block_size = block_size
 
     def missing(self, blocks: Sequence[int]) -> list[int]:

@@ -25,7 +25,8 @@ class PeakMemory:
     def start(self, device: torch.device) -> None:
         """Begin anew, on a device."""
         self.device = device
-        self.bytes = self._held = 0
+        self.bytes: int = 0
+        self._held = 0
         self._start = allocated_bytes(device)
 
     @property

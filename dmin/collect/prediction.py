@@ -100,7 +100,8 @@ class Forecast:
     """
 
     def __init__(self, pairs: int, device: torch.device) -> None:
-        self.pairs, self.device = pairs, device
+        self.pairs = pairs
+        self.device = device
         self.told: str | None = None  # what all passes take, once it is known
         self._kinds: set[Hashable] = set()
 

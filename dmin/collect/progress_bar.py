@@ -29,7 +29,8 @@ class CollectionProgress(ProgressBar):
 
     def __init__(self, examples: int, points: int = 1, label: str = "gradients") -> None:
         super().__init__()
-        self.examples, self.points = examples, points
+        self.examples = examples
+        self.points = points
         self.label = label
         self.done = 0
         self._pairs = 0  # done of the block at hand

@@ -34,8 +34,8 @@ class GradientCollector(Collector):
         checks: seconds that went into finding out, and checking, whose row is whose.
     """
 
-    peak = PeakMemory()
-    checks = 0.0
+    peak: PeakMemory = PeakMemory()
+    checks: float = 0.0
 
     def collect(
         self,

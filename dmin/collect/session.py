@@ -58,11 +58,15 @@ class Session(lightning.LightningModule):
         peak: PeakMemory,
     ) -> None:
         super().__init__()
-        self.collector, self.model = collector, collector.model
-        self.store, self.heartbeat, self.stop = store, heartbeat, stop
-        self.encodings, self.peak = encodings, peak
-        self.guard = Guard(collector, collector.ownership)
-        self.pairs = collector.pairs  # in one pass
+        self.collector = collector
+        self.model = collector.model
+        self.store = store
+        self.heartbeat = heartbeat
+        self.stop = stop
+        self.encodings = encodings
+        self.peak = peak
+        self.guard: Guard = Guard(collector, collector.ownership)
+        self.pairs: int = collector.pairs  # in one pass
         self.lockstep: LockstepPasses | None = None  # with those that share the network
         self._first: tuple[list[int], str] | None = None  # shape and name of the first example
         # Fewer blocks may be left to do than there are processes.
@@ -79,10 +83,11 @@ class Session(lightning.LightningModule):
             DminError: bad data, a NaN gradient, a setting that does not fit, or a lost process.
             Stopped: a signal came; what is finished is sealed.
         """
-        network, self.data = self.model.network, data
+        network = self.model.network
+        self.data = data
         refuse_cast(network, trainer)
         background = BackgroundWriter(self.store, self.heartbeat.block_done)
-        self.writer = SketchWriter(background, self.stop, lockstep=data.even)
+        self.writer: SketchWriter = SketchWriter(background, self.stop, lockstep=data.even)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         before = list(callbacks)
         examples = data.examples(trainer.global_rank, trainer.world_size)
@@ -151,7 +156,7 @@ class Session(lightning.LightningModule):
                 "trainer.inference_mode=false (Trainer(inference_mode=False))."
             )
         self.peak.start(self.device)
-        self.forecast = Forecast(self.shown.examples * self.shown.points, self.device)
+        self.forecast: Forecast = Forecast(self.shown.examples * self.shown.points, self.device)
         shared = self.data.mine(trainer.global_rank, trainer.world_size)
         mine = list(dict.fromkeys(shared.blocks))
         if self.data.even:

@@ -79,7 +79,9 @@ class SketchWriter(BasePredictionWriter):
 
     def __init__(self, writer: BackgroundWriter, stop: StopSignals, lockstep: bool) -> None:
         super().__init__("batch")
-        self.writer, self.stop, self.lockstep = writer, stop, lockstep
+        self.writer = writer
+        self.stop = stop
+        self.lockstep = lockstep
 
     def write_on_batch_end(
         self,

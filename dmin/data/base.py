@@ -236,7 +236,7 @@ class Examples:
     """
 
     def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = list(examples)
+        self.examples: list[Example] = list(examples)
 
     def __len__(self) -> int:
         """Return the number of examples."""

@@ -63,14 +63,14 @@ class HFDataset(Checked):
                 f"no ids. Name a column that is one (data.id), or take data=subset of the whole."
             )
         rows = self._load()
-        self.fingerprint = rows._fingerprint
+        self.fingerprint: Any = rows._fingerprint
         for setting, column in self._columns().items():
             if column is not None and column not in rows.features:
                 raise DminError(
                     f"data.{setting}={column!r} is no column of {self.path}. Columns there: "
                     f"{', '.join(rows.features)}."
                 )
-        self.classes = None
+        self.classes: Any = None
         if self.label is not None:
             self.classes = getattr(rows.features[self.label], "names", None)
         self._rows = self._needed(rows)

@@ -63,7 +63,7 @@ class ImageFolder(Checked):
             raise DminError(f"data.root={self.root}: no such folder. Give a folder of images.")
         self._wrong: dict[str, str] = {}
         self._digests: dict[str, str] = {}
-        self.summary = ""
+        self.summary: str = ""
         self._files: Folder | None = None
         facts = self._find()
         if not facts:
@@ -74,7 +74,7 @@ class ImageFolder(Checked):
         problems = self.lacking({name: known.caption for name, known in facts.items()})
         problems |= self._problems(sorted(facts)) | self._wrong
         self.leave_out(problems, len(facts.keys() | problems), f"data.root={self.root}")
-        self.ids = sorted(facts.keys() - self.skipped.keys())
+        self.ids: list[str] = sorted(facts.keys() - self.skipped.keys())
         self._facts = [facts[name] for name in self.ids]
         if self._files is not None:
             self.summary = self._files.summary(dict(zip(self.ids, self._facts, strict=True)))

@@ -72,7 +72,7 @@ class Folder:
     def __post_init__(self) -> None:
         """List the files."""
         self._why: dict[str, str] = {}
-        self.files = list(files_below(self.root, self._why))
+        self.files: list[str] = list(files_below(self.root, self._why))
         if not self.recursive:
             self._why |= {file: "in folders below" for file in self.files if "/" in file}
             self.files = [file for file in self.files if "/" not in file]
@@ -89,7 +89,7 @@ class Folder:
         ]
         masks = set(self._masks(images))
         self._why |= dict.fromkeys(masks, _MASK)
-        self.images = [image for image in images if image not in masks]
+        self.images: list[str] = [image for image in images if image not in masks]
 
     def _masks(self, images: Sequence[str]) -> list[str]:
         if self.leave is not None:

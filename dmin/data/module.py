@@ -42,7 +42,7 @@ class Blocks(Sampler[list[int]]):
         even: bool = False,
     ) -> None:
         self.blocks = list(blocks)[rank::world]
-        self.own = len(self.blocks)
+        self.own: int = len(self.blocks)
         if even:
             lacking = -(-len(blocks) // world) - self.own
             self.blocks += (self.blocks or list(blocks))[-1:] * lacking

@@ -51,7 +51,7 @@ class Pictures(ImageFolder):
         files = [Path(each).expanduser() for each in roots]
         self.root = files[0] if len(files) == 1 and files[0].is_dir() else self._folder(files)
         asked = self.region is not None or self.mask is not None
-        self.part = Part(self.region, self.mask) if asked else None
+        self.part: Part | None = Part(self.region, self.mask) if asked else None
         super().__post_init__()
         for name in self.ids if self.part is not None else ():
             self._part_of(name)  # what is wrong with it is said now

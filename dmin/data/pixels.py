@@ -16,8 +16,7 @@ from PIL import Image, ImageColor, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from dmin.data.base import Sizes
-from dmin.data.formats import FORMATS as FORMATS
-from dmin.data.formats import formats, what_it_is
+from dmin.data.formats import FORMATS as FORMATS, formats, what_it_is
 from dmin.runtime.errors import DminError
 
 _ORIENTATION, _T = 0x0112, Image.Transpose

@@ -31,7 +31,7 @@ SIZES = {"small": 0.44, "medium": 0.58, "large": 0.78}  # radius; the image is 2
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 TEXTURES = ("plain", "striped", "checked", "dotted")
 SOURCES = ("studio", "print")
-ATTRIBUTES = {
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
     "colour": tuple(COLOURS),
     "texture": TEXTURES,
@@ -89,16 +89,19 @@ class Shapes:
                 f"data.seed={seed}: at most {_HELDOUT:,} examples, one or more, of 8 pixels or "
                 f"more, a minority in [0, 1] and a seed of 0 or more are needed."
             )
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "split": split,
             "size": size,
             "label": label,
             "minority": minority,
             "seed": seed,
         }
-        self.size, self.label, self.minority, self.seed = size, label, minority, seed
+        self.size = size
+        self.label = label
+        self.minority = minority
+        self.seed = seed
         start = _HELDOUT if split == "heldout" else 0
-        self.numbers = range(start, start + examples)
+        self.numbers: range = range(start, start + examples)
 
     @property
     def ids(self) -> list[str]:

@@ -43,7 +43,7 @@ class Subset:
             listed = ", ".join(f"{k}={'null' if v is None else '...'}" for k, v in given.items())
             raise DminError(f"Subset({listed}): give exactly one of ids, count and fraction.")
         self.dataset = dataset
-        self.positions = (
+        self.positions: list[int] = (
             _positions(dataset, ids)
             if ids is not None
             else _drawn(len(dataset), count, fraction, seed)

@@ -118,11 +118,14 @@ class Together:
     ) -> None:
         if not datasets:
             raise DminError("data.datasets is empty: name one or more.")
-        self.datasets, self.approximated = dict(datasets), list(approximated)
+        self.datasets: dict[str, Dataset] = dict(datasets)
+        self.approximated: list[str] = list(approximated)
         self._ends = list(accumulate(len(each) for each in self.datasets.values()))
-        self.ids = [f"{name}/{id}" for name, each in self.datasets.items() for id in ids_of(each)]
+        self.ids: list[str] = [
+            f"{name}/{id}" for name, each in self.datasets.items() for id in ids_of(each)
+        ]
         told = {name: getattr(each, "summary", "") for name, each in self.datasets.items()}
-        self.summary = "\n".join(f"{name}: {line}" for name, line in told.items() if line)
+        self.summary: str = "\n".join(f"{name}: {line}" for name, line in told.items() if line)
 
     def __len__(self) -> int:
         """Return the number of examples."""

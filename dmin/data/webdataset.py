@@ -63,7 +63,9 @@ class TarShards(Checked):
         """Note where every sample stands."""
         super().__post_init__()
         patterns = [self.shards] if isinstance(self.shards, str) else self.shards
-        self.paths = sorted({path for pattern in patterns for path in _expand(str(pattern))})
+        self.paths: list[Path] = sorted(
+            {path for pattern in patterns for path in _expand(str(pattern))}
+        )
         by_name: dict[str, Path] = {}
         for path in self.paths:
             other = by_name.setdefault(path.stem, path)
@@ -80,7 +82,7 @@ class TarShards(Checked):
         }
         problems = self._problems()
         self.leave_out(problems, len(samples), f"data.shards={self.shards}")
-        self.ids = [id for id in samples if id not in problems]
+        self.ids: list[str] = [id for id in samples if id not in problems]
         self._samples = [samples[id] for id in self.ids]
 
     def __len__(self) -> int:

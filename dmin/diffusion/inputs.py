@@ -65,10 +65,12 @@ class NoisedExamples:
         ids: Sequence[str],
     ) -> None:
         # Encoders leave strides of their own, with which kernels round differently.
-        self.x0 = x0.contiguous()
-        self.condition = {name: value.contiguous() for name, value in condition.items()}
+        self.x0: Tensor = x0.contiguous()
+        self.condition: dict[str, Tensor] = {
+            name: value.contiguous() for name, value in condition.items()
+        }
         points = [(t, draw) for draw in range(noise.draws) for t in timesteps]
-        self.points = len(points)
+        self.points: int = len(points)
         self._own = noise.per_example
         drawn = torch.stack(
             [noise(x0.shape[1:], *p, id) for id in (ids if self._own else [""]) for p in points]

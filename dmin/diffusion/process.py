@@ -57,7 +57,7 @@ class Process(ABC):
     """
 
     ladder: Sequence[float]
-    settings = LossSettings()
+    settings: LossSettings = LossSettings()
     allowed: ClassVar[dict[str, tuple[Any, ...]]]
     """Settings of the loss that depend on the process, and the values that it has."""
 

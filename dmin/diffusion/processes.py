@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -36,15 +36,15 @@ class DiscreteDiffusion(Process):
 
     def __init__(self, scheduler: Any, snr_gamma: float | None = None) -> None:
         self.scheduler = scheduler
-        self.kind = scheduler.config.get("prediction_type", "epsilon")
+        self.kind: str = scheduler.config.get("prediction_type", "epsilon")
         if self.kind not in ("epsilon", "v_prediction", "sample"):
             raise DminError(
                 f"scheduler.prediction_type={self.kind!r}: allowed are epsilon, v_prediction, "
                 f"sample. Mend it in the checkpoint's scheduler/scheduler_config.json."
             )
-        self.settings = LossSettings(snr_gamma).check()
+        self.settings: LossSettings = LossSettings(snr_gamma).check()
         self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
-        self.ladder = range(len(self.alphas_cumprod) - 1, -1, -1)
+        self.ladder: Sequence[float] = range(len(self.alphas_cumprod) - 1, -1, -1)
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def levels(self, t: Tensor, like: Tensor) -> Levels:
@@ -144,8 +144,9 @@ class EDM(Process):
                 f"scheduler.prediction_type={kind!r}: with Karras' preconditioning, allowed are "
                 f"epsilon and v_prediction. Mend it in scheduler/scheduler_config.json."
             )
-        self.kind, self.sigma_data = kind, float(sigma_data)
-        self.ladder = ContinuousTimesteps(ladder)
+        self.kind = kind
+        self.sigma_data: float = float(sigma_data)
+        self.ladder: Sequence[float] = ContinuousTimesteps(ladder)
 
     def levels(self, t: Tensor, like: Tensor) -> Levels:
         """Return 1 and σ."""
@@ -215,14 +216,16 @@ class RectifiedFlow(Process):
             )
         own = 1.0 if config.get("use_dynamic_shifting") else config.get("shift")
         own = config.get("flow_shift", 1.0) if own is None else own
-        self.shift = float(own if shift is None else shift)
+        self.shift: float = float(own if shift is None else shift)
         if self.shift <= 0:
             raise DminError(f"shift={shift}: give a positive number, or null for the scheduler's.")
         self.target = target
-        self.num = int(config["num_train_timesteps"])
+        self.num: int = int(config["num_train_timesteps"])
         even = [step / self.num for step in range(self.num, 0, -1)]
         shifted = (self.shift * s / (1 + (self.shift - 1) * s) for s in even)
-        self.ladder = ContinuousTimesteps((self.num * s for s in shifted), zero=True)
+        self.ladder: Sequence[float] = ContinuousTimesteps(
+            (self.num * s for s in shifted), zero=True
+        )
 
     def levels(self, t: Tensor, like: Tensor) -> Levels:
         """Return ``1 − σ`` and ``σ``."""

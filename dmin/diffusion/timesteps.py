@@ -58,7 +58,7 @@ class Stratified(Schedule):
     """
 
     def __init__(self, num: int = 10) -> None:
-        self.num = _positive(num)
+        self.num: int = _positive(num)
 
     def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
         """Return the timestep in the middle of each part."""
@@ -79,7 +79,7 @@ class LogSNR(Schedule):
     """
 
     def __init__(self, num: int = 10) -> None:
-        self.num = _positive(num)
+        self.num: int = _positive(num)
         self._log_snr: LogSNRs | None = None
 
     def bind(self, log_snr: LogSNRs | None) -> Self:
@@ -134,7 +134,7 @@ class DMinCubic(Schedule):
     """
 
     def __init__(self, num: int = 10, skip_first: bool = False) -> None:
-        self.num = _positive(num)
+        self.num: int = _positive(num)
         self.skip_first = skip_first
 
     def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
@@ -156,7 +156,7 @@ class Explicit(Schedule):
     def __init__(self, values: Sequence[float]) -> None:
         if not values:
             raise DminError("timesteps.values=[]: name at least one timestep, e.g. [500].")
-        self.values = tuple(sorted(values, reverse=True))
+        self.values: tuple[float, ...] = tuple(sorted(values, reverse=True))
 
     def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
         """Return the timesteps, each of which the model must have."""

@@ -15,8 +15,7 @@ from dmin.diffusion.timesteps import Stratified
 from dmin.evaluation.retraining.ensemble import Ensemble
 from dmin.models.base import DiffusionModel
 from dmin.runtime.errors import DminError
-from dmin.store import Store
-from dmin.store import maintenance as operations
+from dmin.store import Store, maintenance as operations
 
 OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and of how much."""

@@ -74,7 +74,7 @@ class Joined(FeatureSet):
 
     def __init__(self, parts: Sequence[FeatureSet]) -> None:
         super().__init__(parts[0].store)  # whose layout is that of all
-        self.parts = list(parts)
+        self.parts: list[FeatureSet] = list(parts)
         self._starts = np.cumsum([0, *(len(part) for part in self.parts)])
 
     def __len__(self) -> int:

@@ -89,11 +89,11 @@ class Capture(Generic[State, Rows]):
         ownership: Ownership | None = None,
         data: Iterable[Tensor] = (),
     ) -> None:
-        self.data = tuple(data)
-        self.network = uncompiled(network)
+        self.data: tuple[Tensor, ...] = tuple(data)
+        self.network: nn.Module = uncompiled(network)
         self.sink = sink
         self.budget = budget
-        self.ownership = ownership or Ownership()
+        self.ownership: Ownership = ownership or Ownership()
         named = named_parameters(self.network)
         self._chosen = {entry.name: named[entry.name] for entry in sink.parameters.entries}
         self._usage: ParameterUsage[Call] = ParameterUsage(

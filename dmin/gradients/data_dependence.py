@@ -50,7 +50,7 @@ class DataDependence(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = False
+        self.found: bool = False
         self._data = WeakIdKeyDictionary()
 
     def begins(self, inputs: Iterable[Tensor]) -> None:

@@ -153,7 +153,8 @@ class Prober:
         network: nn.Module,
         backpropagate: Callable[[Tensor, bool], None],
     ) -> None:
-        self.ownership, self.network = ownership, network
+        self.ownership = ownership
+        self.network = network
         self._backpropagate = backpropagate
         self.projector: Projector | None = None
 

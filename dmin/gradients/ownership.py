@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ class Ownership:
     distinguished: set[str] = field(default_factory=set)
     complete: bool = False
     graph_is_lost: bool = False
-    probes: list = field(default_factory=list)
+    probes: list[Any] = field(default_factory=list)
     latest: Hashable = None
     called: tuple[str, ...] = ()
     watch: bool = False

@@ -42,8 +42,8 @@ class Use(Generic[Token]):
     module: nn.Module
     used: set[str] = field(default_factory=set)
     within: list[Token] = field(default_factory=list)
-    args: tuple = ()
-    kwargs: dict = field(default_factory=dict)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
 
 

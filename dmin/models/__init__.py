@@ -55,10 +55,12 @@ _FAMILIES = {
 __all__ = ["READOUTS", "Condition", "DiffusionModel", "Prediction"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _FAMILIES:
-        raise AttributeError(f"module 'dmin.models' has no attribute {name!r}")
-    return getattr(import_module(f"dmin.models.{_FAMILIES[name]}"), name)
+if not TYPE_CHECKING:  # with it, checkers would take any name for a family
+
+    def __getattr__(name: str) -> Any:
+        if name not in _FAMILIES:
+            raise AttributeError(f"module 'dmin.models' has no attribute {name!r}")
+        return getattr(import_module(f"dmin.models.{_FAMILIES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -41,7 +41,7 @@ class Captioned(TextConditioned):
         if empty_captions not in ("raise", "keep"):
             raise DminError(f"model.empty_captions={empty_captions!r}: allowed are raise and keep.")
         self.empty_captions = empty_captions
-        self.sample_size = _pair(sample_size, "sample_size")
+        self.sample_size: tuple[int, int] | None = _pair(sample_size, "sample_size")
 
     @classmethod
     def reads_captions(cls, settings: Mapping[str, Any]) -> bool:
@@ -114,8 +114,8 @@ class LongCaptioned(Captioned):
         self, pipeline: Any, *args: Any, max_sequence_length: int | None = None, **settings: Any
     ) -> None:
         super().__init__(pipeline, *args, **settings)
-        own = max_sequence_length is None
-        self.max_sequence_length = self.own_length if own else max_sequence_length
+        own = self.own_length if max_sequence_length is None else max_sequence_length
+        self.max_sequence_length: int = own
 
     def describe(self) -> dict[str, Any]:
         """Return what defines latents, condition and loss."""
@@ -176,10 +176,12 @@ class SizeConditioning(Captioned):
             )
         self.sizes_from = sizes_from
         if sizes_from == "metadata":
-            self.metadata_columns = [name for pair in SIZE_COLUMNS.values() for name in pair]
-        self.original_size = _pair(original_size, "original_size")
-        self.crop = _pair(crop, "crop")
-        self.target_size = _pair(target_size, "target_size")
+            self.metadata_columns: Sequence[str] = [
+                name for pair in SIZE_COLUMNS.values() for name in pair
+            ]
+        self.original_size: tuple[int, int] | None = _pair(original_size, "original_size")
+        self.crop: tuple[int, int] | None = _pair(crop, "crop")
+        self.target_size: tuple[int, int] | None = _pair(target_size, "target_size")
 
     def describe(self) -> dict[str, Any]:
         """Return what defines latents, condition and loss, the sizes told included."""

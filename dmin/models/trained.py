@@ -74,7 +74,7 @@ class TrainedModel(DiffusionModel):
                 f"{' or '.join(kind.__name__ for kind in self.processes)}. Put the scheduler of "
                 f"its training in the checkpoint's folder scheduler."
             )
-        self.ladder = self.process.ladder
+        self.ladder: Sequence[float] = self.process.ladder
 
     def log_snr(self, timesteps: Sequence[float]) -> list[float]:
         """Return the log signal-to-noise ratio at each timestep."""

@@ -75,9 +75,11 @@ class Places:
     def __init__(
         self, source: Path, root: Path | None = None, said: Mapping[str, str] | None = None
     ) -> None:
-        self.source, self.root, self.said = source, root, dict(said or {})
+        self.source = source
+        self.root = root
+        self.said: dict[str, str] = dict(said or {})
         here = source.resolve().parent
-        self.starts = [root] if root else [here, *here.parents, Path.cwd()]
+        self.starts: list[Path] = [root] if root else [here, *here.parents, Path.cwd()]
 
     def find(self, text: str, key: str) -> Path:
         """Return the file or folder that a path of the config means.

@@ -95,7 +95,9 @@ class Keys:
     def __init__(self, values: Mapping[str, Any], run: TrainingRun, where: str = "") -> None:
         if not isinstance(values, Mapping):
             raise DminError(f"{run.source}: {where or 'a file that it names'} is no table of keys.")
-        self.values, self.run, self.where = dict(values), run, where
+        self.values: dict[str, Any] = dict(values)
+        self.run = run
+        self.where = where
         self._read: set[str] = set()
 
     def name(self, key: str) -> str:

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter, base_model, kohya
-from dmin.runs import wording as say
+from dmin.runs import adapter, base_model, kohya, wording as say
 from dmin.runs.files import Places
 from dmin.runs.folders import together
 from dmin.runs.keys import Keys, families, table

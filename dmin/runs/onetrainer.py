@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter, base_model
-from dmin.runs import wording as say
+from dmin.runs import adapter, base_model, wording as say
 from dmin.runs.files import Places, load, spelled
 from dmin.runs.folders import MASKS, add, folder, ratios, several_lines, sides, together
 from dmin.runs.keys import Keys, Setting, families, table

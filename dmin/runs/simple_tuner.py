@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter, base_model
-from dmin.runs import wording as say
+from dmin.runs import adapter, base_model, wording as say
 from dmin.runs.files import Places, load
 from dmin.runs.folders import IMAGES, add, bucket, folder, masks, several_lines, sides, together
 from dmin.runs.keys import Keys, Setting, families, table

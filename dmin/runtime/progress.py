@@ -78,8 +78,10 @@ class Lines:
     """
 
     def __init__(self, label: str, total: int, unit: str = "examples", place: str = "") -> None:
-        self.label, self.total, self.place = label, total, place
-        self.unit = f" {unit}" if unit else ""
+        self.label = label
+        self.total = total
+        self.place = place
+        self.unit: str = f" {unit}" if unit else ""
         self.done: float = 0
         self.found: float = 0
         self._start = time.monotonic()

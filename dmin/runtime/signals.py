@@ -32,7 +32,7 @@ class Stopped(SystemExit):
 
     def __init__(self, signum: int, before: Any = None) -> None:
         super().__init__(128 + signum)
-        self.signum = signal.Signals(signum)
+        self.signum: signal.Signals = signal.Signals(signum)
         self.before = before
         self.gained = False
 

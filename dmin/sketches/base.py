@@ -16,7 +16,7 @@ from dmin.gradients.parameters import Parameter, Parameters
 from dmin.runtime.errors import DminError
 from dmin.sketches import bounds
 from dmin.sketches.backends import Kernels, backend_for
-from dmin.sketches.backends.base import GroupRows
+from dmin.sketches.backends.base import Backend, GroupRows
 from dmin.sketches.backends.torch import project_formed
 from dmin.sketches.maps import Map
 
@@ -40,12 +40,12 @@ class Accumulator:
 
     def __init__(self, sketch: Sketch, batch: int, like: Tensor, budget: int) -> None:
         groups = len(sketch.parameters.groups)
-        self.values = like.new_zeros(batch, groups, sketch.dim)
-        self.squared_norm = like.new_zeros(batch, groups)
+        self.values: Tensor = like.new_zeros(batch, groups, sketch.dim)
+        self.squared_norm: Tensor = like.new_zeros(batch, groups)
         self.budget = budget
-        self.backend = backend_for(self.values, sketch.kernels, budget)
+        self.backend: Backend = backend_for(self.values, sketch.kernels, budget)
         exact = sketch.norm_kind == "exact"
-        self.groups = [
+        self.groups: list[GroupRows] = [
             GroupRows(self.values[:, g], self.squared_norm[:, g] if exact else None)
             for g in range(groups)
         ]

@@ -41,7 +41,7 @@ class BlockCyclic(FoldedSketch):
                 f"or its entries would collide. Set sketch.block to at most {dim}."
             )
         self.block = block
-        self.folds = block
+        self.folds: int | None = block
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that define the map."""

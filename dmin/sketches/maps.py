@@ -66,11 +66,14 @@ class BlockCyclicMap(Map):
         self, shape: tuple[int, ...], dim: int, block: int, sign: int, offset: int
     ) -> None:
         super().__init__(shape, dim)
-        self.block, self.sign, self.offset = block, sign, offset
-        taps, out, self.width = as_matrices(shape)
-        self.rows = taps * out
-        self.blocks = self.rows * -(-self.width // block)
-        self.words = self.rows * -(-self.width // 32)  # of 32 signs
+        self.block = block
+        self.sign = sign
+        self.offset = offset
+        taps, out, width = as_matrices(shape)
+        self.width: int = width
+        self.rows: int = taps * out
+        self.blocks: int = self.rows * -(-self.width // block)
+        self.words: int = self.rows * -(-self.width // 32)  # of 32 signs
 
     def buckets(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return buckets and signs, hashed afresh."""
@@ -100,7 +103,8 @@ class TensorSketchMap(Map):
         self, shape: tuple[int, ...], dim: int, row: tuple[int, int], column: tuple[int, int]
     ) -> None:
         super().__init__(shape, dim)
-        self.row, self.column = row, column
+        self.row = row
+        self.column = column
 
     def sides(self, device: torch.device) -> tuple[Side, Side]:
         """Return bucket and sign of each output, and of each input for each tap.

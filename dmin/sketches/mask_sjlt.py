@@ -36,7 +36,7 @@ class MaskSJLT(Sketch):
 
     family = "mask_sjlt"
     norm_kind = "sketch"
-    folds = 1
+    folds: int | None = 1
 
     def __init__(self, dim: int = 4096, seed: int = 0, keep: int = 1 << 16) -> None:
         super().__init__(dim, seed)

@@ -41,7 +41,9 @@ class SJLT(FormedSketch):
                 f"each of as many equal parts, so it must divide sketch.dim. 1, 2 and 4 are usual."
             )
         self.nonzeros = nonzeros
-        self.folds = nonzeros  # (s·(h mod k/s) + r) mod k' = s·(h mod k'/s) + r where s | k' | k
+        self.folds: int | None = (
+            nonzeros  # (s·(h mod k/s) + r) mod k' = s·(h mod k'/s) + r where s | k' | k
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that define the map."""

@@ -25,7 +25,7 @@ class SpectralAccumulator(Accumulator):
         super().__init__(sketch, batch, like, budget)
         dtype = torch.complex128 if like.dtype == torch.float64 else torch.complex64
         shape = (*self.values.shape[:2], sketch.dim // 2 + 1)
-        self.spectrum = torch.zeros(shape, dtype=dtype, device=like.device)
+        self.spectrum: Tensor = torch.zeros(shape, dtype=dtype, device=like.device)
 
 
 class TensorSketch(BlockCyclic):

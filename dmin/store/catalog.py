@@ -56,9 +56,11 @@ class Catalog:
     """
 
     def __init__(self, names: list[str], arrays: dict[str, np.ndarray]) -> None:
-        self.names, self._arrays = names, arrays
-        self.stats, ends = arrays["stats"], arrays["ends"]
-        self.blocks = np.split(arrays["blocks"], ends[:-1]) if len(ends) else []
+        self.names = names
+        self._arrays = arrays
+        ends = arrays["ends"]
+        self.stats: np.ndarray = arrays["stats"]
+        self.blocks: list[np.ndarray] = np.split(arrays["blocks"], ends[:-1]) if len(ends) else []
 
     def __contains__(self, name: str) -> bool:
         """Return whether there is such an array."""

@@ -20,7 +20,9 @@ class RankingLoss:
     """
 
     def __init__(self, dtype: str) -> None:
-        self.dtype, self.rows, self._kept = dtype, 0, 0.0
+        self.dtype = dtype
+        self.rows: int = 0
+        self._kept = 0.0
 
     def add(
         self, readout: str, given: Mapping[str, np.ndarray], stored: Mapping[str, np.ndarray]

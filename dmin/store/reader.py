@@ -17,7 +17,7 @@ from dmin.runtime.fingerprint import fingerprint
 from dmin.store.amendments import read_forgotten, read_metadata, removed_rows, tombstone
 from dmin.store.catalog import Catalog
 from dmin.store.encoding import decode, word_sums
-from dmin.store.manifest import Layout, require_count
+from dmin.store.manifest import Layout, Manifest, require_count
 from dmin.store.rows import MappedRows, Metadata, last_complete, parsed, parsed_ids, places
 from dmin.store.segments import Segment, read_manifest, segment_names
 
@@ -52,25 +52,29 @@ class Store:
         self, path: str | os.PathLike[str], verify: bool = True, growing: bool = False
     ) -> None:
         """Read the manifest and find out where every row is."""
-        self.path = Path(path)
+        self.path: Path = Path(path)
         # Listed before the manifest is read: that tells of the revision of each of them.
         names = segment_names(self.path) if self.path.is_dir() else []
-        self.planned = read_manifest(self.path)
+        self.planned: Manifest = read_manifest(self.path)
         self._catalog = catalog = Catalog.of(self.path, self.planned, verify, names=names)
         blocks = np.concatenate([np.empty(0, np.int64), *catalog.blocks])
-        self.manifest = self.planned if growing else last_complete(self.planned, blocks)
+        complete = self.planned if growing else last_complete(self.planned, blocks)
+        self.manifest: Manifest = complete
         place, self._held = places(self.planned, blocks, self.manifest.num_examples)
-        self.duplicate_blocks = len(blocks) - len(np.unique(blocks))
-        self.missing_blocks = np.setdiff1d(np.arange(self.manifest.num_blocks), blocks).tolist()
-        self.removals, removed = removed_rows(self.path, self.manifest)
-        self.forgotten = read_forgotten(self.path)
+        self.duplicate_blocks: int = len(blocks) - len(np.unique(blocks))
+        missing = np.setdiff1d(np.arange(self.manifest.num_blocks), blocks)
+        self.missing_blocks: list[int] = missing.tolist()
+        removals, removed = removed_rows(self.path, self.manifest)
+        self.removals: list[str] = removals
+        self.forgotten: frozenset[str] = read_forgotten(self.path)
         place[removed := removed[removed < len(place)]] = -1
-        self.removed = len(removed)
-        self.positions = np.flatnonzero(place >= 0)  # of the rows, in the dataset
+        self.removed: int = len(removed)
+        self.positions: np.ndarray = np.flatnonzero(place >= 0)  # of the rows, in the dataset
         self._place = place[self.positions]  # of the rows, in the catalog
         segment = np.repeat(np.arange(len(catalog.names)), catalog["rows"])[self._place]
         offset = self._place - (np.cumsum(catalog["rows"]) - catalog["rows"])[segment]
-        self.mapped = MappedRows([e.path for e in self.segments], self.layout, segment, offset)
+        files = [each.path for each in self.segments]
+        self.mapped: MappedRows = MappedRows(files, self.layout, segment, offset)
         self._small: dict[str, np.ndarray] = {}
 
     @property

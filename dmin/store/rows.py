@@ -27,7 +27,10 @@ class MappedRows:
     def __init__(
         self, files: list[Path], layout: Layout, segment: np.ndarray, offset: np.ndarray
     ) -> None:
-        self.files, self.layout, self.segment, self.offset = files, layout, segment, offset
+        self.files = files
+        self.layout = layout
+        self.segment = segment
+        self.offset = offset
         apart = (np.diff(segment) != 0) | (np.diff(offset) != 1)
         self._cuts = np.flatnonzero(apart) + 1  # rows that do not lie right behind the one before
         self._maps: dict[tuple[int, str], Mapped] = {}

@@ -6,7 +6,6 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -81,8 +80,9 @@ class StoreWriter:
         verify: bool = True,
     ) -> None:
         """Make or check the manifest, and look which blocks are there."""
-        self.path = Path(path)
-        self.segment_bytes, self.seal_seconds = segment_bytes, seal_seconds
+        self.path: Path = Path(path)
+        self.segment_bytes = segment_bytes
+        self.seal_seconds = seal_seconds
         self.verify = verify
         self._collected: dict[int, Content] = {}
         self._bytes, self._first_append = 0, 0.0
@@ -95,7 +95,7 @@ class StoreWriter:
         except OSError as error:
             raise os_failure("make a store in", self.path, error) from error
         # The store's own from here on: equal values may be written differently, as 1 and 1.0.
-        self.manifest = read_manifest(self.path)
+        self.manifest: Manifest = read_manifest(self.path)
         _require_same(self.path, manifest, self.manifest)
         self._remove_stale()
         moved = is_moved(self.path, self.manifest)
@@ -109,12 +109,7 @@ class StoreWriter:
         """Return the writer."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Seal the blocks appended: they are right, whatever went wrong after them."""
         try:
             self.close()

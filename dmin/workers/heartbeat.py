@@ -53,10 +53,10 @@ class Heartbeat:
     def __init__(self, store: Path, share: Shard, every: float = EVERY, kept: bool = True) -> None:
         self.store = store
         self.share = share
-        self.gained = False
+        self.gained: bool = False
         self.kept = kept
         pid, run = os.getpid(), secrets.token_hex(8)
-        self.file = store / FOLDER / f"{share.name}.{run}.json"
+        self.file: Path = store / FOLDER / f"{share.name}.{run}.json"
         self._said = WorkerStatus(
             share=share,
             run=run,

@@ -172,7 +172,9 @@ class LivenessMonitor:
     """
 
     def __init__(self, store: Path, run: str, shares: Collection[Shard]) -> None:
-        self.store, self.run, self.shares = store, run, set(shares)
+        self.store = store
+        self.run = run
+        self.shares: set[Shard] = set(shares)
         now = time.monotonic()
         self._beats = {share: (-1, now) for share in self.shares}
         self._work = {share: ((-1, ""), now) for share in self.shares}

@@ -6,8 +6,7 @@ import torch
 from made_stores import drawn, made, real_scores
 
 from dmin.attribution.inner_product import InnerProduct
-from dmin.attribution.search import contenders as contenders_module
-from dmin.attribution.search import scan as scan_module
+from dmin.attribution.search import contenders as contenders_module, scan as scan_module
 from dmin.attribution.search.certified import Certified
 from dmin.attribution.search.certified_bound import ProjectionIndex
 from dmin.attribution.search.contenders import ErrorBound, best_of_all

@@ -7,8 +7,14 @@ import pytest
 import torch
 from made_stores import cosines, drawn, made
 
-from dmin.attribution import DMin, FeatureSet, GradDot, retrieve, score_matrix
-from dmin.attribution import scores as scores_module
+from dmin.attribution import (
+    DMin,
+    FeatureSet,
+    GradDot,
+    retrieve,
+    score_matrix,
+    scores as scores_module,
+)
 from dmin.attribution.search import scan as search_scan
 from dmin.attribution.search.certified import Certified
 from dmin.attribution.search.scan import multiply, scan

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from dmin.cli import help as pages
-from dmin.cli import main
+from dmin.cli import help as pages, main
 from dmin.cli.config import groups as choices
 from dmin.cli.config.groups import config_directory, did_you_mean, groups
 from dmin.cli.config.validate import validate

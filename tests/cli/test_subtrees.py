@@ -6,8 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dmin.cli import help as pages
-from dmin.cli import main
+from dmin.cli import help as pages, main
 from dmin.cli.commands import step_of
 from dmin.cli.config.groups import config_directory, groups
 from dmin.cli.config.subtrees import READS, needed, prune, reads, require_read

@@ -7,8 +7,7 @@ import torch
 from latent_model import Latent
 from toy_ddpm import TINY_UNET
 
-from dmin.collect import GradientCollector, peak_memory, predict_trainer
-from dmin.collect import microbatch as memory
+from dmin.collect import GradientCollector, microbatch as memory, peak_memory, predict_trainer
 from dmin.collect.microbatch import agree_on_microbatch, find_microbatch, note_of
 from dmin.diffusion.timesteps import Stratified
 from dmin.models.families.ddpm import DDPM

@@ -10,8 +10,7 @@ import torch
 from golden.settings import dmin
 from latent_model import Latent
 
-from dmin.collect import GradientCollector, predict_trainer
-from dmin.collect import prediction as module
+from dmin.collect import GradientCollector, predict_trainer, prediction as module
 from dmin.collect.prediction import Forecast, require_space, row_bytes
 from dmin.diffusion.timesteps import Stratified
 from dmin.runtime.errors import DminError

@@ -11,8 +11,7 @@ import pytest
 import torch
 from examples_on_disk import encoded, write_folder
 
-from dmin.data import image_folder
-from dmin.data import survey as survey_module
+from dmin.data import image_folder, survey as survey_module
 from dmin.data.image_folder import ImageFolder, save_images
 from dmin.runtime.errors import DminError
 

@@ -7,8 +7,7 @@ from oracle import check
 from torch import nn
 
 pytest.importorskip("hypothesis")
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 
 class Tokens(nn.Module):

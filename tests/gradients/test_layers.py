@@ -3,8 +3,7 @@
 import pytest
 import torch
 from fuzz import longer
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from oracle import captured, check, error, one_at_a_time, square
 from torch import nn
 

@@ -12,8 +12,7 @@ from dmin.gradients.ownership import Ownership
 from dmin.gradients.parameters import choose_parameters
 
 pytest.importorskip("hypothesis")
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 WIDTH, TOKENS = 4, 4
 

@@ -6,8 +6,7 @@ import diffusers
 import pytest
 from hydra import compose, initialize_config_dir
 from models import documented
-from models.families import EVERY as TESTED
-from models.families import checkpoint
+from models.families import EVERY as TESTED, checkpoint
 from omegaconf import open_dict
 from runs.tiny import header_only, pipeline_index
 

@@ -7,8 +7,7 @@ import shutil
 import diffusers
 import pytest
 import torch
-from models.families import FAMILIES as TESTED
-from models.families import checkpoint, load
+from models.families import FAMILIES as TESTED, checkpoint, load
 from models.tiny import pixart, stable_diffusion_xl, t5, t5_tokenizer, unet
 from toy_ddpm import TINY_UNET
 

@@ -10,8 +10,7 @@ from fuzz import FUZZ
 
 from dmin.runtime.errors import DminError, DminWarning
 from dmin.runtime.kept import keep, kept
-from dmin.store import Store, StoreWriter
-from dmin.store import catalog as catalog_module
+from dmin.store import Store, StoreWriter, catalog as catalog_module
 from dmin.store.catalog import NAME
 from dmin.store.encoding import word_sums
 

@@ -12,8 +12,7 @@ from fuzz import FUZZ
 
 from dmin.runtime import files as files_module
 from dmin.runtime.errors import DminError
-from dmin.store import Store, StoreWriter
-from dmin.store import writer as writer_module
+from dmin.store import Store, StoreWriter, writer as writer_module
 
 KILLS = 40 * FUZZ
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from dmin.runtime.errors import DminError
-from dmin.store import Manifest, Store, StoreWriter
-from dmin.store import segments as segments_module
+from dmin.store import Manifest, Store, StoreWriter, segments as segments_module
 
 
 @pytest.mark.parametrize(

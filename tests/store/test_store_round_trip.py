@@ -13,10 +13,15 @@ import numpy as np
 import pytest
 
 from dmin.runtime.errors import DminError
-from dmin.store import Rows, Store, StoreWriter, check_comparable
-from dmin.store import mapped as mapped_module
-from dmin.store import rows as rows_module
-from dmin.store import writer as writer_module
+from dmin.store import (
+    Rows,
+    Store,
+    StoreWriter,
+    check_comparable,
+    mapped as mapped_module,
+    rows as rows_module,
+    writer as writer_module,
+)
 from dmin.store.catalog import NAME as CATALOG
 
 

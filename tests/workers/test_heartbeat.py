@@ -9,8 +9,7 @@ import threading
 import pytest
 
 from dmin.runtime.errors import DminError
-from dmin.workers import heartbeat as progress
-from dmin.workers import liveness as reports_module
+from dmin.workers import heartbeat as progress, liveness as reports_module
 from dmin.workers.heartbeat import Heartbeat
 from dmin.workers.liveness import LivenessMonitor, reports
 from dmin.workers.lock import claim

@@ -14,8 +14,7 @@ import pytest
 
 from dmin.runtime.errors import DminError
 from dmin.runtime.signals import Stopped, StopSignals
-from dmin.workers import heartbeat, liveness
-from dmin.workers import lock as lock_module
+from dmin.workers import heartbeat, liveness, lock as lock_module
 from dmin.workers.heartbeat import Heartbeat
 from dmin.workers.lock import claim, hold
 from dmin.workers.shard import Shard

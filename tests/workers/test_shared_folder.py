@@ -9,8 +9,7 @@ from attribution.made_stores import drawn, made
 
 from dmin.cli import main
 from dmin.runtime.errors import DminWarning
-from dmin.workers import liveness
-from dmin.workers import lock as lock_module
+from dmin.workers import liveness, lock as lock_module
 from dmin.workers.heartbeat import Heartbeat
 from dmin.workers.liveness import FOLDER, LivenessMonitor, machine_here, reports
 from dmin.workers.lock import claim, hold

@@ -15,7 +15,7 @@ from dmin.attribution.features import ExampleBlock, FeatureSet
 from dmin.attribution.method import Method
 from dmin.runtime.errors import DminError
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 class DampedCurvatureMethod(Method):
@@ -46,8 +46,12 @@ class DampedCurvatureMethod(Method):
         passes: int = 2,
         effective: float | None = None,
     ) -> None:
+        self.alpha: float | None
+        self.effective: float | None
         self.alpha, self.effective = checked_damping(alpha, effective)
-        self.rank, self.memory, self.passes = rank, memory, passes
+        self.rank = rank
+        self.memory = memory
+        self.passes = passes
         self._curvature: Curvature | None = None
         self.known: dict[tuple[str, ...], Tensor] | None = None
 

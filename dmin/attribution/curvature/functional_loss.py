@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map
 from dmin.attribution.features import FeatureSet, FeatureSource
 from dmin.data.base import Example, collate
 from dmin.diffusion.inputs import NoisedBatch, NoisedExamples
-from dmin.models.base import Condition, Prediction, per_example_loss
+from dmin.diffusion.noise import Noise
+from dmin.models.base import Condition, DiffusionModel, Prediction, per_example_loss
 from dmin.models.masked import encode, predict
 from dmin.runtime.errors import DminError
 
@@ -45,8 +46,10 @@ class FunctionalLoss:
         timesteps: Sequence[float] | None = None,
         known: FeatureSet | None = None,
     ) -> None:
-        self.origin, self.known = origin, known
-        self.model, self.noise = origin.model, origin.noise
+        self.origin = origin
+        self.known = known
+        self.model: DiffusionModel = origin.model
+        self.noise: Noise = origin.noise
         chosen = tuple(origin.timesteps if timesteps is None else timesteps)
         wrong = [t for t in chosen if t not in origin.timesteps]
         if wrong or not chosen:
@@ -55,11 +58,11 @@ class FunctionalLoss:
                 f"{', '.join(f'{t:g}' for t in origin.timesteps)}."
             )
         self.timesteps = chosen
-        self.points = self.noise.draws * len(chosen)
+        self.points: int = self.noise.draws * len(chosen)
         named = dict(origin.model.network.named_parameters())
         self.weights: Weights = {e.name: named[e.name].detach() for e in origin.attributed.entries}
-        self.count = sum(value.numel() for value in self.weights.values())
-        self.forward = True  # whether the model has derivatives in forward mode
+        self.count: int = sum(value.numel() for value in self.weights.values())
+        self.forward: bool = True  # whether the model has derivatives in forward mode
         self._prediction = _Call(origin.model)
 
     def pairs(self, examples: Sequence[Example]) -> NoisedBatch:

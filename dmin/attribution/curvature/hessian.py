@@ -58,8 +58,9 @@ class LossCurvature:
                 f"curvature={kind!r} of {len(examples)} examples, batch_size={batch_size}: give "
                 f"ggn or hessian, and at least one of each."
             )
-        self.loss, self.kind = loss, kind
-        self.pairs = list(loss.pairs(examples).split(batch_size))
+        self.loss = loss
+        self.kind = kind
+        self.pairs: list[NoisedBatch] = list(loss.pairs(examples).split(batch_size))
 
     def product(self, vector: Tensor, pairs: Sequence[NoisedBatch] | None = None) -> Tensor:
         """Return ``H v``, ``[P]``.

@@ -69,7 +69,9 @@ class KroneckerCurvature:
     def __init__(
         self, loss: FunctionalLoss, parameters: Parameters, diagonal: bool = False
     ) -> None:
-        self.loss, self.parameters, self.all_diagonal = loss, parameters, diagonal
+        self.loss = loss
+        self.parameters = parameters
+        self.all_diagonal = diagonal
         self.blocks: dict[str, Block] = {}
 
     @property

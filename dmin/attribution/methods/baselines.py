@@ -19,7 +19,7 @@ class Random(Method):
     """
 
     name = "random"
-    requires = Requires(readouts=())
+    requires: Requires = Requires(readouts=())
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -48,7 +48,7 @@ class TrainingLoss(Method):
     """
 
     name = "training_loss"
-    requires = Requires(readouts=())
+    requires: Requires = Requires(readouts=())
 
     def fit(self, train: FeatureSet) -> None:
         """Read the losses of all examples."""

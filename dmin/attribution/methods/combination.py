@@ -129,8 +129,10 @@ class Blend(Combination):
                 "method.first and method.second average over different checkpoints. Give both the "
                 "same, in the same order."
             )
-        self.methods, self.shares, self.sample = [first, second], [1.0, share], sample
-        self.requires = Requires(
+        self.methods: list[Method] = [first, second]
+        self.shares: list[float] = [1.0, share]
+        self.sample = sample
+        self.requires: Requires = Requires(
             readouts=tuple(dict.fromkeys(name for n in needs for name in n.readouts)),
             images=any(n.images for n in needs),
             checkpoints=next(iter(checkpoints), ()),

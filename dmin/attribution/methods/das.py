@@ -33,7 +33,7 @@ class DAS(DampedCurvatureMethod):
     """
 
     name = "das"
-    requires = Requires(readouts=("mean_output",))
+    requires: Requires = Requires(readouts=("mean_output",))
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ class DMin(InnerProductMethod):
             normalization", ``dmin_unnormalised`` by its name here.
     """
 
-    name = "dmin"
+    name: str = "dmin"
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class DMin(InnerProductMethod):
         renormalise: bool = True,
         lengths: bool = False,
     ) -> None:
-        self.weights = weights_of(weights)
+        self.weights: Tensor | None = weights_of(weights)
         self.scale: Scale = "norm" if lengths else "unit" if renormalise else "none"
         if lengths:
             self.name = "dmin_unnormalised"

@@ -50,16 +50,19 @@ class KroneckerMethod(Method):
                 f"method.damping={damping}, method.samples={samples}, method.examples={examples}: "
                 f"give a positive share of the mean eigenvalue, and at least one of each."
             )
-        self.damping, self.samples, self.examples = damping, samples, examples
-        self.batch_size, self.seed = batch_size, seed
+        self.damping = damping
+        self.samples = samples
+        self.examples = examples
+        self.batch_size = batch_size
+        self.seed = seed
 
     def fit(self, train: FeatureSet) -> None:
         """Find the layers' eigenvectors and eigenvalues."""
         assert train.origin is not None  # check_pair asks
-        self.loss = FunctionalLoss(train.origin, known=train)
+        self.loss: FunctionalLoss = FunctionalLoss(train.origin, known=train)
         ids = train.store.ids
         chosen = [train.example(ids[row]) for row in evenly(len(train), self.examples)]
-        self.curvature = KroneckerCurvature(
+        self.curvature: KroneckerCurvature = KroneckerCurvature(
             self.loss, train.origin.attributed, self.fisher == "diagonal"
         )
         pairs = self.loss.pairs(chosen)
@@ -91,7 +94,7 @@ class EKFAC(KroneckerMethod, InnerProductMethod):
     """
 
     name = "ekfac"
-    requires = Requires(model=True)
+    requires: Requires = Requires(model=True)
 
     def fit(self, train: FeatureSet) -> None:
         """Find the layers' eigenvectors and eigenvalues."""
@@ -128,7 +131,7 @@ class Unlearning(KroneckerMethod):
     """
 
     name = "unlearning"
-    requires = Requires(readouts=(), model=True)
+    requires: Requires = Requires(readouts=(), model=True)
 
     def __init__(
         self,

@@ -40,7 +40,9 @@ class EncoderCosine(CosineMethod):
     def __init__(self, path: str, batch_size: int = 64, device: str = "cpu") -> None:
         if batch_size < 1:
             raise DminError(f"method.batch_size={batch_size}: give at least one image.")
-        self.path, self.batch_size, self.device = Path(path), batch_size, device
+        self.path: Path = Path(path)
+        self.batch_size = batch_size
+        self.device = device
 
     def fit(self, train: FeatureSet) -> None:
         """Load the encoder.
@@ -71,13 +73,13 @@ class EncoderCosine(CosineMethod):
                 f"method.path={self.path}: {type(model).__name__} does not take images of a known "
                 f"size. Give an image encoder, such as CLIP or DINO."
             )
-        self.model = model.eval().to(self.device)
+        self.model: Any = model.eval().to(self.device)
         self.size = tuple(size) if isinstance(size, list | tuple) else (size, size)
         file = self.path / "preprocessor_config.json"
         known = json.loads(file.read_text()) if file.is_file() else {}
         self.size = _size(known) or self.size
-        self.mean = torch.tensor(known.get("image_mean", MEAN)).view(-1, 1, 1)
-        self.std = torch.tensor(known.get("image_std", STD)).view(-1, 1, 1)
+        self.mean: Tensor = torch.tensor(known.get("image_mean", MEAN)).view(-1, 1, 1)
+        self.std: Tensor = torch.tensor(known.get("image_std", STD)).view(-1, 1, 1)
 
     @torch.no_grad()
     def transform_query(self, queries: ExampleBlock) -> Tensor:

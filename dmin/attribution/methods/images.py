@@ -19,7 +19,7 @@ class PixelL2(Method):
     """Minus the squared distance of the pixels, ``−‖x_q − x_i‖²``."""
 
     name = "pixel_l2"
-    requires = Requires(readouts=(), images=True)
+    requires: Requires = Requires(readouts=(), images=True)
 
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return the pixels of the queries, ``[Q, C·H·W]``."""
@@ -38,7 +38,7 @@ class PixelCosine(CosineMethod):
     """Cosine of the pixels, ``cos(x_q, x_i)``."""
 
     name = "pixel_cosine"
-    requires = Requires(readouts=(), images=True)
+    requires: Requires = Requires(readouts=(), images=True)
 
     def transform_query(self, queries: ExampleBlock) -> Tensor:
         """Return unit pixels of the queries, ``[Q, C·H·W]``."""
@@ -59,7 +59,7 @@ class GaussianKernel(Method):
     """
 
     name = "gaussian_kernel"
-    requires = Requires(readouts=(), images=True)
+    requires: Requires = Requires(readouts=(), images=True)
 
     def __init__(self, bandwidth: float = 0.3) -> None:
         if not bandwidth > 0:
@@ -101,7 +101,7 @@ class SSIM(Method):
     """
 
     name = "ssim"
-    requires = Requires(readouts=(), images=True)
+    requires: Requires = Requires(readouts=(), images=True)
 
     def __init__(self, sigma: float = 1.5) -> None:
         if not sigma > 0:

@@ -62,13 +62,15 @@ class InverseCurvature(InnerProductMethod):
         """Encode the training examples and find the largest eigenvalue."""
         assert train.origin is not None  # check_pair asks
         self.sketch = train.origin.sketch
-        self.loss = FunctionalLoss(train.origin, known=train)
+        self.loss: FunctionalLoss = FunctionalLoss(train.origin, known=train)
         ids = train.store.ids
         chosen = [train.example(ids[row]) for row in evenly(len(train), self.examples)]
-        self.operator = LossCurvature(self.loss, chosen, self.curvature, self.batch_size)
-        self.largest = float(self.operator.eigenpairs(1, 1e-3).values.abs()[0])
+        self.operator: LossCurvature = LossCurvature(
+            self.loss, chosen, self.curvature, self.batch_size
+        )
+        self.largest: float = float(self.operator.eigenpairs(1, 1e-3).values.abs()[0])
         # Without any curvature there is nothing to invert: any λ will do.
-        self.shift = self.damping * self.largest or 1.0
+        self.shift: float = self.damping * self.largest or 1.0
 
     def notes(self) -> dict[str, str]:
         """Return the largest eigenvalue and the damping."""
@@ -186,7 +188,7 @@ class LiSSA(InverseCurvature):
         """Find the largest eigenvalue of all, and of any batch."""
         super().fit(train)
         each = [self.operator.eigenpairs(1, 1e-2, pairs=[b]) for b in self.operator.pairs]
-        self.scale = 1.01 * max(float(e.values.abs()[0]) for e in each) + self.shift
+        self.scale: float = 1.01 * max(float(e.values.abs()[0]) for e in each) + self.shift
 
     def solve(self, gradients: Tensor) -> Tensor:
         """Run the series for one row after the other."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dmin.attribution.features import ExampleBlock, FeatureSet
-from dmin.attribution.method import Method
+from dmin.attribution.method import Method, Requires
 from dmin.attribution.methods.combination import Combination
 from dmin.attribution.methods.trak import TRAK
 from dmin.runtime.errors import DminError
@@ -37,7 +37,7 @@ class OverCheckpoints(Combination):
         DminError: another number of weights than of models.
     """
 
-    name = "over_checkpoints"
+    name: str = "over_checkpoints"
 
     def __init__(
         self,
@@ -52,9 +52,12 @@ class OverCheckpoints(Combination):
                 f"method.weights has {len(weights)} numbers for {1 + len(names)} models; give one "
                 f"for the model asked about and one for each of method.checkpoints."
             )
-        self.method, self.name = method, name or self.name
-        self.requires = replace(method.requires, checkpoints=names)
-        self.shares = torch.tensor(list(weights or [1.0] * (1 + len(names))), dtype=torch.float64)
+        self.method = method
+        self.name = name or self.name
+        self.requires: Requires = replace(method.requires, checkpoints=names)
+        self.shares: Tensor = torch.tensor(
+            list(weights or [1.0] * (1 + len(names))), dtype=torch.float64
+        )
 
     @property
     def titles(self) -> list[str]:

@@ -51,7 +51,7 @@ class PopularityCorrected(Method):
     def __init__(self, method: Method, references: int = 256) -> None:
         self.method = method
         self.references = references
-        self.name = f"{method.name}, popularity corrected"
+        self.name: str = f"{method.name}, popularity corrected"
         self.requires = method.requires
 
     def check(self) -> None:

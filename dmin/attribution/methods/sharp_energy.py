@@ -60,7 +60,7 @@ class SharpEnergy(SpectralFamily):
         DminError: a value is out of range.
     """
 
-    name = "sharp_energy"
+    name: str = "sharp_energy"
 
     def __init__(
         self,
@@ -81,7 +81,9 @@ class SharpEnergy(SpectralFamily):
                 f"method.lengths={lengths}, method.sharpness={sharpness}: give a finite weight of "
                 f"the lengths (0 leaves them out), and a positive power of the score."
             )
-        self.lengths, self.sharpness, self.name = lengths, sharpness, name or self.name
+        self.lengths = lengths
+        self.sharpness = sharpness
+        self.name = name or self.name
 
     def fit(self, train: FeatureSet) -> None:
         """Fit the curvature of each timestep, and find how long gradients are."""

@@ -48,7 +48,8 @@ class SpectralFamily(DampedCurvatureMethod):
         effective: float | None = None,
     ) -> None:
         super().__init__(alpha, rank, memory, passes, effective)
-        self.p, self.weights = _checked_power(p), weights_of(weights)
+        self.p: float = _checked_power(p)
+        self.weights: Tensor | None = weights_of(weights)
 
     def at(self, alpha: float, p: float) -> Self:
         """Return the member of the family at another point, with the curvature as fitted."""

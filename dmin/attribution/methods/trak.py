@@ -45,7 +45,7 @@ class TRAK(DampedCurvatureMethod):
         DminError: as :class:`DampedCurvatureMethod`, or another divisor.
     """
 
-    name = "trak"
+    name: str = "trak"
 
     def __init__(
         self,
@@ -61,8 +61,10 @@ class TRAK(DampedCurvatureMethod):
         super().__init__(alpha, rank, memory, passes, effective)
         if divisor not in (None, "change", "length"):
             raise DminError(f"method.divisor={divisor!r}: give change, length or null.")
-        self.readout, self.divisor, self.name = readout, divisor, name or self.name
-        self.requires = replace(self.requires, readouts=(readout,))
+        self.readout = readout
+        self.divisor = divisor
+        self.name = name or self.name
+        self.requires: Requires = replace(self.requires, readouts=(readout,))
 
     def fit(self, train: FeatureSet) -> None:
         """Fit the curvature of the summed gradients."""
@@ -110,7 +112,7 @@ class JourneyTRAK(TRAK):
     """
 
     name = "journey_trak"
-    requires = Requires(journey=True)
+    requires: Requires = Requires(journey=True)
 
     def preconditioned(self, queries: ExampleBlock) -> Tensor:
         """Return the mean over the states of preconditioned queries, ``[Q, G·k]``."""

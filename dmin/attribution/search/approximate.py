@@ -61,8 +61,10 @@ class Approximate(Index):
         candidates: int = 20,
         recall_queries: int = 16,
     ) -> None:
-        self.factory, self.parameters = factory, dict(search or {})
-        self.directions, self.candidates = directions, candidates
+        self.factory = factory
+        self.parameters: dict[str, float] = dict(search or {})
+        self.directions = directions
+        self.candidates = candidates
         self.recall_queries = recall_queries
         self._of: dict[str, str] = {}
         self._index: Any = None

@@ -48,7 +48,7 @@ class ErrorBound:
     """
 
     def __init__(self, linear: InnerProduct, store: Store) -> None:
-        self.queries = linear.queries.flatten(1).cpu().double().norm(dim=1).numpy()
+        self.queries: np.ndarray = linear.queries.flatten(1).cpu().double().norm(dim=1).numpy()
         self._linear, self._store = linear, store
         self._width = int(np.prod(store.layout.row_shape))
 
@@ -88,7 +88,10 @@ class Contenders:
     """
 
     def __init__(self, query: Tensor, linear: InnerProduct, store: Store, k: int) -> None:
-        self.query, self.linear, self.store, self.k = query.cpu(), linear, store, k
+        self.query: Tensor = query.cpu()
+        self.linear = linear
+        self.store = store
+        self.k = k
         self.rows = np.empty(0, np.int64)
         self.scores = self._errors = np.empty(0)
         self.threshold, self.tied, self._last = -np.inf, 0, np.nan

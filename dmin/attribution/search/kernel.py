@@ -90,8 +90,8 @@ def _of_one(kind: Any, write: Callable[..., Any]) -> Any:
     return generated
 
 
-widen = _of_one(types.float32, _widened)  # a stored number as float32
-word = _of_one(types.uint32, _words)  # its bits as uint32
+widen: Any = _of_one(types.float32, _widened)  # a stored number as float32
+word: Any = _of_one(types.uint32, _words)  # its bits as uint32
 
 
 def products(queries: int, first: bool) -> Any:
@@ -378,4 +378,4 @@ def _rescored(rows, scale, unit, query, scores):
 
 
 # Its sums may be cut into vectors, in one way for all rows: equal rows have equal scores.
-rescored = compiled(_rescored, fastmath={"reassoc", "contract"})
+rescored: Any = compiled(_rescored, fastmath={"reassoc", "contract"})

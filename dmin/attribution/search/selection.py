@@ -115,9 +115,9 @@ class Groups:
 
     def __init__(self, queries: int, names: list[str], of: np.ndarray) -> None:
         self.names = names
-        self.of = torch.from_numpy(of)
-        self.best = torch.full((queries, len(names)), -torch.inf)
-        self.rows = torch.full((queries, len(names)), len(of))
+        self.of: Tensor = torch.from_numpy(of)
+        self.best: Tensor = torch.full((queries, len(names)), -torch.inf)
+        self.rows: Tensor = torch.full((queries, len(names)), len(of))
         self.sums = torch.zeros(queries, len(names), dtype=torch.float64)
         self.counts = torch.zeros(len(names), dtype=torch.int64)
 

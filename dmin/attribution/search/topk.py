@@ -21,9 +21,9 @@ class TopK:
 
     def __init__(self, queries: int, k: int) -> None:
         self.k = k
-        self.scores = torch.empty(queries, 0)
-        self.rows = torch.empty(queries, 0, dtype=torch.int64)
-        self.tied = torch.zeros(queries, dtype=torch.int64)
+        self.scores: Tensor = torch.empty(queries, 0)
+        self.rows: Tensor = torch.empty(queries, 0, dtype=torch.int64)
+        self.tied: Tensor = torch.zeros(queries, dtype=torch.int64)
 
     def update(self, scores: Tensor, first: int) -> None:
         """Take the scores ``[queries, n]`` of the rows from ``first``; rows come in order."""

@@ -82,8 +82,7 @@ class _Asked:
 
     def ranking(self, method: Method) -> Ranking | None:
         """Return the answer by one method, with all that its scores mean."""
-        from dmin.attribution import Approximate, retrieve_part
-        from dmin.attribution import retrieve as search
+        from dmin.attribution import Approximate, retrieve as search, retrieve_part
         from dmin.attribution.confidence import with_confidence
         from dmin.attribution.copies import namesakes, with_copies
 

@@ -74,8 +74,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str]) -> str:
     from dmin.cli.config.store_settings import follow
-    from dmin.store import Store
-    from dmin.store import maintenance as operations
+    from dmin.store import Store, maintenance as operations
     from dmin.store.export import export
     from dmin.store.revisions import append
 

@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from dmin.cli.config.groups import groups
 from dmin.cli.jobs.processes import is_main, make_trainer
@@ -72,13 +73,13 @@ class Built:
     def __init__(self, cfg: DictConfig, command: str) -> None:
         self.cfg = cfg
         self.command = command
-        self.is_main = is_main(cfg.trainer)
+        self.is_main: bool = is_main(cfg.trainer)
         quiet = bool(cfg.extras.get("quiet"))  # records of before have none
-        self.console = console(quiet=not self.is_main)  # of results
-        self.notes = console(quiet=quiet or not self.is_main)  # on what is being done
+        self.console: Console = console(quiet=not self.is_main)  # of results
+        self.notes: Console = console(quiet=quiet or not self.is_main)  # on what is being done
         self.logger: Any = None  # that the command was given
-        self.run_folder = Path(HydraConfig.get().runtime.output_dir)
-        self.outputs = Path(cfg.paths.outputs)
+        self.run_folder: Path = Path(HydraConfig.get().runtime.output_dir)
+        self.outputs: Path = Path(cfg.paths.outputs)
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # Lightning's own affair

@@ -19,7 +19,7 @@ from dmin.evaluation.retraining.film_training import can_train, train_films
 from dmin.evaluation.retraining.kept_models import Outcomes, Weights, model_key
 from dmin.evaluation.retraining.recipe import Recipe
 from dmin.evaluation.retraining.stacked_models import Stacked, StackedLoss, encoded, for_vmap
-from dmin.models.base import DiffusionModel
+from dmin.models.base import Condition, DiffusionModel
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
 from dmin.train import learn_labels
@@ -57,17 +57,19 @@ class Ensemble:
         device: str | torch.device = "cpu",
     ) -> None:
         self.model = model
-        self.recipe = recipe or Recipe()
+        self.recipe: Recipe = recipe or Recipe()
         self.chunk = chunk
-        self.device = torch.device(device)
-        self.template = for_vmap(model().requires_grad_(False).to(self.device))
+        self.device: torch.device = torch.device(device)
+        self.template: DiffusionModel = for_vmap(model().requires_grad_(False).to(self.device))
         learn_labels(self.template, dataset)
-        self.loss = StackedLoss(self.template)
-        self.examples = encoded(self.template, dataset, self.device)
-        self.dataset = describe_dataset(dataset)
+        self.loss: StackedLoss = StackedLoss(self.template)
+        self.examples: tuple[Tensor, Condition] = encoded(self.template, dataset, self.device)
+        self.dataset: dict[str, Any] = describe_dataset(dataset)
         self._kept: dict[str, Outcomes] = {}
-        self.cache = None if cache is None else Path(cache) / f"ensemble-{self._fingerprint()}"
-        self.weights = Weights(self.cache)
+        self.cache: Path | None = (
+            None if cache is None else Path(cache) / f"ensemble-{self._fingerprint()}"
+        )
+        self.weights: Weights = Weights(self.cache)
 
     def train(
         self,

@@ -36,7 +36,9 @@ class LDS(GroundTruth):
                 f"LDS: subsets={subsets}, seeds={seeds}, share={share:g}: three or more subsets, "
                 f"two or more seeds (for the ceiling) and a share between 0 and 1 are needed."
             )
-        self.subsets, self.seeds, self.share = subsets, seeds, share
+        self.subsets = subsets
+        self.seeds = seeds
+        self.share = share
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train a model on every subset and seed."""
@@ -124,8 +126,10 @@ class Resamples:
 
     def __init__(self, subsets: int, queries: int, count: int = 1000, seed: int = 0) -> None:
         generator = np.random.default_rng(seed)
-        self.weights = generator.multinomial(subsets, np.full(subsets, 1 / subsets), size=count)
-        self.queries = generator.integers(queries, size=(count, queries))
+        self.weights: np.ndarray = generator.multinomial(
+            subsets, np.full(subsets, 1 / subsets), size=count
+        )
+        self.queries: np.ndarray = generator.integers(queries, size=(count, queries))
 
     def means(self, scores: Array, members: Array, losses: Array) -> Array:
         """Return the mean LDS in each resample, ``[R]``; arguments as for :func:`lds`."""

@@ -30,7 +30,8 @@ class LeaveOut(GroundTruth):
     def __init__(self, column: str = "label", seeds: int = 2) -> None:
         if seeds < 2:
             raise DminError(f"LeaveOut: seeds={seeds}; the ceiling needs two or more.")
-        self.column, self.seeds = column, seeds
+        self.column = column
+        self.seeds = seeds
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train a model without each value, and seed.

@@ -23,7 +23,7 @@ class Relevance(GroundTruth):
     """
 
     def __init__(self, metrics: Sequence[str] = ("precision@10", "mAP")) -> None:
-        self.metrics = tuple(metrics)
+        self.metrics: tuple[str, ...] = tuple(metrics)
 
     @abstractmethod
     def relevant(self, queries: Store, train: Store) -> Array:
@@ -56,7 +56,9 @@ class SameColumn(Relevance):
         value: str | None = None,
     ) -> None:
         super().__init__(metrics)
-        self.column, self.each, self.value = column, each, value
+        self.column = column
+        self.each = each
+        self.value = value
 
     def measure(self, scores: Array) -> Measures:
         """Return each metric of all queries, then of those of each value."""

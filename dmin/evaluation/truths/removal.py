@@ -46,7 +46,10 @@ class Removal(_WithoutRows):
     """
 
     def __init__(self, k: int = 50, queries: int = 8, seeds: int = 1, random: int = 12) -> None:
-        self.k, self.queries, self.seeds, self.random = k, queries, seeds, random
+        self.k = k
+        self.queries = queries
+        self.seeds: int = seeds
+        self.random = random
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train without random examples."""
@@ -91,7 +94,10 @@ class UnionRemoval(_WithoutRows):
                 f"UnionRemoval: k={list(k)}, groups={groups}; at least one k and two groups (each "
                 f"is the others' control) are needed."
             )
-        self.k, self.groups, self.seeds, self.random = tuple(k), groups, seeds, random
+        self.k: tuple[int, ...] = tuple(k)
+        self.groups = groups
+        self.seeds: int = seeds
+        self.random = random
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train without random examples."""

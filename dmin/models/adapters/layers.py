@@ -126,7 +126,8 @@ class Magnitude(nn.Module):
         super().__init__()
         self.weight = weight
         self.register_buffer("norm", norm, persistent=False)  # follows from the weights
-        self.place, self.dim = place, dim
+        self.place = place
+        self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(m/n) ∘ x``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class Chroma(Flow):
     """Chroma (Lodestone Rock 2025): the caption's tokens and one of padding take part."""
 
     family = "chroma"
-    claims = Claims(
+    claims: ClassVar[Claims] = Claims(
         "ChromaTransformer2DModel",
         variants("Chroma")[:2],
         packing=4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import (
@@ -51,7 +51,7 @@ class DDPM(TrainedModel):
     """
 
     family = "ddpm"
-    claims = Claims(
+    claims: ClassVar[Claims] = Claims(
         "UNet2DModel",
         ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline"),
         takes={"num_class_embeds": ANY},

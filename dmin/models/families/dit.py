@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class DiT(LearnedVariance):
     """Diffusion Transformer (Peebles & Xie 2023); predicts ε. Its prompts are class labels."""
 
     family = "dit"
-    claims = Claims("DiTTransformer2DModel", ("DiTPipeline",))
+    claims: ClassVar[Claims] = Claims("DiTTransformer2DModel", ("DiTPipeline",))
     externally_called = ("transformer_blocks.0.norm1.emb",)  # for the last layer's conditioning
 
     def _prompts(self, batch: Mapping[str, Any]) -> Sequence[Any]:

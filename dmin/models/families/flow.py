@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from dmin.diffusion.process import Process
 from dmin.diffusion.processes import RectifiedFlow
 from dmin.models.base import Condition
 from dmin.models.conditioning import LongCaptioned
@@ -15,7 +16,7 @@ from dmin.models.conditioning import LongCaptioned
 class Flow(LongCaptioned):
     """A rectified flow that is told captions of a chosen length, of 1024 pixels by default."""
 
-    processes = (RectifiedFlow,)
+    processes: ClassVar[tuple[type[Process], ...]] = (RectifiedFlow,)
     own_length: int = 512
     own_size: ClassVar[int] = 128
 

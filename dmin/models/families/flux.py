@@ -15,7 +15,7 @@ class Flux(GuidanceEmbedded):
     """Flux.1 dev and schnell (Black Forest Labs 2024)."""
 
     family = "flux"
-    claims = Claims(
+    claims: ClassVar[Claims] = Claims(
         "FluxTransformer2DModel",
         variants("Flux")[:2],
         takes={"guidance_embeds": (True,)},

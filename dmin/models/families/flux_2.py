@@ -15,7 +15,7 @@ class Flux2(GuidanceEmbedded):
     """FLUX.2 dev and klein (Black Forest Labs 2025); the network sees the caption's padding."""
 
     family = "flux_2"
-    claims = Claims(
+    claims: ClassVar[Claims] = Claims(
         "Flux2Transformer2DModel",
         ("Flux2Pipeline",),
         ("Flux2KleinPipeline",),

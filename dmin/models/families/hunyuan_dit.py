@@ -23,7 +23,9 @@ class HunyuanDiT(SizeConditioning, LearnedVariance):
     """
 
     family = "hunyuan_dit"
-    claims = Claims("HunyuanDiT2DModel", ("HunyuanDiTPipeline", "HunyuanDiTPAGPipeline"))
+    claims: ClassVar[Claims] = Claims(
+        "HunyuanDiT2DModel", ("HunyuanDiTPipeline", "HunyuanDiTPAGPipeline")
+    )
     components: ClassVar[dict[str, Any]] = {
         "safety_checker": None,
         "requires_safety_checker": False,

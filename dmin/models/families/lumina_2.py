@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from dmin.models.base import Condition
 from dmin.models.families.flow import Flow
@@ -13,7 +13,7 @@ class Lumina2(Flow):
     """Lumina Image 2.0 (Qin et al. 2025); the system's words go before every caption."""
 
     family = "lumina_2"
-    claims = Claims(
+    claims: ClassVar[Claims] = Claims(
         "Lumina2Transformer2DModel",
         ("Lumina2Pipeline",),
         keys=("cap_embedder.0.", "noise_refiner.0."),

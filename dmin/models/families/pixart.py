@@ -20,7 +20,9 @@ class PixArt(LongCaptioned, LearnedVariance):
     """
 
     family = "pixart"
-    claims = Claims("PixArtTransformer2DModel", ("PixArtAlphaPipeline",), ("PixArtSigmaPipeline",))
+    claims: ClassVar[Claims] = Claims(
+        "PixArtTransformer2DModel", ("PixArtAlphaPipeline",), ("PixArtSigmaPipeline",)
+    )
     own_length: int = 120
     encoded = ("encoder_hidden_states", "encoder_attention_mask")
     sampled_with: ClassVar[dict[str, Any]] = {

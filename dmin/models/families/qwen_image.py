@@ -16,7 +16,7 @@ class QwenImage(PaddedCaptioned):
     """Qwen-Image (Wu et al. 2025); ``guidance_scale`` is its pipeline's ``true_cfg_scale``."""
 
     family = "qwen_image"
-    claims = Claims(
+    claims: ClassVar[Claims] = Claims(
         "QwenImageTransformer2DModel",
         variants("QwenImage")[:2],
         packing=4,

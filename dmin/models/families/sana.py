@@ -26,7 +26,7 @@ class Sana(Flow):
     """
 
     family = "sana"
-    claims = Claims("SanaTransformer2DModel", ("SanaPipeline", "SanaPAGPipeline"))
+    claims: ClassVar[Claims] = Claims("SanaTransformer2DModel", ("SanaPipeline", "SanaPAGPipeline"))
     own_length: int = 300
     encoded = ("encoder_hidden_states", "encoder_attention_mask")
     sampled_with: ClassVar[dict[str, Any]] = {"use_resolution_binning": False}

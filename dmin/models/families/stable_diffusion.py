@@ -18,7 +18,7 @@ class StableDiffusion(Captioned):
     """
 
     family = "stable_diffusion"
-    claims = Claims(
+    claims: ClassVar[Claims] = Claims(
         UNET,
         variants("StableDiffusion"),
         takes={"encoder_hid_dim_type": ("text_proj",)},

@@ -21,7 +21,7 @@ class StableDiffusion3(Flow):
     """
 
     family = "stable_diffusion_3"
-    claims = Claims(
+    claims: ClassVar[Claims] = Claims(
         "SD3Transformer2DModel", variants("StableDiffusion3"), keys=("joint_blocks.0.",)
     )
     shifted = True

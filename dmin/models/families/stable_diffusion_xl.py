@@ -23,7 +23,7 @@ class StableDiffusionXL(SizeConditioning):
     """
 
     family = "stable_diffusion_xl"
-    claims = Claims(
+    claims: ClassVar[Claims] = Claims(
         UNET,
         variants("StableDiffusionXL"),
         takes={"addition_embed_type": ("text_time",)},

@@ -15,7 +15,7 @@ class Wan(Flow):
     """Wan 2.1 text to video (Wan team 2025), of images as its training takes them."""
 
     family = "wan"
-    claims = Claims(
+    claims: ClassVar[Claims] = Claims(
         "WanTransformer3DModel",
         ("WanPipeline",),
         keys=("head.modulation", "patch_embedding."),

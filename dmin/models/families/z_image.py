@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class ZImage(PaddedCaptioned):
     """
 
     family = "z_image"
-    claims = Claims(
+    claims: ClassVar[Claims] = Claims(
         "ZImageTransformer2DModel",
         variants("ZImage")[:2],
         keys=("layers.0.adaLN_modulation.0.", "cap_embedder.0.", "x_pad_token"),

@@ -7,8 +7,7 @@ from typing import Protocol, TypeGuard
 
 from torch import Tensor, nn
 
-from dmin.gradients.factors import Correlation, GradientFactors, Outer
-from dmin.gradients.factors import Rows as LookedUp
+from dmin.gradients.factors import Correlation, GradientFactors, Outer, Rows as LookedUp
 from dmin.sketches.maps import Map, TensorSketchMap
 
 

@@ -51,8 +51,9 @@ class Tokens(Layout):
 
     def __init__(self, factors: Outer) -> None:
         self.factors = factors
-        self.fold, self.of_part = kernels().fold_tokens, kernels().form_and_fold
-        self.bytes = 4 * (factors.output_gradient[0].numel() + factors.input[0].numel())
+        self.fold: Any = kernels().fold_tokens
+        self.of_part: Any = kernels().form_and_fold
+        self.bytes: int = 4 * (factors.output_gradient[0].numel() + factors.input[0].numel())
 
     @property
     def settings(self) -> tuple[Any, ...]:
@@ -85,20 +86,21 @@ class Planes(Layout):
 
     def __init__(self, factors: Correlation, transform: bool = True) -> None:
         loops = kernels()
-        self.factors, self.fold = factors, loops.fold_planes
+        self.factors = factors
+        self.fold: Any = loops.fold_planes
         layer = factors.layer
-        self.kernel_size = _plane(layer.kernel_size)
-        self.stride = _plane(layer.stride)
-        self.dilation = _plane(layer.dilation)
-        self.padding = _plane(factors.padding, 0)
-        self.positions = _plane(factors.output_gradient.shape[2:])
+        self.kernel_size: tuple[int, int] = _plane(layer.kernel_size)
+        self.stride: tuple[int, int] = _plane(layer.stride)
+        self.dilation: tuple[int, int] = _plane(layer.dilation)
+        self.padding: tuple[int, int] = _plane(factors.padding, 0)
+        self.positions: tuple[int, int] = _plane(factors.output_gradient.shape[2:])
         size = prod(self.positions)
-        self.tiles = [-(-n // loops.TILE) for n in self.positions]
+        self.tiles: list[int] = [-(-n // loops.TILE) for n in self.positions]
         simple = (self.kernel_size, self.stride, self.dilation) == ((3, 3), (1, 1), (1, 1))
         transformed = loops.PRODUCTS * prod(self.tiles) + loops.TRANSFORM_COST
         self.transforms = transform and simple and transformed < 9 * size
         if self.transforms:
-            self.of_part = loops.form_transformed_and_fold
+            self.of_part: Any = loops.form_transformed_and_fold
             height, width = (loops.TILE * n for n in self.tiles)
             self.d_size, self.a_size = (height, width), (height + 2, width + 2)
         else:
@@ -107,7 +109,7 @@ class Planes(Layout):
             reach = zip(self.positions, self.stride, self.kernel_size, self.dilation, strict=True)
             height, width = ((n - 1) * s + (k - 1) * d + 1 for n, s, k, d in reach)
             self.a_size = height, width
-        self.bytes = 4 * (factors.output_gradient[0].numel() + factors.input[0].numel())
+        self.bytes: int = 4 * (factors.output_gradient[0].numel() + factors.input[0].numel())
 
     @property
     def settings(self) -> tuple[Any, ...]:
