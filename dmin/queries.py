@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,9 +125,9 @@ class Planted:
         for source in (dataset[index] for index in sorted(chosen)):
             metadata = {**source.metadata, "source_id": source.id, "source": f"{self.kind} copy"}
             image = self._change(source.image, generator)
-            copies.append(
-                Example(f"{self.kind}-{source.id}", image, source.label, source.caption, metadata)
-            )
+            name = f"{self.kind}-{source.id}"
+            copy = Example(name, image, source.label, source.caption, metadata)
+            copies.append(replace(copy, condition_image=source.condition_image))
         return Examples(copies)
 
     def _change(self, image: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from models import tiny_flows  # noqa: F401  (adds its builders)
+from models import tiny_flows, tiny_pairs  # noqa: F401  (add their builders)
 from models.tiny import BUILDERS, save
 from omegaconf import OmegaConf
 

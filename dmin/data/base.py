@@ -58,6 +58,8 @@ class Example:
         metadata: anything else that should travel to the results, as JSON.
         sizes: how the image came to its size; None if it is as it was.
         mask: float32 ``[1, H, W]``, how much each place counts in the loss; None for all alike.
+        condition_image: float32 ``[C', H', W']`` in [0, 1], what a model is given with it: an image
+            to change, a mask, a drawing, a map of depths.
     """
 
     id: str
@@ -67,6 +69,7 @@ class Example:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     sizes: Sizes | None = None
     mask: Tensor | None = None
+    condition_image: Tensor | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return what a store keeps of the example beside its gradient."""
@@ -111,6 +114,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         "metadata": [e.describe() for e in examples],
         "sizes": [e.sizes for e in examples],
         **_masks(examples),
+        **_condition_images(examples),
     }
 
 
@@ -122,16 +126,31 @@ def _masks(examples: Sequence[Example]) -> dict[str, Tensor]:
     return {"mask": torch.stack([ones if e.mask is None else e.mask for e in examples])}
 
 
+def _condition_images(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Return the condition images of a batch, which all of its examples have, or none."""
+    found = [e.condition_image for e in examples if e.condition_image is not None]
+    if not found:
+        return {}
+    if len(found) < len(examples) or len({image.shape for image in found}) > 1:
+        shapes = {e.id: tuple(getattr(e.condition_image, "shape", ())) for e in examples}
+        raise DminError(f"condition images are of one shape, and all examples have one: {shapes}.")
+    return {"condition_image": torch.stack(found)}
+
+
 def by_shape(examples: Sequence[Example]) -> list[list[int]]:
     """Return the positions of examples whose images have one shape, shape by shape."""
     groups: dict[Any, list[int]] = {}
     for position, example in enumerate(examples):
-        groups.setdefault(tuple(getattr(example.image, "shape", ())), []).append(position)
+        shown = (example.image, example.condition_image)
+        shapes = tuple(tuple(getattr(image, "shape", ())) for image in shown)
+        groups.setdefault(shapes, []).append(position)
     return list(groups.values())
 
 
 def check_image(example: Example) -> None:
     """Refuse an image that would poison a gradient without a word."""
+    if example.condition_image is not None:
+        check_image(Example(f"condition image of {example.id}", example.condition_image))
     image = example.image
     if not isinstance(image, Tensor) or image.dtype != torch.float32 or image.ndim != 3:
         found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image)
@@ -204,6 +223,8 @@ def _digested(dataset: Dataset, facts: Callable[[Example], list[Any]]) -> dict[s
             text = json.dumps([*facts(example), *sizes], sort_keys=True, default=repr)
             arrays = [each.numpy() for each in (example.image, example.mask) if each is not None]
             content.update(f"{array_digest(*arrays)}{text}".encode())
+            if example.condition_image is not None:
+                content.update(f"+{array_digest(example.condition_image.numpy())}".encode())
             yield example.id
 
     _check_ids(digest())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal  # noqa: F401 (Literal is read from the annotations of Pixels)
 
 from dmin.data.base import SCHEMA, Example, Facts
 from dmin.data.checked import NO_CAPTION, Checked, describe_problems, require_same
+from dmin.data.masks import with_partner
 from dmin.data.metadata import split_row
 from dmin.data.pixels import Unreadable
 from dmin.data.survey import Rows, read_bytes, survey_rows
@@ -34,6 +35,7 @@ class HFDataset(Checked):
         image: column of the images.
         text: column of the caption; None for no captions.
         label: column of the label; None for no labels.
+        condition_image: column of what a model is given with each image; None for nothing.
         id: column of the id. None takes the number of the row, which stays the same as long as
             rows are only ever appended.
         name: configuration of a dataset on the Hub, if it has several.
@@ -53,6 +55,7 @@ class HFDataset(Checked):
     id: str | None = None
     name: str | None = None
     revision: str | None = None
+    condition_image: str | None = None
 
     def __post_init__(self) -> None:
         """Load the table; images stay encoded until one is asked for."""
@@ -74,7 +77,8 @@ class HFDataset(Checked):
         if self.label is not None:
             self.classes = getattr(rows.features[self.label], "names", None)
         self._rows = self._needed(rows)
-        self._known = self._rows.remove_columns(self.image)
+        self._images = [name for name in (self.image, self.condition_image) if name]
+        self._known = self._rows.remove_columns(self._images)
         self._found = self._survey() if self.check else None
         wrong = self._found.problems if self._found else {}
         problems = {self._name(at): reason for at, reason in wrong.items()}
@@ -83,7 +87,10 @@ class HFDataset(Checked):
 
     def _columns(self) -> dict[str, str | None]:
         """Return the name of each column that is asked for."""
-        return {name: getattr(self, name) for name in ("image", "text", "label", "id")}
+        named = {name: getattr(self, name) for name in ("image", "text", "label", "id")}
+        # In fingerprints, so only where it is asked for.
+        given = {"condition_image": self.condition_image} if self.condition_image else {}
+        return {**named, **given}
 
     def _survey(self) -> Rows:
         """Look at all rows."""
@@ -96,9 +103,9 @@ class HFDataset(Checked):
         """Return what gradients are computed from of a row, as text, and what is wrong with it."""
         try:
             row = self._rows[at]
-            content = _content(row[self.image], "")
-            if self.check:
-                self.probe(content, "")
+            content = [_content(row[name], "") for name in self._images]
+            for each in content if self.check else ():
+                self.probe(each, "")
             known = self._facts(row, f"row {at}")
             if self.on_error == "skip" and self.text and known.caption is None:
                 return "", NO_CAPTION
@@ -119,11 +126,13 @@ class HFDataset(Checked):
         row = self._rows[position]
         name = str(row[self.id]) if self.id else _row_id(position)
         where = f"image {name!r} of {self.path}"
-        content, known = _content(row[self.image], where), self._facts(row, where)
+        content = [_content(row[column], where) for column in self._images]
+        known = self._facts(row, where)
         surveyed = self._found.sums[position] if self._found else ""
         require_same(name, _text(name, content, known).encode(), surveyed)
-        image, sizes = self.decode(content, where)
-        return Example(name, image, known.label, known.caption, known.metadata or {}, sizes)
+        (image, sizes), *given = (self.decode(each, where) for each in content)
+        found = Example(name, image, known.label, known.caption, known.metadata or {}, sizes)
+        return with_partner(found, *given)
 
     def facts(self, index: int) -> Facts:
         """Return what is known of a row besides its image, which is not read."""
@@ -132,7 +141,7 @@ class HFDataset(Checked):
 
     def _facts(self, row: dict[str, Any], where: str) -> Facts:
         """Return what a row says of its image."""
-        said = {name: value for name, value in row.items() if name != self.image}
+        said = {name: value for name, value in row.items() if name not in self._images}
         label, caption, rest = split_row(said, self.label, self.text, where)
         rest = {name: value for name, value in (rest or {}).items() if name != self.id}
         if self.classes is not None and isinstance(label, int) and label >= 0:
@@ -210,9 +219,10 @@ class HFDataset(Checked):
         """Return the columns that examples are made of, images undecoded."""
         import datasets
 
-        if isinstance(rows.features[self.image], datasets.Image):
-            # Left to itself, `datasets` would decode: another way than all other datasets here.
-            rows = rows.cast_column(self.image, datasets.Image(decode=False))
+        for name in filter(None, (self.image, self.condition_image)):
+            if isinstance(rows.features[name], datasets.Image):
+                # Left to itself, `datasets` would decode: another way than all other datasets here.
+                rows = rows.cast_column(name, datasets.Image(decode=False))
         named = [name for name in self._columns().values() if name]
         plain = [name for name, feature in rows.features.items() if _is_plain(feature)]
         return rows.select_columns(list(dict.fromkeys([*named, *plain])))
@@ -242,6 +252,7 @@ def _content(cell: Any, where: str) -> bytes:
     )
 
 
-def _text(id: str, content: bytes, known: Facts) -> str:
+def _text(id: str, content: Sequence[bytes], known: Facts) -> str:
     """Return what gradients are computed from of a row."""
-    return json.dumps([id, hashlib.sha256(content).hexdigest(), *known[:2]])
+    image, *given = (hashlib.sha256(each).hexdigest() for each in content)
+    return json.dumps([id, image, *known[:2], *given])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
@@ -17,6 +17,7 @@ from dmin.data.base import Example, Facts
 from dmin.data.checked import Checked, describe_problems, printable, require_same
 from dmin.data.formats import suffixes
 from dmin.data.layout import PLAIN, Folder
+from dmin.data.masks import NO_PARTNER, partners, with_partner
 from dmin.data.survey import Survey, read_bytes, survey
 from dmin.runtime.errors import DminError
 
@@ -40,6 +41,9 @@ class ImageFolder(Checked):
             out, and refuses what may be several.
         label: column of the label, or several: the first that is there; None for no labels.
         text: column of the caption, likewise; None for no captions.
+        condition_image: what a model is given with each image, read as the images are: a folder
+            with files of the same names, a picture for all, or a column of the metadata that names
+            files; None for nothing.
 
     Attributes:
         ids: paths of the images below the folder, in order.
@@ -55,6 +59,7 @@ class ImageFolder(Checked):
     label: str | Sequence[str | None] | None = "label"
     text: str | Sequence[str | None] | None = "text"
     layout: str = "auto"
+    condition_image: str | Path | None = None
 
     def __post_init__(self) -> None:
         """Find the images and what is said of them."""
@@ -66,13 +71,16 @@ class ImageFolder(Checked):
         self.summary: str = ""
         self._files: Folder | None = None
         facts = self._find()
+        self._partners: dict[str, str] = {}
+        if self.condition_image is not None and facts:
+            self._partners = partners(Path(self.root), self.condition_image, facts, suffixes())
         if not facts:
             raise DminError(
                 f"data.root={self.root} holds no images ({', '.join(suffixes())}). Give another "
                 f"folder. {self._files.summary({}) if self._files else ''}"
             )
         problems = self.lacking({name: known.caption for name, known in facts.items()})
-        problems |= self._problems(sorted(facts)) | self._wrong
+        problems |= self._problems(sorted(facts)) | self._problems_of_partners(facts) | self._wrong
         self.leave_out(problems, len(facts.keys() | problems), f"data.root={self.root}")
         self.ids: list[str] = sorted(facts.keys() - self.skipped.keys())
         self._facts = [facts[name] for name in self.ids]
@@ -91,7 +99,13 @@ class ImageFolder(Checked):
         content = read_bytes(path, str(path))
         require_same(name, content, self.sums.get(name, ""))
         image, sizes = self.decode(content, str(path))
-        return Example(name, image, facts.label, facts.caption, facts.metadata or {}, sizes)
+        found = Example(name, image, facts.label, facts.caption, facts.metadata or {}, sizes)
+        if self.condition_image is None:
+            return found
+        partner = self._partners[name]
+        content = read_bytes(Path(self.root) / partner, partner)
+        require_same(partner, content, self.sums.get(partner, ""))
+        return with_partner(found, self.decode(content, partner))
 
     def facts(self, index: int) -> Facts:
         """Return what is known of an image besides its pixels."""
@@ -124,13 +138,17 @@ class ImageFolder(Checked):
         if problems:  # since the dataset was made, or nothing was checked then
             raise DminError(describe_problems(problems, len(self), f"data.root={self.root}"))
         rows = [[name, digests[name], *known] for name, known in zip(self.ids, facts, strict=True)]
+        if self.condition_image is not None:
+            others = self._survey([self._partners[name] for name in self.ids]).found
+            rows = [[*row, others[self._partners[row[0]]]] for row in rows]
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
     def _find(self) -> dict[str, Facts]:
         """Return what is known of each image."""
-        self._files = Folder(Path(self.root))
-        if self.layout == "plain":
-            self._files = Folder(Path(self.root), PLAIN, leave=())
+        plain, given = self.layout == "plain", self.condition_image
+        self._files = Folder(
+            Path(self.root), PLAIN if plain else None, True, () if plain else None, given
+        )
         return self._files.read(self.layout, self.label, self.text, self.told_wrong)
 
     def told_wrong(self, name: str, error: DminError) -> None:
@@ -156,11 +174,20 @@ class ImageFolder(Checked):
                 problems[name] = "its name is not UTF-8, so no store can hold it: rename the file"
         return problems
 
+    def _problems_of_partners(self, names: Iterable[str]) -> dict[str, str]:
+        """Return which images lack a condition image that can be read, if they should have one."""
+        if self.condition_image is None:
+            return {}
+        found = self._problems(sorted(set(self._partners.values())))
+        lacking = {name: NO_PARTNER for name in names if name not in self._partners}
+        why = {name: found[p] for name, p in self._partners.items() if p in found}
+        return lacking | {name: f"its condition image: {reason}" for name, reason in why.items()}
+
     def _survey(self, names: list[str]) -> Survey:
         settings = {**self.settings(), "max_pixels": self.max_pixels} if self.check else {}
         settings["checked"] = self.check
         found = survey(Path(self.root), names, self._look, settings)
-        self.sums = found.found
+        self.sums |= found.found
         return found
 
     def _look(self, path: Path, name: str) -> str:

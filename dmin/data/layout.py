@@ -54,6 +54,7 @@ class Folder:
         recursive: whether folders below it are read, too.
         leave: ends of the names of files that are no examples, and folders of such files, with a
             ``/`` behind the name; None for masks as they are usually named.
+        condition_image: folder, or column of the metadata, of images that are given with others.
 
     Attributes:
         files: all that may be read, by their paths below the folder.
@@ -66,6 +67,7 @@ class Folder:
     suffixes: Sequence[str] | None = None
     recursive: bool = True
     leave: Sequence[str] | None = None
+    condition_image: str | Path | None = None
     used: set[str] = field(default_factory=set)
     layout: str = "auto"
 
@@ -87,6 +89,9 @@ class Folder:
                 else file.lower().endswith(tuple(known))
             )
         ]
+        inside = f"{self.condition_image or '.'}/"  # no path begins with a dot
+        self.used.update(image for image in images if image.startswith(inside))
+        images = [image for image in images if image not in self.used]
         masks = set(self._masks(images))
         self._why |= dict.fromkeys(masks, _MASK)
         self.images: list[str] = [image for image in images if image not in masks]
@@ -221,7 +226,10 @@ class Folder:
             for name, row in rows.items()
         }
         facts = read_facts(rows, where, label, text, refuse)
-        unnamed = [image for image in self.images if image not in facts]
+        for name, row in rows.items():
+            if given := row.get(str(self.condition_image or "")):
+                self.used.add((PurePosixPath(name).parent / str(given)).as_posix())
+        unnamed = [i for i in self.images if i not in facts and i not in self.used]
         if unnamed:
             warnings.warn(
                 f"{where} does not name {len(unnamed)} image(s) there, such as "

@@ -1,18 +1,20 @@
-"""Masks of the loss in files beside images, as trainers read them."""
+"""Files beside images: masks of the loss, as trainers read them, and condition images."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
-from dmin.data.pixels import Pixels
+from dmin.data.base import Example, Facts
+from dmin.data.pixels import Picture, Pixels
 from dmin.data.survey import read_bytes
 from dmin.runtime.errors import DminError
 
+NO_PARTNER = "it has no condition image"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -113,8 +115,73 @@ class Masks:
         path = PurePosixPath(image)
         folder = root / path.parent if self.folder is None else Path(self.folder) / path.parent
         ends = SUFFIXES if self.suffix is None else (self.suffix,)
-        for end in ends:
-            for file in (folder / f"{path.stem}{end}", folder / f"{path.stem}{end.upper()}"):
-                if file.is_file():
-                    return file
-        return None
+        return same_stem(folder, path.stem, ends)
+
+
+def same_stem(folder: Path, stem: str, ends: Iterable[str]) -> Path | None:
+    """Return the file of a stem in a folder; of several ends the first, in either case."""
+    names = (f"{stem}{each}" for end in ends for each in (end, end.upper()))
+    return next((file for name in names if (file := folder / name).is_file()), None)
+
+
+def partners(
+    root: Path, asked: str | Path, facts: Mapping[str, Facts], ends: Iterable[str]
+) -> dict[str, str]:
+    """Return the condition image of each image that has one, by its path below the root.
+
+    Args:
+        root: the folder of the images.
+        asked: a folder, below the root or anywhere, that has a file of the same stem at the same
+            place; a picture for all of them; or the column of the metadata that names a file,
+            relative to the metadata's.
+        facts: what is known of each image.
+        ends: of files that are images.
+
+    Raises:
+        DminError: it is none of these.
+    """
+    place = next((p for p in (root / asked, Path(asked).expanduser()) if p.exists()), None)
+    if place is not None and place.is_file():
+        return dict.fromkeys(facts, _below(root, place))
+    found: dict[str, str] = {}
+    for image, known in facts.items():
+        path = PurePosixPath(image)
+        said = (known.metadata or {}).get(str(asked)) if place is None else None
+        if isinstance(said, str) and said:
+            found[image] = (path.parent / said).as_posix()
+        elif place is not None:
+            file = same_stem(place / path.parent, path.stem, ends)
+            found |= {} if file is None else {image: _below(root, file)}
+    if not found:
+        raise DminError(
+            f"data.condition_image={asked}: there is no such folder or picture, in {root} or "
+            f"elsewhere, with files of the images' names, and no column of the metadata that names "
+            f"files. Name the folder or column of the images to change, masks or drawings."
+        )
+    return found
+
+
+def _below(root: Path, file: Path) -> str:
+    """Return a file's path from the root where it is below that, else its own."""
+    return (file.relative_to(root) if file.is_relative_to(root) else file.absolute()).as_posix()
+
+
+def with_partner(example: Example, partner: Picture | None = None) -> Example:
+    """Return an example with its condition image, if it has one.
+
+    Args:
+        example: with its sizes.
+        partner: read as its image was; sides may be a pixel off after scaling.
+
+    Raises:
+        DminError: it is of another shape, so that the two were cut otherwise.
+    """
+    if partner is None or example.sizes is None:
+        return example
+    (height, width), (down, across) = example.sizes.original, partner.sizes.original
+    if abs(height * across - width * down) > max(height, width, down, across):
+        raise DminError(
+            f"the condition image of {example.id!r} is {across} × {down} pixels, the image {width} "
+            f"× {height}, which is another shape. Cut it as the image."
+        )
+    return replace(example, condition_image=partner.image)

@@ -78,7 +78,9 @@ class TrainingFolder(ImageFolder):
         return found
 
     def _find(self) -> dict[str, Facts]:
-        folder = Folder(Path(self.root), self.suffixes, self.recursive, self.leave)
+        folder = Folder(
+            Path(self.root), self.suffixes, self.recursive, self.leave, self.condition_image
+        )
         self._files = folder
         told = {} if self.repeats == 1 else {"repeats": self.repeats}
         facts = {image: Facts(metadata=told) for image in folder.images}

@@ -7,13 +7,14 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple  # noqa: F401 (Literal: see the annotations of Pixels)
 
 from dmin.data.base import SCHEMA, Example, Facts
 from dmin.data.checked import Checked, require_same
+from dmin.data.masks import NO_PARTNER, with_partner
 from dmin.data.metadata import split_row
 from dmin.data.pixels import Unreadable
 from dmin.data.survey import survey
@@ -21,7 +22,9 @@ from dmin.data.texts import decode_text, parse_json
 from dmin.runtime.errors import DminError
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
-_READ = (*IMAGES, "txt", "cls", "json")
+_TEXTS = {"txt": "text", "cls": "text", "json": "json"}
+_READ = (*IMAGES, *_TEXTS)
+GIVEN = "given."  # before the kinds of condition images
 _BLOCK = 512  # of a tar file
 
 
@@ -45,6 +48,7 @@ class TarShards(Checked):
             ``data/{000..041}.tar``, or a list of them.
         text: field of ``.json`` that is the caption; None for none.
         label: field of ``.json`` that is the label; None for none.
+        condition_image: of ``{key}.NAME.png`` (or another image), the name; None for nothing.
 
     Attributes:
         ids: ids of the samples, by shard, then as they stand in it.
@@ -58,6 +62,7 @@ class TarShards(Checked):
     _: KW_ONLY
     text: str | None = "text"
     label: str | None = "label"
+    condition_image: str | None = None
 
     def __post_init__(self) -> None:
         """Note where every sample stands."""
@@ -73,8 +78,10 @@ class TarShards(Checked):
                 raise DminError(
                     f"{other} and {path} have the same name, which ids are made of. Rename one."
                 )
+        given = {f"{self.condition_image}.{kind}".lower(): f"{GIVEN}{kind}" for kind in IMAGES}
+        named = {kind: kind for kind in _READ} | given
         self._parts = {
-            path: {f"{path.stem}/{key}": parts for key, parts in _index(path).items()}
+            path: {f"{path.stem}/{key}": parts for key, parts in _index(path, named).items()}
             for path in self.paths
         }
         samples = {
@@ -97,27 +104,23 @@ class TarShards(Checked):
         with path.open("rb") as file:
             content = _read(file, parts)
         label, caption, fields = self._facts(content, where)
-        row = [name, hashlib.sha256(_image(content)).hexdigest(), label, caption]
+        row = _row(name, content, [label, caption])
         require_same(name, json.dumps(row).encode(), self.sums.get(name, ""))
-        image, sizes = self.decode(_image(content), where)
-        return Example(name, image, label, caption, fields or {}, sizes)
+        (image, sizes), *given = (self.decode(each, where) for each in _images(content))
+        found = Example(name, image, label, caption, fields or {}, sizes)
+        return with_partner(found, *given)
 
     def facts(self, index: int) -> Facts:
         """Return what a sample says of its image, which is not read."""
         path, parts = self._samples[index]
         with path.open("rb") as file:
-            said = {kind: part for kind, part in parts.items() if kind not in IMAGES}
+            said = {kind: part for kind, part in parts.items() if kind in _TEXTS}
             return self._facts(_read(file, said), f"{self.ids[index]} ({path})")
 
     def _facts(self, content: dict[str, bytes], where: str) -> Facts:
         """Return label, caption and the rest of what a sample says of its image."""
-        said = {
-            kind: decode_text(
-                content[kind], f"the {'json' if kind == 'json' else 'text'} of {where}"
-            )
-            for kind in ("json", "txt", "cls")
-            if kind in content
-        }
+        there = [kind for kind in _TEXTS if kind in content]
+        said = {k: decode_text(content[k], f"the {_TEXTS[k]} of {where}") for k in there}
         fields = parse_json(said.get("json", "{}"), f"the json of {where}")
         label, caption, rest = split_row(fields, self.label, self.text, where)
         if "cls" in said:
@@ -146,12 +149,8 @@ class TarShards(Checked):
 
     def _problems(self) -> dict[str, str]:
         """Return which samples are not fit for use, as far as they are to be checked, and why."""
-        problems = {
-            id: f"it has {count or 'no'} images ({', '.join(IMAGES)})"
-            for some in self._parts.values()
-            for id, parts in some.items()
-            if (count := sum(kind in parts for kind in IMAGES)) != 1
-        }
+        lacks = {id: self._lacks(parts) for s in self._parts.values() for id, parts in s.items()}
+        problems = {id: why for id, why in lacks.items() if why}
         if self.check:
             captions: dict[str, str | None] = {}
             labels: set[str | None] = set()
@@ -173,10 +172,17 @@ class TarShards(Checked):
             problems = self.lacking(captions) | problems
         return problems
 
+    def _lacks(self, parts: Container[str]) -> str | None:
+        """Return what a sample has not exactly one of."""
+        if (count := sum(kind in parts for kind in IMAGES)) != 1:
+            return f"it has {count or 'no'} images ({', '.join(IMAGES)})"
+        given = sum(f"{GIVEN}{kind}" in parts for kind in IMAGES)
+        return NO_PARTNER if self.condition_image is not None and given != 1 else None
+
     def _survey(self) -> dict[Path, dict[str, Any]]:
         """Return, by folder and name, each shard's digests, and samples that cannot be read."""
         settings: dict[str, Any] = {"checked": self.check, "schema": SCHEMA, "sums": 2}
-        settings.update(text=self.text, label=self.label)
+        settings.update(text=self.text, label=self.label, condition_image=self.condition_image)
         if self.check:
             settings.update(max_pixels=self.max_pixels, **self.settings())
         shards = {}
@@ -196,14 +202,14 @@ class TarShards(Checked):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 for id, parts in self._parts[path].items():
-                    if sum(kind in parts for kind in IMAGES) != 1:
+                    if self._lacks(parts):
                         continue
                     try:
                         content = _read(file, parts)
-                        if self.check:
-                            self.probe(_image(content), id)
+                        for each in _images(content) if self.check else ():
+                            self.probe(each, id)
                         said = self._facts(content, id)[:2]
-                        row = [id, hashlib.sha256(_image(content)).hexdigest(), *said]
+                        row = _row(id, content, said)
                         digits = hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]
                         sums[id] = digits, [None if each is None else "there" for each in said]
                         rows.append(row)
@@ -238,8 +244,8 @@ def _expand(pattern: str) -> list[Path]:
     return found
 
 
-def _index(path: Path) -> dict[str, dict[str, Part]]:
-    """Return where each sample's parts stand in a shard, without reading them."""
+def _index(path: Path, named: Mapping[str, str]) -> dict[str, dict[str, Part]]:
+    """Return where each sample's parts stand in a shard, without reading them, by new names."""
     samples: dict[str, dict[str, Part]] = {}
     end = 0
     try:
@@ -267,7 +273,8 @@ def _index(path: Path) -> dict[str, dict[str, Part]]:
             raise DminError(f"{path} is cut off: a tar file ends in zeros. Fetch it again.")
     if not samples:
         raise DminError(f"{path} holds no samples: no files such as 000.jpg and 000.txt in it.")
-    return {key: {k: p for k, p in parts.items() if k in _READ} for key, parts in samples.items()}
+    read = named.items()
+    return {key: {n: parts[k] for k, n in read if k in parts} for key, parts in samples.items()}
 
 
 def _read(file: BinaryIO, parts: dict[str, Part]) -> dict[str, bytes]:
@@ -279,5 +286,12 @@ def _read(file: BinaryIO, parts: dict[str, Part]) -> dict[str, bytes]:
     return content
 
 
-def _image(content: dict[str, bytes]) -> bytes:
-    return next(content[kind] for kind in IMAGES if kind in content)
+def _images(content: dict[str, bytes]) -> list[bytes]:
+    """Return the image of a sample, and what a model is given with it."""
+    return [each for kind, each in content.items() if kind not in _TEXTS]
+
+
+def _row(id: str, content: dict[str, bytes], said: Sequence[Any]) -> list[Any]:
+    """Return what gradients are computed from of a sample."""
+    image, *given = (hashlib.sha256(each).hexdigest() for each in _images(content))
+    return [id, image, *said, *given]

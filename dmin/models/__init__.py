@@ -11,11 +11,25 @@ from dmin.models.logging_filters import leave_out_remarks
 
 if TYPE_CHECKING:  # what type checkers see of the names below
     from dmin.models.families.chroma import Chroma as Chroma
+    from dmin.models.families.control import (
+        FluxControl as FluxControl,
+        StableDiffusionDepth as StableDiffusionDepth,
+    )
     from dmin.models.families.ddpm import DDPM as DDPM
     from dmin.models.families.dit import DiT as DiT
     from dmin.models.families.flux import Flux as Flux
     from dmin.models.families.flux_2 import Flux2 as Flux2
+    from dmin.models.families.flux_kontext import FluxKontext as FluxKontext
     from dmin.models.families.hunyuan_dit import HunyuanDiT as HunyuanDiT
+    from dmin.models.families.inpainting import (
+        FluxFill as FluxFill,
+        StableDiffusionInpaint as StableDiffusionInpaint,
+        StableDiffusionXLInpaint as StableDiffusionXLInpaint,
+    )
+    from dmin.models.families.instruct_pix2pix import (
+        InstructPix2Pix as InstructPix2Pix,
+        InstructPix2PixXL as InstructPix2PixXL,
+    )
     from dmin.models.families.lumina_2 import Lumina2 as Lumina2
     from dmin.models.families.pixart import PixArt as PixArt
     from dmin.models.families.qwen_image import QwenImage as QwenImage
@@ -37,7 +51,12 @@ _FAMILIES = {
     "DiT": "families.dit",
     "Flux": "families.flux",
     "Flux2": "families.flux_2",
+    "FluxControl": "families.control",
+    "FluxFill": "families.inpainting",
+    "FluxKontext": "families.flux_kontext",
     "HunyuanDiT": "families.hunyuan_dit",
+    "InstructPix2Pix": "families.instruct_pix2pix",
+    "InstructPix2PixXL": "families.instruct_pix2pix",
     "Lumina2": "families.lumina_2",
     "MLP": "toy.mlp",
     "PixArt": "families.pixart",
@@ -45,7 +64,10 @@ _FAMILIES = {
     "Sana": "families.sana",
     "StableDiffusion": "families.stable_diffusion",
     "StableDiffusion3": "families.stable_diffusion_3",
+    "StableDiffusionDepth": "families.control",
+    "StableDiffusionInpaint": "families.inpainting",
     "StableDiffusionXL": "families.stable_diffusion_xl",
+    "StableDiffusionXLInpaint": "families.inpainting",
     "Wan": "families.wan",
     "ZImage": "families.z_image",
     "auto": "recognition",

@@ -73,7 +73,8 @@ class DiffusionModel(nn.Module):
 
         Args:
             batch: ``image [batch, C, H, W]`` in [0, 1], ``label``, ``caption``, ``id``,
-                ``metadata``, ``sizes``: all but the first are lists.
+                ``metadata``, ``sizes``: all but the first are lists. Of data with condition images
+                also ``condition_image [batch, C', H', W']`` in [0, 1].
 
         Returns:
             ``x0 [batch, ...]`` in the space the model diffuses, and the condition.
@@ -94,6 +95,11 @@ class DiffusionModel(nn.Module):
     @classmethod
     def reads_captions(cls, settings: Mapping[str, Any]) -> bool:
         """Say whether examples need captions by a model loaded with these settings."""
+        return False
+
+    @classmethod
+    def reads_condition_images(cls, settings: Mapping[str, Any]) -> bool:
+        """Say whether examples need condition images by a model loaded with these settings."""
         return False
 
     def for_queries(self) -> Self:

@@ -94,6 +94,8 @@ class LatentDiffusion(PipelineModel):
         """Return latents and condition, computed where the encoders are, on the images' device."""
         image = batch["image"]
         self._check_size(image, batch["id"][0])
+        if "condition_image" in batch and not self.reads_condition_images({}):
+            raise DminError(f"{type(self).__name__} is given no images: data.condition_image=null.")
         condition = {**self._prompted(batch), **self._sizes(batch)}
         x0 = vae.encode(self.pipeline.vae, image, self.latents, self.latent_seed, self.shifted)
         return x0, {k: v.to(image.device) for k, v in condition.items()}

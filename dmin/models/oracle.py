@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dmin.models import vae
 from dmin.models.conditioning import Captioned
 from dmin.models.latent import LatentDiffusion
+from dmin.models.relatives import latent_channels
 
 
 class _Decoded(Exception):
@@ -43,10 +44,19 @@ def sampling_error(model: LatentDiffusion, steps: int = 4, seed: int = 0) -> flo
     autoencoder = model.pipeline.vae
     with _replaced(model.denoiser, "forward", best), _replaced(autoencoder, "decode", _decoded):
         try:
-            model.sample([prompt], [seed], steps)
+            model.sample([prompt], [seed], steps, example_given(model))
         except _Decoded as reached:
             found = vae.normalised(autoencoder, reached.args[0].float(), model.shifted)
     return float((found - best.x0).norm() / best.x0.norm())
+
+
+def example_given(model: LatentDiffusion, seed: int = 0) -> dict[str, Tensor] | None:
+    """Return images of noise for the sampler of a model that is given some; None for others."""
+    if not model.reads_condition_images({}):
+        return None
+    drawn, size = torch.Generator().manual_seed(seed), model._generated_size()
+    grey = torch.rand(1, 1, *size, generator=drawn).expand(-1, 3, -1, -1)
+    return {"image": torch.rand(1, 3, *size, generator=drawn), "condition_image": grey}
 
 
 class _BestNetwork:
@@ -66,6 +76,7 @@ class _BestNetwork:
         given = told[self.names[0]]
         side = [size // model.vae_factor for size in model._generated_size()]
         sample = model._latents(given, (len(given), 1, *side)).float()
+        sample = sample[:, : latent_channels(model.pipeline.vae.config)]
         if not self.x0.numel():
             drawn = torch.Generator().manual_seed(self.seed)
             # In the range to which some samplers clip.

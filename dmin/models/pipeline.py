@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -140,8 +140,25 @@ class PipelineModel(TrainedModel):
         }
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int = 50) -> Tensor:
-        """Generate by the pipeline itself, with its scheduler and a generator for each image."""
+    def sample(
+        self,
+        prompts: Sequence[Any],
+        seeds: Sequence[int],
+        steps: int = 50,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Generate by the pipeline itself, with its scheduler and a generator for each image.
+
+        Args:
+            prompts: class labels or captions.
+            seeds: as many.
+            steps: denoising steps.
+            given: ``image`` and ``condition_image`` as a batch has them, of a model that is given
+                images.
+
+        Returns:
+            ``[len(prompts), C, H, W]`` in [0, 1].
+        """
         if self.network_name == "unet" and self.pipeline.scheduler.config.get(
             "use_dynamic_shifting"
         ):
@@ -153,6 +170,7 @@ class PipelineModel(TrainedModel):
         with self._encoders_with_network(), samplable(self.pipeline.scheduler):
             images: Tensor = self.pipeline(
                 **self._sampling(prompts),
+                **self._shown(given),
                 generator=noise_generators(seeds),
                 num_inference_steps=steps,
                 output_type="pt",
@@ -193,6 +211,10 @@ class PipelineModel(TrainedModel):
         """Return the arguments of the pipeline's call that tell what to generate."""
         scale = self.guidance_scale
         return {**self.sampled_with, **({} if scale is None else {"guidance_scale": scale})}
+
+    def _shown(self, given: Mapping[str, Tensor] | None) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call that are images."""
+        return {}
 
     @contextmanager
     def _encoders_with_network(self) -> Iterator[None]:

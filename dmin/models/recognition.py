@@ -84,7 +84,8 @@ def recognise(
     found = Recognised(of_pipeline(name, str(place)), f"a {name} by its model_index.json")
     if single_file is not None:
         family = of_tensors(tensor_names(Path(single_file)))
-        if family not in (None, found.family):
+        known = all_families()
+        if family and known[family].claims.keys != known[found.family].claims.keys:
             raise DminError(
                 f"model.single_file={single_file} is of the family {family} by the names of its "
                 f"tensors, and model.path={path} of {found.family}. Give a pipeline of the file's "

@@ -29,6 +29,9 @@ class Claims(NamedTuple):
     keys: tuple[str, ...] = ()  # parts of tensors' names, all of which a single file has
     vae: tuple[str, ...] = _AUTOENCODERS
     gives: tuple[str, ...] = ()  # what its network must be told beside latents, time and text
+    # Channels of each latent pixel beside those of the noised latents: so many times theirs, and so
+    # many more.
+    beside: tuple[int, int] = (0, 0)
 
 
 def variants(name: str) -> tuple[str, ...]:
@@ -230,16 +233,18 @@ def check_inputs(
     Raises:
         DminError: it takes more, or returns something of another shape.
     """
-    claims, channels = FAMILIES[family].claims, config.get("in_channels")
+    claims = FAMILIES[family].claims
+    channels = seen = config.get("in_channels")
     if latent_channels is not None:
         channels = claims.packing * latent_channels
+        seen = channels + claims.packing * (claims.beside[0] * latent_channels + claims.beside[1])
     more = [
         f"{what} ({name}={config[name]})"
         for name, what in MORE_INPUTS.items()
         if config.get(name) not in (None, False) and config[name] not in claims.takes.get(name, ())
     ]
-    if config.get("in_channels", channels) != channels:
-        more.append(f"{config['in_channels']} channels for {channels}")
+    if config.get("in_channels", seen) != seen:
+        more.append(f"{config['in_channels']} channels for {seen}")
     given = (*_GIVEN, *claims.gives)
     more += [
         f"the argument {p.name}"
@@ -251,8 +256,11 @@ def check_inputs(
             f"model.path: this {kind.__name__} takes more than the latents of an image and its "
             f"prompt, as for inpainting or few-step sampling: {', '.join(more)}. Give the "
             f"checkpoint of a text- or class-to-image model."
+            if claims.beside == (0, 0)
+            else f"model.path: this {kind.__name__} is not given what model={family} gives it: "
+            f"{', '.join(more)}. Give a checkpoint that {claims.pipelines[0]} was trained in."
         )
-    out = config.get("out_channels") or channels
+    out = config.get("out_channels") or seen
     if out not in (channels, 2 * (channels or 0), (channels or 0) // claims.packing):
         raise DminError(
             f"model.path: this {kind.__name__} returns {out} channels for {channels}: neither a "

@@ -3,17 +3,25 @@
 import functools
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from models import tiny_flows  # noqa: F401  (adds its builders)
+from models import tiny_flows, tiny_pairs  # noqa: F401  (add their builders)
 from models.tiny import save
 
 from dmin.models.families.chroma import Chroma
+from dmin.models.families.control import FluxControl, StableDiffusionDepth
 from dmin.models.families.dit import DiT
 from dmin.models.families.flux import Flux
 from dmin.models.families.flux_2 import Flux2
+from dmin.models.families.flux_kontext import FluxKontext
 from dmin.models.families.hunyuan_dit import HunyuanDiT
+from dmin.models.families.inpainting import (
+    FluxFill,
+    StableDiffusionInpaint,
+    StableDiffusionXLInpaint,
+)
+from dmin.models.families.instruct_pix2pix import InstructPix2Pix, InstructPix2PixXL
 from dmin.models.families.lumina_2 import Lumina2
 from dmin.models.families.pixart import PixArt
 from dmin.models.families.qwen_image import QwenImage
@@ -147,7 +155,31 @@ EVERY = {
         settings={"max_sequence_length": 12, "sample_size": (32, 32)},
     ),
 }
-LATER = ("chroma", "qwen_image", "z_image", "lumina_2", "flux_2", "wan")
+
+
+def beside(of, model, channels, **changes):
+    """A family that is given an image beside what another is given."""
+    base = EVERY[of]
+    latent = changes.get("latent", base.latent)
+    condition = {**base.condition, "beside": (channels, *latent[1:])}
+    return replace(base, model=model, condition=condition, predictions=KINDS[of], **changes)
+
+
+KINDS = {"stable_diffusion": ("epsilon",), "stable_diffusion_xl": ("epsilon",), "flux": ("flow",)}
+FILL = {"size": 32, "settings": {"max_sequence_length": 12, "sample_size": (32, 32)}}
+PAIRS = {
+    "stable_diffusion_inpaint": beside("stable_diffusion", StableDiffusionInpaint, 5),
+    "stable_diffusion_xl_inpaint": beside("stable_diffusion_xl", StableDiffusionXLInpaint, 5),
+    "stable_diffusion_depth": beside("stable_diffusion", StableDiffusionDepth, 1),
+    "instruct_pix2pix": beside("stable_diffusion", InstructPix2Pix, 4),
+    "instruct_pix2pix_xl": beside("stable_diffusion_xl", InstructPix2PixXL, 4),
+    "flux_kontext": beside("flux", FluxKontext, 4),
+    "flux_fill": beside("flux", FluxFill, 68, latent=(4, 4, 4), **FILL),
+    "flux_control": beside("flux", FluxControl, 4),
+}
+EVERY |= PAIRS
+ALIKE = {*PAIRS} - {"stable_diffusion_inpaint", "flux_kontext"}
+LATER = ("chroma", "qwen_image", "z_image", "lumina_2", "flux_2", "wan", *PAIRS)
 FAMILIES = {
     name: family
     for name, family in EVERY.items()
@@ -155,6 +187,8 @@ FAMILIES = {
 }
 """Those that every test runs over; over the others what settles a family, and by `make conformance`
 all of it."""
+ROWS = [name for name in EVERY if name in FAMILIES or name not in ALIKE]
+"""Those whose rows are held to autograd's: of networks that differ by channels alone, one."""
 
 
 _FOLDER = tempfile.TemporaryDirectory()  # as long as the tests run

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from models.families import EVERY, load
+from models.test_families import examples
 
 from dmin.collect.collector import Collector
-from dmin.data import Example, collate
+from dmin.data import collate
 from dmin.diffusion import Stratified
 from dmin.sketches import BlockCyclic
 
@@ -16,10 +17,8 @@ ROUTED = {"z_image", "lumina_2"}
 @pytest.mark.parametrize("name", EVERY)
 def test_a_family_is_examined_once(name):
     model = load(name)
-    size = EVERY[name].size
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    batch = collate([Example(f"x{i}", x, i, f"a cat {i}") for i, x in enumerate(images)])
     with torch.no_grad():
+        batch = collate(examples(EVERY[name], 2).examples)
         x0, condition = model.encode(batch)
     collector = Collector(model, BlockCyclic(64, block=16), Stratified(2))
     passes = collector.inputs(x0, condition, batch["id"]).all()

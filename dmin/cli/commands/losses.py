@@ -34,7 +34,7 @@ def losses(work: Workspace, results: dict[str, Any]) -> None:
     others = None
     if work.cfg.losses.held_out:  # what is wrong with them is said before the work
         others = work.queries(build_queries(work.cfg.queries))
-        work.require_captions(others, "queries")
+        work.require_conditions(others, "queries")
     store = _losses_of(work)
     found = store.losses()
     train, folder = FeatureSet(store, work.data), work.run_folder

@@ -37,7 +37,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     methods = methods_of(work)
     selection = Selection(**{name: options[name] for name in SELECTED})
     source = build_queries(work.cfg.queries)  # what is wrong with it is said before the work
-    work.require_captions(source, "queries")
+    work.require_conditions(source, "queries")
     note_queries(work, source)
     train = work.train_side(methods.values())
     number, what = selection.candidates(train.store.metadata)

@@ -117,12 +117,13 @@ class Built:
     @cached_property
     def collector(self) -> GradientCollector:
         """Model, sketch, timesteps and noise, put together."""
-        self.require_captions(self.data)  # before minutes of loading
+        self.require_conditions(self.data)  # before minutes of loading
         return self.collector_of(self.model)
 
-    def require_captions(self, dataset: Any, setting: str = "data") -> None:
-        """Refuse images without captions, as far as these are known, if the model needs some."""
+    def require_conditions(self, dataset: Any, setting: str = "data") -> None:
+        """Refuse images without what the model is conditioned on, as far as that is known."""
         from dmin.data.checked import require_captions
+        from dmin.models.families.image_conditions import lacking
 
         target = get_object(self.cfg.model["_target_"])
         family, settings = getattr(target, "__self__", target), self.resolved("model")["model"]
@@ -130,6 +131,9 @@ class Built:
         if hasattr(dataset, "facts") and reads is not None and reads(settings):
             empty = settings.get("empty_captions") == "keep"
             require_captions(dataset, family.__name__, setting, empty)
+        shown = getattr(family, "reads_condition_images", lambda settings: False)(settings)
+        if shown and getattr(dataset, "condition_image", "") is None:
+            raise lacking(family.__name__, dataset.ids[0], setting)
 
     def collector_of(self, model: DiffusionModel) -> GradientCollector:
         """Return a collector with these settings, of any model."""

@@ -27,15 +27,20 @@ class GuidanceEmbedded(Flow):
     Args:
         pipeline: of diffusers, with all its components.
         embedded_guidance: the guidance that the network is told in attribution: what it was
-            fine-tuned with. Diffusers' training scripts take 3.5 unless told otherwise; models
-            without the input (schnell, klein) are not told. ``guidance_scale`` is its value in
-            sampling.
+            fine-tuned with; None for what diffusers' training scripts take unless told otherwise,
+            3.5, of Fill and Control 30. Models without the input (schnell, klein) are not told.
+            ``guidance_scale`` is its value in sampling.
         settings: of the next class.
     """
 
-    def __init__(self, pipeline: Any, *, embedded_guidance: float = 3.5, **settings: Any) -> None:
+    own_guidance: ClassVar[float] = 3.5
+
+    def __init__(
+        self, pipeline: Any, *, embedded_guidance: float | None = None, **settings: Any
+    ) -> None:
         super().__init__(pipeline, **settings)
-        self.embedded_guidance = embedded_guidance
+        own = self.own_guidance if embedded_guidance is None else embedded_guidance
+        self.embedded_guidance: float = own
 
     def describe(self) -> dict[str, Any]:
         """Return what defines latents, condition and loss."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dmin.diffusion.process import Process
 from dmin.diffusion.processes import EDM, DiscreteDiffusion, RectifiedFlow
 from dmin.models.base import Condition
 from dmin.models.conditioning import SizeConditioning
@@ -29,7 +30,7 @@ class StableDiffusionXL(SizeConditioning):
         takes={"addition_embed_type": ("text_time",)},
         keys=("conditioner.embedders.1.",),
     )
-    processes = (DiscreteDiffusion, EDM, RectifiedFlow)
+    processes: ClassVar[tuple[type[Process], ...]] = (DiscreteDiffusion, EDM, RectifiedFlow)
     network_name: ClassVar[str] = "unet"
     components: ClassVar[dict[str, Any]] = {"add_watermarker": False}
     encoded = ("encoder_hidden_states", None, "text_embeds")

@@ -1,0 +1,44 @@
+"""FLUX.1 Kontext: Flux with the tokens of an image to change behind those of the noised one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmin.models.base import Condition
+from dmin.models.families.flux import Flux
+from dmin.models.families.image_conditions import ImageConditioned
+from dmin.models.latent import pack, unpack
+
+
+class FluxKontext(Flux, ImageConditioned):
+    """FLUX.1 Kontext (Black Forest Labs 2025); the image to change has the size of the other."""
+
+    family = "flux_kontext"
+    claims = Flux.claims._replace(pipelines=("FluxKontextPipeline",))
+
+    def _beside(self, batch: Mapping[str, Any]) -> Tensor:
+        return self._encoded_image(self._condition_image(batch))
+
+    def _told(self, noised: Tensor, condition: Condition) -> dict[str, Any]:
+        told = super()._told(noised, condition)
+        other = told["img_ids"].clone()
+        other[:, 0] = 1  # the first column numbers images
+        return {**told, "img_ids": torch.cat([told["img_ids"], other])}
+
+    def _tokens(self, latents: Tensor) -> Any:
+        channels = self.network.config.in_channels // self.claims.packing
+        return torch.cat([pack(each) for each in latents.split(channels, 1)], 1)
+
+    def _latents(self, tokens: Any, shape: Sequence[int]) -> Tensor:
+        return unpack(tokens[:, : shape[-2] * shape[-1] // self.claims.packing], shape)
+
+    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        height, width = self._generated_size()
+        return {**super()._sampling(prompts), "max_area": height * width, "_auto_resize": False}
+
+    def _call(self, images: Mapping[str, Any]) -> dict[str, Any]:
+        return {"image": images["condition_image"]}

@@ -1,0 +1,164 @@
+"""Latent diffusion models that are given an image beside the noised one: to change, mask, depth."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from dmin.models import vae
+from dmin.models.base import Condition
+from dmin.models.latent import LatentDiffusion
+from dmin.runtime.errors import DminError
+
+BESIDE = "beside"
+"""The name among the conditions of what the network is given at each latent pixel."""
+
+
+class ImageConditioned(LatentDiffusion):
+    """Given each example's condition image: channels beside those of the noised latents."""
+
+    @classmethod
+    def reads_condition_images(cls, settings: Mapping[str, Any]) -> bool:
+        """Say whether examples need condition images."""
+        return True
+
+    def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
+        """Return latents and condition, what is given at each latent pixel among them."""
+        x0, condition = super().encode(batch)
+        return x0, {**condition, BESIDE: self._beside(batch).to(x0)}
+
+    @abstractmethod
+    def _beside(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return what the network is given beside noised latents, ``[batch, C', h, w]``."""
+
+    @abstractmethod
+    def _call(self, images: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call for images as a batch has them."""
+
+    def _shown(self, given: Mapping[str, Tensor] | None) -> dict[str, Any]:
+        size = self._generated_size()
+        if given is None or any(tuple(image.shape[2:]) != size for image in given.values()):
+            raise DminError(
+                f"{type(self).__name__} generates with images that it is given, of {size[0]} × "
+                f"{size[1]} pixels (model.sample_size). Give queries as image files, with "
+                f"queries.condition_image; in Python, sample(..., given={{'image': …, "
+                f"'condition_image': …}})."
+            )
+        return self._call({**given, "id": ["of the images given"]})
+
+    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        rest = {name: value for name, value in condition.items() if name != BESIDE}
+        return super()._predict(torch.cat([noised, condition[BESIDE]], 1), t, rest)
+
+    def _condition_image(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the condition images of a batch, ``[batch, C, H, W]``, of the images' size."""
+        found: Tensor | None = batch.get("condition_image")
+        if found is None:
+            raise lacking(type(self).__name__, batch["id"][0])
+        if found.shape[2:] != batch["image"].shape[2:]:
+            raise DminError(
+                f"the condition image of {batch['id'][0]!r} is {tuple(found.shape[2:])}, the image "
+                f"{tuple(batch['image'].shape[2:])} [H, W]. Bring the two to one size."
+            )
+        return found
+
+    def _grey(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return condition images of one channel, ``[batch, 1, H, W]``.
+
+        Raises:
+            DminError: one has colours.
+        """
+        image = self._condition_image(batch)
+        if (image != image[:, :1]).any():
+            raise DminError(
+                f"the condition images of {batch['id'][0]!r} and its batch have colours, where "
+                f"{type(self).__name__} is given grey ones. Name those in data.condition_image."
+            )
+        return image[:, :1]
+
+    def _encoded_image(self, image: Tensor, kind: Any = "mode") -> Tensor:
+        """Return scaled latents of images in [0, 1]; a sample's draw is not that of x0."""
+        return vae.encode(self.pipeline.vae, image, kind, self.latent_seed + 1, self.shifted)
+
+
+class Inpainting(ImageConditioned):
+    """Given a mask, white where the image is to be made anew, and the latents of the rest.
+
+    Args:
+        pipeline: of diffusers, with all its components.
+        mask_seed: of a mask that is drawn, the same for all images of a size, as training scripts
+            draw a rectangle or an ellipse for each step; None: masks are the condition images.
+        settings: of :class:`~dmin.models.latent.LatentDiffusion`.
+    """
+
+    def __init__(self, pipeline: Any, *, mask_seed: int | None = None, **settings: Any) -> None:
+        super().__init__(pipeline, **settings)
+        self.mask_seed = mask_seed
+
+    @classmethod
+    def reads_condition_images(cls, settings: Mapping[str, Any]) -> bool:
+        """Say whether examples need masks: unless one is drawn."""
+        return settings.get("mask_seed") is None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what defines latents, condition and loss, the draw of the mask included."""
+        drawn = {} if self.mask_seed is None else {"mask_seed": self.mask_seed}
+        return {**super().describe(), **drawn}
+
+    def _mask(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return which pixels are made anew, ``[batch, 1, H, W]`` of zeros and ones."""
+        image = batch["image"]
+        if self.mask_seed is None:
+            return (self._grey(batch) >= 0.5).to(image)
+        drawn = drawn_mask(image.shape[-2], image.shape[-1], self.mask_seed)
+        return drawn.to(image).expand(len(image), 1, -1, -1)
+
+    def _beside(self, batch: Mapping[str, Any]) -> Tensor:
+        mask = self._mask(batch)
+        grey = torch.full_like(batch["image"], 0.5)  # which is zero to the network
+        rest = torch.where(mask.bool(), grey, batch["image"])
+        latents = self._encoded_image(rest, self.latents)
+        return self._ordered(self._mask_of(mask, latents), latents)
+
+    def _mask_of(self, mask: Tensor, latents: Tensor) -> Tensor:
+        """Return a mask at the places of latents."""
+        return interpolate(mask, size=latents.shape[-2:])
+
+    def _ordered(self, mask: Tensor, latents: Tensor) -> Tensor:
+        return torch.cat([mask, latents], 1)
+
+    def _call(self, images: Mapping[str, Any]) -> dict[str, Any]:
+        return {"image": images["image"], "mask_image": self._mask(images), "strength": 1.0}
+
+
+def drawn_mask(height: int, width: int, seed: int) -> Tensor:
+    """Return a rectangle or an ellipse of ones, of random size and place, ``[1, 1, H, W]``.
+
+    Source: ``random_mask`` of diffusers' ``train_dreambooth_inpaint.py``; a draw that would leave
+    nothing to make anew is drawn again.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    y, x = torch.arange(height).view(-1, 1) + 0.5, torch.arange(width) + 0.5
+    while True:
+        size, place, kind = torch.rand(3, 2, generator=draw).tolist()
+        half = size[0] * height / 2, size[1] * width / 2
+        # Within the image, as far as it has room.
+        centre = (h + p * (n - 2 * h) for h, p, n in zip(half, place, (height, width), strict=True))
+        off = [abs(at - c) / max(h, 1e-6) for at, c, h in zip((y, x), centre, half, strict=True)]
+        inside = torch.maximum(*off) < 1 if kind[0] < 0.5 else off[0] ** 2 + off[1] ** 2 < 1
+        if inside.any():
+            return inside.float()[None, None]
+
+
+def lacking(model: str, example: str, setting: str = "data") -> DminError:
+    """Return what is wrong with data that have no condition images for a model that needs some."""
+    return DminError(
+        f"example {example!r} has no condition image, and {model} is given one with each: an image "
+        f"to change, a mask, a drawing or a map of depths. Name the folder or column that has them "
+        f"in {setting}.condition_image."
+    )

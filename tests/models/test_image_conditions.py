@@ -1,0 +1,118 @@
+"""Models that are given an image with each example: what they are given, refused, and found."""
+
+import pytest
+import torch
+from models.families import EVERY, PAIRS, checkpoint, load
+from models.test_families import examples
+
+from dmin.attribution.retrieval import retrieve
+from dmin.collect import GradientCollector, predict_trainer
+from dmin.data import Example, Examples, collate
+from dmin.diffusion.timesteps import Explicit
+from dmin.models import vae
+from dmin.models.families.image_conditions import drawn_mask
+from dmin.models.recognition import recognise
+from dmin.queries import Planted
+from dmin.runtime.errors import DminError
+from dmin.sketches import BlockCyclic
+
+
+def batch(name, n=2):
+    return collate(examples(EVERY[name], n).examples)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_checkpoint_is_recognised_by_its_pipeline(name):
+    assert recognise(checkpoint(name)).family == name
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_is_given_changes_the_prediction(name):
+    model, shown = load(name), batch(name)
+    x0, condition = model.encode(shown)
+    _, other = model.encode({**shown, "condition_image": shown["condition_image"].flip(-1)})
+    noise, t = torch.ones_like(x0), torch.tensor([700, 20])
+    with torch.no_grad():
+        found, changed = (model.predict(x0, noise, t, c).prediction for c in (condition, other))
+    assert (found - changed).flatten(1).abs().amax(1).min() > 1e-4
+
+
+def test_channels_are_those_that_the_published_networks_have():
+    mask = torch.zeros(1, 3, 16, 16)
+    mask[..., 8:, :] = 0.6
+    image = torch.rand(1, 3, 16, 16)
+    model, told = load("stable_diffusion_inpaint"), {"id": ["a"], "caption": ["cat"]}
+    shown = {"image": image, "condition_image": mask, **told}
+    given = model.encode(shown)[1]["beside"]
+    assert given[0, 0, :4].eq(0).all() and given[0, 0, 4:].eq(1).all()
+    left = torch.where(mask >= 0.5, torch.tensor(0.5), image)
+    torch.testing.assert_close(given[:, 1:], vae.encode(model.pipeline.vae, left, shifted=False))
+    # Of an image to change, the autoencoder's own latents.
+    model = load("instruct_pix2pix")
+    mode = model.pipeline.vae.encode(2 * mask - 1).latent_dist.mode()
+    torch.testing.assert_close(model.encode(shown)[1]["beside"], mode)
+    # The lowest depth is -1, the highest 1.
+    depth = load("stable_diffusion_depth").encode(shown)[1]["beside"]
+    assert depth.amin() == -1 and depth.amax() == 1 and depth.shape == (1, 1, 8, 8)
+
+
+def test_data_without_such_images_or_with_others_are_refused():
+    model, shown = load("stable_diffusion_inpaint"), batch("stable_diffusion_inpaint")
+    without = {name: value for name, value in shown.items() if name != "condition_image"}
+    with pytest.raises(DminError, match=r"no condition image.*data\.condition_image"):
+        model.encode(without)
+    with pytest.raises(DminError, match="have colours"):
+        model.encode({**shown, "condition_image": shown["image"]})
+    with pytest.raises(DminError, match="Bring the two to one size"):
+        model.encode({**shown, "condition_image": shown["condition_image"][..., :8]})
+    with pytest.raises(DminError, match=r"is given no images: data\.condition_image=null"):
+        load("stable_diffusion").encode(shown)
+    with pytest.raises(DminError, match=r"generates with images .* queries\.condition_image"):
+        model.sample(["cat"], [1], 2)
+    with pytest.raises(DminError, match="is flat"):
+        load("stable_diffusion_depth").encode({**shown, "condition_image": 0 * shown["image"]})
+
+
+def test_a_mask_is_drawn_once_for_all_images_and_is_part_of_the_fingerprint():
+    model = load("stable_diffusion_inpaint", mask_seed=3)
+    shown = batch("stable_diffusion_inpaint")
+    del shown["condition_image"]
+    given = model.encode(shown)[1]["beside"]
+    assert torch.equal(given[0, 0], given[1, 0])
+    assert model.describe()["mask_seed"] == 3
+    assert "mask_seed" not in load("stable_diffusion_inpaint").describe()
+    assert model.reads_condition_images({}) and not model.reads_condition_images({"mask_seed": 3})
+    masks = torch.cat([drawn_mask(24, 16, seed) for seed in range(200)])
+    assert masks.unique().tolist() == [0, 1] and masks.flatten(1).any(1).all()
+    share = masks.mean((1, 2, 3))
+    assert 0.15 < share.mean() < 0.35 and share.std() > 0.1  # E = (1 + π/4)/2 · 1/4 = .22
+
+
+def test_an_image_to_change_may_be_left_out_of_no_example():
+    one, image = torch.rand(3, 8, 8), torch.rand(3, 8, 8)
+    with pytest.raises(DminError, match="all examples have one"):
+        collate([Example("a", image, condition_image=one), Example("b", image)])
+    with pytest.raises(DminError, match="condition image of a"):
+        collate([Example("a", image, condition_image=one * 300)])
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_inpaint", "flux_kontext"])
+def test_a_planted_copy_is_found_by_the_pair(name, tmp_path):
+    family, model = EVERY[name], load(name)
+    prompts = family.prompts
+    drawn = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+    # Two and two are equal but for what they were given.
+    data = Examples(
+        [
+            Example(f"e{i}", drawn[i // 2], caption=prompts[i // 2], condition_image=shown)
+            for i, shown in enumerate(drawn.roll(1, 0)[:, :1].expand(-1, 3, -1, -1))
+        ]
+    )
+    collector = GradientCollector(model, BlockCyclic(2048), Explicit((500,)))
+    trainer = {"trainer": predict_trainer(accelerator="cpu", enable_progress_bar=False)}
+    train = collector.collect(data, tmp_path / "train", block_size=4, **trainer)
+    copies = Planted(count=4).plant(data)
+    asked = collector.collect(copies, tmp_path / "asked", block_size=4, as_queries=True, **trainer)
+    found = retrieve(asked, train, k=2)
+    assert [row[0] for row in found.train_ids] == [f"e{i}" for i in range(4)]
+    assert (found.scores[:, 0] > 1 - 1e-5).all() and (found.scores[:, 1] < 1 - 2e-5).all()
