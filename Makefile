@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz zoo conformance bench bench-retrieval gpu lint types figures experiments wheel clean
+.PHONY: help demo test fuzz zoo conformance bench bench-retrieval gpu lint types docs figures experiments wheel clean
 
 # The first of these that is there; name another with `make test PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,\
@@ -49,6 +49,11 @@ lint: .venv/.installed ## check style, types and the floors of the import graph
 types: .venv/.installed ## count the public names whose types every checker sees, by pyright
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'pyright>=1.1.400'
 	@.venv/bin/python tests/public_types.py
+
+docs: .venv/.installed ## build the site into outputs/site: run the notebooks, check every link (five minutes)
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 nice .venv/bin/mkdocs build --quiet
+	@.venv/bin/python docs/site/check.py outputs/site
 
 figures: .venv/.installed ## print the figures of the structure beside their limits
 	@.venv/bin/python tests/structure.py

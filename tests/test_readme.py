@@ -53,7 +53,7 @@ def test_a_model_of_your_own(tmp_path):
 
 def test_links_lead_somewhere():
     root = README.parent
-    pages = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("experiments/*/README.md")]
+    pages = [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("experiments/*/README.md")]
     links = {
         (page.name, link): page.parent / link
         for page in pages
