@@ -31,20 +31,20 @@ def take(
         DminError: there is none.
     """
     run.collect["params"] = "lora"
-    said = places.said.get("adapter")
+    said, files = places.said.get("adapter"), [spelled(each) for each in _files(folder, last, ways)]
     if said is None:
-        files = _files(folder, last, ways)
         if not files:
             raise DminError(
                 f"{run.source}: {key} leads to no adapter ({last}). Name it: model.adapter=FILE, "
                 f"or where the run's files are: run.root=FOLDER."
             )
-        run.facts["checkpoints"] = [spelled(each) for each in files[:-1]]
-        said = spelled(files[-1])
+        said = files[-1]
         run.taken.append(Entry(key, said, "model.adapter"))
     else:
         run.taken.append(Entry(key, said, "model.adapter, as you say"))
     run.model["adapter"] = said
+    here = spelled(Path(said))
+    run.facts["checkpoints"] = files[: files.index(here)] if here in files else files
     names = header(Path(said)) if Path(said).is_file() else {}
     if parts := sum(name.startswith(TEXT) for name in names):
         meaning = "encode the captions inside each pass; their gradients are part of each row"

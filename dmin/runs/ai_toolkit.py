@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter, base_model, wording as say
+from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places
 from dmin.runs.folders import add, bucket, folder, masks, together
 from dmin.runs.keys import FLOWS, Keys, families, table
@@ -51,7 +51,8 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     folder_of_run = places.seek(f"{place}/{name}", "training_folder") or source.parent
     last, way = f"{name}.safetensors", f"{name}_*.safetensors"
     adapter.take(run, places, "training_folder", folder_of_run, last, way)
-    run.facts |= train.known("steps", "batch_size", "lr")
+    checkpoints.schedule(train, "steps", known=("constant",))
+    run.facts |= train.known("batch_size", "lr")
     parts = None if "data" in places.said else _folders(keys, places, train)
     for name, part in {"process": keys, "train": train, "model": model}.items():
         part.apply(table("ai_toolkit", name))

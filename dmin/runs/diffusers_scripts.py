@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter, base_model, wording as say
+from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places
 from dmin.runs.folders import IMAGES, add, bucket, folder, together
 from dmin.runs.keys import Keys, table
@@ -38,7 +38,8 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     keys.weighted(keys.get("precondition_outputs", False, bool))
     if kind := keys.get("prediction_type", kind=str):
         base_model.predicts(keys, "prediction_type", kind)
-    run.facts |= keys.known("max_train_steps", "learning_rate", "train_batch_size", "seed", "rank")
+    checkpoints.schedule(keys, "max_train_steps", "num_train_epochs")
+    run.facts |= keys.known("learning_rate", "train_batch_size", "seed", "rank")
     parts = None if "data" in places.said else _folders(keys, places)
     keys.apply(table("diffusers_scripts", "arguments"))
     run.data = together(parts, run)

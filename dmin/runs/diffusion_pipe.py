@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter, base_model, wording as say
+from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places, load
 from dmin.runs.folders import IMAGES, add, folder, masks, ratios, sides, together
 from dmin.runs.keys import Keys, families, table
@@ -43,7 +43,9 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     run.name = root.name if root else "run"
     way = "epoch" if root and any(root.glob("epoch*/*.safetensors")) else "step"
     adapter.take(run, places, "output_dir", root, "adapter", f"{way}*/*.safetensors")
-    run.facts |= keys.known("epochs", "max_steps", "micro_batch_size_per_gpu")
+    known = ("constant_with_warmup",)
+    checkpoints.schedule(keys, "max_steps", warmup="warmup_steps", known=known)
+    run.facts |= keys.known("micro_batch_size_per_gpu")
     parts = None if "data" in places.said else _folders(keys, places)
     for name, part in {"options": keys, "model": model, "adapter": of_adapter}.items():
         part.apply(table("diffusion_pipe", name))

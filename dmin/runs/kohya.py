@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter, base_model, wording as say
+from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places, load
 from dmin.runs.folders import add, bucket, folder, masks, together
 from dmin.runs.keys import Keys, families, is_off, table
@@ -45,9 +45,8 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     name = run.name = keys.get("output_name", "last", str)
     folder = places.seek(keys.get("output_dir", ".", str), "output_dir")
     adapter.take(run, places, "output_dir", folder, f"{name}.safetensors", f"{name}-*.safetensors")
-    run.facts |= keys.known(
-        "network_dim", "network_alpha", "max_train_steps", "max_train_epochs", "seed"
-    )
+    checkpoints.schedule(keys, "max_train_steps", "max_train_epochs")
+    run.facts |= keys.known("network_dim", "network_alpha", "seed")
     parts = None if "data" in places.said else _folders(keys, run, places)
     keys.skip(table("kohya", "folders").inert)  # at whatever level
     keys.apply(table("kohya", "options"))

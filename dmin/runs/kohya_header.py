@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter, base_model, kohya, wording as say
+from dmin.runs import adapter, base_model, checkpoints, kohya, wording as say
 from dmin.runs.files import Places
 from dmin.runs.folders import together
 from dmin.runs.keys import Keys, families, table
@@ -41,7 +41,8 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     base_model.take(run, places, base, kind, known)
     kohya.loss(keys, _predicted(version, str(found.get("modelspec.prediction_type", ""))))
     run.name = keys.get("output_name", source.stem, str)
-    adapter.take(run, places, "run", source.parent, source.name)
+    adapter.take(run, places, "run", source.parent, source.name, f"{source.stem}-*.safetensors")
+    checkpoints.schedule(keys, "max_train_steps")
     run.facts |= keys.known("network_dim", "network_alpha", "steps", "epoch", "learning_rate")
     parts = None
     if "data" not in places.said:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter, base_model
+from dmin.runs import adapter, base_model, checkpoints
 from dmin.runs.files import Places, load
 from dmin.runs.folders import add, bucket, folder, together
 from dmin.runs.keys import Keys, families, table
@@ -31,7 +31,8 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     name = run.name = keys.get("output_name", "last", str)
     root = places.seek(keys.get("output_dir", ".", str), "output_dir")
     adapter.take(run, places, "output_dir", root, f"{name}.safetensors", f"{name}-*.safetensors")
-    run.facts |= keys.known("network_dim", "network_alpha", "max_train_steps", "seed")
+    checkpoints.schedule(keys, "max_train_steps", "max_train_epochs")
+    run.facts |= keys.known("network_dim", "network_alpha", "seed")
     parts = None if "data" in places.said else _folders(keys, places)
     keys.apply(table("musubi", "options"))
     run.data = together(parts, run)

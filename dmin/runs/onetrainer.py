@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter, base_model, wording as say
+from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places, load, spelled
 from dmin.runs.folders import MASKS, add, folder, ratios, several_lines, sides, together
 from dmin.runs.keys import Keys, Setting, families, table
@@ -47,7 +47,9 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     folder, name = (last.parent, last.name) if last else (work, "")
     adapter.take(run, places, "output_model_destination", folder, name, "save/*.safetensors")
     run.name = Path(run.model["adapter"]).stem
-    run.facts |= keys.known("epochs", "batch_size", "learning_rate", "lora_rank", "lora_alpha")
+    names = {"name": "learning_rate_scheduler", "warmup": "learning_rate_warmup_steps"}
+    checkpoints.schedule(keys, "steps", **names, known=("constant_with_warmup",))
+    run.facts |= keys.known("batch_size", "learning_rate", "lora_rank", "lora_alpha")
     parts = None if "data" in places.said else _concepts(keys, run, places)
     keys.apply(table("onetrainer", "options"))
     run.data = together(parts, run)

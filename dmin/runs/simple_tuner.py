@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter, base_model, wording as say
+from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places, load
 from dmin.runs.folders import IMAGES, add, bucket, folder, masks, several_lines, sides, together
 from dmin.runs.keys import Keys, Setting, families, table
@@ -52,7 +52,9 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     name = "pytorch_lora_weights.safetensors"
     folder_of_run = places.seek(place, "output_dir")
     adapter.take(run, places, "output_dir", folder_of_run, name, f"checkpoint-*/{name}")
-    run.facts |= keys.known("max_train_steps", "learning_rate", "train_batch_size", "seed")
+    known = ("constant", "constant_with_warmup")
+    checkpoints.schedule(keys, "max_train_steps", "num_train_epochs", default="sine", known=known)
+    run.facts |= keys.known("learning_rate", "train_batch_size", "seed")
     parts = None if "data" in places.said else _folders(keys, places)
     keys.apply(table("simple_tuner", "options"))
     run.data = together(parts, run)

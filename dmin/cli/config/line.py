@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from dmin.cli.config.auto import opened
+from dmin.cli.config.groups import config_directory
 from dmin.cli.config.store_settings import GROUPS, read
 from dmin.cli.tools.arguments import Arguments
+from dmin.runs import checkpoints
 from dmin.runs.recognise import read_run
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
@@ -24,6 +27,7 @@ from dmin.runtime.errors import DminError
 ROOT = "line"
 _OTHER_ROOT = ("--config-name", "-cn", "--config-path", "-cp")
 OF_A_STORE = ("collect", "doctor", "sample", "retrieve", "outliers", "losses", "evaluate")
+WITH_METHOD = ("retrieve", "outliers")
 WITH_PICTURES = {"retrieve": "pictures", "losses": "pictures that were held out"}
 
 
@@ -71,6 +75,7 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
         run = _read_run(of_run, _of_line(settings, options["model"]))
         sections = ("model", "collect", "name", *({"data", "noise"} - given))
         root = {key: _literals(getattr(run, key)) for key in sections}
+        root |= _over_checkpoints(run, settings, given) if command in WITH_METHOD else {}
     chosen = {group for group in GROUPS if "_target_" in root.get(group, {})}
     defaults: list[Any] = [{f"override {group}": None} for group in GROUPS if group in chosen]
     if run is not None and "model" not in given:
@@ -121,6 +126,19 @@ def _read_run(words: Sequence[str], said_on_line: Mapping[str, str]) -> Training
         int(draws),
         said_on_line,
     )
+
+
+def _over_checkpoints(
+    run: TrainingRun, settings: Sequence[str], given: Collection[str]
+) -> dict[str, Any]:
+    """Return the settings of a method that averages over checkpoints by weights: the run's."""
+    chosen = next((word[7:] for word in settings if word.startswith("method=")), "")
+    file = config_directory() / f"method/{chosen}.yaml"
+    own = set(OmegaConf.load(file)) if file.is_file() else set()
+    if not {"checkpoints", "weights"} <= own or "method.checkpoints" in given:
+        return {}
+    weighted = "method.weights" not in given
+    return {"method": _literals(checkpoints.settings(run, chosen, weighted))}
 
 
 def register(line: Line) -> str:

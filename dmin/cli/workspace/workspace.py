@@ -41,6 +41,7 @@ class Workspace(Built):
     def __init__(self, cfg: DictConfig, command: str) -> None:
         super().__init__(cfg, command)
         self._others: dict[str, Workspace] = {}  # of further checkpoints
+        self._asked = ""  # of which of them this one is
         self.made_of: dict[str, Any] = {}  # digests of data and weights that were read
 
     @cached_property
@@ -85,7 +86,8 @@ class Workspace(Built):
         if not (path / "manifest.json").is_file():
             raise DminError(
                 f"there is no store of the training examples for these settings ({path}). Run "
-                f"`dmin collect` with the same settings first.{self._other_stores(manifest)}"
+                f"`dmin collect` with the same settings{self._asked} first."
+                f"{self._other_stores(manifest)}"
             )
         store = Store(path)
         # While it grows it may be asked by the data of before, or by those that it grows by.
@@ -323,10 +325,12 @@ class Workspace(Built):
         return {name: self.at(name) for name in names}
 
     def at(self, path: str) -> Workspace:
-        """Return the workspace of another model with the same settings and examples."""
+        """Return the workspace of another model, or adapter, with the same settings."""
         if path not in self._others:
             cfg = copy.deepcopy(self.cfg)
-            OmegaConf.update(cfg, "model.path", path)
+            of = "adapter" if cfg.model.get("adapter") else "path"
+            OmegaConf.update(cfg, f"model.{of}", path)
             other = self._others[path] = Workspace(cfg, self.command)
+            other._asked = f" and model.{of}={path}"
             other.__dict__["data"] = self.data  # the same examples, read once
         return self._others[path]
