@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -116,6 +117,7 @@ class FeatureSet:
         checkpoints: the same examples under further checkpoints of the model, by their name.
         journey: of queries: stores of the same ids, one for each state that was recorded while
             they were generated.
+        repeats: whether examples count as often as an epoch passed them (`counts`).
         origin: what the features were made with, for methods that run the model themselves.
         encodings: where collecting kept latents and prompts, if it did (``keep_encodings``); beside
             the store if None. Methods that run the model read them and do not encode again.
@@ -128,6 +130,7 @@ class FeatureSet:
         *,
         checkpoints: Mapping[str, FeatureSet] | None = None,
         journey: Sequence[FeatureSet] = (),
+        repeats: bool = True,
         origin: FeatureSource | None = None,
         encodings: str | Path | None = None,
     ) -> None:
@@ -135,6 +138,7 @@ class FeatureSet:
         self.dataset = dataset
         self.checkpoints: dict[str, FeatureSet] = dict(checkpoints or {})
         self.journey: list[FeatureSet] = list(journey)
+        self.repeats = repeats
         self.origin = origin
         self.encodings = encodings
         self.fits: FitCache = FitCache()
@@ -142,6 +146,40 @@ class FeatureSet:
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.store)
+
+    @cached_property
+    def counts(self) -> Tensor | None:
+        """How often an epoch passed each example, float64 ``[N]``, by their metadata's ``repeats``.
+
+        None where it is once each. In a method's sums over the training set an example counts so
+        often, as if it stood there that many times.
+
+        Raises:
+            DminError: one is no positive number.
+        """
+        told = [each.get("repeats", 1) for each in self.store.metadata] if self.repeats else []
+        wrong = [n for n in told if not isinstance(n, int | float) or not 0 < n < math.inf]
+        if wrong:
+            raise DminError(
+                f"{self.store.path} has an example with repeats={wrong[0]!r} in its metadata, no "
+                f"number of passes an epoch. Mend it (dmin store metadata), or have each example "
+                f"count once: collect.repeats=false."
+            )
+        return None if set(told) <= {1} else torch.tensor(told, dtype=torch.float64)
+
+    @property
+    def total(self) -> float:
+        """The sum of the `counts`: how many examples a mean over the side is of."""
+        return len(self) if self.counts is None else float(self.counts.sum())
+
+    def counted(self, values: Tensor, block: ExampleBlock, root: bool = False) -> Tensor:
+        """Return values of a block's examples, ``[n·c, ...]``, times their counts, or the roots."""
+        if self.counts is None:
+            return values
+        counts = self.counts[block.first : block.first + len(block.ids)]
+        counts = counts.repeat_interleave(len(values) // len(counts))
+        shape = (-1, *[1] * (values.ndim - 1))
+        return values * (counts.sqrt() if root else counts).to(values).view(shape)
 
     def block(self, rows: Sequence[int] | np.ndarray, requires: Requires) -> ExampleBlock:
         """Return chosen rows, in the order given, with what a method requires."""

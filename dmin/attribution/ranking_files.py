@@ -14,7 +14,7 @@ from dmin.runtime.escape import named_apart, write_csv
 
 CORE_COLUMNS = (
     *("method", "query", "rank", "id", "row", "score", "error", "stability", "maximum"),
-    *("percentile", "tier", "copy_of", "group", "examples"),
+    *("score_of_passes", "percentile", "tier", "copy_of", "group", "examples"),
 )
 
 

@@ -95,6 +95,9 @@ def score_facts(ranking: Ranking, query: int, rank: int) -> dict[str, Any]:
         found["maximum"] = number(ranking.maximum[query])
     if (percentile := ranking.percentile(query, rank)) is not None:
         found["percentile"] = round(percentile, 7)
+    if ranking.repeated:
+        passes = ranking.train_metadata[query][rank].get("repeats", 1)
+        found["score_of_passes"] = number(ranking.scores[query, rank] * passes)
     counted = {key: getattr(ranking, name) for name, key in COUNTED.items()}
     return found | {n: int(v[query, rank]) + 1 for n, v in counted.items() if v is not None}
 

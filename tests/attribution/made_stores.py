@@ -18,6 +18,8 @@ def made(
     segment_bytes=4000,
     metadata=None,
     readout="loss",
+    norms=None,
+    losses=None,
     **kept,
 ):
     """Write features [n, D, T, G, k] through the store."""
@@ -37,8 +39,12 @@ def made(
                     ids=[f"{path.name}-{row}" for row in rows],
                     metadata=[metadata[row] if metadata else {} for row in rows],
                     features={readout: features[chosen]},
-                    norms={readout: generator.uniform(0.5, 2, shape).astype(np.float32)},
-                    losses=np.zeros(shape[:3], np.float32),
+                    norms={
+                        readout: generator.uniform(0.5, 2, shape).astype(np.float32)
+                        if norms is None
+                        else norms[chosen]
+                    },
+                    losses=np.zeros(shape[:3], np.float32) if losses is None else losses[chosen],
                 ),
             )
     return Store(path)

@@ -156,6 +156,7 @@ ADDED: set[str] = {
         "model.variance_loss",
         *("queries.prompt", "queries.region", "queries.mask"),
         "collect.limit",
+        "collect.repeats",
         "retrieve.beside",
     ),
     *("collect.restore", "extras.quiet", "model.text_encoders"),

@@ -98,8 +98,12 @@ class DampedCurvatureMethod(Method):
         size = min(256, max(1, self.memory // (32 * row)))
         settings = self.rank, self.memory, self.passes
 
+        # C = Σ_i r_i φ_i φ_iᵀ / Σ_i r_i, of examples that an epoch passed r_i times.
+        scale = math.sqrt(len(train) / train.total)
+
         def stream() -> Iterator[Tensor]:
-            return (rows(block) for block in train.blocks(self.requires, size))
+            blocks = train.blocks(self.requires, size)
+            return (scale * train.counted(rows(block), block, root=True) for block in blocks)
 
         key = what, *self.requires.readouts, *settings
         self._curvature = train.fits.get(key, lambda: fit_curvature(stream, shape, *settings))

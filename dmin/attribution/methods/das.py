@@ -50,15 +50,16 @@ class DAS(DampedCurvatureMethod):
     def fit(self, train: FeatureSet) -> None:
         """Fit the curvature of each timestep, and read the errors of all examples."""
         draws, steps, groups, dim = train.store.layout.row_shape
-        self._samples = len(train) * draws
+        self._samples = train.total * draws
         self.fit_to(
             train,
             lambda block: self._rows(block).flatten(3).flatten(0, 1),
-            (self._samples, steps, groups * dim),
+            (len(train) * draws, steps, groups * dim),
             "unit",
         )
         error = torch.from_numpy(train.store.losses()).clamp(min=0).sqrt()
-        mean = error.mean(0).clamp(min=torch.finfo(torch.float32).tiny)
+        mean = train.counted(error, ExampleBlock(0, train.store.ids)).sum(0) / train.total
+        mean = mean.clamp(min=torch.finfo(torch.float32).tiny)
         self._errors = dict(zip(train.store.ids, error / mean, strict=True))  # id -> [D, T]
 
     def transform_query(self, queries: ExampleBlock) -> Tensor:

@@ -46,10 +46,10 @@ class DataInf(DampedCurvatureMethod, InnerProductMethod):
         """Fit ``(1/n) Σ_j g gᵀ / (λ + ‖g‖²)`` of each group."""
         squared = torch.zeros(len(train.store.layout.groups), dtype=torch.float64)
         for block in train.blocks(self.requires):
-            squared += summed_rows(block).double().square().sum((0, 2))
+            squared += train.counted(summed_rows(block).double().square(), block).sum((0, 2))
         groups, dim = train.store.layout.row_shape[2:]
         assert self.alpha is not None
-        self._lambda = self.alpha * squared / (len(train) * dim)  # [G]
+        self._lambda = self.alpha * squared / (train.total * dim)  # [G]
         self._lambda[self._lambda == 0] = 1  # a group without gradients adds nothing anyway
 
         def shrunk(block: ExampleBlock) -> Tensor:

@@ -28,8 +28,8 @@ class Popularity(InnerProductMethod):
         """Find the mean of the unit gradients."""
         total = torch.zeros(train.store.layout.row_shape, dtype=torch.float64)
         for block in train.blocks(self.requires):
-            total += scaled_rows(block, "unit").double().sum(0)
-        self._mean = (total / len(train) / len(total)).float()  # [D, T, G, k], over draws as well
+            total += train.counted(scaled_rows(block, "unit").double(), block).sum(0)
+        self._mean = (total / train.total / len(total)).float()  # [D, T, G, k], over draws as well
 
     def transform_query(self, queries: ExampleBlock) -> InnerProduct:
         """Return the mean once for each query."""

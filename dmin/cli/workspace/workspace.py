@@ -302,8 +302,9 @@ class Workspace(Built):
         return FeatureSet(
             self.find_train(),
             self.data,
+            repeats=self.cfg.collect.repeats,
             checkpoints={
-                path: FeatureSet(other.find_train(), self.data)
+                path: FeatureSet(other.find_train(), self.data, repeats=self.cfg.collect.repeats)
                 for path, other in self.checkpoints(methods).items()
             },
             origin=self.collector,
