@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -235,12 +234,6 @@ class Ranking:
             if (variance := totals @ totals) > 1e-12 * np.square(self.scores[query]).sum():
                 found[query] = totals @ shown / variance
         return found.astype(np.float32)
-
-    @cached_property
-    def repeated(self) -> bool:
-        """Whether of an example found it is known how often an epoch passed it."""
-        found = (example.get("repeats") for row in self.train_metadata for example in row)
-        return any(isinstance(each, int | float) for each in found)
 
     def places(self) -> Iterator[tuple[int, int]]:
         """Yield query and rank of everything that is part of the answer."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dmin.attribution.ranking import Ranking
-from dmin.attribution.ranking_json import document, number, plain, score_facts
+from dmin.attribution.ranking_json import document, number, plain, score_facts, score_of_passes
 from dmin.runtime.escape import named_apart, write_csv
 
 CORE_COLUMNS = (
@@ -47,6 +47,8 @@ def records(ranking: Ranking) -> list[dict[str, Any]]:
             **score_facts(ranking, query, rank),
             **_group(ranking, query, rank),
         }
+        if "repeats" in train_keys:
+            record["score_of_passes"] = score_of_passes(ranking, query, rank)
         record |= {column: example.get(key) for key, column in columns.items()}
         record |= {f"query_{key}": origin.get(key) for key in query_keys}
         if ranking.contributions is not None:

@@ -79,12 +79,21 @@ def _example(ranking: Ranking, query: int, rank: int, centred: np.ndarray | None
         **score_facts(ranking, query, rank),
         "metadata": ranking.train_metadata[query][rank],
     }
+    if "repeats" in found["metadata"]:
+        found["score_of_passes"] = score_of_passes(ranking, query, rank)
     counts = {key: getattr(ranking, name) for name, key in COUNTS.items()}
     found |= {n: int(v[query, rank]) for n, v in counts.items() if v is not None}
     if ranking.tied_copies is not None:
         found["tied_copies"] = ranking.tied_copies[query][rank]
     parts = {name: getattr(ranking, name) for name in PARTS} | {"centred": centred}
     return found | {n: _numbers(v[query, rank]) for n, v in parts.items() if v is not None}
+
+
+def score_of_passes(ranking: Ranking, query: int, rank: int) -> float | None:
+    """Return the score times how often an epoch passed the example, if that is a number."""
+    passes = ranking.train_metadata[query][rank].get("repeats", 1)
+    known = isinstance(passes, int | float)
+    return number(ranking.scores[query, rank] * passes) if known else None
 
 
 def score_facts(ranking: Ranking, query: int, rank: int) -> dict[str, Any]:
@@ -95,9 +104,6 @@ def score_facts(ranking: Ranking, query: int, rank: int) -> dict[str, Any]:
         found["maximum"] = number(ranking.maximum[query])
     if (percentile := ranking.percentile(query, rank)) is not None:
         found["percentile"] = round(percentile, 7)
-    if ranking.repeated:
-        passes = ranking.train_metadata[query][rank].get("repeats", 1)
-        found["score_of_passes"] = number(ranking.scores[query, rank] * passes)
     counted = {key: getattr(ranking, name) for name, key in COUNTED.items()}
     return found | {n: int(v[query, rank]) + 1 for n, v in counted.items() if v is not None}
 

@@ -93,11 +93,12 @@ def test_a_run_of_kohyas_with_its_checkpoints_is_asked_by_tracin(tmp_path, monke
     placed("sd", "stable_diffusion", "unet", "out/mug-000001", "out/mug")
     run = f"run={written(KOHYA)}"
     assert "diagnosis.json" in dmin("doctor", run, *FEW, cwd=tmp_path).stdout
-    line = [run, *FEW, "--limit=2", "method=tracin"]
+    line = [run, *FEW, "--limit=2"]
     dmin("collect", *line, cwd=tmp_path)
-    refused = dmin("retrieve", *line, *QUERY, cwd=tmp_path, ok=False).stderr
+    asked = ["retrieve", *line, "method=tracin", *QUERY]
+    refused = dmin(*asked, cwd=tmp_path, ok=False).stderr
     assert "the same settings and model.adapter=out/mug-000001.safetensors first" in refused
     files = "model.adapter=out/mug-000001.safetensors,out/mug.safetensors"
     dmin("collect", "-m", *line, files, cwd=tmp_path)
-    assert "learning rates = 0.667, 0.333" in dmin("retrieve", *line, *QUERY, cwd=tmp_path).stdout
+    assert "learning rates = 0.667, 0.333" in dmin(*asked, cwd=tmp_path).stdout
     assert answer()[0]["method"] == "tracin"

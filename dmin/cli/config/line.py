@@ -27,7 +27,6 @@ from dmin.runtime.errors import DminError
 ROOT = "line"
 _OTHER_ROOT = ("--config-name", "-cn", "--config-path", "-cp")
 OF_A_STORE = ("collect", "doctor", "sample", "retrieve", "outliers", "losses", "evaluate")
-WITH_METHOD = ("retrieve", "outliers")
 WITH_PICTURES = {"retrieve": "pictures", "losses": "pictures that were held out"}
 
 
@@ -75,7 +74,7 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
         run = _read_run(of_run, _of_line(settings, options["model"]))
         sections = ("model", "collect", "name", *({"data", "noise"} - given))
         root = {key: _literals(getattr(run, key)) for key in sections}
-        root |= _over_checkpoints(run, settings, given) if command in WITH_METHOD else {}
+        root |= _over_checkpoints(run, settings, given)
     chosen = {group for group in GROUPS if "_target_" in root.get(group, {})}
     defaults: list[Any] = [{f"override {group}": None} for group in GROUPS if group in chosen]
     if run is not None and "model" not in given:
