@@ -11,6 +11,7 @@ COMMANDS = {
     "doctor": "Before that: check that dmin does right by your model, and what it will cost.",
     "sample": "Generate query images, each with the prompt and seed that made it.",
     "retrieve": "Find the training examples behind each query image, and show them.",
+    "serve": "Ask in a browser, the model kept loaded: your pictures, parts of them, prompts.",
     "outliers": "Find training examples that only they explain: rare, or labelled wrongly.",
     "losses": "See the loss of every training image, and whether the model is over-fitted.",
     "evaluate": "Measure how far the answers can be trusted, against ground truth.",
@@ -31,13 +32,16 @@ _EXAMPLES = {
     "collect": " sketch.dim=1024",
     "sample": " queries.per_prompt=4",
     "retrieve": " method=grad_cos retrieve.k=20",
+    "serve": " serve.port=0",
     "outliers": " method=datainf",
     "losses": " noise.draws=4",
     "evaluate": "",
     "demo": " seed=1 name=other",
 }
 # The words of a line that are no settings.
-_WORDS = dict.fromkeys(("doctor", "collect", "outliers", "evaluate"), " [STORE] [--limit N]") | {
+_WORDS = dict.fromkeys(
+    ("doctor", "collect", "serve", "outliers", "evaluate"), " [STORE] [--limit N]"
+) | {
     "losses": " [STORE] [HELD_OUT ...] [--limit N]",
     "sample": " [STORE] [--prompt TEXT ...]",
     "retrieve": " [STORE] [PICTURE ...] [--prompt TEXT ...] [--region X,Y,W,H | --mask FILE]",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 SHELL = Path(__file__).with_name("page.html")
+COLOURS = SHELL.with_name("colours.css")
 
 
 def write_page(own: Path, title: str, data: Any, path: str | Path) -> Path:
@@ -26,6 +27,7 @@ def write_page(own: Path, title: str, data: Any, path: str | Path) -> Path:
         The path.
     """
     style, script = (_read(SHELL, kind) + _read(own, kind) for kind in (".css", ".js"))
+    style = _read(COLOURS, ".css") + style
     parts = {
         "TITLE": html.escape(title),
         # Only this script and this style may run: a name that smuggles in markup stays text.

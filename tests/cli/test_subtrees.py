@@ -51,7 +51,7 @@ def test_what_is_pointed_to_stays_and_what_nobody_knows():
 @pytest.mark.parametrize(
     ("command", "typed", "known"),
     [
-        ("collect", "retrieve.k=3", "`dmin retrieve`, `dmin demo`"),
+        ("collect", "retrieve.k=3", "`dmin retrieve`, `dmin serve`, `dmin demo`"),
         ("train", "model.shift=3", "`dmin collect`"),
         ("doctor", "~queries", "`dmin sample`"),
         ("retrieve", "method@benchmark.tasks.x=dmin", "`dmin evaluate`, `dmin demo`"),

@@ -161,6 +161,7 @@ ADDED: set[str] = {
     ),
     *("collect.restore", "extras.quiet", "model.text_encoders"),
     *("losses.k", "losses.held_out"),
+    *("serve.host", "serve.port", "serve.queue", "serve.upload_mb"),
     "data.layout",
     *("data.condition_image", "queries.condition_image"),
     *("data.bucket_shapes", "data.upscale", "queries.bucket_shapes", "queries.upscale"),

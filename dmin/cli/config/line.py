@@ -26,7 +26,8 @@ from dmin.runtime.errors import DminError
 
 ROOT = "line"
 _OTHER_ROOT = ("--config-name", "-cn", "--config-path", "-cp")
-OF_A_STORE = ("collect", "doctor", "sample", "retrieve", "outliers", "losses", "evaluate")
+_READING = ("sample", "retrieve", "serve", "outliers", "losses", "evaluate")
+OF_A_STORE = ("collect", "doctor", *_READING)
 WITH_PICTURES = {"retrieve": "pictures", "losses": "pictures that were held out"}
 
 

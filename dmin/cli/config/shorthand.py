@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 _SEVERAL = re.compile(r"method=([\w-]+(?:,[\w-]+)+)")
 # What stands where a command's own choice is none that could do its work.
-_CHOICES = {"demo": "experiment=digits", "outliers": "method=grad_dot"}
+_CHOICES = {"demo": "experiment=digits", "outliers": "method=grad_dot", "serve": "queries=images"}
 
 
 def spelled_out(command: str, words: Sequence[str]) -> list[str]:
@@ -20,8 +20,8 @@ def spelled_out(command: str, words: Sequence[str]) -> list[str]:
     given = {word.partition("=")[0].lstrip("+") for word in words}
     chosen = _CHOICES.get(command, "")
     if chosen and chosen.partition("=")[0] not in given:
-        return [chosen, *words]
-    if command != "retrieve" or {"-m", "--multirun"} & given:
+        words = [chosen, *words]
+    if command not in ("retrieve", "serve") or {"-m", "--multirun"} & given:
         return list(words)
     found: list[str] = []
     for word in words:

@@ -19,6 +19,7 @@ READS = {
     "doctor": (*_FEATURES, "doctor"),
     "sample": ("model", "queries", "data?"),  # what is generated is named after the data
     "retrieve": (*_FEATURES, "queries", "method", "index", "retrieve"),
+    "serve": (*_FEATURES, "method", "index", "retrieve", "serve", "queries?serve"),
     "outliers": (*_FEATURES, "method", "outliers"),
     "losses": (*_FEATURES, "losses", "queries?losses.held_out"),
     "evaluate": (*_TRAINING, *_FEATURES, "method", "benchmark", "queries?"),

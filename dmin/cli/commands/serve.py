@@ -1,0 +1,127 @@
+"""``dmin serve``: ask in a browser, the model kept loaded."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from dmin.cli.commands.command import Command, shown_count
+from dmin.cli.config.line import words
+from dmin.cli.workspace.asked import SELECTED, Asked
+from dmin.cli.workspace.benchmark import with_method
+from dmin.cli.workspace.built import build
+from dmin.cli.workspace.side_by_side import methods_of
+from dmin.cli.workspace.workspace import Workspace
+from dmin.runtime.errors import DminError
+
+if TYPE_CHECKING:
+    from dmin.attribution import FeatureSet, Method
+    from dmin.serve.page import Tell
+    from dmin.serve.question import Question
+
+
+@Command
+def serve(work: Workspace, results: dict[str, Any]) -> None:
+    """Answer in a browser until stopped."""
+    from dmin.serve import server
+    from dmin.serve.gate import LOOPBACK
+
+    work.require_one_process()
+    host, port, queue, upload_mb = work.resolved("serve")["serve"].values()
+    if queue < 1 or upload_mb <= 0:
+        raise DminError(f"serve.queue={queue}, serve.upload_mb={upload_mb}: both are above zero.")
+    at = server.bound(host, port)  # refused before the model is loaded
+    desk = Reader(work)
+    try:
+        _ = desk.offered
+    except DminError as error:  # the page says it, too, and goes on: it may be mended meanwhile
+        work.console.print(str(error), soft_wrap=True)
+    token = None if host in LOOPBACK else secrets.token_urlsafe(16)
+    tell = work.console.print
+    server.serve(desk, at, upload_mb, queue, token, lambda url: tell(f"Open {url} (Ctrl-C ends)"))
+
+
+class Reader:
+    """Answers with the model and the store of a configuration, which it opens once.
+
+    Args:
+        work: of the configuration.
+    """
+
+    def __init__(self, work: Workspace) -> None:
+        self.work, self.k, self.chosen = work, shown_count(work, "retrieve.k"), methods_of(work)
+        own = ("serve.", "method=", "retrieve.k=", "retrieve.beside=", "queries=")
+        said = HydraConfig.get().overrides.task
+        self.words: Sequence[str] = [*words(), *(each for each in said if not each.startswith(own))]
+        cfg = work.cfg
+        store, model = cfg.collect.path or cfg.name, cfg.model.get("path") or cfg.name
+        self.about = f"Store {store}, model {model}"
+
+    @property
+    def methods(self) -> Sequence[str]:
+        """Those offered; while the store cannot be opened, those that were chosen."""
+        return list(self.__dict__.get("offered", self.chosen))
+
+    @cached_property
+    def train(self) -> FeatureSet:
+        """The training examples; the model is loaded for them."""
+        return self.work.train_side()
+
+    @cached_property
+    def offered(self) -> dict[str, Method]:
+        """The methods chosen, then all others that need nothing but the store and the picture."""
+        from dmin.attribution.check import check_train
+
+        for method in self.chosen.values():
+            check_train(self.train, method)
+        found = dict(self.chosen)
+        for name in GlobalHydra.instance().config_loader().get_group_options("method"):
+            cfg = with_method(self.work, name, {}).method
+            if name in found or OmegaConf.missing_keys(cfg):
+                continue
+            method = build(cfg)
+            needs = method.requires
+            with suppress(DminError):
+                check_train(self.train, method)
+                if not (needs.checkpoints or needs.journey or needs.model):
+                    found[name] = method
+        return found
+
+    def answer(self, question: Question, folder: Path, tell: Tell) -> str:
+        """Return the page of the answer; as of `Desk`."""
+        from dmin.attribution.search.selection import Selection
+        from dmin.gallery.html import save_html
+        from dmin.gallery.pictures import remembered
+        from dmin.queries import Generated
+
+        work = self.work
+        tell(0.05, "opening the model and the store")
+        methods = {name: self.offered[name] for name in question.methods}
+        options = work.resolved("retrieve")["retrieve"]
+        selection = Selection(**{name: options[name] for name in SELECTED})
+        options["k"] = min(question.k, selection.candidates(self.train.store.metadata)[0])
+        work.outputs = folder  # nothing of a question is kept
+        if question.picture is None:
+            tell(0.2, "generating the picture")
+            made = Generated([question.asked], seed=question.seed, steps=question.steps)
+            source: Any = work.queries(made)
+        else:
+            tell(0.2, "reading the picture")
+            settings = work.resolved("queries")["queries"] | question.settings(folder)
+            source = get_object(settings.pop("_target_"))(**settings)
+        work.require_conditions(source, "queries")
+        tell(0.4, "gradients of the picture")
+        asked = Asked(work, options, work.query_side(source), self.train, selection)
+        tell(0.8, f"scores by {', '.join(methods)}")
+        rankings = asked.rankings(methods) or []
+        page = save_html(rankings, remembered(asked.shown), asked.pictures[1], folder / "a.html")
+        return page.read_text("utf-8")

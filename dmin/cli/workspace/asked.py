@@ -1,0 +1,113 @@
+"""What is asked of every method alike, and what each answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from dmin.cli.workspace.ranking_parts import joined
+from dmin.cli.workspace.side_by_side import about
+from dmin.cli.workspace.workspace import Workspace
+from dmin.runtime.progress import titled
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dmin.attribution import FeatureSet, Method, Ranking
+    from dmin.attribution.search.index import Index
+    from dmin.attribution.search.selection import Selection
+    from dmin.gallery.pictures import Images
+
+SELECTED = ("order", "min_score", "where", "group_by", "group_score", "split")
+
+
+@dataclass
+class Asked:
+    """What is asked of every method alike."""
+
+    work: Workspace
+    options: dict[str, Any]
+    queries: FeatureSet
+    train: FeatureSet
+    selection: Selection
+    index: Index | None = None
+    blind: dict[str, tuple[float, ...] | None] = field(default_factory=dict)  # by readout
+
+    def __post_init__(self) -> None:
+        """Keep pictures that were decoded."""
+        from dmin.gallery.pictures import remembered
+
+        queries, train = self.queries, self.train
+        self.pictures: tuple[Images, Images] = (
+            remembered(lambda id: queries.image(id).numpy()),
+            remembered(lambda id: train.image(id).numpy()),
+        )
+
+    def rankings(self, methods: Mapping[str, Method]) -> list[Ranking] | None:
+        """Return the answers of several methods; None while other shards are not done.
+
+        Raises:
+            DminError: a method cannot compare the queries with the training examples.
+        """
+        from dmin.attribution.check import check_pair
+
+        for method in methods.values():
+            check_pair(self.queries, self.train, method)
+        head, found = about(self.work, self.train), []
+        for name, method in methods.items():
+            if len(methods) > 1:
+                self.work.notes.print(titled("method", f": {name}"))
+            ranking = self.ranking(method)
+            if ranking is None:
+                return None
+            named = ranking if len(methods) == 1 else replace(ranking, method=name)
+            found.append(replace(named, about=head))
+        return found
+
+    def ranking(self, method: Method) -> Ranking | None:
+        """Return the answer by one method, with all that its scores mean."""
+        from dmin.attribution import Approximate, retrieve as search, retrieve_part
+        from dmin.attribution.confidence import with_confidence
+        from dmin.attribution.copies import namesakes, with_copies
+
+        k, chosen = self.options["k"], self.selection
+        queries, train = self.queries, self.train
+        # Others that may take their places; an approximate index finds none to rely on.
+        unsure = chosen.group_by or isinstance(self.index, Approximate)
+        sure = self.options["confidence"] and not unsure
+        wide = max(k, min(3 * k, chosen.candidates(train.store.metadata)[0])) if sure else k
+        rows, device = self.options["rows"], self.options["device"]
+        asked = method, wide, rows, chosen, self.index, device
+        if self.work.share.shards == 1:
+            found: Ranking | None = search(queries, train, *asked)
+        else:
+            part = retrieve_part(queries, train, self.work.share.range(len(train)), *asked)
+            found = joined(self.work, part, queries, train, method, chosen, k)
+        if found is None:
+            return None
+        wider = found
+        if sure:
+            found = with_confidence(found, queries, train, method, k)
+        if found.contributions is not None and method.requires.readouts:
+            found = replace(found, blind=self.blind_at(method.requires.readouts[0]))
+        if chosen.group_by:
+            return found
+        return with_copies(found, *self.pictures, wider, namesakes(queries, train))
+
+    def blind_at(self, readout: str) -> tuple[float, ...] | None:
+        """Return the timesteps that the doctor calls blind; None of too few examples to tell."""
+        from dmin.doctor.timestep_report import report_of
+
+        if readout not in self.blind:
+            report = report_of(self.train.store, readout) if len(self.train) > 2 else None
+            found = None if report is None else (t.timestep for t in report if t.blind)
+            self.blind[readout] = None if found is None else tuple(found)
+        return self.blind[readout]
+
+    def shown(self, id: str) -> np.ndarray:
+        """Return a query as it is shown: what is not asked about is pale."""
+        from dmin.data.part import dimmed
+
+        example = self.queries.example(id)
+        return dimmed(example.image, example.mask).numpy()

@@ -1,0 +1,1 @@
+"""The local page: ask with a picture, a part of it or a prompt, the model kept loaded."""

@@ -1,0 +1,126 @@
+"""The page: a form, and the answer as the gallery shows it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import gradio as gr
+from fastapi import FastAPI
+
+from dmin.runtime.errors import DminError
+from dmin.runtime.files import machine_failure
+from dmin.runtime.page import COLOURS
+from dmin.serve.question import MASK, SIDE_BY_SIDE, Question
+
+_WAIT = '<div class="wait">{}</div>'
+_ANSWER = """<div class="again"><code tabindex="0">{}</code>{}<button type="button">Copy</button>
+<button type="button" data-open="1">Own tab</button></div><iframe title="Answer" srcdoc="{}">"""
+_MASK = f'<a download="{MASK}" href="data:image/png;base64,{{}}">{MASK}</a>'
+
+Tell = Callable[[float, str], None]
+"""Takes the share of the work that is done, and what is being done."""
+
+
+class Desk(Protocol):
+    """Who answers.
+
+    Attributes:
+        about: a line on what is asked.
+        words: store, options and settings of the command line.
+        k: training examples that an answer shows, unless others are asked for.
+    """
+
+    about: str
+    words: Sequence[str]
+    k: int
+
+    @property
+    def methods(self) -> Sequence[str]:
+        """By which it can be answered, the one chosen first."""
+
+    def answer(self, question: Question, folder: Path, tell: Tell) -> str:
+        """Return the page of an answer; what it needs on disk lies in a folder that is deleted."""
+
+
+def reply(desk: Desk, upload_mb: float, sent: dict[str, Any], tell: Tell) -> str:
+    """Return the answer to what a browser sent as HTML, or in words why there is none."""
+    with TemporaryDirectory(prefix="dmin-serve-") as place:
+        folder = Path(place).resolve()
+        try:
+            question = Question.read(sent, upload_mb, desk.methods)
+            page = desk.answer(question, folder, tell)
+        except Exception as error:
+            told = str(error if isinstance(error, DminError) else machine_failure(error) or "")
+            if not told:
+                traceback.print_exc()
+                told = f"A defect of dmin ({type(error).__name__}): the terminal has the traceback."
+            told = told.replace(f"{folder}/picture/", "").replace(f"{folder}/", "")
+            return f'<p class="notice" role="alert">{escape(told)}</p>'
+    mask = _MASK.format(sent["mask"]) if question.mask else ""
+    return _ANSWER.format(escape(question.line(desk.words)), mask, escape(page))
+
+
+def build(desk: Desk, upload_mb: float, queue: int) -> gr.Blocks:
+    """Return the page, whose questions are answered one at a time; arguments as of `mounted`."""
+
+    def ask(pad: Any, *form: Any, progress: Any = gr.Progress()) -> str:  # noqa: B008 (its way)
+        drawn = pad if isinstance(pad, dict) else {}
+        if drawn and not drawn.get("picture"):
+            return _WAIT.format("Drop a picture first, or generate one.")
+        fields = zip(("prompt", "methods", "k", "seed", "steps"), form, strict=True)
+        return reply(desk, upload_mb, {**drawn, **dict(fields)}, lambda *told: progress(*told))
+
+    template, script, limit = _read("pad.html"), _read("pad.js"), f"{upload_mb:g}"
+    with gr.Blocks(title="dmin", analytics_enabled=False, fill_width=True) as page:
+        about = escape(desk.about)
+        gr.HTML(f"<h1>Which training examples are behind it?</h1><p>{about}</p>", elem_id="head")
+        with gr.Row():
+            with gr.Column(scale=0, min_width=340):
+                with gr.Tab("A picture"):
+                    pad = gr.HTML(html_template=template, js_on_load=script, limit=limit)
+                with gr.Tab("Generate one"):
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                    steps = gr.Number(50, label="Steps", precision=0, minimum=1)
+                prompt = gr.Textbox(label="Prompt", lines=2, placeholder="caption, or class")
+                several = {"multiselect": True, "max_choices": SIDE_BY_SIDE}
+                names = list(desk.methods)
+                methods = gr.Dropdown(
+                    names, value=names[:1], label="Methods, side by side", **several
+                )
+                k = gr.Slider(1, max(60, desk.k), desk.k, step=1, label="Training examples")
+                go = gr.Button("Ask", variant="primary")
+            with gr.Column(scale=1, min_width=320):
+                empty = _WAIT.format("The training examples behind a picture are shown here.")
+                answer = gr.HTML(empty, elem_id="answer", js_on_load=_read("answer.js"))
+        asked, own = (
+            [pad, prompt, methods, k, seed, steps],
+            "(pad, ...form) => [dminAsked(), ...form]",
+        )
+        go.click(ask, asked, answer, js=own, api_visibility="private")
+    return page.queue(max_size=queue, default_concurrency_limit=1)
+
+
+def mounted(desk: Desk, upload_mb: float, queue: int) -> FastAPI:
+    """Return the page as an application, in the colours of all pages.
+
+    Args:
+        desk: answers.
+        upload_mb: the largest picture that is taken, in MB.
+        queue: how many questions may wait.
+    """
+    style = COLOURS.read_text("utf-8") + _read("serve.css")
+    names = ("run_history", "ssr_mode", "pwa", "mcp_server", "enable_monitoring")
+    off: dict[str, Any] = {"footer_links": [], **dict.fromkeys(names, False)}
+    theme = gr.themes.Base(font="system-ui", font_mono="monospace")  # no font is asked of anybody
+    blocks, head = build(desk, upload_mb, queue), f"<style>{style}</style>"
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    return gr.mount_gradio_app(app, blocks, "/", theme=theme, head=head, **off)
+
+
+def _read(name: str) -> str:
+    return Path(__file__).with_name(name).read_text("utf-8")

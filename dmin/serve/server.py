@@ -1,0 +1,78 @@
+"""The server: one process, one model, at an address of this machine unless told otherwise."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from dmin.runtime.errors import DminError
+from dmin.runtime.signals import StopSignals
+from dmin.serve.gate import Gate
+
+if TYPE_CHECKING:
+    from dmin.serve.page import Desk
+
+LINGER = 2  # seconds that open connections have at the end
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address.
+
+    Args:
+        host: name or number of an interface of this machine.
+        port: 0 for any that is free.
+
+    Raises:
+        DminError: it is taken, or not of this machine; or Gradio is not installed.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise DminError("dmin serve needs Gradio: pip install 'dmin[serve]'.")
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+        found.listen()
+    except (OSError, OverflowError) as error:
+        found.close()
+        raise DminError(
+            f"serve.host={host}, serve.port={port} cannot be listened at ({error}). Take another "
+            f"port; serve.port=0 takes any that is free."
+        ) from error
+    return found
+
+
+def serve(
+    desk: Desk, at: socket.socket, upload_mb: float, queue: int, token: str | None, tell: Callable
+) -> None:
+    """Serve the page until the process is asked to end.
+
+    Args:
+        desk: answers.
+        at: where to listen.
+        upload_mb: the largest picture that is taken, in MB.
+        queue: how many questions may wait; more are sent away.
+        token: that visitors must have; None if only this machine's come here.
+        tell: told the address, once it answers.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before its import
+    import uvicorn
+
+    from dmin.serve.page import mounted
+
+    limit = int(3 * upload_mb * 1e6) + 2**20  # a picture and a mask, in base64
+    gate = Gate(mounted(desk, upload_mb, queue), limit, token)
+    config = uvicorn.Config(
+        gate, log_level="critical", timeout_graceful_shutdown=LINGER, ws="none", lifespan="on"
+    )
+    server = uvicorn.Server(config)
+    host, port = at.getsockname()[:2]
+    query = "" if token is None else f"?token={token}"
+    tell(f"http://{f'[{host}]' if ':' in host else host}:{port}/{query}")
+    # uvicorn ends at SIGINT and SIGTERM, and then raises them once more.
+    with StopSignals() as signals, suppress(KeyboardInterrupt):
+        signals.listen(lambda signum: setattr(server, "should_exit", True))
+        server.run(sockets=[at])

@@ -1,0 +1,181 @@
+"""`dmin serve` as people meet it: a browser, a real tiny model, two users, an end in the middle."""
+
+import re
+import shlex
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import chromium
+from command_line import Command, dmin
+from PIL import Image
+
+pytest.importorskip("gradio", reason="Gradio is not installed (pip install 'dmin[serve]')")
+
+SMALL = ["extras.threads=1", "sketch.dim=256", "timesteps.num=2", "collect.limit=24", "-q"]
+
+
+@pytest.fixture(scope="module")
+def place(ddpm_path, tmp_path_factory):
+    """A folder with a store, its model and a picture."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "model").symlink_to(ddpm_path)
+    data = ["model=ddpm", "model.path=model", "data=digits"]
+    dmin("collect", "store", *data, *SMALL, cwd=folder)
+    pixels = np.tile(np.arange(0, 256, 32, dtype=np.uint8), (8, 1))
+    Image.fromarray(pixels).save(folder / "a cat.png")
+    (folder / "notes.png").write_text("no picture")
+    return folder
+
+
+@contextmanager
+def served(place, *more):
+    """The server and the address that it tells."""
+    files = [place / "stdout", place / "stderr"]
+    for file in files:
+        file.write_text("")
+    line = ["dmin", "serve", "store", "serve.port=0", "extras.threads=1", *more]
+    command = Command("-m", *line, cwd=place, files=files)
+    try:
+        while not (found := re.search(r"Open (http\S+)", files[0].read_text())):
+            assert command.poll() is None, files[1].read_text()[-3000:]
+            time.sleep(0.1)
+        yield command, found[1]
+    finally:
+        command.send_signal(signal.SIGTERM)
+        assert command.wait(30).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def server(place):
+    with served(place) as (_, url):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as started:
+        yield started
+
+
+@contextmanager
+def visited(browser, url, width=1280, complains=False):
+    """The page as one more user has it, which asks nobody but its own server for anything."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, reduced_motion="reduce")
+    page, asked, complaints = context.new_page(), [], []
+    page.set_default_timeout(20_000)
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(url)
+    page.wait_for_selector(".drop")
+    yield page
+    context.close()
+    own = (url.partition("?")[0], "data:", "blob:")
+    assert [each for each in asked if not each.startswith(own)] == []
+    assert complains or complaints == []
+
+
+def ask(page, prompt="3"):
+    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_role("button", name="Ask", exact=True).click()
+
+
+def answered(page):
+    """The ids that an answer shows, best first."""
+    frame = page.frame_locator("#answer iframe")
+    frame.locator(".card").first.wait_for()
+    return [each["id"] for each in frame.locator("body").evaluate("() => examples")]
+
+
+def refused(page, words):
+    page.wait_for_function(
+        "(words) => document.querySelector('#answer [role=alert]')?.textContent.includes(words)",
+        arg=words,
+    )
+
+
+def test_a_part_of_a_picture_is_asked_about_and_the_command_gives_the_same(browser, server, place):
+    with visited(browser, server) as page:
+        page.set_input_files("[type=file]", place / "a cat.png")
+        page.get_by_text("Rectangle").click()
+        ask(page)
+        refused(page, "There is no rectangle")
+        box = page.locator(".pad canvas").bounding_box()
+        at = [(box["x"] + box["width"] * n, box["y"] + box["height"] * n) for n in (0.3, 0.7)]
+        page.mouse.move(*at[0])
+        page.mouse.down()
+        page.mouse.move(*at[1], steps=3)
+        page.mouse.up()
+        assert page.locator(".numbers input").input_value() == "2, 2, 4, 4"
+        ask(page)
+        found, line = answered(page), page.inner_text(".again code")
+        page.locator(".numbers input").fill("2, 2, 40, 4")
+        ask(page)
+        refused(page, "it does not lie in a cat.png, which is 8 × 8 pixels")
+        page.get_by_text("Brush").click()
+        ask(page)
+        refused(page, "Nothing is painted")
+        page.mouse.move(*at[0])
+        page.mouse.down()
+        page.mouse.move(*at[1], steps=3)
+        page.mouse.up()
+        ask(page)
+        assert answered(page) and "--mask=mask.png" in page.inner_text(".again code")
+        with page.expect_download() as download:
+            page.get_by_text("mask.png", exact=True).click()
+        with Image.open(download.value.path()) as mask:
+            assert mask.convert("L").getextrema() == (0, 255)
+    dmin(*shlex.split(line)[1:], "-q", cwd=place)
+    (file,) = place.glob("outputs/runs/retrieve/*/ranking.csv")
+    rows = [row.split(",") for row in file.read_text().splitlines()]
+    assert [row[rows[0].index("id")] for row in rows[1:]] == found
+
+
+def test_bad_uploads_are_refused_in_words_and_the_page_goes_on(browser, server, place):
+    with visited(browser, server, width=390) as page:  # as on a phone
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        ask(page)
+        page.get_by_text("Drop a picture first").wait_for()
+        page.set_input_files("[type=file]", place / "notes.png")
+        page.get_by_text("This browser cannot show notes.png").wait_for()
+        ask(page)
+        refused(page, "notes.png cannot be read")
+        page.get_by_role("button", name="Remove", exact=True).click()
+        page.evaluate("document.querySelector('.pad').dataset.limit = '0.00001'")
+        page.set_input_files("[type=file]", place / "a cat.png")
+        page.get_by_text("of at most 0.00001").wait_for()
+        page.evaluate("document.querySelector('.pad').dataset.limit = '32'")
+        page.set_input_files("[type=file]", place / "a cat.png")
+        ask(page)
+        assert len(answered(page)) == 10
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_two_users_ask_at_once_and_each_has_his_answer(browser, server):
+    with visited(browser, server) as one, visited(browser, server) as other:
+        for page, prompt in ((one, "1"), (other, "2")):
+            page.get_by_role("tab", name="Generate one").click()
+            page.get_by_label("Steps").fill("2")
+            ask(page, prompt)
+        for page, prompt in ((one, "1"), (other, "2")):
+            assert len(answered(page)) == 10
+            assert f"--prompt={prompt} " in page.inner_text(".again code")
+
+
+def test_what_was_uploaded_is_deleted(server):
+    assert not list(Path("/tmp").glob("dmin-serve-*/picture/a cat.png"))
+
+
+def test_a_server_that_is_stopped_in_the_middle_is_said_to_be_away(browser, place):
+    with served(place) as (command, url), visited(browser, url, complains=True) as page:
+        page.get_by_role("tab", name="Generate one").click()
+        page.get_by_label("Steps").fill("300")
+        ask(page)
+        page.get_by_text("generating the picture").wait_for()
+        command.send_signal(signal.SIGTERM)
+        page.get_by_text("The server is away").wait_for()
+    assert (place / "outputs/runs/serve").is_dir()
