@@ -28,7 +28,7 @@ zoo: .venv/.installed ## hold 3,300 random layers and networks to autograd (minu
 	  tests/gradients/test_zoo.py tests/gradients/test_layers.py -k any $(ARGS)
 
 conformance: .venv/.installed ## run every test of a family over all, and write docs/conformance.md (minutes)
-	@DMIN_CONFORMANCE=1 .venv/bin/pytest -n auto tests/models $(ARGS)
+	@DMIN_CONFORMANCE=1 .venv/bin/pytest -n auto tests/models tests/collect/test_fsdp.py $(ARGS)
 	@PYTHONPATH=tests .venv/bin/python -m models.conformance
 
 bench: .venv/.installed ## measure collecting beside plain training (40 minutes; goes on if stopped)

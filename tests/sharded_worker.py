@@ -2,9 +2,10 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import torch
-from models.families import FAMILIES
+from models.families import EVERY
 
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.collect.fsdp import Sharded
@@ -18,15 +19,18 @@ from dmin.sketches import BlockCyclic
 def load(name, path):
     if name == "ddpm":
         return DDPM.from_pretrained(path)
-    return FAMILIES[name].model.from_pretrained(path, **FAMILIES[name].settings)
+    return EVERY[name].model.from_pretrained(path, **EVERY[name].settings)
 
 
 def examples(name, count, mixed=False):
     """Images that the model takes, none like another; of two shapes if they are mixed."""
-    shape = (1, 8, 8) if name == "ddpm" else (3, FAMILIES[name].size, FAMILIES[name].size)
+    shape = (1, 8, 8) if name == "ddpm" else (3, EVERY[name].size, EVERY[name].size)
     drawn = torch.rand(count, *shape, generator=torch.Generator().manual_seed(1))
     images = [x[..., : shape[1] // 2, :] if mixed and i % 3 else x for i, x in enumerate(drawn)]
-    return Examples([Example(f"x{i}", x, i % 10, f"a cat {i}") for i, x in enumerate(images)])
+    found = [Example(f"x{i}", x, i % 10, f"a cat {i}") for i, x in enumerate(images)]
+    if name == "ddpm" or not EVERY[name].model.reads_condition_images({}):
+        return Examples(found)
+    return Examples([replace(e, condition_image=e.image[:1].expand(3, -1, -1)) for e in found])
 
 
 def collect(name, model, path, count, strategy="auto", devices=1, mixed=False, **changes):

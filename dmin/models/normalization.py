@@ -15,6 +15,7 @@ gradient_of(FP32LayerNorm, features=lambda layer, output: len(layer.normalized_s
 @gradient_of(RMSNorm, features=lambda layer, output: len(layer.dim))
 def rms_norm(layer: RMSNorm, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
     """Return ``Σ d·â`` and ``Σ d`` over tokens, with ``â = a / √(mean(a²) + eps)``."""
-    a = wide(a)
-    normalised = a * torch.rsqrt(a.square().mean(-1, keepdim=True) + layer.eps)
+    # The mean in float32, as the layer itself takes it in double precision, too.
+    mean = a.float().square().mean(-1, keepdim=True)
+    normalised = wide(a) * torch.rsqrt(mean + layer.eps)
     return affine(normalised, wide(d), tuple(layer.dim), batch)

@@ -1,13 +1,14 @@
 """One network for several processes: what it gives is what the whole network gives."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from command_line import Command
-from models.families import checkpoint
+from models.families import LATER, checkpoint
 from sharded_worker import collect, examples, load
 from torch import nn
 
@@ -25,6 +26,8 @@ TOLERANCE = 2e-6
 # Convolutions; parameters of a block and of the network; a layer of a block called outside of it;
 # weights that a module around their layer uses.
 NAMES = ("ddpm", "pixart", "dit", "hunyuan_dit")
+if os.environ.get("DMIN_CONFORMANCE"):
+    NAMES += LATER
 MIXED = "stable_diffusion"  # its UNet takes any shape
 
 

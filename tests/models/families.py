@@ -31,6 +31,7 @@ from dmin.models.families.stable_diffusion_3 import StableDiffusion3
 from dmin.models.families.stable_diffusion_xl import StableDiffusionXL
 from dmin.models.families.wan import Wan
 from dmin.models.families.z_image import ZImage
+from dmin.models.oracle import example_given
 
 SMALL = {"max_sequence_length": 12, "sample_size": (16, 16)}
 
@@ -208,3 +209,12 @@ def load(name, kind=None, **settings):
     return family.model.from_pretrained(
         checkpoint(name, **changes), **{**family.settings, **settings}
     )
+
+
+def sample(model, prompts, seeds, steps):
+    """Return images that a model generates, with images that it is given if it needs some."""
+    given = example_given(model)
+    if given is None:
+        return model.sample(prompts, seeds, steps)
+    shown = {name: image.expand(len(prompts), -1, -1, -1) for name, image in given.items()}
+    return model.sample(prompts, seeds, steps, given=shown)

@@ -6,20 +6,30 @@ hands its scheduler.
 """
 
 import copy
+import os
 from contextlib import contextmanager
 
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.normalization import FP32LayerNorm
 from models.families import EVERY, PAIRS, checkpoint, load
 from models.test_against_pipelines import sized
+from models.test_families import examples, inputs
 
+from dmin.attribution.retrieval import retrieve
 from dmin.cli.config.groups import groups
+from dmin.collect import GradientCollector, predict_trainer
+from dmin.diffusion.inputs import NoisedBatch
+from dmin.diffusion.timesteps import Explicit
 from dmin.doctor.checks import SAMPLER_LIMIT, sampler
+from dmin.doctor.gradients import compare
 from dmin.models.oracle import example_given, sampling_error
 from dmin.models.recognition import recognise
 from dmin.models.relatives import latent_channels
+from dmin.queries import Planted
 from dmin.runtime.errors import DminError
+from dmin.sketches import BlockCyclic
 
 CASES = [(name, kind) for name, f in EVERY.items() for kind in f.predictions]
 # Samplers that stop before all noise is gone (set_alpha_to_one: false), or round their timesteps.
@@ -159,3 +169,37 @@ def test_text_encoders_that_a_pass_cannot_repeat_are_refused(name):
     with pytest.raises(DminError, match=r"Set model\.text_encoders=frozen"):
         model.condition(["a red cat", "dog"])
     assert sampling_error(model) <= 1e-5
+
+
+# Every one by `make conformance`.
+DOUBLE = list(EVERY) if os.environ.get("DMIN_CONFORMANCE") else ["lumina_2"]
+
+
+@pytest.mark.parametrize("name", DOUBLE)
+def test_in_double_precision_gradients_are_autograds_to_ten_digits(name):
+    model = load(name, torch_dtype="float64")
+    x0, noise, t, condition = inputs(model, EVERY[name])
+    collector = GradientCollector(model, BlockCyclic(256))
+    batch = NoisedBatch(x0.double(), noise.double(), t, condition)
+    found = compare(model, collector.attributed, batch, "loss", collector.budget)
+    # Some layers compute in float32 whatever they are given, and so does autograd in them.
+    single = {n for n, m in model.network.named_modules() if isinstance(m, FP32LayerNorm)}
+    errors = found.errors().items()
+    assert max(e for n, e in errors if n.rpartition(".")[0] not in single) <= 1e-10
+    assert max(e for n, e in errors) <= 1e-6 and found.mixing() <= 1e-6
+
+
+@pytest.mark.parametrize("name", DOUBLE)
+def test_a_planted_copy_is_found_first(name, tmp_path):
+    family, model = EVERY[name], load(name)
+    collector = GradientCollector(model, BlockCyclic(1024), Explicit(family.timesteps[:1]))
+    data, options = (
+        examples(family),
+        {"block_size": 3, "trainer": predict_trainer(accelerator="cpu", enable_progress_bar=False)},
+    )
+    train = collector.collect(data, tmp_path / "train", **options)
+    copies = Planted(count=3).plant(data)
+    asked = collector.collect(copies, tmp_path / "asked", as_queries=True, **options)
+    found = retrieve(asked, train, k=2)
+    assert [row[0] for row in found.train_ids] == [e.id for e in data.examples]
+    assert (found.scores[:, 0] > 1 - 1e-5).all()

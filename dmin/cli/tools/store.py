@@ -24,7 +24,7 @@ OPERATIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], str]] = {
     "metadata": (
         "STORE [FOLDER]",
         (),
-        ("label", "text", "layout", "same_images"),
+        ("label", "text", "layout", "condition_image", "same_images"),
         "take over the metadata that the images have now",
     ),
     "import": (
@@ -174,7 +174,8 @@ def _data_of(store: "Store", folders: list[Path], settings: dict[str, Any]) -> A
     known = ["size", "mode", "crop", "resize", "background"]
     known += ["aspect", "bucket_step", "bucket_shapes", "upscale"]
     options = {name: said[name] for name in known if name in said}
-    options |= {name: settings[name] for name in ("label", "text", "layout") if name in settings}
+    told = ("label", "text", "layout", "condition_image")
+    options |= {name: settings[name] for name in told if name in settings}
     return ImageFolder(folders[0], **options, on_error="skip" if said.get("skipped") else "raise")
 
 
