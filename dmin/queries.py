@@ -29,7 +29,7 @@ class Generated:
         seed: of the first image; the n-th has ``seed + n``, so any one can be made again alone.
         steps: denoising steps.
         batch_size: images generated together.
-        journey: states to record of each image's generation, for ``method=journey_trak``; 0 for
+        trajectory: states to record of each image's generation, for ``method=journey_trak``; 0 for
             none. It generates a second time.
 
     Raises:
@@ -41,13 +41,13 @@ class Generated:
     seed: int = 0
     steps: int = 50
     batch_size: int = 64
-    journey: int = 0
+    trajectory: int = 0
 
     def __post_init__(self) -> None:
         """Refuse an empty request."""
-        if not 0 <= self.journey <= self.steps:
+        if not 0 <= self.trajectory <= self.steps:
             raise DminError(
-                f"queries.journey={self.journey}: of {self.steps} steps (queries.steps) 0 … "
+                f"queries.trajectory={self.trajectory}: of {self.steps} steps (queries.steps) 0 … "
                 f"{self.steps} states can be recorded."
             )
         if not self.prompts or self.per_prompt < 1 or self.steps < 1:
@@ -86,8 +86,8 @@ class Generated:
             ]
             names = [f"{number:04d}.png" for number in numbers]
             save_images(partial, images, names, rows, append=start > 0)
-            if self.journey:
-                states = model.journey(part, seeds, self.steps, self.journey).cpu()
+            if self.trajectory:
+                states = model.trajectory(part, seeds, self.steps, self.trajectory).cpu()
                 for place, state in zip(self.states(partial), states, strict=True):
                     save_images(place, state, names, rows, append=start > 0)
         try:
@@ -97,7 +97,7 @@ class Generated:
 
     def states(self, folder: str | Path) -> list[Path]:
         """Return where the states of the images in a folder are, the noisiest first."""
-        return [Path(folder) / ".journey" / f"{number:03d}" for number in range(self.journey)]
+        return [Path(folder) / ".journey" / f"{number:03d}" for number in range(self.trajectory)]
 
 
 @dataclass(frozen=True)

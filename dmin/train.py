@@ -137,14 +137,14 @@ class DiffusionTrainer(lightning.LightningModule):
         self.warmup = warmup
         self.steps = steps
         self.generator: torch.Generator = torch.Generator().manual_seed(seed)
-        self.ladder: Tensor = torch.tensor(list(model.ladder))
+        self.timesteps: Tensor = torch.tensor(list(model.timesteps))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the mean loss of a batch."""
         x0, condition = encode(self.model, batch)
         noise = torch.randn(x0.shape, generator=self.generator).to(x0)
-        drawn = torch.randint(len(self.ladder), (len(x0),), generator=self.generator)
-        t = self.ladder[drawn].to(x0.device)
+        drawn = torch.randint(len(self.timesteps), (len(x0),), generator=self.generator)
+        t = self.timesteps[drawn].to(x0.device)
         loss = per_example_loss(predict(self.model, NoisedBatch(x0, noise, t, condition))).mean()
         if not torch.isfinite(loss):
             raise DminError(

@@ -39,8 +39,8 @@ def test_an_interrupted_generation_leaves_no_folder(ddpm, tmp_path, monkeypatch)
     assert [json.loads(line)["label"] for line in lines] == [0, 1, 2]
 
 
-def test_the_journey_of_generated_images(ddpm, tmp_path):
-    source = Generated(prompts=[3, 5], per_prompt=2, steps=7, batch_size=3, journey=3)
+def test_the_trajectory_of_generated_images(ddpm, tmp_path):
+    source = Generated(prompts=[3, 5], per_prompt=2, steps=7, batch_size=3, trajectory=3)
     source.generate(ddpm, tmp_path / "q")
     images = ImageFolder(tmp_path / "q", mode=None)
     states = [ImageFolder(folder, mode=None) for folder in source.states(tmp_path / "q")]
@@ -49,13 +49,13 @@ def test_the_journey_of_generated_images(ddpm, tmp_path):
     each = [torch.stack([e.image for e in state]) for state in (*states, images)]
     assert torch.equal(each[2], each[3])  # the last estimate is the image
     assert (each[0] - each[3]).abs().mean() > 2 * (each[1] - each[3]).abs().mean() > 0
-    alone = ddpm.journey([5], [3], 7, 3)
+    alone = ddpm.trajectory([5], [3], 7, 3)
     assert torch.allclose(alone[:, 0], torch.stack([x[3] for x in each[:3]]), atol=0.003)
 
 
-def test_a_journey_longer_than_the_steps_and_models_without_one_are_refused(digits, tmp_path):
-    with pytest.raises(DminError, match=r"queries\.journey=9: of 7 steps"):
-        Generated(prompts=[0], steps=7, journey=9)
+def test_a_trajectory_longer_than_the_steps_and_models_without_one_are_refused(digits, tmp_path):
+    with pytest.raises(DminError, match=r"queries\.trajectory=9: of 7 steps"):
+        Generated(prompts=[0], steps=7, trajectory=9)
 
     class Silent(DiffusionModel):
         def predict(self, x0, noise, t, condition):
@@ -65,7 +65,7 @@ def test_a_journey_longer_than_the_steps_and_models_without_one_are_refused(digi
             return torch.zeros(len(prompts), 1, 8, 8)
 
     with pytest.raises(DminError, match="Silent does not record"):
-        Generated(prompts=[0], journey=2).generate(Silent(), tmp_path / "q")
+        Generated(prompts=[0], trajectory=2).generate(Silent(), tmp_path / "q")
     assert not (tmp_path / "q").exists()
 
 

@@ -22,7 +22,7 @@ from dmin.models import DDPM, auto
 class Denoiser(DiffusionModel):
     """A model as the README has it."""
 
-    ladder = range(9, -1, -1)
+    timesteps = range(9, -1, -1)
 
     def predict(
         self, x0: Tensor, noise: Tensor, t: Tensor, condition: Mapping[str, Tensor]

@@ -26,8 +26,8 @@ def check_pair(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
         )
     if method.requires.model:
         _check_origin(queries, train, method)
-    if method.requires.journey:
-        _check_journey(queries, method)
+    if method.requires.trajectory:
+        _check_trajectory(queries, method)
     for name in method.requires.checkpoints:
         pair = [_checkpoint(side, name, method) for side in (queries, train)]
         check_comparable(pair[0].store, pair[1].store)
@@ -72,14 +72,15 @@ def _check_origin(queries: FeatureSet, train: FeatureSet, method: Method) -> Non
         )
 
 
-def _check_journey(queries: FeatureSet, method: Method) -> None:
+def _check_trajectory(queries: FeatureSet, method: Method) -> None:
     """Refuse queries of whose generation nothing is known."""
-    if not queries.journey:
+    if not queries.trajectory:
         raise DminError(
             f"method={method.name} needs what the queries looked like while they were generated. "
-            f"Generate them with queries=generated queries.journey=10 (FeatureSet(…, journey=[…]))."
+            f"Generate them with queries=generated queries.trajectory=10 "
+            "(FeatureSet(…, trajectory=[…]))."
         )
-    for state in queries.journey:
+    for state in queries.trajectory:
         state.store.require_complete()
         check_comparable(state.store, queries.store)
         _check_ids(state.store, queries.store)

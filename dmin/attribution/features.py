@@ -35,14 +35,14 @@ class Requires:
         readouts: gradients it reads from the store.
         images: it compares the images themselves, so both datasets must be at hand.
         checkpoints: names (paths) of further checkpoints whose stores it reads.
-        journey: it reads the queries' states along their generation.
+        trajectory: it reads the queries' states along their generation.
         model: it runs the model, so model, examples, noise and sketch must be at hand.
     """
 
     readouts: tuple[str, ...] = ("loss",)
     images: bool = False
     checkpoints: tuple[str, ...] = ()
-    journey: bool = False
+    trajectory: bool = False
     model: bool = False
 
 
@@ -75,7 +75,7 @@ class ExampleBlock:
     images: Tensor | None = None  # [n, C, H, W] in [0, 1]
     examples: Sequence[Example] = ()  # for a method that runs the model
     checkpoints: Sequence[ExampleBlock] = ()  # the same examples under each further checkpoint
-    journey: Sequence[ExampleBlock] = ()  # of queries: their states while they were generated
+    trajectory: Sequence[ExampleBlock] = ()  # of queries: their states while they were generated
 
 
 class FitCache:
@@ -115,7 +115,7 @@ class FeatureSet:
         store: the features.
         dataset: the examples, needed by methods that look at images; found by their ids.
         checkpoints: the same examples under further checkpoints of the model, by their name.
-        journey: of queries: stores of the same ids, one for each state that was recorded while
+        trajectory: of queries: stores of the same ids, one for each state that was recorded while
             they were generated.
         repeats: whether examples count as often as an epoch passed them (`counts`).
         origin: what the features were made with, for methods that run the model themselves.
@@ -129,7 +129,7 @@ class FeatureSet:
         dataset: Dataset | None = None,
         *,
         checkpoints: Mapping[str, FeatureSet] | None = None,
-        journey: Sequence[FeatureSet] = (),
+        trajectory: Sequence[FeatureSet] = (),
         repeats: bool = True,
         origin: FeatureSource | None = None,
         encodings: str | Path | None = None,
@@ -137,7 +137,7 @@ class FeatureSet:
         self.store = store
         self.dataset = dataset
         self.checkpoints: dict[str, FeatureSet] = dict(checkpoints or {})
-        self.journey: list[FeatureSet] = list(journey)
+        self.trajectory: list[FeatureSet] = list(trajectory)
         self.repeats = repeats
         self.origin = origin
         self.encodings = encodings
@@ -185,7 +185,7 @@ class FeatureSet:
         """Return chosen rows, in the order given, with what a method requires."""
         store, readouts = self.store, requires.readouts
         ids = [store.ids[row] for row in rows]
-        alone = replace(requires, checkpoints=(), journey=False)
+        alone = replace(requires, checkpoints=(), trajectory=False)
         return ExampleBlock(
             first=int(rows[0]),
             ids=ids,
@@ -194,7 +194,9 @@ class FeatureSet:
             images=torch.stack([self.image(i) for i in ids]) if requires.images else None,
             examples=[self.example(i) for i in ids] if requires.model else (),
             checkpoints=[self.checkpoints[c].block(rows, alone) for c in requires.checkpoints],
-            journey=[s.block(rows, alone) for s in self.journey] if requires.journey else (),
+            trajectory=[
+                state.block(rows, alone) for state in self.trajectory if requires.trajectory
+            ],
         )
 
     def blocks(self, requires: Requires, rows: int = 1024) -> Iterator[ExampleBlock]:

@@ -52,7 +52,7 @@ class Collector:
         readouts: what is differentiated, names from ``dmin.models.READOUTS``; each costs one more
             backward pass.
         params: which parameters are attributed: ``all`` or a regular expression of their names.
-        groups: parameters that get k numbers of their own, so that scores can be split between
+        groups: parameters that get k dimensions of their own, so that scores can be split between
             them: ``block``, ``layer``, or names with regular expressions; see
             :func:`dmin.sketches.grouped`. Rows have unit length over all groups together.
         microbatch: pairs of example and timestep in one forward pass; more is faster until memory
@@ -103,7 +103,7 @@ class Collector:
         self.sketch: Sketch = (sketch or Auto()).bind(self.attributed)
         self.sketch.kernels = kernels
         schedule = (timesteps or Stratified()).bind(getattr(model, "log_snr", None))
-        self.timesteps: tuple[float, ...] = schedule(model.ladder)
+        self.timesteps: tuple[float, ...] = schedule(model.timesteps)
         self.noise: Noise = noise or SharedNoise()
         self.readouts: tuple[str, ...] = tuple(readouts)
         self.microbatch = microbatch

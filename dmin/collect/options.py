@@ -15,7 +15,7 @@ class CollectOptions:
     Args:
         block_size: examples a block, the unit of work.
         dtype: of the stored rows: ``float32``, ``float16``, ``bfloat16``, ``int8`` (with a
-            scale for each row and timestep) or ``int8_parts`` (for each 256 numbers of one).
+            scale for each row and timestep) or ``int8_parts`` (for each 256 dimensions of one).
         segment_bytes: rows are sealed into a file when they take this many bytes …
         seal_seconds: … or when this much time has passed: the most that a kill can cost.
         workers: processes that load examples.

@@ -32,14 +32,14 @@ class ContinuousTimesteps(tuple[float, ...]):
     """Timesteps of a continuous process: all from the first down to the last, not only these.
 
     Args:
-        values: the ladder.
+        values: the timesteps.
         zero: all down to 0 instead, which itself is none: there is no noise.
     """
 
     zero: bool
 
     def __new__(cls, values: Iterable[float], zero: bool = False) -> Self:
-        """Return the ladder."""
+        """Return the timesteps."""
         made = super().__new__(cls, values)
         made.zero = zero
         return made
@@ -53,10 +53,10 @@ class Process(ABC):
     """Noising ``x_t = α_t x0 + σ_t ε``, what the network is told, and what it should say.
 
     Attributes:
-        ladder: all timesteps in the order of sampling, in the unit that the network is told.
+        timesteps: all of them in the order of sampling, in the unit that the network is told.
     """
 
-    ladder: Sequence[float]
+    timesteps: Sequence[float]
     settings: LossSettings = LossSettings()
     allowed: ClassVar[dict[str, tuple[Any, ...]]]
     """Settings of the loss that depend on the process, and the values that it has."""
@@ -85,7 +85,7 @@ class Process(ABC):
         Args:
             x0: ``[batch, ...]``.
             noise: standard normal, as x0.
-            t: ``[batch]``, from the ladder.
+            t: ``[batch]``, of the model.
         """
         levels = self.levels(t, x0)
         noise, of_target = self.settings.noises(noise, t)
@@ -98,14 +98,14 @@ class Process(ABC):
         Args:
             noised: the examples.
             prediction: as x0.
-            t: ``[batch]``, from the ladder.
+            t: ``[batch]``, of the model.
         """
         settings = self.settings
         if settings.loss_type == "l2":
             return None
         c = torch.full_like(t, settings.huber_c, dtype=prediction.dtype)
         if settings.huber_schedule == "exponential":
-            c = c ** (t / len(self.ladder))
+            c = c ** (t / len(self.timesteps))
         elif settings.huber_schedule == "snr":
             levels = self.levels(t, prediction)
             ratio = (levels.sigma / levels.alpha).flatten()

@@ -44,7 +44,7 @@ class DiscreteDiffusion(Process):
             )
         self.settings: LossSettings = LossSettings(snr_gamma).check()
         self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
-        self.ladder: Sequence[float] = range(len(self.alphas_cumprod) - 1, -1, -1)
+        self.timesteps: Sequence[float] = range(len(self.alphas_cumprod) - 1, -1, -1)
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def levels(self, t: Tensor, like: Tensor) -> Levels:
@@ -75,7 +75,7 @@ class DiscreteDiffusion(Process):
         Args:
             x0: ``[batch, ...]``.
             sample: x_t.
-            t: ``[batch]``, from the ladder.
+            t: ``[batch]``, of the model.
             prediction: of ε, v or x0; no gradient flows into it.
             values: 2v − 1, as x0: what the network says of the variance.
         """
@@ -88,7 +88,7 @@ class DiscreteDiffusion(Process):
         config = self.scheduler.config
         names = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
         found = {"prediction_type": self.kind, **{name: config.get(name) for name in names}}
-        found["num_train_timesteps"] = len(self.ladder)
+        found["num_train_timesteps"] = len(self.timesteps)
         found["rescale_betas_zero_snr"] = config.get("rescale_betas_zero_snr", False)
         if config.get("snr_shift_scale", 1) != 1:
             found["snr_shift_scale"] = config["snr_shift_scale"]
@@ -124,7 +124,7 @@ class EDM(Process):
     Karras' weight ``s²/(σσ_d)²`` (arXiv 2206.00364, eq. 7 and 8, table 1).
 
     Args:
-        ladder: timesteps ``ln σ / 4`` in the order of sampling.
+        timesteps: ``ln σ / 4`` in the order of sampling.
         sigma_data: σ_d.
         kind: ``epsilon`` or ``v_prediction``: the sign of c_out.
 
@@ -138,7 +138,7 @@ class EDM(Process):
         "huber_schedule": ("constant",),
     }
 
-    def __init__(self, ladder: Iterable[float], sigma_data: float, kind: str) -> None:
+    def __init__(self, timesteps: Iterable[float], sigma_data: float, kind: str) -> None:
         if kind not in ("epsilon", "v_prediction"):
             raise DminError(
                 f"scheduler.prediction_type={kind!r}: with Karras' preconditioning, allowed are "
@@ -146,7 +146,7 @@ class EDM(Process):
             )
         self.kind = kind
         self.sigma_data: float = float(sigma_data)
-        self.ladder: Sequence[float] = ContinuousTimesteps(ladder)
+        self.timesteps: Sequence[float] = ContinuousTimesteps(timesteps)
 
     def levels(self, t: Tensor, like: Tensor) -> Levels:
         """Return 1 and σ."""
@@ -184,7 +184,7 @@ class RectifiedFlow(Process):
     """A rectified flow from image to noise (Liu et al. 2023; Esser et al. 2024).
 
     ``x_t = (1−σ) x0 + σ ε`` with ``σ = t / N``; the target is the velocity ``ε − x0``. The
-    timesteps of the ladder are even in σ, then shifted towards noise: ``σ ← sσ / (1 + (s−1)σ)``.
+    timesteps are even in σ, then shifted towards noise: ``σ ← sσ / (1 + (s−1)σ)``.
 
     Args:
         config: of diffusers' flow-matching scheduler, or of another that samples flows.
@@ -223,7 +223,7 @@ class RectifiedFlow(Process):
         self.num: int = int(config["num_train_timesteps"])
         even = [step / self.num for step in range(self.num, 0, -1)]
         shifted = (self.shift * s / (1 + (self.shift - 1) * s) for s in even)
-        self.ladder: Sequence[float] = ContinuousTimesteps(
+        self.timesteps: Sequence[float] = ContinuousTimesteps(
             (self.num * s for s in shifted), zero=True
         )
 

@@ -1,6 +1,6 @@
 """Which timesteps the gradients are taken at.
 
-A schedule picks from the *ladder* of a model: all its timesteps in the order of sampling, from
+A schedule picks from the timesteps of a model, all of them in the order of sampling, from
 pure noise down to the image (999, 998, …, 0 for a DDPM).
 """
 
@@ -22,7 +22,7 @@ class Schedule(ABC):
     """A choice of timesteps, in the model's own unit, noisiest first."""
 
     def bind(self, log_snr: LogSNRs | None) -> Self:
-        """Return this schedule for a model; most look at the model's ladder only.
+        """Return this schedule for a model; most look at the model's timesteps only.
 
         Args:
             log_snr: the model's, if it offers one.
@@ -30,26 +30,26 @@ class Schedule(ABC):
         return self
 
     @abstractmethod
-    def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
-        """Return the timesteps chosen from a model's ladder."""
+    def choose(self, timesteps: Sequence[float]) -> tuple[float, ...]:
+        """Return the timesteps chosen from the model's timesteps."""
 
-    def __call__(self, ladder: Sequence[float]) -> tuple[float, ...]:
-        """Return the timesteps chosen from a model's ladder, checked to be distinct.
+    def __call__(self, timesteps: Sequence[float]) -> tuple[float, ...]:
+        """Return the timesteps chosen from the model's timesteps, checked to be distinct.
 
         Raises:
             DminError: the choice repeats a timestep, which would count it twice.
         """
-        chosen = self.choose(ladder)
+        chosen = self.choose(timesteps)
         if len(set(chosen)) != len(chosen):
             raise DminError(
                 f"timesteps={list(chosen)} repeat themselves: {len(chosen)} were asked for where "
-                f"the model has {len(ladder)}. Set timesteps.num lower, or name each once."
+                f"the model has {len(timesteps)}. Set timesteps.num lower, or name each once."
             )
         return chosen
 
 
 class Stratified(Schedule):
-    """The middles of ``num`` equal parts of the ladder: even cover, down to low noise.
+    """The middles of ``num`` equal parts of all timesteps: even cover, down to low noise.
 
     The default. Ten of a DDPM's thousand are t = 949, 849, …, 49.
 
@@ -60,10 +60,10 @@ class Stratified(Schedule):
     def __init__(self, num: int = 10) -> None:
         self.num: int = _positive(num)
 
-    def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
+    def choose(self, timesteps: Sequence[float]) -> tuple[float, ...]:
         """Return the timestep in the middle of each part."""
-        size = len(ladder) / self.num
-        return tuple(ladder[int((part + 0.5) * size)] for part in range(self.num))
+        size = len(timesteps) / self.num
+        return tuple(timesteps[int((part + 0.5) * size)] for part in range(self.num))
 
 
 class LogSNR(Schedule):
@@ -97,7 +97,7 @@ class LogSNR(Schedule):
         bound._log_snr = log_snr
         return bound
 
-    def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
+    def choose(self, timesteps: Sequence[float]) -> tuple[float, ...]:
         """Return the free timestep nearest to the middle of each part, noisiest first.
 
         Raises:
@@ -105,7 +105,7 @@ class LogSNR(Schedule):
         """
         if self._log_snr is None:
             raise RuntimeError("call schedule.bind(model.log_snr) first")
-        ratios = dict(zip(ladder, map(float, self._log_snr(ladder)), strict=True))
+        ratios = dict(zip(timesteps, map(float, self._log_snr(timesteps)), strict=True))
         free = {t: ratio for t, ratio in ratios.items() if math.isfinite(ratio)}
         if len(free) < self.num:
             raise DminError(
@@ -137,13 +137,13 @@ class DMinCubic(Schedule):
         self.num: int = _positive(num)
         self.skip_first = skip_first
 
-    def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
+    def choose(self, timesteps: Sequence[float]) -> tuple[float, ...]:
         """Return the timesteps at the chosen positions."""
         steps = range(1, self.num + 1) if self.skip_first else range(self.num)
-        places = [len(ladder) * step**3 // self.num**3 for step in steps]
+        places = [len(timesteps) * step**3 // self.num**3 for step in steps]
         if self.skip_first:
             places = [max(min(1, place), place - 1) for place in places]
-        return tuple(ladder[place] for place in places)
+        return tuple(timesteps[place] for place in places)
 
 
 class Explicit(Schedule):
@@ -158,13 +158,13 @@ class Explicit(Schedule):
             raise DminError("timesteps.values=[]: name at least one timestep, e.g. [500].")
         self.values: tuple[float, ...] = tuple(sorted(values, reverse=True))
 
-    def choose(self, ladder: Sequence[float]) -> tuple[float, ...]:
+    def choose(self, timesteps: Sequence[float]) -> tuple[float, ...]:
         """Return the timesteps, each of which the model must have."""
-        unknown = [value for value in self.values if value not in ladder]
+        unknown = [value for value in self.values if value not in timesteps]
         if unknown:
             raise DminError(
                 f"timesteps.values has {unknown}, which the model does not have: its timesteps run "
-                f"from {min(ladder)} to {max(ladder)} ({len(ladder)} of them)."
+                f"from {min(timesteps)} to {max(timesteps)} ({len(timesteps)} of them)."
             )
         return self.values
 

@@ -24,7 +24,7 @@ def variance_bound(
         betas: of all timesteps.
         x0: ``[batch, ...]``.
         sample: x_t.
-        t: ``[batch]``, from the ladder.
+        t: ``[batch]``, of the model.
         x0_predicted: what the prediction says x0 is.
         values: 2v − 1, as x0: what the network says of the variance.
     """

@@ -158,9 +158,9 @@ class _Run:
         able = self._able(method)
         if not able:
             raise DminError(
-                "no task has queries with a journey: set queries.journey=10, say, for a task whose "
-                "queries are generated."
-                if method.requires.journey
+                "no task has queries with a trajectory: set queries.trajectory=10, say, for a "
+                "task whose queries are generated."
+                if method.requires.trajectory
                 else f"it runs the model, and benchmark.running={self.running} "
                 f"names none of the tasks {', '.join(self.sides)}."
             )
@@ -179,7 +179,7 @@ class _Run:
             yield self._scored(row, point, self.context.train, self.sides, seconds)
         needs = method.requires
         # What has stores of its own beside the model's has none of an untrained one.
-        own = needs.checkpoints or needs.journey or needs.model
+        own = needs.checkpoints or needs.trajectory or needs.model
         if self.benchmark.untrained and needs.readouts and not own:
             train = self.context.train_side(blind=True)
             sides = {
@@ -217,7 +217,7 @@ class _Run:
         return {
             name: side
             for name, side in self.sides.items()
-            if (side.journey or not method.requires.journey)
+            if (side.trajectory or not method.requires.trajectory)
             and (name in self.running or not method.requires.model)
         }
 

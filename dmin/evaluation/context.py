@@ -119,7 +119,7 @@ class BenchmarkContext:
             [np.asarray(subset) for subset in subsets],
             FIRST_SEED + seed,
             asked.dataset,
-            list(Stratified(self.timesteps)(self.model.ladder)),
+            list(Stratified(self.timesteps)(self.model.timesteps)),
             SharedNoise(seed=1, draws=self.draws),
             lambda done, total: self.on_progress(what, done, total),
         )

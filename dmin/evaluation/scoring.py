@@ -115,5 +115,5 @@ def _joined(blocks: Sequence[ExampleBlock]) -> ExampleBlock:
         images=torch.cat(images) if images else None,
         examples=[example for b in blocks for example in b.examples],
         checkpoints=[_joined(same) for same in zip(*(b.checkpoints for b in blocks), strict=True)],
-        journey=[_joined(same) for same in zip(*(b.journey for b in blocks), strict=True)],
+        trajectory=[_joined(same) for same in zip(*(b.trajectory for b in blocks), strict=True)],
     )

@@ -33,7 +33,7 @@ class Parameters:
 
     Args:
         entries: one entry a parameter; tied weights appear once, under their first name.
-        groups: names of the groups; each gets its own k numbers of a row.
+        groups: names of the groups; each gets its own k dimensions of a row.
     """
 
     entries: tuple[Parameter, ...]

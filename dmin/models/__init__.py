@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dmin.models.base import READOUTS, Condition, DiffusionModel, Prediction
-from dmin.models.logging_filters import leave_out_remarks
+from dmin.models.logging_filters import filter_logging
 
 if TYPE_CHECKING:  # what type checkers see of the names below
     from dmin.models.families.chroma import Chroma as Chroma
@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # what type checkers see of the names below
     from dmin.models.recognition import auto as auto
     from dmin.models.toy.mlp import MLP as MLP
 
-leave_out_remarks()
+filter_logging()
 
 _FAMILIES = {
     "Chroma": "families.chroma",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -37,6 +38,14 @@ class Dropped(NamedTuple):
     prediction: Prediction
 
 
+def _ladder(model: Any, *timesteps: Sequence[float]) -> Any:
+    """Read or set a model's timesteps, as they were called in earlier releases."""
+    warnings.warn("`ladder` of a model is `timesteps` now.", DeprecationWarning, stacklevel=2)
+    if timesteps:
+        (model.timesteps,) = timesteps
+    return model.timesteps
+
+
 class DiffusionModel(nn.Module):
     """A diffusion model as dmin sees it: encode, predict, sample.
 
@@ -45,7 +54,7 @@ class DiffusionModel(nn.Module):
 
     Attributes:
         network: the module whose parameters are attributed.
-        ladder: all timesteps in the order of sampling, pure noise first, in the model's own unit.
+        timesteps: all of them in the order of sampling, pure noise first, in the model's own unit.
         externally_called: names of modules that the network calls outside the block they stand
             in. Only needed to share the network out over processes.
         label_names: what the classes were called when it was trained on labels that are text, in
@@ -58,7 +67,16 @@ class DiffusionModel(nn.Module):
     externally_called: Sequence[str] = ()
     label_names: Sequence[str] = ()
     metadata_columns: Sequence[str] = ()
-    ladder: Sequence[float] = range(999, -1, -1)
+    timesteps: Sequence[float] = range(999, -1, -1)
+
+    ladder = property(_ladder, _ladder)
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Take the ``ladder`` of a class of earlier releases for its timesteps."""
+        super().__init_subclass__(**arguments)
+        if "ladder" in vars(cls):
+            _ladder(cls, vars(cls)["ladder"])
+            del cls.ladder
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
@@ -88,7 +106,7 @@ class DiffusionModel(nn.Module):
         Args:
             x0: ``[batch, ...]`` from :meth:`encode`.
             noise: standard normal, of the same shape.
-            t: ``[batch]``, timesteps from the ladder.
+            t: ``[batch]``, timesteps of the model.
             condition: from :meth:`encode`.
         """
 
@@ -129,7 +147,7 @@ class DiffusionModel(nn.Module):
             f"{type(self).__name__} cannot generate images. Give queries as image files instead."
         )
 
-    def journey(
+    def trajectory(
         self, prompts: Sequence[Any], seeds: Sequence[int], steps: int, states: int
     ) -> Tensor:
         """Return what the model took each image for while :meth:`sample` would generate it.
@@ -145,7 +163,7 @@ class DiffusionModel(nn.Module):
         """
         raise DminError(
             f"{type(self).__name__} does not record how images are generated. Leave "
-            f"queries.journey at 0, which all methods but journey_trak can do without."
+            f"queries.trajectory at 0, which all methods but journey_trak can do without."
         )
 
     def facts_of_samples(self) -> dict[str, Any]:

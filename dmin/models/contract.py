@@ -34,9 +34,9 @@ def check_model(model: Any) -> None:
             f"parameters that are to be attributed: set self.network in __init__, after "
             f"super().__init__()."
         )
-    if not callable(getattr(model, "predict", None)) or not len(getattr(model, "ladder", ())):
+    if not callable(getattr(model, "predict", None)) or not len(getattr(model, "timesteps", ())):
         raise DminError(
-            f"{_of(model)} needs a method predict(x0, noise, t, condition) and ladder, its "
+            f"{_of(model)} needs a method predict(x0, noise, t, condition) and timesteps, its "
             f"timesteps in the order of sampling. Derive it from dmin.models.DiffusionModel."
         )
 

@@ -31,7 +31,7 @@ class _Once(logging.Filter):
         return not told
 
 
-def leave_out_remarks() -> None:
+def filter_logging() -> None:
     """Have the libraries keep quiet about what asks nothing of the user."""
     for name, beginning in _LEFT_OUT.items():
 

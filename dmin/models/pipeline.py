@@ -179,7 +179,7 @@ class PipelineModel(TrainedModel):
         return images.float().clamp(0, 1)
 
     @torch.no_grad()
-    def journey(
+    def trajectory(
         self, prompts: Sequence[Any], seeds: Sequence[int], steps: int, states: int
     ) -> Tensor:
         """Return the pipeline's estimates of the clean latents on the way, decoded."""

@@ -33,7 +33,7 @@ class TrainedModel(DiffusionModel):
         loss_type: ``l2``, ``huber`` or ``smooth_l1``.
         huber_c: below which these two are squared errors.
         huber_schedule: ``snr``, ``exponential`` or ``constant``: its way over the timesteps.
-        shift: of a flow's ladder towards noise; None for the scheduler's. It moves the timesteps
+        shift: of a flow's timesteps towards noise; None for the scheduler's. It moves the timesteps
             that schedules choose from, not the loss at a timestep.
 
     Raises:
@@ -74,7 +74,7 @@ class TrainedModel(DiffusionModel):
                 f"{' or '.join(kind.__name__ for kind in self.processes)}. Put the scheduler of "
                 f"its training in the checkpoint's folder scheduler."
             )
-        self.ladder: Sequence[float] = self.process.ladder
+        self.timesteps: Sequence[float] = self.process.timesteps
 
     def log_snr(self, timesteps: Sequence[float]) -> list[float]:
         """Return the log signal-to-noise ratio at each timestep."""

@@ -46,7 +46,8 @@ def recorded(scheduler: Any, states: int) -> Iterator[list[Tensor]]:
         total = len(scheduler.timesteps)
         if total < states:
             raise DminError(
-                f"queries.journey={states}: this generation has {total} steps. Raise queries.steps."
+                f"queries.trajectory={states}: this generation has {total} steps. Raise "
+                "queries.steps."
             )
         if taken in {total - 1 - number * total // states for number in range(states)}:
             estimate = getattr(found, "pred_original_sample", None)
@@ -112,6 +113,6 @@ def _levels(scheduler: Any, timestep: Any, kind: str) -> tuple[Tensor, Tensor]:
         return alpha.sqrt(), (1 - alpha).sqrt()
     raise DminError(
         f"{type(scheduler).__name__} does not tell what an image is taken for at a step, which "
-        f"queries.journey records. Set queries.journey=0, or give the checkpoint another "
+        f"queries.trajectory records. Set queries.trajectory=0, or give the checkpoint another "
         f"scheduler, such as DDIMScheduler."
     )

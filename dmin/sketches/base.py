@@ -52,7 +52,7 @@ class Accumulator:
 
 
 class Sketch(ABC):
-    """A random linear map S from the gradients of a model to k numbers a group.
+    """A random linear map S from the gradients of a model to k dimensions a group.
 
     ``E⟨S g, S h⟩ = ⟨g, h⟩``: inner products survive in the mean, with the variance each family
     states. The map is keyed by (seed, parameter name), so it is the same in every process, on
@@ -62,15 +62,15 @@ class Sketch(ABC):
     as backward reaches it, ``finish(state)``. The sketch itself holds no state of the pass.
 
     Args:
-        dim: k, numbers kept for each group.
+        dim: k, dimensions kept for each group.
         seed: key of the map. Stores are comparable only when made with the same one.
     """
 
     family: str
     norm_kind = "exact"
     kernels: Kernels = "auto"  # how the map is evaluated, never which map it is
-    # Sketches of k numbers fold by residue, y[c] = Σ_{j mod k' = c} x[j], to exactly the sketch of
-    # k' where k' divides k and is a multiple of this; None: they do not.
+    # Sketches of k dimensions fold by residue, y[c] = Σ_{j mod k' = c} x[j], to exactly the sketch
+    # of k' where k' divides k and is a multiple of this; None: they do not.
     folds: int | None = None
     # Raised whenever the map changes for unchanged settings; a part of the fingerprint from 2 on.
     revision = 1

@@ -22,7 +22,7 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: 
 
 
 class Factored(Sketch):
-    """``S G = vec(A G Bᵀ)`` of each parameter as a matrix, k numbers, summed over parameters.
+    """``S G = vec(A G Bᵀ)`` of each parameter as a matrix, k dimensions, summed over parameters.
 
     ``A [k₁, out]`` and ``B [k₂, in]`` have signs over √k₁ and √k₂, k₁·k₂ = k, and are independent
     for each parameter (LoGra's projection, Choe et al., arXiv 2405.13954; that one keeps the layers

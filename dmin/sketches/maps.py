@@ -26,7 +26,7 @@ def as_matrices(shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 class Map(ABC):
-    """The map of one parameter's gradients to k numbers.
+    """The map of one parameter's gradients to k dimensions.
 
     Args:
         shape: of the parameter.

@@ -42,8 +42,8 @@ class FullGradient(FormedSketch):
             ends[entry.group] += prod(entry.shape)
         if max(ends) > self.max_dim:
             raise DminError(
-                f"sketch=none keeps the full gradient, here {max(ends):,} numbers a timestep and "
-                f"group: {4 * max(ends):,} bytes for each example in memory. It is for small "
+                f"sketch=none keeps the full gradient, here {max(ends):,} dimensions a timestep "
+                f"and group: {4 * max(ends):,} bytes for each example in memory. It is for small "
                 f"models; choose another sketch, or raise sketch.max_dim (now {self.max_dim:,})."
             )
         bound = super().bind(parameters)

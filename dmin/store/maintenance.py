@@ -153,8 +153,8 @@ def fold(store: Store, target: str | os.PathLike[str], dim: int, dtype: str | No
     if not 1 <= dim < layout.dim or layout.dim % dim or dim % folds:
         allowed = [k for k in range(folds, layout.dim, folds) if layout.dim % k == 0][-6:]
         raise DminError(
-            f"A sketch of {layout.dim} numbers cannot be folded to {dim}: choose a smaller divisor"
-            + (f" that is a multiple of {folds}" if folds > 1 else "")
+            f"A sketch of {layout.dim} dimensions cannot be folded to {dim}: choose a smaller "
+            + (f"divisor that is a multiple of {folds}" if folds > 1 else "divisor")
             + (f", such as {', '.join(map(str, allowed))}." if allowed else "; there is none.")
         )
     features = {**store.manifest.features, "sketch": {**sketch, "dim": dim}}

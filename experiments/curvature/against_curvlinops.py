@@ -31,7 +31,7 @@ EXAMPLES, TIMES, WIDTH, SAMPLES, REPEATS = 100, (2, 5, 8), 12, 100, 7
 class Denoiser(DiffusionModel):
     """Two linear layers on a noised digit and its time: what both libraries can take."""
 
-    ladder = range(9, -1, -1)
+    timesteps = range(9, -1, -1)
 
     def __init__(self) -> None:
         super().__init__()

@@ -59,7 +59,7 @@ class ShapesFlow(DiffusionModel):
             pos_embed_max_size=8,
         )
         self.process = RectifiedFlow({"num_train_timesteps": 1000, "shift": 3.0}, target=target)
-        self.ladder = self.process.ladder
+        self.timesteps = self.process.timesteps
 
     def encode(self, batch):
         """Return pixels in [−1, 1], and captions as the fixed random vectors of their words."""

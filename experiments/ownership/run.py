@@ -37,7 +37,7 @@ COLUMNS = [
 class Denoiser(DiffusionModel):
     """Noise prediction by a network, without a checkpoint."""
 
-    ladder = range(999, -1, -1)
+    timesteps = range(999, -1, -1)
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

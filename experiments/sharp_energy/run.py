@@ -85,7 +85,7 @@ class Setup:
         ensemble = Ensemble(model, data, Recipe(1500), folder / "outputs/retrained")
         subsets, asked = random_subsets(len(data), 64), PlantedDigits("sources_tune")
         self.members, template = membership(subsets, len(data)), model()
-        steps, noise = list(Stratified(20)(template.ladder)), SharedNoise(seed=1, draws=4)
+        steps, noise = list(Stratified(20)(template.timesteps)), SharedNoise(seed=1, draws=4)
         found = [ensemble.outcomes(subsets, seed, asked, steps, noise) for seed in (1, 2)]
         return np.mean(found, axis=0)
 

@@ -77,7 +77,7 @@ class PixelMMDiT(DiffusionModel):
             pos_embed_max_size=8,
         )
         self.process = RectifiedFlow({"num_train_timesteps": 1000, "shift": 1.0})
-        self.ladder = self.process.ladder
+        self.timesteps = self.process.timesteps
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         words = torch.stack([embedded(caption) for caption in batch["caption"]])

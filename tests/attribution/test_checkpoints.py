@@ -87,7 +87,7 @@ def test_one_model_is_refused_and_so_is_a_checkpoint_that_is_not_there(sides, tm
 def test_journey_trak_is_the_mean_over_the_states_of_the_queries(sides, tmp_path):
     train = sides[1]
     states = [FeatureSet(made(tmp_path / str(n) / "q", drawn(3, seed=50 + n))) for n in range(4)]
-    queries = FeatureSet(sides[0].store, journey=states)
+    queries = FeatureSet(sides[0].store, trajectory=states)
     expected = np.mean([score_matrix(state, train, TRAK(0.3)) for state in states], 0)
     found = score_matrix(queries, train, JourneyTRAK(0.3))
     assert np.allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
@@ -95,10 +95,10 @@ def test_journey_trak_is_the_mean_over_the_states_of_the_queries(sides, tmp_path
         retrieve(queries, train, JourneyTRAK(0.3), k=20).scores.max(1),
         retrieve(queries, train, JourneyTRAK(0.3), k=1).scores[:, 0],
     )
-    with pytest.raises(DminError, match=r"queries\.journey=10"):
+    with pytest.raises(DminError, match=r"queries\.trajectory=10"):
         score_matrix(sides[0], train, JourneyTRAK())
     others = FeatureSet(
-        sides[0].store, journey=[FeatureSet(made(tmp_path / "more" / "q", drawn(4)))]
+        sides[0].store, trajectory=[FeatureSet(made(tmp_path / "more" / "q", drawn(4)))]
     )
     with pytest.raises(DminError, match="same examples"):
         score_matrix(others, train, JourneyTRAK())

@@ -173,7 +173,7 @@ def test_the_hessian_where_it_is_positive_enough(origin, sides, matrices):
 class Regression(DiffusionModel):
     """Predicts the noise by one linear layer of the noised image: its GGN is known."""
 
-    ladder = range(9, -1, -1)
+    timesteps = range(9, -1, -1)
 
     def __init__(self, bias=True):
         super().__init__()

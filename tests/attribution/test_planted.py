@@ -27,7 +27,7 @@ from dmin import DiffusionModel, Prediction
 
 
 class Planted(DiffusionModel):
-    ladder = range(999, 0, -1)
+    timesteps = range(999, 0, -1)
 
     def __init__(self):
         super().__init__()

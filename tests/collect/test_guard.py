@@ -18,7 +18,7 @@ WIDTH = 6
 class Denoiser(DiffusionModel):
     """Predicts the noise of images ``[1, 8, 6]``, taken as eight tokens of six numbers."""
 
-    ladder = range(9, -1, -1)
+    timesteps = range(9, -1, -1)
 
     def __init__(self, network):
         super().__init__()

@@ -79,7 +79,7 @@ def test_the_id_of_a_table_may_be_its_label_and_class_names_hide_no_column(tmp_p
     assert (example.id, example.label, example.metadata) == ("0", 0, {"kind_name": "mine"})
 
 
-def test_names_that_are_taken_are_told_apart():
+def test_names_that_are_taken_are_store_and_pictures():
     names = ["score", "metadata_score", "mine"]
     found = named_apart(names, ["score", "id"])
     assert found == {

@@ -44,13 +44,13 @@ def test_settings_of_denoising_are_checked():
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_the_ladder_of_a_flow_is_the_schedulers(shift):
+def test_timesteps_of_a_flow_is_the_schedulers(shift):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     process = RectifiedFlow(scheduler.config)
-    torch.testing.assert_close(torch.tensor(process.ladder), scheduler.timesteps)
+    torch.testing.assert_close(torch.tensor(process.timesteps), scheduler.timesteps)
     assert (
-        RectifiedFlow(scheduler.config, shift=2.0).ladder
-        == RectifiedFlow({**scheduler.config, "shift": 2}).ladder
+        RectifiedFlow(scheduler.config, shift=2.0).timesteps
+        == RectifiedFlow({**scheduler.config, "shift": 2}).timesteps
     )
     t = scheduler.timesteps[[0, 300, 990]]
     torch.testing.assert_close(
@@ -60,7 +60,7 @@ def test_the_ladder_of_a_flow_is_the_schedulers(shift):
 
 def test_the_published_timesteps_of_sd3():
     process = RectifiedFlow(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
-    sigmas = [t / 1000 for t in DMinCubic(10)(process.ladder)]
+    sigmas = [t / 1000 for t in DMinCubic(10)(process.timesteps)]
     published = [1.0, 0.9997, 0.9973, 0.9908, 0.978, 0.955, 0.916, 0.852, 0.741, 0.527]
     assert sigmas == pytest.approx(published, abs=6e-4)
 
@@ -78,12 +78,12 @@ def test_the_velocity_leads_back_to_the_image():
 
 
 def test_a_flow_takes_any_timestep_and_no_other():
-    ladder = RectifiedFlow({"num_train_timesteps": 1000, "shift": 3.0}).ladder
-    assert Explicit([500, 0.5])(ladder) == (500, 0.5)
+    timesteps = RectifiedFlow({"num_train_timesteps": 1000, "shift": 3.0}).timesteps
+    assert Explicit([500, 0.5])(timesteps) == (500, 0.5)
     for t in (0, 1001):
         with pytest.raises(DminError, match="does not have"):
-            Explicit([t])(ladder)
-    assert len(Stratified(10)(ladder)) == 10
+            Explicit([t])(timesteps)
+    assert len(Stratified(10)(timesteps)) == 10
 
 
 def test_shifts_are_read_where_they_apply():

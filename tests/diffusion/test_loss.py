@@ -34,7 +34,7 @@ KINDS = {
 
 
 def times(process):
-    return torch.tensor([process.ladder[i] for i in (40, 500, 950)])
+    return torch.tensor([process.timesteps[i] for i in (40, 500, 950)])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -72,7 +72,7 @@ def test_a_collector_gives_each_example_its_noise_at_each_timestep_and_draw(digi
 class TestLogSNR:
     def test_it_is_even_in_log_snr(self):
         model = DDPM.build(TINY_UNET, {"beta_schedule": "linear"})
-        chosen = LogSNR(10).bind(model.log_snr)(model.ladder)
+        chosen = LogSNR(10).bind(model.log_snr)(model.timesteps)
         assert chosen == (950, 843, 722, 577, 399, 211, 86, 30, 9, 1)
         ratios = model.log_snr(chosen)
         low, high = model.log_snr([999, 0])
@@ -81,14 +81,14 @@ class TestLogSNR:
 
     def test_crowded_rungs_give_way_to_their_neighbours(self):
         model = DDPM.build(TINY_UNET, {"beta_schedule": "squaredcos_cap_v2"})
-        chosen = LogSNR(10).bind(model.log_snr)(model.ladder)
+        chosen = LogSNR(10).bind(model.log_snr)(model.timesteps)
         assert chosen[:4] == (999, 998, 997, 993) and chosen[-1] == 3
 
     def test_pure_noise_does_not_count(self):
         settings = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
         model = DDPM.build(TINY_UNET, settings)
         assert model.log_snr([999]) == [-math.inf]
-        assert 999 not in LogSNR(5).bind(model.log_snr)(model.ladder)
+        assert 999 not in LogSNR(5).bind(model.log_snr)(model.timesteps)
 
     def test_more_parts_than_rungs_are_refused(self):
         with pytest.raises(DminError, match=r"timesteps\.num=4, but the model has 3"):
@@ -98,4 +98,4 @@ class TestLogSNR:
         with pytest.raises(DminError, match=r"method log_snr.*timesteps=stratified"):
             LogSNR().bind(None)
         collector = GradientCollector(ddpm, BlockCyclic(256), LogSNR(3))
-        assert collector.timesteps == LogSNR(3).bind(ddpm.log_snr)(ddpm.ladder)
+        assert collector.timesteps == LogSNR(3).bind(ddpm.log_snr)(ddpm.timesteps)

@@ -1,4 +1,4 @@
-"""Schedules choose from a model's ladder; DMin's as published."""
+"""Schedules choose from the model's timesteps; DMin's as published."""
 
 import pytest
 
@@ -28,9 +28,9 @@ def test_the_published_schedule_of_sd1_is_read_off_its_sampler():
 def test_the_published_schedule_of_sd3_in_sigmas():
     """Shift 3 over a thousand even sigmas."""
     even = [1 - i / 1000 for i in range(1000)]
-    ladder = [3 * s / (1 + 2 * s) for s in even]
+    timesteps = [3 * s / (1 + 2 * s) for s in even]
     published = (1.0, 0.9997, 0.9973, 0.9908, 0.978, 0.955, 0.916, 0.852, 0.741, 0.527)
-    assert DMinCubic(10)(ladder) == pytest.approx(published, abs=1e-3)
+    assert DMinCubic(10)(timesteps) == pytest.approx(published, abs=1e-3)
 
 
 @pytest.mark.parametrize("num", [1, 2, 5, 10, 17, 100, 999])

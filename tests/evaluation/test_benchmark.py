@@ -122,7 +122,7 @@ def test_what_fitting_found_is_reported_and_printed(report):
 def test_a_method_that_cannot_be_measured_is_left_out_with_its_reason(report):
     assert "das" not in {r.method for r in report.results}
     assert "readouts" in report.left_out["das"]
-    assert "queries.journey=10" in report.left_out["journey_trak"]
+    assert "queries.trajectory=10" in report.left_out["journey_trak"]
 
 
 def test_tuning_takes_the_best_point_of_its_own_task_and_reports_it_nowhere(report):
@@ -220,7 +220,7 @@ def test_a_lead_within_chance_is_not_bold(report):
             assert r.best and r.difference_low > 0
 
 
-def test_smaller_sketches_are_folded_and_told_apart(ddpm, sixty, tmp_path):
+def test_smaller_sketches_are_folded_and_store_and_pictures(ddpm, sixty, tmp_path):
     context = small_context(ddpm, sixty, tmp_path, dim=512)
     tasks = {"copies": Task({"source": Source(["recall@1", "MRR"])}, Planted("exact", count=8))}
     found = Benchmark(tasks, dims=(512, 256)).run(context, {"dmin": DMin(), "pixel_l2": PixelL2()})

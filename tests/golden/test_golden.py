@@ -146,7 +146,10 @@ def test_a_target_of_then_is_found(target):
 
 
 # Settings of 0.1.0, by their dotted names, that are another today (None: gone), and why.
-EXPLAINED: dict[str, str | None] = {}
+EXPLAINED: dict[str, str | None] = {
+    f"{place}queries.journey": f"{place}queries.trajectory"
+    for place in ("", "benchmark.tasks.generated_digits.", "benchmark.tasks.generated.")
+}
 # Settings that came since.
 ADDED: set[str] = {
     *("model.weighting", "model.noise_offset", "model.input_perturbation", "model.loss_type"),
@@ -187,7 +190,8 @@ def test_a_command_composes_to_the_settings_of_then(command, asked, tmp_path):
     expected = {}
     for name, value in then.items():
         name = EXPLAINED.get(name, name)
-        if name is not None and settings.reads(command, name):
+        spared = {"sample": "data", "evaluate": "queries"}.get(command)  # nothing points to it
+        if name is not None and settings.reads(command, name) and name.split(".")[0] != spared:
             value = settings.current(value)[0] if name.endswith("_target_") else value
             expected[name] = CHANGED.get((name, value), value) if isinstance(value, str) else value
     assert {name: value for name, value in now.items() if name not in ADDED} == expected

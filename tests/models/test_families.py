@@ -44,7 +44,7 @@ def test_it_loads_from_disk_ready_to_be_differentiated(name):
     assert [child for child, _ in model.named_children()] == ["network"]
     assert not any(p.requires_grad for e in model.encoders.values() for p in e.parameters())
     assert "vae" in model.encoders and model.network not in model.encoders.values()
-    assert list(model.ladder) == sorted(model.ladder, reverse=True)
+    assert list(model.timesteps) == sorted(model.timesteps, reverse=True)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -24,7 +24,7 @@ QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 class Own(DiffusionModel):
     """A linear denoiser; each test changes one thing of it."""
 
-    ladder = range(9, -1, -1)
+    timesteps = range(9, -1, -1)
 
     def __init__(self):
         super().__init__()
@@ -152,12 +152,22 @@ def test_a_loss_that_is_nan_names_its_example(tmp_path):
         collect(model, tmp_path)
 
 
+def test_the_timesteps_may_have_the_name_of_earlier_releases():
+    with pytest.warns(DeprecationWarning, match="`ladder` of a model is `timesteps` now"):
+        earlier = type("Earlier", (Own,), {"ladder": range(4, -1, -1)})()
+    assert earlier.timesteps == range(4, -1, -1)
+    with pytest.warns(DeprecationWarning):
+        assert earlier.ladder == earlier.timesteps
+        earlier.ladder = range(2, -1, -1)
+    assert earlier.timesteps == range(2, -1, -1)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("network", None, r"Own\.network is None"),
         ("network", torch.nn.ReLU(), r"Own\.network is a ReLU"),
-        ("ladder", (), "needs a method predict.* and ladder"),
+        ("timesteps", (), "needs a method predict.* and timesteps"),
     ],
 )
 def test_a_model_without_network_or_timesteps_is_refused(name, value, message):

@@ -159,8 +159,8 @@ def test_the_network_of_one_image_leads_to_it_and_has_no_loss(kind, case, monkey
     condition = {} if kind == "ddpm" else {**model.condition(["cat"])}
     if kind == "stable_diffusion_xl":
         condition["time_ids"] = torch.zeros(1, 6)
-    ladder = model.ladder
-    for t in (ladder[0], ladder[len(ladder) // 2], ladder[-200]):
+    timesteps = model.timesteps
+    for t in (timesteps[0], timesteps[len(timesteps) // 2], timesteps[-200]):
         noise = torch.randn(x0.shape)
         with torch.no_grad():
             found = model.predict(x0, noise, torch.tensor([t]), condition)
@@ -175,12 +175,12 @@ def test_the_network_of_one_image_leads_to_it_and_has_no_loss(kind, case, monkey
         return
     prompts = [1] if kind == "ddpm" else ["cat"]
     found = model.sample(prompts, [3], 30)
-    # Some samplers end at the least noise of the ladder.
+    # Some samplers end at the least noise of the timesteps.
     assert (found - look).abs().mean() <= 2e-2
     assert not hasattr(type(scheduler), "scale_model_input") or "scale_model_input" not in vars(
         scheduler
     )
-    states = model.journey(prompts, [3], 30, 3)
+    states = model.trajectory(prompts, [3], 30, 3)
     assert (states - look).abs().mean() <= 2e-2
 
 
@@ -197,7 +197,7 @@ def test_every_class_has_its_process_or_is_refused_by_name(name):
     if name in {*_DISCRETE, *known}:
         expected = EDM if "EDM" in name else RectifiedFlow if "Flow" in name else DiscreteDiffusion
         found = process_of(scheduler)
-        assert isinstance(found, expected) and len(found.ladder) == 1000
+        assert isinstance(found, expected) and len(found.timesteps) == 1000
     else:
         with pytest.raises(DminError, match=f"{name}Scheduler: .* put the scheduler of its train"):
             process_of(scheduler)
@@ -291,8 +291,8 @@ def test_a_saved_ddpm_is_what_its_scheduler_says(tmp_path):
 
 
 def test_a_continuous_ladder_takes_all_between_its_ends():
-    ladder = process_of(diffusers.EDMEulerScheduler()).ladder
-    assert 0.123 in ladder and ladder[0] in ladder and ladder[-1] in ladder
-    assert 1.2 not in ladder and -2 not in ladder
-    flow = process_of(diffusers.FlowMatchEulerDiscreteScheduler()).ladder
+    timesteps = process_of(diffusers.EDMEulerScheduler()).timesteps
+    assert 0.123 in timesteps and timesteps[0] in timesteps and timesteps[-1] in timesteps
+    assert 1.2 not in timesteps and -2 not in timesteps
+    flow = process_of(diffusers.FlowMatchEulerDiscreteScheduler()).timesteps
     assert 0.5 in flow and 0 not in flow and 1001 not in flow

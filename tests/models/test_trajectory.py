@@ -72,7 +72,7 @@ def test_estimates_are_those_that_the_networks_calls_mean(name, monkeypatch):
         monkeypatch.setattr(pipeline.scheduler.config, "clip_sample", False, raising=False)
     asked = list(FAMILIES[family].prompts[:2]), [7, 8], STEPS
     expected = by_hand(model, lambda: model.sample(*asked))
-    found = model.journey(*asked, STATES)
+    found = model.trajectory(*asked, STATES)
     total = len(expected)
     chosen = sorted(total - 1 - number * total // STATES for number in range(STATES))
     torch.testing.assert_close(found, expected[chosen], atol=2e-3, rtol=0)
@@ -83,7 +83,7 @@ def test_estimates_are_those_that_the_networks_calls_mean(name, monkeypatch):
 def test_guided_generation_is_recorded_too_and_ends_at_the_image(name):
     model = load(name, guidance_scale=3.0)
     asked = list(EVERY[name].prompts[:2]), [7, 8], STEPS
-    found = model.journey(*asked, STATES)
+    found = model.trajectory(*asked, STATES)
     assert found.shape == (STATES, *model.sample(*asked).shape)
     if isinstance(model.process, RectifiedFlow):
         torch.testing.assert_close(found[-1], model.sample(*asked), atol=1e-4, rtol=0)
@@ -91,8 +91,8 @@ def test_guided_generation_is_recorded_too_and_ends_at_the_image(name):
 
 def test_what_cannot_be_recorded_is_refused(monkeypatch):
     model = load("stable_diffusion")
-    with pytest.raises(DminError, match=r"queries\.journey=9: this generation has 2 steps"):
-        model.journey(["cat"], [1], 2, 9)
+    with pytest.raises(DminError, match=r"queries\.trajectory=9: this generation has 2 steps"):
+        model.trajectory(["cat"], [1], 2, 9)
     assert "step" not in vars(model.pipeline.scheduler)
 
     class Silent(diffusers.DDIMScheduler):
@@ -105,12 +105,12 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch):
     silent = Silent.from_config(model.pipeline.scheduler.config)
     monkeypatch.setattr(model.pipeline, "scheduler", silent)
     with pytest.raises(DminError, match="Silent does not tell"):
-        model.journey(["cat"], [1], 2, 1)
+        model.trajectory(["cat"], [1], 2, 1)
 
 
 def test_journey_trak_of_a_latent_model(tmp_path):
     model = load("stable_diffusion")
-    source = Generated(prompts=["a red cat", "dog"], steps=4, journey=2)
+    source = Generated(prompts=["a red cat", "dog"], steps=4, trajectory=2)
     source.generate(model, tmp_path / "images")
     asked = ImageFolder(tmp_path / "images")
     states = [ImageFolder(folder) for folder in source.states(tmp_path / "images")]
@@ -123,7 +123,7 @@ def test_journey_trak_of_a_latent_model(tmp_path):
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     train = side(Examples([Example(f"x{i}", x, caption="cat") for i, x in enumerate(images)]), "x")
     each = [side(state, f"state {number}") for number, state in enumerate(states)]
-    queries = FeatureSet(side(asked, "q").store, journey=each)
+    queries = FeatureSet(side(asked, "q").store, trajectory=each)
     expected = np.mean([score_matrix(state, train, TRAK()) for state in each], 0)
     found = score_matrix(queries, train, JourneyTRAK())
     assert np.allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())

@@ -136,7 +136,7 @@ class Blend(Combination):
             readouts=tuple(dict.fromkeys(name for n in needs for name in n.readouts)),
             images=any(n.images for n in needs),
             checkpoints=next(iter(checkpoints), ()),
-            journey=any(n.journey for n in needs),
+            trajectory=any(n.trajectory for n in needs),
             model=any(n.model for n in needs),
         )
 

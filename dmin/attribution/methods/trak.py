@@ -108,13 +108,13 @@ class JourneyTRAK(TRAK):
     2312.06205). Each gradient is summed over all timesteps of the store, as Zheng et al. 2024 do;
     the original takes the step's own timestep alone.
 
-    It needs ``queries=generated queries.journey=J``.
+    It needs ``queries=generated queries.trajectory=J``.
     """
 
     name = "journey_trak"
-    requires: Requires = Requires(journey=True)
+    requires: Requires = Requires(trajectory=True)
 
     def preconditioned(self, queries: ExampleBlock) -> Tensor:
         """Return the mean over the states of preconditioned queries, ``[Q, G·k]``."""
-        states = [super(JourneyTRAK, self).preconditioned(state) for state in queries.journey]
+        states = [super(JourneyTRAK, self).preconditioned(state) for state in queries.trajectory]
         return torch.stack(states).mean(0)

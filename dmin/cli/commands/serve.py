@@ -92,7 +92,7 @@ class Reader:
             needs = method.requires
             with suppress(DminError):
                 check_train(self.train, method)
-                if not (needs.checkpoints or needs.journey or needs.model):
+                if not (needs.checkpoints or needs.trajectory or needs.model):
                     found[name] = method
         return found
 

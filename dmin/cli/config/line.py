@@ -59,7 +59,7 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     if not paths and not own:
         return Line([], opened(settings), None)
     given = {word.partition("=")[0].lstrip("+~") for word in settings if "=" in word}
-    store, pictures = _told_apart(command, paths, given | ({"model"} if of_run else set()))
+    store, pictures = _store_and_pictures(command, paths, given | ({"model"} if of_run else set()))
     named = given | ({"model.path"} if options["model"] else set())
     root = read(store, command, named, options["trust"]) if store and is_store(store) else {}
     clash = [word for word in rest if word in _OTHER_ROOT or word.startswith("experiment=")]
@@ -200,7 +200,7 @@ def _is_path(word: str) -> bool:
     )
 
 
-def _told_apart(
+def _store_and_pictures(
     command: str, paths: Sequence[str], given: Collection[str]
 ) -> tuple[Path | None, list[str]]:
     """Return the store, if one is named, and the pictures."""

@@ -64,7 +64,7 @@ TARGETS: dict[str, str | tuple[str, dict[str, Any]]] = {
     "dmin.timesteps": "dmin.diffusion",
 }
 # Target of today → its settings, old → new.
-SETTINGS: dict[str, dict[str, str]] = {}
+SETTINGS: dict[str, dict[str, str]] = {"dmin.queries.Generated": {"journey": "trajectory"}}
 # Target of today → settings that it had not yet, with what was done then.
 UNSAID: dict[str, dict[str, Any]] = {"dmin.data.image_folder.ImageFolder": {"layout": "plain"}}
 

@@ -75,14 +75,13 @@ def prune(cfg: Any, command: str) -> Any:
     for place in kept:  # which grows
         kept += {*_POINTER.findall(str(_select(plain, place)))}.difference(kept)
     with flag_override(cfg, ["struct", "readonly"], False):
-        for top in _known() & {*cfg}:
-            mine = [place for place in kept if _overlap(place, top)]
+        for top in (_known() & {*cfg}).difference(kept):
+            section = plain[top] if isinstance(plain[top], dict) else {}
+            mine = {key for key in section if any(_overlap(f"{top}.{key}", each) for each in kept)}
+            for key in section.keys() - mine if mine else ():
+                del cfg[top][key]
             if not mine:
                 del cfg[top]
-            elif top not in mine and isinstance(plain[top], dict):
-                for key in plain[top]:
-                    if not any(_overlap(f"{top}.{key}", place) for place in mine):
-                        del cfg[top][key]
     return cfg
 
 

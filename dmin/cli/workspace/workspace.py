@@ -218,7 +218,7 @@ class Workspace(Built):
         if not collector.readouts:
             return "losses alone"
         groups = len(self.collector.attributed.groups)
-        dim = f"{self.collector.sketch.dim} numbers"
+        dim = f"{self.collector.sketch.dim} dimensions"
         return dim if groups == 1 else f"{groups} groups × {dim}"
 
     def queries(self, source: Any) -> Dataset:
@@ -249,8 +249,8 @@ class Workspace(Built):
             "weights": weights_digest(self.model.network),
             "sampling": self.model.describe_sampling(),
         }
-        if not source.journey:
-            del made_of["journey"]
+        if states := made_of.pop("trajectory"):
+            made_of["journey"] = states  # as fingerprints of earlier releases have it
         folder = self.outputs / "queries" / f"{self.cfg.name}-{fingerprint(made_of)}"
         with self.lock(folder, done=folder.is_dir()):
             if folder.is_dir():
@@ -281,11 +281,11 @@ class Workspace(Built):
         if self.collector.noise.shapes == "one":
             require_one_shape(dataset, self.data)
         store = self.store(dataset, role, as_queries=True)
-        recorded = any(m.requires.journey for m in methods)
+        recorded = any(m.requires.trajectory for m in methods)
         return FeatureSet(
             store,
             dataset,
-            journey=[
+            trajectory=[
                 FeatureSet(self.store(state, f"{role}-{number}", as_queries=True), state)
                 for number, state in enumerate(self.states(source, dataset) if recorded else [])
             ],

@@ -23,7 +23,7 @@ def _of_both_sources(result: Result) -> bool:
 
 
 PURPOSES = (
-    Purpose("To foretell what training on other data would do", lambda r: r.metric == "LDS"),
+    Purpose("To predict what training on other data would do", lambda r: r.metric == "LDS"),
     Purpose(
         "To name the examples whose removal hurts most",
         lambda r: r.metric.startswith(("removal@", "union@")),
@@ -134,7 +134,7 @@ def _beats_chance(methods: Sequence[Result]) -> bool:
 
 
 def _over_all(report: Report) -> str:
-    """Say which single method serves most purposes, and how much cannot be told apart."""
+    """Say which single method serves most purposes, and how much cannot be distinguished."""
     places = [place for purpose in PURPOSES for place in _places(purpose, report)]
     places = [place for place in places if _found_by_any(place, report)]
     wins: dict[str, int] = {}
@@ -154,7 +154,7 @@ def _over_all(report: Report) -> str:
         f"{len(places)} measures; {report.reference} on {wins.get(report.reference, 0)}."
     )
     if crowded:
-        text += f" By {crowded} of them six or more methods cannot be told apart."
+        text += f" By {crowded} of them six or more methods cannot be distinguished."
     return text
 
 

@@ -131,7 +131,7 @@ class Ensemble:
         Args:
             models: from :meth:`train`.
             dataset: examples, such as queries; all see the same noise.
-            timesteps: of the model's ladder.
+            timesteps: of the model's timesteps.
             noise: shared by models and examples.
 
         Returns:
@@ -243,10 +243,10 @@ class Ensemble:
     def _draws(self, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield noise and timesteps of each step, the same for all models."""
         generator = torch.Generator().manual_seed(seed)
-        ladder, shape = torch.tensor(list(self.template.ladder)), self.examples[0].shape[1:]
+        timesteps, shape = torch.tensor(list(self.template.timesteps)), self.examples[0].shape[1:]
         for _ in range(self.recipe.steps):
             noise = torch.randn(batch, *shape, generator=generator)
-            yield noise, ladder[torch.randint(len(ladder), (batch,), generator=generator)]
+            yield noise, timesteps[torch.randint(len(timesteps), (batch,), generator=generator)]
 
     def _check(self, losses: np.ndarray, step: int) -> None:
         if not np.isfinite(losses).all():

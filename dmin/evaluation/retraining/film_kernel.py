@@ -138,9 +138,9 @@ def train(
         labels: int64 ``[N]``; −1 for a network without classes.
         order: int64 ``[steps, batch]``, the examples of each step.
         noise: float32 ``[steps, batch, pixels]``.
-        drawn: int64 ``[steps, batch]``, the rung of each timestep.
-        angles: float32 ``[rungs, embedding]``, what stands for a timestep.
-        mix: float32 ``[rungs, 5]``: shares of image and noise in the sample and in the target, and
+        drawn: int64 ``[steps, batch]``, the number of each timestep.
+        angles: float32 ``[levels, embedding]``, what stands for a timestep.
+        mix: float32 ``[levels, 5]``: shares of image and noise in the sample and in the target, and
             the weight of the loss.
         rates: float64 ``[steps]``, learning rates.
         keep: decay of the moving average.
@@ -152,10 +152,10 @@ def train(
     moments = np.zeros((2, len(theta)), np.float32)
     losses = np.zeros(steps)
     for step in range(steps):
-        chosen, rungs, drawn_noise = order[step], drawn[step], noise[step]
-        _sample(kept, examples, chosen, drawn_noise, rungs, angles, mix)
+        chosen, levels, drawn_noise = order[step], drawn[step], noise[step]
+        _sample(kept, examples, chosen, drawn_noise, levels, angles, mix)
         _forward(theta, net, kept, labels, chosen)
-        losses[step] = _compare(kept, examples, chosen, drawn_noise, rungs, mix)
+        losses[step] = _compare(kept, examples, chosen, drawn_noise, levels, mix)
         _backward(theta, grad, net, kept, labels, chosen)
         _adamw(theta, grad, moments, mean, rates[step], step, keep)
     return mean, losses
@@ -180,15 +180,15 @@ def _room(net: Any, batch: int) -> Any:
 
 @_part
 def _sample(
-    kept: Any, examples: Any, chosen: Any, noise: Any, rungs: Any, angles: Any, mix: Any
+    kept: Any, examples: Any, chosen: Any, noise: Any, levels: Any, angles: Any, mix: Any
 ) -> None:
     """Mix images and noise, and look up what stands for their timesteps."""
     sample, e = kept.sample, kept.e
     for b in range(len(chosen)):
-        rung, example = rungs[b], chosen[b]
-        e[b] = angles[rung]
+        level, example = levels[b], chosen[b]
+        e[b] = angles[level]
         for j in range(sample.shape[1]):
-            sample[b, j] = mix[rung, 0] * examples[example, j] + mix[rung, 1] * noise[b, j]
+            sample[b, j] = mix[level, 0] * examples[example, j] + mix[level, 1] * noise[b, j]
 
 
 @_part
@@ -221,20 +221,20 @@ def _forward(theta: Any, net: Any, kept: Any, labels: Any, chosen: Any) -> None:
 
 
 @_part
-def _compare(kept: Any, examples: Any, chosen: Any, noise: Any, rungs: Any, mix: Any) -> float:
+def _compare(kept: Any, examples: Any, chosen: Any, noise: Any, levels: Any, mix: Any) -> float:
     """Return the batch's loss, and fill in its gradient by the output."""
     output, error = kept.output, kept.error
     batch, pixels = output.shape
     loss = 0.0
     for b in range(batch):
-        rung, example = rungs[b], chosen[b]
-        scale, square = np.float32(2) * mix[rung, 4] / np.float32(pixels * batch), np.float32(0)
+        level, example = levels[b], chosen[b]
+        scale, square = np.float32(2) * mix[level, 4] / np.float32(pixels * batch), np.float32(0)
         for j in range(pixels):
-            target = mix[rung, 2] * examples[example, j] + mix[rung, 3] * noise[b, j]
+            target = mix[level, 2] * examples[example, j] + mix[level, 3] * noise[b, j]
             off = output[b, j] - target
             square += off * off
             error[b, j] = scale * off
-        loss += mix[rung, 4] * square / (pixels * batch)
+        loss += mix[level, 4] * square / (pixels * batch)
     return loss
 
 

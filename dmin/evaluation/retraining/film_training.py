@@ -56,7 +56,7 @@ def train_films(
     flat = torch.cat([start[name].detach().reshape(-1) for name in names if name in start])
     x0, labels = examples
     noise, t = draws
-    rungs = torch.tensor(list(model.ladder))
+    timesteps = torch.tensor(list(model.timesteps))
     first, depth = network.layers[0], len(network.layers)
     sizes = first.in_features, first.out_features, depth, network.time[0].in_features
     shared = (
@@ -65,9 +65,9 @@ def train_films(
     )
     drawn = (
         noise.flatten(2).contiguous().numpy(),
-        _places(t, rungs).numpy(),
-        network.angles(rungs).float().contiguous().numpy(),
-        _mix(model, rungs).numpy(),
+        _places(t, timesteps).numpy(),
+        network.angles(timesteps).float().contiguous().numpy(),
+        _mix(model, timesteps).numpy(),
         np.array(rates, dtype=np.float64),
         float(ema_decay),
     )
@@ -101,15 +101,15 @@ def _names(network: FiLMNetwork) -> list[str]:
     ]
 
 
-def _places(t: Tensor, rungs: Tensor) -> Tensor:
-    """Return the number of each timestep's rung."""
-    order = rungs.argsort()
-    return order[torch.searchsorted(rungs[order], t)]
+def _places(t: Tensor, timesteps: Tensor) -> Tensor:
+    """Return the number of each timestep among all."""
+    order = timesteps.argsort()
+    return order[torch.searchsorted(timesteps[order], t)]
 
 
-def _mix(model: MLP, rungs: Tensor) -> Tensor:
-    """Return what each rung makes of image and noise: both are linear in both."""
-    one, none = torch.ones(len(rungs), 1), torch.zeros(len(rungs), 1)
-    image, noise = model.process(one, none, rungs), model.process(none, one, rungs)
+def _mix(model: MLP, timesteps: Tensor) -> Tensor:
+    """Return what each timestep makes of image and noise: both are linear in both."""
+    one, none = torch.ones(len(timesteps), 1), torch.zeros(len(timesteps), 1)
+    image, noise = model.process(one, none, timesteps), model.process(none, one, timesteps)
     parts = [image.sample, noise.sample, image.target, noise.target, image.weight[:, None]]
     return torch.cat(parts, dim=1).float().contiguous()

@@ -203,7 +203,7 @@ class DDPM(TrainedModel):
             last = x
         return ((last + 1) / 2).clamp(0, 1)
 
-    def journey(
+    def trajectory(
         self, prompts: Sequence[Any], seeds: Sequence[int], steps: int, states: int
     ) -> Tensor:
         """Return the estimates of x0 on the way; see the base class."""
@@ -235,8 +235,8 @@ class DDPM(TrainedModel):
                 x = step.prev_sample
                 yield x, step.pred_original_sample
             return
-        places = torch.linspace(0, len(process.ladder) - 1, steps).long()
-        chosen = [torch.tensor(process.ladder[place], device=device) for place in places]
+        places = torch.linspace(0, len(process.timesteps) - 1, steps).long()
+        chosen = [torch.tensor(process.timesteps[place], device=device) for place in places]
         x = process.levels(chosen[0], x).sigma * x
         for t, after in zip(chosen, [*chosen[1:], None], strict=True):  # Euler's steps
             levels = process.levels(t, x)

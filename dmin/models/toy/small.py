@@ -46,7 +46,7 @@ def stable_diffusion_3(
         heads: of its attention.
         layers: blocks.
         text: width of the text encoders.
-        shift: of the flow's ladder.
+        shift: of the flow's timesteps.
     """
     network = SD3Transformer2DModel(
         sample_size=size,

@@ -42,7 +42,7 @@ class TorchBackend:
         """Count, transform and multiply as many positions at a time as the budget allows."""
         row, column = map_.sides(spectrum.device)
         positions, wide = positions_of(factors), spectrum.real.dtype
-        # Two count sketches and two spectra, each of k numbers, stand in memory for a position.
+        # Two count sketches and two spectra, each of k dimensions, stand in memory for a position.
         rows = max(1, self.budget // (4 * map_.dim * wide.itemsize))
         step = min(positions, rows)
         for first in range(0, factors.batch, max(1, rows // step)):

@@ -1,4 +1,4 @@
-"""Signs, places and additions: formed gradients become k numbers."""
+"""Signs, places and additions: formed gradients become k dimensions."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def fold_rows(x, start, step, count, width, out, o, tap, fold, total):  # type: 
 
 @inlined
 def wrap(total, row):  # type: ignore[no-untyped-def]
-    """Add a total, which is longer than k, to a row of k numbers; past k is from 0 again."""
+    """Add a total, which is longer than k, to a row of k dimensions; past k is from 0 again."""
     dim = len(row)
     for j in range(min(dim, len(total))):
         row[j] += total[j]
