@@ -54,6 +54,16 @@ PATH. Settings of a store from elsewhere build only what dmin's own do, unless y
 _WIDTH = 90
 
 
+def release() -> str:
+    """Return the version that is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("dmin")
+    except PackageNotFoundError:
+        return "(a checkout that is not installed)"
+
+
 def overview() -> str:
     """Return what ``dmin --help`` prints."""
     commands = "\n".join(f"  {name:<10}{line}" for name, line in COMMANDS.items())

@@ -36,7 +36,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if command in ("-h", "--help"):
         print(pages.overview(), end="")
     elif command == "--version":
-        print(f"dmin {_version()}")
+        print(f"dmin {pages.release()}")
     elif command in ("-sc", "--shell-completion"):
         return _complete(overrides)
     elif command not in pages.COMMANDS:
@@ -61,22 +61,11 @@ def _main(argv: Sequence[str] | None) -> int:
             line = parse(command, spelled_out(command, overrides))
         except DminError as error:
             raise SystemExit(printable(str(error))) from error
-        quiet = "++extras.quiet=true" in line.settings
-        if (
-            line.told and not quiet and PARENT not in os.environ
-        ):  # the first process speaks for the others
+        # The first process speaks for the others.
+        if line.told and "++extras.quiet=true" not in line.settings and PARENT not in os.environ:
             print(printable("\n".join(line.told)), flush=True)
         run(step_of(command), command, line.settings, config=register(line))
     return 0
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("dmin")
-    except PackageNotFoundError:
-        return "(a checkout that is not installed)"
 
 
 def _refuse(command: str) -> int:

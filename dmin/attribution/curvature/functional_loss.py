@@ -135,10 +135,6 @@ class FunctionalLoss:
         ]
         return torch.cat(parts)
 
-    def flat_rows(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return rows of values by name, ``[n, *shape]``, as vectors ``[n, P]``."""
-        return torch.cat([values[name].flatten(1) for name in self.weights], 1)
-
     def shaped(self, vectors: Tensor) -> Weights:
         """Return vectors ``[..., P]`` cut into the parameters' shapes, ``[..., *shape]``."""
         sizes = [w.numel() for w in self.weights.values()]

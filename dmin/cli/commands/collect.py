@@ -22,49 +22,30 @@ def collect(work: Workspace, results: dict[str, Any]) -> None:
             raise
     if not work.is_main:
         return
+    rows, figures = f"{len(store):,}", {"rows": "", "MiB": "", "store": store.path.name}
+    results.update(store=str(store.path), rows=len(store), figures=figures)
     if not store.complete:
         from dmin.collect.completion import what_is_missing
 
-        rows, shard = f"{len(store):,} of {store.manifest.num_examples:,}", work.cfg.shard
-        results["figures"] = {"rows": rows, "store": store.path.name}
-        results.update(store=str(store.path), rows=len(store))
-        work.console.print(
-            titled(
-                "store",
-                f": {store.path}\n  shard {shard.id} of {shard.num} is done; "
-                f"{what_is_missing(store)}.",
-            )
-        )
+        shard = work.cfg.shard
+        figures["rows"] = f"{rows} of {store.manifest.num_examples:,}"
+        del figures["MiB"]
+        told = f"shard {shard.id} of {shard.num} is done; {what_is_missing(store)}."
+        work.console.print(titled("store", f": {store.path}\n  {told}"))
         return
     size = sum(file.stat().st_size for file in store.path.glob("*.h5"))
     raw = 4 * work.collector.attributed.count * store.layout.draws * len(store.layout.timesteps)
-    results.update(
-        figures={
-            "rows": f"{len(store):,}",
-            "MiB": f"{size / 2**20:,.1f}",
-            "store": store.path.name,
-        },
-        store=str(store.path),
-        rows=len(store),
-        bytes=size,
-        digest=store.digest(),
-        raw_bytes=raw,
+    figures |= {"rows": rows, "MiB": f"{size / 2**20:,.1f}"}
+    results.update(bytes=size, digest=store.digest(), raw_bytes=raw)
+    told = (
+        f"{rows} rows, {figures['MiB']} MiB; "
+        f"{size / len(store) / 1024:,.1f} KiB an example instead of {raw / 1024:,.0f} KiB "
+        f"({raw * len(store) / size:,.0f} times less)"
     )
-    work.console.print(
-        titled(
-            "store",
-            f": {store.path}\n  {len(store):,} rows, {size / 2**20:,.1f} MiB; "
-            f"{size / len(store) / 1024:,.1f} KiB an example instead of {raw / 1024:,.0f} KiB "
-            f"({raw * len(store) / size:,.0f} times less)"
-            f"{_checks(work.collector.checks)}",
-        )
-    )
+    if seconds := work.collector.checks:  # none where nothing was collected
+        told += f"\n  {seconds:,.1f} s of it to check whose gradient is whose"
+    work.console.print(titled("store", f": {store.path}\n  {told}"))
     peak = work.collector.peak
     if peak.bytes:  # nothing was collected, or nothing grew
         results["peak"] = {"bytes": peak.bytes, "meaning": peak.meaning}
         work.console.print(f"  {peak.bytes / 2**20:,.1f} MiB {peak.meaning}")
-
-
-def _checks(seconds: float) -> str:
-    """Return what checking cost, if anything was collected."""
-    return f"\n  {seconds:,.1f} s of it to check whose gradient is whose" if seconds else ""

@@ -31,9 +31,6 @@ OF_A_STORE = ("collect", "doctor", *_READING)
 WITH_PICTURES = {"retrieve": "pictures", "losses": "pictures that were held out"}
 
 
-_OF_PICTURES = (("region", ("retrieve",)), ("mask", ("retrieve",)))
-
-
 class Line(NamedTuple):
     """A command line, taken apart."""
 
@@ -176,7 +173,8 @@ def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], li
             f"--limit looks at a part of the examples that gradients are collected of: "
             f"{', '.join(OF_A_STORE)}. `dmin {command}` has none."
         )
-    for option, those in (("prompt", ("retrieve", "sample")), *_OF_PICTURES):
+    for option in ("prompt", "region", "mask"):
+        those = ("retrieve", "sample") if option == "prompt" else ("retrieve",)
         if getattr(found, option) and command not in those:
             named = " and ".join(f"`dmin {each}`" for each in those)
             raise DminError(f"--{option} is said to {named}, not to `dmin {command}`.")

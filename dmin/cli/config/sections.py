@@ -48,10 +48,4 @@ def settings(section: str = "") -> list[Parameter]:
 
 
 def _type(name: str, default: Any) -> Any:
-    return (
-        _TYPES[name]
-        if name in _TYPES
-        else dict | None
-        if isinstance(default, dict)
-        else type(default)
-    )
+    return _TYPES.get(name) or (dict | None if isinstance(default, dict) else type(default))

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dmin.cli.config.annotations import parameters
 from dmin.cli.config.environment import kept
+from dmin.cli.config.subtrees import select
 from dmin.cli.config.targets import load
 from dmin.cli.config.trust import demands, read_settings
 from dmin.runtime.errors import DminError, DminWarning
@@ -78,7 +79,7 @@ def follow(source: Path, target: Path, changes: Mapping[str, Any] | None = None)
     for place, value in (changes or {}).items():
         _set(settings, place, value)
     for place in settings["paths"]:
-        _set(settings, place, _way(target, source / _get(settings, place)))
+        _set(settings, place, _way(target, source / select(settings, place)))
     _write(target, settings)
 
 
@@ -115,7 +116,7 @@ def read(store: Path, command: str, chosen: Collection[str], trust: bool) -> dic
             f"your own on the line, such as model=…"
         )
     for place in settings.pop("paths"):
-        kept = _get(settings, place)
+        kept = select(settings, place)
         if kept is not None and place not in chosen:
             there = store / str(kept)
             if not there.exists():
@@ -148,7 +149,8 @@ def _plain(store: Path) -> dict[str, Any]:
     odd += [str(key) for key in found if key not in known]
     if not odd:
         odd += [f"collect.{key}" for key in found["collect"] if key not in _COLLECT]
-        odd += [str(path) for path in found["paths"] if not isinstance(_get(found, path), str)]
+        paths = map(str, found["paths"])
+        odd += [path for path in paths if not isinstance(select(found, path), str)]
     if odd:
         raise DminError(
             f"{file} does not have {odd[0]} as a store keeps it. Remove the file and name model=… "
@@ -169,13 +171,6 @@ def _paths(settings: dict[str, Any], place: str = "") -> Iterator[tuple[str, str
             if is_path and isinstance(call.get(each.name), str):
                 yield f"{here}.{each.name}", call[each.name]
         yield from _paths(call, here)
-
-
-def _get(settings: dict[str, Any], place: Any) -> Any:
-    found: Any = settings
-    for key in str(place).split("."):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
 
 
 def _set(settings: dict[str, Any], place: str, value: Any) -> None:

@@ -33,11 +33,6 @@ def needed(command: str) -> tuple[str, ...]:
     return (*(each for each in READS[command] if "?" not in each), "logger")
 
 
-def sections(command: str) -> list[str]:
-    """Return the sections of a configuration that have these, in order, not what all read."""
-    return list(dict.fromkeys(re.split(r"[.?]", each)[0] for each in READS[command]))
-
-
 def reads(command: str, place: str) -> bool:
     """Tell whether a command reads a setting, a subtree, or a part of it; true of unknown ones."""
     return place.partition(".")[0] not in _known() or any(
@@ -71,9 +66,9 @@ def prune(cfg: Any, command: str) -> Any:
 
     plain: Any = OmegaConf.to_container(cfg)
     asked = (each.partition("?") for each in READS[command])
-    kept = [*(place for place, mark, by in asked if not mark or _select(plain, by)), *_COMMON]
+    kept = [*(place for place, mark, by in asked if not mark or select(plain, by)), *_COMMON]
     for place in kept:  # which grows
-        kept += {*_POINTER.findall(str(_select(plain, place)))}.difference(kept)
+        kept += {*_POINTER.findall(str(select(plain, place)))}.difference(kept)
     with flag_override(cfg, ["struct", "readonly"], False):
         for top in (_known() & {*cfg}).difference(kept):
             section = plain[top] if isinstance(plain[top], dict) else {}
@@ -97,7 +92,8 @@ def _overlap(one: str, other: str) -> bool:
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
-def _select(node: Any, place: str) -> Any:
+def select(node: Any, place: str) -> Any:
+    """Return what stands at a dotted place of plain mappings; None if nothing does."""
     for key in place.split("."):
         node = node.get(key) if isinstance(node, dict) else None
     return node

@@ -13,7 +13,6 @@ from rich.tree import Tree
 from dmin.cli.config.annotations import parameters
 from dmin.cli.config.environment import kept
 from dmin.cli.config.sections import settings
-from dmin.cli.config.subtrees import sections
 from dmin.cli.config.targets import load
 from dmin.runtime.progress import titled
 
@@ -28,11 +27,10 @@ def settings_tree(name: str, cfg: DictConfig, file: Path) -> Tree:
     """
     tree = Tree(titled(f"dmin {name}"), guide_style="dim")
     values, _ = kept(cfg)
-    for part in ("name", "seed", *sections(name)):
-        if values.get(part) is None:
+    for part, value in values.items():
+        if part in ("extras", "paths") or value in (None, []):
             continue
-        told = _spelled(values[part], settings(part))
-        if told:
+        if told := _spelled(value, settings(part)):
             tree.add(titled(part, ": ").append(told, "cyan"))
     tree.add(titled(f"all settings: {file}", style="dim"))
     return tree

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from hydra.core.global_hydra import GlobalHydra
@@ -12,6 +11,7 @@ from omegaconf import OmegaConf
 
 from dmin.cli.config.groups import did_you_mean
 from dmin.cli.config.validate import validate
+from dmin.cli.help import release
 from dmin.cli.workspace.benchmark import with_method
 from dmin.cli.workspace.built import build
 from dmin.cli.workspace.workspace import Workspace
@@ -69,10 +69,6 @@ def about(work: Workspace, train: FeatureSet) -> dict[str, str]:
     model = work.cfg.model
     adapter, ema = model.get("adapter"), model.get("ema")
     names = [str(each) for each in adapter] if OmegaConf.is_list(adapter) else [str(adapter)]
-    try:
-        release = version("dmin")
-    except PackageNotFoundError:
-        release = "a checkout"
     said = {
         "model": str(model.get("path") or type(work.model).__name__),
         "adapter": ", ".join(names) if adapter else "none" if "adapter" in model else None,
@@ -81,6 +77,6 @@ def about(work: Workspace, train: FeatureSet) -> dict[str, str]:
         "examples": f"{len(train):,}",
         "sketch": f"{work.collector.sketch.family}, k = {work.collector.sketch.dim:,}",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "dmin": release,
+        "dmin": release(),
     }
     return {name: text for name, text in said.items() if text is not None}
