@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from dmin.attribution.features import FeatureSet, Requires
 from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.method import Method
 from dmin.attribution.methods.dmin import DMin
-from dmin.attribution.ranking import Ranking
+from dmin.attribution.ranking import Ranking, format_score
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.models.base import READOUTS
 from dmin.models.places import by_place
@@ -43,6 +44,10 @@ class Places:
     def rest(self) -> float:
         """What of the score no place has: the sketch's error, and losses without places."""
         return self.score - float(self.train.sum(dtype=np.float64))
+
+    def spell(self) -> str:
+        """Say how much of the score the maps have."""
+        return f"{format_score(self.score - self.rest)} of {format_score(self.score)}"
 
 
 PlacesOf = dict[tuple[str, str, str], Places]
@@ -93,6 +98,13 @@ def places(
         for id, score, maps in zip(ids, scores, split.of(query, ids), strict=False):
             found[ranking.method, query, id] = Places(*maps, float(score))
     return found
+
+
+def save_places(found: PlacesOf, path: str | Path) -> None:
+    """Write maps as a NumPy archive: ``train/METHOD/QUERY/ID``, ``query/…`` where there is one."""
+    parts = {f"train/{'/'.join(key)}": maps.train for key, maps in found.items()}
+    parts |= {f"query/{'/'.join(key)}": m.query for key, m in found.items() if m.query is not None}
+    np.savez_compressed(path, **cast(Any, parts))
 
 
 def check_places(method: Method, group_by: str | None = None) -> None:

@@ -9,6 +9,7 @@ const READ = [
   ["8.9 of 10", "the score, and the largest it could be; the line below is as long as its share, the tick on it is where half of all examples are"],
   ["±.01 · 97 %", "one standard error of the score, and how surely the example is among those shown"],
   ["≈ 1–4", "ranks 1 to 4 cannot be distinguished: their order may be chance"],
+  ["where in it", "where in both pictures the score comes from: blue for it, red against it; places have 5.9 of a score of 6.1, the rest is the sketch's error"],
   ["× 3", "three examples have the same pixels and share this card"],
   ["bars", "what each timestep added to this score beyond the mean of those shown: first the rough image out of noise, then the details; colour lifts, red lowers"],
   ["● ○", "the query's label, another label"],
@@ -238,7 +239,8 @@ function openDetail(own, place) {
     make("div", { class: "split" },
       make("div", { class: "pictures" },
         make("figure", {}, picture(entry, `Training example ${entry.id}`), make("figcaption", {}, `${entry.size.join(" × ")} pixels`)),
-        make("figure", { class: "origin" }, picture(query, `Query ${query.id}`), make("figcaption", {}, `query ${query.id}`))),
+        make("figure", { class: "origin" }, picture(query, `Query ${query.id}`), make("figcaption", {}, `query ${query.id}`)),
+        ...placesFigures(answer.places?.[place])),
       make("div", {},
         part("Answer", scores, scaleBar(card.share, answer.typical)),
         entry.caption ? make("section", {}, make("h3", {}, "Caption"), make("p", { class: "caption" }, entry.caption)) : null,
@@ -248,6 +250,14 @@ function openDetail(own, place) {
         part("Metadata", meta)))));
   if (!dialog.open) dialog.showModal();
   dialog.scrollTop = 0;
+}
+
+// Where in both pictures the score comes from.
+function placesFigures(places) {
+  if (!places) return [];
+  const figure = (src, alt, text) => src ? [make("figure", { class: "origin places" }, make("img", { src, alt }), make("figcaption", {}, text))] : [];
+  return [...figure(places.train, "Where in the training picture the score comes from", `where in it: ${places.said}`),
+    ...figure(places.query, "Where in the query the score comes from", "where in the query")];
 }
 
 // With `whole`, `values` are what is beyond the mean of those shown, and the whole stands beside.

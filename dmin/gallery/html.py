@@ -10,6 +10,7 @@ from urllib.parse import quote
 import numpy as np
 from PIL.Image import Image
 
+from dmin.attribution.place_maps import PlacesOf
 from dmin.attribution.ranking import Ranking, format_score, headline
 from dmin.attribution.wording import (
     spell_blind,
@@ -20,7 +21,7 @@ from dmin.attribution.wording import (
 )
 from dmin.gallery.answers import answers
 from dmin.gallery.columns import address, is_rights, original, text
-from dmin.gallery.pictures import TINY, Images, data_uri, encoded, to_picture
+from dmin.gallery.pictures import TINY, Images, data_uri, encoded, overlaid, to_picture
 from dmin.runtime.colours import method_colours
 from dmin.runtime.errors import DminError
 from dmin.runtime.page import write_page
@@ -41,6 +42,7 @@ def save_html(
     embed: int = EMBED,
     query_files: Files | None = None,
     train_files: Files | None = None,
+    places: PlacesOf | None = None,
 ) -> Path:
     """Write a page on which every query can be walked through with the examples behind it.
 
@@ -57,6 +59,7 @@ def save_html(
             them: keep the two together.
         query_files: id of a query -> its own file, which the page links; None if there is none.
         train_files: the same for training examples.
+        places: where scores come from (`dmin.places`), shown where an example is opened.
 
     Returns:
         The path. Each image is kept once, at most 256 pixels a side: smaller ones as
@@ -81,6 +84,7 @@ def save_html(
             **shown.entry(name, rankings[0].query_metadata[query]),
             "answers": [
                 _answer(each, query, examples, None if shares is None else shares[query])
+                | _places(each, query, shown, examples, places or {})
                 for each, shares in zip(rankings, all_shares, strict=True)
             ],
             "sameAs": next(filter(None, (spell_same_as(each, query) for each in rankings)), None),
@@ -145,6 +149,22 @@ def _answer(
         "typical": _share(ranking, query, ranking.typical),
         "shown": shown,
     }
+
+
+def _places(
+    ranking: Ranking, query: int, shown: _Entries, examples: _Entries, places: PlacesOf
+) -> dict[str, Any]:
+    """Return the pictures of where scores come from, by the place of the card; none if none."""
+    asked, found = ranking.query_ids[query], {}
+    for card, rank in enumerate(ranking.cards(query)):
+        name = ranking.train_ids[query][rank]
+        maps = places.get((ranking.method, asked, name))
+        if maps is None:
+            continue
+        found[card] = {"train": examples.overlaid(name, maps.train), "said": maps.spell()}
+        if maps.query is not None:
+            found[card]["query"] = shown.overlaid(asked, maps.query)
+    return {"places": found} if found else {}
 
 
 def _card(ranking: Ranking, query: int, rank: int, examples: _Entries) -> dict[str, Any]:
@@ -221,6 +241,10 @@ class _Entries:
             entry["meta"] |= more
             self.entries[name] = entry
         return self.places[name]
+
+    def overlaid(self, name: str, places: np.ndarray) -> str:
+        """Return the address of a picture under a map of what its places add."""
+        return self.store(overlaid(to_picture(self.images(name), name), places))
 
     def entry(self, name: str, metadata: dict[str, Any]) -> dict[str, Any]:
         """Return what the page knows of one picture."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from dmin.runtime.errors import DminError
 
@@ -42,6 +43,34 @@ def to_picture(array: np.ndarray, name: str) -> Image.Image:
         )
     pixels = (array.clip(0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+SMOOTHED = 1 / 8  # of the shorter side: what single places add is mostly noise
+FOR, AGAINST = (37, 101, 168), (200, 85, 61)
+
+
+def smoothed(places: np.ndarray) -> np.ndarray:
+    """Return what places add ``[h, w]`` under a Gaussian of an eighth of the shorter side."""
+    sigma = SMOOTHED * min(places.shape)
+    return gaussian_filter(np.asarray(places, np.float64), sigma, mode="constant")
+
+
+def overlaid(picture: Image.Image, places: np.ndarray) -> Image.Image:
+    """Lay what places add over a pale picture, enlarged: blue for the score, red against it.
+
+    Args:
+        picture: that is shown.
+        places: ``[h, w]`` of the whole of it; smoothed here. The largest has full colour.
+    """
+    picture = fit(picture, max(192, *picture.size))
+    values = smoothed(places)
+    values = values / max(float(np.abs(values).max()), 1e-30)
+    scaled = Image.fromarray(values.astype(np.float32)).resize(picture.size)
+    strength = np.asarray(scaled)[..., None]
+    grey = 0.5 * 255 + 0.5 * np.asarray(picture.convert("L"), np.float32)[..., None]
+    colour = np.where(strength > 0, np.array(FOR), np.array(AGAINST))
+    share = 0.8 * np.abs(strength)
+    return Image.fromarray(((1 - share) * grey + share * colour).clip(0, 255).astype(np.uint8))
 
 
 def remembered(images: Images, memory: int = 1 << 29) -> Images:

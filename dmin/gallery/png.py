@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,9 +14,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dmin.attribution.place_maps import Places, PlacesOf
 from dmin.attribution.ranking import Ranking, format_score, headline
 from dmin.attribution.wording import spell_about, spell_blind, spell_copies, spell_query
-from dmin.gallery.pictures import Images, fit, to_picture
+from dmin.gallery.pictures import Images, fit, overlaid, to_picture
 from dmin.gallery.png_bars import MOST_GROUPS, draw_shares, draw_strips
 from dmin.gallery.png_page import (
     ACCENT,
@@ -48,11 +50,18 @@ class _Row:
     cards: list[int]  # ranks shown
     leads: bool  # whether the query's picture stands here
     named: bool  # whether several methods are shown
+    places: PlacesOf | None = None  # this row is of where the scores of the one above come from
 
     @property
     def shown(self) -> Sequence[tuple[int, int]]:
         """Column and rank of every card."""
-        return list(enumerate(self.cards))
+        found = list(enumerate(self.cards))
+        return found if self.places is None else [c for c in found if self.maps(c[1])]
+
+    def maps(self, rank: int) -> Places | None:
+        """Return where the score of a card comes from, if that was asked."""
+        id, asked = self.ranking.train_ids[self.query][rank], self.ranking.query_ids[self.query]
+        return (self.places or {}).get((self.ranking.method, asked, id))
 
 
 def save_png(
@@ -64,6 +73,7 @@ def save_png(
     columns: int = 10,
     max_queries: int = 12,
     title: str | None = None,
+    places: PlacesOf | None = None,
 ) -> Path:
     """Draw each query beside its best training examples, and what timesteps and groups added.
 
@@ -77,6 +87,7 @@ def save_png(
         columns: training examples a row.
         max_queries: queries.
         title: headline; by default it says what the picture shows.
+        places: where scores come from (`dmin.places`), in a row of their own.
 
     Returns:
         The path. The picture is made for a column of 900 pixels on a dense screen (1800 pixels
@@ -90,14 +101,17 @@ def save_png(
     columns = min(columns, max(each.scores.shape[1] for each in answers))
     queries = range(min(max_queries, len(first.query_ids)))
     rows = [
-        _Row(each, query, each.cards(query)[:columns], each is first, len(answers) > 1)
+        _Row(each, query, each.cards(query)[:columns], each is first, len(answers) > 1, own)
         for query in queries
         for each in answers
+        for own in ([None, places] if places else [None])
     ]
     bars = any(each.contributions is not None for each in answers)
     groups = max(min(len(each.groups), MOST_GROUPS) for each in answers)
     layout = Layout(len(rows), columns, bars, groups)
-    remarks = [_wrapped(spell_query(row.ranking, row.query), layout) for row in rows]
+    remarks = [
+        [] if row.places else _wrapped(spell_query(row.ranking, row.query), layout) for row in rows
+    ]
     head = _head(answers, layout, len(queries))
     layout = Layout(len(rows), columns, bars, groups, max(map(len, remarks)), len(head))
     page, figure = _page(layout)
@@ -111,7 +125,8 @@ def save_png(
             under = layout.row(place) + layout.side + 82 + line * REMARK
             write(page, layout.column(0), under, text, MUTED, size=SMALL)
     for number, each in enumerate(answers):
-        mine = range(number, len(rows), len(answers))
+        per = 2 if places else 1
+        mine = range(per * number, len(rows), per * len(answers))
         if each.contributions is not None:
             draw_strips(page, each, mine, columns, layout)
         if each.group_contributions is not None:
@@ -161,20 +176,38 @@ def _paste(
     """Put every picture in its place, centred in its square, on an empty page [H, W, 3]."""
     page = Image.new("RGB", (layout.width, layout.height), PAPER)
 
-    def put(array: np.ndarray, name: str, left: int, top: int) -> None:
-        picture = fit(to_picture(array, name), layout.side).convert("RGB")
+    def put(picture: Image.Image, left: int, top: int) -> None:
+        picture = fit(picture, layout.side).convert("RGB")
         offset = [(layout.side - length) // 2 for length in picture.size]
         page.paste(MAT, (left, top, left + layout.side, top + layout.side))
         page.paste(picture, (left + offset[0], top + offset[1]))
 
     for place, row in enumerate(rows):
         name, top = row.ranking.query_ids[row.query], layout.row(place)
+        if row.places is not None:
+            _put_places(row, query_images, train_images, put, layout, top)
+            continue
         if row.leads:
-            put(query_images(name), name, layout.margin, top)
+            put(to_picture(query_images(name), name), layout.margin, top)
         for column, rank in row.shown:
             example = row.ranking.train_ids[row.query][rank]
-            put(train_images(example), example, layout.column(column), top)
+            put(to_picture(train_images(example), example), layout.column(column), top)
     return np.asarray(page)
+
+
+def _put_places(
+    row: _Row, query_images: Images, train_images: Images, put: Any, layout: Layout, top: int
+) -> None:
+    """Put the maps of the cards in their columns, and the query's for the first of them."""
+    name = row.ranking.query_ids[row.query]
+    for number, (column, rank) in enumerate(row.shown):
+        maps, example = row.maps(rank), row.ranking.train_ids[row.query][rank]
+        assert maps is not None
+        picture = to_picture(train_images(example), example)
+        put(overlaid(picture, maps.train), layout.column(column), top)
+        if number == 0 and maps.query is not None:
+            picture = to_picture(query_images(name), name)
+            put(overlaid(picture, maps.query), layout.margin, top)
 
 
 def _draw_header(
@@ -206,6 +239,15 @@ def _draw_captions(page: Axes, row: _Row, place: int, layout: Layout) -> None:
     top, side, ranking, query = layout.row(place), layout.side, row.ranking, row.query
     first, second = top + side + 28, top + side + 53
     room = side + layout.aisle - 8
+    if row.places is not None:
+        for number, (column, rank) in enumerate(row.shown):
+            maps, centre = row.maps(rank), layout.column(column) + side / 2
+            assert maps is not None
+            if number == 0 and maps.query is not None:
+                write(page, layout.left, first + 7, "where in it", MUTED)
+            write(page, centre, first, "where in it", MUTED, ha="center", size=10)
+            write(page, centre, second, maps.spell(), MUTED, ha="center", size=10)
+        return
     if row.leads:
         frame(page, layout.margin, top, side, layout.frame, ACCENT, 2.2)
         label = ranking.query_metadata[query].get("label")
@@ -239,6 +281,8 @@ def _draw_legend(page: Axes, rows: Sequence[_Row], layout: Layout) -> None:
         notes.append("● the query's label   ○ another label")
     if any(ranking.copies(query, rank) for ranking, query, rank in cards):
         notes.append("×: examples with the same pixels, the rank of the first before the score")
+    if any(row.places for row in rows):
+        notes.append("where in it: blue for the score, red against it; how much of it places have")
     if layout.bars:
         notes.append("blue and red: mean contribution to the scores shown")
         notes.append("grey below: share in their order")

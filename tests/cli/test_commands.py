@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 
+import numpy as np
 import pytest
 from command_line import dmin
 from PIL import Image
@@ -130,13 +131,21 @@ class TestDemo:
         picture = sorted(folder.glob("*.png"))[0]
         asked = [*SMALLEST, picture, "--prompt=0", "retrieve.k=3"]
         answers = []
-        for part in ([], ["--region=0,0,0.5,1"]):
+        for part in ([], ["--region=0,0,0.5,1", "--places=1"]):
             dmin("retrieve", *asked, *part, cwd=place)
             answers.append(load_rankings(records(place, "retrieve")[-1].parent)[0])
         whole, half = answers
         assert half.query_metadata[0]["part"] == "0.5 × 1 at (0, 0)"
         assert half.query_ids == whole.query_ids and (half.scores != whole.scores).any()
-        refused = refusal("retrieve", *asked, *part, "method=pixel_l2", cwd=place)
+        maps = np.load(records(place, "retrieve")[-1].parent / "places.npz")
+        asked_about, found = half.query_ids[0], half.train_ids[0][0]
+        of_train, of_query = (maps[f"{of}/dmin/{asked_about}/{found}"] for of in ("train", "query"))
+        assert of_train.sum() == pytest.approx(of_query.sum(), rel=1e-3)
+        assert of_train.sum() == pytest.approx(half.scores[0, 0], abs=0.5)  # k is small here
+        assert of_query[:, :4].any() and not of_query[:, 4:].any()
+        refused = refusal("retrieve", *asked, *part, "retrieve.group_by=label", cwd=place)
+        assert "retrieve.places splits the score of an example, and groups" in refused
+        refused = refusal("retrieve", *asked, part[0], "method=pixel_l2", cwd=place)
         assert "compares whole pictures" in refused
 
     def test_planted_queries_are_seen_to_be_training_images(self, place):

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from rankings import EVIL, IMAGES, query_image, ranking, train_image, with_captions
 
+from dmin.attribution.place_maps import Places
 from dmin.attribution.ranking import format_score
 from dmin.gallery.html import save_html
-from dmin.gallery.pictures import data_uri, fit, to_picture
+from dmin.gallery.pictures import data_uri, fit, overlaid, to_picture
 from dmin.gallery.png import ACCENT, AGAINST, AGREES, save_png
 from dmin.runtime.errors import DminError
 
@@ -256,3 +257,21 @@ def test_opponents_are_called_so(tmp_path):
     )
     path = save_html(turned, query_image, train_image, tmp_path / "a.html")
     assert page_data(path)["title"] == "Training examples that speak against each image"
+
+
+def test_where_scores_come_from_is_shown_on_page_and_picture(tmp_path):
+    shown = ranking(queries=1, k=3)
+    up = np.zeros((8, 8), np.float32)
+    up[:4] = 1 / 32
+    maps = {("dmin", "query-0", id): Places(up, up.T.copy(), 1.25) for id in shown.train_ids[0][:2]}
+    save_html(shown, query_image, train_image, tmp_path / "a.html", places=maps)
+    answer = page_data(tmp_path / "a.html")["queries"][0]["answers"][0]
+    assert list(answer["places"]) == ["0", "1"]
+    assert answer["places"]["0"]["said"] == "1.000 of 1.250"
+    save_png(shown, query_image, train_image, tmp_path / "a.png", places=maps)
+    save_png(shown, query_image, train_image, tmp_path / "b.png")
+    heights = [Image.open(tmp_path / name).height for name in ("a.png", "b.png")]
+    assert heights[0] > heights[1] + 150
+    pixels = np.asarray(overlaid(to_picture(train_image("digit-0"), ""), up), float)
+    blue = pixels[..., 2] - pixels[..., 0]
+    assert blue[:60].mean() > 50 and abs(blue[-40:]).max() < 8

@@ -160,7 +160,7 @@ ADDED: set[str] = {
         *("queries.prompt", "queries.region", "queries.mask"),
         "collect.limit",
         "collect.repeats",
-        "retrieve.beside",
+        *("retrieve.beside", "retrieve.places"),
     ),
     *("collect.restore", "extras.quiet", "model.text_encoders"),
     *("losses.k", "losses.held_out"),

@@ -9,16 +9,19 @@ from dmin.cli.workspace.asked import SELECTED, Asked
 from dmin.cli.workspace.built import build, build_queries
 from dmin.cli.workspace.made_of import note_queries
 from dmin.cli.workspace.workspace import Workspace
+from dmin.runtime.errors import DminError
 from dmin.runtime.progress import titled
 
 if TYPE_CHECKING:
     from dmin.attribution import Ranking
+    from dmin.attribution.place_maps import PlacesOf
 
 
 @Command
 def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     """Find the training examples behind each query, and show them."""
     from dmin.attribution.check import check_train
+    from dmin.attribution.place_maps import check_places
     from dmin.attribution.search.selection import Selection
     from dmin.cli.workspace.side_by_side import methods_of
 
@@ -26,6 +29,10 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     options = work.resolved("retrieve")["retrieve"]
     k = shown_count(work, "retrieve.k")
     methods = methods_of(work)
+    if (shown := options.get("places", 0)) < 0:  # records of before have none
+        raise DminError(f"retrieve.places={shown}: give a number of examples, 0 or more.")
+    for method in methods.values() if shown else ():
+        check_places(method, options["group_by"])
     selection = Selection(**{name: options[name] for name in SELECTED})
     source = build_queries(work.cfg.queries)  # what is wrong with it is said before the work
     work.require_conditions(source, "queries")
@@ -42,16 +49,20 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     asked = Asked(work, options, queries, train, selection, index)
     rankings = asked.rankings(methods)
     if rankings is not None:  # else other shards are not done
-        _show(work, rankings, asked, results)
+        with work.notes.status("splitting scores over places" if shown else "drawing"):
+            maps = asked.places(rankings, methods, shown)
+        _show(work, rankings, maps, asked, results)
 
 
 def _show(
     work: Workspace,
     rankings: list[Ranking],
+    maps: PlacesOf,
     asked: Asked,
     results: dict[str, Any],
 ) -> None:
     """Write and print the answer."""
+    from dmin.attribution.place_maps import save_places
     from dmin.attribution.ranking_files import save_ranking
     from dmin.attribution.ranking_table import ranking_remarks, ranking_table
     from dmin.attribution.wording import spell_overlaps
@@ -62,10 +73,12 @@ def _show(
     folder, first = work.run_folder, rankings[0]
     pictures = remembered(asked.shown), asked.pictures[1]
     save_ranking(rankings, folder)
-    save_png(rankings, *pictures, folder / "gallery.png")
+    if maps:
+        save_places(maps, folder / "places.npz")
+    save_png(rankings, *pictures, folder / "gallery.png", places=maps)
     files = asked.queries.file, asked.train.file
     page = folder / "gallery.html"
-    save_html(rankings, *pictures, page, query_files=files[0], train_files=files[1])
+    save_html(rankings, *pictures, page, query_files=files[0], train_files=files[1], places=maps)
     ids = " ".join(found[0] for found in first.train_ids[:3])
     results["figures"] = {"queries": f"{len(first.query_ids):,}", "first found": f"{ids} …"}
     results["files"] = ["gallery.png", "gallery.html"]  # beside the record

@@ -85,6 +85,7 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
         "model": _only(path=options["model"] and _literal(options["model"])),
         "collect": _only(path=store and _literal(str(store)), limit=options["limit"]),
         "queries": queries,
+        "retrieve": _only(places=options["places"]),
         "losses": {"held_out": True} if pictures and command == "losses" else {},
     }
     for section, values in said.items():
@@ -167,13 +168,14 @@ def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], li
     parser.add_argument("--prompt", action="append", default=[])
     parser.add_argument("--region")
     parser.add_argument("--mask")
+    parser.add_argument("--places", type=int)
     found, rest = parser.parse_known_args(arguments)
     if found.limit is not None and command not in OF_A_STORE:
         raise DminError(
             f"--limit looks at a part of the examples that gradients are collected of: "
             f"{', '.join(OF_A_STORE)}. `dmin {command}` has none."
         )
-    for option in ("prompt", "region", "mask"):
+    for option in ("prompt", "region", "mask", "places"):
         those = ("retrieve", "sample") if option == "prompt" else ("retrieve",)
         if getattr(found, option) and command not in those:
             named = " and ".join(f"`dmin {each}`" for each in those)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dmin.attribution import FeatureSet, Method, Ranking
+    from dmin.attribution.place_maps import PlacesOf
     from dmin.attribution.search.index import Index
     from dmin.attribution.search.selection import Selection
     from dmin.gallery.pictures import Images
@@ -63,6 +64,18 @@ class Asked:
                 return None
             named = ranking if len(methods) == 1 else replace(ranking, method=name)
             found.append(replace(named, about=head))
+        return found
+
+    def places(
+        self, rankings: Sequence[Ranking], methods: Mapping[str, Method], shown: int
+    ) -> PlacesOf:
+        """Return where the scores of the first examples come from; nothing of none."""
+        from dmin.attribution import places
+
+        found: PlacesOf = {}
+        for ranking, method in zip(rankings, methods.values(), strict=True):
+            if shown:
+                found |= places(self.queries, self.train, ranking, method, shown)
         return found
 
     def ranking(self, method: Method) -> Ranking | None:
