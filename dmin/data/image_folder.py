@@ -133,14 +133,14 @@ class ImageFolder(Checked):
         return self._digests or self._survey(self.ids).found
 
     def _content(self, facts: Sequence[Sequence[Any]]) -> str:
-        digests, problems = self._survey(self.ids)
-        self._digests = digests
+        given = [self._partners[name] for name in self.ids if name in self._partners]
+        digests, problems = self._survey([*self.ids, *given])
+        self._digests = {name: digests[name] for name in self.ids if name in digests}
         if problems:  # since the dataset was made, or nothing was checked then
             raise DminError(describe_problems(problems, len(self), f"data.root={self.root}"))
-        rows = [[name, digests[name], *known] for name, known in zip(self.ids, facts, strict=True)]
-        if self.condition_image is not None:
-            others = self._survey([self._partners[name] for name in self.ids]).found
-            rows = [[*row, others[self._partners[row[0]]]] for row in rows]
+        others = [[digests[each]] for each in given] or [[]] * len(self.ids)
+        told = zip(self.ids, facts, others, strict=True)
+        rows = [[name, digests[name], *known, *other] for name, known, other in told]
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
     def _find(self) -> dict[str, Facts]:

@@ -493,14 +493,21 @@ def test_sd3_can_be_compared_with_noise_as_published():
         load("stable_diffusion_3", target="x0")
 
 
+def offers(name):
+    found = OmegaConf.to_container(OmegaConf.load(config_directory() / "model" / f"{name}.yaml"))
+    bases = [offers(base) for base in found.pop("defaults", [])]
+    return {key: value for each in (*bases, found) for key, value in each.items()}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_yaml_offers_every_setting_with_its_default(name):
-    offered = OmegaConf.to_container(OmegaConf.load(config_directory() / "model" / f"{name}.yaml"))
+    offered = offers(name)
     assert offered.pop("_target_").endswith(f"{FAMILIES[name].model.__name__}.from_pretrained")
     named = inspect.signature(FAMILIES[name].model.from_pretrained).parameters
     defaults = {key: "???" if p.default is p.empty else p.default for key, p in named.items()}
-    if "max_sequence_length" in defaults:  # None stands for the family's own number
-        defaults["max_sequence_length"] = FAMILIES[name].model.own_length
+    own = {"max_sequence_length": "own_length", "embedded_guidance": "own_guidance"}
+    for setting in own.keys() & defaults.keys():  # None stands for the family's own number
+        defaults[setting] = getattr(FAMILIES[name].model, own[setting])
     assert offered == {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
 
 

@@ -65,7 +65,7 @@ class ImageConditioned(LatentDiffusion):
                 f"the condition image of {batch['id'][0]!r} is {tuple(found.shape[2:])}, the image "
                 f"{tuple(batch['image'].shape[2:])} [H, W]. Bring the two to one size."
             )
-        return found
+        return found.to(batch["image"])
 
     def _grey(self, batch: Mapping[str, Any]) -> Tensor:
         """Return condition images of one channel, ``[batch, 1, H, W]``.
