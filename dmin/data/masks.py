@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -10,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from torch import Tensor
 
 from dmin.data.base import Example, Facts
-from dmin.data.pixels import Picture, Pixels
+from dmin.data.pixels import Picture, Pixels, open_image
 from dmin.data.survey import read_bytes
 from dmin.runtime.errors import DminError
 
@@ -29,6 +30,7 @@ class Masks:
         invert: black counts instead.
         least: what black counts: grey that is darker, or all grey in proportion.
         proportion: the latter.
+        alpha: masks are the images' own alpha: what is transparent counts as black.
         normalised: divide each mask by its mean, so that the loss is the mean over what counts.
     """
 
@@ -39,6 +41,7 @@ class Masks:
     least: float = 0.0
     proportion: bool = False
     normalised: bool = False
+    alpha: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what says nothing.
@@ -46,7 +49,7 @@ class Masks:
         Raises:
             DminError: neither a folder nor a suffix is named, or the folder is not there.
         """
-        if self.folder is None and self.suffix is None:
+        if self.folder is None and self.suffix is None and not self.alpha:
             raise DminError("data.masks: name a folder of masks, or the suffix of those beside.")
         if self.folder is not None and not Path(self.folder).is_dir():
             raise DminError(f"data.masks.folder={self.folder}: no such folder.")
@@ -76,7 +79,7 @@ class Masks:
     def content(self, file: Path) -> bytes:
         """Return a mask and what is made of it, to be digested."""
         settings = f"{self.invert} {self.least} {self.normalised}{' p' * self.proportion}"
-        return read_bytes(file, str(file)) + settings.encode()
+        return read_bytes(file, str(file)) + f"{settings}{' a' * self.alpha}".encode()
 
     def digest(self, file: Path) -> str:
         """Return the digest of a mask and of what is made of it."""
@@ -94,6 +97,7 @@ class Masks:
             DminError: the sizes differ, it cannot be read, or nothing of it counts.
         """
         content = read_bytes(file, str(file))
+        content = _alpha(content) if self.alpha else content
         own, theirs = (
             tuple(Pixels().decode(each, str(name)).image.shape[-2:])
             for each, name in ((content, file), (read_bytes(image, str(image)), image))
@@ -112,6 +116,8 @@ class Masks:
         return mask / mask.mean() if self.normalised else mask
 
     def _of(self, root: Path, image: str) -> Path | None:
+        if self.alpha:
+            return root / image
         path = PurePosixPath(image)
         folder = root / path.parent if self.folder is None else Path(self.folder) / path.parent
         ends = SUFFIXES if self.suffix is None else (self.suffix,)
@@ -185,3 +191,11 @@ def with_partner(example: Example, partner: Picture | None = None) -> Example:
             f"× {height}, which is another shape. Cut it as the image."
         )
     return replace(example, condition_image=partner.image)
+
+
+def _alpha(content: bytes) -> bytes:
+    """Return the alpha of an image as a picture of grey, turned as the image is."""
+    found = io.BytesIO()
+    with open_image(content) as opened:
+        opened.convert("RGBA").getchannel("A").save(found, "PNG", exif=opened.getexif())
+    return found.getvalue()

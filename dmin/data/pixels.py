@@ -71,7 +71,7 @@ class Pixels:
             ``none`` keeps the whole image, squeezed into the square or bucket.
         resize: with a size, whether images may be scaled. Without scaling ``center`` cuts the
             middle out at full resolution, and ``none`` refuses images of another size.
-        background: what stands behind transparent pixels: a colour's name or ``#rrggbb``.
+        background: a colour behind transparent pixels, or ``#rrggbb``; None: they keep their own.
         max_pixels: images with more are refused, as a small file can unpack to fill the memory.
     """
 
@@ -83,7 +83,7 @@ class Pixels:
     mode: Literal["RGB", "L"] | None = "RGB"
     crop: Literal["center", "none"] = "center"
     resize: bool = True
-    background: str = "white"
+    background: str | None = "white"
     max_pixels: int = 89_478_485
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ class Pixels:
                 f"Set it to what the model was trained with: 64 is usual, for 512 pixels and up."
             )
         try:
-            ImageColor.getrgb(self.background)
+            ImageColor.getrgb(self.background or "white")
         except ValueError as error:
             raise DminError(
                 f"data.background={self.background!r} is no colour. Give a name such as white or "
@@ -205,9 +205,10 @@ class Pixels:
         grey = image.mode in ("1", "L", "LA", "La")
         mode = self.mode or ("L" if grey else "RGB")
         if image.has_transparency_data:
-            front = image.convert("RGBA")
-            behind = Image.new("RGBA", front.size, self.background)
-            image = Image.alpha_composite(behind, front)
+            image = image.convert("RGBA")
+            if self.background is not None:
+                behind = Image.new("RGBA", image.size, self.background)
+                image = Image.alpha_composite(behind, image)
         return image.convert(mode)
 
     def _fitted(self, image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:

@@ -102,11 +102,12 @@ def _folders(keys: Keys, places: Places, train: Keys) -> dict[str, dict[str, Any
             "normalised": True,
         }
         more = {"repeats": each.get("num_repeats", 1, int), "leave": ("_controls/",)}
+        more["background"] = None
         more["dropout"] = each.get("caption_dropout_rate", 0.0, float)
         more |= masks(each, "mask_path", places, **of_masks)
         captions = _captions(each, keys, train)
         part = folder(root.as_posix(), captions, SUFFIXES, recursive=True, **more)
-        each.randoms({"masks were blurred a little; here sharp": "mask_path"})
+        each.randoms({"masks were blurred a little; here sharp": "mask_path alpha_mask"})
         each.note(run.taken, key, root.name, f"data, {part['repeats']:g} repeats")
         each.apply(table("ai_toolkit", "datasets"))
         add(parts, root.name, part, run, shapes)

@@ -78,6 +78,11 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
     for own in top.each("directory"):
         each = Keys({**top.values, **own.values}, run, own.where)
         root = Path(places.folder(each.get("path", "", str), each.name("path")))
+        if archives := sorted(root.glob("*.tar")):
+            raise DminError(
+                f"{run.source}: {archives[0]} is an archive of images, which is not read. Unpack "
+                f"it there (tar -xf) and move it away, or leave that directory out in a copy."
+            )
         shapes, captions = _shapes(each), _captions(each, root)
         more = {"repeats": each.get("num_repeats", 1.0, float)} | masks(each, "mask_path", places)
         part = folder(root.as_posix(), captions, IMAGES, **more)

@@ -118,7 +118,7 @@ def several_lines(root: Path) -> bool:
 
 
 def masks(keys: Keys, key: str, places: Places, **settings: Any) -> dict[str, Any]:
-    """Return the settings of masks of the loss, if a key names a folder of them.
+    """Return the settings of masks of the loss: the images' alpha, or a folder that a key names.
 
     Args:
         keys: of the folder of images.
@@ -126,6 +126,9 @@ def masks(keys: Keys, key: str, places: Places, **settings: Any) -> dict[str, An
         places: where it leads.
         settings: of `Masks`.
     """
+    if keys.get("alpha_mask", False, bool):
+        keys.note(keys.run.taken, "alpha_mask", True, "masks of the loss")
+        return {"masks": {"_target_": MASKS, "alpha": True, **settings}}
     if not (path := keys.get(key, kind=str)):
         return {}
     found = places.folder(path, keys.name(key))

@@ -185,8 +185,10 @@ def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[s
         listed = listed or _buckets(shape["size"] ** 2, shape["bucket_step"], keys)
         shape = {"size": shape["size"], "aspect": "buckets", "bucket_shapes": listed}
     keys.randoms(of_folders.random)
-    keys.refuse(of_folders.other)
-    if keys.get("masked_loss", False, bool):
+    shape["background"] = None
+    if keys.get("alpha_mask", False, bool):
+        shape |= masks(keys, "", places)
+    elif keys.get("masked_loss", False, bool):
         shape |= masks(own, "conditioning_data_dir", places, required=True)
     else:
         own.refuse({say.CONTROL: "conditioning_data_dir"})

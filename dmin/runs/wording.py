@@ -28,6 +28,5 @@ OF_FOLDER = "weighs the loss of this folder; here all alike"
 MERGED = "further adapters were merged into the base model"
 PADDING = "padding of captions was masked"
 LEARNED = "learned words"
-ALPHA = "the loss is weighed by the images' alpha, which dmin does not do yet"
 # Taken.
 PREDICTION = "what the base model's scheduler must say, which is read"

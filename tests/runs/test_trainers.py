@@ -4,7 +4,9 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from runs import documented
 from runs.tiny import images, pipeline_index, predicts
 
@@ -283,6 +285,35 @@ def test_the_bound_of_a_learned_variance_is_a_term_of_the_loss(place):
     with pytest.raises(DminError, match=r"vb_loss_strength = 1\.0: a further term"):
         read_run(written({"run.json": told}))
     read_run(written({"run.json": {**told, "vb_loss_strength": 0.0}}))
+
+
+def test_archives_of_images_are_refused_by_name(place):
+    Path("img/mugs/images.tar").touch()
+    with pytest.raises(DminError, match=r"images\.tar is an archive.*Unpack it"):
+        read_run(written(RUNS["diffusion_pipe"][0]))
+
+
+@pytest.mark.parametrize("name", ["ai_toolkit", "kohya"])
+def test_alpha_is_the_mask_and_pixels_below_it_keep_their_colour(place, name):
+    pixels = np.full((32, 32, 4), 200, np.uint8)
+    pixels[:16] = (10, 60, 110, 0)
+    Image.fromarray(pixels).save("img/plain/e.png")
+    files = copy.deepcopy(RUNS["ai_toolkit"][0])
+    (least, mean) = (0.1, 0.1 + 0.9 * 100 / 255) if name == "ai_toolkit" else (0, 1)
+    if name == "kohya":
+        pipeline_index("base/sd", "StableDiffusionPipeline")
+        told = {"dataset_config": "data.toml", "output_dir": "out", "output_name": "mug"}
+        told |= {"pretrained_model_name_or_path": "base/sd", "network_module": "networks.lora"}
+        sets = {"datasets": [{"resolution": 32, "subsets": [{"image_dir": "img/plain"}]}]}
+        files = {"run.toml": {**told, "alpha_mask": True}, "data.toml": sets}
+    else:
+        last = files["run.json"]["config"]["process"][0]["datasets"][1]
+        last |= {"alpha_mask": True, "mask_min_value": least}
+    example = list(build(read_run(written(files)).data))[-1]
+    assert example.image[:, 0, 0].tolist() == pytest.approx([10 / 255, 60 / 255, 110 / 255])
+    top, below = example.mask[0, 0, 0], example.mask[0, -1, -1]
+    full = least + (1 - least) * 200 / 255
+    assert [float(top), float(below)] == pytest.approx([least / mean, full / mean])
 
 
 def test_a_script_reads_captions_of_a_folders_metadata(place):
