@@ -84,4 +84,8 @@ function mask() {
 }
 
 // What is asked, for the event that sends it; null on the tab that generates.
-window.dminAsked = () => element.checkVisibility() ? { picture: sent, part: part() || null, region: part() === "region" ? region : null, mask: part() === "mask" && painted ? mask() : null } : null;
+window.dminAsked = () => {
+  [...document.querySelectorAll("[role=tab]")].find((tab) => tab.textContent.trim() === "Answer")?.click();
+  if (innerWidth <= 760) document.getElementById("answer")?.scrollIntoView({ behavior: "smooth" });
+  return element.checkVisibility() ? { picture: sent, part: part() || null, region: part() === "region" ? region : null, mask: part() === "mask" && painted ? mask() : null } : null;
+};

@@ -12,9 +12,11 @@ from typing import Any, Protocol
 import gradio as gr
 from fastapi import FastAPI
 
+from dmin.attribution.features import FeatureSet
 from dmin.runtime.errors import DminError
 from dmin.runtime.files import machine_failure
 from dmin.runtime.page import COLOURS
+from dmin.serve.map import asker
 from dmin.serve.question import MASK, SIDE_BY_SIDE, Question
 
 _WAIT = '<div class="wait">{}</div>'
@@ -42,6 +44,9 @@ class Desk(Protocol):
     @property
     def methods(self) -> Sequence[str]:
         """By which it can be answered, the one chosen first."""
+
+    def examples(self) -> FeatureSet:
+        """Return the store with its examples, for which no model is needed."""
 
     def answer(self, question: Question, folder: Path, tell: Tell) -> str:
         """Return the page of an answer; what it needs on disk lies in a folder that is deleted."""
@@ -95,8 +100,13 @@ def build(desk: Desk, upload_mb: float, queue: int) -> gr.Blocks:
                 k = gr.Slider(1, max(60, desk.k), desk.k, step=1, label="Training examples")
                 go = gr.Button("Ask", variant="primary")
             with gr.Column(scale=1, min_width=320):
-                empty = _WAIT.format("The training examples behind a picture are shown here.")
-                answer = gr.HTML(empty, elem_id="answer", js_on_load=_read("answer.js"))
+                with gr.Tab("Answer"):
+                    empty = _WAIT.format("The training examples behind a picture are shown here.")
+                    answer = gr.HTML(empty, elem_id="answer", js_on_load=_read("answer.js"))
+                with gr.Tab("Map of the store"):
+                    asks = [asker(desk.examples)]
+                    plane, drawn = _read("map.html"), _read("map.js")
+                    gr.HTML(html_template=plane, js_on_load=drawn, server_functions=asks)
         asked, own = (
             [pad, prompt, methods, k, seed, steps],
             "(pad, ...form) => [dminAsked(), ...form]",

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import signal
 import time
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ SMALL = ["extras.threads=1", "sketch.dim=256", "timesteps.num=2", "collect.limit
 def place(ddpm_path, tmp_path_factory):
     """A folder with a store, its model and a picture."""
     folder = tmp_path_factory.mktemp("served")
-    (folder / "model").symlink_to(ddpm_path)
+    shutil.copytree(ddpm_path, folder / "model")
     data = ["model=ddpm", "model.path=model", "data=digits"]
     dmin("collect", "store", *data, *SMALL, cwd=folder)
     pixels = np.tile(np.arange(0, 256, 32, dtype=np.uint8), (8, 1))
@@ -166,13 +167,49 @@ def test_two_users_ask_at_once_and_each_has_his_answer(browser, server):
             assert f"--prompt={prompt} " in page.inner_text(".again code")
 
 
+def test_the_map_shows_who_lies_near_whom(browser, server):
+    with visited(browser, server) as page:
+        page.get_by_role("tab", name="Map of the store").click()
+        page.locator(".legend span").first.wait_for()
+        names = page.locator(".map option").all_inner_texts()
+        assert names == ["label", "loss", "self-influence ‖g‖²"]
+        assert page.inner_text(".facts").startswith("24 training examples; two principal")
+        canvas = page.locator(".map canvas")
+        box = canvas.bounding_box()
+        for x in range(30, int(box["width"]), 12):  # along a line until a point is met
+            canvas.hover(position={"x": x, "y": box["height"] / 2})
+            if page.locator(".tip").is_visible():
+                break
+        page.wait_for_function("document.querySelector('.tip img').naturalWidth === 8")
+        id = page.inner_text(".tip span")
+        canvas.click(position={"x": x, "y": box["height"] / 2})
+        near = page.locator(".near li")
+        near.nth(12).wait_for()
+        assert near.count() == 13 and id in near.first.inner_text()
+        cosines = [float(each) for each in page.locator(".near b").all_inner_texts()[1:]]
+        assert cosines == sorted(cosines, reverse=True) and cosines[0] < 1
+        second = near.nth(1).inner_text().split("\n")[1]
+        near.nth(1).locator("button").click()
+        page.wait_for_function(
+            "(id) => document.querySelector('.near li').textContent.includes(id)", arg=second
+        )
+        page.locator(".map select").select_option("loss")
+        assert "by rank" in page.inner_text(".legend")
+
+
 def test_what_was_uploaded_is_deleted(server):
     assert not list(Path("/tmp").glob("dmin-serve-*/picture/a cat.png"))
 
 
-def test_a_server_that_is_stopped_in_the_middle_is_said_to_be_away(browser, place):
+def test_a_model_that_is_gone_and_a_server_that_is_stopped_are_told(browser, place):
+    weights, away = place / "model/unet/config.json", place / "away.json"
+    shutil.copy(weights, away)
+    weights.unlink()
     with served(place) as (command, url), visited(browser, url, complains=True) as page:
         page.get_by_role("tab", name="Generate one").click()
+        ask(page)
+        refused(page, "unet")
+        shutil.copy(away, weights)  # and the page goes on
         page.get_by_label("Steps").fill("300")
         ask(page)
         page.get_by_text("generating the picture").wait_for()

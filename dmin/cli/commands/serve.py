@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from dmin.cli.commands.command import Command, shown_count
 from dmin.cli.config.line import words
+from dmin.cli.config.shorthand import UPLOADS
 from dmin.cli.workspace.asked import SELECTED, Asked
 from dmin.cli.workspace.benchmark import with_method
 from dmin.cli.workspace.built import build
@@ -59,7 +60,7 @@ class Reader:
 
     def __init__(self, work: Workspace) -> None:
         self.work, self.k, self.chosen = work, shown_count(work, "retrieve.k"), methods_of(work)
-        own = ("serve.", "method=", "retrieve.k=", "retrieve.beside=", "queries=")
+        own = ("serve.", "method=", "retrieve.k=", "retrieve.beside=", *UPLOADS)
         said = HydraConfig.get().overrides.task
         self.words: Sequence[str] = [*words(), *(each for each in said if not each.startswith(own))]
         cfg = work.cfg
@@ -75,6 +76,13 @@ class Reader:
     def train(self) -> FeatureSet:
         """The training examples; the model is loaded for them."""
         return self.work.train_side()
+
+    def examples(self) -> FeatureSet:
+        """Return the store with its examples, for which no model is needed."""
+        from dmin.attribution import FeatureSet
+        from dmin.store import Store
+
+        return FeatureSet(Store(self.work.train_path), self.work.data)
 
     @cached_property
     def offered(self) -> dict[str, Method]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 _SEVERAL = re.compile(r"method=([\w-]+(?:,[\w-]+)+)")
 # What stands where a command's own choice is none that could do its work.
-_CHOICES = {"demo": "experiment=digits", "outliers": "method=grad_dot", "serve": "queries=images"}
+_CHOICES = {"demo": "experiment=digits", "outliers": "method=grad_dot"}
+UPLOADS = ("queries=images", "queries.root=uploads")  # of `serve`, each a file of its own
 
 
 def spelled_out(command: str, words: Sequence[str]) -> list[str]:
@@ -20,7 +21,8 @@ def spelled_out(command: str, words: Sequence[str]) -> list[str]:
     given = {word.partition("=")[0].lstrip("+") for word in words}
     chosen = _CHOICES.get(command, "")
     if chosen and chosen.partition("=")[0] not in given:
-        words = [chosen, *words]
+        return [chosen, *words]
+    words = [*(UPLOADS if command == "serve" else ()), *words]
     if command not in ("retrieve", "serve") or {"-m", "--multirun"} & given:
         return list(words)
     found: list[str] = []

@@ -1,0 +1,97 @@
+"""The map of a store: its rows in a plane, and which of them lie near each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from sklearn.decomposition import PCA
+
+from dmin.attribution.features import FeatureSet
+from dmin.gallery.columns import text
+from dmin.gallery.pictures import data_uri, to_picture
+from dmin.runtime.colours import method_colours
+from dmin.runtime.errors import DminError
+from dmin.runtime.sampling import evenly
+
+BYTES = 1 << 28  # of rows in memory
+NEAR, KINDS = 12, 12  # neighbours shown; values of a column that colours can tell apart
+
+
+class StoreMap:
+    """The rows of a store, or as many evenly spaced ones as fit into memory.
+
+    Args:
+        train: the store, and the examples for their pictures.
+    """
+
+    def __init__(self, train: FeatureSet) -> None:
+        store, self.train = train.store, train
+        readout, width = store.layout.readouts[0], 4 * int(np.prod(store.layout.row_shape))
+        self.shown = evenly(len(store), max(2, BYTES // width), ends=True)
+        self.rows = store.rows(readout, self.shown).reshape(len(self.shown), -1)
+        self.rows /= np.maximum(np.linalg.norm(self.rows, axis=1, keepdims=True), 1e-12)
+        squares = store.norms(readout)[self.shown] ** 2
+        self.numbers = {
+            "loss": store.losses()[self.shown].mean((1, 2)),
+            "self-influence ‖g‖²": squares.sum(3).mean((1, 2)),
+        }
+
+    def plane(self) -> dict[str, Any]:
+        """Return where each row lies by the first two principal components, and its columns."""
+        pca = PCA(min(2, len(self.rows)), svd_solver="randomized", random_state=0)
+        found = pca.fit_transform(self.rows)
+        facts = [self.train.store.metadata[row] for row in self.shown]
+        columns: dict[str, list[str]] = {}
+        for key in dict.fromkeys(key for each in facts for key in each):
+            values = [text(each.get(key, "none")) for each in facts]
+            if 1 < len({*values}) <= KINDS:
+                columns[str(key)] = values
+        # By rank, so that a few large ones do not leave the others one colour.
+        ranks = {key: (v.argsort().argsort() / len(v)).tolist() for key, v in self.numbers.items()}
+        return {
+            "points": found.tolist(),
+            "explained": pca.explained_variance_ratio_.tolist(),
+            "of": len(self.train),
+            "ids": [self.train.store.ids[row] for row in self.shown],
+            "columns": columns,
+            "colours": {
+                k: method_colours(dict.fromkeys(sorted({*columns[k]}), "")) for k in columns
+            },
+            "ranks": ranks,
+            "numbers": {key: values.tolist() for key, values in self.numbers.items()},
+        }
+
+    def near(self, place: int) -> list[tuple[int, float]]:
+        """Return the rows of largest cosine with one of those shown, the nearest first."""
+        cosines = self.rows @ self.rows[place]
+        order = np.argsort(-cosines, kind="stable")
+        return [(int(n), float(cosines[n])) for n in order if n != place][:NEAR]
+
+    def picture(self, place: int) -> str:
+        """Return the picture of one of those shown, as an address that holds it."""
+        id = self.train.store.ids[self.shown[place]]
+        return data_uri(to_picture(self.train.image(id).numpy(), id), 160)
+
+
+def asker(examples: Callable[[], FeatureSet]) -> Callable[[Any], dict[str, Any]]:
+    """Return what answers a browser; the map is made when it is first asked for."""
+    lock = Lock()
+    made: list[StoreMap] = []
+
+    def map_of_store(asked: Any) -> dict[str, Any]:
+        what, place = asked if isinstance(asked, list) and len(asked) == 2 else (None, None)
+        try:
+            with lock:
+                made.extend([] if made else [StoreMap(examples())])
+            if what == "plane":
+                return {"found": made[0].plane()}
+            if what in ("near", "picture") and place in range(len(made[0].shown)):
+                return {"found": getattr(made[0], what)(place)}
+        except DminError as error:
+            return {"told": str(error)}
+        return {"told": "There is no such example on the map."}
+
+    return map_of_store
