@@ -26,7 +26,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     from dmin.cli.workspace.side_by_side import methods_of
 
     work.require_one_process(shards=True)
-    options = work.resolved("retrieve")["retrieve"]
+    options = work.resolved("retrieve")
     k = shown_count(work, "retrieve.k")
     methods = methods_of(work)
     if (shown := options.get("places", 0)) < 0:  # records of before have none

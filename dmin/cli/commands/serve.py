@@ -37,7 +37,7 @@ def serve(work: Workspace, results: dict[str, Any]) -> None:
     from dmin.serve.gate import LOOPBACK
 
     work.require_one_process()
-    host, port, queue, upload_mb = work.resolved("serve")["serve"].values()
+    host, port, queue, upload_mb = work.resolved("serve").values()
     if queue < 1 or upload_mb <= 0:
         raise DminError(f"serve.queue={queue}, serve.upload_mb={upload_mb}: both are above zero.")
     at = server.bound(host, port)  # refused before the model is loaded
@@ -114,7 +114,7 @@ class Reader:
         work = self.work
         tell(0.05, "opening the model and the store")
         methods = {name: self.offered[name] for name in question.methods}
-        options = work.resolved("retrieve")["retrieve"]
+        options = work.resolved("retrieve")
         selection = Selection(**{name: options[name] for name in SELECTED})
         options["k"] = min(question.k, selection.candidates(self.train.store.metadata)[0])
         work.outputs = folder  # nothing of a question is kept
@@ -124,7 +124,7 @@ class Reader:
             source: Any = work.queries(made)
         else:
             tell(0.2, "reading the picture")
-            settings = work.resolved("queries")["queries"] | question.settings(folder)
+            settings = work.resolved("queries") | question.settings(folder)
             source = get_object(settings.pop("_target_"))(**settings)
         work.require_conditions(source, "queries")
         tell(0.4, "gradients of the picture")

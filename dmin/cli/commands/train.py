@@ -23,7 +23,7 @@ from dmin.runtime.progress import titled
 def train(work: Workspace, results: dict[str, Any]) -> None:
     """Train a model and save it at ``model.path``, unless it is there."""
     path = Path(work.cfg.model.path)
-    settings = {"train": work.resolved("train")["train"], "data": work.resolved("data")["data"]}
+    settings = {name: work.resolved(name) for name in ("train", "data")}
     results["model"], results["figures"] = str(path), {"model": str(path)}
     with work.lock(path, done=path.exists()):
         if _trained(path, settings):

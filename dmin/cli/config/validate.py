@@ -117,12 +117,8 @@ class _Walk:
             if target is not None and (arguments := parameters(target)) is not None:
                 self.call(value, path, arguments)
                 return
-        if isinstance(value, DictConfig | ListConfig):
-            self.inside(value, path)
-
-    def inside(self, node: DictConfig | ListConfig, path: str) -> None:
-        for _, child, value in self.children(node, path):
-            self.value(value, child)
+        for _, child, each in self.children(value, path) if OmegaConf.is_config(value) else ():
+            self.value(each, child)
 
     def children(self, node: DictConfig | ListConfig, path: str) -> Iterator[tuple[Any, str, Any]]:
         """Yield key, dotted path and value of the children that have one; note those without."""

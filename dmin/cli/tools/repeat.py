@@ -107,11 +107,20 @@ def _repeated(
     record: dict[str, Any], repeated: Repeated, settings: list[str], trust: bool
 ) -> list[str]:
     """Do the work again, and say how what came out differs."""
+    from hydra.core.hydra_config import HydraConfig
+
     from dmin.cli.commands import step_of
 
     found: dict[str, Any] = {}
+    step = step_of(repeated.command)
+
+    def kept(cfg: Any) -> None:
+        step(cfg)
+        file = Path(HydraConfig.get().runtime.output_dir) / RECORD
+        found.update(json.loads(file.read_text()))
+
     outputs = "${paths.outputs}/runs/" + repeated.command + "/${now:%Y-%m-%d_%H-%M-%S-%f}"
-    _run(_keeping(step_of(repeated.command), found), repeated, settings, trust, outputs)
+    _run(kept, repeated, settings, trust, outputs)
     return _compared(record, found)
 
 
@@ -206,18 +215,6 @@ def since(then: dict[str, Any]) -> list[str]:
     if _part(then, "git").get("changed"):
         lines.append("git: the checkout there had changes that no commit has")
     return _in_time(lines) or ["nothing: commit, versions and machine"]
-
-
-def _keeping(step: Callable[[Any], None], found: dict[str, Any]) -> Callable[[Any], None]:
-    """Return the step, which also keeps its record."""
-    from hydra.core.hydra_config import HydraConfig
-
-    def kept(cfg: Any) -> None:
-        step(cfg)
-        file = Path(HydraConfig.get().runtime.output_dir) / RECORD
-        found.update(json.loads(file.read_text()))
-
-    return kept
 
 
 def _compared(record: dict[str, Any], found: dict[str, Any]) -> list[str]:

@@ -166,53 +166,38 @@ def lines(status: Status) -> list[Text]:
     manifest, rows = status.manifest, status.rows
     share = rows / manifest.num_examples
     done = "━" * round(30 * share)
-    told = [
-        titled("store", f": {status.path}"),
-        titled(f"  {done}", style="green")
-        .append("━" * (30 - len(done)), "dim")
-        .append(
-            f" {rows:,} of {manifest.num_examples:,} rows sealed ({100 * share:.1f} %), "
-            f"{status.sealed:,} of {manifest.num_blocks:,} blocks"
-        ),
-    ]
+    sealed = (
+        f" {rows:,} of {manifest.num_examples:,} rows sealed ({100 * share:.1f} %), "
+        f"{status.sealed:,} of {manifest.num_blocks:,} blocks"
+    )
+    bar = titled(f"  {done}", style="green").append("━" * (30 - len(done)), "dim").append(sealed)
+    told = [titled("store", f": {status.path}"), bar]
+
+    def say(what: str, more: str = "", style: str = "") -> None:
+        told.append(titled(f"  {what}", more, style))
+
     if not status.missing:
-        return [*told, titled("  complete", style="")]
+        say("complete")
+        return told
     running = status.running
     if running:
         left = status.seconds_left
         rest = "time left not known yet" if left is None else f"{span(left)} left"
-        together = f"  {len(running)} at work, {status.rate:,.2f} rows/s together, {rest}"
-        told.append(titled(together, style=""))
+        say(f"{len(running)} at work, {status.rate:,.2f} rows/s together, {rest}")
     dead = [each for each in status.reports if not each.running and not each.ended]
     if dead:
         undone = sum(max(0, each.blocks - each.done) for each in dead)
-        told.append(
-            titled(
-                f"  {len(dead)} died",
-                f" with up to {undone:,} blocks undone, and lost what they had not sealed",
-                "red",
-            )
-        )
+        lost = f" with up to {undone:,} blocks undone, and lost what they had not sealed"
+        say(f"{len(dead)} died", lost, "red")
     if status.unattended:
-        told.append(
-            titled(
-                f"  {len(status.unattended):,} missing blocks are nobody's",
-                f" (numbers {spans(status.unattended)}): give the command again that began them, "
-                f"it resumes",
-                "red",
-            )
-        )
+        which = f" (numbers {spans(status.unattended)})"
+        again = f"{which}: give the command again that began them, it resumes"
+        say(f"{len(status.unattended):,} missing blocks are nobody's", again, "red")
     apart = [each for each in running if abs(each.ahead) > APART]
     if apart:
         far = max(apart, key=lambda each: abs(each.ahead))
-        told.append(
-            titled(
-                "  clocks are apart",
-                f": {far.host} by {far.ahead:+.0f} s from the file system's. Nothing here depends "
-                f"on it.",
-                "yellow",
-            )
-        )
+        by = f": {far.host} by {far.ahead:+.0f} s from the file system's"
+        say("clocks are apart", f"{by}. Nothing here depends on it.", "yellow")
     return told
 
 

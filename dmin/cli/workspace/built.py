@@ -126,7 +126,7 @@ class Built:
         from dmin.models.families.image_conditions import lacking
 
         target = get_object(self.cfg.model["_target_"])
-        family, settings = getattr(target, "__self__", target), self.resolved("model")["model"]
+        family, settings = getattr(target, "__self__", target), self.resolved("model")
         reads = getattr(family, "reads_captions", None)
         if hasattr(dataset, "facts") and reads is not None and reads(settings):
             empty = settings.get("empty_captions") == "keep"
@@ -139,7 +139,7 @@ class Built:
         """Return a collector with these settings, of any model."""
         from dmin.collect import GradientCollector
 
-        collect = self.resolved("collect")["collect"]
+        collect = self.resolved("collect")
         return GradientCollector(
             model,
             build(self.cfg.sketch),
@@ -182,14 +182,10 @@ class Built:
         with hold(path, shard, wait=limit, on_wait=tell, stop=stop):
             yield
 
-    def resolved(self, *names: str) -> dict[str, Any]:
-        """Return parts of the configuration as plain values, all interpolations resolved."""
-        return {
-            name: OmegaConf.to_container(self.cfg[name], resolve=True)
-            if OmegaConf.is_config(self.cfg[name])
-            else self.cfg[name]
-            for name in names
-        }
+    def resolved(self, name: str) -> Any:
+        """Return a part of the configuration as plain values, all interpolations resolved."""
+        part = self.cfg[name]
+        return OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
 
     def require_one_process(self, shards: bool = False) -> None:
         """Refuse several processes where only collecting and training can use them.

@@ -45,7 +45,7 @@ def joined(
     from dmin.attribution.search.selection import Groups
 
     question = {
-        **work.resolved("method", "retrieve", "index"),
+        **{part: work.resolved(part) for part in ("method", "retrieve", "index")},
         "stores": [queries.store.fingerprint, train.store.fingerprint],
         **({"metadata": train.store.metadata_digest} if train.store.metadata_digest else {}),
     }

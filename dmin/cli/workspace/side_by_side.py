@@ -37,7 +37,7 @@ def methods_of(work: Workspace) -> dict[str, Method]:
             f"retrieve.beside=[{','.join(beside)}] with shard.num={work.share.shards}: shards rank "
             f"by one method each time. Give the methods one after the other."
         )
-    asked = {"index": work.cfg.index, **work.resolved("retrieve")["retrieve"]}
+    asked = {"index": work.cfg.index, **work.resolved("retrieve")}
     if alone := [
         n for n in ("index", "min_score", "split") if not (asked[n] is None or asked[n] is False)
     ]:
