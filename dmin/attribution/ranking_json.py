@@ -92,8 +92,8 @@ def _example(ranking: Ranking, query: int, rank: int, centred: np.ndarray | None
 def score_of_passes(ranking: Ranking, query: int, rank: int) -> float | None:
     """Return the score times how often an epoch passed the example, if that is a number."""
     passes = ranking.train_metadata[query][rank].get("repeats", 1)
-    known = isinstance(passes, int | float)
-    return number(ranking.scores[query, rank] * passes) if known else None
+    score = ranking.scores[query, rank]
+    return number(score * passes) if isinstance(passes, int | float) else None
 
 
 def score_facts(ranking: Ranking, query: int, rank: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from dmin.runs.keys import Keys, Setting, families, table
 from dmin.runs.training_run import Entry, TrainingRun
 from dmin.runtime.errors import DminError
 
-CONFIGS = ("*.json", "config/*.json", "backup/*/onetrainer_config/args.json")
+CONFIGS = ("*.json", "config/*.json", "backup/*/onetrainer_config/args.json", "*.safetensors")
 SUFFIXES = (".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".avif")
 LEFT = ("-masklabel", "-condlabel")  # ends of names that are no examples
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
@@ -23,13 +24,22 @@ PLAIN = ("NONE", "FLOAT_32", "FLOAT_16", "BFLOAT_16", "TFLOAT_32")
 
 def recognises(found: Any) -> bool:
     """Tell whether a config is one of OneTrainer's."""
-    return isinstance(found, Mapping) and {"training_method", "model_type"} <= found.keys()
+    return {"training_method", "model_type"} <= _config(found).keys()
+
+
+def _config(found: Any) -> Mapping[str, Any]:
+    """Return a config, which may stand in the header of the file that came out."""
+    try:
+        told = json.loads(found["ot_config"]) if "ot_config" in found else found
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return told if isinstance(told, Mapping) else {}
 
 
 def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     """Return what a config of OneTrainer says."""
     run = TrainingRun("OneTrainer", source)
-    keys = Keys(found, run)
+    keys = Keys(_config(found), run)
     version = keys.get("__version", 11, int)
     if version < 10:
         raise DminError(
@@ -43,6 +53,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     _loss(keys, run)
     _parts(keys, run)
     last = places.seek(keys.get("output_model_destination", kind=str), "output_model_destination")
+    last = source if source.suffix == ".safetensors" else last
     work = places.seek(keys.get("workspace_dir", kind=str), "workspace_dir")
     folder, name = (last.parent, last.name) if last else (work, "")
     adapter.take(run, places, "output_model_destination", folder, name, "save/*.safetensors")
@@ -152,9 +163,8 @@ def _shapes(size: Any, bucketed: bool, run: TrainingRun) -> list[dict[str, Any]]
         fixed = [max(64, round(each / 64) * 64) for each in (sides(size, run) * 2)[1::-1]]
         side = round((fixed[0] * fixed[1]) ** 0.5)
         return [{"size": side, "aspect": "buckets", "bucket_shapes": [fixed]}]
-    several = [
-        sides(each, run)[0] for each in (size.split(",") if isinstance(size, str) else [size])
-    ]
+    listed = size.split(",") if isinstance(size, str) else [size]
+    several = [sides(each, run)[0] for each in listed]
     if len(several) > 1:
         meaning = "one of them was drawn for each image; here each, of as many repeats less"
         run.random.append(Entry("resolution", size, meaning))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from runs import documented
-from runs.tiny import images, pipeline_index, predicts
+from runs.tiny import header_only, images, pipeline_index, predicts
 
 from dmin.cli.workspace.built import build
 from dmin.runs.recognise import read_run
@@ -285,6 +285,16 @@ def test_the_bound_of_a_learned_variance_is_a_term_of_the_loss(place):
     with pytest.raises(DminError, match=r"vb_loss_strength = 1\.0: a further term"):
         read_run(written({"run.json": told}))
     read_run(written({"run.json": {**told, "vb_loss_strength": 0.0}}))
+
+
+def test_a_lora_with_its_config_in_its_header_is_a_run(place):
+    header_only("alone/mug.safetensors", ot_config=json.dumps(ONETRAINER))
+    for run in (read_run(Path("alone/mug.safetensors")), read_run(Path("alone"))):
+        assert run.model["adapter"] == "alone/mug.safetensors" and len(build(run.data)) == 11
+    for odd in ("{", "[1]", "3"):
+        header_only("alone/mug.safetensors", ot_config=odd)
+        with pytest.raises(DminError, match="no config of a trainer"):
+            read_run(Path("alone/mug.safetensors"))
 
 
 def test_archives_of_images_are_refused_by_name(place):

@@ -135,8 +135,7 @@ def _over_checkpoints(
     own = set(OmegaConf.load(file)) if file.is_file() else set()
     if not {"checkpoints", "weights"} <= own or "method.checkpoints" in given:
         return {}
-    weighted = "method.weights" not in given
-    return {"method": _literals(checkpoints.settings(run, chosen, weighted))}
+    return {"method": _literals(checkpoints.settings(run, chosen, "method.weights" not in given))}
 
 
 def register(line: Line) -> str:
