@@ -254,11 +254,8 @@ def check_inputs(
     if more:
         raise DminError(
             f"model.path: this {kind.__name__} takes more than the latents of an image and its "
-            f"prompt, as for inpainting or few-step sampling: {', '.join(more)}. Give the "
-            f"checkpoint of a text- or class-to-image model."
-            if claims.beside == (0, 0)
-            else f"model.path: this {kind.__name__} is not given what model={family} gives it: "
-            f"{', '.join(more)}. Give a checkpoint that {claims.pipelines[0]} was trained in."
+            f"prompt, or other than model={family} gives it, as for inpainting or few-step "
+            f"sampling: {', '.join(more)}. Give the checkpoint of a {claims.pipelines[0]}."
         )
     out = config.get("out_channels") or seen
     if out not in (channels, 2 * (channels or 0), (channels or 0) // claims.packing):

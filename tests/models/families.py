@@ -211,6 +211,12 @@ def load(name, kind=None, **settings):
     )
 
 
+def shown(model, image):
+    """What an example has beside its image: a grey condition image, if its model reads some."""
+    grey = image.flip(1)[:1].expand(3, -1, -1)
+    return {"condition_image": grey} if model.reads_condition_images({}) else {}
+
+
 def sample(model, prompts, seeds, steps):
     """Return images that a model generates, with images that it is given if it needs some."""
     given = example_given(model)

@@ -5,7 +5,7 @@ import json
 import diffusers
 import pytest
 import torch
-from models.families import EVERY, FAMILIES, ROWS, checkpoint, load, sample
+from models.families import EVERY, FAMILIES, ROWS, checkpoint, load, sample, shown
 from models.tiny import stable_diffusion, unet
 
 from dmin.collect import GradientCollector, predict_trainer
@@ -25,9 +25,7 @@ def examples(family, n=3):
     found = []
     for i, prompt in enumerate(family.prompts[:n]):
         known = {"label" if isinstance(prompt, int) else "caption": prompt}
-        if family.model.reads_condition_images({}):
-            known["condition_image"] = images[i].flip(1)[:1].expand(3, -1, -1)
-        found.append(Example(f"example-{i}", images[i], **known))
+        found.append(Example(f"example-{i}", images[i], **known, **shown(family.model, images[i])))
     return Examples(found)
 
 
@@ -179,7 +177,7 @@ def test_missing_and_empty_captions_are_refused_by_name(name):
     image = torch.rand(3, family.size, family.size)
     with pytest.raises(DminError, match="'lonely' has no caption"):
         model.encode(collate([Example("lonely", image)]))
-    empty = collate([Example("mute", image, caption=" ")])
+    empty = collate([Example("mute", image, caption=" ", **shown(model, image))])
     with pytest.raises(DminError, match=r"'mute' has an empty caption.*empty_captions=keep"):
         model.encode(empty)
     kept = load(name, empty_captions="keep")

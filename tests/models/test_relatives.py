@@ -7,7 +7,7 @@ import shutil
 import diffusers
 import pytest
 import torch
-from models.families import FAMILIES as TESTED, checkpoint, load
+from models.families import FAMILIES as TESTED, checkpoint, load, shown
 from models.tiny import pixart, stable_diffusion_xl, t5, t5_tokenizer, unet
 from toy_ddpm import TINY_UNET
 
@@ -123,11 +123,11 @@ def test_what_a_network_is_told_beyond_the_family_is_refused(family, setting, co
 def test_channels_are_counted_before_any_weight_is_read(family, copy):
     folder = copy(family)
     part = "unet" if (folder / "unet").is_dir() else "transformer"
-    config = changed(folder / part / "config.json", in_channels=9)
-    if family == "ddpm":  # which has no latents to count: of 9, one comes out
-        message = "returns 1 channels for 9"
+    config = changed(folder / part / "config.json", in_channels=11)
+    if family == "ddpm":  # which has no latents to count: of 11, one comes out
+        message = "returns 1 channels for 11"
     else:
-        message = f"9 channels for {config['in_channels']}"
+        message = f"11 channels for {config['in_channels']}"
     with pytest.raises(DminError, match=message):
         LOADED[family].from_pretrained(folder)
     changed(folder / part / "config.json", in_channels=config["in_channels"], out_channels=7)
@@ -164,7 +164,7 @@ def test_everything_that_a_network_takes_in_is_accounted_for(family, monkeypatch
     handle = model.network.register_forward_pre_hook(seeing, with_kwargs=True)
     image = torch.rand(1, 3, TESTED[family].size, TESTED[family].size)
     x0, condition = model.encode(
-        {**collate([Example("a", image[0], label=1, caption="cat")]), "image": image}
+        collate([Example("a", image[0], label=1, caption="cat", **shown(model, image[0]))])
     )
     model.predict(x0, torch.randn_like(x0), torch.tensor([20]), condition)
     handle.remove()
