@@ -262,7 +262,8 @@ class _Run:
         measured = truth.measure(scores)
         resampled = truth.resampled(scores, measured, self.benchmark.resamples)
         for metric, values in measured.items():
-            yield Cell(task, of, metric, row, values, resampled[metric], cost, self.dim)
+            drawn = resampled[metric]
+            yield Cell(task, of, metric, row, values, drawn, cost, self.dim, truth.clusters)
 
     def _references(self) -> Iterator[Cell]:
         for name, task in self.reported():

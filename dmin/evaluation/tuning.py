@@ -63,6 +63,11 @@ class Tuning:
                     f"benchmark.tuning.by.{name}={metric!r}: write task/truth/metric, of a ground "
                     f"truth that trains no model for each row."
                 )
+            if getattr(truth, "half", "A") != "A":
+                raise DminError(
+                    f"benchmark.tuning.by.{name}={metric!r}: its models are those that are "
+                    f"reported. Give this ground truth half: A, subsets and seeds of its own."
+                )
         if unknown := [name for name in self.watch if name not in tasks]:
             raise DminError(f"benchmark.tuning.watch: there is no task {unknown[0]!r}.")
 

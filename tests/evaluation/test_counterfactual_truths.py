@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from evaluation.contexts import LinearContext
 
-from dmin.evaluation import LDS, Diversity, LeaveOut, Removal, SelfInfluence, UnionRemoval
+from dmin.evaluation import LDS, Diversity, LeaveOut, Removal, SelfInfluence, Tuning, UnionRemoval
 from dmin.runtime.errors import DminError
 
 QUERIES, EXAMPLES = 8, 60
@@ -47,6 +47,24 @@ def test_in_a_linear_world_the_truth_reaches_one_and_the_ceiling():
     found = out.measure(TRUTH)
     assert np.allclose(found["leave-out ρ"], 1) and (found["leave-out hit"] == 1).all()
     assert out.measure(-TRUTH)["leave-out ρ"].mean() == pytest.approx(-1)
+
+
+def test_settings_are_chosen_on_models_that_are_not_reported():
+    asked = {"A": [], "B": []}
+    for half, models in asked.items():
+        context = LinearContext(TRUTH)
+        told = context.retrain
+        context.retrain = lambda subsets, seed, *rest, told=told, models=models: (
+            models.extend((seed, tuple(subset)) for subset in subsets) or told(subsets, seed, *rest)
+        )
+        LDS(20, 2, half=half).prepare(context, ASKED)
+    for what in (0, 1):  # seeds, subsets
+        one, other = ({model[what] for model in models} for models in asked.values())
+        assert one and not one & other
+    by = Tuning({"retraining": "tune/subsets/LDS"})
+    by.check({"tune": {"subsets": LDS(half="A")}})
+    with pytest.raises(DminError, match="its models are those that are reported"):
+        by.check({"tune": {"subsets": LDS()}})
 
 
 def test_removal_is_the_rise_over_removing_at_random():
@@ -111,6 +129,8 @@ def test_diversity_tells_popularity():
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(DminError, match="subsets=2"):
         LDS(2)
+    with pytest.raises(DminError, match="half='C'"):
+        LDS(half="C")
     with pytest.raises(DminError, match="seeds=1"):
         LeaveOut(seeds=1)
     with pytest.raises(DminError, match="two groups"):

@@ -87,7 +87,8 @@ def test_the_bootstrap_covers_both_subsets_and_queries():
         scores = truth + generator.normal(size=truth.shape)
         found = interval(
             lds(scores, members, losses[0]).mean(),
-            Resamples(SUBSETS, QUERIES, 200, seed).means(scores, members, losses[0]),
+            Resamples(SUBSETS, QUERIES, 200, seed).means(scores, members, losses),
+            min(SUBSETS, QUERIES),
         )
         assert found.low < found.mean < found.high
         # cor(truth, scores) = 1/√2, cor(losses, expected) = 1/√2; ρ ≈ (6/π) asin(r/2)
@@ -100,10 +101,12 @@ def test_paired_differences_are_narrower_than_their_parts():
     generator = np.random.default_rng(1)
     resamples = Resamples(SUBSETS, QUERIES, 300)
     better, worse = (truth + s * generator.normal(size=truth.shape) for s in (0.5, 0.8))
-    one, other = (resamples.means(x, members, losses.mean(0)) for x in (better, worse))
+    one, other = (
+        resamples.means(x, members, losses.mean(0, keepdims=True)) for x in (better, worse)
+    )
     assert (one - other).std() < np.hypot(one.std(), other.std())
     assert np.array_equal(
-        one, Resamples(SUBSETS, QUERIES, 300).means(better, members, losses.mean(0))
+        one, Resamples(SUBSETS, QUERIES, 300).means(better, members, losses.mean(0, keepdims=True))
     )
 
 

@@ -37,9 +37,17 @@ def test_reciprocal_rank():
     assert np.allclose(measure("MRR", SCORES, RELEVANT), expected)
 
 
-def test_equal_scores_are_ranked_by_row():
-    relevant = np.array([[False, True, True]])
-    assert measure("MRR", np.zeros((1, 3)), relevant)[0] == 0.5
+@pytest.mark.parametrize("metric", ["precision@1", "precision@3", "recall@2", "mAP", "MRR"])
+def test_equal_scores_count_as_their_mean_over_all_orders(metric):
+    """Against ties broken at random, many times."""
+    scores = np.array([[2.0, 1, 1, 1, 0, 0, 0, 0], [3, 3, 3, 3, 3, 3, 3, 3]])
+    relevant = np.array([[0, 1, 0, 1, 0, 0, 1, 0], [0, 0, 0, 1, 1, 0, 0, 0]], dtype=bool)
+    noise = 0.1 * np.random.default_rng(1).random((4000, 2, 8))
+    broken = [measure(metric, scores + each, relevant) for each in noise]
+    found = measure(metric, scores, relevant)
+    assert found == pytest.approx(np.mean(broken, axis=0), abs=0.02)
+    turned = measure(metric, scores[:, ::-1], relevant[:, ::-1])
+    assert found == pytest.approx(turned, abs=1e-12)  # whatever the order of rows
 
 
 def test_a_perfect_ranking_is_one_and_chance_is_the_share():
@@ -65,11 +73,20 @@ def test_what_cannot_be_measured_is_refused(metric, scores, relevant, message):
         measure(metric, scores, relevant)
 
 
-def test_the_bootstrap_covers_the_mean_about_as_often_as_it_says():
+@pytest.mark.parametrize(
+    ("draw", "mean", "count", "least"),
+    [("normal", 0, 4, 0.92), ("exponential", 1, 10, 0.92), ("exponential", 1, 60, 0.92)],
+)
+def test_intervals_of_few_and_of_skewed_values_cover(draw, mean, count, least):
     covered = 0
-    for seed in range(200):
-        values = np.random.default_rng(seed).exponential(size=60)
-        found = bootstrap(values, resamples=400, seed=seed)
+    for seed in range(300):
+        values = getattr(np.random.default_rng(seed), draw)(size=count)
+        found = bootstrap(values, resamples=300, seed=seed)
         assert found.mean == pytest.approx(values.mean())
-        covered += found.low <= 1 <= found.high
-    assert 0.87 < covered / 200 < 0.99
+        covered += found.low <= mean <= found.high
+    assert least < covered / 300 < 0.985
+
+
+def test_an_interval_of_equal_values_or_of_one_is_a_point():
+    assert bootstrap(np.full(5, 0.3)) == pytest.approx((0.3, 0.3, 0.3))
+    assert bootstrap(np.array([2.0])) == (2, 2, 2)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dmin.evaluation.metrics import interval
+from dmin.evaluation.metrics import Estimate, interval
 from dmin.runtime.escape import read_csv, write_csv
 
 Array = np.ndarray
@@ -75,11 +75,20 @@ class Cell:
     resampled: Array  # [R]
     cost: Cost = field(default_factory=Cost)
     dim: int | None = None
+    clusters: int | None = None  # of what was resampled; None: queries
 
     @property
     def place(self) -> Place:
         """Where it was measured."""
         return self.task, self.truth, self.metric
+
+    def interval(self, base: Cell | None = None) -> Estimate:
+        """Return the mean with its interval, or that of the paired difference to another cell."""
+        clusters = self.clusters or len(self.values)
+        if base is None:
+            return interval(self.values.mean(), self.resampled, clusters)
+        off = self.values.mean() - base.values.mean()
+        return interval(off, self.resampled - base.resampled, clusters)
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,7 @@ class Report:
         rows = [asdict(r) for r in self.results]
         tables = {"results.csv": rows, **({"path.csv": self.path} if self.path else {})}
         for name, table in tables.items():
-            write_csv(folder / name, ({k: _short(v) for k, v in row.items()} for row in table))
+            write_csv(folder / name, table)  # not rounded: tables round once
         try:
             pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
         except ImportError:
@@ -194,12 +203,11 @@ def compared(cells: Sequence[Cell], reference: str) -> list[Result]:
         ceiling = next((c.values.mean() for c in group if c.row.method == "ceiling"), None)
         best = _best_at_each_size([c for c in group if not c.row.control])
         for cell in group:
-            mean, is_method = float(cell.values.mean()), cell.row.control != "reference"
-            _, low, high = interval(mean, cell.resampled)
+            is_method = cell.row.control != "reference"
+            mean, low, high = cell.interval()
             difference: tuple[float | None, ...] = (None, None, None)
             if base is not None and is_method and cell is not base:
-                off = cell.values.mean() - base.values.mean()
-                difference = interval(off, cell.resampled - base.resampled)
+                difference = cell.interval(base)
             found: dict[str, Any] = {
                 **dict(zip(("task", "truth", "metric"), cell.place, strict=True)),
                 **asdict(cell.row),
@@ -227,11 +235,7 @@ def _best(cells: Sequence[Cell]) -> list[Cell]:
     if not cells:
         return []
     top = max(cells, key=lambda c: float(c.values.mean()))
-    return [c for c in cells if interval(0, top.resampled - c.resampled).low <= 0]
-
-
-def _short(value: Any) -> Any:
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return [c for c in cells if c is top or top.interval(c).low <= 0]
 
 
 def _read(line: Mapping[str, str]) -> Result:

@@ -29,12 +29,14 @@ class GroundTruth(ABC):
             transforms of the scores change nothing.
         costly: whether each new row takes minutes: then only the rows are measured that
             ``benchmark.costly_for`` names.
+        clusters: how many of what is drawn with replacement there are, if not queries.
     """
 
     of: ClassVar[Literal["pairs", "self"]] = "pairs"
     rows: Sequence[int] | Array = ()
     ranks_only: ClassVar[bool] = True
     costly: ClassVar[bool] = False
+    clusters: int | None = None
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:  # noqa: B027 (many need nothing)
         """Look at the data, and train what does not depend on any score; called once.

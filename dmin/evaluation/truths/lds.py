@@ -9,7 +9,7 @@ M subsets, Q queries, N training examples, R resamples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from dmin.attribution import FeatureSet
 from dmin.evaluation.context import BenchmarkContext
 from dmin.evaluation.truths.base import Array, GroundTruth, Measures
 from dmin.runtime.errors import DminError
+
+Half = Literal["A", "B"]
+HALVES = {"A": 1000, "B": 0}  # keys of subsets, and of the first seed
 
 
 class LDS(GroundTruth):
@@ -26,11 +29,20 @@ class LDS(GroundTruth):
         subsets: how many are trained on.
         seeds: models a subset; their mean is the target, their agreement the ceiling.
         share: of the examples in each subset.
+        half: whose subsets and seeds: by those of ``A`` settings are chosen, those of ``B`` are
+            reported, and no model is of both.
+
+    Raises:
+        DminError: a number is out of range, or there is no such half.
     """
 
     ranks_only = False
 
-    def __init__(self, subsets: int = 64, seeds: int = 2, share: float = 0.5) -> None:
+    def __init__(
+        self, subsets: int = 64, seeds: int = 2, share: float = 0.5, half: Half = "B"
+    ) -> None:
+        if half not in HALVES:
+            raise DminError(f"LDS: half={half!r}: say A (settings are chosen) or B (reported).")
         if subsets < 3 or seeds < 2 or not 0 < share < 1:
             raise DminError(
                 f"LDS: subsets={subsets}, seeds={seeds}, share={share:g}: three or more subsets, "
@@ -39,15 +51,19 @@ class LDS(GroundTruth):
         self.subsets = subsets
         self.seeds = seeds
         self.share = share
+        self.half: Half = half
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train a model on every subset and seed."""
         examples = len(context.train)
-        subsets = random_subsets(examples, self.subsets, self.share)
+        self.clusters = min(self.subsets, len(queries))
+        key = HALVES[self.half]
+        subsets = random_subsets(examples, self.subsets, self.share, key)
         self._members = membership(subsets, examples)
+        what = "retraining on subsets" + (" for tuning" if self.half == "A" else "")
         self._losses = np.stack(
             [
-                context.retrain(subsets, seed, queries, f"retraining on subsets, seed {seed + 1}")
+                context.retrain(subsets, key + seed, queries, f"{what}, seed {seed + 1}")
                 for seed in range(self.seeds)
             ]
         )
@@ -57,9 +73,9 @@ class LDS(GroundTruth):
         return {"LDS": lds(scores, self._members, self._losses.mean(0))}
 
     def resampled(self, scores: Array, measured: Measures, count: int) -> Measures:
-        """Resample subsets and queries together."""
-        draws = Resamples(self.subsets, len(scores), count)
-        return {"LDS": draws.means(scores, self._members, self._losses.mean(0))}
+        """Resample subsets, queries and seeds together."""
+        draws = Resamples(self.subsets, len(scores), count, seeds=self.seeds)
+        return {"LDS": draws.means(scores, self._members, self._losses)}
 
     def references(self) -> Mapping[str, Measures]:
         """Return what is attainable, and what one seed predicts of the others."""
@@ -113,7 +129,7 @@ def lds(scores: Array, members: Array, losses: Array) -> Array:
 
 
 class Resamples:
-    """Bootstrap of subsets and queries together, the same draws for every method.
+    """Bootstrap of subsets, queries and seeds together, the same draws for every method.
 
     So that the difference of two methods is paired: subtract their :meth:`means`.
 
@@ -122,20 +138,37 @@ class Resamples:
         queries: Q.
         count: R.
         seed: key of the draws.
+        seeds: of retraining.
     """
 
-    def __init__(self, subsets: int, queries: int, count: int = 1000, seed: int = 0) -> None:
+    def __init__(
+        self, subsets: int, queries: int, count: int = 1000, seed: int = 0, seeds: int = 1
+    ) -> None:
         generator = np.random.default_rng(seed)
         self.weights: np.ndarray = generator.multinomial(
             subsets, np.full(subsets, 1 / subsets), size=count
         )
         self.queries: np.ndarray = generator.integers(queries, size=(count, queries))
+        chosen: np.ndarray = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=count)
+        self.seeds: np.ndarray = chosen / seeds
 
     def means(self, scores: Array, members: Array, losses: Array) -> Array:
-        """Return the mean LDS in each resample, ``[R]``; arguments as for :func:`lds`."""
+        """Return the mean LDS in each resample, ``[R]``.
+
+        Args:
+            scores: as for :func:`lds`, as are the members.
+            members: of the subsets.
+            losses: of each seed, ``[seeds, M, Q]``.
+        """
         predicted = scores.astype(np.float64) @ members.T.astype(np.float64)
-        each = weighted_spearman(predicted, -losses.T, self.weights.astype(np.float64))
-        return each.T[np.arange(len(self.queries))[:, None], self.queries].mean(1)
+        found = np.zeros(len(self.weights))
+        mixtures, kind = np.unique(self.seeds, axis=0, return_inverse=True)
+        for number, mixture in enumerate(mixtures):
+            there = kind.ravel() == number
+            truth = -np.tensordot(mixture, losses, 1).T
+            each = weighted_spearman(predicted, truth, self.weights[there].astype(np.float64))
+            found[there] = each.T[np.arange(there.sum())[:, None], self.queries[there]].mean(1)
+        return found
 
 
 class Ceiling(NamedTuple):

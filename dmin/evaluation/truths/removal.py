@@ -98,6 +98,7 @@ class UnionRemoval(_WithoutRows):
         self.groups = groups
         self.seeds: int = seeds
         self.random = random
+        self.clusters = groups
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train without random examples."""
