@@ -1,20 +1,35 @@
-"""How sure one answer is: an error bar for each score, and how firmly each holds its place."""
+"""How sure one answer is: two error bars for each score, and how firmly each holds its place."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import t as student
+from torch import Tensor
 
-from dmin.attribution.features import FeatureSet
-from dmin.attribution.inner_product import InnerProduct
+from dmin.attribution.coverage import bars_of, why_none
+from dmin.attribution.features import ExampleBlock, FeatureSet
+from dmin.attribution.inner_product import InnerProduct, scaled_rows
 from dmin.attribution.method import Method
 from dmin.attribution.ranking import Ranking
-from dmin.attribution.search.scan import gathered_rows
 
 Array = np.ndarray
+Change = Callable[[Tensor, slice], Tensor]  # rows [n, D, T, G, …] as some replicates have them
 SURE = 1.96  # standard deviations: two scores that differ by more are distinguished, at 95 %
+RESIDUES = 32  # parts of a sketch, each left out once
+REDRAWS = 32  # of the draws of noise, an even number
+BYTES = 8 << 20  # of rows in several replicates at once
+
+
+class Deviations(NamedTuple):
+    """Deviations ``[.., n]`` of n scores, and with how many degrees of freedom."""
+
+    values: Array
+    freedom: int
 
 
 def with_confidence(
@@ -26,20 +41,17 @@ def with_confidence(
     resamples: int = 400,
     seed: int = 0,
 ) -> Ranking:
-    """Return the first k of a ranking, each with an error bar and the stability of its place.
+    """Return the first k of a ranking, each with error bars and the stability of its place.
 
-    A score is a sum over draws (t, ε) of timestep and noise, ``I(i) = Σ_t Σ_d c_{td}(i)``, the same
-    draws for all examples. They are drawn again, together for all examples: with D ≥ 2 draws of
-    noise those of each timestep (its variance times D/(D − 1), as few draws spread too little);
-    with one the timesteps, which is more than their even spacing would vary. To each goes the error
-    of a sketch of re-normalised rows, ``(1 − ρ²)² / k`` a cosine ρ (Li & Li 2023, OPORP, theorem
-    3.2), where scores are cosines.
-
-    ``error`` is the standard deviation of the score over these resamples; ``stability`` the share
-    of them in which the example is among the first k of the candidates. Examples of one of the
-    ``tiers`` cannot be distinguished: no two scores of it differ by more than 1.96 standard
-    deviations of their difference, which is drawn for both together. All that speaks of
-    chance in measuring the score, not of whether the score means influence.
+    ``sketch_errors`` are of compression: how far a score may be from that of full gradients at the
+    same timesteps and noise. ``total_errors``, from two independent draws on, are of compression
+    and noise: how far it may be from the mean over many draws. Both are standard deviations, such
+    that 1.96 of them either way hold the truth 95 times in 100; none is shown where that was
+    measured not to hold, or not measured (`dmin.attribution.coverage`). ``stability`` is how often
+    an example is among the first k of the candidates when all scores are drawn again with the
+    errors that are shown. Examples of one of the ``tiers`` cannot be distinguished: no two of them
+    differ by more than 1.96 standard deviations of their difference. All that speaks of chance
+    in measuring the score, not of whether the score means influence.
 
     Args:
         ranking: more than k examples a query, so that others can take their places.
@@ -47,48 +59,194 @@ def with_confidence(
         train: likewise.
         method: likewise, fitted.
         k: examples a query to return; all, where the ranking has fewer.
-        resamples: how many.
+        resamples: how often scores are drawn again.
         seed: key of the draws.
 
     Returns:
-        The ranking with ``errors``, ``stability`` and ``tiers``, or without where a method's scores
-        are not a sum over timesteps.
-
+        The ranking with errors, ``stability`` and ``tiers``; or without, and a note that says why.
     """
-    k = min(k, ranking.scores.shape[1])
-    generator = np.random.default_rng(seed)
-    errors, stability = np.zeros((2, len(ranking.query_ids), k), dtype=np.float32)
+    k, first = min(k, ranking.scores.shape[1]), ranking.first(k)
+    features = train.store.manifest.features
+    bars = bars_of(method.name, features)
+    if "total" in bars and independent_draws(train) < 2:
+        bars -= {"total"}
+    if not bars:
+        return replace(first, notes={**first.notes, "error": why_none(method.name, features)})
+    shape = len(ranking.query_ids), k
+    sketch, total, stability = np.zeros((3, *shape), dtype=np.float32)
     ahead = min(k + 1, ranking.scores.shape[1])  # who comes next may be of the last tier
-    tiers = np.zeros((len(ranking.query_ids), ahead), dtype=np.int64)
+    tiers = np.zeros((shape[0], ahead), dtype=np.int64)
+    sign = 1 if ranking.order == "proponents" else -1
+    generator = np.random.default_rng(seed)
     for query, rows in enumerate(ranking.train_rows):
-        parts, spread = parts_of(queries, train, method, query, rows)
-        if parts is None:
-            return ranking.first(k)
         scores = ranking.scores[query].astype(np.float64)
-        drawn = resampled(scores, parts, spread, resamples, generator)
-        errors[query] = drawn.std(0)[:k]
-        # The k-th best of each resample: who scores as much is among the first k.
-        sign = 1 if ranking.order == "proponents" else -1
+        sources = [sketch_deviations(queries, train, method, query, rows)]
+        found = widened(sources)
+        sketch[query] = spread(found)[:k]
+        if "total" in bars:
+            sources += [noise_deviations(queries, train, method, query, rows, scores, seed)]
+            found = widened(sources)
+            total[query] = spread(found)[:k]
+        drawn = scores + generator.normal(size=(resamples, len(found))) @ found
+        # The k-th best of each: who scores as much is among the first k.
         least = np.sort(sign * drawn, axis=1)[:, -k]
         stability[query] = (sign * drawn >= least[:, None]).mean(0)[:k]
-        tiers[query] = tiers_of(scores[:ahead], drawn[:, :ahead])
-    goes_on, tiers = (tiers[:, k:] == tiers[:, k - 1 : k]).any(1), tiers[:, :k]
-    first = ranking.first(k)
-    return replace(first, errors=errors, stability=stability, tiers=tiers, tier_goes_on=goes_on)
+        tiers[query] = tiers_of(scores[:ahead], found[:, :ahead])
+    return replace(
+        first,
+        sketch_errors=sketch if "sketch" in bars else None,
+        total_errors=total if "total" in bars else None,
+        stability=stability,
+        tiers=tiers[:, :k],
+        tier_goes_on=(tiers[:, k:] == tiers[:, k - 1 : k]).any(1),
+    )
 
 
-def tiers_of(scores: Array, drawn: Array) -> Array:
+def sketch_deviations(
+    queries: FeatureSet, train: FeatureSet, method: Method, query: int, rows: Array
+) -> Deviations:
+    """Return deviations ``F [32, n]`` of some scores, ``FᵀF`` the covariance of sketching errors.
+
+    ``FᵀF = (B − 1)/B Σ_b (I_b − Ī)(I_b − Ī)ᵀ``, I_b the scores that the method gives without the
+    numbers ≡ b (mod B = 32) of all sketches: a jackknife (Efron & Stein 1981). Any score is asked
+    again whole, so that powers, blends and re-normalised rows count as they are, and errors of
+    timesteps, which share one map, add up. Curvatures stay as they were fitted, for which bars of
+    methods that have one are far too long.
+
+    Args:
+        queries: whose row ``query`` was asked.
+        train: whose ``rows [n]`` were scored.
+        method: fitted.
+        query: row.
+        rows: of training examples.
+    """
+    if train.store.manifest.features.get("sketch", {}).get("family") == "none":
+        return Deviations(np.zeros((0, len(rows))), 1)
+    dim = train.store.layout.dim
+    count = min(RESIDUES, dim)
+    kept = torch.arange(dim) % count != torch.arange(count)[:, None]
+    masks = kept * (dim / kept.sum(1, keepdim=True)).sqrt()  # inner products keep their size
+
+    def without(values: Tensor, part: slice) -> Tensor:
+        chosen = masks[part]
+        if values.dim() < 5:  # norms, of the gradient itself
+            return values.expand(len(chosen), *values.shape)
+        return values * chosen[:, None, None, None, None]
+
+    whole = slice(0, count)
+    asked = _changed(queries.block([query], method.requires), without, whole)
+    product = method.transform_query(asked)
+    if isinstance(product, InnerProduct):
+        again = _products_without(product, train.block(rows, method.requires), masks)
+    else:
+        again = _scores_again(queries, train, method, query, rows, without, count)
+    return Deviations((again - again.mean(0)) * np.sqrt((count - 1) / count), count - 1)
+
+
+def _products_without(asked: InnerProduct, found: ExampleBlock, masks: Tensor) -> Array:
+    """Return inner products of rows that lack residues in turn, float64 ``[B, n]``.
+
+    Of the whole less that of the residue, so that no row is copied for each.
+
+    Args:
+        asked: the query as the method prepares it without each residue, B of them.
+        found: the rows, whole.
+        masks: what is left of a row, ``[B, k]``.
+    """
+    rows, count = scaled_rows(found, asked.scale, asked.readout), len(masks)
+    missing = -rows.shape[-1] % count
+    cut = torch.nn.functional.pad(rows, (0, missing)).unflatten(-1, (-1, count))
+    own = torch.nn.functional.pad(asked.queries, (0, missing)).unflatten(-1, (-1, count))
+    whole = torch.einsum("bdtm,ndtm->bndt", asked.queries.flatten(3), rows.flatten(3))
+    own = own.diagonal(dim1=0, dim2=-1).contiguous()  # what each residue of the query lost
+    lost = torch.stack([(own * row).sum((2, 3)) for row in cut]).movedim(-1, 0)
+    left = (whole - lost).double()
+    if asked.scale == "unit":
+        energy = cut.square().sum((3, 4)).movedim(-1, 0).double()  # of each residue, [B, n, D, T]
+        left /= (energy.sum(0) - energy).clamp(min=1e-24).sqrt()
+    else:
+        left *= masks.amax(1).double()[:, None, None, None]
+    return left.sum((2, 3)).numpy()
+
+
+def noise_deviations(
+    queries: FeatureSet,
+    train: FeatureSet,
+    method: Method,
+    query: int,
+    rows: Array,
+    scores: Array,
+    seed: int = 0,
+) -> Deviations:
+    """Return deviations ``F [32, n]`` of some scores, ``FᵀF`` the covariance of errors of draws.
+
+    ``FᵀF = D/(D − 1) · mean_r (I_r − I)(I_r − I)ᵀ``, I_r the scores that the method gives when the
+    D draws of each timestep are taken again with replacement, the same for all examples and the
+    query. Of two draws one takes the other's place, each equally often, which needs no D/(D − 1)
+    (a half-sample: McCarthy 1969). Antithetic draws go in pairs.
+
+    Args:
+        queries: as :func:`sketch_deviations`, like all that follow but two.
+        train: the training side.
+        method: fitted.
+        query: row.
+        rows: of training examples.
+        scores: theirs, ``[n]``.
+        seed: key of the redraws.
+    """
+    draws, steps = train.store.layout.row_shape[:2]
+    count, generator = independent_draws(train), np.random.default_rng(seed)
+    if count == 2:
+        even = np.repeat([0, 1], REDRAWS // 2)[:, None].repeat(steps, 1)
+        taken = np.repeat(generator.permuted(even, axis=0)[:, None], 2, axis=1)
+    else:
+        taken = generator.integers(count, size=(REDRAWS, count, steps))
+    size = draws // count
+    taken = (size * taken[:, :, None] + np.arange(size)[:, None]).reshape(REDRAWS, draws, steps)
+    picks, times = torch.from_numpy(taken), torch.arange(steps)
+
+    def redrawn(values: Tensor, part: slice) -> Tensor:
+        return values[:, picks[part], times].movedim(1, 0)
+
+    again = _scores_again(queries, train, method, query, rows, redrawn, REDRAWS)
+    factor = 1 if count == 2 else np.sqrt(count / (count - 1))
+    return Deviations((again - scores) * factor / np.sqrt(REDRAWS), steps * (count - 1))
+
+
+def independent_draws(side: FeatureSet) -> int:
+    """Return the draws of noise at each timestep; antithetic pairs count as one."""
+    noise = side.store.manifest.features.get("noise", {})
+    return side.store.layout.draws // (2 if noise.get("antithetic") else 1)
+
+
+def spread(deviations: Array) -> Array:
+    """Return the standard deviation of each score, ``[n]``, of deviations ``[…, n]``."""
+    return np.sqrt(np.square(deviations).sum(0))
+
+
+def widened(sources: Sequence[Deviations]) -> Array:
+    """Return deviations of independent sources as one ``F [.., n]``, longer as they are estimated.
+
+    By Student's t over 1.96, with ``(Σ v)² / Σ v²/ν`` degrees of freedom (Satterthwaite 1946), v
+    the mean variance of each source and ν its own.
+    """
+    variances = np.array([np.square(each.values).sum(0).mean() for each in sources])
+    own = np.array([max(1, each.freedom) for each in sources])
+    freedom = variances.sum() ** 2 / max(float((variances**2 / own).sum()), 1e-300)
+    factor = float(student.ppf(0.975, max(1, freedom))) / SURE
+    return np.concatenate([each.values for each in sources]) * factor
+
+
+def tiers_of(scores: Array, deviations: Array) -> Array:
     """Return the tier of each score, int64 ``[n]``: a new one begins where any two differ.
 
     Args:
         scores: best first, ``[n]``.
-        drawn: as they might have come out, ``[resamples, n]``.
+        deviations: F, ``[…, n]``; the covariance of their errors is ``FᵀF``.
     """
-    covariance = np.atleast_2d(np.cov(drawn, rowvar=False))
-    variance = np.diag(covariance)
-    spread = np.sqrt(np.maximum(variance[:, None] + variance - 2 * covariance, 0))
+    between = deviations[:, :, None] - deviations[:, None]
     # Rounding is no difference: copies score alike to the last bits alone.
-    apart = np.abs(scores[:, None] - scores) > SURE * spread + 1e-6 * np.abs(scores).max()
+    apart = np.abs(scores[:, None] - scores) > SURE * spread(between) + 1e-6 * np.abs(scores).max()
     tiers, start = np.zeros(len(scores), dtype=np.int64), 0
     for place in range(1, len(scores)):
         begins = apart[place, start:place].any()
@@ -97,48 +255,42 @@ def tiers_of(scores: Array, drawn: Array) -> Array:
     return tiers
 
 
-def resampled(
-    scores: Array, parts: Array, spread: Array, count: int, generator: np.random.Generator
+def _scores_again(
+    queries: FeatureSet,
+    train: FeatureSet,
+    method: Method,
+    query: int,
+    rows: Array,
+    change: Change,
+    count: int,
 ) -> Array:
-    """Return scores as they might have come out, ``[count, n]``.
+    """Return the scores of ``count`` changed replicates of both sides, float64 ``[count, n]``."""
+    asked, found = queries.block([query], method.requires), train.block(rows, method.requires)
+    bytes_each = sum(values.nbytes for values in found.features.values())
+    # Several at once are also scored against each other's rows, for nothing; few rows want it.
+    size = max(1, min(count, BYTES // bytes_each))
 
-    Args:
-        scores: ``[n]``.
-        parts: what each draw and timestep adds, ``[n, D, T]``.
-        spread: standard deviation of the sketch's error in each score, ``[n]``.
-        count: resamples.
-        generator: of the draws.
-    """
-    n, draws, steps = parts.shape
-    if draws > 1:
-        weights = generator.multinomial(draws, np.full(draws, 1 / draws), size=(count, steps))
-        changed = np.einsum("ctd,ndt->cn", weights - 1.0, parts) * np.sqrt(draws / (draws - 1))
-    else:
-        weights = generator.multinomial(steps, np.full(steps, 1 / steps), size=count)
-        changed = (weights - 1.0) @ parts[:, 0].T * np.sqrt(steps / max(1, steps - 1))
-    return scores + changed + spread * generator.normal(size=(count, n))
+    def scored() -> Iterator[Tensor]:
+        for start in range(0, count, size):
+            part = slice(start, min(start + size, count))
+            mine, theirs = (_changed(block, change, part) for block in (asked, found))
+            scores = method.score(method.transform_query(mine), theirs)
+            own = scores.unflatten(1, (-1, len(rows)))  # [replicate, replicate of the rows, n]
+            yield own.diagonal().T.double()
+
+    return torch.cat(list(scored())).numpy()
 
 
-def parts_of(
-    queries: FeatureSet, train: FeatureSet, method: Method, query: int, rows: Array
-) -> tuple[Array | None, Array]:
-    """Return what each draw and timestep adds to some scores of a query, and the sketch's error.
+def _changed(block: ExampleBlock, change: Change, part: slice) -> ExampleBlock:
+    """Return examples ``[n]`` in several replicates, one after the other."""
 
-    Returns:
-        float64 ``[n, D, T]`` (D = 1 where a method does not distinguish draws; None where its
-        scores are no sum over timesteps), and ``[n]``, zero where scores are no cosines.
-    """
-    asked = method.transform_query(queries.block([query], method.requires))
-    if not isinstance(asked, InnerProduct):
-        found = method.contributions(asked, train.block(rows, method.requires))
-        if found is None:
-            return None, np.zeros(len(rows))
-        return found[0].sum(2).double().numpy()[:, None], np.zeros(len(rows))
-    chosen = gathered_rows(train.store, asked, rows)
-    parts = torch.einsum("dtgk,ndtgk->ndt", asked.queries[0], chosen).double()
-    if asked.scale != "unit":
-        return parts.numpy(), np.zeros(len(rows))
-    length = asked.queries[0].flatten(2).norm(dim=2).double()  # w_t / D for a plain cosine
-    cosine = (parts / length.clamp(min=1e-300)).clamp(-1, 1)
-    variance = (length * (1 - cosine**2)).square() / train.store.layout.dim
-    return parts.numpy(), variance.sum((1, 2)).sqrt().numpy()
+    def each(values: Tensor) -> Tensor:
+        return change(values, part).flatten(0, 1)
+
+    return replace(
+        block,
+        ids=list(block.ids) * (part.stop - part.start),
+        features={name: each(values) for name, values in block.features.items()},
+        norms={name: each(values) for name, values in block.norms.items()},
+        checkpoints=[_changed(other, change, part) for other in block.checkpoints],
+    )

@@ -14,7 +14,8 @@ from dmin.runtime.errors import DminError
 
 COUNTS = ("group_sizes", "at_least", "tiers", "copy_of")  # int64 [Q, K]
 PER_QUERY = ("maximum", "typical", "sampled", "tier_goes_on")  # float32 or bool, [Q, …]
-PARTS = ("contributions", "group_contributions", "errors", "stability", *COUNTS)
+ERRORS = ("sketch_errors", "total_errors", "stability")  # float32 [Q, K]
+PARTS = ("contributions", "group_contributions", *ERRORS, *COUNTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +36,9 @@ class Ranking:
         contributions: float32 [Q, K, T], what each timestep adds to the score, or None.
         groups: names of the G groups, none if they were not distinguished.
         group_contributions: float32 [Q, K, G], what each group adds to the score, or None.
-        errors: float32 [Q, K], one standard error of each score, or None; see
-            `dmin.attribution.confidence`.
+        sketch_errors: float32 [Q, K], one standard error of each score, of compression alone, or
+            None; see `dmin.attribution.confidence`, as for the next two.
+        total_errors: float32 [Q, K], the same of compression and draws of noise, or None.
         stability: float32 [Q, K], how probably each example is among the first K, or None.
         order: "proponents", or "opponents" for scores that ascend along K.
         min_score: what lies below it (opponents: above its opposite) is not part of the answer,
@@ -76,7 +78,8 @@ class Ranking:
     contributions: np.ndarray | None = None
     groups: tuple[str, ...] = ()
     group_contributions: np.ndarray | None = None
-    errors: np.ndarray | None = None
+    sketch_errors: np.ndarray | None = None
+    total_errors: np.ndarray | None = None
     stability: np.ndarray | None = None
     order: str = "proponents"
     min_score: float | None = None
@@ -122,7 +125,7 @@ class Ranking:
             lengths = {len(row) for row in getattr(self, name) or ()}
             if lengths - {k}:
                 _refuse(name, sorted(lengths), f"{k} entries a query, as in scores")
-        for name in ("train_rows", "errors", "stability", *COUNTS):
+        for name in ("train_rows", *ERRORS, *COUNTS):
             if (value := getattr(self, name)) is not None and value.shape != (queries, k):
                 _refuse(name, list(value.shape), f"[{queries}, {k}], as in scores")
         for name, axis, what in (
@@ -268,12 +271,21 @@ class Ranking:
         """Say of how many examples a group is, as `of 1,024`; None if groups are not ranked."""
         return None if self.group_sizes is None else f"of {self.group_sizes[query, rank]:,}"
 
+    @property
+    def errors(self) -> tuple[str, np.ndarray] | None:
+        """The error that says most, and its name: `total` where it is known, else `sketch`."""
+        for name in ("total", "sketch"):
+            if (found := getattr(self, f"{name}_errors")) is not None:
+                return name, found
+        return None
+
     def spell_confidence(self, query: int, rank: int) -> str | None:
-        """Say error bar and stability as `±.012 · 97 %`; None if they are not known."""
+        """Say error bar, its name and stability as `±.012 total · 97 %`; None if not known."""
         if self.errors is None or self.stability is None:
             return None
-        error = format_score(self.errors[query, rank])
-        return f"±{error} · {100 * self.stability[query, rank]:.0f} %"
+        name, errors = self.errors
+        error = format_score(errors[query, rank])
+        return f"±{error} {name} · {100 * self.stability[query, rank]:.0f} %"
 
 
 def headline(ranking: Ranking) -> str:

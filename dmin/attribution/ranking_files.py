@@ -13,8 +13,8 @@ from dmin.attribution.ranking_json import document, number, plain, score_facts, 
 from dmin.runtime.escape import named_apart, write_csv
 
 CORE_COLUMNS = (
-    *("method", "query", "rank", "id", "row", "score", "error", "stability", "maximum"),
-    *("score_of_passes", "percentile", "tier", "copy_of", "group", "examples"),
+    *("method", "query", "rank", "id", "row", "score", "sketch_error", "total_error", "stability"),
+    *("maximum", "score_of_passes", "percentile", "tier", "copy_of", "group", "examples"),
 )
 
 
@@ -23,8 +23,8 @@ def records(ranking: Ranking) -> list[dict[str, Any]]:
 
     Returns:
         Dicts with the same keys in the same order: query, rank (from 1), id, row, score; where they
-        are known error, stability, the maximum possible, percentile, tier (from 1) and the rank of
-        the first example with the same pixels; group and the number of its examples where groups
+        are known errors, stability, the maximum possible, percentile, tier (from 1) and the rank
+        of the first example with the same pixels; group and the number of its examples where groups
         are ranked, the metadata of the training example, the metadata of the query under
         `query_<key>`, the timesteps, and the groups of parameters under `group_<name>`. A metadata
         key that would hide one of these becomes `metadata_<key>`.

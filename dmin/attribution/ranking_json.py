@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 from dmin.attribution.ranking import PER_QUERY, Ranking
 from dmin.runtime.errors import DminError
 
-FORMAT, VERSION = "dmin-ranking", 2  # without these two a file is of version 1
+FORMAT, VERSION = "dmin-ranking", 3  # without these two a file is of version 1
 # Fields of a ranking, by what a file calls them.
 COUNTED = {"tiers": "tier", "copy_of": "copy_of"}  # from 1
 COUNTS = {"group_sizes": "examples", "at_least": "at_least"}
 PARTS = {n: n for n in ("contributions", "group_contributions")}
-PER_EXAMPLE = {"errors": "error", "stability": "stability", **COUNTS, **PARTS}
+ERRORS = {"sketch_errors": "sketch_error", "total_errors": "total_error", "stability": "stability"}
+PER_EXAMPLE = {**ERRORS, **COUNTS, **PARTS}
 
 
 def document(rankings: Sequence[Ranking]) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def score_of_passes(ranking: Ranking, query: int, rank: int) -> float | None:
 
 def score_facts(ranking: Ranking, query: int, rank: int) -> dict[str, Any]:
     """Return what is known of a score besides; ranks and tiers count from 1."""
-    known = {"error": ranking.errors, "stability": ranking.stability}
+    known = {key: getattr(ranking, name) for name, key in ERRORS.items()}
     found: dict[str, Any] = {n: number(v[query, rank]) for n, v in known.items() if v is not None}
     if ranking.maximum is not None:
         found["maximum"] = number(ranking.maximum[query])
@@ -144,16 +146,22 @@ def load_rankings(path: str | Path) -> list[Ranking]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["version"] if content.get("format") == FORMAT else content["schema"]
-        if version not in (1, VERSION):
+        if version not in range(1, VERSION + 1):
             raise DminError(
                 f"{path} holds a ranking of version {version}, this dmin reads 1 to {VERSION}: "
                 f"rank again, or read it with the dmin that wrote it."
             )
         if version == 1:
-            return [_ranking(content, {})]
-        return [_ranking(each, content["about"]) for each in content["rankings"]]
+            return [_without_errors(_ranking(content, {}))]
+        found = [_ranking(each, content["about"]) for each in content["rankings"]]
+        return found if version == VERSION else [_without_errors(each) for each in found]
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise DminError(f"{path} is not a ranking ({error!r}): {remedy}.") from error
+
+
+def _without_errors(old: Ranking) -> Ranking:
+    """Return a ranking of before version 3 without its errors, which did not hold."""
+    return replace(old, stability=None, tiers=None, tier_goes_on=None)
 
 
 def _ranking(content: dict[str, Any], about: dict[str, str]) -> Ranking:

@@ -57,7 +57,7 @@ def _fitting(ranking: Ranking, queries: int, k: int, width: int) -> int:
     """Return how many columns of whole ids a line has room for, one at least."""
     asked = max(len(id) for id in ("query", *ranking.query_ids[:queries]))
     found = max(len(id) for each in ranking.train_ids[:queries] for id in each[:k])
-    least = 15  # what stands below an id: ±0.013 · 100 %
+    least = 22  # what stands below an id: ±0.013 sketch · 100 %
     left = width - min(asked, LONG) - 4 - (25 if ranking.group_contributions is not None else 0)
     return max(1, left // (min(max(found, least), LONG) + 3))
 
@@ -91,7 +91,9 @@ def _shown(ranking: Ranking) -> str:
     if ranking.group_by is not None:
         name = ranking.group_by
         return f"values of {name} each: foremost example, {name} and its examples, score"
-    sure = ", its error, and how surely it is among them" if ranking.errors is not None else ""
+    of = {"sketch": "of compression alone", "total": "of compression and noise"}
+    sure = "" if ranking.errors is None else f", its error {of[ranking.errors[0]]}"
+    sure += ", and how surely it is among them" if sure else ""
     split = "; from: the groups of layers that add most" if ranking.groups else ""
     bounded = ranking.maximum is not None and bool(ranking.maximum.any())
     bound = " of the largest possible" if bounded else ""

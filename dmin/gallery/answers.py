@@ -64,9 +64,18 @@ def _how_sure(ranking: Ranking, query: int) -> Answer:
     return Answer(
         question,
         f"{certainty} sure to be among the first {k}",
-        f"its score is right within ±{format_score(ranking.errors[query, 0])}; of {shown} shown, "
-        f"{surest} are 90 % sure",
+        f"{_bars(ranking, query)}; of {shown} shown, {surest} are 90 % sure",
     )
+
+
+def _bars(ranking: Ranking, query: int) -> str:
+    """Say both errors of the first score, each by its name."""
+    known = {
+        "by compression": ranking.sketch_errors,
+        "by compression and noise": ranking.total_errors,
+    }
+    told = [f"±{format_score(v[query, 0])} {n}" for n, v in known.items() if v is not None]
+    return f"its score may be off {', '.join(told)}"
 
 
 def _scale(ranking: Ranking, query: int) -> Answer:

@@ -7,7 +7,7 @@ const state = { query: 0, method: 0, card: -1, terms: [] };
 
 const READ = [
   ["8.9 of 10", "the score, and the largest it could be; the line below is as long as its share, the tick on it is where half of all examples are"],
-  ["±.01 · 97 %", "one standard error of the score, and how surely the example is among those shown"],
+  ["±.01 total · 97 %", "one standard error of the score (sketch: of compression alone; total: of noise as well), and how surely the example is among those shown"],
   ["≈ 1–4", "ranks 1 to 4 cannot be distinguished: their order may be chance"],
   ["where in it", "where in both pictures the score comes from: blue for it, red against it; places have 5.9 of a score of 6.1, the rest is the sketch's error"],
   ["× 3", "three examples have the same pixels and share this card"],

@@ -55,7 +55,7 @@ def sure():
     some = ranking(2)
     return replace(
         some,
-        errors=np.full_like(some.scores, 0.01),
+        sketch_errors=np.full_like(some.scores, 0.01),
         stability=np.full_like(some.scores, 0.97),
         groups=("first", "second"),
         group_contributions=some.scores[:, :, None] * [0.3, 0.7],
