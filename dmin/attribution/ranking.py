@@ -267,10 +267,6 @@ class Ranking:
         value = self.train_metadata[query][rank].get(self.group_by or "label")
         return None if value is None else str(value)
 
-    def spell_size(self, query: int, rank: int) -> str | None:
-        """Say of how many examples a group is, as `of 1,024`; None if groups are not ranked."""
-        return None if self.group_sizes is None else f"of {self.group_sizes[query, rank]:,}"
-
     @property
     def errors(self) -> tuple[str, np.ndarray] | None:
         """The error that says most, and its name: `total` where it is known, else `sketch`."""
@@ -278,14 +274,6 @@ class Ranking:
             if (found := getattr(self, f"{name}_errors")) is not None:
                 return name, found
         return None
-
-    def spell_confidence(self, query: int, rank: int) -> str | None:
-        """Say error bar, its name and stability as `±.012 total · 97 %`; None if not known."""
-        if self.errors is None or self.stability is None:
-            return None
-        name, errors = self.errors
-        error = format_score(errors[query, rank])
-        return f"±{error} {name} · {100 * self.stability[query, rank]:.0f} %"
 
 
 def headline(ranking: Ranking) -> str:

@@ -7,7 +7,14 @@ from rich.table import Table
 from rich.text import Text
 
 from dmin.attribution.ranking import Ranking, headline
-from dmin.attribution.wording import spell_blind, spell_copies, spell_query, spell_scale
+from dmin.attribution.wording import (
+    spell_blind,
+    spell_confidence,
+    spell_copies,
+    spell_query,
+    spell_scale,
+    spell_size,
+)
 
 LONG = 40  # characters of an id, of which more are folded
 
@@ -80,10 +87,10 @@ def _terminal_cell(ranking: Ranking, query: int, place: int, rank: int) -> Text:
     if (label := ranking.label(query, rank)) is not None:
         style = "bold green not dim" if ranking.same_label(query, rank) else "not dim"
         cell.append(f"\n{label}", style=style)
-    if (size := ranking.spell_size(query, rank)) is not None:
+    if (size := spell_size(ranking, query, rank)) is not None:
         cell.append(f" {size}")
     cell.append(f"\n{spell_scale(ranking, query, rank)}", style="not dim")
-    sure = ranking.spell_confidence(query, rank)
+    sure = spell_confidence(ranking, query, rank)
     return cell if sure is None else cell.append(f"\n{sure}", style="dim")
 
 

@@ -19,6 +19,20 @@ def spell_scale(ranking: Ranking, query: int, rank: int) -> str:
     return f"{score} of {_short(float(ranking.maximum[query]))}"
 
 
+def spell_size(ranking: Ranking, query: int, rank: int) -> str | None:
+    """Say of how many examples a group is, as `of 1,024`; None if groups are not ranked."""
+    return None if ranking.group_sizes is None else f"of {ranking.group_sizes[query, rank]:,}"
+
+
+def spell_confidence(ranking: Ranking, query: int, rank: int) -> str | None:
+    """Say error bar, its name and stability as `±.012 total · 97 %`; None if not known."""
+    if ranking.errors is None or ranking.stability is None:
+        return None
+    name, errors = ranking.errors
+    error = format_score(errors[query, rank])
+    return f"±{error} {name} · {100 * ranking.stability[query, rank]:.0f} %"
+
+
 def spell_percentile(ranking: Ranking, query: int, rank: int) -> str | None:
     """Say how many candidates score less: ``above 99.99 % of 100,000``; None if not known."""
     share = ranking.percentile(query, rank)

@@ -7,7 +7,13 @@ from typing import NamedTuple
 import numpy as np
 
 from dmin.attribution.ranking import Ranking, format_score
-from dmin.attribution.wording import spell_copies, spell_percentile, spell_scale, spell_tiers
+from dmin.attribution.wording import (
+    spell_copies,
+    spell_percentile,
+    spell_scale,
+    spell_size,
+    spell_tiers,
+)
 
 
 class Answer(NamedTuple):
@@ -46,7 +52,7 @@ def answers(ranking: Ranking, query: int, shares: np.ndarray | None) -> list[Ans
 def _which(ranking: Ranking, query: int, question: str) -> Answer:
     first, label = ranking.train_ids[query][0], ranking.label(query, 0)
     if ranking.group_by and label is not None:
-        return Answer(question, label, f"{ranking.spell_size(query, 0) or ''}, foremost {first}")
+        return Answer(question, label, f"{spell_size(ranking, query, 0) or ''}, foremost {first}")
     copies = spell_copies(ranking, query, 0)
     same = ", with the query's label" if ranking.same_label(query, 0) else ""
     note = f"label {label}{same}" if label is not None else ""

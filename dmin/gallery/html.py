@@ -14,10 +14,12 @@ from dmin.attribution.place_maps import PlacesOf
 from dmin.attribution.ranking import Ranking, format_score, headline
 from dmin.attribution.wording import (
     spell_blind,
+    spell_confidence,
     spell_copies,
     spell_percentile,
     spell_same_as,
     spell_scale,
+    spell_size,
 )
 from dmin.gallery.answers import answers
 from dmin.gallery.columns import address, is_rights, original, text
@@ -169,7 +171,7 @@ def _places(
 
 def _card(ranking: Ranking, query: int, rank: int, examples: _Entries) -> dict[str, Any]:
     name = ranking.train_ids[query][rank]
-    size = ranking.spell_size(query, rank)
+    size = spell_size(ranking, query, rank)
     more = {} if size is None else {"foremost": f"{size} examples"}
     copies = ranking.copies(query, rank)
     same_as = (ranking.same_as or [[]] * (query + 1))[query]
@@ -183,7 +185,7 @@ def _card(ranking: Ranking, query: int, rank: int, examples: _Entries) -> dict[s
         "scale": spell_scale(ranking, query, rank),
         "share": _share(ranking, query, ranking.scores[:, rank]),
         "percentile": spell_percentile(ranking, query, rank),
-        "sure": ranking.spell_confidence(query, rank),
+        "sure": spell_confidence(ranking, query, rank),
         "alike": _alike(ranking, query, rank),
         "copies": spell_copies(ranking, query, rank),
         "copyIds": copies or None,

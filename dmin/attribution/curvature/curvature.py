@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,7 +41,6 @@ class Curvature:
     rest: Tensor
     trace: Tensor
     support: int
-    _dampings: dict[float, Tensor] = field(default_factory=dict, repr=False)  # by dimension
 
     @property
     def mean_eigenvalue(self) -> Tensor:
@@ -71,7 +70,7 @@ class Curvature:
         return (self.values / (self.values + damping[:, None])).sum(1) + rest
 
     def damping_for(self, dimension: float) -> Tensor:
-        """Return the λ at which :meth:`effective_dimension` is as asked, found once.
+        """Return the λ at which :meth:`effective_dimension` is as asked, by bisection of log λ.
 
         Args:
             dimension: wanted of each; half of the directions with any energy where that is less.
@@ -79,12 +78,6 @@ class Curvature:
         Returns:
             float64 ``[B]``; 1 where there is no energy at all.
         """
-        if dimension not in self._dampings:
-            self._dampings[dimension] = self._bisected(dimension)
-        return self._dampings[dimension]
-
-    def _bisected(self, dimension: float) -> Tensor:
-        """Return λ by bisection of its logarithm."""
         others = (self.support - self.values.shape[1]) * (self.rest > 0)
         wanted = ((self.values > 0).sum(1) + others).double().div(2).clamp(max=dimension)
         # Σ s/(s + λ) ≤ Σ s/λ bounds λ from above, and the least eigenvalue bounds it from below.
