@@ -2,11 +2,13 @@
 
 import functools
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
 import examples_on_disk as on_disk
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from models import tiny_flows, tiny_pairs  # noqa: F401  (add their builders)
@@ -14,10 +16,12 @@ from models.tiny import BUILDERS, save
 from omegaconf import OmegaConf
 
 from dmin.attribution import Method
+from dmin.attribution.curvature.curvature import MEMORY, PASSES
 from dmin.attribution.search.index import Index
 from dmin.cli.config.groups import config_directory, groups
 from dmin.cli.config.validate import validate
 from dmin.cli.workspace.built import build_queries
+from dmin.collect import CollectOptions, GradientCollector
 from dmin.data import Example
 from dmin.diffusion.noise import Noise
 from dmin.diffusion.timesteps import Schedule
@@ -210,6 +214,16 @@ def test_every_group_has_a_check():
     assert {group.replace("/", "_") for group in groups()} - {"experiment", "debug"} == {
         name.removeprefix("check_") for name in globals() if name.startswith("check_")
     }
+
+
+def test_a_default_of_the_command_line_is_that_of_the_library():
+    code = {**signature(CollectOptions).parameters, **signature(GradientCollector).parameters}
+    said = {**yaml.safe_load((CONF / "dmin.yaml").read_text())["collect"], "readouts": ("loss",)}
+    both = code.keys() & said.keys()
+    assert len(both) > 12 and {n: code[n].default for n in both} == {n: said[n] for n in both}
+    for file in CONF.glob("method/*.yaml"):
+        method = yaml.safe_load(file.read_text())
+        assert method.get("memory", MEMORY) == MEMORY and method.get("passes", PASSES) == PASSES
 
 
 def test_every_yaml_says_what_it_is():

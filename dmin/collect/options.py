@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmin.runtime.errors import DminError
+from dmin.store.encoding import DTYPE
+from dmin.store.writer import SEAL_SECONDS, SEGMENT_BYTES
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class CollectOptions:
     """
 
     block_size: int = 32
-    dtype: str = "float16"
-    segment_bytes: int = 64 << 20
-    seal_seconds: float = 60.0
+    dtype: str = DTYPE
+    segment_bytes: int = SEGMENT_BYTES
+    seal_seconds: float = SEAL_SECONDS
     workers: int = 0
     encodings: str | Path | None = None
     keep_encodings: bool = False

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+DTYPE = "float16"  # of a store for which none is said
 # What a feature takes in the file. numpy has no bfloat16: its bits are kept.
 STORED_AS: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dmin.runtime.errors import DminError
+from dmin.store.encoding import DTYPE
 from dmin.store.manifest import MANIFEST, UNREADABLE, Layout, Manifest
 from dmin.store.reader import Store
 from dmin.store.writer import Rows, StoreWriter
@@ -49,7 +50,7 @@ def import_store(
     target: str | os.PathLike[str],
     sketch: str | None = None,
     ids: Sequence[str] | None = None,
-    dtype: str = "float16",
+    dtype: str = DTYPE,
 ) -> Store:
     """Write a store from arrays: an export of a store, or sketches from elsewhere. Resumes.
 

@@ -18,7 +18,7 @@ from dmin.store.reader import Store
 from dmin.store.removal import carry_removals, note_copy
 from dmin.store.revisions import copied_rows
 from dmin.store.segments import read_manifest
-from dmin.store.writer import Rows, StoreWriter
+from dmin.store.writer import SEGMENT_BYTES, Rows, StoreWriter
 
 
 def info(store: Store) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def rewrite(
     target: str | os.PathLike[str],
     manifest: Manifest,
     change: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
-    segment_bytes: int = 64 << 20,
+    segment_bytes: int = SEGMENT_BYTES,
 ) -> Store:
     """Write the rows of a store under another manifest of the same blocks, a block at a time.
 

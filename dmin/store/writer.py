@@ -29,6 +29,7 @@ from dmin.store.segments import (
 )
 
 STALE_SECONDS = 24 * 3600.0
+SEGMENT_BYTES, SEAL_SECONDS = 64 << 20, 60.0
 
 
 @dataclass
@@ -75,8 +76,8 @@ class StoreWriter:
         path: str | os.PathLike[str],
         manifest: Manifest,
         *,
-        segment_bytes: int = 64 * 2**20,
-        seal_seconds: float = 60.0,
+        segment_bytes: int = SEGMENT_BYTES,
+        seal_seconds: float = SEAL_SECONDS,
         verify: bool = True,
     ) -> None:
         """Make or check the manifest, and look which blocks are there."""

@@ -20,8 +20,8 @@ Stream = Callable[[], Iterable[Tensor]]
 
 # Eigenvalues below this share of the largest are rounding: they are taken for zero.
 ROUNDING = 1e-12
-# Directions, or thousands of columns, that are widened to float64 at a time.
-CHUNK = 64
+MEMORY, PASSES = 1 << 30, 2  # bytes that fitting may take; passes where they do not hold all of C
+CHUNK = 64  # directions, or thousands of columns, that are widened to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ def fit_curvature(
     stream: Stream,
     shape: tuple[int, int, int],
     rank: int | None = None,
-    memory: int = 1 << 30,
-    passes: int = 2,
+    memory: int = MEMORY,
+    passes: int = PASSES,
     seed: int = 0,
 ) -> Curvature:
     """Eigendecompose ``C_b = (1/n) Σ_i φ_ib φ_ibᵀ`` for B kinds of rows at once.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.attribution.curvature.curvature import Curvature, fit_curvature
+from dmin.attribution.curvature.curvature import MEMORY, PASSES, Curvature, fit_curvature
 from dmin.attribution.features import ExampleBlock, FeatureSet
 from dmin.attribution.method import Method
 from dmin.runtime.errors import DminError
@@ -42,8 +42,8 @@ class DampedCurvatureMethod(Method):
         self,
         alpha: float | None = 0.1,
         rank: int | None = None,
-        memory: int = 1 << 30,
-        passes: int = 2,
+        memory: int = MEMORY,
+        passes: int = PASSES,
         effective: float | None = None,
     ) -> None:
         self.alpha: float | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmin.attribution.curvature.curvature import MEMORY, PASSES
 from dmin.attribution.curvature.damped import DampedCurvatureMethod
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
 from dmin.attribution.inner_product import scaled_rows
@@ -40,8 +41,8 @@ class DAS(DampedCurvatureMethod):
         alpha: float | None = 0.1,
         leverage: bool = True,
         rank: int | None = None,
-        memory: int = 1 << 30,
-        passes: int = 2,
+        memory: int = MEMORY,
+        passes: int = PASSES,
         effective: float | None = None,
     ) -> None:
         super().__init__(alpha, rank, memory, passes, effective)

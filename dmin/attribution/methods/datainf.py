@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmin.attribution.curvature.curvature import MEMORY, PASSES
 from dmin.attribution.curvature.damped import DampedCurvatureMethod
 from dmin.attribution.features import ExampleBlock, FeatureSet
 from dmin.attribution.inner_product import InnerProduct, summed_rows, with_summed_rows
@@ -37,8 +38,8 @@ class DataInf(DampedCurvatureMethod, InnerProductMethod):
         self,
         alpha: float = 0.1,
         rank: int | None = None,
-        memory: int = 1 << 30,
-        passes: int = 2,
+        memory: int = MEMORY,
+        passes: int = PASSES,
     ) -> None:
         super().__init__(alpha, rank, memory, passes)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmin.attribution.curvature.curvature import MEMORY, PASSES
 from dmin.attribution.features import ExampleBlock, FeatureSet
 from dmin.attribution.method import Method, Requires
 from dmin.attribution.methods.combination import Combination
@@ -113,8 +114,8 @@ class TRAKEnsemble(OverCheckpoints):
         checkpoints: Sequence[str] = (),
         alpha: float = 0.1,
         rank: int | None = None,
-        memory: int = 1 << 30,
-        passes: int = 2,
+        memory: int = MEMORY,
+        passes: int = PASSES,
         readout: str = "loss",
         name: str | None = None,
     ) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dmin.attribution.curvature.curvature import MEMORY, PASSES
 from dmin.attribution.features import ExampleBlock, FeatureSet
 from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.methods.spectral import SpectralFamily
@@ -70,8 +71,8 @@ class SharpEnergy(SpectralFamily):
         lengths: float = 0.0,
         sharpness: float = 2.0,
         rank: int | None = None,
-        memory: int = 1 << 30,
-        passes: int = 2,
+        memory: int = MEMORY,
+        passes: int = PASSES,
         effective: float | None = 8.0,
         name: str | None = None,
     ) -> None:

@@ -10,6 +10,7 @@ from typing import Self
 
 from torch import Tensor
 
+from dmin.attribution.curvature.curvature import MEMORY, PASSES
 from dmin.attribution.curvature.damped import DampedCurvatureMethod, checked_damping
 from dmin.attribution.features import ExampleBlock, FeatureSet
 from dmin.attribution.inner_product import InnerProduct, scaled_rows
@@ -43,8 +44,8 @@ class SpectralFamily(DampedCurvatureMethod):
         p: float = 1.0,
         weights: Sequence[float] | None = None,
         rank: int | None = None,
-        memory: int = 1 << 30,
-        passes: int = 2,
+        memory: int = MEMORY,
+        passes: int = PASSES,
         effective: float | None = None,
     ) -> None:
         super().__init__(alpha, rank, memory, passes, effective)
@@ -122,8 +123,8 @@ class ZSum(Spectral):
         p: float = 1.0,
         weights: Sequence[float] | None = None,
         rank: int | None = None,
-        memory: int = 1 << 30,
-        passes: int = 2,
+        memory: int = MEMORY,
+        passes: int = PASSES,
         effective: float | None = None,
         sample: int = 1024,
     ) -> None:

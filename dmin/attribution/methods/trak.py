@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dmin.attribution.curvature.curvature import MEMORY, PASSES
 from dmin.attribution.curvature.damped import DampedCurvatureMethod
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
 from dmin.attribution.inner_product import InnerProduct, summed_rows, with_summed_rows
@@ -51,8 +52,8 @@ class TRAK(DampedCurvatureMethod):
         self,
         alpha: float | None = 0.1,
         rank: int | None = None,
-        memory: int = 1 << 30,
-        passes: int = 2,
+        memory: int = MEMORY,
+        passes: int = PASSES,
         effective: float | None = None,
         readout: str = "loss",
         divisor: Literal["change", "length"] | None = None,

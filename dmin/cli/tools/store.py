@@ -93,8 +93,8 @@ def _run(arguments: Sequence[str]) -> str:
         from dmin.store.interchange import import_store
 
         ids = _lines(settings["ids"]) if "ids" in settings else None
-        dtype = settings.get("dtype", "float16")
-        done = import_store(paths[0], paths[1], settings.get("sketch"), ids, dtype)
+        said = {key: settings[key] for key in ("sketch", "dtype") if key in settings}
+        done = import_store(paths[0], paths[1], ids=ids, **said)
         return f"{done.path}: {len(done):,} rows"
     if name == "metadata":
         from dmin.collect.described import refresh_metadata
