@@ -1,6 +1,6 @@
 const find = (selector) => element.querySelector(selector), tag = (name, given = {}, ...inside) => { const node = Object.assign(document.createElement(name), given); node.append(...inside); return node; };
 const canvas = find("canvas"), pen = canvas.getContext("2d"), choice = find("select"), pictures = new Map(), dark = matchMedia("(prefers-color-scheme: dark)");
-let data = null, spots = [], chosen = null, near = [], over = null;
+let data = null, ranks = {}, spots = [], chosen = null, near = [], over = null;
 const css = (name) => getComputedStyle(element).getPropertyValue(name);
 
 async function ask(what, ...given) {
@@ -21,7 +21,7 @@ find(".tip img").onload = sharpen;
 function colourOf(place) {
   const key = choice.value;
   if (data.columns[key]) return data.colours[key][data.columns[key][place]][dark.matches ? 1 : 0];
-  return `color-mix(in oklab, ${css("--against")} ${Math.round(100 * data.ranks[key][place])}%, ${css("--accent")})`;
+  return `color-mix(in oklab, ${css("--against")} ${Math.round(100 * ranks[key][place])}%, ${css("--accent")})`;
 }
 
 function draw() {
@@ -86,7 +86,12 @@ new ResizeObserver(async () => {
   data = false; // asked for once, when it is first seen
   data = await ask("plane");
   if (!data) return;
-  choice.replaceChildren(...[...Object.keys(data.columns), ...Object.keys(data.ranks)].map((name) => tag("option", { textContent: name })));
+  // By rank, so that a few large ones do not leave the others one colour.
+  for (const [key, values] of Object.entries(data.numbers)) {
+    ranks[key] = [];
+    values.map((_, place) => place).sort((a, b) => values[a] - values[b]).forEach((place, rank) => { ranks[key][place] = rank / values.length; });
+  }
+  choice.replaceChildren(...[...Object.keys(data.columns), ...Object.keys(data.numbers)].map((name) => tag("option", { textContent: name })));
   const shares = data.explained.map((share) => `${Math.round(100 * share)} %`).join(" and "), shown = data.points.length;
   find(".facts").textContent = `${shown === data.of ? `${shown}` : `${shown} of ${data.of}, evenly drawn`} training examples; two principal components of their rows, ${shares} of the variance`;
   legend(); draw();

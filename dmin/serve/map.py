@@ -33,11 +33,8 @@ class StoreMap:
         self.shown = evenly(len(store), max(2, BYTES // width), ends=True)
         self.rows = store.rows(readout, self.shown).reshape(len(self.shown), -1)
         self.rows /= np.maximum(np.linalg.norm(self.rows, axis=1, keepdims=True), 1e-12)
-        squares = store.norms(readout)[self.shown] ** 2
-        self.numbers = {
-            "loss": store.losses()[self.shown].mean((1, 2)),
-            "self-influence ‖g‖²": squares.sum(3).mean((1, 2)),
-        }
+        self.loss = store.losses()[self.shown].mean((1, 2))
+        self.influence = (store.norms(readout)[self.shown] ** 2).sum(3).mean((1, 2))
 
     def plane(self) -> dict[str, Any]:
         """Return where each row lies by the first two principal components, and its columns."""
@@ -49,8 +46,7 @@ class StoreMap:
             values = [text(each.get(key, "none")) for each in facts]
             if 1 < len({*values}) <= KINDS:
                 columns[str(key)] = values
-        # By rank, so that a few large ones do not leave the others one colour.
-        ranks = {key: (v.argsort().argsort() / len(v)).tolist() for key, v in self.numbers.items()}
+        numbers = {"loss": self.loss.tolist(), "self-influence ‖g‖²": self.influence.tolist()}
         return {
             "points": found.tolist(),
             "explained": pca.explained_variance_ratio_.tolist(),
@@ -60,8 +56,7 @@ class StoreMap:
             "colours": {
                 k: method_colours(dict.fromkeys(sorted({*columns[k]}), "")) for k in columns
             },
-            "ranks": ranks,
-            "numbers": {key: values.tolist() for key, values in self.numbers.items()},
+            "numbers": numbers,
         }
 
     def near(self, place: int) -> list[tuple[int, float]]:

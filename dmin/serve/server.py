@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dmin.runtime.errors import DminError
 from dmin.runtime.signals import StopSignals
@@ -15,8 +15,6 @@ from dmin.serve.gate import Gate
 
 if TYPE_CHECKING:
     from dmin.serve.page import Desk
-
-LINGER = 2  # seconds that open connections have at the end
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -65,10 +63,8 @@ def serve(
 
     limit = int(3 * upload_mb * 1e6) + 2**20  # a picture and a mask, in base64
     gate = Gate(mounted(desk, upload_mb, queue), limit, token)
-    config = uvicorn.Config(
-        gate, log_level="critical", timeout_graceful_shutdown=LINGER, ws="none", lifespan="on"
-    )
-    server = uvicorn.Server(config)
+    options: dict[str, Any] = {"log_level": "critical", "ws": "none", "lifespan": "on"}
+    server = uvicorn.Server(uvicorn.Config(gate, timeout_graceful_shutdown=2, **options))
     host, port = at.getsockname()[:2]
     query = "" if token is None else f"?token={token}"
     tell(f"http://{f'[{host}]' if ':' in host else host}:{port}/{query}")

@@ -208,11 +208,11 @@ def test_a_model_that_is_gone_and_a_server_that_is_stopped_are_told(browser, pla
     with served(place) as (command, url), visited(browser, url, complains=True) as page:
         page.get_by_role("tab", name="Generate one").click()
         ask(page)
-        refused(page, "unet")
+        refused(page, "cannot load a DDPMPipeline from it")
         shutil.copy(away, weights)  # and the page goes on
         page.get_by_label("Steps").fill("300")
         ask(page)
-        page.get_by_text("generating the picture").wait_for()
+        page.get_by_text("generating the picture").first.wait_for()
         command.send_signal(signal.SIGTERM)
         page.get_by_text("The server is away").wait_for()
     assert (place / "outputs/runs/serve").is_dir()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from dmin.cli.commands.command import Command, shown_count
+from dmin.cli.config.explain import explain
 from dmin.cli.config.line import words
 from dmin.cli.config.shorthand import UPLOADS
 from dmin.cli.workspace.asked import SELECTED, Asked
@@ -51,6 +53,15 @@ def serve(work: Workspace, results: dict[str, Any]) -> None:
     server.serve(desk, at, upload_mb, queue, token, lambda url: tell(f"Open {url} (Ctrl-C ends)"))
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """Have what cannot be built from its settings told in the words of the command line."""
+    try:
+        yield
+    except InstantiationException as error:
+        raise DminError(explain(error) or str(error)) from error
+
+
 class Reader:
     """Answers with the model and the store of a configuration, which it opens once.
 
@@ -75,14 +86,16 @@ class Reader:
     @cached_property
     def train(self) -> FeatureSet:
         """The training examples; the model is loaded for them."""
-        return self.work.train_side()
+        with _told():
+            return self.work.train_side()
 
     def examples(self) -> FeatureSet:
         """Return the store with its examples, for which no model is needed."""
         from dmin.attribution import FeatureSet
         from dmin.store import Store
 
-        return FeatureSet(Store(self.work.train_path), self.work.data)
+        with _told():
+            return FeatureSet(Store(self.work.train_path), self.work.data)
 
     @cached_property
     def offered(self) -> dict[str, Method]:
