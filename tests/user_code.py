@@ -67,6 +67,7 @@ def wrong(model: DiffusionModel, store: dmin.Store, ranking: dmin.Ranking, metho
     retrieve("my/queries", store)  # type: ignore[arg-type]
     retrieve(store, store, dmin.DMin)  # type: ignore[arg-type]
     print(retrieve(store, store).train_id)  # type: ignore[attr-defined]
+    ranking.to_panda()  # type: ignore[attr-defined]
     ranking.train_ids[0][0] + 1  # type: ignore[operator]
     store.metadata["label"]  # type: ignore[call-overload]
     method.fit(ranking)  # type: ignore[arg-type]

@@ -30,49 +30,15 @@ from dmin.attribution.search.approximate import Approximate
 from dmin.attribution.search.certified import Certified
 from dmin.attribution.search.topk import TopK
 
-__all__ = [
-    "CG",
-    "DAS",
-    "EKFAC",
-    "SSIM",
-    "TRAK",
-    "Approximate",
-    "Arnoldi",
-    "Blend",
-    "Certified",
-    "DMin",
-    "DataInf",
-    "EncoderCosine",
-    "ExampleBlock",
-    "FeatureSet",
-    "GaussianKernel",
-    "GradCos",
-    "GradDot",
-    "JourneyTRAK",
-    "LiSSA",
-    "Method",
-    "OverCheckpoints",
-    "PixelCosine",
-    "PixelL2",
-    "Places",
-    "Popularity",
-    "Random",
-    "Ranking",
-    "Requires",
-    "SharpEnergy",
-    "Spectral",
-    "TRAKEnsemble",
-    "TopK",
-    "TrainingLoss",
-    "Unlearning",
-    "ZSum",
-    "load_ranking",
-    "load_rankings",
-    "merged",
-    "places",
-    "ranked_groups",
-    "retrieve",
-    "retrieve_part",
-    "save_ranking",
-    "score_matrix",
-]
+# What goes in and comes out
+__all__ = ["ExampleBlock", "FeatureSet", "Places", "Ranking", "load_ranking", "load_rankings"]
+__all__ += ["merged", "places", "ranked_groups", "retrieve", "retrieve_part", "save_ranking"]
+# Methods
+__all__ += ["Method", "Requires", "score_matrix"]
+__all__ += ["Blend", "DMin", "GradCos", "GradDot", "SharpEnergy", "Spectral", "ZSum"]
+__all__ += ["DAS", "TRAK", "DataInf", "JourneyTRAK", "OverCheckpoints", "TRAKEnsemble"]
+__all__ += ["CG", "EKFAC", "Arnoldi", "LiSSA", "Unlearning"]
+__all__ += ["SSIM", "EncoderCosine", "GaussianKernel", "PixelCosine", "PixelL2"]
+__all__ += ["Popularity", "Random", "TrainingLoss"]
+# Ways to search
+__all__ += ["Approximate", "Certified", "TopK"]

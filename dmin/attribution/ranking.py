@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dmin.attribution.ranking_rows import Tabular
 from dmin.runtime.errors import DminError
 
 COUNTS = ("group_sizes", "at_least", "tiers", "copy_of")  # int64 [Q, K]
@@ -18,8 +19,8 @@ ERRORS = ("sketch_errors", "total_errors", "stability")  # float32 [Q, K]
 PARTS = ("contributions", "group_contributions", *ERRORS, *COUNTS)
 
 
-@dataclass(frozen=True, eq=False)
-class Ranking:
+@dataclass(frozen=True, eq=False, repr=False)
+class Ranking(Tabular):
     """The top-k training examples of each query, best first.
 
     Q queries, K training examples a query, T timesteps, G groups of parameters.
@@ -240,9 +241,8 @@ class Ranking:
 
     def places(self) -> Iterator[tuple[int, int]]:
         """Yield query and rank of everything that is part of the answer."""
-        for query in range(len(self.query_ids)):
-            for rank in range(self.count(query)):
-                yield query, rank
+        queries = range(len(self.query_ids))
+        yield from ((query, rank) for query in queries for rank in range(self.count(query)))
 
     @property
     def timestep_names(self) -> list[str]:

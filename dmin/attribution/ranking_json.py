@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from dmin.attribution.ranking import PER_QUERY, Ranking
+from dmin.attribution.ranking_rows import COUNTED, ERRORS, number, score_facts, score_of_passes
 from dmin.runtime.errors import DminError
 
 FORMAT, VERSION = "dmin-ranking", 3  # without these two a file is of version 1
 # Fields of a ranking, by what a file calls them.
-COUNTED = {"tiers": "tier", "copy_of": "copy_of"}  # from 1
 COUNTS = {"group_sizes": "examples", "at_least": "at_least"}
 PARTS = {n: n for n in ("contributions", "group_contributions")}
-ERRORS = {"sketch_errors": "sketch_error", "total_errors": "total_error", "stability": "stability"}
 PER_EXAMPLE = {**ERRORS, **COUNTS, **PARTS}
 
 
@@ -89,25 +88,6 @@ def _example(ranking: Ranking, query: int, rank: int, centred: np.ndarray | None
         found["tied_copies"] = ranking.tied_copies[query][rank]
     parts = {name: getattr(ranking, name) for name in PARTS} | {"centred": centred}
     return found | {n: _numbers(v[query, rank]) for n, v in parts.items() if v is not None}
-
-
-def score_of_passes(ranking: Ranking, query: int, rank: int) -> float | None:
-    """Return the score times how often an epoch passed the example, if that is a number."""
-    passes = ranking.train_metadata[query][rank].get("repeats", 1)
-    score = ranking.scores[query, rank]
-    return number(score * passes) if isinstance(passes, int | float) else None
-
-
-def score_facts(ranking: Ranking, query: int, rank: int) -> dict[str, Any]:
-    """Return what is known of a score besides; ranks and tiers count from 1."""
-    known = {key: getattr(ranking, name) for name, key in ERRORS.items()}
-    found: dict[str, Any] = {n: number(v[query, rank]) for n, v in known.items() if v is not None}
-    if ranking.maximum is not None:
-        found["maximum"] = number(ranking.maximum[query])
-    if (percentile := ranking.percentile(query, rank)) is not None:
-        found["percentile"] = round(percentile, 7)
-    counted = {key: getattr(ranking, name) for name, key in COUNTED.items()}
-    return found | {n: int(v[query, rank]) + 1 for n, v in counted.items() if v is not None}
 
 
 def dump_ranking(ranking: Ranking) -> bytes:
@@ -216,11 +196,6 @@ def _per_query(queries: list[dict[str, Any]], name: str) -> np.ndarray | None:
 def _numbers(values: np.ndarray) -> list[float | None]:
     """Return numbers as JSON has them, which knows no NaN."""
     return [number(value) if np.isfinite(value) else None for value in values]
-
-
-def number(value: Any) -> float:
-    """Take the shortest decimal that reads back as the same float32: .9, not .8999999762."""
-    return float(str(np.float32(value)))
 
 
 def plain(value: Any) -> Any:

@@ -17,24 +17,6 @@ from dmin.evaluation.truths.removal import Removal, UnionRemoval
 from dmin.evaluation.truths.self_influence import SelfInfluence
 from dmin.evaluation.tuning import Tuning
 
-__all__ = [
-    "LDS",
-    "Benchmark",
-    "BenchmarkContext",
-    "Diversity",
-    "Ensemble",
-    "GroundTruth",
-    "LeaveOut",
-    "Recipe",
-    "Relevance",
-    "Removal",
-    "Report",
-    "Result",
-    "SameColumn",
-    "SameLabel",
-    "SelfInfluence",
-    "Source",
-    "Task",
-    "Tuning",
-    "UnionRemoval",
-]
+__all__ = ["Benchmark", "BenchmarkContext", "Ensemble", "Recipe", "Report", "Result", "Task"]
+__all__ += ["LDS", "Diversity", "GroundTruth", "LeaveOut", "Relevance", "Removal", "UnionRemoval"]
+__all__ += ["SameColumn", "SameLabel", "SelfInfluence", "Source", "Tuning"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dmin.gradients.parameters import plain_name, uncompiled
 from dmin.runtime.errors import DminError
+from dmin.runtime.shown import ShownModel
 
 Condition = Mapping[str, Tensor]
 """What the model is conditioned on: named tensors with one row an example."""
@@ -46,7 +47,7 @@ def _ladder(model: Any, *timesteps: Sequence[float]) -> Any:
     return model.timesteps
 
 
-class DiffusionModel(nn.Module):
+class DiffusionModel(ShownModel, nn.Module):
     """A diffusion model as dmin sees it: encode, predict, sample.
 
     A model of your own needs :attr:`network` and :meth:`predict`; :meth:`encode` when it has

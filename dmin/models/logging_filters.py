@@ -1,9 +1,10 @@
-"""What transformers and diffusers log on loading and encoding: less of it, and in fewer words."""
+"""What transformers, diffusers and Lightning say by the way: less of it, and in fewer words."""
 
 from __future__ import annotations
 
 import logging
 import re
+import warnings
 from typing import Any
 
 # Logger -> the beginning of remarks that ask nothing of whoever runs dmin.
@@ -12,6 +13,8 @@ _LEFT_OUT = {
     "transformers.utils.import_utils": r"`\w+ImageProcessor` requires torchvision",
     # Of such captions the pipeline says itself that they are cut.
     "transformers.tokenization_utils_base": r"Token indices sequence length is longer",
+    # What there is not, what to install, and that a training ended where it was to end.
+    "lightning.pytorch.utilities.rank_zero": r"[A-Z]PU available|💡|`Trainer.fit` stopped: `max_",
 }
 
 
@@ -39,6 +42,7 @@ def filter_logging() -> None:
             return not re.match(beginning, str(record.msg))
 
         logging.getLogger(name).addFilter(wanted)
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # Lightning's own affair
 
 
 def hide_bars() -> None:

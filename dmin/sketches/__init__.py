@@ -11,16 +11,5 @@ from dmin.sketches.oporp import OPORP
 from dmin.sketches.sjlt import SJLT
 from dmin.sketches.tensor_sketch import TensorSketch
 
-__all__ = [
-    "OPORP",
-    "SJLT",
-    "Auto",
-    "BlockCyclic",
-    "Factored",
-    "FullGradient",
-    "Gaussian",
-    "MaskSJLT",
-    "Sketch",
-    "Sketched",
-    "TensorSketch",
-]
+__all__ = ["OPORP", "SJLT", "Auto", "BlockCyclic", "Factored", "FullGradient", "Gaussian"]
+__all__ += ["MaskSJLT", "Sketch", "Sketched", "TensorSketch"]

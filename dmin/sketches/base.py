@@ -14,6 +14,7 @@ from torch import Tensor
 from dmin.gradients.factors import Dense, GradientFactors, wide_dtype
 from dmin.gradients.parameters import Parameter, Parameters
 from dmin.runtime.errors import DminError
+from dmin.runtime.shown import Shown
 from dmin.sketches import bounds
 from dmin.sketches.backends import Kernels, backend_for
 from dmin.sketches.backends.base import Backend, GroupRows
@@ -51,7 +52,7 @@ class Accumulator:
         ]
 
 
-class Sketch(ABC):
+class Sketch(Shown, ABC):
     """A random linear map S from the gradients of a model to k dimensions a group.
 
     ``E⟨S g, S h⟩ = ⟨g, h⟩``: inner products survive in the mean, with the variance each family
@@ -99,6 +100,10 @@ class Sketch(ABC):
         folds = {} if self.folds is None else {"folds": self.folds}
         revision = {} if self.revision == 1 else {"revision": self.revision}
         return {"family": self.family, "dim": self.dim, "seed": self.seed, **folds, **revision}
+
+    def facts(self) -> dict[str, Any]:
+        """Return what defines the map."""
+        return self.describe()
 
     def begin(self, batch: int, like: Tensor, budget: int = 16 << 20) -> Accumulator:
         """Start the rows of a batch.

@@ -25,12 +25,4 @@ from dmin.store.manifest import Layout, Manifest
 from dmin.store.reader import Block, Store
 from dmin.store.writer import Rows, StoreWriter
 
-__all__ = [
-    "Block",
-    "Layout",
-    "Manifest",
-    "Rows",
-    "Store",
-    "StoreWriter",
-    "check_comparable",
-]
+__all__ = ["Block", "Layout", "Manifest", "Rows", "Store", "StoreWriter", "check_comparable"]

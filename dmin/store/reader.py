@@ -14,6 +14,7 @@ import numpy as np
 
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
+from dmin.runtime.shown import Shown
 from dmin.store.amendments import read_forgotten, read_metadata, removed_rows, tombstone
 from dmin.store.catalog import Catalog
 from dmin.store.encoding import decode, word_sums
@@ -30,7 +31,7 @@ class Block(NamedTuple):
     norms: np.ndarray
 
 
-class Store:
+class Store(Shown):
     """Read a store; rows are the examples present, in the order of the dataset.
 
     Segments are mapped into memory when their features are read: these must not be truncated
@@ -86,6 +87,18 @@ class Store:
     def __len__(self) -> int:
         """Return the number of rows present."""
         return len(self.positions)
+
+    def facts(self) -> dict[str, Any]:
+        """Return where it is, how much of it is there, and the axes of its features."""
+        of = "" if self.complete else f" of {self.manifest.num_examples:,}"
+        axes = self.layout
+        return {
+            "path": self.path,
+            "examples": f"{len(self):,}{of}",
+            "readouts": ", ".join(axes.readouts),
+            "shape": tuple(axes.row_shape),
+            "dtype": axes.dtype,
+        }
 
     @property
     def layout(self) -> Layout:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -82,7 +81,6 @@ class Built:
         self.outputs: Path = Path(cfg.paths.outputs)
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # Lightning's own affair
         if cfg.extras.threads is not None:
             import torch
 
