@@ -53,12 +53,14 @@ def check_train(train: FeatureSet, method: Method) -> None:
 
 def _check_origin(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
     """Refuse a model that is not the one the features were made with."""
-    guidance = queries.store.manifest.dataset.get("guidance")
-    if guidance is not None:
+    told = queries.store.manifest.dataset
+    if asked := {name: told[name] for name in ("guidance", "without") if name in told}:
+        ((name, value),) = asked.items()
+        spelled = f"{value:g}" if isinstance(value, float) else repr(value)
         raise DminError(
-            f"the queries were collected with model.query_guidance={guidance:g}, but method="
-            f"{method.name} computes their gradients anew, without guidance. Set "
-            f"model.query_guidance=null, or take a method that reads the store."
+            f"the queries were collected with model.query_{name}={spelled}, but method="
+            f"{method.name} computes their gradients anew, of the plain loss. Set "
+            f"model.query_{name}=null, or take a method that reads the store."
         )
     if train.origin is None:
         raise DminError(

@@ -44,7 +44,8 @@ _WORDS = dict.fromkeys(
 ) | {
     "losses": " [STORE] [HELD_OUT ...] [--limit N]",
     "sample": " [STORE] [--prompt TEXT ...]",
-    "retrieve": " [STORE] [PICTURE ...] [--prompt TEXT ...] [--region X,Y,W,H | --mask FILE]",
+    "retrieve": " [STORE] [PICTURE ...] [--prompt TEXT ...]"
+    " [--concept TEXT --without TEXT] [--region X,Y,W,H | --mask FILE] [--places N]",
 }
 _STORE = """
 A STORE is a folder that `dmin collect` made. It keeps the settings of model, data and loss, which

@@ -46,7 +46,8 @@ class Captioned(TextConditioned):
     @classmethod
     def reads_captions(cls, settings: Mapping[str, Any]) -> bool:
         """Say whether examples need captions: unless it is never told any."""
-        return settings.get("query_guidance") is not None or settings.get("prompt_dropout", 0) < 1
+        asked = (settings.get(name) for name in ("query_guidance", "query_without"))
+        return any(each is not None for each in asked) or settings.get("prompt_dropout", 0) < 1
 
     def describe_sampling(self) -> dict[str, Any]:
         """Return sampler, guidance, size and the encoders' digests."""

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from torch import Tensor
 
 from dmin.diffusion.process import Process
@@ -46,6 +47,10 @@ class LatentDiffusion(PipelineModel):
         query_guidance: w, of queries. None: a query's loss is that of a training example. A number:
             it is that of the guided prediction ``∅ + w (c − ∅)`` which the sampler followed, at
             twice the cost. The training side stays as it was trained, without guidance.
+        query_without: c⁻, a prompt (or class) that queries are asked about without: a query's loss
+            is ``‖sg[ε(c) + (ε(c) − ε(c⁻))] − ε(c)‖²``, whose gradient is what makes the model's
+            predictions for the two prompts differ (Concept-TRAK, arXiv 2507.06547, its utility
+            part; its λ is a length, which unit rows have not). At twice the cost.
         settings: of :class:`~dmin.models.trained.TrainedModel`.
 
     Raises:
@@ -70,6 +75,7 @@ class LatentDiffusion(PipelineModel):
         prompt_dropout: float = 0.0,
         guidance_scale: float | None = None,
         query_guidance: float | None = None,
+        query_without: str | int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(pipeline, guidance_scale, **settings)
@@ -80,6 +86,11 @@ class LatentDiffusion(PipelineModel):
                 f"model.prompt_dropout={prompt_dropout}: give a share of the training steps, from "
                 f"0 (the prompt is always given) to 1 (never); 0.1 is usual."
             )
+        if query_guidance is not None and query_without is not None:
+            raise DminError(
+                f"model.query_guidance={query_guidance:g} and model.query_without="
+                f"{query_without!r} are two losses of a query. Set one of them to null."
+            )
         check_weights(self.network)
         check_component("vae", diffusers_name(pipeline.vae), self.family, "model")
         latent = latent_channels(pipeline.vae.config)
@@ -88,12 +99,14 @@ class LatentDiffusion(PipelineModel):
         self.latent_seed = latent_seed
         self.prompt_dropout = prompt_dropout
         self.query_guidance = query_guidance
+        self.query_without = query_without
         self.guidance: float | None = None
+        self.without: str | int | None = None
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         """Return latents and condition, computed where the encoders are, on the images' device."""
         image = batch["image"]
-        self._check_size(image, batch["id"][0])
+        vae.check_size(self.pipeline.vae, image, self.patch, batch["id"][0], type(self).__name__)
         if "condition_image" in batch and not self.reads_condition_images({}):
             raise DminError(f"{type(self).__name__} is given no images: data.condition_image=null.")
         condition = {**self._prompted(batch), **self._sizes(batch)}
@@ -102,29 +115,36 @@ class LatentDiffusion(PipelineModel):
 
     def _prompted(self, batch: Mapping[str, Any]) -> Condition:
         """Return the conditions that come from prompts, or from there being none."""
-        guided = self.guidance is not None
+        guided = self.guidance is not None or self.without is not None
         with_prompt = guided or self.prompt_dropout < 1
         given = self._embedded(self._prompts(batch)) if with_prompt else {}
         if not guided and self.prompt_dropout == 0:
             return given
         count, prefix = len(batch["image"]), DROPPED if with_prompt else ""
+        if self.without is not None and self.without in self._prompts(batch):
+            raise DminError(
+                f"model.query_without={self.without!r} is the prompt of a query itself: there is "
+                f"no difference to ask about. Name another prompt (--without)."
+            )
+        without = None if self.without is None else [self.without]
         nothing = {
             f"{prefix}{name}": value.expand(count, *value.shape[1:]).contiguous()
-            for name, value in self._embedded(None).items()
+            for name, value in self._embedded(without).items()
         }
         return {**given, **nothing}
 
     def for_queries(self) -> Self:
         """Return the model that queries are differentiated with; it shares the network."""
-        if self.query_guidance is None:
+        if not self.describe_query():
             return self
-        guided = copy.copy(self)
-        guided.guidance = self.query_guidance
-        return guided
+        asked = copy.copy(self)
+        asked.guidance, asked.without = self.query_guidance, self.query_without
+        return asked
 
     def describe_query(self) -> dict[str, Any]:
-        """Return the guidance of queries, if they have any."""
-        return {} if self.query_guidance is None else {"guidance": self.query_guidance}
+        """Return the guidance of queries, or what they are asked about without."""
+        found = {"guidance": self.query_guidance, "without": self.query_without}
+        return {name: value for name, value in found.items() if value is not None}
 
     def condition(self, prompts: Sequence[Any]) -> Condition:
         """Return the part of the condition that comes from prompts, on the network's device."""
@@ -151,6 +171,9 @@ class LatentDiffusion(PipelineModel):
         if not nothing:
             return found
         other = predicted({**given, **nothing})
+        if self.without is not None:
+            target = (2 * found.prediction - other.prediction).detach()
+            return Prediction(found.prediction, target, torch.ones_like(found.weight))
         if self.guidance is None:
             return found._replace(dropped=Dropped(self.prompt_dropout, other))
         step = self.guidance * (found.prediction - other.prediction)
@@ -212,11 +235,11 @@ class LatentDiffusion(PipelineModel):
 
     def _tokens(self, latents: Tensor) -> Any:
         """Return latents ``[batch, C, h, w]`` as the network takes them."""
-        return pack(latents) if self.claims.packing > 1 else latents
+        return vae.pack(latents) if self.claims.packing > 1 else latents
 
     def _latents(self, tokens: Any, shape: Sequence[int]) -> Tensor:
         """Return latents of a shape, of what the network takes or returns."""
-        return unpack(tokens, shape) if self.claims.packing > 1 else tokens
+        return vae.unpack(tokens, shape) if self.claims.packing > 1 else tokens
 
     def _sizes(self, batch: Mapping[str, Any]) -> Condition:
         """Return conditions that come from the images' sizes, one row an image."""
@@ -245,32 +268,6 @@ class LatentDiffusion(PipelineModel):
         height, width = (side // self.vae_factor for side in images.shape[-2:])
         found = self._latents(latents, (len(latents), 1, height, width))
         return vae.decode(self.pipeline.vae, found, self.shifted)
-
-    def _check_size(self, image: Tensor, name: str) -> None:
-        autoencoder = self.pipeline.vae
-        needed = 3 if vae.of_frames(autoencoder) else autoencoder.config["in_channels"]
-        unit = self.vae_factor * self.patch
-        channels, height, width = image.shape[1:]
-        if channels != needed or height % unit or width % unit:
-            raise DminError(
-                f"image {name!r} is {(channels, height, width)} (channels, height, width), which "
-                f"does not fit {type(self).__name__}: {needed} channels are needed, "
-                f"and sides that are multiples of {unit}. Set data.size and data.mode."
-            )
-
-
-def pack(x: Tensor) -> Tensor:
-    """Return latents ``[batch, C, h, w]`` as tokens ``[batch, hw/4, 4C]``: squares of 2 × 2."""
-    batch, channels, height, width = x.shape
-    squares = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return squares.reshape(batch, height * width // 4, 4 * channels)
-
-
-def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return tokens as latents with height and width of a shape: the inverse of :func:`pack`."""
-    height, width = shape[-2:]
-    squares = tokens.reshape(len(tokens), height // 2, width // 2, -1, 2, 2)
-    return squares.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
 
 
 class LearnedVariance(LatentDiffusion):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -127,3 +128,30 @@ def factor(vae: Any) -> int:
 def of_frames(vae: Any) -> bool:
     """Tell whether an autoencoder is one of videos, for which an image is a single frame."""
     return any(isinstance(module, nn.Conv3d) for module in vae.modules())
+
+
+def check_size(vae: Any, image: Tensor, patch: int, name: str, family: str) -> None:
+    """Refuse images ``[batch, C, H, W]`` that a VAE, or a patch of its latents, does not divide."""
+    needed = 3 if of_frames(vae) else vae.config["in_channels"]
+    unit = factor(vae) * patch
+    channels, height, width = image.shape[1:]
+    if channels != needed or height % unit or width % unit:
+        raise DminError(
+            f"image {name!r} is {(channels, height, width)} (channels, height, width), which "
+            f"does not fit {family}: {needed} channels are needed, and sides that are multiples of "
+            f"{unit}. Set data.size and data.mode."
+        )
+
+
+def pack(x: Tensor) -> Tensor:
+    """Return latents ``[batch, C, h, w]`` as tokens ``[batch, hw/4, 4C]``: squares of 2 × 2."""
+    batch, channels, height, width = x.shape
+    squares = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return squares.reshape(batch, height * width // 4, 4 * channels)
+
+
+def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return tokens as latents with height and width of a shape: the inverse of :func:`pack`."""
+    height, width = shape[-2:]
+    squares = tokens.reshape(len(tokens), height // 2, width // 2, -1, 2, 2)
+    return squares.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)

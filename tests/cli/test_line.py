@@ -129,6 +129,15 @@ def test_prompts_alone_are_generated(there):
         assert cfg.queries.prompts == ["a fox", 3]
 
 
+def test_a_concept_is_asked_about_by_two_prompts(there):
+    words = ["stores/cats", "--concept=a red fox"]
+    cfg = composed(parse("retrieve", [*words, "--without=a fox"]))
+    assert cfg.queries.prompts == ["a red fox"] and cfg.model.query_without == "a fox"
+    for wrong in ([], ["--without=a red fox"], ["--without=a fox", "--prompt=a cat"]):
+        with pytest.raises(DminError, match="two prompts that differ"):
+            parse("retrieve", [*words, *wrong])
+
+
 def test_a_part_of_a_picture_is_asked_about(there):
     asked = composed(parse("retrieve", ["stores/cats", "cat.png", "--region", "0,0.5,1,.5"]))
     assert asked.queries.region == [0, 0.5, 1, 0.5]

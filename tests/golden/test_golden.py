@@ -163,7 +163,7 @@ ADDED: set[str] = {
         *("retrieve.beside", "retrieve.places"),
     ),
     *("collect.restore", "extras.quiet", "model.text_encoders"),
-    *("losses.k", "losses.held_out"),
+    *("losses.k", "losses.held_out", "model.query_without"),
     *("serve.host", "serve.port", "serve.queue", "serve.upload_mb"),
     "data.layout",
     *("data.condition_image", "queries.condition_image"),

@@ -89,6 +89,37 @@ def test_rows_are_of_the_mean_loss_and_queries_of_the_guided_one(name, tmp_path)
         model.network.requires_grad_(False)
 
 
+@pytest.mark.parametrize("name", ["stable_diffusion", "dit", "flux"])
+def test_a_concept_is_what_makes_two_predictions_differ(name):
+    """The gradient is −2 (ε(c) − ε(c⁻)) · ∂ε(c) / P, by two calls of the network."""
+    family, without = FAMILIES[name], 1 if name == "dit" else "ab"
+    plain = load(name, query_without=without)
+    asked = plain.for_queries()
+    assert asked.describe_query() == {"without": without}
+    assert asked.describe() == load(name).describe()
+    batch = collate(examples(family, 1).examples)
+    other = {**batch, "label": [without]} if name == "dit" else {**batch, "caption": [without]}
+    calls, weight = [], next(iter(asked.network.parameters())).requires_grad_(True)
+    for model, each in ((asked, batch), (plain, batch), (plain, other)):
+        x0, condition = model.encode(each)
+        noise, at = SharedNoise(seed=5)(x0.shape[1:], STEP)[None], torch.tensor([STEP])
+        calls.append(model.predict(x0, noise, at, condition))
+    found, c, less = calls
+    torch.testing.assert_close(found.prediction, c.prediction)
+    difference = (c.prediction - less.prediction).detach()
+    assert difference.abs().max() > 0 and not found.target.requires_grad
+    expected = -2 * (difference * c.prediction).mean()
+    gradients = [
+        torch.autograd.grad(x, weight)[0] for x in (per_example_loss(found).sum(), expected)
+    ]
+    weight.requires_grad_(False)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+    with pytest.raises(DminError, match="prompt of a query itself"):
+        asked.encode(other)
+    with pytest.raises(DminError, match="two losses of a query"):
+        load(name, query_without=without, query_guidance=2.0)
+
+
 def test_guidance_of_one_is_no_guidance(tmp_path):
     model = load("stable_diffusion", query_guidance=1.0)
     with torch.no_grad():

@@ -77,12 +77,16 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     defaults: list[Any] = [{f"override {group}": None} for group in GROUPS if group in chosen]
     if run is not None and "model" not in given:
         defaults.append({"override model": run.family})
-    queries = _queries(pictures, options["prompt"], given) | _part(options, pictures, given)
+    prompts = options["prompt"] or [each for each in (options["concept"],) if each is not None]
+    queries = _queries(pictures, prompts, given) | _part(options, pictures, given)
     if queries and "queries" not in given:
         choice = "generated" if "prompts" in queries else "images"
         defaults.append({"override queries": choice})
     said = {
-        "model": _only(path=options["model"] and _literal(options["model"])),
+        "model": _only(
+            path=options["model"] and _literal(options["model"]),
+            query_without=options["without"] and _literal(options["without"]),
+        ),
         "collect": _only(path=store and _literal(str(store)), limit=options["limit"]),
         "queries": queries,
         "retrieve": _only(places=options["places"]),
@@ -165,6 +169,8 @@ def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], li
     parser.add_argument("--limit", type=int)
     parser.add_argument("--trust", action="store_true")
     parser.add_argument("--prompt", action="append", default=[])
+    parser.add_argument("--concept")
+    parser.add_argument("--without")
     parser.add_argument("--region")
     parser.add_argument("--mask")
     parser.add_argument("--places", type=int)
@@ -174,11 +180,18 @@ def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], li
             f"--limit looks at a part of the examples that gradients are collected of: "
             f"{', '.join(OF_A_STORE)}. `dmin {command}` has none."
         )
-    for option in ("prompt", "region", "mask", "places"):
+    for option in ("prompt", "concept", "without", "region", "mask", "places"):
         those = ("retrieve", "sample") if option == "prompt" else ("retrieve",)
         if getattr(found, option) and command not in those:
             named = " and ".join(f"`dmin {each}`" for each in those)
             raise DminError(f"--{option} is said to {named}, not to `dmin {command}`.")
+    said = [each for each in (found.concept, found.without) if each is not None]
+    if said and (len(set(said)) < 2 or found.prompt):
+        raise DminError(
+            f"--concept {found.concept!r} --without {found.without!r}"
+            f"{' and --prompt' if found.prompt else ''}: a concept is asked about by two prompts "
+            f"that differ, and no third: --concept 'a red fox' --without 'a fox'."
+        )
     return vars(found), rest
 
 

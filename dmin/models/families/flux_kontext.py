@@ -11,7 +11,7 @@ from torch import Tensor
 from dmin.models.base import Condition
 from dmin.models.families.flux import Flux
 from dmin.models.families.image_conditions import ImageConditioned
-from dmin.models.latent import pack, unpack
+from dmin.models.vae import pack, unpack
 
 
 class FluxKontext(Flux, ImageConditioned):
