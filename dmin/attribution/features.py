@@ -151,8 +151,7 @@ class FeatureSet:
     def counts(self) -> Tensor | None:
         """How often an epoch passed each example, float64 ``[N]``, by their metadata's ``repeats``.
 
-        None where it is once each. In a method's sums over the training set an example counts so
-        often, as if it stood there that many times.
+        None where it is once each. In a method's sums over the side an example counts so often.
 
         Raises:
             DminError: one is no positive number.

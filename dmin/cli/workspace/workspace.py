@@ -299,12 +299,13 @@ class Workspace(Built):
         """Return the training examples with their features, and what else methods require."""
         from dmin.attribution import FeatureSet
 
+        repeats = self.cfg.collect.get("repeats", True)  # records of before have none
         return FeatureSet(
             self.find_train(),
             self.data,
-            repeats=self.cfg.collect.repeats,
+            repeats=repeats,
             checkpoints={
-                path: FeatureSet(other.find_train(), self.data, repeats=self.cfg.collect.repeats)
+                path: FeatureSet(other.find_train(), self.data, repeats=repeats)
                 for path, other in self.checkpoints(methods).items()
             },
             origin=self.collector,
