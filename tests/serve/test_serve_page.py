@@ -216,3 +216,26 @@ def test_a_model_that_is_gone_and_a_server_that_is_stopped_are_told(browser, pla
         command.send_signal(signal.SIGTERM)
         page.get_by_text("The server is away").wait_for()
     assert (place / "outputs/runs/serve").is_dir()
+
+
+def test_no_path_from_a_browser_is_opened_and_what_waits_is_bounded(server):
+    httpx = pytest.importorskip("httpx")
+    with httpx.Client(base_url=server, timeout=60) as client:
+        config = client.get("config").json()
+
+        def joined(session, pad, steps=2):
+            asked = {"data": [pad, "3", ["dmin"], 5, 0, steps], "fn_index": 0}
+            return client.post("gradio_api/queue/join", json={**asked, "session_hash": session})
+
+        path = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+        for session, pad in (("a", path), ("b", {"picture": path}), ("c", {"picture": str(path)})):
+            assert joined(session, pad).status_code == 200
+            said = client.get(f"gradio_api/queue/data?session_hash={session}").text
+            assert "Drop a picture first" in said or "is no picture by its name" in said
+        names = [each["id"] for each in config["components"] if each["type"] == "html"]
+        asked = {"session_hash": "d", "component_id": names[-1], "fn_name": "map_of_store"}
+        for data in (["picture", "/etc/passwd"], ["picture", -1], ["rows", 0], ["near", 1e9], None):
+            told = client.post("gradio_api/component_server", json={**asked, "data": data})
+            assert told.json() == {"told": "There is no such example on the map."}
+        found = [joined(f"q{number}", None, 100).status_code for number in range(11)]
+        assert found[:8] == [200] * 8 and found[-1] == 503
