@@ -52,7 +52,7 @@ types: .venv/.installed ## count the public names whose types every checker sees
 
 docs: .venv/.installed ## build the site into outputs/site: run the notebooks, check every link (five minutes)
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	@NO_MKDOCS_2_WARNING=1 nice .venv/bin/mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 nice .venv/bin/mkdocs build --quiet
 	@.venv/bin/python docs/site/check.py outputs/site
 
 figures: .venv/.installed ## print the figures of the structure beside their limits

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # what type checkers see of the names below
     from dmin.sketches import OPORP as OPORP, Auto as Auto, BlockCyclic as BlockCyclic
     from dmin.store import Store as Store
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public names by where they live. They are imported when first used: `import dmin` is instant,
 # and reading a store needs neither torch nor Lightning.

@@ -1,5 +1,6 @@
-"""The README's Python runs as it stands, and the links of all pages lead somewhere."""
+"""The Python of docs/python.md runs as it stands, and the links of all pages lead somewhere."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from dmin.data.digits import Digits
 from dmin.sketches import BlockCyclic
 
 README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+PYTHON = README.parent / "docs" / "python.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PYTHON.read_text(), flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -60,3 +62,14 @@ def test_links_lead_somewhere():
         for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text())
     }
     assert len(links) > 50 and [key for key, path in links.items() if not path.exists()] == []
+
+
+def test_on_a_package_index_no_link_is_relative():
+    hook = importlib.util.spec_from_file_location("hatch_build", README.parent / "hatch_build.py")
+    module = importlib.util.module_from_spec(hook)
+    hook.loader.exec_module(module)
+    alone = module.absolute(README.read_text(), None)
+    assert not re.findall(r"\]\((?!https?:|#)", alone) and "docs/models.md" not in alone
+    hosted = module.absolute(README.read_text(), "https://host.example/dmin/")
+    assert "](https://host.example/dmin/blob/main/docs/" in hosted
+    assert "](https://host.example/dmin/raw/main/experiments/digits/gallery.png)" in hosted

@@ -70,5 +70,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     return "".join(p if p.startswith("```") else _LINK.sub(turned, p) for p in parts)
 
 
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Turn the links of a notebook, whose Markdown MkDocs does not see, to pages."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    return re.sub(r'href="(?!https?:)([^"#]+)\.(?:md|ipynb)(["#])', r'href="\1.html\2', html)
+
+
 def _resolved(source: str, link: str) -> str:
     return os.path.normpath(posixpath.join(posixpath.dirname(source), link))
