@@ -42,8 +42,8 @@ METHODS = [
     Spectral(0.5, 0.5, [1, 2, 0.5]),
     preset("spectral_energy", alpha=0.3, weights=[1, 2, 0.5]),
     SharpEnergy(),
-    SharpEnergy(0.3, 1.0, [1, 2, 0.5], sharpness=0.5, effective=None),
-    SharpEnergy(lengths=1.5, sharpness=1.0, effective=2.5),
+    SharpEnergy(0.3, 1.0, [1, 2, 0.5], exponent=0.5, effective=None),
+    SharpEnergy(length_weight=1.5, exponent=1.0, effective=2.5),
     ZSum(),
     TRAK(),
     preset("relative_if"),
@@ -53,7 +53,7 @@ METHODS = [
     DAS(leverage=False),
     DataInf(),
     Blend(SharpEnergy(), DAS(100.0, leverage=False), share=0.3),
-    Blend(SharpEnergy(), SharpEnergy(lengths=1.0, sharpness=1.0), share=0.3),
+    Blend(SharpEnergy(), SharpEnergy(length_weight=1.0, exponent=1.0), share=0.3),
     TrainingLoss(),
     GaussianKernel(),
     SSIM(0.5),
@@ -149,8 +149,8 @@ def by_hand(method, queries, train):
             for s in (queries, train)
         ]
         z, own = ((x - logs[1].mean(0)) / logs[1].std(0) for x in logs)
-        factor = np.exp(method.lengths * np.tanh(z)[:, None] * own.clip(-3, 3)[None])
-        return (spectral(method, queries, train) ** 2 * factor).sum(2) ** method.sharpness
+        factor = np.exp(method.length_weight * np.tanh(z)[:, None] * own.clip(-3, 3)[None])
+        return (spectral(method, queries, train) ** 2 * factor).sum(2) ** method.exponent
     if isinstance(method, Spectral):
         return spectral(method, queries, train).sum(2)
     if isinstance(method, GaussianKernel):
@@ -298,7 +298,7 @@ def test_methods_of_the_same_rows_share_one_fit(sides):
     fresh.fits.memory = low.nbytes  # so that only the last is kept
     TRAK(rank=3).fit(fresh)
     assert len(fresh.fits.kept) == 1
-    both = Blend(SharpEnergy(), SharpEnergy(lengths=1.0))
+    both = Blend(SharpEnergy(), SharpEnergy(length_weight=1.0))
     both.fit(FeatureSet(train.store))
     assert both.methods[0].curvature is both.methods[1].curvature
 
@@ -309,17 +309,17 @@ def test_one_thing_decides_the_damping():
             TRAK(**settings)
     with pytest.raises(DminError, match=r"method\.effective=0: give a positive"):
         SharpEnergy(effective=0)
-    with pytest.raises(DminError, match=r"method\.lengths=-1"):
-        SharpEnergy(lengths=-1)
+    with pytest.raises(DminError, match=r"method\.length_weight=-1"):
+        SharpEnergy(length_weight=-1)
 
 
 def test_gradients_as_long_as_the_querys_count_more(sides):
     """Of two examples of one direction, the query's own length decides which is first."""
     train = sides[1]
-    method = SharpEnergy(lengths=1.0, sharpness=1.0)
+    method = SharpEnergy(length_weight=1.0, exponent=1.0)
     method.fit(train)
     block = train.block(range(len(train)), method.requires)
-    plain = SharpEnergy(sharpness=1.0)
+    plain = SharpEnergy(exponent=1.0)
     plain.fit(train)
     lengths = block.norms["loss"].square().sum(-1).sqrt().mean((1, 2))
     longest, shortest = int(lengths.argmax()), int(lengths.argmin())
@@ -389,8 +389,8 @@ def test_settings_out_of_range_are_refused(sides):
     for wrong in (lambda: ZSum(sample=1), lambda: Blend(DMin(), DAS(), sample=1)):
         with pytest.raises(DminError, match="sample=1"):
             wrong()
-    with pytest.raises(DminError, match="sharpness=0"):
-        SharpEnergy(sharpness=0)
+    with pytest.raises(DminError, match="exponent=0"):
+        SharpEnergy(exponent=0)
     with pytest.raises(DminError, match="window of 23"):
         score_matrix(*sides, SSIM(3.0))
     with pytest.raises(DminError, match="bandwidth"):

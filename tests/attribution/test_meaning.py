@@ -167,7 +167,7 @@ METHODS = {
     "grad_cos": GradCos,
     "spectral": lambda: preset("spectral"),
     "z_sum": lambda: preset("z_sum"),
-    "sharp": lambda: SharpEnergy(lengths=0.7),
+    "sharp": lambda: SharpEnergy(length_weight=0.7),
     "blend": lambda: Blend(SharpEnergy(), DMin()),
     "popularity": Popularity,
     "random": Random,

@@ -32,7 +32,7 @@ SPLIT = {
     "trak": TRAK,
     "spectral": Spectral,
     "spectral_energy": lambda: preset("spectral_energy"),
-    "sharp_energy": lambda: SharpEnergy(sharpness=1.5, lengths=0.5),
+    "sharp_energy": lambda: SharpEnergy(exponent=1.5, length_weight=0.5),
     "das": DAS,
     "blend": lambda: Blend(preset("spectral_energy"), DMin()),
     "popularity": lambda: PopularityCorrected(preset("spectral_energy"), references=4),

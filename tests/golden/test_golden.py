@@ -149,6 +149,10 @@ def test_a_target_of_then_is_found(target):
 EXPLAINED: dict[str, str | None] = {
     f"{place}queries.journey": f"{place}queries.trajectory"
     for place in ("", "benchmark.tasks.generated_digits.", "benchmark.tasks.generated.")
+} | {
+    f"method.{place}{old}": f"method.{place}{new}"
+    for place in ("", "first.", "second.")
+    for old, new in (("sharpness", "exponent"), ("lengths", "length_weight"))
 }
 # Settings that came since.
 ADDED: set[str] = {

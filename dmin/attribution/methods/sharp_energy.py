@@ -49,8 +49,8 @@ class SharpEnergy(SpectralFamily):
         alpha: as :class:`SpectralFamily`, as are p and the weights.
         p: the power of the curvature.
         weights: w_t.
-        lengths: κ.
-        sharpness: s.
+        length_weight: κ.
+        exponent: s.
         rank: of the curvature.
         memory: bytes that fitting may take.
         passes: over the store.
@@ -68,8 +68,8 @@ class SharpEnergy(SpectralFamily):
         alpha: float | None = None,
         p: float = 2.0,
         weights: Sequence[float] | None = None,
-        lengths: float = 0.0,
-        sharpness: float = 2.0,
+        length_weight: float = 0.0,
+        exponent: float = 2.0,
         rank: int | None = None,
         memory: int = MEMORY,
         passes: int = PASSES,
@@ -77,13 +77,13 @@ class SharpEnergy(SpectralFamily):
         name: str | None = None,
     ) -> None:
         super().__init__(alpha, p, weights, rank, memory, passes, effective)
-        if not 0 <= lengths < math.inf or not 0 < sharpness < math.inf:
+        if not 0 <= length_weight < math.inf or not 0 < exponent < math.inf:
             raise DminError(
-                f"method.lengths={lengths}, method.sharpness={sharpness}: give a finite weight of "
-                f"the lengths (0 leaves them out), and a positive power of the score."
+                f"method.length_weight={length_weight}, method.exponent={exponent}: give a finite "
+                f"weight of the lengths (0 leaves them out), and a positive power of the score."
             )
-        self.lengths = lengths
-        self.sharpness = sharpness
+        self.length_weight = length_weight
+        self.exponent = exponent
         self.name = name or self.name
 
     def fit(self, train: FeatureSet) -> None:
@@ -99,9 +99,9 @@ class SharpEnergy(SpectralFamily):
     def score(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor:
         """Return ``[Q, n]``, none negative."""
         energy = queries.product.timesteps(train).square()
-        if self.lengths:
+        if self.length_weight:
             energy = energy * self._factor(queries, train)
-        return energy.sum(2) ** self.sharpness
+        return energy.sum(2) ** self.exponent
 
     def contributions(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor:
         """Return the shares of groups and timesteps, by those of the energy, ``[Q, n, T, G]``.
@@ -111,12 +111,12 @@ class SharpEnergy(SpectralFamily):
         parts = queries.product.contributions(train)
         energy = parts * parts.sum(3, keepdim=True) * self._factor(queries, train)[..., None]
         total = energy.sum((2, 3), keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)
-        return energy / total * total**self.sharpness
+        return energy / total * total**self.exponent
 
     def _factor(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor:
         """Return ``exp(κ tanh z(q) · z(i))``, ``[Q, n, T]``."""
         z = self._standardised(train)
-        return torch.exp(self.lengths * queries.lengths[:, None] * z[None])
+        return torch.exp(self.length_weight * queries.lengths[:, None] * z[None])
 
     def _standardised(self, block: ExampleBlock) -> Tensor:
         """Return z, ``[n, T]``."""

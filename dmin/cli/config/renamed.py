@@ -40,7 +40,7 @@ TARGETS: dict[str, str | tuple[str, dict[str, Any]]] = {
     ),
     "dmin.attribution.SpectralEnergy": (
         "dmin.attribution.SharpEnergy",
-        {"alpha": 1.0, "p": 1.0, "sharpness": 1.0, "effective": None, "name": "spectral_energy"},
+        {"alpha": 1.0, "p": 1.0, "exponent": 1.0, "effective": None, "name": "spectral_energy"},
     ),
     "dmin.attribution.TracIn": (
         "dmin.attribution.OverCheckpoints",
@@ -64,7 +64,10 @@ TARGETS: dict[str, str | tuple[str, dict[str, Any]]] = {
     "dmin.timesteps": "dmin.diffusion",
 }
 # Target of today → its settings, old → new.
-SETTINGS: dict[str, dict[str, str]] = {"dmin.queries.Generated": {"journey": "trajectory"}}
+SETTINGS: dict[str, dict[str, str]] = {
+    "dmin.attribution.SharpEnergy": {"lengths": "length_weight", "sharpness": "exponent"},
+    "dmin.queries.Generated": {"journey": "trajectory"},
+}
 # Target of today → settings that it had not yet, with what was done then.
 UNSAID: dict[str, dict[str, Any]] = {"dmin.data.image_folder.ImageFolder": {"layout": "plain"}}
 
