@@ -35,7 +35,7 @@ def faults(site: Path) -> list[str]:
     found = []
     for file, page in pages.items():
         where = file.relative_to(site.resolve())
-        found += [f"{where}: loads {each}" for each in sorted(page.loaded) if "//" in each]
+        found += [f"{where}: loads {each}" for each in sorted(page.loaded) if _elsewhere(each)]
         for link in sorted(page.links | page.loaded):
             parts = urlsplit(link)
             if parts.scheme or parts.netloc or where.name == "404.html":
@@ -48,6 +48,10 @@ def faults(site: Path) -> list[str]:
             elif anchor and to in pages and anchor not in pages[to].anchors:
                 found.append(f"{where}: no such part, {link}")
     return found
+
+
+def _elsewhere(link: str) -> bool:
+    return urlsplit(link).scheme in ("http", "https") or link.startswith("//")
 
 
 if __name__ == "__main__":
