@@ -131,11 +131,12 @@ def test_a_variant_on_disk_only_is_told(tmp_path):
 
 def composed(*words):
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
-        cfg = compose("dmin", ["data=digits", *opened(words)], return_hydra_config=True)
+        words = ["data=digits", "queries=heldout_digits", *opened(words)]
+        cfg = compose("dmin", words, return_hydra_config=True)
         with open_dict(cfg):
             cfg.name = "test"
             del cfg.hydra
-        return cfg, resolve(cfg, ["model"])
+        return cfg, resolve(cfg)
 
 
 def test_a_command_runs_and_keeps_the_family_that_it_found():
