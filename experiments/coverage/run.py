@@ -46,10 +46,8 @@ HERE = Path(__file__).parent
 EXAMPLES, QUERIES, CANDIDATES, FIRST = 24, 12, 8, 3
 TIMES = (500, 200, 80, 30, 10)  # little noise, where gradients differ
 STEPS, DRAWS, REDRAWS, DIM = len(TIMES), 64, 1000, 256
-PLAIN = ("dmin", "dmin_unnormalised", "grad_dot", "grad_cos")
-CURVED = ("spectral", "sharp_energy", "blend")  # with a curvature, which is slow to fit so often
+METHODS = ("dmin", "dmin_unnormalised", "grad_dot", "grad_cos")
 FAMILIES = ("auto", "block_cyclic", "tensor_sketch", "factored", "mask_sjlt")
-CELLS = {name: PLAIN for name in FAMILIES} | {"auto, curvatures": CURVED}
 # At this size both maps of `auto` are at work, and a mask keeps a quarter, so that it masks.
 SETTINGS = {"auto": {"from_size": 1024}, "mask_sjlt": {"keep": 3000}}
 SETTINGS |= {name: {**SETTINGS.get(name, {}), "block": 64} for name in FAMILIES[:3]}
@@ -128,9 +126,8 @@ def gradients(place: Path) -> tuple[Rows, Rows, object]:
     build = partial(MLP.small, width=48, depth=2, embedding=16)
     if not (place / "model").is_dir():
         trainer = fit_trainer(accelerator="cpu")
-        train(build, digits, steps=1000, learning_rate=3e-3, trainer=trainer).save_pretrained(
-            place / "model"
-        )
+        model = train(build, digits, steps=1000, learning_rate=3e-3, trainer=trainer)
+        model.save_pretrained(place / "model")
     model = MLP.from_pretrained(place / "model")
     examples = Examples([digits[i] for i in range(EXAMPLES)])
     held = Digits("heldout")
@@ -147,10 +144,11 @@ def gradients(place: Path) -> tuple[Rows, Rows, object]:
     return found[0], found[1], collector.attributed
 
 
-def scores(method: Method, queries: FeatureSet, side: FeatureSet, query: int, rows: np.ndarray):
-    """Return a query's scores of some rows, ``[n]``."""
-    asked = method.transform_query(queries.block([query], method.requires))
-    return method.score(asked, side.block(rows, method.requires))[0].double().numpy()
+def scores(method: Method, queries: FeatureSet, side: FeatureSet) -> np.ndarray:
+    """Return the scores of one query, ``[n]``."""
+    asked = method.transform_query(queries.block([0], method.requires))
+    every = side.block(range(len(side)), method.requires)
+    return method.score(asked, every)[0].double().numpy()
 
 
 class World:
@@ -170,38 +168,31 @@ class World:
         generator = np.random.default_rng(0)
         self.draws = [generator.permuted(pool, axis=0)[:2] for _ in range(redraws)]
 
-    def asked(self, redraw: int, names: Sequence[str]) -> tuple[Rows, Rows, np.ndarray]:
-        """Return the query of a redraw, training examples, and which of these it is asked about."""
+    def asked(self, redraw: int) -> tuple[tuple[str, Rows], tuple[str, Rows]]:
+        """Return the query of a redraw and the examples that it is asked about, with names."""
         query, draws = redraw % QUERIES, self.draws[redraw]
-        rows = self.rows[query]
-        if names == PLAIN:  # nothing is fitted to the others
-            some, rows = self.train.of(draws, rows), np.arange(CANDIDATES)
-        else:
-            some = self.train.of(draws)
-        return self.queries.of(draws, [query]), some, rows
+        examples = self.train.of(draws, self.rows[query])
+        return ("queries", self.queries.of(draws, [query])), ("train", examples)
 
-    def full(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+    def full(self) -> dict[str, np.ndarray]:
         """Return scores of full gradients with the draws of each redraw, ``[R, n]`` a method."""
-        found = {name: np.zeros((self.redraws, CANDIDATES)) for name in names}
+        found = {name: np.zeros((self.redraws, CANDIDATES)) for name in METHODS}
         for redraw in range(self.redraws):
-            *some, rows = self.asked(redraw, names)
-            sides = [whole(*each) for each in zip(("queries", "train"), some, strict=True)]
-            for name, method in fitted(sides[1], names):
-                found[name][redraw] = scores(method, *sides, 0, rows)
+            sides = [whole(*each) for each in self.asked(redraw)]
+            for name, method in fitted(sides[1]):
+                found[name][redraw] = scores(method, *sides)
         return found
 
-    def measured(self, cell: str) -> dict[str, np.ndarray]:
+    def measured(self, family: str) -> dict[str, np.ndarray]:
         """Return scores, bars and stability of every redraw, ``[M, R, n]``."""
-        names, family = CELLS[cell], cell.partition(",")[0]
-        shape = len(names), self.redraws, CANDIDATES
+        shape, rows = (len(METHODS), self.redraws, CANDIDATES), np.arange(CANDIDATES)
         found = {name: np.zeros(shape) for name in ("score", "sketch", "total", "stable")}
         generator, start = np.random.default_rng(1), time.process_time()
         for redraw in range(self.redraws):
-            *some, rows = self.asked(redraw, names)
-            named = zip(("queries", "train"), some, strict=True)
+            named = self.asked(redraw)
             sides = [sketched(*one, family, redraw, self.parameters) for one in named]
-            for m, (_, method) in enumerate(fitted(sides[1], names)):
-                mine = scores(method, *sides, 0, rows)
+            for m, (_, method) in enumerate(fitted(sides[1])):
+                mine = scores(method, *sides)
                 of_map = sketch_deviations(*sides, method, 0, rows)
                 of_noise = noise_deviations(*sides, method, 0, rows, mine, seed=redraw)
                 both = widened([of_map, of_noise])
@@ -211,13 +202,13 @@ class World:
                 found["sketch"][m, redraw] = spread(widened([of_map]))
                 found["stable"][m, redraw] = (again >= least).mean(0)
             if redraw % 100 == 99:
-                print(f"{cell}: {redraw + 1}, {time.process_time() - start:.0f} s", flush=True)
+                print(f"{family}: {redraw + 1}, {time.process_time() - start:.0f} s", flush=True)
         return found
 
 
-def fitted(side: FeatureSet, names: Sequence[str]) -> Iterator[tuple[str, Method]]:
-    """Yield methods, each fitted to a side."""
-    for name in names:
+def fitted(side: FeatureSet) -> Iterator[tuple[str, Method]]:
+    """Yield the methods, each fitted to a side."""
+    for name in METHODS:
         method = copy.copy(shipped(name))
         method.fit(side)
         yield name, method
@@ -246,9 +237,8 @@ def report(
     lines, sure = [], []
     query = np.arange(world.redraws) % QUERIES
     high = world.cosine[query] >= HIGH  # [R, n]
-    for cell, of in found.items():
-        names, family = CELLS[cell], cell.partition(",")[0]
-        for m, name in enumerate(names):
+    for family, of in found.items():
+        for m, name in enumerate(METHODS):
             truths = {"sketch": full[name], "total": over_draws(full[name], query)}
             for bar, truth in truths.items():
                 error = np.abs(of["score"][m] - truth)
@@ -316,7 +306,6 @@ def calibration(
 
 def picture(lines: list[dict[str, object]]) -> None:
     """Draw the coverage of each cell."""
-    every = (*PLAIN, *CURVED)
     figure, panes = plt.subplots(1, 2, figsize=(12, 4.5), dpi=120, sharey=True)
     for pane, bar in zip(panes, ("sketch", "total"), strict=True):
         pane.axhspan(0.92, 0.98, color="#dddddd")
@@ -324,11 +313,11 @@ def picture(lines: list[dict[str, object]]) -> None:
             for cosine, marker in (("high", "^"), ("low", "v")):
                 cells = [x for x in lines if (x["bar"], x["sketch"]) == (bar, family)]
                 cells = [x for x in cells if x["cosines"] == cosine]
-                x = [every.index(c["method"]) + (number - 2) / 10 for c in cells]
+                x = [METHODS.index(c["method"]) + (number - 2) / 10 for c in cells]
                 y = [float(c["coverage"]) for c in cells]
                 label = family if cosine == "high" else None
                 pane.plot(x, y, marker, color=f"C{number}", ms=4, ls="", label=label)
-        pane.set_xticks(range(len(every)), every, rotation=60, ha="right", fontsize=8)
+        pane.set_xticks(range(len(METHODS)), METHODS, rotation=60, ha="right", fontsize=8)
         pane.set_title(f"{bar}: truths inside ±1.96 errors (▲ cosines from {HIGH:g}, ▼ below)")
         pane.set_ylim(0.4, 1.01)
     panes[0].legend(fontsize=7, loc="lower left")
@@ -341,16 +330,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=Path("outputs/coverage"))
     parser.add_argument("--redraws", type=int, default=REDRAWS)
-    parser.add_argument("--cells", nargs="*", default=list(CELLS))
+    parser.add_argument("--families", nargs="*", default=FAMILIES)
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
     world = World(options.cache, options.redraws)
-    full: dict[str, np.ndarray] = {}
-    found = {}
-    for cell in options.cells:
-        names = CELLS[cell]
-        full |= kept(options.cache / f"full-{names[0]}.npz", partial(world.full, names))
-        found[cell] = kept(options.cache / f"{cell}.npz", partial(world.measured, cell))
+    full = kept(options.cache / "full.npz", world.full)
+    found = {
+        family: kept(options.cache / f"{family}.npz", partial(world.measured, family))
+        for family in options.families
+    }
     report(found, full, world)
 
 
