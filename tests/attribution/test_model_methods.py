@@ -253,15 +253,15 @@ def test_the_gradient_of_a_convolution_is_a_product_of_two_factors(layer, shape)
     assert torch.allclose(torch.einsum("npo,npi->noi", one, other), expected, atol=1e-4)
 
 
-def flat_rows(values):
-    return torch.cat([each.flatten(1) for each in values.values()], 1)
+def flat_rows(loss, values):
+    return torch.cat([values[name].flatten(1) for name in loss.weights], 1)
 
 
 def test_ekfac_scores_are_the_sketched_products(origin, sides):
     method = EKFAC(0.1, batch_size=5)
     found = score_matrix(*sides, method)
     loss, identity = method.loss, torch.eye(501, dtype=torch.float64)
-    inverse = flat_rows(method.curvature.power(loss.shaped(identity), 0.1, 1.0))
+    inverse = flat_rows(loss, method.curvature.power(loss.shaped(identity), 0.1, 1.0))
     assert relative(inverse, inverse.T) < 1e-9 and (torch.linalg.eigvalsh(inverse) > 0).all()
     assert relative(found, influence(origin, sides, inverse)) < 1e-5
 
@@ -272,7 +272,7 @@ def test_unlearning_by_a_small_step_is_influence(origin, sides, fisher):
     found = score_matrix(*sides, method)
     loss = method.loss
     g = [loss.gradients([s.example(i) for i in s.store.ids]) for s in sides]
-    moved = flat_rows(method.curvature.power(loss.shaped(g[0]), 0.1, 1.0))
+    moved = flat_rows(loss, method.curvature.power(loss.shaped(g[0]), 0.1, 1.0))
     moved *= 1e-5 * loss.flat(loss.weights).norm() / moved.norm(dim=1, keepdim=True)
     expected = (moved @ g[1].T / loss.points).numpy()
     assert relative(found, expected) < 1e-3
