@@ -72,4 +72,4 @@ def test_on_a_package_index_no_link_is_relative():
     assert not re.findall(r"\]\((?!https?:|#)", alone) and "docs/models.md" not in alone
     hosted = module.absolute(README.read_text(), "https://host.example/dmin/")
     assert "](https://host.example/dmin/blob/main/docs/" in hosted
-    assert "](https://host.example/dmin/raw/main/experiments/digits/gallery.png)" in hosted
+    assert "](https://host.example/dmin/raw/main/experiments/" in hosted

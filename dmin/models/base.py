@@ -70,7 +70,7 @@ class DiffusionModel(ShownModel, nn.Module):
     metadata_columns: Sequence[str] = ()
     timesteps: Sequence[float] = range(999, -1, -1)
 
-    ladder = property(_ladder, _ladder)
+    ladder: Any = property(_ladder, _ladder)
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Take the ``ladder`` of a class of earlier releases for its timesteps."""
