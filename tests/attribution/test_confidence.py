@@ -142,7 +142,9 @@ def test_a_place_is_sure_where_no_other_comes_near(sides):
     assert (found.sketch_errors > 0).all() and (found.total_errors > found.sketch_errors).all()
 
 
-@pytest.mark.parametrize("method", [DMin(), GradDot(), preset("spectral"), preset("trak")], ids=str)
+@pytest.mark.parametrize(
+    "method", [DMin(), GradDot(), preset("spectral"), preset("trak")], ids=lambda m: m.name
+)
 def test_products_without_a_residue_are_what_scoring_them_again_gives(sides, method, monkeypatch):
     method.fit(sides[1])
     quick = sketch_deviations(*sides, method, 1, np.arange(9)).values
