@@ -118,6 +118,30 @@ CLAIMS = [
         + of(OWN.format("heldout"), "unlearning", "blend"),
     ),
 ]
+# The same of tables with a line a case: the line by its first columns, and the column.
+COVERAGE, ARTISTS = "experiments/coverage/coverage.csv", "experiments/artists/results.csv"
+CASES = [
+    (
+        *("README.md", "default sketch {} to {} (of the sketch), {} to {} (of sketch", COVERAGE),
+        [
+            ((bar, "dmin", "auto", cosines), "coverage")
+            for bar in ("sketch", "total")
+            for cosines in ("high", "low")
+        ],
+    ),
+    (
+        *("README.md", "`factored` holds {} at worst and shows none", COVERAGE),
+        [(("sketch", "dmin", "factored", "high"), "coverage")],
+    ),
+    (
+        *("README.md", "the query's {} of the time", ARTISTS),
+        [(("trained", "dmin"), "P@5")],
+    ),
+    (
+        *("README.md", "by likeness of the images at most {}", ARTISTS),
+        [(("none", "ssim"), "P@5")],
+    ),
+]
 LOSES = {"removal": "removal", "mislabelled": "wrong labels", "source": "noisy copies"}
 
 
@@ -140,6 +164,16 @@ def test_a_claim_is_what_its_table_has(page, says, table, cells):
                 name,
                 text,
             )
+
+
+@pytest.mark.parametrize(("page", "says", "table", "cells"), CASES, ids=lambda v: str(v)[:40])
+def test_a_claim_is_what_the_lines_of_its_table_have(page, says, table, cells):
+    (told,) = re.findall(re.escape(says).replace(r"\{\}", f"({NUMBER})"), plain(page))
+    lines = [list(line.items()) for line in read_csv(ROOT / table)]
+    for text, (names, column) in zip(told if cells[1:] else [told], cells, strict=True):
+        (line,) = (each for each in lines if tuple(v for _, v in each[: len(names)]) == names)
+        value = float(dict(line)[column])
+        assert float(text) == float(f"{value:.{len(text.partition('.')[2])}f}"), (names, text)
 
 
 def test_every_figure_of_the_readme_that_cites_such_a_table_is_claimed():
