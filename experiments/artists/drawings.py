@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import random
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dmin.data.image_folder import ImageFolder
+from dmin.runtime.escape import write_csv
 
 VERSION, CATEGORY, HELD_OUT = "16.0.0", "Animals & Nature", 50
 ARTISTS = {"google": "Noto", "twitter": "Twemoji"}
@@ -98,7 +98,4 @@ def _unpack(place: Path, packages: Path) -> None:
                 row |= {"label": entry["subcategory"].partition("-")[2], "artist": artist}
                 rows[split].append(row)
     for split, found in rows.items():
-        with (place / split / "metadata.csv").open("w", newline="") as told:
-            writer = csv.DictWriter(told, list(found[0]))
-            writer.writeheader()
-            writer.writerows(found)
+        write_csv(place / split / "metadata.csv", found)

@@ -40,6 +40,8 @@ def test_a_configuration_of_then_is_valid_today(group: str, name: str, conf_of_t
     with initialize_config_dir(str(conf_of_then), version_base="1.3"):
         cfg = compose("dmin", settings.overrides(group, name))
     cfg.name, cfg.model.path = "then", "there"
+    if OmegaConf.is_missing(cfg.queries, "root"):
+        cfg.queries.root = "there"
     rename(cfg)
     validate(cfg, [group] if group in ROOT_KEYS else ["model", "train", "benchmark", "method"])
 

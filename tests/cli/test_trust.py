@@ -257,7 +257,7 @@ def test_no_other_file_of_the_folder_is_composed_and_trust_runs_what_is_shown(
     (theirs / "model/ddpm.yaml").write_text("_target_: os.mkdir\npath: ran\n")
     (theirs / "record.json").write_text((RECORDS / "train/record.json").read_text())
     (tmp_path / "own_code.py").write_text("class Own:\n    def __init__(self, path): ...\n")
-    own = changed("model", {"_target_": "own_code.Own", "path": "outputs/models/golden"})
+    own = changed("data", {"_target_": "own_code.Own", "path": "there"})
     (theirs / "config.yaml").write_text(yaml.safe_dump(own))
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
@@ -266,7 +266,7 @@ def test_no_other_file_of_the_folder_is_composed_and_trust_runs_what_is_shown(
     with pytest.raises(FileNotFoundError):  # the step left no record
         main(["repeat", str(theirs), "--trust"])
     (cfg, inside) = seen[0]
-    assert cfg.model._target_ == "own_code.Own" and str(tmp_path) in inside
+    assert cfg.data._target_ == "own_code.Own" and str(tmp_path) in inside
     (theirs / "config.yaml").write_text(yaml.safe_dump(PLAIN))
     sys.path[:] = path
     with pytest.raises(FileNotFoundError):
