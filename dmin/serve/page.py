@@ -92,10 +92,13 @@ def build(desk: Desk, upload_mb: float, queue: int) -> gr.Blocks:
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                     steps = gr.Number(50, label="Steps", precision=0, minimum=1)
                 prompt = gr.Textbox(label="Prompt", lines=2, placeholder="caption, or class")
-                several = {"multiselect": True, "max_choices": SIDE_BY_SIDE}
                 names = list(desk.methods)
                 methods = gr.Dropdown(
-                    names, value=names[:1], label="Methods, side by side", **several
+                    names,
+                    value=names[:1],
+                    multiselect=True,
+                    max_choices=SIDE_BY_SIDE,
+                    label="Methods, side by side",
                 )
                 k = gr.Slider(1, max(60, desk.k), desk.k, step=1, label="Training examples")
                 go = gr.Button("Ask", variant="primary")
