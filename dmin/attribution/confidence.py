@@ -71,7 +71,8 @@ def with_confidence(
     if "total" in bars and independent_draws(train) < 2:
         bars -= {"total"}
     if not bars:
-        return replace(first, notes={**first.notes, "error": why_none(method.name, features)})
+        why = why_none(method.name, features, sketched=bool(method.requires.readouts))
+        return replace(first, notes={**first.notes, "error bars": why})
     shape = len(ranking.query_ids), k
     sketch, total, stability = np.zeros((3, *shape), dtype=np.float32)
     ahead = min(k + 1, ranking.scores.shape[1])  # who comes next may be of the last tier

@@ -25,10 +25,12 @@ def bars_of(method: str, features: Mapping[str, Any]) -> set[str]:
     return {bar for bar, found in COVERED.items() if family in found.get(method, ())}
 
 
-def why_none(method: str, features: Mapping[str, Any]) -> str:
-    """Say why no bar is shown."""
+def why_none(method: str, features: Mapping[str, Any], sketched: bool = True) -> str:
+    """Say why no bar is shown; `sketched` says whether the method reads sketched gradients."""
+    if not sketched:
+        return f"not shown, as they are of sketched gradients, of which {method} reads none"
     family = features.get("sketch", {}).get("family", "unknown")
     return (
-        f"not shown: bars of {method} with sketch={family} were not measured to cover the truth 92 "
-        f"to 98 times in 100 (docs/evaluation.md)"
+        f"not shown, as those of {method} with sketch={family} were not measured to cover the "
+        f"truth 92 to 98 times in 100 (docs/evaluation.md)"
     )

@@ -46,8 +46,8 @@ class Places:
         return self.score - float(self.train.sum(dtype=np.float64))
 
     def spell(self) -> str:
-        """Say how much of the score the maps have."""
-        return f"{format_score(self.score - self.rest)} of {format_score(self.score)}"
+        """Say what the map of the training picture sums to, beside the score."""
+        return f"sum {format_score(self.score - self.rest)}"
 
 
 PlacesOf = dict[tuple[str, str, str], Places]

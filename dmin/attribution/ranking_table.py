@@ -98,9 +98,9 @@ def _shown(ranking: Ranking) -> str:
     if ranking.group_by is not None:
         name = ranking.group_by
         return f"values of {name} each: foremost example, {name} and its examples, score"
-    of = {"sketch": "of compression alone", "total": "of compression and noise"}
-    sure = "" if ranking.errors is None else f", its error {of[ranking.errors[0]]}"
-    sure += ", and how surely it is among them" if sure else ""
+    of = {"sketch": "of sketching alone", "total": "of sketching and noise"}
+    sure = "" if ranking.errors is None else f", its standard error {of[ranking.errors[0]]}"
+    sure += ", and the probability that it is among them" if sure else ""
     split = "; from: the groups of layers that add most" if ranking.groups else ""
     bounded = ranking.maximum is not None and bool(ranking.maximum.any())
     bound = " of the largest possible" if bounded else ""

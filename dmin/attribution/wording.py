@@ -25,12 +25,17 @@ def spell_size(ranking: Ranking, query: int, rank: int) -> str | None:
 
 
 def spell_confidence(ranking: Ranking, query: int, rank: int) -> str | None:
-    """Say error bar, its name and stability as `±.012 total · 97 %`; None if not known."""
+    """Say standard error, its name and stability as `±.012 total · 97 %`; None if not known."""
     if ranking.errors is None or ranking.stability is None:
         return None
     name, errors = ranking.errors
-    error = format_score(errors[query, rank])
-    return f"±{error} {name} · {100 * ranking.stability[query, rank]:.0f} %"
+    sure = spell_certainty(float(ranking.stability[query, rank]))
+    return f"±{format_score(errors[query, rank])} {name} · {sure}"
+
+
+def spell_certainty(share: float) -> str:
+    """Write a probability in percent; what was never drawn otherwise is not certain."""
+    return f"{100 * share:.0f} %" if share < 0.995 else ">99 %"
 
 
 def spell_percentile(ranking: Ranking, query: int, rank: int) -> str | None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from dmin.attribution.ranking import Ranking, format_score
 from dmin.attribution.wording import (
+    spell_certainty,
     spell_copies,
     spell_percentile,
     spell_scale,
@@ -62,26 +63,26 @@ def _which(ranking: Ranking, query: int, question: str) -> Answer:
 def _how_sure(ranking: Ranking, query: int) -> Answer:
     question = "How sure is that?"
     if ranking.errors is None or ranking.stability is None:
-        return Answer(question, "Not known", "no error of the scores was measured")
+        why = ranking.notes.get("error bars", "none were made")
+        return Answer(question, "Not known", f"error bars: {why}")
     stability, shown = ranking.stability[query], ranking.count(query)
     surest = int((stability[:shown] >= 0.9).sum())
-    k, percent = len(stability), round(100 * float(stability[0]))
-    certainty = f"{percent} %" if percent < 100 else "over 99 %"  # never certain
+    k, certainty = len(stability), spell_certainty(float(stability[0]))
     return Answer(
         question,
         f"{certainty} sure to be among the first {k}",
-        f"{_bars(ranking, query)}; of {shown} shown, {surest} are 90 % sure",
+        f"{_bars(ranking, query)}; {surest} of {shown} shown are 90\u00a0% sure",
     )
 
 
 def _bars(ranking: Ranking, query: int) -> str:
     """Say both errors of the first score, each by its name."""
     known = {
-        "by compression": ranking.sketch_errors,
-        "by compression and noise": ranking.total_errors,
+        "of sketching alone": ranking.sketch_errors,
+        "of sketching and noise": ranking.total_errors,
     }
     told = [f"±{format_score(v[query, 0])} {n}" for n, v in known.items() if v is not None]
-    return f"its score may be off {', '.join(told)}"
+    return f"standard error of its score: {', '.join(told)}"
 
 
 def _scale(ranking: Ranking, query: int) -> Answer:
@@ -107,7 +108,7 @@ def _second(ranking: Ranking, query: int) -> Answer:
     second, scores = cards[1], ranking.scores[query]
     less = format_score(abs(float(scores[0] - scores[second])))
     if ranking.tiers is None:
-        return Answer(question, "Not known", f"it is {less} behind; no error was measured")
+        return Answer(question, "Not known", f"it is {less} behind; without error bars")
     alike = bool(ranking.tiers[query, second] == ranking.tiers[query, 0])
     said = spell_tiers(ranking, query)
     more = "; …" if len(said) > 2 else ""

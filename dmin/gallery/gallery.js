@@ -7,9 +7,9 @@ const state = { query: 0, method: 0, card: -1, terms: [] };
 
 const READ = [
   ["8.9 of 10", "the score, and the largest it could be; the line below is as long as its share, the tick on it is where half of all examples are"],
-  ["±.01 total · 97 %", "one standard error of the score (sketch: of compression alone; total: of noise as well), and how surely the example is among those shown"],
+  ["±.01 total · 97 %", "one standard error of the score (sketch: of sketching the gradients alone; total: of the noise drawn as well), and the probability that the example is among those shown. Methods whose error bars were not measured to hold have none"],
   ["≈ 1–4", "ranks 1 to 4 cannot be distinguished: their order may be chance"],
-  ["where in it", "where in both pictures the score comes from: blue for it, red against it; places have 5.9 of a score of 6.1, the rest is the sketch's error"],
+  ["attribution map", "where in both pictures the score comes from: blue raises it, red lowers it. The map sums to the score but for the error of sketching"],
   ["× 3", "three examples have the same pixels and share this card"],
   ["bars", "what each timestep added to this score beyond the mean of those shown: first the rough image out of noise, then the details; colour lifts, red lowers"],
   ["● ○", "the query's label, another label"],
@@ -147,7 +147,7 @@ function cardOf(query, own, place, range) {
     picture(entry, "", "lazy"),
     make("span", { class: "line" }, make("span", { class: "score number" }, card.score), make("span", { class: "muted number" }, `#${card.rank}`)),
     scaleBar(card.share, answer.typical),
-    small(card.sure?.replace(/ %/g, "\u00a0%"), "small number", "error of the score · how surely it is among these"),
+    small(card.sure?.replace(/ %/g, "\u00a0%"), "small number", "standard error of the score · probability of being among these"),
     card.alike || card.copies || card.itself ? make("span", { class: "line chips number" }, small(card.alike && `≈ ${card.alike}`, null, "cannot be distinguished"), small(card.copies, null, "the same pixels"), small(card.itself && "= query", "itself", "the query itself")) : null,
     elsewhere(query, own, card),
     labelOf(entry, card.same),
@@ -176,7 +176,7 @@ function drawQuery() {
   const facts = [...query.rights, ...meta, ...originals];
   const common = several ? query.answers[0].cards.filter((card) => query.answers.every((answer) => answer.cards.some((one) => one.example === card.example))).length : 0;
   const about = make("div", { class: "about" },
-    make("p", { class: "eyebrow number" }, `Query ${state.query + 1} of ${queries.length}`), make("h2", {}, query.id),
+    make("p", { class: "eyebrow number" }, queries.length > 1 ? `Query ${state.query + 1} of ${queries.length}` : "Query"), make("h2", {}, query.id),
     query.caption ? make("p", { class: "caption" }, query.caption) : null,
     query.sameAs ? make("p", { class: "notice" }, query.sameAs) : null,
     several ? make("p", { class: "muted number" }, `${common} of ${Math.max(...query.answers.map((answer) => answer.cards.length))} pictures are found by all ${methods.length} methods`) : null,
@@ -221,7 +221,7 @@ function openDetail(own, place) {
   const entry = examples[card.example], meta = Object.entries(entry.meta);
   Object.assign(state, { method: own, card: place });
   const scores = [
-    ["score", card.scale], ["percentile", card.percentile], ["error, and how surely it is among these", card.sure],
+    ["score", card.scale], ["percentile", card.percentile], ["standard error", card.sure?.split(" · ")[0]], ["probability of being among these", card.sure?.split(" · ")[1]],
     ["cannot be distinguished", card.alike && `ranks ${card.alike}`], ["rank", `${card.rank} of ${answer.shown}${several ? ` by ${method.name}` : ""}`],
     ["label", entry.label === null ? null : entry.label + (card.same === null ? "" : card.same ? ", as the query" : ", unlike the query")],
     ["same pixels", card.copyIds && card.copyIds.slice(0, 20).join(", ") + (card.copyIds.length > 20 ? ` and ${card.copyIds.length - 20} more` : "")],
@@ -256,8 +256,9 @@ function openDetail(own, place) {
 function placesFigures(places) {
   if (!places) return [];
   const figure = (src, alt, text) => src ? [make("figure", { class: "origin places" }, make("img", { src, alt }), make("figcaption", {}, text))] : [];
-  return [...figure(places.train, "Where in the training picture the score comes from", `where in it: ${places.said}`),
-    ...figure(places.query, "Where in the query the score comes from", "where in the query")];
+  return [...figure(places.train, "Where in the training picture the score comes from", `attribution map, ${places.said}`),
+    ...figure(places.query, "Where in the query the score comes from", "attribution map of the query"),
+    make("p", { class: "small" }, "blue raises the score, red lowers it")];
 }
 
 // With `whole`, `values` are what is beyond the mean of those shown, and the whole stands beside.

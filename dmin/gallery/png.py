@@ -243,10 +243,9 @@ def _draw_captions(page: Axes, row: _Row, place: int, layout: Layout) -> None:
         for number, (column, rank) in enumerate(row.shown):
             maps, centre = row.maps(rank), layout.column(column) + side / 2
             assert maps is not None
-            if number == 0 and maps.query is not None:
-                write(page, layout.left, first + 7, "where in it", MUTED)
-            write(page, centre, first, "where in it", MUTED, ha="center", size=10)
-            write(page, centre, second, maps.spell(), MUTED, ha="center", size=10)
+            if number == 0:
+                write(page, layout.left, first + 7, "attribution map", MUTED, size=10)
+            write(page, centre, first, maps.spell(), MUTED, ha="center", size=10)
         return
     if row.leads:
         frame(page, layout.margin, top, side, layout.frame, ACCENT, 2.2)
@@ -282,7 +281,7 @@ def _draw_legend(page: Axes, rows: Sequence[_Row], layout: Layout) -> None:
     if any(ranking.copies(query, rank) for ranking, query, rank in cards):
         notes.append("×: examples with the same pixels, the rank of the first before the score")
     if any(row.places for row in rows):
-        notes.append("where in it: blue for the score, red against it; how much of it places have")
+        notes.append("maps: blue raises the score, red lowers; each sums to it but for sketching")
     if layout.bars:
         notes.append("blue and red: mean contribution to the scores shown")
         notes.append("grey below: share in their order")

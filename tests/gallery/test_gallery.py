@@ -267,7 +267,7 @@ def test_where_scores_come_from_is_shown_on_page_and_picture(tmp_path):
     save_html(shown, query_image, train_image, tmp_path / "a.html", places=maps)
     answer = page_data(tmp_path / "a.html")["queries"][0]["answers"][0]
     assert list(answer["places"]) == ["0", "1"]
-    assert answer["places"]["0"]["said"] == "1.000 of 1.250"
+    assert answer["places"]["0"]["said"] == "sum 1.000"
     save_png(shown, query_image, train_image, tmp_path / "a.png", places=maps)
     save_png(shown, query_image, train_image, tmp_path / "b.png")
     heights = [Image.open(tmp_path / name).height for name in ("a.png", "b.png")]
