@@ -35,11 +35,13 @@ class Desk(Protocol):
         about: a line on what is asked.
         words: store, options and settings of the command line.
         k: training examples that an answer shows, unless others are asked for.
+        chosen: how many methods the command line names.
     """
 
     about: str
     words: Sequence[str]
     k: int
+    chosen: int
 
     @property
     def methods(self) -> Sequence[str]:
@@ -92,13 +94,12 @@ def build(desk: Desk, upload_mb: float, queue: int) -> gr.Blocks:
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                     steps = gr.Number(50, label="Steps", precision=0, minimum=1)
                 prompt = gr.Textbox(label="Prompt", lines=2, placeholder="caption, or class")
-                names = list(desk.methods)
                 methods = gr.Dropdown(
-                    names,
-                    value=names[:1],
+                    list(desk.methods),
+                    value=list(desk.methods)[: min(desk.chosen, SIDE_BY_SIDE)],
+                    label="Methods, side by side",
                     multiselect=True,
                     max_choices=SIDE_BY_SIDE,
-                    label="Methods, side by side",
                 )
                 k = gr.Slider(1, max(60, desk.k), desk.k, step=1, label="Training examples")
                 go = gr.Button("Ask", variant="primary")

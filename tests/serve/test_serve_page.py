@@ -205,7 +205,9 @@ def test_a_model_that_is_gone_and_a_server_that_is_stopped_are_told(browser, pla
     weights, away = place / "model/unet/config.json", place / "away.json"
     shutil.copy(weights, away)
     weights.unlink()
-    with served(place) as (command, url), visited(browser, url, complains=True) as page:
+    methods = "method=dmin,grad_cos"
+    with served(place, methods) as (command, url), visited(browser, url, complains=True) as page:
+        page.get_by_text("grad_cos", exact=True).wait_for()  # as the command line says
         page.get_by_role("tab", name="Generate one").click()
         ask(page)
         refused(page, "cannot load a DDPMPipeline from it")

@@ -70,7 +70,8 @@ class Reader:
     """
 
     def __init__(self, work: Workspace) -> None:
-        self.work, self.k, self.chosen = work, shown_count(work, "retrieve.k"), methods_of(work)
+        self.work, self.k, self.named = work, shown_count(work, "retrieve.k"), methods_of(work)
+        self.chosen = len(self.named)
         own = ("serve.", "method=", "retrieve.k=", "retrieve.beside=", *UPLOADS)
         said = HydraConfig.get().overrides.task
         self.words: Sequence[str] = [*words(), *(each for each in said if not each.startswith(own))]
@@ -81,7 +82,7 @@ class Reader:
     @property
     def methods(self) -> Sequence[str]:
         """Those offered; while the store cannot be opened, those that were chosen."""
-        return list(self.__dict__.get("offered", self.chosen))
+        return list(self.__dict__.get("offered", self.named))
 
     @cached_property
     def train(self) -> FeatureSet:
@@ -102,9 +103,9 @@ class Reader:
         """The methods chosen, then all others that need nothing but the store and the picture."""
         from dmin.attribution.check import check_train
 
-        for method in self.chosen.values():
+        for method in self.named.values():
             check_train(self.train, method)
-        found = dict(self.chosen)
+        found = dict(self.named)
         for name in GlobalHydra.instance().config_loader().get_group_options("method"):
             cfg = with_method(self.work, name, {}).method
             if name in found or OmegaConf.missing_keys(cfg):
