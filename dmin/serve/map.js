@@ -45,7 +45,7 @@ function draw() {
 function legend() {
   const key = choice.value, kinds = data.columns[key] && Object.keys(data.colours[key]), sorted = kinds ? [] : [...data.numbers[key]].sort((a, b) => a - b);
   const dot = (colour, name) => { const mark = tag("i"); mark.style.background = colour; return tag("span", {}, mark, name); };
-  const entries = kinds ? kinds.map((kind) => dot(data.colours[key][kind][dark.matches ? 1 : 0], kind)) : [dot(css("--accent"), `low, ${sorted[0].toPrecision(3)}`), dot(css("--against"), `high, ${sorted.at(-1).toPrecision(3)} (by rank)`)];
+  const entries = kinds ? kinds.map((kind) => dot(data.colours[key][kind][dark.matches ? 1 : 0], kind)) : [dot(css("--accent"), `low, ${sorted[0].toPrecision(3)}`), dot(css("--against"), `high, ${sorted.at(-1).toPrecision(3)} (coloured by rank)`)];
   find(".legend").replaceChildren(...entries);
 }
 
@@ -59,6 +59,7 @@ async function choose(place) {
     picture(n).then((source) => { image.src = source; });
     return tag("li", {}, tag("button", { type: "button", onclick: () => choose(n) }, image, tag("b", { textContent: cosine === null ? "chosen" : cosine.toFixed(3) }), tag("span", { textContent: `${data.ids[n]}${label ? `, ${label}` : ""}` })));
   };
+  find(".by").hidden = false;
   find(".near").replaceChildren(...[[place, null], ...near].map(card));
 }
 
@@ -72,7 +73,7 @@ canvas.addEventListener("pointermove", (event) => {
   canvas.style.cursor = place === null ? "default" : "pointer"; tip.hidden = place === null;
   if (place === null || place === over) { over = place; return; }
   over = place;
-  Object.assign(tip.style, { left: `${Math.min(spots[place][0] + 14, canvas.clientWidth - 150)}px`, top: `${canvas.offsetTop + Math.min(spots[place][1], canvas.clientHeight - 150)}px` });
+  Object.assign(tip.style, { left: `${spots[place][0] + (spots[place][0] + 164 > canvas.clientWidth ? -150 : 14)}px`, top: `${canvas.offsetTop + Math.min(spots[place][1], canvas.clientHeight - 150)}px` });
   find(".tip span").textContent = data.ids[place];
   picture(place).then((source) => { if (over === place) find(".tip img").src = source; });
 });
@@ -93,6 +94,6 @@ new ResizeObserver(async () => {
   }
   choice.replaceChildren(...[...Object.keys(data.columns), ...Object.keys(data.numbers)].map((name) => tag("option", { textContent: name })));
   const shares = data.explained.map((share) => `${Math.round(100 * share)} %`).join(" and "), shown = data.points.length;
-  find(".facts").textContent = `${shown === data.of ? `${shown}` : `${shown} of ${data.of}, evenly drawn`} training examples; two principal components of their rows, ${shares} of the variance`;
+  find(".facts").textContent = `${shown === data.of ? `${shown}` : `${shown} of ${data.of}, evenly drawn`} training examples; two principal components of their sketched gradients, ${shares} of the variance`;
   legend(); draw();
 }).observe(canvas);

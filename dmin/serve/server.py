@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ def serve(
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before its import
     import uvicorn
+    from torch.nn.modules.module import register_module_forward_pre_hook
 
     from dmin.serve.page import mounted
 
@@ -72,3 +74,10 @@ def serve(
     with StopSignals() as signals, suppress(KeyboardInterrupt):
         signals.listen(lambda signum: setattr(server, "should_exit", True))
         server.run(sockets=[at])
+    # The process would wait for a question that is still being answered: it ends at its next layer.
+    register_module_forward_pre_hook(_end)
+
+
+def _end(module: Any, inputs: Any) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        raise SystemExit

@@ -212,11 +212,12 @@ def test_a_model_that_is_gone_and_a_server_that_is_stopped_are_told(browser, pla
         ask(page)
         refused(page, "cannot load a DDPMPipeline from it")
         shutil.copy(away, weights)  # and the page goes on
-        page.get_by_label("Steps").fill("300")
+        page.get_by_label("Steps").fill("1000")
         ask(page)
         page.get_by_text("generating the picture").first.wait_for()
         command.send_signal(signal.SIGTERM)
         page.get_by_text("The server is away").wait_for()
+    assert "Traceback" not in (place / "stderr").read_text()  # nor did it generate to the end
     assert (place / "outputs/runs/serve").is_dir()
 
 
