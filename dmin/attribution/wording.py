@@ -87,7 +87,16 @@ def spell_order(ranking: Ranking, query: int, most: int = 2) -> str | None:
         return None
     largest = np.argsort(-shares, kind="stable")[:most]
     told = " and ".join(f"t = {ranking.timesteps[t]:g} ({100 * shares[t]:.0f} %)" for t in largest)
-    return f"the order is made at {told}"
+    against = spell_against(ranking, shares)
+    return f"the order is made at {told}" + (f", against {against}" if against else "")
+
+
+def spell_against(ranking: Ranking, shares: np.ndarray) -> str | None:
+    """Name the timestep that most opposed an order, whose others then make over 100 % of it."""
+    least = int(np.argmin(shares))
+    if round(100 * float(shares[least])) >= 0:
+        return None
+    return f"t = {ranking.timesteps[least]:g} (−{-100 * shares[least]:.0f} %)"
 
 
 def spell_query(ranking: Ranking, query: int) -> list[str]:

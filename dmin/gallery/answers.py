@@ -8,6 +8,7 @@ import numpy as np
 
 from dmin.attribution.ranking import Ranking, format_score
 from dmin.attribution.wording import (
+    spell_against,
     spell_certainty,
     spell_copies,
     spell_percentile,
@@ -133,6 +134,6 @@ def _decided(ranking: Ranking, query: int, shares: np.ndarray | None) -> Answer:
     first, second = (
         f"t = {ranking.timesteps[t]:g} made {100 * shares[t]:.0f} %" for t in order[:2]
     )
-    return Answer(
-        question, f"{first} of the order", "; ".join(filter(None, [f"then {second}", note]))
-    )
+    against = spell_against(ranking, shares)
+    notes = filter(None, [f"then {second}", against and f"against it {against}", note])
+    return Answer(question, f"{first} of the order", "; ".join(notes))

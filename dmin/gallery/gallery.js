@@ -58,7 +58,7 @@ function shortId(id) {
 
 function signed(value) {
   const size = Math.abs(value);
-  const text = size === 0 || (size >= 0.0005 && size < 1e4) ? size.toFixed(4) : size.toExponential(2).replace(/([+-])(\d)$/, (_, sign, digit) => `${sign}0${digit}`);
+  const text = size === 0 || (size >= 0.0005 && size < 1e4) ? size.toFixed(size < 10 ? 4 : size < 1000 ? 2 : 1) : size.toExponential(2).replace(/([+-])(\d)$/, (_, sign, digit) => `${sign}0${digit}`);
   return (value < 0 ? "−" : "+") + text;
 }
 

@@ -218,7 +218,7 @@ def _share(ranking: Ranking, query: int, values: np.ndarray | None) -> float | N
 
 
 def _short(values: np.ndarray) -> list[float]:
-    return [float(f"{value:.4g}") for value in values]
+    return [float(f"{value:.6g}") for value in values]
 
 
 class _Entries:

@@ -40,6 +40,7 @@ from dmin.attribution.search.contenders import best_of_all
 from dmin.attribution.search.index import Found, Index
 from dmin.attribution.search.selection import Selection
 from dmin.attribution.wording import (
+    spell_against,
     spell_blind,
     spell_copies,
     spell_percentile,
@@ -257,6 +258,9 @@ def test_centred_contributions_sum_to_zero_and_shares_to_one(sides):
         typical=None,
     )
     assert made_up.order_shares[0] == pytest.approx([0, 1, 0], abs=1e-6)
+    assert spell_against(made_up, made_up.order_shares[0]) is None
+    opposed = spell_against(made_up, np.array([-0.27, 1.26, 0.01]))
+    assert opposed == f"t = {made_up.timesteps[0]:g} (−27 %)"
     least = float(made_up.scores[0, 5])
     cut = replace(made_up, min_score=least)
     assert cut.count(0) == 6 and np.abs(cut.centred[0, :6].sum(0)).max() < 1e-6

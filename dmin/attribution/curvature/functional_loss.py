@@ -120,7 +120,7 @@ class FunctionalLoss:
             except RuntimeError as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
-                log.info("no forward derivative of %s: %s", type(self.model).__name__, error)
+                log.debug("no forward derivative of %s: %s", type(self.model).__name__, error)
                 self.forward = False
         out, back = reverse(function, self.weights)
         zeros = tree_map(torch.zeros_like, out)
