@@ -16,6 +16,7 @@ from dmin.attribution.methods.gradient_similarity import GradCos, GradDot
 from dmin.attribution.methods.images import SSIM, GaussianKernel, PixelCosine, PixelL2
 from dmin.attribution.methods.influence_functions import CG, Arnoldi, LiSSA
 from dmin.attribution.methods.over_checkpoints import OverCheckpoints, TRAKEnsemble
+from dmin.attribution.methods.pooled import Pool, Pooled
 from dmin.attribution.methods.popularity import Popularity
 from dmin.attribution.methods.sharp_energy import SharpEnergy
 from dmin.attribution.methods.spectral import Spectral, ZSum
@@ -34,7 +35,7 @@ from dmin.attribution.search.topk import TopK
 __all__ = ["ExampleBlock", "FeatureSet", "Places", "Ranking", "load_ranking", "load_rankings"]
 __all__ += ["merged", "places", "ranked_groups", "retrieve", "retrieve_part", "save_ranking"]
 # Methods
-__all__ += ["Method", "Requires", "score_matrix"]
+__all__ += ["Method", "Pool", "Pooled", "Requires", "score_matrix"]
 __all__ += ["Blend", "DMin", "GradCos", "GradDot", "SharpEnergy", "Spectral", "ZSum"]
 __all__ += ["DAS", "TRAK", "DataInf", "JourneyTRAK", "OverCheckpoints", "TRAKEnsemble"]
 __all__ += ["CG", "EKFAC", "Arnoldi", "LiSSA", "Unlearning"]

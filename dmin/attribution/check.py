@@ -16,6 +16,8 @@ def check_pair(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
         DminError: stores of other weights, schedule or sketch; an incomplete store; a readout that
             was not collected.
     """
+    for side in getattr(queries, "sides", ())[1:]:  # of a Pool, which others are taken off
+        check_pair(side, train, method)
     queries.store.require_complete()
     check_train(train, method)
     check_comparable(queries.store, train.store)

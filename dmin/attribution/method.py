@@ -20,6 +20,7 @@ class Method(ABC):
 
     name: str
     requires: Requires = Requires()
+    by_query: bool = True  # False: it scores an example alike for every query
 
     def check(self) -> None:  # noqa: B027 (most methods need nothing but their features)
         """Refuse settings with which nothing could be fitted, before anything is computed."""

@@ -202,12 +202,13 @@ class Request:
             scores, rows, counted = scores[:, :enough], rows[:, :enough], counted[:, :enough]
             parts = None if parts is None else parts[:, :enough]
         groups = train.layout.groups
+        asked: Any = queries if hasattr(queries, "ids") else queries.store  # of a Pool, or each
         by_group = parts is not None and parts.shape[3] == len(groups) > 1
         return Ranking(
             method=self.method.name,
             timesteps=train.layout.timesteps,
-            query_ids=list(queries.store.ids),
-            query_metadata=list(queries.store.metadata),
+            query_ids=list(asked.ids),
+            query_metadata=list(asked.metadata),
             train_rows=rows,
             train_ids=[[ids[row] for row in each] for each in rows.tolist()],
             train_metadata=[[metadata[row] for row in each] for each in rows.tolist()],

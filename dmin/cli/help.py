@@ -44,7 +44,7 @@ _WORDS = dict.fromkeys(
 ) | {
     "losses": " [STORE] [HELD_OUT ...] [--limit N]",
     "sample": " [STORE] [--prompt TEXT ...]",
-    "retrieve": " [STORE] [PICTURE ...] [--prompt TEXT ...]"
+    "retrieve": " [STORE] [PICTURE ...] [--against FOLDER] [--prompt TEXT ...]"
     " [--concept TEXT --without TEXT] [--region X,Y,W,H | --mask FILE] [--places N]",
 }
 _STORE = """

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -33,6 +34,8 @@ class Pictures(ImageFolder):
             wins over the metadata.
         region: the part of each that is asked about, see :class:`~dmin.data.part.Part`.
         mask: the same, from files.
+        pool: one query of all: ``mean`` or ``max`` of their scores.
+        against: pictures whose pooled scores are taken off, see `others`.
 
     Raises:
         DminError: as of :class:`ImageFolder`; or prompts and pictures are not as many.
@@ -43,6 +46,8 @@ class Pictures(ImageFolder):
     prompt: Prompt | Sequence[Prompt] | None = None
     region: Sequence[float] | None = None
     mask: str | Path | None = None
+    pool: Literal["mean", "max"] | None = None
+    against: str | Path | None = None
 
     def __post_init__(self) -> None:
         """Find the pictures and what is said of them."""
@@ -71,6 +76,23 @@ class Pictures(ImageFolder):
         if self.part is not None:
             masks = [self._part_of(name).numpy() for name in self.ids]
             found["part"] = array_digest(*masks)
+        return found
+
+    @cached_property
+    def others(self) -> Pictures | None:
+        """The pictures asked against, whole; refused where one is asked about as well."""
+        if self.against is None:
+            return None
+        more = ["prompt"] * isinstance(self.prompt, list | tuple)  # they are of these pictures
+        left: dict[str, Any] = dict.fromkeys(["region", "mask", "against", *more])
+        try:
+            found = replace(self, root=self.against, **left)
+        except DminError as error:
+            raise DminError(str(error).replace("data.root=", "queries.against=")) from error
+        mine = set(self.file_digests().values())
+        if twice := [id for id, digest in found.file_digests().items() if digest in mine]:
+            told = f"{twice[0]} is asked about as well, and would cancel itself. Leave it out."
+            raise DminError(f"queries.against={self.against}: {told}")
         return found
 
     def _folder(self, files: list[Path]) -> Path:

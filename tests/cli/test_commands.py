@@ -148,6 +148,38 @@ class TestDemo:
         refused = refusal("retrieve", *asked, part[0], "method=pixel_l2", cwd=place)
         assert "compares whole pictures" in refused
 
+    def test_these_pictures_rather_than_those_are_one_query(self, place):
+        folder = next((place / "outputs/queries").glob("debug-*"))
+        these, those = (sorted(folder.glob("*.png"))[span] for span in (slice(2), slice(2, 4)))
+        (place / "those").mkdir()
+        for picture in those:
+            (place / "those" / picture.name).write_bytes(picture.read_bytes())
+        answers, asked = [], [*SMALLEST, "--prompt=0", "retrieve.k=100000"]  # all there are
+        for words in (these, those, [*these, "--against=those"], [these[0], "queries.pool=max"]):
+            dmin("retrieve", *asked, *words, cwd=place)
+            answers.append(load_rankings(records(place, "retrieve")[-1].parent)[0])
+        good, bad, pooled, alone = answers
+        means = [dict.fromkeys(good.train_ids[0], 0.0) for _ in range(2)]
+        for mean, ranking in zip(means, (good, bad), strict=True):
+            for ids, scores in zip(ranking.train_ids, ranking.scores, strict=True):
+                for id, score in zip(ids, scores, strict=True):
+                    mean[id] += score / 2
+        expected = [means[0][id] - means[1][id] for id in pooled.train_ids[0]]
+        np.testing.assert_allclose(pooled.scores[0], expected, atol=1e-4)
+        (about,) = pooled.query_metadata
+        assert about["against"] == [p.name for p in those] and "mean of" in pooled.query_ids[0]
+        assert alone.query_ids == good.query_ids[:1]  # one picture alone is asked as it is
+        np.testing.assert_allclose(alone.scores[0], good.scores[0], rtol=1e-6)
+        for words, told in (
+            ([*those, "--against=those"], "would cancel itself"),
+            ([*these, "--against=nowhere"], "queries.against=nowhere"),
+            ([*these, "queries.pool=max", "index=certified"], "maximum is no inner product"),
+            ([*these, "queries.pool=mean", "retrieve.places=1"], "retrieve.places=1"),
+            ([*these, "queries.pool=mean", "retrieve.where={label: 0}"], "retrieve.where"),
+            ([*these, "--against=those", "method=popularity"], "ignores the query"),
+        ):
+            assert told in refusal("retrieve", *asked, *words, cwd=place)
+
     def test_planted_queries_are_seen_to_be_training_images(self, place):
         planted = ["queries=planted", "queries.count=3", "retrieve.k=9999"]
         found = dmin("retrieve", *SMALLEST, *planted, cwd=place)

@@ -143,8 +143,11 @@ def test_a_part_of_a_picture_is_asked_about(there):
     assert asked.queries.region == [0, 0.5, 1, 0.5]
     asked = composed(parse("retrieve", ["stores/cats", "cat.png", "--mask=${x}.png"]))
     assert asked.queries.mask == "${x}.png"
+    asked = composed(parse("retrieve", ["stores/cats", "cat.png", "--against=those"]))
+    assert asked.queries.against == "those" and asked.queries.region is None
     for words, told in (
         (["stores/cats", "--region=0,0,4,4"], "no picture is named"),
+        (["stores/cats", "--against=those"], "no picture is"),
         (["stores/cats", "cat.png", "--region=left"], "four numbers"),
     ):
         with pytest.raises(DminError, match=told):

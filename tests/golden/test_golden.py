@@ -162,6 +162,7 @@ ADDED: set[str] = {
         "model.sample_size",
         "model.variance_loss",
         *("queries.prompt", "queries.region", "queries.mask"),
+        *("queries.pool", "queries.against"),
         "collect.limit",
         "collect.repeats",
         *("retrieve.beside", "retrieve.places"),

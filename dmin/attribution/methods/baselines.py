@@ -48,6 +48,7 @@ class TrainingLoss(Method):
     """
 
     name = "training_loss"
+    by_query = False
     requires: Requires = Requires(readouts=())
 
     def fit(self, train: FeatureSet) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from dmin.attribution.features import ExampleBlock, FeatureSet
 from dmin.attribution.inner_product import InnerProduct, scaled_rows
 from dmin.attribution.method import InnerProductMethod, Method
+from dmin.attribution.methods.pooled import Pooled
 from dmin.runtime.sampling import evenly
 
 
@@ -23,6 +20,7 @@ class Popularity(InnerProductMethod):
     """
 
     name = "popularity"
+    by_query = False
 
     def fit(self, train: FeatureSet) -> None:
         """Find the mean of the unit gradients."""
@@ -36,7 +34,7 @@ class Popularity(InnerProductMethod):
         return InnerProduct(self._mean.expand(len(queries.ids), -1, -1, -1, -1), "unit")
 
 
-class PopularityCorrected(Method):
+class PopularityCorrected(Pooled):
     """Another method's score, less the example's popularity: some are close to everything.
 
     ``I'(q, i) = I(q, i) − mean_r I(r, i)``, r from training examples evenly spaced in the store
@@ -49,43 +47,9 @@ class PopularityCorrected(Method):
     """
 
     def __init__(self, method: Method, references: int = 256) -> None:
-        self.method = method
-        self.references = references
-        self.name: str = f"{method.name}, popularity corrected"
-        self.requires = method.requires
+        super().__init__(method)
+        self.references, self.name = references, f"{method.name}, popularity corrected"
 
-    def check(self) -> None:
-        """Check the method."""
-        self.method.check()
-
-    def fit(self, train: FeatureSet) -> None:
-        """Fit the method, and prepare the references as its queries."""
-        self.method.fit(train)
-        rows = evenly(len(train), self.references, ends=True)
-        self._popular = self.method.transform_query(train.block(rows, self.requires))
-
-    def notes(self) -> dict[str, str]:
-        """Return the method's."""
-        return self.method.notes()
-
-    def transform_query(self, queries: ExampleBlock) -> Any:
-        """Return the method's queries, of inner products less the references' mean."""
-        found, popular = self.method.transform_query(queries), self._popular
-        if isinstance(found, InnerProduct):  # less one inner product it is still one
-            return replace(found, queries=found.queries - popular.queries.mean(0))
-        return found
-
-    def score(self, queries: Any, train: ExampleBlock) -> Tensor:
-        """Return ``[Q, n]``."""
-        if isinstance(queries, InnerProduct):
-            return queries.scores(train)
-        popularity = self.method.score(self._popular, train).mean(0)
-        return self.method.score(queries, train) - popularity
-
-    def contributions(self, queries: Any, train: ExampleBlock) -> Tensor | None:
-        """Return what groups add at timesteps, ``[Q, n, T, G]``, if the method can say."""
-        if isinstance(queries, InnerProduct):
-            return queries.contributions(train)
-        parts = self.method.contributions(queries, train)
-        popular = self.method.contributions(self._popular, train)
-        return None if parts is None or popular is None else parts - popular.mean(0)
+    def others(self, train: FeatureSet) -> list[ExampleBlock]:
+        """Return the references."""
+        return [train.block(evenly(len(train), self.references, ends=True), self.requires)]

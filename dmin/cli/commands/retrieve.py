@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dmin.cli.commands.command import Command, shown_count
-from dmin.cli.workspace.asked import SELECTED, Asked
+from dmin.cli.workspace.asked import SELECTED, Asked, pooling
 from dmin.cli.workspace.built import build, build_queries
 from dmin.cli.workspace.made_of import note_queries
 from dmin.cli.workspace.workspace import Workspace
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     """Find the training examples behind each query, and show them."""
     from dmin.attribution.check import check_train
+    from dmin.attribution.methods.pooled import Pool, Pooled
     from dmin.attribution.place_maps import check_places
     from dmin.attribution.search.selection import Selection
     from dmin.cli.workspace.side_by_side import methods_of
@@ -36,6 +37,7 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     selection = Selection(**{name: options[name] for name in SELECTED})
     source = build_queries(work.cfg.queries)  # what is wrong with it is said before the work
     work.require_conditions(source, "queries")
+    pool = pooling(work, source, methods.values())
     note_queries(work, source)
     train = work.train_side(methods.values())
     number, what = selection.candidates(train.store.metadata)
@@ -45,6 +47,10 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     for method in methods.values():
         check_train(train, method)
     queries = work.query_side(source, methods=methods.values())
+    if pool is not None:
+        others = source.others and work.query_side(source.others, "against", methods.values())
+        queries = Pool(queries, others, pool)
+        methods = {name: Pooled(method, queries) for name, method in methods.items()}
     index = None if work.cfg.index is None else build(work.cfg.index)
     asked = Asked(work, options, queries, train, selection, index)
     rankings = asked.rankings(methods)

@@ -173,6 +173,7 @@ def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], li
     parser.add_argument("--without")
     parser.add_argument("--region")
     parser.add_argument("--mask")
+    parser.add_argument("--against")
     parser.add_argument("--places", type=int)
     found, rest = parser.parse_known_args(arguments)
     if found.limit is not None and command not in OF_A_STORE:
@@ -180,7 +181,7 @@ def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], li
             f"--limit looks at a part of the examples that gradients are collected of: "
             f"{', '.join(OF_A_STORE)}. `dmin {command}` has none."
         )
-    for option in ("prompt", "concept", "without", "region", "mask", "places"):
+    for option in ("prompt", "concept", "without", "region", "mask", "against", "places"):
         those = ("retrieve", "sample") if option == "prompt" else ("retrieve",)
         if getattr(found, option) and command not in those:
             named = " and ".join(f"`dmin {each}`" for each in those)
@@ -262,24 +263,25 @@ def _queries(pictures: list[str], prompts: list[str], given: Collection[str]) ->
 
 
 def _part(options: dict[str, Any], pictures: list[str], given: Collection[str]) -> dict[str, Any]:
-    """Return the settings of the part of the pictures that is asked about."""
-    region, mask = options["region"], options["mask"]
-    if region is None and mask is None:
+    """Return the settings of the part of the pictures that is asked about, and against which."""
+    region, mask, against = (options[name] for name in ("region", "mask", "against"))
+    if region is mask is against is None:
         return {}
     if not pictures and "queries.root" not in given:
         raise DminError(
-            "--region and --mask say which part of a picture is asked about, and no picture is "
+            "--region, --mask and --against say what is asked about a picture, and no picture is "
             "named: `dmin retrieve STORE picture.png --region x,y,width,height`."
         )
+    texts = {"mask": mask and _literal(mask), "against": against and _literal(against)}
     if region is None:
-        return {"mask": _literal(mask)}
+        return _only(**texts)
     try:
         numbers = [float(part) for part in region.split(",")]
     except ValueError as error:
         raise DminError(
             f"--region {region}: give x,y,width,height, four numbers of pixels or shares up to 1."
         ) from error
-    return _only(region=numbers, mask=mask and _literal(mask))
+    return _only(region=numbers, **texts)
 
 
 def _literals(value: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dmin.cli.workspace.ranking_parts import joined
 from dmin.cli.workspace.side_by_side import about
 from dmin.cli.workspace.workspace import Workspace
+from dmin.runtime.errors import DminError
 from dmin.runtime.progress import titled
 
 if TYPE_CHECKING:
@@ -124,3 +125,18 @@ class Asked:
 
         example = self.queries.example(id)
         return dimmed(example.image, example.mask).numpy()
+
+
+def pooling(work: Workspace, source: Any, methods: Iterable[Method]) -> str | None:
+    """Return how queries are pooled, if they are; refuse what has no meaning with that."""
+    kind, others = getattr(source, "pool", None), getattr(source, "others", None)
+    if others is None and (kind is None or len(source) == 1):
+        return None
+    work.require_conditions(others, "queries")
+    asked = ((name, work.cfg.retrieve.get(name)) for name in ("where", "places"))
+    odd = [f"retrieve.{name}={value}" for name, value in asked if value]
+    odd += ["an index: a maximum is no inner product"] * (kind == "max" and bool(work.cfg.index))
+    odd += [f"method={m.name}, which ignores the query" for m in methods if not m.by_query]
+    if odd:
+        raise DminError(f"queries.pool and .against do not go with {odd[0]}. Leave one out.")
+    return kind or "mean"

@@ -23,6 +23,8 @@ def note_queries(work: Workspace, source: Any) -> None:
 
     if not isinstance(source, Generated | Planted):
         work.made_of["queries"] = describe(source)
+        if getattr(source, "against", None) is not None:
+            work.made_of["against"] = describe(source.others)
 
 
 def made_now(work: Workspace, parts: Container[str]) -> dict[str, Any]:

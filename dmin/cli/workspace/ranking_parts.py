@@ -46,7 +46,8 @@ def joined(
 
     question = {
         **{part: work.resolved(part) for part in ("method", "retrieve", "index")},
-        "stores": [queries.store.fingerprint, train.store.fingerprint],
+        "stores": [s.store.fingerprint for s in (*getattr(queries, "sides", [queries]), train)]
+        + getattr(queries, "ids", []),  # how a Pool is pooled
         **({"metadata": train.store.metadata_digest} if train.store.metadata_digest else {}),
     }
     folder = work.outputs / "rankings" / f"{work.cfg.name}-{fingerprint(question)}"

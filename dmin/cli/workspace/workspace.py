@@ -229,6 +229,9 @@ class Workspace(Built):
         """
         from dmin.queries import Generated, Planted
 
+        pooled = getattr(source, "pool", None) or getattr(source, "against", None)
+        if pooled and self.command not in ("retrieve", "demo"):
+            raise DminError("queries.pool and queries.against are for `dmin retrieve`: omit them.")
         if isinstance(source, Planted):
             return source.plant(self.data)
         if isinstance(source, Generated):
