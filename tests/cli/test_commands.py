@@ -170,12 +170,20 @@ class TestDemo:
         assert about["against"] == [p.name for p in those] and "mean of" in pooled.query_ids[0]
         assert alone.query_ids == good.query_ids[:1]  # one picture alone is asked as it is
         np.testing.assert_allclose(alone.scores[0], good.scores[0], rtol=1e-6)
+        # What an example scores with all alike cancels between the two sets.
+        some = ["retrieve.where={label: 0}", "retrieve.popularity=true"]
+        dmin("retrieve", *asked, *these, "--against=those", *some, cwd=place)
+        (found,) = load_rankings(records(place, "retrieve")[-1].parent)
+        assert "popularity corrected" in found.method and len(found.train_ids[0]) > 1
+        assert all(example["label"] == 0 for example in found.train_metadata[0])
+        known = dict(zip(pooled.train_ids[0], pooled.scores[0], strict=True))
+        same = [known[id] for id in found.train_ids[0]]
+        np.testing.assert_allclose(found.scores[0], same, atol=1e-4)
         for words, told in (
             ([*those, "--against=those"], "would cancel itself"),
             ([*these, "--against=nowhere"], "queries.against=nowhere"),
             ([*these, "queries.pool=max", "index=certified"], "maximum is no inner product"),
             ([*these, "queries.pool=mean", "retrieve.places=1"], "retrieve.places=1"),
-            ([*these, "queries.pool=mean", "retrieve.where={label: 0}"], "retrieve.where"),
             ([*these, "--against=those", "method=popularity"], "ignores the query"),
         ):
             assert told in refusal("retrieve", *asked, *words, cwd=place)

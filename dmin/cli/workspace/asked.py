@@ -133,8 +133,8 @@ def pooling(work: Workspace, source: Any, methods: Iterable[Method]) -> str | No
     if others is None and (kind is None or len(source) == 1):
         return None
     work.require_conditions(others, "queries")
-    asked = ((name, work.cfg.retrieve.get(name)) for name in ("where", "places"))
-    odd = [f"retrieve.{name}={value}" for name, value in asked if value]
+    places = work.cfg.retrieve.get("places")
+    odd = [f"retrieve.places={places}"] * bool(places)
     odd += ["an index: a maximum is no inner product"] * (kind == "max" and bool(work.cfg.index))
     odd += [f"method={m.name}, which ignores the query" for m in methods if not m.by_query]
     if odd:

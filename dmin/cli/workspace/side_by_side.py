@@ -24,10 +24,21 @@ if TYPE_CHECKING:
 def methods_of(work: Workspace) -> dict[str, Method]:
     """Return the method chosen, and those asked for beside it, by what they are called.
 
+    Each is less an example's popularity if ``retrieve.popularity`` is true.
+
     Raises:
         DminError: there is no such method, one lacks a setting, or several are asked for what only
             one can do: shards, an index, a least score, a split that must be possible.
     """
+    found = _chosen(work)
+    if not work.cfg.retrieve.get("popularity", False):
+        return found
+    from dmin.attribution.methods.popularity import PopularityCorrected
+
+    return {name: PopularityCorrected(method) for name, method in found.items()}
+
+
+def _chosen(work: Workspace) -> dict[str, Method]:
     own = build(work.cfg.method)
     beside = list(dict.fromkeys(work.cfg.retrieve.get("beside", [])))  # old records have none
     if not beside:
