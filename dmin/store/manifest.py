@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from math import prod
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from dmin.store.encoding import STORED_AS, scale_shape
 
 FORMAT, SCHEMA = "dmin-store", 1
 MANIFEST = "manifest.json"
-# What parsers raise of contents that no writer wrote; RecursionError is a RuntimeError.
+# What parsers raise of contents that no writer wrote; RecursionError is a RuntimeError, and heads
+# of NumPy's files are read as Python.
 UNREADABLE = (
     *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError),
-    *(RuntimeError, OverflowError, EOFError),
+    *(RuntimeError, OverflowError, EOFError, SyntaxError, TokenError),
 )
 
 

@@ -208,6 +208,7 @@ def test_files_to_import(store, fork, tmp_path, form):
 
     expected = imported()
     changes = [flipped(content, bit) for bit in bits(min(len(content), 600))]
+    changes += [flipped(content, bit) for bit in range(70, 74)]  # a NumPy head that is cut short
     changes += [content[:length] for length in (0, 1, 9, len(content) // 2, len(content) - 1)]
     changes += [b"\x80\x04cposix\nsystem\n(S'false'\ntR.", b"\0" * 100, b"PK\x03\x04" + content]
 
