@@ -112,7 +112,7 @@ def _collapsed(ranking: Ranking) -> bool:
     return any(ranking.copies(query, rank) for query, rank in ranking.places())
 
 
-def ranking_remarks(ranking: Ranking, max_queries: int = 12) -> list[Text]:
+def ranking_notes(ranking: Ranking, max_queries: int = 12) -> list[Text]:
     """Return what is to be read beside the table: blind timesteps, and a line a query."""
     blind = spell_blind(ranking)
     found = [] if blind is None else [Text.assemble((f"{blind}.", "yellow"))]

@@ -94,7 +94,7 @@ class Factored(Sketch):
             first = self.dim // min(d for d in divisors if d >= inside)
         return first, self.dim // first
 
-    def sides(self, parameter: Parameter, like: Tensor) -> tuple[Side, Side]:
+    def sides(self, parameter: Parameter, like: Tensor) -> tuple[AxisMap, AxisMap]:
         """Return A and B of one parameter, hashed afresh."""
         plan = self._plan(parameter)
         each = zip(*plan, strict=True)
@@ -103,20 +103,20 @@ class Factored(Sketch):
 
     def _side(
         self, size: int, share: int, keys: tuple[int, int], matrix: bool, like: Tensor
-    ) -> Side:
+    ) -> AxisMap:
         if matrix:
             entries = signs(keys[0], share * size, like.device).to(like.dtype) * share**-0.5
-            return Side(share, entries.view(share, size))
+            return AxisMap(share, entries.view(share, size))
         sign = signs(keys[0], size, like.device).to(like.dtype)
         if size <= share:
             shift = int(hash_words(keys[1], 1)) % share
             bucket = (torch.arange(size, device=like.device) + shift) % share
         else:
             bucket = hash_words(keys[1], size, like.device) % share
-        return Side(share, sign, bucket)
+        return AxisMap(share, sign, bucket)
 
     def _plan(self, parameter: Parameter) -> _Plan:
-        """Return what is to be known of a parameter's sides; it is kept, some numbers for each."""
+        """Return the shares, shapes and kinds of maps of a parameter; kept, as they are few."""
         if parameter.name not in self._kept:
             sizes, shares = matrix_shape(parameter.shape), self.shares(parameter)
             keys, matrices = [], []
@@ -139,7 +139,7 @@ class _Plan(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Side:
+class AxisMap:
     """A random map of one side of a gradient: signs and places, or a matrix of signs."""
 
     to: int
@@ -147,7 +147,7 @@ class Side:
     bucket: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map the last dimension, to ``to`` numbers."""
+        """Map the last dimension, to ``to`` entries."""
         if self.bucket is None:
             return x @ self.sign.T
         return x.new_zeros(*x.shape[:-1], self.to).index_add_(-1, self.bucket, x * self.sign)
@@ -164,8 +164,8 @@ class Side:
 
 def _projected(
     part: GradientFactors,
-    left: Side,
-    right: Side,
+    left: AxisMap,
+    right: AxisMap,
     parameter: Parameter,
     plan: _Plan,
     dtype: torch.dtype,
@@ -198,7 +198,7 @@ def _forming_is_cheaper(part: Outer | Correlation, plan: _Plan) -> bool:
     return formed < projected
 
 
-def _projects(part: GradientFactors, right: Side) -> TypeGuard[Outer | Correlation]:
+def _projects(part: GradientFactors, right: AxisMap) -> TypeGuard[Outer | Correlation]:
     """Return whether torch can project a layer call's factors.
 
     Of a convolution if patches of the input are multiplied with kernels, which are matrices.

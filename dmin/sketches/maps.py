@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmin.sketches.hashing import hash_words, signs, spread_words
 
-Side = tuple[Tensor, Tensor]  # bucket, int64 in [0, k), and sign, float32, of each row or column
+CountSketch = tuple[Tensor, Tensor]  # of each row or column: bucket in [0, k), and sign
 
 
 def as_matrices(shape: Sequence[int]) -> tuple[int, int, int]:
@@ -106,7 +106,7 @@ class TensorSketchMap(Map):
         self.row = row
         self.column = column
 
-    def sides(self, device: torch.device) -> tuple[Side, Side]:
+    def sides(self, device: torch.device) -> tuple[CountSketch, CountSketch]:
         """Return bucket and sign of each output, and of each input for each tap.
 
         They are kept, 12 bytes for each: a thousandth of the matrix, and sorted to be made.

@@ -246,7 +246,7 @@ def test_centred_contributions_sum_to_zero_and_shares_to_one(sides):
     assert found.order_shares.sum(1) == pytest.approx(1, abs=1e-5)
     # One timestep that says the same of all decides nothing, however much it adds.
     parts = np.stack([np.full(12, 9.0), np.linspace(1, 0, 12), np.zeros(12)], axis=-1)[None]
-    made_up = replace(
+    invented = replace(
         found.first(12),
         **{
             name: getattr(found, name)[:1] for name in ("query_ids", "query_metadata", "train_rows")
@@ -257,12 +257,12 @@ def test_centred_contributions_sum_to_zero_and_shares_to_one(sides):
         maximum=None,
         typical=None,
     )
-    assert made_up.order_shares[0] == pytest.approx([0, 1, 0], abs=1e-6)
-    assert spell_against(made_up, made_up.order_shares[0]) is None
-    opposed = spell_against(made_up, np.array([-0.27, 1.26, 0.01]))
-    assert opposed == f"t = {made_up.timesteps[0]:g} (−27 %)"
-    least = float(made_up.scores[0, 5])
-    cut = replace(made_up, min_score=least)
+    assert invented.order_shares[0] == pytest.approx([0, 1, 0], abs=1e-6)
+    assert spell_against(invented, invented.order_shares[0]) is None
+    opposed = spell_against(invented, np.array([-0.27, 1.26, 0.01]))
+    assert opposed == f"t = {invented.timesteps[0]:g} (−27 %)"
+    least = float(invented.scores[0, 5])
+    cut = replace(invented, min_score=least)
     assert cut.count(0) == 6 and np.abs(cut.centred[0, :6].sum(0)).max() < 1e-6
 
 

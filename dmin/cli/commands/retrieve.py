@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dmin.cli.commands.command import Command, shown_count
-from dmin.cli.workspace.asked import SELECTED, Asked, pooling
 from dmin.cli.workspace.built import build, build_queries
 from dmin.cli.workspace.made_of import note_queries
+from dmin.cli.workspace.search import SELECTED, Search, pooling
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.errors import DminError
 from dmin.runtime.progress import titled
@@ -52,37 +52,37 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
         queries = Pool(queries, others, pool)
         methods = {name: Pooled(method, queries) for name, method in methods.items()}
     index = None if work.cfg.index is None else build(work.cfg.index)
-    asked = Asked(work, options, queries, train, selection, index)
-    rankings = asked.rankings(methods)
+    search = Search(work, options, queries, train, selection, index)
+    rankings = search.rankings(methods)
     if rankings is not None:  # else other shards are not done
         with work.notes.status("splitting scores over places" if shown else "drawing"):
-            maps = asked.places(rankings, methods, shown)
-        _show(work, rankings, maps, asked, results)
+            maps = search.places(rankings, methods, shown)
+        _show(work, rankings, maps, search, results)
 
 
 def _show(
     work: Workspace,
     rankings: list[Ranking],
     maps: PlacesOf,
-    asked: Asked,
+    search: Search,
     results: dict[str, Any],
 ) -> None:
     """Write and print the answer."""
     from dmin.attribution.place_maps import save_places
     from dmin.attribution.ranking_files import save_ranking
-    from dmin.attribution.ranking_table import ranking_remarks, ranking_table
+    from dmin.attribution.ranking_table import ranking_notes, ranking_table
     from dmin.attribution.wording import spell_overlaps
     from dmin.gallery.html import save_html
     from dmin.gallery.pictures import remembered
     from dmin.gallery.png import save_png
 
     folder, first = work.run_folder, rankings[0]
-    pictures = remembered(asked.shown), asked.pictures[1]
+    pictures = remembered(search.shown), search.pictures[1]
     save_ranking(rankings, folder)
     if maps:
         save_places(maps, folder / "places.npz")
     save_png(rankings, *pictures, folder / "gallery.png", places=maps)
-    files = asked.queries.file, asked.train.file
+    files = search.queries.file, search.train.file
     page = folder / "gallery.html"
     save_html(rankings, *pictures, page, query_files=files[0], train_files=files[1], places=maps)
     ids = " ".join(found[0] for found in first.train_ids[:3])
@@ -90,8 +90,8 @@ def _show(
     results["files"] = ["gallery.png", "gallery.html"]  # beside the record
     for ranking in rankings:
         work.console.print(ranking_table(ranking, width=work.console.width))
-        for remark in ranking_remarks(ranking):
-            work.console.print(remark)
+        for line in ranking_notes(ranking):
+            work.console.print(line)
         for what, note in ranking.notes.items():
             work.console.print(titled(what, f": {note}"))
     if len(rankings) > 1:

@@ -19,9 +19,9 @@ from dmin.cli.commands.command import Command, shown_count
 from dmin.cli.config.explain import explain
 from dmin.cli.config.line import words
 from dmin.cli.config.shorthand import UPLOADS
-from dmin.cli.workspace.asked import SELECTED, Asked
 from dmin.cli.workspace.benchmark import with_method
 from dmin.cli.workspace.built import build
+from dmin.cli.workspace.search import SELECTED, Search
 from dmin.cli.workspace.side_by_side import methods_of
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.errors import DminError
@@ -142,7 +142,7 @@ class Reader:
             source = get_object(settings.pop("_target_"))(**settings)
         work.require_conditions(source, "queries")
         tell(0.4, "gradients of the picture")
-        asked = Asked(work, options, work.query_side(source), self.train, selection)
+        asked = Search(work, options, work.query_side(source), self.train, selection)
         tell(0.8, f"scores by {', '.join(methods)}")
         rankings = asked.rankings(methods) or []
         page = save_html(rankings, remembered(asked.shown), asked.pictures[1], folder / "a.html")

@@ -1,4 +1,4 @@
-"""What is asked of every method alike, and what each answers."""
+"""One search by several methods: what is alike for all, and what each finds."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SELECTED = ("order", "min_score", "where", "group_by", "group_score", "split")
 
 
 @dataclass
-class Asked:
-    """What is asked of every method alike."""
+class Search:
+    """What several methods search alike: both sides, the selection, an index."""
 
     work: Workspace
     options: dict[str, Any]
