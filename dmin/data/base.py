@@ -32,14 +32,17 @@ class Facts(NamedTuple):
     label: int | str | None = None
     caption: str | None = None
     metadata: Mapping[str, Any] | None = None
+    repeats: float = 1
 
     def describe(self) -> dict[str, Any]:
         """Return all of it as a store keeps it.
 
         ``label`` and ``caption`` are what a model sees, and nothing else: other columns of these
-        names, whether an example has a label or not, become ``metadata_label``.
+        names, whether an example has a label or not, become ``metadata_label``; so do columns
+        called ``repeats``, which no trainer's run or folder says.
         """
-        known = {"label": self.label, "caption": self.caption}
+        passes = None if self.repeats == 1 else self.repeats
+        known = {"label": self.label, "caption": self.caption, "repeats": passes}
         rest = self.metadata or {}
         names = named_apart(rest, known)
         known = {name: value for name, value in known.items() if value is not None}
@@ -60,6 +63,7 @@ class Example:
         mask: float32 ``[1, H, W]``, how much each place counts in the loss; None for all alike.
         condition_image: float32 ``[C', H', W']`` in [0, 1], what a model is given with it: an image
             to change, a mask, a drawing, a map of depths.
+        repeats: how often an epoch of the training passed it.
     """
 
     id: str
@@ -70,6 +74,7 @@ class Example:
     sizes: Sizes | None = None
     mask: Tensor | None = None
     condition_image: Tensor | None = None
+    repeats: float = 1
 
     def describe(self) -> dict[str, Any]:
         """Return what a store keeps of the example beside its gradient."""
@@ -78,7 +83,7 @@ class Example:
     @property
     def facts(self) -> Facts:
         """What is known of it besides its pixels."""
-        return Facts(self.label, self.caption, self.metadata)
+        return Facts(self.label, self.caption, self.metadata, self.repeats)
 
 
 class Dataset(Protocol):

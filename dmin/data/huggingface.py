@@ -142,7 +142,7 @@ class HFDataset(Checked):
     def _facts(self, row: dict[str, Any], where: str) -> Facts:
         """Return what a row says of its image."""
         said = {name: value for name, value in row.items() if name not in self._images}
-        label, caption, rest = split_row(said, self.label, self.text, where)
+        label, caption, rest, _ = split_row(said, self.label, self.text, where)
         rest = {name: value for name, value in (rest or {}).items() if name != self.id}
         if self.classes is not None and isinstance(label, int) and label >= 0:
             rest.setdefault(f"{self.label}_name", self.classes[label])

@@ -99,7 +99,8 @@ class ImageFolder(Checked):
         content = read_bytes(path, str(path))
         require_same(name, content, self.sums.get(name, ""))
         image, sizes = self.decode(content, str(path))
-        found = Example(name, image, facts.label, facts.caption, facts.metadata or {}, sizes)
+        told = facts.label, facts.caption, facts.metadata or {}
+        found = Example(name, image, *told, sizes, repeats=facts.repeats)
         if self.condition_image is None:
             return found
         partner = self._partners[name]
@@ -200,7 +201,7 @@ class ImageFolder(Checked):
 
 def _as_kept(facts: Facts, kept: Mapping[str, Any]) -> Facts:
     """Return label and caption with the metadata that a store keeps beside them."""
-    given = {"label": facts.label, "caption": facts.caption}
+    given = {"label": facts.label, "caption": facts.caption, "repeats": facts.repeats}
     rest = {k: v for k, v in kept.items() if v is None or given.get(k) != v}
     return facts._replace(metadata=rest if rest or facts.metadata is not None else None)
 

@@ -150,7 +150,7 @@ class Folder:
                 repeats, tokens = _class_tokens(image) or ("0", "")
                 caption = tokens if known.caption is None and text is not None else known.caption
                 if int(repeats):
-                    facts[image] = Facts(None, caption, {"repeats": int(repeats)})
+                    facts[image] = Facts(None, caption, repeats=int(repeats))
             # The folders of img2dataset, whose files say a key, are but numbers.
             elif known.label is None and label is not None and "key" not in (known.metadata or ()):
                 facts[image] = known._replace(label=folder or None)

@@ -82,8 +82,7 @@ class TrainingFolder(ImageFolder):
             Path(self.root), self.suffixes, self.recursive, self.leave, self.condition_image
         )
         self._files = folder
-        told = {} if self.repeats == 1 else {"repeats": self.repeats}
-        facts = {image: Facts(metadata=told) for image in folder.images}
+        facts = {image: Facts(metadata={}, repeats=self.repeats) for image in folder.images}
         if self.captions is not None:
             folder.layout = self.captions.source
             how = self.captions
@@ -92,7 +91,9 @@ class TrainingFolder(ImageFolder):
             found = how.read(folder.root, folder.images, folder.files, self.told_wrong)
             lost = [] if how is self.captions else [i for i in folder.images if i not in found]
             self._wrong = {**dict.fromkeys(lost, NO_CAPTION), **self._wrong}
-            facts = {image: Facts(None, caption, told) for image, caption in found.items()}
+            facts = {
+                image: Facts(None, caption, {}, self.repeats) for image, caption in found.items()
+            }
             for suffix in self.captions.extensions if folder.layout == "files" else ():
                 folder.used.update(folder.beside(suffix).values())
         return facts

@@ -103,11 +103,11 @@ class TarShards(Checked):
         # Opened anew each time: loaders' processes must not share a position in an open file.
         with path.open("rb") as file:
             content = _read(file, parts)
-        label, caption, fields = self._facts(content, where)
-        row = _row(name, content, [label, caption])
+        facts = self._facts(content, where)
+        row = _row(name, content, [facts.label, facts.caption])
         require_same(name, json.dumps(row).encode(), self.sums.get(name, ""))
         (image, sizes), *given = (self.decode(each, where) for each in _images(content))
-        found = Example(name, image, label, caption, fields or {}, sizes)
+        found = Example(name, image, facts.label, facts.caption, facts.metadata or {}, sizes)
         return with_partner(found, *given)
 
     def facts(self, index: int) -> Facts:
@@ -122,7 +122,7 @@ class TarShards(Checked):
         there = [kind for kind in _TEXTS if kind in content]
         said = {k: decode_text(content[k], f"the {_TEXTS[k]} of {where}") for k in there}
         fields = parse_json(said.get("json", "{}"), f"the json of {where}")
-        label, caption, rest = split_row(fields, self.label, self.text, where)
+        label, caption, rest, _ = split_row(fields, self.label, self.text, where)
         if "cls" in said:
             text = said["cls"].strip()
             label = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text

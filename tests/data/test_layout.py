@@ -99,7 +99,13 @@ def test_fields_and_repeats_travel_with_the_example(tmp_path):
     dataset = ImageFolder(write(tmp_path / "x", **LAYOUTS["img2dataset"][0]))
     assert dataset[0].describe() == {**IMG2DATASET, "caption": "one"}
     dataset = ImageFolder(write(tmp_path / "y", **LAYOUTS["kohya"][0]))
-    assert dataset[1].metadata == {"repeats": 10} and "layout kohya" in dataset.summary
+    assert dataset[1].describe()["repeats"] == 10 and "layout kohya" in dataset.summary
+
+
+def test_a_column_called_repeats_is_no_count_of_passes(tmp_path):
+    rows = "file_name,repeats\na.png,7\n"
+    dataset = ImageFolder(write(tmp_path, **{"a.png": None, "metadata.csv": rows}))
+    assert dataset[0].repeats == 1 and dataset[0].describe() == {"metadata_repeats": 7}
 
 
 def test_metadata_in_parquet_is_read_as_in_the_other_forms(tmp_path):

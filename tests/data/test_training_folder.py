@@ -99,7 +99,7 @@ def test_several_together_have_the_names_of_their_folders(folder):
     both = Together(datasets, ["x"])
     assert len(both) == 6 and both.ids == [e.id for e in both]
     assert [both.facts(i) for i in range(6)] == [e.facts for e in both]
-    assert both[3].id == "two/a.png" and both[3].metadata == {"repeats": 3}
+    assert both[3].id == "two/a.png" and both[3].describe() == {"repeats": 3}
     assert describe_dataset(both) != describe_dataset(Together(datasets))
     with pytest.raises(DminError, match="empty"):
         Together({})

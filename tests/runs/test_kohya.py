@@ -74,10 +74,10 @@ def test_a_run_is_taken_as_it_was_trained(place):
     }
     data = built(run)
     assert isinstance(data, Together)
-    assert [(e.id, e.caption, e.metadata.get("repeats"), e.image.shape[-2:]) for e in data] == [
+    assert [(e.id, e.caption, e.repeats, e.image.shape[-2:]) for e in data] == [
         ("mugs/a.png", "zqx, a mug", 3.0, (32, 32)),
         ("mugs/b.JPG", "zqx, zqx mug", 3.0, (32, 32)),
-        ("plain/e.png", "", None, (16, 16)),
+        ("plain/e.png", "", 1, (16, 16)),
     ]
 
 
@@ -93,7 +93,7 @@ def test_numbered_folders_are_repeats_and_class_tokens(place):
         MAIN.replace('dataset_config = "data.toml"', 'train_data_dir = "img"\nresolution = "32,32"')
     )
     run = read_run(place / "run.toml")
-    assert [(e.id, e.caption, e.metadata["repeats"]) for e in built(run)] == [
+    assert [(e.id, e.caption, e.repeats) for e in built(run)] == [
         ("3_zqx mug/a.png", "zqx mug", 3.0),
         ("3_zqx mug/b.JPG", "zqx mug", 3.0),
     ]  # .caption is kohya's extension where none is said
@@ -231,7 +231,7 @@ def test_a_folder_may_be_named_by_its_repeats_alone(place):
     text = MAIN.replace('dataset_config = "data.toml"', 'train_data_dir = "img"\nresolution = 32')
     (place / "run.toml").write_text(text)
     example = built(read_run(place / "run.toml"))[0]
-    assert (example.id, example.caption, example.metadata["repeats"]) == ("5/a.png", "", 5.0)
+    assert (example.id, example.caption, example.repeats) == ("5/a.png", "", 5.0)
 
 
 @pytest.mark.parametrize("off", ["false", "0", "''", "[]", "'None'"])

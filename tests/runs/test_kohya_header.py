@@ -51,7 +51,7 @@ def test_the_header_tells_the_run(place):
         "empty_captions": "keep",
     }
     assert run.unknown == [] and "flip_aug" in run.data["approximated"]
-    found = [(e.id, e.caption, e.metadata["repeats"], *e.image.shape[1:]) for e in build(run.data)]
+    found = [(e.id, e.caption, e.repeats, *e.image.shape[1:]) for e in build(run.data)]
     assert found == [  # .txt, as the tags prove, and the buckets that it counted
         ("3_zqx mug/a.png", "A mug, red", 3.0, 32, 64),
         ("3_zqx mug/b.png", "zqx mug", 3.0, 32, 64),
@@ -65,7 +65,7 @@ def test_data_sets_of_a_file_are_told_as_well(place):
     datasets = [{"resolution": [64, 64], "enable_bucket": False, "subsets": [subset, plain]}]
     file = lora(datasets=json.dumps(datasets), dataset_dirs=None)
     data = build(read_run(file, ignore=["is_reg"]).data)
-    assert [(e.metadata["repeats"], *e.image.shape[1:]) for e in data] == [(2.0, 64, 64)] * 2
+    assert [(e.repeats, *e.image.shape[1:]) for e in data] == [(2.0, 64, 64)] * 2
 
 
 @pytest.mark.parametrize(

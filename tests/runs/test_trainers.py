@@ -229,7 +229,7 @@ def test_a_run_is_taken_as_it_was_trained(place, name):
     assert run.model["adapter"].startswith(("out/", "runs/")) and run.unknown == []
     data = build(run.data)
     assert any(example.mask is not None for example in data) or name in WITHOUT_MASKS
-    got = [(e.id, e.caption, e.metadata.get("repeats", 1.0), *e.image.shape[1:]) for e in data]
+    got = [(e.id, e.caption, e.repeats, *e.image.shape[1:]) for e in data]
     assert got == examples
 
 
