@@ -59,7 +59,7 @@ class Ranking(Tabular):
         tiers: int64 [Q, K], from 0 and ascending: examples of one tier cannot be distinguished, or
             None; see `dmin.attribution.confidence`.
         tier_goes_on: bool [Q], whether the last tier goes on past K, or None.
-        blind: the timesteps that hardly tell examples apart, or None if that was not measured.
+        blind: the timesteps that hardly distinguish examples, or None if that was not measured.
         copy_of: int64 [Q, K], the first place with the same pixels (`attribution.copies`), or None.
         tied_copies: [Q][K], ids past K with the same pixels and score, or None.
         same_as: [Q], ids of the training examples with the query's own pixels, or None.

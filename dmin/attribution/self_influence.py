@@ -17,7 +17,7 @@ from dmin.runtime.escape import named_apart, write_csv
 from dmin.runtime.sampling import evenly
 from dmin.store import Store
 
-FEW = 64  # examples by which it is seen whether a method tells them apart
+FEW = 64  # examples by which it is seen whether a method distinguishes them
 
 
 def self_influence(train: Store | FeatureSet, method: Method, rows: int = 32) -> np.ndarray:
@@ -33,7 +33,7 @@ def self_influence(train: Store | FeatureSet, method: Method, rows: int = 32) ->
 
 
 def outlier_scores(train: FeatureSet, method: Method, name: str | None = None) -> np.ndarray:
-    """Return the scores of :func:`self_influence`, of a method that tells examples apart by them.
+    """Return the scores of :func:`self_influence`, of a method that distinguishes examples by them.
 
     Args:
         train: the examples.

@@ -135,7 +135,7 @@ def _shared(one: Ranking, other: Ranking) -> float:
 
 
 def spell_blind(ranking: Ranking) -> str | None:
-    """Name the timesteps that hardly tell examples apart; None if none is known to be blind."""
+    """Name the timesteps that hardly distinguish examples; None if none is known to be blind."""
     if not ranking.blind:
         return None
     names, all_ = ", ".join(f"{t:g}" for t in ranking.blind), len(ranking.timesteps)

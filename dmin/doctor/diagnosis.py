@@ -60,7 +60,7 @@ class Diagnosis:
     Args:
         checks: in the order they were made.
         coverage: how the gradients of all parameters are had.
-        timesteps: how much each tells the examples apart.
+        timesteps: how much each distinguishes the examples.
         cost: of the whole dataset; None when the examination ended before.
     """
 

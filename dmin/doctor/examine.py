@@ -167,7 +167,7 @@ def _work(
     telling = [f"{entry.timestep:g}" for entry in report if not entry.blind]
     chosen = f"timesteps=explicit timesteps.values=[{','.join(telling)}]" if telling else ""
     check = Check(
-        "timesteps tell examples apart",
+        "timesteps distinguish examples",
         not blind,
         float(len(blind)),
         0,

@@ -1,4 +1,4 @@
-"""How much each timestep tells examples apart, and which are blind.
+"""How much each timestep distinguishes examples, and which are blind.
 
 Where there is only noise, every image has nearly the same gradient: such a timestep adds the same
 to all scores, and after normalisation it weighs as much as the telling ones.
@@ -83,7 +83,7 @@ def report_of(store: Store, readout: str = "loss", sample: int = 256) -> list[Ti
 
 def report_table(report: Sequence[Timestep]) -> Table:
     """Return a report as a table for the terminal."""
-    table = Table(title="How much each timestep tells examples apart", title_justify="left")
+    table = Table(title="How much each timestep distinguishes examples", title_justify="left")
     for heading in ("timestep", "mean cosine", "spread", "share of score variance", ""):
         table.add_column(heading, justify="right" if heading else "left")
     for entry in report:

@@ -66,5 +66,5 @@ def save_sheet(
 
 
 def shortened(name: str, most: int = 18) -> str:
-    """Return a name that fits below a picture: its end, which tells files apart."""
+    """Return a name that fits below a picture: its end, which distinguishes files."""
     return name if len(name) <= most else "…" + name[1 - most :]

@@ -214,12 +214,12 @@ def test_blind_timesteps_are_a_warning(digits):
     model = DDPM.build({**TINY_UNET, "num_class_embeds": None}, {"beta_schedule": "linear"}).eval()
     found = examine(model, digits, BlockCyclic(256), DMinCubic(10))
     assert found.passed
-    blind = check(found, "timesteps tell examples apart")
+    blind = check(found, "timesteps distinguish examples")
     assert "999" in blind.detail
     telling = ",".join(f"{entry.timestep:g}" for entry in found.timesteps if not entry.blind)
     wanted = f"timesteps.values=[{telling}]" if telling else "timesteps of less noise"
     assert wanted in blind.remedy
-    assert verdicts(found)["timesteps tell examples apart"] == "warning"
+    assert verdicts(found)["timesteps distinguish examples"] == "warning"
 
 
 def test_double_precision_is_held_to_more(digits):

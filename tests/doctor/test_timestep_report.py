@@ -1,4 +1,4 @@
-"""How much timesteps tell examples apart: constructed rows, and the published schedule."""
+"""How much timesteps distinguish examples: constructed rows, and the published schedule."""
 
 import io
 

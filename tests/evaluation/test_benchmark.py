@@ -177,7 +177,7 @@ def test_differences_are_paired_and_only_real_leads_are_best():
     cells = [cell("dmin", 0), cell("better", 0.1), cell("same", 0.1), cell("top", 1, "untrained")]
     found = {r.method: r for r in compared(cells, "dmin")}
     assert found["better"].better and not found["better"].worse
-    assert found["better"].high - found["better"].low > 0.1  # alone, it could not be told apart
+    assert found["better"].high - found["better"].low > 0.1  # alone, it could not be distinguished
     assert found["better"].best and found["same"].best and not found["dmin"].best
     assert not found["top"].best  # a control is never the best method
     assert found["dmin"].difference is None

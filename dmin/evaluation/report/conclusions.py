@@ -167,7 +167,7 @@ def _conclude(wish: str, where: str, rows: Sequence[Result], reference: str) -> 
     if not _beats_chance(methods):
         text += ", which is no better than chance"
     elif len(tied) >= 5:
-        text += f", but {len(tied)} others are tied with it: this measure does not tell them apart"
+        text += f", but {len(tied)} others are tied with it: this measure does not distinguish them"
     elif tied:
         text += f", tied with {_listed([r.name for r in tied])}"
     text += "."
