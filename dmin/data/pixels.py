@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -266,7 +267,9 @@ def open_image(content: bytes) -> Image.Image:
     # The workflow of an image in a PNG may be longer than Pillow's limit of one text.
     limit = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
     PngImagePlugin.MAX_TEXT_CHUNK = limit
-    return Image.open(io.BytesIO(content), formats=formats())
+    with warnings.catch_warnings():  # whoever asks for an image compares it with max_pixels
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(content), formats=formats())
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,10 @@ def test_the_limit_of_pillow_is_raised_only_on_request(monkeypatch):
     with pytest.raises(Unreadable, match="far more pixels than max_pixels=50"):
         decode(bars(), settings={"max_pixels": 50})
     assert Image.MAX_IMAGE_PIXELS == 50
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # of which Pillow warns, below twice that
+    with pytest.raises(Unreadable, match="are more than"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(bars(), settings={"max_pixels": 100})
     assert decode(bars(), settings={"max_pixels": 500}).shape == (3, 8, 24)
 
 
