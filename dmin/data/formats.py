@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import io
 import os
+import warnings
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 # Formats whose decoders are part of Pillow and start no other program (PostScript goes to
 # Ghostscript), whatever a file is called.
@@ -47,6 +49,20 @@ def suffixes() -> tuple[str, ...]:
     """Return the suffixes of the files that are opened, in lower case."""
     known = formats()
     return tuple(sorted(s for s, name in Image.registered_extensions().items() if name in known))
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Return the image in a file's content, not yet decoded; the one way to open any.
+
+    Raises:
+        PIL.UnidentifiedImageError: it is in none of `FORMATS`.
+    """
+    # The workflow of an image in a PNG may be longer than Pillow's limit of one text.
+    limit = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
+    PngImagePlugin.MAX_TEXT_CHUNK = limit
+    with warnings.catch_warnings():  # whoever asks for an image compares it with max_pixels
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(content), formats=formats())
 
 
 def is_image(path: str) -> bool:

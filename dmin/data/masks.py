@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from torch import Tensor
 
 from dmin.data.base import Example, Facts
-from dmin.data.pixels import Picture, Pixels, open_image
+from dmin.data.formats import open_image
+from dmin.data.pixels import Picture, Pixels
 from dmin.data.survey import read_bytes
 from dmin.runtime.errors import DminError
 

@@ -14,8 +14,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from dmin.data.formats import open_image
 from dmin.data.masks import Masks
-from dmin.data.pixels import Pixels, open_image
+from dmin.data.pixels import Pixels
 from dmin.data.survey import read_bytes
 from dmin.runtime.errors import DminError
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import io
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from PIL import Image, ImageColor, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from dmin.data.base import Sizes
-from dmin.data.formats import FORMATS as FORMATS, formats, what_it_is
+from dmin.data.formats import open_image, what_it_is
 from dmin.runtime.errors import DminError
 
 _ORIENTATION, _T = 0x0112, Image.Transpose
@@ -256,20 +254,6 @@ class Pixels:
         if "MAX_TEXT" in str(error) or "Too much memory used in text" in str(error):
             return f"the text in it is longer than {PngImagePlugin.MAX_TEXT_MEMORY >> 20} MiB"
         return f"it is damaged ({error or type(error).__name__})"
-
-
-def open_image(content: bytes) -> Image.Image:
-    """Return the image in a file's content, not yet decoded; the one way to open any.
-
-    Raises:
-        PIL.UnidentifiedImageError: it is in none of `FORMATS`.
-    """
-    # The workflow of an image in a PNG may be longer than Pillow's limit of one text.
-    limit = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
-    PngImagePlugin.MAX_TEXT_CHUNK = limit
-    with warnings.catch_warnings():  # whoever asks for an image compares it with max_pixels
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(content), formats=formats())
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -11,8 +11,9 @@ import torch
 from examples_on_disk import encoded
 from PIL import Image
 
+from dmin.data.formats import FORMATS
 from dmin.data.image_folder import ImageFolder
-from dmin.data.pixels import FORMATS, Pixels, Unreadable, buckets
+from dmin.data.pixels import Pixels, Unreadable, buckets
 from dmin.runtime.errors import DminError
 
 RED = (255, 0, 0)
@@ -295,4 +296,4 @@ def test_postscript_in_a_png_is_refused_as_what_it_is():
 def test_images_are_opened_in_one_place():
     dmin = Path(__file__).parents[2] / "dmin"
     found = [file for file in dmin.rglob("*.py") if "Image.open(" in file.read_text()]
-    assert [file.relative_to(dmin).as_posix() for file in found] == ["data/pixels.py"]
+    assert [file.relative_to(dmin).as_posix() for file in found] == ["data/formats.py"]

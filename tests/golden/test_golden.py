@@ -13,6 +13,7 @@ from golden import definitions, settings
 from golden.definitions import GOLDENS, STORES
 from hydra.utils import get_object
 
+from dmin.cli.config.renamed import CHECKS
 from dmin.collect.described import refresh_metadata
 from dmin.data import Examples
 from dmin.runtime.errors import DminError
@@ -242,6 +243,10 @@ def test_a_run_of_then_is_repeated(name, repeated):
     assert now["outcome"] == then["outcome"] == "finished" and now["seed"] == then["seed"]
     # Where a process had more memory before, a collection has no peak to tell.
     assert {*now["results"], "peak"} == {*then["results"], "peak"}
+    if name == "doctor":  # a check that has another name today is the same check
+        assert "distinguish" not in printed.partition("results:")[2]
+        checks = then["results"]["checks"]
+        then["results"]["checks"] = {CHECKS.get(key, key): value for key, value in checks.items()}
     # What is the same on any CPU.
     for key in ("rows", "raw_bytes", "queries", "checks"):
         assert now["results"].get(key) == then["results"].get(key), key

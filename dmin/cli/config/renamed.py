@@ -68,6 +68,8 @@ SETTINGS: dict[str, dict[str, str]] = {
     "dmin.attribution.SharpEnergy": {"lengths": "length_weight", "sharpness": "exponent"},
     "dmin.queries.Generated": {"journey": "trajectory"},
 }
+# Results of the doctor, old → new: as `repeat` compares them.
+CHECKS = {"timesteps tell examples apart": "timesteps distinguish examples"}
 # Target of today → settings that it had not yet, with what was done then.
 UNSAID: dict[str, dict[str, Any]] = {"dmin.data.image_folder.ImageFolder": {"layout": "plain"}}
 

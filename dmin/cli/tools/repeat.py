@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dmin.cli.config.renamed import CHECKS
 from dmin.cli.help import COMMANDS, TOOLS
 from dmin.cli.tools.arguments import Arguments
 from dmin.runtime.errors import DminError
@@ -235,7 +236,7 @@ def _in_time(lines: Sequence[str]) -> list[str]:
 
 def _essential(results: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: _essential(value) if isinstance(value, dict) else value
+        CHECKS.get(key, key): _essential(value) if isinstance(value, dict) else value
         for key, value in results.items()
         if key not in _INCIDENTAL
     }
