@@ -62,6 +62,8 @@ class Pixels:
             many pixels as the square, as SDXL and many of its kin were trained.
         bucket_step: sides of buckets are multiples of this.
         bucket_shapes: ``[height, width]`` of each, in place of that list.
+        bucket_ratio: what is nearest in it: ``log`` of the aspect ratio, ``width/height`` (kohya's
+            trainers) or ``height/width`` (OneTrainer).
         upscale: whether small images are scaled up. If not, each is scaled down to size² pixels,
             if it has more, and its sides are cut to multiples of bucket_step.
         mode: ``RGB`` or ``L`` (grey) for all images; None keeps grey ones grey and turns all
@@ -78,6 +80,7 @@ class Pixels:
     aspect: Literal["square", "buckets"] = "square"
     bucket_step: int = 64
     bucket_shapes: Sequence[Sequence[int]] | None = None
+    bucket_ratio: Literal["log", "width/height", "height/width"] = "log"
     upscale: bool = True
     mode: Literal["RGB", "L"] | None = "RGB"
     crop: Literal["center", "none"] = "center"
@@ -91,6 +94,7 @@ class Pixels:
             "mode": ("RGB", "L", None),
             "crop": ("center", "none"),
             "aspect": ("square", "buckets"),
+            "bucket_ratio": ("log", "width/height", "height/width"),
         }
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
@@ -127,6 +131,7 @@ class Pixels:
         if self.aspect == "buckets":
             names += ["aspect", "bucket_step"]
             names += ["bucket_shapes"] * (self.bucket_shapes is not None)
+            names += ["bucket_ratio"] * (self.bucket_ratio != "log")
             names += ["upscale"] * (not self.upscale)
         return {name: getattr(self, name) for name in names}
 
@@ -236,10 +241,17 @@ class Pixels:
             scale, step = min(1.0, self.size / math.sqrt(width * height)), self.bucket_step
             across, down = (max(step, int(x * scale + 1e-6) // step * step) for x in image.size)
             return across, down
-        # On a tie, the larger: a square image goes to the square.
-        shapes, ratio = self._buckets(self.size), math.log(height / width)
-        down, across = min(shapes, key=lambda b: (abs(math.log(b[0] / b[1]) - ratio), -b[0] * b[1]))
+        shapes = self._buckets(self.size)
+        down, across = min(shapes, key=lambda b: self._away(b[0], b[1], width / height))
         return across, down
+
+    def _away(self, down: int, across: int, ratio: float) -> tuple[float, int]:
+        """Return how far a bucket is from an image's width over height; of alike, the less wins."""
+        if self.bucket_ratio == "log":  # the larger: a square image goes to the square
+            return abs(math.log(down / across) + math.log(ratio)), -down * across
+        if self.bucket_ratio == "height/width":
+            return abs(down / across - 1 / ratio), across
+        return abs(across / down - ratio), across
 
     def _buckets(self, side: int) -> Sequence[Sequence[int]]:
         return self.bucket_shapes or buckets(side, self.bucket_step)

@@ -186,7 +186,7 @@ def together(parts: Mapping[str, Mapping[str, Any]] | None, run: TrainingRun) ->
         run.noise["shapes"] = "field"
         meaning = "noise.shapes=field, the same noise at the same place"
         run.taken.append(Entry("images of several shapes", "yes", meaning))
-    pictures = ("size", "aspect", "bucket_step", "bucket_shapes", "upscale", "mode")
+    pictures = ("size", "aspect", "bucket_step", "bucket_shapes", "bucket_ratio", "upscale", "mode")
     return {
         "_target_": "dmin.data.training_folder.Together",
         "datasets": {

@@ -183,7 +183,8 @@ def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[s
     listed = keys.get("bucket_shapes", kind=list)
     if "bucket_step" in shape and (listed or "upscale" not in shape):
         listed = listed or _buckets(shape["size"] ** 2, shape["bucket_step"], keys)
-        shape = {"size": shape["size"], "aspect": "buckets", "bucket_shapes": listed}
+        of_kohya = {"bucket_shapes": listed, "bucket_ratio": "width/height"}
+        shape = {"size": shape["size"], "aspect": "buckets", **of_kohya}
     keys.randoms(of_folders.random)
     shape["background"] = None
     if keys.get("alpha_mask", False, bool):

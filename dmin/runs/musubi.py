@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dmin.runs import adapter, base_model, checkpoints
 from dmin.runs.files import Places, load
-from dmin.runs.folders import add, bucket, folder, together
+from dmin.runs.folders import add, bucket, folder, sides, together
 from dmin.runs.keys import Keys, families, table
 from dmin.runs.kohya import SUFFIXES, flat
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
 CONFIGS = ("*.toml",)
+STEP = 16  # sides are multiples of it
 
 
 def recognises(found: Any) -> bool:
@@ -54,7 +56,10 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
             )
         where = Path(places.folder(path, each.name("image_directory")))
         size, small = each.get("resolution", [960, 544]), each.get("bucket_no_upscale", False, bool)
-        shape = bucket(size, each.get("enable_bucket", False, bool), 16, not small, run)
+        shape = bucket(size, each.get("enable_bucket", False, bool), STEP, not small, run)
+        if "bucket_step" in shape and not small:
+            listed = _buckets(math.prod((sides(size, run) * 2)[:2]))
+            shape |= {"bucket_shapes": listed, "bucket_ratio": "width/height"}
         captions = {"extensions": [f".{ending.lstrip('.')}"], "missing": "drop"}
         repeats = each.get("num_repeats", 1, int)
         each.note(run.taken, "image_directory", where.name, f"data, {repeats} repeats")
@@ -62,3 +67,12 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
         add(parts, where.name, part, run)
         each.apply(table("musubi", "datasets"))
     return parts
+
+
+def _buckets(area: int) -> list[list[int]]:
+    """Return the shapes of an area: sides from half of the square's to one step above it."""
+    side, found = math.isqrt(area), set[tuple[int, int]]()
+    for short in range(max(STEP, side // 2 // STEP * STEP), side + STEP, STEP):
+        other = area // short // STEP * STEP
+        found |= {(short, other), (other, short)} if other else set()
+    return sorted(map(list, found))

@@ -170,7 +170,8 @@ def _shapes(size: Any, bucketed: bool, run: TrainingRun) -> list[dict[str, Any]]
         run.random.append(Entry("resolution", size, meaning))
     if not bucketed:
         return [{"size": side, "aspect": "square"} for side in several]
-    return [ratios(side, (*ASPECTS, *(1 / a for a in ASPECTS)), 64) for side in several]
+    aspects = (*ASPECTS, *(1 / a for a in ASPECTS))
+    return [{**ratios(side, aspects, 64), "bucket_ratio": "height/width"} for side in several]
 
 
 def _captions(text: Keys, root: Path, places: Places) -> dict[str, Any]:

@@ -128,6 +128,24 @@ def test_images_are_scaled_down_alone_where_asked_and_listed_buckets_give_the_ne
         Pixels(upscale=False)
 
 
+@pytest.mark.parametrize("ratio", ["log", "width/height", "height/width"])
+def test_an_image_between_two_buckets_goes_where_its_trainer_puts_it(ratio):
+    shapes = sorted([[64, 64], [32, 96], [96, 32], [48, 80], [80, 48]], key=lambda s: s[1])
+    settings = {**BUCKETS, "bucket_shapes": shapes, "bucket_ratio": ratio}
+    measure = {"log": np.log, "width/height": np.asarray, "height/width": np.reciprocal}[ratio]
+    ratios, found = np.array([w / h for h, w in shapes]), set()
+    for width in (20, 24, 28, 33, 47, 50, 52, 53, 60, 76, 90, 91, 93, 95, 130):
+        shape = decode(Image.new("RGB", (width, 40)), settings=settings).shape[-2:]
+        nearest = np.abs(measure(ratios) - measure(np.float64(width / 40))).argmin()
+        assert list(shape) == shapes[nearest], (width, ratio)
+        found.add((width, shape))
+    assert ((53, (64, 64)) in found) == (ratio == "width/height")
+    told = Pixels(**settings).settings()
+    assert told.get("bucket_ratio", "log") == ratio
+    with pytest.raises(DminError, match="choose one of log, width/height"):
+        Pixels(bucket_ratio="width")
+
+
 def test_data_whose_small_images_were_cut_otherwise_before_are_other_data(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
     told = [ImageFolder(tmp_path, **BUCKETS, upscale=up).describe() for up in (True, False)]

@@ -219,6 +219,9 @@ def test_buckets_are_kohyas(place, side, step, least, most):
         heights = [h for h in range(least, most + 1, step) if width * h <= side * side]
         want |= {shape for h in heights[-1:] for shape in ((width, h), (h, width))}
     assert shapes == want and built(run)[0].image.shape[1:] in want
+    assert (
+        run.data["datasets"]["mugs"]["bucket_ratio"] == "width/height" == run.data["bucket_ratio"]
+    )
 
 
 def test_width_and_height_without_buckets_are_the_shape(place):

@@ -172,7 +172,7 @@ def _data_of(store: "Store", folders: list[Path], settings: dict[str, Any]) -> A
             f"dmin.collect.described takes any dataset."
         )
     known = ["size", "mode", "crop", "resize", "background"]
-    known += ["aspect", "bucket_step", "bucket_shapes", "upscale"]
+    known += ["aspect", "bucket_step", "bucket_shapes", "bucket_ratio", "upscale"]
     options = {name: said[name] for name in known if name in said}
     told = ("label", "text", "layout", "condition_image")
     options |= {name: settings[name] for name in told if name in settings}
