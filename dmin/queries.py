@@ -1,7 +1,5 @@
 """Where query images come from, other than a dataset: the model itself, or the training set."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Training a diffusion model on a dataset, or on a subset of it."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Attribution methods: stores in, scores and rankings out."""
 
-from __future__ import annotations
-
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
 from dmin.attribution.merge import merged
 from dmin.attribution.method import Method

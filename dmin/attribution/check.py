@@ -1,7 +1,5 @@
 """Which pairs of feature sets a method can compare, and what is missing where it cannot."""
 
-from __future__ import annotations
-
 from dmin.attribution.features import FeatureSet
 from dmin.attribution.method import Method
 from dmin.runtime.errors import DminError

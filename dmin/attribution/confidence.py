@@ -1,7 +1,5 @@
 """How sure one answer is: two error bars for each score, and how firmly each holds its place."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Copies: examples, and queries, whose decoded pixels are the same, whatever they are called."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Which error bars hold: those that covered the truth 92 to 98 times in 100 when it was known."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How well a model has learned each image: losses, their errors, and a gap to images held out."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """One ranking of several: each machine ranked a part of the training examples."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain

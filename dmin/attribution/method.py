@@ -1,7 +1,5 @@
 """What an attribution method is: queries and training examples in, a score for each pair out."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A ranking in files: CSV, Parquet, and beside them its JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from importlib import import_module

@@ -1,7 +1,5 @@
 """A ranking as JSON: versioned, with keys that have no spaces."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A ranking as tidy rows: for files, for pandas, and shown in a notebook."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

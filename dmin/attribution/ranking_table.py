@@ -1,7 +1,5 @@
 """A ranking for a terminal."""
 
-from __future__ import annotations
-
 import numpy as np
 from rich.table import Table
 from rich.text import Text

@@ -1,7 +1,5 @@
 """Exact retrieval: stream the training side past all queries at once and keep the best."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any

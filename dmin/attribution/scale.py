@@ -1,7 +1,5 @@
 """What scores are measured by: the usual one, and how many candidates score as much."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

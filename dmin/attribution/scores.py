@@ -1,7 +1,5 @@
 """Every score there is: blocks of the training side past batches of queries."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

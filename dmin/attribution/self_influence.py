@@ -1,7 +1,5 @@
 """The score of each training example with itself: large where only its own gradient explains it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

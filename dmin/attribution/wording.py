@@ -1,7 +1,5 @@
 """What the numbers of a ranking mean, in words that table, picture and page share."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import combinations, groupby

@@ -1,7 +1,5 @@
 """A dataset that has grown: the new examples are collected apart, then put behind the rest."""
 
-from __future__ import annotations
-
 import shutil
 import warnings
 from pathlib import Path

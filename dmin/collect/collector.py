@@ -1,7 +1,5 @@
 """The collector: settings → the features of a batch. It computes, and keeps nothing of a run."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property

@@ -4,8 +4,6 @@ No collective operation takes part: a process that died would hang it, and one t
 would break it. Processes watch each other's heartbeats instead (`dmin.workers.liveness`).
 """
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a store says of its dataset: how it is found again, and renewed when metadata changed."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ Image and text encoders can outweigh the network whose gradients are wanted. The
 all examples, and leave the device; the gradients then start from what is kept here.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import shutil

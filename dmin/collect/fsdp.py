@@ -9,8 +9,6 @@ many pairs of example and timestep. Where a process has fewer, it does some agai
 rows away.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ holds what comes of it to what it should be: rows scale as their losses do, a pa
 that it has among others, and both are autograd's.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from math import prod

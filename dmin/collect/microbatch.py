@@ -1,7 +1,5 @@
 """How much fits: the number of pairs in one pass, found by trying."""
 
-from __future__ import annotations
-
 import json
 import platform
 import time

@@ -1,7 +1,5 @@
 """How a store is collected: the settings of :meth:`dmin.collect.GradientCollector.collect`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

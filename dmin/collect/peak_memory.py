@@ -1,7 +1,5 @@
 """What a pass takes: the peak memory of per-example gradients."""
 
-from __future__ import annotations
-
 import torch
 
 from dmin.runtime.memory import peak_resident

@@ -1,7 +1,5 @@
 """What a collection takes: disk before anything is computed, time and memory from its passes."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time

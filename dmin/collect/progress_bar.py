@@ -1,7 +1,5 @@
 """What one sees of a long collection."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

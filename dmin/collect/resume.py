@@ -1,7 +1,5 @@
 """Collecting a store is resuming it: what it lacks is found, claimed and computed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

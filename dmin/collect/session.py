@@ -1,7 +1,5 @@
 """The session: one Lightning run over blocks of examples, and all that changes while it runs."""
 
-from __future__ import annotations
-
 import socket
 import warnings
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """From the loop to the store: rows are sealed in a thread, while the device goes on."""
 
-from __future__ import annotations
-
 import signal
 from collections import deque
 from collections.abc import Callable

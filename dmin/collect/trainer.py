@@ -1,7 +1,5 @@
 """The Lightning trainer: one fit for collecting, and what a run changes of a model for its time."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager

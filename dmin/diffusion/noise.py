@@ -1,7 +1,5 @@
 """Noise by key: the same numbers in every process, on every device and after every restart."""
 
-from __future__ import annotations
-
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

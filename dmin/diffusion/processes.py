@@ -1,7 +1,5 @@
 """How an image becomes noise, and what the model is trained to predict of it on the way."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal

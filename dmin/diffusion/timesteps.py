@@ -4,8 +4,6 @@ A schedule picks from the timesteps of a model, all of them in the order of samp
 pure noise down to the image (999, 998, …, 0 for a DDPM).
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from abc import ABC, abstractmethod

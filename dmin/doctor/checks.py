@@ -1,7 +1,5 @@
 """The checks, each with what to do when it does not hold."""
 
-from __future__ import annotations
-
 from math import prod
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What an examination found, as tables and as JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """The examination: each check is a few lines over the collector itself."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

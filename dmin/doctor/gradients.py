@@ -1,7 +1,5 @@
 """Per-example gradients of each parameter: as dmin captures them, and by plain autograd."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field

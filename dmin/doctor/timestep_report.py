@@ -4,8 +4,6 @@ Where there is only noise, every image has nearly the same gradient: such a time
 to all scores, and after normalisation it weighs as much as the telling ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Every method on every task: features once, scores by method, metrics by ground truth."""
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence

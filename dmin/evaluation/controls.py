@@ -4,8 +4,6 @@ Squaring scores or keeping the best few lifts LDS without knowing anything more.
 scores ``[Q, N]``.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from dmin.evaluation.report.results import TRANSFORMED

@@ -1,7 +1,5 @@
 """Retrieval metrics, one number a query, and their means with intervals."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Scores of methods that are fitted once and asked often."""
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Choosing damping and power on queries that are in no reported number."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The five questions that a reader has before a ranking, answered in short words."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

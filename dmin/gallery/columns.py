@@ -1,7 +1,5 @@
 """What metadata say of an example's source: rights, contact, addresses, its original file."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """From an image array to a picture that can be shown, encoded and scaled."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A contact sheet: pictures in reading order, each with what it is called and its figure."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Forward calls whose output gradients are heard of, and the examination of a network by them."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

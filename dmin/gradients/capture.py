@@ -13,8 +13,6 @@ at its own work, the module that used it is run again, an example at a time
 (:mod:`dmin.gradients.rerun`).
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack

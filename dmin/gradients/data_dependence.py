@@ -1,7 +1,5 @@
 """Does a network take the order of its rows from data? Noted while it runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

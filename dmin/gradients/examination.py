@@ -1,7 +1,5 @@
 """The examination of a network: whose rows are whose, found out by some backward passes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, Self

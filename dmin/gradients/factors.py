@@ -6,8 +6,6 @@ correlation for convolutions. ``dense()`` multiplies them out. A slice ``factors
 examples i to j only, so that a caller can keep to a memory budget.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace

@@ -1,7 +1,5 @@
 """Groups of parameters that are sketched apart, so that a score can be split between them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from typing import Literal

@@ -4,8 +4,6 @@ Each supported type has a function here, registered with :func:`gradient_of`, th
 factors (:mod:`dmin.gradients.factors`) of the gradient of each of the layer's parameters.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

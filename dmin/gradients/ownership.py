@@ -7,8 +7,6 @@ by exactly that, at no rounding; one that several examples have a part in, by no
 passes with e the digits of b's number name the owner of every row.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Which parameters of a network are attributed."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """A few numbers of each row of output gradients, and the owners that they tell."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import prod
 

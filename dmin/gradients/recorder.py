@@ -1,7 +1,5 @@
 """A sink that keeps gradients in full, for checks."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 import torch

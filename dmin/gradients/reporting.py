@@ -1,7 +1,5 @@
 """Parameters that report each operation that computes with them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, cast

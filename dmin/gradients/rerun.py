@@ -6,8 +6,6 @@ gradient of its output. Whether an example's rows were cut out rightly is not gu
 out must be what came out before.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

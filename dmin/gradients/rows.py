@@ -1,7 +1,5 @@
 """Gradients of a layer whose rows are in another order than example after example."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What receives the gradient factors of a backward pass, layer by layer."""
 
-from __future__ import annotations
-
 from typing import Protocol, TypeVar
 
 from torch import Tensor

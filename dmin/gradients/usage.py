@@ -4,8 +4,6 @@ While watched, parameters report every operation that computes with them, and mo
 their forward begins and ends. A use belongs to the innermost module that was running.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping

@@ -1,7 +1,5 @@
 """One colour a method, the same in every picture and on every page of one run."""
 
-from __future__ import annotations
-
 import colorsys
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Text from data, paths and settings, made harmless where it is shown: terminals, spreadsheets."""
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Collection, Iterable, Mapping

@@ -5,8 +5,6 @@ that cannot be written, in the user's cache folder. This module imports numba: a
 when it first needs a loop.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ head of JSON, the head (names, types and shapes of the arrays, and what they are
 as they lie in memory. One that is damaged is as good as none; a remark says so.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import warnings

@@ -1,7 +1,5 @@
 """HTML pages that need nothing else: no network, no server; only their own script runs."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html

@@ -1,7 +1,5 @@
 """What one sees of long work: a bar on a terminal, a line now and then in a log file."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -4,8 +4,6 @@ Commands keep it in their run folder (``dmin.cli.jobs.record``); ``dmin repeat R
 them again and says what differs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Samples evenly spaced over a sequence."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

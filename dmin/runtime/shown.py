@@ -1,7 +1,5 @@
 """What objects say of themselves, in a line of a terminal and as a table in a notebook."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any

@@ -3,8 +3,6 @@
 Copies go through pinned memory, with an event.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """The sketch to choose when in doubt: for each parameter the cheaper of two equally good maps."""
 
-from __future__ import annotations
-
 from typing import Self
 
 from dmin.gradients.parameters import Parameters

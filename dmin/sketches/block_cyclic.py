@@ -1,7 +1,5 @@
 """Block-cyclic sign-and-fold: OPORP's accuracy with no stored permutation."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from dmin.gradients.parameters import Parameter

@@ -1,7 +1,5 @@
 """What the variance bounds of sketches are made of."""
 
-from __future__ import annotations
-
 from math import prod
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """A dense Gaussian matrix: what the others are measured against, where it fits into memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import prod
 from typing import Self

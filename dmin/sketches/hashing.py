@@ -1,7 +1,5 @@
 """Counter-based hashes: the same signs and offsets everywhere, and no state to keep."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

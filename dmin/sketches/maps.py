@@ -1,7 +1,5 @@
 """Maps that give each scalar of a parameter one bucket and one sign: all that a backend is told."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import prod

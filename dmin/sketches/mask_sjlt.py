@@ -1,7 +1,5 @@
 """Mask, then fold: only a random few of the gradient's scalars are looked at."""
 
-from __future__ import annotations
-
 from math import prod
 from typing import Any
 

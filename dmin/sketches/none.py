@@ -1,7 +1,5 @@
 """No compression: the full gradient, for tests and small models."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import prod
 from typing import Any, Self

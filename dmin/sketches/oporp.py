@@ -1,7 +1,5 @@
 """OPORP, the compression of the DMin paper: the reference the others are measured against."""
 
-from __future__ import annotations
-
 from math import prod
 from typing import Self
 

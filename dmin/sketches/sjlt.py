@@ -1,7 +1,5 @@
 """The sparse Johnson-Lindenstrauss transform: every scalar added to a few buckets."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import prod
 from typing import Any

@@ -1,7 +1,5 @@
 """TensorSketch: sketch a Linear weight's gradient from its factors, never forming it."""
 
-from __future__ import annotations
-
 from math import log2, prod
 from typing import Any
 

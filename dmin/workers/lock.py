@@ -12,8 +12,6 @@ A file lock in this node's folder for temporary files makes the processes of one
 look in turn. It only shortens the race: where there are no locks, and between nodes, claims decide.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

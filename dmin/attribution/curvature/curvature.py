@@ -4,8 +4,6 @@ C is the empirical Fisher matrix seen through the sketch, so ``(C + λ)^{−p} v
 damped inverse-Hessian-vector product at the price of two thin matrix products.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What methods with a damped curvature share: its settings, its fit, its damping."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """A model's loss as a function of its attributed parameters, for methods that run the model."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The curvature of a model's loss itself: products with its Hessian and GGN, their eigenpairs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 

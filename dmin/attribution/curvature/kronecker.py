@@ -1,7 +1,5 @@
 """Curvature of each layer as a Kronecker product in its own eigenbasis (EK-FAC)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Baselines that look at no gradient and no image: chance, and the training loss."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

@@ -1,7 +1,5 @@
 """Several methods as one: a weighted sum of their scores."""
 
-from __future__ import annotations
-
 import copy
 import math
 from abc import abstractmethod

@@ -1,7 +1,5 @@
 """DAS: the change of the model's output, not of its loss."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """DataInf: the inverse of a sum, taken for the sum of inverses, layer by layer."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """DMin: the sum over timesteps of cosines of compressed gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Influence by EK-FAC, and by unlearning the query in one such step."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Likeness in the eyes of a pretrained image encoder: CLIP, DINO and their like."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The plain gradient methods DMin is measured against: GradDot and GradCos (Charpiat et al.)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

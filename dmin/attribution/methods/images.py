@@ -3,8 +3,6 @@
 A method that does not beat them shows mere likeness.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

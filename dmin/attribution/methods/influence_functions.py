@@ -4,8 +4,6 @@ The query's gradient is multiplied by an inverse in the space of all parameters,
 ``⟨S (H + λ)⁻¹ g(q), S g(i)⟩`` needs no more of the training examples than the rows of the store.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Scores averaged over several models: checkpoints of one training, or trainings of one recipe."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import replace

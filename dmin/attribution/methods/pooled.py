@@ -1,7 +1,5 @@
 """Several queries asked as one: by the mean or maximum of their scores, perhaps less others'."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Popularity: what an example adds to every query alike, as a baseline, and taken away."""
 
-from __future__ import annotations
-
 import torch
 
 from dmin.attribution.features import ExampleBlock, FeatureSet

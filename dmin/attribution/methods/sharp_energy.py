@@ -1,7 +1,5 @@
 """Spectral energy for ranking and for predicting at once: the two want different shapes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

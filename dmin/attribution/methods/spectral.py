@@ -1,7 +1,5 @@
 """The spectral family: DMin's cosines seen through a power of the curvature."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence

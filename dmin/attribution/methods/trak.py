@@ -1,7 +1,5 @@
 """TRAK and its kin: one gradient an example, summed over timesteps, and one damped inverse."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Approximate search by faiss: it proposes, exact scores rank, its recall is always measured."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Certified search: a small index proposes, exact rows decide, a bound says when that is proven."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

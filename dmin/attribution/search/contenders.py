@@ -7,8 +7,6 @@ what is shown; equal ones by their numbers. So whoever looks at all rows, in wha
 whatever device, and whoever leaves out those that cannot be among the best gives the same list.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The best rows without reading all: what every index offers."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 

@@ -24,8 +24,6 @@ keeps what it compiled until the file of the loop changes.)
 """
 
 # mypy: ignore-errors
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -7,8 +7,6 @@ the limit, for many arithmetic. With queries on an accelerator, blocks are sent 
 stored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import cache, reduce
 from importlib import import_module

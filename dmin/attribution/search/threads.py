@@ -1,7 +1,5 @@
 """Work shared out over as many threads as torch has, its results in order."""
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The best of a stream of scores."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

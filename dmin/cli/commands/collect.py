@@ -1,7 +1,5 @@
 """``dmin collect``: the store of the training examples, or a shard of it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from dmin.cli.commands.command import Command

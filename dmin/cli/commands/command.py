@@ -1,7 +1,5 @@
 """What the commands have in common: workspace, printed settings, run record."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

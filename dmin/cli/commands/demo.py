@@ -1,7 +1,5 @@
 """``dmin demo``: all of it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from dmin.cli.commands.collect import collect

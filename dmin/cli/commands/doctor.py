@@ -1,7 +1,5 @@
 """``dmin doctor``: is the model measured rightly, and what will collecting take?"""
 
-from __future__ import annotations
-
 from typing import Any
 
 from dmin.cli.commands.command import Command

@@ -1,7 +1,5 @@
 """``dmin outliers``: the training examples that only they explain."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig

@@ -1,7 +1,5 @@
 """``dmin sample``: query images, generated."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from dmin.cli.commands.command import Command

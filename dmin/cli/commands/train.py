@@ -1,7 +1,5 @@
 """``dmin train``: a model of the dataset, or of a subset of it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

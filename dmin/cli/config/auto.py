@@ -1,7 +1,5 @@
 """``model=auto``: composed as the family that the checkpoint tells of itself."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from hydra import compose

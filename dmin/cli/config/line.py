@@ -5,8 +5,6 @@
 What a store keeps, and what the options say, becomes the root that Hydra composes; settings win.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

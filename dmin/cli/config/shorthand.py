@@ -1,7 +1,5 @@
 """What a command line may leave out or say shorter, spelled out for Hydra."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

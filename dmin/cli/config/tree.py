@@ -1,7 +1,5 @@
 """The settings of a run as they are shown before it: what differs from the defaults."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import Parameter
 from pathlib import Path

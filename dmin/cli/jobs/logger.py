@@ -1,7 +1,5 @@
 """The logger that is chosen: settings when a run starts, numbers while it trains and at its end."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any

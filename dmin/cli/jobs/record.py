@@ -1,7 +1,5 @@
 """The record of a command: what was asked, with what, how long, and what came out."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

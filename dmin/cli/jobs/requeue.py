@@ -1,7 +1,5 @@
 """SLURM: what becomes of a job that is told to stop before its work is done."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Sweeps: what each job says goes where it belongs, and one table at the end tells of all."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """``dmin models [PATH]``: the families, what each opens, and what is refused; or what PATH is."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """``dmin repeat FOLDER``: run what a record tells again, and say what is not the same."""
 
-from __future__ import annotations
-
 import errno
 import json
 import re

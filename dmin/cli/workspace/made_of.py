@@ -1,7 +1,5 @@
 """What a run was made of: digests of data, weights and queries, which its record keeps."""
 
-from __future__ import annotations
-
 from collections.abc import Container
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a report says to someone in a hurry: which method for what, and how far to trust that."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The files of a report: tables, pictures, a page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from dmin.evaluation.report.page import save_page

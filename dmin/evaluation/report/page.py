@@ -1,7 +1,5 @@
 """The report as one HTML file to look at."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ A method has one colour in all of them and on the page. Greys look at no gradien
 plain gradients, the other colours go through a curvature.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path

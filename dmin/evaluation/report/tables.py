@@ -1,7 +1,5 @@
 """Results as Markdown and in a terminal: methods down, metrics across, a table for each task."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 

@@ -1,7 +1,5 @@
 """Training many small models at once: what ground truth by retraining is made of."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path

@@ -10,8 +10,6 @@ times for 16, and ``benchmark=digits`` trains some hundreds in its six minutes. 
 The module is imported when first needed: it compiles once and is cached on disk.
 """
 
-from __future__ import annotations
-
 from collections import namedtuple
 from functools import partial
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ What :class:`~dmin.evaluation.retraining.ensemble.Ensemble` trains its models by
 this kind; all others go through torch together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any

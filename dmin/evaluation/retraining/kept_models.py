@@ -1,7 +1,5 @@
 """What retraining made, kept on disk: weights, and losses of the models on some queries."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How a model that is trained anew is trained: optimiser, schedule, and the order of examples."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Many models of one kind as one: their weights stacked, their losses by one call."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

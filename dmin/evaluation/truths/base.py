@@ -1,7 +1,5 @@
 """What scores are held against: one class a ground truth, one number a query and metric."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal

@@ -1,7 +1,5 @@
 """Diversity of the answers: do scores look at the query at all?"""
 
-from __future__ import annotations
-
 import numpy as np
 
 from dmin.evaluation.controls import top_only

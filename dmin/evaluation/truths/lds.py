@@ -6,8 +6,6 @@ query by ``Σ_{i∈S} τ_i`` (Park et al. 2023, arXiv 2303.14186).
 M subsets, Q queries, N training examples, R resamples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """Leaving a whole class or source out: does the sum of its scores predict what that does?"""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

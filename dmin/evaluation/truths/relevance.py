@@ -1,7 +1,5 @@
 """Ground truths that name the right examples of each query; metrics of retrieval."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 

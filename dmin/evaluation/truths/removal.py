@@ -1,7 +1,5 @@
 """Removal: retrain without the examples that a method names, and see what it costs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Ground truth of self-influence: do marked examples score highest with themselves?"""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

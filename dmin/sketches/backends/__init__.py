@@ -1,7 +1,5 @@
 """How sketches are evaluated: by torch, by compiled loops on a CPU, by Triton on a GPU."""
 
-from __future__ import annotations
-
 import os
 from functools import cache
 from importlib.util import find_spec

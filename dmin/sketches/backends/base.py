@@ -1,7 +1,5 @@
 """What a backend does for the families, and the rows that it does it to."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard
 

@@ -4,8 +4,6 @@
 at a time, so that nothing leaves the cache.
 """
 
-from __future__ import annotations
-
 from math import prod
 from typing import Any
 

@@ -6,8 +6,6 @@ threads was no faster than in one). So OpenMP is asked for those that torch comp
 entry that compiled code uses; where the runtime lacks it, a pool of threads has to do.
 """
 
-from __future__ import annotations
-
 import ctypes
 import itertools
 import os

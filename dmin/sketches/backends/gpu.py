@@ -5,8 +5,6 @@ pieces. Nothing here waits for the device. All sums are in an order that the map
 input gives the same bits, in any batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from math import prod

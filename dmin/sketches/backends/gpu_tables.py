@@ -1,7 +1,5 @@
 """Tables by which Triton's kernels find the entries of each bucket, worked out once for a map."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Maps evaluated by plain torch operations, on every device: the oracle of the other backends."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import prod
 

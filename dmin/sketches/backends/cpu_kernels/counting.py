@@ -1,7 +1,5 @@
 """Count sketches of a layer's inputs and output gradients, and products of their spectra."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from dmin.sketches.backends.cpu_kernels.vectors import compiled

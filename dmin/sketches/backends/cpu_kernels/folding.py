@@ -1,7 +1,5 @@
 """Signs, places and additions: formed gradients become k dimensions."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Weight gradients formed in registers, and folded while they are in the cache."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Channels laid out in panels that the processor reads in sequence."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from dmin.sketches.backends.cpu_kernels.vectors import WIDTH, at, compiled, inlined, transpose

@@ -5,8 +5,6 @@ tile of output gradients costs 36 multiplications instead of 144 for the 9 entri
 points 0, ±√½, ±√2, ∞ keep the error of single precision within three times that of the plain sum.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from dmin.sketches.backends.cpu_kernels.vectors import WIDTH, at, compiled, sandwich

@@ -1,7 +1,5 @@
 """What the loops of the CPU are made of: instructions on vectors, written as LLVM's own code."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
