@@ -3,6 +3,7 @@
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
 from dmin.attribution.merge import merged
 from dmin.attribution.method import Method
+from dmin.attribution.methods.at_timesteps import AtTimesteps
 from dmin.attribution.methods.baselines import Random, TrainingLoss
 from dmin.attribution.methods.combination import Blend
 from dmin.attribution.methods.das import DAS
@@ -33,7 +34,7 @@ from dmin.attribution.search.topk import TopK
 __all__ = ["ExampleBlock", "FeatureSet", "Places", "Ranking", "load_ranking", "load_rankings"]
 __all__ += ["merged", "places", "ranked_groups", "retrieve", "retrieve_part", "save_ranking"]
 # Methods
-__all__ += ["Method", "Pool", "Pooled", "Requires", "score_matrix"]
+__all__ += ["AtTimesteps", "Method", "Pool", "Pooled", "Requires", "score_matrix"]
 __all__ += ["Blend", "DMin", "GradCos", "GradDot", "SharpEnergy", "Spectral", "ZSum"]
 __all__ += ["DAS", "TRAK", "DataInf", "JourneyTRAK", "OverCheckpoints", "TRAKEnsemble"]
 __all__ += ["CG", "EKFAC", "Arnoldi", "LiSSA", "Unlearning"]

@@ -2,6 +2,7 @@
 
 from dmin.attribution.features import FeatureSet
 from dmin.attribution.method import Method
+from dmin.attribution.methods.at_timesteps import places_of
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
 from dmin.store import Store, check_comparable
@@ -42,6 +43,8 @@ def check_train(train: FeatureSet, method: Method) -> None:
     """
     train.store.require_complete()
     method.check()
+    if method.timesteps is not None:
+        places_of(method.timesteps, train.store.layout.timesteps)
     missing = set(method.requires.readouts) - set(train.store.layout.readouts)
     if missing:
         raise DminError(

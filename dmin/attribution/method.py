@@ -19,6 +19,7 @@ class Method(ABC):
     name: str
     requires: Requires = Requires()
     by_query: bool = True  # False: it scores an example alike for every query
+    timesteps: tuple[float, ...] | None = None  # of the store, that scores are of; None: all
 
     def check(self) -> None:  # noqa: B027 (most methods need nothing but their features)
         """Refuse settings with which nothing could be fitted, before anything is computed."""

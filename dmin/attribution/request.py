@@ -13,6 +13,7 @@ from dmin.attribution.features import FeatureSet
 from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.merge import enough_of
 from dmin.attribution.method import Method
+from dmin.attribution.methods.at_timesteps import places_of
 from dmin.attribution.ranking import Ranking
 from dmin.attribution.scale import (
     READ,
@@ -201,14 +202,21 @@ class Request:
             enough = enough_of(scores, chosen.sign, chosen.min_score)
             scores, rows, counted = scores[:, :enough], rows[:, :enough], counted[:, :enough]
             parts = None if parts is None else parts[:, :enough]
-        groups = train.layout.groups
+        groups, steps = train.layout.groups, train.layout.timesteps
         asked: Any = queries if hasattr(queries, "ids") else queries.store  # of a Pool, or each
+        about = list(asked.metadata)
+        if self.method.timesteps is not None:
+            kept = places_of(self.method.timesteps, steps)
+            steps = tuple(steps[place] for place in kept)
+            parts = None if parts is None else parts[:, :, kept]
+            told = ", ".join(f"{t:g}" for t in steps)
+            about = [{**each, "timesteps": told} for each in about]
         by_group = parts is not None and parts.shape[3] == len(groups) > 1
         return Ranking(
             method=self.method.name,
-            timesteps=train.layout.timesteps,
+            timesteps=steps,
             query_ids=list(asked.ids),
-            query_metadata=list(asked.metadata),
+            query_metadata=about,
             train_rows=rows,
             train_ids=[[ids[row] for row in each] for each in rows.tolist()],
             train_metadata=[[metadata[row] for row in each] for each in rows.tolist()],

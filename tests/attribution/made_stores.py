@@ -20,12 +20,13 @@ def made(
     readout="loss",
     norms=None,
     losses=None,
+    times=TIMES,
     **kept,
 ):
     """Write features [n, D, T, G, k] through the store."""
     n, draws, _, groups, dim = features.shape
     names = tuple(f"g{number}" for number in range(groups))
-    layout = Layout((readout,), draws, TIMES[: features.shape[2]], names, dim, dtype)
+    layout = Layout((readout,), draws, times[: features.shape[2]], names, dim, dtype)
     manifest = Manifest(layout, {"weights": "ab"}, {"name": path.name}, n, block_size)
     generator = np.random.default_rng(n)
     with StoreWriter(path, manifest, segment_bytes=segment_bytes, **kept) as writer:

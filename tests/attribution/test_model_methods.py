@@ -9,6 +9,7 @@ from dmin.attribution import (
     CG,
     EKFAC,
     Arnoldi,
+    AtTimesteps,
     DMin,
     FeatureSet,
     LiSSA,
@@ -284,6 +285,19 @@ def test_unlearning_by_a_small_step_is_influence(origin, sides, fisher):
 def test_scores_do_not_depend_on_the_blocks(sides, method):
     whole = score_matrix(*sides, method)
     assert np.allclose(score_matrix(*sides, method, rows=2), whole, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [EKFAC(), CG(), Unlearning()], ids=lambda m: m.name)
+def test_at_one_timestep_they_are_of_a_store_of_it(origin, sides, method, tmp_path):
+    first = origin.timesteps[:1]
+    alone = GradientCollector(origin.model, origin.sketch, Explicit(first), origin.noise)
+    few = []
+    for role, side in zip("qx", sides, strict=True):
+        trainer = predict_trainer(accelerator="cpu", enable_progress_bar=False, precision="64-true")
+        store = alone.collect(side.dataset, tmp_path / role, dtype="float32", trainer=trainer)
+        few.append(FeatureSet(store, side.dataset, origin=alone))
+    expected = score_matrix(*few, method)
+    assert relative(score_matrix(*sides, AtTimesteps(method, first)), expected) < 1e-4
 
 
 def test_another_model_than_the_stores_is_refused(sides):

@@ -132,9 +132,12 @@ class TestDemo:
         asked = [*SMALLEST, picture, "--prompt=0", "retrieve.k=3"]
         answers = []
         for part in ([], ["--region=0,0,0.5,1", "--places=1"]):
+            if answers:
+                part += [f"--timesteps={answers[0].timesteps[0]:g}"]
             dmin("retrieve", *asked, *part, cwd=place)
             answers.append(load_rankings(records(place, "retrieve")[-1].parent)[0])
         whole, half = answers
+        assert half.timesteps == whole.timesteps[:1] and half.maximum == pytest.approx(1, abs=1e-4)
         assert half.query_metadata[0]["part"] == "0.5 × 1 at (0, 0)"
         assert half.query_ids == whole.query_ids and (half.scores != whole.scores).any()
         maps = np.load(records(place, "retrieve")[-1].parent / "places.npz")
@@ -147,6 +150,8 @@ class TestDemo:
         assert "retrieve.places splits the score of an example, and groups" in refused
         refused = refusal("retrieve", *asked, part[0], "method=pixel_l2", cwd=place)
         assert "compares whole pictures" in refused
+        refused = refusal("retrieve", *asked, "--timesteps=1", cwd=place)
+        assert "t = 1 is none of the timesteps of the store" in refused
 
     def test_these_pictures_rather_than_those_are_one_query(self, place):
         folder = next((place / "outputs/queries").glob("debug-*"))

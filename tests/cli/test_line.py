@@ -145,7 +145,10 @@ def test_a_part_of_a_picture_is_asked_about(there):
     assert asked.queries.mask == "${x}.png"
     asked = composed(parse("retrieve", ["stores/cats", "cat.png", "--against=those"]))
     assert asked.queries.against == "those" and asked.queries.region is None
+    asked = composed(parse("retrieve", ["stores/cats", "cat.png", "--timesteps=300,99.5"]))
+    assert asked.retrieve.timesteps == [300, 99.5]
     for words, told in (
+        (["stores/cats", "cat.png", "--timesteps=300,early"], "some of the store's"),
         (["stores/cats", "--region=0,0,4,4"], "no picture is named"),
         (["stores/cats", "--against=those"], "no picture is"),
         (["stores/cats", "cat.png", "--region=left"], "four numbers"),

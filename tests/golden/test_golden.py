@@ -166,7 +166,7 @@ ADDED: set[str] = {
         *("queries.pool", "queries.against"),
         "collect.limit",
         "collect.repeats",
-        *("retrieve.beside", "retrieve.places"),
+        *("retrieve.beside", "retrieve.places", "retrieve.timesteps"),
     ),
     *("collect.restore", "extras.quiet", "model.text_encoders"),
     *("losses.k", "losses.held_out", "model.query_without"),

@@ -63,7 +63,7 @@ class Pooled(Method):
     """
 
     def __init__(self, method: Method, pool: Pool | None = None) -> None:
-        self.method, self.requires = method, method.requires
+        self.method, self.requires, self.timesteps = method, method.requires, method.timesteps
         self.kind: str | None = None if pool is None else pool.kind
         self.against: Sequence[FeatureSet] = () if pool is None else pool.sides[1:]
         self.name: str = f"{method.name}, {self.kind} over queries"

@@ -22,7 +22,7 @@ from dmin.cli.config.shorthand import UPLOADS
 from dmin.cli.workspace.benchmark import with_method
 from dmin.cli.workspace.built import build
 from dmin.cli.workspace.search import SELECTED, Search
-from dmin.cli.workspace.side_by_side import methods_of
+from dmin.cli.workspace.side_by_side import at_timesteps, methods_of
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.errors import DminError
 
@@ -110,9 +110,9 @@ class Reader:
             cfg = with_method(self.work, name, {}).method
             if name in found or OmegaConf.missing_keys(cfg):
                 continue
-            method = build(cfg)
-            needs = method.requires
             with suppress(DminError):
+                method = at_timesteps(self.work, build(cfg))
+                needs = method.requires
                 check_train(self.train, method)
                 if not (needs.checkpoints or needs.trajectory or needs.model):
                     found[name] = method

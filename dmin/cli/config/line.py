@@ -80,6 +80,7 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     if queries and "queries" not in given:
         choice = "generated" if "prompts" in queries else "images"
         defaults.append({"override queries": choice})
+    steps = _numbers("timesteps", options["timesteps"], "some of the store's, such as 100,300")
     said = {
         "model": _only(
             path=options["model"] and _literal(options["model"]),
@@ -87,7 +88,7 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
         ),
         "collect": _only(path=store and _literal(str(store)), limit=options["limit"]),
         "queries": queries,
-        "retrieve": _only(places=options["places"]),
+        "retrieve": _only(places=options["places"], timesteps=steps),
         "losses": {"held_out": True} if pictures and command == "losses" else {},
     }
     for section, values in said.items():
@@ -173,13 +174,15 @@ def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], li
     parser.add_argument("--mask")
     parser.add_argument("--against")
     parser.add_argument("--places", type=int)
+    parser.add_argument("--timesteps")
     found, rest = parser.parse_known_args(arguments)
     if found.limit is not None and command not in OF_A_STORE:
         raise DminError(
             f"--limit looks at a part of the examples that gradients are collected of: "
             f"{', '.join(OF_A_STORE)}. `dmin {command}` has none."
         )
-    for option in ("prompt", "concept", "without", "region", "mask", "against", "places"):
+    of_a_picture = ("region", "mask", "against", "places", "timesteps")
+    for option in ("prompt", "concept", "without", *of_a_picture):
         those = ("retrieve", "sample") if option == "prompt" else ("retrieve",)
         if getattr(found, option) and command not in those:
             named = " and ".join(f"`dmin {each}`" for each in those)
@@ -271,15 +274,16 @@ def _part(options: dict[str, Any], pictures: list[str], given: Collection[str]) 
             "named: `dmin retrieve STORE picture.png --region x,y,width,height`."
         )
     texts = {"mask": mask and _literal(mask), "against": against and _literal(against)}
-    if region is None:
-        return _only(**texts)
+    form = "x,y,width,height, four numbers of pixels or shares up to 1"
+    return _only(region=_numbers("region", region, form), **texts)
+
+
+def _numbers(option: str, said: str | None, form: str) -> list[float] | None:
+    """Return numbers between commas."""
     try:
-        numbers = [float(part) for part in region.split(",")]
+        return None if said is None else [float(part) for part in said.split(",")]
     except ValueError as error:
-        raise DminError(
-            f"--region {region}: give x,y,width,height, four numbers of pixels or shares up to 1."
-        ) from error
-    return _only(region=numbers, **texts)
+        raise DminError(f"--{option} {said}: give {form}.") from error
 
 
 def _literals(value: Any) -> Any:

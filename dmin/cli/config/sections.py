@@ -20,7 +20,7 @@ _TYPES: dict[str, Any] = {
     **{"collect.kernels": Literal["auto", "triton", "torch"], "collect.encodings": str | None},
     **{"retrieve.rows": int | None, "retrieve.min_score": float | None},
     **{"retrieve.where": dict | None, "retrieve.group_by": str | None},
-    **{"retrieve.beside": list[str]},
+    **{"retrieve.beside": list[str], "retrieve.timesteps": list[float] | None},
 }
 
 

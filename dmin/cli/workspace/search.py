@@ -104,7 +104,8 @@ class Search:
         if sure:
             found = with_confidence(found, queries, train, method, k)
         if found.contributions is not None and method.requires.readouts:
-            found = replace(found, blind=self.blind_at(method.requires.readouts[0]))
+            blind = self.blind_at(method.requires.readouts[0])
+            found = replace(found, blind=blind and tuple(t for t in blind if t in found.timesteps))
         if chosen.group_by:
             return found
         return with_copies(found, *self.pictures, wider, namesakes(queries, train))

@@ -30,12 +30,24 @@ def methods_of(work: Workspace) -> dict[str, Method]:
         DminError: there is no such method, one lacks a setting, or several are asked for what only
             one can do: shards, an index, a least score, a split that must be possible.
     """
-    found = _chosen(work)
+    found = {name: at_timesteps(work, method) for name, method in _chosen(work).items()}
     if not work.cfg.retrieve.get("popularity", False):
         return found
     from dmin.attribution.methods.popularity import PopularityCorrected
 
     return {name: PopularityCorrected(method) for name, method in found.items()}
+
+
+def at_timesteps(work: Workspace, method: Method) -> Method:
+    """Return a method as it scores at the timesteps that are asked about.
+
+    Raises:
+        DminError: some are asked about, and it has none.
+    """
+    from dmin.attribution import AtTimesteps
+
+    asked = work.cfg.retrieve.get("timesteps")  # old records have none
+    return method if asked is None else AtTimesteps(method, list(asked))
 
 
 def _chosen(work: Workspace) -> dict[str, Method]:
