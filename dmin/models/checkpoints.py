@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +17,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dmin.models.quantised import plain
 from dmin.models.recognition import HUB, PICKLES, refuse_pickle, tensor_names
 from dmin.models.relatives import check_checkpoint, pipeline_of
 from dmin.runtime.errors import DminError
@@ -78,17 +80,34 @@ def load_pipeline(
         _refuse_code(source)
         _check_variant(source, variant)
     options = {"torch_dtype": getattr(torch, torch_dtype), "revision": revision, **components}
+    file = None if single_file is None else Path(single_file)
     try:
-        where = str(source if is_local else path)
-        pipeline_class = check_checkpoint(family, where, revision)
-        with warnings.catch_warnings():
+        pipeline_class = check_checkpoint(family, str(source if is_local else path), revision)
+        with ExitStack() as stack:
+            where = str(path)
+            if is_local:
+                own, file = stack.enter_context(plain(source, file, options["torch_dtype"]))
+                where = str(own)
+            stack.enter_context(warnings.catch_warnings())
             # The new name of the argument is unknown to the oldest diffusers that dmin takes.
             warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
-            if single_file is None:
-                return pipeline_class.from_pretrained(where, variant=variant, **options)
-            return _from_single_file(pipeline_class, Path(single_file), where, options)
-    except (OSError, ValueError, TypeError) as error:
+            if file is not None:
+                return _from_single_file(pipeline_class, file, where, options)
+            found = pipeline_class.from_pretrained(where, variant=variant, **options)
+            _refuse_quantised(found, path)
+            return found
+    except (OSError, ValueError, TypeError, ImportError) as error:
         raise DminError(_why_not(path, source, pipeline_class, error)) from error
+
+
+def _refuse_quantised(pipeline: Any, path: str | Path) -> None:
+    """Refuse what a library loaded as quantised: only folders here are read as plain numbers."""
+    for name, part in pipeline.components.items():
+        if getattr(part, "hf_quantizer", None) is not None:
+            raise DminError(
+                f"model.path={path}: the weights of its {name} are quantised. Download it, and "
+                f"give the folder: its numbers are then read as they stand."
+            )
 
 
 def _refuse_code(source: Path) -> None:

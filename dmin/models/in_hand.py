@@ -41,6 +41,13 @@ def from_pipeline(pipeline: Any, **settings: Any) -> DiffusionModel:
                 f"the pipeline's {name} is moved in and out of the device while it runs "
                 f"(enable_model_cpu_offload and the like). Call pipe.remove_all_hooks() first."
             )
+        if is_module and any(hasattr(module, "_diffusers_hook") for module in component.modules()):
+            raise DminError(
+                f"layers of the pipeline's {name} are called through hooks of diffusers "
+                f"(enable_layerwise_casting, caches, group offloading), which a copy would share. "
+                f"Load the pipeline anew without them; weights are rounded to float8 alike by "
+                f"base_dtype of from_pretrained."
+            )
         setattr(own, name, _around(component) if is_module else copy.copy(component))
     model: DiffusionModel = family.of_pipeline(own, **settings).eval()
     return model

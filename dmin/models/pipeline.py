@@ -16,6 +16,7 @@ from dmin.models import logging_filters
 from dmin.models.adapters import load_adapters, save_adapters, without_adapters
 from dmin.models.base import noise_generators, weights_digest
 from dmin.models.checkpoints import DType, load_pipeline, load_weights
+from dmin.models.quantised import BaseDType, round_weights
 from dmin.models.relatives import check_pipeline, diffusers_name
 from dmin.models.trained import TrainedModel, name_settings
 from dmin.models.trajectory import recorded, samplable
@@ -62,6 +63,7 @@ class PipelineModel(TrainedModel):
         *,
         adapter: str | Path | Sequence[str] | None = None,
         ema: str | Path | None = None,
+        base_dtype: BaseDType | None = None,
         variant: str | None = None,
         revision: str | None = None,
         torch_dtype: DType = "float32",
@@ -76,6 +78,8 @@ class PipelineModel(TrainedModel):
             adapter: of the network and its text encoders: file or folder, or several.
             ema: other weights of the network, such as their moving average: ``.safetensors`` file,
                 or a folder that the network's or ``EMAModel``'s ``save_pretrained`` wrote.
+            base_dtype: to which the network's own weights are rounded, as they were kept while the
+                adapter was trained: see :func:`~dmin.models.quantised.round_weights`.
             variant: of the weight files, such as ``fp16``.
             revision: branch, tag or commit on the Hub.
             torch_dtype: of all weights; losses are computed in float32 whatever it is.
@@ -100,6 +104,8 @@ class PipelineModel(TrainedModel):
         network = getattr(pipeline, cls.network_name)
         if ema is not None:
             load_weights(network, ema)
+        if base_dtype is not None:
+            round_weights(network, base_dtype)
         if adapter is not None:
             load_adapters(network, adapter, pipeline)
         return cls(pipeline, **settings).eval()

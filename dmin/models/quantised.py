@@ -1,0 +1,249 @@
+"""Quantised weights: the numbers that files of them stand for, and rounding as trainers do it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from dmin.models.recognition import tensor_names
+from dmin.runtime.errors import DminError
+
+BaseDType = Literal["float8_e4m3fn", "float8_e5m2", "float8", "qfloat8", "int8", "nf4"]
+"""What the weights of a base model are rounded to."""
+
+# Ends of names of tensors that say how a weight beside them is to be read.
+_BESIDE = re.compile(
+    r"(.*)\.(?:scale_weight|weight_scale|scale_input|input_scale|output_scale|comfy_quant|SCB"
+    r"|weight_format|weight\.(?:_scale|absmax|quant_map|nested_absmax|nested_quant_map"
+    r"|quant_state\.bitsandbytes__[nf]p?f?4))"
+)
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# What a normal variable's 16 equally likely values are nearest to (QLoRA, arXiv 2305.14314).
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+    *(0.7229568362236023, 1.0),
+)
+
+
+@contextmanager
+def plain(
+    source: Path, file: Path | None, dtype: torch.dtype
+) -> Iterator[tuple[Path, Path | None]]:
+    """Give a checkpoint whose quantised weights are plain numbers, written for as long as it lasts.
+
+    float8, with a scale beside it (``scale_weight``) or none: ``s w``. bitsandbytes: int8
+    ``w · SCB/127``; nf4 and fp4 ``absmax[block] · quant_map[w]``, in the dtype that the layer
+    computed in. quanto: ``s w`` by rows. Everything else of the checkpoint is linked, not copied.
+
+    Args:
+        source: folder of a pipeline.
+        file: with weights in the original layout, or None.
+        dtype: of the numbers.
+
+    Raises:
+        DminError: weights are quantised in another way.
+    """
+    parts = [part for part in sorted(source.iterdir()) if part.is_dir() and _is_quantised(part)]
+    single = file if file is not None and file.is_file() and _needs([file]) else None
+    if not parts and single is None:
+        yield source, file
+        return
+    # On Windows a file cannot go while it is mapped.
+    with TemporaryDirectory(prefix="dmin-plain-", ignore_cleanup_errors=True) as name:
+        copy = Path(name)
+        if parts:
+            for each in source.iterdir():
+                if each not in parts:
+                    (copy / each.name).symlink_to(each.absolute(), each.is_dir())
+        for part in parts:
+            _write_part(part, copy / part.name, dtype)
+        if single is not None:
+            _write([single], copy, dtype)
+        yield (copy if parts else source), (file if single is None else copy / single.name)
+
+
+def _is_quantised(part: Path) -> bool:
+    return "quantization_config" in _config(part) or _needs(list(part.glob("*.safetensors")))
+
+
+def _config(part: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((part / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}  # told where it is loaded
+    return found if isinstance(found, dict) else {}
+
+
+def _needs(files: list[Path]) -> bool:
+    """Return whether tensors beside weights say how they are to be read: float8 alone does not."""
+    try:
+        return any(_BESIDE.fullmatch(n) for f in files for n in tensor_names(f))
+    except DminError:
+        return False  # told where it is loaded
+
+
+def _write_part(part: Path, to: Path, dtype: torch.dtype) -> None:
+    """Write a component with plain weights."""
+    config = _config(part)
+    told = config.pop("quantization_config", {})
+    files = sorted(part.glob("*.safetensors"))
+    if not _needs(files):
+        method = told.get("quant_method", "a way unknown here")
+        raise _unread(part, f"its weights are quantised by {method}, which dmin does not read")
+    to.mkdir()
+    for each in part.iterdir():
+        if each not in files and each.suffix != ".json":
+            (to / each.name).symlink_to(each.absolute(), each.is_dir())
+    kept = _write(files, to, dtype)
+    for each in part.glob("*.json"):
+        found = config if each.name == "config.json" else json.loads(each.read_text("utf-8"))
+        if "weight_map" in found:
+            found["weight_map"] = kept
+        (to / each.name).write_text(json.dumps(found))
+
+
+def _write(files: list[Path], to: Path, dtype: torch.dtype) -> dict[str, str]:
+    """Write files with plain numbers; return the file of each tensor."""
+    kept: dict[str, str] = {}
+    with ExitStack() as stack:
+        opened = {each: stack.enter_context(safe_open(each, "pt")) for each in files}
+        where = {name: each for each in files for name in tensor_names(each)}
+
+        def read(name: str) -> Tensor:
+            found: Tensor = opened[where[name]].get_tensor(name)
+            return found
+
+        for file, one in opened.items():
+            state: dict[str, Tensor] = {}
+            for name in tensor_names(file):
+                try:
+                    state |= _numbers(name, read, where, dtype)
+                except (DminError, KeyError, ValueError, RuntimeError) as error:
+                    raise _unread(file, f"{name} cannot be read: {error}") from error
+            kept |= dict.fromkeys(state, file.name)
+            save_file(state, to / file.name, metadata=one.metadata())
+    return kept
+
+
+def _unread(place: Path, why: str) -> DminError:
+    return DminError(
+        f"{place}: {why}. Give the base model unquantised with the same adapter, and say as what "
+        f"its weights were kept while that was trained: model.base_dtype="
+        f"{'|'.join(get_args(BaseDType))} rounds them alike (or nothing: gradients are then those "
+        f"at the weights before they were rounded)."
+    )
+
+
+def _numbers(
+    name: str, read: Callable[[str], Tensor], names: Collection[str], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return a tensor's numbers by its plain name; nothing of what stands beside a weight."""
+    beside = _BESIDE.fullmatch(name)
+    if name.rpartition(".")[2] == "scaled_fp8" or (
+        beside and {f"{beside[1]}.weight", f"{beside[1]}.weight._data"} & set(names)
+    ):
+        return {}
+    plain_name = name.removesuffix("._data")
+    layer, weight = plain_name.removesuffix(".weight"), read(name)
+    if f"{layer}.comfy_quant" in names:
+        told = json.loads(bytes(read(f"{layer}.comfy_quant").tolist()))
+        if told.get("format") not in ("float8_e4m3fn", "float8_e5m2"):
+            raise DminError(f"of the format {told.get('format')}")
+    scales = (f"{layer}.scale_weight", f"{layer}.weight_scale", f"{plain_name}._scale")
+    scale = next((read(each).float() for each in scales if each in names), None)
+    bits = (f"{plain_name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
+    state = next((each for each in bits if each in names), None)
+    if state is not None:
+        found = _four_bits(weight, plain_name, read, json.loads(bytes(read(state).tolist())))
+    elif f"{layer}.SCB" in names and plain_name.endswith(".weight"):
+        if read(f"{layer}.weight_format").item() != 0:
+            raise DminError("bitsandbytes arranged it for one kind of GPU")
+        found = weight.float() * (read(f"{layer}.SCB").float() / 127)[:, None]
+    elif weight.dtype in (*_FLOAT8, torch.int8) and scale is not None:
+        found = _scaled(weight.float(), scale)
+    elif weight.dtype in (torch.int8, torch.uint8):
+        raise DminError(f"{weight.dtype} of a layout that dmin does not know")
+    elif weight.dtype in _FLOAT8:
+        found = weight
+    else:
+        return {plain_name: weight}
+    return {plain_name: found.to(dtype).contiguous()}
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """Return ``s w``; of one s, of one a row, or of one a block of a row ``[out, blocks, 1]``."""
+    if scale.ndim == 3 and weight.ndim == 2:
+        return (weight.unflatten(1, (scale.shape[1], -1)) * scale).flatten(1)
+    if scale.numel() not in (1, len(weight)):
+        raise DminError(f"scales of shape {list(scale.shape)} for {list(weight.shape)}")
+    return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def _four_bits(
+    packed: Tensor, name: str, read: Callable[[str], Tensor], told: Mapping[str, Any]
+) -> Tensor:
+    """Return what bitsandbytes' four bits stand for; the first of two stands higher in a byte."""
+    absmax = read(f"{name}.absmax")
+    if absmax.dtype is torch.uint8:  # scales are quantised in turn
+        outer = read(f"{name}.nested_absmax").repeat_interleave(told["nested_blocksize"])
+        inner = read(f"{name}.nested_quant_map")[absmax.int()]
+        absmax = inner * outer[: len(inner)] + told["nested_offset"]
+    flat = packed.flatten().view(torch.uint8).int()
+    codes = torch.stack([flat >> 4, flat & 15], 1).flatten()
+    scale = absmax.repeat_interleave(told["blocksize"])
+    count = torch.Size(told["shape"]).numel()
+    values = read(f"{name}.quant_map")[codes][:count] * scale[:count]
+    return values.reshape(told["shape"]).to(getattr(torch, told["dtype"]))
+
+
+@torch.no_grad()
+def round_weights(network: nn.Module, kind: BaseDType) -> None:
+    """Round weights as they were kept while an adapter was trained; computed with as they are then.
+
+    ``float8_e4m3fn``, ``float8_e5m2``: every parameter, unscaled. Others, weights of linear layers
+    and convolutions: ``float8`` with one scale ``max|w|/448`` a layer, ``qfloat8`` and ``int8``
+    (``max|w|/127``) with one a row; ``nf4`` with one a block of 64, linear layers alone.
+
+    Raises:
+        DminError: it is no such kind.
+    """
+    if kind not in get_args(BaseDType):
+        allowed = ", ".join(get_args(BaseDType))
+        raise DminError(f"model.base_dtype={kind!r}: allowed are {allowed}, and null.")
+    if kind in ("float8_e4m3fn", "float8_e5m2"):
+        for parameter in network.parameters():
+            parameter.copy_(parameter.to(getattr(torch, kind)))
+        return
+    for module in network.modules():
+        if isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and kind != "nf4"):
+            weight = module.weight
+            weight.copy_(_rounded(weight.float(), kind))
+
+
+def _rounded(weight: Tensor, kind: str) -> Tensor:
+    if kind == "nf4":
+        padded = nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64))
+        blocks = padded.unflatten(0, (-1, 64))
+        values = torch.tensor(_NF4, device=weight.device)
+        scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-38)
+        codes = torch.bucketize(blocks / scale, (values[1:] + values[:-1]) / 2)
+        return (values[codes] * scale).flatten()[: weight.numel()].reshape(weight.shape)
+    largest = 127.0 if kind == "int8" else 448.0
+    rows = weight.flatten() if kind == "float8" else weight.flatten(1)
+    scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
+    codes = (rows / scale).clamp(-largest, largest)
+    codes = codes.round() if kind == "int8" else codes.to(torch.float8_e4m3fn).float()
+    return (codes * scale).reshape(weight.shape)
