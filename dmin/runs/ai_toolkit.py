@@ -47,6 +47,11 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     if run.family == "stable_diffusion_xl":
         run.model["sizes_from"] = "cut"
     _loss(train, model, run)
+    quantised = model.get("quantize", False, bool)
+    if quantised and run.family not in FLOWS:  # which of these it does that to is not known
+        model.rounded("quantize", quantised, {})
+    model.values["qtype"] = model.get("qtype", "qfloat8", str) if quantised else None
+    model.values.setdefault("quantize_te", quantised)
     place = keys.get("training_folder", "output", str).replace("[name]", name)
     folder_of_run = places.seek(f"{place}/{name}", "training_folder") or source.parent
     last, way = f"{name}.safetensors", f"{name}_*.safetensors"

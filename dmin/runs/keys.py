@@ -32,6 +32,7 @@ class Table(NamedTuple):
         settings: of the model, by key.
         other: keys of another loss, by what they mean.
         random: keys of randomness of the data, by what they mean.
+        rounded: keys of how the base model was quantised → the trainer's word → model.base_dtype.
         inert: keys that change no gradient of the weights that came out; ``*`` at the end for any.
         nothing: values that mean it is not done, beside false, zero and none.
     """
@@ -39,6 +40,7 @@ class Table(NamedTuple):
     settings: Mapping[str, Setting] = {}
     other: Mapping[str, str] = {}
     random: Mapping[str, str] = {}
+    rounded: Mapping[str, Mapping[str, str]] = {}
     inert: str = ""
     nothing: Collection[Any] = ()
 
@@ -161,6 +163,9 @@ class Keys:
         """Take, note or leave every key as a table says; tell of those that nobody asked for."""
         for key, setting in table.settings.items():
             self.setting(key, setting)
+        for key, known in table.rounded.items():
+            if not is_off(value := self.get(key)) and value not in table.nothing:
+                self.rounded(key, value, known)
         self.refuse(table.other, table.nothing)
         self._note(self.run.random, table.random, table.nothing)
         self.skip(table.inert)
@@ -176,6 +181,15 @@ class Keys:
         value = self.take(key, f"model.{name}", default, kind, off)
         if value is not None and value != off:
             self.run.model[name] = value
+
+    def rounded(self, key: str, value: Any, known: Mapping[str, str]) -> None:
+        """Take what a base model's weights were rounded to, if that is known."""
+        kind = known.get(str(value).lower())
+        if kind is None:
+            self.note(self.run.other, key, value, wording.QUANTISED)
+            return
+        self.run.model["base_dtype"] = kind
+        self.note(self.run.random, key, value, wording.ROUNDED.format(kind))
 
     def note(self, entries: list[Entry], key: str, value: Any, meaning: str) -> None:
         """Add an entry to those that are taken, random or of another loss."""

@@ -19,6 +19,7 @@ SUFFIXES = (".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".avif")
 LEFT = ("-masklabel", "-condlabel")  # ends of names that are no examples
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 ASPECTS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4)
+ROUNDED = {"float_8": "float8", "nfloat_4": "nf4"}
 PLAIN = ("NONE", "FLOAT_32", "FLOAT_16", "BFLOAT_16", "TFLOAT_32")
 
 
@@ -90,7 +91,10 @@ def _parts(keys: Keys, run: TrainingRun) -> None:
             continue
         part.refuse({say.PART: "model_name", say.PADDING: "attention_mask"})
         if (kind := part.get("weight_dtype", "NONE", str)) not in PLAIN:
-            part.note(run.other, "weight_dtype", kind, say.QUANTISED)
+            if name in ENCODERS:
+                part.note(run.random, "weight_dtype", kind, say.ROUNDED_TEXT)
+            else:
+                part.rounded("weight_dtype", kind, ROUNDED if name != "vae" else {})
         if name == "transformer":
             part.setting("guidance_scale", Setting("embedded_guidance", 1.0))
         if len(own) == 1 and name in own:

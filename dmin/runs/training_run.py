@@ -32,7 +32,7 @@ class TrainingRun:
         noise: settings of ``noise``.
         collect: settings of ``collect``.
         taken: what is honoured as it was trained.
-        random: randomness of the data, of which the central form stands for all draws.
+        random: what is approximated: of randomness of the data, the central form stands for all.
         other: another loss than the plain one: refused unless ignored.
         ignored: of these, what the user said to ignore.
         unknown: keys that are not known here.
@@ -85,7 +85,7 @@ class TrainingRun:
         lines = [f"run: {self.trainer}, {self.source}"]
         for title, entries in (
             ("taken", self.taken),
-            ("random in training, here the central form (approximated)", self.random),
+            ("approximated: what was random in training is here its central form", self.random),
             ("ignored, as you say", self.ignored),
         ):
             if entries:

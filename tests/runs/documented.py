@@ -17,6 +17,10 @@ def keys(trainer, sections):
     for section in (table(trainer, name) for name in sections):
         for key, setting in section.settings.items():
             rows["taken"].append(f"`{key}` → `model.{setting.name}`")
+        for key, known in section.rounded.items():
+            rounded = ", ".join(f"`{word}` → `{kind}`" for word, kind in known.items())
+            told = f"`{key}` → `model.base_dtype` of all layers ({rounded}; others are refused)"
+            rows["approximated"].append(told)
         for meaning, several in section.random.items():
             rows["approximated"].append(f"{_keys(several)}: {meaning}")
         for meaning, several in section.other.items():

@@ -123,7 +123,6 @@ def test_masks_of_the_loss_are_taken_where_every_image_has_one(place):
         ("vae = 'other'", "another VAE"),
         ("max_token_length = 225", "several pieces"),
         ("apply_t5_attn_mask = true", "padding"),
-        ("fp8_base_unet = true", "quantised"),
     ],
 )
 def test_another_loss_is_refused_unless_it_is_ignored(place, line, named):
@@ -135,6 +134,14 @@ def test_another_loss_is_refused_unless_it_is_ignored(place, line, named):
     assert any(key in text for text in read_run(file, ignore=[key]).lines())
     with pytest.raises(DminError, match="no such key in force"):
         read_run(file, ignore=[key, "other"])
+
+
+def test_a_base_in_float8_is_rounded_alike(place):
+    (place / "run.toml").write_text(f"{MAIN}fp8_base = true\n")
+    run = read_run(place / "run.toml")
+    assert run.model["base_dtype"] == "float8_e4m3fn"
+    told = {entry.meaning for entry in run.random if entry.key == "fp8_base"}
+    assert any("text encoders were quantised" in meaning for meaning in told) and len(told) == 2
 
 
 @pytest.mark.parametrize("trained", ["epsilon", "v_prediction"])

@@ -53,6 +53,11 @@ AI_TOOLKIT = {
     }]},
 }  # fmt: skip
 
+UINT3 = {
+    **AI_TOOLKIT["config"]["process"][0]["model"],
+    **{"quantize": True, "qtype": "uint3|other/adapter"},
+}
+
 SIMPLE_TUNER = {
     "--model_family": "flux", "--model_type": "lora", "--lora_type": "standard", "--lora_rank": 4,
     "--pretrained_model_name_or_path": "base/flux", "--data_backend_config": "backends.json",
@@ -338,6 +343,37 @@ def test_a_script_reads_captions_of_a_folders_metadata(place):
     )
 
 
+@pytest.mark.parametrize(
+    "name, file, told, rounded, approximated",
+    [
+        ("ai_toolkit", 0, {"quantize": "true"}, "qfloat8", {"qtype", "quantize_te"}),
+        ("simple_tuner", 0, {"--base_model_precision": "nf4-bnb"}, "nf4", {"base_model_precision"}),
+        ("simple_tuner", 0, {"base_model_precision": "no_change"}, None, set()),
+        (
+            "diffusion_pipe",
+            0,
+            {"transformer_dtype": "float8"},
+            "float8_e4m3fn",
+            {"transformer_dtype"},
+        ),
+        ("onetrainer", 0, {"unet": {"weight_dtype": "FLOAT_8"}}, "float8", {"weight_dtype"}),
+        ("onetrainer", 0, {"text_encoder": {"weight_dtype": "INT_8"}}, None, {"weight_dtype"}),
+    ],
+)
+def test_a_base_that_was_quantised_is_rounded_alike_and_that_is_said(
+    place, name, file, told, rounded, approximated
+):
+    files = copy.deepcopy(RUNS[name][0])
+    inside = list(files.values())[file]
+    inside = inside["config"]["process"][0]["model"] if name == "ai_toolkit" else inside
+    inside = inside["model"] if name == "diffusion_pipe" else inside
+    inside |= told
+    run = read_run(written(files), said=SAID.get(name))
+    assert run.model.get("base_dtype") == rounded
+    names = {entry.key.rpartition(".")[2] for entry in run.random}
+    assert approximated <= names
+
+
 def test_the_page_of_trainers_is_that_of_the_readers():
     assert documented.PAGE.read_text() == documented.page()
 
@@ -351,7 +387,9 @@ def test_the_page_of_trainers_is_that_of_the_readers():
         ("onetrainer", 0, ("mae_strength",), 0.5, r"squared.*run\.ignore=\[mae_strength\]"),
         ("onetrainer", 0, ("concepts", 0, "type"), "PRIOR_PREDICTION", "prior preservation"),
         ("ai_toolkit", 0, ("config", "process", 0, "network"), {}, "trains the whole network"),
-        ("ai_toolkit", 0, ("config", "process", 0, "model", "quantize"), True, "quantised"),
+        ("ai_toolkit", 0, ("config", "process", 0, "model"), UINT3, r"qtype = uint3\|.*quantised"),
+        ("simple_tuner", 0, ("--base_model_precision",), "int2-quanto", "model.base_dtype has not"),
+        ("onetrainer", 0, ("unet",), {"weight_dtype": "INT_8"}, "INT_8: the base model was quan"),
         (
             "ai_toolkit",
             0,
