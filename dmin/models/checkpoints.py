@@ -17,7 +17,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dmin.models.quantised import plain
+from dmin.models.adapters.quantised import plain
 from dmin.models.recognition import HUB, PICKLES, refuse_pickle, tensor_names
 from dmin.models.relatives import check_checkpoint, pipeline_of
 from dmin.runtime.errors import DminError

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dmin.models import logging_filters
 from dmin.models.adapters import load_adapters, save_adapters, without_adapters
+from dmin.models.adapters.quantised import BaseDType, round_weights
 from dmin.models.base import noise_generators, weights_digest
 from dmin.models.checkpoints import DType, load_pipeline, load_weights
-from dmin.models.quantised import BaseDType, round_weights
 from dmin.models.relatives import check_pipeline, diffusers_name
 from dmin.models.trained import TrainedModel, name_settings
 from dmin.models.trajectory import recorded, samplable
@@ -79,7 +79,7 @@ class PipelineModel(TrainedModel):
             ema: other weights of the network, such as their moving average: ``.safetensors`` file,
                 or a folder that the network's or ``EMAModel``'s ``save_pretrained`` wrote.
             base_dtype: to which the network's own weights are rounded, as they were kept while the
-                adapter was trained: see :func:`~dmin.models.quantised.round_weights`.
+                adapter was trained: see :func:`~dmin.models.adapters.quantised.round_weights`.
             variant: of the weight files, such as ``fp16``.
             revision: branch, tag or commit on the Hub.
             torch_dtype: of all weights; losses are computed in float32 whatever it is.

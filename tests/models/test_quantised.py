@@ -18,8 +18,8 @@ import dmin
 from dmin.data import collate
 from dmin.gradients.parameters import choose_parameters
 from dmin.models import adapters
+from dmin.models.adapters.quantised import _numbers, _rounded, round_weights
 from dmin.models.base import per_example_loss
-from dmin.models.quantised import _numbers, _rounded, round_weights
 from dmin.runtime.errors import DminError
 
 MADE = load_file(Path(__file__).parent / "data/quantised.safetensors")
