@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
+from typing import Any, cast
 
 import numpy as np
 
@@ -27,9 +28,14 @@ def namesakes(queries: FeatureSet, train: FeatureSet) -> dict[str, list[str]]:
     """Return for each query the training examples of its id, or of a file with the same bytes.
 
     Args:
-        queries: the queries.
+        queries: the queries; of a pool those of each of its pictures.
         train: the training examples.
     """
+    if sides := getattr(queries, "sides", ()):
+        (name,) = cast(Any, queries).ids
+        return {
+            name: [id for side in sides for ids in namesakes(side, train).values() for id in ids]
+        }
     there = set(train.store.ids)
     digests: list[dict[str, str]] = [
         getattr(side.dataset, "file_digests", dict)() for side in (queries, train)
@@ -49,6 +55,7 @@ def with_copies(
     train_images: Images,
     wider: Ranking | None = None,
     maybe: Mapping[str, Collection[str]] = MappingProxyType({}),
+    members: Collection[np.ndarray] = (),
 ) -> Ranking:
     """Return a ranking that knows which of its examples, and queries, have the same pixels.
 
@@ -61,6 +68,7 @@ def with_copies(
             follow with the score of one shown, and those of ``maybe``.
         wider: the same with more examples a query, among which ones of equal score are looked for.
         maybe: id of a query -> training examples that may be it, see :func:`namesakes`.
+        members: the images that the query is of, where it is a pool.
     """
     wider = ranking if wider is None else wider
     digest, asked = cache(lambda id: pixel_digest(train_images(id))), ranking.query_ids
@@ -79,8 +87,8 @@ def with_copies(
             rank = first.get(digest(id), -1) if alike.any() else -1
             if rank >= 0 and alike[copy_of[query] == rank].any():
                 tied[query][rank].append(id)
-        mine = pixel_digest(query_images(asked[query]))
+        mine = {pixel_digest(image) for image in members or [query_images(asked[query])]}
         looked = dict.fromkeys([*ids, *maybe.get(asked[query], [])])
-        found = [id for id in looked if digest(id) == mine]
-        same_as.append(found + (tied[query][first[mine]] if mine in first else []))
+        found = [id for id in looked if digest(id) in mine]
+        same_as.append(found + [id for m in mine & {*first} for id in tied[query][first[m]]])
     return replace(ranking, copy_of=copy_of, tied_copies=tied, same_as=same_as)

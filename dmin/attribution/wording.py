@@ -147,7 +147,15 @@ def spell_blind(ranking: Ranking) -> str | None:
 def spell_same_as(ranking: Ranking, query: int) -> str | None:
     """Say that a query is itself a training image, and which; None if it was not found to be."""
     found = ranking.same_as and ranking.same_as[query]
-    return f"this query is itself a training image: {', '.join(found)}" if found else None
+    if not found:
+        return None
+    pooled = "pool" in ranking.query_metadata[query]
+    told = (
+        "pictures of this query are training images"
+        if pooled
+        else "this query is itself a training image"
+    )
+    return f"{told}: {', '.join(found)}"
 
 
 def spell_copies(ranking: Ranking, query: int, rank: int) -> str | None:

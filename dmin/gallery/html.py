@@ -174,7 +174,8 @@ def _card(ranking: Ranking, query: int, rank: int, examples: _Entries) -> dict[s
     size = spell_size(ranking, query, rank)
     more = {} if size is None else {"foremost": f"{size} examples"}
     copies = ranking.copies(query, rank)
-    same_as = (ranking.same_as or [[]] * (query + 1))[query]
+    pooled = "pool" in ranking.query_metadata[query]  # no card is all of its pictures
+    same_as = [] if pooled else (ranking.same_as or [[]] * (query + 1))[query]
     card = {
         "example": examples.place(name, ranking, query, rank, more),
         "rank": rank + 1,

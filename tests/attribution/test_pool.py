@@ -16,8 +16,10 @@ from dmin.attribution import (
     retrieve,
     score_matrix,
 )
+from dmin.attribution.copies import namesakes, with_copies
 from dmin.attribution.features import FeatureSet
 from dmin.attribution.search.selection import Selection
+from dmin.attribution.wording import spell_same_as
 from dmin.runtime.errors import DminError
 
 METHODS = [DMin(), GradDot(), Spectral(), SharpEnergy(), Blend(DMin(), SharpEnergy(), share=0.5)]
@@ -98,3 +100,19 @@ def test_one_query_pooled_is_that_query(tmp_path, sides):
         pooled = retrieve(pool, sides[2], method, k=5)
         np.testing.assert_array_equal(pooled.train_rows, alone.train_rows)
         np.testing.assert_allclose(pooled.scores, alone.scores, rtol=1e-6)
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_pictures_that_are_training_images_are_told(sides, against):
+    good, bad, train = sides
+    pool, method = asked(DMin(), good, bad if against else None)
+    ranking = retrieve(pool, train, method, k=3)
+    shades = {id: np.full((1, 2, 2), n / 60) for n, id in enumerate(train.store.ids)}
+    far = next(id for id in reversed(train.store.ids) if id not in ranking.train_ids[0])
+    members = [shades[far], np.full((1, 2, 2), 0.999)]
+    maybe = {pool.ids[0]: [far, train.store.ids[0]]}
+    found = with_copies(ranking, shades.get, shades.get, maybe=maybe, members=members)
+    assert found.same_as == [[far]]
+    assert spell_same_as(found, 0) == f"pictures of this query are training images: {far}"
+    ids = [id for side in pool.sides for id in side.store.ids]
+    assert namesakes(pool, good) == {pool.ids[0]: [id for id in ids if id in good.store.ids]}

@@ -108,7 +108,9 @@ class Search:
             found = replace(found, blind=blind and tuple(t for t in blind if t in found.timesteps))
         if chosen.group_by:
             return found
-        return with_copies(found, *self.pictures, wider, namesakes(queries, train))
+        sides = getattr(queries, "sides", ())  # of a Pool
+        members = [side.image(id).numpy() for side in sides for id in side.store.ids]
+        return with_copies(found, *self.pictures, wider, namesakes(queries, train), members)
 
     def blind_at(self, readout: str) -> tuple[float, ...] | None:
         """Return the timesteps that the doctor calls blind; None of too few examples to tell."""
