@@ -17,7 +17,7 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.files import machine_failure
 from dmin.runtime.page import COLOURS
 from dmin.serve.map import asker
-from dmin.serve.question import MASK, SIDE_BY_SIDE, Question
+from dmin.serve.question import MASK, SHOWN, SIDE_BY_SIDE, Question
 
 _WAIT = '<div class="wait">{}</div>'
 _ANSWER = """<div class="again"><code tabindex="0">{}</code>{}<button type="button">Copy</button>
@@ -36,12 +36,14 @@ class Desk(Protocol):
         words: store, options and settings of the command line.
         k: training examples that an answer shows, unless others are asked for.
         chosen: how many methods the command line names.
+        places: whether it asks for maps.
     """
 
     about: str
     words: Sequence[str]
     k: int
     chosen: int
+    places: bool
 
     @property
     def methods(self) -> Sequence[str]:
@@ -79,7 +81,7 @@ def build(desk: Desk, upload_mb: float, queue: int) -> gr.Blocks:
         drawn = pad if isinstance(pad, dict) else {}
         if drawn and not drawn.get("picture"):
             return _WAIT.format("Drop a picture first, or generate one.")
-        fields = zip(("prompt", "methods", "k", "seed", "steps"), form, strict=True)
+        fields = zip(("prompt", "methods", "k", "places", "seed", "steps"), form, strict=True)
         return reply(desk, upload_mb, {**drawn, **dict(fields)}, lambda *told: progress(*told))
 
     template, script, limit = _read("pad.html"), _read("pad.js"), f"{upload_mb:g}"
@@ -102,6 +104,7 @@ def build(desk: Desk, upload_mb: float, queue: int) -> gr.Blocks:
                     max_choices=SIDE_BY_SIDE,
                 )
                 k = gr.Slider(1, max(60, desk.k), desk.k, step=1, label="Training examples")
+                places = gr.Checkbox(desk.places, label=f"Where: maps of the first {SHOWN}")
                 go = gr.Button("Ask", variant="primary")
             with gr.Column(scale=1, min_width=320):
                 with gr.Tab("Answer"):
@@ -112,7 +115,7 @@ def build(desk: Desk, upload_mb: float, queue: int) -> gr.Blocks:
                     plane, drawn = _read("map.html"), _read("map.js")
                     gr.HTML(html_template=plane, js_on_load=drawn, server_functions=asks)
         asked, own = (
-            [pad, prompt, methods, k, seed, steps],
+            [pad, prompt, methods, k, places, seed, steps],
             "(pad, ...form) => [dminAsked(), ...form]",
         )
         go.click(ask, asked, answer, js=own, api_visibility="private")

@@ -16,6 +16,7 @@ from dmin.data.pixels import Pixels
 from dmin.runtime.errors import DminError
 
 SIDE_BY_SIDE = 4  # methods
+SHOWN = 3  # examples that have maps, where they are asked for
 MASK = "mask.png"
 _NUMBERS = {"k": (1, 1000), "seed": (0, 2**31 - 1), "steps": (1, 1000)}
 _NONE_YET = {"region": "There is no rectangle: draw one", "mask": "Nothing is painted: paint it"}
@@ -33,6 +34,7 @@ class Question:
         picture: file name and content; None for one that is generated.
         region: ``(x, y, width, height)`` in pixels of the picture.
         mask: a PNG, white where it is asked about.
+        places: of how many examples to show where the score comes from.
     """
 
     prompt: str
@@ -43,6 +45,7 @@ class Question:
     picture: tuple[str, bytes] | None = None
     region: tuple[int, ...] | None = None
     mask: bytes | None = None
+    places: int = 0
 
     @classmethod
     def read(cls, sent: Mapping[str, Any], upload_mb: float, known: Collection[str]) -> Question:
@@ -64,7 +67,8 @@ class Question:
         if not 1 <= len({*names}) == len(names) <= SIDE_BY_SIDE or {*names} - {*known}:
             raise DminError(f"Choose 1 … {SIDE_BY_SIDE} of the methods listed, each once.")
         form: dict[str, Any] = {n: _whole(sent.get(n), n, *span) for n, span in _NUMBERS.items()}
-        form |= {"prompt": prompt, "methods": tuple(names)}
+        places = SHOWN * (sent.get("places") is True)
+        form |= {"prompt": prompt, "methods": tuple(names), "places": places}
         if picture is None:
             if not prompt:
                 raise DminError("Give a prompt to generate a picture by: a caption, or a class.")
@@ -91,6 +95,7 @@ class Question:
             said += [f"queries.seed={self.seed}", f"queries.steps={self.steps}"]
         said += [f"--region={','.join(map(str, self.region))}"] if self.region else []
         said += [f"--mask={MASK}"] if self.mask else []
+        said += [f"--places={self.places}"] if self.places else []
         return shlex.join([*said, f"method={','.join(self.methods)}", f"retrieve.k={self.k}"])
 
     def settings(self, folder: Path) -> dict[str, Any]:

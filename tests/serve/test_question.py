@@ -99,5 +99,6 @@ def test_the_command_says_what_was_asked(tmp_path, monkeypatch):
     assert settings == ["seed=2", "method=dmin", "retrieve.k=6"]
     queries, settings = composed(read(methods=["dmin", "blend"]))
     assert queries == {"prompts": [7]}
+    assert "--places=3" in read(places=True).line([]) and "places" not in read(places="3").line([])
     seed = ["queries.seed=3", "queries.steps=20"]
     assert settings == ["seed=2", *seed, "method=dmin,blend", "retrieve.k=5"]

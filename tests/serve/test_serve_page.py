@@ -124,8 +124,15 @@ def test_a_part_of_a_picture_is_asked_about_and_the_command_gives_the_same(brows
         page.mouse.down()
         page.mouse.move(*at[1], steps=3)
         page.mouse.up()
+        page.get_by_label("Where: maps of the first 3").check()
         ask(page)
-        assert answered(page) and "--mask=mask.png" in page.inner_text(".again code")
+        assert answered(page) and "--places=3" in page.inner_text(".again code")
+        frame = page.frame_locator("#answer iframe")
+        frame.locator(".card").nth(2).click()
+        maps = frame.locator("dialog .places img")
+        maps.nth(1).wait_for()
+        assert maps.evaluate_all("all => all.map((each) => each.naturalWidth)") == [192, 192]
+        assert "--mask=mask.png" in page.inner_text(".again code")
         with page.expect_download() as download:
             page.get_by_text("mask.png", exact=True).click()
         with Image.open(download.value.path()) as mask:
@@ -227,7 +234,7 @@ def test_no_path_from_a_browser_is_opened_and_what_waits_is_bounded(server):
         config = client.get("config").json()
 
         def joined(session, pad, steps=2):
-            asked = {"data": [pad, "3", ["dmin"], 5, 0, steps], "fn_index": 0}
+            asked = {"data": [pad, "3", ["dmin"], 5, False, 0, steps], "fn_index": 0}
             return client.post("gradio_api/queue/join", json={**asked, "session_hash": session})
 
         path = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}

@@ -71,8 +71,9 @@ class Reader:
 
     def __init__(self, work: Workspace) -> None:
         self.work, self.k, self.named = work, shown_count(work, "retrieve.k"), methods_of(work)
-        self.chosen = len(self.named)
-        own = ("serve.", "method=", "retrieve.k=", "retrieve.beside=", *UPLOADS)
+        self.chosen, self.places = len(self.named), bool(work.cfg.retrieve.get("places"))
+        shown = ("retrieve.k=", "retrieve.beside=", "retrieve.places=")
+        own = ("serve.", "method=", *shown, *UPLOADS)
         said = HydraConfig.get().overrides.task
         self.words: Sequence[str] = [*words(), *(each for each in said if not each.startswith(own))]
         cfg = work.cfg
@@ -120,6 +121,7 @@ class Reader:
 
     def answer(self, question: Question, folder: Path, tell: Tell) -> str:
         """Return the page of the answer; as of `Desk`."""
+        from dmin.attribution.place_maps import check_places
         from dmin.attribution.search.selection import Selection
         from dmin.gallery.html import save_html
         from dmin.gallery.pictures import remembered
@@ -129,6 +131,8 @@ class Reader:
         tell(0.05, "opening the model and the store")
         methods = {name: self.offered[name] for name in question.methods}
         options = work.resolved("retrieve")
+        for method in methods.values() if question.places else ():
+            check_places(method, options["group_by"])
         selection = Selection(**{name: options[name] for name in SELECTED})
         options["k"] = min(question.k, selection.candidates(self.train.store.metadata)[0])
         work.outputs = folder  # nothing of a question is kept
@@ -145,5 +149,8 @@ class Reader:
         asked = Search(work, options, work.query_side(source), self.train, selection)
         tell(0.8, f"scores by {', '.join(methods)}")
         rankings = asked.rankings(methods) or []
-        page = save_html(rankings, remembered(asked.shown), asked.pictures[1], folder / "a.html")
+        tell(0.9, "drawing")
+        pictures = remembered(asked.shown), asked.pictures[1]
+        maps = asked.places(rankings, methods, question.places)
+        page = save_html(rankings, *pictures, folder / "a.html", places=maps)
         return page.read_text("utf-8")
