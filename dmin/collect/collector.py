@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dmin.collect.described import as_found, describe
 from dmin.collect.encodings_cache import Encoded, EncodingsCache
 from dmin.collect.features import Features
+from dmin.collect.networks import Networks
 from dmin.collect.options import CollectOptions
 from dmin.collect.peak_memory import PeakMemory
 from dmin.data.base import Dataset
@@ -102,6 +103,7 @@ class Collector:
         self.sketch.kernels = kernels
         schedule = (timesteps or Stratified()).bind(getattr(model, "log_snr", None))
         self.timesteps: tuple[float, ...] = schedule(model.timesteps)
+        self.networks: Networks = Networks(model, self.attributed, self.timesteps)
         self.noise: Noise = noise or SharedNoise()
         self.readouts: tuple[str, ...] = tuple(readouts)
         self.microbatch = microbatch
@@ -170,15 +172,18 @@ class Collector:
         Raises:
             DminError: the GPU's memory ran out.
         """
+        groups = self.networks.together(inputs)
         try:
-            parts = [run(inputs.at(pairs)) for pairs in torch.arange(len(inputs)).split(size)]
+            parts = [run(inputs.at(pairs)) for group in groups for pairs in group.split(size)]
         except torch.OutOfMemoryError as error:
             raise DminError(
                 f"a pass of {size} pairs of example and timestep ran out of GPU memory. Set "
                 f"collect.microbatch, collect.memory or collect.budget lower, or "
                 f"collect.gradient_checkpointing=true. Blocks finished before are kept."
             ) from error
-        return Features.joined(parts, (len(inputs.x0), self.noise.draws, len(self.timesteps)))
+        order = torch.cat(groups).argsort() if len(groups) > 1 else None
+        shape = len(inputs.x0), self.noise.draws, len(self.timesteps)
+        return Features.joined(parts, shape, order)
 
     def run(
         self,
@@ -198,7 +203,7 @@ class Collector:
             peak: is told what the pass takes.
             scale: what readouts are multiplied by before they are differentiated, ``[pairs]``.
         """
-        if not self.readouts:
+        if not self.differentiates(batch):
             return self._losses(batch, peak)
         ownership = ownership or self.ownership
         ownership.expect(len(batch.t), batch.x0.shape[1:])
@@ -230,6 +235,10 @@ class Collector:
             losses = READOUTS["loss"](prediction).detach()
         return Features(values, norms, losses)
 
+    def differentiates(self, batch: NoisedBatch) -> bool:
+        """Return whether a pass has gradients: not where it uses no attributed parameter."""
+        return bool(self.readouts) and self.networks.reached(batch.t)
+
     def _losses(self, batch: NoisedBatch, peak: PeakMemory | None) -> Features:
         if peak is not None:
             peak.forward_done()  # all that follows counts
@@ -237,7 +246,11 @@ class Collector:
             losses = READOUTS["loss"](predicted(self.model, batch))
         if peak is not None:
             peak.backward_done()
-        return Features({}, {}, losses)
+        norms = losses.new_zeros(len(losses), len(self.attributed.groups))
+        rows = norms[..., None].expand(-1, -1, self.sketch.dim)
+        return Features(
+            dict.fromkeys(self.readouts, rows), dict.fromkeys(self.readouts, norms), losses
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return everything that must match between a training and a query store, as JSON."""

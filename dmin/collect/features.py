@@ -64,18 +64,25 @@ class Features(NamedTuple):
             )
 
     @classmethod
-    def joined(cls, parts: Sequence[Features], shape: tuple[int, ...]) -> Features:
+    def joined(
+        cls, parts: Sequence[Features], shape: tuple[int, ...], order: Tensor | None = None
+    ) -> Features:
         """Return the features of several passes as one, the axis of pairs apart again.
 
         Args:
             parts: with a leading axis of pairs.
             shape: that axis's, ``[rows, draw, timestep]``.
+            order: where each pair stands among those of the parts; None if they are in order.
         """
 
-        def whole(each: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-            return {n: torch.cat([of[n] for of in each]).unflatten(0, shape) for n in each[0]}
+        def one(tensors: list[Tensor]) -> Tensor:
+            found = torch.cat(tensors)
+            return (found if order is None else found[order.to(found.device)]).unflatten(0, shape)
 
-        losses = torch.cat([part.losses for part in parts]).view(shape)
+        def whole(each: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {n: one([of[n] for of in each]) for n in each[0]}
+
+        losses = one([part.losses for part in parts])
         values, norms = [part.values for part in parts], [part.norms for part in parts]
         return cls(whole(values), whole(norms), losses)
 

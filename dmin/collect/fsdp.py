@@ -22,7 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dmin.collect.collector import Collector
 from dmin.collect.features import Features
-from dmin.diffusion.inputs import NoisedBatch
+from dmin.collect.networks import Networks
+from dmin.diffusion.inputs import NoisedBatch, NoisedExamples
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import to_device
 
@@ -163,22 +164,34 @@ class LockstepPasses:
         strategy: of the trainer.
         own: how many of the first blocks of this process are its own.
         pairs: of example and timestep in every pass.
+        networks: those that pairs use.
+
+    Raises:
+        DminError: the pairs use several networks: processes would call different ones.
     """
 
-    def __init__(self, strategy: Strategy, own: int, pairs: int) -> None:
+    def __init__(self, strategy: Strategy, own: int, pairs: int, networks: Networks) -> None:
+        if networks.several and getattr(strategy, "world_size", 1) > 1:
+            raise DminError(
+                "trainer=fsdp: two networks share out the timesteps, and processes that share the "
+                "networks would call different ones. Collect timesteps of one side of the boundary "
+                "(timesteps=explicit), or take trainer=offload."
+            )
+        self.networks = networks
         self.strategy = strategy
         self.own = own
         self.pairs = pairs
         self._lacking = 0
         self._again: Callable[[], Any] = lambda: None
 
-    def begin_block(self, groups: Sequence[int]) -> None:
+    def begin_block(self, inputs: Sequence[NoisedExamples]) -> None:
         """Agree on how many passes the block takes.
 
         Args:
-            groups: pairs of each group of the block, which share no pass.
+            inputs: the examples of the block, of each shape apart.
         """
-        mine = sum(-(-pairs // self.pairs) for pairs in groups)
+        groups = [group for each in inputs for group in self.networks.together(each)]
+        mine = sum(-(-len(pairs) // self.pairs) for pairs in groups)
         told = torch.tensor(mine, device=self.strategy.root_device)
         self._lacking = int(self.strategy.reduce(told, reduce_op="max")) - mine
 

@@ -63,6 +63,7 @@ class Guard:
         self.alone = alone
         self.seconds = 0.0
         self._seen: set[Hashable] = set()
+        self._held: set[Hashable] = set()  # to autograd: networks, by what they leave unused
 
     def run(self, batch: NoisedBatch, peak: PeakMemory | None = None) -> Features:
         """Return the features of a pass, held to what they should be unless one like it was.
@@ -74,7 +75,7 @@ class Guard:
         Raises:
             DminError: a row is not the gradient of its own example; names the parameters.
         """
-        if not self.collector.readouts:
+        if not self.collector.differentiates(batch):
             return self.collector.run(batch, peak=peak)
         state = torch.get_rng_state()
         found = self.collector.run(batch, self.ownership, peak)
@@ -148,7 +149,9 @@ class Guard:
         if self.collector.attributed.count <= SCALARS:
             alone = {name: self._by_autograd(one, name) for name in found.norms}
             return self._differs(one, found, alone)
-        return (not self._seen and self._unlike_autograd(one)) or self._differs_alone(one, found)
+        unused = self.collector.networks.unused_at(float(one.t[0]))
+        first, self._held = unused not in self._held, {*self._held, unused}
+        return (first and self._unlike_autograd(one)) or self._differs_alone(one, found)
 
     def _differs_alone(self, one: NoisedBatch, found: Features) -> bool:
         rows = self.collector.run(one, self.ownership)
@@ -213,10 +216,13 @@ class Guard:
     def _wrong(self, one: NoisedBatch, entries: Collection[Parameter], readout: str) -> set[str]:
         """Return which gradients of one pair are not autograd's; all that seem unused are tried."""
         limit, wrong = HALF if self._low(one) else EXACT, set()
+        declared = self.collector.networks.unused_at(float(one.t[0]))
+        entries = [entry for entry in entries if not entry.name.startswith(declared)]
         for chunk in in_chunks(entries, SCALARS):
             names = [entry.name for entry in chunk]
             captured = self._captured(one, names, readout)
-            unused = [name for name in self.collector.attributed.by_name if name not in captured]
+            known = (name for name in self.collector.attributed.by_name if name not in captured)
+            unused = [name for name in known if not name.startswith(declared)]
             true = by_autograd(self.collector.model, {*names, *unused}, one, readout)
             norms = [in_double(g).norm() for g in true.values()]
             whole = float(torch.stack(norms).norm()) if norms else 0.0

@@ -159,7 +159,7 @@ class Session(lightning.LightningModule):
         mine = list(dict.fromkeys(shared.blocks))
         if self.data.even:
             pairs = min(self.pairs, self.data.block_size * self.shown.points)
-            self.lockstep = LockstepPasses(strategy, shared.own, pairs)
+            self.lockstep = LockstepPasses(strategy, shared.own, pairs, collector.networks)
             agree = partial(strategy.reduce_boolean_decision, all=False)
             self.guard = Guard(collector, Ownership(agree), alone=False)
         if self.encodings is not None:
@@ -182,7 +182,7 @@ class Session(lightning.LightningModule):
             collector.inputs(*each, batch["id"]) for each, batch in zip(encoded, block, strict=True)
         ]
         if self.lockstep is not None:
-            self.lockstep.begin_block([len(each) for each in inputs])
+            self.lockstep.begin_block(inputs)
         parts = [collector.passes(each, self.pairs, self._pass) for each in inputs]
         for part, each, batch in zip(parts, inputs, block, strict=True):
             self.guard.confirm_zeros(part, each, batch["id"])
@@ -278,10 +278,10 @@ class Session(lightning.LightningModule):
             encoded = self._encoded(batches)
             largest = max(range(len(encoded)), key=lambda i: encoded[i][0][0].numel())
             inputs = collector.inputs(*encoded[largest], batches[largest]["id"])
-            trial = Trial()
+            trial, pairs = Trial(), collector.networks.largest(inputs)
             return find_microbatch(
-                lambda size: collector.run(inputs.at(torch.arange(size)), trial, self.peak),
-                len(inputs),
+                lambda size: collector.run(inputs.at(pairs[:size]), trial, self.peak),
+                len(pairs),
                 self.device,
                 collector.memory,
             )

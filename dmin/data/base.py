@@ -55,7 +55,7 @@ class Example:
 
     Args:
         id: never changes with shuffling, batching or processes; unique in its dataset.
-        image: float32 ``[C, H, W]`` in [0, 1].
+        image: float32 ``[C, H, W]`` in [0, 1]; of a clip ``[C, F, H, W]``, F ≥ 2.
         label: class, if any.
         caption: text, if any.
         metadata: anything else that should travel to the results, as JSON.
@@ -100,7 +100,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
     """Join examples into the batch that ``DiffusionModel.encode`` takes.
 
     Raises:
-        DminError: an image is not a finite ``[C, H, W]`` tensor in [0, 1], or shapes differ.
+        DminError: an image is not a finite tensor as `Example` has it, or shapes differ.
     """
     first = examples[0]
     for example in examples:
@@ -109,7 +109,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
             raise DminError(
                 f"image {example.id!r} is {tuple(example.image.shape)}, but {first.id!r} is "
                 f"{tuple(first.image.shape)} [C, H, W]. Bring all to one size and mode, with files "
-                f"by data.size=<pixels> data.aspect=square data.mode=RGB."
+                f"by data.size=<pixels> data.aspect=square data.mode=RGB (of clips data.frames)."
             )
     return {
         "id": [e.id for e in examples],
@@ -157,7 +157,7 @@ def check_image(example: Example) -> None:
     if example.condition_image is not None:
         check_image(Example(f"condition image of {example.id}", example.condition_image))
     image = example.image
-    if not isinstance(image, Tensor) or image.dtype != torch.float32 or image.ndim != 3:
+    if not isinstance(image, Tensor) or image.dtype != torch.float32 or image.ndim not in (3, 4):
         found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image)
         raise DminError(f"image {example.id!r} is {found}; expected float32 [C, H, W] in [0, 1].")
     if not torch.isfinite(image).all():

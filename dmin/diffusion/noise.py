@@ -146,12 +146,17 @@ def field(shape: tuple[int, ...], text: str) -> Tensor:
     """Return the part around the origin of a field of noise: the middle of a shape lies there.
 
     Args:
-        shape: channels, height and width.
+        shape: channels, height and width; or channels, frames, height and width. The first frame
+            sees what an image does, each other one a field of its own.
         text: that decides the numbers.
 
     Raises:
         DminError: another shape.
     """
+    if len(shape) == 4:
+        channels, frames, *sides = shape
+        texts = [text, *(f"{text} frame {n}" for n in range(1, frames))]
+        return torch.stack([field((channels, *sides), each) for each in texts], 1)
     if len(shape) != 3:
         raise DminError(
             f"noise.shapes=field is for what has channels, height and width; this model noises "

@@ -130,9 +130,10 @@ def _inputs(
     collector: GradientCollector, x0: Tensor, condition: Condition, ids: list[str]
 ) -> NoisedBatch:
     """Pair each example with a timestep of its own, spread over the schedule."""
-    steps, i = len(collector.timesteps), torch.arange(len(x0))
+    steps = [n for n, t in enumerate(collector.timesteps) if collector.networks.reaches(t)]
+    i, steps_at = torch.arange(len(x0)), torch.tensor(steps)
     inputs = NoisedExamples(collector.noise, collector.timesteps, x0, condition, ids)
-    return inputs.at(i * inputs.points + (2 * i + 1) * steps // (2 * len(x0)))
+    return inputs.at(i * inputs.points + steps_at[(2 * i + 1) * len(steps) // (2 * len(x0))])
 
 
 def _work(
@@ -152,8 +153,9 @@ def _work(
     pairs = [examples * inputs.points for examples in blocks]
     sizes = {min(collector.pairs, n) for n in pairs} | {n % collector.pairs for n in pairs}
     try:
-        for size in sorted({min(size, len(inputs)) for size in sizes} - {0}):
-            guard.run(inputs.at(torch.arange(size)))
+        for group in collector.networks.together(inputs):
+            for size in sorted({min(size, len(group)) for size in sizes} - {0}):
+                guard.run(inputs.at(group[:size]))
         rows = collector.features(x0, condition, ids, peak).values[collector.readouts[0]]
         start = time.perf_counter()
         collector.features(x0, condition, ids, peak).losses.cpu()  # waits for a GPU

@@ -91,9 +91,9 @@ class DiffusionModel(ShownModel, nn.Module):
         """Return what is diffused and what it is conditioned on; called once an example.
 
         Args:
-            batch: ``image [batch, C, H, W]`` in [0, 1], ``label``, ``caption``, ``id``,
-                ``metadata``, ``sizes``: all but the first are lists. Of data with condition images
-                also ``condition_image [batch, C', H', W']`` in [0, 1].
+            batch: ``image [batch, C, H, W]`` in [0, 1], of clips ``[batch, C, F, H, W]``;
+                ``label``, ``caption``, ``id``, ``metadata``, ``sizes``: lists. Of data with
+                condition images also ``condition_image [batch, C', H', W']`` in [0, 1].
 
         Returns:
             ``x0 [batch, ...]`` in the space the model diffuses, and the condition.
@@ -120,6 +120,10 @@ class DiffusionModel(ShownModel, nn.Module):
     def reads_condition_images(cls, settings: Mapping[str, Any]) -> bool:
         """Say whether examples need condition images by a model loaded with these settings."""
         return False
+
+    def unused_at(self, t: float) -> tuple[str, ...]:
+        """Return how names of parameters begin that a timestep does not use: of other networks."""
+        return ()
 
     def for_queries(self) -> Self:
         """Return the model that queries are differentiated with: itself, unless they are guided."""
@@ -246,8 +250,6 @@ def weight_of_squares(prediction: Prediction) -> Tensor:
 def mean_squared_output(prediction: Prediction) -> Tensor:
     """Return the mean square of each example's prediction, ``[batch]`` (D-TRAK's readout).
 
-    As of the loss, each place counts as a mask says.
-
     Source: Zheng et al. 2024, "Intriguing Properties of Data Attribution on Diffusion Models".
     """
     return _counted(prediction.prediction.square(), prediction)
@@ -256,8 +258,6 @@ def mean_squared_output(prediction: Prediction) -> Tensor:
 @expected
 def mean_output(prediction: Prediction) -> Tensor:
     """Return the mean of each example's prediction, ``[batch]`` (DAS's readout).
-
-    As of the loss, each place counts as a mask says.
 
     Source: Lin et al. 2025, "Diffusion Attribution Score" (arXiv 2410.18639).
     """

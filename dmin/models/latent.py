@@ -13,10 +13,7 @@ from torch import Tensor
 
 from dmin.diffusion.process import Process
 from dmin.diffusion.processes import DiscreteDiffusion
-from dmin.models import (
-    normalization,  # noqa: F401  (registers the gradients of diffusers' own norms)
-    vae,
-)
+from dmin.models import normalization, vae  # noqa: F401 (gradients of diffusers' own norms)
 from dmin.models.base import Condition, Dropped, Prediction
 from dmin.models.contract import check_weights
 from dmin.models.pipeline import PipelineModel
@@ -60,6 +57,8 @@ class LatentDiffusion(PipelineModel):
     processes: ClassVar[tuple[type[Process], ...]] = (DiscreteDiffusion,)
     shifted: ClassVar[bool] = False  # its pipelines use the autoencoder's shift_factor
     own_size: ClassVar[int] = 64  # of sampled latents, where the network's config does not tell
+    of_frames: ClassVar[bool] = False  # its network takes frames, an image as a single one
+    sample_frames: int = 1
     # How the network is called: by which name it is told the time, as what (the timestep, σ, or the
     # signal 1 − σ), and the sign that makes its output the process's target.
     time_name: ClassVar[str] = "timestep"
@@ -93,8 +92,9 @@ class LatentDiffusion(PipelineModel):
             )
         check_weights(self.network)
         check_component("vae", diffusers_name(pipeline.vae), self.family, "model")
-        latent = latent_channels(pipeline.vae.config)
-        check_inputs(self.family, type(self.network), self.network.config, latent)
+        channels = latent_channels(pipeline.vae.config)
+        for network in self.networks.values():
+            check_inputs(self.family, type(network), network.config, channels)
         self.latents = latents
         self.latent_seed = latent_seed
         self.prompt_dropout = prompt_dropout
@@ -106,7 +106,8 @@ class LatentDiffusion(PipelineModel):
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         """Return latents and condition, computed where the encoders are, on the images' device."""
         image = batch["image"]
-        vae.check_size(self.pipeline.vae, image, self.patch, batch["id"][0], type(self).__name__)
+        told = self.patch, self.of_frames, batch["id"][0], type(self).__name__
+        vae.check_size(self.pipeline.vae, image, *told)
         if "condition_image" in batch and not self.reads_condition_images({}):
             raise DminError(f"{type(self).__name__} is given no images: data.condition_image=null.")
         condition = {**self._prompted(batch), **self._sizes(batch)}
@@ -126,10 +127,10 @@ class LatentDiffusion(PipelineModel):
                 f"model.query_without={self.without!r} is the prompt of a query itself: there is "
                 f"no difference to ask about. Name another prompt (--without)."
             )
-        without = None if self.without is None else [self.without]
+        without = self._embedded(None if self.without is None else [self.without])
         nothing = {
             f"{prefix}{name}": value.expand(count, *value.shape[1:]).contiguous()
-            for name, value in self._embedded(without).items()
+            for name, value in without.items()
         }
         return {**given, **nothing}
 
@@ -181,15 +182,13 @@ class LatentDiffusion(PipelineModel):
 
     def describe(self) -> dict[str, Any]:
         """Return what defines latents, condition and loss, with a digest of each encoder."""
-        draw: dict[str, Any] = {}
-        if self.latents == "sample":
-            draw["latent_seed"] = self.latent_seed
-        if self.prompt_dropout:
-            draw["prompt_dropout"] = self.prompt_dropout
+        draw = {"latent_seed": self.latent_seed} if self.latents == "sample" else {}
+        dropout = {"prompt_dropout": self.prompt_dropout} if self.prompt_dropout else {}
         return {
             **super().describe(),
             "latents": self.latents,
             **draw,
+            **dropout,
             "encoders": self._encoder_digests,
         }
 
@@ -223,22 +222,24 @@ class LatentDiffusion(PipelineModel):
 
     def _time(self, t: Tensor) -> Tensor:
         """Return timesteps as the network is told them, ``[batch]``."""
-        if self.time_unit == "timestep":
-            return t
-        if self.time_unit == "signal":
-            return 1 - t / self.process.num
-        return t.to(self.network.dtype) / self.process.num
+        if self.time_unit == "sigma":
+            return t.to(self.network.dtype) / self.process.num
+        return t if self.time_unit == "timestep" else 1 - t / self.process.num
 
     def _told(self, noised: Tensor, condition: Condition) -> dict[str, Any]:
         """Return the network's other arguments."""
         return dict(condition)
 
     def _tokens(self, latents: Tensor) -> Any:
-        """Return latents ``[batch, C, h, w]`` as the network takes them."""
+        """Return latents ``[batch, C, h, w]``, or with frames, as the network takes them."""
+        if self.of_frames and latents.ndim == 4:
+            return latents.unsqueeze(2)
         return vae.pack(latents) if self.claims.packing > 1 else latents
 
     def _latents(self, tokens: Any, shape: Sequence[int]) -> Tensor:
         """Return latents of a shape, of what the network takes or returns."""
+        if self.of_frames and len(shape) == 4:
+            return tokens.squeeze(2)
         return vae.unpack(tokens, shape) if self.claims.packing > 1 else tokens
 
     def _sizes(self, batch: Mapping[str, Any]) -> Condition:
@@ -265,8 +266,8 @@ class LatentDiffusion(PipelineModel):
         return self.vae_factor * height, self.vae_factor * width
 
     def _decoded(self, latents: Tensor, images: Tensor) -> Tensor:
-        height, width = (side // self.vae_factor for side in images.shape[-2:])
-        found = self._latents(latents, (len(latents), 1, height, width))
+        sides = vae.latent_sides(self.pipeline.vae, images.shape[2:])
+        found = self._latents(latents, (len(latents), 1, *sides))
         return vae.decode(self.pipeline.vae, found, self.shifted)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def sampling_error(model: LatentDiffusion, steps: int = 4, seed: int = 0) -> flo
     """Return ``‖x − x0‖ / ‖x0‖`` of what the pipeline comes to with the best network for x0.
 
     It is about 1e-6; at most 5e-2 where sampling ends before there is no noise, or rounds its
-    timesteps; about 1 or more where the family does not fit.
+    timesteps; about 1 or more, or NaN, where the family does not fit.
 
     Args:
         model: its network is called by nobody, and it is given back as it was.
@@ -42,12 +43,14 @@ def sampling_error(model: LatentDiffusion, steps: int = 4, seed: int = 0) -> flo
     best = _BestNetwork(model, seed)
     prompt = "a photo" if isinstance(model, Captioned) else 0
     autoencoder = model.pipeline.vae
-    with _replaced(model.denoiser, "forward", best), _replaced(autoencoder, "decode", _decoded):
+    with ExitStack() as undo, _replaced(autoencoder, "decode", _decoded):
+        for name, network in model.networks.items():
+            undo.enter_context(_replaced(network, "forward", partial(best, name)))
         try:
             model.sample([prompt], [seed], steps, example_given(model))
         except _Decoded as reached:
             found = vae.normalised(autoencoder, reached.args[0].float(), model.shifted)
-    return float((found - best.x0).norm() / best.x0.norm())
+    return float((found.view_as(best.x0) - best.x0).norm() / best.x0.norm())
 
 
 def example_given(model: LatentDiffusion, seed: int = 0) -> dict[str, Tensor] | None:
@@ -64,18 +67,20 @@ class _BestNetwork:
 
     def __init__(self, model: LatentDiffusion, seed: int) -> None:
         self.model, self.seed = model, seed
-        self.names = list(inspect.signature(model.denoiser.forward).parameters)
-        config, own = model.denoiser.config, vars(model.denoiser).get("out_channels")
+        first = next(iter(model.networks.values()))
+        self.names = list(inspect.signature(first.forward).parameters)
+        config, own = first.config, vars(first).get("out_channels")
         out = own or config.get("out_channels") or config["in_channels"]
         self.learns_variance = out == 2 * config["in_channels"]
         self.x0 = torch.empty(0)
+        frames = (model.sample_frames,) if model.sample_frames > 1 else ()
+        self.sides = vae.latent_sides(model.pipeline.vae, (*frames, *model._generated_size()))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Answer as the network's ``forward``."""
+    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Answer as the ``forward`` of the network of a name."""
         model, told = self.model, {**dict(zip(self.names, args, strict=False)), **kwargs}
         given = told[self.names[0]]
-        side = [size // model.vae_factor for size in model._generated_size()]
-        sample = model._latents(given, (len(given), 1, *side)).float()
+        sample = model._latents(given, (len(given), 1, *self.sides)).float()
         sample = sample[:, : latent_channels(model.pipeline.vae.config)]
         if not self.x0.numel():
             drawn = torch.Generator().manual_seed(self.seed)
@@ -84,6 +89,8 @@ class _BestNetwork:
             self.x0 = x0.to(sample)
         t = self._timestep(told[model.time_name]).to(sample.device).expand(len(sample))
         output = model.sign * model.process.optimum(self.x0, sample, t)
+        if any(name in unused.split(".") for unused in model.unused_at(float(t[0]))):
+            output = output * torch.nan  # another network is claimed to serve this timestep
         if self.learns_variance:
             output = torch.cat([output, torch.zeros_like(output)], 1)
         like = given[0] if isinstance(given, list) else given

@@ -44,7 +44,7 @@ class PipelineModel(TrainedModel):
         check_pipeline(diffusers_name(pipeline), self.family, "model")
         super().__init__(pipeline.scheduler, **settings)
         self.pipeline = pipeline
-        self.network: Any = getattr(pipeline, self.network_name).eval()
+        self.network: Any = self._whole(self.networks).eval()
         self.guidance_scale = guidance_scale
         for encoder in self.encoders.values():
             encoder.eval().requires_grad_(False)
@@ -61,8 +61,8 @@ class PipelineModel(TrainedModel):
         cls,
         path: str | Path,
         *,
-        adapter: str | Path | Sequence[str] | None = None,
-        ema: str | Path | None = None,
+        adapter: str | Path | Sequence[str] | Mapping[str, Any] | None = None,
+        ema: str | Path | Mapping[str, str] | None = None,
         base_dtype: BaseDType | None = None,
         variant: str | None = None,
         revision: str | None = None,
@@ -75,7 +75,8 @@ class PipelineModel(TrainedModel):
 
         Args:
             path: folder with ``model_index.json``, or the name of a repository on the Hub.
-            adapter: of the network and its text encoders: file or folder, or several.
+            adapter: of the network and its text encoders: file or folder, or several; of several
+                networks by the name of each, as ``ema``.
             ema: other weights of the network, such as their moving average: ``.safetensors`` file,
                 or a folder that the network's or ``EMAModel``'s ``save_pretrained`` wrote.
             base_dtype: to which the network's own weights are rounded, as they were kept while the
@@ -101,13 +102,13 @@ class PipelineModel(TrainedModel):
             single_file=single_file,
             **cls.components,
         )
-        network = getattr(pipeline, cls.network_name)
-        if ema is not None:
-            load_weights(network, ema)
-        if base_dtype is not None:
+        networks = cls.networks_of(pipeline)
+        for name, file in _by_network(networks, "ema", ema).items():
+            load_weights(networks[name], file)
+        for network in networks.values() if base_dtype is not None else ():
             round_weights(network, base_dtype)
-        if adapter is not None:
-            load_adapters(network, adapter, pipeline)
+        for name, file in _by_network(networks, "adapter", adapter).items():
+            load_adapters(networks[name], file, pipeline)
         return cls(pipeline, **settings).eval()
 
     @classmethod
@@ -123,12 +124,29 @@ class PipelineModel(TrainedModel):
         self.pipeline.register_modules(**plain)
         self.pipeline.save_pretrained(str(path))
         self.pipeline.register_modules(**{name: own[name] for name in plain})
-        if getattr(self.network, "peft_config", None):  # trained here
-            from peft import get_peft_model_state_dict
+        for name, network in self.networks.items():
+            place = path / "lora" / (name if len(self.networks) > 1 else "")
+            if getattr(network, "peft_config", None):  # trained here
+                from peft import get_peft_model_state_dict
 
-            named = {f"{self.network_name}_lora_layers": get_peft_model_state_dict(self.network)}
-            self.pipeline.save_lora_weights(str(path / "lora"), **named)
-        save_adapters(self.network, path / "lora")
+                named = {f"{name}_lora_layers": get_peft_model_state_dict(network)}
+                self.pipeline.save_lora_weights(str(place), **named)
+            save_adapters(network, place)
+
+    @classmethod
+    def networks_of(cls, pipeline: Any) -> dict[str, Any]:
+        """Return the networks of a pipeline that are attributed, by their names in it."""
+        return {cls.network_name: getattr(pipeline, cls.network_name)}
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """The networks that are attributed, by their names in the pipeline; one as a rule."""
+        return self.networks_of(self.pipeline)
+
+    def _whole(self, networks: Mapping[str, Any]) -> nn.Module:
+        """Return one module of all of them."""
+        (network,) = networks.values()
+        return network
 
     @property
     def denoiser(self) -> Any:
@@ -138,7 +156,7 @@ class PipelineModel(TrainedModel):
     @property
     def encoders(self) -> dict[str, nn.Module]:
         """VAE and text encoders, by name; the caller may move them to a device and back."""
-        attributed = [self.network, *self.network.children()]
+        attributed = [*self.networks.values(), *self.network.children()]
         return {
             name: component
             for name, component in self.pipeline.components.items()
@@ -163,7 +181,8 @@ class PipelineModel(TrainedModel):
                 images.
 
         Returns:
-            ``[len(prompts), C, H, W]`` in [0, 1].
+            ``[len(prompts), C, H, W]`` in [0, 1]; of a model told to make clips
+            ``[len(prompts), C, F, H, W]``.
         """
         if self.network_name == "unet" and self.pipeline.scheduler.config.get(
             "use_dynamic_shifting"
@@ -181,7 +200,8 @@ class PipelineModel(TrainedModel):
                 num_inference_steps=steps,
                 output_type="pt",
             )[0]
-        images = images[:, 0] if images.ndim == 5 else images  # the one frame of a video
+        if images.ndim == 5:  # [batch, frames, ...]; one frame is an image
+            images = images[:, 0] if images.shape[1] == 1 else images.transpose(1, 2)
         return images.float().clamp(0, 1)
 
     @torch.no_grad()
@@ -230,3 +250,21 @@ class PipelineModel(TrainedModel):
             for encoder in self.encoders.values():
                 encoder.to(device)
             yield
+
+
+def _by_network(networks: Mapping[str, Any], setting: str, given: Any) -> dict[str, Any]:
+    """Return what is given for each network that it is given for.
+
+    Raises:
+        DminError: there are several and none is named, or one that there is not.
+    """
+    if given is None or isinstance(given, Mapping):
+        named = dict(given or {})
+    else:
+        named = {name: given for name in networks} if len(networks) == 1 else {"": given}
+    if odd := named.keys() - networks.keys():
+        raise DminError(
+            f"model.{setting}={given}: {sorted(odd)[0] or 'a file'} is of none of the networks of "
+            f"this checkpoint. Say which: model.{setting}={{{': FILE, '.join(networks)}: FILE}}."
+        )
+    return named

@@ -182,11 +182,14 @@ def check_checkpoint(family: str, path: str, revision: str | None) -> Any:
                 f"out. Give the checkpoint that its network was trained in."
             )
         check_component(name, component, family, what)
-        if name in ("unet", "transformer", "vae"):
+        if name in ("vae", *_NETWORKS):
             configs[name] = _config(getattr(diffusers, component), path, name, revision)
-    network = next(name for name in ("unet", "transformer") if name in parts)
+    networks = [name for name in _NETWORKS if name in parts]
+    if not networks:
+        raise DminError(f"{what}: it has no network ({' or '.join(_NETWORKS)}). Give it whole.")
     channels = latent_channels(configs["vae"]) if "vae" in configs else None
-    check_inputs(family, getattr(diffusers, parts[network]), configs[network], channels)
+    for name in networks:
+        check_inputs(family, getattr(diffusers, parts[name]), configs[name], channels)
     return pipeline_class
 
 
@@ -211,7 +214,7 @@ def check_component(name: str, component: str, family: str, what: str) -> None:
     """
     claims = FAMILIES[family].claims
     network = (claims.network,)
-    wanted = {"unet": network, "transformer": network, "vae": claims.vae}.get(name)
+    wanted = {**dict.fromkeys(_NETWORKS, network), "vae": claims.vae}.get(name)
     if wanted and component not in wanted:
         raise DminError(
             f"{what}: its {name} is a {component}, where {' or '.join(wanted)} is needed. Choose "
@@ -266,6 +269,7 @@ def check_inputs(
         )
 
 
+_NETWORKS = ("unet", "transformer", "transformer_2")
 _GIVEN = ("self", "sample", "hidden_states", "timestep", "encoder_hidden_states")
 
 

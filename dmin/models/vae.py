@@ -22,21 +22,24 @@ def encode(
     """Return scaled latents, computed where the autoencoder is.
 
     Args:
-        vae: an autoencoder of diffusers, variational or plain; one of videos has a single frame.
-        image: ``[batch, C, H, W]`` in [0, 1].
+        vae: an autoencoder of diffusers, variational or plain.
+        image: ``[batch, C, H, W]`` in [0, 1], to one of videos a single frame; or clips
+            ``[batch, C, F, H, W]``.
         kind: ``mode`` of the posterior, or ``sample``: mean and deviation with one noise for all
             images, so that equal images have equal latents.
         seed: key of that noise.
         shifted: as for :func:`scale`.
 
     Returns:
-        ``[batch, latent channels, H / factor, W / factor]``, of the images' dtype and device.
+        ``[batch, latent channels, H / factor, W / factor]``, of the images' dtype and device; of
+        clips with the latents' frames before height and width.
 
     Raises:
         DminError: a sample of a plain autoencoder.
     """
     pixels = (2 * image - 1).to(next(vae.parameters()))
-    encoded = vae.encode(pixels.unsqueeze(2) if of_frames(vae) else pixels)
+    still = of_frames(vae) and pixels.ndim == 4
+    encoded = vae.encode(pixels.unsqueeze(2) if still else pixels)
     if not hasattr(encoded, "latent_dist"):
         if kind == "sample":
             raise DminError(
@@ -51,7 +54,7 @@ def encode(
         # No diffusion has a timestep of −1: a key of its own.
         noise = SharedNoise(seed)(posterior.mean.shape[1:], -1.0)
         z = posterior.mean + posterior.std * noise.to(posterior.mean)
-    return normalised(vae, z.to(image), shifted)
+    return normalised(vae, (z.squeeze(2) if still else z).to(image), shifted)
 
 
 def normalised(vae: Any, z: Tensor, shifted: bool = True) -> Tensor:
@@ -60,10 +63,9 @@ def normalised(vae: Any, z: Tensor, shifted: bool = True) -> Tensor:
     Args:
         vae: by what it has: running statistics of squares of 2 × 2 latents (``bn``), else the
             numbers of its config.
-        z: ``[batch, C, h, w]``, or with a single frame, ``[batch, C, 1, h, w]``.
+        z: ``[batch, C, h, w]``, or with frames, ``[batch, C, f, h, w]``.
         shifted: as for :func:`scale`.
     """
-    z = z.squeeze(2) if z.ndim == 5 else z
     if not hasattr(vae, "bn"):
         return scale(z, vae.config, shifted)
     mean, std = _statistics(vae, z)
@@ -98,7 +100,7 @@ def scale(z: Tensor, config: Any, shifted: bool = True) -> Tensor:
 
 
 def decode(vae: Any, latents: Tensor, shifted: bool = True) -> Tensor:
-    """Return the images ``[batch, C, H, W]`` in [0, 1] of scaled latents, on the CPU."""
+    """Return the images, or clips, in [0, 1] of scaled latents, on the CPU."""
     latents = latents.float()
     if hasattr(vae, "bn"):
         mean, std = _statistics(vae, latents)
@@ -107,7 +109,9 @@ def decode(vae: Any, latents: Tensor, shifted: bool = True) -> Tensor:
     else:
         z = unscale(latents, vae.config, shifted)
     z = z.to(next(vae.parameters()))
-    image = vae.decode(z.unsqueeze(2)).sample[:, :, 0] if of_frames(vae) else vae.decode(z).sample
+    still = of_frames(vae) and z.ndim == 4
+    image = vae.decode(z.unsqueeze(2) if still else z).sample
+    image = image[:, :, 0] if still else image
     return ((image.float().cpu() + 1) / 2).clamp(0, 1)
 
 
@@ -125,21 +129,54 @@ def factor(vae: Any) -> int:
     return int(2 ** (len(stages) - 1))
 
 
+def frame_step(vae: Any) -> int:
+    """Return how many frames one latent frame stands for, but for the first, which is alone."""
+    return int(2 ** sum(vae.config.get("temperal_downsample") or ()))  # as diffusers spells it
+
+
+def latent_sides(vae: Any, sides: Sequence[int]) -> tuple[int, ...]:
+    """Return the sides of latents: frames if there are, height, width."""
+    *frames, height, width = sides
+    unit = factor(vae)
+    return *(1 + (n - 1) // frame_step(vae) for n in frames), height // unit, width // unit
+
+
 def of_frames(vae: Any) -> bool:
     """Tell whether an autoencoder is one of videos, for which an image is a single frame."""
     return any(isinstance(module, nn.Conv3d) for module in vae.modules())
 
 
-def check_size(vae: Any, image: Tensor, patch: int, name: str, family: str) -> None:
-    """Refuse images ``[batch, C, H, W]`` that a VAE, or a patch of its latents, does not divide."""
+def check_size(vae: Any, image: Tensor, patch: int, clips: bool, name: str, family: str) -> None:
+    """Refuse images, or clips, that a VAE, or a patch of its latents, does not divide."""
     needed = 3 if of_frames(vae) else vae.config["in_channels"]
     unit = factor(vae) * patch
-    channels, height, width = image.shape[1:]
+    channels, *frames, height, width = image.shape[1:]
+    if frames and not clips:
+        raise DminError(
+            f"{name!r} is a clip, and {family} is trained on images. Choose a model of videos "
+            f"(model=wan), or images (data=image_folder)."
+        )
+    check_frames(frames[0] if frames else 1, frame_step(vae), f"clip {name!r}", "data.frames")
     if channels != needed or height % unit or width % unit:
         raise DminError(
             f"image {name!r} is {(channels, height, width)} (channels, height, width), which "
             f"does not fit {family}: {needed} channels are needed, and sides that are multiples of "
             f"{unit}. Set data.size and data.mode."
+        )
+
+
+def check_frames(frames: int, step: int, what: str, setting: str) -> None:
+    """Refuse a clip whose frames are not one and a multiple of a VAE's step.
+
+    Raises:
+        DminError: with the nearest that are allowed.
+    """
+    if (frames - 1) % step:
+        below = frames - (frames - 1) % step
+        near = [str(n) for n in (below, below + step) if n > 1]
+        raise DminError(
+            f"{what} has {frames} frames, and the autoencoder takes one and a multiple of {step}: "
+            f"set {setting}={' or '.join(near)}."
         )
 
 

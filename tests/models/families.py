@@ -41,7 +41,7 @@ class Family:
     """What the tests need to know of one."""
 
     model: type
-    latent: tuple[int, int, int]
+    latent: tuple[int, ...]
     condition: dict[str, tuple[int, ...]]  # shapes without the batch
     predictions: tuple[str, ...] = ("epsilon",)
     size: int = 16
@@ -49,6 +49,11 @@ class Family:
     unguided: dict = field(default_factory=dict)  # beside guidance_scale=1
     timesteps: tuple[float, ...] = (700, 20)
     prompts: tuple = ("a red cat", "dog", "blue")
+    frames: tuple[int, ...] = ()  # of clips, one number
+
+    @property
+    def shape(self):
+        return (3, *self.frames, self.size, self.size)
 
 
 EVERY = {
@@ -156,6 +161,12 @@ EVERY = {
         settings={"max_sequence_length": 12, "sample_size": (32, 32)},
     ),
 }
+CLIPS = {"max_sequence_length": 12, "sample_size": (32, 32), "sample_frames": 5}
+VIDEOS = {
+    name: replace(EVERY["wan"], latent=(4, 2, 4, 4), frames=(5,), settings=CLIPS)
+    for name in ("wan_clips", "wan_2_2")
+}
+EVERY |= VIDEOS
 
 
 def beside(of, model, channels, **changes):
@@ -180,7 +191,7 @@ PAIRS = {
 }
 EVERY |= PAIRS
 ALIKE = {*PAIRS} - {"stable_diffusion_inpaint", "flux_kontext"}
-LATER = ("chroma", "qwen_image", "z_image", "lumina_2", "flux_2", "wan", *PAIRS)
+LATER = ("chroma", "qwen_image", "z_image", "lumina_2", "flux_2", "wan", *VIDEOS, *PAIRS)
 FAMILIES = {
     name: family
     for name, family in EVERY.items()
@@ -213,8 +224,9 @@ def load(name, kind=None, **settings):
 
 def shown(model, image):
     """What an example has beside its image: a grey condition image, if its model reads some."""
-    grey = image.flip(1)[:1].expand(3, -1, -1)
-    return {"condition_image": grey} if model.reads_condition_images({}) else {}
+    if not model.reads_condition_images({}):
+        return {}
+    return {"condition_image": image.flip(1)[:1].expand(3, -1, -1)}
 
 
 def sample(model, prompts, seeds, steps):

@@ -85,13 +85,14 @@ def test_generated_images_know_the_sizes_that_the_sampler_was_told(name, tmp_pat
 def test_no_prompt_is_what_guided_sampling_steps_away_from(name):
     """The conditions of the unguided half of the pipeline's own batch, or of its second call."""
     calls, model = [], load(name, guidance_scale=5.0)
-    handle = model.network.register_forward_pre_hook(
+    network = next(iter(model.networks.values()))
+    handle = network.register_forward_pre_hook(
         lambda network, args, kwargs: calls.append(
             dict(zip(names, args, strict=False)) | kwargs  # by the names of its forward
         ),
         with_kwargs=True,
     )
-    names = list(inspect.signature(model.network.forward).parameters)
+    names = list(inspect.signature(network.forward).parameters)
     sample(model, [EVERY[name].prompts[0]], [7], 2)
     handle.remove()
     at_once = len(calls[0][names[0]]) > 1

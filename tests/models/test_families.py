@@ -21,7 +21,7 @@ CASES = [(name, kind) for name, f in EVERY.items() for kind in f.predictions]
 
 def examples(family, n=3):
     generator = torch.Generator().manual_seed(1)
-    images = torch.rand(n, 3, family.size, family.size, generator=generator)
+    images = torch.rand(n, *family.shape, generator=generator)
     found = []
     for i, prompt in enumerate(family.prompts[:n]):
         known = {"label" if isinstance(prompt, int) else "caption": prompt}
@@ -86,7 +86,7 @@ def test_the_network_sees_the_noised_latents(name):
         alpha = model.process.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
         expected = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
     else:
-        sigma = (t / 1000).view(-1, 1, 1, 1)
+        sigma = (t / 1000).view(-1, *[1] * (x0.ndim - 1))
         expected = (1 - sigma) * x0 + sigma * noise
     torch.testing.assert_close(seen, expected)
 
@@ -96,7 +96,7 @@ def test_an_image_depends_on_its_own_prompt_and_seed(name):
     family, model = FAMILIES[name], load(name)
     prompts = list(family.prompts[:2])
     both = sample(model, prompts, [3, 4], 2)
-    assert both.shape == (2, 3, family.size, family.size)
+    assert both.shape == (2, *family.shape)
     assert both.min() >= 0 and both.max() <= 1 and both.std() > 0
     assert torch.equal(both, sample(model, prompts, [3, 4], 2))
     torch.testing.assert_close(sample(model, prompts[1:], [4], 2), both[1:], atol=1e-4, rtol=0)
@@ -174,7 +174,7 @@ CAPTIONED = [name for name, family in FAMILIES.items() if isinstance(family.prom
 @pytest.mark.parametrize("name", CAPTIONED)
 def test_missing_and_empty_captions_are_refused_by_name(name):
     family, model = FAMILIES[name], load(name)
-    image = torch.rand(3, family.size, family.size)
+    image = torch.rand(*family.shape)
     with pytest.raises(DminError, match="'lonely' has no caption"):
         model.encode(collate([Example("lonely", image)]))
     empty = collate([Example("mute", image, caption=" ", **shown(model, image))])
@@ -189,7 +189,7 @@ def test_missing_and_empty_captions_are_refused_by_name(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_images_that_do_not_fit_are_refused(name):
     family, model = FAMILIES[name], load(name)
-    for shape in ((4, family.size, family.size), (3, family.size, family.size + 1)):
+    for shape in ((4, *family.shape[1:]), (*family.shape[:-1], family.size + 1)):
         example = Example("a", torch.rand(*shape), label=1, caption="cat")
         with pytest.raises(DminError, match="multiples of"):
             model.encode(collate([example]))

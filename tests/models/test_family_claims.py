@@ -38,7 +38,7 @@ ENDS_EARLY = {
     "stable_diffusion_xl": 0.06,
     "dit": 0.06,
     "sana": 2e-3,
-    "wan": 3e-3,
+    **dict.fromkeys(("wan", "wan_clips", "wan_2_2"), 3e-3),
     **{name: 0.06 for name in PAIRS if "flux" not in name},
 }
 
@@ -63,7 +63,9 @@ def statistics(autoencoder):
 
 
 def test_every_family_is_held_to_this():
-    assert {*EVERY, "auto", "ddpm", "mlp"} == set(groups()["model"])
+    assert {*(f.model.family for f in EVERY.values()), "auto", "ddpm", "mlp"} == set(
+        groups()["model"]
+    )
 
 
 def test_it_is_held_to_this_with_its_text_encoders_too():
@@ -96,7 +98,7 @@ def test_a_claim_that_is_wrong_is_found(name, claim, monkeypatch):
         moved = "shift_factor" in model.pipeline.vae.config
         if claim == "shifted" and not (moved and not model.pipeline.vae.config.get("latents_mean")):
             return
-        assert sampling_error(model) > SAMPLER_LIMIT
+        assert not sampling_error(model) <= SAMPLER_LIMIT
         (check,) = sampler(model)
         assert not check.passed and "Sign, unit of time" in check.remedy
 
@@ -142,13 +144,6 @@ def test_klein_is_flux_2_without_a_guidance_that_it_is_told():
     assert type(klein.pipeline).__name__ == "Flux2KleinPipeline"
     assert klein.describe()["embedded_guidance"] is None
     assert sampling_error(klein) <= 1e-5 and recognise(folder).family == "flux_2"
-
-
-def test_a_wan_of_two_networks_is_refused():
-    pipeline = copy.copy(load("wan").pipeline)
-    pipeline.transformer_2 = pipeline.transformer
-    with pytest.raises(DminError, match=r"two networks.*Wan 2\.1"):
-        EVERY["wan"].model(pipeline)
 
 
 @pytest.mark.parametrize("name", ["qwen_image", "z_image"])

@@ -46,7 +46,9 @@ def test_no_two_families_claim_the_same():
 @pytest.mark.parametrize("name", TESTED)
 def test_a_checkpoint_is_opened_as_its_family(name):
     found = recognise(checkpoint(name))
-    assert found.family == name and found.evidence.endswith("by its model_index.json")
+    assert found.family == TESTED[name].model.family and found.evidence.endswith(
+        "by its model_index.json"
+    )
 
 
 def test_it_is_loaded_with_the_settings_of_its_family():

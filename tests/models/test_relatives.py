@@ -162,7 +162,7 @@ def test_everything_that_a_network_takes_in_is_accounted_for(family, monkeypatch
         seen.update(positional[: len(args)], kwargs)
 
     handle = model.network.register_forward_pre_hook(seeing, with_kwargs=True)
-    image = torch.rand(1, 3, TESTED[family].size, TESTED[family].size)
+    image = torch.rand(1, *TESTED[family].shape)
     x0, condition = model.encode(
         collate([Example("a", image[0], label=1, caption="cat", **shown(model, image[0]))])
     )

@@ -208,19 +208,22 @@ def flux_2(guidance_embeds=True):
     )
 
 
-def wan():
-    network = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=16,
-        num_layers=1,
-        rope_max_seq_len=32,
-    )
+def wan(boundary_ratio=None):
+    networks = [
+        diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=16,
+            num_layers=1,
+            rope_max_seq_len=32,
+        )
+        for _ in range(1 if boundary_ratio is None else 2)
+    ]
     autoencoder = diffusers.AutoencoderKLWan(
         base_dim=3,
         z_dim=4,
@@ -243,8 +246,15 @@ def wan():
         text_encoder=encoder,
         vae=autoencoder,
         scheduler=scheduler,
-        transformer=network,
+        transformer=networks[0],
+        transformer_2=networks[1] if networks[1:] else None,
+        boundary_ratio=boundary_ratio,
     )
 
 
+def wan_2_2():
+    return wan(boundary_ratio=0.6)
+
+
 BUILDERS.update({f.__name__: f for f in (chroma, qwen_image, z_image, lumina_2, flux_2, wan)})
+BUILDERS.update(wan_clips=wan, wan_2_2=wan_2_2)

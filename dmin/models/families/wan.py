@@ -1,18 +1,33 @@
-"""Wan 2.1: a video transformer; an image is a video of one frame."""
+"""Wan 2.1 and 2.2: transformers of videos; an image is a video of one frame."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from dmin.models import vae
+from dmin.models.adapters import describe_adapters
 from dmin.models.families.flow import Flow
 from dmin.models.relatives import Claims
 from dmin.runtime.errors import DminError
 
+HIGH, LOW = "transformer", "transformer_2"
+
 
 class Wan(Flow):
-    """Wan 2.1 text to video (Wan team 2025), of images as its training takes them."""
+    """Wan text to video (Wan team 2025), of clips, or of images as its training takes them.
+
+    Wan 2.2 has two networks: ``transformer`` for the timesteps from a boundary on, of much noise,
+    and ``transformer_2`` for those below. The gradient of a timestep is that of its own.
+
+    Args:
+        pipeline: of diffusers, with all its components.
+        sample_frames: of what is generated: 1 for images, or one and a multiple of four.
+        settings: of the next class.
+    """
 
     family = "wan"
     claims: ClassVar[Claims] = Claims(
@@ -21,20 +36,115 @@ class Wan(Flow):
         keys=("head.modulation", "patch_embedding."),
         vae=("AutoencoderKLWan",),
     )
+    of_frames = True
     encoded = ("encoder_hidden_states",)
-    sampled_with: ClassVar[dict[str, Any]] = {"num_frames": 1}
 
-    def __init__(self, pipeline: Any, **settings: Any) -> None:
-        if getattr(pipeline, "transformer_2", None) or pipeline.config.get("expand_timesteps"):
+    def __init__(self, pipeline: Any, *, sample_frames: int = 1, **settings: Any) -> None:
+        ratio, second = pipeline.config.get("boundary_ratio"), pipeline.transformer_2
+        if pipeline.config.get("expand_timesteps"):
             raise DminError(
-                "model.path: a Wan 2.2, which has two networks (one for each end of the timesteps) "
-                "or a time for every token. Give a checkpoint of Wan 2.1."
+                "model.path: a Wan 2.2 of 5 billion weights (TI2V), which is told a time for every "
+                "token. Give a checkpoint of Wan 2.1, or of Wan 2.2 with its two networks."
             )
+        if pipeline.transformer is None or (second is None) != (ratio is None):
+            raise DminError(
+                f"model.path: two networks share out the timesteps by boundary_ratio={ratio}, and "
+                f"this checkpoint has {HIGH} and {LOW} as "
+                f"{[type(n).__name__ for n in (pipeline.transformer, second)]}. Give it whole."
+            )
+        steps = pipeline.scheduler.config.num_train_timesteps
+        self.boundary: float = 0.0 if ratio is None else ratio * steps
         super().__init__(pipeline, **settings)
+        check = vae.frame_step(pipeline.vae), "what is generated", "model.sample_frames"
+        vae.check_frames(sample_frames, *check)
+        self.sample_frames = sample_frames
 
-    def _tokens(self, latents: Tensor) -> Tensor:
-        return latents.unsqueeze(2)
+    @classmethod
+    def networks_of(cls, pipeline: Any) -> dict[str, Any]:
+        """Return the one network, or both."""
+        found = {HIGH: pipeline.transformer, LOW: pipeline.transformer_2}
+        return {name: network for name, network in found.items() if network is not None}
 
-    def _latents(self, tokens: Any, shape: Any) -> Tensor:
-        found: Tensor = tokens.squeeze(2)
+    def unused_at(self, t: float) -> tuple[str, ...]:
+        """Return the start of the names of the parameters of the network that is not called."""
+        if len(self.networks) == 1:
+            return ()
+        inside = "network." if self.encodes_inside else ""
+        return (f"{inside}{LOW if torch.tensor(t) >= self.boundary else HIGH}.",)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what defines latents, condition and loss."""
+        if len(self.networks) == 1:
+            return super().describe()
+        adapters = {name: describe_adapters(each) for name, each in self.networks.items()}
+        return {**super().describe(), "boundary": self.boundary, "adapters": adapters}
+
+    def describe_sampling(self) -> dict[str, Any]:
+        """Return what decides generated images, or clips."""
+        frames = {"frames": self.sample_frames} if self.sample_frames > 1 else {}
+        return {**super().describe_sampling(), **frames}
+
+    def _whole(self, networks: Mapping[str, Any]) -> nn.Module:
+        one = len(networks) == 1
+        return super()._whole(networks) if one else ByTimestep(self.boundary, networks)
+
+    def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        return {**super()._sampling(prompts), "num_frames": self.sample_frames}
+
+
+class ByTimestep(nn.Module):
+    """Two networks that share out the timesteps.
+
+    Args:
+        boundary: timesteps from it on are the first network's.
+        networks: both by name.
+    """
+
+    def __init__(self, boundary: float, networks: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.boundary = boundary
+        for name, network in networks.items():
+            self.add_module(name, network)
+
+    @property
+    def config(self) -> Any:
+        """The settings of the first network; the second has the same but for its weights."""
+        return next(self.children()).config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights, but of some that stay in float32."""
+        first: Any = next(self.children())
+        found: torch.dtype = first.dtype
         return found
+
+    def enable_gradient_checkpointing(self, on: bool = True) -> None:
+        """Have both recompute their activations in backward."""
+        for network in self.children():
+            getattr(network, f"{'en' if on else 'dis'}able_gradient_checkpointing")()
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Have both keep their activations."""
+        self.enable_gradient_checkpointing(False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        """Return what the network of each timestep says."""
+        first, second = self.children()
+        given = hidden_states, timestep, encoder_hidden_states
+        is_first = timestep >= self.boundary
+        with torch._C.DisableTorchFunction():  # which network it is orders no rows
+            several = is_first.tolist()
+        if len(set(several)) == 1:
+            return ((first if several[0] else second)(*given, return_dict=False)[0],)
+        said = [
+            network(*(x[its] for x in given), return_dict=False)[0]
+            for network, its in ((first, is_first), (second, ~is_first))
+        ]
+        order = torch.cat([is_first.nonzero(), (~is_first).nonzero()])[:, 0].argsort()
+        return (torch.cat(said)[order],)
