@@ -24,7 +24,7 @@ def load(name, path):
 
 def examples(name, count, mixed=False):
     """Images that the model takes, none like another; of two shapes if they are mixed."""
-    shape = (1, 8, 8) if name == "ddpm" else (3, EVERY[name].size, EVERY[name].size)
+    shape = (1, 8, 8) if name == "ddpm" else EVERY[name].shape
     drawn = torch.rand(count, *shape, generator=torch.Generator().manual_seed(1))
     images = [x[..., : shape[1] // 2, :] if mixed and i % 3 else x for i, x in enumerate(drawn)]
     found = [Example(f"x{i}", x, i % 10, f"a cat {i}") for i, x in enumerate(images)]
