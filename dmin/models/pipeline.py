@@ -105,8 +105,9 @@ class PipelineModel(TrainedModel):
         networks = cls.networks_of(pipeline)
         for name, file in _by_network(networks, "ema", ema).items():
             load_weights(networks[name], file)
-        for network in networks.values() if base_dtype is not None else ():
-            round_weights(network, base_dtype)
+        if base_dtype is not None:
+            for network in networks.values():
+                round_weights(network, base_dtype)
         for name, file in _by_network(networks, "adapter", adapter).items():
             load_adapters(networks[name], file, pipeline)
         return cls(pipeline, **settings).eval()
