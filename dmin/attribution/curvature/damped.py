@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from dmin.runtime.errors import DminError
 log: logging.Logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False, repr=False)
 class DampedCurvatureMethod(Method):
     """A method with a curvature C and a damping λ, given in one of two ways.
 
@@ -36,20 +38,16 @@ class DampedCurvatureMethod(Method):
         DminError: not one of α and d is given, or it is not positive.
     """
 
-    def __init__(
-        self,
-        alpha: float | None = 0.1,
-        rank: int | None = None,
-        memory: int = MEMORY,
-        passes: int = PASSES,
-        effective: float | None = None,
-    ) -> None:
-        self.alpha: float | None
-        self.effective: float | None
-        self.alpha, self.effective = checked_damping(alpha, effective)
-        self.rank = rank
-        self.memory = memory
-        self.passes = passes
+    alpha: float | None = 0.1
+    _: KW_ONLY
+    rank: int | None = None
+    memory: int = MEMORY
+    passes: int = PASSES
+    effective: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a damping that is none, or two."""
+        require_damping(self.alpha, self.effective)
         self._curvature: Curvature | None = None
         self.known: dict[tuple[str, ...], Tensor] | None = None
 
@@ -124,10 +122,8 @@ class DampedCurvatureMethod(Method):
         return {"curvature": self.curvature.describe(self.damping)}
 
 
-def checked_damping(
-    alpha: float | None, effective: float | None
-) -> tuple[float | None, float | None]:
-    """Return what decides the damping, or raise DminError."""
+def require_damping(alpha: float | None, effective: float | None) -> None:
+    """Raise DminError unless one of the two decides the damping."""
     if (alpha is None) == (effective is None):
         raise DminError(
             f"method.alpha={alpha}, method.effective={effective}: one of the two decides the "
@@ -142,4 +138,3 @@ def checked_damping(
         raise DminError(
             f"method.effective={effective}: give a positive effective dimension; 2 to 32 is usual."
         )
-    return alpha, effective

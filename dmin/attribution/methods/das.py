@@ -1,14 +1,16 @@
 """DAS: the change of the model's output, not of its loss."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from dmin.attribution.curvature.curvature import MEMORY, PASSES
 from dmin.attribution.curvature.damped import DampedCurvatureMethod
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
 from dmin.attribution.inner_product import scaled_rows
 
 
+@dataclass(eq=False, repr=False)
 class DAS(DampedCurvatureMethod):
     """How much leaving an example out would change the output for the query, squared.
 
@@ -31,20 +33,9 @@ class DAS(DampedCurvatureMethod):
         DminError: as :class:`DampedCurvatureMethod`.
     """
 
+    leverage: bool = True
     name = "das"
-    requires: Requires = Requires(readouts=("mean_output",))
-
-    def __init__(
-        self,
-        alpha: float | None = 0.1,
-        leverage: bool = True,
-        rank: int | None = None,
-        memory: int = MEMORY,
-        passes: int = PASSES,
-        effective: float | None = None,
-    ) -> None:
-        super().__init__(alpha, rank, memory, passes, effective)
-        self.leverage = leverage
+    requires = Requires(readouts=("mean_output",))
 
     def fit(self, train: FeatureSet) -> None:
         """Fit the curvature of each timestep, and read the errors of all examples."""

@@ -39,7 +39,7 @@ class DataInf(DampedCurvatureMethod, InnerProductMethod):
         memory: int = MEMORY,
         passes: int = PASSES,
     ) -> None:
-        super().__init__(alpha, rank, memory, passes)
+        super().__init__(alpha, rank=rank, memory=memory, passes=passes)
 
     def fit(self, train: FeatureSet) -> None:
         """Fit ``(1/n) Σ_j g gᵀ / (λ + ‖g‖²)`` of each group."""

@@ -117,5 +117,5 @@ class TRAKEnsemble(OverCheckpoints):
         readout: str = "loss",
         name: str | None = None,
     ) -> None:
-        method = TRAK(alpha, rank, memory, passes, readout=readout)
+        method = TRAK(alpha, rank=rank, memory=memory, passes=passes, readout=readout)
         super().__init__(method, checkpoints, name=name)

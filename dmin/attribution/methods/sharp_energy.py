@@ -1,13 +1,12 @@
 """Spectral energy for ranking and for predicting at once: the two want different shapes."""
 
 import math
-from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dmin.attribution.curvature.curvature import MEMORY, PASSES
 from dmin.attribution.features import ExampleBlock, FeatureSet
 from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.methods.spectral import SpectralFamily
@@ -21,6 +20,7 @@ class PreparedQuery(NamedTuple):
     lengths: Tensor  # tanh z_t(q), [Q, T]
 
 
+@dataclass(eq=False, repr=False)
 class SharpEnergy(SpectralFamily):
     """Squares of the spectral family at each timestep, summed and raised to a power.
 
@@ -53,36 +53,29 @@ class SharpEnergy(SpectralFamily):
         memory: bytes that fitting may take.
         passes: over the store.
         effective: dimension of each timestep's curvature, or None where α is given.
-        name: in tables and files; None for the method's own.
+        name: in tables and files.
 
     Raises:
         DminError: a value is out of range.
     """
 
+    alpha: float | None = None
+    p: float = 2.0
+    length_weight: float = 0.0
+    exponent: float = 2.0
+    _: KW_ONLY
+    effective: float | None = 8.0
     name: str = "sharp_energy"
 
-    def __init__(
-        self,
-        alpha: float | None = None,
-        p: float = 2.0,
-        weights: Sequence[float] | None = None,
-        length_weight: float = 0.0,
-        exponent: float = 2.0,
-        rank: int | None = None,
-        memory: int = MEMORY,
-        passes: int = PASSES,
-        effective: float | None = 8.0,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(alpha, p, weights, rank, memory, passes, effective)
-        if not 0 <= length_weight < math.inf or not 0 < exponent < math.inf:
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        super().__post_init__()
+        if not 0 <= self.length_weight < math.inf or not 0 < self.exponent < math.inf:
             raise DminError(
-                f"method.length_weight={length_weight}, method.exponent={exponent}: give a finite "
-                f"weight of the lengths (0 leaves them out), and a positive power of the score."
+                f"method.length_weight={self.length_weight}, method.exponent={self.exponent}: give "
+                f"a finite weight of the lengths (0 leaves them out), and a positive power of the "
+                f"score."
             )
-        self.length_weight = length_weight
-        self.exponent = exponent
-        self.name = name or self.name
 
     def fit(self, train: FeatureSet) -> None:
         """Fit the curvature of each timestep, and find how long gradients are."""

@@ -3,13 +3,12 @@
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Self
 
 from torch import Tensor
 
-from dmin.attribution.curvature.curvature import MEMORY, PASSES
-from dmin.attribution.curvature.damped import DampedCurvatureMethod, checked_damping
+from dmin.attribution.curvature.damped import DampedCurvatureMethod, require_damping
 from dmin.attribution.features import ExampleBlock, FeatureSet
 from dmin.attribution.inner_product import InnerProduct, scaled_rows
 from dmin.attribution.method import InnerProductMethod
@@ -18,6 +17,7 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.sampling import evenly
 
 
+@dataclass(eq=False, repr=False)
 class SpectralFamily(DampedCurvatureMethod):
     """Unit queries, each timestep preconditioned by a power of its own damped curvature.
 
@@ -36,25 +36,21 @@ class SpectralFamily(DampedCurvatureMethod):
         DminError: as :class:`DampedCurvatureMethod`, or p is not a number.
     """
 
-    def __init__(
-        self,
-        alpha: float | None = 0.03,
-        p: float = 1.0,
-        weights: Sequence[float] | None = None,
-        rank: int | None = None,
-        memory: int = MEMORY,
-        passes: int = PASSES,
-        effective: float | None = None,
-    ) -> None:
-        super().__init__(alpha, rank, memory, passes, effective)
-        self.p: float = _checked_power(p)
-        self.weights: Tensor | None = weights_of(weights)
+    alpha: float | None = 0.03
+    p: float = 1.0
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number."""
+        super().__post_init__()
+        _require_power(self.p)
 
     def at(self, alpha: float, p: float) -> Self:
         """Return the member of the family at another point, with the curvature as fitted."""
         other = copy.copy(self)
-        other.alpha, other.effective = checked_damping(alpha, None)
-        other.p = _checked_power(p)
+        require_damping(alpha, None)
+        _require_power(p)
+        other.alpha, other.effective, other.p = alpha, None, p
         return other
 
     def fit(self, train: FeatureSet) -> None:
@@ -68,7 +64,7 @@ class SpectralFamily(DampedCurvatureMethod):
         rows = queries.features["loss"]
         scale = (self.damping**self.p).to(rows)[:, None]
         found = self.power(_unit_rows(queries), self.p, queries.ids) * scale
-        vectors: Tensor = weighted(found.view_as(rows), self.weights)
+        vectors = weighted(found.view_as(rows), weights_of(self.weights))
         return InnerProduct(vectors / rows.shape[1], "unit")
 
 
@@ -91,6 +87,7 @@ class Spectral(SpectralFamily, InnerProductMethod):
         return self.preconditioned(queries)
 
 
+@dataclass(eq=False, repr=False)
 class ZSum(Spectral):
     """DMin and a member of the spectral family, each in units of its own spread, added up.
 
@@ -113,23 +110,15 @@ class ZSum(Spectral):
         DminError: as :class:`SpectralFamily`, or a sample of fewer than two.
     """
 
+    _: KW_ONLY
+    sample: int = 1024
     name = "z_sum"
 
-    def __init__(
-        self,
-        alpha: float | None = 0.03,
-        p: float = 1.0,
-        weights: Sequence[float] | None = None,
-        rank: int | None = None,
-        memory: int = MEMORY,
-        passes: int = PASSES,
-        effective: float | None = None,
-        sample: int = 1024,
-    ) -> None:
-        super().__init__(alpha, p, weights, rank, memory, passes, effective)
-        if sample < 2:
-            raise DminError(f"method.sample={sample}: a spread needs two examples or more.")
-        self.sample = sample
+    def __post_init__(self) -> None:
+        """Refuse a sample without a spread."""
+        super().__post_init__()
+        if self.sample < 2:
+            raise DminError(f"method.sample={self.sample}: a spread needs two examples or more.")
 
     def fit(self, train: FeatureSet) -> None:
         """Fit the curvature, and keep a sample of the training rows."""
@@ -138,8 +127,7 @@ class ZSum(Spectral):
 
     def transform_query(self, queries: ExampleBlock) -> InnerProduct:
         """Return the sum of both queries, each divided by its spread."""
-        weights = None if self.weights is None else self.weights.tolist()
-        plain, other = DMin(weights).transform_query(queries), self.preconditioned(queries)
+        plain, other = DMin(self.weights).transform_query(queries), self.preconditioned(queries)
         return replace(other, queries=self._in_spreads(plain) + self._in_spreads(other))
 
     def _in_spreads(self, queries: InnerProduct) -> Tensor:
@@ -152,7 +140,6 @@ def _unit_rows(block: ExampleBlock) -> Tensor:
     return scaled_rows(block, "unit").flatten(3).flatten(0, 1)
 
 
-def _checked_power(p: float) -> float:
+def _require_power(p: float) -> None:
     if not math.isfinite(p):
         raise DminError(f"method.p={p}: give a finite power; 0 is DMin, 1 the inverse.")
-    return float(p)

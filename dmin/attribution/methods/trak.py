@@ -1,18 +1,18 @@
 """TRAK and its kin: one gradient an example, summed over timesteps, and one damped inverse."""
 
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dmin.attribution.curvature.curvature import MEMORY, PASSES
 from dmin.attribution.curvature.damped import DampedCurvatureMethod
 from dmin.attribution.features import ExampleBlock, FeatureSet, Requires
 from dmin.attribution.inner_product import InnerProduct, summed_rows, with_summed_rows
 from dmin.runtime.errors import DminError
 
 
+@dataclass(eq=False, repr=False)
 class TRAK(DampedCurvatureMethod):
     """Influence of an example on the query's loss, by the empirical Fisher matrix.
 
@@ -38,32 +38,23 @@ class TRAK(DampedCurvatureMethod):
         effective: dimension, instead of α.
         readout: of which function of the output the gradients are.
         divisor: c: ``change`` of the model, ``length`` of the gradient, or None for 1.
-        name: in tables and files; None for the method's own.
+        name: in tables and files.
 
     Raises:
         DminError: as :class:`DampedCurvatureMethod`, or another divisor.
     """
 
+    _: KW_ONLY
+    readout: str = "loss"
+    divisor: Literal["change", "length"] | None = None
     name: str = "trak"
 
-    def __init__(
-        self,
-        alpha: float | None = 0.1,
-        rank: int | None = None,
-        memory: int = MEMORY,
-        passes: int = PASSES,
-        effective: float | None = None,
-        readout: str = "loss",
-        divisor: Literal["change", "length"] | None = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(alpha, rank, memory, passes, effective)
-        if divisor not in (None, "change", "length"):
-            raise DminError(f"method.divisor={divisor!r}: give change, length or null.")
-        self.readout = readout
-        self.divisor = divisor
-        self.name = name or self.name
-        self.requires: Requires = replace(self.requires, readouts=(readout,))
+    def __post_init__(self) -> None:
+        """Refuse another divisor."""
+        super().__post_init__()
+        if self.divisor not in (None, "change", "length"):
+            raise DminError(f"method.divisor={self.divisor!r}: give change, length or null.")
+        self.requires: Requires = replace(self.requires, readouts=(self.readout,))
 
     def fit(self, train: FeatureSet) -> None:
         """Fit the curvature of the summed gradients."""
@@ -99,6 +90,7 @@ class TRAK(DampedCurvatureMethod):
         return summed_rows(block, self.readout).flatten(1)[:, None]
 
 
+@dataclass(eq=False, repr=False)
 class JourneyTRAK(TRAK):
     """TRAK averaged over what the query looked like while it was generated.
 
@@ -110,8 +102,9 @@ class JourneyTRAK(TRAK):
     It needs ``queries=generated queries.trajectory=J``.
     """
 
-    name = "journey_trak"
-    requires: Requires = Requires(trajectory=True)
+    _: KW_ONLY
+    name: str = "journey_trak"
+    requires = Requires(trajectory=True)
 
     def preconditioned(self, queries: ExampleBlock) -> Tensor:
         """Return the mean over the states of preconditioned queries, ``[Q, G·k]``."""

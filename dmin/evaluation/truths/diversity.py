@@ -1,5 +1,7 @@
 """Diversity of the answers: do scores look at the query at all?"""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from dmin.evaluation.controls import top_only
@@ -7,6 +9,7 @@ from dmin.evaluation.truths.base import Array, GroundTruth, Measures
 from dmin.runtime.errors import DminError
 
 
+@dataclass(eq=False)
 class Diversity(GroundTruth):
     """What scores are like, whatever is true: do they look at the query at all?
 
@@ -18,8 +21,7 @@ class Diversity(GroundTruth):
         k: of the top.
     """
 
-    def __init__(self, k: int = 10) -> None:
-        self.k = k
+    k: int = 10
 
     def measure(self, scores: Array) -> Measures:
         """Return both for each query."""

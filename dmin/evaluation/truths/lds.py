@@ -7,6 +7,7 @@ M subsets, Q queries, N training examples, R resamples.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ Half = Literal["A", "B"]
 HALVES = {"A": 1000, "B": 0}  # keys of subsets, and of the first seed
 
 
+@dataclass(eq=False)
 class LDS(GroundTruth):
     """The linear datamodelling score over random subsets.
 
@@ -34,22 +36,24 @@ class LDS(GroundTruth):
         DminError: a number is out of range, or there is no such half.
     """
 
+    subsets: int = 64
+    seeds: int = 2
+    share: float = 0.5
+    half: Half = "B"
     ranks_only = False
 
-    def __init__(
-        self, subsets: int = 64, seeds: int = 2, share: float = 0.5, half: Half = "B"
-    ) -> None:
-        if half not in HALVES:
-            raise DminError(f"LDS: half={half!r}: say A (settings are chosen) or B (reported).")
-        if subsets < 3 or seeds < 2 or not 0 < share < 1:
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        if self.half not in HALVES:
             raise DminError(
-                f"LDS: subsets={subsets}, seeds={seeds}, share={share:g}: three or more subsets, "
-                f"two or more seeds (for the ceiling) and a share between 0 and 1 are needed."
+                f"LDS: half={self.half!r}: say A (settings are chosen) or B (reported)."
             )
-        self.subsets = subsets
-        self.seeds = seeds
-        self.share = share
-        self.half: Half = half
+        if self.subsets < 3 or self.seeds < 2 or not 0 < self.share < 1:
+            raise DminError(
+                f"LDS: subsets={self.subsets}, seeds={self.seeds}, share={self.share:g}: three or "
+                f"more subsets, two or more seeds (for the ceiling) and a share between 0 and 1 "
+                f"are needed."
+            )
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train a model on every subset and seed."""

@@ -1,6 +1,7 @@
 """Leaving a whole class or source out: does the sum of its scores predict what that does?"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from dmin.evaluation.truths.lds import ceiling, lds
 from dmin.runtime.errors import DminError
 
 
+@dataclass(eq=False)
 class LeaveOut(GroundTruth):
     """Does the sum of scores of each value of a column predict the effect of leaving it out?
 
@@ -23,13 +25,14 @@ class LeaveOut(GroundTruth):
         seeds: models a value.
     """
 
+    column: str = "label"
+    seeds: int = 2
     ranks_only = False
 
-    def __init__(self, column: str = "label", seeds: int = 2) -> None:
-        if seeds < 2:
-            raise DminError(f"LeaveOut: seeds={seeds}; the ceiling needs two or more.")
-        self.column = column
-        self.seeds = seeds
+    def __post_init__(self) -> None:
+        """Refuse too few seeds."""
+        if self.seeds < 2:
+            raise DminError(f"LeaveOut: seeds={self.seeds}; the ceiling needs two or more.")
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train a model without each value, and seed.

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from dmin.runtime.errors import DminError
 from dmin.store import Store
 
 
+@dataclass(eq=False)
 class Relevance(GroundTruth):
     """A ground truth that names the right examples of each query; metrics of retrieval.
 
@@ -20,8 +22,7 @@ class Relevance(GroundTruth):
         metrics: see :func:`dmin.evaluation.metrics.measure`.
     """
 
-    def __init__(self, metrics: Sequence[str] = ("precision@10", "mAP")) -> None:
-        self.metrics: tuple[str, ...] = tuple(metrics)
+    metrics: Sequence[str] = ("precision@10", "mAP")
 
     @abstractmethod
     def relevant(self, queries: Store, train: Store) -> Array:
@@ -54,9 +55,7 @@ class SameColumn(Relevance):
         value: str | None = None,
     ) -> None:
         super().__init__(metrics)
-        self.column = column
-        self.each = each
-        self.value = value
+        self.column, self.each, self.value = column, each, value
 
     def measure(self, scores: Array) -> Measures:
         """Return each metric of all queries, then of those of each value."""
@@ -102,6 +101,7 @@ class SameLabel(SameColumn):
         super().__init__("label", metrics)
 
 
+@dataclass(eq=False)
 class Source(Relevance):
     """The one right example is the one the query was made from.
 
@@ -109,8 +109,7 @@ class Source(Relevance):
         metrics: what to measure.
     """
 
-    def __init__(self, metrics: Sequence[str] = ("recall@1", "recall@5", "MRR")) -> None:
-        super().__init__(metrics)
+    metrics: Sequence[str] = ("recall@1", "recall@5", "MRR")
 
     def relevant(self, queries: Store, train: Store) -> Array:
         """Return bool ``[queries, examples]`` with one True a row.

@@ -1,6 +1,7 @@
 """Removal: retrain without the examples that a method names, and see what it costs."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class _WithoutRows(GroundTruth):
         return self._losses(sets, f"removing {k} at random")
 
 
+@dataclass(eq=False)
 class Removal(_WithoutRows):
     """Train anew without a query's top k: by how many percent does its loss rise?
 
@@ -43,11 +45,10 @@ class Removal(_WithoutRows):
         random: models without random examples, a seed.
     """
 
-    def __init__(self, k: int = 50, queries: int = 8, seeds: int = 1, random: int = 12) -> None:
-        self.k = k
-        self.queries = queries
-        self.seeds: int = seeds
-        self.random = random
+    k: int = 50
+    queries: int = 8
+    seeds: int = 1
+    random: int = 12
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train without random examples."""
@@ -70,6 +71,7 @@ class Removal(_WithoutRows):
         return without_top(scores[self._asked], self.k)
 
 
+@dataclass(eq=False)
 class UnionRemoval(_WithoutRows):
     """Train anew without what a group of queries names together: does it hurt them, not others?
 
@@ -84,19 +86,19 @@ class UnionRemoval(_WithoutRows):
         random: models without random examples, a seed.
     """
 
-    def __init__(
-        self, k: Sequence[int] = (50,), groups: int = 2, seeds: int = 1, random: int = 12
-    ) -> None:
-        if groups < 2 or not k:
+    k: Sequence[int] = (50,)
+    groups: int = 2
+    seeds: int = 1
+    random: int = 12
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be compared."""
+        if self.groups < 2 or not self.k:
             raise DminError(
-                f"UnionRemoval: k={list(k)}, groups={groups}; at least one k and two groups (each "
-                f"is the others' control) are needed."
+                f"UnionRemoval: k={list(self.k)}, groups={self.groups}; at least one k and two "
+                f"groups (each is the others' control) are needed."
             )
-        self.k: tuple[int, ...] = tuple(k)
-        self.groups = groups
-        self.seeds: int = seeds
-        self.random = random
-        self.clusters = groups
+        self.clusters = self.groups
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Train without random examples."""

@@ -1,6 +1,7 @@
 """Ground truth of self-influence: do marked examples score highest with themselves?"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from dmin.evaluation.truths.base import Array, GroundTruth, Measures
 from dmin.runtime.errors import DminError
 
 
+@dataclass(eq=False)
 class SelfInfluence(GroundTruth):
     """Do examples that a column marks, such as mislabelled ones, score highest with themselves?
 
@@ -22,10 +24,9 @@ class SelfInfluence(GroundTruth):
         sample: unmarked examples that the marked ones are compared with, evenly spread.
     """
 
+    column: str = "mislabelled"
+    sample: int = 250
     of = "self"
-
-    def __init__(self, column: str = "mislabelled", sample: int = 250) -> None:
-        self.column, self.sample = column, sample
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
         """Find the marked examples.
