@@ -13,7 +13,7 @@ from dmin.data.base import Dataset, Example, Examples
 from dmin.data.image_folder import save_images
 from dmin.models.base import DiffusionModel
 from dmin.runtime.errors import DminError
-from dmin.runtime.files import os_failure
+from dmin.runtime.files import naming
 from dmin.runtime.progress import followed
 
 
@@ -88,10 +88,8 @@ class Generated:
                 states = model.trajectory(part, seeds, self.steps, self.trajectory).cpu()
                 for place, state in zip(self.states(partial), states, strict=True):
                     save_images(place, state, names, rows, append=start > 0)
-        try:
+        with naming("put the queries at", folder):
             partial.rename(folder)
-        except OSError as error:
-            raise os_failure("put the queries at", folder, error) from error
 
     def states(self, folder: str | Path) -> list[Path]:
         """Return where the states of the images in a folder are, the noisiest first."""

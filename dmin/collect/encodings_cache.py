@@ -19,7 +19,7 @@ from torch import Tensor
 from dmin.diffusion.inputs import SHARED
 from dmin.models.base import Condition
 from dmin.runtime.errors import DminError
-from dmin.runtime.files import commit, os_failure
+from dmin.runtime.files import commit, naming
 from dmin.runtime.transfer import to_device
 
 Encoded = tuple[Tensor, Condition]
@@ -69,11 +69,9 @@ class EncodingsCache:
         }
         content = save(tensors)
         path = self.folder / f"block-{block:08d}-{_digest(content)}.safetensors"
-        try:
+        with naming("keep encodings in", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             commit(path, content)
-        except OSError as error:
-            raise os_failure("keep encodings in", self.folder, error) from error
 
     def load(self, block: int, device: torch.device) -> list[Encoded]:
         """Return the encodings of one block, as they were saved.

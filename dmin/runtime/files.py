@@ -33,6 +33,19 @@ def os_failure(doing: str, path: Path, error: OSError) -> DminError:
     return DminError(f"Could not {doing} {path} ({error.strerror or error}): {remedy}.")
 
 
+@contextlib.contextmanager
+def naming(doing: str, path: Path) -> Iterator[None]:
+    """Have what the system refuses in the block told by what was done, and the path.
+
+    Raises:
+        DminError: see :func:`os_failure`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise os_failure(doing, path, error) from error
+
+
 def machine_failure(error: BaseException) -> DminError | None:
     """Say what the machine refused, be it disk, memory or a folder; None if it is a defect."""
     text = " ".join(str(error).split())

@@ -4,14 +4,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dmin.runtime.errors import DminError
-from dmin.runtime.files import os_failure
+from dmin.runtime.files import commit, naming, os_failure
 from dmin.store.manifest import UNREADABLE, Manifest
 
 FORGOTTEN_NAME = re.compile(r"forgotten-([0-9a-f]{16})\.json")
@@ -26,25 +26,42 @@ def removed_rows(path: Path, manifest: Manifest) -> tuple[list[str], np.ndarray]
         DminError: such a file is damaged or of another store: rather than that an example comes
             back, nothing is read.
     """
-    names = sorted(filter(REMOVED_NAME.fullmatch, os.listdir(path)))
+    remedy = (
+        "Or delete it and remove the examples again; the ids that can still be read in it say which"
+    )
+    files = dict(_signed(path, REMOVED_NAME, remedy))
     found: set[int] = set()
-    for name in names:
-        try:
-            text = (path / name).read_bytes()
-        except OSError as error:
-            raise os_failure("read", path / name, error) from error
-        digest = hashlib.sha256(text).hexdigest()[:16]
-        if name != f"removed-{digest}.json":
-            raise DminError(
-                f"{path / name} is damaged (the digest of its bytes is {digest}): restore it from a"
-                " copy. Or delete it and remove the examples again; the ids that can still be read"
-                " in it say which."
-            )
-        content = json.loads(text)
+    for name, content in files.items():
         if content["store"] != manifest.states[0].fingerprint:
             raise DminError(f"{path / name} was written for another store: move it away.")
         found.update(content["positions"])
-    return names, np.array(sorted(found), dtype=np.int64)
+    return list(files), np.array(sorted(found), dtype=np.int64)
+
+
+def keep_signed(path: Path, kind: str, text: bytes) -> Path:
+    """Write a file of a store that is named after what it is and the digest of its bytes.
+
+    Raises:
+        DminError: it could not be written.
+    """
+    file = path / f"{kind}-{hashlib.sha256(text).hexdigest()[:16]}.json"
+    with naming("write", file):
+        commit(file, text)
+    return file
+
+
+def _signed(path: Path, pattern: re.Pattern[str], remedy: str) -> Iterator[tuple[str, Any]]:
+    """Yield name and content of such files, by name; refuse one whose bytes are others."""
+    for name in sorted(filter(pattern.fullmatch, os.listdir(path))):
+        with naming("read", path / name):
+            text = (path / name).read_bytes()
+        digest = hashlib.sha256(text).hexdigest()[:16]
+        if not name.endswith(f"-{digest}.json"):
+            raise DminError(
+                f"{path / name} is damaged (the digest of its bytes is {digest}): restore it from a"
+                f" copy. {remedy}."
+            )
+        yield name, json.loads(text)
 
 
 def tombstone(id: str) -> str:
@@ -58,19 +75,11 @@ def read_forgotten(path: Path) -> frozenset[str]:
     Raises:
         DminError: a file of them is damaged.
     """
-    found: set[str] = set()
-    for name in filter(FORGOTTEN_NAME.fullmatch, os.listdir(path)):
-        try:
-            text = (path / name).read_bytes()
-        except OSError as error:
-            raise os_failure("read", path / name, error) from error
-        if name != f"forgotten-{hashlib.sha256(text).hexdigest()[:16]}.json":
-            raise DminError(
-                f"{path / name} is damaged: it says which examples were removed before and are not"
-                " to come back. Restore it from a copy, or compact the store anew."
-            )
-        found.update(json.loads(text))
-    return frozenset(found)
+    remedy = (
+        "It says which examples were removed before and are not to come back: without a copy,"
+        " compact the store anew"
+    )
+    return frozenset(id for _, ids in _signed(path, FORGOTTEN_NAME, remedy) for id in ids)
 
 
 def read_metadata(path: Path, manifest: Manifest) -> tuple[str, list[bytes]]:

@@ -16,7 +16,6 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from dmin.runtime.kept import Kept, keep, kept, remark
 from dmin.store.encoding import STORED_AS, decode, word_sums
 from dmin.store.manifest import UNREADABLE, Layout, Manifest
 from dmin.store.mapped import Mapped
-from dmin.store.segments import damaged, dataset, require_own, segment_names, wrong_bytes
+from dmin.store.segments import dataset, read_segments, require_own, segment_names, wrong_bytes
 
 NAME, SCHEMA = "catalog.kept", 2
 TEXTS = "ids", "metadata"
@@ -125,7 +124,9 @@ class Catalog:
             for name, entry in before.entries():
                 if name in now and _same(entry.stat[None], [now[name]]).all():
                     known[name] = entry
-        entries = _read_all(path, manifest, names, known, verify)
+        entries = read_segments(
+            path, manifest, names, known, lambda file: _read(file, manifest, verify)
+        )
         arrays = _joined(entries, manifest)
         if verify and names:  # where it cannot be kept, the next opening reads all again
             about = {"schema": SCHEMA, "manifest": manifest.fingerprint, "names": names}
@@ -186,24 +187,6 @@ def _same(before: np.ndarray, now: Sequence[np.ndarray]) -> np.ndarray:
         return np.ones(0, dtype=bool)
     equal = (before[:, :4] == np.stack(now)[:, :4]).all(1)
     return equal & (before[:, 4] - before[:, 2:4].max(1) > SETTLED_NS)
-
-
-def _read_all(
-    path: Path, manifest: Manifest, names: list[str], known: dict[str, Entry], verify: bool
-) -> dict[str, Entry]:
-    try:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            found = pool.map(
-                lambda name: known.get(name) or _read(path / name, manifest, verify), names
-            )
-            entries = dict(zip(names, found, strict=True))
-    except OSError as error:
-        raise os_failure("read", Path(error.filename or path), error) from error
-    sound = {name: each for name, each in entries.items() if isinstance(each, Entry)}
-    if len(sound) < len(entries):
-        damage = {name: each for name, each in entries.items() if isinstance(each, str)}
-        raise damaged(path, manifest, damage, [each.blocks for each in sound.values()])
-    return sound
 
 
 def _read(path: Path, manifest: Manifest, verify: bool) -> Entry | str:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dmin.runtime.errors import DminError
-from dmin.runtime.files import os_failure
+from dmin.runtime.files import naming
 from dmin.store.manifest import MANIFEST
 from dmin.store.reader import Store
 from dmin.store.removal import note_copy
@@ -46,13 +46,11 @@ def export(store: Store, target: str | os.PathLike[str], form: str) -> Path:
     if target.exists():
         raise DminError(f"{target} is there already: choose another path, or delete it.")
     partial = target.with_name(f"{target.name}.partial")
-    try:
+    with naming("export to", target):
         target.parent.mkdir(parents=True, exist_ok=True)
         FORMS[form](store, partial)
         partial.rename(target)
         note_copy(store, target)
-    except OSError as error:
-        raise os_failure("export to", target, error) from error
     return target
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dmin.runtime.errors import DminError
-from dmin.runtime.files import commit, os_failure
+from dmin.runtime.files import commit, naming
 from dmin.runtime.fingerprint import differences
 from dmin.store.amendments import FORGOTTEN_NAME, METADATA
 from dmin.store.catalog import Catalog
@@ -120,10 +120,8 @@ def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[s
 
 
 def _copy(file: Path, target: Path) -> None:
-    try:
+    with naming("copy a segment into", target):
         commit(target / file.name, file.read_bytes())
-    except OSError as error:
-        raise os_failure("copy a segment into", target, error) from error
 
 
 def fold(store: Store, target: str | os.PathLike[str], dim: int, dtype: str | None = None) -> Store:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dmin.runtime.files import os_failure
+from dmin.runtime.files import naming
 from dmin.store.segments import dataset, open_hdf5
 
 NEAR = 64 << 10  # bytes: one longer read is quicker than two short ones
@@ -39,11 +39,8 @@ class Mapped:
                 self.array: np.ndarray = found[:]
                 return
             shape, dtype = found.shape, found.dtype
-        try:
-            with open(path, "rb") as raw:
-                pages, self._advise = _pages(raw.fileno())
-        except OSError as error:
-            raise os_failure("read", path, error) from error
+        with naming("read", path), open(path, "rb") as raw:
+            pages, self._advise = _pages(raw.fileno())
         self._offset = offset
         self.array = np.frombuffer(pages, dtype, int(np.prod(shape)), offset).reshape(shape)
 

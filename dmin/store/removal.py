@@ -1,15 +1,14 @@
 """Removing examples from a store, and from what is made of it and kept beside it."""
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from dmin.runtime.errors import DminError
-from dmin.runtime.files import append, commit, os_failure
-from dmin.store.amendments import read_forgotten, tombstone
+from dmin.runtime.files import append, naming
+from dmin.store.amendments import keep_signed, read_forgotten, tombstone
 from dmin.store.reader import Store
 
 COPIES = "copies.txt"
@@ -43,12 +42,9 @@ def remove(
         "store": store.manifest.states[0].fingerprint,
     }
     text = f"{json.dumps(content, indent=1, ensure_ascii=False)}\n".encode()
-    file = store.path / f"removed-{hashlib.sha256(text).hexdigest()[:16]}.json"
-    try:
-        commit(file, text)
+    file = keep_signed(store.path, "removed", text)
+    with naming("delete what was made of the examples beside", store.path):
         _delete_derived(store, content["positions"], encodings)
-    except OSError as error:
-        raise os_failure("write", file, error) from error
     return file
 
 
@@ -77,14 +73,8 @@ def carry_removals(source: Store, target: Path) -> None:
     """
     gone = source.removed_among(source.collected_metadata()) if source.removed else []
     marks = source.forgotten.union(map(tombstone, gone)).difference(read_forgotten(target))
-    if not marks:
-        return
-    text = json.dumps(sorted(marks)).encode()
-    file = target / f"forgotten-{hashlib.sha256(text).hexdigest()[:16]}.json"
-    try:
-        commit(file, text)
-    except OSError as error:
-        raise os_failure("write", file, error) from error
+    if marks:
+        keep_signed(target, "forgotten", json.dumps(sorted(marks)).encode())
 
 
 def note_copy(source: Store, target: str | os.PathLike[str]) -> None:

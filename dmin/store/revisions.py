@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dmin.runtime.errors import DminError
-from dmin.runtime.files import commit, os_failure
+from dmin.runtime.files import commit, naming, os_failure
 from dmin.runtime.fingerprint import differences, fingerprint
 from dmin.store.amendments import METADATA, metadata_text
 from dmin.store.manifest import Manifest
@@ -75,10 +75,8 @@ def renew_metadata(store: Store, entries: Sequence[Mapping[str, Any]]) -> None:
     text = "\n".join(lines).encode()
     digest, owner = hashlib.sha256(text).hexdigest(), store.manifest.states[0].fingerprint
     head = json.dumps({"digest": digest, "store": owner}).encode()
-    try:
+    with naming("write", store.path / METADATA):
         commit(store.path / METADATA, head + b"\n" + text)
-    except OSError as error:
-        raise os_failure("write", store.path / METADATA, error) from error
 
 
 def append(

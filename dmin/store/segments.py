@@ -5,10 +5,10 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import h5py
 import numpy as np
@@ -34,6 +34,9 @@ class Segment(NamedTuple):
 
     path: Path
     blocks: np.ndarray
+
+
+Held = TypeVar("Held")  # what is read of a segment; it has its blocks
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -168,20 +171,46 @@ def open_segments(
     Raises:
         DminError: segments are damaged (all are named), or were written for another manifest.
     """
-    known = known or {}
+
+    def look(file: Path) -> Segment | str:
+        return _open_segment(file, manifest, verify)
+
     try:
         names = segment_names(path)
+    except OSError as error:
+        raise os_failure("read", path, error) from error
+    return read_segments(path, manifest, names, known or {}, look)
+
+
+def read_segments(
+    path: Path,
+    manifest: Manifest,
+    names: Sequence[str],
+    known: Mapping[str, Held],
+    read: Callable[[Path], Held | str],
+) -> dict[str, Held]:
+    """Read segments of a store, several at a time.
+
+    Args:
+        path: the store.
+        manifest: the store's.
+        names: of the segments.
+        known: what was read before, by name; it is not read again.
+        read: returns what a segment holds, its ``blocks`` included, or what is wrong with it.
+
+    Raises:
+        DminError: segments are damaged (all are named), or cannot be read.
+    """
+    try:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            opened = pool.map(
-                lambda name: known.get(name) or _open_segment(path / name, manifest, verify), names
-            )
-            found = dict(zip(names, opened, strict=True))
+            each = pool.map(lambda name: known.get(name) or read(path / name), names)
+            found = dict(zip(names, each, strict=True))
     except OSError as error:
         raise os_failure("read", Path(error.filename or path), error) from error
-    sound = {name: each for name, each in found.items() if isinstance(each, Segment)}
-    if len(sound) < len(found):
-        damage = {name: each for name, each in found.items() if isinstance(each, str)}
-        raise damaged(path, manifest, damage, [each.blocks for each in sound.values()])
+    damage = {name: each for name, each in found.items() if isinstance(each, str)}
+    sound = {name: each for name, each in found.items() if not isinstance(each, str)}
+    if damage:
+        raise _damaged(path, manifest, damage, sound)
     return sound
 
 
@@ -227,18 +256,12 @@ def require_own(path: Path, written_for: str, manifest: Manifest) -> None:
         )
 
 
-def damaged(
-    path: Path, manifest: Manifest, damage: Mapping[str, str], sound: Sequence[np.ndarray]
+def _damaged(
+    path: Path, manifest: Manifest, damage: Mapping[str, str], sound: Mapping[str, Any]
 ) -> DminError:
-    """Name the damaged files and the rows that no sound file has.
-
-    Args:
-        path: the store.
-        manifest: the store's.
-        damage: what is wrong, by name of the file.
-        sound: the blocks of each sound file.
-    """
-    missing = set(range(manifest.num_blocks)).difference(*(each.tolist() for each in sound))
+    """Name the damaged files and the rows that no sound file has."""
+    there = (each.blocks.tolist() for each in sound.values())
+    missing = set(range(manifest.num_blocks)).difference(*there)
     lost = [row for block in sorted(missing) for row in manifest.block_rows(block)]
     files = "; ".join(f"{name} ({reason})" for name, reason in damage.items())
     begins = ", ".join(str(manifest.block_rows(int(name.split("-")[1])).start) for name in damage)

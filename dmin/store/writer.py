@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dmin.runtime.errors import DminError
-from dmin.runtime.files import commit, os_failure
+from dmin.runtime.files import commit, naming, os_failure
 from dmin.runtime.formatting import spans
 from dmin.store.amendments import is_moved, metadata_text
 from dmin.store.comparison import manifest_differences, metadata_remedy
@@ -91,10 +91,8 @@ class StoreWriter:
         self._segments: dict[str, Segment] = {}
         self._sealed: set[int] = set()
         self._closed, self._loss = False, RankingLoss(manifest.layout.dtype)
-        try:
+        with naming("make a store in", self.path):
             self._create(manifest)
-        except OSError as error:
-            raise os_failure("make a store in", self.path, error) from error
         # The store's own from here on: equal values may be written differently, as 1 and 1.0.
         self.manifest: Manifest = read_manifest(self.path)
         _require_same(self.path, manifest, self.manifest)

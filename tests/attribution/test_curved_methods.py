@@ -122,7 +122,7 @@ def inverse(rows, method, p=1.0):
 
 def spectral(method, queries, train):
     q, x = (features(s, "loss")[0].reshape(len(s), DRAWS, STEPS, -1) for s in (queries, train))
-    weights = np.ones(STEPS) if method.weights is None else method.weights.numpy()
+    weights = np.ones(STEPS) if method.weights is None else np.array(method.weights)
     parts = []
     for t in range(STEPS):
         matrix, damping = inverse(x[:, :, t].reshape(-1, GROUPS * DIM), method, method.p)

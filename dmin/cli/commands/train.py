@@ -12,7 +12,7 @@ from dmin.cli.workspace.built import build
 from dmin.cli.workspace.made_of import note_data
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.errors import DminError
-from dmin.runtime.files import os_failure
+from dmin.runtime.files import naming
 from dmin.runtime.fingerprint import differences, fingerprint
 from dmin.runtime.progress import titled
 
@@ -42,10 +42,8 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         (partial / "training.json").write_text(json.dumps(told, indent=2) + "\n")
-        try:
+        with naming("put the model at", path):  # another user, whose claim holds nothing, is first
             partial.rename(path)
-        except OSError as error:  # another user, whose claim holds nothing here, was first
-            raise os_failure("put the model at", path, error) from error
     work.console.print(titled("model", f": saved {path}"))
 
 

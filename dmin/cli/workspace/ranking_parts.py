@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dmin.runtime.files import commit, os_failure
+from dmin.runtime.files import commit, naming
 from dmin.runtime.fingerprint import fingerprint
 from dmin.runtime.formatting import spans
 
@@ -56,11 +56,9 @@ def joined(
     content = (
         dump_ranking(part) if isinstance(part, Ranking) else b"" if part is None else part.dump()
     )
-    try:
+    with naming("keep a part of the ranking in", folder):
         folder.mkdir(parents=True, exist_ok=True)
         commit(files[mine], content)
-    except OSError as error:
-        raise os_failure("keep a part of the ranking in", folder, error) from error
     if missing := [shard for shard, file in enumerate(files) if not file.is_file()]:
         work.console.print(
             f"part {mine} is in {folder}; {shards - len(missing)} of {shards} parts are there. "
