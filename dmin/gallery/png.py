@@ -27,8 +27,8 @@ from dmin.gallery.png_page import (
     INK,
     MAT,
     MUTED,
+    NOTE,
     PAPER,
-    REMARK,
     Layout,
     clip,
     frame,
@@ -38,7 +38,7 @@ from dmin.gallery.png_page import (
 DPI = 150
 SMALL = 9.5  # of type, in points
 LETTER = 10.6  # pixels of a small one, about; DejaVu is the widest
-MOST_REMARKS = 3  # lines below a row
+MOST_NOTES = 3  # lines below a row
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ def save_png(
     bars = any(each.contributions is not None for each in answers)
     groups = max(min(len(each.groups), MOST_GROUPS) for each in answers)
     layout = Layout(len(rows), columns, bars, groups)
-    remarks = [
+    notes = [
         [] if row.places else _wrapped(spell_query(row.ranking, row.query), layout) for row in rows
     ]
     head = _head(answers, layout, len(queries))
-    layout = Layout(len(rows), columns, bars, groups, max(map(len, remarks)), len(head))
+    layout = Layout(len(rows), columns, bars, groups, max(map(len, notes)), len(head))
     page, figure = _page(layout)
     pasted = _paste(rows, query_images, train_images, layout)
     page.imshow(pasted, extent=(0, layout.width, layout.height, 0), aspect="auto")
@@ -121,8 +121,8 @@ def save_png(
     _draw_header(page, rows, layout, title or headline(first), head)
     for place, row in enumerate(rows):
         _draw_captions(page, row, place, layout)
-        for line, text in enumerate(remarks[place]):
-            under = layout.row(place) + layout.side + 82 + line * REMARK
+        for line, text in enumerate(notes[place]):
+            under = layout.row(place) + layout.side + 82 + line * NOTE
             write(page, layout.column(0), under, text, MUTED, size=SMALL)
     for number, each in enumerate(answers):
         per = 2 if places else 1
@@ -148,10 +148,10 @@ def _page(layout: Layout) -> tuple[Axes, Figure]:
 
 
 def _wrapped(parts: Sequence[str], layout: Layout) -> list[str]:
-    """Set remarks in lines as wide as the pictures, as many as there is room for."""
+    """Set notes in lines as wide as the pictures, as many as there is room for."""
     letters = max(40, int((layout.strip_left - layout.aisle - layout.column(0)) / LETTER))
     text = "  ·  ".join(parts).replace(" = ", "\u00a0=\u00a0")  # no line ends between these
-    return wrap(text, letters, max_lines=MOST_REMARKS, placeholder=" …")
+    return wrap(text, letters, max_lines=MOST_NOTES, placeholder=" …")
 
 
 def _head(answers: Sequence[Ranking], layout: Layout, shown: int) -> list[str]:
@@ -217,7 +217,7 @@ def _draw_header(
     blind = sum(text.endswith(".") for text in head[1:])
     for number, text in enumerate(head):
         colour = AGAINST if number >= len(head) - blind else MUTED
-        write(page, layout.left, 114 + REMARK * number, text, colour, size=SMALL if number else 11)
+        write(page, layout.left, 114 + NOTE * number, text, colour, size=SMALL if number else 11)
     top = layout.header - 22
     write(page, layout.left, top, "query", ACCENT, weight="bold")
     for column in range(0 if _collapsed(rows) else layout.columns):
@@ -291,5 +291,5 @@ def _draw_legend(page: Axes, rows: Sequence[_Row], layout: Layout) -> None:
         notes.append("bars: mean contribution to the scores shown")
     lines = wrap("   ·   ".join(notes), int((layout.width - 2 * layout.margin) / LETTER))
     for number, text in enumerate(lines):
-        under = layout.height - 44 - REMARK * (len(lines) - 1 - number)
+        under = layout.height - 44 - NOTE * (len(lines) - 1 - number)
         write(page, layout.left, under, text, MUTED, size=SMALL)

@@ -14,7 +14,7 @@ from dmin.runtime.escape import printable
 FONTS = ("Inter", "Helvetica Neue", "Arial", "Liberation Sans")
 INK, MUTED, HAIRLINE, MAT, PAPER = "#17202a", "#66717d", "#dfe3e8", "#f2f4f6", "#ffffff"
 ACCENT, AGAINST, AGREES = "#2565a8", "#c8553d", "#0b7a63"
-REMARK = 25  # pixels a line of small type
+NOTE = 25  # pixels a line of small type
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Layout:
     columns: int
     bars: bool
     groups: int = 0
-    remarks: int = 0  # lines of type below a row
+    notes: int = 0  # lines of type below a row
     head: int = 0  # and in the header
     margin: int = 64
     gap: int = 14
@@ -40,7 +40,7 @@ class Layout:
     @property
     def header(self) -> int:
         """Where the first row begins."""
-        return 186 + REMARK * self.head
+        return 186 + NOTE * self.head
 
     @property
     def side(self) -> int:
@@ -74,7 +74,7 @@ class Layout:
     @property
     def pitch(self) -> int:
         """From one row to the next."""
-        return self.side + self.lines + REMARK * self.remarks
+        return self.side + self.lines + NOTE * self.notes
 
     @property
     def left(self) -> int:

@@ -7,7 +7,7 @@ import re
 import warnings
 from typing import Any
 
-# Logger -> the beginning of remarks that ask nothing of whoever runs dmin.
+# Logger -> the beginning of records that ask nothing of whoever runs dmin.
 _LEFT_OUT = {
     # No family uses the image processors that prefer torchvision.
     "transformers.utils.import_utils": r"`\w+ImageProcessor` requires torchvision",

@@ -8,8 +8,8 @@ inode, times of change), and every row is held against its sum whenever it is re
 flips after the first opening is found before it is scored, and one outside the features is not
 looked at.
 
-A catalog is one file under one digest (:mod:`dmin.runtime.kept`), made anew where it is missing,
-damaged or of other files; it may be deleted.
+A catalog is one file under one digest (:mod:`dmin.runtime.array_files`), made anew where it
+is missing, damaged or of other files; it may be deleted.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
+from dmin.runtime.array_files import ArrayFile, read_arrays, warn_damaged, write_arrays
 from dmin.runtime.files import os_failure
-from dmin.runtime.kept import Kept, keep, kept, remark
 from dmin.store.encoding import STORED_AS, decode, word_sums
 from dmin.store.manifest import UNREADABLE, Layout, Manifest
 from dmin.store.mapped import Mapped
@@ -131,24 +131,24 @@ class Catalog:
         if verify and names:  # where it cannot be kept, the next opening reads all again
             about = {"schema": SCHEMA, "manifest": manifest.fingerprint, "names": names}
             with contextlib.suppress(OSError):
-                keep(path / NAME, about, arrays)
+                write_arrays(path / NAME, about, arrays)
         return cls(names, arrays)
 
     @classmethod
     def _kept(cls, path: Path, manifest: Manifest) -> "Catalog | None":
         """Return the catalog kept with a store, if there is a sound one of its manifest."""
-        found = kept(path / NAME)
+        found = read_arrays(path / NAME)
         if found is None or found.about.get("schema") != SCHEMA:
             return None
         if found.about.get("manifest") not in manifest.fingerprints:
             return None
         if not _fits(found, manifest):
-            remark(path / NAME, "its arrays are not those of this store")
+            warn_damaged(path / NAME, "its arrays are not those of this store")
             return None
         return cls(found.about["names"], found.arrays)
 
 
-def _fits(found: Kept, manifest: Manifest) -> bool:
+def _fits(found: ArrayFile, manifest: Manifest) -> bool:
     """Return whether a catalog has what the blocks that it names have, in every array."""
     arrays = found.arrays
     try:

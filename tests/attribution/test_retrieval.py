@@ -31,7 +31,7 @@ METHODS = [
     DMin(),
     DMin([1, 2, 0.5]),
     DMin(renormalise=False),
-    DMin(lengths=True),
+    DMin(keep_norms=True),
     GradDot(),
     GradCos(),
     Popularity(),

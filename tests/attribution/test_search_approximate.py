@@ -9,8 +9,8 @@ from made_stores import drawn, made
 
 from dmin.attribution import Approximate, GradCos, retrieve
 from dmin.attribution.search.selection import Selection
+from dmin.runtime.array_files import read_arrays, write_arrays
 from dmin.runtime.errors import DminError, DminWarning
-from dmin.runtime.kept import keep, kept
 from dmin.store import Store
 
 N, DIM = 400, 32
@@ -77,9 +77,9 @@ def test_an_index_is_kept_and_a_stale_one_not_used(tmp_path, stores, faiss, monk
     exact = retrieve(stores[0], other, k=5)
     np.testing.assert_allclose(found.scores[:, 0], exact.scores[:, 0], atol=0.5)
     (file,) = other.path.glob("index-*-faiss-*")
-    about, arrays = kept(file)
+    about, arrays = read_arrays(file)
     for change in (arrays["index"][:50], faiss.serialize_index(original(DIM, "Flat"))):
-        keep(file, about, {"index": change})
+        write_arrays(file, about, {"index": change})
         with pytest.warns(DminWarning, match="faiss finds no index of this store in it"):
             retrieve(stores[0], other, k=5, index=Approximate("HNSW8"))
 

@@ -13,8 +13,8 @@ from dmin.attribution.search import certified as search_module
 from dmin.attribution.search.certified import Certified, certified_search
 from dmin.attribution.search.certified_bound import ProjectionIndex
 from dmin.attribution.search.selection import Selection
+from dmin.runtime.array_files import read_arrays, write_arrays
 from dmin.runtime.errors import DminError, DminWarning
-from dmin.runtime.kept import keep, kept
 from dmin.store import Store
 
 N, DIM = 400, 32
@@ -192,8 +192,8 @@ def test_an_index_of_other_shapes_is_made_again(tmp_path):
     linear = linear_of((asked, train), DMin())
     ProjectionIndex.of(train, linear, 5)
     path = ProjectionIndex.path(train, linear, 5)
-    about, arrays = kept(path)
-    keep(path, about, {**arrays, "codes": arrays["codes"][:200]})
+    about, arrays = read_arrays(path)
+    write_arrays(path, about, {**arrays, "codes": arrays["codes"][:200]})
     with pytest.warns(DminWarning, match="its arrays are not those of this store"):
         assert ProjectionIndex.of(train, linear, 5).codes.shape == (N, 5)
 

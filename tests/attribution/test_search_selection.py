@@ -132,7 +132,7 @@ def test_parquet_where_it_can_be(stores, tmp_path):
 
 
 def test_self_influence(stores):
-    found = self_influence(stores[1], DMin(lengths=True), rows=7)
+    found = self_influence(stores[1], DMin(keep_norms=True), rows=7)
     norms = stores[1].norms("loss")[..., 0].astype(np.float64)
     lengths = stores[1].lengths("loss").astype(np.float64)
     np.testing.assert_allclose(found, np.square(norms * lengths).sum((1, 2)), rtol=1e-5)
@@ -140,14 +140,14 @@ def test_self_influence(stores):
 
 
 def test_self_influence_is_written_with_the_largest_first(stores, tmp_path):
-    store, scores = stores[1], self_influence(stores[1], DMin(lengths=True))
+    store, scores = stores[1], self_influence(stores[1], DMin(keep_norms=True))
     order = save_self_influence(store, scores, tmp_path / "o.csv")
     assert order.tolist() == sorted(range(len(store)), key=lambda row: -scores[row])
     lines = list(csv.DictReader((tmp_path / "o.csv").open()))
     assert [line["id"] for line in lines] == [store.ids[row] for row in order]
     assert [line["label"] for line in lines] == [str(store.metadata[r]["label"]) for r in order]
     np.testing.assert_allclose([float(line["score"]) for line in lines], scores[order], rtol=1e-5)
-    assert np.array_equal(outlier_scores(FeatureSet(store), DMin(lengths=True)), scores)
+    assert np.array_equal(outlier_scores(FeatureSet(store), DMin(keep_norms=True)), scores)
     with pytest.raises(DminError, match=r"method=dmin gives every example the same .*grad_dot"):
         outlier_scores(FeatureSet(store), DMin())
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from fuzz import FUZZ
 
+from dmin.runtime.array_files import read_arrays, write_arrays
 from dmin.runtime.errors import DminError, DminWarning
-from dmin.runtime.kept import keep, kept
 from dmin.store import Store, StoreWriter, catalog as catalog_module
 from dmin.store.catalog import NAME
 from dmin.store.encoding import word_sums
@@ -120,9 +120,9 @@ def test_a_damaged_catalog_is_made_again_with_a_remark(path, settled):
 )
 def test_the_arrays_of_a_catalog_are_held_to_the_store(path, settled, change):
     store = Store(path)
-    about, arrays = kept(path / NAME)
+    about, arrays = read_arrays(path / NAME)
     change(about, arrays)
-    keep(path / NAME, about, arrays)
+    write_arrays(path / NAME, about, arrays)
     with pytest.warns(DminWarning, match="its arrays are not those of this store"):
         assert Store(path).digest() == store.digest()
 

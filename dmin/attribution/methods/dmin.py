@@ -24,7 +24,7 @@ class DMin(InnerProductMethod):
     Args:
         weights: w_t, one a timestep, or None for all 1.
         renormalise: False leaves the sketches as the paper has them.
-        lengths: gradients of their own lengths instead of unit ones: the paper's row "w/o
+        keep_norms: gradients as long as they are instead of unit ones: the paper's row "w/o
             normalization", ``dmin_unnormalised`` by its name here.
     """
 
@@ -34,11 +34,11 @@ class DMin(InnerProductMethod):
         self,
         weights: Sequence[float] | None = None,
         renormalise: bool = True,
-        lengths: bool = False,
+        keep_norms: bool = False,
     ) -> None:
         self.weights: Tensor | None = weights_of(weights)
-        self.scale: Scale = "norm" if lengths else "unit" if renormalise else "none"
-        if lengths:
+        self.scale: Scale = "norm" if keep_norms else "unit" if renormalise else "none"
+        if keep_norms:
             self.name = "dmin_unnormalised"
 
     def transform_query(self, queries: ExampleBlock) -> InnerProduct:

@@ -22,9 +22,9 @@ from dmin.attribution.search.contenders import Contenders, ErrorBound, best_of, 
 from dmin.attribution.search.index import Found, Index
 from dmin.attribution.search.scan import row_factors, scores_of_rows
 from dmin.attribution.search.threads import in_threads
+from dmin.runtime.array_files import ArrayFile, warn_damaged
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
-from dmin.runtime.kept import Kept, remark
 from dmin.store import Store
 
 TRAIN = 200_000  # rows that faiss learns its cells and codes on
@@ -145,7 +145,7 @@ class Approximate(Index):
             found = of_kind(path, kind)
             self._index = None if found is None else _unpacked(faiss, found, projections)
             if found is not None and self._index is None:
-                remark(path, "faiss finds no index of this store in it")
+                warn_damaged(path, "faiss finds no index of this store in it")
             if self._index is None:
                 self._index = self._built(faiss, projections)
                 keep_where_possible(path, kind, {"index": faiss.serialize_index(self._index)})
@@ -179,7 +179,7 @@ class Approximate(Index):
                 ) from error
 
 
-def _unpacked(faiss: Any, found: Kept, projections: ProjectionIndex) -> Any:
+def _unpacked(faiss: Any, found: ArrayFile, projections: ProjectionIndex) -> Any:
     """Return the index that was kept; None unless it is of as many rows and directions."""
     try:
         index = faiss.deserialize_index(found.arrays["index"])

@@ -17,8 +17,8 @@ from dmin.attribution.inner_product import InnerProduct
 from dmin.attribution.search.contenders import RELATIVE
 from dmin.attribution.search.scan import Span, decoded_rows, multiply, row_factors, spans
 from dmin.attribution.search.threads import in_threads
+from dmin.runtime.array_files import ArrayFile, read_arrays, warn_damaged, write_arrays
 from dmin.runtime.errors import DminWarning
-from dmin.runtime.kept import Kept, keep, kept, remark
 from dmin.store import Store
 
 ROWS = 256  # in one matrix product
@@ -174,7 +174,7 @@ class ProjectionIndex:
         if (found := of_kind(path, kind)) is not None:
             if found.has({**shapes, "codes": (np.int8, (count, rank))}):
                 return cls(kind, **found.arrays)
-            remark(path, "its arrays are not those of this store")
+            warn_damaged(path, "its arrays are not those of this store")
         index = cls.build(store, linear, directions)
         keep_where_possible(path, kind, {name: getattr(index, name) for name in ARRAYS})
         return index
@@ -185,9 +185,9 @@ def kind_of(store: Store, linear: InnerProduct) -> dict[str, str]:
     return {"store": store.fingerprint, "readout": linear.readout, "scale": linear.scale}
 
 
-def of_kind(path: Path, kind: Mapping[str, Any]) -> Kept | None:
+def of_kind(path: Path, kind: Mapping[str, Any]) -> ArrayFile | None:
     """Return an index kept with a store; None if it is missing, damaged, or of anything else."""
-    found = kept(path)
+    found = read_arrays(path)
     return found if found is not None and found.about == kind else None
 
 
@@ -196,7 +196,7 @@ def keep_where_possible(
 ) -> None:
     """Keep an index with its store; where that cannot be, say so: it is in memory all the same."""
     try:
-        keep(path, kind, arrays)
+        write_arrays(path, kind, arrays)
     except OSError as error:
         warnings.warn(
             f"The index {path} could not be kept ({error.strerror}): it is in memory, and made"

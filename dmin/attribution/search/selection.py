@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmin.runtime.array_files import packed, unpacked
 from dmin.runtime.errors import DminError
-from dmin.runtime.kept import packed, unpacked
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dmin.runtime.errors import DminWarning
 # Old → new, of what a `_target_` named: a module, or a name in one. The longest wins. Where a class
 # became settings of another: the other, and these settings.
 TARGETS: dict[str, str | tuple[str, dict[str, Any]]] = {
-    "dmin.attribution.DMinUnnormalised": ("dmin.attribution.DMin", {"lengths": True}),
+    "dmin.attribution.DMinUnnormalised": ("dmin.attribution.DMin", {"keep_norms": True}),
     "dmin.attribution.DTRAK": (
         "dmin.attribution.TRAK",
         {"readout": "mean_squared_output", "name": "d_trak"},
@@ -65,6 +65,7 @@ TARGETS: dict[str, str | tuple[str, dict[str, Any]]] = {
 }
 # Target of today → its settings, old → new.
 SETTINGS: dict[str, dict[str, str]] = {
+    "dmin.attribution.DMin": {"lengths": "keep_norms"},
     "dmin.attribution.SharpEnergy": {"lengths": "length_weight", "sharpness": "exponent"},
     "dmin.queries.Generated": {"journey": "trajectory"},
 }

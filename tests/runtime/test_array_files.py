@@ -5,8 +5,16 @@ import os
 import numpy as np
 import pytest
 
+from dmin.runtime.array_files import (
+    MAGIC,
+    START,
+    _digest,
+    packed,
+    read_arrays,
+    unpacked,
+    write_arrays,
+)
 from dmin.runtime.errors import DminWarning
-from dmin.runtime.kept import MAGIC, START, _digest, keep, kept, packed, unpacked
 
 ARRAYS = {
     "codes": np.arange(12, dtype=np.int8).reshape(3, 4),
@@ -22,17 +30,17 @@ def signed(content):
 
 
 def test_what_was_kept_is_had_again(tmp_path):
-    keep(tmp_path / "a", {"of": ["x", 1]}, ARRAYS)
-    about, arrays = kept(tmp_path / "a")
+    write_arrays(tmp_path / "a", {"of": ["x", 1]}, ARRAYS)
+    about, arrays = read_arrays(tmp_path / "a")
     assert about == {"of": ["x", 1]} and list(arrays) == list(ARRAYS)
     assert all(np.array_equal(arrays[name], ARRAYS[name]) for name in ARRAYS)
     assert {array.dtype for array in arrays.values()} == {a.dtype for a in ARRAYS.values()}
-    assert kept(tmp_path / "b") is None and len(os.listdir(tmp_path)) == 1
+    assert read_arrays(tmp_path / "b") is None and len(os.listdir(tmp_path)) == 1
 
 
 def test_a_file_of_several_chunks_has_one_digest(tmp_path, monkeypatch):
     whole = bytes(packed({}, ARRAYS))
-    monkeypatch.setattr("dmin.runtime.kept.CHUNK", 100)
+    monkeypatch.setattr("dmin.runtime.array_files.CHUNK", 100)
     parts = bytes(packed({}, ARRAYS))
     assert whole[START:] == parts[START:] and whole != parts
     assert np.array_equal(unpacked(np.frombuffer(parts, np.uint8)).arrays["codes"], ARRAYS["codes"])
@@ -50,7 +58,7 @@ def test_every_flipped_bit_and_every_length_is_found(tmp_path):
             unpacked(np.frombuffer(content[:place], np.uint8))
     (tmp_path / "a").write_bytes(content[:-1])
     with pytest.warns(DminWarning, match=r"a is damaged \(its digest.*made again"):
-        assert kept(tmp_path / "a") is None
+        assert read_arrays(tmp_path / "a") is None
 
 
 @pytest.mark.parametrize(
@@ -78,4 +86,4 @@ def test_what_no_file_can_hold_is_refused_under_the_right_digest_too(head):
 
 def test_a_pipe_in_its_place_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a")
-    assert kept(tmp_path / "a") is None
+    assert read_arrays(tmp_path / "a") is None

@@ -2,7 +2,7 @@
 
 A file begins with a line that says what it is and the digest of all that follows: the length of a
 head of JSON, the head (names, types and shapes of the arrays, and what they are of), and the arrays
-as they lie in memory. One that is damaged is as good as none; a remark says so.
+as they lie in memory. One that is damaged is as good as none; a warning says so.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ START, ALIGNED = 128, 64  # bytes: of the first line, and what arrays begin at m
 CHUNK = 16 << 20  # bytes that are digested by one thread
 
 
-class Kept(NamedTuple):
+class ArrayFile(NamedTuple):
     """What a file holds.
 
     Args:
@@ -41,8 +41,8 @@ class Kept(NamedTuple):
         return found == {name: (np.dtype(kind), shape) for name, (kind, shape) in shapes.items()}
 
 
-def keep(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Write a file that :func:`kept` reads, whole or not at all.
+def write_arrays(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a file that :func:`read_arrays` reads, whole or not at all.
 
     Raises:
         OSError: it could not be written; nothing is left of it.
@@ -50,14 +50,14 @@ def keep(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray])
     commit(path, packed(about, arrays), durable=False)
 
 
-def kept(path: Path) -> Kept | None:
-    """Return what a file holds; None if it is not there, or, with a remark, if it is damaged."""
+def read_arrays(path: Path) -> ArrayFile | None:
+    """Return what a file holds; None if it is not there, or, with a warning, if it is damaged."""
     if not path.is_file():
         return None
     try:
         return unpacked(np.fromfile(path, np.uint8))
     except (OSError, ValueError) as error:
-        remark(path, str(error))
+        warn_damaged(path, str(error))
         return None
 
 
@@ -74,7 +74,7 @@ def packed(about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> memory
     return memoryview(content)
 
 
-def unpacked(content: np.ndarray) -> Kept:
+def unpacked(content: np.ndarray) -> ArrayFile:
     """Return what bytes (uint8) that :func:`packed` returned hold; arrays are views of them.
 
     Raises:
@@ -94,12 +94,12 @@ def unpacked(content: np.ndarray) -> Kept:
                 raise ValueError(f"{name} is of shape {shape}")
             arrays[name] = content[place:end].view(kind).reshape(shape)
             place = end
-        return Kept(dict(head["about"]), arrays)
+        return ArrayFile(dict(head["about"]), arrays)
     except (TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"it says what no file can hold: {error!r}") from error
 
 
-def remark(path: Path, why: str) -> None:
+def warn_damaged(path: Path, why: str) -> None:
     """Say that a file is of no use."""
     warnings.warn(f"{path} is damaged ({why}): it is made again.", DminWarning, stacklevel=2)
 
