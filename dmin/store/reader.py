@@ -19,7 +19,15 @@ from dmin.store.amendments import read_forgotten, read_metadata, removed_rows, t
 from dmin.store.catalog import Catalog
 from dmin.store.encoding import decode, word_sums
 from dmin.store.manifest import Layout, Manifest, require_count
-from dmin.store.rows import MappedRows, Metadata, last_complete, parsed, parsed_ids, places
+from dmin.store.rows import (
+    MappedRows,
+    Metadata,
+    SmallArrays,
+    last_complete,
+    parsed,
+    parsed_ids,
+    places,
+)
 from dmin.store.segments import Segment, read_manifest, segment_names
 
 
@@ -72,11 +80,9 @@ class Store(Shown):
         self.removed: int = len(removed)
         self.positions: np.ndarray = np.flatnonzero(place >= 0)  # of the rows, in the dataset
         self._place = place[self.positions]  # of the rows, in the catalog
-        segment = np.repeat(np.arange(len(catalog.names)), catalog["rows"])[self._place]
-        offset = self._place - (np.cumsum(catalog["rows"]) - catalog["rows"])[segment]
         files = [each.path for each in self.segments]
-        self.mapped: MappedRows = MappedRows(files, self.layout, segment, offset)
-        self._small: dict[str, np.ndarray] = {}
+        self.mapped: MappedRows = MappedRows(files, self.layout, catalog["rows"], self._place)
+        self._small: SmallArrays = SmallArrays(catalog, self._place)
 
     @property
     def segments(self) -> list[Segment]:
@@ -221,22 +227,14 @@ class Store(Shown):
             DminError: a row is not what was sealed.
         """
         result = self.mapped.gather(readout, indices)
-        self.check(readout, indices, result)
+        sums = self.sums(readout)
+        if sums is not None and (wrong := word_sums(result) != sums[indices]).any():
+            raise self.corrupt(readout, int(np.asarray(indices)[np.argmax(wrong)]))
         return result
 
     def sums(self, readout: str) -> np.ndarray | None:
         """Return the sums of the words of the rows, or None if nothing was verified."""
         return self._whole("sums", readout) if f"sums/{readout}" in self._catalog else None
-
-    def check(self, readout: str, indices: np.ndarray, stored: np.ndarray) -> None:
-        """Hold rows that were read against what was sealed.
-
-        Raises:
-            DminError: names the file, the row and what to do.
-        """
-        sums = self.sums(readout)
-        if sums is not None and (wrong := word_sums(stored) != sums[indices]).any():
-            raise self.corrupt(readout, int(np.asarray(indices)[np.argmax(wrong)]))
 
     def corrupt(self, readout: str, row: int) -> DminError:
         """Return the error that says that a row is not what was sealed."""
@@ -258,10 +256,7 @@ class Store(Shown):
 
     def inverse_lengths(self, readout: str) -> np.ndarray:
         """Return ``1 / lengths``, of rows of zeros a large number, float32 ``[n, draw, T]``."""
-        name = f"inverse lengths/{readout}"
-        if name not in self._small:
-            self._small[name] = 1 / np.maximum(self.lengths(readout), np.float32(1e-12))
-        return self._small[name]
+        return self._whole("inverse lengths", readout)
 
     def norms(self, readout: str) -> np.ndarray:
         """Return the norms the gradients had before scaling, float32 ``[n, draw, T, group]``."""
@@ -294,14 +289,10 @@ class Store(Shown):
 
     def _whole(self, kind: str, readout: str | None) -> np.ndarray:
         """Return a small array of all rows; it stays in memory."""
-        name = kind if readout is None else f"{kind}/{readout}"
-        if readout is not None:
-            self._require(readout)
-        if name not in self._small:
-            whole, n = self._catalog[name], len(self._place)
-            in_order = n == len(whole) and bool((self._place == np.arange(n)).all())
-            self._small[name] = whole if in_order else whole[self._place]
-        return self._small[name]
+        if readout is None:
+            return self._small[kind]
+        self._require(readout)
+        return self._small[f"{kind}/{readout}"]
 
     def _require(self, readout: str) -> None:
         if readout not in self.layout.readouts:

@@ -9,6 +9,7 @@ from typing import Any, overload
 import numpy as np
 
 from dmin.runtime.errors import DminError
+from dmin.store.catalog import Catalog
 from dmin.store.encoding import STORED_AS
 from dmin.store.manifest import Layout, Manifest
 from dmin.store.mapped import Mapped
@@ -20,17 +21,17 @@ class MappedRows:
     Args:
         files: the segments.
         layout: of the features.
-        segment: the number of each row's segment, ``[n]``.
-        offset: its row therein, ``[n]``.
+        counts: rows of each.
+        place: of each row among all of theirs, ``[n]``.
     """
 
     def __init__(
-        self, files: list[Path], layout: Layout, segment: np.ndarray, offset: np.ndarray
+        self, files: list[Path], layout: Layout, counts: np.ndarray, place: np.ndarray
     ) -> None:
         self.files = files
         self.layout = layout
-        self.segment = segment
-        self.offset = offset
+        self.segment = segment = np.repeat(np.arange(len(files)), counts)[place]
+        self.offset = offset = place - (np.cumsum(counts) - counts)[segment]
         apart = (np.diff(segment) != 0) | (np.diff(offset) != 1)
         self._cuts = np.flatnonzero(apart) + 1  # rows that do not lie right behind the one before
         self._maps: dict[tuple[int, str], Mapped] = {}
@@ -43,7 +44,7 @@ class MappedRows:
         """Yield the features of rows ``start:stop`` as they are stored and where they lie.
 
         As many that follow are asked of the disk meanwhile. Whoever multiplies them holds them
-        against the store's ``sums`` on the way, see :meth:`~dmin.store.reader.Store.check`.
+        against the store's ``sums`` on the way, as ``Store.gather`` does.
 
         Yields:
             Arrays ``[n, draw, T, group, dim]`` of ``STORED_AS[layout.dtype]``, in order.
@@ -111,6 +112,30 @@ class MappedRows:
             mapped = Mapped(self.files[segment], f"features/{readout}")
             return self._maps.setdefault(key, mapped)
         return self._maps[key]
+
+
+class SmallArrays(dict[str, np.ndarray]):
+    """The small arrays of the rows, taken from the catalog when first asked for, by their names.
+
+    Args:
+        catalog: of the store.
+        place: of each row in it, ``[n]``.
+    """
+
+    def __init__(self, catalog: Catalog, place: np.ndarray) -> None:
+        super().__init__()
+        self._catalog, self._place = catalog, place
+
+    def __missing__(self, name: str) -> np.ndarray:
+        """Return what is asked for the first time."""
+        kind, _, readout = name.partition("/")
+        if kind == "inverse lengths":
+            found = 1 / np.maximum(self[f"lengths/{readout}"], np.float32(1e-12))
+        else:
+            found, n = self._catalog[name], len(self._place)
+            if n != len(found) or (self._place != np.arange(n)).any():
+                found = found[self._place]
+        return self.setdefault(name, found)
 
 
 class Metadata(Sequence[dict[str, Any]]):
