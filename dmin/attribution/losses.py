@@ -4,13 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dmin.runtime.errors import DminError
-from dmin.runtime.escape import write_csv
 from dmin.store import Store
+from dmin.store.export import save_rows
 
 FEW = 30  # images held out, from which on a gap has an interval
 BUCKET = 8  # images of a bucket, from which on it has an expected loss of its own
@@ -183,18 +182,10 @@ def save_losses(
         Rows of the store in that order.
     """
     order = np.argsort(-table.relative, kind="stable")
-    lines: list[dict[str, Any]] = []
-    for rank, row in enumerate(order.tolist(), 1):
-        found = {"rank": rank, "id": store.ids[row], "loss": f"{table.loss[row]:.6g}"}
-        found |= {"relative": f"{table.relative[row]:.6g}"}
-        found |= {"standard_error": f"{table.error[row]:.3g}"}
-        found |= {} if buckets is None else {"bucket": buckets[row]}
-        lines.append({**found, **_others(store.metadata[row], found)})
-    names = dict.fromkeys(name for line in lines for name in line)
-    write_csv(path, [{name: line.get(name, "") for name in names} for line in lines])
+    columns: dict[str, Sequence[str]] = {
+        "loss": [f"{each:.6g}" for each in table.loss],
+        "relative": [f"{each:.6g}" for each in table.relative],
+        "standard_error": [f"{each:.3g}" for each in table.error],
+    }
+    save_rows(store, order, columns | ({} if buckets is None else {"bucket": buckets}), path)
     return order
-
-
-def _others(facts: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
-    """Return metadata by names that are not taken."""
-    return {f"metadata_{name}" if name in taken else name: each for name, each in facts.items()}

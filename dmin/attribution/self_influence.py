@@ -11,9 +11,9 @@ from dmin.attribution.features import FeatureSet
 from dmin.attribution.method import Method
 from dmin.attribution.scores import as_feature_set
 from dmin.runtime.errors import DminError
-from dmin.runtime.escape import named_apart, write_csv
 from dmin.runtime.sampling import evenly
 from dmin.store import Store
+from dmin.store.export import save_rows
 
 FEW = 64  # examples by which it is seen whether a method distinguishes them
 
@@ -77,12 +77,5 @@ def save_self_influence(store: Store, scores: np.ndarray, path: Path) -> np.ndar
         Rows of the store, the largest score first; of equal ones the lower row.
     """
     order = np.argsort(-scores, kind="stable")
-    columns = list(dict.fromkeys(name for row in store.metadata for name in row))
-    names = named_apart(columns, ("rank", "id", "score"))
-    lines = []
-    for rank, row in enumerate(order.tolist(), 1):
-        facts = store.metadata[row]
-        told = {own: facts.get(name, "") for name, own in names.items()}
-        lines.append({"rank": rank, "id": store.ids[row], "score": f"{scores[row]:.6g}", **told})
-    write_csv(path, lines)
+    save_rows(store, order, {"score": [f"{score:.6g}" for score in scores]}, path)
     return order

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dmin.runtime.errors import DminError
+from dmin.runtime.escape import named_apart, write_csv
 from dmin.runtime.files import naming
 from dmin.store.manifest import MANIFEST
 from dmin.store.reader import Store
@@ -52,6 +53,27 @@ def export(store: Store, target: str | os.PathLike[str], form: str) -> Path:
         partial.rename(target)
         note_copy(store, target)
     return target
+
+
+def save_rows(
+    store: Store, order: np.ndarray, columns: Mapping[str, Sequence[str]], path: Path
+) -> None:
+    """Write rows of a store as CSV: rank, id, what was found of each, and its metadata.
+
+    Args:
+        store: the rows.
+        order: of the rows.
+        columns: a text for every row, by what stands above it.
+        path: the file.
+    """
+    metadata = dict.fromkeys(name for each in store.metadata for name in each)
+    names = named_apart(metadata, ("rank", "id", *columns))
+    lines = []
+    for rank, row in enumerate(order.tolist(), 1):
+        found = {name: texts[row] for name, texts in columns.items()}
+        told = {names[name]: value for name, value in store.metadata[row].items()}
+        lines.append({"rank": rank, "id": store.ids[row], **found, **told})
+    write_csv(path, lines)
 
 
 def _numpy(store: Store, path: Path) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import compress
@@ -27,6 +26,7 @@ from dmin.store.rows import (
     parsed,
     parsed_ids,
     places,
+    require_distinct,
 )
 from dmin.store.segments import Segment, read_manifest, segment_names
 
@@ -67,8 +67,7 @@ class Store(Shown):
         self.planned: Manifest = read_manifest(self.path)
         self._catalog = catalog = Catalog.of(self.path, self.planned, verify, names=names)
         blocks = np.concatenate([np.empty(0, np.int64), *catalog.blocks])
-        complete = self.planned if growing else last_complete(self.planned, blocks)
-        self.manifest: Manifest = complete
+        self.manifest: Manifest = self.planned if growing else last_complete(self.planned, blocks)
         place, self._held = places(self.planned, blocks, self.manifest.num_examples)
         self.duplicate_blocks: int = len(blocks) - len(np.unique(blocks))
         missing = np.setdiff1d(np.arange(self.manifest.num_blocks), blocks)
@@ -97,13 +96,12 @@ class Store(Shown):
     def facts(self) -> dict[str, Any]:
         """Return where it is, how much of it is there, and the axes of its features."""
         of = "" if self.complete else f" of {self.manifest.num_examples:,}"
-        axes = self.layout
         return {
             "path": self.path,
             "examples": f"{len(self):,}{of}",
-            "readouts": ", ".join(axes.readouts),
-            "shape": tuple(axes.row_shape),
-            "dtype": axes.dtype,
+            "readouts": ", ".join(self.layout.readouts),
+            "shape": tuple(self.layout.row_shape),
+            "dtype": self.layout.dtype,
         }
 
     @property
@@ -138,13 +136,7 @@ class Store(Shown):
         """The example ids, one a row."""
         all_ids = self._all_ids()
         ids = [all_ids[place] for place in self._place.tolist()]
-        if len(set(ids)) < len(ids):
-            twice = Counter(ids).most_common(1)[0][0]
-            raise DminError(
-                f"The store {self.path} has more than one row of id {twice!r}: give every example"
-                " of the dataset its own id, and collect into a new directory."
-            )
-        return ids
+        return require_distinct(ids, self.path)
 
     @property
     def changed(self) -> bool:

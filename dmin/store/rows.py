@@ -1,6 +1,7 @@
 """The rows of a store, read when asked for: features from mapped segments, metadata from JSON."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -217,6 +218,17 @@ def parsed_ids(lines: list[bytes], path: Path) -> list[str]:
     raise DminError(
         f"The store {path} has ids that are no texts: it was not written by dmin. Collect it again."
     )
+
+
+def require_distinct(ids: list[str], path: Path) -> list[str]:
+    """Return the ids of rows; raise DminError if two are the same."""
+    if len(set(ids)) < len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
+        raise DminError(
+            f"The store {path} has more than one row of id {twice!r}: give every example of the"
+            " dataset its own id, and collect into a new directory."
+        )
+    return ids
 
 
 def last_complete(manifest: Manifest, blocks: np.ndarray) -> Manifest:
