@@ -46,7 +46,11 @@ def _main(argv: Sequence[str] | None) -> int:
         if asks_help:
             print(f"{pages.COMMANDS[command]}\n{tool.PAGE}", end="")
         else:
-            return int(tool.run(overrides))
+            try:
+                tool.run(overrides)
+            except DminError as error:
+                print(f"dmin: {printable(str(error))}", file=sys.stderr)
+                return 1
     elif asks_help:
         print(pages.page(command), end="")
     else:

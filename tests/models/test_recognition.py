@@ -10,10 +10,10 @@ from models.families import EVERY as TESTED, PAIRS, checkpoint
 from omegaconf import open_dict
 from runs.tiny import header_only, pipeline_index
 
+from dmin.cli import main
 from dmin.cli.config.auto import opened, resolve
 from dmin.cli.config.groups import config_directory, groups
 from dmin.cli.config.validate import validate
-from dmin.cli.tools import models
 from dmin.models import recognition
 from dmin.models.recognition import auto, of_tensors, recognise
 from dmin.models.relatives import all_families
@@ -163,10 +163,10 @@ def test_the_page_of_models_has_the_tables_of_the_code():
 
 
 def test_the_families_are_listed_and_a_path_is_told(capsys):
-    assert models.run([]) == 0
+    assert main(["models"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in FAMILIES) and "FluxFill" in listed
-    assert models.run([str(checkpoint("flux"))]) == 0
+    assert main(["models", str(checkpoint("flux"))]) == 0
     assert "a FluxPipeline by its model_index.json → model=flux" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no such folder"):
-        models.run(["./nowhere"])
+    assert main(["models", "./nowhere"]) == 1
+    assert "no such folder" in capsys.readouterr().err

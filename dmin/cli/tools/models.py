@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dmin.cli.tools.arguments import Arguments
-from dmin.runtime.errors import DminError
 from dmin.runtime.escape import printable
 
 PAGE = """
@@ -24,26 +23,22 @@ _INDENT = 24
 _UNKNOWN = "no family has its network yet (`dmin models PATH` prints what one would need)"
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Print it; return the exit status."""
+def run(arguments: Sequence[str]) -> None:
+    """Print it."""
     parser = Arguments("models")
     parser.add_argument("path", nargs="?")
-    try:
-        asked = parser.read(arguments)
-        if asked.path is not None:
-            from dmin.models.recognition import recognise
+    asked = parser.read(arguments)
+    if asked.path is not None:
+        from dmin.models.recognition import recognise
 
-            found = recognise(asked.path)
-            print(printable(f"{asked.path}: {found.evidence} → model={found.family}"))
-            return 0
-    except DminError as error:
-        raise SystemExit(printable(str(error))) from error
+        found = recognise(asked.path)
+        print(printable(f"{asked.path}: {found.evidence} → model={found.family}"))
+        return
     for name, *rest in families():
         print(_wrapped(name, "; ".join(filter(None, rest))))
     print("\nrefused:")
     for names, why in refused():
         print(_wrapped(f"{why}:", names))
-    return 0
 
 
 def families() -> Iterator[tuple[str, ...]]:

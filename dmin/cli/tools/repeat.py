@@ -3,7 +3,6 @@
 import errno
 import json
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,37 +41,32 @@ examples:
 """
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Repeat a run; return the exit status, 1 with a message for what the user got wrong."""
+def run(arguments: Sequence[str]) -> None:
+    """Repeat a run, and say what differs."""
     parser = Arguments("repeat")
     parser.add_argument("folder", nargs="?", default=Path(), type=Path)
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--trust", action="store_true")
     asked, settings = parser.parse_known_args(arguments)
     folder: Path = asked.folder
-    try:
-        record = read_record(folder)
-        if "runs" in record:
-            raise DminError(
-                f"{folder} is an experiment of a checkout: python experiments repeat {folder.name}"
-            )
-        repeated = _checked(folder, record, settings)
-        say("differs from then", since(record))
-        if asked.dry:
-            say("data and weights", _read_again(record, repeated, settings, asked.trust))
-            say("asks for more than dmin's own settings do", repeated.demands or ["nothing"])
-        elif repeated.demands and not asked.trust:
-            raise DminError(
-                f"{folder / 'config.yaml'} asks for more than dmin's own settings do, which could "
-                f"run anybody's code: {'; '.join(repeated.demands)}. If you know where it comes "
-                f"from and want that: --trust. Or give a value of your own for it, key=value."
-            )
-        else:
-            say("results", _repeated(record, repeated, settings, asked.trust))
-    except DminError as error:
-        print(f"dmin: {error}", file=sys.stderr)
-        return 1
-    return 0
+    record = read_record(folder)
+    if "runs" in record:
+        raise DminError(
+            f"{folder} is an experiment of a checkout: python experiments repeat {folder.name}"
+        )
+    repeated = _checked(folder, record, settings)
+    say("differs from then", since(record))
+    if asked.dry:
+        say("data and weights", _read_again(record, repeated, settings, asked.trust))
+        say("asks for more than dmin's own settings do", repeated.demands or ["nothing"])
+    elif repeated.demands and not asked.trust:
+        raise DminError(
+            f"{folder / 'config.yaml'} asks for more than dmin's own settings do, which could run "
+            f"anybody's code: {'; '.join(repeated.demands)}. If you know where it comes from and "
+            f"want that: --trust. Or give a value of your own for it, key=value."
+        )
+    else:
+        say("results", _repeated(record, repeated, settings, asked.trust))
 
 
 class Repeated(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,29 +105,24 @@ def status_of(path: Path) -> Status:
     return Status(path, manifest, len(there), missing, found, unattended)
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Print the status of one store or of all; return the exit status."""
-    try:
-        path, as_json = _parsed(arguments)
-        found = [status_of(each) for each in ([path] if path else _all_stores())]
-    except DminError as error:
-        print(f"dmin: {error}", file=sys.stderr)
-        return 1
+def run(arguments: Sequence[str]) -> None:
+    """Print the status of one store or of all."""
+    path, as_json = _parsed(arguments)
+    found = [status_of(each) for each in ([path] if path else _all_stores())]
     if as_json:
         values = [as_values(each) for each in found]
         print(json.dumps(values[0] if path else values, indent=1))
-        return 0
+        return
     from dmin.runtime.progress import console
 
     screen = console()
     if path is None:
         screen.print(overview(found))
-        return 0
+        return
     for line in lines(found[0]):
         screen.print(line, soft_wrap=True, highlight=False)
     if found[0].reports:
         screen.print(table(found[0]))
-    return 0
 
 
 def _all_stores() -> list[Path]:

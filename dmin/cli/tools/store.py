@@ -1,7 +1,6 @@
 """``dmin store <operation> <paths> [key=value]``: no configuration, no model, no torch."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,14 +61,9 @@ examples:
 """
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one operation; return the exit status, 1 with a message for what the user got wrong."""
-    try:
-        print(printable(_run(arguments)))
-    except DminError as error:
-        print(f"dmin: {error}", file=sys.stderr)
-        return 1
-    return 0
+def run(arguments: Sequence[str]) -> None:
+    """Run one operation, and say what was done."""
+    print(printable(_run(arguments)))
 
 
 def _run(arguments: Sequence[str]) -> str:
