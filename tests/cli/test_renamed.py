@@ -83,7 +83,11 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         renamed,
         "TARGETS",
-        {"old": "new", "old.Strong": ("new.Kind", {"power": 2, "bias": True}), "old.a.B": "c.D"},
+        {
+            "old": "new",
+            "old.Strong": {"_target_": "new.Kind", "power": 2, "bias": True},
+            "old.a.B": "c.D",
+        },
     )
     monkeypatch.setattr(renamed, "SETTINGS", {"new.Kind": {"size": "length"}})
 

@@ -1,78 +1,27 @@
 """What configurations and records of earlier releases name, and what it is called today.
 
 They enter in two ways: composed (of a user's own YAML files, overrides, or a record that is
-repeated), and as the settings that a trained model keeps beside its weights.
+repeated), and as the settings that a trained model keeps beside its weights. The names are in
+``renamed.yaml``.
 """
 
 import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from importlib.resources import files
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf, flag_override
 
 from dmin.runtime.errors import DminWarning
 
-# Old → new, of what a `_target_` named: a module, or a name in one. The longest wins. Where a class
-# became settings of another: the other, and these settings.
-TARGETS: dict[str, str | tuple[str, dict[str, Any]]] = {
-    "dmin.attribution.DMinUnnormalised": ("dmin.attribution.DMin", {"keep_norms": True}),
-    "dmin.attribution.DTRAK": (
-        "dmin.attribution.TRAK",
-        {"readout": "mean_squared_output", "name": "d_trak"},
-    ),
-    "dmin.attribution.DTRAKEnsemble": (
-        "dmin.attribution.TRAKEnsemble",
-        {"readout": "mean_squared_output", "name": "d_trak_ensemble"},
-    ),
-    "dmin.attribution.GAS": (
-        "dmin.attribution.OverCheckpoints",
-        {"method": {"_target_": "dmin.attribution.GradCos"}, "name": "gas"},
-    ),
-    "dmin.attribution.RelativeIF": (
-        "dmin.attribution.TRAK",
-        {"divisor": "change", "name": "relative_if"},
-    ),
-    "dmin.attribution.RenormalisedIF": (
-        "dmin.attribution.TRAK",
-        {"divisor": "length", "name": "renormalised_if"},
-    ),
-    "dmin.attribution.SpectralEnergy": (
-        "dmin.attribution.SharpEnergy",
-        {"alpha": 1.0, "p": 1.0, "exponent": 1.0, "effective": None, "name": "spectral_energy"},
-    ),
-    "dmin.attribution.TracIn": (
-        "dmin.attribution.OverCheckpoints",
-        {"method": {"_target_": "dmin.attribution.GradDot"}, "name": "tracin"},
-    ),
-    "dmin.collect.sharded": "dmin.collect.fsdp",
-    "dmin.data.hf": "dmin.data.huggingface",
-    "dmin.data.tars": "dmin.data.webdataset",
-    "dmin.models.ddpm": "dmin.models",
-    "dmin.models.dit": "dmin.models",
-    "dmin.models.flux": "dmin.models",
-    "dmin.models.hunyuan_dit": "dmin.models",
-    "dmin.models.mlp": "dmin.models",
-    "dmin.models.pixart": "dmin.models",
-    "dmin.models.sana": "dmin.models",
-    "dmin.models.small": "dmin.models.toy.small",
-    "dmin.models.stable_diffusion": "dmin.models",
-    "dmin.models.stable_diffusion_3": "dmin.models",
-    "dmin.models.stable_diffusion_xl": "dmin.models",
-    "dmin.noise": "dmin.diffusion",
-    "dmin.timesteps": "dmin.diffusion",
-}
-# Target of today → its settings, old → new.
-SETTINGS: dict[str, dict[str, str]] = {
-    "dmin.attribution.DMin": {"lengths": "keep_norms"},
-    "dmin.attribution.SharpEnergy": {"lengths": "length_weight", "sharpness": "exponent"},
-    "dmin.queries.Generated": {"journey": "trajectory"},
-}
-# Results of the doctor, old → new: as `repeat` compares them.
-CHECKS = {"timesteps tell examples apart": "timesteps distinguish examples"}
-# Target of today → settings that it had not yet, with what was done then.
-UNSAID: dict[str, dict[str, Any]] = {"dmin.data.image_folder.ImageFolder": {"layout": "plain"}}
+_TABLES = yaml.safe_load(files("dmin.cli.config").joinpath("renamed.yaml").read_text("utf-8"))
+TARGETS: dict[str, str | dict[str, Any]] = _TABLES["targets"]
+SETTINGS: dict[str, dict[str, str]] = _TABLES["settings"]
+CHECKS: dict[str, str] = _TABLES["checks"]
+UNSAID: dict[str, dict[str, Any]] = _TABLES["unsaid"]
 
 
 def current(name: str) -> tuple[str, dict[str, Any]]:
@@ -81,8 +30,8 @@ def current(name: str) -> tuple[str, dict[str, Any]]:
     for end in range(len(parts), 0, -1):
         found = TARGETS.get(".".join(parts[:end]))
         if found is not None:
-            new, settings = (found, {}) if isinstance(found, str) else found
-            return ".".join([new, *parts[end:]]), settings
+            settings = {"_target_": found} if isinstance(found, str) else copy.deepcopy(found)
+            return ".".join([settings.pop("_target_"), *parts[end:]]), settings
     return name, {}
 
 
@@ -130,7 +79,7 @@ def _renamed_call(node: Any, content: dict[str, Any], old: str) -> dict[str, str
     if target != old:
         node["_target_"] = target
         for key in settings.keys() - content.keys():
-            node[key] = copy.deepcopy(settings[key])
+            node[key] = settings[key]
         listed = ", ".join(f"{key}={value}" for key, value in settings.items())
         renamed[old] = f"{target} with {listed}" if listed else target
     return renamed
