@@ -36,14 +36,8 @@ def weights(network: nn.Module) -> Check:
     """Say which weights are NaN or infinite."""
     tensors = [*network.named_parameters(), *network.named_buffers()]
     bad = [n for n, p in tensors if p.is_floating_point() and not torch.isfinite(p).all()]
-    return Check(
-        "weights are finite",
-        not bad,
-        float(len(bad)),
-        0,
-        f"NaN or infinite: {_some(bad)}." if bad else "",
-        "Load another checkpoint: this one is damaged. Nothing else was checked.",
-    )
+    remedy = "Load another checkpoint: this one is damaged. Nothing else was checked."
+    return _none("weights are finite", "NaN or infinite", bad, remedy)
 
 
 def mode(network: nn.Module) -> Check:
@@ -62,9 +56,8 @@ def encoders(first: tuple[Tensor, Condition], second: tuple[Tensor, Condition]) 
     """Compare two encodings of the same examples."""
     pairs = [(first[0], second[0]), *((v, second[1][name]) for name, v in first[1].items())]
     off = max(float((in_double(a) - in_double(b)).abs().max()) for a, b in pairs)
-    return Check(
+    return Check.within(
         "encoding is deterministic",
-        off <= 1e-6,
         off,
         1e-6,
         "Largest difference between encoding the same examples twice.",
@@ -94,12 +87,10 @@ def repeatable(collector: GradientCollector, inputs: NoisedBatch) -> Check:
     with torch.no_grad():
         first, second = (readout(predict(collector.model, inputs)) for _ in range(2))
     off = float(((first - second).abs() / first.abs().clamp_min(1e-12)).max())
-    limit = _limit(collector)
-    return Check(
+    return Check.within(
         "the network is deterministic",
-        off <= limit,
         off,
-        limit,
+        _limit(collector),
         "Largest relative difference of the loss between two passes over the same input.",
         "Something in the network draws at random in eval mode. Switch its dropout off.",
     )
@@ -110,10 +101,9 @@ def sampler(model: Any) -> list[Check]:
     if not isinstance(model, LatentDiffusion) or getattr(model.process, "target", "") == "noise":
         return []
     return [
-        Check(
+        Check.within(
             "its own sampler agrees with the loss",
-            (off := sampling_error(model)) <= SAMPLER_LIMIT,
-            off,
+            sampling_error(model),
             SAMPLER_LIMIT,
             "How far the pipeline ends from the one image that the best network knows, with its "
             "scheduler and autoencoder.",
@@ -141,42 +131,35 @@ def gradients(
         return None, [Check(name, False, detail=str(error))]
     errors = found.errors()
     worst = max(errors, key=lambda n: errors[n] if errors[n] == errors[n] else float("inf"))
-    mixing = found.mixing()
     lost = [n for n, norm in found.norm.items() if not torch.isfinite(norm).all()]
     zero = [n for n, norm in found.norm.items() if (norm == 0).all()]
     return found, [
-        Check(
+        Check.within(
             name,
-            errors[worst] <= limit,
             errors[worst],
             limit,
             f"Largest error of a parameter, at {worst}, in {_dtype(collector)}, one example alone.",
             f"Leave that layer out with collect.params=<regex>, and report it: a layer of type "
             f"{type(layer_of(collector, worst)).__name__} should be had exactly.",
         ),
-        Check(
+        Check.within(
             "examples do not mix in a batch",
-            mixing <= BATCH_ROUNDING * limit,
-            mixing,
+            found.mixing(),
             BATCH_ROUNDING * limit,
             "Largest difference of an example's gradient alone and in a batch.",
             f"Something looks across examples{_batch_norms(collector.model.network)}. Have it use "
             f"fixed statistics, or set collect.microbatch=1.",
         ),
-        Check(
+        _none(
             "gradients are finite",
-            not lost,
-            float(len(lost)),
-            0,
-            f"NaN or infinite at {_some(lost)}." if lost else "",
+            "NaN or infinite",
+            lost,
             "Try trainer.precision=32-true, and look at these layers.",
         ),
-        Check(
+        _none(
             "every parameter has a gradient",
-            not zero,
-            float(len(zero)),
-            0,
-            f"Zero for all examples: {_some(zero)}." if zero else "",
+            "Zero for all examples",
+            zero,
             "They add nothing to any score. Expected of some (the bias of keys, an adapter's "
             "factor whose partner is still zero, the last block's text branch); else look why.",
             required=False,
@@ -196,9 +179,8 @@ def sketch(sketch: Sketch, device: torch.device) -> Check:
     largest = sorted(shapes.values(), key=lambda e: -prod(e.shape))[:SHAPES]
     scores = {e.name: _bias(sketch, e, device) for e in largest}
     worst = max(scores, key=lambda name: scores[name])
-    return Check(
+    return Check.within(
         "sketches keep inner products",
-        scores[worst] <= SKETCH_LIMIT,
         scores[worst],
         SKETCH_LIMIT,
         f"Largest bias over {len(scores)} shapes of layers, at {worst}, in standard errors.",
@@ -235,6 +217,12 @@ def _dtype(collector: GradientCollector) -> torch.dtype:
 
 def _limit(collector: GradientCollector) -> float:
     return LIMITS.get(_dtype(collector), max(LIMITS.values()))
+
+
+def _none(name: str, what: str, found: list[str], remedy: str, required: bool = True) -> Check:
+    """Return the check that nothing of a kind was found."""
+    detail = f"{what}: {_some(found)}." if found else ""
+    return Check(name, not found, float(len(found)), 0, detail, remedy, required)
 
 
 def _batch_norms(network: nn.Module) -> str:

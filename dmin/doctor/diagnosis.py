@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from rich.table import Table
 from rich.text import Text
@@ -35,6 +35,11 @@ class Check:
     detail: str = ""
     remedy: str = ""
     required: bool = True
+
+    @classmethod
+    def within(cls, name: str, value: float, limit: float, detail: str, remedy: str) -> Self:
+        """Return the check that a number is not above a limit, which NaN is."""
+        return cls(name, value <= limit, value, limit, detail, remedy)
 
     @property
     def verdict(self) -> str:
