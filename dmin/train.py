@@ -2,9 +2,9 @@
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import lightning
 import torch
@@ -56,11 +56,8 @@ class StepLines(ProgressBar):
             print(f"{line}, loss {trainer.callback_metrics['loss']:.3g}", flush=True)
 
 
-class ModelFactory(Protocol):
-    """Builds an untrained model; weights are drawn from torch's global generator."""
-
-    def __call__(self) -> DiffusionModel:
-        """Return a new model."""
+ModelFactory = Callable[[], DiffusionModel]
+"""Builds an untrained model; weights are drawn from torch's global generator."""
 
 
 @dataclass(frozen=True)

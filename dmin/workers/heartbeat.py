@@ -31,6 +31,7 @@ from dmin.workers.liveness import EVERY, FOLDER, WorkerStatus, born, machine_her
 from dmin.workers.shard import Shard
 
 TRIES = 100  # to write into a folder that others make and remove
+FOUND_BY_READER = ("share", "age", "ahead", "foreign")  # the first by the file's name
 LOG_EVERY = 60.0  # seconds between two lines of the log of a process whose state stays
 
 
@@ -171,14 +172,8 @@ class Heartbeat:
     def _text(self) -> bytes:
         with self._lock:
             self._said = replace(self._said, beat=self._said.beat + 1, clock=time.time())
-            document = asdict(self._said)
-        for name in (
-            "share",
-            "age",
-            "ahead",
-            "foreign",
-        ):  # in the file's name; for the reader to find
-            del document[name]
+            said = asdict(self._said)
+        document = {name: value for name, value in said.items() if name not in FOUND_BY_READER}
         return (json.dumps(document, indent=1) + "\n").encode()
 
     def _write(self) -> None:
