@@ -71,6 +71,13 @@ def shown_count(work: Workspace, setting: str) -> int:
     return k
 
 
+def show_files(work: Workspace, results: dict[str, Any], *names: str) -> None:
+    """Say which files of the run's folder to look at, and note them in its record."""
+    results["files"] = list(names)
+    files = (str(work.run_folder / name) for name in names)
+    work.console.print("\n  ".join(["Look at", *files]), soft_wrap=True)
+
+
 def _as_typed(folder: Path) -> Path:
     here = Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dmin.cli.commands.collect import collect
-from dmin.cli.commands.command import Command
+from dmin.cli.commands.command import Command, show_files
 from dmin.cli.commands.train import train
 from dmin.cli.workspace.built import build_queries
 from dmin.cli.workspace.workspace import Workspace
@@ -59,8 +59,7 @@ def evaluate(work: Workspace, results: dict[str, Any]) -> None:
     results["figures"] = _figures(report.results)
     results["table"] = [[r.task, r.name, r.metric, r.mean, r.low, r.high] for r in report.results]
     work.console.print(terminal(report))
-    listed = "".join(f"\n  {file}" for file in files)
-    work.console.print(f"Look at{listed}", soft_wrap=True)
+    show_files(work, results, *(file.name for file in files))
     chosen = _chosen_method()
     if chosen in report.left_out:  # not what was asked for, whatever else was measured
         raise DminError(f"method={chosen} was not measured: {report.left_out[chosen]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dmin.cli.commands.command import Command, shown_count
+from dmin.cli.commands.command import Command, show_files, shown_count
 from dmin.cli.workspace.built import build_queries
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.progress import followed, titled
@@ -68,9 +68,7 @@ def losses(work: Workspace, results: dict[str, Any]) -> None:
         gap = over_fitting(table, loss_table(held, usual=usual, paired=paired))
         work.console.print(titled("held out", f": {gap.spell()}"), soft_wrap=True)
         results["figures"]["gap"] = f"{gap.mean:+.1%}"
-    files = [folder / name for name in ("losses.csv", "highest.png", "lowest.png")]
-    results["files"] = [file.name for file in files]  # beside the record
-    work.console.print("\n  ".join(["Look at", *map(str, files)]), soft_wrap=True)
+    show_files(work, results, "losses.csv", "highest.png", "lowest.png")
 
 
 def _losses_of(work: Workspace) -> Store:

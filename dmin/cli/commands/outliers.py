@@ -4,7 +4,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from dmin.cli.commands.command import Command, shown_count
+from dmin.cli.commands.command import Command, show_files, shown_count
 from dmin.cli.workspace.built import build
 from dmin.cli.workspace.workspace import Workspace
 
@@ -39,8 +39,5 @@ def outliers(work: Workspace, results: dict[str, Any]) -> None:
     title = "Rare, or labelled wrongly? They explain themselves most"
     save_sheet(pictures, ids, below, folder / "outliers.png", title=title)
     results["figures"] = {"examples": f"{len(store):,}", "first": " ".join(ids[:3]) + " …"}
-    results["files"] = ["outliers.png", "outliers.csv"]  # beside the record
     work.console.print(table)
-    work.console.print(
-        f"Look at\n  {folder / 'outliers.png'}\n  {folder / 'outliers.csv'}", soft_wrap=True
-    )
+    show_files(work, results, "outliers.png", "outliers.csv")

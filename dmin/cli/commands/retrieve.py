@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dmin.cli.commands.command import Command, shown_count
+from dmin.cli.commands.command import Command, show_files, shown_count
 from dmin.cli.workspace.built import build, build_queries
 from dmin.cli.workspace.made_of import note_queries
 from dmin.cli.workspace.search import SELECTED, Search, pooling
@@ -87,7 +87,6 @@ def _show(
     save_html(rankings, *pictures, page, query_files=files[0], train_files=files[1], places=maps)
     ids = " ".join(found[0] for found in first.train_ids[:3])
     results["figures"] = {"queries": f"{len(first.query_ids):,}", "first found": f"{ids} …"}
-    results["files"] = ["gallery.png", "gallery.html"]  # beside the record
     for ranking in rankings:
         work.console.print(ranking_table(ranking, width=work.console.width))
         for line in ranking_notes(ranking):
@@ -96,8 +95,4 @@ def _show(
             work.console.print(titled(what, f": {note}"))
     if len(rankings) > 1:
         work.console.print(titled("agreement", f": {'; '.join(spell_overlaps(rankings))}"))
-    work.console.print(
-        f"Look at\n  {folder / 'gallery.html'}\n  {folder / 'gallery.png'}\n"
-        f"  {folder / 'ranking.csv'}",
-        soft_wrap=True,
-    )
+    show_files(work, results, "gallery.html", "gallery.png", "ranking.csv")
