@@ -1,7 +1,5 @@
 """One request for the best examples: what is asked, checked, and the way to a ranking."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

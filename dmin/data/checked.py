@@ -1,7 +1,5 @@
 """Datasets that look at all images first: what cannot be read is refused or left out by name."""
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """scikit-learn's 1,797 real handwritten digits: data for the demo that needs no download."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Literal
 

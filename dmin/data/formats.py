@@ -1,7 +1,5 @@
 """Formats of image files that are opened, and how a file is told to be one."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import io

@@ -1,7 +1,5 @@
 """The one lookup of examples by their ids, and of what is known of them besides pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What the files of a folder are: examples, captions, masks, metadata, or ignored, and why."""
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """Files beside images: masks of the loss, as trainers read them, and condition images."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence

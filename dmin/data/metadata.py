@@ -1,7 +1,5 @@
 """Captions, labels and all else that stands in metadata files beside images."""
 
-from __future__ import annotations
-
 import csv
 import difflib
 import importlib

@@ -1,7 +1,5 @@
 """Datasets as Lightning takes them: shuffled batches to train on, fixed blocks to collect."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 

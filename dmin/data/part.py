@@ -1,7 +1,5 @@
 """The part of a picture that is asked about: a region, or a mask."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Sequence

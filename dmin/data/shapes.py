@@ -1,7 +1,5 @@
 """Captioned shapes, drawn by rule: colour images with known causes, in any number, no download."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import numpy as np

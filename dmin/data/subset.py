@@ -1,7 +1,5 @@
 """A part of a dataset: for models trained on subsets, and for quick trials."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Reading all files of a dataset once: what each holds, and whether it can be read at all."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

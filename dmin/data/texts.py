@@ -1,7 +1,5 @@
 """Text and JSON in files of others: read by its byte-order mark, held to what a store can keep."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import math

@@ -1,7 +1,5 @@
 """The gallery as one PNG: each query in a row with the training examples behind it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

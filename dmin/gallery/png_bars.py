@@ -1,7 +1,5 @@
 """The bars of the gallery's PNG: what timesteps and groups of layers added."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

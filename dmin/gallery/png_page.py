@@ -1,7 +1,5 @@
 """The page of the gallery's PNG: where everything stands, in pixels, and how type is set on it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

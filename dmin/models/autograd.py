@@ -1,7 +1,5 @@
 """Gradients by plain autograd: the oracle that captured ones are held to."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What latent diffusion models that are conditioned on captions, and on image sizes, share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """Labels of classes: numbers, or text by a mapping that is recorded when a model is trained."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path

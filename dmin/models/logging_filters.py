@@ -1,7 +1,5 @@
 """What transformers, diffusers and Lightning say by the way: less of it, and in fewer words."""
 
-from __future__ import annotations
-
 import logging
 import re
 import warnings

@@ -1,7 +1,5 @@
 """Per-example gradients of diffusers' own normalizations, registered where this is imported."""
 
-from __future__ import annotations
-
 import torch
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from torch import Tensor

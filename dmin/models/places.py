@@ -1,7 +1,5 @@
 """What each place of an image adds to a readout."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from dmin.models.base import Prediction

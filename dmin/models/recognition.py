@@ -1,7 +1,5 @@
 """``model=auto``: which family a checkpoint is of, from its small files alone."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import re

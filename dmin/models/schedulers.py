@@ -1,7 +1,5 @@
 """The process that a model was trained with, by the class of its checkpoint's scheduler."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Text encoders that were trained with the network: captions are encoded inside each pass."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self

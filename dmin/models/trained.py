@@ -1,7 +1,5 @@
 """A network of diffusers with the process and the loss that it was trained with."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a pipeline took each image for at every step: caught where its scheduler takes the step."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager

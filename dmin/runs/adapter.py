@@ -1,7 +1,5 @@
 """The adapter that came out of a run: the last file, else the latest of those on the way."""
 
-from __future__ import annotations
-
 import glob
 import re
 from collections.abc import Sequence

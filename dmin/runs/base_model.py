@@ -1,7 +1,5 @@
 """Which family a base model is of, from its small files alone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The checkpoints on the way of a run, and the learning rates of the steps between them."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Configs and paths of trainers as they are found: on another machine, from another folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

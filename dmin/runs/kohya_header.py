@@ -1,7 +1,5 @@
 """A LoRA of kohya sd-scripts without its config: what the header of the file says of the run."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """musubi-tuner: a TOML of options, and one of data sets, each of which is a folder."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

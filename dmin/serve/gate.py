@@ -1,7 +1,5 @@
 """Who may ask, from where, and how much: in front of everything else."""
 
-from __future__ import annotations
-
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The map of a store: its rows in a plane, and which of them lie near each other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from threading import Lock
 from typing import Any

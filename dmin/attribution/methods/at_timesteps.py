@@ -1,7 +1,5 @@
 """A question about some timesteps: large t are of composition, small ones of texture."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import replace

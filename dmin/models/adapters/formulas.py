@@ -1,7 +1,5 @@
 """What the tensors of an adapter add to the weight of a layer, by kind."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import product
 from math import prod

@@ -1,7 +1,5 @@
 """Layers and what adapters change of them, with the file's own factors as parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Adapters in a network: what they are, saved, and taken off."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections import Counter

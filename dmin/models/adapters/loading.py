@@ -1,7 +1,5 @@
 """Putting adapters into a network and the text encoders beside it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What trainers call the layers of a network: its own names, and those of the original layouts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Adapter files: their tensors, by the module that each is of and what it is of it."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass, field

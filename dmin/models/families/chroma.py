@@ -1,7 +1,5 @@
 """Chroma: Flux without guidance, whose network sees a mask of the caption."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """Networks that are given a drawing, or a map of depths, in channels of their own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

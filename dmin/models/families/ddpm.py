@@ -1,7 +1,5 @@
 """DDPM in pixel space: ``UNet2DModel`` and its scheduler, class-conditional or not."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

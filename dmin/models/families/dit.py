@@ -1,7 +1,5 @@
 """DiT: a transformer on latents, conditioned on classes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 

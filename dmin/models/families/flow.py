@@ -1,7 +1,5 @@
 """What the families of rectified flows share: defaults, guidance as an input, padded captions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Flux: a transformer on packed latents, distilled to take its guidance as an input."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from torch import Tensor

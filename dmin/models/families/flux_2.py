@@ -1,7 +1,5 @@
 """FLUX.2: a transformer on packed latents, normalised by the running statistics of its VAE."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from torch import Tensor

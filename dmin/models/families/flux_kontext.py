@@ -1,7 +1,5 @@
 """FLUX.1 Kontext: Flux with the tokens of an image to change behind those of the noised one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

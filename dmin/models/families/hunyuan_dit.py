@@ -1,7 +1,5 @@
 """HunyuanDiT: a transformer on latents, with two text encoders, told the sizes of images."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 

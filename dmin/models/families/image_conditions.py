@@ -1,7 +1,5 @@
 """Latent diffusion models that are given an image beside the noised one: to change, mask, depth."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Inpainting: networks that are given a mask and the latents of what is left of an image."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pixel_unshuffle

@@ -1,7 +1,5 @@
 """InstructPix2Pix: networks that are given the latents of an image to change."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

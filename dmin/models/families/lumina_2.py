@@ -1,7 +1,5 @@
 """Lumina Image 2: one transformer over caption and image, told by Gemma 2."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from dmin.models.base import Condition

@@ -1,7 +1,5 @@
 """PixArt-α: a small text-to-image transformer on latents."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Qwen-Image: a transformer on packed latents of a video autoencoder, told by a language model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Sana: a transformer with linear attention on latents of a deep autoencoder."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal

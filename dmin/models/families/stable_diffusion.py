@@ -1,7 +1,5 @@
 """Stable Diffusion 1.x and 2.x: ``UNet2DConditionModel`` in the latents of a VAE."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from dmin.diffusion.processes import EDM, DiscreteDiffusion, RectifiedFlow

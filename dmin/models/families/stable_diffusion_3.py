@@ -1,7 +1,5 @@
 """Stable Diffusion 3 and 3.5: a transformer on text and latents together, trained as a flow."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Literal
 
 from dmin.models.families.flow import Flow

@@ -1,7 +1,5 @@
 """Stable Diffusion XL: a larger UNet that is told the sizes of images."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

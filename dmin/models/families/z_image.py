@@ -1,7 +1,5 @@
 """Z-Image: a transformer on lists of images and captions, each of its own length."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -4,8 +4,6 @@ It trains in seconds, and hundreds of its kind at once by batched matrix product
 by retraining needs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import pairwise

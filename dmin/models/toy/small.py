@@ -4,8 +4,6 @@ It is built of diffusers' and transformers' own classes, saved and loaded as any
 that what is measured on it goes through the same code as a large model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
