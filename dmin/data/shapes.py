@@ -1,5 +1,6 @@
 """Captioned shapes, drawn by rule: colour images with known causes, in any number, no download."""
 
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -47,6 +48,7 @@ _FINE = 4  # drawn this many times larger, then averaged, for smooth edges
 Colour = tuple[float, float, float]
 
 
+@dataclass(eq=False, repr=False)
 class Shapes:
     """Images such as "a small red striped triangle on a blue background", all of it known.
 
@@ -66,40 +68,33 @@ class Shapes:
         DminError: a setting that nothing can be drawn from.
     """
 
-    def __init__(
-        self,
-        split: Literal["train", "heldout"] = "train",
-        examples: int = 2000,
-        size: int = 32,
-        label: Literal["shape", "colour", "texture", "size", "background", "source"] = "shape",
-        minority: float = 0.04,
-        seed: int = 0,
-    ) -> None:
-        for name, value, allowed in (
-            ("split", split, ("train", "heldout")),
-            ("label", label, ATTRIBUTES),
-        ):
-            if value not in allowed:
+    split: Literal["train", "heldout"] = "train"
+    examples: int = 2000
+    size: int = 32
+    label: Literal["shape", "colour", "texture", "size", "background", "source"] = "shape"
+    minority: float = 0.04
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what nothing can be drawn from."""
+        choices = {"split": ("train", "heldout"), "label": (*ATTRIBUTES,)}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
                 raise DminError(f"data.{name}={value!r}: choose one of {', '.join(allowed)}.")
-        if not 1 <= examples <= _HELDOUT or size < 8 or not 0 <= minority <= 1 or seed < 0:
+        fits = 1 <= self.examples <= _HELDOUT and self.size >= 8
+        if not fits or not 0 <= self.minority <= 1 or self.seed < 0:
             raise DminError(
-                f"data.examples={examples}, data.size={size}, data.minority={minority}, "
-                f"data.seed={seed}: at most {_HELDOUT:,} examples, one or more, of 8 pixels or "
-                f"more, a minority in [0, 1] and a seed of 0 or more are needed."
+                f"data.examples={self.examples}, data.size={self.size}, data.minority="
+                f"{self.minority}, data.seed={self.seed}: at most {_HELDOUT:,} examples, one or "
+                f"more, of 8 pixels or more, a minority in [0, 1] and a seed of 0 or more are "
+                f"needed."
             )
-        self.settings: dict[str, Any] = {
-            "split": split,
-            "size": size,
-            "label": label,
-            "minority": minority,
-            "seed": seed,
-        }
-        self.size = size
-        self.label = label
-        self.minority = minority
-        self.seed = seed
-        start = _HELDOUT if split == "heldout" else 0
-        self.numbers: range = range(start, start + examples)
+
+    @property
+    def numbers(self) -> range:
+        """The numbers that the images are drawn from."""
+        start = _HELDOUT if self.split == "heldout" else 0
+        return range(start, start + self.examples)
 
     @property
     def ids(self) -> list[str]:
@@ -129,8 +124,7 @@ class Shapes:
         few = [self[index].image.numpy() for index in range(min(8, len(self)))]
         return {
             "name": type(self).__name__,
-            "examples": len(self),
-            **self.settings,
+            **asdict(self),
             "recipe": RECIPE,
             "first": array_digest(*few),
         }
