@@ -18,7 +18,7 @@ class BackgroundWriter:
 
     At most ``waiting`` blocks are in memory unwritten: then :meth:`append` waits. Whatever failed
     is raised by the next call, and every call but ``append`` returns only when all that was handed
-    over before is with the store's writer: what a kill can cost is what it is without the thread.
+    over before is with the store's writer: a kill costs no more than it would without the thread.
 
     Args:
         writer: the store's writer; nobody else may use it meanwhile.

@@ -15,7 +15,7 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.sampling import evenly
 
 BYTES = 1 << 28  # of rows in memory
-NEAR, KINDS = 12, 12  # neighbours shown; values of a column that colours can tell apart
+NEAR, KINDS = 12, 12  # neighbours shown; values of a column that colours distinguish
 
 
 class StoreMap:

@@ -7,7 +7,8 @@ order: the result is the same to the bit for any number of threads.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -103,20 +104,29 @@ def fold_factors(
         rows: values float32.
         budget: bytes that formed gradients or packed factors may take at once.
     """
-    shape, values, norms = map_.shape, rows.values, rows.squared_norm
-    measure = norms is not None
-    # The loops are compiled for rows that lie side by side: those of a single group.
+    shape, measure = map_.shape, rows.squared_norm is not None
+    with _sums(rows) as sums:
+        work = _Work(as_matrices(shape), _compiled(map_), *sums, measure)
+        layouts = _layouts(factors, measure)
+        if layouts is None:
+            _fold_dense(factors, shape, work, budget)
+        for layout in layouts or ():
+            if factors.batch < PARTS and prod(shape) >= PARTS * PART:
+                _fold_in_parts(layout, work)
+            else:
+                _fold_examples(layout, work, budget)
+
+
+@contextmanager
+def _sums(rows: GroupRows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Give what the loops add rows and squared norms to; it is with the rows at the end.
+
+    The loops are compiled for rows that lie side by side: those of a single group.
+    """
+    values, norms = rows.values, rows.squared_norm
     sums = values if values.is_contiguous() else torch.zeros(values.shape)
     squares = np.zeros(len(values), np.float32)
-    work = _Work(as_matrices(shape), _compiled(map_), sums.numpy(), squares, measure)
-    layouts = _layouts(factors, measure)
-    if layouts is None:
-        _fold_dense(factors, shape, work, budget)
-    for layout in layouts or ():
-        if factors.batch < PARTS and prod(shape) >= PARTS * PART:
-            _fold_in_parts(layout, work)
-        else:
-            _fold_examples(layout, work, budget)
+    yield sums.numpy(), squares
     if sums is not values:
         values += sums
     if norms is not None:
@@ -190,18 +200,12 @@ def fold_vectors(
         maps: of each, with one block size.
         rows: values float32.
     """
-    values, norms = rows.values, rows.squared_norm
-    sums = values if values.is_contiguous() else torch.zeros(values.shape)
-    squares = np.zeros(len(values), np.float32)
     together = torch.cat([wide(gradient.detach()) for gradient in gradients], 1).numpy()
     starts = np.cumsum([0, *(gradient.shape[1] for gradient in gradients)])
     words = np.array([(map_.sign, map_.offset) for map_ in maps], np.uint32)
-    how = maps[0].block, sums.numpy(), squares, norms is not None
-    kernels().fold_vectors(together, starts, words, *how)
-    if sums is not values:
-        values += sums
-    if norms is not None:
-        norms += torch.from_numpy(squares)
+    with _sums(rows) as sums:
+        how = maps[0].block, *sums, rows.squared_norm is not None
+        kernels().fold_vectors(together, starts, words, *how)
 
 
 def _compiled(map_: BlockCyclicMap | TensorSketchMap) -> Fold:
