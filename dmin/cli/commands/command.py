@@ -71,11 +71,11 @@ def shown_count(work: Workspace, setting: str) -> int:
     return k
 
 
-def show_files(work: Workspace, results: dict[str, Any], *names: str) -> None:
-    """Say which files of the run's folder to look at, and note them in its record."""
-    results["files"] = list(names)
+def show_files(work: Workspace, *names: str) -> list[str]:
+    """Say which files of the run's folder to look at; return their names, for its record."""
     files = (str(work.run_folder / name) for name in names)
     work.console.print("\n  ".join(["Look at", *files]), soft_wrap=True)
+    return list(names)
 
 
 def _as_typed(folder: Path) -> Path:

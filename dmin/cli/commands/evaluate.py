@@ -59,7 +59,7 @@ def evaluate(work: Workspace, results: dict[str, Any]) -> None:
     results["figures"] = _figures(report.results)
     results["table"] = [[r.task, r.name, r.metric, r.mean, r.low, r.high] for r in report.results]
     work.console.print(terminal(report))
-    show_files(work, results, *(file.name for file in files))
+    show_files(work, *(file.name for file in files))
     chosen = _chosen_method()
     if chosen in report.left_out:  # not what was asked for, whatever else was measured
         raise DminError(f"method={chosen} was not measured: {report.left_out[chosen]}")

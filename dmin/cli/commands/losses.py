@@ -68,7 +68,7 @@ def losses(work: Workspace, results: dict[str, Any]) -> None:
         gap = over_fitting(table, loss_table(held, usual=usual, paired=paired))
         work.console.print(titled("held out", f": {gap.spell()}"), soft_wrap=True)
         results["figures"]["gap"] = f"{gap.mean:+.1%}"
-    show_files(work, results, "losses.csv", "highest.png", "lowest.png")
+    results["files"] = show_files(work, "losses.csv", "highest.png", "lowest.png")
 
 
 def _losses_of(work: Workspace) -> Store:

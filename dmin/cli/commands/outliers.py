@@ -40,4 +40,4 @@ def outliers(work: Workspace, results: dict[str, Any]) -> None:
     save_sheet(pictures, ids, below, folder / "outliers.png", title=title)
     results["figures"] = {"examples": f"{len(store):,}", "first": " ".join(ids[:3]) + " …"}
     work.console.print(table)
-    show_files(work, results, "outliers.png", "outliers.csv")
+    results["files"] = show_files(work, "outliers.png", "outliers.csv")

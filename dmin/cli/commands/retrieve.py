@@ -95,4 +95,4 @@ def _show(
             work.console.print(titled(what, f": {note}"))
     if len(rankings) > 1:
         work.console.print(titled("agreement", f": {'; '.join(spell_overlaps(rankings))}"))
-    show_files(work, results, "gallery.html", "gallery.png", "ranking.csv")
+    results["files"] = show_files(work, "gallery.html", "gallery.png", "ranking.csv")
