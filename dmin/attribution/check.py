@@ -25,6 +25,12 @@ def check_pair(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
             f"method={method.name} compares whole pictures, and a part of them is asked about. "
             f"Leave queries.region and queries.mask out, or choose a method of gradients."
         )
+    if method.requires.images and "without" in queries.store.manifest.dataset:
+        raise DminError(
+            f"method={method.name} compares pictures, and the difference of two prompts is asked "
+            f"about. Leave --concept and --without (model.query_without) out, or choose a method "
+            f"of gradients."
+        )
     if method.requires.model:
         _check_origin(queries, train, method)
     if method.requires.trajectory:

@@ -119,7 +119,10 @@ class Part:
         """Return a mask of a file, in the size of its picture."""
         file = Path(self.mask or "").expanduser()
         if file.is_dir():
-            file = Masks(folder=file, required=True).find(root, [name])[name]
+            try:
+                file = Masks(folder=file).find(root, [name])[name]
+            except DminError as error:
+                raise DminError(str(error).replace("data.masks", "queries.mask")) from error
         seen = Pixels(mode="L", background="black")  # what is transparent is not asked about
         picture = seen.decode(read_bytes(file, str(file)), str(file)).image
         own = picture.shape[2] / picture.shape[1]
