@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dmin.collect.prediction import Cost
+from dmin.doctor.size import Size
 from dmin.doctor.timestep_report import Timestep, report_table
 from dmin.runtime.formatting import byte_size, span
 
@@ -65,12 +66,14 @@ class Diagnosis:
         coverage: how the gradients of all parameters are had.
         timesteps: how much each distinguishes the examples.
         cost: of the whole dataset; None when the examination ended before.
+        size: what the model takes of the device, by its configs alone; None if that is unknown.
     """
 
     checks: Sequence[Check]
     coverage: Sequence[Covered] = field(default_factory=list)
     timesteps: Sequence[Timestep] = field(default_factory=list)
     cost: Cost | None = None
+    size: Size | None = None
 
     @property
     def passed(self) -> bool:
@@ -90,6 +93,7 @@ class Diagnosis:
             "coverage": [row._asdict() for row in self.coverage],
             "timesteps": [{**row._asdict(), "blind": row.blind} for row in self.timesteps],
             "cost": self.cost._asdict() if self.cost else None,
+            "size": self.size._asdict() if self.size else None,
         }
         Path(path).write_text(json.dumps(content, indent=2) + "\n")
 

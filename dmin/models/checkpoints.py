@@ -6,8 +6,10 @@ import inspect
 import json
 import re
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,6 +27,8 @@ from dmin.runtime.errors import DminError
 DType = Literal["float32", "bfloat16", "float64"]
 """float16 is left out: gradients of a mean over pixels are smaller than it can hold."""
 
+_SHAPES_ALONE: ContextVar[bool] = ContextVar("shapes_alone", default=False)
+
 _IN_FILE = {
     "vae": ("first_stage_model.", "vae."),
     "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
@@ -32,6 +36,16 @@ _IN_FILE = {
     "text_encoder_3": ("text_encoders.t5xxl.",),
 }
 """How the weights of components are named in single files of Stable Diffusion and Flux."""
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Have pipelines loaded meanwhile hold shapes alone, on ``meta``: no weight is read."""
+    token = _SHAPES_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _SHAPES_ALONE.reset(token)
 
 
 def load_pipeline(
@@ -85,7 +99,11 @@ def load_pipeline(
         pipeline_class = check_checkpoint(family, str(source if is_local else path), revision)
         with ExitStack() as stack:
             where = str(path)
-            if is_local:
+            if _SHAPES_ALONE.get():
+                where = str(source if is_local else path)
+                options |= _shapes(pipeline_class, where, options)
+                file = variant = None
+            elif is_local:
                 own, file = stack.enter_context(plain(source, file, options["torch_dtype"]))
                 where = str(own)
             stack.enter_context(warnings.catch_warnings())
@@ -108,6 +126,27 @@ def _refuse_quantised(pipeline: Any, path: str | Path) -> None:
                 f"model.path={path}: the weights of its {name} are quantised. Download it, and "
                 f"give the folder: its numbers are then read as they stand."
             )
+
+
+def _shapes(pipeline_class: Any, where: str, options: dict[str, Any]) -> dict[str, nn.Module]:
+    """Return the modules of a checkpoint on ``meta``, made from their configs."""
+    found: dict[str, nn.Module] = {}
+    for name, entry in pipeline_class.load_config(where, revision=options["revision"]).items():
+        if not isinstance(entry, list) or None in entry or name in options:
+            continue
+        library, kind = entry
+        own = library in ("diffusers", "transformers")
+        kind = getattr(import_module(library if own else f"diffusers.pipelines.{library}"), kind)
+        if not issubclass(kind, nn.Module):
+            continue
+        place = {"subfolder": name, "revision": options["revision"]}
+        with torch.device("meta"):
+            if hasattr(kind, "load_config"):
+                made = kind.from_config(kind.load_config(where, **place))
+            else:
+                made = kind(kind.config_class.from_pretrained(where, **place))
+        found[name] = nn.Module.to(made, options["torch_dtype"])
+    return found
 
 
 def _refuse_code(source: Path) -> None:
@@ -220,6 +259,8 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     Raises:
         DminError: no such file, or the weights are another network's.
     """
+    if _SHAPES_ALONE.get():
+        return
     path = Path(path)
     if path.is_dir() and (path / "config.json").is_file():
         network_class: Any = type(network)

@@ -1,10 +1,17 @@
 """``dmin doctor``: is the model measured rightly, and what will collecting take?"""
 
-from typing import Any
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from dmin.cli.commands.command import Command
+from dmin.cli.workspace.built import build
 from dmin.cli.workspace.workspace import Workspace
 from dmin.runtime.errors import DminError
+
+if TYPE_CHECKING:
+    from dmin.doctor.size import Size
 
 
 @Command
@@ -15,6 +22,7 @@ def doctor(work: Workspace, results: dict[str, Any]) -> None:
     work.require_one_process()
     settings = work.cfg.collect
     data = work.data  # first, as it is read sooner than the model
+    size = predicted_size(work)
     found = diagnose(
         work.collector,
         data,
@@ -23,6 +31,7 @@ def doctor(work: Workspace, results: dict[str, Any]) -> None:
         settings.dtype,
         settings.block_size,
     )
+    found = replace(found, size=size)
     file = work.run_folder / "diagnosis.json"
     found.save(file)
     results["checks"] = {check.name: check.verdict for check in found.checks}
@@ -36,3 +45,26 @@ def doctor(work: Workspace, results: dict[str, Any]) -> None:
             f"above and in {file}."
         )
     work.console.print(f"Nothing failed. All of it is in\n  {file}", soft_wrap=True)
+
+
+def predicted_size(work: Workspace) -> Size | None:
+    """Say what the model takes of the device, before weights are read; None if that is unknown."""
+    from dmin.doctor.size import predict_size
+    from dmin.models.checkpoints import without_weights
+
+    with without_weights():
+        model = build(work.cfg.model)
+    network = model.network
+    if not all(p.is_meta for p in network.parameters()):  # a model of one's own is there already
+        return None
+    collector = work.collector_of(model)
+    device = work.trainer().strategy.root_device
+    try:
+        size = predict_size(collector, work.data[0], len(work.data), device)
+    except (NotImplementedError, RuntimeError) as error:
+        work.notes.print(f"memory and time are not predicted from the configs: {error}")
+        return None
+    checkpointing = getattr(network, "_supports_gradient_checkpointing", False)
+    remedies = size.remedies(next(network.parameters()).dtype, checkpointing)
+    work.console.print(size.table(remedies))
+    return size

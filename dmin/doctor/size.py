@@ -1,0 +1,246 @@
+"""What a model takes of a device, from its configs alone: before any weight is read.
+
+The network is built on torch's ``meta`` device and runs one pair of example and timestep there, by
+its shapes. What autograd keeps for backward is added up, and operations are counted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from dmin.collect import GradientCollector
+from dmin.data.base import Example, collate
+from dmin.runtime import memory
+from dmin.runtime.formatting import byte_size, span
+
+_ATEN = torch.ops.aten
+_FUSED = _ATEN._scaled_dot_product_flash_attention_for_cpu
+# Which torch's counter does not know.
+COUNTED = {_FUSED: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+# Operations of collecting, in forward passes: forward, the gradients of activations, and about as
+# many for those of the weights and their sketch (experiments/bench: .6 to 1 of plain training).
+PASSES = 3
+SIDE = 1024  # of the matrix product by which a device's speed is told
+
+
+class Size(NamedTuple):
+    """What a model takes, and what there is."""
+
+    network: str  # name of its class
+    parameters: int
+    network_bytes: int
+    encoder_bytes: int  # in all; they leave the device when all is encoded
+    kept_bytes: int  # of a pair, from its forward pass to the end of backward
+    pairs: int  # of a pass, as collect.microbatch has it
+    operations: int  # of a forward pass of one pair
+    all_pairs: int
+    free_bytes: int | None  # of the device's memory; None where nothing tells
+    speed: float  # operations a second of a matrix product there
+
+    @property
+    def needed(self) -> int:
+        """Bytes of network and activations; what forms gradients comes to it (collect.budget)."""
+        return self.network_bytes + self.pairs * self.kept_bytes
+
+    @property
+    def seconds(self) -> float:
+        """The least that all pairs take: as if all operations were products of large matrices."""
+        return PASSES * self.operations * self.all_pairs / self.speed
+
+    def remedies(self, dtype: torch.dtype, offers_checkpointing: bool) -> list[str]:
+        """Return settings that make it fit, the cheapest first; none if it fits.
+
+        Args:
+            dtype: of the weights.
+            offers_checkpointing: whether the network can compute activations again.
+        """
+        if self.free_bytes is None or self.needed <= self.free_bytes:
+            return []
+        free, kept = self.free_bytes, self.kept_bytes
+        left, halved = free - self.network_bytes, 2 * free - self.network_bytes
+        again = "collect.gradient_checkpointing=true "
+        found = [f"collect.microbatch={left // kept}"] if left >= kept else []
+        if dtype == torch.float32 and halved >= kept:
+            pairs = min(self.pairs, halved // kept)
+            found.append(f"model.torch_dtype=bfloat16 collect.microbatch={pairs}")
+        if left > 0 and offers_checkpointing:
+            found.append(f"{again}collect.microbatch=1")
+        if left < kept and (kept < free or offers_checkpointing):
+            # What is kept is not shared among processes; computed again, it is taken for a half.
+            fewer, beside = ("", kept) if kept < free else (again, free // 2)
+            parts = math.ceil(self.network_bytes / (free - beside))
+            found.append(f"trainer=offload {fewer}collect.microbatch=1")
+            found.append(
+                f"trainer=fsdp trainer.devices={max(2, parts)} {fewer}collect.microbatch=1"
+            )
+        return found
+
+    def table(self, remedies: list[str]) -> Table:
+        """Return it for the terminal."""
+        title = "Before weights are read, from the configs alone"
+        table = Table(title=title, title_justify="left", show_header=False)
+        table.add_row(self.network, f"{self.parameters:,} parameters")
+        table.add_row("its weights", byte_size(self.network_bytes))
+        if self.encoder_bytes:
+            table.add_row("encoders, until all is encoded", byte_size(self.encoder_bytes))
+        kept = f"{byte_size(self.kept_bytes)}, times {self.pairs} (collect.microbatch)"
+        table.add_row("kept of a pair until backward", kept)
+        free = "unknown" if self.free_bytes is None else byte_size(self.free_bytes)
+        table.add_row("in all", f"{byte_size(self.needed)} of {free}{'' if remedies else ': fits'}")
+        for i, remedy in enumerate(remedies):
+            table.add_row("" if i else "does not fit; may do so by", remedy)
+        at = f"at {self.speed / 1e12:,.2g} TFLOP/s of a matrix product here"
+        table.add_row("all examples, at least", f"{span(self.seconds)} {at}")
+        return table
+
+
+def predict_size(
+    collector: GradientCollector, example: Example, examples: int, device: torch.device
+) -> Size:
+    """Return what a collector's model takes of a device.
+
+    Args:
+        collector: of a model on ``meta``, as :func:`dmin.models.checkpoints.without_weights` gives
+            it. Its parameters are those that are attributed.
+        example: one of the data.
+        examples: how many there are.
+        device: where it is to run.
+
+    Raises:
+        NotImplementedError, RuntimeError: the model asks for numbers that shapes do not tell.
+    """
+    model, network = collector.model, collector.model.network
+    attributed = collector.attributed.by_name
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in attributed)
+    own = {x.untyped_storage()._cdata for x in (*network.parameters(), *network.buffers())}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that no other comes to its address
+        return tensor
+
+    with ShapesAlone():
+        with torch.no_grad():
+            x0, condition = model.encode(collate([example]))
+        inputs = collector.inputs(x0, condition, [example.id])
+        batch = inputs.at(torch.arange(1))
+        counter = FlopCounterMode(display=False, custom_mapping=COUNTED)
+        with saved_tensors_hooks(keep, lambda t: t), counter as counted, FusedAttention():
+            model.predict(batch.x0, batch.noise, batch.t, batch.condition)
+    encoders = collector.encoders.values()
+    return Size(
+        type(network).__name__,
+        sum(p.numel() for p in network.parameters()),
+        _bytes_of(network),
+        sum(map(_bytes_of, encoders)),
+        sum(storage.nbytes() for storage in kept.values()),
+        collector.pairs,
+        counted.get_total_flops(),
+        examples * inputs.points * len(collector.readouts),
+        _free(device),
+        _speed(device, next(network.parameters()).dtype),
+    )
+
+
+class FusedAttention(TorchFunctionMode):
+    """Has attention on ``meta`` keep what fused kernels keep, not the product of all tokens."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one function."""
+        kwargs = dict(kwargs or {})
+        if func is not scaled_dot_product_attention or kwargs.get("enable_gqa"):
+            return func(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        told = {**dict(zip(names, args, strict=False)), **kwargs}
+        sides = [told.pop(name) for name in names[:3]]
+        told.pop("enable_gqa", None)
+        return _FUSED(*sides, **{k: v for k, v in told.items() if v is not None})[0]
+
+
+class ShapesAlone(TorchDispatchMode):
+    """Runs modules on ``meta`` with real inputs: whole numbers keep their values, others do not.
+
+    What a tokenizer gives, masks and lengths among it, is computed on the CPU, so that code which
+    asks for a number of them gets it. Every other tensor comes to ``meta`` when it meets one there.
+    A condition on such a tensor holds.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        kwargs = dict(kwargs or {})
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        on_meta = any(x.is_meta for x in tensors)
+        if func is _ATEN._local_scalar_dense.default and on_meta:
+            return 1.0 if tensors[0].dtype.is_floating_point else True
+        if kwargs.get("device") is not None:
+            wanted = torch.device(kwargs["device"]).type == "meta"
+            if on_meta:
+                kwargs["device"] = torch.device("meta")
+            elif wanted and _is_whole(func, args, kwargs, tensors):
+                kwargs["device"] = torch.device("cpu")
+        if on_meta and len(tensors) > 1:
+            if "index" in func.overloadpacket.__name__ and isinstance(args[1], list | tuple):
+                args = (args[0], _indices(args[1]), *args[2:])
+            args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _is_whole(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> bool:
+    """Say whether an operation makes whole numbers or truth values."""
+    dtype = kwargs.get("dtype") or (tensors[0].dtype if tensors else None)
+    if dtype is None:
+        return func.overloadpacket is _ATEN.arange and all(isinstance(x, int) for x in args)
+    return not dtype.is_floating_point and not dtype.is_complex
+
+
+def _indices(given: Any) -> list[Tensor | None]:
+    """Return indices as numbers; a mask whose values are not known holds everywhere."""
+    found: list[Tensor | None] = []
+    for index in given:
+        if index is None or index.dtype not in (torch.bool, torch.uint8):
+            found.append(index)
+            continue
+        mask = torch.ones(index.shape, dtype=torch.bool) if index.is_meta else index
+        found.extend(mask.nonzero(as_tuple=True))
+    return found
+
+
+def _to_meta(x: Tensor) -> Tensor:
+    if x.is_meta:
+        return x
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
+
+
+def _free(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return memory.available()
+
+
+def _speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the operations a second of a matrix product, the best of five."""
+    matrix, best = torch.ones(SIDE, SIDE, dtype=dtype, device=device), math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return 2 * SIDE**3 / best
