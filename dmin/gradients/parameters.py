@@ -14,7 +14,7 @@ from torch import nn
 
 from dmin.runtime.errors import DminError
 
-LORA = r"\.(lora_\w+|lokr_\w+|hada)\."  # peft's names and LyCORIS', whatever the adapter's
+LORA = r"\.(lora_\w+|lokr_\w+|hada|learned)\."  # peft's names, LyCORIS', and of learned words
 
 
 class Parameter(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dmin.models import logging_filters
 from dmin.models.adapters import load_adapters, save_adapters, without_adapters
 from dmin.models.adapters.quantised import BaseDType, round_weights
+from dmin.models.adapters.words import Embeddings, plain_tokenizers, save_words
 from dmin.models.base import noise_generators, weights_digest
 from dmin.models.checkpoints import DType, load_pipeline, load_weights
 from dmin.models.relatives import check_pipeline, diffusers_name
@@ -62,6 +63,7 @@ class PipelineModel(TrainedModel):
         path: str | Path,
         *,
         adapter: str | Path | Sequence[str] | Mapping[str, Any] | None = None,
+        embeddings: Embeddings | None = None,
         ema: str | Path | Mapping[str, str] | None = None,
         base_dtype: BaseDType | None = None,
         variant: str | None = None,
@@ -77,6 +79,7 @@ class PipelineModel(TrainedModel):
             path: folder with ``model_index.json``, or the name of a repository on the Hub.
             adapter: of the network and its text encoders: file or folder, or several; of several
                 networks by the name of each, as ``ema``.
+            embeddings: learned words (textual inversion): file or ``WORD=FILE``, or several.
             ema: other weights of the network, such as their moving average: ``.safetensors`` file,
                 or a folder that the network's or ``EMAModel``'s ``save_pretrained`` wrote.
             base_dtype: to which the network's own weights are rounded, as they were kept while the
@@ -108,8 +111,11 @@ class PipelineModel(TrainedModel):
         if base_dtype is not None:
             for network in networks.values():
                 round_weights(network, base_dtype)
-        for name, file in _by_network(networks, "adapter", adapter).items():
-            load_adapters(networks[name], file, pipeline)
+        files = _by_network(networks, "adapter", adapter)
+        for name, network in networks.items():
+            if name in files or embeddings is not None:
+                load_adapters(network, files.get(name, []), pipeline, embeddings)
+            embeddings = None  # into the encoders once
         return cls(pipeline, **settings).eval()
 
     @classmethod
@@ -122,6 +128,7 @@ class PipelineModel(TrainedModel):
         path, own = Path(path), dict(self.pipeline.components)
         parts = {name: part for name, part in own.items() if isinstance(part, nn.Module)}
         plain = {name: without_adapters(part) for name, part in parts.items()}
+        plain |= plain_tokenizers(self.pipeline)
         self.pipeline.register_modules(**plain)
         self.pipeline.save_pretrained(str(path))
         self.pipeline.register_modules(**{name: own[name] for name in plain})
@@ -133,6 +140,7 @@ class PipelineModel(TrainedModel):
                 named = {f"{name}_lora_layers": get_peft_model_state_dict(network)}
                 self.pipeline.save_lora_weights(str(place), **named)
             save_adapters(network, place)
+        save_words(self.pipeline, path / "lora" / "words.safetensors")
 
     @classmethod
     def networks_of(cls, pipeline: Any) -> dict[str, Any]:

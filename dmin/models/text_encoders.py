@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
-from dmin.models.adapters import is_adapted
+from dmin.models.adapters import is_adapted, words_of
 from dmin.models.base import Condition
 from dmin.models.latent import LatentDiffusion
 from dmin.runtime.errors import DminError
@@ -56,7 +56,7 @@ class TextConditioned(LatentDiffusion):
         pipeline: of diffusers, with all its components.
         text_encoders: ``trained`` with the network: captions are encoded inside each pass, and the
             encoders' gradients are part of each row; or ``frozen``: encoded once. ``auto``: trained
-            where an adapter changes one of them.
+            where an adapter changes one of them, or a word was learned for it.
         settings: of the next class.
     """
 
@@ -96,7 +96,8 @@ class TextConditioned(LatentDiffusion):
     def describe(self) -> dict[str, Any]:
         """Return what defines latents, condition and loss, text encoders that are trained too."""
         trained = {"text_encoders": list(self.network.encoders)} if self.encodes_inside else {}
-        return {**super().describe(), **trained}
+        named = {n: [word.tokens for word in own] for n, own in words_of(self.pipeline).items()}
+        return {**super().describe(), **trained, **({"words": named} if named else {})}
 
     def _embedded(self, prompts: Sequence[Any] | None) -> Condition:
         return self._tokenised(prompts) if self.encodes_inside else super()._embedded(prompts)

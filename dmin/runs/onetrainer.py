@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dmin.runs import adapter, base_model, checkpoints, wording as say
-from dmin.runs.files import Places, load, spelled
+from dmin.runs.files import Places, header, load, spelled
 from dmin.runs.folders import MASKS, add, folder, ratios, several_lines, sides, together
 from dmin.runs.keys import Keys, Setting, families, table
 from dmin.runs.training_run import Entry, TrainingRun
@@ -59,6 +59,10 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     folder, name = (last.parent, last.name) if last else (work, "")
     adapter.take(run, places, "output_model_destination", folder, name, "save/*.safetensors")
     run.name = Path(run.model["adapter"]).stem
+    if words := keys.get("additional_embeddings", kind=list):
+        inside = any(name.startswith("bundle_emb.") for name in header(Path(run.model["adapter"])))
+        told = "learned words, in the adapter's file" if inside else say.LEARNED
+        keys.note(run.taken if inside else run.other, "additional_embeddings", len(words), told)
     names = {"name": "learning_rate_scheduler", "warmup": "learning_rate_warmup_steps"}
     checkpoints.schedule(keys, "steps", **names, known=("constant_with_warmup",))
     run.facts |= keys.known("batch_size", "learning_rate", "lora_rank", "lora_alpha")

@@ -29,6 +29,6 @@ CONTROL = "further images are told to the network"
 OF_FOLDER = "weighs the loss of this folder; here all alike"
 MERGED = "further adapters were merged into the base model"
 PADDING = "padding of captions was masked"
-LEARNED = "learned words"
+LEARNED = "learned words: give their files, too, as model.embeddings=[WORD=FILE]"
 # Taken.
 PREDICTION = "what the base model's scheduler must say, which is read"

@@ -170,7 +170,7 @@ ADDED: set[str] = {
     ),
     *("collect.restore", "extras.quiet", "model.text_encoders"),
     *("losses.k", "losses.held_out", "model.query_without"),
-    "model.base_dtype",
+    *("model.base_dtype", "model.embeddings"),
     *("serve.host", "serve.port", "serve.queue", "serve.upload_mb"),
     "data.layout",
     *("data.condition_image", "queries.condition_image"),

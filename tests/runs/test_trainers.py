@@ -343,6 +343,17 @@ def test_a_script_reads_captions_of_a_folders_metadata(place):
     )
 
 
+def test_words_that_were_learned_stand_in_the_adapter_or_are_asked_for(place):
+    files = copy.deepcopy(RUNS["onetrainer"][0])
+    files["run.json"]["additional_embeddings"] = [{"placeholder": "<mug>"}]
+    with pytest.raises(DminError, match=r"embeddings = 1: learned words: .*model\.embeddings="):
+        read_run(written(files))
+    header_only("out/mug.safetensors", ["bundle_emb.<mug>.clip_l"])
+    assert "additional_embeddings = 1: learned words, in the" in str(
+        read_run(written(files)).lines()
+    )
+
+
 @pytest.mark.parametrize(
     "name, file, told, rounded, approximated",
     [

@@ -7,5 +7,13 @@ from dmin.models.adapters.loaded import (
     without_adapters,
 )
 from dmin.models.adapters.loading import load_adapters
+from dmin.models.adapters.words import words_of
 
-__all__ = ["describe_adapters", "is_adapted", "load_adapters", "save_adapters", "without_adapters"]
+__all__ = [
+    "describe_adapters",
+    "is_adapted",
+    "load_adapters",
+    "save_adapters",
+    "without_adapters",
+    "words_of",
+]

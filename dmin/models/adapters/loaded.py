@@ -12,6 +12,7 @@ from torch import nn
 
 from dmin.models.adapters.layers import Adapted
 from dmin.models.adapters.reading import AdapterFile
+from dmin.models.adapters.words import WithWords
 
 
 @dataclass
@@ -59,8 +60,8 @@ def _described(loaded: Loaded) -> dict[str, Any]:
 
 
 def is_adapted(network: nn.Module) -> bool:
-    """Return whether a layer of a network has an adapter that was loaded."""
-    return any(isinstance(module, Adapted) for module in network.modules())
+    """Return whether a layer of a network has an adapter or learned words that were loaded."""
+    return any(isinstance(module, Adapted | WithWords) for module in network.modules())
 
 
 def save_adapters(network: nn.Module, folder: Path) -> None:
@@ -94,5 +95,7 @@ def without_adapters(network: Any) -> Any:
         if isinstance(layer, Adapted):
             above, _, last = path.rpartition(".")
             setattr(plain.get_submodule(above), last, layer.base_layer)
+        elif isinstance(layer, WithWords):  # T5 has it twice
+            plain.set_input_embeddings(layer.base_layer)
     plain.__dict__.pop("dmin_adapters", None)
     return plain

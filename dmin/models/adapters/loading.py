@@ -15,10 +15,14 @@ from dmin.models.adapters.layers import Adapted, Change, Magnitude, Place, built
 from dmin.models.adapters.loaded import Loaded, adapters_of
 from dmin.models.adapters.names import base_of, flat, places
 from dmin.models.adapters.reading import AdapterFile, FileModule, read
+from dmin.models.adapters.words import Embeddings, add_words, read_words
 
 
 def load_adapters(
-    network: nn.Module, paths: str | Path | Sequence[str | Path], pipeline: Any = None
+    network: nn.Module,
+    paths: str | Path | Sequence[str | Path],
+    pipeline: Any = None,
+    embeddings: Embeddings | None = None,
 ) -> None:
     """Load adapters into a network and the text encoders beside it.
 
@@ -31,6 +35,7 @@ def load_adapters(
         network: gets the adapters; must not have any yet.
         paths: ``.safetensors`` file or a folder with one; several are added up.
         pipeline: of diffusers, whose text encoders get their part of a file.
+        embeddings: files of learned words, beside those in the adapters' own.
 
     Raises:
         DminError: no such file, a tensor in it that dmin does not compute with, or a module that
@@ -44,14 +49,20 @@ def load_adapters(
         for key, part in components.items()
         if key.startswith("text_encoder") and isinstance(part, nn.Module)
     }
-    for path, name in zip(several, names, strict=True):
-        _load(read(Path(path)), name, network, encoders)
+    files = [read(Path(path)) for path in several]
+    for file, name in zip(files, names, strict=False):
+        _load(file, name, network, encoders)
     for part in (network, *encoders.values()):
         part.eval()
+    words = [word for file in files for word in file.words()]
+    if words := words + ([] if embeddings is None else read_words(embeddings)):
+        add_words(pipeline, words)
 
 
 def _load(file: AdapterFile, name: str, network: nn.Module, encoders: dict[str, Any]) -> None:
     modules = file.modules()
+    if not modules:
+        return  # it has words alone
     if file.config.get("use_dora") and not any(MAGNITUDE in module.tensors for module in modules):
         raise file.error("its adapter_config.json says use_dora, and it has no magnitudes")
     if any(module.text is not None for module in modules) and not encoders:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmin.models.adapters.formulas import KINDS, MAGNITUDE, rank
+from dmin.models.adapters.words import BUNDLE, Word, bundled
 from dmin.runtime.errors import DminError
 
 _NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -41,7 +42,6 @@ _NETWORK = re.compile(
     r"(?:unet\.|transformer\.|(?:model\.)?diffusion_model\.)?"
 )
 _REFUSED = {
-    "bundle_emb": "a learned embedding beside the adapter",
     "oft_": "an OFT adapter, which turns weights and adds nothing to them",
     "diff": "whole differences of weights, which have no factors",
     "w_norm": "norms that were trained as a whole",
@@ -99,6 +99,8 @@ class AdapterFile:
         """
         found: dict[str, FileModule] = {}
         for key, tensor in self.state.items():
+            if key.startswith(BUNDLE):
+                continue
             # As diffusers named layers when attention processors had them.
             plain = re.sub(r"\.processor\.(to_\w+?)_lora\.", r".\1.lora.", key)
             plain = plain.replace(".to_out.lora", ".to_out.0.lora")
@@ -117,9 +119,13 @@ class AdapterFile:
                     f"{entry.key} has {', '.join(sorted(entry.tensors))}, which are not the "
                     f"tensors of one adapter"
                 )
-        if not found:
+        if not found and not self.words():
             raise self.error("it has no tensors")
         return list(found.values())
+
+    def words(self) -> list[Word]:
+        """Return the learned words among its tensors."""
+        return bundled(self.state, f"model.adapter={self.path}")
 
     def scale(self, module: FileModule) -> float:
         """Return s of ``W + s ΔW``: α/r, by what the trainer of such a file divides.
