@@ -19,15 +19,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
 
 from dmin.runtime.array_files import ArrayFile, read_arrays, warn_damaged, write_arrays
 from dmin.runtime.files import os_failure
 from dmin.store.encoding import STORED_AS, decode, word_sums
-from dmin.store.manifest import UNREADABLE, Layout, Manifest
+from dmin.store.manifest import Layout, Manifest
 from dmin.store.mapped import Mapped
-from dmin.store.segments import dataset, read_segments, require_own, segment_names, wrong_bytes
+from dmin.store.segments import Damaged, dataset, opened_segment, read_segments, segment_names
 
 NAME, SCHEMA = "catalog.kept", 2
 TEXTS = "ids", "metadata"
@@ -189,36 +188,24 @@ def _same(before: np.ndarray, now: Sequence[np.ndarray]) -> np.ndarray:
     return equal & (before[:, 4] - before[:, 2:4].max(1) > SETTLED_NS)
 
 
-def _read(path: Path, manifest: Manifest, verify: bool) -> Entry | str:
-    """Return what a segment holds, or what is wrong with it."""
-    stat = _stat(path)
-    if wrong := wrong_bytes(path, verify):
-        return wrong
-    layout = manifest.layout
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            require_own(path, file.attrs["manifest"], manifest)
-            blocks = dataset(file, "blocks")[:]
-            held = int(manifest.spans(blocks)[1].sum())
-            arrays = {}
-            for name, empty in _empty(layout).items():
-                # Those of older versions lack lengths; sums are made here.
-                if name in file or not name.startswith(("lengths/", "sums/")):
-                    arrays[name] = dataset(file, name, empty.dtype, (held, *empty.shape[1:]))[:]
-            for readout in layout.readouts:
-                dataset(
-                    file,
-                    f"features/{readout}",
-                    STORED_AS[layout.dtype],
-                    (held, *layout.row_shape),
-                )
-            texts = {name: dataset(file, name)[:].tobytes()[1:-1] for name in TEXTS}
-    except UNREADABLE as error:
-        return f"HDF5 cannot read it: {error}"
+def _read(path: Path, manifest: Manifest, verify: bool) -> Entry:
+    """Return what a segment holds."""
+    stat, layout = _stat(path), manifest.layout
+    with opened_segment(path, manifest, verify) as (file, blocks):
+        held = int(manifest.spans(blocks)[1].sum())
+        arrays = {}
+        for name, empty in _empty(layout).items():
+            # Those of older versions lack lengths; sums are made here.
+            if name in file or not name.startswith(("lengths/", "sums/")):
+                arrays[name] = dataset(file, name, empty.dtype, (held, *empty.shape[1:]))[:]
+        kind, shape = STORED_AS[layout.dtype], (held, *layout.row_shape)
+        for readout in layout.readouts:
+            dataset(file, f"features/{readout}", kind, shape)
+        texts = {name: dataset(file, name)[:].tobytes()[1:-1] for name in TEXTS}
     # Lines of JSON hold no raw line breaks: these separate the rows.
     texts = {name: text.replace(b",\n", b"\n") for name, text in texts.items()}
     if any(_line_count(text) != held for text in texts.values()):
-        return "it has not one id and one line of metadata a row"
+        raise Damaged("it has not one id and one line of metadata a row")
     for readout in layout.readouts:
         _look_at(path, readout, arrays, layout.dtype, verify)
     return Entry(stat, blocks, arrays, texts)

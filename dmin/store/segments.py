@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from dmin.runtime.errors import DminError
-from dmin.runtime.files import os_failure
+from dmin.runtime.files import naming, os_failure
 from dmin.runtime.formatting import spans
 from dmin.store.manifest import MANIFEST, UNREADABLE, Manifest
 
@@ -34,6 +34,10 @@ class Segment(NamedTuple):
 
     path: Path
     blocks: np.ndarray
+
+
+class Damaged(Exception):
+    """A segment is not what was sealed."""
 
 
 Held = TypeVar("Held")  # what is read of a segment; it has its blocks
@@ -172,13 +176,13 @@ def open_segments(
         DminError: segments are damaged (all are named), or were written for another manifest.
     """
 
-    def look(file: Path) -> Segment | str:
-        return _open_segment(file, manifest, verify)
+    def look(file: Path) -> Segment:
+        with opened_segment(file, manifest, verify) as (_, blocks):
+            manifest.spans(blocks)
+            return Segment(file, blocks)
 
-    try:
+    with naming("read", path):
         names = segment_names(path)
-    except OSError as error:
-        raise os_failure("read", path, error) from error
     return read_segments(path, manifest, names, known or {}, look)
 
 
@@ -187,7 +191,7 @@ def read_segments(
     manifest: Manifest,
     names: Sequence[str],
     known: Mapping[str, Held],
-    read: Callable[[Path], Held | str],
+    read: Callable[[Path], Held],
 ) -> dict[str, Held]:
     """Read segments of a store, several at a time.
 
@@ -196,19 +200,25 @@ def read_segments(
         manifest: the store's.
         names: of the segments.
         known: what was read before, by name; it is not read again.
-        read: returns what a segment holds, its ``blocks`` included, or what is wrong with it.
+        read: returns what a segment holds, its ``blocks`` included; raises :class:`Damaged`.
 
     Raises:
         DminError: segments are damaged (all are named), or cannot be read.
     """
+
+    def look(name: str) -> Held | Damaged:
+        try:
+            return known.get(name) or read(path / name)
+        except Damaged as error:
+            return error
+
     try:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            each = pool.map(lambda name: known.get(name) or read(path / name), names)
-            found = dict(zip(names, each, strict=True))
+            found = dict(zip(names, pool.map(look, names), strict=True))
     except OSError as error:
         raise os_failure("read", Path(error.filename or path), error) from error
-    damage = {name: each for name, each in found.items() if isinstance(each, str)}
-    sound = {name: each for name, each in found.items() if not isinstance(each, str)}
+    damage = {name: str(each) for name, each in found.items() if isinstance(each, Damaged)}
+    sound = {name: each for name, each in found.items() if not isinstance(each, Damaged)}
     if damage:
         raise _damaged(path, manifest, damage, sound)
     return sound
@@ -219,31 +229,34 @@ def segment_names(path: Path) -> list[str]:
     return sorted(name for name in os.listdir(path) if SEGMENT_NAME.fullmatch(name))
 
 
-def wrong_bytes(path: Path, verify: bool) -> str | None:
-    """Say what is wrong with the bytes of a segment; None if they are those it is named after.
+@contextlib.contextmanager
+def opened_segment(
+    path: Path, manifest: Manifest, verify: bool
+) -> Iterator[tuple[h5py.File, np.ndarray]]:
+    """Open a segment of a store that may be damaged.
+
+    Args:
+        path: the file.
+        manifest: of the store.
+        verify: compare the digest of its bytes with its name.
+
+    Yields:
+        The file, and its blocks.
 
     Raises:
+        Damaged: says what is wrong with it, also of what the caller reads in it.
         OSError: it may not be read, which is not to be taken for damage.
     """
-    with open(path, "rb") as file:
-        if not verify:
-            return None
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return None if path.stem.endswith(f"-{digest}") else f"the digest of its bytes is {digest}"
-
-
-def _open_segment(path: Path, manifest: Manifest, verify: bool) -> Segment | str:
-    """Return a segment, or what is wrong with it."""
-    if wrong := wrong_bytes(path, verify):
-        return wrong
+    with open(path, "rb") as raw:
+        digest = hashlib.file_digest(raw, "sha256").hexdigest()[:16] if verify else ""
+    if verify and not path.stem.endswith(f"-{digest}"):
+        raise Damaged(f"the digest of its bytes is {digest}")
     try:
         with h5py.File(path, "r", locking=False) as file:
             require_own(path, file.attrs["manifest"], manifest)
-            blocks = dataset(file, "blocks")[:]
-            manifest.spans(blocks)
-            return Segment(path, blocks)
+            yield file, dataset(file, "blocks")[:]
     except UNREADABLE as error:
-        return f"HDF5 cannot read it: {error}"
+        raise Damaged(f"HDF5 cannot read it: {error}") from error
 
 
 def require_own(path: Path, written_for: str, manifest: Manifest) -> None:
