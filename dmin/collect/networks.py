@@ -1,7 +1,5 @@
 """Which parameters a timestep uses, where a model's networks share out the timesteps."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

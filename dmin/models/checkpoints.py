@@ -1,7 +1,5 @@
 """Loading pipelines and other weights of their networks, with errors that say what to do."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import re

@@ -1,7 +1,5 @@
 """A pipeline as it is in a notebook, as a model; the pipeline itself stays as it is."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

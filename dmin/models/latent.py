@@ -1,7 +1,5 @@
 """Latent diffusion models: latents, conditions and the loss at a timestep of their process."""
 
-from __future__ import annotations
-
 import copy
 import math
 from abc import abstractmethod

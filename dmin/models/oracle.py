@@ -6,8 +6,6 @@ normalised as in training, are x0. Sign and unit of time, direction, order of to
 input and latents, and the process itself: each that is wrong leaves an error of about one.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

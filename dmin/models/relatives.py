@@ -3,8 +3,6 @@
 All of it stands in small JSON files, so that it is known before any weight is read.
 """
 
-from __future__ import annotations
-
 import inspect
 import pkgutil
 from collections.abc import Collection, Mapping

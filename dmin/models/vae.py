@@ -1,7 +1,5 @@
 """From images to the latents that a diffusion model was trained on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 

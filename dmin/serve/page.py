@@ -1,7 +1,5 @@
 """The page: a form, and the answer as the gallery shows it."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Callable, Sequence
 from html import escape

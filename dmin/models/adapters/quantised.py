@@ -1,7 +1,5 @@
 """Quantised weights: the numbers that files of them stand for, and rounding as trainers do it."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Wan 2.1 and 2.2: transformers of videos; an image is a video of one frame."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
