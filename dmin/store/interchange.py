@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +14,8 @@ from dmin.runtime.errors import DminError
 from dmin.store.encoding import DTYPE
 from dmin.store.manifest import MANIFEST, UNREADABLE, Layout, Manifest
 from dmin.store.reader import Store
-from dmin.store.writer import Rows, StoreWriter
+from dmin.store.revisions import write_pending
+from dmin.store.writer import Rows
 
 BLOCK = 256
 KINDS = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "BF16": "<u2"}
@@ -37,12 +38,24 @@ class Arrays:
     manifest: Manifest | None = None
     bfloat16: set[str] = field(default_factory=set)
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+    def rows(self, name: str, own: slice) -> np.ndarray:
         """Return some rows of an array as float32."""
-        part = self.arrays[name][start:stop]
+        part = self.arrays[name][own]
         if name in self.bfloat16:
             return (part.astype(np.uint32) << 16).view(np.float32)
         return np.asarray(part, dtype=np.float32)
+
+    def block(self, part: range) -> Rows:
+        """Return rows of an exported store as they were written."""
+        assert self.manifest is not None and self.ids is not None and self.metadata is not None
+        own, readouts = slice(part.start, part.stop), self.manifest.layout.readouts
+        return Rows(
+            list(self.ids[own]),
+            list(self.metadata[own]),
+            {name: self.rows(f"features/{name}", own) for name in readouts},
+            {name: self.rows(f"norms/{name}", own) for name in readouts},
+            self.rows("losses", own),
+        )
 
 
 def import_store(
@@ -75,17 +88,9 @@ def import_store(
         return _foreign(found, Path(source), Path(target), sketch, ids, dtype)
     if sketch is not None or ids is not None:
         raise DminError(f"{source} is an export, which says its sketch and ids: leave these out.")
-    assert found.ids is not None and found.metadata is not None
+    assert found.ids is not None
     manifest = replace(found.manifest, num_examples=len(found.ids), revisions=())
-    for block, start, stop, writer in _blocks(Path(target), manifest):
-        kinds = {
-            kind: {r: found.rows(f"{kind}/{r}", start, stop) for r in manifest.layout.readouts}
-            for kind in ("features", "norms")
-        }
-        losses = found.rows("losses", start, stop)
-        ids_, metadata = list(found.ids[start:stop]), list(found.metadata[start:stop])
-        writer.append(block, Rows(ids_, metadata, kinds["features"], kinds["norms"], losses))
-    return Store(target)
+    return write_pending(target, manifest, found.block)
 
 
 def _foreign(
@@ -116,24 +121,17 @@ def _foreign(
     layout = Layout(("loss",), 1, tuple(range(steps)), ("model",), array.shape[-1], dtype)
     features = {"imported": True, "sketch": {"family": sketch, "dim": array.shape[-1]}}
     manifest = Manifest(layout, features, {"name": source.name}, len(array), BLOCK)
-    for block, start, stop, writer in _blocks(target, manifest):
-        rows = found.rows(name, start, stop).reshape(stop - start, 1, steps, 1, -1)
+
+    def block(part: range) -> Rows:
+        own = slice(part.start, part.stop)
+        rows = found.rows(name, own).reshape(len(part), 1, steps, 1, -1)
         norms = np.sqrt(np.square(rows, dtype=np.float64).sum(-1)).astype(np.float32)
         unit = rows / np.where(norms > 0, norms, 1)[..., None]
-        metadata = found.metadata[start:stop] if found.metadata else [{}] * len(rows)
+        metadata = list(found.metadata[own]) if found.metadata else [{}] * len(rows)
         losses = np.zeros(norms.shape[:3], np.float32)
-        writer.append(
-            block,
-            Rows(names[start:stop], list(metadata), {"loss": unit}, {"loss": norms}, losses),
-        )
-    return Store(target)
+        return Rows(names[own], metadata, {"loss": unit}, {"loss": norms}, losses)
 
-
-def _blocks(target: Path, manifest: Manifest) -> Iterator[tuple[int, int, int, StoreWriter]]:
-    with StoreWriter(target, manifest) as writer:
-        for block in writer.pending():
-            rows = manifest.block_rows(block)
-            yield block, rows.start, rows.stop, writer
+    return write_pending(target, manifest, block)
 
 
 def read(source: Path) -> Arrays:

@@ -133,16 +133,30 @@ def append(
     note_copy(more, target)
     manifest = read_manifest(store.path)
     start = manifest.last_revision[0]
-    with StoreWriter(target, manifest) as writer:
-        for block in writer.pending():
-            rows = manifest.block_rows(block)
-            writer.append(block, copied_rows(more, rows.start - start, rows.stop - start))
-    return Store(target)
+    return write_pending(
+        target, manifest, lambda rows: copied_rows(more, rows.start - start, rows.stop - start)
+    )
 
 
 def _joined(dataset: dict[str, Any]) -> list[Any]:
     found: list[Any] = dataset.get("joined", [{"dataset": dataset}])
     return found
+
+
+def write_pending(
+    target: str | os.PathLike[str], manifest: Manifest, rows: Callable[[range], Rows]
+) -> Store:
+    """Write the blocks that a store does not have yet; stopped, it resumes.
+
+    Args:
+        target: the store's directory.
+        manifest: of the store.
+        rows: returns those of some places in the dataset.
+    """
+    with StoreWriter(target, manifest) as writer:
+        for block in writer.pending():
+            writer.append(block, rows(manifest.block_rows(block)))
+    return Store(target)
 
 
 def copied_rows(
