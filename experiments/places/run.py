@@ -28,6 +28,7 @@ from dmin.models import DDPM
 from dmin.runtime.escape import write_csv
 from dmin.sketches import Auto
 from dmin.train import fit_trainer, train
+from experiments.parts.run import NETWORK, SCHEDULER
 from experiments.record import recorded
 
 matplotlib.use("Agg")
@@ -35,22 +36,6 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 PICTURES, PLANTS, SIDE, HALF = 1000, 100, 16, 8
-NETWORK = {
-    "sample_size": SIDE,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": [32, 64],
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "norm_num_groups": 8,
-    "attention_head_dim": 16,
-}
-SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "squaredcos_cap_v2",
-    "prediction_type": "epsilon",
-}
 
 
 def quarters(split: str, count: int, seed: int) -> list[Example]:
@@ -184,7 +169,7 @@ def main() -> None:
     parser.add_argument("--asked", nargs="+", choices=asked, default=asked[:1])
     settings = parser.parse_args()
     data, held_out = quarters("train", PICTURES, 0), quarters("heldout", PLANTS, 1)
-    build = partial(DDPM.build, NETWORK, SCHEDULER)
+    build = partial(DDPM.build, {**NETWORK, "sample_size": SIDE}, SCHEDULER)
     place = settings.cache / "model"
     if place.is_dir():
         model = DDPM.from_pretrained(place)
