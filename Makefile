@@ -77,5 +77,5 @@ clean: ## remove .venv, dist/ and the caches; outputs/ stays
 	@echo "Installing dmin and what it needs into .venv: once, one to five minutes, 2.5 GB, or 6 GB with CUDA ..."
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt -e '.[dev,lora,data,faiss,slurm,joblib,tensorboard,serve]'
+	  -c constraints.txt -e '.[dev,lora,data,faiss,slurm,joblib,tensorboard,serve,video]'
 	@touch $@

@@ -60,8 +60,8 @@ class Generated:
 
         Args:
             model: generates.
-            folder: gets PNG files, and ``metadata.jsonl`` with prompt and seed of each; below it,
-                at :meth:`states`, the same of each state recorded.
+            folder: gets PNG files, of clips WebP without loss, and ``metadata.jsonl`` with prompt
+                and seed of each; below it, at :meth:`states`, the same of each state recorded.
         """
         asked = [prompt for prompt in self.prompts for _ in range(self.per_prompt)]
         folder = Path(folder)
@@ -82,7 +82,8 @@ class Generated:
                 }
                 for prompt, seed in zip(part, seeds, strict=True)
             ]
-            names = [f"{number:04d}.png" for number in numbers]
+            kind = "webp" if images.ndim == 5 else "png"
+            names = [f"{number:04d}.{kind}" for number in numbers]
             save_images(partial, images, names, rows, append=start > 0)
             if self.trajectory:
                 states = model.trajectory(part, seeds, self.steps, self.trajectory).cpu()
@@ -132,8 +133,9 @@ class Planted:
         if self.kind == "noisy":
             noise = torch.randn(image.shape, generator=generator)
             return (image + self.noise * noise).clamp(0, 1)
-        padded = torch.nn.functional.pad(image[None], (1, 0, 1, 0), mode="replicate")[0]
-        return padded[:, : image.shape[1], : image.shape[2]]
+        # Of a clip, its frames are the batch.
+        padded = torch.nn.functional.pad(image, (1, 0, 1, 0), mode="replicate")
+        return padded[..., : image.shape[-2], : image.shape[-1]]
 
 
 def require_one_shape(queries: Dataset, train: Dataset) -> None:
@@ -146,11 +148,12 @@ def require_one_shape(queries: Dataset, train: Dataset) -> None:
     Raises:
         DminError: the sizes differ.
     """
-    asked, known = (tuple(data[0].image.shape[-2:]) for data in (queries, train))
+    asked, known = (tuple(data[0].image.shape[1:]) for data in (queries, train))
     if asked != known:
+        told = [" × ".join(map(str, sides)) for sides in (asked, known)]
         raise DminError(
-            f"the queries are {asked[0]} × {asked[1]} pixels, the training examples {known[0]} × "
-            f"{known[1]}: with noise.shapes=one they would see different noise, and scores would "
-            f"mean little. Set queries.size=<pixels> as the data have it, or collect both with "
-            f"noise.shapes=field."
+            f"the queries are {told[0]} pixels, the training examples {told[1]}: with "
+            f"noise.shapes=one they would see different noise, and scores would mean little. Set "
+            f"queries.size=<pixels> (of clips queries.frames) as the data have it, or collect both "
+            f"with noise.shapes=field."
         )

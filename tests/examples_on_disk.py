@@ -47,6 +47,20 @@ def write_folder(folder: Path, change=None) -> Path:
     return folder
 
 
+def write_clips(folder: Path, change=None) -> Path:
+    """Write folders of three frames, of which the change is in the first."""
+    lines = []
+    for number, (pixels, label, caption) in enumerate(rows(change)):
+        (folder / f"clip.{number}").mkdir(parents=True)
+        for frame in range(3):
+            content = encoded(np.roll(pixels, frame, 1))
+            (folder / f"clip.{number}" / f"frame_{8 + frame}.png").write_bytes(content)
+        told = {"file_name": f"clip.{number}", "label": label, "text": caption}
+        lines.append(json.dumps(told) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    return folder
+
+
 def write_shards(folder: Path, change=None) -> str:
     """Write two tar files; return their pattern."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,8 @@ VALUES = {
     ("model", "auto"): ["model.path={stable_diffusion}"],
     **{("model", family): [f"model.path={{{family}}}"] for family in BUILDERS},
     ("data", "image_folder"): ["data.root={images}"],
+    ("data", "video_folder"): ["data.root={clips}"],
+    ("queries", "clips"): ["queries.root={clips}"],
     ("data", "training_folder"): ["data.root={images}", "data.captions.missing=empty"],
     ("data", "masked_folder"): [
         "data.root={images}",
@@ -81,6 +83,7 @@ def places(ddpm_path, tmp_path_factory):
         "ddpm_path": ddpm_path,
         "mlp_path": mlp_path,
         "images": images,
+        "clips": on_disk.write_clips(tmp_path_factory.mktemp("clips")),
         "shards": shards,
         "table": table,
         **tiny,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
+from typing import Any, ClassVar, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
 
 from PIL import Image
 from torch import Tensor
@@ -61,6 +60,8 @@ class ImageFolder(Checked):
     layout: str = "auto"
     condition_image: str | Path | None = None
 
+    noun: ClassVar[str] = "images"
+
     def __post_init__(self) -> None:
         """Find the images and what is said of them."""
         super().__post_init__()
@@ -73,11 +74,12 @@ class ImageFolder(Checked):
         facts = self._find()
         self._partners: dict[str, str] = {}
         if self.condition_image is not None and facts:
-            self._partners = partners(Path(self.root), self.condition_image, facts, suffixes())
+            shown = self.condition_image, facts, self.opened_suffixes
+            self._partners = partners(Path(self.root), *shown)
         if not facts:
             raise DminError(
-                f"data.root={self.root} holds no images ({', '.join(suffixes())}). Give another "
-                f"folder. {self._files.summary({}) if self._files else ''}"
+                f"data.root={self.root} holds no {self.noun} ({', '.join(self.opened_suffixes)}). "
+                f"Give another folder. {self._files.summary({}) if self._files else ''}"
             )
         problems = self.lacking({name: known.caption for name, known in facts.items()})
         problems |= self._problems(sorted(facts)) | self._problems_of_partners(facts) | self._wrong
@@ -96,7 +98,7 @@ class ImageFolder(Checked):
         """Return one example."""
         name, facts = self.ids[index], self._facts[index]
         path = Path(self.root) / name
-        content = read_bytes(path, str(path))
+        content = self.content(path, str(path))
         require_same(name, content, self.sums.get(name, ""))
         image, sizes = self.decode(content, str(path))
         told = facts.label, facts.caption, facts.metadata or {}
@@ -107,6 +109,19 @@ class ImageFolder(Checked):
         content = read_bytes(Path(self.root) / partner, partner)
         require_same(partner, content, self.sums.get(partner, ""))
         return with_partner(found, self.decode(content, partner))
+
+    def content(self, path: Path, name: str) -> bytes:
+        """Return the bytes that an example is decoded from; name is what messages call it."""
+        return read_bytes(path, name)
+
+    def is_example(self, path: Path) -> bool:
+        """Return whether a path may be an example."""
+        return path.is_file()
+
+    @property
+    def opened_suffixes(self) -> tuple[str, ...]:
+        """The suffixes of files that are opened."""
+        return suffixes()
 
     def facts(self, index: int) -> Facts:
         """Return what is known of an image besides its pixels."""
@@ -146,11 +161,13 @@ class ImageFolder(Checked):
 
     def _find(self) -> dict[str, Facts]:
         """Return what is known of each image."""
-        plain, given = self.layout == "plain", self.condition_image
-        self._files = Folder(
-            Path(self.root), PLAIN if plain else None, True, () if plain else None, given
-        )
+        self._files = self._files_of(Path(self.root))
         return self._files.read(self.layout, self.label, self.text, self.told_wrong)
+
+    def _files_of(self, root: Path) -> Folder:
+        plain = self.layout == "plain"
+        named = PLAIN if plain else None, True, () if plain else None, self.condition_image
+        return Folder(root, *named)
 
     def told_wrong(self, name: str, error: DminError) -> None:
         """Take it that what is said of an image cannot be used: raise that, or leave it out.
@@ -168,7 +185,7 @@ class ImageFolder(Checked):
         if self.check:
             problems = self._survey(names).problems
         else:
-            absent = [name for name in names if not os.path.isfile(Path(self.root) / name)]
+            absent = [name for name in names if not self.is_example(Path(self.root) / name)]
             problems = dict.fromkeys(absent, "there is no such file")
         for name in names:
             if printable(name) != name:
@@ -193,7 +210,7 @@ class ImageFolder(Checked):
 
     def _look(self, path: Path, name: str) -> str:
         """Return the digest of an image; refuse it if it cannot be read and that is asked."""
-        content = read_bytes(path, name)
+        content = self.content(path, name)
         if self.check:
             self.probe(content, name)
         return hashlib.sha256(content).hexdigest()
@@ -217,16 +234,21 @@ def save_images(
 
     Args:
         folder: made if it is not there.
-        images: ``[n, C, H, W]`` in [0, 1]; written as 8-bit PNG.
-        names: file names, ending in ``.png``.
+        images: ``[n, C, H, W]`` in [0, 1], written as 8-bit PNG; or clips ``[n, C, F, H, W]``, as
+            WebP without loss.
+        names: file names, ending in ``.png`` or ``.webp``.
         rows: metadata of each image.
         append: add to the metadata that is there instead of replacing it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for image, name in zip(images, names, strict=True):
-        pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(folder / name)
+        pixels = (image * 255).round().byte().movedim(0, -1).squeeze(-1).numpy()
+        if image.ndim == 3:
+            Image.fromarray(pixels).save(folder / name)
+            continue
+        first, *others = map(Image.fromarray, pixels)
+        first.save(folder / name, save_all=True, append_images=others, lossless=True, duration=62)
     lines = [json.dumps({"file_name": name, **row}) for name, row in zip(names, rows, strict=True)]
     with (folder / "metadata.jsonl").open("a" if append else "w") as file:
         file.write("\n".join(lines) + "\n")

@@ -68,6 +68,7 @@ class Folder:
     condition_image: str | Path | None = None
     used: set[str] = field(default_factory=set)
     layout: str = "auto"
+    noun: str = "images"
 
     def __post_init__(self) -> None:
         """List the files."""
@@ -77,22 +78,23 @@ class Folder:
             self._why |= {file: "in folders below" for file in self.files if "/" in file}
             self.files = [file for file in self.files if "/" not in file]
         self._spelt = {_folded(file): file for file in self.files}
-        known = self.suffixes
-        images = [
-            file
-            for file in self.files
-            if (
-                is_image(f"{self.root}/{file}")
-                if known is None
-                else file.lower().endswith(tuple(known))
-            )
-        ]
+        images = self._candidates()
         inside = f"{self.condition_image or '.'}/"  # no path begins with a dot
         self.used.update(image for image in images if image.startswith(inside))
         images = [image for image in images if image not in self.used]
         masks = set(self._masks(images))
         self._why |= dict.fromkeys(masks, _MASK)
         self.images: list[str] = [image for image in images if image not in masks]
+
+    def _candidates(self) -> list[str]:
+        known = None if self.suffixes is None else tuple(self.suffixes)
+        if known is None:
+            return [file for file in self.files if is_image(f"{self.root}/{file}")]
+        return [file for file in self.files if file.lower().endswith(known)]
+
+    def _stem(self, example: str) -> str:
+        """Return what stands before the suffix of files beside an example."""
+        return os.path.splitext(example)[0]
 
     def _masks(self, images: Sequence[str]) -> list[str]:
         if self.leave is not None:
@@ -158,18 +160,18 @@ class Folder:
 
     def beside(self, suffix: str) -> dict[str, str]:
         """Return the file of the same stem and this suffix of each image that has one."""
-        names = {i: _folded(f"{os.path.splitext(i)[0]}{suffix}") for i in self.images}
+        names = {i: _folded(f"{self._stem(i)}{suffix}") for i in self.images}
         return {i: self._spelt[name] for i, name in names.items() if name in self._spelt}
 
     def summary(self, examples: Mapping[str, Facts]) -> str:
         """Return what the folder was found to be, and what is ignored, on one line."""
         captions = sum(f.caption is not None for f in examples.values())
         labels = len({f.label for f in examples.values()} - {None})
-        parts = [f"{len(examples):,} images", f"layout {self.layout}"]
+        parts = [f"{len(examples):,} {self.noun}", f"layout {self.layout}"]
         parts += [f"{captions:,} captions"] * bool(captions) + [f"{labels:,} labels"] * bool(labels)
         beside = {file for suffix in BESIDE for file in self.beside(suffix).values()}
         told = [
-            (self.images, "images left out"),
+            (self.images, f"{self.noun} left out"),
             (beside, f"beside images, which layout {self.layout} does not read"),
         ]
         reasons = {file: reason for files, reason in told for file in files} | self._why

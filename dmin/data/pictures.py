@@ -54,7 +54,8 @@ class Pictures(ImageFolder):
         self._named: list[str] | None = None
         roots = [self.root] if isinstance(self.root, str | Path) else list(self.root)
         files = [Path(each).expanduser() for each in roots]
-        self.root = files[0] if len(files) == 1 and files[0].is_dir() else self._folder(files)
+        whole = len(files) == 1 and files[0].is_dir() and not self.is_example(files[0])
+        self.root = files[0] if whole else self._folder(files)
         asked = self.region is not None or self.mask is not None
         self.part: Part | None = Part(self.region, self.mask) if asked else None
         super().__post_init__()
@@ -97,7 +98,7 @@ class Pictures(ImageFolder):
 
     def _folder(self, files: list[Path]) -> Path:
         """Name pictures by their paths below the folder they share, which is returned."""
-        absent = [file for file in files if not file.is_file()]
+        absent = [file for file in files if not self.is_example(file)]
         if absent or not files:
             odd = absent[0] if absent else "[]"
             raise DminError(

@@ -217,7 +217,7 @@ class Pixels:
 
     def _fitted(self, image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
         """Return the image at its size, and top and left of the cut in the scaled image."""
-        across, down = self._size_of(image)
+        across, down = self._size_of(image.size)
         width, height = image.size
         if (across, down) == image.size:
             return image, (0, 0)
@@ -230,16 +230,16 @@ class Pixels:
         crop = (round(height * scale) - down) // 2, (round(width * scale) - across) // 2
         return ImageOps.fit(image, (across, down), Image.Resampling.LANCZOS), crop
 
-    def _size_of(self, image: Image.Image) -> tuple[int, int]:
-        """Return the width and height that an image is given."""
+    def _size_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the width and height that an image of this size is given."""
         if self.size is None:
-            return image.size
+            return size
         if self.aspect == "square":
             return self.size, self.size
-        width, height = image.size
+        width, height = size
         if not self.upscale and self.bucket_shapes is None:
             scale, step = min(1.0, self.size / math.sqrt(width * height)), self.bucket_step
-            across, down = (max(step, int(x * scale + 1e-6) // step * step) for x in image.size)
+            across, down = (max(step, int(x * scale + 1e-6) // step * step) for x in size)
             return across, down
         shapes = self._buckets(self.size)
         down, across = min(shapes, key=lambda b: self._away(b[0], b[1], width / height))

@@ -172,6 +172,10 @@ def survey_rows(
 
 def _stamp(path: Path) -> list[int]:
     try:
+        if path.is_dir():  # a clip of frames: what changes in one of them changes it
+            parts = [_stamp(file) for file in sorted(path.iterdir())]
+            sizes, times, changes, nodes = zip(*parts, strict=True) if parts else ([0],) * 4
+            return [sum(sizes), max(times), max(changes), sum(nodes)]
         found = path.stat()
     except OSError:
         return [0] * 4

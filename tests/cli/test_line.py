@@ -258,3 +258,10 @@ def test_settings_that_no_store_keeps_are_refused(there, changes):
 def test_trust_takes_code_of_ones_own(there):
     change(there / "stores/cats", data=MKDIR, paths=[])
     assert composed(parse("retrieve", ["stores/cats", "cat.png", "--trust"])).data == MKDIR
+
+
+def test_what_is_asked_about_clips_are_clips(there):
+    (there / "a.mp4").write_bytes(b"")
+    some = ["model=ddpm", "model.path=models/ddpm", "data=video_folder", "data.root=photos"]
+    cfg = composed(parse("retrieve", ["a.mp4", *some]))
+    assert cfg.queries._target_ == "dmin.data.video.Clips" and cfg.queries.root == "a.mp4"

@@ -17,6 +17,7 @@ from dmin.runtime.errors import DminError
 
 WRITE = {
     "image_folder": on_disk.write_folder,
+    "video_folder": on_disk.write_clips,
     "webdataset": on_disk.write_shards,
     "hf_dataset": on_disk.write_table,
 }
@@ -25,6 +26,7 @@ FOLDERS = dict.fromkeys(("masked_folder", "training_folder"), on_disk.write_fold
 # What a choice cannot know by itself, and what keeps it small.
 VALUES = {
     "image_folder": ["data.root={place}"],
+    "video_folder": ["data.root={place}"],
     "webdataset": ["data.shards='{place}'"],
     "hf_dataset": ["data.path={place}", "data.text=text", "data.label=label"],
     "training_folder": ["data.root={place}", "data.captions.missing=empty"],

@@ -84,6 +84,8 @@ class EncoderCosine(CosineMethod):
         """Return unit embeddings, ``[Q, width]``."""
         images = queries.images
         assert images is not None
+        if images.ndim == 5:  # of clips, the middle frame
+            images = images[:, :, images.shape[2] // 2]
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         found = []

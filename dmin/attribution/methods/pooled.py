@@ -45,7 +45,9 @@ class Pool(FeatureSet):
     def example(self, id: str) -> Example:
         """Return the first pictures side by side, those of Q before those of A."""
         found = [side.example(i) for side in self.sides for i in side.store.ids[:NAMED]]
-        drawn = [dimmed(each.image, each.mask).expand(3, -1, -1) for each in found]
+        shown = [dimmed(each.image, each.mask) for each in found]
+        shown = [x[:, x.shape[1] // 2] if x.ndim == 4 else x for x in shown]  # of clips, the middle
+        drawn = [each.expand(3, -1, -1) for each in shown]
         alike = [torch.nn.functional.interpolate(d[None], drawn[0].shape[1:])[0] for d in drawn]
         return Example(id, torch.cat(alike, 2))
 

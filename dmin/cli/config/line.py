@@ -26,6 +26,7 @@ ROOT = "line"
 _OTHER_ROOT = ("--config-name", "-cn", "--config-path", "-cp")
 _READING = ("sample", "retrieve", "serve", "outliers", "losses", "evaluate")
 OF_A_STORE = ("collect", "doctor", *_READING)
+CLIPS = "dmin.data.video.VideoFolder"  # what is asked about such data are clips
 WITH_PICTURES = {"retrieve": "pictures", "losses": "pictures that were held out"}
 
 
@@ -78,7 +79,8 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     prompts = options["prompt"] or [each for each in (options["concept"],) if each is not None]
     queries = _queries(pictures, prompts, given) | _part(options, pictures, given)
     if queries and "queries" not in given:
-        choice = "generated" if "prompts" in queries else "images"
+        moving = root.get("data", {}).get("_target_") == CLIPS or "data=video_folder" in settings
+        choice = "generated" if "prompts" in queries else "clips" if moving else "images"
         defaults.append({"override queries": choice})
     steps = _numbers("timesteps", options["timesteps"], "some of the store's, such as 100,300")
     said = {

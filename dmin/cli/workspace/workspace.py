@@ -54,7 +54,7 @@ class Workspace(Stores):
         """Return generated queries, from their folder if they were generated before."""
         from dataclasses import asdict
 
-        from dmin.data.image_folder import ImageFolder
+        from dmin.data.video import saved
         from dmin.models.base import weights_digest
 
         made_of = {
@@ -72,16 +72,17 @@ class Workspace(Stores):
             else:
                 source.generate(self.model, folder)
                 self.notes.print(titled("queries", f": generated {folder}"))
-        return ImageFolder(folder, mode=None)
+        return saved(folder)
 
     def states(self, source: Any, dataset: Dataset) -> list[Dataset]:
         """Return what generated queries looked like while they were generated, if recorded."""
         from dmin.data.image_folder import ImageFolder
+        from dmin.data.video import saved
         from dmin.queries import Generated
 
         if not isinstance(source, Generated) or not isinstance(dataset, ImageFolder):
             return []
-        return [ImageFolder(folder, mode=None) for folder in source.states(dataset.root)]
+        return [saved(folder) for folder in source.states(dataset.root)]
 
     def query_side(
         self, source: Any, role: str = "queries", methods: Iterable[Method] = ()

@@ -1,0 +1,240 @@
+"""A folder of clips, with captions and labels beside them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
+
+import numpy as np
+import torch
+
+from dmin.data.base import Sizes
+from dmin.data.image_folder import ImageFolder
+from dmin.data.layout import Folder
+from dmin.data.pictures import Pictures
+from dmin.data.pixels import Picture, Unreadable
+from dmin.data.video.sources import (
+    ANIMATIONS,
+    NO_DECODER,
+    VIDEOS,
+    Frame,
+    has_decoder,
+    is_still,
+    read_clip,
+    source,
+)
+from dmin.runtime.errors import DminError
+
+MOST = 4  # clips hold at most so many times max_pixels, over all frames, once they are scaled
+
+
+@dataclass(eq=False, kw_only=True)
+class Frames(ImageFolder):
+    """Which frames of a clip are taken; each is then brought to its size as an image is.
+
+    With ``fps`` a frame is the one that is shown at its time. Folders of frames, and animations
+    without delays, have no times: their frames are taken one by one, whatever ``fps`` says.
+
+    Args:
+        fps: frames a second; None for the file's own, which must be even then.
+        frames: how many; None for all there are. Models of videos take one and a multiple of four.
+        start: seconds that are left out at the beginning.
+    """
+
+    fps: float | None = None
+    frames: int | None = None
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no clip could satisfy.
+
+        Raises:
+            DminError: one is; or what is in the folder is not as it should be.
+        """
+        if self.fps is not None and not 0 < self.fps < 1000:
+            raise DminError(f"data.fps={self.fps}: give frames a second, such as 16, or null.")
+        if self.frames is not None and self.frames < 2:
+            raise DminError(
+                f"data.frames={self.frames}: a clip has two frames or more, such as 81; images are "
+                f"read by data=image_folder."
+            )
+        if not 0 <= self.start < 1e6:
+            raise DminError(f"data.start={self.start}: give seconds from the beginning, 0 or more.")
+        if self.condition_image is not None:
+            raise DminError("data.condition_image: no model of clips is given images. Set null.")
+        super().__post_init__()
+
+    def settings(self) -> dict[str, Any]:
+        """Return what changes the tensors, as JSON."""
+        own = {"fps": self.fps, "frames": self.frames, "start": self.start}
+        return {**super().settings(), **own}
+
+    def content(self, path: Path, name: str) -> bytes:
+        """Return the bytes of a clip, those of its frames if it is a folder of them."""
+        return read_clip(path, name)
+
+    def is_example(self, path: Path) -> bool:
+        """Return whether a path may be a clip: a file, or a folder that holds frames itself."""
+        return path.is_file() or (path.is_dir() and any(is_still(f.name) for f in path.iterdir()))
+
+    def decode(self, content: bytes, name: str) -> Picture:
+        """Return the clip in a file's content, ``[C, F, H, W]``; else as of an image."""
+        arrays, sizes = [], None
+        for frame in self._chosen(content, name):
+            image = frame.image()
+            fitted, crop = self._fitted(self._coloured(image))
+            sizes = sizes or Sizes((image.height, image.width), crop)
+            arrays.append(np.asarray(fitted))
+        assert sizes is not None
+        clip = np.stack(arrays)
+        clip = clip[None] if clip.ndim == 3 else clip.transpose(3, 0, 1, 2)
+        return Picture(torch.from_numpy(np.divide(clip, 255, dtype=np.float32)), sizes)
+
+    def probe(self, content: bytes, name: str) -> None:
+        """Refuse what :meth:`decode` would refuse, in a part of its time."""
+        for _ in self._chosen(content, name):
+            pass
+
+    def _chosen(self, content: bytes, name: str) -> Iterator[Frame]:
+        """Yield the frames that are taken.
+
+        Raises:
+            Unreadable: there are too few, or they are not what the settings need.
+        """
+        found = source(content, name, self._opened)
+        count, pixels, times = 0, 0, []
+        for frame in self._sampled(found.frames, name):
+            if reason := self._misfit(*frame.size):
+                raise Unreadable(name, reason)
+            pixels += math.prod(self._size_of(frame.size))
+            if pixels > MOST * self.max_pixels:
+                many = f"more than {MOST} × max_pixels={self.max_pixels} pixels in all"
+                raise Unreadable(name, f"it has {many}: set data.frames, or a smaller data.size")
+            times.append(frame.seconds)
+            yield frame
+            count += 1
+            if count == self.frames:
+                break
+        if self.fps is None and None not in times:
+            gaps = np.diff(np.array(times, dtype=float)) if count > 1 else np.zeros(1)
+            if gaps.max() - gaps.min() > 1.01 * found.tick + 1e-6:
+                low, high = 1000 * gaps.min(), 1000 * gaps.max()
+                uneven = f"its frames follow each other after {low:.0f} to {high:.0f} ms"
+                raise Unreadable(name, f"{uneven}, at no rate of its own: set data.fps")
+        if count < (self.frames or 2):
+            at = "" if self.fps is None else f" at data.fps={self.fps:g}"
+            after = f" from data.start={self.start:g} s on" if self.start else ""
+            need = f"data.frames={self.frames}" if self.frames else "a clip of 2"
+            raise Unreadable(name, f"it has {count} frame(s){at}{after}, too few for {need}")
+
+    def _sampled(self, frames: Iterator[Frame], name: str) -> Iterator[Frame]:
+        """Yield the frame shown at each time, or each frame where the rate is the file's own."""
+        shown: Frame | None = None
+        gap, taken = 0.0, 0
+        for number, frame in enumerate(frames):
+            if frame.seconds is None:
+                if self.start and self.fps is None:
+                    why = "its frames tell no times: data.start needs data.fps"
+                    raise Unreadable(name, why)
+                if number >= round(self.start * (self.fps or 0)):
+                    yield frame
+                continue
+            if self.fps is None:
+                if frame.seconds >= self.start - 1e-6:
+                    yield frame
+                continue
+            while shown is not None and self.start + taken / self.fps < frame.seconds - 1e-6:
+                yield shown
+                taken += 1
+            if shown is not None and shown.seconds is not None:
+                gap = frame.seconds - shown.seconds
+            shown = frame
+        if shown is not None and shown.seconds is not None and self.fps is not None:
+            while self.start + taken / self.fps < shown.seconds + gap - 1e-6:
+                yield shown
+                taken += 1
+
+    noun: ClassVar[str] = "clips"
+
+    def _files_of(self, root: Path) -> Folder:
+        files = ClipFiles(root)
+        videos = [file for file in files.images if file.lower().endswith(VIDEOS)]
+        if videos and not has_decoder():
+            raise DminError(f"data.root={root}: {videos[0]} is a video, and {NO_DECODER}.")
+        return files
+
+    @cached_property
+    def opened_suffixes(self) -> tuple[str, ...]:
+        """The suffixes of files that are clips."""
+        return (*VIDEOS, *ANIMATIONS)
+
+
+class VideoFolder(Frames):
+    """The clips of a folder, ordered by name; a clip's id is its path below the folder.
+
+    A clip is a video (``.mp4``, ``.webm``, ``.mov``, ``.mkv``, ``.avi``, ``.m4v``; by PyAV), an
+    animation (``.gif``, ``.webp``, ``.apng``), or a folder that holds its frames as images, in the
+    order of the numbers in their names. Captions and labels are found as for images
+    (:class:`~dmin.data.image_folder.ImageFolder`): the caption of the folder of frames ``a/jump``
+    in ``a/jump.txt``. Further pictures in a folder that holds clips are no examples.
+    """
+
+
+@dataclass(eq=False, kw_only=True)
+class Clips(Pictures, Frames):
+    """The clips that are asked about: one, several, or a folder of them."""
+
+    def __post_init__(self) -> None:
+        """Find the clips and what is said of them.
+
+        Raises:
+            DminError: as of both; or a part of them is asked about.
+        """
+        if self.region is not None or self.mask is not None:
+            raise DminError(
+                "queries.region and queries.mask (--region, --mask) ask about a part of a picture; "
+                "of clips there is no such question. Leave them out."
+            )
+        super().__post_init__()
+
+
+def saved(folder: Path) -> ImageFolder:
+    """Return what :func:`~dmin.data.image_folder.save_images` wrote into a folder."""
+    kind = VideoFolder if any(folder.glob("*.webp")) else ImageFolder
+    return kind(folder, mode=None)
+
+
+@dataclass
+class ClipFiles(Folder):
+    """The files of a folder of clips, and what each of them is."""
+
+    noun: str = "clips"
+
+    def _candidates(self) -> list[str]:
+        clips = [file for file in self.files if file.lower().endswith((*VIDEOS, *ANIMATIONS))]
+        stills = [file for file in self.files if is_still(file)]
+        beside = {os.path.dirname(clip) for clip in clips}
+        folders: dict[str, list[str]] = {}
+        for still in stills:
+            folders.setdefault(os.path.dirname(still), []).append(still)
+        for folder in beside & folders.keys():
+            self._why |= dict.fromkeys(folders.pop(folder), "pictures beside clips")
+        if "" in folders:
+            raise DminError(
+                f"data.root={self.root} holds images itself, as a folder of frames does: give the "
+                f"folder that it is in. Images that are no frames are read by data=image_folder."
+            )
+        self._folders: set[str] = set(folders)
+        self.used.update(still for each in folders.values() for still in each)
+        return sorted([*clips, *folders])
+
+    def _stem(self, example: str) -> str:
+        return example if example in self._folders else super()._stem(example)
+
+    def _masks(self, images: Any) -> list[str]:
+        return []
