@@ -29,10 +29,16 @@ def chromium() -> Iterator[Any]:
 
 
 @contextmanager
-def opened(browser: Any, path: Path, width: int = 1440, scheme: str = "light") -> Iterator[Any]:
+def opened(
+    browser: Any,
+    path: Path,
+    width: int = 1440,
+    scheme: str = "light",
+    reduced_motion: str = "reduce",
+) -> Iterator[Any]:
     """A page that asks for nothing but itself and what lies beside it, and complains of nothing."""
     view = {"width": width, "height": 900}
-    context = browser.new_context(viewport=view, color_scheme=scheme, reduced_motion="reduce")
+    context = browser.new_context(viewport=view, color_scheme=scheme, reduced_motion=reduced_motion)
     page, asked, complaints = context.new_page(), [], []
     page.set_default_timeout(10_000)
     page.on("request", lambda request: asked.append(request.url))

@@ -45,6 +45,13 @@ function picture(entry, alt, loading = null) {
   return make("img", { src: entry.image, alt, class: entry.tiny ? "tiny" : null, loading });
 }
 
+// A clip moves, unless the reader wants less motion; other places show its middle frame.
+function motion(entry, alt) {
+  if (!entry.moving) return picture(entry, alt);
+  return make("picture", {}, make("source", { srcset: entry.image, media: "(prefers-reduced-motion: reduce)" }),
+    make("img", { src: entry.moving, alt, class: entry.tiny ? "tiny" : null }));
+}
+
 function pairs(entries) {
   return make("dl", { class: "pairs" }, ...entries.flatMap(([name, value, href]) => [make("dt", {}, name),
     make("dd", {}, href ? make("a", { href, target: "_blank", rel: "noopener noreferrer" }, value) : value)]));
@@ -238,8 +245,8 @@ function openDetail(own, place) {
         make("button", { class: "round", type: "button", "aria-label": "Next example", onclick: () => stepDetail(1) }, "→"), closeButton())),
     make("div", { class: "split" },
       make("div", { class: "pictures" },
-        make("figure", {}, picture(entry, `Training example ${entry.id}`), make("figcaption", {}, `${entry.size.join(" × ")} pixels`)),
-        make("figure", { class: "origin" }, picture(query, `Query ${query.id}`), make("figcaption", {}, `query ${query.id}`)),
+        make("figure", {}, motion(entry, `Training example ${entry.id}`), make("figcaption", {}, `${entry.size.join(" × ")} pixels${entry.frames ? `, ${entry.frames} frames` : ""}`)),
+        make("figure", { class: "origin" }, motion(query, `Query ${query.id}`), make("figcaption", {}, `query ${query.id}`)),
         ...placesFigures(answer.places?.[place])),
       make("div", {},
         part("Answer", scores, scaleBar(card.share, answer.typical)),

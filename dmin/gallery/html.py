@@ -8,7 +8,6 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from PIL.Image import Image
 
 from dmin.attribution.place_maps import PlacesOf
 from dmin.attribution.ranking import Ranking, format_score, headline
@@ -23,7 +22,16 @@ from dmin.attribution.wording import (
 )
 from dmin.gallery.answers import answers
 from dmin.gallery.columns import address, is_rights, original, text
-from dmin.gallery.pictures import TINY, Images, data_uri, encoded, overlaid, to_picture
+from dmin.gallery.pictures import (
+    PREVIEW,
+    TINY,
+    Images,
+    address_of,
+    encoded,
+    overlaid,
+    preview,
+    to_picture,
+)
 from dmin.runtime.colours import method_colours
 from dmin.runtime.errors import DminError
 from dmin.runtime.page import write_page
@@ -51,7 +59,8 @@ def save_html(
     Args:
         ranking: all queries and all ranks are shown; several rankings of the same queries, by
             methods of different names, stand side by side.
-        query_images: id of a query -> [C, H, W] in [0, 1], C of 1 or 3.
+        query_images: id of a query -> [C, H, W] in [0, 1], C of 1 or 3; of a clip [C, F, H, W],
+            which is shown by its middle frame, and moves where it is opened.
         train_images: the same for training examples; asked once an id.
         path: the HTML file to write; its folder is made if it is not there.
         title: headline; by default it says what the page shows.
@@ -75,8 +84,10 @@ def save_html(
     title, path = title or headline(rankings[0]), Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     ids = {id for each in rankings for row in each.train_ids for id in row}
-    beside = len(rankings[0].query_ids) + len(ids) > embed
-    store = _Folder(path.with_name(f"{path.stem}_files")) if beside else data_uri
+    moving = any(query_images(id).ndim == 4 for id in rankings[0].query_ids[:1])
+    each = 1 + PREVIEW // (20 << 10) * moving  # a preview is as large as some pictures
+    beside = each * (len(rankings[0].query_ids) + len(ids)) > embed
+    store = _Folder(path.with_name(f"{path.stem}_files")) if beside else address_of
     shown = _Entries(query_images, query_files or _nowhere, path, store)
     examples = _Entries(train_images, train_files or _nowhere, path, store)
     names = [each.method for each in rankings]
@@ -226,7 +237,7 @@ class _Entries:
     """Pictures and metadata of queries or of examples, each of which stands once in the page."""
 
     def __init__(
-        self, images: Images, files: Files, page: Path, store: Callable[[Image], str]
+        self, images: Images, files: Files, page: Path, store: Callable[[str, bytes], str]
     ) -> None:
         self.images, self.files, self.page, self.store = images, files, page, store
         self.entries: dict[str, dict[str, Any]] = {}
@@ -247,11 +258,13 @@ class _Entries:
 
     def overlaid(self, name: str, places: np.ndarray) -> str:
         """Return the address of a picture under a map of what its places add."""
-        return self.store(overlaid(to_picture(self.images(name), name), places))
+        return self.store(*encoded(overlaid(to_picture(self.images(name), name), places)))
 
     def entry(self, name: str, metadata: dict[str, Any]) -> dict[str, Any]:
         """Return what the page knows of one picture."""
-        picture = to_picture(self.images(name), name)
+        array = self.images(name)
+        picture, clip = to_picture(array, name), array.ndim == 4
+        moving = self.store("webp", preview(array, name)) if clip else None
         columns = {str(key): text(value) for key, value in metadata.items()}
         caption = columns.pop("caption", None)
         return {
@@ -261,7 +274,8 @@ class _Entries:
             "meta": {k: v for k, v in columns.items() if not is_rights(k)},
             "rights": [[k, v, address(v)] for k, v in columns.items() if is_rights(k)],
             "file": original(self.files(name), metadata, self.page),
-            "image": self.store(picture),
+            "image": self.store(*encoded(picture)),
+            **({"moving": moving, "frames": array.shape[1]} if clip else {}),
             "size": list(picture.size),
             "tiny": max(picture.size) <= TINY,
         }
@@ -279,8 +293,7 @@ class _Folder:
             old.unlink()
         self.folder, self.count = folder, 0
 
-    def __call__(self, picture: Image) -> str:
-        kind, content = encoded(picture)
+    def __call__(self, kind: str, content: bytes) -> str:
         name = f"{self.count:06d}.{kind}"
         (self.folder / name).write_bytes(content)
         self.count += 1

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -11,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from dmin.runtime.errors import DminError
 
 Images = Callable[[str], np.ndarray]
-"""From an id to its image: [C, H, W] with C of 1 or 3, values in [0, 1]."""
+"""From an id to its image: [C, H, W] with C of 1 or 3, values in [0, 1]; or a clip [C, F, H, W]."""
 
 TINY = 64
 """Up to this side, in pixels, an image is enlarged without smoothing and kept without loss."""
@@ -21,12 +22,14 @@ def to_picture(array: np.ndarray, name: str) -> Image.Image:
     """Turn an image array into a grey or RGB picture.
 
     Args:
-        array: [C, H, W] with C of 1 or 3, values in [0, 1].
+        array: [C, H, W] with C of 1 or 3, values in [0, 1]; of a clip, the middle frame is taken.
         name: what to call the image in an error.
 
     Raises:
         DminError: another shape, or values outside [0, 1] by more than rounding.
     """
+    if array.ndim == 4:
+        array = array[:, array.shape[1] // 2]
     array = np.asarray(array, np.float32)
     if array.ndim != 3 or array.shape[0] not in (1, 3) or 0 in array.shape:
         raise DminError(
@@ -104,9 +107,37 @@ def fit(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((width, height), method)
 
 
+PREVIEW, SHOWN, A_SECOND = 96 << 10, 24, 16  # bytes at most; frames; frames a clip shows a second
+
+
+def preview(clip: np.ndarray, name: str) -> bytes:
+    """Encode a clip as an animated WebP of bounded size, as long as it is at 16 frames a second.
+
+    Args:
+        clip: [C, F, H, W] in [0, 1].
+        name: what to call it in an error.
+    """
+    count, side = clip.shape[1], 192
+    while True:
+        chosen = np.linspace(0, count - 1, min(SHOWN, count)).round().astype(int)
+        frames = [to_picture(clip[:, place], name).convert("RGB") for place in chosen]
+        tiny = max(frames[0].size) <= TINY
+        first, *others = [f if max(f.size) <= side else fit(f, side) for f in frames]
+        pace = round(1000 * count / A_SECOND / len(chosen))
+        told = dict(save_all=True, append_images=others, duration=pace, loop=0, lossless=tiny)
+        content = _encode(first, "WEBP", quality=60, **told)
+        if len(content) <= PREVIEW or side < 24:
+            return content
+        side //= 2
+
+
 def data_uri(picture: Image.Image, limit: int = 256) -> str:
     """Encode a picture as a `data:` address; arguments as in :func:`encoded`."""
-    kind, content = encoded(picture, limit)
+    return address_of(*encoded(picture, limit))
+
+
+def address_of(kind: str, content: bytes) -> str:
+    """Return the `data:` address of an encoded picture."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -133,7 +164,7 @@ def encoded(picture: Image.Image, limit: int = 256) -> tuple[str, bytes]:
     return "png", content
 
 
-def _encode(picture: Image.Image, kind: str, **options: int | bool) -> bytes:
+def _encode(picture: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()

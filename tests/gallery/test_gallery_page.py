@@ -1,10 +1,12 @@
 """The gallery as its reader meets it: in a browser, at three widths, in light and dark."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from browser import broken_everywhere, chromium, opened
+from PIL import Image
 from rankings import (
     EVIL,
     TIMESTEPS,
@@ -18,6 +20,7 @@ from rankings import (
 
 from dmin.attribution.ranking import format_score
 from dmin.gallery.html import save_html
+from dmin.gallery.pictures import PREVIEW, SHOWN as FRAMES, preview, to_picture
 from dmin.runtime.errors import DminError
 
 SHOWN = "main h2"
@@ -265,3 +268,43 @@ def test_pictures_that_lie_beside_the_page_are_shown(browser, tmp_path):
     with opened(browser, path) as page:
         loaded = "[...document.querySelectorAll('main img')].filter((i) => i.naturalWidth === 8)"
         page.wait_for_function(f"{loaded}.length === 14")
+
+
+def clip_of(image):
+    """A clip of nine frames that ends dark, whose middle frame is the image."""
+    return lambda name: np.stack([image(name) * (9 - n) / 5 for n in range(9)], 1).clip(0, 1)
+
+
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_a_clip_moves_where_it_is_opened_unless_less_motion_is_wanted(browser, tmp_path, motion):
+    clips = clip_of(query_image), clip_of(train_image)
+    path = save_html(ranking(1, 2), *clips, tmp_path / "a.html")
+    with opened(browser, path, reduced_motion=motion) as shown:
+        assert "image/webp" not in shown.locator(".card img").first.evaluate("i => i.currentSrc")
+        shown.locator(".card").first.click()
+        said = shown.locator("#detail figure img").first.evaluate("i => i.currentSrc")
+        assert ("image/webp" in said) == (motion != "reduce")
+        assert "8 × 8 pixels, 9 frames" in shown.locator("#detail figcaption").first.inner_text()
+
+
+def test_a_clip_is_shown_by_its_middle_frame_and_previews_are_bounded():
+    name = "digit-3"
+    assert to_picture(clip_of(train_image)(name), name) == to_picture(train_image(name), name)
+    noise = np.random.default_rng(0).random((3, 40, 300, 400), np.float32)
+    content = preview(noise, "noise")
+    with Image.open(io.BytesIO(content)) as moving:
+        assert len(content) <= PREVIEW and moving.n_frames == FRAMES and max(moving.size) <= 192
+        assert abs(moving.n_frames * moving.info["duration"] - 40_000 / 16) <= FRAMES
+    still = preview(clip_of(train_image)(name), name)
+    with Image.open(io.BytesIO(still)) as moving:
+        moving.seek(4)
+        assert moving.convert("L").tobytes() == to_picture(train_image(name), name).tobytes()
+
+
+def test_many_clips_stand_in_files_of_their_own(tmp_path):
+    clips = clip_of(query_image), clip_of(train_image)
+    path = save_html(ranking(1, 2), *clips, tmp_path / "a.html", embed=14)
+    kinds = sorted(f.suffix for f in (tmp_path / "a_files").iterdir())
+    assert kinds == [".png"] * 3 + [".webp"] * 3 and path.stat().st_size < 1 << 20
+    save_html(ranking(1, 2), *clips, tmp_path / "b.html", embed=15)
+    assert not (tmp_path / "b_files").exists()
