@@ -293,6 +293,7 @@ def test_a_clip_is_shown_by_its_middle_frame_and_previews_are_bounded():
     noise = np.random.default_rng(0).random((3, 40, 300, 400), np.float32)
     content = preview(noise, "noise")
     with Image.open(io.BytesIO(content)) as moving:
+        moving.load()
         assert len(content) <= PREVIEW and moving.n_frames == FRAMES and max(moving.size) <= 192
         assert abs(moving.n_frames * moving.info["duration"] - 40_000 / 16) <= FRAMES
     still = preview(clip_of(train_image)(name), name)
