@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from dmin.cli.config.auto import opened
 from dmin.cli.config.groups import config_directory
+from dmin.cli.config.shorthand import kind_of
 from dmin.cli.config.store_settings import GROUPS, read
 from dmin.cli.tools.arguments import Arguments
 from dmin.runs import checkpoints
@@ -26,7 +27,6 @@ ROOT = "line"
 _OTHER_ROOT = ("--config-name", "-cn", "--config-path", "-cp")
 _READING = ("sample", "retrieve", "serve", "outliers", "losses", "evaluate")
 OF_A_STORE = ("collect", "doctor", *_READING)
-CLIPS = "dmin.data.video.VideoFolder"  # what is asked about such data are clips
 WITH_PICTURES = {"retrieve": "pictures", "losses": "pictures that were held out"}
 
 
@@ -79,9 +79,7 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     prompts = options["prompt"] or [each for each in (options["concept"],) if each is not None]
     queries = _queries(pictures, prompts, given) | _part(options, pictures, given)
     if queries and "queries" not in given:
-        moving = root.get("data", {}).get("_target_") == CLIPS or "data=video_folder" in settings
-        choice = "generated" if "prompts" in queries else "clips" if moving else "images"
-        defaults.append({"override queries": choice})
+        defaults.append({"override queries": kind_of(queries, root.get("data"), settings)})
     steps = _numbers("timesteps", options["timesteps"], "some of the store's, such as 100,300")
     said = {
         "model": _only(
@@ -261,7 +259,7 @@ def _queries(pictures: list[str], prompts: list[str], given: Collection[str]) ->
             f"them, or once for each."
         )
     roots = [_literal(path) for path in pictures]
-    asked = {"root": roots if len(roots) > 1 else roots[0]} if roots else {}
+    asked = {"root": roots if roots[1:] else roots[0]} if roots else {}
     return asked | ({"prompt": said if len(said) > 1 else said[0]} if said else {})
 
 

@@ -1,12 +1,23 @@
 """What a command line may leave out or say shorter, spelled out for Hydra."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 _SEVERAL = re.compile(r"method=([\w-]+(?:,[\w-]+)+)")
 # What stands where a command's own choice is none that could do its work.
 _CHOICES = {"demo": "experiment=digits", "outliers": "method=grad_dot"}
 UPLOADS = ("queries=images", "queries.root=uploads")  # of `serve`, each a file of its own
+
+
+def kind_of(
+    queries: Mapping[str, Any], data: Mapping[str, Any] | None, words: Sequence[str]
+) -> str:
+    """Return the choice of the queries: files are clips where the data of a store or a line are."""
+    if "prompts" in queries:
+        return "generated"
+    of_clips = (data or {}).get("_target_") == "dmin.data.video.VideoFolder"
+    return "clips" if of_clips or "data=video_folder" in words else "images"
 
 
 def spelled_out(command: str, words: Sequence[str]) -> list[str]:
