@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from diffusers.loaders import single_file_utils
+from diffusers.models.normalization import RMSNorm
 from models.families import EVERY, checkpoint
 from models.original_layout import unet_weights
 from oracle import Keep, backward
@@ -279,12 +280,73 @@ def test_two_whole_factors_of_lokr_have_a_scale_in_peft_alone(tmp_path):
     torch.testing.assert_close(again(x), expected, rtol=1e-10, atol=1e-12)
 
 
+class Normed(Net):
+    """The same with three kinds of norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.group, self.norm, self.plain = nn.GroupNorm(2, 6), nn.LayerNorm(8), RMSNorm(8, 1e-6)
+        for norm in (self.group, self.norm, self.plain):
+            norm.weight.data.normal_()
+
+    def forward(self, x):
+        x = self.group(self.conv(x)).tanh().flatten(2).transpose(1, 2)
+        return self.plain(self.norm(self.lin(x)).tanh())
+
+
+ENDS = {"conv": ("diff", "diff_b"), "lin": ("diff", "diff_b"), "plain": ("w_norm",)}
+ENDS |= {"group": ("w_norm", "b_norm"), "norm": ("w_norm", "b_norm")}
+
+
+def test_whole_differences_and_norms_are_added_and_their_gradients_are_autograds(tmp_path):
+    torch.manual_seed(3)
+    net, state, at = Normed().double(), {}, {}
+    for layer, ends in ENDS.items():
+        for end, part in zip(ends, ("weight", "bias"), strict=False):
+            value = 0.3 * torch.randn_like(getattr(net.get_submodule(layer), part)).detach()
+            state[f"lora_unet_{layer}.{end}"] = value
+            at[f"{layer}.{part}"] = value.clone().requires_grad_()
+    save_file(state, tmp_path / "a.safetensors")
+    plain = deepcopy(net)
+    truth = {name: plain.get_parameter(name).detach() + value for name, value in at.items()}
+    load_adapters(net, tmp_path / "a.safetensors")
+    x = torch.randn(3, 4, 6, 5, dtype=torch.float64)
+    torch.testing.assert_close(net(x), functional_call(plain, truth, x), rtol=1e-6, atol=1e-8)
+    chosen = choose_parameters(net, "lora")
+    found, _ = backward(net, Keep(chosen), lambda: net(x).square().flatten(1).mean(1))
+    assert len(found) == len(state)
+    for b in range(len(x)):
+        value = functional_call(plain, truth, x[b : b + 1]).square().mean()
+        expected = torch.autograd.grad(value, list(at.values()), retain_graph=True)
+        for name, gradient in zip(at, expected, strict=True):
+            layer, part = name.split(".")
+            own = found[f"{layer}.lora_diff.default.{part}"][b].reshape(gradient.shape)
+            assert (own - gradient).norm() <= 1e-6 * max(gradient.norm(), 1e-4), name
+    torch.testing.assert_close(without_adapters(net)(x), plain(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"norm.b_norm": torch.ones(8)}, "norm has lora_diff_b, which are not the tensors of one"),
+        ({"norm.w_norm": torch.ones(6)}, r"norm \(6 where it is 8\)"),
+        ({"plain.w_norm": torch.ones(8), "plain.b_norm": torch.ones(8)}, "8 biases, which it has"),
+        ({f"norm.{k}": torch.ones(v) for k, v in lora(8, 8, (), None).items()}, "a norm, of which"),
+        ({"lin.diff": torch.ones(8, 6), "lin.dora_scale": torch.ones(8, 1)}, "magnitudes of a who"),
+    ],
+)
+def test_differences_that_do_not_fit_are_refused(changes, said, tmp_path):
+    save_file({f"lora_unet_{k}": v for k, v in changes.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(DminError, match=said):
+        load_adapters(Normed(), tmp_path / "a.safetensors")
+
+
 def test_every_tensor_is_accounted_for(tmp_path):
     net, tensors = made(lora, None)
     state = save(tensors, tmp_path / "a.safetensors")
     refused = {
         "lora_unet_lin.oft_blocks": "an OFT adapter",
-        "lora_unet_lin.diff_b": "whole differences",
+        "lora_unet_lin.diff_b": "not the tensors of one adapter",
         "bundle_emb.mug.clip_l": "mug has vectors of 1 numbers, for an encoder .*it has none",
         "lora_unet_lin.surprise": "none of an adapter's",
         "lora_unet_lin.hada_w1_a": "not the tensors of one adapter",

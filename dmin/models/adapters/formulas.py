@@ -16,6 +16,8 @@ KINDS: dict[frozenset[str], str] = {
     frozenset({"lora_A", "lora_mid", "lora_B"}): "LoCon, Tucker",
     frozenset(_HADA): "LoHa",
     frozenset({*_HADA, "hada_t1", "hada_t2"}): "LoHa, Tucker",
+    frozenset({"lora_diff"}): "whole",
+    frozenset({"lora_diff", "lora_diff_b"}): "whole",
     **{frozenset(left + right): "LoKr" for left, right in product(_LEFT, _RIGHT)},
 }
 MAGNITUDE = "lora_magnitude_vector"

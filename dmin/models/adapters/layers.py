@@ -1,5 +1,6 @@
 """Layers and what adapters change of them, with the file's own factors as parameters."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -216,6 +217,8 @@ def built(tensors: Mapping[str, Tensor], base: nn.Module, scale: float) -> Delta
         tensor = tensors[name].T if transposed else tensors[name]
         return _layer(tensor, base if isinstance(base, _ConvNd) else None, kernel)
 
+    if "lora_diff" in tensors:
+        return Delta({"lora_diff": _whole(base, tensors)}, scale)
     if "lora_A" in tensors:
         names = [name for name in ("lora_A", "lora_mid", "lora_B") if name in tensors]
         return Delta({n: layer(n, kernel=n == names[-2]) for n in names}, scale)
@@ -240,6 +243,20 @@ def weight_of(layer: nn.Module) -> Tensor:
     """Return the weight of a layer."""
     weight: Any = layer.weight
     return weight
+
+
+def _whole(base: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a layer like another, whose weights are differences: it is linear in them."""
+    found: Any
+    if isinstance(base, nn.Linear | _ConvNd):
+        like = base if isinstance(base, _ConvNd) else None
+        found = _layer(tensors["lora_diff"], like, kernel=True)
+    else:
+        found = copy.deepcopy(base)
+        found.weight = nn.Parameter(tensors["lora_diff"])
+    bias = tensors.get("lora_diff_b")
+    found.bias = None if bias is None else nn.Parameter(bias)
+    return found
 
 
 def _layer(tensor: Tensor, like: _ConvNd | None, kernel: bool = False) -> nn.Module:

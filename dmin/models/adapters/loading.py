@@ -129,6 +129,10 @@ def _misfit(module: FileModule, layers: Sequence[nn.Module]) -> str | None:
         return "not in it"
     shapes = [base_of(layer).weight.shape for layer in layers]
     wanted = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    if "lora_diff" in module.tensors:
+        return _misfit_whole(module, layers, wanted)
+    if len(wanted) < 2:
+        return "a norm, of which it is no difference"
     factors = {key: value.to("meta") for key, value in module.factors.items()}
     try:
         found = difference(factors, wanted[2:]).shape
@@ -141,6 +145,20 @@ def _misfit(module: FileModule, layers: Sequence[nn.Module]) -> str | None:
     magnitude = module.tensors.get(MAGNITUDE)
     if magnitude is not None and magnitude.numel() not in wanted[:2]:
         return f"{magnitude.numel()} magnitudes where it is {_sizes(wanted)}"
+    return None
+
+
+def _misfit_whole(
+    module: FileModule, layers: Sequence[nn.Module], wanted: Sequence[int]
+) -> str | None:
+    found, bias = module.tensors["lora_diff"].shape, module.tensors.get("lora_diff_b")
+    if tuple(found) != tuple(wanted):
+        return f"{_sizes(found)} where it is {_sizes(wanted)}"
+    held = all(getattr(base_of(layer), "bias", None) is not None for layer in layers)
+    if bias is not None and (bias.shape != found[:1] or not held):
+        return f"a difference of {_sizes(bias.shape)} biases, which it has not"
+    if MAGNITUDE in module.tensors:
+        return "magnitudes of a whole difference"
     return None
 
 

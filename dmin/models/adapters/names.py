@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from diffusers.models.normalization import RMSNorm
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -17,11 +18,14 @@ _UNET = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
 _RESNET = {
+    "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
@@ -70,6 +74,8 @@ def base_of(module: nn.Module) -> Any:
     if isinstance(layer, _ConvNd):
         plain = not layer.transposed and layer.groups == 1 and layer.padding_mode == "zeros"
         return layer if plain else None
+    if isinstance(layer, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | RMSNorm):
+        return None if layer.weight is None else layer
     return layer if isinstance(layer, nn.Linear) else None
 
 

@@ -22,6 +22,8 @@ _ENDS = (
     (r"\.(?:lora_up|lora_B|lora\.up|lora_linear_layer\.up)(?:\.default)?\.weight", "lora_B"),
     (r"\.lora_mid\.weight", "lora_mid"),
     (r"\.(?:lora_magnitude_vector(?:\.default)?(?:\.weight)?|magnitude|dora_scale)", MAGNITUDE),
+    (r"\.(?:diff|w_norm)", "lora_diff"),
+    (r"\.(?:diff_b|b_norm)", "lora_diff_b"),
     (r"(?:\.lora)?\.alpha", "alpha"),
     (r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))(?:\.default)?", r"\1"),
 )
@@ -43,9 +45,6 @@ _NETWORK = re.compile(
 )
 _REFUSED = {
     "oft_": "an OFT adapter, which turns weights and adds nothing to them",
-    "diff": "whole differences of weights, which have no factors",
-    "w_norm": "norms that were trained as a whole",
-    "b_norm": "norms that were trained as a whole",
     "on_input": "an IA³ adapter, which scales weights and adds nothing to them",
     "lora_B.bias": "biases of its own matrices",
 }
@@ -133,6 +132,8 @@ class AdapterFile:
         α of tensors comes first. Files in peft's names have it in peft's config, in single entries
         of the header, or, if nowhere, α is the rank; in others no α is a scale of 1.
         """
+        if "lora_diff" in module.tensors:
+            return 1.0
         told = self._config(module)
         r = rank(module.factors)
         if r is None and "alpha" not in told:
@@ -232,4 +233,7 @@ def _module(key: str) -> FileModule:
 
 def _what(key: str) -> str:
     known = next((what for part, what in _REFUSED.items() if part in key), "none of an adapter's")
-    return f"{known}. dmin computes LoRA, LoCon, LoHa, LoKr, their Tucker forms and DoRA"
+    return (
+        f"{known}. dmin computes LoRA, LoCon, LoHa, LoKr, their Tucker forms, DoRA, and whole "
+        f"differences"
+    )
