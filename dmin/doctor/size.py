@@ -4,8 +4,6 @@ The network is built on torch's ``meta`` device and runs one pair of example and
 its shapes. What autograd keeps for backward is added up, and operations are counted.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """A model held as the pipeline of diffusers it came in: loading, saving and generating."""
 
-from __future__ import annotations
-
 import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence

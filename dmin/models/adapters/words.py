@@ -1,7 +1,5 @@
 """Learned words (textual inversion): tokens with vectors of their own beside an encoder's."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
