@@ -142,7 +142,13 @@ class _Split:
         own, length = self._row(self.queries, query, asked.readout)
         factors = _factors(rows, own)
         here = self.asking.pairs([self.queries.example(query)])
-        there = [self.known.pairs([self.train.example(id)]) for id in ids]
+        examples = [self.train.example(id) for id in ids]
+        if any(example.drawn for example in examples):
+            raise DminError(
+                f"retrieve.places: {ids[0]!r} and others stand for draws of the data (run.draws), "
+                f"each mirrored or cut otherwise, and have no one map. Set retrieve.places=null."
+            )
+        there = [self.known.pairs([example]) for example in examples]
         scales = [self._scale(asked, id) for id in ids]
         like = next(iter(self.known.weights.values()))
         maps: list[list[Any]] = [[0.0, None if factors is None else 0.0] for _ in ids]

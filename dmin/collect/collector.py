@@ -182,7 +182,7 @@ class Collector:
                 f"collect.gradient_checkpointing=true. Blocks finished before are kept."
             ) from error
         order = torch.cat(groups).argsort() if len(groups) > 1 else None
-        shape = len(inputs.x0), self.noise.draws, len(self.timesteps)
+        shape = inputs.examples, self.noise.draws, len(self.timesteps)
         return Features.joined(parts, shape, order)
 
     def run(

@@ -109,18 +109,21 @@ class EncodingsCache:
             return None
         for block in wanted:
             groups = self.load(block, torch.device("cpu"))
-            if len(groups) != 1 or len(groups[0][0]) != min(
-                self.block_size, examples - block * self.block_size
-            ):
+            draws, part = divmod(
+                len(groups[0][0]), min(self.block_size, examples - block * self.block_size)
+            )
+            if len(groups) != 1 or part:
                 return None
             blocks[block] = groups[0]
-        parts = [(blocks[row // self.block_size], row % self.block_size) for row in rows]
-        x0 = torch.stack([encoded[0][place] for encoded, place in parts])
+        parts = [
+            (blocks[row // self.block_size], slice(first, first + draws))
+            for row in rows
+            for first in [row % self.block_size * draws]
+        ]
+        x0 = torch.cat([encoded[0][place] for encoded, place in parts])
         first = blocks[wanted[0]][1]
         return x0, {
-            n: value
-            if n.startswith(SHARED)
-            else torch.stack([e[1][n][place] for e, place in parts])
+            n: value if n.startswith(SHARED) else torch.cat([e[1][n][place] for e, place in parts])
             for n, value in first.items()
         }
 

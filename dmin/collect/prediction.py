@@ -45,10 +45,10 @@ def row_bytes(collector: Collector, dtype: str) -> int:
     return len(collector.readouts) * per_readout + 4 * prod(shape[:2])
 
 
-def encoding_bytes(encoded: Sequence[Encoded]) -> float:
-    """Return the bytes of one example's encodings, the mean of a block's."""
+def encoding_bytes(encoded: Sequence[Encoded], examples: int) -> float:
+    """Return the bytes of one example's encodings, the mean of so many."""
     tensors = [x for x0, condition in encoded for x in (x0, *condition.values())]
-    return sum(x.nbytes for x in tensors) / sum(len(x0) for x0, _ in encoded)
+    return sum(x.nbytes for x in tensors) / examples
 
 
 def rows_left(collector: Collector, store: StoreWriter) -> dict[str, tuple[Path, int]]:

@@ -248,8 +248,8 @@ class Session(lightning.LightningModule):
                 found = self._encode(block)
                 encodings.save(number, found)
                 if number == blocks[0]:
-                    left = encodings.missing(self.data.blocks)
-                    size = int(encoding_bytes(found) * self.data.block_size * len(left))
+                    left = self.data.block_size * len(encodings.missing(self.data.blocks))
+                    size = int(encoding_bytes(found, sum(len(b["id"]) for b in block)) * left)
                     rows = rows_left(self.collector, self.store)
                     require_space(rows | {"encodings meanwhile": (encodings.folder, size)})
                 self.heartbeat.gained = True

@@ -64,6 +64,7 @@ class Example:
         condition_image: float32 ``[C', H', W']`` in [0, 1], what a model is given with it: an image
             to change, a mask, a drawing, a map of depths.
         repeats: how often an epoch of the training passed it.
+        drawn: as training saw it in draws of what was random in its data; none: as it is.
     """
 
     id: str
@@ -75,6 +76,7 @@ class Example:
     mask: Tensor | None = None
     condition_image: Tensor | None = None
     repeats: float = 1
+    drawn: Sequence[Example] = ()
 
     def describe(self) -> dict[str, Any]:
         """Return what a store keeps of the example beside its gradient."""
@@ -120,7 +122,15 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         "sizes": [e.sizes for e in examples],
         **_masks(examples),
         **_condition_images(examples),
+        **_drawn(examples),
     }
+
+
+def _drawn(examples: Sequence[Example]) -> dict[str, Any]:
+    """Return a batch of each draw of the examples, if there are any: all as many, or none."""
+    number = max(len(e.drawn) for e in examples)
+    each = [e.drawn or [e] * number for e in examples]
+    return {"drawn": [collate([e[n] for e in each]) for n in range(number)]} if number else {}
 
 
 def _masks(examples: Sequence[Example]) -> dict[str, Tensor]:

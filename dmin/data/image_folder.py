@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
 
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dmin.data.base import Example, Facts
+from dmin.data.captions import Captions, Draws
 from dmin.data.checked import Checked, describe_problems, printable, require_same
 from dmin.data.formats import suffixes
 from dmin.data.layout import PLAIN, Folder
@@ -43,6 +45,7 @@ class ImageFolder(Checked):
         condition_image: what a model is given with each image, read as the images are: a folder
             with files of the same names, a picture for all, or a column of the metadata that names
             files; None for nothing.
+        draws: what training drew anew each time it saw an image; None for nothing.
 
     Attributes:
         ids: paths of the images below the folder, in order.
@@ -59,6 +62,7 @@ class ImageFolder(Checked):
     text: str | Sequence[str | None] | None = "text"
     layout: str = "auto"
     condition_image: str | Path | None = None
+    draws: Draws | None = None
 
     noun: ClassVar[str] = "images"
 
@@ -95,7 +99,26 @@ class ImageFolder(Checked):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Example:
-        """Return one example."""
+        """Return one example, with its draws."""
+        found = self._example(index)
+        if self.draws is None:
+            return found
+        return replace(found, drawn=[self._drawn(index, n) for n in range(self.draws.number)])
+
+    def _drawn(self, index: int, draw: int) -> Example:
+        assert self.draws is not None
+        rng, seen = self.draws.of(self.ids[index], draw), copy.copy(self)
+        seen.at, seen.mirrored = self.draws.view(rng)
+        found = seen._example(index)
+        if found.caption is None:
+            return found
+        return replace(found, caption=self._worded(found, self.draws, rng))
+
+    def _worded(self, example: Example, draws: Draws, rng: Any) -> str:
+        """Return what is drawn of an example's caption."""
+        return Captions().worded([example.caption or ""], draws, rng)
+
+    def _example(self, index: int) -> Example:
         name, facts = self.ids[index], self._facts[index]
         path = Path(self.root) / name
         content = self.content(path, str(path))
@@ -134,7 +157,8 @@ class ImageFolder(Checked):
     def describe(self) -> dict[str, Any]:
         """Return settings, and a digest of the name, bytes, label and caption of every image."""
         content = self._content([facts[:2] for facts in self._facts])
-        return self.described(len(self), content=content)
+        drawn = {} if self.draws is None else {"draws": asdict(self.draws)}
+        return self.described(len(self), content=content, **drawn)
 
     def describe_fully(self, kept: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
         """Return settings and such a digest of all metadata; see `dmin.data.base`."""

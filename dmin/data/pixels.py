@@ -88,6 +88,8 @@ class Pixels:
     background: str | None = "white"
     max_pixels: int = 89_478_485
 
+    at, mirrored = (0.5, 0.5), False  # where the cut is, across and down: of a draw, no settings
+
     def __post_init__(self) -> None:
         """Refuse settings that no image could satisfy."""
         allowed: dict[str, tuple[Any, ...]] = {
@@ -148,21 +150,14 @@ class Pixels:
         with self._opened(content, name) as opened:
             upright = _upright(opened)
             image, crop = self._fitted(self._coloured(upright))
+            image = ImageOps.mirror(image) if self.mirrored else image
             pixels = np.asarray(image, dtype=np.float32) / 255
             sizes = Sizes((upright.height, upright.width), crop)
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return Picture(torch.from_numpy(np.ascontiguousarray(pixels)), sizes)
 
     def probe(self, content: bytes, name: str) -> None:
-        """Refuse what :meth:`decode` would refuse, in a part of its time.
-
-        Args:
-            content: the bytes of an image file.
-            name: what to call it in a message.
-
-        Raises:
-            Unreadable: as for ``decode``.
-        """
+        """Refuse what :meth:`decode` would refuse, in a part of its time; arguments as there."""
         with self._opened(content, name) as opened:
             opened.draft(None, (1, 1))  # a JPEG is read to its end, but unpacked small
             opened.load()
@@ -221,14 +216,19 @@ class Pixels:
         width, height = image.size
         if (across, down) == image.size:
             return image, (0, 0)
-        if not self.resize:
-            left, top = (width - across) // 2, (height - down) // 2
-            return image.crop((left, top, left + across, top + down)), (top, left)
-        if self.crop == "none":
+        if self.resize and self.crop == "none":
             return image.resize((across, down), Image.Resampling.LANCZOS), (0, 0)
-        scale = max(across / width, down / height)
-        crop = (round(height * scale) - down) // 2, (round(width * scale) - across) // 2
-        return ImageOps.fit(image, (across, down), Image.Resampling.LANCZOS), crop
+        scale = max(across / width, down / height) if self.resize else 1
+        rest = round(width * scale) - across, round(height * scale) - down
+        left, top = (
+            n // 2 if a == 0.5 else int((n + 1) * a) for n, a in zip(rest, self.at, strict=True)
+        )
+        if self.resize and self.at == (0.5, 0.5):  # to parts of a pixel
+            return ImageOps.fit(image, (across, down), Image.Resampling.LANCZOS), (top, left)
+        if self.resize:
+            whole = across + rest[0], down + rest[1]
+            image = image.resize(whole, Image.Resampling.LANCZOS)
+        return image.crop((left, top, left + across, top + down)), (top, left)
 
     def _size_of(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the width and height that an image of this size is given."""

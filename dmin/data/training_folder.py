@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any, Literal  # noqa: F401 (Literal: see the annotations of P
 from torch import Tensor
 
 from dmin.data.base import Dataset, Example, Facts, describe_dataset
-from dmin.data.captions import Captions
+from dmin.data.captions import Captions, Draws
 from dmin.data.checked import NO_CAPTION, require_same
 from dmin.data.ids import facts_at, ids_of
 from dmin.data.image_folder import ImageFolder
@@ -20,6 +21,7 @@ from dmin.data.layout import Folder
 from dmin.data.masks import Masks
 from dmin.data.pixels import Pixels
 from dmin.runtime.errors import DminError
+from dmin.runtime.fingerprint import fingerprint
 
 
 @dataclass(eq=False)
@@ -62,12 +64,16 @@ class TrainingFolder(ImageFolder):
         file = self._masks[image]
         if image in self._said:
             require_same(str(file), self.masks.content(file), self._said[image])
-        return self.masks.read(file, Path(self.root) / image, self._cut)
+        cut = copy.copy(self._cut)
+        cut.at, cut.mirrored = self.at, self.mirrored
+        return self.masks.read(file, Path(self.root) / image, cut)
 
-    def __getitem__(self, index: int) -> Example:
-        """Return one example."""
-        example = super().__getitem__(index)
+    def _example(self, index: int) -> Example:
+        example = super()._example(index)
         return replace(example, mask=self._mask(example.id))
+
+    def _worded(self, example: Example, draws: Draws, rng: Any) -> str:
+        return (self.captions or Captions()).worded(self._choices[example.id], draws, rng)
 
     def describe(self) -> dict[str, Any]:
         """Return what :class:`ImageFolder` does, and the digests of the masks."""
@@ -75,6 +81,8 @@ class TrainingFolder(ImageFolder):
         if self.masks is not None:
             self._said = {name: self.masks.digest(file) for name, file in self._masks.items()}
             found["masks"] = self._said
+        if self.draws is not None and self.draws.lines:
+            found["captions"] = fingerprint({name: self._choices.get(name) for name in self.ids})
         return found
 
     def _find(self) -> dict[str, Facts]:
@@ -82,17 +90,20 @@ class TrainingFolder(ImageFolder):
             Path(self.root), self.suffixes, self.recursive, self.leave, self.condition_image
         )
         self._files = folder
+        self._choices: dict[str, list[str]] = {}
         facts = {image: Facts(metadata={}, repeats=self.repeats) for image in folder.images}
         if self.captions is not None:
             folder.layout = self.captions.source
             how = self.captions
             if self.on_error == "skip" and how.missing == "error":
                 how = replace(how, missing="drop")
-            found = how.read(folder.root, folder.images, folder.files, self.told_wrong)
+            found = how.choices(folder.root, folder.images, folder.files, self.told_wrong)
+            self._choices = found
             lost = [] if how is self.captions else [i for i in folder.images if i not in found]
             self._wrong = {**dict.fromkeys(lost, NO_CAPTION), **self._wrong}
             facts = {
-                image: Facts(None, caption, {}, self.repeats) for image, caption in found.items()
+                image: Facts(None, how.worded(captions), {}, self.repeats)
+                for image, captions in found.items()
             }
             for suffix in self.captions.extensions if folder.layout == "files" else ():
                 folder.used.update(folder.beside(suffix).values())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dmin.diffusion.noise import Noise
+from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import to_device
 
 SHARED = "shared."
@@ -48,12 +49,17 @@ class NoisedExamples:
     Args:
         noise: what the examples are noised with.
         timesteps: T of them, in the model's own unit.
-        x0: ``[examples, ...]`` from ``model.encode``.
-        condition: from ``model.encode``, one row an example.
-        ids: of the examples, as many.
+        x0: ``[examples, ...]`` from ``model.encode``; or ``[examples · E, ...]``, E draws of the
+            data of each, of which d mod E is taken at draw d of the noise.
+        condition: from ``model.encode``, as many rows.
+        ids: of the examples.
 
     Attributes:
+        examples: how many.
         points: D · T, the pairs of one example.
+
+    Raises:
+        DminError: D is no multiple of E.
     """
 
     def __init__(
@@ -71,6 +77,13 @@ class NoisedExamples:
         }
         points = [(t, draw) for draw in range(noise.draws) for t in timesteps]
         self.points: int = len(points)
+        self.examples: int = len(ids)
+        self._steps, self._drawn = len(timesteps), len(x0) // len(ids)
+        if noise.draws % self._drawn:
+            raise DminError(
+                f"the data have {self._drawn} draws of each example (run.draws, data.draws.number) "
+                f"and noise.draws={noise.draws}: set noise.draws={self._drawn}, or a multiple."
+            )
         self._own = noise.per_example
         drawn = torch.stack(
             [noise(x0.shape[1:], *p, id) for id in (ids if self._own else [""]) for p in points]
@@ -80,12 +93,13 @@ class NoisedExamples:
 
     def __len__(self) -> int:
         """Return the number of pairs."""
-        return len(self.x0) * self.points
+        return self.examples * self.points
 
     def at(self, pairs: Tensor) -> NoisedBatch:
         """Return some pairs, by their numbers."""
         pairs = to_device(pairs, self.x0.device)
-        row, point = pairs // self.points, pairs % self.points
+        point = pairs % self.points
+        row = pairs // self.points * self._drawn + point // self._steps % self._drawn
         return NoisedBatch(
             self.x0[row],
             self._noise[pairs if self._own else point],

@@ -84,7 +84,7 @@ def diagnose(
         checks += work
     coverage = _coverage(collector, found.path) if found else []
     if cost:
-        kept = encoding_bytes([first]) if collector.encoders else 0
+        kept = encoding_bytes([first], len(batch["id"])) if collector.encoders else 0
         cost = cost._replace(
             examples=len(dataset),
             seconds=cost.seconds * len(dataset),
@@ -131,9 +131,9 @@ def _inputs(
 ) -> NoisedBatch:
     """Pair each example with a timestep of its own, spread over the schedule."""
     steps = [n for n, t in enumerate(collector.timesteps) if collector.networks.reaches(t)]
-    i, steps_at = torch.arange(len(x0)), torch.tensor(steps)
+    i, steps_at = torch.arange(len(ids)), torch.tensor(steps)
     inputs = NoisedExamples(collector.noise, collector.timesteps, x0, condition, ids)
-    return inputs.at(i * inputs.points + steps_at[(2 * i + 1) * len(steps) // (2 * len(x0))])
+    return inputs.at(i * inputs.points + steps_at[(2 * i + 1) * len(steps) // (2 * len(ids))])
 
 
 def _work(
@@ -159,7 +159,7 @@ def _work(
         rows = collector.features(x0, condition, ids, peak).values[collector.readouts[0]]
         start = time.perf_counter()
         collector.features(x0, condition, ids, peak).losses.cpu()  # waits for a GPU
-        seconds = (time.perf_counter() - start) / len(x0)
+        seconds = (time.perf_counter() - start) / len(ids)
     except DminError as error:
         return [], None, [Check("rows can be computed", False, detail=str(error))]
     report = timestep_report(np.asarray(rows.cpu()), collector.timesteps)
@@ -176,7 +176,7 @@ def _work(
         + (f"Take the others alone: {chosen}." if telling else "Look at timesteps of less noise."),
         required=False,
     )
-    return report, Cost(len(x0), seconds, 0, 0, peak.bytes, peak.meaning), [check]
+    return report, Cost(len(ids), seconds, 0, 0, peak.bytes, peak.meaning), [check]
 
 
 def _coverage(collector: GradientCollector, paths: dict[str, str]) -> list[Covered]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dmin.diffusion.inputs import SHARED, NoisedBatch
 from dmin.models.base import Condition, Prediction
-from dmin.models.masked import encode, predict
+from dmin.models.masked import encode, predict, side_by_side
 from dmin.runtime.errors import DminError
 
 _FAULTS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
@@ -84,6 +84,8 @@ def encoded(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
     Raises:
         DminError: ``encode`` fails, or returns what it must not.
     """
+    if "drawn" in batch:
+        return side_by_side([encoded(model, each) for each in batch["drawn"]])
     found = _encoded(model, batch)
     count = len(batch["id"])
     is_own = not type(model).__module__.startswith("dmin.")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from dmin.diffusion.inputs import NoisedBatch
+from dmin.diffusion.inputs import SHARED, NoisedBatch
 from dmin.models.base import Condition, Prediction
 from dmin.runtime.errors import DminError
 
@@ -26,6 +27,8 @@ def encode(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
     Raises:
         DminError: x0 has no places that a mask could be laid over.
     """
+    if "drawn" in batch:
+        return side_by_side([encode(model, each) for each in batch["drawn"]])
     found = model.encode(batch)
     mask = batch.get("mask")
     if mask is None or not isinstance(found, tuple) or len(found) != 2:
@@ -37,6 +40,17 @@ def encode(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
             f"the loss cannot be laid over it. Leave them out."
         )
     return x0, {**condition, MASK: adaptive_avg_pool2d(mask.to(x0), x0.shape[2:])}
+
+
+def side_by_side(draws: Sequence[tuple[Tensor, Condition]]) -> tuple[Tensor, Condition]:
+    """Return what draws of the same examples are encoded as, an example's draws together."""
+    x0 = torch.stack([x0 for x0, _ in draws], 1).flatten(0, 1)
+    return x0, {
+        name: value
+        if name.startswith(SHARED)
+        else torch.stack([condition[name] for _, condition in draws], 1).flatten(0, 1)
+        for name, value in draws[0][1].items()
+    }
 
 
 def predict(model: Any, batch: NoisedBatch) -> Prediction:

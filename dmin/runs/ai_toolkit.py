@@ -108,6 +108,14 @@ def _folders(keys: Keys, places: Places, train: Keys) -> dict[str, dict[str, Any
         }
         more = {"repeats": each.get("num_repeats", 1, int), "leave": ("_controls/",)}
         more["background"] = None
+        rate = "token_dropout_rate"
+        more["draws"] = {
+            "flip": each.draw("flip_x", 0.5),
+            "crop": each.draw("random_crop"),
+            "shuffle": each.draw("shuffle_tokens"),
+            "drop": each.draw(rate, each.get(rate, 0.0, float)),
+            **{"spare": each.get("keep_tokens", 0, int), "joint": ","},
+        }
         more["dropout"] = each.get("caption_dropout_rate", 0.0, float)
         more |= masks(each, "mask_path", places, **of_masks)
         captions = _captions(each, keys, train)

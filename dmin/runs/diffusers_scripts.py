@@ -8,7 +8,7 @@ from typing import Any
 
 from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places
-from dmin.runs.folders import IMAGES, add, bucket, folder, together
+from dmin.runs.folders import IMAGES, add, bucket, drawn, folder, together
 from dmin.runs.keys import Keys, table
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
@@ -59,14 +59,17 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
     shape = bucket(keys.get("resolution", 512), False, 1, True, run)
     if not keys.get("center_crop", False, bool):
         keys.note(run.random, "center_crop", False, say.CROP)
+    cut = keys.draw("center_crop", on=not keys.get("center_crop", False, bool))
+    draws = {"flip": keys.draw("random_flip", 0.5), "crop": cut}
     repeats = keys.get("repeats", 1, int)
     keys.note(run.taken, key, root, f"data, {repeats} repeats")
     if key == "instance_data_dir":
         prompt = {"source": "text", "text": keys.get("instance_prompt", "", str)}
-        part = folder(root, prompt, IMAGES, repeats=repeats, **shape)
+        part = folder(root, prompt, IMAGES, repeats=repeats, draws=draws, **shape)
     else:
         text = keys.get("caption_column", "text", str)
         part = {"_target_": IMAGE_FOLDER, "root": root, "text": text, "mode": "RGB", **shape}
+        part |= drawn(draws)
     parts: dict[str, dict[str, Any]] = {}
     add(parts, Path(root).name, part, run)
     return parts

@@ -83,8 +83,15 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
                 f"{run.source}: {archives[0]} is an archive of images, which is not read. Unpack "
                 f"it there (tar -xf) and move it away, or leave that directory out in a copy."
             )
+        known = len(each.run.random)
         shapes, captions = _shapes(each), _captions(each, root)
         more = {"repeats": each.get("num_repeats", 1.0, float)} | masks(each, "mask_path", places)
+        shuffled = [each.draw(key) for key in ("shuffle_tags", "cache_shuffle_num")]
+        mark = each.get("cache_shuffle_delimiter", ", ", str)
+        more["draws"] = {
+            "lines": each.draw("path", on=len(each.run.random) > known),
+            **{"shuffle": any(shuffled), "separator": mark, "joint": mark},
+        }
         part = folder(root.as_posix(), captions, IMAGES, **more)
         each.note(run.taken, "path", root.name, f"data, {part['repeats']:g} repeats")
         each.apply(table("diffusion_pipe", "directory"))

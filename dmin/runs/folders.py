@@ -15,6 +15,7 @@ from dmin.runtime.errors import DminError
 
 _FOLDER = "dmin.data.training_folder.TrainingFolder"
 _CAPTIONS = "dmin.data.captions.Captions"
+_DRAWS = "dmin.data.captions.Draws"
 MASKS = "dmin.data.masks.Masks"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
@@ -26,6 +27,7 @@ def folder(
     *,
     repeats: float = 1.0,
     dropout: float | None = None,
+    draws: Mapping[str, Any] | None = None,
     recursive: bool = False,
     leave: Sequence[str] = (),
     **shape: Any,
@@ -38,6 +40,7 @@ def folder(
         suffixes: of what the trainer takes for images.
         repeats: passes an epoch.
         dropout: share of them without the caption, which `together` takes; None: not said.
+        draws: settings of `Draws` for what was random.
         recursive: whether the folders below are read.
         leave: ends of names that are no examples.
         shape: size and aspect, as `bucket` returns them.
@@ -51,9 +54,17 @@ def folder(
         "leave": list(leave),
         "repeats": repeats,
         **({} if dropout is None else {"dropout": dropout}),
+        **drawn(draws or {}),
         "mode": "RGB",
         **shape,
     }
+
+
+def drawn(draws: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of draws, if something was random."""
+    if not any(draws.get(name) for name in ("flip", "crop", "lines", "shuffle", "drop")):
+        return {}
+    return {"draws": {"_target_": _DRAWS, **{k: v for k, v in draws.items() if v}}}
 
 
 def bucket(size: Any, buckets: bool, step: int, upscale: bool, run: TrainingRun) -> dict[str, Any]:
@@ -162,7 +173,7 @@ def add(
         parts[unique] = {**part, **shape}
 
 
-def together(parts: Mapping[str, Mapping[str, Any]] | None, run: TrainingRun) -> dict[str, Any]:
+def together(parts: Mapping[str, dict[str, Any]] | None, run: TrainingRun) -> dict[str, Any]:
     """Return the settings of all folders of a run as one dataset; set the noise of its shapes.
 
     Args:
@@ -177,7 +188,7 @@ def together(parts: Mapping[str, Mapping[str, Any]] | None, run: TrainingRun) ->
         return {}
     if not parts:
         raise DminError(f"{run.source} names no folder of images that it was trained on.")
-    _dropout({part["dropout"] for part in parts.values() if "dropout" in part}, run)
+    _dropout(parts, run)
     approximated = sorted({entry.key.rpartition(".")[2] for entry in run.random})
     run.model["empty_captions"] = "keep"  # what trainers make of images without a caption
     first = next(iter(parts.values()))
@@ -198,11 +209,16 @@ def together(parts: Mapping[str, Mapping[str, Any]] | None, run: TrainingRun) ->
     }
 
 
-def _dropout(shares: set[float], run: TrainingRun) -> None:
+def _dropout(parts: Mapping[str, dict[str, Any]], run: TrainingRun) -> None:
     """Take the share of captions that were dropped, where all folders that tell one agree."""
+    shares = {part["dropout"] for part in parts.values() if "dropout" in part}
     before = run.model.pop("prompt_dropout", 0.0) if shares else None
     if len(shares) > 1:
         run.random.append(Entry("caption_dropout_rate", sorted(shares), say.DROPOUT))
+        run.drawn.add("caption_dropout_rate")
+        for part in parts.values():
+            part["draws"] = {"_target_": _DRAWS, **part.get("draws", {})}
+            part["draws"]["dropout"] = part.get("dropout", before)
     elif share := sum(shares):
         run.model["prompt_dropout"] = share
         if share != before:

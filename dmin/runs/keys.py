@@ -208,6 +208,19 @@ class Keys:
         """Note keys that make the data random, where they are on, as `refuse` does."""
         self._note(self.run.random, table, ())
 
+    def draw(self, key: str, value: Any = True, on: bool | None = None) -> Any:
+        """Return what a key makes of each draw of the data, where it is on; it is told of as drawn.
+
+        Args:
+            key: in the file, noted as random elsewhere.
+            value: of a setting of `Draws`.
+            on: whether it is, where its value does not say so.
+        """
+        if not (on if on is not None else not is_off(self.get(key))):
+            return type(value)()
+        self.run.drawn.add(self.name(key))
+        return value
+
     def _note(self, entries: list[Entry], table: Mapping[str, str], off: Collection[Any]) -> None:
         for meaning, keys in table.items():
             for key in keys.split():

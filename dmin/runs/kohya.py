@@ -162,8 +162,9 @@ def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[s
     prefix, suffix = keys.get("caption_prefix", "", str), keys.get("caption_suffix", "", str)
     extension = keys.get("caption_extension", keys.get("caption_extention", ".caption", str), str)
     marks = [keys.get("secondary_separator", kind=str)]
+    mark = keys.get("keep_tokens_separator", kind=str)
     if any(not is_off(keys.get(key)) for key in TAGS):  # parted at it then alone
-        marks.append(keys.get("keep_tokens_separator", kind=str))
+        marks.append(mark)
     captions = {
         "extensions": [f".{extension.lstrip('.')}"],
         "replace": {mark: keys.get("caption_separator", ",", str) for mark in marks if mark},
@@ -194,6 +195,16 @@ def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[s
     else:
         own.refuse({say.CONTROL: "conditioning_data_dir"})
     own.skip(of_folders.inert)
+    kept, dropped = keys.get("keep_tokens", 0, int), "caption_tag_dropout_rate"
+    shape["draws"] = {
+        "flip": keys.draw("flip_aug", 0.5),
+        "crop": keys.draw("random_crop"),
+        "lines": keys.draw("enable_wildcard"),
+        "shuffle": keys.draw("shuffle_caption"),
+        "drop": keys.draw(dropped, keys.get(dropped, 0.0, float)),
+        **{"keep": kept, "spare": kept, "mark": mark, "whole": True},
+        "separator": keys.get("caption_separator", ",", str),
+    }
     shape["dropout"] = keys.get("caption_dropout_rate", 0.0, float)
     repeats = keys.get("num_repeats", 1, int)
     return folder(root, captions, SUFFIXES, repeats=repeats, **shape)

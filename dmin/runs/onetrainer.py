@@ -146,6 +146,10 @@ def _concept(
     concept.note(run.taken, "path", root.name, f"data, {repeats:g} repeats")
     if image.get("enable_crop_jitter", True, bool):
         image.note(run.random, "enable_crop_jitter", True, say.CROP)
+    draws = {
+        "flip": image.draw("enable_random_flip", 0.5),
+        "crop": image.draw("enable_crop_jitter", on=image.get("enable_crop_jitter", True, bool)),
+    }
     image.apply(table("onetrainer", "image"))
     concept.refuse({say.OF_FOLDER: "loss_weight"}, off=(1, "1.0"))
     more: dict[str, Any] = {}
@@ -158,8 +162,8 @@ def _concept(
         }
         keys.note(run.taken, "masked_training", True, "masks of the loss")
     more |= {"repeats": repeats / len(shapes), "leave": [f"{end}.png" for end in LEFT]}
-    captions = _captions(concept.inside("text"), root, places)
-    part = folder(spelled(root), captions, SUFFIXES, recursive=deep, **more)
+    captions = _captions(concept.inside("text"), root, places, draws)
+    part = folder(spelled(root), captions, SUFFIXES, recursive=deep, draws=draws, **more)
     concept.skip("__version name seed image_variations text_variations concept_stats enabled")
     concept.finish()
     add(parts, root.name, part, run, shapes)
@@ -182,9 +186,18 @@ def _shapes(size: Any, bucketed: bool, run: TrainingRun) -> list[dict[str, Any]]
     return [{**ratios(side, aspects, 64), "bucket_ratio": "height/width"} for side in several]
 
 
-def _captions(text: Keys, root: Path, places: Places) -> dict[str, Any]:
+def _captions(text: Keys, root: Path, places: Places, draws: dict[str, Any]) -> dict[str, Any]:
     """Return how captions are found: every line of a file is one, of which one was drawn."""
     source = text.get("prompt_source", "sample", str)
+    kept, share = text.get("keep_tags_count", 1, int), text.get("tag_dropout_probability", 0, float)
+    each = text.get("tag_dropout_enable", False, bool)
+    each = each and text.get("tag_dropout_mode", "FULL", str) == "RANDOM"
+    mark = text.get("tag_delimiter", ",", str)
+    draws |= {
+        "shuffle": text.draw("enable_tag_shuffling"),
+        "drop": text.draw("tag_dropout_enable", share, on=each),
+        **{"keep": kept, "spare": kept, "separator": mark, "joint": f"{mark} "},
+    }
     text.apply(table("onetrainer", "text"))
     if source == "filename":
         return {"source": "stems"}
@@ -196,7 +209,10 @@ def _captions(text: Keys, root: Path, places: Places) -> dict[str, Any]:
             raise DminError(f"{file} cannot be read as UTF-8 text ({error}). Mend it.") from error
         if len(lines) > 1:
             text.note(text.run.random, "prompt_path", file.name, say.ONE_OF)
-        return {"source": "text", "text": next(iter(lines), "").strip()}
+        draws["lines"] = text.draw("prompt_path", on=len(lines) > 1)
+        first, *others = [line.strip() for line in lines] or [""]
+        return {"source": "text", "text": first, "others": others}
     if several_lines(root):
+        draws["lines"] = text.draw("prompt_source", on=True)
         text.note(text.run.random, "prompt_source", source, say.ONE_OF)
     return {"extensions": [".txt"], "lines": "each", "missing": "empty"}

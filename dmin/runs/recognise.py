@@ -47,14 +47,12 @@ def read_run(
         path: its config, or the folder that holds it.
         root: where its relative paths start, if that is not near the config.
         ignore: keys of another loss to do without.
-        draws: of what was random in the data: 1, the central form.
+        draws: of what was random in the data, of which an example is the mean: 1, its central form.
         said: ``family``, ``path``, ``adapter`` of the model, ``data``, where the user names them.
 
     Raises:
         DminError: it is no run of a trainer that is known, lacks a file, or had another loss.
     """
-    if draws != 1:
-        raise DminError(f"run.draws={draws}: only 1, the central form of each image, is there yet.")
     found = list(_candidates(path, TRAINERS)) or list(_candidates(path, HEADERS))
     if not found:
         known = ", ".join(module.__name__.rpartition(".")[2] for module in TRAINERS)
@@ -67,6 +65,7 @@ def read_run(
         raise DminError(f"run={path} holds several: {names}. Name one of them.")
     file, module, values = found[0]
     run: TrainingRun = module.read(file, values, Places(file, root, said))
+    run.draw(draws)
     run.settle(ignore)
     return run
 

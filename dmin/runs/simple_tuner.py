@@ -14,6 +14,7 @@ from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
 CONFIGS = ("*.json", "*.toml", "config/*.json", "config/*.toml")
+SPLITS = {"comma": ",", "space": " ", "semicolon": ";", "period": "."}
 SHARED = "resolution resolution_type caption_strategy instance_prompt aspect_bucket_alignment"
 
 
@@ -94,9 +95,10 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
         root = places.folder(each.get("instance_data_dir", "", str), each.name("instance_data_dir"))
         passes = (1 + each.get("repeats", 0, int)) * each.get("probability", 1.0, float)
         shape = _shape(each) | (_masks(mask, places) if mask else {})
-        part = folder(
-            root, _captions(each, Path(root)), IMAGES, repeats=passes, recursive=True, **shape
-        )
+        draws = {"crop": each.draw("crop_style", on=each.get("crop_style", "", str) == "random")}
+        captions = _captions(each, Path(root), draws)
+        shape |= {"repeats": passes, "draws": draws}
+        part = folder(root, captions, IMAGES, recursive=True, **shape)
         each.note(run.taken, "instance_data_dir", root, f"data, {passes:g} passes an epoch")
         each.apply(table("simple_tuner", "backends"))
         add(parts, name, part, run)
@@ -125,18 +127,24 @@ def _masks(mask: Keys, places: Places) -> dict[str, Any]:
     return {}
 
 
-def _captions(each: Keys, root: Path) -> dict[str, Any]:
+def _captions(each: Keys, root: Path, draws: dict[str, Any]) -> dict[str, Any]:
     """Return how captions are found: by the names of images unless it is said otherwise."""
     source = each.get("caption_strategy", "filename", str)
     told = each.get("instance_prompt")
     several = told if isinstance(told, list) else [told]
     prompt = several[0] if several and isinstance(several[0], str) else ""
+    draws["lines"] = each.draw("instance_prompt", on=len(several) > 1)
     if len(several) > 1:
         each.note(each.run.random, "instance_prompt", told, say.ONE_OF)
-    if each.inside("caption_shuffle").get("enable", False, bool):
+    shuffle = each.inside("caption_shuffle")
+    if shuffle.get("enable", False, bool):
         each.note(each.run.random, "caption_shuffle", True, say.ORDER)
+        mark = SPLITS.get(shuffle.get("split_on", "comma", str))
+        draws |= {"shuffle": each.draw("caption_shuffle", on=mark is not None), "separator": mark}
+        draws |= {"keep": shuffle.get("position_start", 0, int)}
     if source == "instanceprompt" or each.get("only_instance_prompt", False, bool):
-        return {"source": "text", "text": prompt}
+        others = [text for text in several[1:] if isinstance(text, str)]
+        return {"source": "text", "text": prompt, "others": others}
     before = each.get("prepend_instance_prompt", False, bool)
     prefix = {"prefix": f"{prompt} "} if before and prompt else {}
     if source == "filename":
@@ -144,6 +152,7 @@ def _captions(each: Keys, root: Path) -> dict[str, Any]:
     if source == "textfile":
         whole = each.get("disable_multiline_split", False, bool)
         if not whole and several_lines(root):
+            draws["lines"] = each.draw("caption_strategy", on=True)
             each.note(each.run.random, "caption_strategy", source, say.ONE_OF)
         return {"extensions": [".txt"], "lines": "whole" if whole else "each", **prefix}
     raise DminError(

@@ -33,6 +33,8 @@ class TrainingRun:
         collect: settings of ``collect``.
         taken: what is honoured as it was trained.
         random: what is approximated: of randomness of the data, the central form stands for all.
+        drawn: names of the keys of it that more draws than one are made of.
+        draws: how many.
         other: another loss than the plain one: refused unless ignored.
         ignored: of these, what the user said to ignore.
         unknown: keys that are not known here.
@@ -49,10 +51,30 @@ class TrainingRun:
     collect: dict[str, Any] = field(default_factory=dict)
     taken: list[Entry] = field(default_factory=list)
     random: list[Entry] = field(default_factory=list)
+    drawn: set[str] = field(default_factory=set)
+    draws: int = 1
     other: list[Entry] = field(default_factory=list)
     ignored: list[Entry] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def draw(self, draws: int) -> None:
+        """Have each example be the mean of so many draws of what was random in its data.
+
+        Args:
+            draws: 1 is the central form.
+        """
+        parts = [part for part in self.data.get("datasets", {}).values() if "draws" in part]
+        for part in parts:
+            settings = {**part.pop("draws"), "number": draws}
+            part |= {"draws": settings} if draws > 1 else {}
+        self.draws = draws if parts else 1
+        if self.draws > 1:
+            self.noise["draws"] = draws
+            meaning = f"noise.draws={draws}, each with a draw of the data; so many times the rows"
+            self.taken.append(Entry("run.draws", draws, meaning))
+        elif draws > 1:
+            self.taken.append(Entry("run.draws", draws, "nothing in the data was drawn: the same"))
 
     def settle(self, ignore: Collection[str]) -> None:
         """Move what the user ignores out of the way; refuse the rest of another loss.
@@ -83,9 +105,13 @@ class TrainingRun:
     def lines(self) -> list[str]:
         """Return the table that is printed before anything is loaded."""
         lines = [f"run: {self.trainer}, {self.source}"]
+        drawn = [e for e in self.random if self.draws > 1 and e.key in self.drawn]
+        told = [e._replace(meaning=e.meaning.partition("; here")[0]) for e in drawn]
+        central = [each for each in self.random if each not in drawn]
         for title, entries in (
             ("taken", self.taken),
-            ("approximated: what was random in training is here its central form", self.random),
+            (f"approximated: what was random in training is here {self.draws} draws", told),
+            ("approximated: what was random in training is here its central form", central),
             ("ignored, as you say", self.ignored),
         ):
             if entries:

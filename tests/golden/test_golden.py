@@ -175,7 +175,7 @@ ADDED: set[str] = {
     "data.layout",
     *("data.condition_image", "queries.condition_image"),
     *("data.bucket_shapes", "data.upscale", "queries.bucket_shapes", "queries.upscale"),
-    *("data.bucket_ratio", "queries.bucket_ratio"),
+    *("data.bucket_ratio", "queries.bucket_ratio", "data.draws"),
 }
 # Settings whose value is another today, by their old one: the new one.
 CHANGED: dict[tuple[str, str], object] = {

@@ -82,8 +82,9 @@ def test_a_run_is_examined_collected_and_asked(name, tmp_path, monkeypatch):
     run = f"run={written(files)}"
     assert "diagnosis.json" in dmin("doctor", run, *FEW, cwd=tmp_path).stdout
     store = ["./store"] if name == "onetrainer" else []
-    told = dmin("collect", *store, run, *FEW, "--limit=2", cwd=tmp_path).stdout
-    assert "run: " in told and "taken" in told
+    more = ["run.draws=2"] if name == "onetrainer" else []
+    told = dmin("collect", *store, run, *FEW, *more, "--limit=2", cwd=tmp_path).stdout
+    assert "run: " in told and "taken" in told and ("here 2 draws" in told) == bool(more)
     dmin("retrieve", *(store or (run, *FEW, "--limit=2")), *QUERY, cwd=tmp_path)
     assert answer()[1]["metadata"]["caption"]
 

@@ -1,6 +1,9 @@
 """kohya sd-scripts' runs: what is taken, approximated, refused, and that the data are its own."""
 
+from itertools import permutations
+
 import pytest
+import torch
 from omegaconf import OmegaConf
 from runs.tiny import header_only, picture, pipeline_index, predicts
 
@@ -85,6 +88,21 @@ def test_what_is_random_is_said_and_in_the_fingerprint(place):
     run = read_run(place / "run.toml")
     assert any("shuffle_caption = True" in line for line in run.lines())
     assert "shuffle_caption" in built(run).describe()["approximated"]
+
+
+def test_draws_are_as_kohya_draws(place):
+    (place / "img/mugs/a.txt").write_text("mug, red, {big}\nblue")
+    mugs = "flip_aug = true\nkeep_tokens = 1\nenable_wildcard = true\ncaption_dropout_rate = 0.5"
+    run = of_folders(place, mugs, draws=30)
+    example = built(run)[0]
+    captions = {each.caption for each in example.drawn}
+    moved = {"zqx, " + ", ".join(o) for o in permutations(["mug", "red", "{big}"])}
+    assert len(captions & moved) > 2 and captions <= moved | {"", "zqx, blue"}
+    flipped = [torch.equal(e.image, example.image.flip(-1)) for e in example.drawn]
+    assert 5 < sum(flipped) < 25
+    assert "here 30 draws" in "".join(run.lines()) and run.noise["draws"] == 30
+    for key in ("flip_aug", "shuffle_caption", "enable_wildcard", "caption_dropout_rate"):
+        assert any(key in name for name in run.drawn)
 
 
 def test_numbered_folders_are_repeats_and_class_tokens(place):
@@ -184,13 +202,13 @@ def test_losses_of_flows_are_taken_or_refused(place, family, pipeline, lines, se
     }
 
 
-def of_folders(place, mugs="", plain="", **changes):
+def of_folders(place, mugs="", plain="", draws=1, **changes):
     """Return the run whose folders have these lines of their own."""
     text = DATA.replace('prefix = "zqx,"', f'prefix = "zqx,"\n{mugs}') + plain
     for old, new in changes.items():
         text = text.replace(old, new)
     (place / "data.toml").write_text(text)
-    return read_run(place / "run.toml")
+    return read_run(place / "run.toml", draws=draws)
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,39 @@ def test_a_run_is_taken_as_it_was_trained(place, name):
     assert got == examples
 
 
+# What of it draws are made of, and captions of one image in twenty draws.
+DRAWN = {
+    "onetrainer": (
+        {"enable_random_flip", "enable_tag_shuffling", "enable_crop_jitter", "prompt_source"},
+        ("mugs@128/a.png", {"a mug, red", "a second line"}),
+    ),
+    "ai_toolkit": ({"flip_x"}, ("plain/e.png", {"zqx "})),
+    "simple_tuner": ({"instance_prompt", "caption_strategy"}, ("named/e.png", {"zqx mug", "mug"})),
+    "diffusers_scripts": ({"center_crop", "random_flip"}, ("plain/e.png", {"zqx mug"})),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_draws_are_of_what_the_trainer_drew(place, name):
+    for image in ("a-masklabel", "b", "_controls/a") if name == "simple_tuner" else ():
+        Path(f"img/mugs/{image}.txt").write_text(image)
+    file, keys = written(RUNS[name][0]), DRAWN.get(name, (set(),))[0]
+    run = read_run(file, draws=20, said=SAID.get(name))
+    lines = run.lines()
+    title = "  random in training, here 20 draws (approximated)"
+    assert (title in lines) == bool(keys)
+    drawn = [entry.key for entry in run.random if entry.key in run.drawn]
+    assert {key.rpartition(".")[2] for key in drawn} == keys
+    assert run.noise.get("draws", 1) == (20 if keys else 1)
+    data, one = build(run.data), build(read_run(file, said=SAID.get(name)).data)
+    assert not any(example.drawn for example in one)
+    if keys:
+        id, captions = DRAWN[name][1]
+        example = data[data.ids.index(id)]
+        assert {each.caption for each in example.drawn} == captions
+        assert data.describe() != one.describe()
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_data_that_the_line_names_are_not_looked_for(place, name):
     files = written(RUNS[name][0])

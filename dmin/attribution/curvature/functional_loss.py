@@ -79,7 +79,7 @@ class FunctionalLoss:
                 x0, named = kept
                 return x0.to(like), {name: value.to(like.device) for name, value in named.items()}
         with torch.no_grad():
-            return encode(self.model, {**batch, "image": batch["image"].to(like)})
+            return encode(self.model, _as(like, batch))
 
     def predict(self, weights: Mapping[str, Tensor], pairs: NoisedBatch) -> Prediction:
         """Return what the model with other weights predicts; differentiable in them."""
@@ -140,6 +140,12 @@ class FunctionalLoss:
         leading = vectors.shape[:-1]
         names = self.weights.items()
         return {n: p.reshape(*leading, *w.shape) for (n, w), p in zip(names, pieces, strict=True)}
+
+
+def _as(like: Tensor, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch, and its draws, with images of the type and at the place of a tensor."""
+    drawn = {"drawn": [_as(like, each) for each in batch["drawn"]]} if "drawn" in batch else {}
+    return {**batch, "image": batch["image"].to(like), **drawn}
 
 
 def reverse(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[Any], Any]]:

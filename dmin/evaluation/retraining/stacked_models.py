@@ -11,6 +11,7 @@ from dmin.data.base import Dataset, collate
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.models.base import Condition, DiffusionModel, per_example_loss
 from dmin.models.masked import encode, predict
+from dmin.runtime.errors import DminError
 
 Stacked = dict[str, Tensor]
 """The parameters of several models by name, ``[models, *shape]``."""
@@ -63,6 +64,8 @@ def encoded(
 ) -> tuple[Tensor, Condition]:
     """Return a whole dataset as a model takes it."""
     batch: dict[str, Any] = collate([dataset[i] for i in range(len(dataset))])
+    if "drawn" in batch:
+        raise DminError("Retraining takes examples as they are, not draws of them: data.draws=null")
     device = device or torch.device("cpu")
     batch["image"] = batch["image"].to(device)
     with torch.no_grad():
