@@ -52,6 +52,7 @@ VALUES = {
         "data.captions.missing=empty",
         "data.masks.suffix=.png",
     ],
+    ("data", "drawn_folder"): ["data.root={images}", "data.captions.missing=empty"],
     ("data", "training_run"): ["+data@data.datasets.some=digits"],
     ("data", "hf_dataset"): ["data.path={table}"],
     ("data", "webdataset"): ["data.shards='{shards}'"],

@@ -22,7 +22,7 @@ WRITE = {
     "hf_dataset": on_disk.write_table,
 }
 # Their captions stand in files of their own.
-FOLDERS = dict.fromkeys(("masked_folder", "training_folder"), on_disk.write_folder)
+FOLDERS = dict.fromkeys(("masked_folder", "drawn_folder", "training_folder"), on_disk.write_folder)
 # What a choice cannot know by itself, and what keeps it small.
 VALUES = {
     "image_folder": ["data.root={place}"],
@@ -30,6 +30,7 @@ VALUES = {
     "webdataset": ["data.shards='{place}'"],
     "hf_dataset": ["data.path={place}", "data.text=text", "data.label=label"],
     "training_folder": ["data.root={place}", "data.captions.missing=empty"],
+    "drawn_folder": ["data.root={place}", "data.captions.missing=empty", "data.draws.flip=0.5"],
     "masked_folder": [
         "data.root={place}",
         "data.captions.missing=empty",
