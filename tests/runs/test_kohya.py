@@ -100,7 +100,7 @@ def test_draws_are_as_kohya_draws(place):
     assert len(captions & moved) > 2 and captions <= moved | {"", "zqx, blue"}
     flipped = [torch.equal(e.image, example.image.flip(-1)) for e in example.drawn]
     assert 5 < sum(flipped) < 25
-    assert "here 30 draws" in "".join(run.lines()) and run.noise["draws"] == 30
+    assert "is here 30 draws" in "".join(run.lines()) and run.noise["draws"] == 30
     for key in ("flip_aug", "shuffle_caption", "enable_wildcard", "caption_dropout_rate"):
         assert any(key in name for name in run.drawn)
 

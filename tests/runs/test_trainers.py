@@ -257,7 +257,7 @@ def test_draws_are_of_what_the_trainer_drew(place, name):
     file, keys = written(RUNS[name][0]), DRAWN.get(name, (set(),))[0]
     run = read_run(file, draws=20, said=SAID.get(name))
     lines = run.lines()
-    title = "  random in training, here 20 draws (approximated)"
+    title = "  approximated: what was random in training is here 20 draws"
     assert (title in lines) == bool(keys)
     drawn = [entry.key for entry in run.random if entry.key in run.drawn]
     assert {key.rpartition(".")[2] for key in drawn} == keys
