@@ -180,6 +180,10 @@ class FeatureSet:
         shape = (-1, *[1] * (values.ndim - 1))
         return values * (counts.sqrt() if root else counts).to(values).view(shape)
 
+    def counts_of(self, rows: Sequence[int]) -> Tensor | None:
+        """Return the `counts` of some examples."""
+        return None if self.counts is None else self.counts[list(rows)]
+
     def block(self, rows: Sequence[int] | np.ndarray, requires: Requires) -> ExampleBlock:
         """Return chosen rows, in the order given, with what a method requires."""
         store, readouts = self.store, requires.readouts

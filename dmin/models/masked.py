@@ -13,6 +13,8 @@ from dmin.diffusion.inputs import SHARED, NoisedBatch
 from dmin.models.base import Condition, Prediction
 from dmin.runtime.errors import DminError
 
+COUNT = "loss_count"
+"""The name of how often each pair counts in a sum over examples; no network is told it."""
 MASK = "loss_mask"
 """The name of a mask among the conditions, from encoding to the loss; no network is told it."""
 
@@ -53,13 +55,17 @@ def side_by_side(draws: Sequence[tuple[Tensor, Condition]]) -> tuple[Tensor, Con
     }
 
 
+def count_of(batch: NoisedBatch) -> Tensor:
+    """Return how often each pair counts in a sum over examples, ``[pairs]``: once, mostly."""
+    return batch.condition.get(COUNT, torch.ones(len(batch.t), device=batch.t.device))
+
+
 def predict(model: Any, batch: NoisedBatch) -> Prediction:
     """Return what a model predicts for noised examples, with the mask of their loss."""
-    mask = batch.condition.get(MASK)
+    told = {name: v for name, v in batch.condition.items() if name not in (MASK, COUNT)}
+    found, mask = model.predict(*batch[:3], told), batch.condition.get(MASK)
     if mask is None:
-        return model.predict(*batch)
-    others = {name: value for name, value in batch.condition.items() if name != MASK}
-    found = model.predict(batch.x0, batch.noise, batch.t, others)
+        return found
     if found.dropped is not None:
         dropped = found.dropped._replace(prediction=found.dropped.prediction._replace(mask=mask))
         found = found._replace(dropped=dropped)

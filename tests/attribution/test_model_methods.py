@@ -95,6 +95,15 @@ class TestProducts:
         assert relative(operator.product(v), matrices[kind] @ v) < 1e-12
         assert operator.loss.forward == forward
 
+    def test_an_example_that_counts_thrice_is_as_three(self, origin, kind):
+        v = torch.randn(501, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        loss, counts = FunctionalLoss(origin), torch.tensor([1.0, 3.0, 1.0, 2.0])
+        there = [DIGITS[n] for n in (0, 1, 1, 1, 2, 3, 3)]
+        told = LossCurvature(loss, DIGITS[:4], kind, 3, counts)
+        assert relative(told.product(v), LossCurvature(loss, there, kind).product(v)) < 1e-12
+        one = LossCurvature(loss, DIGITS[1:2], kind, 8, counts[1:2])
+        assert relative(told.product(v, one.pairs), one.product(v)) < 1e-12
+
     def test_leading_eigenpairs(self, origin, matrices, kind):
         values, vectors = LossCurvature(FunctionalLoss(origin), DIGITS[:9], kind).eigenpairs(4)
         dense = torch.linalg.eigvalsh(matrices[kind])
@@ -186,23 +195,47 @@ class Regression(DiffusionModel):
         return Prediction(self.network(x), noise.flatten(1), torch.ones(len(x0)))
 
 
-def kronecker(model, count, samples, **settings):
+def kronecker(model, count, samples, counts=None, **settings):
     origin = GradientCollector(model, BlockCyclic(256), Explicit([2, 7]), SharedNoise())
     loss = FunctionalLoss(origin)
     found = KroneckerCurvature(loss, origin.attributed, **settings)
-    found.fit(loss.pairs(DIGITS[:count]), count, samples, 256, 0)
+    total = count if counts is None else float(counts.sum())
+    found.fit(loss.pairs(DIGITS[:count], counts), total, samples, 256, 0)
     return loss, found
 
 
+@pytest.mark.parametrize("method", [CG(), LiSSA(steps=1), EKFAC(samples=60)])
+def test_methods_count_an_example_as_often_as_an_epoch_passed_it(origin, sides, method):
+    train, times = sides[1], torch.tensor([1, 4, 1, 1, 1, 1, 1, 1, 9.0], dtype=torch.float64)
+    told = FeatureSet(train.store, train.dataset, origin=origin)
+    told.counts = times
+    rows = [n for n, count in enumerate(times) for _ in range(int(count))]
+    there = FunctionalLoss(origin).pairs([DIGITS[n] for n in rows])
+    method.fit(told)
+    if isinstance(method, CG | LiSSA):
+        exact = LossCurvature(FunctionalLoss(origin), [DIGITS[n] for n in rows])
+        v = torch.ones(501, dtype=torch.float64)
+        assert relative(method.operator.product(v), exact.product(v)) < 1e-12
+        return
+    exact = KroneckerCurvature(FunctionalLoss(origin), origin.attributed)
+    exact.fit(there, len(rows), 60, 256, 1)
+    for name, block in method.curvature.blocks.items():
+        found, expected = block.values.sum(), exact.blocks[name].values.sum()
+        torch.testing.assert_close(found, expected, rtol=0.15, atol=1e-12)
+
+
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
-def test_one_linear_layer_is_exact_but_for_the_draw_of_targets(bias):
+def test_one_linear_layer_is_exact_but_for_the_draw_of_targets(bias, counted):
     """GGN = 2/P · 1 ⊗ mean [x; 1][x; 1]ᵀ: a Kronecker product, so EK-FAC has it whole."""
-    loss, found = kronecker(Regression(bias), 40, samples=150)
+    counts = 1.0 + torch.arange(40) % 7 if counted else None
+    loss, found = kronecker(Regression(bias), 40, samples=150, counts=counts)
     x0, noise, t, _ = loss.pairs(DIGITS[:40])
     x = (x0 + (1 + t)[:, None, None, None] * noise).flatten(1)
     if bias:
         x = torch.cat([x, torch.ones(len(x), 1)], 1)
-    moment = 2 / 64 / 40 * x.T @ x
+    r = torch.ones(40) if counts is None else counts
+    moment = 2 / 64 / r.sum() * (r.repeat_interleave(2)[:, None] * x).T @ x
     assert found.diagonal == []
     block = found.blocks["weight"]
     assert block.bias == ("bias" if bias else None)

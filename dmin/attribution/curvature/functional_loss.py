@@ -14,7 +14,7 @@ from dmin.data.base import Example, collate
 from dmin.diffusion.inputs import NoisedBatch, NoisedExamples
 from dmin.diffusion.noise import Noise
 from dmin.models.base import Condition, DiffusionModel, Prediction, per_example_loss
-from dmin.models.masked import encode, predict
+from dmin.models.masked import COUNT, encode, predict
 from dmin.runtime.errors import DminError
 
 log = logging.getLogger(__name__)
@@ -63,11 +63,19 @@ class FunctionalLoss:
         self.forward: bool = True  # whether the model has derivatives in forward mode
         self._prediction = _Call(origin.model)
 
-    def pairs(self, examples: Sequence[Example]) -> NoisedBatch:
-        """Return every example at every point, an example's points together."""
+    def pairs(self, examples: Sequence[Example], counts: Tensor | None = None) -> NoisedBatch:
+        """Return every example at every point, an example's points together.
+
+        Args:
+            examples: the examples.
+            counts: how often each counts in sums over the pairs; None: once.
+        """
         like = next(iter(self.weights.values()))
         batch: dict[str, Any] = collate(examples)
         x0, condition = self._encoded(batch, like)
+        if counts is not None:
+            each = counts.to(like).repeat_interleave(len(x0) // len(counts))
+            condition = {**condition, COUNT: each}
         return NoisedExamples(self.noise, self.timesteps, x0, condition, batch["id"]).all()
 
     def _encoded(self, batch: dict[str, Any], like: Tensor) -> tuple[Tensor, Condition]:

@@ -12,6 +12,7 @@ from dmin.attribution.curvature.functional_loss import FunctionalLoss, Weights, 
 from dmin.data.base import Example
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.models.base import weight_of_squares
+from dmin.models.masked import count_of
 from dmin.runtime.errors import DminError
 
 Kind = Literal["ggn", "hessian"]
@@ -27,7 +28,7 @@ class Eigenpairs(NamedTuple):
 class LossCurvature:
     """The second derivative of the mean loss of examples, as a product with vectors.
 
-    ``H = (1/n) Σ_i Σ_{d,t} ∇²_θ L(θ; x_i, ε_{d,t}, t)``
+    ``H = (1/n) Σ_i r_i Σ_{d,t} ∇²_θ L(θ; x_i, ε_{d,t}, t)``
 
     or its generalised Gauss–Newton part ``Σ Jᵀ (2w/P) J``, J the Jacobian of the P numbers
     predicted: positive semi-definite, and for a squared error equal to the Fisher matrix of targets
@@ -36,7 +37,8 @@ class LossCurvature:
 
     Args:
         loss: at all points of the store, or at one timestep.
-        examples: n of them.
+        examples: the examples.
+        counts: r, how often each counts, ``n = Σ r_i``; None: once.
         kind: ``ggn`` or ``hessian``.
         batch_size: pairs of example and point in one pass.
 
@@ -50,6 +52,7 @@ class LossCurvature:
         examples: Sequence[Example],
         kind: Kind = "ggn",
         batch_size: int = 512,
+        counts: Tensor | None = None,
     ) -> None:
         if kind not in ("ggn", "hessian") or not examples or batch_size < 1:
             raise DminError(
@@ -58,7 +61,7 @@ class LossCurvature:
             )
         self.loss = loss
         self.kind = kind
-        self.pairs: list[NoisedBatch] = list(loss.pairs(examples).split(batch_size))
+        self.pairs: list[NoisedBatch] = list(loss.pairs(examples, counts).split(batch_size))
 
     def product(self, vector: Tensor, pairs: Sequence[NoisedBatch] | None = None) -> Tensor:
         """Return ``H v``, ``[P]``.
@@ -73,7 +76,7 @@ class LossCurvature:
         for piece in chosen:
             one = self._hessian if self.kind == "hessian" else self._ggn
             total += self.loss.flat(one(direction, piece))
-        points = sum(len(piece.t) for piece in chosen)
+        points = sum(float(count_of(piece).sum()) for piece in chosen)
         return (total * self.loss.points / points).to(vector)
 
     def eigenpairs(
@@ -118,7 +121,8 @@ class LossCurvature:
         )
 
     def _hessian(self, direction: Weights, pairs: NoisedBatch) -> Weights:
-        return self.loss.along(grad(lambda w: self.loss.losses(w, pairs).sum()), direction)
+        counts = count_of(pairs).to(next(iter(self.loss.weights.values())))
+        return self.loss.along(grad(lambda w: self.loss.losses(w, pairs) @ counts), direction)
 
     def _ggn(self, direction: Weights, pairs: NoisedBatch) -> Weights:
         scale: list[Tensor] = []
@@ -126,7 +130,7 @@ class LossCurvature:
         def predicted(weights: Weights) -> Tensor:
             found = self.loss.predict(weights, pairs)
             size = found.prediction[0].numel()
-            scale[:] = [2 * weight_of_squares(found).detach() / size]
+            scale[:] = [2 * weight_of_squares(found).detach() * count_of(pairs) / size]
             return found.prediction.flatten(1)
 
         change = self.loss.along(predicted, direction)

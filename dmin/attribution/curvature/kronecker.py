@@ -1,5 +1,7 @@
 """Curvature of each layer as a Kronecker product in its own eigenbasis (EK-FAC)."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -13,9 +15,8 @@ from dmin.gradients.capture import Capture
 from dmin.gradients.factors import Correlation, GradientFactors, Outer, Sum, wide
 from dmin.gradients.ownership import Ownership
 from dmin.gradients.parameters import Parameters
-from dmin.gradients.sink import Sink
 from dmin.models.base import weight_of_squares
-from dmin.models.masked import predict
+from dmin.models.masked import count_of, predict
 
 
 @dataclass
@@ -77,12 +78,12 @@ class KroneckerCurvature:
         """Names of the parameters that only have a diagonal."""
         return [name for name, block in self.blocks.items() if block.left is None]
 
-    def fit(self, pairs: NoisedBatch, examples: int, samples: int, batch: int, seed: int) -> None:
+    def fit(self, pairs: NoisedBatch, examples: float, samples: int, batch: int, seed: int) -> None:
         """Look at the examples twice: for the eigenvectors, then for the eigenvalues.
 
         Args:
-            pairs: examples at all points.
-            examples: how many.
+            pairs: examples at all points, each as often as it counts.
+            examples: how many, likewise.
             samples: targets drawn for each pair.
             batch: pairs in one pass.
             seed: key of the targets.
@@ -125,12 +126,13 @@ class KroneckerCurvature:
         return found
 
     def _passes(
-        self, sink: Sink[None, None], pairs: NoisedBatch, samples: int, batch: int, seed: int
+        self, sink: _Moments | _Squares, pairs: NoisedBatch, samples: int, batch: int, seed: int
     ) -> Iterable[None]:
         """Backpropagate the drawn output gradients; the sink sees the factors."""
         generator = torch.Generator().manual_seed(seed)
         model, ownership = self.loss.model, Ownership(complete=True)  # sinks add up: none twice
         for piece in pairs.split(batch):
+            sink.count = count_of(piece).double()
             for _ in range(samples):
                 state = generator.get_state()
 
@@ -141,7 +143,8 @@ class KroneckerCurvature:
                         found = predict(model, piece)
                         flat = found.prediction.flatten(1)
                         drawn = torch.randn(flat.shape, generator=generator, dtype=torch.float64)
-                        scale = (2 * weight_of_squares(found) / flat.shape[1]).sqrt()[:, None]
+                        weight = weight_of_squares(found) * count_of(piece)
+                        scale = (2 * weight / flat.shape[1]).sqrt()[:, None]
                         capture.backward((flat * (scale * drawn.to(flat))).sum(1))
 
                 ownership.expect(len(piece.t), piece.x0.shape[1:])
@@ -150,7 +153,13 @@ class KroneckerCurvature:
 
 
 class _Sum:
-    """A sink of sums over all passes: a pass leaves nothing of its own."""
+    """A sink of sums over all passes: a pass leaves nothing of its own.
+
+    Attributes:
+        count: how often each example of a pass counts, ``[batch]``; output gradients have its root.
+    """
+
+    count: Tensor
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters
@@ -175,11 +184,12 @@ class _Moments(_Sum):
         if pair is None:
             return
         output, inputs = (x.double().flatten(0, 1) for x in pair)
+        counts = self.count.repeat_interleave(len(inputs) // len(self.count))[:, None]
         bias = f"{name.removesuffix('.weight')}.bias" if name.endswith(".weight") else "bias"
         known = bias if bias != name and bias in self.parameters.by_name else None
         if known is not None:
             inputs = F.pad(inputs, (0, 1), value=1.0)
-        left, right = output.T @ output, inputs.T @ inputs
+        left, right = output.T @ output, (counts * inputs).T @ inputs
         if name in self.found:
             left, right = left + self.found[name][0], right + self.found[name][1]
         self.found[name] = left, right, known

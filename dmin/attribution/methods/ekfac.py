@@ -59,12 +59,14 @@ class KroneckerMethod(Method):
         assert train.origin is not None  # check_pair asks
         self.loss: FunctionalLoss = FunctionalLoss(train.origin, known=train)
         ids = train.store.ids
-        chosen = [train.example(ids[row]) for row in evenly(len(train), self.examples)]
+        rows = evenly(len(train), self.examples)
+        chosen, counts = [train.example(ids[row]) for row in rows], train.counts_of(rows)
         self.curvature: KroneckerCurvature = KroneckerCurvature(
             self.loss, train.origin.attributed, self.fisher == "diagonal"
         )
-        pairs = self.loss.pairs(chosen)
-        self.curvature.fit(pairs, len(chosen), self.samples, self.batch_size, self.seed)
+        pairs = self.loss.pairs(chosen, counts)
+        total = len(chosen) if counts is None else float(counts.sum())
+        self.curvature.fit(pairs, total, self.samples, self.batch_size, self.seed)
 
     def notes(self) -> dict[str, str]:
         """Name the parameters that have only a diagonal."""

@@ -62,9 +62,10 @@ class InverseCurvature(InnerProductMethod):
         self.sketch = train.origin.sketch
         self.loss: FunctionalLoss = FunctionalLoss(train.origin, known=train)
         ids = train.store.ids
-        chosen = [train.example(ids[row]) for row in evenly(len(train), self.examples)]
+        rows = evenly(len(train), self.examples)
+        chosen, counts = [train.example(ids[row]) for row in rows], train.counts_of(rows)
         self.operator: LossCurvature = LossCurvature(
-            self.loss, chosen, self.curvature, self.batch_size
+            self.loss, chosen, self.curvature, self.batch_size, counts
         )
         self.largest: float = float(self.operator.eigenpairs(1, 1e-3).values.abs()[0])
         # Without any curvature there is nothing to invert: any λ will do.
