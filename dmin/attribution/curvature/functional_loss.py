@@ -61,6 +61,7 @@ class FunctionalLoss:
         self.weights: Weights = {e.name: named[e.name].detach() for e in origin.attributed.entries}
         self.count: int = sum(value.numel() for value in self.weights.values())
         self.forward: bool = True  # whether the model has derivatives in forward mode
+        self._begun = False
         self._prediction = _Call(origin.model)
 
     def pairs(self, examples: Sequence[Example], counts: Tensor | None = None) -> NoisedBatch:
@@ -76,7 +77,12 @@ class FunctionalLoss:
         if counts is not None:
             each = counts.to(like).repeat_interleave(len(x0) // len(counts))
             condition = {**condition, COUNT: each}
-        return NoisedExamples(self.noise, self.timesteps, x0, condition, batch["id"]).all()
+        found = NoisedExamples(self.noise, self.timesteps, x0, condition, batch["id"]).all()
+        if not self._begun:  # what a model keeps of its first call must not be of a derivative's
+            with torch.no_grad():
+                predict(self.model, found.rows(slice(1)))
+            self._begun = True
+        return found
 
     def _encoded(self, batch: dict[str, Any], like: Tensor) -> tuple[Tensor, Condition]:
         """Return encodings as they were kept, or from the model."""
