@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dmin.data.metadata import read_table
 from dmin.data.texts import parse_json, read_text
 from dmin.runtime.errors import DminError
 
@@ -110,7 +111,9 @@ class Captions:
         lines: ``whole`` takes the text as it is, ``first`` its first line, ``each`` has every line
             for a caption of its own, of which the first stands for all.
         table: the JSON file: ``{"a.png": "caption"}``, a list of captions, or a mapping with
-            ``caption`` and ``tags``.
+            ``caption`` and ``tags``; or ``.jsonl``, ``.csv`` or ``.parquet``.
+        key: of these, the column that names each image: its path, its name or its stem.
+        columns: of which the first that says something is the caption; none: ``caption``, ``tags``.
         missing: what an image without a caption is: an ``error``, left out (``drop``), captioned
             by the ``text``, or by nothing (``empty``).
         empty_is_missing: whether an empty caption counts as none.
@@ -130,6 +133,8 @@ class Captions:
     extensions: Sequence[str] = (".txt",)
     lines: Literal["whole", "first", "each"] = "whole"
     table: str | Path | None = None
+    key: str = "file_name"
+    columns: Sequence[str] = ()
     missing: Literal["error", "drop", "text", "empty"] = "error"
     empty_is_missing: bool = False
     text: str | None = None
@@ -180,9 +185,10 @@ class Captions:
                 captions = [instead]
             found[image] = captions
         if without and self.missing == "error":
+            files = f"{' or '.join(self.extensions)} beside them"
             raise DminError(
                 f"{len(without)} of the {len(images)} images of {root} have no caption "
-                f"({' or '.join(self.extensions)} beside them): {', '.join(without[:3])}"
+                f"({f'in {self.table}' if table else files}): {', '.join(without[:3])}"
                 f"{', …' if len(without) > 3 else ''}. Write them, or say what such an image is: "
                 f"data.captions.missing=drop, empty or text (of a run's folder: "
                 f"data.datasets.NAME.captions.missing)."
@@ -246,13 +252,16 @@ class Captions:
 
     def _table(self, root: Path) -> dict[str, Any]:
         file = Path(self.table) if self.table is not None else root / "metadata.json"
-        return parse_json(read_text(file), str(file))
+        if file.suffix.lower() == ".json":
+            return parse_json(read_text(file), str(file))
+        return read_table(file, self.key, self.columns)
 
 
 def _of_table(table: dict[str, Any], root: Path, image: str) -> list[str]:
     """Return the captions of an image, which a table names by its path, its name or its stem."""
     path = PurePosixPath(image)
-    names = (image, str(root / image), str((root / image).absolute()), path.name, path.stem)
+    whole = (image, str(root / image), str((root / image).absolute()))
+    names = (*whole, path.with_suffix("").as_posix(), path.name, path.stem)
     entry = next((table[name] for name in names if name in table), None)
     if isinstance(entry, dict):
         parts = [entry.get("caption"), entry.get("tags")]

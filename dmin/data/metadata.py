@@ -64,6 +64,35 @@ def read_rows(
     return by_name
 
 
+def read_table(path: Path, key: str, columns: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the rows of a table by what one of its columns says.
+
+    Args:
+        path: ``.jsonl``, ``.csv`` or ``.parquet``.
+        key: the column that names each row's image.
+        columns: of which the first that says something stands for the row; none: the whole row.
+
+    Raises:
+        DminError: it is none of these, or a row names no image, or one that another names.
+    """
+    if path.suffix not in _READ:
+        raise DminError(f"{path} is no table that is read: {', '.join(_READ)}.")
+    found: dict[str, Any] = {}
+    for number, row in _READ[path.suffix](path):
+        where = f"{path}, line {number}"
+        row = row if isinstance(row, dict) else parse_json(row, where)
+        name = row.get(key)
+        if name is None or str(name) in found:
+            wrong = f"no {key}" if name is None else f"{name} is named twice"
+            raise DminError(
+                f"{where}: {wrong}. Each row names its image there; columns: "
+                f"{', '.join(map(str, row))}."
+            )
+        said = [row[column] for column in columns if row.get(column)]
+        found[str(name)] = (said or [None])[0] if columns else row
+    return found
+
+
 def read_facts(
     rows: dict[str, dict[str, Any]], where: str, label: Column, text: Column, refuse: Refuse = stop
 ) -> dict[str, Facts]:

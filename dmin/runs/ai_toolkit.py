@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dmin.runs import adapter, base_model, checkpoints, wording as say
-from dmin.runs.files import Places
-from dmin.runs.folders import add, bucket, folder, masks, together
+from dmin.runs.files import Places, load
+from dmin.runs.folders import add, bucket, folder, masks, of_paths, together
 from dmin.runs.keys import FLOWS, Keys, families, table
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
@@ -88,11 +88,10 @@ def _folders(keys: Keys, places: Places, train: Keys) -> dict[str, dict[str, Any
             each.note(run.other, "is_reg", path, say.PRIOR)
             continue
         root = Path(places.folder(path, each.name(key)))
+        captions = _captions(each, keys, train)
         if not root.is_dir():
-            raise DminError(
-                f"{run.source}: {each.name(key)} = {root} is a table of captions, which is not "
-                f"read yet. Name a folder with captions in .txt beside the images."
-            )
+            captions |= {"source": "table", "table": root.as_posix(), "missing": "drop"}
+            root = Path(_of_table(root, each, key, places))
         sizes = each.get("resolution", 512)
         whole = each.get("buckets", True, bool) and not each.get("square_crop", False, bool)
         step = 32 if run.family in ("flux", "stable_diffusion_3") else 16
@@ -118,13 +117,26 @@ def _folders(keys: Keys, places: Places, train: Keys) -> dict[str, dict[str, Any
         }
         more["dropout"] = each.get("caption_dropout_rate", 0.0, float)
         more |= masks(each, "mask_path", places, **of_masks)
-        captions = _captions(each, keys, train)
         part = folder(root.as_posix(), captions, SUFFIXES, recursive=True, **more)
         each.randoms({"masks were blurred a little; here sharp": "mask_path alpha_mask"})
         each.note(run.taken, key, root.name, f"data, {part['repeats']:g} repeats")
         each.apply(table("ai_toolkit", "datasets"))
         add(parts, root.name, part, run, shapes)
     return parts
+
+
+def _of_table(file: Path, each: Keys, key: str, places: Places) -> str:
+    """Return the folder of the images in a table of captions."""
+    found = load(file)
+    if not isinstance(found, dict) or not all(isinstance(e, dict) for e in found.values()):
+        raise DminError(f"{each.run.source}: {each.name(key)} = {file} is no table of captions.")
+    bare = [path for path, entry in found.items() if not entry.get("caption")]
+    if bare and each.get("default_caption"):
+        raise DminError(
+            f"{each.run.source}: {bare[0]} of {file} has no caption, and default_caption is not "
+            f"taken for it: write it into a copy of the table."
+        )
+    return of_paths(found, places, each.name(key))
 
 
 def _captions(each: Keys, keys: Keys, train: Keys) -> dict[str, Any]:
@@ -135,8 +147,6 @@ def _captions(each: Keys, keys: Keys, train: Keys) -> dict[str, Any]:
         return {"source": "text", "text": trigger or ""}
     default = each.get("default_caption", kind=str)
     extension = each.get("caption_ext", ".txt", str).lstrip(".")
-    if extension == "json":
-        each.note(each.run.other, "caption_ext", extension, "captions in JSON are not read yet")
     return {
         "extensions": [f".{extension}"],
         "missing": "text" if default else "empty",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dmin.runs import wording as say
-from dmin.runs.files import Places
+from dmin.runs.files import Places, spelled
 from dmin.runs.keys import Keys
 from dmin.runs.training_run import Entry, TrainingRun, shown
 from dmin.runtime.errors import DminError
@@ -120,6 +121,22 @@ def ratios(side: int, aspects: Iterable[float], step: int) -> dict[str, Any]:
         for a in aspects
     }
     return {"size": side, "aspect": "buckets", "bucket_shapes": sorted(map(list, shapes))}
+
+
+def of_paths(paths: Iterable[str], places: Places, key: str) -> str:
+    """Return the folder of the images that a table names by their paths.
+
+    Raises:
+        DminError: there are none, or one is elsewhere: then nothing would tell its row.
+    """
+    found = {path: places.find(path, key).absolute() for path in paths}
+    moved = [path for path, file in found.items() if path not in (str(file), spelled(file))]
+    if moved or not found:
+        raise DminError(
+            f"{places.source}: {key} names {moved[0] if moved else 'no image'}, and images are "
+            f"told by their paths from the folder at hand, or whole ones: say those in a copy."
+        )
+    return spelled(Path(os.path.commonpath([file.parent for file in found.values()])))
 
 
 def several_lines(root: Path) -> bool:

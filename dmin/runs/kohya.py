@@ -148,6 +148,7 @@ def _subset(
     if listed := keys.get("metadata_file", kind=str):
         found = places.folder(listed, keys.name("metadata_file"))
         part["captions"] |= {"source": "table", "table": found, "missing": "error"}
+        part["captions"]["key"] = "image_path"  # of .jsonl
     keys.note(run.taken, "image_dir", name, f"data, {part['repeats']:g} repeats")
     keys.finish()
     return name, part

@@ -7,7 +7,7 @@ from typing import Any
 
 from dmin.runs import adapter, base_model, checkpoints
 from dmin.runs.files import Places, load
-from dmin.runs.folders import add, bucket, folder, sides, together
+from dmin.runs.folders import add, bucket, folder, of_paths, sides, together
 from dmin.runs.keys import Keys, families, table
 from dmin.runs.kohya import SUFFIXES, flat
 from dmin.runs.training_run import TrainingRun
@@ -46,25 +46,40 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
     general = config.inside("general")
     for own in config.each("datasets"):
         each = Keys({**general.values, **own.values}, run, own.where)
-        path, ending = (each.get(k, "", str) for k in ("image_directory", "caption_extension"))
-        if not path or not ending.strip("."):
-            raise DminError(
-                f"{run.source}: {each.where} needs image_directory and caption_extension. Videos "
-                f"and lists of images are not read yet: leave that data set out in a copy."
-            )
-        where = Path(places.folder(path, each.name("image_directory")))
+        where, captions = _images(each, places)
         size, small = each.get("resolution", [960, 544]), each.get("bucket_no_upscale", False, bool)
         shape = bucket(size, each.get("enable_bucket", False, bool), STEP, not small, run)
         if "bucket_step" in shape and not small:
             listed = _buckets(math.prod((sides(size, run) * 2)[:2]))
             shape |= {"bucket_shapes": listed, "bucket_ratio": "width/height"}
-        captions = {"extensions": [f".{ending.lstrip('.')}"], "missing": "drop"}
         repeats = each.get("num_repeats", 1, int)
-        each.note(run.taken, "image_directory", where.name, f"data, {repeats} repeats")
-        part = folder(where.as_posix(), captions, SUFFIXES, repeats=repeats, **shape)
+        deep = "table" in captions
+        more = {"recursive": deep, "repeats": repeats}
+        key = "image_jsonl_file" if deep else "image_directory"
+        each.note(run.taken, key, where.name, f"data, {repeats} repeats")
+        part = folder(where.as_posix(), captions, SUFFIXES, **more, **shape)
         add(parts, where.name, part, run)
         each.apply(table("musubi", "datasets"))
     return parts
+
+
+def _images(each: Keys, places: Places) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of a data set's images, and how their captions are found."""
+    if listed := each.get("image_jsonl_file", kind=str):
+        from dmin.data.metadata import read_table  # imports torch
+
+        file, key = places.folder(listed, each.name("image_jsonl_file")), "image_path"
+        root = of_paths(read_table(Path(file), key), places, each.name("image_jsonl_file"))
+        told = {"source": "table", "table": file, "key": key, "columns": ["caption"]}
+        return Path(root), {**told, "missing": "drop"}
+    path, ending = (each.get(k, "", str) for k in ("image_directory", "caption_extension"))
+    if not path or not ending.strip("."):
+        raise DminError(
+            f"{each.run.source}: {each.where} needs image_directory and caption_extension, or "
+            f"image_jsonl_file. Videos are not read: leave that data set out in a copy."
+        )
+    told = {"extensions": [f".{ending.lstrip('.')}"], "missing": "drop"}
+    return Path(places.folder(path, each.name("image_directory"))), told
 
 
 def _buckets(area: int) -> list[list[int]]:

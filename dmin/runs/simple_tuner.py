@@ -96,7 +96,7 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
         passes = (1 + each.get("repeats", 0, int)) * each.get("probability", 1.0, float)
         shape = _shape(each) | (_masks(mask, places) if mask else {})
         draws = {"crop": each.draw("crop_style", on=each.get("crop_style", "", str) == "random")}
-        captions = _captions(each, Path(root), draws)
+        captions = _captions(each, Path(root), draws, places)
         shape |= {"repeats": passes, "draws": draws}
         part = folder(root, captions, IMAGES, recursive=True, **shape)
         each.note(run.taken, "instance_data_dir", root, f"data, {passes:g} passes an epoch")
@@ -127,7 +127,7 @@ def _masks(mask: Keys, places: Places) -> dict[str, Any]:
     return {}
 
 
-def _captions(each: Keys, root: Path, draws: dict[str, Any]) -> dict[str, Any]:
+def _captions(each: Keys, root: Path, draws: dict[str, Any], places: Places) -> dict[str, Any]:
     """Return how captions are found: by the names of images unless it is said otherwise."""
     source = each.get("caption_strategy", "filename", str)
     told = each.get("instance_prompt")
@@ -155,7 +155,17 @@ def _captions(each: Keys, root: Path, draws: dict[str, Any]) -> dict[str, Any]:
             draws["lines"] = each.draw("caption_strategy", on=True)
             each.note(each.run.random, "caption_strategy", source, say.ONE_OF)
         return {"extensions": [".txt"], "lines": "whole" if whole else "each", **prefix}
+    if source == "parquet":
+        table = each.inside("parquet")
+        file = places.folder(table.get("path", "", str), table.name("path"))
+        asked = table.get("caption_column", "description")
+        asked = asked if isinstance(asked, list) else [asked]
+        columns = [str(c) for c in (*asked, table.get("fallback_caption_column")) if c]
+        key = table.get("filename_column", "id", str)
+        draws["lines"] = each.draw("caption_strategy", on=True)
+        each.note(each.run.random, "caption_strategy", source, say.ONE_OF)
+        return {"source": "table", "table": file, "key": key, "columns": columns, **prefix}
     raise DminError(
-        f"{each.run.source}: {each.name('caption_strategy')} = {source}, and tables of captions "
-        f"are not read yet: write each into a .txt beside its image, and say textfile in a copy."
+        f"{each.run.source}: {each.name('caption_strategy')} = {source}, which is not read: write "
+        f"each caption into a .txt beside its image, and say textfile in a copy."
     )

@@ -105,6 +105,14 @@ def test_draws_are_as_kohya_draws(place):
         assert any(key in name for name in run.drawn)
 
 
+def test_captions_may_stand_in_lines(place):
+    rows = ['{"image_path": "img/mugs/a.png", "caption": "x", "tags": "y"}']
+    rows += ['{"image_path": "b", "tags": "z"}']
+    (place / "meta.jsonl").write_text("\n".join(rows))
+    run = of_folders(place, 'metadata_file = "meta.jsonl"')
+    assert [e.caption for e in built(run)][:2] == ["zqx, x, y", "zqx, z"]
+
+
 def test_numbered_folders_are_repeats_and_class_tokens(place):
     (place / "img/mugs").rename(place / "img/3_zqx mug")
     (place / "run.toml").write_text(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra.errors import InstantiationException
 from PIL import Image
 from runs import documented
 from runs.tiny import header_only, images, pipeline_index, predicts
@@ -271,6 +272,91 @@ def test_draws_are_of_what_the_trainer_drew(place, name):
         assert data.describe() != one.describe()
 
 
+def parquet(file, rows):
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pytest.importorskip("pyarrow").Table.from_pylist(rows), file
+    )
+
+
+def lines(file, rows):
+    Path(file).write_text("\n".join(map(json.dumps, rows)))
+
+
+def captions(name, files, **more):
+    """Return the captions of a run's first folder, and the run."""
+    run = read_run(written(files), said=SAID.get(name), **more)
+    found = build(run.data)
+    return {e.id: e.caption for e in found if e.id.startswith("mugs")}, run
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_captions_stand_in_simple_tuners_tables(place, kind):
+    files = copy.deepcopy(RUNS["simple_tuner"][0])
+    Path("img/mugs/deep/d.png").unlink()
+    names = ("_controls/a", "a-masklabel", "b", "c")
+    rows = [{"id": name, "long": [f"{name} 1", f"{name} 2"], "short": ""} for name in names]
+    rows.append({"id": "a", "long": None, "short": "short"})
+    (parquet if kind == "parquet" else lines)(f"t.{kind}", rows)
+    told = {"path": f"t.{kind}", "caption_column": "long", "fallback_caption_column": "short"}
+    files["backends.json"][0] |= {"caption_strategy": "parquet", "parquet": told}
+    found, run = captions("simple_tuner", files)
+    assert found["mugs/a.png"] == "short" and found["mugs/b.JPG"] == "b 1" and not run.unknown
+    assert found["mugs/_controls/a.png"] == "_controls/a 1"
+    drawn = build(read_run(Path("run.json"), draws=9).data)
+    assert {e.caption for e in drawn[3].drawn} == {"b 1", "b 2"}
+    (parquet if kind == "parquet" else lines)(f"t.{kind}", rows[:2] + rows[3:])
+    with pytest.raises(
+        InstantiationException, match=r"1 of the 5 images of img/mugs have no caption .in t"
+    ):
+        captions("simple_tuner", files)
+    for wrong, told in ((rows + rows[:1], "is named twice"), ([{"name": "b"}], "no id")):
+        (parquet if kind == "parquet" else lines)(f"t.{kind}", wrong)
+        with pytest.raises(InstantiationException, match=told):
+            captions("simple_tuner", files)
+
+
+def test_captions_stand_in_ai_toolkits_json(place):
+    files = copy.deepcopy(RUNS["ai_toolkit"][0])
+    table = {"img/mugs/a.png": {"caption": "one, two"}, "img/mugs/deep/d.png": {"caption": "zqx"}}
+    Path("t.json").write_text(json.dumps(table))
+    part = files["run.json"]["config"]["process"][0]["datasets"][0]
+    part |= {"folder_path": None, "dataset_path": "t.json", "resolution": 64}
+    assert captions("ai_toolkit", files)[0] == {
+        "mugs/a.png": "zqx one,  two",
+        "mugs/deep/d.png": "zqx",
+    }
+    for moved, told in (
+        ({"img/mugs/../mugs/a.png": {"caption": "a"}}, "say those in a copy"),
+        ({"img/nowhere.png": {"caption": "a"}}, "nothing is there"),
+        ({"img/mugs/a.png": {}}, "default_caption is not"),
+        (["img/mugs/a.png"], "is no table of captions"),
+    ):
+        Path("t.json").write_text(json.dumps(moved))
+        with pytest.raises(DminError, match=told):
+            captions("ai_toolkit", files)
+    part |= {
+        "folder_path": "img/mugs",
+        "dataset_path": None,
+        "caption_ext": "json",
+        "mask_path": None,
+    }
+    for image in Path("img/mugs").rglob("*.[pJ]*"):
+        image.with_suffix(".json").write_text(json.dumps({"caption": image.stem}))
+    assert captions("ai_toolkit", files)[0]["mugs/c.png"] == "zqx c"
+
+
+def test_images_and_captions_stand_in_musubis_lines(place):
+    files = copy.deepcopy(RUNS["musubi"][0])
+    rows = [{"image_path": f"img/mugs/{n}", "caption": n} for n in ("a.png", "deep/d.png")]
+    lines("t.jsonl", rows)
+    files["sets.toml"]["datasets"] = [{"image_jsonl_file": "t.jsonl"}]
+    found, run = captions("musubi", files)
+    assert found == {"mugs/a.png": "a.png", "mugs/deep/d.png": "deep/d.png"} and not run.unknown
+    lines("t.jsonl", [{"path": "a.png"}])
+    with pytest.raises(DminError, match="no image_path"):
+        captions("musubi", files)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_data_that_the_line_names_are_not_looked_for(place, name):
     files = written(RUNS[name][0])
@@ -444,7 +530,7 @@ def test_the_page_of_trainers_is_that_of_the_readers():
         ("ai_toolkit", 0, ("config", "process", 0, "datasets", 1, "is_reg"), True, "prior"),
         ("simple_tuner", 0, ("--model_type",), "full", "trains the whole network"),
         ("simple_tuner", 0, ("--twinflow_enabled",), "true", "further term"),
-        ("simple_tuner", 1, (0, "caption_strategy"), "parquet", "tables of captions"),
+        ("simple_tuner", 1, (0, "caption_strategy"), "csv", "which is not read"),
         ("simple_tuner", 1, (0, "type"), "aws", "on this machine"),
         ("diffusion_pipe", 0, ("adapter",), {}, "trains the whole network"),
         ("diffusion_pipe", 0, ("huber_delta",), 1.0, "squared"),
