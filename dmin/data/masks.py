@@ -137,8 +137,8 @@ def partners(
     Args:
         root: the folder of the images.
         asked: a folder, below the root or anywhere, that has a file of the same stem at the same
-            place; a picture for all of them; or the column of the metadata that names a file,
-            relative to the metadata's.
+            place; ``-masklabel.png`` and the like, which ends the names of those beside; a picture
+            for all; or the column of the metadata that names a file, relative to the metadata's.
         facts: what is known of each image.
         ends: of files that are images.
 
@@ -146,6 +146,8 @@ def partners(
         DminError: it is none of these.
     """
     place = next((p for p in (root / asked, Path(asked).expanduser()) if p.exists()), None)
+    if str(asked).startswith("-"):
+        place, ends = root, (str(asked),)
     if place is not None and place.is_file():
         return dict.fromkeys(facts, _below(root, place))
     found: dict[str, str] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places, load
-from dmin.runs.folders import add, bucket, folder, masks, of_paths, together
+from dmin.runs.folders import add, bucket, folder, given, masks, of_paths, together
 from dmin.runs.keys import FLOWS, Keys, families, table
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
@@ -94,7 +94,7 @@ def _folders(keys: Keys, places: Places, train: Keys) -> dict[str, dict[str, Any
             root = Path(_of_table(root, each, key, places))
         sizes = each.get("resolution", 512)
         whole = each.get("buckets", True, bool) and not each.get("square_crop", False, bool)
-        step = 32 if run.family in ("flux", "stable_diffusion_3") else 16
+        step = 32 if run.family in ("flux", "flux_kontext", "stable_diffusion_3") else 16
         shapes = [
             bucket(size, whole, step, False, run)
             for size in (sizes if isinstance(sizes, list) and sizes else [sizes])
@@ -117,6 +117,7 @@ def _folders(keys: Keys, places: Places, train: Keys) -> dict[str, dict[str, Any
         }
         more["dropout"] = each.get("caption_dropout_rate", 0.0, float)
         more |= masks(each, "mask_path", places, **of_masks)
+        more |= given(each, "control_path", places, root)
         part = folder(root.as_posix(), captions, SUFFIXES, recursive=True, **more)
         each.randoms({"masks were blurred a little; here sharp": "mask_path alpha_mask"})
         each.note(run.taken, key, root.name, f"data, {part['repeats']:g} repeats")

@@ -6,7 +6,7 @@ from typing import Any
 
 from dmin.runs import wording as say
 from dmin.runs.files import Places, header, load, spelled
-from dmin.runs.keys import FLOWS, Keys
+from dmin.runs.keys import FLOWS, GIVEN, Keys
 from dmin.runs.training_run import Entry, TrainingRun, shown
 from dmin.runtime.errors import DminError
 
@@ -77,6 +77,10 @@ def predicts(keys: Keys, key: str, kind: str) -> None:
         keys.note(keys.run.taken, key, kind, say.PREDICTION)
 
 
+def _given(family: str) -> str:
+    return family if family in GIVEN else ""
+
+
 def settings_of(path: str, expected: str | None = None) -> tuple[str, dict[str, Any]]:
     """Return the family of a base model and the settings that name it.
 
@@ -106,7 +110,8 @@ def settings_of(path: str, expected: str | None = None) -> tuple[str, dict[str, 
             f"{path}: there is no such folder or file, and a name on a hub does not tell the "
             f"family. Say which: model=FAMILY, or where the run's files are: run.root=FOLDER."
         )
-    if expected is not None and found != expected:
+    # A trainer may call both by one name: the base model tells whether it is given images.
+    if expected is not None and found != expected and f"{expected}_" not in _given(found):
         raise DminError(
             f"{path} is of the family {found}, and the run, or model= on the line, says "
             f"{expected}: name the base model that it was trained on, model.path=PATH."

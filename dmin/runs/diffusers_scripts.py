@@ -9,7 +9,7 @@ from typing import Any
 from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places
 from dmin.runs.folders import IMAGES, add, bucket, drawn, folder, together
-from dmin.runs.keys import Keys, table
+from dmin.runs.keys import GIVEN, Keys, table
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
@@ -67,9 +67,20 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
         prompt = {"source": "text", "text": keys.get("instance_prompt", "", str)}
         part = folder(root, prompt, IMAGES, repeats=repeats, draws=draws, **shape)
     else:
-        text = keys.get("caption_column", "text", str)
+        text = keys.get("edit_prompt_column", keys.get("caption_column", "text", str), str)
         part = {"_target_": IMAGE_FOLDER, "root": root, "text": text, "mode": "RGB", **shape}
-        part |= drawn(draws)
+        part |= drawn(draws) | _given(keys)
     parts: dict[str, dict[str, Any]] = {}
     add(parts, Path(root).name, part, run)
     return parts
+
+
+def _given(keys: Keys) -> dict[str, Any]:
+    """Return the setting of the column of images that the network was given, if its family is."""
+    columns = "original_image_column", "conditioning_image_column", "cond_image_column"
+    key = next((key for key in columns if keys.get(key, kind=str)), None)
+    if key is None or keys.run.family not in GIVEN:
+        keys.refuse({say.CONTROL: " ".join(columns)})
+        return {}
+    keys.note(keys.run.taken, key, keys.get(key), "data.condition_image, a column of the metadata")
+    return {"condition_image": keys.get(key)}

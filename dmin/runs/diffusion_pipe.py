@@ -8,7 +8,7 @@ from typing import Any
 
 from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places, load
-from dmin.runs.folders import IMAGES, add, folder, masks, ratios, sides, together
+from dmin.runs.folders import IMAGES, add, folder, given, masks, ratios, sides, together
 from dmin.runs.keys import Keys, families, table
 from dmin.runs.training_run import TrainingRun, shown
 from dmin.runtime.errors import DminError
@@ -87,6 +87,7 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
         shapes, captions = _shapes(each), _captions(each, root)
         more = {"repeats": each.get("num_repeats", 1.0, float)} | masks(each, "mask_path", places)
         shuffled = [each.draw(key) for key in ("shuffle_tags", "cache_shuffle_num")]
+        more |= given(each, "control_path", places, root)
         mark = each.get("cache_shuffle_delimiter", ", ", str)
         more["draws"] = {
             "lines": each.draw("path", on=len(each.run.random) > known),

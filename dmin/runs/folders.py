@@ -10,7 +10,7 @@ from typing import Any
 
 from dmin.runs import wording as say
 from dmin.runs.files import Places, spelled
-from dmin.runs.keys import Keys
+from dmin.runs.keys import GIVEN, Keys
 from dmin.runs.training_run import Entry, TrainingRun, shown
 from dmin.runtime.errors import DminError
 
@@ -162,6 +162,25 @@ def masks(keys: Keys, key: str, places: Places, **settings: Any) -> dict[str, An
     found = places.folder(path, keys.name(key))
     keys.note(keys.run.taken, key, found, "masks of the loss")
     return {"masks": {"_target_": MASKS, "folder": found, **settings}}
+
+
+def given(keys: Keys, key: str, places: Places, root: Path) -> dict[str, Any]:
+    """Return the setting of what the network was given with each image, if its family is.
+
+    Args:
+        keys: of the folder of images.
+        key: names the folder of images of the same names.
+        places: where it leads.
+        root: the folder of images.
+    """
+    path = keys.get(key)
+    if not path or keys.run.family not in GIVEN or not isinstance(path, str):
+        keys.refuse({say.CONTROL: key})
+        return {}
+    found = Path(places.folder(path, keys.name(key)))
+    keys.note(keys.run.taken, key, found, "data.condition_image")
+    inside = found.is_relative_to(root)
+    return {"condition_image": (found.relative_to(root) if inside else found).as_posix()}
 
 
 def add(

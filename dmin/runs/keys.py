@@ -76,11 +76,16 @@ def table(trainer: str, section: str) -> Table:
 # Settings that some families have alone.
 FLOWS = (
     *("flux", "flux_2", "stable_diffusion_3", "sana", "chroma", "qwen_image", "z_image"),
-    *("lumina_2", "wan"),
+    *("lumina_2", "wan", "flux_kontext", "flux_fill", "flux_control"),
+)
+# Families that are given an image with each.
+GIVEN = (
+    *("flux_kontext", "flux_fill", "flux_control", "instruct_pix2pix", "instruct_pix2pix_xl"),
+    *("stable_diffusion_inpaint", "stable_diffusion_xl_inpaint", "stable_diffusion_depth"),
 )
 _OF_FAMILIES = {
     "shift": FLOWS,
-    "embedded_guidance": ("flux", "flux_2"),
+    "embedded_guidance": ("flux", "flux_2", "flux_kontext", "flux_fill", "flux_control"),
     "max_sequence_length": (*FLOWS, "pixart"),
 }
 

@@ -80,7 +80,7 @@ def _datasets(keys: Keys, places: Places) -> Keys:
         told = {"bucket_shapes": [shape[::-1] for shape in shapes if isinstance(shape, list)]}
         told |= {key: dataset.get(key) for key in ("resolution", "enable_bucket")}
         subsets = [_subset(each, _table(counted), places) for each in dataset.each("subsets")]
-        told = {key: value for key, value in told.items() if value}
+        told = {key: value for key, value in told.items() if value not in (None, [])}
         datasets.append({**told, "subsets": subsets})
     return Keys({"datasets": datasets}, keys.run)
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmin.runs import adapter, base_model, checkpoints
+from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places, load
-from dmin.runs.folders import add, bucket, folder, of_paths, sides, together
+from dmin.runs.folders import add, bucket, folder, given, of_paths, sides, together
 from dmin.runs.keys import Keys, families, table
 from dmin.runs.kohya import SUFFIXES, flat
 from dmin.runs.training_run import TrainingRun
@@ -55,6 +55,7 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
         repeats = each.get("num_repeats", 1, int)
         deep = "table" in captions
         more = {"recursive": deep, "repeats": repeats}
+        more |= given(each, "control_directory", places, where)
         key = "image_jsonl_file" if deep else "image_directory"
         each.note(run.taken, key, where.name, f"data, {repeats} repeats")
         part = folder(where.as_posix(), captions, SUFFIXES, **more, **shape)
@@ -69,8 +70,17 @@ def _images(each: Keys, places: Places) -> tuple[Path, dict[str, Any]]:
         from dmin.data.metadata import read_table  # imports torch
 
         file, key = places.folder(listed, each.name("image_jsonl_file")), "image_path"
-        root = of_paths(read_table(Path(file), key), places, each.name("image_jsonl_file"))
-        told = {"source": "table", "table": file, "key": key, "columns": ["caption"]}
+        rows = read_table(Path(file), key)
+        root = of_paths(rows, places, each.name("image_jsonl_file"))
+        if any(str(name).startswith("control_path") for row in rows.values() for name in row):
+            meaning = f"{say.CONTROL}: name their folder, control_directory, in a copy"
+            each.note(each.run.other, "image_jsonl_file", "control_path", meaning)
+        told: dict[str, Any] = {
+            "source": "table",
+            "table": file,
+            "key": key,
+            "columns": ["caption"],
+        }
         return Path(root), {**told, "missing": "drop"}
     path, ending = (each.get(k, "", str) for k in ("image_directory", "caption_extension"))
     if not path or not ending.strip("."):

@@ -10,7 +10,7 @@ from typing import Any
 from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places, header, load, spelled
 from dmin.runs.folders import MASKS, add, folder, ratios, several_lines, sides, together
-from dmin.runs.keys import Keys, Setting, families, table
+from dmin.runs.keys import GIVEN, Keys, Setting, families, table
 from dmin.runs.training_run import Entry, TrainingRun
 from dmin.runtime.errors import DminError
 
@@ -153,7 +153,13 @@ def _concept(
     image.apply(table("onetrainer", "image"))
     concept.refuse({say.OF_FOLDER: "loss_weight"}, off=(1, "1.0"))
     more: dict[str, Any] = {}
-    if keys.get("masked_training", False, bool) and any(root.rglob(f"*{LEFT[0]}.png")):
+    if run.family in GIVEN:
+        more["condition_image"] = f"{LEFT[0]}.png"
+        meaning = "a share of the steps had a mask of all white; here each its own"
+        share = keys.get("unmasked_probability", 0.1, float)
+        if share and not any(e.key == "unmasked_probability" for e in run.random):
+            keys.note(run.random, "unmasked_probability", share, meaning)
+    elif keys.get("masked_training", False, bool) and any(root.rglob(f"*{LEFT[0]}.png")):
         more["masks"] = {
             "_target_": MASKS,
             "suffix": f"{LEFT[0]}.png",

@@ -8,8 +8,18 @@ from typing import Any
 
 from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places, load
-from dmin.runs.folders import IMAGES, add, bucket, folder, masks, several_lines, sides, together
-from dmin.runs.keys import Keys, Setting, families, table
+from dmin.runs.folders import (
+    IMAGES,
+    add,
+    bucket,
+    folder,
+    given,
+    masks,
+    several_lines,
+    sides,
+    together,
+)
+from dmin.runs.keys import GIVEN, Keys, Setting, families, table
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
@@ -94,7 +104,7 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
         mask = named.get(str(linked)) if linked else of_image.get(name)
         root = places.folder(each.get("instance_data_dir", "", str), each.name("instance_data_dir"))
         passes = (1 + each.get("repeats", 0, int)) * each.get("probability", 1.0, float)
-        shape = _shape(each) | (_masks(mask, places) if mask else {})
+        shape = _shape(each) | (_masks(mask, places, Path(root)) if mask else {})
         draws = {"crop": each.draw("crop_style", on=each.get("crop_style", "", str) == "random")}
         captions = _captions(each, Path(root), draws, places)
         shape |= {"repeats": passes, "draws": draws}
@@ -119,10 +129,12 @@ def _shape(each: Keys) -> dict[str, Any]:
     return shape
 
 
-def _masks(mask: Keys, places: Places) -> dict[str, Any]:
+def _masks(mask: Keys, places: Places, root: Path) -> dict[str, Any]:
     kind = mask.get("conditioning_type", "", str)
     if kind == "mask":
         return masks(mask, "instance_data_dir", places)
+    if kind != "segmentation" and mask.run.family in GIVEN:
+        return given(mask, "instance_data_dir", places, root)
     mask.note(mask.run.other, "conditioning_type", kind, say.CONTROL)
     return {}
 

@@ -66,6 +66,11 @@ def test_data_sets_of_a_file_are_told_as_well(place):
     file = lora(datasets=json.dumps(datasets), dataset_dirs=None)
     data = build(read_run(file, ignore=["is_reg"]).data)
     assert [(e.repeats, *e.image.shape[1:]) for e in data] == [(2.0, 64, 64)] * 2
+    # The same folder at another resolution; its tags are counted once.
+    datasets.append({**datasets[0], "resolution": [64, 32], "subsets": [subset]})
+    file = lora(datasets=json.dumps(datasets), dataset_dirs=None)
+    data = build(read_run(file, ignore=["is_reg"]).data)
+    assert [e.image.shape[1:] for e in data] == [(64, 64)] * 2 + [(32, 64)] * 2
 
 
 @pytest.mark.parametrize(

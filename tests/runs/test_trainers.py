@@ -2,16 +2,19 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra.errors import InstantiationException
 from PIL import Image
 from runs import documented
-from runs.tiny import header_only, images, pipeline_index, predicts
+from runs.tiny import header_only, images, picture, pipeline_index, predicts
 
 from dmin.cli.workspace.built import build
+from dmin.runs import wording as say
 from dmin.runs.recognise import read_run
 from dmin.runtime.errors import DminError
 
@@ -355,6 +358,91 @@ def test_images_and_captions_stand_in_musubis_lines(place):
     lines("t.jsonl", [{"path": "a.png"}])
     with pytest.raises(DminError, match="no image_path"):
         captions("musubi", files)
+
+
+# Where a run's config names what its network was given with each image, and the base model.
+PAIRED = {
+    "ai_toolkit": (("config", "process", 0, "datasets", 0, "control_path"), "Flux",
+                   {("config", "process", 0, "model", "arch"): "flux_kontext"}),
+    "diffusion_pipe": (("directory", 0, "control_path"), "StableDiffusionXL",
+                       {("model", "type"): "flux", ("model", "min_snr_gamma"): None,
+                        ("model", "v_pred"): None}),
+    "musubi": (("datasets", 0, "control_directory"), "Flux", {}),
+    "simple_tuner": ((1, "instance_data_dir"), "Flux",
+                     {("--model_family",): "kontext"}),
+}  # fmt: skip
+
+
+def set_at(files, at, value):
+    """Set a value in whichever of a run's files has the place."""
+    for inside in files.values():
+        try:
+            for key in at[:-1]:
+                inside = inside[key]
+            inside[at[-1]] = value
+        except (KeyError, IndexError, TypeError):
+            continue
+        return
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_images_in_pairs_are_given_to_a_family_that_is_given_some(place, name):
+    at, plain, changes = PAIRED[name]
+    for image in ("a-masklabel", "b", "_controls/a") if name == "simple_tuner" else ():
+        Path(f"img/mugs/{image}.txt").write_text(image)
+    shutil.copytree("img/mugs", "img/control")
+    files = copy.deepcopy(RUNS[name][0])
+    set_at(files, at, "img/control")
+    if name == "simple_tuner":
+        set_at(files, (1, "conditioning_type"), "reference_strict")
+    with pytest.raises(DminError, match=f"{say.CONTROL}|images are told"):
+        read_run(written(files), said=SAID.get(name))
+    base = {"Flux": "flux", "StableDiffusionXL": "sdxl"}[plain]
+    pipeline_index(f"base/{base}", "FluxKontextPipeline")
+    for where, value in changes.items():
+        set_at(files, where, value)
+    said = {"family": "flux_kontext"} if name == "musubi" else None
+    run = read_run(written(files), said=said)
+    assert run.family == "flux_kontext" and run.unknown == []
+    found = [example for example in build(run.data) if example.id.startswith("mugs")]
+    assert found and all(torch.equal(e.image, e.condition_image) for e in found)
+    drawn = read_run(written(files), said=said, draws=2)
+    assert all(
+        torch.equal(e.image, e.condition_image)
+        for x in build(drawn.data)
+        for e in x.drawn
+        if x.id.startswith("mugs")
+    )
+
+
+def test_onetrainers_masks_are_given_to_an_inpainting_network(place):
+    files = copy.deepcopy(RUNS["onetrainer"][0])
+    pipeline_index("base/sd", "StableDiffusionInpaintPipeline")
+    files["run.json"]["model_type"] = "STABLE_DIFFUSION_15_INPAINTING"
+    concept = files["run.json"]["concepts"][0] | {"path": "img/pairs"}
+    files["run.json"] |= {"concepts": [concept], "resolution": "64"}
+    for image in ("a", "a-masklabel"):
+        picture(f"img/pairs/{image}.png", (64, 64))
+    run = read_run(written(files))
+    (example,) = build(run.data)
+    assert run.family == "stable_diffusion_inpaint" and example.mask is None
+    mask = np.asarray(Image.open("img/pairs/a-masklabel.png")).transpose(2, 0, 1) / np.float32(255)
+    assert np.array_equal(example.condition_image.numpy(), mask)
+    assert "unmasked_probability" in run.data["approximated"] and run.unknown == []
+
+
+def test_a_script_for_pairs_names_a_column(place):
+    pipeline_index("base/flux", "FluxControlPipeline")
+    row = {"file_name": "e.png", "text": "a mug", "drawing": "../mugs/a.png"}
+    Path("img/plain/metadata.jsonl").write_text(json.dumps(row))
+    picture("img/mugs/a.png")
+    more = {"instance_data_dir": None, "train_data_dir": "img/plain", "center_crop": True}
+    script = SCRIPT | more | {"conditioning_image_column": "drawing", "random_flip": False}
+    (example,) = build(read_run(written({"hparams.yml": script})).data)
+    assert example.condition_image.shape == example.image.shape
+    pipeline_index("base/flux", "FluxPipeline")
+    with pytest.raises(DminError, match=r"conditioning_image_column = drawing"):
+        read_run(written({"hparams.yml": script}))
 
 
 @pytest.mark.parametrize("name", RUNS)
