@@ -10,16 +10,21 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from dmin.attribution.retrieval import retrieve
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.collect.fsdp import LockstepPasses
 from dmin.collect.trainer import gradient_checkpointing
 from dmin.data import Example, collate
+from dmin.data.image_folder import save_images
+from dmin.data.video import Clips, VideoFolder
 from dmin.diffusion.inputs import NoisedBatch
 from dmin.diffusion.noise import SharedNoise
 from dmin.diffusion.timesteps import Explicit
 from dmin.doctor import diagnose
 from dmin.doctor.gradients import compare
+from dmin.doctor.size import predict_size
 from dmin.models.autograd import by_autograd
+from dmin.models.checkpoints import without_weights
 from dmin.models.oracle import sampling_error
 from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
@@ -155,6 +160,31 @@ def test_activations_of_both_are_recomputed():
         again = features(model)[1]
     assert not any(n.is_gradient_checkpointing for n in model.networks.values())
     torch.testing.assert_close(plain.norms["loss"], again.norms["loss"], rtol=1e-5, atol=0)
+
+
+def test_the_planted_clip_is_found_first_from_files(tmp_path):
+    for number, example in enumerate(examples(WAN).examples):
+        name = tmp_path / f"clips/{number}.webp"
+        save_images(name.parent, example.image[None], [name.name], [{}], append=True)
+        name.with_suffix(".txt").write_text(example.caption)
+    (tmp_path / "clips/metadata.jsonl").unlink()
+    data = VideoFolder(tmp_path / "clips", frames=5)
+    collector = GradientCollector(load("wan_2_2"), BlockCyclic(256), Explicit([700.0, 20.0]))
+    options = {"trainer": predict_trainer(accelerator="cpu", enable_progress_bar=False)}
+    train = collector.collect(data, tmp_path / "train", **options)
+    planted = Clips(tmp_path / "clips/1.webp", frames=5)
+    asked = collector.collect(planted, tmp_path / "asked", as_queries=True, **options)
+    found = retrieve(asked, train, k=2)
+    assert found.train_ids[0][0] == "1.webp" and found.scores[0, 0] > 2 - 1e-5
+
+
+def test_what_both_take_is_told_before_their_weights_are_read():
+    with without_weights():
+        model = load_fresh()
+    collector = GradientCollector(model, BlockCyclic(256), ALL)
+    size = predict_size(collector, examples(WAN).examples[0], 3, torch.device("cpu"))
+    assert size.parameters == sum(p.numel() for p in load("wan_2_2").network.parameters())
+    assert size.kept_bytes > 0 and size.operations > 0
 
 
 def test_each_network_gets_its_own_adapter(tmp_path):

@@ -98,6 +98,8 @@ class ByTimestep(nn.Module):
         networks: both by name.
     """
 
+    _supports_gradient_checkpointing = True
+
     def __init__(self, boundary: float, networks: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.boundary = boundary
@@ -137,9 +139,9 @@ class ByTimestep(nn.Module):
         given = hidden_states, timestep, encoder_hidden_states
         is_first = timestep >= self.boundary
         with torch._C.DisableTorchFunction():  # which network it is orders no rows
-            several = is_first.tolist()
-        if len(set(several)) == 1:
-            return ((first if several[0] else second)(*given, return_dict=False)[0],)
+            every, some = bool(is_first.all()), bool(is_first.any())
+        if every or not some:
+            return ((first if every else second)(*given, return_dict=False)[0],)
         said = [
             network(*(x[its] for x in given), return_dict=False)[0]
             for network, its in ((first, is_first), (second, ~is_first))
