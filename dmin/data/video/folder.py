@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal  # noqa: F401 (Literal: see the annotations of Pixels)
 
@@ -34,8 +33,14 @@ MOST = 4  # clips hold at most so many times max_pixels, over all frames, once t
 
 
 @dataclass(eq=False, kw_only=True)
-class Frames(ImageFolder):
-    """Which frames of a clip are taken; each is then brought to its size as an image is.
+class VideoFolder(ImageFolder):
+    """The clips of a folder, ordered by name; a clip's id is its path below the folder.
+
+    A clip is a video (``.mp4``, ``.webm``, ``.mov``, ``.mkv``, ``.avi``, ``.m4v``; by PyAV), an
+    animation (``.gif``, ``.webp``, ``.apng``), or a folder that holds its frames as images, in the
+    order of the numbers in their names. Captions and labels are found as for images, the caption of
+    the folder of frames ``a/jump`` in ``a/jump.txt``. Further pictures in a folder that holds clips
+    are no examples. Each frame is brought to its size as an image is.
 
     With ``fps`` a frame is the one that is shown at its time. Folders of frames, and animations
     without delays, have no times: their frames are taken one by one, whatever ``fps`` says.
@@ -49,6 +54,8 @@ class Frames(ImageFolder):
     fps: float | None = None
     frames: int | None = None
     start: float = 0.0
+    noun: ClassVar[str] = "clips"
+    opened_suffixes: ClassVar[tuple[str, ...]] = (*VIDEOS, *ANIMATIONS)
 
     def __post_init__(self) -> None:
         """Refuse settings that no clip could satisfy.
@@ -135,31 +142,24 @@ class Frames(ImageFolder):
     def _sampled(self, frames: Iterator[Frame], name: str) -> Iterator[Frame]:
         """Yield the frame shown at each time, or each frame where the rate is the file's own."""
         shown: Frame | None = None
-        gap, taken = 0.0, 0
+        gap, since, taken = 0.0, 0.0, 0
         for number, frame in enumerate(frames):
-            if frame.seconds is None:
-                if self.start and self.fps is None:
-                    why = "its frames tell no times: data.start needs data.fps"
-                    raise Unreadable(name, why)
-                if number >= round(self.start * (self.fps or 0)):
+            at = frame.seconds
+            if at is None and self.fps is not None:
+                at = number / self.fps
+            if at is None and self.start:
+                raise Unreadable(name, "its frames tell no times: data.start needs data.fps")
+            if at is None or self.fps is None:
+                if at is None or at >= self.start - 1e-6:
                     yield frame
                 continue
-            if self.fps is None:
-                if frame.seconds >= self.start - 1e-6:
-                    yield frame
-                continue
-            while shown is not None and self.start + taken / self.fps < frame.seconds - 1e-6:
+            while shown is not None and self.start + taken / self.fps < at - 1e-6:
                 yield shown
                 taken += 1
-            if shown is not None and shown.seconds is not None:
-                gap = frame.seconds - shown.seconds
-            shown = frame
-        if shown is not None and shown.seconds is not None and self.fps is not None:
-            while self.start + taken / self.fps < shown.seconds + gap - 1e-6:
-                yield shown
-                taken += 1
-
-    noun: ClassVar[str] = "clips"
+            gap, since, shown = at - since, at, frame
+        while shown is not None and self.start + taken / (self.fps or 1) < since + gap - 1e-6:
+            yield shown
+            taken += 1
 
     def _files_of(self, root: Path) -> Folder:
         files = ClipFiles(root)
@@ -168,25 +168,9 @@ class Frames(ImageFolder):
             raise DminError(f"data.root={root}: {videos[0]} is a video, and {NO_DECODER}.")
         return files
 
-    @cached_property
-    def opened_suffixes(self) -> tuple[str, ...]:
-        """The suffixes of files that are clips."""
-        return (*VIDEOS, *ANIMATIONS)
-
-
-class VideoFolder(Frames):
-    """The clips of a folder, ordered by name; a clip's id is its path below the folder.
-
-    A clip is a video (``.mp4``, ``.webm``, ``.mov``, ``.mkv``, ``.avi``, ``.m4v``; by PyAV), an
-    animation (``.gif``, ``.webp``, ``.apng``), or a folder that holds its frames as images, in the
-    order of the numbers in their names. Captions and labels are found as for images
-    (:class:`~dmin.data.image_folder.ImageFolder`): the caption of the folder of frames ``a/jump``
-    in ``a/jump.txt``. Further pictures in a folder that holds clips are no examples.
-    """
-
 
 @dataclass(eq=False, kw_only=True)
-class Clips(Pictures, Frames):
+class Clips(Pictures, VideoFolder):
     """The clips that are asked about: one, several, or a folder of them."""
 
     def __post_init__(self) -> None:

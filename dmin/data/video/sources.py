@@ -108,14 +108,14 @@ def _packed(content: bytes, name: str, opened: Callable[[bytes, str], Any]) -> I
 
 def _animation(content: bytes, name: str, opened: Callable[[bytes, str], Any]) -> Iterator[Frame]:
     with opened(content, name) as image:
-        elapsed, told = 0.0, True
+        elapsed: float | None = 0.0
         for number in range(getattr(image, "n_frames", 1)):
             image.seek(number)
             image.load()
-            frame = image.copy()
-            told = told and image.info.get("duration", 0) > 0
-            yield Frame(elapsed if told else None, frame.size, frame.copy)
-            elapsed += image.info.get("duration", 0) / 1000
+            lasts = image.info.get("duration", 0) / 1000
+            elapsed = None if number == 0 and not lasts else elapsed
+            yield Frame(elapsed, image.size, image.copy().copy)
+            elapsed = None if elapsed is None else elapsed + lasts
 
 
 def _video(content: bytes, name: str) -> Source:
