@@ -1,5 +1,6 @@
 """Clips from videos, animations and folders of frames: which frames, and what is refused."""
 
+import struct
 import warnings
 
 import numpy as np
@@ -149,6 +150,19 @@ def test_usual_containers_are_opened_and_their_rate_is_theirs(tmp_path):
     video(tmp_path / "b.webm", frames, codec="libvpx", pixels="yuv420p", fps=30)
     for example in VideoFolder(tmp_path):
         assert told(example.image) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_video_is_turned_as_its_header_says(tmp_path):
+    frame = np.zeros((32, 48, 3), np.uint8)
+    frame[:16, :16] = 250  # at the upper left
+    file = video(tmp_path / "a.mp4", [frame] * 3, codec="libx264", pixels="yuv420p")
+    content = bytearray(file.read_bytes())
+    matrix = content.index(b"tkhd") + 44  # ISO 14496-12, 8.3.2: a quarter clockwise
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+    file.write_bytes(content)
+    clip = VideoFolder(tmp_path)[0].image
+    assert clip.shape == (3, 3, 48, 32)
+    assert clip[..., :16, -16:].min() > 0.8 and clip[..., 20:, :].max() < 0.2
 
 
 def test_what_is_no_clip_is_refused_while_the_data_are_surveyed(tmp_path):
