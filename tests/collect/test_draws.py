@@ -9,7 +9,7 @@ import torch
 from latent_model import Latent
 from PIL import Image
 
-from dmin.attribution import FeatureSet
+from dmin.attribution import DMin, FeatureSet, places, retrieve
 from dmin.attribution.curvature.functional_loss import FunctionalLoss
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Examples
@@ -20,6 +20,7 @@ from dmin.data.masks import Masks
 from dmin.data.training_folder import TrainingFolder
 from dmin.diffusion.noise import SharedNoise
 from dmin.diffusion.timesteps import Stratified
+from dmin.evaluation.retraining.stacked_models import encoded
 from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
 from dmin.store import Store
@@ -190,3 +191,12 @@ def test_marks_part_what_stays_from_what_moves_and_prefixes_may_be_parts():
     captions = Captions(rejoin=(",", ", "))
     found = {captions.worded(["a, b"], joint, joint.of("e", n)) for n in range(50)}
     assert found == {"a,  b", " b, a"}
+
+
+def test_what_has_no_meaning_for_draws_is_refused(folder, tmp_path):
+    dataset, collector = data(folder), make()
+    side = FeatureSet(collect(collector, dataset, tmp_path / "s"), dataset, origin=collector)
+    with pytest.raises(DminError, match=r"draws of the data.*retrieve\.places=null"):
+        places(side, side, retrieve(side, side, DMin(), k=1), DMin())
+    with pytest.raises(DminError, match=r"data\.draws=null"):
+        encoded(collector.model, Examples([dataset[0]]))
