@@ -8,11 +8,10 @@ from torch import Tensor
 
 from dmin.models.base import Condition
 from dmin.models.families.flux import Flux
-from dmin.models.families.image_conditions import ImageConditioned
-from dmin.models.vae import pack, unpack
+from dmin.models.families.image_conditions import ImageTokens
 
 
-class FluxKontext(Flux, ImageConditioned):
+class FluxKontext(Flux, ImageTokens):
     """FLUX.1 Kontext (Black Forest Labs 2025); the image to change has the size of the other."""
 
     family = "flux_kontext"
@@ -26,13 +25,6 @@ class FluxKontext(Flux, ImageConditioned):
         other = told["img_ids"].clone()
         other[:, 0] = 1  # the first column numbers images
         return {**told, "img_ids": torch.cat([told["img_ids"], other])}
-
-    def _tokens(self, latents: Tensor) -> Any:
-        channels = self.network.config.in_channels // self.claims.packing
-        return torch.cat([pack(each) for each in latents.split(channels, 1)], 1)
-
-    def _latents(self, tokens: Any, shape: Sequence[int]) -> Tensor:
-        return unpack(tokens[:, : shape[-2] * shape[-1] // self.claims.packing], shape)
 
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
         height, width = self._generated_size()

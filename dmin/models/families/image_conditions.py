@@ -1,7 +1,7 @@
 """Latent diffusion models that are given an image beside the noised one: to change, mask, depth."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,20 @@ class ImageConditioned(LatentDiffusion):
     def _encoded_image(self, image: Tensor, kind: Any = "mode") -> Tensor:
         """Return scaled latents of images in [0, 1]; a sample's draw is not that of x0."""
         return vae.encode(self.pipeline.vae, image, kind, self.latent_seed + 1, self.shifted)
+
+
+class ImageTokens(ImageConditioned):
+    """Given the latents of an image to change as tokens behind those of the noised one."""
+
+    def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        told = {self.time_name: self._time(t), **self._told(noised, condition)}
+        tokens = torch.cat([self._tokens(noised), self._tokens(told.pop(BESIDE))], 1)
+        output = self.denoiser(tokens, **told, return_dict=False)[0]
+        return self.sign * self._latents(output, noised.shape)
+
+    def _latents(self, tokens: Any, shape: Sequence[int]) -> Tensor:
+        own = shape[-2] * shape[-1] // self.claims.packing
+        return super()._latents(tokens[:, :own], shape)
 
 
 class Inpainting(ImageConditioned):
