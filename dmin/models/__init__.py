@@ -32,7 +32,10 @@ if TYPE_CHECKING:  # what type checkers see of the names below
     )
     from dmin.models.families.lumina_2 import Lumina2 as Lumina2
     from dmin.models.families.pixart import PixArt as PixArt
-    from dmin.models.families.qwen_image import QwenImage as QwenImage
+    from dmin.models.families.qwen_image import (
+        QwenImage as QwenImage,
+        QwenImageEdit as QwenImageEdit,
+    )
     from dmin.models.families.sana import Sana as Sana
     from dmin.models.families.stable_diffusion import StableDiffusion as StableDiffusion
     from dmin.models.families.stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
@@ -61,6 +64,7 @@ _FAMILIES = {
     "MLP": "toy.mlp",
     "PixArt": "families.pixart",
     "QwenImage": "families.qwen_image",
+    "QwenImageEdit": "families.qwen_image",
     "Sana": "families.sana",
     "StableDiffusion": "families.stable_diffusion",
     "StableDiffusion3": "families.stable_diffusion_3",

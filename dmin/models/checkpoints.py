@@ -68,7 +68,8 @@ def load_pipeline(
         subfolder: folder inside ``path`` that holds the pipeline.
         single_file: ``.safetensors`` file with weights in the original layout; configs, tokenizers
             and whatever it does not hold (often all but the network) are then read from ``path``.
-        components: to replace components of the checkpoint, such as ``safety_checker=None``.
+        components: in place of the checkpoint's own, such as ``safety_checker=None``, or functions
+            that read them from its place.
 
     Raises:
         DminError: there is no such checkpoint, or it is another pipeline's.
@@ -94,11 +95,12 @@ def load_pipeline(
     options = {"torch_dtype": getattr(torch, torch_dtype), "revision": revision, **components}
     file = None if single_file is None else Path(single_file)
     try:
-        pipeline_class = check_checkpoint(family, str(source if is_local else path), revision)
+        where = str(source if is_local else path)
+        pipeline_class = check_checkpoint(family, where, revision)
+        read = {name: made for name, made in components.items() if callable(made)}
+        options |= {name: made(where, revision=revision) for name, made in read.items()}
         with ExitStack() as stack:
-            where = str(path)
             if _SHAPES_ALONE.get():
-                where = str(source if is_local else path)
                 options |= _shapes(pipeline_class, where, options)
                 file = variant = None
             elif is_local:

@@ -7,7 +7,7 @@ from typing import Any
 
 # Logger -> the beginning of records that ask nothing of whoever runs dmin.
 _LEFT_OUT = {
-    # No family uses the image processors that prefer torchvision.
+    # Images are then scaled by Pillow instead.
     "transformers.utils.import_utils": r"`\w+ImageProcessor` requires torchvision",
     # Of such captions the pipeline says itself that they are cut.
     "transformers.tokenization_utils_base": r"Token indices sequence length is longer",

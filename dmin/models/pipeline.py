@@ -36,7 +36,7 @@ class PipelineModel(TrainedModel):
     """
 
     network_name: ClassVar[str] = "transformer"
-    components: ClassVar[dict[str, Any]] = {}  # replaced when loading
+    components: ClassVar[dict[str, Any]] = {}  # replaced when loading, or how they are read
     sampled_with: ClassVar[dict[str, Any]] = {}  # settings of the pipeline's call
 
     def __init__(self, pipeline: Any, guidance_scale: float | None, **settings: Any) -> None:

@@ -74,6 +74,7 @@ REASONS = {
     "Sprint": "it is distilled: its loss needs a derivative along the flow, and a teacher",
     "Consistency": "it is distilled: its loss needs a teacher or two steps",
     "KV": "its sampler keeps what the network made of images to change",
+    "QwenImageEditPlus": "its text encoder sees several images, at another size than its network",
     "Edit": "its network is also given the tokens of an image to change",
     "Layered": "its network makes several layers of an image at once",
     "Omni": "its network is also given images to change",

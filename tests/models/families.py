@@ -24,7 +24,7 @@ from dmin.models.families.inpainting import (
 from dmin.models.families.instruct_pix2pix import InstructPix2Pix, InstructPix2PixXL
 from dmin.models.families.lumina_2 import Lumina2
 from dmin.models.families.pixart import PixArt
-from dmin.models.families.qwen_image import QwenImage
+from dmin.models.families.qwen_image import QwenImage, QwenImageEdit
 from dmin.models.families.sana import Sana
 from dmin.models.families.stable_diffusion import StableDiffusion
 from dmin.models.families.stable_diffusion_3 import StableDiffusion3
@@ -174,10 +174,10 @@ def beside(of, model, channels, **changes):
     base = EVERY[of]
     latent = changes.get("latent", base.latent)
     condition = {**base.condition, "beside": (channels, *latent[1:])}
-    return replace(base, model=model, condition=condition, predictions=KINDS[of], **changes)
+    changes = {"condition": condition, "predictions": base.predictions[:1], **changes}
+    return replace(base, model=model, **changes)
 
 
-KINDS = {"stable_diffusion": ("epsilon",), "stable_diffusion_xl": ("epsilon",), "flux": ("flow",)}
 FILL = {"size": 32, "settings": {"max_sequence_length": 12, "sample_size": (32, 32)}}
 PAIRS = {
     "stable_diffusion_inpaint": beside("stable_diffusion", StableDiffusionInpaint, 5),
@@ -188,9 +188,20 @@ PAIRS = {
     "flux_kontext": beside("flux", FluxKontext, 4),
     "flux_fill": beside("flux", FluxFill, 68, latent=(4, 4, 4), **FILL),
     "flux_control": beside("flux", FluxControl, 4),
+    "qwen_image_edit": beside(
+        "qwen_image",
+        QwenImageEdit,
+        4,
+        condition={
+            "encoder_hidden_states": (24, 16),
+            "encoder_hidden_states_mask": (24,),
+            "beside": (4, 16, 16),
+        },
+        settings={**SMALL, "max_sequence_length": 24, "condition_area": 32 * 32},
+    ),
 }
 EVERY |= PAIRS
-ALIKE = {*PAIRS} - {"stable_diffusion_inpaint", "flux_kontext"}
+ALIKE = {*PAIRS} - {"stable_diffusion_inpaint", "flux_kontext", "qwen_image_edit"}
 LATER = ("chroma", "qwen_image", "z_image", "lumina_2", "flux_2", "wan", *VIDEOS, *PAIRS)
 FAMILIES = {
     name: family

@@ -9,6 +9,7 @@ from models.families import EVERY, FAMILIES, checkpoint, load, sample
 from dmin.data import Example, collate
 from dmin.data.base import Sizes
 from dmin.data.image_folder import ImageFolder
+from dmin.models.oracle import example_given
 from dmin.queries import Generated
 from dmin.runtime.errors import DminError
 
@@ -80,6 +81,14 @@ def test_generated_images_know_the_sizes_that_the_sampler_was_told(name, tmp_pat
     assert [row[order.index(i)] for i in range(6)] == [64, 96, 0, 0, size, size]
 
 
+def no_prompt(model):
+    """The condition of no prompt; where it is told with an image, with that of the sampler."""
+    if model.family != "qwen_image_edit":
+        return model._no_prompt()
+    batch = {**example_given(model), "id": ["a"]}
+    return load(model.family, prompt_dropout=1.0)._prompted(batch)
+
+
 # They are guided by an input of their own.
 @pytest.mark.parametrize("name", [name for name in sorted(EVERY) if "flux" not in name])
 def test_no_prompt_is_what_guided_sampling_steps_away_from(name):
@@ -101,8 +110,8 @@ def test_no_prompt_is_what_guided_sampling_steps_away_from(name):
     # Of the two halves, the pipelines of these have the unguided one last.
     last = name in ("dit", "z_image") or name.startswith("instruct")
     half = slice(1, 2) if at_once and last else slice(0, 1)
-    condition = model._no_prompt()
-    if name in ("qwen_image", "z_image"):  # which the pipelines pad otherwise, or not at all
+    condition = no_prompt(model)
+    if "qwen" in name or name == "z_image":  # which the pipelines pad otherwise, or not at all
         (text, value), (_, mask) = condition.items()
         assert bool(mask.all() or not value[~mask].any())
         condition = {text: value[mask][None]}

@@ -125,7 +125,10 @@ def test_predictions_are_what_the_pipeline_hands_its_scheduler(name, monkeypatch
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator: self.mode())
     given = example_given(model)
     model.sample([prompt], [7], 2, given)
-    condition = {**model.condition([prompt]), **model._sizes(sized(family.size, family.size))}
+    if name == "qwen_image_edit":  # whose text encoder is shown the image
+        condition = model._prompted({**given, "id": ["a"], "caption": [prompt]})
+    else:
+        condition = {**model.condition([prompt]), **model._sizes(sized(family.size, family.size))}
     if given is not None:
         condition["beside"] = model._beside({**given, "id": ["a"]})
     assert len(handed) == 2

@@ -1,9 +1,12 @@
 """Models that are given an image with each example: what they are given, refused, and found."""
 
+import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from models.families import EVERY, PAIRS, checkpoint, load
 from models.test_families import examples
+from PIL import Image
 
 from dmin.attribution.retrieval import retrieve
 from dmin.collect import GradientCollector, predict_trainer
@@ -11,7 +14,8 @@ from dmin.data import Example, Examples, collate
 from dmin.diffusion.timesteps import Explicit
 from dmin.models import vae
 from dmin.models.families.image_conditions import drawn_mask
-from dmin.models.recognition import recognise
+from dmin.models.families.qwen_image import AREA
+from dmin.models.recognition import of_pipeline, recognise
 from dmin.queries import Planted
 from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic
@@ -96,7 +100,7 @@ def test_an_image_to_change_may_be_left_out_of_no_example():
         collate([Example("a", image, condition_image=one * 300)])
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_inpaint", "flux_kontext"])
+@pytest.mark.parametrize("name", ["stable_diffusion_inpaint", "flux_kontext", "qwen_image_edit"])
 def test_a_planted_copy_is_found_by_the_pair(name, tmp_path):
     family, model = EVERY[name], load(name)
     prompts = family.prompts
@@ -108,11 +112,80 @@ def test_a_planted_copy_is_found_by_the_pair(name, tmp_path):
             for i, shown in enumerate(drawn.roll(1, 0)[:, :1].expand(-1, 3, -1, -1))
         ]
     )
-    collector = GradientCollector(model, BlockCyclic(2048), Explicit((500,)))
+    collector = GradientCollector(model, BlockCyclic(2048), Explicit((100,)))
     trainer = {"trainer": predict_trainer(accelerator="cpu", enable_progress_bar=False)}
     train = collector.collect(data, tmp_path / "train", block_size=4, **trainer)
     copies = Planted(count=4).plant(data)
     asked = collector.collect(copies, tmp_path / "asked", block_size=4, as_queries=True, **trainer)
     found = retrieve(asked, train, k=2)
     assert [row[0] for row in found.train_ids] == [f"e{i}" for i in range(4)]
-    assert (found.scores[:, 0] > 1 - 1e-5).all() and (found.scores[:, 1] < 1 - 2e-5).all()
+    assert (found.scores[:, 0] > 1 - 1e-5).all() and (found.scores[:, 1] < 1 - 1e-5).all()
+
+
+WIDE = {"max_sequence_length": 24, "condition_area": 32 * 64, "sample_size": (16, 32)}
+
+
+def test_the_pipeline_of_qwen_image_edit_scales_shows_and_places_an_image_as_attribution_does():
+    model, calls = load("qwen_image_edit", guidance_scale=1.0, **WIDE), []
+    drawn = torch.randint(256, (16, 32, 3), generator=torch.Generator().manual_seed(6))
+    picture = Image.fromarray(drawn.byte().numpy())
+    given = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+    batch = {"image": torch.rand(1, 3, 16, 32), "condition_image": given, "id": ["a"]}
+    handle = model.network.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(
+            kwargs | dict(zip(["hidden_states"], args, strict=False))
+        ),
+        with_kwargs=True,
+    )
+    seen = {name: batch[name] for name in ("image", "condition_image")}
+    before = pipeline_qwenimage_edit.calculate_dimensions
+    model.sample(["a red cat"], [1], 2, seen)
+    assert pipeline_qwenimage_edit.calculate_dimensions is before
+    x0, condition = model.encode({**batch, "caption": ["a red cat"]})
+    model.predict(x0, torch.ones_like(x0), torch.tensor([700]), condition)
+    handle.remove()
+    pipeline, ours = calls[0], calls[-1]
+    # Of 2 × 8 and 32 × 64 pixels, four by four a token.
+    assert ours["img_shapes"] == pipeline["img_shapes"] == [[(1, 4, 8), (1, 8, 16)]]
+    torch.testing.assert_close(ours["hidden_states"][:, 32:], pipeline["hidden_states"][:, 32:])
+    mask = ours["encoder_hidden_states_mask"]
+    told = ours["encoder_hidden_states"][mask][None]
+    torch.testing.assert_close(told, pipeline["encoder_hidden_states"], atol=1e-5, rtol=1e-4)
+    # By hand: Pillow's resize, the mode, the statistics.
+    scaled = np.array(picture.resize((64, 32), Image.Resampling.LANCZOS)) / 127.5 - 1
+    pixels = torch.from_numpy(scaled).float().permute(2, 0, 1)[None, :, None]
+    config, mode = model.pipeline.vae.config, model.pipeline.vae.encode(pixels).latent_dist.mode()
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (config.latents_mean, config.latents_std))
+    torch.testing.assert_close(condition["beside"], (mode[:, :, 0] - mean) / std)
+
+
+def test_the_text_encoder_of_qwen_image_edit_sees_each_examples_image_with_no_prompt_too():
+    shown = batch("qwen_image_edit")
+    told = load("qwen_image_edit", prompt_dropout=0.1).encode(shown)[1]
+    spaces = {**shown, "caption": [" "] * 2}
+    alone = load("qwen_image_edit", empty_captions="keep").encode(spaces)[1]
+    other = {**shown, "condition_image": shown["condition_image"].flip(0)}
+    changed = load("qwen_image_edit").encode(other)[1]
+    for name in ("encoder_hidden_states", "encoder_hidden_states_mask"):
+        assert torch.equal(told[f"dropped.{name}"], alone[name])
+    text, mask = (
+        told[f"dropped.{n}"] for n in ("encoder_hidden_states", "encoder_hidden_states_mask")
+    )
+    assert (text[0] - text[1]).abs().max() > 1e-3 and not text[~mask].any()
+    assert (changed["encoder_hidden_states"] - told["encoder_hidden_states"]).abs().max() > 1e-3
+
+
+def test_what_qwen_image_edit_cannot_be_told_is_refused_and_its_area_is_recorded():
+    model, shown = load("qwen_image_edit"), batch("qwen_image_edit")
+    with pytest.raises(DminError, match=r"sees the image to change.*model\.encode\(batch\)"):
+        model.condition(["a red cat"])
+    with pytest.raises(DminError, match=r"max_sequence_length=12: 'a red cat' .* are 17 tokens"):
+        load("qwen_image_edit", max_sequence_length=12).encode(shown)
+    for area in (-1, 8):
+        with pytest.raises(DminError, match=rf"condition_area={area}: .* 1048576 is the pipeline"):
+            load("qwen_image_edit", condition_area=area).encode(shown)
+    with pytest.raises(DminError, match=r"EditPlusPipeline.*sees several images"):
+        of_pipeline("QwenImageEditPlusPipeline", "m")
+    plain = load("qwen_image_edit", condition_area=AREA)
+    assert plain.describe()["condition_area"] == 1024**2 != model.describe()["condition_area"]
+    assert [each.size for each in plain._scaled(shown)] == [(1024, 1024)] * 2

@@ -15,16 +15,16 @@ CHAT = (
 )
 
 
-def words(**settings):
+def words(*more, **settings):
     """A tokenizer of whole words, which counts a template's tokens as those of the models do."""
-    vocab = {piece: index for index, piece in enumerate([*SPECIAL, *WORDS])}
+    vocab = {piece: index for index, piece in enumerate([*SPECIAL, *WORDS, *more])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), "removed", True)
     found = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         unk_token="<unk>",
-        additional_special_tokens=SPECIAL[2:],
+        additional_special_tokens=[*SPECIAL[2:], *more],
         **settings,
     )
     found.chat_template = CHAT

@@ -1,10 +1,16 @@
 """Tiny pipelines of networks that are given an image; built as in `models.tiny`."""
 
 import functools
+import tempfile
 
 import diffusers
+import transformers
 from models.tiny import BUILDERS, flux, stable_diffusion, stable_diffusion_xl, vae
+from models.tiny_flows import qwen_image, words
 
+from dmin.models.families.qwen_image import processor_of_images
+
+SEEN = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 SD, XL = (stable_diffusion, {"requires_safety_checker": False}), (stable_diffusion_xl, {})
 NO_DEPTHS = {"depth_estimator": None, "feature_extractor": None}
 PAIRS = {  # of another family: its pipeline, the channels that its network takes, and changes
@@ -34,4 +40,18 @@ def given(build, changes, pipeline, channels, **told):
     return kind(**{name: part for name, part in parts.items() if name in names})
 
 
+def qwen_image_edit():
+    parts, tokenizer = qwen_image().components, words(*SEEN)
+    start, _, image, video = tokenizer.convert_tokens_to_ids(SEEN)
+    ids = {"vision_start_token_id": start, "image_token_id": image, "video_token_id": video}
+    parts["text_encoder"].config.update(ids)
+    with tempfile.TemporaryDirectory() as folder:  # as transformers makes it of torchvision alone
+        for part in (tokenizer, transformers.Qwen2VLImageProcessor()):
+            part.save_pretrained(f"{folder}/processor")
+        processor = processor_of_images(folder)
+    parts.update(tokenizer=tokenizer, processor=processor)
+    return diffusers.QwenImageEditPipeline(**parts)
+
+
+BUILDERS["qwen_image_edit"] = qwen_image_edit
 BUILDERS.update({name: functools.partial(given, *how) for name, how in PAIRS.items()})
