@@ -1,6 +1,6 @@
 """FLUX.1 Kontext: Flux with the tokens of an image to change behind those of the noised one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,6 @@ class FluxKontext(Flux, ImageTokens):
     family = "flux_kontext"
     claims = Flux.claims._replace(pipelines=("FluxKontextPipeline",))
 
-    def _beside(self, batch: Mapping[str, Any]) -> Tensor:
-        return self._encoded_image(self._condition_image(batch))
-
     def _told(self, noised: Tensor, condition: Condition) -> dict[str, Any]:
         told = super()._told(noised, condition)
         other = told["img_ids"].clone()
@@ -29,6 +26,3 @@ class FluxKontext(Flux, ImageTokens):
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
         height, width = self._generated_size()
         return {**super()._sampling(prompts), "max_area": height * width, "_auto_resize": False}
-
-    def _call(self, images: Mapping[str, Any]) -> dict[str, Any]:
-        return {"image": images["condition_image"]}

@@ -1,6 +1,5 @@
 """Latent diffusion models that are given an image beside the noised one: to change, mask, depth."""
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,13 +29,13 @@ class ImageConditioned(LatentDiffusion):
         x0, condition = super().encode(batch)
         return x0, {**condition, BESIDE: self._beside(batch).to(x0)}
 
-    @abstractmethod
     def _beside(self, batch: Mapping[str, Any]) -> Tensor:
         """Return what the network is given beside noised latents, ``[batch, C', h, w]``."""
+        return self._encoded_image(self._condition_image(batch))
 
-    @abstractmethod
     def _call(self, images: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of the pipeline's call for images as a batch has them."""
+        return {"image": images["condition_image"]}
 
     def _shown(self, given: Mapping[str, Tensor] | None) -> dict[str, Any]:
         size = self._generated_size()

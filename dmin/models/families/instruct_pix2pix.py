@@ -17,11 +17,7 @@ class Edited(ImageConditioned):
     """Given the latents of an image to change, as the autoencoder has them: not scaled."""
 
     def _beside(self, batch: Mapping[str, Any]) -> Tensor:
-        latents = self._encoded_image(self._condition_image(batch))
-        return vae.unscale(latents, self.pipeline.vae.config, self.shifted)
-
-    def _call(self, images: Mapping[str, Any]) -> dict[str, Any]:
-        return {"image": images["condition_image"]}
+        return vae.unscale(super()._beside(batch), self.pipeline.vae.config, self.shifted)
 
 
 class InstructPix2Pix(StableDiffusion, Edited):
