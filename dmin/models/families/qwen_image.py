@@ -98,7 +98,7 @@ class QwenImageEdit(QwenImage, ImageTokens):
     ) -> Tensor:
         """Generate one at a time: of several, the pipeline shows its text encoder unscaled images.
 
-        Arguments, returns and raises: of :meth:`dmin.models.pipeline.PipelineModel.sample`.
+        Arguments and returns: of :meth:`dmin.models.pipeline.PipelineModel.sample`.
         """
         if given is None:
             return super().sample(prompts, seeds, steps)
