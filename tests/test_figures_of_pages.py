@@ -12,8 +12,10 @@ NUMBER = re.compile(r"(?<![\w.])-?\d*\.?\d+(?:e[-+]?\d+)?(?![\w.])")
 # Units in which pages write what a table has plainly: its number is the figure times one of these.
 UNITS = (1, 0.01, 1e-3, 60, 1e3, 1e6, 1e9, 2**10, 2**20, 2**30)
 # Code, links and what heads a page are no claims.
-ASIDE = re.compile(r"```.*?```|\A---.*?^---|`[^`]*`|\]\([^)]*\)|arXiv[: ]?[\d., ]+|<!--|-->", re.S | re.M)
-# Sections whose figures are counted, computed or assumed, as they say themselves; versions and names.
+ASIDE = re.compile(
+    r"```.*?```|\A---.*?^---|`[^`]*`|\]\([^)]*\)|arXiv[: ]?[\d., ]+|<!--|-->", re.S | re.M
+)
+# Sections whose figures are counted, computed or assumed, as they say, or versions and names.
 UNMEASURED = {
     "docs/performance.md": ("Operations", "On a GPU"),
     "docs/scale.md": ("Beyond the machines at hand",),  # written by experiments/scale/run.py
@@ -40,7 +42,7 @@ def numbers(folder):
 
 
 def stands_in(text, values):
-    """Say whether a figure is the rounding of one of these, as it is, as a share or a percentage."""
+    """Say whether a figure is one of these, rounded: as it is, as a share or a percentage."""
     figure, half = float(text), 0.5000001 * 10.0 ** -len(text.partition(".")[2])
     forms = [(unit * figure, unit * half) for unit in UNITS]
     forms += [(1 - figure, half)]  # what is left

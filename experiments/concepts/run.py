@@ -204,7 +204,8 @@ def save(found: dict[tuple[str, ...], list[float]]) -> None:
     lines = []
     for key, values in sorted(found.items()):
         known = bootstrap(np.array(values))
-        figures = {"P@10": known.mean, "low": known.low, "high": known.high}
+        # Shares: what a bootstrap's t puts beyond 0 and 1 is cut.
+        figures = {"P@10": known.mean, "low": max(0, known.low), "high": min(1, known.high)}
         head = dict(zip(("model", "method", "question", "attribute", "role"), key, strict=True))
         told = {name: f"{value:.3f}" for name, value in figures.items()}
         lines.append({**head, **told, "pairs": len(values)})
