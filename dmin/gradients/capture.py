@@ -231,6 +231,13 @@ class Capture(Generic[State, Rows]):
                 f"{some_of(use.used)} would be missing. Remove torch.no_grad from the model; "
                 f"gradient checkpointing needs use_reentrant=False."
             )
+        outputs = differentiable(use.output)
+        if any(x.is_nested or _wrapped(x) for x in outputs):
+            raise DminError(
+                f"layer {use.name or 'the network'} runs inside torch.vmap or on nested tensors, "
+                f"where no row is one example's. Have the network call it on a batch, with the "
+                f"examples in its first axis or padded, or leave it out with params=<regex>."
+            )
         call = self._call(use)
         if call is None:
             return None
@@ -245,7 +252,6 @@ class Capture(Generic[State, Rows]):
         if self._pass is None and self._prober.projector is None:
             self._uses.update(call.parameters)
             self._calls.append(call)
-        outputs = differentiable(use.output)
         tapped = Tap.apply(self, call, self._anchor, len(outputs), *outputs, *inputs)
         return replaced(use.output, tapped), call
 
@@ -341,6 +347,9 @@ class Capture(Generic[State, Rows]):
         assert self._pass is not None
         parts = factors_of(name, self._pass.arrived.pop(name), self._pass.batch, ordered)
         self.sink.add(self._pass.state, name, parts[0] if len(parts) == 1 else Sum(parts))
+
+
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _input(use: Use[Call]) -> Tensor:

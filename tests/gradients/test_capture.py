@@ -758,3 +758,19 @@ def test_lora_means_the_adapters_alone_whatever_their_name():
     }
     with pytest.raises(DminError, match=r"params='lora' matches no parameter.*model\.adapter"):
         choose_parameters(nn.Linear(2, 2), "lora")
+
+
+class Mapped(nn.Module):
+    """Calls a layer inside ``torch.vmap``, where its rows have no examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.vmap(self.layer)(x)
+
+
+def test_a_layer_inside_vmap_is_refused_by_name():
+    with pytest.raises(DminError, match=r"layer layer runs inside torch\.vmap.*params=<regex>"):
+        captured(Mapped(), {"x": torch.randn(3, 5, 4)})
