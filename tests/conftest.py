@@ -2,6 +2,7 @@ import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before diffusers is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of commands, too: tests run side by side
 
 import pytest
 import torch

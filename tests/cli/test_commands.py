@@ -141,8 +141,8 @@ class TestDemo:
         assert half.query_metadata[0]["part"] == "0.5 × 1 at (0, 0)"
         assert half.query_ids == whole.query_ids and (half.scores != whole.scores).any()
         maps = np.load(records(place, "retrieve")[-1].parent / "places.npz")
-        asked_about, found = half.query_ids[0], half.train_ids[0][0]
-        of_train, of_query = (maps[f"{of}/dmin/{asked_about}/{found}"] for of in ("train", "query"))
+        asked_about, found = f"{half.method}/{half.query_ids[0]}", half.train_ids[0][0]
+        of_train, of_query = (maps[f"{of}/{asked_about}/{found}"] for of in ("train", "query"))
         assert of_train.sum() == pytest.approx(of_query.sum(), rel=1e-3)
         assert of_train.sum() == pytest.approx(half.scores[0, 0], abs=0.5)  # k is small here
         assert of_query[:, :4].any() and not of_query[:, 4:].any()

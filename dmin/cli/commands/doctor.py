@@ -52,6 +52,7 @@ def predicted_size(work: Workspace) -> Size | None:
     from dmin.doctor.size import predict_size
     from dmin.models.checkpoints import without_weights
 
+    work.require_conditions(work.data)
     with without_weights():
         model = build(work.cfg.model)
     network = model.network
