@@ -31,7 +31,7 @@ def rewrite(store, share=WHOLE, **changes):
 @pytest.fixture
 def quick(monkeypatch):
     for module in (progress, reports_module):
-        monkeypatch.setattr(module, "EVERY", 0.05)
+        monkeypatch.setattr(module, "EVERY", 0.1)
 
 
 def test_shards_part_the_blocks_and_ranks_part_what_is_pending():
@@ -118,7 +118,7 @@ def test_a_process_of_another_machine_counts_as_alive_while_its_file_changes(tmp
 
     def lives():
         beat = 7
-        while not left.wait(0.05):
+        while not left.wait(0.01):
             rewrite(tmp_path, beat=(beat := beat + 1))
 
     thread = threading.Thread(target=lives)
