@@ -105,10 +105,7 @@ WORKLOADS = {
 
 
 def measure(name: str, pairs: int, passes: int, turns: int) -> dict[str, object]:
-    """Return the row of one workload: collecting with all checks over collecting with none.
-
-    Seconds are the processor's, of one thread: what other work takes of the machine is not in them.
-    """
+    """Return the row of one workload: collecting with all checks over collecting with none."""
     torch.manual_seed(0)
     collector = Collector(
         Denoiser(WORKLOADS[name]()), Auto(4096), Stratified(TIMESTEPS), microbatch=pairs
@@ -132,12 +129,12 @@ def measure(name: str, pairs: int, passes: int, turns: int) -> dict[str, object]
     for turn in range(turns):
         seconds: dict[str, float] = {}
         for way in ("without", "checked") if turn % 2 else ("checked", "without"):
-            start = time.process_time()
+            start = time.perf_counter()
             if way == "checked":
                 probe, guard = checked()
             else:
                 without()
-            seconds[way] = time.process_time() - start
+            seconds[way] = time.perf_counter() - start
         ratios.append(seconds["checked"] / seconds["without"])
         plain.append(seconds["without"])
         probes.append(probe)
