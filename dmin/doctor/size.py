@@ -25,6 +25,8 @@ from dmin.runtime.formatting import byte_size, span
 
 _ATEN = torch.ops.aten
 _FUSED = _ATEN._scaled_dot_product_flash_attention_for_cpu
+# What tells code of numbers: a number or a truth value, and whether tensors are alike.
+_ASKING = (_ATEN._local_scalar_dense.default, _ATEN.allclose.default, _ATEN.equal.default)
 # Which torch's counter does not know.
 COUNTED = {_FUSED: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
 # Operations of collecting, in forward passes: forward, the gradients of activations, and about as
@@ -66,7 +68,7 @@ class Size(NamedTuple):
         """
         if self.free_bytes is None or self.needed <= self.free_bytes:
             return []
-        free, kept = self.free_bytes, self.kept_bytes
+        free, kept = self.free_bytes, max(self.kept_bytes, 1)
         left, halved = free - self.network_bytes, 2 * free - self.network_bytes
         again = "collect.gradient_checkpointing=true "
         found = [f"collect.microbatch={left // kept}"] if left >= kept else []
@@ -117,7 +119,7 @@ def predict_size(
         device: where it is to run.
 
     Raises:
-        NotImplementedError, RuntimeError: the model asks for numbers that shapes do not tell.
+        Exception: the model asks for numbers that shapes do not tell, or takes what it got for bad.
     """
     model, network = collector.model, collector.model.network
     attributed = collector.attributed.by_name
@@ -183,8 +185,9 @@ class ShapesAlone(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         on_meta = any(x.is_meta for x in tensors)
-        if func is _ATEN._local_scalar_dense.default and on_meta:
-            return 1.0 if tensors[0].dtype.is_floating_point else True
+        if func in _ASKING and on_meta:
+            number = func is _ASKING[0] and tensors[0].dtype.is_floating_point
+            return 1.0 if number else True
         if kwargs.get("device") is not None:
             wanted = torch.device(kwargs["device"]).type == "meta"
             if on_meta:

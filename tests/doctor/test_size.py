@@ -1,6 +1,8 @@
 """What a model is said to take before its weights are read is what it takes when they are there."""
 
 import os
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -8,14 +10,17 @@ from command_line import dmin
 from models.families import EVERY
 from models.tiny import save
 from PIL import Image
+from safetensors.torch import save_file
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from dmin.cli.commands.doctor import predicted_size
 from dmin.collect import GradientCollector
 from dmin.data import Example
 from dmin.data.base import Sizes, collate
 from dmin.doctor.size import COUNTED, Size, predict_size
 from dmin.models.checkpoints import without_weights
+from dmin.runtime.errors import DminError
 
 SAMPLE = ("stable_diffusion_xl", "qwen_image", "flux_fill")
 ASKED = list(EVERY) if os.environ.get("DMIN_CONFORMANCE") else SAMPLE
@@ -63,14 +68,20 @@ def measured(collector, one):
     return sum(s.nbytes() for s in kept.values()), counted.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ASKED)
-def test_shapes_alone_tell_what_the_weights_take(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [*((name, {}) for name in ASKED), ("stable_diffusion", {"embeddings": "word.safetensors"})],
+    ids=lambda each: "words" if each == {"embeddings": "word.safetensors"} else str(each),
+)
+def test_shapes_alone_tell_what_the_weights_take(name, more, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_file({"emb_params": torch.randn(1, 16)}, "word.safetensors")  # its encoder is in the pass
     family = EVERY[name]
     save(name, tmp_path / "m")
     with without_weights():
-        bare = family.model.from_pretrained(tmp_path / "m", **family.settings)
+        bare = family.model.from_pretrained(tmp_path / "m", **family.settings, **more)
     assert all(p.is_meta for p in bare.network.parameters())
-    whole = family.model.from_pretrained(tmp_path / "m", **family.settings)
+    whole = family.model.from_pretrained(tmp_path / "m", **family.settings, **more)
     one = example(whole, family.size)
     said = predict_size(GradientCollector(bare), one, 10, torch.device("cpu"))
     kept, operations = measured(GradientCollector(whole), one)
@@ -128,3 +139,19 @@ def test_the_command_says_it_before_the_weights_are_read(tmp_path):
     before, _, after = run.stdout.partition("in all")
     assert "24,432 parameters" in before and "kept of a pair until backward" in before
     assert "fits" in after and "cannot load" in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no number"), DminError("taken for bad")])
+def test_what_cannot_be_predicted_stops_no_examination(error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    said, network = [], SimpleNamespace(parameters=lambda: [torch.empty(1, device="meta")])
+    model = SimpleNamespace(network=network)
+    monkeypatch.setattr("dmin.doctor.size.predict_size", fail)
+    monkeypatch.setattr(
+        "dmin.cli.commands.doctor.build", lambda _: SimpleNamespace(network=network)
+    )
+    work = MagicMock()
+    work.notes.print = said.append
+    assert predicted_size(work) is None and str(error) in said[0]

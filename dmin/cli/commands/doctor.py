@@ -53,16 +53,18 @@ def predicted_size(work: Workspace) -> Size | None:
     from dmin.models.checkpoints import without_weights
 
     work.require_conditions(work.data)
-    with without_weights():
-        model = build(work.cfg.model)
-    network = model.network
-    if not all(p.is_meta for p in network.parameters()):  # a model of one's own is there already
-        return None
-    collector = work.collector_of(model)
-    device = work.trainer().strategy.root_device
     try:
+        with without_weights():
+            model = build(work.cfg.model)
+        network = model.network
+        if not any(p.is_meta for p in network.parameters()):  # one's own, which is there already
+            return None
+        collector = work.collector_of(model)
+        device = work.trainer().strategy.root_device
         size = predict_size(collector, work.data[0], len(work.data), device)
-    except (NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # the examination goes on, and says itself what is wrong
+        if isinstance(error.__cause__, DminError):  # of the settings of the model
+            raise
         work.notes.print(f"memory and time are not predicted from the configs: {error}")
         return None
     checkpointing = getattr(network, "_supports_gradient_checkpointing", False)
