@@ -149,9 +149,7 @@ def test_what_cannot_be_predicted_stops_no_examination(error, monkeypatch):
     said, network = [], SimpleNamespace(parameters=lambda: [torch.empty(1, device="meta")])
     model = SimpleNamespace(network=network)
     monkeypatch.setattr("dmin.doctor.size.predict_size", fail)
-    monkeypatch.setattr(
-        "dmin.cli.commands.doctor.build", lambda _: SimpleNamespace(network=network)
-    )
+    monkeypatch.setattr("dmin.cli.commands.doctor.build", lambda _: model)
     work = MagicMock()
     work.notes.print = said.append
     assert predicted_size(work) is None and str(error) in said[0]

@@ -1,4 +1,4 @@
-"""Checkpoints that are nearly a family's: told apart by their JSON files, before any weight."""
+"""Checkpoints that are nearly a family's: distinguished by their JSON files, before any weight."""
 
 import inspect
 import json
