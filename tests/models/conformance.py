@@ -18,11 +18,11 @@ PAGE = Path(__file__).parents[2] / "docs/conformance.md"
 HEAD = """# Conformance of the families
 
 Measured on tiny checkpoints of every family by `make conformance`, which runs all tests of
-models over all families and then writes this page. *Sampler*: how far the real pipeline ends
-from x0 with the best network for x0, the autoencoder's numbers set at random (samplers that
-stop before all noise is gone, or round their timesteps, end at 1e-3 to 5e-2). *Alone*, *batch*:
-the largest error of a parameter's gradient, of all parameters, against autograd, one example at
-a time, in float32: of one example alone, and of three together.
+models over all families and then writes this page. *Sampler*: the distance from x0 at which
+the real pipeline ends, with the optimal network for x0 and random autoencoder statistics (samplers
+that stop before all noise is removed, or round their timesteps, end at 1e-3 to 5e-2). *Alone*,
+*batch*: the largest error of a gradient over all parameters, against autograd one example at a
+time, in float32: for one example alone, and for three in a batch.
 
 | `model=` | parameters | sampler | alone | batch |
 |---|---|---|---|---|
