@@ -130,15 +130,15 @@ CASES = [
         ],
     ),
     (
-        *("README.md", "`factored` holds {} at worst and shows none", COVERAGE),
+        *("README.md", "`factored` covers {} at worst and shows none", COVERAGE),
         [(("sketch", "dmin", "factored", "high"), "coverage")],
     ),
     (
-        *("README.md", "the query's {} of the time", ARTISTS),
+        *("README.md", "of the first five drawings, {} are by", ARTISTS),
         [(("trained", "dmin"), "P@5")],
     ),
     (
-        *("README.md", "by likeness of the images at most {}", ARTISTS),
+        *("README.md", "at most {} by image similarity", ARTISTS),
         [(("none", "ssim"), "P@5")],
     ),
 ]

@@ -21,7 +21,7 @@ ASIDE = re.compile(r"`[^`]*`|\]\([^)]*\)|arXiv[: ]?[\d., ]+|<!--|-->")
 UNMEASURED = {
     "README.md": ("dmin",),  # versions and disk; the picture's figures are claims in test_claims
     "docs/performance.md": ("Operations", "On a GPU"),
-    "docs/scale.md": ("Beyond the machines at hand",),  # written by experiments/scale/run.py
+    "docs/scale.md": ("Beyond the machines we had",),  # written by experiments/scale/run.py
     "docs/models.md": ("",),
     "docs/commands.md": ("",),
     "docs/sweeps.md": ("",),
