@@ -5,12 +5,14 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dmin.collect.peak_memory import allocated_bytes, peak_bytes
+from dmin.gradients.ownership import Ownership
 from dmin.runtime.errors import DminError
 from dmin.runtime.files import commit, os_failure
 from dmin.runtime.fingerprint import fingerprint
@@ -59,6 +61,30 @@ def find_microbatch(
             break
         found, fastest, size = size, size / seconds, 2 * size
     return found
+
+
+def examined_size(run: Callable[[Ownership, int], Any], size: int, device: torch.device) -> int:
+    """Return how many pairs to run in a pass of a network whose passes may have to be examined.
+
+    Where data decide the order of rows, each pass of several pairs is examined, at the cost of two
+    to four backward passes; pairs alone need none.
+
+    Args:
+        run: one pass of so many pairs, by what is known of the rows.
+        size: what :func:`find_microbatch` returned for passes that are not examined.
+        device: where they run.
+
+    Returns:
+        1 if data decide the order and pairs alone take less time, else ``size``.
+    """
+    ownership = Ownership()
+    if size > 1:
+        run(ownership, size)
+    if not ownership.routed:
+        return size
+    run(ownership, 1)  # warms up
+    together, alone = (_measured(partial(run, ownership), n, device, 0)[0] for n in (size, 1))
+    return 1 if size * alone < together else size
 
 
 def agree_on_microbatch(path: Path, find: Callable[[], int]) -> int:

@@ -16,7 +16,7 @@ from dmin.collect.encodings_cache import Encoded, EncodingsCache
 from dmin.collect.features import Block, Features, rows_of
 from dmin.collect.fsdp import LockstepPasses, explain_lost_peer, shard
 from dmin.collect.guard import Guard
-from dmin.collect.microbatch import agree_on_microbatch, find_microbatch, note_of
+from dmin.collect.microbatch import agree_on_microbatch, examined_size, find_microbatch, note_of
 from dmin.collect.peak_memory import PeakMemory
 from dmin.collect.prediction import Forecast, encoding_bytes, require_space, rows_left
 from dmin.collect.progress_bar import CollectionProgress
@@ -278,13 +278,11 @@ class Session(lightning.LightningModule):
             encoded = self._encoded(batches)
             largest = max(range(len(encoded)), key=lambda i: encoded[i][0][0].numel())
             inputs = collector.inputs(*encoded[largest], batches[largest]["id"])
-            trial, pairs = Trial(), collector.networks.largest(inputs)
-            return find_microbatch(
-                lambda size: collector.run(inputs.at(pairs[:size]), trial, self.peak),
-                len(pairs),
-                self.device,
-                collector.memory,
-            )
+            pairs = collector.networks.largest(inputs)
+            run = lambda known, n: collector.run(inputs.at(pairs[:n]), known, self.peak)  # noqa: E731
+            attempt = partial(run, Trial())
+            size = find_microbatch(attempt, len(pairs), self.device, collector.memory)
+            return examined_size(run, size, self.device) if self.guard.alone else size
 
     def _load(self, blocks: list[int]) -> Any:
         data = self.data

@@ -195,7 +195,7 @@ EXACT = [SequenceFirst, Transformer, Routed, Assigned, Hooked, Unseen, Custom]
 def test_a_row_does_not_depend_on_the_size_of_a_pass(network, tmp_path):
     """With one pair a pass there is nothing to mix; the remainders are sizes of their own."""
     alone = collect(network, tmp_path / "1", 1).features("loss")
-    for microbatch in (3, 64):
+    for microbatch in (3, 64, "auto"):
         found = collect(network, tmp_path / str(microbatch), microbatch)
         assert np.abs(found.features("loss") - alone).max() < 1e-4, microbatch
 

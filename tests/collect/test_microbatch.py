@@ -8,7 +8,7 @@ from latent_model import Latent
 from toy_ddpm import TINY_UNET
 
 from dmin.collect import GradientCollector, microbatch as memory, peak_memory, predict_trainer
-from dmin.collect.microbatch import agree_on_microbatch, find_microbatch, note_of
+from dmin.collect.microbatch import agree_on_microbatch, examined_size, find_microbatch, note_of
 from dmin.diffusion.timesteps import Stratified
 from dmin.models.families.ddpm import DDPM
 from dmin.runtime.errors import DminError
@@ -74,6 +74,18 @@ def test_running_out_of_gpu_memory_keeps_the_size_before(clock):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     assert find_microbatch(attempt, 64, CPU) == 4
+
+
+@pytest.mark.parametrize(
+    ("by_data", "a_pair", "found"), [(True, 3, 1), (True, 0.1, 8), (False, 3, 8)]
+)
+def test_pairs_are_run_alone_where_that_costs_less_than_examining(clock, by_data, a_pair, found):
+    def run(ownership, size):
+        if by_data:
+            ownership.route()
+        clock.now += 1 + a_pair * size * (1 if size == 1 else 3)  # three passes, to examine it
+
+    assert examined_size(run, 8, CPU) == found
 
 
 def test_the_first_note_decides(tmp_path):
