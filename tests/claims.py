@@ -4,7 +4,8 @@ A page has, above a table in Markdown whose head and first column are written by
 
     <!-- table: experiments/coverage/intervals.csv -->
 
-for every line of a CSV, or for the cells of a benchmark, a task/truth/metric each column,
+for every line of a CSV (or all of a table in Markdown), or for the cells of a benchmark, a
+task/truth/metric each column,
 
     <!-- measured: experiments/lds/quick/results.csv
     generated/subsets/LDS; heldout/subsets/LDS -->
@@ -12,6 +13,7 @@ for every line of a CSV, or for the cells of a benchmark, a task/truth/metric ea
 and below it ``<!-- end -->``.
 """
 
+import json
 import re
 from functools import cache
 from importlib import import_module
@@ -22,8 +24,17 @@ from dmin.evaluation.report.tables import cell
 from dmin.runtime.escape import read_csv
 
 ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "experiments"
 PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md")]
 MARKED = re.compile(r"<!-- (table|measured): (\S+)([^>]*?) ?-->\n(.*?)<!-- end -->", re.DOTALL)
+NUMBER, WHOLE = r"[+−]?\d*\.\d+", r"[+−]?(?:\d{1,3}(?:,\d{3})+|\d+)"
+UNIT = r" (?:ms|GB|million|years|×(?! ?\d))(?!\w)"
+FIGURE = re.compile(rf"(?<![\w.=/:-])(?:{NUMBER}|{WHOLE}{UNIT})(?!\w|\.\d)")
+# Code, links, what heads a page, and what another test makes anew are no claims.
+BLOCKS = re.compile(
+    r"```.*?```|\A---.*?^---|^ {4,}.*?$|<!-- table -->.*?<!-- /table -->", re.S | re.M
+)
+ASIDE = re.compile(r"`[^`]*`|\]\([^)]*\)|arXiv[: ]?[\d., ]+|<!--|-->")
 
 
 def remade(page):
@@ -31,6 +42,8 @@ def remade(page):
 
     def table(found):
         kind, source, columns, old = found.groups()
+        if source.endswith(".md"):
+            return found[0].replace(old, (ROOT / source).read_text())
         head, *lines = old.strip().splitlines()
         rule, rows = lines[0], lines[1:]
         if kind == "table":
@@ -74,6 +87,54 @@ def measured(path, row, places):
         for place, each, old in zip(places, found, cells, strict=True)
     ]
     return f"| {' | '.join([title, *made])} |"
+
+
+@cache
+def loaded(table):
+    """Return a table: of a benchmark by place and name, of a CSV as lines, of JSON as it is."""
+    path = EXPERIMENTS / table
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    if path.suffix == ".parquet" or path.open().read(17) == "task,truth,metric":
+        return {" ".join((*place, name)): vars(x) for (place, name), x in results(path).items()}
+    return read_csv(path)
+
+
+def number_at(table, cell):
+    """Return a number of a table: by its keys, one over another (a pair), or the number itself."""
+    if isinstance(cell, tuple):
+        return number_at(table, cell[0]) / number_at(table, cell[1])
+    if not isinstance(cell, str):
+        return cell
+    found = loaded(table)
+    for key in cell.split("/"):
+        if isinstance(found, list):
+            lines = ((f"{' '.join(map(str, line.values()))} ", line) for line in found)
+            (found,) = (line for text, line in lines if text.startswith(f"{key} "))
+        else:
+            found = found[key]
+    return float(found)
+
+
+def plain(page):
+    """Return the words of a page in one line, without code and tables that are made."""
+    return re.sub(r"\s+", " ", BLOCKS.sub(" ", MARKED.sub(" ", (ROOT / page).read_text())))
+
+
+def told(says):
+    """Return the pattern of what a claim says, a group for each figure."""
+    return re.compile(re.escape(says).replace(r"\{\}", rf"({NUMBER}|{WHOLE})"))
+
+
+def plainly(text):
+    """Return the number that a figure is."""
+    return float(text.replace("−", "-").replace(",", ""))
+
+
+def figures(text):
+    """Return where figures stand: numbers with a point, and whole ones of some units."""
+    shown = ASIDE.sub(lambda aside: " " * len(aside[0]), text)
+    return [match.span() for match in FIGURE.finditer(shown)]
 
 
 if __name__ == "__main__":

@@ -1,17 +1,30 @@
 """Figures of the pages are those of the committed tables, and what leads is told where it loses."""
 
-import re
-
 import pytest
-from claims import MARKED, PAGES, ROOT, remade, results
+import torch
+from claimed import CLAIMS as MORE, DIGITS, FORMED, LDS as FULL, PARTS
+from claims import (
+    EXPERIMENTS,
+    MARKED,
+    PAGES,
+    ROOT,
+    figures,
+    number_at,
+    plain,
+    plainly,
+    remade,
+    results,
+    told,
+)
+from torch.utils.flop_counter import FlopCounterMode
 
 from dmin.attribution.coverage import COVERED
 from dmin.evaluation.report.conclusions import number
 from dmin.runtime.escape import read_csv
+from experiments.bench import workloads
+from experiments.scale import run as scale
 
-NUMBER = r"[+−]?\d*\.\d+"
-DIGITS, FULL = "experiments/digits/results.csv", "experiments/lds/full/results.parquet"
-SHAPES = "experiments/shapes/{}/results.csv"
+SHAPES = "shapes/{}/results.csv"
 TEN, OWN = "generated_digits/label/precision@10", "{}/removal/removal@50 %"
 LDS, CLASSES, SOURCE = "{}/subsets/LDS", "{}/class_out/leave-out ρ", "sources/source/precision@40"
 FLIPPED, NOISY, PRINTS = (
@@ -21,9 +34,9 @@ FLIPPED, NOISY, PRINTS = (
 PLANTED, RETRAINED = "das, tuned on planted", "spectral_energy, tuned on retraining"
 
 
-def of(place, *names):
+def of(place, *names, fields=("mean",)):
     """Name the cells of some methods at one place."""
-    return [(place, name, "mean") for name in names]
+    return [f"{place.replace('/', ' ')} {name}/{field}" for name in names for field in fields]
 
 
 def at(place, *names):
@@ -44,14 +57,7 @@ CLAIMS = [
     ),
     (
         *("README.md", "DMin {} ({}–{}), pixel distance {} ({}–{}), chance {}, on 100", DIGITS),
-        [
-            *(
-                (TEN, name, field)
-                for name in ("dmin", "pixel_l2")
-                for field in ("mean", "low", "high")
-            ),
-            (TEN, "random", "mean"),
-        ],
+        of(TEN, "dmin", "pixel_l2", fields=("mean", "low", "high")) + of(TEN, "random"),
     ),
     (
         "README.md",
@@ -118,79 +124,38 @@ CLAIMS = [
         + of(OWN.format("heldout"), "unlearning", "blend"),
     ),
 ]
-# The same of tables with a line a case: the line by its first columns, and the column.
-COVERAGE, ARTISTS = "experiments/coverage/coverage.csv", "experiments/artists/results.csv"
-CASES = [
-    (
-        *("README.md", "default sketch {} to {} (of the sketch), {} to {} (of sketch", COVERAGE),
-        [
-            ((bar, "dmin", "auto", cosines), "coverage")
-            for bar in ("sketch", "total")
-            for cosines in ("high", "low")
-        ],
-    ),
-    (
-        *("README.md", "`factored` covers {} at worst and shows none", COVERAGE),
-        [(("sketch", "dmin", "factored", "high"), "coverage")],
-    ),
-    (
-        *("README.md", "of the first five drawings, {} are by", ARTISTS),
-        [(("trained", "dmin"), "P@5")],
-    ),
-    (
-        *("README.md", "at most {} by image similarity", ARTISTS),
-        [(("none", "ssim"), "P@5")],
-    ),
-]
+CLAIMS += MORE
 LOSES = {"removal": "removal", "mislabelled": "wrong labels", "source": "noisy copies"}
-
-
-def plain(page):
-    return re.sub(r"\s+", " ", (ROOT / page).read_text())
 
 
 @pytest.mark.parametrize(("page", "says", "table", "cells"), CLAIMS, ids=lambda v: str(v)[:40])
 def test_a_claim_is_what_its_table_has(page, says, table, cells):
-    pattern = re.escape(says).replace(r"\{\}", f"({NUMBER})")
-    found = re.findall(pattern, plain(page))
+    found = list(told(says).finditer(plain(page)))
     assert found, f"{page} does not say: {says}"
-    lines = results(ROOT / table)
-    for told in found:
-        for text, (place, name, field) in zip(told if cells[1:] else [told], cells, strict=True):
-            value = getattr(lines[tuple(place.split("/")), name], field)
-            digits = len(text.partition(".")[2])
-            assert float(text.replace("−", "-")) == float(f"{value:.{digits}f}"), (
-                place,
-                name,
-                text,
-            )
+    for match in found:
+        for text, cell in zip(match.groups(), cells, strict=True):
+            value = number_at(table, cell)
+            assert plainly(text) == float(f"{value:.{len(text.partition('.')[2])}f}"), (text, cell)
 
 
-@pytest.mark.parametrize(("page", "says", "table", "cells"), CASES, ids=lambda v: str(v)[:40])
-def test_a_claim_is_what_the_lines_of_its_table_have(page, says, table, cells):
-    (told,) = re.findall(re.escape(says).replace(r"\{\}", f"({NUMBER})"), plain(page))
-    lines = [list(line.items()) for line in read_csv(ROOT / table)]
-    for text, (names, column) in zip(told if cells[1:] else [told], cells, strict=True):
-        (line,) = (each for each in lines if tuple(v for _, v in each[: len(names)]) == names)
-        value = float(dict(line)[column])
-        assert float(text) == float(f"{value:.{len(text.partition('.')[2])}f}"), (names, text)
-
-
-def test_every_figure_of_the_readme_that_cites_such_a_table_is_claimed():
-    for row in (ROOT / "README.md").read_text().splitlines():
-        if row.startswith("|") and re.search(r"experiments/(digits|lds|shapes)/", row):
-            claimed = set()
-            for page, says, *_ in CLAIMS:
-                pattern = re.escape(says).replace(r"\{\}", f"({NUMBER})")
-                for match in re.finditer(pattern, row) if page == "README.md" else ():
-                    claimed |= {match.span(group) for group in range(1, match.re.groups + 1)}
-            lacking = [m[0] for m in re.finditer(NUMBER, row) if m.span() not in claimed]
-            assert not lacking, f"not in CLAIMS: {lacking} of {row[:60]}"
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{each.name}" for each in sorted(ROOT.glob("docs/*.md")))]
+)
+def test_every_figure_is_claimed(page):
+    text, spans = plain(page), []
+    for _, says, *_ in (each for each in CLAIMS if each[0] == page):
+        spans += [match.span() for match in told(says).finditer(text)]
+    lacking = [
+        text[max(0, start - 50) : end + 30]
+        for start, end in figures(text)
+        if not any(first <= start and end <= last for first, last in spans)
+    ]
+    assert not lacking, "\n".join(lacking)
 
 
 def test_what_is_said_to_lead_is_said_to_lose_where_dmin_or_pixels_are_ahead():
     text = next(row for row in plain("README.md").split("| ") if "`method=blend`, 128" in row)
-    lines = results(ROOT / FULL)
+    lines = results(EXPERIMENTS / FULL)
     behind = {
         place
         for place, name in lines
@@ -220,6 +185,23 @@ def test_bars_are_shown_where_they_were_measured_to_hold():
     found = {(b, m, s) for b, methods in shown.items() for m, ss in methods.items() for s in ss}
     sure = {cell for cell, both in held.items() if len(both) == 2 and all(both)}
     assert found == {(b, m, s) for b, m, s in sure if ("sketch", m, s) in sure}
+
+
+def test_operations_of_a_forward_pass_are_those_that_torch_counts():
+    for part, (forward, plain_gradients, _) in zip(PARTS, FORMED, strict=False):
+        with torch.device("meta"):
+            work = getattr(workloads, part.strip("/"))()
+        with FlopCounterMode(display=False) as counted:
+            work.network(**work.arguments, return_dict=False)
+        assert round(counted.get_total_flops() / workloads.BATCH / 1e9, 1) == forward
+        assert f" M | {forward} | {plain_gradients} | " in plain("docs/performance.md")
+
+
+def test_what_is_computed_beyond_the_machines_is_what_the_script_computes():
+    rows, table = scale.computed(scale.options([]))
+    lines = [{name: str(value) for name, value in row._asdict().items()} for row in rows]
+    assert lines == list(read_csv(EXPERIMENTS / "scale/results.csv"))
+    assert (ROOT / "docs/scale.md").read_text() == scale.page(table)
 
 
 def test_numbers_are_rounded_once():

@@ -44,8 +44,8 @@ def main():
     train = written(options.scratch / "train", rows, "train")
     queries = written(options.scratch / "queries", asked, "queries")
     lines = [
-        "| stored as | KiB an example | times less than its gradients | score, rms error "
-        "| largest error | of the ten best, the same | first the same |",
+        "| stored as | KiB per example | times smaller than its gradients | score, rms error "
+        "| largest error | overlap of the ten best | same first result |",
         "|---|---|---|---|---|---|---|",
     ]
     results = []

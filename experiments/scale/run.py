@@ -206,7 +206,8 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return what is assumed of the machines: the command's, or what is given."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gpu-tflops", type=float, default=989, help="peak, bf16 (H100 SXM)")
     parser.add_argument("--mfu", type=float, default=0.35, help="share of it that is reached")
@@ -217,11 +218,13 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=32, help="that search")
     parser.add_argument("--k", type=int, default=4096)
     parser.add_argument("--timesteps", type=int, default=10)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def computed(options: argparse.Namespace) -> tuple[list[Row], str]:
+    """Return all rows, and the page's table of them and what they were computed from."""
     ratio, scan = measured("ratio"), measured("scan")
     rows = compute(options, ratio.value, scan.value)
-    write_csv(HERE / "results.csv", (row._asdict() for row in rows))
-    plot(rows, HERE / "results.png")
     used = "\n".join(
         f"| {what} | {value} | {label} |"
         for what, value, label in (
@@ -238,11 +241,21 @@ def main() -> None:
             ("all else", "", "computed"),
         )
     )  # fmt: skip
-    table = f"| | | |\n|---|---|---|\n{used}\n{markdown(rows)}"
-    page = PAGE.read_text()
+    return rows, f"| | | |\n|---|---|---|\n{used}\n{markdown(rows)}"
+
+
+def page(table: str) -> str:
+    """Return the page with this table."""
+    text = PAGE.read_text()
     start, end = "<!-- table -->\n", "\n<!-- /table -->"
-    before, after = page.partition(start)[0], page.partition(end)[2]
-    PAGE.write_text(f"{before}{start}{table}{end}{after}")
+    return text.partition(start)[0] + start + table + end + text.partition(end)[2]
+
+
+def main() -> None:
+    rows, table = computed(options())
+    write_csv(HERE / "results.csv", (row._asdict() for row in rows))
+    plot(rows, HERE / "results.png")
+    PAGE.write_text(page(table))
     print(table)
 
 
