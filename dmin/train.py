@@ -1,4 +1,4 @@
-"""Training a diffusion model on a dataset, or on a subset of it."""
+"""Train a diffusion model on a dataset, or on a subset of it."""
 
 import sys
 import warnings

@@ -1,4 +1,4 @@
-"""Which pairs of feature sets a method can compare, and what is missing where it cannot."""
+"""Check that a method can compare two feature sets, and say what is missing if it cannot."""
 
 from dmin.attribution.features import FeatureSet
 from dmin.attribution.method import Method

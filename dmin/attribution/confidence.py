@@ -1,4 +1,4 @@
-"""How sure one answer is: two error bars for each score, and how firmly each holds its place."""
+"""The uncertainty of an answer: two error bars for each score, and the stability of its rank."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace

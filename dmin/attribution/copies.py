@@ -1,4 +1,4 @@
-"""Copies: examples, and queries, whose decoded pixels are the same, whatever they are called."""
+"""Copies: examples and queries with identical decoded pixels, whatever their ids."""
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping

@@ -1,4 +1,4 @@
-"""Which error bars hold: those that covered the truth 92 to 98 times in 100 when it was known."""
+"""The error bars that are shown: those that covered a known true value 92 to 98 times in 100."""
 
 from collections.abc import Mapping
 from typing import Any

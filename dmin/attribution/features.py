@@ -1,4 +1,4 @@
-"""What a method reads: examples of one side, their features, and what goes with them."""
+"""The input of a method: features of queries or training examples, with images and models."""
 
 from __future__ import annotations
 

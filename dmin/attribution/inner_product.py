@@ -1,4 +1,4 @@
-"""Scores that are one inner product with the rows of a store, and those rows."""
+"""Scores that are one inner product with a stored row, and how the rows are prepared for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well a model has learned each image: losses, their errors, and a gap to images held out."""
+"""How well a model has learned each image: losses, their errors, and the gap to held-out images."""
 
 from collections import Counter
 from collections.abc import Sequence

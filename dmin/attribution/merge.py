@@ -1,4 +1,4 @@
-"""One ranking of several: each machine ranked a part of the training examples."""
+"""Merge rankings by several machines, each of a part of the training examples, into one."""
 
 from collections.abc import Sequence
 from dataclasses import replace

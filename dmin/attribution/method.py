@@ -1,4 +1,4 @@
-"""What an attribution method is: queries and training examples in, a score for each pair out."""
+"""The interface of an attribution method: a score for each pair of query and training example."""
 
 from abc import ABC, abstractmethod
 from typing import Any

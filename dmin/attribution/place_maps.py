@@ -1,4 +1,4 @@
-"""Where in a training picture, and where in the query, a score comes from."""
+"""Maps of the positions in a training image and in the query that a score comes from."""
 
 from __future__ import annotations
 

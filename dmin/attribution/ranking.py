@@ -1,4 +1,4 @@
-"""The answer to *which training examples made this image?*, as one table that is easy to keep."""
+"""The answer to *which training examples made this image?*, as arrays that can be saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A ranking in files: CSV, Parquet, and beside them its JSON."""
+"""Save and load a ranking: CSV, Parquet and JSON."""
 
 import json
 from collections.abc import Sequence

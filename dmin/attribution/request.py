@@ -1,4 +1,4 @@
-"""One request for the best examples: what is asked, checked, and the way to a ranking."""
+"""A request for the best examples: its options, checked, and the steps to a ranking."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Exact retrieval: stream the training side past all queries at once and keep the best."""
+"""Exact retrieval: stream the training examples past all queries and keep the best."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

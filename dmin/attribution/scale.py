@@ -1,4 +1,4 @@
-"""What scores are measured by: the usual one, and how many candidates score as much."""
+"""The scale of scores: the typical score, and the share of candidates that score less."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Every score there is: blocks of the training side past batches of queries."""
+"""All scores: blocks of training examples against batches of queries."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The score of each training example with itself: large where only its own gradient explains it."""
+"""The score of each training example with itself: large if no other gradient is similar."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the numbers of a ranking mean, in words that table, picture and page share."""
+"""Texts that explain the numbers of a ranking, shared by terminal, picture and page."""
 
 import math
 from collections.abc import Sequence

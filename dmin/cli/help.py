@@ -1,4 +1,4 @@
-"""The help pages, from the standard library alone: they show at once."""
+"""The help pages, by the standard library alone, so that they appear immediately."""
 
 import textwrap
 

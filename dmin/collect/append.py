@@ -1,4 +1,4 @@
-"""A dataset that has grown: the new examples are collected apart, then put behind the rest."""
+"""Extend a store when its dataset has grown: collect the new examples, then append them."""
 
 import shutil
 import warnings

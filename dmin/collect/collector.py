@@ -1,4 +1,4 @@
-"""The collector: settings → the features of a batch. It computes, and keeps nothing of a run."""
+"""The collector: settings → the features of a batch. It holds no state of a run."""
 
 import copy
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
-"""The end of a collection by several processes: all leave together, and nobody waits for ever.
+"""The end of a collection by several processes: all exit together, and none waits forever.
 
-No collective operation takes part: a process that died would hang it, and one that is only slow
-would break it. Processes watch each other's heartbeats instead (`dmin.workers.liveness`).
+No collective operation is used: a dead process would make it hang, and a slow one would make
+it time out. Processes watch each other's heartbeats instead (`dmin.workers.liveness`).
 """
 
 import time

@@ -1,4 +1,4 @@
-"""What a store says of its dataset: how it is found again, and renewed when metadata changed."""
+"""The description of a store's dataset, by which stores are found and metadata refreshed."""
 
 import json
 import warnings

@@ -1,7 +1,7 @@
 """Encodings on disk: every latent and prompt embedding is computed once, before any gradient.
 
 Image and text encoders can outweigh the network whose gradients are wanted. They run first, over
-all examples, and leave the device; the gradients then start from what is kept here.
+all examples, and leave the device; gradients are then computed from the cached encodings.
 """
 
 import hashlib

@@ -1,12 +1,12 @@
-"""Networks larger than one device: each process keeps a part of every parameter (FSDP2).
+"""Networks larger than one device: each process holds a shard of every parameter (FSDP2).
 
-A unit of the network (a transformer block, as a rule) is put together from all processes' parts, or
-from host memory, just before it runs, forward or backward, and forgotten after. So a device holds
-its part of the weights and one or two units; see :class:`Sharded`.
+The weights of a unit of the network (usually a transformer block) are gathered from all processes,
+or from host memory, just before it runs, forward or backward, and freed afterwards. So a device
+holds its shard of the weights and one or two whole units; see :class:`Sharded`.
 
-Every process takes part in putting every unit together. So all have to run as many passes, of as
-many pairs of example and timestep. Where a process has fewer, it does some again and throws the
-rows away.
+Every process takes part in gathering every unit. So all have to run the same number of passes,
+of the same number of (example, timestep) pairs. A process that has fewer repeats some and discards
+their rows.
 """
 
 import copy

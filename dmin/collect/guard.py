@@ -1,8 +1,8 @@
-"""The guard of a collection: each row is the gradient of its own example, or it is refused.
+"""The guard of a collection: each row is the gradient of its own example, or collecting is refused.
 
-Whose rows are whose is found out in the backward pass (:mod:`dmin.gradients.ownership`). The guard
-holds what comes of it to what it should be: rows scale as their losses do, a pair alone has the row
-that it has among others, and both are autograd's.
+Which example each row belongs to is found in the backward pass
+(:mod:`dmin.gradients.ownership`). The guard checks the result: rows scale as their losses do, a
+pair computed alone has the same row as in a batch, and both equal autograd's.
 """
 
 import time

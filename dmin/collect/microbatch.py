@@ -1,4 +1,4 @@
-"""How much fits: the number of pairs in one pass, found by trying."""
+"""The number of (example, timestep) pairs that fit into one pass, found by trying."""
 
 import json
 import platform

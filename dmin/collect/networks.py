@@ -1,4 +1,4 @@
-"""Which parameters a timestep uses, where a model's networks share out the timesteps."""
+"""Which parameters a timestep uses, for models with several networks for different timesteps."""
 
 from typing import Any
 

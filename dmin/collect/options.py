@@ -1,4 +1,4 @@
-"""How a store is collected: the settings of :meth:`dmin.collect.GradientCollector.collect`."""
+"""Options of :meth:`dmin.collect.GradientCollector.collect`."""
 
 from dataclasses import dataclass
 from pathlib import Path

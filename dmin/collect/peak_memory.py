@@ -1,4 +1,4 @@
-"""What a pass takes: the peak memory of per-example gradients."""
+"""The peak memory of a pass."""
 
 import torch
 

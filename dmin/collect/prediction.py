@@ -1,4 +1,4 @@
-"""What a collection takes: disk before anything is computed, time and memory from its passes."""
+"""Predict the cost of a collection: disk space first, time and memory after two passes."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What one sees of a long collection."""
+"""The progress bar of a collection."""
 
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""Collecting a store is resuming it: what it lacks is found, claimed and computed."""
+"""Collect a store, or resume it: find the missing blocks, claim them and compute them."""
 
 from pathlib import Path
 from typing import Any

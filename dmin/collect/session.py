@@ -1,4 +1,4 @@
-"""The session: one Lightning run over blocks of examples, and all that changes while it runs."""
+"""The session: one Lightning run over blocks of examples, with all its mutable state."""
 
 import socket
 import warnings

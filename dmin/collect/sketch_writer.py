@@ -1,4 +1,4 @@
-"""From the loop to the store: rows are sealed in a thread, while the device goes on."""
+"""Write rows to the store in a thread of its own, while the device goes on computing."""
 
 import signal
 from collections import deque

@@ -1,4 +1,4 @@
-"""The Lightning trainer: one fit for collecting, and what a run changes of a model for its time."""
+"""The Lightning trainer for collecting, and the temporary changes to a model during a run."""
 
 import gc
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What dmin asks of a dataset: examples with ids that never change."""
+"""The interface of a dataset: examples with ids that never change."""
 
 from __future__ import annotations
 

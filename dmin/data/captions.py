@@ -1,4 +1,4 @@
-"""Captions as trainers read them, and what they draw anew each time that they see an image."""
+"""Captions as trainers read them, and their random augmentation at each step."""
 
 from __future__ import annotations
 

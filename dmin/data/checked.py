@@ -1,4 +1,4 @@
-"""Datasets that look at all images first: what cannot be read is refused or left out by name."""
+"""Datasets that read all images first: unreadable ones are refused or left out by name."""
 
 import hashlib
 import warnings

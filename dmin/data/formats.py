@@ -1,4 +1,4 @@
-"""Formats of image files that are opened, and how a file is told to be one."""
+"""The image formats that are opened, and how they are recognised."""
 
 import functools
 import importlib.util

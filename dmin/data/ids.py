@@ -1,4 +1,4 @@
-"""The one lookup of examples by their ids, and of what is known of them besides pixels."""
+"""Look up examples and their metadata by id."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the files of a folder are: examples, captions, masks, metadata, or ignored, and why."""
+"""Classify the files of a folder: examples, captions, masks, metadata, or ignored with a reason."""
 
 import os
 import re

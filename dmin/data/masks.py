@@ -1,4 +1,4 @@
-"""Files beside images: masks of the loss, as trainers read them, and condition images."""
+"""Files that accompany images: masks of the loss, as trainers read them, and condition images."""
 
 import hashlib
 import io

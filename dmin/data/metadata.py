@@ -1,4 +1,4 @@
-"""Captions, labels and all else that stands in metadata files beside images."""
+"""Metadata files next to images: captions, labels and further columns."""
 
 import csv
 import difflib

@@ -1,4 +1,4 @@
-"""Datasets as Lightning takes them: shuffled batches to train on, fixed blocks to collect."""
+"""Lightning data modules: shuffled batches for training, fixed blocks for collecting."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, cast

@@ -1,4 +1,4 @@
-"""The part of a picture that is asked about: a region, or a mask."""
+"""The part of a query picture that is asked about: a region, or a mask."""
 
 import io
 import math

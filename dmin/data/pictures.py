@@ -1,4 +1,4 @@
-"""The pictures that are asked about: one, several, or a folder of them."""
+"""Query pictures from files: one, several, or a folder of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an image file to a tensor: one stated way for every dataset of image files."""
+"""From an image file to a tensor, in the same way for every dataset of image files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captioned shapes, drawn by rule: colour images with known causes, in any number, no download."""
+"""Generated colour images of captioned shapes, in any number, without a download."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""Reading all files of a dataset once: what each holds, and whether it can be read at all."""
+"""Read all files of a dataset once: what each contains, and whether it can be read at all."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Text and JSON in files of others: read by its byte-order mark, held to what a store can keep."""
+"""Text and JSON files: decoded by their byte-order mark, limited to what a store can keep."""
 
 import codecs
 import json

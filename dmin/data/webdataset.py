@@ -1,4 +1,4 @@
-"""Tar shards as WebDataset writes them, read at random by position with the standard library."""
+"""Tar shards as WebDataset writes them, read by random access with the standard library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is differentiated where: noising processes, timesteps, and the noise that all share."""
+"""Noising processes, timesteps, and the noise that all examples share."""
 
 from dmin.diffusion.noise import PerExampleNoise, SharedNoise
 from dmin.diffusion.timesteps import DMinCubic, Explicit, LogSNR, Stratified

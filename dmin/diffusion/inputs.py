@@ -1,4 +1,4 @@
-"""Examples × (timestep, draw): the one place where the inputs of a pass are put together."""
+"""Examples × (timestep, draw): the inputs of a pass, assembled in this one place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training scripts make of the plain squared error: weights, more noise, bounded errors."""
+"""Variants of the squared error in training scripts: weights, additional noise, robust losses."""
 
 from __future__ import annotations
 

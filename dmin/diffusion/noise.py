@@ -1,4 +1,4 @@
-"""Noise by key: the same numbers in every process, on every device and after every restart."""
+"""Keyed noise: the same in every process, on every device and after every restart."""
 
 import hashlib
 from abc import ABC, abstractmethod

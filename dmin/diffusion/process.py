@@ -1,4 +1,4 @@
-"""What all ways from an image to noise have in common."""
+"""Base class of the noising processes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""How an image becomes noise, and what the model is trained to predict of it on the way."""
+"""Noising processes, with the targets that models are trained to predict."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

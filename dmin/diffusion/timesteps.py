@@ -1,4 +1,4 @@
-"""Which timesteps the gradients are taken at.
+"""Schedules of the timesteps at which gradients are computed.
 
 A schedule picks from the timesteps of a model, all of them in the order of sampling, from
 pure noise down to the image (999, 998, …, 0 for a DDPM).

@@ -1,4 +1,4 @@
-"""Before hours of computing: does dmin do right by this model, and what will it cost?"""
+"""Checks before collecting: are the gradients of this model right, and what will it cost?"""
 
 from dmin.collect.prediction import Cost
 from dmin.doctor.diagnosis import Check, Covered, Diagnosis

@@ -1,4 +1,4 @@
-"""The checks, each with what to do when it does not hold."""
+"""The checks, each with what to do when it fails."""
 
 from math import prod
 from typing import Any

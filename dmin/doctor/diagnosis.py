@@ -1,4 +1,4 @@
-"""What an examination found, as tables and as JSON."""
+"""The result of an examination, as tables and as JSON."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The examination: each check is a few lines over the collector itself."""
+"""The examination: runs the checks with the collector itself."""
 
 import time
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Per-example gradients of each parameter: as dmin captures them, and by plain autograd."""
+"""Per-example gradients of each parameter, captured by dmin and computed by plain autograd."""
 
 import itertools
 from collections.abc import Sequence

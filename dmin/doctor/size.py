@@ -1,7 +1,8 @@
-"""What a model takes of a device, from its configs alone: before any weight is read.
+"""The device memory that a model needs, from its configs, before any weight is read.
 
-The network is built on torch's ``meta`` device and runs one pair of example and timestep there, by
-its shapes. What autograd keeps for backward is added up, and operations are counted.
+The network is built on torch's ``meta`` device and runs one (example, timestep) pair there, which
+only computes shapes. The tensors that autograd saves for backward are added up, and operations are
+counted.
 """
 
 import math

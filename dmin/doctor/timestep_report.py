@@ -1,7 +1,7 @@
-"""How much each timestep distinguishes examples, and which are blind.
+"""How well each timestep distinguishes examples, and which timesteps are blind.
 
-Where there is only noise, every image has nearly the same gradient: such a timestep adds the same
-to all scores, and after normalisation it weighs as much as the telling ones.
+At nearly pure noise, all images have nearly the same gradient: such a timestep adds the same
+to all scores, and after normalisation it has the same weight as informative ones.
 """
 
 from collections.abc import Sequence

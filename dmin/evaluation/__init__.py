@@ -1,6 +1,7 @@
 """Benchmarks: how far an attribution can be trusted, measured against ground truth.
 
-Features (a store) → scores (a method) → metrics (a ground truth): each is made without the others.
+Features (a store) → scores (a method) → metrics (a ground truth): each can be computed without the
+others.
 """
 
 from dmin.evaluation.benchmark import Benchmark, Task

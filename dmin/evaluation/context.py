@@ -1,4 +1,4 @@
-"""What a benchmark works on: one model and its data, their stores, and models trained anew."""
+"""The context of a benchmark: a model and its data, their stores, and retrained models."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a score owes to its shape alone: the controls beside every table.
+"""Controls for the shape of scores: monotone transforms that add no information.
 
-Squaring scores or keeping the best few lifts LDS without knowing anything more. Each function takes
-scores ``[Q, N]``.
+Squaring scores or keeping only the best few raises LDS without any further knowledge. Each function
+takes scores ``[Q, N]``.
 """
 
 import numpy as np

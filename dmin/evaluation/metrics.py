@@ -1,4 +1,4 @@
-"""Retrieval metrics, one number a query, and their means with intervals."""
+"""Retrieval metrics, one number for each query, and their means with intervals."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Scores of methods that are fitted once and asked often."""
+"""Scores by methods that are fitted once and used many times."""
 
 import copy
 import time

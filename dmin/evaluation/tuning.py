@@ -1,4 +1,4 @@
-"""Choosing damping and power on queries that are in no reported number."""
+"""Tune damping and power on queries that are in no reported number."""
 
 import copy
 import itertools

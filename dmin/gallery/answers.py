@@ -1,4 +1,4 @@
-"""The five questions that a reader has before a ranking, answered in short words."""
+"""Short answers to the five questions that a reader of a ranking has."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""What metadata say of an example's source: rights, contact, addresses, its original file."""
+"""Metadata columns about the source of an example: rights, contact, links, original file."""
 
 import json
 import os

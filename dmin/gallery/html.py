@@ -1,4 +1,4 @@
-"""The gallery as an HTML page on which every answer is walked through."""
+"""The gallery as an HTML page."""
 
 from __future__ import annotations
 

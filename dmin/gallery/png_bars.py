@@ -1,4 +1,4 @@
-"""The bars of the gallery's PNG: what timesteps and groups of layers added."""
+"""The bars of the gallery's PNG: contributions of timesteps and groups of layers."""
 
 from collections.abc import Sequence
 

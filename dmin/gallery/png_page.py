@@ -1,4 +1,4 @@
-"""The page of the gallery's PNG: where everything stands, in pixels, and how type is set on it."""
+"""The layout of the gallery's PNG: positions in pixels, and text."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""A contact sheet: pictures in reading order, each with what it is called and its figure."""
+"""A contact sheet: pictures in reading order, each with its name and value."""
 
 from collections.abc import Sequence
 from pathlib import Path

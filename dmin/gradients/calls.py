@@ -1,4 +1,4 @@
-"""Forward calls whose output gradients are heard of, and the examination of a network by them."""
+"""Forward calls with hooks on their output gradients, and the examination of a network by them."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

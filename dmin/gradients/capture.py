@@ -3,14 +3,14 @@
 Backpropagating a sum of per-example values through a network gives each layer the gradient of its
 output, example by example. Together with the layer's input that is the per-example gradient of its
 parameters, in factors (:mod:`dmin.gradients.factors`). A :class:`Capture` hands these to a sink
-(:mod:`dmin.gradients.sink`) the moment backward reaches the layer and forgets them, so the full
-gradient never exists. The parameters are frozen meanwhile: autograd computes no weight gradients of
-its own.
+(:mod:`dmin.gradients.sink`) as soon as backward reaches the layer and then frees them, so
+the full gradient never exists. The parameters are frozen meanwhile, so that autograd computes no
+weight gradients.
 
-Which rows of a layer are which example's is found out (:mod:`dmin.gradients.ownership`), and no use
-of a parameter goes unseen (:mod:`dmin.gradients.usage`). Where it is not a layer with a closed form
-at its own work, the module that used it is run again, an example at a time
-(:mod:`dmin.gradients.rerun`).
+Which example a row of a layer belongs to is found by examination (:mod:`dmin.gradients.ownership`),
+and every use of a parameter is recorded (:mod:`dmin.gradients.usage`). If a parameter is used
+otherwise than by the forward of a layer with a closed form, the module that used it is run again,
+one example at a time (:mod:`dmin.gradients.rerun`).
 """
 
 from collections import Counter, defaultdict

@@ -1,4 +1,4 @@
-"""Does a network take the order of its rows from data? Noted while it runs."""
+"""Record, while a network runs, whether the order of its rows depends on data."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The examination of a network: whose rows are whose, found out by some backward passes."""
+"""The examination of a network: a few backward passes show which example each row belongs to."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack

@@ -1,9 +1,9 @@
-"""The per-example gradients of one parameter in factors, kept so until somebody needs numbers.
+"""The per-example gradients of one parameter as factors, multiplied out only when needed.
 
 For a layer whose output gradient is ``d`` and whose input is ``a`` the gradient of its weight is,
 for one example, a product of the two: a sum of outer products over positions for ``Linear``, a
 correlation for convolutions. ``dense()`` multiplies them out. A slice ``factors[i:j]`` holds
-examples i to j only, so that a caller can keep to a memory budget.
+examples i to j only, so that a caller can limit its memory.
 """
 
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""Groups of parameters that are sketched apart, so that a score can be split between them."""
+"""Groups of parameters that are sketched separately, so that a score can be split between them."""
 
 import re
 from collections.abc import Callable, Mapping

@@ -1,10 +1,10 @@
 """Which example each row of a layer's output gradient belongs to, found in the backward pass.
 
-The gradient of a layer's weight is Σ_r d_r ⊗ a_r over rows r (tokens, images). Which of them belong
-to example b no shape can tell: B rows may be B examples, or one table that all of them share. The
-output gradients d tell. With the loss of example b scaled by 2^e(b), a row that is b's own scales
-by exactly that, at no rounding; one that several examples have a part in, by no such factor. A few
-passes with e the digits of b's number name the owner of every row.
+The gradient of a layer's weight is Σ_r d_r ⊗ a_r over rows r (tokens, images). Shapes do not
+determine which of them belong to example b: B rows may be B examples, or one table that all of them
+share. The output gradients d do. If the loss of example b is scaled by 2^e(b), a row of example b
+scales by exactly this factor, without rounding; a row that several examples contribute to scales by
+no such factor. A few passes with e the digits of b identify the owner of every row.
 """
 
 import time

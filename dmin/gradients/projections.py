@@ -1,4 +1,4 @@
-"""A few numbers of each row of output gradients, and the owners that they tell."""
+"""Random projections of each row of output gradients, and the owners derived from them."""
 
 from collections.abc import Sequence
 from math import prod

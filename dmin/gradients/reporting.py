@@ -1,4 +1,4 @@
-"""Parameters that report each operation that computes with them."""
+"""Parameters that report each operation that uses them."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain

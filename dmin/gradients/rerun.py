@@ -1,9 +1,9 @@
-"""The exact slower path: gradients that have no closed form, by running a module again.
+"""The exact but slower path: gradients without a closed form, by running a module again.
 
 A module that computes with parameters of its own, or with the weights of a layer it does not call,
 is run once more for each example on its recorded arguments, and differentiated with the recorded
-gradient of its output. Whether an example's rows were cut out rightly is not guessed: what comes
-out must be what came out before.
+gradient of its output. That the rows of the example were selected correctly is verified:
+the output must equal the recorded one.
 """
 
 import dataclasses

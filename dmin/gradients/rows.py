@@ -1,4 +1,4 @@
-"""Gradients of a layer whose rows are in another order than example after example."""
+"""Gradients of a layer whose rows are not ordered example by example."""
 
 from collections import defaultdict
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What receives the gradient factors of a backward pass, layer by layer."""
+"""The sink protocol: receives the gradient factors of a backward pass, layer by layer."""
 
 from typing import Protocol, TypeVar
 

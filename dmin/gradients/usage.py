@@ -1,4 +1,4 @@
-"""Which module of a network uses which parameters, call by call, however it uses them.
+"""Record which module of a network uses which parameters, call by call.
 
 While watched, parameters report every operation that computes with them, and modules report when
 their forward begins and ends. A use belongs to the innermost module that was running.

@@ -1,4 +1,4 @@
-"""Diffusion models as dmin sees them, one file a family.
+"""Diffusion models, one file for each family.
 
 The families import diffusers, which is slow: each is imported when its name is first used.
 """

@@ -1,4 +1,4 @@
-"""Gradients by plain autograd: the oracle that captured ones are held to."""
+"""Gradients by plain autograd, which captured gradients are compared with."""
 
 from collections.abc import Collection, Sequence
 

@@ -1,4 +1,4 @@
-"""What dmin asks of a diffusion model."""
+"""The interface of a diffusion model."""
 
 from __future__ import annotations
 

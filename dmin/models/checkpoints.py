@@ -1,4 +1,4 @@
-"""Loading pipelines and other weights of their networks, with errors that say what to do."""
+"""Load pipelines and replacement weights, with errors that say what to do."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""What latent diffusion models that are conditioned on captions, and on image sizes, share."""
+"""Base classes of latent diffusion models conditioned on captions, and on image sizes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple

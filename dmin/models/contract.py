@@ -1,4 +1,4 @@
-"""What a model returns, held to its contract: at its first example, and in every pass."""
+"""Check what a model returns against its contract, at the first example and in every pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pipeline as it is in a notebook, as a model; the pipeline itself stays as it is."""
+"""A model from an already loaded pipeline, which is left unchanged."""
 
 import copy
 from typing import Any

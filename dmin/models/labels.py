@@ -1,4 +1,4 @@
-"""Labels of classes: numbers, or text by a mapping that is recorded when a model is trained."""
+"""Class labels: numbers, or text with a mapping that is saved when a model is trained."""
 
 import json
 from collections.abc import Iterable, Sequence

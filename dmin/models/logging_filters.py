@@ -1,4 +1,4 @@
-"""What transformers, diffusers and Lightning say by the way: less of it, and in fewer words."""
+"""Filters for log messages of transformers, diffusers and Lightning."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""Losses that count some places more than others: a mask goes around the model, not through it."""
+"""Masked losses: a wrapper that weights the squared error of a model by position."""
 
 from __future__ import annotations
 

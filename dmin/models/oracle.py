@@ -1,9 +1,9 @@
-"""Does a checkpoint's own sampler agree with what is claimed of its network? Without its weights.
+"""Check a family's conventions against the checkpoint's own sampler, without its weights.
 
-For data of a single x0 the best network is known: what the loss's target is at zero error. With it
-in the place of the real one, the pipeline must end at x0, and hand the autoencoder latents that,
-normalised as in training, are x0. Sign and unit of time, direction, order of tokens, scales of
-input and latents, and the process itself: each that is wrong leaves an error of about one.
+For a dataset of a single x0 the optimal network is known: it returns the target of the loss.
+If it replaces the real network, the pipeline must end at x0 and pass latents to the autoencoder
+that, normalised as in training, are x0. A wrong sign or unit of time, direction,
+order of tokens, scale of input or latents, or process leaves an error of about one.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""A model held as the pipeline of diffusers it came in: loading, saving and generating."""
+"""A model that wraps a diffusers pipeline: loading, saving and generating."""
 
 import functools
 from abc import abstractmethod

@@ -1,4 +1,4 @@
-"""What each place of an image adds to a readout."""
+"""The contribution of each position of an image to a readout."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""``model=auto``: which family a checkpoint is of, from its small files alone."""
+"""``model=auto``: detect the family of a checkpoint from its small files."""
 
 import inspect
 import json

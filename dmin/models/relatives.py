@@ -1,6 +1,6 @@
-"""What a checkpoint is, by the classes and settings it names; relatives of a family are refused.
+"""Identify a checkpoint by the classes and settings it names; unsupported variants are refused.
 
-All of it stands in small JSON files, so that it is known before any weight is read.
+All of these are in small JSON files, read before any weight.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""The process that a model was trained with, by the class of its checkpoint's scheduler."""
+"""The diffusion process a model was trained with, from the class of its checkpoint's scheduler."""
 
 import inspect
 from typing import Any

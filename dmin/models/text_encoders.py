@@ -1,4 +1,4 @@
-"""Text encoders that were trained with the network: captions are encoded inside each pass."""
+"""Text encoders that were trained with the network: captions are encoded within each pass."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A network of diffusers with the process and the loss that it was trained with."""
+"""A diffusers network with the process and the loss that it was trained with."""
 
 import functools
 import inspect

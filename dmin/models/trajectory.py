@@ -1,4 +1,4 @@
-"""What a pipeline took each image for at every step: caught where its scheduler takes the step."""
+"""Record the predicted image at every sampling step, by wrapping the scheduler's step."""
 
 import functools
 from collections.abc import Iterator

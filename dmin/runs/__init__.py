@@ -1,1 +1,1 @@
-"""What trainers leave behind, read as settings of dmin: one file a trainer. Imports no torch."""
+"""Runs of trainers, read as settings of dmin, one file for each trainer. Imports no torch."""

@@ -1,4 +1,4 @@
-"""The adapter that came out of a run: the last file, else the latest of those on the way."""
+"""The adapter that a run produced: the final file, else the latest intermediate one."""
 
 import glob
 import re

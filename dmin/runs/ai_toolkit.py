@@ -1,4 +1,4 @@
-"""ai-toolkit: one YAML or JSON of a job, with its data sets in it."""
+"""ai-toolkit: one YAML or JSON file of a job, including its data sets."""
 
 from __future__ import annotations
 

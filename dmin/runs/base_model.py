@@ -1,4 +1,4 @@
-"""Which family a base model is of, from its small files alone."""
+"""The family of a run's base model, from its small files."""
 
 from collections.abc import Mapping
 from pathlib import Path

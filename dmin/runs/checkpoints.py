@@ -1,4 +1,4 @@
-"""The checkpoints on the way of a run, and the learning rates of the steps between them."""
+"""The intermediate checkpoints of a run, and the learning rates of the steps between them."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The example scripts of diffusers: all their arguments, as the tracker of a run keeps them."""
+"""diffusers' example scripts: their arguments, as saved by the tracker of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusion-pipe: one TOML of model and optimiser, and one of folders; a run has copies of both."""
+"""diffusion-pipe: a TOML of model and optimiser, and one of folders; a run has copies of both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configs and paths of trainers as they are found: on another machine, from another folder."""
+"""Read configs of trainers and find their paths, also on another machine or in another folder."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The keys of a config, each of which is taken, noted, let be, or told of as unknown."""
+"""The keys of a config: each is used, noted as approximated, ignored, or reported as unknown."""
 
 from __future__ import annotations
 

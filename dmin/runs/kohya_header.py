@@ -1,4 +1,4 @@
-"""A LoRA of kohya sd-scripts without its config: what the header of the file says of the run."""
+"""A LoRA of kohya sd-scripts without its config: the run as described by the file's header."""
 
 import json
 from collections import Counter

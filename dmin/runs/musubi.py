@@ -1,4 +1,4 @@
-"""musubi-tuner: a TOML of options, and one of data sets, each of which is a folder."""
+"""musubi-tuner: a TOML of options, and one of data sets (folders)."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""``run=PATH``: which trainer's it is, and what it says."""
+"""``run=PATH``: recognise the trainer and read its run."""
 
 from __future__ import annotations
 

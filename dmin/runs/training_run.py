@@ -1,4 +1,4 @@
-"""What a training run says of the gradient: taken, approximated, or refused."""
+"""A training run as settings of dmin: keys that are used, approximated, or refused."""
 
 from __future__ import annotations
 

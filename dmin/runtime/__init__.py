@@ -1,1 +1,1 @@
-"""What every stage stands on: errors, fingerprints, progress, signals, records of runs."""
+"""Utilities for every stage: errors, fingerprints, progress, signals, provenance."""

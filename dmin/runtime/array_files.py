@@ -1,8 +1,8 @@
-"""Files that only save time: arrays under one digest, compared before a byte of them is understood.
+"""Cache files of arrays under one digest, which is verified before anything is parsed.
 
-A file begins with a line that says what it is and the digest of all that follows: the length of a
-head of JSON, the head (names, types and shapes of the arrays, and what they are of), and the arrays
-as they lie in memory. One that is damaged is as good as none; a warning says so.
+A file begins with a line of its kind and the digest of all that follows: the length of
+a JSON header, the header (names, types and shapes of the arrays, and what they were computed
+from), and the raw arrays. A damaged file is treated as missing, with a warning.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""One colour a method, the same in every picture and on every page of one run."""
+"""One colour for each method, the same in all pictures and pages of a run."""
 
 import colorsys
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exception for errors that a user can fix."""
 
 from dmin.runtime.escape import printable
 

@@ -1,4 +1,4 @@
-"""Text from data, paths and settings, made harmless where it is shown: terminals, spreadsheets."""
+"""Escape text from data, paths and settings for terminals and spreadsheets."""
 
 import csv
 import re

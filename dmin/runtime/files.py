@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what to say when the system refuses one."""
+"""Atomic file writing, and messages for errors of the file system."""
 
 import contextlib
 import errno

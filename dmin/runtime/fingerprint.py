@@ -1,4 +1,4 @@
-"""Fingerprints: a short name for a set of settings, and a readable list of what differs."""
+"""Fingerprints: a short hash of a set of settings, and a readable list of differences."""
 
 import hashlib
 import json

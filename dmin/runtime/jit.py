@@ -1,8 +1,8 @@
-"""Loops that numba compiles for this processor: kept on disk, and announced where it takes a while.
+"""Loops compiled by numba for this processor, cached on disk, and announced when compiled.
 
 numba keeps what it compiled in NUMBA_CACHE_DIR if that is set, else beside the source, else, where
-that cannot be written, in the user's cache folder. This module imports numba: a stage imports it
-when it first needs a loop.
+that cannot be written, in the user's cache folder. This module imports numba, so a stage imports it
+only when it first needs a loop.
 """
 
 import sys

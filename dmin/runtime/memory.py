@@ -1,4 +1,4 @@
-"""The memory that processes had and that there is, as far as their system tells."""
+"""Memory used by processes and available, as far as the system reports it."""
 
 import os
 import sys

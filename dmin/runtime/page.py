@@ -1,4 +1,4 @@
-"""HTML pages that need nothing else: no network, no server; only their own script runs."""
+"""Self-contained HTML pages: no network, no server; only their own script runs."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""What one sees of long work: a bar on a terminal, a line now and then in a log file."""
+"""Progress of long work: a bar on a terminal, an occasional line in a log file."""
 
 import os
 import sys

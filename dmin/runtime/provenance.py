@@ -1,4 +1,4 @@
-"""What a run was done with: code, versions, machine, memory.
+"""The provenance of a run: code, versions, machine, memory.
 
 Commands keep it in their run folder (``dmin.cli.jobs.record``); ``dmin repeat RUN_FOLDER`` runs
 them again and says what differs.

@@ -1,4 +1,4 @@
-"""What objects say of themselves, in a line of a terminal and as a table in a notebook."""
+"""Representations of objects: one line in a terminal, a table in a notebook."""
 
 from collections.abc import Iterable, Mapping
 from html import escape

@@ -1,4 +1,4 @@
-"""Signals that ask for the end: noted when they come, obeyed between two blocks."""
+"""Termination signals: recorded when they arrive, obeyed between two blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between host and device: copies that nobody waits for, and modules that come and go.
+"""Asynchronous copies between host and device, and moving modules on and off the device.
 
 Copies go through pinned memory, with an event.
 """

@@ -1,1 +1,1 @@
-"""The local page: ask with a picture, a part of it or a prompt, the model kept loaded."""
+"""The local web page: retrieve for a picture or a prompt, with the model kept loaded."""

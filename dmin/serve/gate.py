@@ -1,4 +1,4 @@
-"""Who may ask, from where, and how much: in front of everything else."""
+"""Access control of the server: which hosts, tokens and request sizes are accepted."""
 
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping

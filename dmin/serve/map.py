@@ -1,4 +1,4 @@
-"""The map of a store: its rows in a plane, and which of them lie near each other."""
+"""The map of a store: its rows in a plane, and their nearest neighbours."""
 
 from collections.abc import Callable
 from threading import Lock

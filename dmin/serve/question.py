@@ -1,4 +1,4 @@
-"""What a browser asks: held to its bounds before anything is done with it."""
+"""Requests of a browser, validated before anything else is done with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server: one process, one model, at an address of this machine unless told otherwise."""
+"""The server: one process with one model, by default on a loopback address."""
 
 from __future__ import annotations
 

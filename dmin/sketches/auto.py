@@ -1,4 +1,4 @@
-"""The sketch to choose when in doubt: for each parameter the cheaper of two equally good maps."""
+"""The default sketch: for each parameter the cheaper of two equally accurate maps."""
 
 from typing import Self
 

@@ -1,4 +1,4 @@
-"""What every sketch has in common: a random linear map from all gradients of a model to R^k."""
+"""Base class of sketches: random linear maps from all gradients of a model to R^k."""
 
 from __future__ import annotations
 

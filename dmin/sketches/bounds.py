@@ -1,4 +1,4 @@
-"""What the variance bounds of sketches are made of."""
+"""Terms of the variance bounds of sketches."""
 
 from math import prod
 from typing import NamedTuple

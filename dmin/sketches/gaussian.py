@@ -1,4 +1,4 @@
-"""A dense Gaussian matrix: what the others are measured against, where it fits into memory."""
+"""A dense Gaussian matrix: the reference for the other sketches, if it fits into memory."""
 
 from collections.abc import Callable
 from math import prod

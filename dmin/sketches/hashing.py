@@ -1,4 +1,4 @@
-"""Counter-based hashes: the same signs and offsets everywhere, and no state to keep."""
+"""Counter-based hashes: the same signs and offsets everywhere, without state."""
 
 import hashlib
 

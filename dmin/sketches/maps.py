@@ -1,4 +1,4 @@
-"""Maps that give each scalar of a parameter one bucket and one sign: all that a backend is told."""
+"""Maps that give each scalar of a parameter one bucket and one sign: the input of a backend."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

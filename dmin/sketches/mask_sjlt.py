@@ -1,4 +1,4 @@
-"""Mask, then fold: only a random few of the gradient's scalars are looked at."""
+"""Mask, then fold: only a random subset of the gradient's scalars is used."""
 
 from math import prod
 from typing import Any

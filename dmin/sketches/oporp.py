@@ -1,4 +1,4 @@
-"""OPORP, the compression of the DMin paper: the reference the others are measured against."""
+"""OPORP, the compression of the DMin paper, which the others are compared with."""
 
 from math import prod
 from typing import Self

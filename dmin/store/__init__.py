@@ -4,20 +4,20 @@
 
     store/
       manifest.json                       what was computed, and of which dataset
-      segment-<first block>-<digest>.h5   sealed, immutable, named after its own bytes
+      segment-<first block>-<digest>.h5   sealed, immutable, named by its digest
       growth-<number>.json                examples were added: how many, and what the dataset is now
-      removed-<digest>.json               rows that are shown no more
-      forgotten-<digest>.json             hashes of ids that what it was made of shows no more
-      metadata.jsonl                      metadata that are later than those of the segments
-      catalog.kept                        kept of the first opening, made again where it is missing
-      progress/                           who works on it: small files without any part in it
+      removed-<digest>.json               rows that are no longer shown
+      forgotten-<digest>.json             hashes of ids that were removed before it was made
+      metadata.jsonl                      metadata that replace those of the segments
+      catalog.kept                        cache written by the first opening, rebuilt if missing
+      progress/                           heartbeats of the processes at work on it
       *.tmp                               leftovers of killed writers, never read
 
 The unit of work is a *block*: ``block_size`` consecutive examples of the dataset. A segment holds
-whole blocks, so what is there is finished, and what is missing can be computed again. Stores with
+whole blocks, so every block in the store is finished, and missing ones can be computed. Stores with
 equal manifests are merged by copying their segments into one directory.
 
-Nothing here imports torch.
+This package does not import torch.
 """
 
 from dmin.store.comparison import check_comparable

@@ -1,4 +1,4 @@
-"""Files that amend a store: rows that are shown no more, whom it takes not back, new metadata."""
+"""Files that amend a store: removed rows, ids that must not return, refreshed metadata."""
 
 import hashlib
 import json

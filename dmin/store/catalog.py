@@ -1,15 +1,15 @@
-"""The catalog of a store: what every reader needs beside the features, checked once.
+"""The catalog of a store: all that readers need besides the features, verified once.
 
 Opening a store of a thousand segments must neither open a thousand files nor read all their bytes.
-So the first opening compares the digest of every segment with its name, and keeps what it read
-on the way in ``catalog.kept``: where rows lie, ids, metadata, norms, losses, lengths, and the sum
-of the words of every row. Later openings only look whether the files are still the same (size,
-inode, times of change), and every row is held against its sum whenever it is read. So a bit that
-flips after the first opening is found before it is scored, and one outside the features is not
-looked at.
+So the first opening compares the digest of every segment with its name, and caches in
+``catalog.kept`` the positions of rows, ids, metadata, norms, losses, lengths, and a checksum of
+every row (the sum of its words). Later openings only check that the files are unchanged (size,
+inode, times of change), and every row is compared with its checksum whenever it is read. So a bit
+that flips after the first opening is found before a score is computed from it; one outside the
+features is never read again.
 
-A catalog is one file under one digest (:mod:`dmin.runtime.array_files`), made anew where it
-is missing, damaged or of other files; it may be deleted.
+A catalog is one file with a digest (:mod:`dmin.runtime.array_files`), rebuilt if it
+is missing, damaged or out of date; it may be deleted.
 """
 
 import contextlib

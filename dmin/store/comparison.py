@@ -1,4 +1,4 @@
-"""In which respects two stores are of one collection, or may be compared."""
+"""Compare the manifests of two stores: same collection, or comparable features."""
 
 from dataclasses import asdict
 from pathlib import Path

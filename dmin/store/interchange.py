@@ -1,4 +1,4 @@
-"""Stores from elsewhere: what ``export`` wrote, and sketches that another program computed."""
+"""Import stores: files written by ``export``, and sketches computed by another program."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is done to finished stores: merge, fold, convert, compact. Sources never change."""
+"""Operations on finished stores: merge, fold, convert, compact. Sources never change."""
 
 import os
 from collections.abc import Callable, Sequence

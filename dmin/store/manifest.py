@@ -1,4 +1,4 @@
-"""What a store holds: the axes of its features, and the settings that must not change."""
+"""The manifest of a store: the axes of its features, and the settings that must not change."""
 
 import json
 import re

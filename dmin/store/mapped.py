@@ -1,4 +1,4 @@
-"""Arrays of sealed segments, used where they lie: in the page cache, without a copy."""
+"""Memory-mapped arrays of sealed segments, used without a copy."""
 
 import contextlib
 import ctypes

@@ -1,4 +1,4 @@
-"""What bytes cost in ranking, measured on the rows that are written."""
+"""The loss of ranking quality by 8-bit storage, measured on the rows that are written."""
 
 import warnings
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Removing examples from a store, and from what is made of it and kept beside it."""
+"""Remove examples from a store, its indices and cached encodings."""
 
 import contextlib
 import json

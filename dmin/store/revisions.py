@@ -1,7 +1,7 @@
-"""How a finished store changes: examples are appended, or metadata renewed, by new files.
+"""Change a finished store by adding files: append examples, or refresh metadata.
 
-No row that was written is ever changed. ``growth-0001.json`` says how many there are to be from now
-on, and of which dataset; ``metadata.jsonl``, which a later one replaces, what is known of them.
+Rows are never changed. ``growth-0001.json`` has the new number of rows and the new
+dataset; ``metadata.jsonl``, which is replaced by later refreshes, the metadata of the rows.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The rows of a store, read when asked for: features from mapped segments, metadata from JSON."""
+"""The rows of a store, read on demand: features from mapped segments, metadata from JSON."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The files of a store: what is in a segment, how one is committed, how one is checked."""
+"""The segment files of a store: their contents, writing and verification."""
 
 import contextlib
 import hashlib

@@ -1,13 +1,13 @@
-"""Who works on a store, and how far they are: a small file a process, apart from the store's bits.
+"""Heartbeats: a small status file for each process at work on a store.
 
 ::
 
-    store/progress/shard-3-of-64.rank-0-of-2.<run>.json    written anew every few seconds
+    store/progress/shard-3-of-64.rank-0-of-2.<run>.json    rewritten every few seconds
     store/progress/shard-3-of-64.rank-0-of-2.jsonl         a line a minute, and at a new state
 
-These files take no part in fingerprints, and nothing is lost with them. They let `dmin status` tell
-of a running or dead collection, keep two jobs from doing the same, and bound every wait for another
-process: who is alive changes its file. `dmin.workers.liveness` reads them.
+These files are in no fingerprint and may be lost. By them `dmin status` shows a running
+or dead collection, two jobs avoid doing the same work, and every wait for another process is
+bounded: a living process changes its file. `dmin.workers.liveness` reads them.
 """
 
 from __future__ import annotations

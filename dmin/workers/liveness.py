@@ -1,10 +1,10 @@
-"""What the processes at work on a store say of themselves, and which of them still live.
+"""The status of the processes at work on a store, and which of them are alive.
 
-Clocks of different machines are never compared: whether a file changes is seen over time, and its
-age is told by the file system that stamps it.
+Clocks of different machines are never compared: a file is observed for changes, and its age
+is computed from time stamps of the same file system.
 
-A store's folder may be shared, so these files may be anybody's: what is no status of a worker is
-not seen, and what another user's says is shown but holds nothing.
+The store's folder may be shared, so these files may come from anyone: files that are not a valid
+status are ignored, and those of another user are shown but do not block anything.
 """
 
 from __future__ import annotations

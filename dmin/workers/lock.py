@@ -1,15 +1,17 @@
-"""The lock: of the processes that want to do the same work one does it, the others wait or refuse.
+"""The lock: of several processes that want to do the same work one does it, others wait or stop.
 
-A *claim* is a worker's own heartbeat file. Whoever wants to work writes a claim and then looks for
-those of others at the same blocks; it works only if it sees none, and withdraws otherwise. So of
-two that write at once at most one works, on whatever nodes they are. A claim ends when its process
-says so, is seen dead from its own machine, or, seen from another, lets its file rest for long. A
-process that is suspended keeps its claim on its own machine; elsewhere it loses it, and goes on
-beside whoever took over: both seal the same blocks, of which readers take one. A claim holds for
-the user who made it: in a shared folder anybody could write one that keeps all others from working.
+A *claim* is a worker's own heartbeat file. A process that wants to work first writes its claim and
+then looks for claims of others on the same blocks; it proceeds only if there are none, and
+withdraws otherwise. So of two processes that claim at the same time at most one proceeds, on any
+nodes. A claim ends when its process releases it, is seen to be dead on its own machine, or, as seen
+from other machines, has not updated its file for a long time. A suspended process keeps its claim
+on its own machine; others may take over, and when it continues both seal the same blocks, of which
+readers use one. Claims of other users are ignored: in a shared folder anyone could write one that
+keeps all others from working.
 
-A file lock in this node's folder for temporary files makes the processes of one machine write and
-look in turn. It only shortens the race: where there are no locks, and between nodes, claims decide.
+A file lock in this node's temporary folder makes the processes of one machine write and
+look one after another. It only shortens the race: without file locks, and between nodes, claims
+decide.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Which blocks of a store a process does: shards apart from each other, ranks beside each other."""
+"""Which blocks of a store a process computes: contiguous shards, and interleaved ranks."""
 
 from __future__ import annotations
 

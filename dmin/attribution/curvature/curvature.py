@@ -1,7 +1,7 @@
 """Curvature in sketch space: ``C = ΦᵀΦ/n`` as low rank plus a scalar, streamed over a store.
 
 C is the empirical Fisher matrix seen through the sketch, so ``(C + λ)^{−p} v`` stands in for a
-damped inverse-Hessian-vector product at the price of two thin matrix products.
+damped inverse-Hessian-vector product and costs two thin matrix products.
 """
 
 import math

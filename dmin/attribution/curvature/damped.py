@@ -1,4 +1,4 @@
-"""What methods with a damped curvature share: its settings, its fit, its damping."""
+"""Base class of methods with a damped curvature: its settings, its fit, its damping."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""The curvature of a model's loss itself: products with its Hessian and GGN, their eigenpairs."""
+"""Curvature of a model's loss: products with its Hessian and GGN, and their leading eigenpairs."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple

@@ -1,1 +1,1 @@
-"""One file a paper: how a pair of a query and a training example is scored."""
+"""The attribution methods, one file for each paper."""

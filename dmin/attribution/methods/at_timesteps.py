@@ -1,4 +1,4 @@
-"""A question about some timesteps: large t are of composition, small ones of texture."""
+"""Scores from some timesteps only: large t reflect composition, small t texture."""
 
 import copy
 from collections.abc import Sequence

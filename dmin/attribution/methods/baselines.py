@@ -1,4 +1,4 @@
-"""Baselines that look at no gradient and no image: chance, and the training loss."""
+"""Baselines that use neither gradients nor images: chance, and the training loss."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""DAS: the change of the model's output, not of its loss."""
+"""DAS: the influence on the model's output instead of its loss."""
 
 from dataclasses import dataclass
 

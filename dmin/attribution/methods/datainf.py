@@ -1,4 +1,4 @@
-"""DataInf: the inverse of a sum, taken for the sum of inverses, layer by layer."""
+"""DataInf: the inverse of a sum, approximated by the mean of inverses, layer by layer."""
 
 import torch
 from torch import Tensor

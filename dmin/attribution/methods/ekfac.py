@@ -1,4 +1,4 @@
-"""Influence by EK-FAC, and by unlearning the query in one such step."""
+"""Influence functions with EK-FAC, and attribution by unlearning the query in one such step."""
 
 import math
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Likeness in the eyes of a pretrained image encoder: CLIP, DINO and their like."""
+"""Similarity in the feature space of a pretrained image encoder, such as CLIP or DINO."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The plain gradient methods DMin is measured against: GradDot and GradCos (Charpiat et al.)."""
+"""The plain gradient methods that DMin is compared with: GradDot and GradCos (Charpiat et al.)."""
 
 import torch
 from torch import Tensor

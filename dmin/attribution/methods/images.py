@@ -1,6 +1,6 @@
-"""Likeness of the images alone: pixels, a Gaussian kernel, SSIM (Wang et al. 2004).
+"""Similarity of the images alone: pixels, a Gaussian kernel, SSIM (Wang et al. 2004).
 
-A method that does not beat them shows mere likeness.
+A method that does not beat them measures no more than visual similarity.
 """
 
 from typing import Any

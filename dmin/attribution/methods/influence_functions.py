@@ -1,7 +1,7 @@
-"""Influence functions with the model's own curvature, solved iteratively: for small models.
+"""Influence functions with the exact curvature of the loss, solved iteratively: for small models.
 
-The query's gradient is multiplied by an inverse in the space of all parameters, then sketched:
-``⟨S (H + λ)⁻¹ g(q), S g(i)⟩`` needs no more of the training examples than the rows of the store.
+The query's gradient is multiplied by the inverse in the space of all parameters, then sketched:
+``⟨S (H + λ)⁻¹ g(q), S g(i)⟩`` needs only the stored rows of the training examples.
 """
 
 from abc import abstractmethod

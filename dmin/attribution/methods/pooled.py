@@ -1,4 +1,4 @@
-"""Several queries asked as one: by the mean or maximum of their scores, perhaps less others'."""
+"""Several queries as one: the mean or maximum of their scores, optionally minus that of others."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Popularity: what an example adds to every query alike, as a baseline, and taken away."""
+"""Popularity: an example's mean score over all queries, as a baseline or subtracted."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Spectral energy for ranking and for predicting at once: the two want different shapes."""
+"""Spectral energy with an exponent, for ranking as well as for predicting retraining."""
 
 import math
 from dataclasses import KW_ONLY, dataclass

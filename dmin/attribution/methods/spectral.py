@@ -1,4 +1,4 @@
-"""The spectral family: DMin's cosines seen through a power of the curvature."""
+"""The spectral family: DMin's cosines after a power of the curvature is applied to the query."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""TRAK and its kin: one gradient an example, summed over timesteps, and one damped inverse."""
+"""TRAK and its variants: gradients summed over timesteps, and a damped inverse."""
 
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal

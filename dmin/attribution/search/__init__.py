@@ -1,1 +1,1 @@
-"""Ways to the best rows: the streamed scan, certified bounds, approximate indices."""
+"""Search for the best rows: the streamed scan, certified bounds, approximate indices."""

@@ -1,4 +1,4 @@
-"""Approximate search by faiss: it proposes, exact scores rank, its recall is always measured."""
+"""Approximate search: faiss proposes rows, exact scores rank them, recall is always measured."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Certified search: a small index proposes, exact rows decide, a bound says when that is proven."""
+"""Certified search: rows are read in the order of upper bounds until the answer is proven exact."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The certified bound: what no score exceeds, from projections of the rows on few directions."""
+"""The certified bound: an upper bound of each score, from projections on a few directions."""
 
 from __future__ import annotations
 

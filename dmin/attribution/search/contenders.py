@@ -1,10 +1,11 @@
-"""The best rows by the real inner product: who may be among them is kept, and scored once more.
+"""The best rows by the exact inner product: all that may be among them are scored again in double.
 
-A score of the scan is off by a little, whose bound is known (:class:`ErrorBound`). A row is among
-the k best only if its score, raised by its bound, reaches the k-th of the scores lowered by theirs.
-Such rows are multiplied again in double and ordered by the float32 that this rounds to, which is
-what is shown; equal ones by their numbers. So whoever looks at all rows, in whatever order, by
-whatever device, and whoever leaves out those that cannot be among the best gives the same list.
+The error of a score of the scan has a known bound (:class:`ErrorBound`). A row can be among the k
+best only if its score plus its bound reaches the k-th largest of the scores minus their bounds.
+These rows are multiplied again in double and ordered by the result rounded to float32, which is the
+score that is shown; equal scores are ordered by row number. So every search that considers all
+rows, or excludes only rows that cannot be among the best, returns the same list, in any order and
+on any device.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The best rows without reading all: what every index offers."""
+"""The interface of an index: finding the best rows without reading all of them."""
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple

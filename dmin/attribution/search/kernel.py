@@ -1,26 +1,26 @@
-"""The loops of an exact scan that no library has: decode, check, multiply, each number read once.
+"""The compiled loops of the exact scan: decode, check and multiply, reading each number once.
 
-What is stored (float16, bfloat16, int8, float32) is widened in a register on its way into the
-product; nothing decoded is ever written to memory. On the way the words of every row are added up
-and held against the sum noted when the row's segment was verified: a score is never computed from
-a flipped bit.
+What is stored (float16, bfloat16, int8, float32) is converted in a register just before the
+product; decoded values are never written to memory. The same loop adds up the words of every row
+and compares the sum with the checksum noted when the row's segment was verified: a score is never
+computed from a flipped bit.
 
-Some rows by some queries are multiplied at a time, their sums in registers. Compilers fill vectors
-with such a loop by themselves, but in an order of their own, and not where something is fetched
-ahead. Written in LLVM's terms (:func:`products`), every product is added up by the same
-instructions in the same order, so that scores do not depend on blocks, threads and other queries;
-and the next rows are fetched meanwhile, which hides the latency of memory.
+A tile of a few rows by a few queries is multiplied at a time, with the
+sums in registers. A compiler would vectorise such a loop, but in an order of its own, and not
+together with prefetching. Written in LLVM IR (:func:`products`), every product is added up by the
+same instructions in the same order, so that scores do not depend on blocks, threads and other
+queries; and the next rows are prefetched, which hides the latency of memory.
 
-How far a score can be off is known. A place of a register adds up every LANES-th of COLUMNS
-products; these and perhaps their neighbours are inner products of at most :data:`SHORT` numbers in
-float32, off by at most ``SHORT · 2⁻²⁴ / (1 − …)`` of ``Σ |x| |y|``, in whatever order they are
-added up (Higham 2002, Accuracy and Stability of Numerical Algorithms, 3.1). Everything after that
-is double. Longer sums in float32 would be hardly faster, as registers are added up once in COLUMNS
-columns, and little could be proven of them.
+The error of a score is bounded. A lane of a register adds up every LANES-th of COLUMNS products;
+these sums, some of them joined with their neighbours, are inner products of at most :data:`SHORT`
+numbers in float32, with an error of at most ``SHORT · 2⁻²⁴ / (1 − …)`` of ``Σ |x| |y|``, in any
+order of summation (Higham 2002, Accuracy and Stability of Numerical Algorithms, 3.1). Everything
+after that is double. Longer sums in float32 would hardly be faster, as registers are added up once
+in COLUMNS columns, and would have a much weaker bound.
 
-numba knows no half floats: float16 comes as int16, bfloat16 as uint16, distinguished by that. It is
-imported when this module is, which is when a scan begins. (All of it stands in one file: numba
-keeps what it compiled until the file of the loop changes.)
+numba has no half floats: float16 is passed as int16 and bfloat16 as uint16, which tells
+them apart. numba is imported with this module, when a scan begins. (All loops are in one file,
+as numba invalidates its cache by the file of a loop.)
 """
 
 # mypy: ignore-errors

@@ -1,10 +1,10 @@
-"""The exact scan: every row of a store past all queries, at the speed of memory.
+"""The exact scan: every row of a store against all queries, at memory bandwidth.
 
-A block of rows is scored by one thread, as many blocks at a time as torch has threads: threads that
-wait for each other inside every small operation lose most of their time on a busy machine. One loop
-decodes, checks and multiplies (:mod:`dmin.attribution.search.kernel`): for few queries memory is
-the limit, for many arithmetic. With queries on an accelerator, blocks are sent there as they are
-stored.
+Each thread scores whole blocks of rows, with as many threads as torch uses: threads that
+synchronise in every small operation would lose most of their time on a busy machine. One loop
+decodes, checks and multiplies (:mod:`dmin.attribution.search.kernel`): with few queries it is
+limited by memory, with many by arithmetic. If the queries are on an accelerator, blocks are copied
+there as stored.
 """
 
 from collections.abc import Iterator, Sequence

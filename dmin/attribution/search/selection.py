@@ -1,4 +1,4 @@
-"""Which examples are asked for: of what kind, in which order, alone or by group."""
+"""Which examples a search returns: filtered by metadata, in which order, alone or by group."""
 
 from __future__ import annotations
 

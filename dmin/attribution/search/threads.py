@@ -1,4 +1,4 @@
-"""Work shared out over as many threads as torch has, its results in order."""
+"""Run work in as many threads as torch uses, with results in order."""
 
 import os
 from collections import deque

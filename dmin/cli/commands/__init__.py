@@ -1,4 +1,4 @@
-"""The commands that compose a configuration, a file each."""
+"""The commands that compose a configuration, one file for each."""
 
 from importlib import import_module
 from typing import Any

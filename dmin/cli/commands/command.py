@@ -1,4 +1,4 @@
-"""What the commands have in common: workspace, printed settings, run record."""
+"""Base class of the commands: workspace, printed settings, run record."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

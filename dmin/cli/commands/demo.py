@@ -1,4 +1,4 @@
-"""``dmin demo``: all of it."""
+"""``dmin demo``: train, collect, sample, retrieve and evaluate on a small model."""
 
 from typing import Any
 

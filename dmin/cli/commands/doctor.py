@@ -1,4 +1,4 @@
-"""``dmin doctor``: is the model measured rightly, and what will collecting take?"""
+"""``dmin doctor``: are the gradients of the model right, and what will collecting cost?"""
 
 from __future__ import annotations
 

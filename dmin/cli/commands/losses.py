@@ -1,4 +1,4 @@
-"""``dmin losses``: how well each training image was learned, and whether others were as well."""
+"""``dmin losses``: how well each training image was learned, compared with held-out images."""
 
 from __future__ import annotations
 

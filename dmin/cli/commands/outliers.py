@@ -1,4 +1,4 @@
-"""``dmin outliers``: the training examples that only they explain."""
+"""``dmin outliers``: the training examples with the highest self-influence."""
 
 from typing import Any
 

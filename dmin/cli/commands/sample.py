@@ -1,4 +1,4 @@
-"""``dmin sample``: query images, generated."""
+"""``dmin sample``: generate query images."""
 
 from typing import Any
 

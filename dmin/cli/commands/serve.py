@@ -1,4 +1,4 @@
-"""``dmin serve``: ask in a browser, the model kept loaded."""
+"""``dmin serve``: retrieve in a browser, with the model kept loaded."""
 
 from __future__ import annotations
 

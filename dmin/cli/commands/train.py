@@ -1,4 +1,4 @@
-"""``dmin train``: a model of the dataset, or of a subset of it."""
+"""``dmin train``: train a model on the dataset, or on a subset of it."""
 
 import json
 import shutil

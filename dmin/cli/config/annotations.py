@@ -1,4 +1,4 @@
-"""Does a value of a configuration fit an annotation? Simple annotations only; others fit all."""
+"""Check a configuration value against a type annotation; complex annotations accept anything."""
 
 import collections.abc
 import inspect

@@ -1,4 +1,4 @@
-"""``model=auto``: composed as the family that the checkpoint tells of itself."""
+"""``model=auto``: replaced by the family that is detected from the checkpoint."""
 
 from collections.abc import Sequence
 

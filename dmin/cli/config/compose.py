@@ -1,4 +1,4 @@
-"""Hand a command over to Hydra: compose, bring up to date, validate, run."""
+"""Run a command through Hydra: compose, translate old names, validate, run."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Settings as they are kept and shown: resolved, but for what the environment says."""
+"""Settings as they are recorded and shown: resolved, except for values from the environment."""
 
 import functools
 import os

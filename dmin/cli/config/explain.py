@@ -1,4 +1,4 @@
-"""What a user got wrong in a configuration, in one readable paragraph."""
+"""Explain an error in a configuration in one readable paragraph."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The configuration groups and their choices, and the "did you mean", by the standard library."""
+"""The configuration groups, their choices, and "did you mean", by the standard library alone."""
 
 import difflib
 import os

@@ -1,8 +1,8 @@
-"""The words of a command line: a store, pictures, a few options, and settings for Hydra.
+"""Parse a command line: a store, pictures, a few options, and settings for Hydra.
 
     dmin COMMAND [STORE] [PICTURE...] [--prompt TEXT] [--model PATH] [--limit N] [setting=value ...]
 
-What a store keeps, and what the options say, becomes the root that Hydra composes; settings win.
+The settings of the store and of the options become the root that Hydra composes; overrides win.
 """
 
 from collections.abc import Collection, Mapping, Sequence

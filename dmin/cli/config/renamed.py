@@ -1,7 +1,7 @@
-"""What configurations and records of earlier releases name, and what it is called today.
+"""Translate the names in configurations and records of earlier releases.
 
-They enter in two ways: composed (of a user's own YAML files, overrides, or a record that is
-repeated), and as the settings that a trained model keeps beside its weights. The names are in
+Old names occur in composed configurations (a user's own YAML files, overrides, or a repeated
+record) and in the settings saved with a trained model. The table is in
 ``renamed.yaml``.
 """
 

@@ -1,4 +1,4 @@
-"""The sections of a configuration that are no calls: what may stand in them, and their defaults."""
+"""The sections of a configuration without a ``_target_``: their settings, types and defaults."""
 
 from functools import cache
 from inspect import Parameter

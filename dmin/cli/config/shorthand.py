@@ -1,4 +1,4 @@
-"""What a command line may leave out or say shorter, spelled out for Hydra."""
+"""Abbreviations of the command line, expanded for Hydra."""
 
 import re
 from collections.abc import Mapping, Sequence

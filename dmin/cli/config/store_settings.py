@@ -1,7 +1,7 @@
-"""The settings a store was collected with, kept beside it, so that later commands need it alone.
+"""The settings that a store was collected with, saved in it, so that later commands need only it.
 
-``STORE/settings.yaml`` is no part of the store's contents: what it says is held to the manifest by
-whoever uses the store, and it builds only what any settings from elsewhere may (``trust``).
+``STORE/settings.yaml`` is not part of the store's contents: every command compares it with the
+manifest, and like all settings from elsewhere it may only name trusted targets (``trust``).
 """
 
 import os

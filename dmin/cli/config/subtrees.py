@@ -1,6 +1,6 @@
-"""What each command reads of the one configuration: only that is listed, shown, kept and refused.
+"""Which parts of the configuration each command reads: only those are listed, shown and recorded.
 
-From the standard library alone, as the help pages are made of it.
+Imports only the standard library, as the help pages use it.
 """
 
 import re

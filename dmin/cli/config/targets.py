@@ -1,4 +1,4 @@
-"""Find what a ``_target_`` names, or say why it cannot be found and what to do about it."""
+"""Import what a ``_target_`` names, or explain why it cannot be imported and what to do."""
 
 import pkgutil
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The settings of a run as they are shown before it: what differs from the defaults."""
+"""Print the settings of a run that differ from the defaults."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import Parameter

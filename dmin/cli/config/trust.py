@@ -1,9 +1,10 @@
-"""What settings from elsewhere, those of a record, may ask for without ``--trust``.
+"""Which targets and values settings from elsewhere, such as a record, may have without ``--trust``.
 
-They build only what the shipped YAML files name (or named once, see ``renamed``), held to that list
-after resolution, so that no detour such as ``dmin.capture.torch.load`` passes. Of what others than
-dmin wrote, they set only the arguments that these files set. They are values: no interpolation,
-which could read the environment. And they write below the folder at hand, or where they stand.
+Targets must be among those of the shipped YAML files (or of earlier releases, see ``renamed``).
+They are compared after resolution, so that no detour such as ``dmin.capture.torch.load`` passes.
+For classes of other libraries, only arguments that these files set are allowed. Interpolations are
+refused, as they could read the environment. Output paths must be below the current folder, or below
+that of the settings.
 """
 
 import functools

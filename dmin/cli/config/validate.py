@@ -1,11 +1,11 @@
-"""Hold a composed configuration against the signatures of what it would build, before building.
+"""Validate a composed configuration against the signatures of its targets, before building them.
 
 A mapping with a ``_target_`` is a call: its keys must be arguments of the target, and its values
-must fit their annotations. The top of the configuration and its sections are treated alike: their
-arguments are the `settings` of `sections`.
+must fit their annotations. The root of the configuration and its sections are treated in the same
+way: their arguments are the `settings` of `sections`.
 
-Missing values are ``???``, a required argument, an interpolation that leads nowhere. What is held
-has only what the command reads (`subtrees.prune`), so that it imports no more than that.
+Missing values are ``???``, absent required arguments and interpolations without a target. Only the
+parts that the command reads are validated (`subtrees.prune`), so that no other module is imported.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The logger that is chosen: settings when a run starts, numbers while it trains and at its end."""
+"""The configured logger: settings at the start of a run, metrics during training and at the end."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

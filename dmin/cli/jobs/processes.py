@@ -1,4 +1,4 @@
-"""The processes of a job: which one this is, how others are started, that none is orphaned."""
+"""The processes of a job: their ranks, starting them, and ending those that lost their parent."""
 
 from __future__ import annotations
 

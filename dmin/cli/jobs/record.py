@@ -1,4 +1,4 @@
-"""The record of a command: what was asked, with what, how long, and what came out."""
+"""The record of a run: command, settings, versions, duration and results."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""SLURM: what becomes of a job that is told to stop before its work is done."""
+"""SLURM: requeue a job that is signalled to stop before its work is done."""
 
 import os
 import shutil

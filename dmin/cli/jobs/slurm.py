@@ -1,4 +1,4 @@
-"""SLURM: whether the parts of a job fit together, before submission and at its start."""
+"""SLURM: check that tasks, devices and nodes are consistent, before submission and at the start."""
 
 from __future__ import annotations
 

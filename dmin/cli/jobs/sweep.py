@@ -1,4 +1,4 @@
-"""Sweeps: what each job says goes where it belongs, and one table at the end tells of all."""
+"""Sweeps: the output of each job in its own log, and one table of all jobs at the end."""
 
 import json
 import os

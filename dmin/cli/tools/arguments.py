@@ -1,4 +1,4 @@
-"""The arguments of the commands without a configuration: paths and ``key=value``."""
+"""Arguments of the commands without a configuration: paths and ``key=value``."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""``dmin models [PATH]``: the families, what each opens, and what is refused; or what PATH is."""
+"""``dmin models [PATH]``: the model families and the refused pipelines; or the family of PATH."""
 
 import textwrap
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""``dmin repeat FOLDER``: run what a record tells again, and say what is not the same."""
+"""``dmin repeat FOLDER``: run a recorded command again and report what differs."""
 
 import errno
 import json

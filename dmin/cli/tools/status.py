@@ -1,4 +1,4 @@
-"""``dmin status [STORE]``: how much of a collection is done, by whom, how fast; without torch."""
+"""``dmin status [STORE]``: the progress and the processes of a collection, without torch."""
 
 from __future__ import annotations
 

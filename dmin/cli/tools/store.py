@@ -1,4 +1,4 @@
-"""``dmin store <operation> <paths> [key=value]``: no configuration, no model, no torch."""
+"""``dmin store <operation> <paths> [key=value]``, without configuration, model and torch."""
 
 import json
 from collections.abc import Sequence

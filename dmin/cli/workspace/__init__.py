@@ -1,1 +1,1 @@
-"""What a configuration describes: model, data, stores, queries, a benchmark's context."""
+"""The objects that a configuration describes: model, data, stores, queries, benchmark context."""

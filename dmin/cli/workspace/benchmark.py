@@ -1,4 +1,4 @@
-"""What a benchmark needs of a configuration: its methods, and the context to measure them in."""
+"""Build the methods and the context of a benchmark from a configuration."""
 
 from __future__ import annotations
 

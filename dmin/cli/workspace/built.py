@@ -1,4 +1,4 @@
-"""What a configuration describes: built when first asked for, made once, then reused."""
+"""Objects described by a configuration, built at first use and then reused."""
 
 from __future__ import annotations
 

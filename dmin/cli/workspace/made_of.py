@@ -1,4 +1,4 @@
-"""What a run was made of: digests of data, weights and queries, which its record keeps."""
+"""The inputs of a run: digests of data, weights and queries, for its record."""
 
 from collections.abc import Container
 from typing import Any

@@ -1,4 +1,4 @@
-"""Retrieval by several machines: each leaves its part in a folder, the last makes the answer."""
+"""Retrieval by several machines: each writes its part to a folder, the last one merges them."""
 
 from __future__ import annotations
 

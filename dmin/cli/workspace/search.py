@@ -1,4 +1,4 @@
-"""One search by several methods: what is alike for all, and what each finds."""
+"""One search by several methods: the common inputs, and the ranking of each."""
 
 from __future__ import annotations
 

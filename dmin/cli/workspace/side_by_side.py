@@ -1,4 +1,4 @@
-"""The methods of one answer, side by side, and what is said at its head."""
+"""Several methods side by side in one answer, and its header."""
 
 from __future__ import annotations
 

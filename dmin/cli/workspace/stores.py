@@ -1,4 +1,4 @@
-"""Where the stores of one configuration stand: found there, or collected."""
+"""The stores of a configuration: their paths, found or collected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands work on: queries and training examples with their features, made once."""
+"""The workspace of a command: queries and training examples with their features, made once."""
 
 from __future__ import annotations
 

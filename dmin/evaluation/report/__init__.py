@@ -1,1 +1,1 @@
-"""What a benchmark found: tables, plots, conclusions, one page."""
+"""The report of a benchmark: tables, plots, conclusions, one page."""

@@ -1,4 +1,4 @@
-"""What a report says to someone in a hurry: which method for what, and how far to trust that."""
+"""The conclusions of a report: which method to use for what, and how far to trust that."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

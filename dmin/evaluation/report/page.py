@@ -1,4 +1,4 @@
-"""The report as one HTML file to look at."""
+"""The report as one HTML file."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
-"""Pictures of a report; each says in its title what it shows, and is left out where it has no data.
+"""Plots of a report; each has its message as the title, and is omitted if it has no data.
 
-A method has one colour in all of them and on the page. Greys look at no gradient, blues compare
-plain gradients, the other colours go through a curvature.
+A method has one colour in all of them and on the page. Grey methods use no gradient, blue ones
+compare plain gradients, the other colours use a curvature.
 """
 
 from collections.abc import Mapping, Sequence

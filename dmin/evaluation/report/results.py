@@ -1,4 +1,4 @@
-"""The tidy table that everything else is drawn from: one line a method, task and metric."""
+"""The tidy table that all reports are made from: one row for each method, task and metric."""
 
 from __future__ import annotations
 

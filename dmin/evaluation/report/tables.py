@@ -1,4 +1,4 @@
-"""Results as Markdown and in a terminal: methods down, metrics across, a table for each task."""
+"""Results as Markdown and in a terminal: a table for each task, with methods as rows."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby

@@ -1,4 +1,4 @@
-"""Training many small models at once: what ground truth by retraining is made of."""
+"""Train many small models at once, for ground truth by retraining."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict

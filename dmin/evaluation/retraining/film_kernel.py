@@ -1,13 +1,13 @@
-"""Trains one FiLM network from start to end inside a core's own cache.
+"""Train one FiLM network from start to end within the cache of one core.
 
-What a step of such a network reads and writes, its weights and both moments of AdamW included, fits
-the second level of cache. Models trained one after another, a core each, are many times faster than
-operations over stacks of them, which stream every intermediate through memory. Measured on the
+All that a step of such a network reads and writes, including its weights and both moments of AdamW,
+fits into the L2 cache. Training models one after another on each core is many times faster
+than operations over stacked models, which stream every intermediate through memory. Measured on the
 digits' models, two cores: torch takes 9 times the processor time or more for 64 models at once, 36
 times for 16, and ``benchmark=digits`` trains some hundreds in its six minutes. The oracle is
 :class:`~dmin.evaluation.retraining.ensemble.Ensemble`'s own path through torch.
 
-The module is imported when first needed: it compiles once and is cached on disk.
+The module is imported when first needed; it is compiled once and cached on disk.
 """
 
 from collections import namedtuple

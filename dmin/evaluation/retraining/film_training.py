@@ -1,7 +1,7 @@
 """Training many FiLM networks on a CPU: one after another on each core, by compiled loops.
 
-What :class:`~dmin.evaluation.retraining.ensemble.Ensemble` trains its models by where they are of
-this kind; all others go through torch together.
+:class:`~dmin.evaluation.retraining.ensemble.Ensemble` uses it for models of this kind;
+all others are trained together by torch.
 """
 
 from collections.abc import Mapping, Sequence

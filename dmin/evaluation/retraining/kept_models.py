@@ -1,4 +1,4 @@
-"""What retraining made, kept on disk: weights, and losses of the models on some queries."""
+"""Cache of retrained models on disk: their weights, and their losses on some queries."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""How a model that is trained anew is trained: optimiser, schedule, and the order of examples."""
+"""The recipe of retraining: optimiser, schedule, and the order of examples."""
 
 from dataclasses import dataclass
 

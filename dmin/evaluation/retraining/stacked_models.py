@@ -1,4 +1,4 @@
-"""Many models of one kind as one: their weights stacked, their losses by one call."""
+"""Many models of the same architecture as one: stacked weights, losses by one call."""
 
 from functools import partial
 from typing import Any

@@ -1,1 +1,1 @@
-"""Ground truths that a score is held against."""
+"""Ground truths that scores are compared with."""

@@ -1,4 +1,4 @@
-"""What scores are held against: one class a ground truth, one number a query and metric."""
+"""Base class of ground truths: one number for each query and metric."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

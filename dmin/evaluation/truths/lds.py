@@ -1,4 +1,4 @@
-"""The linear datamodelling score: does adding up scores predict what retraining does?
+"""The linear datamodelling score: do sums of scores predict the losses of retrained models?
 
 Train models on many random subsets S of the data. A good attribution τ orders their losses of a
 query by ``Σ_{i∈S} τ_i`` (Park et al. 2023, arXiv 2303.14186).

@@ -1,4 +1,4 @@
-"""Leaving a whole class or source out: does the sum of its scores predict what that does?"""
+"""Leave out a whole class or source: does the sum of its scores predict the effect?"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

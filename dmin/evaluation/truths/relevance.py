@@ -1,4 +1,4 @@
-"""Ground truths that name the right examples of each query; metrics of retrieval."""
+"""Ground truths that define the relevant examples of each query; retrieval metrics."""
 
 from abc import abstractmethod
 from collections.abc import Sequence

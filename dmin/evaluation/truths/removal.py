@@ -1,4 +1,4 @@
-"""Removal: retrain without the examples that a method names, and see what it costs."""
+"""Removal: retrain without the examples that a method ranks highest, and measure the loss."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

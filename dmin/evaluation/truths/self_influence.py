@@ -1,4 +1,4 @@
-"""Ground truth of self-influence: do marked examples score highest with themselves?"""
+"""Ground truth of self-influence: do marked examples have the highest scores with themselves?"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Adapters as people share them: read, placed with the file's own factors as parameters, saved."""
+"""Adapters (LoRA and others): read, applied with the file's own factors as parameters, saved."""
 
 from dmin.models.adapters.loaded import (
     describe_adapters,

@@ -1,4 +1,4 @@
-"""What the tensors of an adapter add to the weight of a layer, by kind."""
+"""The formulas of each kind of adapter: what its tensors add to the weight of a layer."""
 
 from collections.abc import Mapping, Sequence
 from itertools import product

@@ -1,4 +1,4 @@
-"""Layers and what adapters change of them, with the file's own factors as parameters."""
+"""Layers with adapters, whose parameters are the file's own factors."""
 
 import copy
 from collections.abc import Mapping, Sequence

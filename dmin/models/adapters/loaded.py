@@ -1,4 +1,4 @@
-"""Adapters in a network: what they are, saved, and taken off."""
+"""Adapters in a network: described, saved and removed."""
 
 import copy
 import json

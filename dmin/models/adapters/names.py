@@ -1,4 +1,4 @@
-"""What trainers call the layers of a network: its own names, and those of the original layouts."""
+"""The names that trainers use for layers: diffusers' own, and those of the original layouts."""
 
 from collections.abc import Iterator
 from pathlib import Path

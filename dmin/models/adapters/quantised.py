@@ -1,4 +1,4 @@
-"""Quantised weights: the numbers that files of them stand for, and rounding as trainers do it."""
+"""Quantised weights: dequantised as files define it, and rounded as trainers do it."""
 
 import json
 import re

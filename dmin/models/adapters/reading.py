@@ -1,4 +1,4 @@
-"""Adapter files: their tensors, by the module that each is of and what it is of it."""
+"""Read adapter files: their tensors, by module and role."""
 
 import json
 import re

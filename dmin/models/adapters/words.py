@@ -1,4 +1,4 @@
-"""Learned words (textual inversion): tokens with vectors of their own beside an encoder's."""
+"""Learned words (textual inversion): tokens whose vectors are added to a text encoder."""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence

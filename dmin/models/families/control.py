@@ -1,4 +1,4 @@
-"""Networks that are given a drawing, or a map of depths, in channels of their own."""
+"""Networks with additional input channels for a drawing or a depth map."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

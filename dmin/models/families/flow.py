@@ -1,4 +1,4 @@
-"""What the families of rectified flows share: defaults, guidance as an input, padded captions."""
+"""Base classes of rectified-flow families: defaults, guidance as an input, padded captions."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar

@@ -1,4 +1,4 @@
-"""FLUX.1 Kontext: Flux with the tokens of an image to change behind those of the noised one."""
+"""FLUX.1 Kontext: Flux with the tokens of an image to edit after those of the noised image."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""HunyuanDiT: a transformer on latents, with two text encoders, told the sizes of images."""
+"""HunyuanDiT: a transformer on latents, with two text encoders, conditioned on image sizes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar

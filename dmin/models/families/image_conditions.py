@@ -1,4 +1,4 @@
-"""Latent diffusion models that are given an image beside the noised one: to change, mask, depth."""
+"""Latent diffusion models with a condition image: an image to edit, a mask, a depth map."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

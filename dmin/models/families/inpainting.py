@@ -1,4 +1,4 @@
-"""Inpainting: networks that are given a mask and the latents of what is left of an image."""
+"""Inpainting: networks that take a mask and the latents of the masked image."""
 
 import torch
 from torch import Tensor

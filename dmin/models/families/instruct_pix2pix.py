@@ -1,4 +1,4 @@
-"""InstructPix2Pix: networks that are given the latents of an image to change."""
+"""InstructPix2Pix: networks that take the latents of an image to edit."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Lumina Image 2: one transformer over caption and image, told by Gemma 2."""
+"""Lumina Image 2: one transformer over caption and image, with Gemma 2 as the text encoder."""
 
 from typing import Any, ClassVar
 

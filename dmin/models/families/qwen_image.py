@@ -1,6 +1,6 @@
-"""Qwen-Image: a transformer on packed latents of a video autoencoder, told by a language model.
+"""Qwen-Image: a transformer on packed latents of a video autoencoder and an LLM's embeddings.
 
-Of Qwen-Image-Edit that model sees the image to change, whose tokens follow the noised ones.
+In Qwen-Image-Edit the LLM also sees the image to edit, whose tokens follow the noised ones.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: a transformer on text and latents together, trained as a flow."""
+"""Stable Diffusion 3 and 3.5: a transformer on text and latents, trained as a rectified flow."""
 
 from typing import Any, ClassVar, Literal
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: a larger UNet that is told the sizes of images."""
+"""Stable Diffusion XL: a larger UNet, also conditioned on image sizes."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

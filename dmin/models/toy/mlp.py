@@ -1,7 +1,7 @@
 """A small denoiser without convolutions, for images of few pixels.
 
-It trains in seconds, and hundreds of its kind at once by batched matrix products: what ground truth
-by retraining needs.
+It trains in seconds, and hundreds of them at once by batched matrix products, for ground
+truth by retraining.
 """
 
 import math

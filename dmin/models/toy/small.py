@@ -1,7 +1,7 @@
-"""A small pipeline of a real family, untrained, of a size that a CPU trains in minutes.
+"""Small untrained pipelines of real families, which a CPU trains in minutes.
 
-It is built of diffusers' and transformers' own classes, saved and loaded as any checkpoint is, so
-that what is measured on it goes through the same code as a large model.
+They use diffusers' and transformers' own classes and are saved and loaded like any checkpoint,
+so that measurements on them use the same code as a large model.
 """
 
 from collections.abc import Sequence

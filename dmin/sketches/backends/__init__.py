@@ -1,4 +1,4 @@
-"""How sketches are evaluated: by torch, by compiled loops on a CPU, by Triton on a GPU."""
+"""Backends that evaluate sketches: torch, compiled loops on a CPU, Triton on a GPU."""
 
 import os
 from functools import cache

@@ -1,4 +1,4 @@
-"""What a backend does for the families, and the rows that it does it to."""
+"""The interface of a backend, and the rows that it accumulates into."""
 
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard

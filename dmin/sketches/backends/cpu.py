@@ -1,7 +1,7 @@
 """Fold per-example gradients on a CPU while they are formed, in all threads that torch may use.
 
-Each example's rows of a gradient are cut into parts, which are folded apart and then added up in
-order: the result is the same to the bit for any number of threads.
+The rows of each example's gradient are split into parts, which are folded separately and then added
+up in order: the result is the same to the bit for any number of threads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a layer call's factors lie in memory, and which loops of the CPU read them."""
+"""Memory layouts of a layer call's factors, and the CPU loops that read them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Work shared out over torch's own threads.
+"""Run work in torch's own threads.
 
-Between two operations torch's threads do not sleep: they turn in a loop for milliseconds, waiting
-for the next. Threads of our own would have to share their cores (on two, folding in a pool of
-threads was no faster than in one). So OpenMP is asked for those that torch computes with, by the
-entry that compiled code uses; where the runtime lacks it, a pool of threads has to do.
+Between two operations torch's threads do not sleep but spin for milliseconds. Threads of
+another pool would have to share their cores (on two cores, folding in a pool of threads was
+no faster than in one thread). So the work runs in torch's OpenMP threads, by the entry point
+that compiled code uses; if the runtime lacks it, a pool of threads is used.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """Sketch on a GPU: gradients formed on tensor cores and folded, factors count-sketched, by Triton.
 
-Which tensors the kernels of :mod:`dmin.sketches.backends.gpu_kernels` are called with, and in what
-pieces. Nothing here waits for the device. All sums are in an order that the map fixes, so the same
+Prepares the tensors for the kernels of :mod:`dmin.sketches.backends.gpu_kernels` and splits them
+into chunks. Nothing here waits for the device. The map fixes the order of all sums, so the same
 input gives the same bits, in any batch.
 """
 

@@ -1,7 +1,7 @@
 """Triton kernels for a GPU: fold formed gradients, count-sketch factors, sum products of spectra.
 
-Every number has one program that adds it up, in an order fixed by the map: nothing is added by
-atomic operations, so that the same input gives the same bits. The torch path is their oracle; in
+Every output number is summed by one program, in an order fixed by the map, without atomic
+operations, so that the same input gives the same bits. The torch path is their oracle; in
 Triton's interpreter (``TRITON_INTERPRET=1``) they run on a CPU.
 """
 

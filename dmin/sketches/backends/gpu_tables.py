@@ -1,4 +1,4 @@
-"""Tables by which Triton's kernels find the entries of each bucket, worked out once for a map."""
+"""Tables of the entries of each bucket, for the Triton kernels, computed once for a map."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""Maps evaluated by plain torch operations, on every device: the oracle of the other backends."""
+"""Maps evaluated by plain torch operations on any device: the reference for the other backends."""
 
 from collections.abc import Callable
 from math import prod

@@ -1,13 +1,14 @@
 """Loops that form per-example gradients in registers and fold them while they are in the cache.
 
-A weight gradient is a sum of outer products ``Σ_p d_p ⊗ a_p``. Both sides are packed into panels
-that the processor reads in sequence: :data:`ROWS` output gradients, :data:`COLUMNS` inputs. Their
+A weight gradient is a sum of outer products ``Σ_p d_p ⊗ a_p``. Both sides are packed into
+panels that are read sequentially: :data:`ROWS` output gradients, :data:`COLUMNS` inputs. Their
 product stays in registers (:func:`~vectors.tile`) and is folded before it leaves the cache, so that
 no gradient is ever written to memory.
 
-Everything is single precision; :class:`~dmin.sketches.base.FormedSketch` has the same in torch.
-The package is imported when first needed: it compiles once and is cached on disk. Numba looks at
-changes of a function's own file only: after changing one, remove ``__pycache__/*.nbi`` here.
+Everything is single precision; :class:`~dmin.sketches.base.FormedSketch` does the same in torch.
+The package is imported when first needed; it is compiled once and cached on disk. Numba invalidates
+its cache only by a function's own file: after changing a function that others call, remove
+``__pycache__/*.nbi`` here.
 """
 
 from dmin.sketches.backends.cpu_kernels.counting import add_products, count_sketch

@@ -1,4 +1,4 @@
-"""Signs, places and additions: formed gradients become k dimensions."""
+"""Fold formed gradients to k dimensions: signs, buckets and additions."""
 
 from typing import NamedTuple
 

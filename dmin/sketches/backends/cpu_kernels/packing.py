@@ -1,4 +1,4 @@
-"""Channels laid out in panels that the processor reads in sequence."""
+"""Pack channels into panels that are read sequentially."""
 
 import numpy as np
 

@@ -1,8 +1,9 @@
-"""Tiles of output gradients and inputs in the domain of Toom and Cook.
+"""Tiles of output gradients and inputs, transformed by the Toom–Cook algorithm.
 
-A 3 × 3 convolution is formed there (Winograd 1980; Lavin & Gray, arXiv 1509.09308): each 4 × 4
-tile of output gradients costs 36 multiplications instead of 144 for the 9 entries of a kernel. The
-points 0, ±√½, ±√2, ∞ keep the error of single precision within three times that of the plain sum.
+The gradient of a 3 × 3 convolution is formed in this domain (Winograd 1980; Lavin & Gray, arXiv
+1509.09308): each 4 × 4 tile of output gradients costs 36 multiplications instead of 144 for the 9
+entries of a kernel. The points 0, ±√½, ±√2, ∞ keep the error of single precision within three times
+that of the plain sum.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""What the loops of the CPU are made of: instructions on vectors, written as LLVM's own code."""
+"""Vector instructions for the CPU loops, written in LLVM IR."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
