@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
@@ -81,6 +82,7 @@ class ImageFolder(Checked):
             shown = self.condition_image, facts, self.opened_suffixes
             self._partners = partners(Path(self.root), *shown)
         if not facts:
+            self.leave_out(self._wrong, len(self._wrong), f"data.root={self.root}")
             raise DminError(
                 f"data.root={self.root} holds no {self.noun} ({', '.join(self.opened_suffixes)}). "
                 f"Give another folder. {self._files.summary({}) if self._files else ''}"
@@ -139,7 +141,7 @@ class ImageFolder(Checked):
 
     def is_example(self, path: Path) -> bool:
         """Return whether a path may be an example."""
-        return path.is_file()
+        return os.path.isfile(path)  # which takes any name
 
     @property
     def opened_suffixes(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from dmin.data.base import Facts as Facts
-from dmin.data.texts import odd, parse_json, read_text
+from dmin.data.texts import odd, parse_json, read_text, repeated
 from dmin.runtime.errors import DminError
 
 Column = str | Sequence[str | None] | None
@@ -134,7 +134,7 @@ def split_row(row: Mapping[str, Any], label: str | None, text: str | None, name:
     if reason := odd(row):
         raise DminError(f"what is said of {name}: {reason}.")
     known, caption = row.get(label) if label else None, row.get(text) if text else None
-    if isinstance(known, float) and known.is_integer():
+    if isinstance(known, float) and known.is_integer() and abs(known) < 2**63:
         known = int(known)
     if not isinstance(known, int | str | None):
         raise DminError(f"{name} has the label {known!r}; a label is an integer or text.")
@@ -193,6 +193,7 @@ def _parquet(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     except ModuleNotFoundError as error:
         raise DminError(f"{path} needs the package pyarrow: pip install 'dmin[data]'.") from error
     try:
+        _require_once(path, parquet.read_schema(path).names)
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
         raise DminError(f"{path} cannot be read as parquet ({error}). Write it anew.") from error
@@ -204,6 +205,7 @@ def _csv(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     rows: list[tuple[int, dict[str, Any]]] = []
     limit = csv.field_size_limit(2**31 - 1)  # what is too large is told of by its image
     try:
+        _require_once(path, reader.fieldnames or ())
         for row in reader:
             rows.append((reader.line_num, {k: v if v != "" else None for k, v in row.items()}))
     except csv.Error as error:
@@ -217,6 +219,12 @@ def _csv(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
             for _, row in rows:
                 row[column] = None if row[column] is None else int(row[column])
     return rows
+
+
+def _require_once(path: Path, columns: Sequence[str]) -> None:
+    """Refuse a table in which two columns have one name."""
+    if (name := repeated(columns)) is not None:
+        raise DminError(f"{path} has two columns {name!r}. Give each a name of its own.")
 
 
 def _is_integer(value: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from dmin.data.pixels import Unreadable
 from dmin.runtime.errors import DminError
-from dmin.runtime.files import commit
+from dmin.runtime.files import ENDLESS, commit, endless
 from dmin.runtime.fingerprint import fingerprint
 from dmin.runtime.progress import followed
 
@@ -52,11 +52,15 @@ def read_bytes(path: Path, name: str) -> bytes:
         Unreadable: there is no such file, or the system refuses it.
     """
     try:
-        return path.read_bytes()
+        if not endless(path):
+            return path.read_bytes()
+        reason = f"it is a {ENDLESS}"
     except FileNotFoundError:
         reason = "there is no such file, or it is a link that leads nowhere"
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
+    except ValueError:  # it holds a zero byte
+        reason = "no file can have that name"
     raise Unreadable(name, reason)
 
 
@@ -67,7 +71,7 @@ def files_below(
 
     Args:
         folder: the folder.
-        left: gets hidden files and folders, and why they are left.
+        left: gets what is hidden, or no file, and why it is left.
         inside: the folder's own path from where this began.
         above: folders that this one stands in.
     """
@@ -84,6 +88,8 @@ def files_below(
             left[f"{inside}{name}"] = "hidden"
         elif os.path.isdir(folder / name):
             yield from files_below(folder / name, left, f"{inside}{name}/", above | {here})
+        elif endless(folder / name):
+            left[f"{inside}{name}"] = ENDLESS
         else:
             yield f"{inside}{name}"
 
@@ -177,7 +183,7 @@ def _stamp(path: Path) -> list[int]:
             sizes, times, changes, nodes = zip(*parts, strict=True) if parts else ([0],) * 4
             return [sum(sizes), max(times), max(changes), sum(nodes)]
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return [0] * 4
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 

@@ -4,6 +4,8 @@ import codecs
 import json
 import math
 import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
         DminError: it is not JSON, no object, or holds what :func:`odd` names.
     """
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise DminError(f"{where} is not JSON: {error}.") from error
     if not isinstance(found, dict):
@@ -66,6 +68,18 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
     if reason := odd(found):
         raise DminError(f"{where}: {reason}.")
     return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of which no name stands for two values."""
+    if twice := repeated([name for name, _ in pairs]):
+        raise ValueError(f"{twice!r} stands twice in an object")
+    return dict(pairs)
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """Return the first of some names that is there twice; None if each is there once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def odd(value: Any, name: str = "it", depth: int = 0) -> str | None:

@@ -25,6 +25,7 @@ REMEDIES = {
     errno.EIO: "the disk or the network to it failed: check both, then give the command again",
     errno.EFBIG: "files may not grow that large here: raise `ulimit -f` or lower segment_bytes",
 }
+ENDLESS = "pipe, socket or device"
 
 
 def os_failure(doing: str, path: Path, error: OSError) -> DminError:
@@ -147,3 +148,12 @@ def append(path: Path, text: str) -> None:
 
 def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
+def endless(path: Path) -> bool:
+    """Return whether a path is none that can be read to its end: a pipe, a socket, a device."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

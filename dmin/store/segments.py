@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from dmin.runtime.errors import DminError
-from dmin.runtime.files import naming, os_failure
+from dmin.runtime.files import ENDLESS, endless, naming, os_failure
 from dmin.runtime.formatting import spans
 from dmin.store.manifest import MANIFEST, UNREADABLE, Manifest
 
@@ -49,6 +49,11 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         DminError: there is no store, or its manifest is damaged.
     """
+    with naming("read", path):
+        for entry in os.scandir(path) if path.is_dir() else ():
+            known = entry.is_file() or entry.name.endswith((".kept", ".tmp"))
+            if not known and endless(Path(entry.path)):
+                raise DminError(f"{entry.path} is a {ENDLESS}, no file of a store: move it away.")
     file = path / MANIFEST
     manifest = Manifest.from_json(_text(path, file), str(file))
     for number, name in enumerate(sorted(filter(GROWTH_NAME.fullmatch, os.listdir(path))), 1):

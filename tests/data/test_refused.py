@@ -34,6 +34,8 @@ ODD = {
     "long": ('"more": "' + "x" * (2**20 + 1) + '"', "more has 1,048,577 characters"),
     "broken": ('"more', "not JSON"),
     "label": ('"label": 1.5', "the label 1.5"),
+    "large label": ('"label": 1e300', "the label 1e\\+300"),
+    "twice": ('"more": 1, "more": 2', "'more' stands twice in an object"),
 }
 
 
@@ -71,6 +73,51 @@ def test_what_a_store_cannot_keep_is_refused_or_left_out_by_name(name, write, tm
     assert [os.path.basename(id) for id in dataset.ids] in (["b.png"], ["b"])
     assert len(dataset.describe()["skipped"]) == 1
     json.dumps(dataset[0].describe(), allow_nan=False).encode()
+
+
+@pytest.mark.parametrize("table", ["metadata.csv", "metadata.parquet"])
+def test_two_columns_of_one_name_are_refused(table, tmp_path):
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    cells = [["file_name", "a.png"], ["label", "1"], ["label", "2"]]
+    if table.endswith("csv"):
+        (tmp_path / table).write_text("\n".join(map(",".join, zip(*cells, strict=True))))
+    else:
+        pyarrow, parquet = (pytest.importorskip(f"pyarrow{name}") for name in ("", ".parquet"))
+        columns = pyarrow.table([[cell] for _, cell in cells], names=[name for name, _ in cells])
+        parquet.write_table(columns, tmp_path / table)
+    with pytest.raises(DminError, match=f"{table} has two columns 'label'. Give each a name"):
+        ImageFolder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["b.png", "a.txt", "metadata.jsonl", "thing"])
+def test_what_has_no_end_is_never_read(name, tmp_path):
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    os.mkfifo(tmp_path / name)
+    dataset = ImageFolder(tmp_path)
+    assert dataset.ids == ["a.png"] and f"1 pipe, socket or device ({name})" in dataset.summary
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("b.png", "it is a pipe"), ("\0", "no file can have")]
+)
+@pytest.mark.parametrize("check", [True, False])
+def test_a_row_that_names_no_file_is_refused_or_left_out(name, reason, check, tmp_path):
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    os.mkfifo(tmp_path / "b.png")
+    rows = [json.dumps({"file_name": each}) for each in ("a.png", name)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.raises(DminError, match=reason if check else "there is no such file"):
+        ImageFolder(tmp_path, check=check)
+    if check:
+        with pytest.warns(UserWarning, match="They are left out"):
+            assert ImageFolder(tmp_path, on_error="skip").ids == ["a.png"]
+
+
+def test_where_nothing_is_left_it_is_said_what_was_wrong(tmp_path):
+    with pytest.raises(DminError, match=r"1 of the 1 image.*metadata.jsonl, line 1 .*not JSON"):
+        (tmp_path / "a.png").write_bytes(PICTURE)
+        (tmp_path / "metadata.jsonl").write_text("{")
+        ImageFolder(tmp_path, on_error="skip")
 
 
 def test_a_table_is_held_to_the_same(tmp_path):

@@ -316,3 +316,15 @@ def test_a_failed_seal_may_be_tried_again(tmp_path, make_manifest, make_rows, mo
     assert os.listdir(tmp_path) == ["manifest.json"]
     writer.close()
     assert len(Store(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("pattern", ["manifest.json", "growth-*", "segment-*", "removed-*"])
+def test_what_has_no_end_is_never_read(tmp_path, make_manifest, make_rows, pattern):
+    with StoreWriter(tmp_path / "s", make_manifest()) as writer:
+        for block in writer.pending():
+            writer.append(block, make_rows(make_manifest(), block))
+    file = next((tmp_path / "s").glob(pattern), tmp_path / "s" / pattern.replace("*", "0001.json"))
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    with pytest.raises(DminError, match=f"{file.name} is a pipe.*: move it away"):
+        Store(tmp_path / "s")
