@@ -19,13 +19,18 @@ demo: .venv/.installed ## train a small model and trace its images to their trai
 test: .venv/.installed ## run the tests
 	@.venv/bin/pytest -n auto --dist worksteal $(ARGS)
 
-fuzz: .venv/.installed ## kill 200 writers, flip every bit of the heads of a store's files (minutes)
-	@DMIN_FUZZ=5 .venv/bin/pytest -n auto tests/store/test_store_crashes.py \
-	  tests/store/test_store_catalog.py tests/store/test_store_fuzz.py $(ARGS)
+fuzz: .venv/.installed ## kill 200 writers, flip every bit of the heads of a store's files; writes docs/fuzz.md (an hour)
+	@mkdir -p outputs && rm -f outputs/fuzz.jsonl
+	@DMIN_FUZZ=5 DMIN_FUZZ_NOTES=outputs/fuzz.jsonl .venv/bin/pytest -n auto --dist worksteal \
+	  tests/store/test_store_crashes.py tests/store/test_store_catalog.py tests/store/test_store_fuzz.py \
+	  tests/attribution/test_search_certified.py $(ARGS)
+	@.venv/bin/python tests/fuzz.py docs/fuzz.md outputs/fuzz.jsonl
 
-zoo: .venv/.installed ## hold 3,300 random layers and networks to autograd (minutes)
-	@DMIN_FUZZ=20 .venv/bin/pytest -n auto tests/gradients/test_capture_random.py \
+zoo: .venv/.installed ## hold 3,300 random layers and networks to autograd; writes docs/zoo.md (minutes)
+	@mkdir -p outputs && rm -f outputs/zoo.jsonl
+	@DMIN_FUZZ=20 DMIN_FUZZ_NOTES=outputs/zoo.jsonl .venv/bin/pytest -n auto tests/gradients/test_capture_random.py \
 	  tests/gradients/test_zoo.py tests/gradients/test_layers.py -k any $(ARGS)
+	@.venv/bin/python tests/fuzz.py docs/zoo.md outputs/zoo.jsonl
 
 conformance: .venv/.installed ## run every test of a family over all, and write docs/conformance.md (minutes)
 	@DMIN_CONFORMANCE=1 .venv/bin/pytest -n auto tests/models tests/collect/test_fsdp.py $(ARGS)

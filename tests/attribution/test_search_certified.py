@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from fuzz import FUZZ
+from fuzz import FUZZ, note
 from made_stores import drawn, made
 
 from dmin.attribution import DMin, FeatureSet, GradCos, GradDot, retrieve, score_matrix
@@ -185,6 +185,7 @@ def test_every_flipped_bit_of_an_index_is_found_and_it_is_made_again(tmp_path):
         with pytest.warns(DminWarning, match="made again"):
             found = ProjectionIndex.of(train, linear, 5)
         assert np.array_equal(found.codes, built.codes) and path.read_bytes() == content
+        note("bits anywhere in an index", "made again")
 
 
 def test_an_index_of_other_shapes_is_made_again(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fuzz import longer
+from fuzz import longer, note
 from oracle import check
 from torch import nn
 
@@ -100,3 +100,4 @@ def test_any_network_agrees_with_autograd(parts, width, padding, batch, seed):
     trained = {name for name, p in network.named_parameters() if p.requires_grad}
     params = "|".join(f"^{name}$".replace(".", r"\.") for name in sorted(trained))
     check(network.double(), {"x": torch.randn(batch, 3, 8, 8, dtype=torch.float64)}, params=params)
+    note("chains of layers, float64", "right")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fuzz import longer
+from fuzz import longer, note
 from hypothesis import given, strategies as st
 from oracle import captured, check, error, one_at_a_time, square
 from torch import nn
@@ -218,6 +218,7 @@ def test_any_convolution_agrees_with_autograd(c):
     layer = getattr(nn, kind)(2 * c["groups"], 3 * c["groups"], c["kernel"], **options).double()
     x = torch.randn(c["batch"], 2 * c["groups"], *[c["size"]] * c["dimensions"]).double()
     check(layer, {"input": x})
+    note("convolutions, float64", "right")
 
 
 @longer(40)
@@ -232,6 +233,7 @@ def test_any_linear_agrees_with_autograd(sizes, positions, batch, bias, seed):
     torch.manual_seed(seed)
     layer = nn.Linear(*sizes, bias=bias).double()
     check(layer, {"input": torch.randn(batch, *positions, sizes[0]).double()})
+    note("linear layers, float64", "right")
 
 
 def test_both_ways_through_a_convolution_are_taken(monkeypatch):

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from fuzz import FUZZ
+from fuzz import FUZZ, note
 
 from dmin.runtime.array_files import read_arrays, write_arrays
 from dmin.runtime.errors import DminError, DminWarning
@@ -102,6 +102,7 @@ def test_a_damaged_catalog_is_made_again_with_a_remark(path, settled):
         assert found.digest() == whole and found.metadata == store.metadata
         assert np.array_equal(found.lengths("loss"), store.lengths("loss"))
         assert (path / NAME).stat().st_size == len(content)
+        note("bits and lengths: catalog.kept, anywhere", "made again")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,7 @@ def test_a_bit_that_flips_after_opening_is_found_when_it_is_read(path):
         with pytest.raises(DminError, match=message) as caught:
             store.features("square")
         assert "dmin store verify" in str(caught.value)
+        note("bits of rows after they were read once", "refused")
         store.mapped._maps.clear()
         segment.write_bytes(content)
     assert store.features("square").shape[0] == 30

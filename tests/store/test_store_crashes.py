@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from fuzz import FUZZ
+from fuzz import FUZZ, note
 
 from dmin.runtime import files as files_module
 from dmin.runtime.errors import DminError
@@ -83,6 +83,7 @@ def test_killed_writers_lose_nothing_sealed(tmp_path, make_manifest, make_rows, 
         write(path, manifest, ready_rows)
         assert Store(path).digest() == digest
     print(f"{kills} kills, {stores} stores, {partial} found begun")
+    note("writers killed by SIGKILL", "right", kills)
     assert partial >= 5, "the kills came too early or too late to show anything"
 
 
@@ -187,6 +188,7 @@ def test_every_flipped_bit_is_found(sealed):
         segment.write_bytes(damaged)
         with pytest.raises(DminError, match=f"damaged segments: {segment.name} .the digest"):
             Store(sealed)
+        note("bits anywhere in a segment", "refused")
     segment.write_bytes(content)
     Store(sealed).require_complete()
 
