@@ -189,10 +189,10 @@ class Capture(Generic[State, Rows]):
             self._require_known(self._pass.doubt, first)
             rows = self.sink.finish(self._pass.state)
         except OtherOutput as error:
-            rerun = {c.name for c in self._calls if isinstance(c.how, PerExampleRerun)}
-            if rerun <= self.ownership.changing or not self.ownership.alone:
-                raise
-            self.ownership.changing |= rerun
+            rerun = [c for c in self._calls if isinstance(c.how, PerExampleRerun)]
+            alike = {c.name for c in rerun if type(c.module) is type(error.module)}
+            if not self.ownership.repeat_otherwise({c.name for c in rerun}, alike - {""}, error):
+                raise self.ownership.unlike or error from None
             raise Unsettled(str(error)) from error
         finally:
             self._pass = None

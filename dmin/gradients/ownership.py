@@ -81,10 +81,11 @@ class Ownership:
         agree: says whether any process wants what this one does or does not, where several run a
             pass together.
         enclosing: modules whose parameters are differentiated by running the module around them
-            again, because rows of theirs are no one example's.
+            again, because rows of theirs are no one example's, or what they compute depends on it.
         by_network: parameters that are differentiated by running the whole network again, an
             example at a time.
         changing: modules that may change their arguments, which are copied before.
+        unlike: what the first module said that gave another output when it was run again.
         distinguished: modules whose calls were examined and have rows of examples, whatever their
             inputs look like.
         complete: examine each pass of a kind in which not every owner is known, rather than run one
@@ -101,6 +102,7 @@ class Ownership:
     enclosing: set[str] = field(default_factory=set)
     by_network: set[str] = field(default_factory=set)
     changing: set[str] = field(default_factory=set)
+    unlike: DminError | None = None
     distinguished: set[str] = field(default_factory=set)
     complete: bool = False
     graph_is_lost: bool = False
@@ -159,6 +161,29 @@ class Ownership:
             self.watch = kind not in self._confirmed
             return self._once.pop(kind)
         return self._orders[kind] if kind in self._confirmed else None
+
+    def repeat_otherwise(self, rerun: set[str], alike: set[str], error: DminError) -> bool:
+        """Have modules that give another output when they are run again be run otherwise.
+
+        First from copies of their arguments, which they may change; then with what is around them,
+        which they may depend on.
+
+        Args:
+            rerun: the modules that are run again.
+            alike: those of them of the class that gave another output, but for the network.
+            error: what it said.
+
+        Returns:
+            Whether anything is left to try.
+        """
+        left = not rerun <= self.changing or not alike <= self.enclosing
+        if not self.alone or not left:
+            return False
+        if rerun <= self.changing:
+            self.enclosing |= alike
+        self.changing |= rerun
+        self.unlike = self.unlike or error
+        return True
 
     @property
     def routed(self) -> bool:

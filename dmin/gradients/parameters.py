@@ -90,11 +90,11 @@ def choose_parameters(network: nn.Module, params: str = "all") -> Parameters:
             f"{'Load the LoRA with model.adapter=<file>. ' if params == 'lora' else ''}"
             f"Its parameters are named like: {some or '(it has none)'}."
         )
-    refused = [f"{name} ({p.dtype})" for name, p in chosen.items() if not p.is_floating_point()]
+    refused = {f"{name} ({p.dtype})" for name, p in chosen.items() if not p.is_floating_point()}
     for name, module in uncompiled(network).named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             prefix = f"{name}." if name else ""
-            refused += [f"{key} (scripted)" for key in chosen if key.startswith(prefix)]
+            refused |= {f"{key} (scripted)" for key in chosen if key.startswith(prefix)}
     if refused:
         raise DminError(
             f"dmin cannot differentiate {len(refused)} parameter(s): {some_of(refused)}. Load the "

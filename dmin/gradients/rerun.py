@@ -22,7 +22,20 @@ from dmin.runtime.errors import DminError
 
 
 class OtherOutput(DminError):
-    """A module gives another output when it is run again."""
+    """A module gives another output when it is run again.
+
+    Args:
+        call: of the module.
+    """
+
+    def __init__(self, call: "PerExampleRerun") -> None:
+        super().__init__(
+            f"{call.name} ({type(call.module).__name__}) gives another output, or fails, when it "
+            f"is run again on the same arguments: dropout is on, or it keeps something from call "
+            f"to call. Put the network in eval mode, have what it computes depend on its arguments "
+            f"alone, or leave its parameters out with params=<regex>."
+        )
+        self.module = call.module
 
 
 class PerExampleRerun:
@@ -124,15 +137,8 @@ class _Work:
                 flows = [self._part(g, i, b) for i, g in enumerate(self.output_gradients)]
             else:
                 self.call._whole = True
-                outputs = self.call.repeat(self.inputs, lambda x: x)
+                outputs = self._again()
                 flows = [self._masked(g, i, b) for i, g in enumerate(self.output_gradients)]
-                if not self.call.agrees(outputs):
-                    raise OtherOutput(
-                        f"{self.call.name} ({type(self.call.module).__name__}) gives another "
-                        f"output when it is run again on the same arguments, so its gradient "
-                        f"cannot be had. Dropout is the usual reason: put the network in eval "
-                        f"mode. Otherwise leave its parameters out with params=<regex>."
-                    )
             pairs = [
                 (out, flow)
                 for out, flow in zip(outputs, flows, strict=True)
@@ -172,12 +178,22 @@ class _Work:
                 return None
         return outputs
 
+    def _again(self) -> list[Tensor]:
+        """Return the outputs for all examples."""
+        try:
+            outputs = self.call.repeat(self.inputs, lambda x: x)
+        except (DminError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # what it was called in is gone: any error can follow
+            raise OtherOutput(self.call) from error
+        if not self.call.agrees(outputs):
+            raise OtherOutput(self.call)
+        return outputs
+
     @cached_property
     def _before(self) -> list[Tensor]:
         """The outputs for all examples: of rows along another axis no sample was kept."""
-        with torch.no_grad():
-            outputs = self.call.repeat(self.inputs, lambda x: x)
-        return [x.detach() for x in outputs]
+        return [x.detach() for x in self._again()]
 
     def _part(self, x: Tensor | None, output: int, b: int) -> Tensor | None:
         axis = self.orders[output].axis

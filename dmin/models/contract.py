@@ -10,8 +10,10 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dmin.diffusion.inputs import SHARED, NoisedBatch
+from dmin.gradients.parameters import some_of
 from dmin.models.base import Condition, Prediction
 from dmin.models.masked import encode, predict, side_by_side
 from dmin.runtime.errors import DminError
@@ -25,7 +27,8 @@ def check_model(model: Any) -> None:
     """Refuse a model without what every model has.
 
     Raises:
-        DminError: it has no network with parameters, no ``predict``, or no timesteps.
+        DminError: it has no network with parameters that have values, no ``predict``, or no
+            timesteps.
     """
     network = getattr(model, "network", None)
     if not isinstance(network, nn.Module) or next(network.parameters(), None) is None:
@@ -33,6 +36,12 @@ def check_model(model: Any) -> None:
             f"{_of(model)}.network is {_kind(network)}. It must be the torch module with the "
             f"parameters that are to be attributed: set self.network in __init__, after "
             f"super().__init__()."
+        )
+    empty = [n for n, p in network.named_parameters() if is_lazy(p) or p.is_meta]
+    if empty:
+        raise DminError(
+            f"{len(empty)} parameter(s) of the network have no values yet: {some_of(empty)}. Load "
+            f"its weights; lazy layers (nn.LazyLinear) have to be called once before."
         )
     if not callable(getattr(model, "predict", None)) or not len(getattr(model, "timesteps", ())):
         raise DminError(

@@ -94,10 +94,125 @@ class Hooked(Tokens):
 
 
 class Random(Tokens):
-    """Draws random numbers, which the guard must draw alike and not use up."""
+    """Dropout that stays on in eval mode: each example is seen through other numbers."""
 
     def between(self, h):
-        return h + 0.1 * torch.randn_like(h)
+        return nn.functional.dropout(h, 0.5)
+
+
+class OwnNumbers(Tokens):
+    """The remedy: numbers of its own, the same for all."""
+
+    def between(self, h):
+        generator = torch.Generator().manual_seed(0)
+        return h + 0.1 * torch.randn(h.shape[1:], generator=generator)
+
+
+class Places(Tokens):
+    """Makes something else of an example by its place in the pass."""
+
+    def between(self, h):
+        return h * self.factor(torch.arange(len(h)), len(h))[:, None, None]
+
+
+class FirstIsSpecial(Places):
+    def factor(self, place, count):
+        return 1.0 + (place == 0)
+
+
+class EvenIsSpecial(Places):
+    def factor(self, place, count):
+        return 1.0 + place % 2
+
+
+class OneIsSpecial(Places):
+    """One of the places alone, and not the one whose pair is computed by itself."""
+
+    def factor(self, place, count):
+        return 1.0 + (place == count - 2)
+
+
+class TableByPlace(Tokens):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(64, 1, 8))
+
+    def between(self, h):
+        return h + self.table[: len(h)]
+
+
+class SeesThoseBefore(Tokens):
+    """Examples see those before them, without a gradient."""
+
+    def between(self, h):
+        return h + 0.1 * (h.detach().cumsum(0) - h.detach())
+
+
+class SeesThoseBehind(Tokens):
+    def between(self, h):
+        return h + 0.1 * (h.detach().flip(0).cumsum(0).flip(0) - h.detach())
+
+
+class SeesOne(Tokens):
+    """One example sees its neighbour."""
+
+    def between(self, h):
+        return torch.cat([h[:1], h[1:-1], h[-1:] + h[-2:-1].detach()]) if len(h) > 1 else h
+
+
+class AddsToTheLast(Tokens):
+    """Keeps what a pass computed for the next, as caches of features do."""
+
+    kept = None
+
+    def between(self, h):
+        last, self.kept = self.kept, h.detach()
+        return h if last is None or last.shape != h.shape else h + last
+
+
+class Averages(Tokens):
+    """A running average in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def between(self, h):
+        self.mean.lerp_(h.detach().mean((0, 1)), 0.1)
+        return h - self.mean
+
+
+class Counts(Tokens):
+    """Changes what it holds, though no gradient depends on that."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+
+    def between(self, h):
+        self.passes += 1
+        return h
+
+
+class Renormalises(Tokens):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(8, 8, max_norm=0.5)
+
+    def between(self, h):
+        return h + self.table(torch.arange(8))
+
+
+class RemadeTable(Tokens):
+    """A table that is made at its first use is no state."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(0))
+
+    def between(self, h):
+        self.table = torch.linspace(0, 1, 8)
+        return h * self.table
 
 
 def collect(network, path, microbatch, count=16, first=1.0):
@@ -217,8 +332,61 @@ def test_a_decision_over_the_whole_batch_is_refused(tmp_path):
 
 @pytest.mark.parametrize("microbatch", [4, 16])
 def test_an_order_that_changes_from_run_to_run_is_refused(microbatch, tmp_path):
-    with pytest.raises(DminError, match=r"(do not scale|cannot be settled).*collect\.microbatch=1"):
+    with pytest.raises(DminError, match=r"other gradients when it is run again|cannot be settled"):
         collect(Counting, tmp_path / "s", microbatch)
+
+
+BY_PLACE = [FirstIsSpecial, EvenIsSpecial, OneIsSpecial, TableByPlace]
+
+
+@pytest.mark.parametrize("microbatch", [2, 3, 4, 16, 64])
+@pytest.mark.parametrize("network", [*BY_PLACE, SeesThoseBefore, SeesThoseBehind, SeesOne])
+def test_what_is_made_of_an_example_by_its_place_or_neighbours_is_refused(
+    network, microbatch, tmp_path
+):
+    images = torch.rand(16, 1, 8, WIDTH, generator=torch.Generator().manual_seed(0))
+    collector = GradientCollector(Denoiser(network), BlockCyclic(64, block=16), Stratified(4))
+    guard = Guard(collector, collector.ownership)
+    batch = collector.inputs(images, {}, [f"x{i}" for i in range(16)]).all()
+    with pytest.raises(DminError, match=r"(its place|by their place).*collect\.microbatch=1"):
+        guard.run(batch.rows(slice(0, microbatch)))
+    guard.run(batch.rows(slice(0, 1)))
+
+
+@pytest.mark.parametrize("microbatch", [1, 16])
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (AddsToTheLast, "keeps something from one pass to the next"),
+        (Random, r"draws random numbers.*eval mode.*torch\.Generator"),
+        (Averages, "changes what it holds while it runs: mean"),
+        (Counts, "changes what it holds while it runs: passes"),
+        (Renormalises, r"while it runs: table\.weight.*max_norm"),
+    ],
+)
+def test_a_network_that_is_another_after_a_pass_is_refused(network, message, microbatch, tmp_path):
+    images = torch.rand(8, 1, 8, WIDTH, generator=torch.Generator().manual_seed(0))
+    model = Denoiser(network)
+    collector = GradientCollector(model, BlockCyclic(64, block=16), Stratified(4))
+    before = {name: value.clone() for name, value in model.network.named_buffers()}
+    guard = Guard(collector, collector.ownership)
+    batch = collector.inputs(images, {}, [f"x{i}" for i in range(8)]).all()
+    with pytest.raises(DminError, match=message):
+        guard.run(batch.rows(slice(0, microbatch)))
+    for name, value in model.network.named_buffers():
+        assert torch.equal(value, before[name])
+
+
+def renormalised():
+    network = Renormalises()
+    network.table(torch.arange(8))
+    network.table.max_norm = None
+    return network
+
+
+@pytest.mark.parametrize("network", [OwnNumbers, renormalised, RemadeTable])
+def test_a_network_that_does_the_same_each_time_passes(network, tmp_path):
+    assert collect(network, tmp_path / "s", 16).complete
 
 
 def test_each_part_of_the_schedule_is_checked(tmp_path):
@@ -266,11 +434,3 @@ def test_scaled_losses_scale_rows_bit_for_bit(dtype):
 @pytest.mark.parametrize("microbatch", [1, 5, 64])
 def test_right_networks_pass(microbatch, tmp_path):
     assert collect(Tokens, tmp_path / "s", microbatch).complete
-
-
-def test_random_numbers_are_drawn_alike_and_not_used_up(tmp_path):
-    torch.manual_seed(1)
-    first = collect(Random, tmp_path / "a", 64)
-    torch.manual_seed(1)
-    network, store = Denoiser(Random), collect(Random, tmp_path / "b", 64)
-    assert network is not None and store.digest() == first.digest()

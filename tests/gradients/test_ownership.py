@@ -433,7 +433,69 @@ class Masked(nn.Linear):
         return self.raw.tril()
 
 
+class Borrowing(Between):
+    """A layer that is called with the parameters of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(WIDTH, 8)
+
+    def forward(self, x):
+        lent = dict(self.other.named_parameters())
+        return super().forward(x) + self.b(torch.func.functional_call(self.a, lent, (x,)))
+
+
+class Told(nn.Module):
+    """What it computes, its parent tells it otherwise than by arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.power = nn.Parameter(torch.randn(8)), None
+
+    def forward(self, x):
+        return x * self.scale**self.power
+
+
+class Telling(Between):
+    def __init__(self):
+        super().__init__()
+        self.told = Told()
+
+    def forward(self, x):
+        found = []
+        for self.told.power in (1, 2):
+            found.append(self.told(self.a(x)))
+        self.told.power = None
+        return self.b(sum(found))
+
+
+class Taking(nn.Module):
+    """Takes from a list what those before it put there."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(8))
+
+    def forward(self, x, kept):
+        return x + self.scale * kept.pop()
+
+
+class SkipConnections(Between):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ModuleList([Taking(), Taking()])
+
+    def forward(self, x):
+        kept = [self.a(x), self.a(x.flip(1))]
+        for up in self.up:
+            x = up(kept[-1], kept)
+        return self.b(x)
+
+
 UNUSUAL = {
+    "borrowing": Borrowing,
+    "telling": Telling,
+    "skip connections": SkipConnections,
     "assigned": Assigned,
     "foreach": Foreach,
     "hooked": hooked(),

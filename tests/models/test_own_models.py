@@ -167,6 +167,8 @@ def test_the_timesteps_may_have_the_name_of_earlier_releases():
     [
         ("network", None, r"Own\.network is None"),
         ("network", torch.nn.ReLU(), r"Own\.network is a ReLU"),
+        ("network", torch.nn.LazyLinear(4), r"no values yet: bias, weight.*called once"),
+        ("network", torch.nn.Linear(4, 4, device="meta"), r"no values yet: bias, weight\. Load"),
         ("timesteps", (), "needs a method predict.* and timesteps"),
     ],
 )

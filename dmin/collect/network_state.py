@@ -1,0 +1,72 @@
+"""What a network holds between two passes, which must be the same after each."""
+
+import torch
+from torch import nn
+
+from dmin.gradients.parameters import some_of
+from dmin.runtime.errors import DminError
+
+# Numbers of a buffer up to which it is kept; larger ones are weights rather than a state.
+STATE = 1 << 24
+
+
+class NetworkState:
+    """Parameters, buffers and random numbers of a network, which its passes must not change.
+
+    Else a row would depend on the passes before it, and the user's network would be another one
+    after a collection.
+
+    Args:
+        network: whose buffers are kept, to be given back.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._buffers = {
+            name: buffer.detach().clone()
+            for name, buffer in network.named_buffers()
+            if buffer.numel() <= STATE
+        }
+        self._versions: dict[str, int] = {}
+        self._random: list[torch.Tensor] = []
+
+    def begin(self) -> None:
+        """Take the random numbers as they are before a pass, the parameters before the first."""
+        if not self._versions:
+            self._versions = {n: p._version for n, p in self._network.named_parameters()}
+        self._random = self._generators()
+
+    def require_unchanged(self) -> None:
+        """Refuse a network that changes what it holds; its buffers are given back.
+
+        Raises:
+            DminError: with the names; or it draws random numbers.
+        """
+        if not all(map(torch.equal, self._random, self._generators())):
+            raise DminError(
+                "the network draws random numbers while it runs, so that no two examples, and no "
+                "query, are seen alike. Switch off dropout that stays on in eval mode; numbers "
+                "that are meant must be the same for all examples, drawn from a torch.Generator "
+                "of a fixed seed."
+            )
+        changed = [
+            n for n, p in self._network.named_parameters() if p._version != self._versions[n]
+        ]
+        for name, buffer in self._network.named_buffers():
+            kept = self._buffers.get(name)
+            if kept is None or kept.shape != buffer.shape:
+                continue  # a table that is remade
+            if not torch.equal(kept.to(buffer), buffer):
+                changed.append(name)
+                buffer.detach().copy_(kept)
+        if changed:
+            raise DminError(
+                f"the network changes what it holds while it runs: {some_of(changed)}. Have its "
+                f"forward leave that as it is: switch it off in eval mode, or (nn.Embedding's "
+                f"max_norm) do it once before, and set it to None."
+            )
+
+    def _generators(self) -> list[torch.Tensor]:
+        device = next(self._network.parameters()).device
+        on_gpu = device.type == "cuda"
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_gpu else [])]
