@@ -127,7 +127,7 @@ class EDM(Process):
         kind: ``epsilon`` or ``v_prediction``: the sign of c_out.
 
     Raises:
-        DminError: another prediction type.
+        DminError: another prediction type, or σ_d is not positive.
     """
 
     allowed: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -144,6 +144,11 @@ class EDM(Process):
             )
         self.kind = kind
         self.sigma_data: float = float(sigma_data)
+        if not self.sigma_data > 0:
+            raise DminError(
+                f"scheduler.sigma_data={sigma_data}: give a positive number, the deviation of the "
+                f"data. Mend it in the checkpoint's scheduler/scheduler_config.json."
+            )
         self.timesteps: Sequence[float] = ContinuousTimesteps(timesteps)
 
     def levels(self, t: Tensor, like: Tensor) -> Levels:
@@ -215,8 +220,10 @@ class RectifiedFlow(Process):
         own = 1.0 if config.get("use_dynamic_shifting") else config.get("shift")
         own = config.get("flow_shift", 1.0) if own is None else own
         self.shift: float = float(own if shift is None else shift)
-        if self.shift <= 0:
-            raise DminError(f"shift={shift}: give a positive number, or null for the scheduler's.")
+        if not self.shift > 0:
+            raise DminError(
+                f"shift={self.shift}: give a positive number, or null for the scheduler's."
+            )
         self.target = target
         self.num: int = int(config["num_train_timesteps"])
         even = [step / self.num for step in range(self.num, 0, -1)]

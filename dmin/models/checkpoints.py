@@ -114,7 +114,9 @@ def load_pipeline(
             found = pipeline_class.from_pretrained(where, variant=variant, **options)
             _refuse_quantised(found, path)
             return found
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, TypeError, ImportError, LookupError, RuntimeError) as error:
         raise DminError(_why_not(path, source, pipeline_class, error)) from error
 
 

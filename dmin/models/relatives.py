@@ -161,7 +161,7 @@ def check_checkpoint(family: str, path: str, revision: str | None) -> Any:
     """
     what = f"model.path={path}"
     pipeline_class = pipeline_of(family)
-    index = pipeline_class.load_config(path, revision=revision)
+    index = _settings(pipeline_class.load_config(path, revision=revision))
     held = index.get("_class_name", "pipeline without a name")
     held = held if isinstance(held, str) else str(held[-1])
     check_pipeline(held, family, what)
@@ -200,9 +200,15 @@ def latent_channels(config: Mapping[str, Any]) -> int:
 def _config(kind: Any, path: str, name: str, revision: str | None) -> Any:
     """Return the settings of a component; early checkpoints have it in no folder of its own."""
     try:
-        return kind.load_config(path, subfolder=name, revision=revision)
+        return _settings(kind.load_config(path, subfolder=name, revision=revision))
     except OSError:
-        return kind.load_config(path, revision=revision)
+        return _settings(kind.load_config(path, revision=revision))
+
+
+def _settings(found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise ValueError(f"a config is a {type(found).__name__}, where settings by name are needed")
+    return found
 
 
 def check_component(name: str, component: str, family: str, what: str) -> None:

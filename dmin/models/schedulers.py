@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import torch
 from diffusers import DDPMScheduler
 
 from dmin.diffusion.loss import LossSettings
@@ -76,7 +77,22 @@ def process_of(
             f"model.shift={shift}: this checkpoint's {name}Scheduler is that of a "
             f"{type(found).__name__}, which has no such setting. Set it to null."
         )
+    _require_levels(found, name)
     return found.trained_with(settings or LossSettings())
+
+
+def _require_levels(process: Process, name: str) -> None:
+    """Refuse settings that give no timestep, or one without a level of noise."""
+    t = torch.tensor(list(process.timesteps), dtype=torch.float64)
+    levels = process.levels(t, t[:, None])
+    signal = levels.alpha + levels.sigma  # NaN where ᾱ is no part of one
+    if not len(t) or not bool((signal.isfinite() & (signal > 0)).all()):
+        raise DminError(
+            f"scheduler {name}Scheduler: its settings give {len(t)} timesteps, "
+            f"{int((~signal.isfinite()).sum())} of them without a level of noise. Mend "
+            f"num_train_timesteps, betas (each between 0 and 1) or shift in the checkpoint's "
+            f"scheduler/scheduler_config.json."
+        )
 
 
 def _found(scheduler: Any, name: str, shift: float | None) -> Process:

@@ -5,6 +5,8 @@ process, must lead the real sampler to x0 and have a loss of zero.
 """
 
 import inspect
+import json
+import shutil
 import warnings
 
 import diffusers
@@ -253,6 +255,27 @@ def test_settings_that_contradict_a_class_are_refused(name, settings, message):
         process_of(made(name, settings))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {"beta_start": float("nan")}) for name in DISCRETE if name != "UnCLIP"),
+        ("DDPM", {"beta_start": -0.1}),
+        ("EulerDiscrete", {"trained_betas": [0.1, 1.5, 0.1]}),
+        ("DDPM", {"num_train_timesteps": 0}),
+        ("EDMEuler", {"num_train_timesteps": 0}),
+        ("EDMEuler", {"sigma_data": 0.0}),
+        ("EDMDPMSolverMultistep", {"sigma_data": -1.0}),
+        ("EDMEuler", {"sigma_data": float("nan")}),
+        ("FlowMatchEulerDiscrete", {"shift": float("nan")}),
+        ("FlowMatchHeunDiscrete", {"shift": 0.0}),
+    ],
+)
+def test_settings_without_levels_of_noise_are_refused(name, settings):
+    """They are checked with all timesteps, not where a collection would take its gradients."""
+    with pytest.raises(DminError, match=r"scheduler.*Mend|shift=(nan|0.0)"):
+        process_of(made(name, settings))
+
+
 def test_a_users_own_scheduler_is_that_of_the_class_it_is_made_of():
     class Own(diffusers.DDIMScheduler):
         def __init__(self, **settings):
@@ -288,6 +311,31 @@ def test_a_saved_ddpm_is_what_its_scheduler_says(tmp_path):
     assert model.describe() != DDPM(model.network, diffusers.EDMEulerScheduler()).describe()
     model.save_pretrained(tmp_path / "again")
     assert DDPM.from_pretrained(tmp_path / "again").describe() == model.describe()
+
+
+MALFORMED = {
+    "scheduler/scheduler_config.json": [
+        {"num_train_timesteps": -5},
+        {"num_train_timesteps": 0},
+        {"beta_schedule": "cosine"},
+        "[" * 100_000,
+    ],
+    "model_index.json": [[]],
+    "unet/config.json": [[]],
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"), [(file, each) for file, all in MALFORMED.items() for each in all]
+)
+def test_malformed_settings_of_a_checkpoint_are_refused(file, changes, ddpm_path, tmp_path):
+    path = shutil.copytree(ddpm_path, tmp_path / "copy")
+    if isinstance(changes, dict):
+        changes = {**json.loads((path / file).read_text()), **changes}
+    text = changes if isinstance(changes, str) else json.dumps(changes)
+    (path / file).write_text(text)
+    with pytest.raises(DminError, match=r"model\.path=|scheduler"):
+        DDPM.from_pretrained(path)
 
 
 def test_a_continuous_ladder_takes_all_between_its_ends():
