@@ -51,8 +51,8 @@ class Generated:
         if not self.prompts or self.per_prompt < 1 or self.steps < 1:
             raise DminError(
                 f"queries.prompts={list(self.prompts)}, queries.per_prompt={self.per_prompt}, "
-                f"queries.steps={self.steps}: nothing to generate. Give prompts, and one or more "
-                f"images a prompt and steps an image."
+                f"queries.steps={self.steps}: nothing to generate. Give prompts, and at least one "
+                f"image for each prompt and one step."
             )
 
     def generate(self, model: DiffusionModel, folder: str | Path) -> None:
@@ -153,7 +153,8 @@ def require_one_shape(queries: Dataset, train: Dataset) -> None:
         told = [" × ".join(map(str, sides)) for sides in (asked, known)]
         raise DminError(
             f"the queries are {told[0]} pixels, the training examples {told[1]}: with "
-            f"noise.shapes=one they would see different noise, and scores would mean little. Set "
-            f"queries.size=<pixels> (of clips queries.frames) as the data have it, or collect both "
+            f"noise.shapes=one they would get different noise, which makes scores meaningless. Set "
+            f"queries.size=<pixels> "
+            f"(for clips queries.frames) to that of the data, or collect both "
             f"with noise.shapes=field."
         )

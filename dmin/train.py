@@ -144,7 +144,7 @@ class DiffusionTrainer(lightning.LightningModule):
         if not torch.isfinite(loss):
             raise DminError(
                 f"the training loss became {loss.item()} at step {batch_idx}. Lower "
-                f"train.learning_rate (now {self.learning_rate:g}) or look at the images."
+                f"train.learning_rate (now {self.learning_rate:g}) or check the images."
             )
         self.log("loss", loss, prog_bar=True)
         return loss
@@ -202,7 +202,7 @@ def train(
             range, or the loss became NaN.
     """
     if len(dataset) == 0:
-        raise DminError("train: the dataset is empty, so there is nothing to learn from.")
+        raise DminError("train: the dataset is empty, so there is nothing to train on.")
     if steps < 1 or not 0 <= ema_decay < 1:
         raise DminError(
             f"train.steps={steps}, train.ema_decay={ema_decay}: at least one step and a decay in "

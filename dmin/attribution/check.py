@@ -22,14 +22,16 @@ def check_pair(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
     check_comparable(queries.store, train.store)
     if method.requires.images and getattr(queries.dataset, "part", None) is not None:
         raise DminError(
-            f"method={method.name} compares whole pictures, and a part of them is asked about. "
-            f"Leave queries.region and queries.mask out, or choose a method of gradients."
+            f"method={method.name} compares whole pictures, but the query is a part of a picture. "
+            f"Leave out queries.region and queries.mask, or choose a method that compares "
+            f"gradients."
         )
     if method.requires.images and "without" in queries.store.manifest.dataset:
         raise DminError(
-            f"method={method.name} compares pictures, and the difference of two prompts is asked "
-            f"about. Leave --concept and --without (model.query_without) out, or choose a method "
-            f"of gradients."
+            f"method={method.name} compares pictures, but the query is the difference of two "
+            f"prompts. Leave out --concept and --without (model.query_without), or choose a method "
+            f"that "
+            f"compares gradients."
         )
     if method.requires.model:
         _check_origin(queries, train, method)
@@ -68,17 +70,18 @@ def _check_origin(queries: FeatureSet, train: FeatureSet, method: Method) -> Non
         spelled = f"{value:g}" if isinstance(value, float) else repr(value)
         raise DminError(
             f"the queries were collected with model.query_{name}={spelled}, but method="
-            f"{method.name} computes their gradients anew, of the plain loss. Set "
-            f"model.query_{name}=null, or take a method that reads the store."
+            f"{method.name} computes their gradients again, of the plain loss. Set "
+            f"model.query_{name}=null, or choose a method that only reads the store."
         )
     if train.origin is None:
         raise DminError(
-            f"method={method.name} runs the model itself, but only a store was given. Give what "
-            f"made it as well: FeatureSet(store, dataset, origin=collector)."
+            f"method={method.name} runs the model itself, but only a store was given. Also give "
+            f"the dataset and "
+            f"the collector that made it: FeatureSet(store, dataset, origin=collector)."
         )
     if fingerprint(train.origin.describe()) != fingerprint(train.store.manifest.features):
         raise DminError(
-            f"method={method.name} was given another model, noise or sketch than "
+            f"method={method.name} was given a collector with another model, noise or sketch than "
             f"{train.store.path} was collected with. Give the collector that made it."
         )
 
@@ -87,8 +90,8 @@ def _check_trajectory(queries: FeatureSet, method: Method) -> None:
     """Refuse queries of whose generation nothing is known."""
     if not queries.trajectory:
         raise DminError(
-            f"method={method.name} needs what the queries looked like while they were generated. "
-            f"Generate them with queries=generated queries.trajectory=10 "
+            f"method={method.name} needs the intermediate states of generated queries. Generate "
+            f"them with queries=generated queries.trajectory=10 "
             "(FeatureSet(…, trajectory=[…]))."
         )
     for state in queries.trajectory:
@@ -101,8 +104,8 @@ def _checkpoint(side: FeatureSet, name: str, method: Method) -> FeatureSet:
     """Return a side's examples under a checkpoint, or say that they are not there."""
     if name not in side.checkpoints:
         raise DminError(
-            f"method={method.name} reads the checkpoint {name!r}, of which {side.store.path} is "
-            f"not accompanied ({', '.join(side.checkpoints) or 'by none'}). Collect it, and give "
+            f"method={method.name} reads the checkpoint {name!r}, which {side.store.path} does "
+            f"not have ({', '.join(side.checkpoints) or 'by none'}). Collect it, and give "
             f"FeatureSet(store, checkpoints={{{name!r}: FeatureSet(…)}})."
         )
     other = side.checkpoints[name]

@@ -160,9 +160,10 @@ class FeatureSet:
         wrong = [n for n in told if not isinstance(n, int | float) or not 0 < n < math.inf]
         if wrong:
             raise DminError(
-                f"{self.store.path} has an example with repeats={wrong[0]!r} in its metadata, no "
-                f"number of passes an epoch. Mend it (dmin store metadata), or have each example "
-                f"count once: collect.repeats=false."
+                f"{self.store.path} has an example with repeats={wrong[0]!r} in its metadata, "
+                f"which is "
+                f"not a number of passes in an epoch. Fix it (dmin store metadata), or count each "
+                f"example once: collect.repeats=false."
             )
         return None if set(told) <= {1} else torch.tensor(told, dtype=torch.float64)
 
@@ -225,13 +226,13 @@ class FeatureSet:
         """
         if self.dataset is None:
             raise DminError(
-                "this method looks at the images, but only a store was given. Give the dataset as "
-                "well: FeatureSet(store, dataset)."
+                "this method compares images, but only a store was given. Also give the "
+                "dataset: FeatureSet(store, dataset)."
             )
         if id not in self._places:
             raise DminError(
-                f"the store has an example {id!r} that the dataset lacks: the dataset changed "
-                f"since collection. Restore it, or collect again."
+                f"the store has an example {id!r} that the dataset lacks: the dataset has changed "
+                f"since it was collected. Restore it, or collect again."
             )
         return self.dataset[self._places[id]]
 

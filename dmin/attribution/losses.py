@@ -138,8 +138,9 @@ def require_held_out(
     if found:
         told = f"{', '.join(found[:3])}{', …' if found[3:] else ''}"
         raise DminError(
-            f"{len(found):,} of {len(held):,} images that were to be held out are training images "
-            f"({told}: the same loss at every timestep). Leave them out; the others' are kept."
+            f"{len(found):,} of {len(held):,} held-out images are training images "
+            f"({told}: the same loss at every timestep). Leave them out; the losses of the others "
+            f"are kept."
         )
 
 
@@ -155,7 +156,9 @@ def over_fitting(train: LossTable, held: LossTable) -> Gap:
     from scipy.stats import t as student
 
     if train.draws != held.draws:
-        raise DminError("losses of training images and of those held out have other draws.")
+        raise DminError(
+            "losses of training images and of held-out images have different noise draws."
+        )
     mean = float(held.relative.mean() - train.relative.mean())
     if len(held.relative) < FEW or len(train.relative) < FEW:
         return Gap(mean, None, None, len(held.relative))

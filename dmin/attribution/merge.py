@@ -25,7 +25,9 @@ def merged(parts: Sequence[Ranking], k: int, min_score: float | None = None) -> 
     """
     first = parts[0]
     if any(_question(each) != _question(first) for each in parts):
-        raise DminError("These rankings answer different questions: merge parts of one only.")
+        raise DminError(
+            "These rankings answer different questions: only parts of one ranking can be merged."
+        )
     sign = 1 if first.order == "proponents" else -1
     rows = np.concatenate([each.train_rows for each in parts], axis=1)
     scores = np.concatenate([each.scores for each in parts], axis=1)
@@ -83,7 +85,7 @@ def enough_of(scores: np.ndarray, sign: int, min_score: float) -> int:
     enough = int((strongest >= np.float32(min_score)).sum(1).max())
     if not enough:
         raise DminError(
-            f"min_score={min_score:g} leaves no example to any query: the strongest score is "
+            f"min_score={min_score:g} leaves no example for any query: the strongest score is "
             f"{sign * strongest.max():.6g}."
         )
     return enough

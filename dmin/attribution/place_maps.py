@@ -126,8 +126,9 @@ class _Split:
         origin: Any = train.origin
         if origin is None:
             raise DminError(
-                "places run the model itself, but only a store was given. Give what made it as "
-                "well: FeatureSet(store, dataset, origin=collector)."
+                "places run the model itself, but only a store was given. Also give the dataset "
+                "and the collector that "
+                "made it: FeatureSet(store, dataset, origin=collector)."
             )
         method.fit(train)
         self.queries, self.train, self.method = queries, train, method
@@ -145,8 +146,9 @@ class _Split:
         examples = [self.train.example(id) for id in ids]
         if any(example.drawn for example in examples):
             raise DminError(
-                f"retrieve.places: {ids[0]!r} and others stand for draws of the data (run.draws), "
-                f"each mirrored or cut otherwise, and have no one map. Set retrieve.places=null."
+                f"retrieve.places: {ids[0]!r} and others have several draws (run.draws), mirrored "
+                f"or "
+                f"cropped differently, so there is no single map. Set retrieve.places=null."
             )
         there = [self.known.pairs([example]) for example in examples]
         scales = [self._scale(asked, id) for id in ids]
@@ -175,8 +177,8 @@ class _Split:
         asked = self.method.transform_query(self.queries.block(row, self.method.requires))
         if not isinstance(asked, InnerProduct):
             raise DminError(
-                f"retrieve.places splits inner products with rows of the store over places, and "
-                f"method={self.method.name} scores otherwise. {_REMEDY}"
+                f"retrieve.places splits inner products with stored rows over positions, but "
+                f"method={self.method.name} computes another kind of score. {_REMEDY}"
             )
         return asked
 

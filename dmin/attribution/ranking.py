@@ -296,5 +296,5 @@ def format_score(score: float) -> str:
 def _refuse(name: str, value: object, allowed: str) -> None:
     raise DminError(
         f"A ranking cannot have {name} = {value}: allowed is {allowed}. "
-        "Build it from the stores and the method's scores, and leave its order alone."
+        "Create rankings with retrieve, and do not reorder them."
     )

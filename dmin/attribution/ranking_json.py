@@ -127,7 +127,7 @@ def load_rankings(path: str | Path) -> list[Ranking]:
         if version not in range(1, VERSION + 1):
             raise DminError(
                 f"{path} holds a ranking of version {version}, this dmin reads 1 to {VERSION}: "
-                f"rank again, or read it with the dmin that wrote it."
+                f"rank again, or read it with the version of dmin that wrote it."
             )
         if version == 1:
             return [_without_errors(_ranking(content, {}))]

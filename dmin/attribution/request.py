@@ -52,7 +52,9 @@ class Request:
         self.keep = selection.kept(metadata)
         self.groups = selection.groups(metadata) if selection.group_by else None
         if index is not None and self.groups is not None:
-            raise DminError("An index cannot help: groups need every score. Set index=null.")
+            raise DminError(
+                "An index cannot be used: ranking by group needs every score. Set index=null."
+            )
         allowed, what = selection.candidates(metadata)
         self.candidates, self.estimated = allowed, False
         self.everywhere, self.part = self.keep, False  # what `keep` is without a part
@@ -127,7 +129,7 @@ class Request:
     def _indexed(self, asked: Any, index: Index) -> Answer:
         if not isinstance(asked, InnerProduct):
             raise DminError(
-                f"An index cannot help: {self.method.name} scores are no inner product. Set "
+                f"An index cannot be used: {self.method.name} scores are not inner products. Set "
                 f"index=null."
             )
         store, sign = self.train.store, self.selection.sign
@@ -174,7 +176,7 @@ class Request:
         if self.groups is not None and self.selection.group_score != "max":
             raise DminError(
                 f"retrieve.split=true, but the {self.selection.group_score} over "
-                f"{self.selection.group_by} is no single example's score. Set "
+                f"{self.selection.group_by} is not the score of a single example. Set "
                 f"retrieve.group_score=max, or retrieve.split=false."
             )
         if isinstance(asked, InnerProduct):
@@ -183,9 +185,11 @@ class Request:
         if found is None or found.shape[3] == 1:
             raise DminError(
                 f"retrieve.split=true, but {self.method.name} scores cannot be split between "
-                f"groups of layers: they are not made of inner products of gradients. Methods that "
-                f"are one (dmin, grad_dot, trak, spectral, …), averages of such, and powers "
-                f"of one (spectral_energy, sharp_energy, das) can be. Choose one of these, or "
+                f"groups of layers: they do not come from inner products of gradients. Scores that "
+                f"are "
+                f"one inner product (dmin, grad_dot, trak, spectral, …), averages of them, and "
+                f"powers (spectral_energy, sharp_energy, das) can be split. Choose one of these "
+                f"methods, or "
                 f"set retrieve.split=false."
             )
 

@@ -48,8 +48,8 @@ def outlier_scores(train: FeatureSet, method: Method, name: str | None = None) -
     if np.ptp(few) <= 1e-3 * np.abs(few).max():
         raise DminError(
             f"method={name or method.name} gives every example the same score with itself "
-            f"({few.mean():.4g}), since it compares directions or pictures alone. Take one that "
-            f"looks at the lengths of gradients too: method=grad_dot, datainf or training_loss."
+            f"({few.mean():.4g}), since it compares only directions or pictures. Choose one that "
+            f"also uses the norms of gradients: method=grad_dot, datainf or training_loss."
         )
     return fitted_self_influence(train, method, np.arange(len(train)))
 

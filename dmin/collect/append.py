@@ -51,8 +51,8 @@ def collect_more(
     if said:
         lines = "; ".join(line for lines in said.values() for line in lines)
         raise DminError(
-            f"{path} cannot grow by this collector's rows: {lines}, where here is this command and"
-            " there is the store. Use the store's settings."
+            f"{path} cannot be extended by this collector's rows: {lines} ('here' is this command, "
+            f"'there' the store). Use the store's settings."
         )
     same = store.manifest.dataset == here.dataset
     begun = same and not store.complete
@@ -67,7 +67,7 @@ def collect_more(
         known.update(gone)
         warnings.warn(
             f"{len(gone):,} of the examples were removed from {path}, such as {gone[0]!r}: they "
-            f"are left out. collect.restore=true collects them again.",
+            f"are left out. Set collect.restore=true to collect them again.",
             DminWarning,
             stacklevel=2,
         )
@@ -89,7 +89,9 @@ def _require_all(store: Store, ids: list[str]) -> None:
     gone = sorted(set(store.ids) - set(ids))
     if gone:
         raise DminError(
-            f"The store {store.path} has {len(gone)} examples that the dataset has no more, such as"
-            f" {gone[0]!r}: if they are to go, run `dmin store remove {store.path} {gone[0]} ...`"
-            " first; if not, bring them back."
+            f"The store {store.path} has {len(gone)} examples that are no longer in the dataset, "
+            f"such as"
+            f" {gone[0]!r}: remove them from the store first (`dmin store remove {store.path} "
+            f"{gone[0]} ...`), "
+            f"or restore them in the dataset."
         )

@@ -93,7 +93,7 @@ class Collector:
             )
         if microbatch != "auto" and (isinstance(microbatch, str) or microbatch < 1):
             raise DminError(
-                f"collect.microbatch={microbatch}: give auto, or a number of pairs from 1 up."
+                f"collect.microbatch={microbatch}: give auto, or a number of pairs, 1 or more."
             )
         check_model(model)
         self.model = model
@@ -179,7 +179,7 @@ class Collector:
             raise DminError(
                 f"a pass of {size} pairs of example and timestep ran out of GPU memory. Set "
                 f"collect.microbatch, collect.memory or collect.budget lower, or "
-                f"collect.gradient_checkpointing=true. Blocks finished before are kept."
+                f"collect.gradient_checkpointing=true. Finished blocks are kept."
             ) from error
         order = torch.cat(groups).argsort() if len(groups) > 1 else None
         shape = inputs.examples, self.noise.draws, len(self.timesteps)

@@ -73,8 +73,9 @@ def finished(path: Path, share: Shard, lost: dict[Shard, str]) -> Store:
         why = [f"{who}: {what}" for who, what in sorted(lost.items())]
         raise DminError(
             f"The store {path} lacks {len(missing)} blocks of {share_of(share)} (numbers "
-            f"{spans(missing)}). {'; '.join(why) or 'A process ended before its blocks'}. What is "
-            f"sealed is kept: give the same command again, it does only what is missing."
+            f"{spans(missing)}). {'; '.join(why) or 'A process ended before its blocks'}. Sealed "
+            f"blocks "
+            f"are kept: run the same command again, it computes only the missing ones."
         )
     return Store(path) if store.complete and share.is_first else store
 

@@ -102,11 +102,12 @@ def refresh_metadata(path: str | Path, dataset: Dataset, same_images: bool = Fal
         lines += _changed(store, known, columns)
     if lines:
         raise DminError(
-            f"{store.path} was collected from other data than these: {'; '.join(lines)}, where "
-            f"here are these. Only metadata besides labels and captions can be taken over: name "
-            f"their columns as they were (label=, text=), and where captions were (layout=plain: "
-            f"in metadata files alone), or, if the images are those of then and were only written "
-            f"anew or some removed, say same_images=true."
+            f"{store.path} was collected from other data: {'; '.join(lines)} ('here' is the "
+            f"data given now). Only metadata other than labels and captions can be refreshed: "
+            f"give the same label and caption columns (label=, text=) and source of "
+            f"captions (layout=plain: only metadata files), or, if the images are the same and "
+            f"were only "
+            f"rewritten or partly removed, set same_images=true."
         )
     renew_metadata(store, [known[id].describe() for id in store.ids])
     beside = {name: value for name, value in kept.items() if name not in {*old, "joined"}}
@@ -130,9 +131,9 @@ def warn_if_stale(store: Store, dataset: Dataset, most: int = 1000) -> None:
         now = json.loads(json.dumps(facts_at(dataset, places[store.ids[row]]).describe()))
         if lines := differences(now, store.metadata[row]):
             warnings.warn(
-                f"the metadata of {store.path} are not those of the data any more "
-                f"({store.ids[row]}: {lines[0]}, where there is the store): `dmin store metadata "
-                f"{store.path}` takes them over.",
+                f"the metadata of {store.path} differ from those of the data now "
+                f"({store.ids[row]}: {lines[0]}; 'there' is the store): `dmin store metadata "
+                f"{store.path}` refreshes them.",
                 DminWarning,
                 stacklevel=2,
             )
@@ -150,8 +151,9 @@ def _require_ids(store: Store, ids: Sequence[str]) -> None:
         if each
     ]
     raise DminError(
-        f"The examples of {store.path} and of the data are not the same: {' and '.join(told)}. "
-        f"Remove (`dmin store remove`) or collect (collect.grow=true) what is in one alone first."
+        f"The examples of {store.path} and of the data differ: {' and '.join(told)}. First remove "
+        f"those only "
+        f"in the store (`dmin store remove`) or collect those only in the data (collect.grow=true)."
     )
 
 

@@ -148,7 +148,7 @@ class EncodingsCache:
     def _lost(self, block: int, path: Path) -> DminError:
         return DminError(
             f"the encodings of block {block} cannot be read from {path}, which was damaged or "
-            f"removed after it was written. Delete that file if it is there and run the same "
+            f"removed after it was written. Delete the file if it exists and run the same "
             f"command again: only this block is encoded again."
         )
 

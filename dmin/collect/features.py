@@ -60,7 +60,7 @@ class Features(NamedTuple):
                 f"the gradient of {readout} for example {ids[row]!r} at timestep "
                 f"{timesteps[step]:g} is NaN or infinite ({len(bad)} such in this block). "
                 f"Look at that image and at the checkpoint's weights (`dmin doctor` does); in low "
-                f"precision, try trainer.precision=32-true. Blocks finished before are kept."
+                f"precision, try trainer.precision=32-true. Finished blocks are kept."
             )
 
     @classmethod

@@ -65,8 +65,9 @@ def shardable_copy(collector: Collector) -> Collector:
     """
     if collector.microbatch == "auto":
         raise DminError(
-            "collect.microbatch=auto tries sizes in each process for itself, which a sharded "
-            "network (trainer=fsdp, trainer=offload) does not allow: all processes run each pass "
+            "collect.microbatch=auto tries sizes in each process separately, which is impossible "
+            "with "
+            "a sharded network (trainer=fsdp, trainer=offload), where all processes run each pass "
             "together. Give a number, such as collect.microbatch=8."
         )
     network = collector.model.network
@@ -93,7 +94,7 @@ def explain_lost_peer(trainer: lightning.Trainer) -> Iterator[None]:
             raise
         raise DminError(
             f"another process of this job was lost, or did not answer ({_first_line(error)}): with "
-            f"trainer=fsdp none goes on without the others. What is sealed is kept: give the same "
+            f"trainer=fsdp none goes on without the others. Sealed blocks are kept: run the same "
             f"command again. What became of the other stands in its own output."
         ) from error
 
@@ -173,9 +174,10 @@ class LockstepPasses:
     def __init__(self, strategy: Strategy, own: int, pairs: int, networks: Networks) -> None:
         if networks.several and getattr(strategy, "world_size", 1) > 1:
             raise DminError(
-                "trainer=fsdp: two networks share out the timesteps, and processes that share the "
-                "networks would call different ones. Collect timesteps of one side of the boundary "
-                "(timesteps=explicit), or take trainer=offload."
+                "trainer=fsdp: the model has two networks for different timesteps, and processes "
+                "would call "
+                "different ones at the same time. Collect timesteps on one side of the boundary "
+                "(timesteps=explicit), or set trainer=offload."
             )
         self.networks = networks
         self.strategy = strategy

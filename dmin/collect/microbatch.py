@@ -50,7 +50,7 @@ def find_microbatch(
     _, taken = _measured(attempt, 1, device, before)  # warms up: its time does not count
     if taken > most_bytes:
         raise DminError(
-            f"one pair of example and timestep takes {taken:,.0f} bytes, beyond the limit of "
+            f"one pair of example and timestep takes {taken:,.0f} bytes, more than the limit of "
             f"{limit:,}. Set collect.gradient_checkpointing=true or collect.budget lower, "
             f"attribute fewer parameters with collect.params, or raise collect.memory."
         )
@@ -106,7 +106,7 @@ def agree_on_microbatch(path: Path, find: Callable[[], int]) -> int:
         raise os_failure("note the size of the microbatch in", path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DminError(
-            f"{path} is damaged ({error!r}). Delete it: the size is found again."
+            f"{path} is damaged ({error!r}). Delete it: the size will be found again."
         ) from error
 
 

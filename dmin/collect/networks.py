@@ -29,9 +29,10 @@ class Networks:
         self.several: bool = len(set(self._kinds)) > 1
         if not any(map(self.reaches, timesteps)):
             raise DminError(
-                f"collect.params: no timestep of {list(timesteps)} uses such a parameter, of a "
-                f"network that serves others ({self._names[0]}). Set timesteps=explicit on its "
-                f"side of the boundary, or attribute the other network."
+                f"collect.params: no timestep of {list(timesteps)} uses these parameters, whose "
+                f"network "
+                f"({self._names[0]}) serves other timesteps. Set timesteps=explicit with timesteps "
+                f"of this network, or attribute the other network."
             )
         self._apart = not all(map(self.reaches, timesteps))
 

@@ -81,8 +81,9 @@ def require_space(needs: Mapping[str, tuple[Path, int]]) -> str:
         if disk.total and disk.free < needed:  # some file systems say nothing of themselves
             raise DminError(
                 f"{place} has {byte_size(disk.free)} free, and {byte_size(needed)} are needed "
-                f"there: {shares}. Free some, name a folder on another disk (collect.path or "
-                f"paths.outputs for rows, collect.encodings for encodings), or keep less of an "
+                f"there: {shares}. Free some space, use a folder on another disk (collect.path "
+                f"or paths.outputs for rows, collect.encodings for encodings), or store less for "
+                f"each "
                 f"example: collect.dtype=int8, a lower sketch.dim or timesteps.num."
             )
         told.append(f"{shares} (free: {byte_size(disk.free)})")

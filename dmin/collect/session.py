@@ -130,9 +130,9 @@ class Session(lightning.LightningModule):
         if not strategy.reduce_boolean_decision(seen, all=True):
             blind = f"{socket.gethostname()} (rank {self.trainer.global_rank}) does not see"
             raise DminError(
-                f"{'another machine of this job does not see' if seen else blind} the store that "
-                f"rank 0 made at {heartbeat.store}. All machines of a job must share that folder: "
-                f"set paths.outputs (or collect.path) to a shared file system, and see that it is "
+                f"{'another machine of this job cannot see' if seen else blind} the store that "
+                f"rank 0 made at {heartbeat.store}. All machines of a job must share that "
+                f"folder: set paths.outputs (or collect.path) to a shared file system that is "
                 f"mounted on every node."
             )
 
@@ -225,10 +225,12 @@ class Session(lightning.LightningModule):
             self._first = self._first or (shape, name)
             if self.collector.noise.shapes == "one" and shape != self._first[0]:
                 raise DminError(
-                    f"the examples have several shapes where they are noised: {self._first[1]!r} "
-                    f"is {self._first[0]}, {name!r} {shape}. Say what they share of the noise: "
-                    f"noise.shapes=field is one noise at each place, so that scores across shapes "
-                    f"mean something; noise.shapes=own draws another for each shape. Or bring all "
+                    f"the noised tensors have several shapes: {self._first[1]!r} is "
+                    f"{self._first[0]}, {name!r} "
+                    f"{shape}. Choose how shapes share noise: noise.shapes=field uses the same "
+                    f"noise at each position, so that scores between shapes are meaningful; "
+                    f"noise.shapes=own "
+                    f"draws different noise for each shape. Or scale all images "
                     f"to one size: data.size=<pixels> data.aspect=square."
                 )
 

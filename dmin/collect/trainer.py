@@ -44,18 +44,19 @@ def refuse_cast(network: nn.Module, trainer: Trainer) -> None:
     check_precision(network)
     if str(trainer.precision).endswith("-mixed"):
         raise DminError(
-            f"trainer.precision={trainer.precision}: gradients would be of another precision than "
-            f"the store says, and be compared with those of this one. Take 32-true, with the "
-            f"network in bfloat16 (model.torch_dtype=bfloat16) if that is wanted."
+            f"trainer.precision={trainer.precision}: gradients would have another "
+            f"precision than the store records. Set 32-true, with the network "
+            f"in bfloat16 (model.torch_dtype=bfloat16) if wanted."
         )
     wanted = CASTS.get(str(trainer.precision))
     found = {p.dtype for p in network.parameters() if p.is_floating_point()}
     if wanted is not None and found != {wanted}:
         raise DminError(
             f"trainer.precision={trainer.precision} would cast the model's weights "
-            f"({', '.join(sorted(str(dtype) for dtype in found))}) and leave them so: the next "
-            f"store would be one of other weights. Load the model in that type "
-            f"(model.torch_dtype), or take trainer.precision=32-true."
+            f"({', '.join(sorted(str(dtype) for dtype in found))}) permanently: the next store "
+            f"would "
+            f"be of other weights. Load the model in that type (model.torch_dtype), "
+            f"or set trainer.precision=32-true."
         )
 
 
@@ -88,7 +89,8 @@ def gradient_checkpointing(network: nn.Module, on: bool) -> Iterator[None]:
         network.enable_gradient_checkpointing()  # type: ignore[operator]
     except (AttributeError, ValueError) as error:
         raise DminError(
-            f"collect.gradient_checkpointing=true, but {type(network).__name__} does not offer it. "
+            f"collect.gradient_checkpointing=true, but {type(network).__name__} does not support "
+            f"it. "
             f"Set it to false and collect.microbatch lower."
         ) from error
     try:

@@ -110,8 +110,10 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         if example.image.shape != first.image.shape:
             raise DminError(
                 f"image {example.id!r} is {tuple(example.image.shape)}, but {first.id!r} is "
-                f"{tuple(first.image.shape)} [C, H, W]. Bring all to one size and mode, with files "
-                f"by data.size=<pixels> data.aspect=square data.mode=RGB (of clips data.frames)."
+                f"{tuple(first.image.shape)} [C, H, W]. Make all images the same size and mode: "
+                f"for files "
+                f"set data.size=<pixels> data.aspect=square data.mode=RGB (for clips also "
+                f"data.frames)."
             )
     return {
         "id": [e.id for e in examples],
@@ -148,7 +150,7 @@ def _condition_images(examples: Sequence[Example]) -> dict[str, Tensor]:
         return {}
     if len(found) < len(examples) or len({image.shape for image in found}) > 1:
         shapes = {e.id: tuple(getattr(e.condition_image, "shape", ())) for e in examples}
-        raise DminError(f"condition images are of one shape, and all examples have one: {shapes}.")
+        raise DminError(f"all examples need a condition image of the same shape: {shapes}.")
     return {"condition_image": torch.stack(found)}
 
 
@@ -172,13 +174,13 @@ def check_image(example: Example) -> None:
         raise DminError(f"image {example.id!r} is {found}; expected float32 [C, H, W] in [0, 1].")
     if not torch.isfinite(image).all():
         raise DminError(
-            f"image {example.id!r} has NaN or infinite pixels. Mend it or leave it out of the data."
+            f"image {example.id!r} has NaN or infinite pixels. Fix it or leave it out of the data."
         )
     low, high = float(image.min()), float(image.max())
     if low < 0 or high > 1:
         raise DminError(
             f"image {example.id!r} has values from {low:.3g} to {high:.3g}; expected [0, 1]. "
-            f"Scale the dataset; models map to their own range themselves."
+            f"Scale the dataset to [0, 1]; models convert to their own range."
         )
 
 

@@ -189,8 +189,9 @@ class Captions:
             raise DminError(
                 f"{len(without)} of the {len(images)} images of {root} have no caption "
                 f"({f'in {self.table}' if table else files}): {', '.join(without[:3])}"
-                f"{', …' if len(without) > 3 else ''}. Write them, or say what such an image is: "
-                f"data.captions.missing=drop, empty or text (of a run's folder: "
+                f"{', …' if len(without) > 3 else ''}. Write them, or choose what to do with such "
+                f"images: "
+                f"data.captions.missing=drop, empty or text (for a folder of a run: "
                 f"data.datasets.NAME.captions.missing)."
             )
         return found

@@ -43,8 +43,7 @@ class Checked(Pixels):
             raise DminError(f"data.on_error={self.on_error!r}: choose one of raise, skip.")
         if self.on_error == "skip" and not self.check:
             raise DminError(
-                "data.on_error=skip finds out what to skip by reading all images: set "
-                "data.check=true."
+                "data.on_error=skip needs to read all images first: set data.check=true."
             )
         self.skipped: dict[str, str] = {}
         self.sums: dict[str, str] = {}
@@ -66,7 +65,7 @@ class Checked(Pixels):
         message = describe_problems(problems, images, where)
         if self.on_error == "raise":
             raise DminError(
-                f"{message} Mend them, take them out (of the metadata too), or leave them out with "
+                f"{message} Fix them, remove them (from the metadata too), or leave them out with "
                 f"data.on_error=skip."
             )
         if len(problems) == images:
@@ -101,8 +100,9 @@ def require_same(id: str, content: bytes, known: str) -> None:
     """
     if not hashlib.sha256(content).hexdigest().startswith(known):
         raise DminError(
-            f"{printable(id)} has changed since the data were surveyed. Put it back as it was and "
-            f"go on, or begin anew with the data as they are."
+            f"{printable(id)} has changed since the data were surveyed. Restore it and run the "
+            f"command "
+            f"again, or start a new store with the changed data."
         )
 
 

@@ -62,15 +62,15 @@ class HFDataset(Checked):
         super().__post_init__()
         if self.id is None and any(sign in self.split for sign in "[+"):
             raise DminError(
-                f"data.split={self.split}: rows of a part are numbered anew, so their numbers are "
-                f"no ids. Name a column that is one (data.id), or take data=subset of the whole."
+                f"data.split={self.split}: row numbers of a slice are not stable ids. "
+                f"Give a column with ids (data.id), or use data=subset of the whole split."
             )
         rows = self._load()
         self.fingerprint: Any = rows._fingerprint
         for setting, column in self._columns().items():
             if column is not None and column not in rows.features:
                 raise DminError(
-                    f"data.{setting}={column!r} is no column of {self.path}. Columns there: "
+                    f"data.{setting}={column!r} is not a column of {self.path}. Its columns: "
                     f"{', '.join(rows.features)}."
                 )
         self.classes: Any = None
@@ -198,7 +198,7 @@ class HFDataset(Checked):
             if path.is_file():
                 kind = path.suffix.removeprefix(".")
                 if kind not in _TABLES:
-                    raise ValueError(f"of files, only {', '.join(_TABLES)} are read")
+                    raise ValueError(f"only these files are read: {', '.join(_TABLES)}")
                 return datasets.load_dataset(
                     kind, data_files={self.split: str(path)}, split=self.split
                 )
@@ -211,8 +211,8 @@ class HFDataset(Checked):
             reason = " ".join(str(error).split())
             raise DminError(
                 f"data.path={self.path}, data.split={self.split} cannot be loaded: {reason}. Give "
-                f"a folder or a .parquet or .arrow file that is there, or a dataset's name on the "
-                f"Hub while there is a network."
+                f"an existing folder or .parquet or .arrow file, or the name of a dataset on "
+                f"the Hub with a network connection."
             ) from error
 
     def _needed(self, rows: Any) -> Any:

@@ -110,9 +110,9 @@ class Folder:
         if of and len(of) < len(apart):
             odd = next(i for i in apart if i not in of)
             raise DminError(
-                f"data.root={self.root}: {printable(odd)} has the name of no other image, which "
-                f"masks have, and others beside it do. Rename the folder if these are examples; "
-                f"or say what is none: data=training_folder data.leave=[masks/]."
+                f"data.root={self.root}: {printable(odd)} looks like a mask in its folder, "
+                f"but no image has its name. Rename the folder if it contains "
+                f"examples; or exclude it: data=training_folder data.leave=[masks/]."
             )
         return beside + of
 
@@ -232,8 +232,8 @@ class Folder:
         unnamed = [i for i in self.images if i not in facts and i not in self.used]
         if unnamed:
             warnings.warn(
-                f"{where} does not name {len(unnamed)} image(s) there, such as "
-                f"{printable(unnamed[0])}: they are left out.",
+                f"{where} does not name {len(unnamed)} image(s) in the folder, such "
+                f"as {printable(unnamed[0])}: they are left out.",
                 DminWarning,
                 stacklevel=7,
             )
@@ -277,7 +277,7 @@ class Folder:
 
     def _ask(self, choices: Sequence[str], reason: str) -> NoReturn:
         raise DminError(
-            f"data.root={self.root} may be read in several ways: {reason}. Say which: "
+            f"data.root={self.root} is ambiguous: {reason}. Choose how to read it: "
             f"data.layout={' or data.layout='.join(choices)} (data=training_folder has more)."
         )
 

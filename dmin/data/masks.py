@@ -49,7 +49,9 @@ class Masks:
             DminError: neither a folder nor a suffix is named, or the folder is not there.
         """
         if self.folder is None and self.suffix is None and not self.alpha:
-            raise DminError("data.masks: name a folder of masks, or the suffix of those beside.")
+            raise DminError(
+                "data.masks: give a folder of masks, or the suffix of masks next to the images."
+            )
         if self.folder is not None and not Path(self.folder).is_dir():
             raise DminError(f"data.masks.folder={self.folder}: no such folder.")
         if not 0 <= self.least <= 1:
@@ -70,8 +72,9 @@ class Masks:
         if not found or (without and self.required):
             raise DminError(
                 f"{len(without)} of the {len(images)} images of {root} have no mask in "
-                f"{self.folder or root}: {', '.join(without[:3])}. Give them masks (white: all of "
-                f"it counts), or set data.masks=null."
+                f"{self.folder or root}: {', '.join(without[:3])}. Add masks (white counts, so an "
+                f"all-white mask "
+                f"for a whole image), or set data.masks=null."
             )
         return found
 
@@ -104,14 +107,14 @@ class Masks:
         if own != theirs:
             raise DminError(
                 f"the mask {file} is {own[0]} × {own[1]}, its image {image} {theirs[0]} × "
-                f"{theirs[1]}. Bring the mask to the image's size."
+                f"{theirs[1]}. Scale the mask to the image's size."
             )
         mask = pixels.decode(content, str(file)).image[:1].clamp(0, 1)
         mask = 1 - mask if self.invert else mask
         least = self.least
         mask = least + (1 - least) * mask if self.proportion else mask.clamp_min(least)
         if not float(mask.sum()):
-            raise DminError(f"the mask {file} is black all over: nothing of its image counts.")
+            raise DminError(f"the mask {file} is entirely black: no part of its image counts.")
         return mask / mask.mean() if self.normalised else mask
 
     def _of(self, root: Path, image: str) -> Path | None:
@@ -163,7 +166,7 @@ def partners(
         raise DminError(
             f"data.condition_image={asked}: there is no such folder or picture, in {root} or "
             f"elsewhere, with files of the images' names, and no column of the metadata that names "
-            f"files. Name the folder or column of the images to change, masks or drawings."
+            f"files. Give the folder or column with the images to edit, masks or drawings."
         )
     return found
 
@@ -189,7 +192,7 @@ def with_partner(example: Example, partner: Picture | None = None) -> Example:
     if abs(height * across - width * down) > max(height, width, down, across):
         raise DminError(
             f"the condition image of {example.id!r} is {across} × {down} pixels, the image {width} "
-            f"× {height}, which is another shape. Cut it as the image."
+            f"× {height}, which is another shape. Crop it like the image."
         )
     return replace(example, condition_image=partner.image)
 

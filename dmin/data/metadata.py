@@ -42,7 +42,7 @@ def read_rows(
         path = root / table
         other = folders.setdefault(str(path.parent), path.name)
         if other != path.name:
-            raise DminError(f"{path} stands beside a {other}. Keep one of the two.")
+            raise DminError(f"{path} and a {other} are both in the folder. Keep one of the two.")
         for number, row in _READ[path.suffix](path):
             try:
                 row = row if isinstance(row, dict) else parse_json(row, f"{path}, line {number}")
@@ -55,7 +55,7 @@ def read_rows(
                 name = (PurePosixPath(table).parent / inside).as_posix()
                 if name in by_name:
                     raise DminError(
-                        f"{path}, line {number}: {name} is named twice. Keep one of the rows."
+                        f"{path}, line {number}: {name} is listed twice. Keep one of the rows."
                     )
             except DminError as error:
                 refuse(f"{table}, line {number}", error)
@@ -76,7 +76,7 @@ def read_table(path: Path, key: str, columns: Sequence[str] = ()) -> dict[str, A
         DminError: it is none of these, or a row names no image, or one that another names.
     """
     if path.suffix not in _READ:
-        raise DminError(f"{path} is no table that is read: {', '.join(_READ)}.")
+        raise DminError(f"{path} is not a supported table: {', '.join(_READ)}.")
     found: dict[str, Any] = {}
     for number, row in _READ[path.suffix](path):
         where = f"{path}, line {number}"
@@ -132,16 +132,16 @@ def split_row(row: Mapping[str, Any], label: str | None, text: str | None, name:
         DminError: the label or the caption is none, or a store cannot keep what is said.
     """
     if reason := odd(row):
-        raise DminError(f"what is said of {name}: {reason}.")
+        raise DminError(f"the metadata of {name}: {reason}.")
     known, caption = row.get(label) if label else None, row.get(text) if text else None
     if isinstance(known, float) and known.is_integer() and abs(known) < 2**63:
         known = int(known)
     if not isinstance(known, int | str | None):
-        raise DminError(f"{name} has the label {known!r}; a label is an integer or text.")
+        raise DminError(f"{name} has the label {known!r}; labels must be integers or text.")
     if isinstance(caption, int | float) and not isinstance(caption, bool):
         caption = str(caption)  # the caption "7" looks like a number in a table
     if not isinstance(caption, str | None):
-        raise DminError(f"{name} has the caption {caption!r}; a caption is text.")
+        raise DminError(f"{name} has the caption {caption!r}; captions must be text.")
     known = int(known) if isinstance(known, bool) else known
     return Facts(known, caption, {k: v for k, v in row.items() if k not in (label, text)})
 
@@ -161,7 +161,7 @@ def _column(setting: str, asked: Column, columns: list[str], where: str) -> str 
         guess = f" Did you mean {lower[near[0]]}?" if near else ""
         raise DminError(
             f"{where} has no column {names[0]!r}.{guess} Columns there: {', '.join(columns)}. "
-            f"Set data.{setting}=<column>, or data.{setting}=null to do without."
+            f"Set data.{setting}=<column>, or data.{setting}=null for none."
         )
     return names[0]
 
@@ -196,7 +196,7 @@ def _parquet(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         _require_once(path, parquet.read_schema(path).names)
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
-        raise DminError(f"{path} cannot be read as parquet ({error}). Write it anew.") from error
+        raise DminError(f"{path} cannot be read as parquet ({error}). Write it again.") from error
     return enumerate(rows, 1)
 
 

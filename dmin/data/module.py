@@ -139,7 +139,7 @@ class TrainData(lightning.LightningDataModule):
         world = self.trainer.world_size if self.trainer else 1
         if size < world:
             raise DminError(
-                f"train.batch_size={self.batch_size}: a batch of {size} cannot be shared out over "
+                f"train.batch_size={self.batch_size}: a batch of {size} cannot be divided among "
                 f"{world} processes. Raise it, or lower trainer.devices."
             )
         batches = _random_batches(len(self.dataset), size, self.steps, self.seed)

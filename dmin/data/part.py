@@ -43,7 +43,7 @@ class Part:
     def __post_init__(self) -> None:
         """Refuse what says no part."""
         if self.region is not None and self.mask is not None:
-            raise DminError("queries.region and queries.mask are both said. Give one of them.")
+            raise DminError("queries.region and queries.mask are both set. Give one of them.")
         if self.mask is not None and not Path(self.mask).expanduser().exists():
             raise DminError(f"queries.mask={self.mask}: there is no such file or folder.")
         if self.region is None:
@@ -129,10 +129,11 @@ class Part:
         if abs(own * height / width - 1) > ASPECT:
             raise DminError(
                 f"the mask {file} is {picture.shape[2]} × {picture.shape[1]}, and its picture "
-                f"{root / name} {width} × {height}, which is another shape. Cut it as the picture."
+                f"{root / name} {width} × {height}, which is another shape. Crop it like the "
+                f"picture."
             )
         if not float(picture.sum()):
-            raise DminError(f"the mask {file} is black all over: white is what is asked about.")
+            raise DminError(f"the mask {file} is entirely black: the query is the white part.")
         grey = Image.fromarray((picture[0] * 255).round().to(torch.uint8).numpy())
         return grey.resize((width, height), Image.Resampling.BILINEAR)
 

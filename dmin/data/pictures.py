@@ -102,12 +102,12 @@ class Pictures(ImageFolder):
         if absent or not files:
             odd = absent[0] if absent else "[]"
             raise DminError(
-                f"data.root={odd}: there is no such picture. Give files, or one folder."
+                f"data.root={odd}: this file does not exist. Give picture files, or one folder."
             )
         folder = Path(os.path.commonpath([file.absolute().parent for file in files]))
         self._named = [file.absolute().relative_to(folder).as_posix() for file in files]
         if len(set(self._named)) < len(files):
-            raise DminError(f"data.root={[str(f) for f in files]}: one is named twice.")
+            raise DminError(f"data.root={[str(f) for f in files]}: one of them is given twice.")
         return folder
 
     def _find(self) -> dict[str, Facts]:
@@ -121,7 +121,7 @@ class Pictures(ImageFolder):
         if self._named is None or len(prompts) != len(facts):
             raise DminError(
                 f"data.prompt has {len(prompts)} prompts, and there are {len(facts)} pictures: "
-                f"give one for all, or name as many pictures in data.root."
+                f"give one for all, or one for each picture in data.root."
             )
         asked = zip(self._named, prompts, strict=True)
         return {name: self._asked(facts[name], prompt) for name, prompt in asked}

@@ -110,20 +110,22 @@ class Pixels:
             raise DminError(
                 f"data.aspect=buckets with data.size={self.size or 'null'}, data.resize="
                 f"{str(self.resize).lower()}: images are scaled to buckets of about size² pixels, "
-                f"so give a size, such as 1024, and leave resize=true."
+                f"so set a size, such as 1024, and keep resize=true."
             )
         if self.aspect != "buckets" and (self.bucket_shapes or not self.upscale):
             raise DminError("data.bucket_shapes and data.upscale=false need data.aspect=buckets.")
         if self.aspect == "buckets" and not self._buckets(self.size or 0):
             raise DminError(
                 f"data.bucket_step={self.bucket_step} leaves no bucket for data.size={self.size}. "
-                f"Set it to what the model was trained with: 64 is usual, for 512 pixels and up."
+                f"Set it to the value the model was trained with; 64 is usual for 512 pixels and "
+                f"more."
             )
         try:
             ImageColor.getrgb(self.background or "white")
         except ValueError as error:
             raise DminError(
-                f"data.background={self.background!r} is no colour. Give a name such as white or "
+                f"data.background={self.background!r} is not a colour. Give a name such as white "
+                f"or "
                 f"grey, or #rrggbb."
             ) from error
 

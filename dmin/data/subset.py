@@ -96,7 +96,7 @@ def _positions(dataset: Dataset, ids: Sequence[str]) -> list[int]:
             f"{unknown[0]!r}. Its ids look like {next(iter(position))!r}."
         )
     if not ids or len(set(ids)) < len(ids):
-        raise DminError("Subset: ids must name one or more examples, each once.")
+        raise DminError("Subset: ids must list one or more examples, each once.")
     return sorted(position[wanted] for wanted in ids)
 
 

@@ -82,7 +82,9 @@ def files_below(
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        raise DminError(f"{folder} cannot be listed ({error.strerror}). Grant access.") from error
+        raise DminError(
+            f"{folder} cannot be listed ({error.strerror}). Grant read permission."
+        ) from error
     for name in names:
         if name.startswith((".", "__")):
             left[f"{inside}{name}"] = "hidden"

@@ -131,7 +131,7 @@ class Together:
         self, datasets: Mapping[str, Dataset], approximated: Sequence[str] = (), **pictures: Any
     ) -> None:
         if not datasets:
-            raise DminError("data.datasets is empty: name one or more.")
+            raise DminError("data.datasets is empty: give one or more.")
         self.datasets: dict[str, Dataset] = dict(datasets)
         self.approximated: list[str] = list(approximated)
         self._ends = list(accumulate(len(each) for each in self.datasets.values()))

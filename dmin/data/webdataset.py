@@ -76,7 +76,8 @@ class TarShards(Checked):
             other = by_name.setdefault(path.stem, path)
             if other != path:
                 raise DminError(
-                    f"{other} and {path} have the same name, which ids are made of. Rename one."
+                    f"{other} and {path} have the same name, from which ids are derived. Rename "
+                    f"one."
                 )
         given = {f"{self.condition_image}.{kind}".lower(): f"{GIVEN}{kind}" for kind in IMAGES}
         named = {kind: kind for kind in _READ} | given
@@ -166,7 +167,8 @@ class TarShards(Checked):
                 if column not in (None, name) and not any(told):
                     raise DminError(
                         f"data.{name}={column}: no sample of {self.shards} has such a field, nor a "
-                        f".{'cls' if name == 'label' else 'txt'}. Name one of its .json, or set "
+                        f".{'cls' if name == 'label' else 'txt'}. Give a field of the .json files, "
+                        f"or set "
                         f"data.{name}=null."
                     )
             problems = self.lacking(captions) | problems
@@ -259,18 +261,18 @@ def _index(path: Path, named: Mapping[str, str]) -> dict[str, dict[str, Part]]:
                 key = f"{folder}/{stem}".removeprefix("./").removeprefix("/")
                 parts = samples.setdefault(key, {})
                 if kind.lower() in parts:
-                    raise DminError(f"{path} holds {member.name} twice. Write the shard anew.")
+                    raise DminError(f"{path} holds {member.name} twice. Write the shard again.")
                 parts[kind.lower()] = Part(member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
         raise DminError(
-            f"{path} cannot be read as a tar file ({error}). Unpack it if it is compressed; fetch "
-            f"it again if it is cut off."
+            f"{path} cannot be read as a tar file ({error}). Decompress it if it is compressed; "
+            f"download it again if it is truncated."
         ) from error
     with path.open("rb") as file:
         file.seek(end)
         # tarfile takes a file cut off between two samples for a whole one.
         if file.read(_BLOCK) != bytes(_BLOCK):
-            raise DminError(f"{path} is cut off: a tar file ends in zeros. Fetch it again.")
+            raise DminError(f"{path} is truncated: a tar file ends in zeros. Download it again.")
     if not samples:
         raise DminError(f"{path} holds no samples: no files such as 000.jpg and 000.txt in it.")
     read = named.items()

@@ -60,7 +60,7 @@ class LossSettings(NamedTuple):
         if self.snr_gamma is not None and self.weighting is not None:
             raise DminError(
                 f"model.snr_gamma={self.snr_gamma} with model.weighting={self.weighting}: both "
-                f"weigh timesteps. Set one of them to null."
+                f"weight timesteps. Set one of them to null."
             )
         choices: tuple[tuple[str, Any, Any], ...] = (
             ("weighting", self.weighting, (None, *get_args(Weighting))),

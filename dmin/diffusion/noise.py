@@ -159,7 +159,7 @@ def field(shape: tuple[int, ...], text: str) -> Tensor:
         return torch.stack([field((channels, *sides), each) for each in texts], 1)
     if len(shape) != 3:
         raise DminError(
-            f"noise.shapes=field is for what has channels, height and width; this model noises "
+            f"noise.shapes=field needs tensors with channels, height and width; this model noises "
             f"{list(shape)}. Set noise.shapes=one."
         )
     channels, height, width = shape

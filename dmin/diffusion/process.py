@@ -72,8 +72,8 @@ class Process(ABC):
             if used and value is not None and value not in values:
                 raise DminError(
                     f"model.{name}={value}: this checkpoint is a {type(self).__name__}, by its "
-                    f"scheduler, which has no such setting. Allowed are "
-                    f"{', '.join(map(str, values)) or 'null alone'}."
+                    f"scheduler, which does not have this setting. Allowed are "
+                    f"{', '.join(map(str, values)) or 'only null'}."
                 )
         return self
 

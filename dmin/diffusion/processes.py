@@ -38,7 +38,7 @@ class DiscreteDiffusion(Process):
         if self.kind not in ("epsilon", "v_prediction", "sample"):
             raise DminError(
                 f"scheduler.prediction_type={self.kind!r}: allowed are epsilon, v_prediction, "
-                f"sample. Mend it in the checkpoint's scheduler/scheduler_config.json."
+                f"sample. Fix it in the checkpoint's scheduler/scheduler_config.json."
             )
         self.settings: LossSettings = LossSettings(snr_gamma).check()
         self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
@@ -140,7 +140,7 @@ class EDM(Process):
         if kind not in ("epsilon", "v_prediction"):
             raise DminError(
                 f"scheduler.prediction_type={kind!r}: with Karras' preconditioning, allowed are "
-                f"epsilon and v_prediction. Mend it in scheduler/scheduler_config.json."
+                f"epsilon and v_prediction. Fix it in scheduler/scheduler_config.json."
             )
         self.kind = kind
         self.sigma_data: float = float(sigma_data)

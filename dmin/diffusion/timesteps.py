@@ -40,8 +40,8 @@ class Schedule(ABC):
         chosen = self.choose(timesteps)
         if len(set(chosen)) != len(chosen):
             raise DminError(
-                f"timesteps={list(chosen)} repeat themselves: {len(chosen)} were asked for where "
-                f"the model has {len(timesteps)}. Set timesteps.num lower, or name each once."
+                f"timesteps={list(chosen)} contain duplicates: {len(chosen)} were requested of "
+                f"the model's {len(timesteps)}. Set timesteps.num lower, or list each once."
             )
         return chosen
 
@@ -89,7 +89,7 @@ class LogSNR(Schedule):
         if log_snr is None:
             raise DminError(
                 "timesteps=log_snr needs a model with a method log_snr(timesteps), which this one "
-                "has not. Use timesteps=stratified, or give the model that method."
+                "does not have. Use timesteps=stratified, or add the method to the model."
             )
         bound = copy.copy(self)
         bound._log_snr = log_snr

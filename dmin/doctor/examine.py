@@ -55,9 +55,7 @@ def diagnose(
     """
     examples = min(examples, len(dataset))
     if examples < 3:
-        raise DminError(
-            f"doctor.examples={examples}: at least 3 are needed to compare with one another."
-        )
+        raise DminError(f"doctor.examples={examples}: at least 3 are needed for comparison.")
     trainer = trainer or predict_trainer()
     batch = collate(_of_one_shape(dataset, examples))
     checks = [checking.weights(collector.model.network), checking.mode(collector.model.network)]
@@ -104,7 +102,7 @@ def _of_one_shape(dataset: Dataset, count: int) -> list[Example]:
             return [seen[i] for i in largest]
     raise DminError(
         f"the first {len(seen)} examples have too many shapes: at most {len(largest)} share one, "
-        f"and doctor.examples={count} are compared. Set it lower (3 at least), or bring the images "
+        f"and doctor.examples={count} are compared. Set it lower (at least 3), or scale the images "
         f"to fewer shapes: data.size=<pixels>, data.aspect=square or buckets."
     )
 

@@ -90,7 +90,8 @@ class Benchmark:
             self.tuning.check({name: task.truths for name, task in self.tasks.items()})
         if unknown := set(self.costly_for) - set(self.tuning.by if self.tuning else ()):
             raise DminError(
-                f"benchmark.costly_for={list(self.costly_for)}: {unknown.pop()!r} is no criterion "
+                f"benchmark.costly_for={list(self.costly_for)}: {unknown.pop()!r} is not a "
+                f"criterion "
                 f"of benchmark.tuning.by."
             )
 
@@ -108,7 +109,7 @@ class Benchmark:
             cells += _Run(self, place, report, dim).cells(methods)
         if not any(cell.row.method in methods for cell in cells) and report.left_out:
             name, reason = next(iter(report.left_out.items()))
-            raise DminError(f"no method could be measured; of {name} it was said: {reason}")
+            raise DminError(f"no method could be measured; the reason for {name}: {reason}")
         report.results = compared(cells, self.reference)
         report.notes |= context.describe()
         report.notes["seconds"] = f"{time.perf_counter() - start:.0f}"
@@ -156,11 +157,12 @@ class _Run:
         able = self._able(method)
         if not able:
             raise DminError(
-                "no task has queries with a trajectory: set queries.trajectory=10, say, for a "
-                "task whose queries are generated."
+                "no task has queries with a trajectory: set, for example, queries.trajectory=10 "
+                "for "
+                "a task with generated queries."
                 if method.requires.trajectory
                 else f"it runs the model, and benchmark.running={self.running} "
-                f"names none of the tasks {', '.join(self.sides)}."
+                f"is none of the tasks {', '.join(self.sides)}."
             )
         check_pair(next(iter(able.values())), self.context.train, method)
         ready, seconds = fitted(method, self.context.train)

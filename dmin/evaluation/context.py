@@ -111,8 +111,8 @@ class BenchmarkContext:
         """
         if self.ensemble is None:
             raise DminError(
-                "this ground truth trains the model anew on parts of the data, and the "
-                "configuration does not say how. Say train=<choice>, as for `dmin train`."
+                "this ground truth retrains the model on subsets of the data, and "
+                "no training is configured. Set train=<choice>, as for `dmin train`."
             )
         assert asked.dataset is not None
         return self.ensemble.outcomes(
@@ -128,8 +128,9 @@ class BenchmarkContext:
         """Return a side as the untrained network sees it."""
         if self.untrained is None:
             raise DminError(
-                "the control on an untrained network needs to know how one is made. Say "
-                "train=<choice>, or leave it out with benchmark.untrained=false."
+                "the control on an untrained network needs a training configuration. Set "
+                "train=<choice>, or "
+                "leave the control out with benchmark.untrained=false."
             )
         if (name, True) not in self._sides:
             assert side.dataset is not None

@@ -42,17 +42,19 @@ def measure(name: str, scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
         DminError: unknown metric, k out of range, a NaN score, or a query with no right answer.
     """
     if np.isnan(scores).any():
-        raise DminError(f"{int(np.isnan(scores).sum())} scores are NaN, so they cannot be ranked.")
+        raise DminError(
+            f"{int(np.isnan(scores).sum())} scores are NaN, so the examples cannot be ranked."
+        )
     if not relevant.any(axis=1).all():
         query = int(np.argmin(relevant.any(axis=1)))
-        raise DminError(f"query number {query} has no right answer in the training store.")
+        raise DminError(f"query number {query} has no relevant example in the training store.")
     kind, _, at = name.partition("@")
     if kind in ("precision", "recall") and at.isdigit():
         k = int(at)
         if not 1 <= k <= scores.shape[1]:
             raise DminError(
-                f"{name}: there are {scores.shape[1]} training examples. Name metrics of the first "
-                f"{scores.shape[1]} or fewer in the `metrics` of this ground truth."
+                f"{name}: there are {scores.shape[1]} training examples. Choose metrics with k of "
+                f"at most {scores.shape[1]} in the `metrics` of this ground truth."
             )
         each = (_hits(*row, k) for row in _ties(scores, relevant))
         return np.array([*each]) / (k if kind == "precision" else relevant.sum(axis=1))

@@ -101,7 +101,7 @@ def _joined(blocks: Sequence[ExampleBlock]) -> ExampleBlock:
     if len(shapes) > 1:
         raise DminError(
             f"images of {' and '.join(map(str, sorted(shapes)))} among the queries: a method that "
-            f"compares images needs one size. Bring them to that of the training images."
+            f"compares images needs one size. Scale them to the size of the training images."
         )
     images = [b.images for b in blocks if b.images is not None]
     first = blocks[0]

@@ -59,12 +59,13 @@ class Tuning:
             if truth is None or truth.costly or not rest.partition("/")[2]:
                 raise DminError(
                     f"benchmark.tuning.by.{name}={metric!r}: write task/truth/metric, of a ground "
-                    f"truth that trains no model for each row."
+                    f"truth that does not retrain models for each method."
                 )
             if getattr(truth, "half", "A") != "A":
                 raise DminError(
-                    f"benchmark.tuning.by.{name}={metric!r}: its models are those that are "
-                    f"reported. Give this ground truth half: A, subsets and seeds of its own."
+                    f"benchmark.tuning.by.{name}={metric!r}: it uses the same retrained models as "
+                    f"the reported results. Set half: A in this ground truth, for its own subsets "
+                    f"and seeds."
                 )
         if unknown := [name for name in self.watch if name not in tasks]:
             raise DminError(f"benchmark.tuning.watch: there is no task {unknown[0]!r}.")

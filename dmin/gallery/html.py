@@ -120,8 +120,8 @@ def _check_alike(rankings: Sequence[Ranking]) -> None:
     same = all(each.query_ids == rankings[0].query_ids for each in rankings)
     if not rankings or len(set(names)) < len(names) or not same:
         raise DminError(
-            f"A page cannot have the rankings {names} side by side: allowed are rankings of the "
-            "same queries by methods of different names. Save the others as pages of their own."
+            f"A page cannot show the rankings {names} side by side: they must have "
+            f"the same queries and different method names. Save the others as separate pages."
         )
 
 

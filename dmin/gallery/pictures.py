@@ -40,7 +40,7 @@ def to_picture(array: np.ndarray, name: str) -> Image.Image:
     if not (low >= -0.01 and high <= 1.01):
         raise DminError(
             f"Image {name!r} has values from {low:.3g} to {high:.3g}: a gallery shows [0, 1]. "
-            "An image of [-1, 1] becomes one of [0, 1] by (image + 1) / 2."
+            "Convert images in [-1, 1] by (image + 1) / 2."
         )
     pixels = (array.clip(0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))

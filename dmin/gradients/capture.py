@@ -165,7 +165,8 @@ class Capture(Generic[State, Rows]):
         self._require_distinguished()
         if values.ndim != 1 or not values.requires_grad:
             raise DminError(
-                f"the loss must be one value an example that depends on the network's parameters; "
+                f"the loss must be one value for each example and depend on the network's "
+                f"parameters; "
                 f"it has shape {tuple(values.shape)} and "
                 f"{'a' if values.requires_grad else 'no'} gradient. Is it summed, or detached?"
             )
@@ -209,9 +210,10 @@ class Capture(Generic[State, Rows]):
         if self._usage.lost:
             lost = [f"{name} ({why})" for name, why in self._usage.lost.items()]
             raise DminError(
-                f"the gradients of {len(lost)} parameter(s) cannot be distinguished by example: "
-                f"{some_of(lost)}. Compute every pair alone with collect.microbatch=1; what is "
-                f"used outside has to move into the network's forward, or be detached there."
+                f"the gradients of {len(lost)} parameter(s) cannot be separated by example: "
+                f"{some_of(lost)}. Compute every pair alone with collect.microbatch=1; parameters "
+                f"used "
+                f"outside of the network must be used in its forward, or be detached."
             )
 
     def _require_known(self, doubt: Tensor | None, first: bool) -> None:
@@ -227,16 +229,17 @@ class Capture(Generic[State, Rows]):
         """Arrange to hear of the gradients of a call's outputs; None if they do not help."""
         if not torch.is_grad_enabled():
             raise DminError(
-                f"{use.name or 'the network'} ran without gradients, so those of "
-                f"{some_of(use.used)} would be missing. Remove torch.no_grad from the model; "
+                f"{use.name or 'the network'} ran without gradients, so the gradients "
+                f"of {some_of(use.used)} would be missing. Remove torch.no_grad from the model; "
                 f"gradient checkpointing needs use_reentrant=False."
             )
         outputs = differentiable(use.output)
         if any(x.is_nested or _wrapped(x) for x in outputs):
             raise DminError(
                 f"layer {use.name or 'the network'} runs inside torch.vmap or on nested tensors, "
-                f"where no row is one example's. Have the network call it on a batch, with the "
-                f"examples in its first axis or padded, or leave it out with params=<regex>."
+                f"where rows do not belong to single examples. Call it on a batch instead "
+                f"(examples "
+                f"along the first axis, padded if necessary), or leave it out with params=<regex>."
             )
         call = self._call(use)
         if call is None:

@@ -252,7 +252,7 @@ class Prober:
         lost = {n for call in shared for n in call.parameters if not alone or call.module is top}
         if lost:
             raise DminError(
-                f"the gradients of {len(lost)} parameter(s) cannot be distinguished by example: "
+                f"the gradients of {len(lost)} parameter(s) cannot be separated by example: "
                 f"{some_of(lost)}. Compute every pair alone with collect.microbatch=1."
             )
         self.ownership.enclosing.update(call.name for call in shared)

@@ -58,7 +58,7 @@ def _layer(name: str) -> str:
 
 def _by_expression(parameters: Parameters, groups: Mapping[str, str]) -> Callable[[str], str]:
     if not groups:
-        raise DminError("collect.groups={}: name one group or more, or set it to null.")
+        raise DminError("collect.groups={}: give one or more groups, or set it to null.")
     patterns = {}
     for group, expression in groups.items():
         try:
@@ -75,13 +75,13 @@ def _by_expression(parameters: Parameters, groups: Mapping[str, str]) -> Callabl
     if left:
         raise DminError(
             f"collect.groups: {len(left)} parameter(s) match none of {', '.join(patterns)}: "
-            f"{', '.join(left[:5])}{' …' if len(left) > 5 else ''}. Add a last group for the rest, "
-            f"rest: ., or leave them out with collect.params."
+            f"{', '.join(left[:5])}{' …' if len(left) > 5 else ''}. Add a last group for the rest "
+            f"(rest: .), or leave them out with collect.params."
         )
     empty = [group for group in patterns if group not in found.values()]
     if empty:
         raise DminError(
             f"collect.groups.{empty[0]}={groups[empty[0]]!r}: no parameter is left for this group "
-            f"after the ones before it. Names look like {', '.join(list(found)[:3])}."
+            f"after the groups before it. Names look like {', '.join(list(found)[:3])}."
         )
     return lambda name: str(found[name])

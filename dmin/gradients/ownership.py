@@ -134,8 +134,9 @@ class Ownership:
                 self.seconds += time.perf_counter() - start
                 torch.set_rng_state(state)
         raise DminError(
-            "it cannot be settled which rows of this network's layers are which example's: they "
-            "are others each time it is run. Set collect.microbatch=1, which computes every pair "
+            "it cannot be determined which rows of this network's layers belong to which example: "
+            "the order differs each time it runs. Set collect.microbatch=1, which computes every "
+            "pair "
             "alone."
         )
 

@@ -99,7 +99,7 @@ def choose_parameters(network: nn.Module, params: str = "all") -> Parameters:
         raise DminError(
             f"dmin cannot differentiate {len(refused)} parameter(s): {some_of(refused)}. Load the "
             f"model unquantised and not compiled, or leave them out with params=<regex>, which "
-            f"names the parameters to keep."
+            f"selects the parameters to attribute."
         )
     return Parameters(tuple(Parameter(name, tuple(p.shape)) for name, p in chosen.items()))
 

@@ -274,8 +274,8 @@ def _require_whole(name: str, parameter: nn.Parameter) -> None:
     """Refuse a parameter of which this process has a part only."""
     if hasattr(parameter, "full_tensor"):
         raise DminError(
-            f"{name} was used outside the block it stands in, where it is shared out over "
-            f"processes (trainer=fsdp, trainer=offload). Name the module that is called there in "
+            f"{name} was used outside of the block that contains it, where it is sharded over "
+            f"processes (trainer=fsdp, trainer=offload). List the module that is called there in "
             f"the model's `externally_called`, or leave the parameter out with params=<regex>."
         )
 

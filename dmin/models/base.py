@@ -41,7 +41,7 @@ class Dropped(NamedTuple):
 
 def _ladder(model: Any, *timesteps: Sequence[float]) -> Any:
     """Read or set a model's timesteps, as they were called in earlier releases."""
-    warnings.warn("`ladder` of a model is `timesteps` now.", DeprecationWarning, stacklevel=2)
+    warnings.warn("`ladder` of a model is now `timesteps`.", DeprecationWarning, stacklevel=2)
     if timesteps:
         (model.timesteps,) = timesteps
     return model.timesteps
@@ -167,8 +167,8 @@ class DiffusionModel(ShownModel, nn.Module):
             ``[states, len(prompts), C, H, W]`` in [0, 1]: its estimate of the clean image.
         """
         raise DminError(
-            f"{type(self).__name__} does not record how images are generated. Leave "
-            f"queries.trajectory at 0, which all methods but journey_trak can do without."
+            f"{type(self).__name__} does not record how images are generated. Set "
+            f"queries.trajectory=0; only journey_trak needs it."
         )
 
     def facts_of_samples(self) -> dict[str, Any]:
@@ -216,8 +216,8 @@ def per_example_loss(prediction: Prediction) -> Tensor:
     plain = loss is None and prediction.bound is None
     if mask is not None and not (plain and output.shape[2:] == mask.shape[2:]):
         raise DminError(
-            "the data have masks of the loss, and this model's loss is no plain squared error of "
-            "an image (model.loss_type, model.variance_loss, or a loss of its own). Leave the "
+            "the data have loss masks, which need a plain squared error of an image, and this "
+            "model has another loss (model.loss_type, model.variance_loss, or its own). Leave the "
             "masks out, or set model.loss_type=l2."
         )
     if loss is None:
@@ -234,14 +234,15 @@ def weight_of_squares(prediction: Prediction) -> Tensor:
     """
     if prediction.loss is not None:
         raise DminError(
-            "this method's curvature is that of a squared error, and the model's loss is another "
-            "(model.loss_type, or a loss of its own). Choose a method without curvature, or "
-            "method.curvature=hessian where it has that."
+            "this method's curvature assumes a squared error, and the model has another loss "
+            "(model.loss_type, "
+            "or its own). Choose a method without curvature, or set method.curvature=hessian if "
+            "the method has that setting."
         )
     if prediction.mask is not None:
         raise DminError(
-            "this method's curvature is that of a plain squared error, and the data have masks of "
-            "the loss. Choose a method without curvature, or leave the masks out."
+            "this method's curvature assumes a plain squared error, and the data have loss masks. "
+            "Choose a method without curvature, or leave the masks out."
         )
     return prediction.weight
 

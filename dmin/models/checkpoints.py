@@ -85,8 +85,8 @@ def load_pipeline(
     is_hub = not is_local and HUB.fullmatch(str(path)) and not subfolder
     if not is_hub and not (source / "model_index.json").is_file():
         raise DminError(
-            f"model.path={path}{f', model.subfolder={subfolder}' if subfolder else ''}: no "
-            f"diffusers checkpoint there (no model_index.json). Give the folder that "
+            f"model.path={path}{f', model.subfolder={subfolder}' if subfolder else ''}: there "
+            f"is no diffusers checkpoint (no model_index.json). Give the folder that "
             f"{pipeline_class.__name__}.save_pretrained wrote, or the name of one on the Hub."
         )
     if is_local:
@@ -125,8 +125,8 @@ def _refuse_quantised(pipeline: Any, path: str | Path) -> None:
     for name, part in pipeline.components.items():
         if getattr(part, "hf_quantizer", None) is not None:
             raise DminError(
-                f"model.path={path}: the weights of its {name} are quantised. Download it, and "
-                f"give the folder: its numbers are then read as they stand."
+                f"model.path={path}: the weights of its {name} are quantised. Download the "
+                f"checkpoint and give its folder: its weights are then dequantised."
             )
 
 
@@ -165,9 +165,9 @@ def _refuse_code(source: Path) -> None:
         )
         if not known or (source / name / f"{library}.py").is_file():
             raise DminError(
-                f"model.path={source}: {name} is made by code of {library!r}, not of diffusers or "
-                f"transformers, and such code is not run. Load it in Python yourself, and give the "
-                f"pipeline to the model's class."
+                f"model.path={source}: {name} needs code of {library!r}, not of diffusers or "
+                f"transformers, and such code is not run. Load the pipeline in Python, and "
+                f"pass it to dmin.from_pipeline."
             )
 
 
@@ -185,7 +185,7 @@ def _check_variant(source: Path, variant: str | None) -> None:
             f"model.variant={'null' if variant is None else variant}: the weights in "
             f"{', '.join(lacking or sorted(found))} of {source} are of "
             f"{f'the variant {there[0]}' if there else 'no variant'} alone. Say {say} (they are "
-            f"computed in model.torch_dtype, whatever they are kept in)."
+            f"loaded in model.torch_dtype in any case)."
         )
 
 
@@ -240,8 +240,8 @@ def _from_single_file(pipeline_class: Any, file: Path, source: str, options: dic
     except (SingleFileComponentError, KeyError, IndexError, RuntimeError) as error:
         raise DminError(
             f"model.single_file={file}: diffusers cannot make a {pipeline_class.__name__} of it "
-            f"with the configs of model.path={source} ({type(error).__name__}: {error}). Give the "
-            f"file of such a model, and a checkpoint of its version and size as model.path."
+            f"with the configs of model.path={source} ({type(error).__name__}: {error}). Give a "
+            f"file of such a model, and a checkpoint of the same version and size as model.path."
         ) from error
 
 
@@ -272,7 +272,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     else:
         raise DminError(
             f"model.ema={path}: neither a .safetensors file nor a folder with config.json and "
-            f"weights. Save the averaged weights with EMAModel.save_pretrained, or their state "
+            f"weights. Save the EMA weights with EMAModel.save_pretrained, or their state "
             f"dict with safetensors.torch.save_file."
         )
     own = network.state_dict()

@@ -86,7 +86,7 @@ class Captioned(TextConditioned):
     def _texts(prompts: Sequence[Any]) -> list[str]:
         wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
         if wrong:
-            raise DminError(f"prompt {wrong[0]!r} is not a text. Give captions in quotes.")
+            raise DminError(f"prompt {wrong[0]!r} is not text. Put captions in quotes.")
         return list(prompts)
 
     @property
@@ -224,7 +224,7 @@ class SizeConditioning(Captioned):
             raise DminError(
                 f"example {batch['id'][i]!r} has {', '.join(columns)} = {found} in its metadata, "
                 f"where model.sizes_from=metadata needs whole numbers of pixels. Add the columns, "
-                f"or take model.sizes_from=image."
+                f"or set model.sizes_from=image."
             )
         return found[0], found[1]
 

@@ -46,7 +46,7 @@ def check_model(model: Any) -> None:
     if not callable(getattr(model, "predict", None)) or not len(getattr(model, "timesteps", ())):
         raise DminError(
             f"{_of(model)} needs a method predict(x0, noise, t, condition) and timesteps, its "
-            f"timesteps in the order of sampling. Derive it from dmin.models.DiffusionModel."
+            f"timesteps in the order of sampling. Subclass dmin.models.DiffusionModel."
         )
 
 
@@ -76,8 +76,8 @@ def check_precision(network: nn.Module) -> None:
     if kinds:
         raise DminError(
             f"torch.autocast is on ({', '.join(kinds)}): gradients would be of another precision "
-            f"than the store says. Collect outside of it, with the network in bfloat16 "
-            f"(model.torch_dtype=bfloat16) if that is wanted."
+            f"than the store says. Collect without it, with the network in "
+            f"bfloat16 (model.torch_dtype=bfloat16) if wanted."
         )
 
 
@@ -148,7 +148,7 @@ class _Declared(Mapping[str, Any]):
         if column not in self._columns:
             raise DminError(
                 f"{self._model}.encode reads {column!r} of the metadata, which may change after a "
-                f"store was collected, unless the class declares it: metadata_columns = "
+                f"store was collected. Declare it in the class: metadata_columns = "
                 f"[{column!r}]."
             )
         return self._known[column]
@@ -172,14 +172,16 @@ def _encoded(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         _explain(error, f"{name} fails at {len(ids)} example(s) from {ids[0]!r} on")
     if not isinstance(found, tuple) or len(found) != 2:
         raise DminError(
-            f"{name} returns {_kind(found)}. It must return two things: x0, a tensor with a row an "
-            f"example, and the condition, a dict of tensors (empty if there is none)."
+            f"{name} returns {_kind(found)}. It must return x0, a tensor with one row for each "
+            f"example, "
+            f"and the condition, a dict of tensors (empty if there is none)."
         )
     x0, condition = found
     if not isinstance(x0, Tensor) or not x0.is_floating_point() or x0.ndim < 2:
         raise DminError(
             f"{name} returns {_kind(x0)} as x0. It must be a tensor of floating point, [batch, "
-            f"...]: join several into one (torch.cat of their flat forms) and part them in predict."
+            f"...]: join several tensors into one (torch.cat of the flattened tensors) and split "
+            f"them in predict."
         )
     if len(x0) != len(ids):
         raise DminError(
@@ -200,15 +202,15 @@ def _check_condition(name: str, key: Any, value: Any, count: int) -> None:
     """Refuse a condition that has no row an example and is not said to be shared."""
     if not isinstance(value, Tensor):
         raise DminError(
-            f"{name} returns {_kind(value)} as the condition {key!r}. It must be a tensor with a "
-            f"row an example: stack a list, leave out None, and keep what is the same for all "
+            f"{name} returns {_kind(value)} as the condition {key!r}. It must be a tensor with one "
+            f"row for each example: stack a list, leave out None, and keep data shared by all "
             f"examples in the model, or as a tensor named {SHARED + str(key)!r}."
         )
     if not str(key).startswith(SHARED) and (not value.ndim or len(value) != count):
         raise DminError(
             f"{name} returns the condition {key!r} of {list(value.shape)} for {count} example(s). "
-            f"Its first axis must be that of the examples. If it is the same for all of them, call "
-            f"it {SHARED + str(key)!r}: predict then gets it whole under that name."
+            f"Its first axis must be that of the examples. If it is the same for all of them, name "
+            f"it {SHARED + str(key)!r}: predict then receives it whole under that name."
         )
 
 
@@ -222,15 +224,15 @@ def _check_prediction(found: Any, count: int, name: str) -> None:
     output = found.prediction
     if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != count:
         raise DminError(
-            f"{name}: the prediction is {_kind(output)}, where {count} rows of numbers are needed, "
-            f"one a noised example."
+            f"{name}: the prediction is {_kind(output)}, but must have {count} rows, one "
+            f"for each noised example."
         )
     own = getattr(found, "loss", None)
     target = found.target
     if own is None and (not isinstance(target, Tensor) or target.shape != output.shape):
         raise DminError(
             f"{name}: the target is {_kind(target)} and the prediction {_kind(output)}. They must "
-            f"have one shape; a loss that is no squared error is given as Prediction(..., "
+            f"have the same shape; return a loss other than the squared error as Prediction(..., "
             f"loss=[batch])."
         )
     rows = {"weight": found.weight, "bound": getattr(found, "bound", None), "loss": own}
@@ -239,8 +241,8 @@ def _check_prediction(found: Any, count: int, name: str) -> None:
             continue
         if not isinstance(value, Tensor) or value.shape != (count,):
             raise DminError(
-                f"{name}: the {field} is {_kind(value)}, where one number an example is needed, "
-                f"[{count}]: do not take the mean over the batch."
+                f"{name}: the {field} is {_kind(value)}, but must be one number for each "
+                f"example, [{count}]: do not take the mean over the batch."
             )
     dropped = getattr(found, "dropped", None)
     if dropped is not None:
@@ -260,7 +262,7 @@ def _explain(error: Exception, what: str) -> NoReturn:
     place = (own or frames)[-1]
     raise DminError(
         f"{what}: {type(error).__name__}: {error} ({Path(place.filename).name}, line "
-        f"{place.lineno}: {place.line}). `dmin doctor` shows whether it is mended."
+        f"{place.lineno}: {place.line}). `dmin doctor` checks whether it is fixed."
     ) from error
 
 

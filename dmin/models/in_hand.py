@@ -32,7 +32,7 @@ def from_pipeline(pipeline: Any, **settings: Any) -> DiffusionModel:
     own = copy.copy(pipeline)
     for name, component in pipeline.components.items():
         if component is None and name in ("unet", "transformer", "vae", "scheduler"):
-            raise DminError(f"the pipeline has no {name}. Load it with all its components.")
+            raise DminError(f"the pipeline has no {name}. Load it with all of its components.")
         is_module = isinstance(component, nn.Module)
         if is_module and any(hasattr(module, "_hf_hook") for module in component.modules()):
             raise DminError(
@@ -43,8 +43,9 @@ def from_pipeline(pipeline: Any, **settings: Any) -> DiffusionModel:
             raise DminError(
                 f"layers of the pipeline's {name} are called through hooks of diffusers "
                 f"(enable_layerwise_casting, caches, group offloading), which a copy would share. "
-                f"Load the pipeline anew without them; weights are rounded to float8 alike by "
-                f"base_dtype of from_pretrained."
+                f"Load the pipeline again without them; base_dtype of from_pretrained rounds "
+                f"weights to float8 in "
+                f"the same way."
             )
         setattr(own, name, _around(component) if is_module else copy.copy(component))
     model: DiffusionModel = family.of_pipeline(own, **settings).eval()

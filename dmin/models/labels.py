@@ -54,7 +54,7 @@ def names_of(labels: Iterable[Any], classes: int) -> list[str]:
     if odd:
         raise DminError(
             f"some labels of the data are text ({spelled(sorted(found.difference(odd)))}), and one "
-            f"is {odd[0]!r}. Give all images one of a kind, in the column that data.label names."
+            f"is {odd[0]!r}. Use either text or numbers for all images, in the column data.label."
         )
     names = sorted(found)
     if len(names) > classes:

@@ -86,7 +86,7 @@ class LatentDiffusion(PipelineModel):
         if query_guidance is not None and query_without is not None:
             raise DminError(
                 f"model.query_guidance={query_guidance:g} and model.query_without="
-                f"{query_without!r} are two losses of a query. Set one of them to null."
+                f"{query_without!r} are two different losses of a query. Set one of them to null."
             )
         check_weights(self.network)
         check_component("vae", diffusers_name(pipeline.vae), self.family, "model")
@@ -107,7 +107,9 @@ class LatentDiffusion(PipelineModel):
         told = self.patch, self.of_frames, batch["id"][0], type(self).__name__
         vae.check_size(self.pipeline.vae, image, *told)
         if "condition_image" in batch and not self.reads_condition_images({}):
-            raise DminError(f"{type(self).__name__} is given no images: data.condition_image=null.")
+            raise DminError(
+                f"{type(self).__name__} takes no condition images. Set data.condition_image=null."
+            )
         condition = {**self._prompted(batch), **self._sizes(batch)}
         x0 = vae.encode(self.pipeline.vae, image, self.latents, self.latent_seed, self.shifted)
         return x0, {k: v.to(image.device) for k, v in condition.items()}
@@ -122,8 +124,8 @@ class LatentDiffusion(PipelineModel):
         count, prefix = len(batch["image"]), DROPPED if with_prompt else ""
         if self.without is not None and self.without in self._prompts(batch):
             raise DminError(
-                f"model.query_without={self.without!r} is the prompt of a query itself: there is "
-                f"no difference to ask about. Name another prompt (--without)."
+                f"model.query_without={self.without!r} equals the prompt of a query, so there "
+                f"is no difference. Give another prompt (--without)."
             )
         without = self._embedded(None if self.without is None else [self.without])
         nothing = {

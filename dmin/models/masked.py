@@ -38,8 +38,8 @@ def encode(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
     x0, condition = found
     if x0.ndim != 4:
         raise DminError(
-            f"{type(model).__name__} diffuses x0 of {list(x0.shape)}, which is no image: masks of "
-            f"the loss cannot be laid over it. Leave them out."
+            f"{type(model).__name__} diffuses x0 of {list(x0.shape)}, which is not an image: "
+            f"loss masks cannot be applied. Leave them out."
         )
     return x0, {**condition, MASK: adaptive_avg_pool2d(mask.to(x0), x0.shape[2:])}
 

@@ -195,8 +195,9 @@ class PipelineModel(TrainedModel):
             "use_dynamic_shifting"
         ):
             raise DminError(
-                "scheduler.use_dynamic_shifting=true: the pipelines of UNets do not tell their "
-                "scheduler the size that it is to shift by. Set it to false in the checkpoint's "
+                "scheduler.use_dynamic_shifting=true: pipelines of UNets do not pass the image "
+                "size that the shift depends on to the scheduler. Set it to false in the "
+                "checkpoint's "
                 "scheduler/scheduler_config.json, with the shift it was sampled with."
             )
         with self._encoders_with_network(), samplable(self.pipeline.scheduler):
@@ -271,7 +272,8 @@ def _by_network(networks: Mapping[str, Any], setting: str, given: Any) -> dict[s
         named = {name: given for name in networks} if len(networks) == 1 else {"": given}
     if odd := named.keys() - networks.keys():
         raise DminError(
-            f"model.{setting}={given}: {sorted(odd)[0] or 'a file'} is of none of the networks of "
-            f"this checkpoint. Say which: model.{setting}={{{': FILE, '.join(networks)}: FILE}}."
+            f"model.{setting}={given}: {sorted(odd)[0] or 'a file'} matches no network of this "
+            f"checkpoint. Say which "
+            f"one it is for: model.{setting}={{{': FILE, '.join(networks)}: FILE}}."
         )
     return named

@@ -73,8 +73,8 @@ def recognise(
         family = of_tensors(tensor_names(place))
         raise DminError(
             f"model.path={path} is a single file{f' of the family {family}' if family else ''}. "
-            f"Say model.single_file={path}, and model.path=FOLDER of a pipeline of its version and "
-            f"size, from which its configs and tokenizers are read."
+            f"Set model.single_file={path}, and model.path=FOLDER of a pipeline of the same "
+            f"version and size, for its configs and tokenizers."
         )
     if (place / "config.json").is_file() and not (place / "model_index.json").is_file():
         _refuse_part(place)
@@ -86,8 +86,9 @@ def recognise(
         if family and known[family].claims.keys != known[found.family].claims.keys:
             raise DminError(
                 f"model.single_file={single_file} is of the family {family} by the names of its "
-                f"tensors, and model.path={path} of {found.family}. Give a pipeline of the file's "
-                f"family, version and size as model.path."
+                f"tensors, and model.path={path} of {found.family}. Set model.path to a pipeline "
+                f"of "
+                f"the file's family, version and size."
             )
     return found
 
@@ -101,7 +102,7 @@ def refuse_pickle(path: Any, setting: str) -> NoReturn:
     raise DminError(
         f"{setting}={path} is a pickle, which can run code: convert it to .safetensors (diffusers' "
         f"scripts/convert_original_stable_diffusion_to_diffusers.py does, with "
-        f"--from_safetensors off and --to_safetensors) where you trust it, and name that."
+        f"--from_safetensors off and --to_safetensors) if you trust it, and give the new file."
     )
 
 
@@ -121,7 +122,8 @@ def of_pipeline(name: str, what: str) -> str:
         return found[0]
     if found:
         raise DminError(
-            f"{what} is a {name}, which several families claim: {', '.join(found)}. Say which: "
+            f"{what} is a {name}, which several families open: {', '.join(found)}. Choose one, for "
+            f"example "
             f"model={found[0]}."
         )
     opened = "; ".join(
@@ -131,8 +133,8 @@ def of_pipeline(name: str, what: str) -> str:
     why = reason(name)
     rest = f": {why}." if why else f". A family of your own:\n\n{skeleton(name)}"
     raise DminError(
-        f"{what} is a {name}, of which dmin has no family. It opens {opened}. This one it does "
-        f"not{rest}"
+        f"{what} is a {name}, which no family of dmin opens. It opens {opened}. This one is not "
+        f"supported{rest}"
     )
 
 
@@ -155,8 +157,9 @@ def tensor_names(file: Path) -> list[str]:
             return list(opened.keys())
     except (OSError, SafetensorError) as error:
         raise DminError(
-            f"model.single_file={file} cannot be read as a .safetensors file ({error}). Files of "
-            f"another kind can run code when they are read: convert them first."
+            f"model.single_file={file} cannot be read as a .safetensors file ({error}). Other "
+            f"kinds "
+            f"of files can run code when they are read: convert them first."
         ) from error
 
 
@@ -169,7 +172,8 @@ def pipeline_name(path: str | Path, subfolder: str | None, revision: str | None)
     place = Path(path, subfolder or "")
     if not Path(path).exists() and (subfolder or not HUB.fullmatch(str(path))):
         raise DminError(
-            f"model.path={place}: there is no such folder. Give the one that save_pretrained wrote "
+            f"model.path={place}: this folder does not exist. Give the one that save_pretrained "
+            f"wrote "
             f"(with model_index.json), or the name of one on the Hub."
         )
     try:
@@ -178,7 +182,7 @@ def pipeline_name(path: str | Path, subfolder: str | None, revision: str | None)
         name = index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DminError(
-            f"model.path={place} names no pipeline of diffusers ({' '.join(str(error).split())}). "
+            f"model.path={place} is not a diffusers pipeline ({' '.join(str(error).split())}). "
             f"Give the folder that save_pretrained wrote (with model_index.json), or the name of "
             f"one on the Hub."
         ) from error
@@ -195,9 +199,9 @@ def _refuse_part(folder: Path) -> NoReturn:
     known = f", as {' and '.join(of)} have" if of else ", which no family has"
     base = folder.parent if (folder.parent / "model_index.json").is_file() else "PIPELINE"
     raise DminError(
-        f"model.path={folder} is a {held} alone{known}, without encoders and scheduler. Say "
+        f"model.path={folder} is a {held} alone{known}, without encoders and scheduler. Set "
         f"model.path={base}, the pipeline that it was trained in"
-        + ("." if base == folder.parent else f", and model.ema={folder}, the weights it came to.")
+        + ("." if base == folder.parent else f", and model.ema={folder}, the trained weights.")
     )
 
 

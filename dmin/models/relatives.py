@@ -169,23 +169,26 @@ def check_checkpoint(family: str, path: str, revision: str | None) -> Any:
         pipeline_class = getattr(diffusers, held)
     if index.get("requires_aesthetics_score"):
         raise DminError(
-            f"{what}: a refiner, which is told a score of beauty that training images do not have. "
-            f"Give the base model's checkpoint."
+            f"{what}: a refiner, which takes an aesthetic score that training images do not have. "
+            f"Give "
+            f"the base model's checkpoint."
         )
     parts = {k: v[1] for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
     configs: dict[str, Any] = {}
     for name, component in parts.items():
         if name not in inspect.signature(pipeline_class.__init__).parameters:
             raise DminError(
-                f"{what}: it has a {name} ({component}), which {pipeline_class.__name__} leaves "
-                f"out. Give the checkpoint that its network was trained in."
+                f"{what}: it has a {name} ({component}), which {pipeline_class.__name__} does "
+                f"not use. Give the checkpoint that its network was trained in."
             )
         check_component(name, component, family, what)
         if name in ("vae", *_NETWORKS):
             configs[name] = _config(getattr(diffusers, component), path, name, revision)
     networks = [name for name in _NETWORKS if name in parts]
     if not networks:
-        raise DminError(f"{what}: it has no network ({' or '.join(_NETWORKS)}). Give it whole.")
+        raise DminError(
+            f"{what}: it has no network ({' or '.join(_NETWORKS)}). Give a complete checkpoint."
+        )
     channels = latent_channels(configs["vae"]) if "vae" in configs else None
     for name in networks:
         check_inputs(family, getattr(diffusers, parts[name]), configs[name], channels)
@@ -223,7 +226,7 @@ def check_component(name: str, component: str, family: str, what: str) -> None:
     if wanted and component not in wanted:
         raise DminError(
             f"{what}: its {name} is a {component}, where {' or '.join(wanted)} is needed. Choose "
-            f"the model=... that is made of it, or write a model of your own (docs/own_models.md)."
+            f"the model=... that has it, or write your own model (docs/own_models.md)."
         )
 
 
@@ -261,15 +264,15 @@ def check_inputs(
     ]
     if more:
         raise DminError(
-            f"model.path: this {kind.__name__} takes more than the latents of an image and its "
-            f"prompt, or other than model={family} gives it, as for inpainting or few-step "
+            f"model.path: this {kind.__name__} has inputs that model={family} does not "
+            f"provide, for example for inpainting or few-step "
             f"sampling: {', '.join(more)}. Give the checkpoint of a {claims.pipelines[0]}."
         )
     out = config.get("out_channels") or seen
     if out not in (channels, 2 * (channels or 0), (channels or 0) // claims.packing):
         raise DminError(
-            f"model.path: this {kind.__name__} returns {out} channels for {channels}: neither a "
-            f"prediction, nor one with a learned variance, twice as many. Give the checkpoint of a "
+            f"model.path: this {kind.__name__} returns {out} channels for {channels}: a prediction "
+            f"has as many, one with a learned variance twice as many. Give the checkpoint of a "
             f"denoiser or a flow."
         )
 
@@ -294,5 +297,6 @@ def check_variance(wanted: bool, network: Any, process: Any) -> None:
     if wanted and (out != 2 * channels or not hasattr(process, "variance_bound")):
         raise DminError(
             f"model.variance_loss=true, but this {type(network).__name__} predicts no variance "
-            f"({out} channels out for {channels} in), or is no discrete diffusion. Set it to false."
+            f"({out} channels out for {channels} in), or is not a discrete diffusion model. Set it "
+            f"to false."
         )

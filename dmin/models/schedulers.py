@@ -74,8 +74,9 @@ def process_of(
     found = _found(scheduler, name, shift)
     if shift is not None and not isinstance(found, RectifiedFlow):
         raise DminError(
-            f"model.shift={shift}: this checkpoint's {name}Scheduler is that of a "
-            f"{type(found).__name__}, which has no such setting. Set it to null."
+            f"model.shift={shift}: this checkpoint's {name}Scheduler belongs to a "
+            f"{type(found).__name__}, "
+            f"which does not have this setting. Set it to null."
         )
     _require_levels(found, name)
     return found.trained_with(settings or LossSettings())
@@ -108,7 +109,7 @@ def _found(scheduler: Any, name: str, shift: float | None) -> Process:
         raise DminError(
             f"scheduler.use_flow_sigmas={is_flow} with prediction_type={kind!r} ({name}Scheduler): "
             f"a flow needs true and flow_prediction; a diffusion false and epsilon, v_prediction "
-            f"or sample. Mend the checkpoint's scheduler/scheduler_config.json."
+            f"or sample. Fix the checkpoint's scheduler/scheduler_config.json."
         )
     if is_flow:
         return RectifiedFlow(config, shift)
@@ -129,8 +130,8 @@ def _one_way(scheduler: Any) -> Any:
     if config.get("invert_sigmas") or config["num_train_timesteps"] < 2:
         raise DminError(
             f"scheduler.invert_sigmas={config.get('invert_sigmas')} with num_train_timesteps="
-            f"{config['num_train_timesteps']}: a flow in another direction or unit than the "
-            f"families here have. They need invert_sigmas false, and usually 1000 timesteps."
+            f"{config['num_train_timesteps']}: a flow with a direction or time unit that "
+            f"no family has. They need invert_sigmas false, and usually 1000 timesteps."
         )
     return config
 

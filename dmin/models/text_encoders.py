@@ -117,8 +117,9 @@ class TextConditioned(LatentDiffusion):
         ):
             raise DminError(
                 f"model.text_encoders: {type(self.pipeline).__name__} tokenises captions one at a "
-                f"time, or as a chat, which is not repeated in a pass. Set model.text_encoders="
-                f"frozen: the text encoder's part of the gradient is then not taken."
+                f"time, or as a chat, which is not supported within a pass. Set "
+                f"model.text_encoders="
+                f"frozen: the gradient then does not include the text encoder."
             )
         known = [made for name, made in self.made_apart.items() if name not in self._inside]
         # Zeros are no prompt's where nothing is encoded for it.
@@ -133,8 +134,9 @@ class TextConditioned(LatentDiffusion):
         for name, value in whole.items():
             if not torch.allclose(again[name], value, rtol=0, atol=1e-2 * float(value.abs().max())):
                 raise DminError(
-                    f"model.text_encoders: {type(self.pipeline).__name__} makes another {name} of "
-                    f"the tokens of a caption than of the caption. Set model.text_encoders=frozen."
+                    f"model.text_encoders: {type(self.pipeline).__name__} encodes the tokens of "
+                    f"a caption to another {name} than the caption itself. Set "
+                    f"model.text_encoders=frozen."
                 )
         return found
 

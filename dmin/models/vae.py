@@ -151,7 +151,7 @@ def check_size(vae: Any, image: Tensor, patch: int, clips: bool, name: str, fami
     channels, *frames, height, width = image.shape[1:]
     if frames and not clips:
         raise DminError(
-            f"{name!r} is a clip, and {family} is trained on images. Choose a model of videos "
+            f"{name!r} is a clip, but {family} is trained on images. Choose a video model "
             f"(model=wan), or images (data=image_folder)."
         )
     check_frames(frames[0] if frames else 1, frame_step(vae), f"clip {name!r}", "data.frames")
@@ -173,7 +173,7 @@ def check_frames(frames: int, step: int, what: str, setting: str) -> None:
         below = frames - (frames - 1) % step
         near = [str(n) for n in (below, below + step) if n > 1]
         raise DminError(
-            f"{what} has {frames} frames, and the autoencoder takes one and a multiple of {step}: "
+            f"{what} has {frames} frames, but the autoencoder takes {step}n + 1: "
             f"set {setting}={' or '.join(near)}."
         )
 

@@ -33,8 +33,9 @@ def take(
     if said is None:
         if not files:
             raise DminError(
-                f"{run.source}: {key} leads to no adapter ({last}). Name it: model.adapter=FILE, "
-                f"or where the run's files are: run.root=FOLDER."
+                f"{run.source}: {key} does not lead to an adapter ({last}). Give it as "
+                f"model.adapter=FILE, "
+                f"or give the folder of the run's files as run.root=FOLDER."
             )
         said = files[-1]
         run.taken.append(Entry(key, said, "model.adapter"))
@@ -64,8 +65,9 @@ def _files(folder: Path | None, last: str, ways: Sequence[str]) -> list[Path]:
 def refuse_whole(run: TrainingRun, without: str) -> DminError:
     """Return the error of a run that trained all weights."""
     return DminError(
-        f"{run.source} trains the whole network ({without}): name the model that came out by "
-        f"model=FAMILY model.path=…, and its data by data=training_folder data.root=…"
+        f"{run.source} trains the whole network ({without}): give the trained model by "
+        f"model=FAMILY "
+        f"model.path=…, and its data by data=training_folder data.root=…"
     )
 
 

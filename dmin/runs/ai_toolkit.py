@@ -130,12 +130,12 @@ def _of_table(file: Path, each: Keys, key: str, places: Places) -> str:
     """Return the folder of the images in a table of captions."""
     found = load(file)
     if not isinstance(found, dict) or not all(isinstance(e, dict) for e in found.values()):
-        raise DminError(f"{each.run.source}: {each.name(key)} = {file} is no table of captions.")
+        raise DminError(f"{each.run.source}: {each.name(key)} = {file} is not a table of captions.")
     bare = [path for path, entry in found.items() if not entry.get("caption")]
     if bare and each.get("default_caption"):
         raise DminError(
-            f"{each.run.source}: {bare[0]} of {file} has no caption, and default_caption is not "
-            f"taken for it: write it into a copy of the table."
+            f"{each.run.source}: {bare[0]} of {file} has no caption, and default_caption does not "
+            f"apply to it: write the caption into a copy of the table."
         )
     return of_paths(found, places, each.name(key))
 

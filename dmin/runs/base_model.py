@@ -34,18 +34,18 @@ def take(
     if known is not None and expected is None:
         if not isinstance(kind, str) or kind not in known:
             raise DminError(
-                f"{run.source} trained {shown(kind)}, of which dmin has no family. It reads "
-                f"{', '.join(known)}; for a model of your own say model=… (docs/own_models.md)."
+                f"{run.source} trained {shown(kind)}, which no family of dmin opens. It "
+                f"opens {', '.join(known)}; for your own model set model=… (docs/own_models.md)."
             )
         expected = known[kind]
     said, file = places.said.get("path"), places.seek(text, "base model")
     if said is None and text is None:
-        raise DminError(f"{run.source} names no base model: say model.path=PATH.")
+        raise DminError(f"{run.source} names no base model: set model.path=PATH.")
     if file is not None and file.is_file() and file.suffix == ".safetensors":
         if said is None or Path(said).is_file():
             raise DminError(
-                f"{run.source}: its base model, {file}, is one file without configs. Say where a "
-                f"pipeline of its version and size is, as diffusers saves it: model.path=FOLDER."
+                f"{run.source}: its base model, {file}, is a single file without configs. Set "
+                f"model.path=FOLDER to a diffusers pipeline of the same version and size."
             )
         run.family, run.model = settings_of(spelled(file), expected)
         run.model["path"] = said
@@ -102,19 +102,20 @@ def settings_of(path: str, expected: str | None = None) -> tuple[str, dict[str, 
     elif place.is_file():
         found = recognition.of_tensors(header(place)) or expected
     elif place.is_dir():
-        raise DminError(f"{place} holds no model_index.json: name the folder of a whole pipeline.")
+        raise DminError(f"{place} has no model_index.json: give the folder of a complete pipeline.")
     else:
         found = expected
     if found is None:
         raise DminError(
-            f"{path}: there is no such folder or file, and a name on a hub does not tell the "
-            f"family. Say which: model=FAMILY, or where the run's files are: run.root=FOLDER."
+            f"{path}: this folder or file does not exist, and the family of a model on a hub is "
+            f"unknown. "
+            f"Set model=FAMILY, or give the folder of the run's files as run.root=FOLDER."
         )
     # A trainer may call both by one name: the base model tells whether it is given images.
     if expected is not None and found != expected and f"{expected}_" not in _given(found):
         raise DminError(
-            f"{path} is of the family {found}, and the run, or model= on the line, says "
-            f"{expected}: name the base model that it was trained on, model.path=PATH."
+            f"{path} is of the family {found}, and the run, or model= on the command line, "
+            f"says {expected}: give the base model that it was trained on, model.path=PATH."
         )
     if place.is_file():
         return found, {"single_file": path}

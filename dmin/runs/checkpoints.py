@@ -58,9 +58,9 @@ def settings(run: TrainingRun, method: str, weighted: bool) -> dict[str, Any]:
     ways, last = run.facts.get("checkpoints") or [], run.model["adapter"]
     if not ways:
         raise DminError(
-            f"method={method} is an average over the checkpoints of a run, and {run.source} has "
-            f"none but {last}. Have the trainer save some on the way, name those that are "
-            f"elsewhere: method.checkpoints=[FILE, …], or take method=grad_dot."
+            f"method={method} averages over the checkpoints of a run, and {run.source} "
+            f"has only {last}. Let the trainer save intermediate checkpoints, give others by "
+            f"method.checkpoints=[FILE, …], or set method=grad_dot."
         )
     run.taken.append(Entry("files on the way", len(ways), "method.checkpoints"))
     if not weighted:
@@ -68,9 +68,9 @@ def settings(run: TrainingRun, method: str, weighted: bool) -> dict[str, Any]:
     weights = _weights([*map(Path, ways), Path(last)], run.facts["schedule"])
     if isinstance(weights, str):
         raise DminError(
-            f"method={method} counts each checkpoint by its learning rates, which {run.source} "
-            f"does not tell: {weights}. Say them, {last} first, then {', '.join(ways)}: "
-            f"method.weights=[…], or method.weights=null for all alike."
+            f"method={method} weights each checkpoint by its learning rates, which are "
+            f"unknown for {run.source}: {weights}. Set method.weights=[…] for {last}, then "
+            f"{', '.join(ways)}, or method.weights=null for equal weights."
         )
     told = ", ".join(f"{weight:.3g}" for weight in weights)
     run.taken.append(Entry("learning rates", told, "method.weights, the last file's first"))

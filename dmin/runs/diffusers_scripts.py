@@ -52,8 +52,8 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
     key = next((each for each in FOLDERS if keys.get(each, kind=str)), None)
     if key in (None, "dataset_name"):
         raise DminError(
-            f"{run.source}: its data are {key} = {keys.get('dataset_name')}, no folder here. Say "
-            f"data=hf_dataset data.path=… or data=image_folder data.root=…"
+            f"{run.source}: its data are {key} = {keys.get('dataset_name')}, which is not a local "
+            f"folder. Set data=hf_dataset data.path=… or data=image_folder data.root=…"
         )
     root = places.folder(keys.get(key, "", str), key)
     shape = bucket(keys.get("resolution", 512), False, 1, True, run)

@@ -63,7 +63,7 @@ def _folder_of_run(keys: Keys, places: Places) -> Path | None:
     if len(found) > 1 and "adapter" not in places.said:
         names = ", ".join(str(each) for each in found[:5])
         raise DminError(
-            f"{keys.run.source}: output_dir has several runs ({names}). Name one: run={found[-1]}"
+            f"{keys.run.source}: output_dir has several runs ({names}). Choose one: run={found[-1]}"
         )
     return found[-1] if found else root
 
@@ -81,7 +81,9 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
         if archives := sorted(root.glob("*.tar")):
             raise DminError(
                 f"{run.source}: {archives[0]} is an archive of images, which is not read. Unpack "
-                f"it there (tar -xf) and move it away, or leave that directory out in a copy."
+                f"it "
+                f"there (tar -xf) and move the archive away, or remove that directory from a copy "
+                f"of the file."
             )
         known = len(each.run.random)
         shapes, captions = _shapes(each), _captions(each, root)
@@ -147,6 +149,7 @@ def _aspects(each: Keys) -> list[float]:
     except (TypeError, ValueError, ArithmeticError):
         told = shown(listed or each.known("min_ar", "max_ar", "num_ar_buckets"))
         raise DminError(
-            f"{each.run.source}: {each.name('ar_buckets')} = {told} gives no aspect ratios. Mend "
-            f"it in a copy of the file."
+            f"{each.run.source}: {each.name('ar_buckets')} = {told} contains no valid aspect "
+            f"ratios. "
+            f"Fix it in a copy of the file."
         ) from None

@@ -38,7 +38,7 @@ def load(file: Path) -> Any:
             return json.loads(_without_comments(text))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise DminError(f"{file} cannot be read ({reason}). Mend it in a copy.") from error
+        raise DminError(f"{file} cannot be read ({reason}). Fix it in a copy.") from error
 
 
 def header(file: Path) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def header(file: Path) -> dict[str, Any]:
                 raise ValueError("its header is no mapping")
             return found
     except (OSError, ValueError) as error:
-        raise DminError(f"{file} is no safetensors file ({error}).") from error
+        raise DminError(f"{file} is not a safetensors file ({error}).") from error
 
 
 class Places:
@@ -88,7 +88,7 @@ class Places:
             DminError: there is none, or several.
         """
         if not text.strip():
-            raise DminError(f"{self.source}: {key} is not said, and a path is needed.")
+            raise DminError(f"{self.source}: {key} is missing; it must be a path.")
         parts = PureWindowsPath(text).parts if _is_windows(text) else Path(text).parts
         path = Path(text).expanduser()
         if path.is_absolute() and path.exists():
@@ -104,9 +104,9 @@ class Places:
                 if (found := start.joinpath(*tail)).exists():
                     return found
         raise DminError(
-            f"{self.source}: {key} = {text}, and nothing is there (looked from "
-            f"{self.root or 'the folder of the file, those above, and the one at hand'}). Say "
-            f"where the run's files are: run.root=FOLDER, below which the path's end is sought."
+            f"{self.source}: {key} = {text}, which does not exist (searched from "
+            f"{self.root or 'the folder of the file, its parents, and the current folder'}). Set "
+            f"run.root=FOLDER to the folder below which the end of the path is found."
         )
 
     def seek(self, text: str | None, key: str) -> Path | None:

@@ -103,8 +103,8 @@ def sides(size: Any, run: TrainingRun) -> list[int]:
         return numbers
     except (ValueError, TypeError, OverflowError):
         raise DminError(
-            f"{run.source}: resolution = {shown(size)}, which is no size of images: a number of "
-            f"pixels, or width and height. Mend it in a copy of the file."
+            f"{run.source}: resolution = {shown(size)}, which is not an image size (a number of "
+            f"pixels, or width and height). Fix it in a copy of the file."
         ) from None
 
 
@@ -133,8 +133,9 @@ def of_paths(paths: Iterable[str], places: Places, key: str) -> str:
     moved = [path for path, file in found.items() if path not in (str(file), spelled(file))]
     if moved or not found:
         raise DminError(
-            f"{places.source}: {key} names {moved[0] if moved else 'no image'}, and images are "
-            f"told by their paths from the folder at hand, or whole ones: say those in a copy."
+            f"{places.source}: {key} names {moved[0] if moved else 'no image'}, but images are "
+            f"given by absolute paths or paths relative to the current folder: use those in a copy "
+            f"of the file."
         )
     return spelled(Path(os.path.commonpath([file.parent for file in found.values()])))
 
@@ -223,7 +224,7 @@ def together(parts: Mapping[str, dict[str, Any]] | None, run: TrainingRun) -> di
         run.taken.append(Entry("data", "not the run's", "as you say"))
         return {}
     if not parts:
-        raise DminError(f"{run.source} names no folder of images that it was trained on.")
+        raise DminError(f"{run.source} does not name a folder of training images.")
     _dropout(parts, run)
     approximated = sorted({entry.key.rpartition(".")[2] for entry in run.random})
     run.model["empty_captions"] = "keep"  # what trainers make of images without a caption

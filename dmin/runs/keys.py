@@ -101,7 +101,9 @@ class Keys:
 
     def __init__(self, values: Mapping[str, Any], run: TrainingRun, where: str = "") -> None:
         if not isinstance(values, Mapping):
-            raise DminError(f"{run.source}: {where or 'a file that it names'} is no table of keys.")
+            raise DminError(
+                f"{run.source}: {where or 'a file that it names'} is not a table of keys."
+            )
         self.values: dict[str, Any] = dict(values)
         self.run = run
         self.where = where
@@ -125,8 +127,8 @@ class Keys:
             return _converted(value, kind)
         except (ValueError, TypeError, KeyError, OverflowError):
             raise DminError(
-                f"{self.run.source}: {self.name(key)} = {shown(value)}, which is no "
-                f"{_KINDS[kind]}. Mend it in a copy of the file."
+                f"{self.run.source}: {self.name(key)} = {shown(value)}, which is not "
+                f"{_KINDS[kind]}. Fix it in a copy of the file."
             ) from None
 
     def take(
@@ -159,8 +161,7 @@ class Keys:
         found = self.get(key)
         if not isinstance(found, list) or not found or not all(isinstance(e, dict) for e in found):
             raise DminError(
-                f"{self.run.source}: {self.name(key)} is no list of tables, of which one or more "
-                f"are needed."
+                f"{self.run.source}: {self.name(key)} must be a list of one or more tables."
             )
         return [Keys(e, self.run, f"{self.name(key)}[{n}]") for n, e in enumerate(found)]
 
@@ -282,11 +283,11 @@ class Keys:
 
 _KINDS = {
     bool: "true or false",
-    int: "whole number",
-    float: "number",
+    int: "a whole number",
+    float: "a number",
     str: "text",
-    list: "list",
-    dict: "table",
+    list: "a list",
+    dict: "a table",
 }
 
 

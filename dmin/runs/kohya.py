@@ -85,7 +85,7 @@ def _folders(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[str
         text = keys.get("train_data_dir", kind=str)
         if text is None:
             raise DminError(
-                f"{run.source} names no data: neither dataset_config nor train_data_dir."
+                f"{run.source} names no data: it has neither dataset_config nor train_data_dir."
             )
         root = Path(places.folder(text, "train_data_dir"))
         return _numbered(root, [keys], places, run)
@@ -131,7 +131,7 @@ def _numbered(
         run.taken.append(Entry(path.name, int(match[1]), meaning))
         parts[path.name] = part
     if not parts:
-        raise DminError(f"{run.source}: {root} has no folder named as 3_class tokens.")
+        raise DminError(f"{run.source}: {root} has no folder named like 3_class tokens.")
     return parts
 
 

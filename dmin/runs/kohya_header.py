@@ -118,8 +118,8 @@ def _extension(subset: Keys, root: Path, tags: Any, number: Any) -> str:
             return extension
     raise DminError(
         f"{root} does not hold the images and captions that {subset.run.source} was trained on: "
-        f"its header counts {number} images and other tags. Name the folder that does by "
-        f"run.root=…, or say data=training_folder data.root=… for what is there."
+        f"its header counts {number} images and different tags. Give the right folder by "
+        f"run.root=…, or set data=training_folder data.root=… to use this one."
     )
 
 
@@ -129,5 +129,5 @@ def _json(keys: Keys, key: str) -> Any:
         return None if text is None else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DminError(
-            f"{keys.run.source}: ss_{key} in its header is no JSON ({error})."
+            f"{keys.run.source}: ss_{key} in its header is not JSON ({error})."
         ) from error

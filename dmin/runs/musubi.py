@@ -86,7 +86,7 @@ def _images(each: Keys, places: Places) -> tuple[Path, dict[str, Any]]:
     if not path or not ending.strip("."):
         raise DminError(
             f"{each.run.source}: {each.where} needs image_directory and caption_extension, or "
-            f"image_jsonl_file. Videos are not read: leave that data set out in a copy."
+            f"image_jsonl_file. Videos are not read: remove that data set from a copy of the file."
         )
     told = {"extensions": [f".{ending.lstrip('.')}"], "missing": "drop"}
     return Path(places.folder(path, each.name("image_directory"))), told

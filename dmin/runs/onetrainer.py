@@ -45,7 +45,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     if version < 10:
         raise DminError(
             f"{source} is of an older OneTrainer (__version = {version}; 10 and later are read). "
-            f"Load it in a newer one, and take the copy that it saves."
+            f"Load it in a newer version, and use the copy that it saves."
         )
     if (method := keys.get("training_method", kind=str)) != "LORA":
         raise adapter.refuse_whole(run, f"training_method = {method}")
@@ -212,7 +212,7 @@ def _captions(text: Keys, root: Path, places: Places, draws: dict[str, Any]) -> 
         try:
             lines = [each for each in file.read_text("utf-8-sig").splitlines() if each.strip()]
         except (OSError, ValueError) as error:
-            raise DminError(f"{file} cannot be read as UTF-8 text ({error}). Mend it.") from error
+            raise DminError(f"{file} cannot be read as UTF-8 text ({error}). Fix it.") from error
         if len(lines) > 1:
             text.note(text.run.random, "prompt_path", file.name, say.ONE_OF)
         draws["lines"] = text.draw("prompt_path", on=len(lines) > 1)

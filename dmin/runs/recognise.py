@@ -57,12 +57,12 @@ def read_run(
     if not found:
         known = ", ".join(module.__name__.rpartition(".")[2] for module in TRAINERS)
         raise DminError(
-            f"run={path} holds no config of a trainer that is known ({known}). Name the config "
-            f"itself, or say model=… and data=…"
+            f"run={path} contains no config of a known trainer ({known}). Give the config itself, "
+            f"or set model=… and data=…"
         )
     if len(found) > 1:
         names = ", ".join(str(file) for file, *_ in found)
-        raise DminError(f"run={path} holds several: {names}. Name one of them.")
+        raise DminError(f"run={path} contains several: {names}. Choose one of them.")
     file, module, values = found[0]
     run: TrainingRun = module.read(file, values, Places(file, root, said))
     run.draw(draws)

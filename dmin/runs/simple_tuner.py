@@ -96,8 +96,9 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
             continue
         if (where := each.get("type", "local", str)) != "local":
             raise DminError(
-                f"{run.source}: {each.name('type')} = {where}, and images on this machine are "
-                f"needed: load them into a folder, and name it with type local in a copy."
+                f"{run.source}: {each.name('type')} = {where}, but local images are needed: "
+                f"download "
+                f"them into a folder, and set it with type local in a copy of the file."
             )
         linked = each.get("conditioning_data")
         linked = linked[0] if isinstance(linked, list) and linked else linked
@@ -178,6 +179,7 @@ def _captions(each: Keys, root: Path, draws: dict[str, Any], places: Places) -> 
         each.note(each.run.random, "caption_strategy", source, say.ONE_OF)
         return {"source": "table", "table": file, "key": key, "columns": columns, **prefix}
     raise DminError(
-        f"{each.run.source}: {each.name('caption_strategy')} = {source}, which is not read: write "
-        f"each caption into a .txt beside its image, and say textfile in a copy."
+        f"{each.run.source}: {each.name('caption_strategy')} = {source}, which is not supported: "
+        f"write each "
+        f"caption into a .txt next to its image, and set textfile in a copy of the file."
     )

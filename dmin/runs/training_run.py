@@ -90,7 +90,7 @@ class TrainingRun:
         if strange := sorted(said - names):
             known = ", ".join(each.key for each in self.other) or "nothing to ignore"
             raise DminError(
-                f"run.ignore={strange}: {self.source} has no such key in force. It has {known}."
+                f"run.ignore={strange}: {self.source} does not set this key. It sets {known}."
             )
         self.ignored = [e for e in self.other if said & {e.key, e.key.rpartition(".")[2]}]
         self.other = [each for each in self.other if each not in self.ignored]
@@ -98,8 +98,8 @@ class TrainingRun:
             listed = "; ".join(f"{e.key} = {shown(e.value)}: {e.meaning}" for e in self.other)
             keys = ",".join(dict.fromkeys(e.key.rpartition(".")[2] for e in self.other))
             raise DminError(
-                f"{self.source} trained with another loss than dmin computes: {listed}. To "
-                f"attribute without that: run.ignore=[{keys}]."
+                f"{self.source} trained with a loss that dmin does not compute: {listed}. To "
+                f"attribute without it, set run.ignore=[{keys}]."
             )
 
     def lines(self) -> list[str]:

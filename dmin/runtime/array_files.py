@@ -101,7 +101,7 @@ def unpacked(content: np.ndarray) -> ArrayFile:
 
 def warn_damaged(path: Path, why: str) -> None:
     """Say that a file is of no use."""
-    warnings.warn(f"{path} is damaged ({why}): it is made again.", DminWarning, stacklevel=2)
+    warnings.warn(f"{path} is damaged ({why}): it is rebuilt.", DminWarning, stacklevel=2)
 
 
 def _digest(content: memoryview) -> bytes:

@@ -52,16 +52,16 @@ def machine_failure(error: BaseException) -> DminError | None:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return DminError(
-            f"This machine has not enough memory ({text or 'an allocation failed'}): let other"
-            " programs end, or ask for less at a time (collect.microbatch, collect.block_size,"
-            " retrieve.rows, data.workers). What is sealed is kept."
+            f"This machine has not enough memory ({text or 'an allocation failed'}): close "
+            "other programs, or lower collect.microbatch, collect.block_size, retrieve.rows or "
+            "data.workers. Sealed blocks are kept."
         )
     if not isinstance(error, OSError) or error.errno not in REMEDIES:
         return None
     if error.filename is None and error.errno == errno.ENOENT:  # os.getcwd
         return DminError(
-            "The folder that this command was started in is not there any more: change to another"
-            " (cd), and give the command again."
+            "The folder that this command was started in no longer exists: change to another one "
+            "(cd), and run the command again."
         )
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
     if error.errno == errno.ENOENT and (path is None or path.parent.is_dir()):

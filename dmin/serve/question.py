@@ -62,16 +62,16 @@ class Question:
         """
         prompt, methods, picture = (sent.get(name) for name in ("prompt", "methods", "picture"))
         if not isinstance(prompt, str) or len(prompt) > 4000 or "\0" in prompt:
-            raise DminError("The prompt is no text of at most 4,000 letters.")
+            raise DminError("The prompt must be text of at most 4,000 characters.")
         names = [str(each) for each in methods] if isinstance(methods, list) else []
         if not 1 <= len({*names}) == len(names) <= SIDE_BY_SIDE or {*names} - {*known}:
-            raise DminError(f"Choose 1 … {SIDE_BY_SIDE} of the methods listed, each once.")
+            raise DminError(f"Choose 1 … {SIDE_BY_SIDE} of the listed methods, each once.")
         form: dict[str, Any] = {n: _whole(sent.get(n), n, *span) for n, span in _NUMBERS.items()}
         places = SHOWN * (sent.get("places") is True)
         form |= {"prompt": prompt, "methods": tuple(names), "places": places}
         if picture is None:
             if not prompt:
-                raise DminError("Give a prompt to generate a picture by: a caption, or a class.")
+                raise DminError("Give a prompt for the picture to generate: a caption, or a class.")
             return cls(**form)
         part, region, mask = (sent.get(name) for name in ("part", "region", "mask"))
         if part in ("region", "mask") and sent.get(part) is None:
@@ -121,7 +121,9 @@ def _picture(sent: Any, upload_mb: float) -> tuple[str, bytes]:
     last = re.split(r"[/\\]", str(said.get("name", "")))[-1]
     name = re.sub(r"[^\w. ()+-]", "_", last).lstrip(". -")[-80:] or "picture"
     if Path(name).suffix.lower() not in suffixes():
-        raise DminError(f"{name} is no picture by its name: take one of {', '.join(suffixes())}.")
+        raise DminError(
+            f"{name} does not have the suffix of a picture: use one of {', '.join(suffixes())}."
+        )
     return name, _decoded(said.get("data"), name, upload_mb)
 
 
@@ -136,6 +138,6 @@ def _decoded(sent: Any, name: str, upload_mb: float) -> bytes:
     try:
         content = base64.b64decode(sent, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
-        raise DminError(f"{name} came without its content, or damaged. Drop it again.") from error
+        raise DminError(f"{name} arrived empty or damaged. Drop it again.") from error
     Pixels(mode=None).decode(content, name)
     return content

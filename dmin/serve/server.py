@@ -38,8 +38,8 @@ def bound(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         found.close()
         raise DminError(
-            f"serve.host={host}, serve.port={port} cannot be listened at ({error}). Take another "
-            f"port; serve.port=0 takes any that is free."
+            f"serve.host={host}, serve.port={port} cannot be opened ({error}). Choose another "
+            f"port; serve.port=0 takes any free one."
         ) from error
     return found
 

@@ -78,7 +78,9 @@ class Sketch(Shown, ABC):
 
     def __init__(self, dim: int = 4096, seed: int = 0) -> None:
         if dim < 1:
-            raise DminError(f"sketch.dim={dim}: the sketch needs at least one number, say 4096.")
+            raise DminError(
+                f"sketch.dim={dim}: the sketch needs at least one dimension; 4096 is usual."
+            )
         self.dim = dim
         self.seed = seed
         self._parameters: Parameters | None = None

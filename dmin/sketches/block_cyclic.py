@@ -36,7 +36,7 @@ class BlockCyclic(FoldedSketch):
         if not 1 <= block <= dim:
             raise DminError(
                 f"sketch.block={block} with sketch.dim={dim}: a block must fit into the sketch, "
-                f"or its entries would collide. Set sketch.block to at most {dim}."
+                f"otherwise its entries would collide. Set sketch.block to at most {dim}."
             )
         self.block = block
         self.folds: int | None = block

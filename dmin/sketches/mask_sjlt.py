@@ -40,8 +40,9 @@ class MaskSJLT(Sketch):
         super().__init__(dim, seed)
         if keep < dim:
             raise DminError(
-                f"sketch.keep={keep} with sketch.dim={dim}: fewer scalars kept than numbers to "
-                f"fold them to. Set sketch.keep to at least {dim}; eight times as many are usual."
+                f"sketch.keep={keep} with sketch.dim={dim}: fewer scalars are kept than the "
+                f"sketch has dimensions. Set sketch.keep to at least {dim}; eight times as many "
+                f"are usual."
             )
         self.keep = keep
 

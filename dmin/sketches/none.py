@@ -41,8 +41,9 @@ class FullGradient(FormedSketch):
         if max(ends) > self.max_dim:
             raise DminError(
                 f"sketch=none keeps the full gradient, here {max(ends):,} dimensions a timestep "
-                f"and group: {4 * max(ends):,} bytes for each example in memory. It is for small "
-                f"models; choose another sketch, or raise sketch.max_dim (now {self.max_dim:,})."
+                f"and group: {4 * max(ends):,} bytes for each example in memory. It is only for "
+                f"small models; choose another sketch, or raise sketch.max_dim (now "
+                f"{self.max_dim:,})."
             )
         bound = super().bind(parameters)
         bound.dim, bound._kept = max(ends), places

@@ -36,7 +36,8 @@ class SJLT(FormedSketch):
         if nonzeros < 1 or dim % nonzeros:
             raise DminError(
                 f"sketch.nonzeros={nonzeros} with sketch.dim={dim}: every scalar has one bucket in "
-                f"each of as many equal parts, so it must divide sketch.dim. 1, 2 and 4 are usual."
+                f"each of that many equal parts, so it must divide sketch.dim. 1, 2 and 4 are "
+                f"usual."
             )
         self.nonzeros = nonzeros
         self.folds: int | None = (

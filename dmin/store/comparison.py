@@ -55,7 +55,7 @@ def check_comparable(query_store: Store, train_store: Store) -> None:
     if lines:
         raise DminError(
             f"The query store {query_store.path} and the training store {train_store.path} cannot"
-            f" be compared: {'; '.join(lines)}, where here"
-            " is the query store and there is the training store. Collect both with the same model"
-            " weights, loss, noise, schedule and sketch."
+            f" be compared: {'; '.join(lines)} ('here' is "
+            "the query store, 'there' the training store). Collect both with the same model "
+            "weights, loss, noise, schedule and sketch."
         )

@@ -87,7 +87,9 @@ def import_store(
     if found.manifest is None:
         return _foreign(found, Path(source), Path(target), sketch, ids, dtype)
     if sketch is not None or ids is not None:
-        raise DminError(f"{source} is an export, which says its sketch and ids: leave these out.")
+        raise DminError(
+            f"{source} is an export, which contains its sketch and ids: leave out sketch= and ids=."
+        )
     assert found.ids is not None
     manifest = replace(found.manifest, num_examples=len(found.ids), revisions=())
     return write_pending(target, manifest, found.block)
@@ -105,13 +107,14 @@ def _foreign(
     if len(found.arrays) > 1 or array.ndim not in (2, 3) or 0 in array.shape:
         shapes = {key: list(each.shape) for key, each in found.arrays.items()}
         raise DminError(
-            f"{source} has the arrays {shapes}: sketches from elsewhere are one array [n, k] or"
-            " [n, timestep, k]."
+            f"{source} has the arrays {shapes}: sketches of other programs must be one array [n, "
+            f"k] "
+            "or [n, timestep, k]."
         )
     if not sketch:
         raise DminError(
-            "Sketches from elsewhere need sketch=...: any text that says how they were made, the"
-            " same for queries and training examples."
+            "Sketches of other programs need sketch=...: any name for how they were computed, the "
+            "same for queries and training examples."
         )
     names = ids if ids is not None else found.ids
     names = [f"{row}" for row in range(len(array))] if names is None else list(names)
@@ -151,12 +154,14 @@ def read(source: Path) -> Arrays:
             return _parquet(source)
     except UNREADABLE as error:
         raise DminError(
-            f"{source} cannot be imported ({' '.join(str(error).split())}): name a folder or file"
-            " that `dmin store export` wrote, or .npy, .safetensors or .parquet of sketches."
+            f"{source} cannot be imported ({' '.join(str(error).split())}): give a folder or file "
+            f"that "
+            "`dmin store export` wrote, or a .npy, .safetensors or .parquet file of sketches."
         ) from error
     raise DminError(
-        f"{source} cannot be imported: name a folder that `dmin store export` wrote, or a file that"
-        " ends in .npy, .safetensors or .parquet."
+        f"{source} cannot be imported: give a folder that `dmin store export` wrote, or a file "
+        f"that "
+        "ends in .npy, .safetensors or .parquet."
     )
 
 

@@ -89,14 +89,14 @@ def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[s
     """
     stores = [Store(path) for path in sources]
     if not stores:
-        raise DminError("There is nothing to merge: name one store or more as sources.")
+        raise DminError("There is nothing to merge: give one or more stores as sources.")
     first, target = stores[0].manifest, Path(target)
     for other in stores[1:]:
         lines = differences(first.document(), other.manifest.document())
         if lines:
             raise DminError(
-                f"{other.path} cannot be merged with {stores[0].path}: {'; '.join(lines)}, where"
-                " here is the first store. Only parts of one collection can be."
+                f"{other.path} cannot be merged with {stores[0].path}: {'; '.join(lines)} ('here' "
+                "is the first store). Only parts of one collection can be merged."
             )
     renewed = {store.metadata_digest: store for store in stores if store.metadata_digest}
     if len(renewed) > 1:
@@ -145,8 +145,8 @@ def fold(store: Store, target: str | os.PathLike[str], dim: int, dtype: str | No
     if folds is None:
         family = sketch.get("family") if isinstance(sketch, dict) else sketch
         raise DminError(
-            f"The sketch {family!r} does not fold: it does not declare that it does. Collect again"
-            f" with sketch.dim={dim}, or with a sketch that folds, such as block_cyclic."
+            f"The sketch {family!r} cannot be folded. Collect again with sketch.dim={dim}, or with "
+            f"a sketch that can be folded, such as block_cyclic."
         )
     if not 1 <= dim < layout.dim or layout.dim % dim or dim % folds:
         allowed = [k for k in range(folds, layout.dim, folds) if layout.dim % k == 0][-6:]

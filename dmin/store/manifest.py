@@ -56,7 +56,9 @@ class Layout:
             object.__setattr__(self, name, values)
             few = not values and name != "readouts"  # without any there are losses alone
             if few or len(set(values)) < len(values):
-                raise DminError(f"layout.{name} is {list(values)}: give one or more, all different")
+                raise DminError(
+                    f"layout.{name} is {list(values)}: give one or more different values"
+                )
         if not np.isfinite(self.timesteps).all():
             raise DminError(f"layout.timesteps is {list(self.timesteps)}: give finite numbers")
         for readout in self.readouts:
@@ -68,7 +70,7 @@ class Layout:
             require_count(f"layout.{name}", getattr(self, name))
         if self.dtype not in STORED_AS:
             allowed = " or ".join(STORED_AS)
-            raise DminError(f"collect.dtype={self.dtype!r} is not offered: use {allowed}.")
+            raise DminError(f"collect.dtype={self.dtype!r} is not supported: use {allowed}.")
 
     @property
     def row_shape(self) -> tuple[int, int, int, int]:

@@ -43,9 +43,9 @@ class RankingLoss:
             other = "int8_parts or float16" if self.dtype == "int8" else "float16"
             warnings.warn(
                 f"{self.dtype} changes rankings: of the ten rows nearest to each of {self.rows}"
-                f" that were compared, {100 * kept:.0f} % are so still, less than"
-                f" {100 * STATED:.0f} %: a few numbers are far larger than the others. Use {other}"
-                " (collect.dtype).",
+                f" that were compared, {100 * kept:.0f} % remain, less than "
+                f"{100 * STATED:.0f} %, because a few numbers are far larger than the others. "
+                f"Use {other} (collect.dtype).",
                 DminWarning,
                 stacklevel=3,
             )

@@ -232,10 +232,11 @@ class Store(Shown):
         """Return the error that says that a row is not what was sealed."""
         file = self.mapped.files[self.mapped.segment[row]]
         return DminError(
-            f"Row {row} ({readout!r} of example {self.ids[row]!r}) of {file} is not what was sealed"
-            f" and verified: a bit has flipped on the disk or in memory. No score was computed from"
-            f" it. Run `dmin store verify {self.path}`: if it names the file, delete that and run"
-            f" the same `dmin collect` command again; if it does not, test this machine's memory."
+            f"Row {row} ({readout!r} of example {self.ids[row]!r}) of {file} differs from what was "
+            f"sealed "
+            f"and verified: a bit has flipped on disk or in memory. No score was computed from"
+            f" it. Run `dmin store verify {self.path}`: if it lists the file, delete it and "
+            f"run the same `dmin collect` command again; if not, test this machine's memory."
         )
 
     def scales(self, readout: str) -> np.ndarray | None:

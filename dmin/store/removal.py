@@ -35,7 +35,7 @@ def remove(
     """
     rows = sorted({store.index(id) for id in ids})
     if not rows:
-        raise DminError("There is nothing to remove: name the ids of one example or more.")
+        raise DminError("There is nothing to remove: give the ids of one or more examples.")
     content = {
         "ids": [store.ids[row] for row in rows],
         "positions": store.positions[rows].tolist(),

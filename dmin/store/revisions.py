@@ -51,7 +51,7 @@ def begin_revision(store: Store, dataset: dict[str, Any], more: int) -> Manifest
         commit(file, f"{text}\n".encode(), overwrite=False)
     except FileExistsError:
         raise DminError(
-            f"Another process has made {store.path} grow just now: run the command again."
+            f"Another process has just extended {store.path}: run the command again."
         ) from None
     except OSError as error:
         raise os_failure("write", file, error) from error
@@ -107,8 +107,8 @@ def append(
     lines = differences(more.manifest.comparable(), store.manifest.comparable())
     if lines:
         raise DminError(
-            f"{more.path} cannot be put behind {store.path}: {'; '.join(lines)}, where here is the"
-            " first. Collect it with the settings of the store that it is to join."
+            f"{more.path} cannot be appended to {store.path}: {'; '.join(lines)} ('here' is the "
+            f"first of the two). Collect it with the settings of the other store."
         )
     added = {"dataset": more.manifest.dataset, "rows": fingerprint({"ids": more.ids})}
     before = store.manifest.dataset
@@ -126,7 +126,7 @@ def append(
         if not restore and (gone := store.removed_among(more.ids)):
             raise DminError(
                 f"{len(gone)} of the examples of {more.path} were removed from {store.path}, such"
-                f" as {gone[0]!r}: remove them there too, or say restore=true to take them back."
+                f" as {gone[0]!r}: remove them there too, or set restore=true to bring them back."
             )
         begin_revision(store, joined, len(more))
     carry_removals(more, store.path)

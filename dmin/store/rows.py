@@ -192,7 +192,8 @@ def parsed(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         pass
     raise DminError(
-        f"The store has metadata that are no JSON mapping ({line[:60]!r}): they were not written by"
+        f"The store has metadata that are not a JSON mapping ({line[:60]!r}): they were not "
+        f"written by"
         " dmin. Run `dmin store metadata` to renew them, or collect again."
     )
 
@@ -216,7 +217,7 @@ def parsed_ids(lines: list[bytes], path: Path) -> list[str]:
     except (ValueError, RecursionError):
         pass
     raise DminError(
-        f"The store {path} has ids that are no texts: it was not written by dmin. Collect it again."
+        f"The store {path} has ids that are not text: it was not written by dmin. Collect it again."
     )
 
 

@@ -100,8 +100,9 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
         if isinstance(error, OSError) and error.errno:
             raise os_failure("read", path, error) from error
         raise DminError(
-            f"{path} is not what was sealed and verified ({' '.join(str(error).split())}): run"
-            " `dmin store verify` on the store, delete the files that it names and collect again."
+            f"{path} differs from what was sealed and verified ({' '.join(str(error).split())}): "
+            f"run "
+            f"`dmin store verify` on the store, delete the files that it lists and collect again."
         ) from error
 
 
@@ -269,8 +270,8 @@ def require_own(path: Path, written_for: str, manifest: Manifest) -> None:
     if written_for not in manifest.fingerprints:
         raise DminError(
             f"{path} was written for a store with manifest {written_for}, but {MANIFEST} beside it"
-            f" is {manifest.fingerprint}: if the file was copied here, move it away; if {MANIFEST}"
-            " was edited, restore it."
+            f" is {manifest.fingerprint}: if the file was copied here, move it away; if {MANIFEST} "
+            f"was edited, restore it."
         )
 
 
@@ -285,7 +286,7 @@ def _damaged(
     begins = ", ".join(str(manifest.block_rows(int(name.split("-")[1])).start) for name in damage)
     return DminError(
         f"The store {path} has damaged segments: {files}. Their rows begin at {begins}; no sound"
-        f" segment has the rows {spans(lost) or '(none)'} of {manifest.num_examples}. Delete each"
-        " file named here and run the same `dmin collect` command again: only the missing blocks"
-        " are computed again."
+        f" segment has the rows {spans(lost) or '(none)'} of {manifest.num_examples}. Delete each "
+        "of these files and run the same `dmin collect` command again: only the missing "
+        "blocks are computed."
     )

@@ -100,8 +100,9 @@ class StoreWriter:
         moved = is_moved(self.path, self.manifest)
         if self.pending() and moved and self.manifest.fingerprint != manifest.fingerprint:
             raise DminError(
-                f"{self.path} is being grown or compacted, which was stopped: give that command"
-                " again (collect.grow=true, or `dmin store append` or `compact`), it goes on."
+                f"{self.path} is the target of an unfinished grow or compact: run "
+                "that command again to continue (collect.grow=true, `dmin store append` or "
+                "`compact`)."
             )
 
     def __enter__(self) -> "StoreWriter":
@@ -137,7 +138,9 @@ class StoreWriter:
         if self._closed:
             raise DminError(f"The writer of {self.path} is closed: open it again to append.")
         if block in self._sealed or block in self._collected:
-            raise DminError(f"Block {block} of {self.path} is there already: append `pending()`.")
+            raise DminError(
+                f"Block {block} of {self.path} is already written: append blocks of `pending()`."
+            )
         count = len(self.manifest.block_rows(block))
         content = Content(
             _checked_texts(rows, count, self._ids),
@@ -218,9 +221,9 @@ def _require_same(path: Path, here: Manifest, there: Manifest) -> None:
     said = [f"{what} ({'; '.join(lines)})" for what, lines in lines_of.items()]
     if said:
         raise DminError(
-            f"{path} holds a store that this command cannot continue: {', and '.join(said)}, where"
-            " here is this command and there is the store. Nothing was changed: go back to the"
-            f" store's settings, or choose another directory.{metadata_remedy(here, there, path)}"
+            f"{path} holds a store that this command cannot continue: {', and '.join(said)} "
+            "('here' is this command, 'there' the store). Nothing was changed: use the store's "
+            f"settings, or choose another directory.{metadata_remedy(here, there, path)}"
         )
 
 
@@ -229,13 +232,14 @@ def _checked_texts(rows: Rows, count: int, taken: set[str]) -> dict[str, list[st
     for name, entries in (("ids", rows.ids), ("metadata", rows.metadata)):
         if len(entries) != count:
             raise DminError(
-                f"There are {len(entries)} {name} for a block of {count} rows: give one a row."
+                f"There are {len(entries)} {name} for a block of {count} rows: give one for each "
+                f"row."
             )
     seen: set[str] = set()
     metadata = []
     for id, entry in zip(rows.ids, rows.metadata, strict=True):
         if not isinstance(id, str):
-            raise DminError(f"The id {id!r} is a {type(id).__name__}: ids must be texts.")
+            raise DminError(f"The id {id!r} is a {type(id).__name__}: ids must be text.")
         if id in seen or id in taken:
             raise DminError(f"Two examples have the id {id!r}: give every example its own id.")
         seen.add(id)

@@ -175,8 +175,8 @@ def _rivals(mine: Heartbeat, blocks: int | None, seen: Seen) -> list[WorkerStatu
         if each.foreign and each.running and each.run not in seen:
             seen[each.run] = Beats(each.beat, each.beat, now)
             warnings.warn(
-                f"{each.who}, of another user, is at work on {mine.store} too. It is not waited "
-                f"for: what both make, both have made.",
+                f"{each.who}, of another user, is working on {mine.store} too. It is not waited "
+                f"for; blocks that both write count once.",
                 DminWarning,
                 stacklevel=2,
             )
@@ -213,5 +213,7 @@ def _lock_file(folder: Path) -> Path:
     place.mkdir(mode=0o700, exist_ok=True)
     state = place.lstat()
     if state.st_uid != mine or not stat.S_ISDIR(state.st_mode):
-        raise PermissionError(f"{place} is another user's")  # who could hold the lock for ever
+        raise PermissionError(
+            f"{place} belongs to another user"
+        )  # who could hold the lock for ever
     return place / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.lock"

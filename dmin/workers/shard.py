@@ -36,7 +36,7 @@ class Shard:
     def __post_init__(self) -> None:
         """Check the shard, which people set; the rank comes from whoever started the processes."""
         if self.shards < 1:
-            raise DminError(f"shard.num={self.shards}: give the number of shards, from 1 up.")
+            raise DminError(f"shard.num={self.shards}: give the number of shards, 1 or more.")
         if not 0 <= self.shard < self.shards:
             raise DminError(
                 f"shard.id={self.shard}, shard.num={self.shards}: shards are numbered from 0 to "

@@ -101,5 +101,5 @@ def test_what_cannot_be_asked(stores, monkeypatch):
     with pytest.raises(DminError, match="no inner product"):
         retrieve(*stores, GradCos(), k=5, index=Approximate())
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(DminError, match=r"pip install 'dmin\[faiss\]', or take index=certified"):
+    with pytest.raises(DminError, match=r"pip install 'dmin\[faiss\]', or set index=certified"):
         retrieve(*stores, k=5, index=Approximate())

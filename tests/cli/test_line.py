@@ -134,7 +134,7 @@ def test_a_concept_is_asked_about_by_two_prompts(there):
     cfg = composed(parse("retrieve", [*words, "--without=a fox"]))
     assert cfg.queries.prompts == ["a red fox"] and cfg.model.query_without == "a fox"
     for wrong in ([], ["--without=a red fox"], ["--without=a fox", "--prompt=a cat"]):
-        with pytest.raises(DminError, match="two prompts that differ"):
+        with pytest.raises(DminError, match="two different prompts"):
             parse("retrieve", [*words, *wrong])
 
 
@@ -149,8 +149,8 @@ def test_a_part_of_a_picture_is_asked_about(there):
     assert asked.retrieve.timesteps == [300, 99.5]
     for words, told in (
         (["stores/cats", "cat.png", "--timesteps=300,early"], "some of the store's"),
-        (["stores/cats", "--region=0,0,4,4"], "no picture is named"),
-        (["stores/cats", "--against=those"], "no picture is"),
+        (["stores/cats", "--region=0,0,4,4"], "need a picture"),
+        (["stores/cats", "--against=those"], "need a picture"),
         (["stores/cats", "cat.png", "--region=left"], "four numbers"),
     ):
         with pytest.raises(DminError, match=told):
@@ -193,7 +193,7 @@ def test_plain_settings_are_left_to_hydra(there):
     [
         ("retrieve", ["cat.png"], "dmin retrieve STORE cat.png"),
         ("retrieve", ["stores/cats", "cut.png"], "cut.png: there is no such file"),
-        ("retrieve", ["stores/cats", "stores/cats/"], "Name one"),
+        ("retrieve", ["stores/cats", "stores/cats/"], "Choose one"),
         ("collect", ["photos", "cat.png"], "photos: it is no store"),
         ("doctor", ["photos"], "it is no store"),
         ("train", ["stores/cats"], "takes settings"),

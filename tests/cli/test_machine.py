@@ -65,4 +65,4 @@ def test_a_folder_that_is_gone(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )
     assert found.returncode == 1 and "Traceback" not in found.stderr, found.stderr
-    assert "is not there any more: change to another" in found.stderr
+    assert "no longer exists: change to another" in found.stderr

@@ -62,7 +62,7 @@ def test_what_fits_is_let_through():
         ),
         (Processes(2, 1, "ddp"), STEP, r"1 tasks on each of 2 nodes, but trainer\.devices=2 tr"),
         (Processes(1, 2, "ddp"), STEP, r"without --ntasks-per-node"),
-        (Processes(None, 2, "ddp"), STEP, r"devices=auto.*say the number of devices"),
+        (Processes(None, 2, "ddp"), STEP, r"devices=auto.*set trainer.devices to the number"),
         (Processes(1, 2, "ddp"), {**STEP, "SLURM_NTASKS": "1", "SLURM_NNODES": "1"}, r"of 1 nodes"),
         (
             Processes(1, 2, "ddp"),
@@ -125,7 +125,7 @@ class TestBeforeSubmission:
         [
             (["hydra.launcher.nodes=2"], "every task would do all"),
             (["trainer=gpu"], r"asks SLURM for 0 GPUs.*gpus_per_node=1"),
-            (["hydra.launcher.timeout_min=2"], "told to stop as soon as it starts"),
+            (["hydra.launcher.timeout_min=2"], "signalled to stop as soon as it starts"),
             (["trainer=ddp", "trainer.devices=auto"], r"tasks_per_node=auto.*devices=8"),
         ],
     )
@@ -218,5 +218,5 @@ class TestAfterASignal:
 
     def test_outside_of_slurm_it_cannot_be(self, monkeypatch):
         monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-        with pytest.raises(DminError, match=r"requeue=true, but this is no job of SLURM"):
+        with pytest.raises(DminError, match=r"requeue=true, but this is not a SLURM job"):
             after_stop(self.stopped(signal.SIGUSR1), True, True, print)

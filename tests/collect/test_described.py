@@ -101,10 +101,10 @@ def test_a_column_may_come_and_go(store, tmp_path):
 @pytest.mark.parametrize("change", on_disk.CHANGES)
 def test_no_more_than_metadata_is_taken_over(store, tmp_path, change):
     data = folder(tmp_path / "images", change, artists="abc")
-    with pytest.raises(DminError, match=r"was collected from other data .*content: "):
+    with pytest.raises(DminError, match=r"was collected from other data: .*content: "):
         refresh_metadata(store.path, data)
     if change != "pixel":  # of which a store keeps no copy
-        with pytest.raises(DminError, match=rf"collected from other data .* 3\.png\.{change}: "):
+        with pytest.raises(DminError, match=rf"collected from other data: .* 3\.png\.{change}: "):
             refresh_metadata(store.path, data, same_images=True)
     assert Store(store.path).metadata == store.metadata
 
@@ -120,7 +120,7 @@ def test_ids_that_differ_are_named(store, tmp_path):
     # Those removed may be in the data, or not any more.
     remove(store, ["2.png", "5.png"])
     refresh_metadata(store.path, whole)
-    with pytest.raises(DminError, match="say same_images=true"):
+    with pytest.raises(DminError, match="set same_images=true"):
         refresh_metadata(store.path, data)
     found = refresh_metadata(store.path, data, same_images=True)
     assert found.ids == data.ids and found.metadata[2]["artist"] == "a"

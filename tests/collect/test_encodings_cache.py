@@ -123,7 +123,7 @@ def test_damaged_encodings_are_refused_and_can_be_mended(digits, tmp_path, refer
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
-    with pytest.raises(DminError, match=r"encodings of block 1 .*Delete that file"):
+    with pytest.raises(DminError, match=r"encodings of block 1 .*Delete the file"):
         collect(model, digits, tmp_path / "b", **kept)
     file.unlink()
     model.log.clear()

@@ -59,7 +59,7 @@ def test_parameters_are_put_into_groups(groups, names, places):
     ("groups", "message"),
     [
         ("blocks", r"collect\.groups='blocks': allowed are null, block, layer"),
-        ({}, "name one group or more"),
+        ({}, "give one or more groups"),
         ({"down": "["}, r"collect\.groups\.down='\[' is not a regular expression"),
         ({"down": "down"}, r"3 parameter\(s\) match none of down: conv_in.weight, scale"),
         ({"all": ".", "down": "down"}, r"collect\.groups\.down='down': no parameter is left"),

@@ -78,7 +78,7 @@ def test_a_rewritten_file_is_another_dataset(hub, tmp_path):
     [
         ({"image": "picture"}, "data.image='picture' is no column .* image, label, text, key"),
         ({"label": "class"}, "data.label='class' is no column"),
-        ({"split": "train[:2]"}, "their numbers are no ids"),
+        ({"split": "train[:2]"}, "are not stable ids"),
         ({"split": "test"}, "no split 'test' among train"),
         ({"split": "val"}, "no split 'val'"),
     ],

@@ -140,7 +140,7 @@ def test_what_may_be_two_layouts_asks_for_a_setting_that_helps(name, tmp_path):
     files, choices = ASKED[name]
     write(tmp_path, **files)
     for choice in choices:
-        with pytest.raises(DminError, match=f"several ways: .*data.layout={choice}"):
+        with pytest.raises(DminError, match=f"is ambiguous: .*data.layout={choice}"):
             ImageFolder(tmp_path)
     assert len({json.dumps(said(tmp_path, layout=choice)) for choice in choices}) == 2
     with pytest.raises(DminError, match=r"data\.layout='x': choose one of auto, metadata"):

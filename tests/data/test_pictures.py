@@ -56,7 +56,7 @@ def test_prompts_are_part_of_what_a_store_is_made_of(folder):
     [
         ("none.png", None, "none.png: there is no such picture"),
         (["a.png", "none.png"], None, "none.png: there is no such picture"),
-        ([], None, "no such picture"),
+        ([], None, "this file does not exist"),
         (["a.png", "a.png"], None, "named twice"),
         (["a.png", "b.png"], ["one"], "1 prompts, and there are 2"),
         ("", ["one"], "1 prompts"),

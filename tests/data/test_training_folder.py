@@ -142,7 +142,7 @@ def test_masks_are_part_of_the_fingerprint(folder, tmp_path):
     "size, grey, settings, named",
     [
         ((4, 6), 255, {}, "4 × 6, its image .* 8 × 6"),
-        ((8, 6), 0, {}, "black all over"),
+        ((8, 6), 0, {}, "entirely black"),
         ((8, 6), 255, {"required": True}, "2 of the 3 images .* have no mask"),
     ],
 )

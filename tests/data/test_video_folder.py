@@ -201,7 +201,7 @@ def test_what_is_no_clip_is_refused_while_the_data_are_surveyed(tmp_path):
     assert data.ids == ["b.gif"] and said[0].category is DminWarning
     stills(tmp_path / "root", shades(2))
     refused(
-        r"holds images itself, as a folder of frames does.*data=image_folder", tmp_path / "root"
+        r"contains images, like a folder of frames.*data=image_folder", tmp_path / "root"
     )
 
 
@@ -250,7 +250,7 @@ def test_without_a_decoder_it_is_said_what_to_install(tmp_path, monkeypatch):
         ({"fps": 0}, r"data\.fps=0: give frames a second"),
         ({"frames": 1}, r"data\.frames=1: a clip has two frames or more.*data=image_folder"),
         ({"start": -1}, r"data\.start=-1: give seconds"),
-        ({"condition_image": "x"}, r"data\.condition_image: no model of clips is given images"),
+        ({"condition_image": "x"}, r"data\.condition_image: no video model takes condition images"),
     ],
 )
 def test_settings_that_no_clip_satisfies_are_refused(options, match, tmp_path):

@@ -147,7 +147,7 @@ def test_a_shard_cut_off_anywhere_is_refused(tmp_path):
 def test_a_compressed_shard_is_refused(tmp_path):
     whole = write_tar(tmp_path / "x.tar", [("a.png", PICTURE)]).read_bytes()
     (tmp_path / "x.tar").write_bytes(gzip.compress(whole))
-    with pytest.raises(DminError, match="Unpack it if it is compressed"):
+    with pytest.raises(DminError, match="Decompress it if it is compressed"):
         TarShards(f"{tmp_path}/x.tar")
 
 

@@ -165,7 +165,7 @@ def test_the_losses_reach_the_readout_and_the_curvature_is_refused():
     expected = (2 * c * ((d**2 + c**2).sqrt() - c)).mean(1)
     torch.testing.assert_close(per_example_loss(found), expected)
     assert torch.equal(weight_of_squares(squared), torch.ones(2))
-    with pytest.raises(DminError, match="curvature is that of a squared error"):
+    with pytest.raises(DminError, match="curvature assumes a squared error"):
         weight_of_squares(found)
 
 
@@ -199,7 +199,7 @@ def test_what_is_off_its_default_is_described_and_nothing_else():
         ({"huber_c": 0}, "huber_c=0: give a positive"),
         ({"input_perturbation": math.nan}, "input_perturbation=nan"),
         ({"loss_type": "l1"}, "allowed are l2, huber, smooth_l1"),
-        ({"snr_gamma": 5, "weighting": "x0"}, "both weigh timesteps"),
+        ({"snr_gamma": 5, "weighting": "x0"}, "both weight timesteps"),
         ({"snr_gamma": 0}, "snr_gamma=0"),
     ],
 )

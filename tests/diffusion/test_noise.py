@@ -97,7 +97,7 @@ def test_a_field_has_the_same_noise_at_the_same_place_of_every_shape():
     assert not torch.equal(field(SHAPE, 500), field(SHAPE, 501))
     pairs = SharedNoise(draws=2, antithetic=True, shapes="field")
     assert torch.equal(pairs(SHAPE, 1, 0), -pairs(SHAPE, 1, 1))
-    with pytest.raises(DminError, match=r"noise\.shapes=field is for .* noises \[16\]"):
+    with pytest.raises(DminError, match=r"noise\.shapes=field needs .* noises \[16\]"):
         field((16,), 500)
 
 

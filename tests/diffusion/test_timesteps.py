@@ -75,9 +75,9 @@ def test_no_timesteps_are_refused():
 
 
 def test_repeated_timesteps_are_refused():
-    with pytest.raises(DminError, match=r"repeat themselves.*timesteps\.num lower"):
+    with pytest.raises(DminError, match=r"contain duplicates.*timesteps\.num lower"):
         Stratified(11)(range(9, -1, -1))
-    with pytest.raises(DminError, match="repeat themselves"):
+    with pytest.raises(DminError, match="contain duplicates"):
         DMinCubic(20)(DDPM)
-    with pytest.raises(DminError, match=r"repeat themselves.*name each once"):
+    with pytest.raises(DminError, match=r"contain duplicates.*list each once"):
         Explicit([500, 500])(DDPM)

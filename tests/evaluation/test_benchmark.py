@@ -272,6 +272,6 @@ def test_retraining_needs_a_recipe(context):
     from dmin.evaluation import LDS
 
     tasks = {"copies": Task({"subsets": LDS()}, Planted("exact", count=2))}
-    with pytest.raises(DminError, match="Say train=<choice>"):
+    with pytest.raises(DminError, match="Set train=<choice>"):
         Benchmark(tasks).run(context, {"random": Random()})
     assert torch.is_grad_enabled()

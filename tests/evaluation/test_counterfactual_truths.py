@@ -63,7 +63,7 @@ def test_settings_are_chosen_on_models_that_are_not_reported():
         assert one and not one & other
     by = Tuning({"retraining": "tune/subsets/LDS"})
     by.check({"tune": {"subsets": LDS(half="A")}})
-    with pytest.raises(DminError, match="its models are those that are reported"):
+    with pytest.raises(DminError, match="same retrained models as the reported"):
         by.check({"tune": {"subsets": LDS()}})
 
 

@@ -65,13 +65,13 @@ def test_data_without_such_images_or_with_others_are_refused():
     without = {name: value for name, value in shown.items() if name != "condition_image"}
     with pytest.raises(DminError, match=r"no condition image.*data\.condition_image"):
         model.encode(without)
-    with pytest.raises(DminError, match="have colours"):
+    with pytest.raises(DminError, match="are in colour"):
         model.encode({**shown, "condition_image": shown["image"]})
-    with pytest.raises(DminError, match="Bring the two to one size"):
+    with pytest.raises(DminError, match="Scale both to the same size"):
         model.encode({**shown, "condition_image": shown["condition_image"][..., :8]})
-    with pytest.raises(DminError, match=r"is given no images: data\.condition_image=null"):
+    with pytest.raises(DminError, match=r"takes no condition images\. Set data\.condition_image=null"):
         load("stable_diffusion").encode(shown)
-    with pytest.raises(DminError, match=r"generates with images .* queries\.condition_image"):
+    with pytest.raises(DminError, match=r"generates from condition images .* queries\.condition_image"):
         model.sample(["cat"], [1], 2)
     with pytest.raises(DminError, match="is flat"):
         load("stable_diffusion_depth").encode({**shown, "condition_image": 0 * shown["image"]})
@@ -94,7 +94,7 @@ def test_a_mask_is_drawn_once_for_all_images_and_is_part_of_the_fingerprint():
 
 def test_an_image_to_change_may_be_left_out_of_no_example():
     one, image = torch.rand(3, 8, 8), torch.rand(3, 8, 8)
-    with pytest.raises(DminError, match="all examples have one"):
+    with pytest.raises(DminError, match="all examples need a condition image of the same shape"):
         collate([Example("a", image, condition_image=one), Example("b", image)])
     with pytest.raises(DminError, match="condition image of a"):
         collate([Example("a", image, condition_image=one * 300)])
@@ -177,7 +177,7 @@ def test_the_text_encoder_of_qwen_image_edit_sees_each_examples_image_with_no_pr
 
 def test_what_qwen_image_edit_cannot_be_told_is_refused_and_its_area_is_recorded():
     model, shown = load("qwen_image_edit"), batch("qwen_image_edit")
-    with pytest.raises(DminError, match=r"sees the image to change.*model\.encode\(batch\)"):
+    with pytest.raises(DminError, match=r"also takes the image to edit.*model\.encode\(batch\)"):
         model.condition(["a red cat"])
     with pytest.raises(DminError, match=r"max_sequence_length=12: 'a red cat' .* are 17 tokens"):
         load("qwen_image_edit", max_sequence_length=12).encode(shown)

@@ -153,7 +153,7 @@ def test_a_loss_that_is_nan_names_its_example(tmp_path):
 
 
 def test_the_timesteps_may_have_the_name_of_earlier_releases():
-    with pytest.warns(DeprecationWarning, match="`ladder` of a model is `timesteps` now"):
+    with pytest.warns(DeprecationWarning, match="`ladder` of a model is now `timesteps`"):
         earlier = type("Earlier", (Own,), {"ladder": range(4, -1, -1)})()
     assert earlier.timesteps == range(4, -1, -1)
     with pytest.warns(DeprecationWarning):
@@ -284,5 +284,5 @@ def test_mixed_precision_of_the_trainer_is_refused(precision, tmp_path):
     collector = GradientCollector(Own(), FullGradient(), Explicit([5]))
     trainer = predict_trainer(**QUIET, precision=precision)
     examples = Examples([Example(f"e{i}", x) for i, x in enumerate(IMAGES)])
-    with pytest.raises(DminError, match=r"trainer\.precision=.*-mixed.*Take 32-true"):
+    with pytest.raises(DminError, match=r"trainer\.precision=.*-mixed.*Set 32-true"):
         collector.collect(examples, tmp_path / "store", trainer=trainer)

@@ -114,9 +114,9 @@ def test_a_concept_is_what_makes_two_predictions_differ(name):
     ]
     weight.requires_grad_(False)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
-    with pytest.raises(DminError, match="prompt of a query itself"):
+    with pytest.raises(DminError, match="equals the prompt of a query"):
         asked.encode(other)
-    with pytest.raises(DminError, match="two losses of a query"):
+    with pytest.raises(DminError, match="two different losses of a query"):
         load(name, query_without=without, query_guidance=2.0)
 
 

@@ -69,7 +69,7 @@ def test_a_single_file_is_known_by_its_tensors(name, tmp_path):
     assert recognise(tmp_path / "own", single_file=file).family == name
     with pytest.raises(DminError, match=f"of the family {name} by .* model.path=.* of {other}"):
         recognise(tmp_path / "other", single_file=file)
-    with pytest.raises(DminError, match=rf"of the family {name}\. Say model\.single_file="):
+    with pytest.raises(DminError, match=rf"of the family {name}\. Set model\.single_file="):
         recognise(file)
 
 
@@ -80,7 +80,7 @@ def test_what_is_no_pipeline_is_told_with_its_remedy(tmp_path):
         recognise(tmp_path, single_file="model.ckpt")
     with pytest.raises(DminError, match=r"no such folder.*model_index\.json"):
         recognise(tmp_path / "nowhere")
-    with pytest.raises(DminError, match=r"names no pipeline of diffusers.*model_index\.json"):
+    with pytest.raises(DminError, match=r"is not a diffusers pipeline.*model_index\.json"):
         recognise(tmp_path)
     whole = checkpoint("flux")
     with pytest.raises(

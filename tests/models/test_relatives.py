@@ -94,7 +94,7 @@ def test_the_class_is_compared_before_any_weight_is_read(family, copy):
 @pytest.mark.parametrize(
     ("name", "component", "message"),
     [
-        ("controlnet", "ControlNetModel", "a controlnet .ControlNetModel., which .* leaves out"),
+        ("controlnet", "ControlNetModel", "a controlnet .ControlNetModel., which .* does not use"),
         ("vae", "VQModel", "its vae is a VQModel|has a vae"),
         ("unet", "UNet1DModel", "its unet is a UNet1DModel|has a unet"),
         ("transformer", "AllegroTransformer3DModel", "its transformer is a|has a transformer"),
@@ -115,7 +115,7 @@ def test_what_a_network_is_told_beyond_the_family_is_refused(family, setting, co
     if setting in FAMILIES[family].takes and setting != "addition_embed_type":
         return
     changed(folder / part / "config.json", **{setting: told})
-    with pytest.raises(DminError, match=rf"takes more than the latents.*{setting}={told}"):
+    with pytest.raises(DminError, match=rf"has inputs that model=.*{setting}={told}"):
         LOADED[family].from_pretrained(folder)
 
 

@@ -209,7 +209,7 @@ def test_each_network_gets_its_own_adapter(tmp_path):
         match = r"model\.adapter=.*Say which: model\.adapter=\{transformer: FILE, transformer_2: F"
         with pytest.raises(DminError, match=match):
             load_fresh(adapter=wrong)
-    with pytest.raises(DminError, match=r"model\.ema=.*none of the networks"):
+    with pytest.raises(DminError, match=r"model\.ema=.*no network of this checkpoint"):
         load_fresh(ema="some.safetensors")
 
 
@@ -223,7 +223,7 @@ def test_a_checkpoint_of_half_of_it_is_refused():
         half = copy.copy(whole)
         for name, value in changes.items():
             setattr(half, name, value)
-        with pytest.raises(DminError, match=r"boundary_ratio=0\.6.*Give it whole"):
+        with pytest.raises(DminError, match=r"boundary_ratio=0\.6.*Give a complete checkpoint"):
             WAN.model(half)
 
 
@@ -232,6 +232,6 @@ def test_processes_that_share_the_networks_do_not_share_out_their_timesteps():
         world_size = 2
 
     networks = GradientCollector(load("wan_2_2"), BlockCyclic(256), ALL).networks
-    with pytest.raises(DminError, match=r"trainer=fsdp: two networks.*trainer=offload"):
+    with pytest.raises(DminError, match=r"trainer=fsdp: the model has two networks.*trainer=offload"):
         LockstepPasses(Two(), 1, 4, networks)
     LockstepPasses(Two(), 1, 4, GradientCollector(load("wan"), BlockCyclic(256), ALL).networks)

@@ -158,7 +158,7 @@ def test_another_loss_is_refused_unless_it_is_ignored(place, line, named):
     with pytest.raises(DminError, match=rf"{named}.*run\.ignore=\[{key}\]"):
         read_run(file)
     assert any(key in text for text in read_run(file, ignore=[key]).lines())
-    with pytest.raises(DminError, match="no such key in force"):
+    with pytest.raises(DminError, match="does not set this key"):
         read_run(file, ignore=[key, "other"])
 
 
@@ -280,12 +280,12 @@ def test_what_is_off_is_no_other_loss(place, off):
 @pytest.mark.parametrize(
     "change, named",
     [
-        (("'networks.lora'", "'networks.oft'"), "has no family"),
+        (("'networks.lora'", "'networks.oft'"), "no family of dmin opens"),
         (("min_snr_gamma = 5", "min_snr_gamma = 'five'"), "no number"),
         (("img/mugs", "img/cups"), "run.root"),
         (("base/sd", "base/sd.ckpt"), "is a pickle"),
         (("'mug'", "'cup'"), "model.adapter=FILE"),
-        (("[[datasets.subsets]]", "[[datasets.other]]"), "no list of tables"),
+        (("[[datasets.subsets]]", "[[datasets.other]]"), "must be a list of one or more tables"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_loaded(place, change, named):
@@ -308,7 +308,7 @@ def test_a_base_model_elsewhere_needs_its_family(place):
 def test_a_base_model_of_one_file_needs_the_folder_of_its_configs(place):
     header_only("base/mine.safetensors", ["cond_stage_model.some"])
     (place / "run.toml").write_text(MAIN.replace("base/sd", "base/mine.safetensors"))
-    with pytest.raises(DminError, match=r"one file without configs.*model\.path=FOLDER"):
+    with pytest.raises(DminError, match=r"a single file without configs.*model\.path=FOLDER"):
         read_run(place / "run.toml")
     run = read_run(place / "run.toml", said={"path": "base/sd"})
     told = {"single_file": "base/mine.safetensors", "path": "base/sd"}

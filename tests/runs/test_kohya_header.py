@@ -76,12 +76,12 @@ def test_data_sets_of_a_file_are_told_as_well(place):
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"tag_frequency": json.dumps({"3_zqx mug": {"cup": 2}})}, "other tags"),
+        ({"tag_frequency": json.dumps({"3_zqx mug": {"cup": 2}})}, "different tags"),
         ({"dataset_dirs": json.dumps({"3_zqx mug": {"img_count": 9}})}, "counts 9 images"),
         ({"dataset_dirs": json.dumps({"5_gone": {}})}, "run.root"),
         ({"dataset_dirs": "{"}, "no JSON"),
-        ({"dataset_dirs": None}, "no list of tables"),
-        ({"base_model_version": "hunyuan-image-2.1"}, "has no family"),
+        ({"dataset_dirs": None}, "must be a list of one or more tables"),
+        ({"base_model_version": "hunyuan-image-2.1"}, "no family of dmin opens"),
         ({"sd_model_name": "gone.safetensors"}, "run.root"),
         ({"zero_terminal_snr": "True"}, "schedule"),
         ({"noise_offset": "much"}, "no number"),
@@ -112,7 +112,7 @@ def test_what_the_network_predicts_is_held_to_the_scheduler(place, version, told
 
 def test_files_of_other_trainers_are_no_run(place):
     shutil.rmtree("3_zqx mug")
-    with pytest.raises(DminError, match="no config of a trainer"):
+    with pytest.raises(DminError, match="no config of a known trainer"):
         read_run(lora(network_module=None))
 
 

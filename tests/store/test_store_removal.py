@@ -174,7 +174,7 @@ def test_a_stopped_compaction_is_not_collected_into(write, tmp_path, monkeypatch
         patch.setattr(StoreWriter, "append", dies)
         with pytest.raises(KeyboardInterrupt):
             compact(Store(store.path), tmp_path / "c")
-    with pytest.raises(DminError, match="is being grown or compacted, which was stopped"):
+    with pytest.raises(DminError, match="is the target of an unfinished grow or compact"):
         StoreWriter(tmp_path / "c", store.manifest)
     found = compact(Store(store.path), tmp_path / "c")
     assert found.digest() == Store(store.path).digest()

@@ -150,7 +150,7 @@ class Curvature:
     def _factors(self, damping: Tensor, p: float) -> tuple[Tensor, Tensor]:
         if p > 0 and bool((self.rest + damping <= 0).any()):
             raise DminError(
-                f"a power of −{p:g} of a curvature that is zero in some directions. Give a "
+                f"method.p={p:g} inverts a curvature that is zero in some directions. Give a "
                 f"positive damping (method.alpha)."
             )
         return (self.values + damping[:, None]) ** -p, (self.rest + damping) ** -p
@@ -196,7 +196,8 @@ def fit_curvature(
         unit = 8 * m * (2 * count + 4)  # two bases, and what one factorisation needs
         if memory < unit:
             raise DminError(
-                f"method.memory={memory} bytes do not hold one direction of {count} × {m} numbers. "
+                f"method.memory={memory} bytes are too few for one direction of {count} × {m} "
+                f"numbers. "
                 f"Give at least {unit}."
             )
         size = min(memory // unit, support if rank is None else rank + 10 + rank // 5)

@@ -126,8 +126,8 @@ def require_damping(alpha: float | None, effective: float | None) -> None:
     """Raise DminError unless one of the two decides the damping."""
     if (alpha is None) == (effective is None):
         raise DminError(
-            f"method.alpha={alpha}, method.effective={effective}: one of the two decides the "
-            f"damping. Give one, and null for the other."
+            f"method.alpha={alpha}, method.effective={effective}: exactly one of the two sets "
+            f"the damping. Give one, and null for the other."
         )
     if alpha is not None and not 0 < alpha < math.inf:
         raise DminError(

@@ -52,7 +52,7 @@ class FunctionalLoss:
         wrong = [t for t in chosen if t not in origin.timesteps]
         if wrong or not chosen:
             raise DminError(
-                f"timesteps={list(chosen)}: choose from those of the store, "
+                f"timesteps={list(chosen)}: choose timesteps of the store: "
                 f"{', '.join(f'{t:g}' for t in origin.timesteps)}."
             )
         self.timesteps = chosen

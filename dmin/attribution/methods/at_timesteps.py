@@ -54,7 +54,7 @@ class AtTimesteps(Method):
         if odd:
             raise DminError(
                 f"retrieve.timesteps={list(timesteps)}: method={method.name} {odd}. Choose a "
-                f"method of gradients, such as dmin, or leave retrieve.timesteps out."
+                f"method that compares gradients, such as dmin, or leave out retrieve.timesteps."
             )
         self.method, self.requires = method, method.requires
         self.timesteps: tuple[float, ...] = tuple(float(t) for t in timesteps)

@@ -117,7 +117,7 @@ class Blend(Combination):
     ) -> None:
         if not math.isfinite(share) or sample < 2:
             raise DminError(
-                f"method.share={share}, method.sample={sample}: give a finite share of the second "
+                f"method.share={share}, method.sample={sample}: give a finite weight of the second "
                 f"method, and a sample of two or more."
             )
         needs = [method.requires for method in (first, second)]

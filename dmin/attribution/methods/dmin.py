@@ -63,6 +63,6 @@ def weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
     if len(weights) != rows.shape[2]:
         raise DminError(
             f"method.weights has {len(weights)} numbers for {rows.shape[2]} timesteps; "
-            f"give one a timestep, or null for equal ones."
+            f"give one for each timestep, or null for equal weights."
         )
     return rows * weights[:, None, None]

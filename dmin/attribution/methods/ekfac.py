@@ -46,7 +46,8 @@ class KroneckerMethod(Method):
         if not 0 < damping < math.inf or samples < 1 or (examples is not None and examples < 1):
             raise DminError(
                 f"method.damping={damping}, method.samples={samples}, method.examples={examples}: "
-                f"give a positive share of the mean eigenvalue, and at least one of each."
+                f"give a positive fraction of the mean eigenvalue, and at least one sample and "
+                f"example."
             )
         self.damping = damping
         self.samples = samples
@@ -146,7 +147,7 @@ class Unlearning(KroneckerMethod):
         super().__init__(damping, samples, examples, batch_size, seed)
         if not 0 < step < math.inf or fisher not in ("ekfac", "diagonal"):
             raise DminError(
-                f"method.step={step}, method.fisher={fisher!r}: give a positive share of the "
+                f"method.step={step}, method.fisher={fisher!r}: give a positive fraction of the "
                 f"weights' norm, such as 0.01, and ekfac or diagonal."
             )
         self.step, self.fisher = step, fisher

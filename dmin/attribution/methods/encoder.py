@@ -52,8 +52,9 @@ class EncoderCosine(CosineMethod):
 
         if not (self.path / "config.json").is_file():
             raise DminError(
-                f"method.path={self.path}: no encoder there (no config.json). Give the folder of a "
-                f"model that transformers can load, such as a downloaded clip-vit-base-patch32."
+                f"method.path={self.path}: there is no encoder (no config.json). Give the folder "
+                f"of "
+                f"a model that transformers can load, such as a downloaded clip-vit-base-patch32."
             )
         try:
             model: Any = AutoModel.from_pretrained(
@@ -61,8 +62,10 @@ class EncoderCosine(CosineMethod):
             )
         except (OSError, ValueError) as error:
             raise DminError(
-                f"method.path={self.path}: transformers cannot load it without code of its own "
-                f"({' '.join(str(error).split())[:300]}). Give the folder of a model it knows."
+                f"method.path={self.path}: transformers cannot load it without running its custom "
+                f"code "
+                f"({' '.join(str(error).split())[:300]}). Give the folder of a model that "
+                f"transformers supports."
             ) from error
         config = getattr(model.config, "vision_config", model.config)
         size = getattr(config, "image_size", None)

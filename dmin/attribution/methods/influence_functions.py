@@ -52,7 +52,7 @@ class InverseCurvature(InnerProductMethod):
         if not 0 < self.damping < np.inf or (self.examples is not None and self.examples < 1):
             raise DminError(
                 f"method.damping={self.damping}, method.examples={self.examples}: give a positive "
-                f"share of the largest eigenvalue, such as 0.01, and at least one example (or "
+                f"fraction of the largest eigenvalue, such as 0.01, and at least one example (or "
                 f"null)."
             )
 
@@ -134,9 +134,9 @@ class CG(InverseCurvature):
             bend = direction @ product
             if bend <= 0:
                 raise DminError(
-                    f"method.curvature={self.curvature} with method.damping={self.damping:g} has "
-                    f"directions in which it is not positive, where conjugate gradients cannot "
-                    f"go. Raise the damping, or take method.curvature=ggn."
+                    f"method.curvature={self.curvature} with method.damping={self.damping:g} is "
+                    f"not positive definite, which conjugate gradients need. Raise "
+                    f"the damping, or set method.curvature=ggn."
                 )
             step = squared / bend
             x += step * direction
@@ -208,8 +208,9 @@ class LiSSA(InverseCurvature):
                 if not float(h.norm()) <= limit:
                     raise DminError(
                         f"the series of method=lissa diverged: with method.damping="
-                        f"{self.damping:g} the Hessian is negative in some directions. Raise the "
-                        f"damping, or take method.curvature=ggn."
+                        f"{self.damping:g} the Hessian has negative eigenvalues. Raise the "
+                        f"damping, "
+                        f"or set method.curvature=ggn."
                     )
             total += h / scale
         return total / self.repeats

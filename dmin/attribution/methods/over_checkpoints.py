@@ -49,7 +49,7 @@ class OverCheckpoints(Combination):
         if weights is not None and len(weights) != 1 + len(names):
             raise DminError(
                 f"method.weights has {len(weights)} numbers for {1 + len(names)} models; give one "
-                f"for the model asked about and one for each of method.checkpoints."
+                f"for the model itself and one for each of method.checkpoints."
             )
         self.method = method
         self.name = name or self.name
@@ -67,9 +67,9 @@ class OverCheckpoints(Combination):
         """Refuse an average over one model."""
         if not self.requires.checkpoints:
             raise DminError(
-                f"method={self.name} is an average over several models, and only one is given. "
-                f"Name the others: method.checkpoints=[path, …], each collected with the same "
-                f"settings (dmin collect -m model.path=a,b,c), or take "
+                f"method={self.name} averages over several models, and only one is given. Give "
+                f"the others: method.checkpoints=[path, …], each collected with the same settings "
+                f"(dmin collect -m model.path=a,b,c), or set "
                 f"method={self.method.name}."
             )
 

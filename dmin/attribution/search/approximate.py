@@ -81,7 +81,8 @@ class Approximate(Index):
         """Return the best k of the rows proposed, by their exact scores."""
         if keep is not None:
             raise DminError(
-                "faiss does not know of `where`: set index=certified or index=null to filter."
+                "approximate indices cannot filter by retrieve.where. Set index=certified or "
+                "index=null."
             )
         if self._of != kind_of(store, linear):
             self._prepare(store, linear)
@@ -192,7 +193,8 @@ def _unknown(factory: str, error: Exception) -> DminError:
     first = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
     return DminError(
         f"faiss cannot make or search index.factory={factory!r} for these rows ({first}): use Flat,"
-        " HNSW32, IVF{cells},Flat or IVF{cells},PQ64; PQ needs directions that its number divides."
+        " HNSW32, IVF{cells},Flat or IVF{cells},PQ64; for PQ, its number must divide "
+        "index.directions."
     )
 
 
@@ -203,8 +205,8 @@ def _one_library(threads: int) -> Iterator[Any]:
         faiss: Any = import_module("faiss")
     except ImportError as error:
         raise DminError(
-            "index: approximate search needs faiss: pip install 'dmin[faiss]', or take "
-            "index=certified, which needs nothing and misses nothing."
+            "index: approximate search needs faiss: pip install 'dmin[faiss]', or set "
+            "index=certified, which needs no package and is exact."
         ) from error
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(threads)

@@ -199,8 +199,8 @@ def keep_where_possible(
         write_arrays(path, kind, arrays)
     except OSError as error:
         warnings.warn(
-            f"The index {path} could not be kept ({error.strerror}): it is in memory, and made"
-            " again in every run. Make room or give yourself permission to change that.",
+            f"The index {path} could not be saved ({error.strerror}): it is kept in memory and "
+            "rebuilt in every run. Free some space or grant write permission to avoid that.",
             DminWarning,
             stacklevel=3,
         )

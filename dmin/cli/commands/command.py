@@ -67,7 +67,7 @@ def shown_count(work: Workspace, setting: str) -> int:
     """
     k = int(OmegaConf.select(work.cfg, setting))
     if k < 1:
-        raise DminError(f"{setting}={k}: choose 1 or more examples to show.")
+        raise DminError(f"{setting}={k}: show 1 or more examples.")
     return k
 
 

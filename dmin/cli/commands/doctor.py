@@ -41,8 +41,8 @@ def doctor(work: Workspace, results: dict[str, Any]) -> None:
     if not found.passed:
         raise DminError(
             f"{len(found.failed)} of {len(found.checks)} checks failed: "
-            f"{', '.join(check.name for check in found.failed)}. What to do stands beside each "
-            f"above and in {file}."
+            f"{', '.join(check.name for check in found.failed)}. The remedies are listed above "
+            f"and in {file}."
         )
     work.console.print(f"Nothing failed. All of it is in\n  {file}", soft_wrap=True)
 

@@ -41,7 +41,7 @@ def serve(work: Workspace, results: dict[str, Any]) -> None:
     work.require_one_process()
     host, port, queue, upload_mb = work.resolved("serve").values()
     if queue < 1 or upload_mb <= 0:
-        raise DminError(f"serve.queue={queue}, serve.upload_mb={upload_mb}: both are above zero.")
+        raise DminError(f"serve.queue={queue}, serve.upload_mb={upload_mb}: both must be positive.")
     at = server.bound(host, port)  # refused before the model is loaded
     desk = Reader(work)
     try:

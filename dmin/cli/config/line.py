@@ -61,13 +61,12 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     clash = [word for word in rest if word in _OTHER_ROOT or word.startswith("experiment=")]
     if clash and (root or not clash[0].startswith("experiment=")):
         raise DminError(
-            f"{clash[0]} brings settings of its own, and {store or own[0]} has some too. Leave one "
-            f"of them out."
+            f"{clash[0]} and {store or own[0]} both bring settings. Leave one of them out."
         )
     run = None
     if of_run:
         if root:
-            raise DminError(f"{store} has its settings, and {of_run[0]} too. Leave one out.")
+            raise DminError(f"{store} and {of_run[0]} both bring settings. Leave one of them out.")
         run = _read_run(of_run, _of_line(settings, options["model"]))
         sections = ("model", "collect", "name", *({"data", "noise"} - given))
         root = {key: _literals(getattr(run, key)) for key in sections}
@@ -112,10 +111,11 @@ def _read_run(words: Sequence[str], said_on_line: Mapping[str, str]) -> Training
     said = dict(word.split("=", 1) for word in words)
     if strange := said.keys() - {"run", "run.root", "run.ignore", "run.draws"}:
         raise DminError(
-            f"{strange.pop()} is no setting of a run. There are run.root, run.ignore and run.draws."
+            f"{strange.pop()} is not a setting of a run. There are run.root, run.ignore and "
+            f"run.draws."
         )
     if "run" not in said:
-        raise DminError(f"{words[0]} goes with run=PATH, which is not said.")
+        raise DminError(f"{words[0]} needs run=PATH, which is missing.")
     draws, root = said.get("run.draws", "1"), said.get("run.root")
     if not draws.isdecimal() or not int(draws):
         raise DminError(f"run.draws={draws}: give a whole number, 1 or more.")
@@ -178,7 +178,7 @@ def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], li
     found, rest = parser.parse_known_args(arguments)
     if found.limit is not None and command not in OF_A_STORE:
         raise DminError(
-            f"--limit looks at a part of the examples that gradients are collected of: "
+            f"--limit restricts the examples whose gradients are collected: "
             f"{', '.join(OF_A_STORE)}. `dmin {command}` has none."
         )
     of_a_picture = ("region", "mask", "against", "places", "timesteps")
@@ -186,13 +186,13 @@ def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], li
         those = ("retrieve", "sample") if option == "prompt" else ("retrieve",)
         if getattr(found, option) and command not in those:
             named = " and ".join(f"`dmin {each}`" for each in those)
-            raise DminError(f"--{option} is said to {named}, not to `dmin {command}`.")
+            raise DminError(f"--{option} is an option of {named}, not of `dmin {command}`.")
     said = [each for each in (found.concept, found.without) if each is not None]
     if said and (len(set(said)) < 2 or found.prompt):
         raise DminError(
             f"--concept {found.concept!r} --without {found.without!r}"
-            f"{' and --prompt' if found.prompt else ''}: a concept is asked about by two prompts "
-            f"that differ, and no third: --concept 'a red fox' --without 'a fox'."
+            f"{' and --prompt' if found.prompt else ''}: a concept is given by exactly "
+            f"two different prompts: --concept 'a red fox' --without 'a fox'."
         )
     return vars(found), rest
 
@@ -224,7 +224,7 @@ def _store_and_pictures(
     if command not in OF_A_STORE and found:
         raise DminError(f"`dmin {command}` takes settings (setting=value), and got {paths[0]}.")
     if len(stores) > 1:
-        raise DminError(f"{stores[0]} and {stores[1]} are both stores. Name one.")
+        raise DminError(f"{stores[0]} and {stores[1]} are both stores. Give one of them.")
     if command == "collect" and not stores and len(others) == 1 and _is_free(others[0]):
         return others[0], []  # where a new one is to be
     absent = [path for path in others if not path.exists()]
@@ -238,8 +238,8 @@ def _store_and_pictures(
         )
     if others and not stores and "model" not in given and "experiment" not in given:
         raise DminError(
-            f"no store is named beside {others[0]}: `dmin {command} STORE {others[0]}`, where "
-            f"STORE is the folder that `dmin collect` made and named."
+            f"{others[0]} is given without a store: `dmin {command} STORE {others[0]}`, where "
+            f"STORE is the folder that `dmin collect` made and printed."
         )
     return (stores[0] if stores else None), [str(path) for path in others]
 
@@ -255,8 +255,9 @@ def _queries(pictures: list[str], prompts: list[str], given: Collection[str]) ->
         return {"prompts": said} if said else {}
     if pictures and len(said) not in (0, 1, len(pictures)):
         raise DminError(
-            f"--prompt is said {len(said)} times for {len(pictures)} pictures: once for all of "
-            f"them, or once for each."
+            f"--prompt is given {len(said)} times for {len(pictures)} pictures: give it once for "
+            f"all "
+            f"of them, or once for each."
         )
     roots = [_literal(path) for path in pictures]
     asked = {"root": roots if roots[1:] else roots[0]} if roots else {}
@@ -270,8 +271,8 @@ def _part(options: dict[str, Any], pictures: list[str], given: Collection[str]) 
         return {}
     if not pictures and "queries.root" not in given:
         raise DminError(
-            "--region, --mask and --against say what is asked about a picture, and no picture is "
-            "named: `dmin retrieve STORE picture.png --region x,y,width,height`."
+            "--region, --mask and --against need a picture, and none is "
+            "given: `dmin retrieve STORE picture.png --region x,y,width,height`."
         )
     texts = {"mask": mask and _literal(mask), "against": against and _literal(against)}
     form = "x,y,width,height, four numbers of pixels or shares up to 1"

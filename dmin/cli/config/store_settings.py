@@ -101,8 +101,8 @@ def read(store: Path, command: str, chosen: Collection[str], trust: bool) -> dic
             return {}
         raise DminError(
             f"{store} keeps no settings ({FILE}): it was collected in Python, or by an earlier "
-            f"release. Name model=… and data=… as they were, or have them kept by `dmin collect "
-            f"{store}` with the same settings as then, which computes nothing again."
+            f"release. Give model=… and data=… as before, or save them in the store by running "
+            f"`dmin collect {store}` with the original settings, which computes nothing again."
         )
     settings = _plain(store)
     for group in GROUPS:
@@ -111,9 +111,10 @@ def read(store: Path, command: str, chosen: Collection[str], trust: bool) -> dic
     asks = [] if trust else demands(OmegaConf.create(settings), command, store, chosen)
     if asks:
         raise DminError(
-            f"{store / FILE} asks for more than dmin's own settings do, which could run anybody's "
-            f"code: {'; '.join(asks)}. If you know where the store comes from: --trust. Or name "
-            f"your own on the line, such as model=…"
+            f"{store / FILE} names targets that dmin's own settings do not, which could run "
+            f"arbitrary "
+            f"code: {'; '.join(asks)}. If you trust the source of the store, add --trust. "
+            f"Or override them, for example with model=…"
         )
     for place in settings.pop("paths"):
         kept = select(settings, place)
@@ -141,7 +142,7 @@ def _plain(store: Path) -> dict[str, Any]:
     if found.get("format") != FORMAT:
         raise DminError(
             f"{file} is of format {found.get('format')!r}, and this dmin reads format {FORMAT}. "
-            f"Remove it and name model=… and data=… on the line."
+            f"Remove it and give model=… and data=… on the command line."
         )
     known = {"format": int, "paths": list, "name": str, "seed": int, "collect": dict}
     known |= dict.fromkeys(GROUPS, dict)
@@ -153,8 +154,9 @@ def _plain(store: Path) -> dict[str, Any]:
         odd += [path for path in paths if not isinstance(select(found, path), str)]
     if odd:
         raise DminError(
-            f"{file} does not have {odd[0]} as a store keeps it. Remove the file and name model=… "
-            f"and data=… on the line."
+            f"{file} does not have {odd[0]} in the form that dmin writes. Remove the file and give "
+            f"model=… "
+            f"and data=… on the command line."
         )
     return dict(found)
 

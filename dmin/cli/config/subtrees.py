@@ -52,8 +52,8 @@ def require_read(command: str, overrides: Iterable[str]) -> None:
         if not reads(command, place):
             others = [f"`dmin {each}`" for each in READS if reads(each, place)]
             raise DminError(
-                f"{key} is a setting of {', '.join(others)}; `dmin {command}` does not read it. "
-                f"Leave it out here."
+                f"{key} is a setting of {', '.join(others)}, which `dmin {command}` does not "
+                f"read. Leave it out."
             )
 
 

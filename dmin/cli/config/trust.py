@@ -66,7 +66,7 @@ def read_settings(file: Path) -> Any:
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise DminError(
             f"{file} cannot be read as settings ({' '.join(str(error).split())[:200]}). Remove "
-            f"it, or name another folder."
+            f"it, or give another folder."
         ) from error
     odd = [str(each.tag) for each in events if getattr(each, "tag", None)]
     odd += ["an alias" for each in events if isinstance(each, yaml.AliasEvent)]
@@ -76,8 +76,9 @@ def read_settings(file: Path) -> Any:
         odd += [f"{key}:" for key in ("hydra", "defaults") if key in settings]
     if odd:
         raise DminError(
-            f"{file} holds {odd[0]}, which dmin never writes there and does not obey: it could say "
-            f"how and where things run. Remove it, or give such settings on the command line."
+            f"{file} holds {odd[0]}, which dmin never writes there and does not accept, as it "
+            f"could "
+            f"change how and where code runs. Remove it, or give such settings on the command line."
         )
     complete(settings)
     return settings

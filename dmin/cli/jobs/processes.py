@@ -80,7 +80,7 @@ def make_trainer(cfg: DictConfig, command: str) -> lightning.Trainer:
             raise
         told = " ".join(str(cause).split()).rstrip(".")
         raise DminError(
-            f"no trainer can be set up on {socket.gethostname()} with {processes} "
+            f"the trainer cannot be created on {socket.gethostname()} with {processes} "
             f"trainer.accelerator={settings.get('accelerator')}: {told}."
         ) from error
     launcher = trainer.strategy.launcher
@@ -106,9 +106,10 @@ def check_devices(trainer: Mapping[str, Any]) -> None:
         shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})"
         raise DminError(
             f"trainer.accelerator={trainer.get('accelerator')} trainer.devices={wanted}, but "
-            f"{socket.gethostname()} shows {there} GPUs to this process{shown}. Ask for them "
-            f"(SLURM: --gpus-per-node={wanted}; all tasks of a node must see all of them), lower "
-            f"trainer.devices, or say trainer=cpu."
+            f"{socket.gethostname()} shows {there} GPUs to this process{shown}. Request them "
+            f"(SLURM: "
+            f"--gpus-per-node={wanted}; all tasks of a node must see all of them), lower "
+            f"trainer.devices, or set trainer=cpu."
         )
 
 

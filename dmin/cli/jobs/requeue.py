@@ -33,9 +33,10 @@ def after_stop(stopped: Stopped, asked: bool, is_main: bool, tell: Callable[[str
         return
     if not stopped.gained:
         raise DminError(
-            f"the job got {stopped.signum.name} before one block was finished: started again it "
-            f"would get no further, so it is not requeued. Ask for more time, send the signal "
-            f"later, or set collect.block_size lower (a new store) and collect.workers higher."
+            f"the job got {stopped.signum.name} before one block was finished. It would get "
+            f"no further next time, so it is not requeued. Request more time, send the signal "
+            f"later, "
+            f"or set collect.block_size lower (in a new store) and collect.workers higher."
         )
     if submitit:
         tell("what is finished is sealed; submitit decides whether the job goes on later")
@@ -57,7 +58,7 @@ def requeue(environ: Mapping[str, str] = os.environ) -> str:
     job = environ.get("SLURM_JOB_ID")
     if job is None or shutil.which("scontrol") is None:
         raise DminError(
-            "collect.requeue=true, but this is no job of SLURM. What is finished is sealed: give "
+            "collect.requeue=true, but this is not a SLURM job. Finished blocks are sealed: run "
             "the same command again."
         )
     try:
@@ -69,7 +70,7 @@ def requeue(environ: Mapping[str, str] = os.environ) -> str:
         said = f"no answer in {SECONDS} s"
     if said:
         raise DminError(
-            f"SLURM did not requeue job {job} ({said}). Submit it with --requeue where the cluster "
-            f"does not requeue by itself. What is finished is sealed: give the same command again."
+            f"SLURM did not requeue job {job} ({said}). Submit it with --requeue if the cluster "
+            f"does not requeue by default. Finished blocks are sealed: run the same command again."
         )
     return job

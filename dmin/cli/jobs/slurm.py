@@ -94,8 +94,8 @@ def check_running(
         return
     if "SLURM_STEP_ID" not in environ:
         raise DminError(
-            f"this job has {tasks.total} tasks, but dmin was started once, by the batch script "
-            f"itself. Start it with srun, as in `exec srun --kill-on-bad-exit=1 dmin …`."
+            f"this job has {tasks.total} tasks, but dmin was started once, by the batch script. "
+            f"Start it with srun, as in `exec srun --kill-on-bad-exit=1 dmin …`."
         )
     check_fit(processes, tasks, shards)
     if not processes.alone and "SLURM_NTASKS_PER_NODE" not in environ:
@@ -117,12 +117,12 @@ def check_fit(processes: Processes, tasks: Tasks, shards: int) -> None:
             return  # each task a shard of its own
         raise DminError(
             f"{tasks.total} tasks on {tasks.nodes} nodes, but trainer.strategy="
-            f"{processes.strategy} with {processes}: every task would do all of the work. Say "
+            f"{processes.strategy} with {processes}: every task would do all of the work. Set "
             f"trainer=ddp trainer.devices={tasks.per_node} trainer.num_nodes={tasks.nodes}, or "
             f"give each task a shard: shard=slurm_task."
         )
     if processes.per_node is None and not processes.alone:
-        raise DminError(f"{processes}: say the number of devices, one a task of a node.")
+        raise DminError(f"{processes}: set trainer.devices to the number of tasks of a node.")
     if (processes.per_node or 1, processes.nodes) != tuple(tasks):
         raise DminError(_mismatch(processes, tasks))
 
@@ -142,22 +142,22 @@ def check_submission(config: DictConfig) -> None:
     if shutil.which("sbatch") is None:
         raise DminError(
             "hydra/launcher=slurm, but this machine has no SLURM (there is no sbatch on its PATH). "
-            "Give the command where jobs are submitted from, or say hydra/launcher=local to run "
+            "Run the command where jobs are submitted, or set hydra/launcher=local to run "
             "the jobs here."
         )
     asked = f"hydra.launcher.timeout_min={launcher.timeout_min}"
     if 60 * launcher.timeout_min < launcher.signal_delay_s + 60:
         raise DminError(
             f"{asked} with hydra.launcher.signal_delay_s={launcher.signal_delay_s}: the job would "
-            f"be told to stop as soon as it starts. Ask for more time, or for a later signal."
+            f"be signalled to stop as soon as it starts. Request more time, or a later signal."
         )
     for cfg in _jobs(config):
         processes = Processes.of(cfg.trainer)
         tasks = OmegaConf.select(cfg, "hydra.launcher.tasks_per_node") or 1
         if not isinstance(tasks, int):
             raise DminError(
-                f"hydra.launcher.tasks_per_node={tasks}: SLURM wants a number. Say how many "
-                f"devices a node has: trainer.devices=8."
+                f"hydra.launcher.tasks_per_node={tasks}: SLURM needs a number. Set the "
+                f"devices of a node: trainer.devices=8."
             )
         check_fit(processes, Tasks(tasks, launcher.nodes), cfg.shard.num)
         check_gpus(cfg.trainer, launcher, tasks)
@@ -177,8 +177,8 @@ def check_gpus(trainer: Mapping[str, Any], launcher: Mapping[str, Any], tasks: i
     gpus = launcher.get("gpus_per_node") or (launcher.get("gpus_per_task") or 0) * tasks
     if gpus < tasks and not launcher.get("gres"):
         raise DminError(
-            f"trainer.accelerator={trainer['accelerator']} with {tasks} tasks on a node, but the "
-            f"job asks SLURM for {gpus} GPUs on each. Say hydra.launcher.gpus_per_node={tasks}."
+            f"trainer.accelerator={trainer['accelerator']} with {tasks} tasks on a node, but "
+            f"the job requests {gpus} GPUs on each. Set hydra.launcher.gpus_per_node={tasks}."
         )
 
 

@@ -43,6 +43,6 @@ class Arguments(argparse.ArgumentParser):
         known = [name[2:] for name in self._option_string_actions]
         if key not in known:
             raise DminError(
-                f"{key} is no setting of {self.prog}. It takes {', '.join(known) or 'none'}."
+                f"{key} is not a setting of {self.prog}. It takes {', '.join(known) or 'none'}."
             )
         return f"--{word}"

@@ -61,9 +61,10 @@ def run(arguments: Sequence[str]) -> None:
         say("asks for more than dmin's own settings do", repeated.demands or ["nothing"])
     elif repeated.demands and not asked.trust:
         raise DminError(
-            f"{folder / 'config.yaml'} asks for more than dmin's own settings do, which could run "
-            f"anybody's code: {'; '.join(repeated.demands)}. If you know where it comes from and "
-            f"want that: --trust. Or give a value of your own for it, key=value."
+            f"{folder / 'config.yaml'} names targets that dmin's own settings do not, which could "
+            f"run "
+            f"arbitrary code: {'; '.join(repeated.demands)}. If you trust its source, "
+            f"add --trust. Or override the value with key=value."
         )
     else:
         say("results", _repeated(record, repeated, settings, asked.trust))
@@ -88,7 +89,9 @@ def _checked(folder: Path, record: dict[str, Any], given: list[str]) -> Repeated
 
     command, method = record.get("command"), _part(record, "job").get("method")
     if not isinstance(command, str) or command not in COMMANDS or command in TOOLS:
-        raise DminError(f"{folder} records the command {command}, which this dmin has not.")
+        raise DminError(
+            f"{folder} records the command {command}, which this version of dmin does not have."
+        )
     if not isinstance(method, str | None) or not re.fullmatch(r"[\w-]*", method or ""):
         raise DminError(f"{folder / RECORD} is damaged (job.method={method!r}): nothing to repeat.")
     settings = read_settings(folder / "config.yaml")
@@ -179,10 +182,11 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise DminError(f"{folder / RECORD} is damaged ({error}): nothing to repeat.") from error
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.EFBIG):
-            raise DminError(f"{folder / RECORD} is no record: {error.strerror}.") from error
+            raise DminError(f"{folder / RECORD} is not a record: {error.strerror}.") from error
     raise DminError(
         f"{folder}: give the folder of a run, which has {RECORD} and config.yaml, such as "
-        f"outputs/runs/collect/<date>. A job that was refused before it began has no config.yaml."
+        f"outputs/runs/collect/<date>. A command that was refused before it began has no "
+        f"config.yaml."
     )
 
 

@@ -129,7 +129,7 @@ def _all_stores() -> list[Path]:
     paths = sorted(file.parent for file in STORES.glob("*/manifest.json"))
     if not paths:
         raise DminError(
-            f"there are no stores in {STORES.resolve()}. Name one: dmin status path/to/store."
+            f"there are no stores in {STORES.resolve()}. Give one: dmin status path/to/store."
         )
     return paths
 

@@ -161,9 +161,9 @@ def _data_of(store: "Store", folders: list[Path], settings: dict[str, Any]) -> A
     said = store.manifest.dataset
     if said.get("name") != ImageFolder.__name__:
         raise DminError(
-            f"{store.path} was collected from data of another kind ({said.get('name')}) than a "
-            f"folder of images: in Python, refresh_metadata(store, dataset) of "
-            f"dmin.collect.described takes any dataset."
+            f"{store.path} was collected from {said.get('name')}, not from a folder of "
+            f"images. In Python, refresh_metadata(store, dataset) of dmin.collect.described "
+            f"takes any dataset."
         )
     known = ["size", "mode", "crop", "resize", "background"]
     known += ["aspect", "bucket_step", "bucket_shapes", "bucket_ratio", "upscale"]
@@ -178,7 +178,7 @@ def _lines(file: str) -> list[str]:
         return [line for line in Path(file).read_text("utf-8").splitlines() if line]
     except (OSError, UnicodeDecodeError) as error:
         raise DminError(
-            f"ids={file} cannot be read ({error}): name a text, an id a line."
+            f"ids={file} cannot be read ({error}): give a text file with one id in each line."
         ) from error
 
 

@@ -193,15 +193,16 @@ class Built:
         """
         if self.share.shards > 1 and not shards:
             raise DminError(
-                f"shard.num={self.share.shards}: only `dmin collect` and `dmin retrieve` do their "
-                f"work in shards. Say shard=one."
+                f"shard.num={self.share.shards}: only `dmin collect` and `dmin retrieve` work "
+                f"in shards. Set shard=one."
             )
         trainer = self.cfg.trainer
         if trainer.get("devices") not in (1, "1", "auto") or trainer.get("num_nodes", 1) != 1:
             raise DminError(
                 f"trainer.devices={trainer.get('devices')}, trainer.num_nodes="
                 f"{trainer.get('num_nodes', 1)}: this command runs in one process. Run `dmin "
-                f"collect` with several, then this one with trainer.devices=1."
+                f"collect` "
+                f"with several processes first, then this one with trainer.devices=1."
             )
 
     def need(self, name: str) -> Any:

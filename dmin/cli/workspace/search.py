@@ -141,5 +141,7 @@ def pooling(work: Workspace, source: Any, methods: Iterable[Method]) -> str | No
     odd += ["an index: a maximum is no inner product"] * (kind == "max" and bool(work.cfg.index))
     odd += [f"method={m.name}, which ignores the query" for m in methods if not m.by_query]
     if odd:
-        raise DminError(f"queries.pool and .against do not go with {odd[0]}. Leave one out.")
+        raise DminError(
+            f"queries.pool and queries.against cannot be combined with {odd[0]}. Leave one out."
+        )
     return kind or "mean"

@@ -58,7 +58,7 @@ def _chosen(work: Workspace) -> dict[str, Method]:
     if work.share.shards > 1:
         raise DminError(
             f"retrieve.beside=[{','.join(beside)}] with shard.num={work.share.shards}: shards rank "
-            f"by one method each time. Give the methods one after the other."
+            f"by one method at a time. Run one command for each method."
         )
     asked = {"index": work.cfg.index, **work.resolved("retrieve")}
     if alone := [
@@ -66,8 +66,8 @@ def _chosen(work: Workspace) -> dict[str, Method]:
     ]:
         name = alone[0] if alone[0] == "index" else f"retrieve.{alone[0]}"
         raise DminError(
-            f"{name} is for one method at a time, whose scores it knows: leave it out beside "
-            f"retrieve.beside=[{','.join(beside)}], or give the methods one after the other."
+            f"{name} works for one method at a time: leave it out with "
+            f"retrieve.beside=[{','.join(beside)}], or run one command for each method."
         )
     known = GlobalHydra.instance().config_loader().get_group_options("method")
     chosen = HydraConfig.get().runtime.choices.get("method") or own.name
@@ -79,8 +79,8 @@ def _chosen(work: Workspace) -> dict[str, Method]:
         cfg = with_method(work, name, {})
         if missing := sorted(OmegaConf.missing_keys(cfg.method)):
             raise DminError(
-                f"method={name} needs {', '.join(missing)}, and beside "
-                f"others a method is as its YAML has it. Name it first, or in a run of its own."
+                f"method={name} needs {', '.join(missing)}, and "
+                f"only the first method can be configured. Put it first, or run it alone."
             )
         validate(cfg)
         found.setdefault(name, build(cfg.method))

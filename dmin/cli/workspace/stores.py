@@ -167,8 +167,7 @@ class Stores(Built):
         options, collector = self.cfg.collect, collector or self.collector
         if role == "train" and options.grow and options.path is None:
             raise DminError(
-                "collect.grow=true needs collect.path=..., the store that is to grow: a store of "
-                "other data has another name."
+                "collect.grow=true needs collect.path=..., the path of the store that is to grow."
             )
         known = (path / "manifest.json").is_file()
         self.notes.print(

@@ -42,7 +42,9 @@ class Workspace(Stores):
 
         pooled = getattr(source, "pool", None) or getattr(source, "against", None)
         if pooled and self.command not in ("retrieve", "demo"):
-            raise DminError("queries.pool and queries.against are for `dmin retrieve`: omit them.")
+            raise DminError(
+                "queries.pool and queries.against are only for `dmin retrieve`. Leave them out."
+            )
         if isinstance(source, Planted):
             return source.plant(self.data)
         if isinstance(source, Generated):
@@ -136,8 +138,8 @@ class Workspace(Stores):
         names = dict.fromkeys(name for m in methods for name in m.requires.checkpoints)
         if names and ("path" not in self.cfg.model or self.cfg.collect.path is not None):
             raise DminError(
-                "method.checkpoints names models by their model.path, and finds their stores by "
-                "fingerprint: it needs a model with a path, and collect.path=null."
+                "method.checkpoints finds the stores of checkpoints by their model.path: "
+                "it needs a model with a path, and collect.path=null."
             )
         return {name: self.at(name) for name in names}
 

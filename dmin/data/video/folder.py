@@ -64,16 +64,18 @@ class VideoFolder(ImageFolder):
             DminError: one is; or what is in the folder is not as it should be.
         """
         if self.fps is not None and not 0 < self.fps < 1000:
-            raise DminError(f"data.fps={self.fps}: give frames a second, such as 16, or null.")
+            raise DminError(f"data.fps={self.fps}: give frames per second, such as 16, or null.")
         if self.frames is not None and self.frames < 2:
             raise DminError(
-                f"data.frames={self.frames}: a clip has two frames or more, such as 81; images are "
-                f"read by data=image_folder."
+                f"data.frames={self.frames}: a clip has two frames or more, such as 81; for "
+                f"images use data=image_folder."
             )
         if not 0 <= self.start < 1e6:
             raise DminError(f"data.start={self.start}: give seconds from the beginning, 0 or more.")
         if self.condition_image is not None:
-            raise DminError("data.condition_image: no model of clips is given images. Set null.")
+            raise DminError(
+                "data.condition_image: no video model takes condition images. Set it to null."
+            )
         super().__post_init__()
 
     def settings(self) -> dict[str, Any]:
@@ -181,8 +183,8 @@ class Clips(Pictures, VideoFolder):
         """
         if self.region is not None or self.mask is not None:
             raise DminError(
-                "queries.region and queries.mask (--region, --mask) ask about a part of a picture; "
-                "of clips there is no such question. Leave them out."
+                "queries.region and queries.mask (--region, --mask) ask about a part of a picture, "
+                "which is not possible for clips. Leave them out."
             )
         super().__post_init__()
 
@@ -210,8 +212,8 @@ class ClipFiles(Folder):
             self._why |= dict.fromkeys(folders.pop(folder), "pictures beside clips")
         if "" in folders:
             raise DminError(
-                f"data.root={self.root} holds images itself, as a folder of frames does: give the "
-                f"folder that it is in. Images that are no frames are read by data=image_folder."
+                f"data.root={self.root} contains images, like a folder of frames: give "
+                f"its parent folder. For images that are not frames use data=image_folder."
             )
         self._folders: set[str] = set(folders)
         self.used.update(still for each in folders.values() for still in each)

@@ -51,7 +51,7 @@ class Recipe:
         A subset smaller than a batch is gone through as often as a batch needs.
         """
         if not len(subset):
-            raise DminError("a subset of no examples cannot be trained on.")
+            raise DminError("a subset without examples cannot be trained on.")
         generator = torch.Generator().manual_seed(seed)
         needed, drawn = self.steps * self.batch_size, []
         while needed > 0:

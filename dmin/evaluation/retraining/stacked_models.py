@@ -65,7 +65,9 @@ def encoded(
     """Return a whole dataset as a model takes it."""
     batch: dict[str, Any] = collate([dataset[i] for i in range(len(dataset))])
     if "drawn" in batch:
-        raise DminError("Retraining takes examples as they are, not draws of them: data.draws=null")
+        raise DminError(
+            "Retraining uses whole examples, not random draws of them: set data.draws=null"
+        )
     device = device or torch.device("cpu")
     batch["image"] = batch["image"].to(device)
     with torch.no_grad():

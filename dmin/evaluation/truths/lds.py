@@ -45,9 +45,7 @@ class LDS(GroundTruth):
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
         if self.half not in HALVES:
-            raise DminError(
-                f"LDS: half={self.half!r}: say A (settings are chosen) or B (reported)."
-            )
+            raise DminError(f"LDS: half={self.half!r}: choose A (for tuning) or B (reported).")
         if self.subsets < 3 or self.seeds < 2 or not 0 < self.share < 1:
             raise DminError(
                 f"LDS: subsets={self.subsets}, seeds={self.seeds}, share={self.share:g}: three or "

@@ -80,7 +80,8 @@ class SameColumn(Relevance):
             raise DminError(
                 f"{len(lost)} of {len(queries)} queries have a {self.column} that no training "
                 f"example has, such as {queries.ids[lost[0]]!r} with {self._asked[lost[0]]!r}. "
-                f"There is {', '.join(np.unique(known)[:20])}. Ask about these alone."
+                f"Training examples have {', '.join(np.unique(known)[:20])}. Use only queries with "
+                f"these."
             )
         return np.asarray(self._asked[:, None] == known[None, :])
 

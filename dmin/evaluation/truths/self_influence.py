@@ -40,7 +40,8 @@ class SelfInfluence(GroundTruth):
         if not len(marked) or not len(others):
             raise DminError(
                 f"{len(marked)} of {len(is_marked)} training examples have {self.column!r} in "
-                f"their metadata; self-influence compares those that have it with the others."
+                f"their metadata; self-influence compares examples with and without it, so both "
+                f"are needed."
             )
         step = max(1, len(others) // self.sample)
         self.rows = np.concatenate([marked, others[::step][: self.sample]])

@@ -138,10 +138,10 @@ def _write(files: list[Path], to: Path, dtype: torch.dtype) -> dict[str, str]:
 
 def _unread(place: Path, why: str) -> DminError:
     return DminError(
-        f"{place}: {why}. Give the base model unquantised with the same adapter, and say as what "
-        f"its weights were kept while that was trained: model.base_dtype="
-        f"{'|'.join(get_args(BaseDType))} rounds them alike (or nothing: gradients are then those "
-        f"at the weights before they were rounded)."
+        f"{place}: {why}. Use the unquantised base model with the same adapter, and set the type "
+        f"that its weights were rounded to in training: model.base_dtype="
+        f"{'|'.join(get_args(BaseDType))} rounds them in the same way (if unset, "
+        f"gradients are computed at the unrounded weights)."
     )
 
 
@@ -168,7 +168,7 @@ def _numbers(
         found = _four_bits(weight, plain_name, read, json.loads(bytes(read(state).tolist())))
     elif f"{layer}.SCB" in names and plain_name.endswith(".weight"):
         if read(f"{layer}.weight_format").item() != 0:
-            raise DminError("bitsandbytes arranged it for one kind of GPU")
+            raise DminError("bitsandbytes stored it in a layout for one kind of GPU")
         found = weight.float() * (read(f"{layer}.SCB").float() / 127)[:, None]
     elif weight.dtype in (*_FLOAT8, torch.int8) and scale is not None:
         found = _scaled(weight.float(), scale)

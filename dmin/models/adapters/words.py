@@ -109,7 +109,9 @@ def _read(token: str | None, path: Path) -> list[Word]:
     ends = (*_KINDS, *(f"{kind}_out" for kind in _KINDS))
     own = {key for key in state if key not in ends and not key.startswith(BUNDLE)}
     if token is not None and len(own) > 1:
-        raise DminError(f"{source} has {len(own)} words ({', '.join(sorted(own))}): name no other.")
+        raise DminError(
+            f"{source} has {len(own)} words ({', '.join(sorted(own))}): use one of these."
+        )
     named = {
         key if key.startswith(BUNDLE) else f"{BUNDLE}{token or path.stem}.{key}": value
         for key, value in state.items()
@@ -132,8 +134,9 @@ def bundled(state: Mapping[str, Tensor], source: str) -> list[Word]:
             end = next((kind for kind in _KINDS if whole.endswith(f".{kind}")), None)
             if end is None:
                 raise DminError(
-                    f"{source}: {key} is of none of {', '.join(_KINDS)}, for which words are "
-                    f"learned (vectors behind an encoder, as OneTrainer's *_out, are not computed)."
+                    f"{source}: {key} belongs to none of the supported encoders "
+                    f"{', '.join(_KINDS)} (vectors added "
+                    f"to the output of an encoder, such as OneTrainer's *_out, are not supported)."
                 )
             found.append(_word(whole.removesuffix(f".{end}"), _KINDS[end], value, source))
     return found
@@ -144,8 +147,8 @@ def _word(token: str, place: int | None, vectors: Tensor, source: str) -> Word:
     whole = vectors.ndim == 2 and vectors.is_floating_point() and vectors.numel()
     if not whole or not torch.isfinite(vectors).all():
         raise DminError(
-            f"{source}: {token} is {vectors.dtype} {list(vectors.shape)}, or not finite, and no "
-            f"vectors of a learned word. Give a file of textual inversion."
+            f"{source}: {token} is {vectors.dtype} {list(vectors.shape)}, or not finite, so it "
+            f"is not a learned word. Give a file of textual inversion."
         )
     return Word(token, place, vectors, source)
 
@@ -172,8 +175,9 @@ def add_words(pipeline: Any, words: Iterable[Word]) -> None:
         if len(word.vectors) > 1 and not hasattr(pipeline, "maybe_convert_prompt"):
             raise DminError(
                 f"{word.source}: {word.token} has {len(word.vectors)} vectors, and "
-                f"{type(pipeline).__name__} puts one in the place of a word. Give each a name of "
-                f"its own in the captions, and in the file."
+                f"{type(pipeline).__name__} supports one for each word. Give each vector its own "
+                f"word "
+                f"in the captions and in the file."
             )
     for name, those in own.items():
         if those:
@@ -191,8 +195,9 @@ def _encoder(word: Word, encoders: Mapping[str, Any], own: Mapping[str, list[Wor
     if not fits or encoders[fits[0]].embedding_dim != width:
         have = ", ".join(f"{n} has {e.embedding_dim}" for n, e in encoders.items())
         raise DminError(
-            f"{word.source}: {word.token} has vectors of {width} numbers, for an encoder that this "
-            f"model has not ({have or 'it has none'}). Give words that were learned for this model."
+            f"{word.source}: {word.token} has vectors of {width} numbers, but this model's "
+            f"encoders "
+            f"have {have or 'none'}. Give words that were learned for this model."
         )
     return fits[0]
 
@@ -215,8 +220,8 @@ def _add(pipeline: Any, name: str, embedding: Any, words: list[Word]) -> None:
     if name in _pooled(pipeline) and encoder.config.eos_token_id == 2 != end:
         raise DminError(
             f"{words[0].source}: eos_token_id=2 in {name}/config.json, so the caption is pooled at "
-            f"its highest token, which would be the learned word. Say there eos_token_id={end}, "
-            f"which its tokenizer ends captions with."
+            f"the highest token id, which would be the learned word. Set eos_token_id={end} there, "
+            f"the end token of its tokenizer."
         )
     tokenizer = copy.deepcopy(plain)
     tokenizer.add_tokens(tokens)

@@ -117,7 +117,7 @@ class DDPM(TrainedModel):
         """
         if not (Path(path) / "model_index.json").is_file():
             raise DminError(
-                f"model.path={path}: no diffusers checkpoint there (no model_index.json). Train "
+                f"model.path={path}: there is no diffusers checkpoint (no model_index.json). Train "
                 f"one with `dmin train`, or give the folder of a saved DDPMPipeline."
             )
         pipeline = load_pipeline("ddpm", path)
@@ -217,7 +217,8 @@ class DDPM(TrainedModel):
         """Yield the state after each step, and the estimate of x0 that the step was made with."""
         if self.shape[1] is None:
             raise DminError(
-                "this UNet2DModel is of no size, so that none is known for images to generate. Set "
+                "this UNet2DModel has no sample_size, so the size of generated images is unknown. "
+                "Set "
                 "model.sample_size=[HEIGHT,WIDTH]."
             )
         condition, process = self.condition(prompts), self.process
@@ -258,7 +259,7 @@ def _known(target: type, settings: Mapping[str, Any], name: str) -> None:
     for key in settings:
         if key not in allowed:
             raise DminError(
-                f"{name}.{key}: {target.__name__} has no such setting. It has: "
+                f"{name}.{key}: {target.__name__} does not have this setting. It has: "
                 f"{', '.join(sorted(allowed))}."
             )
 

@@ -41,8 +41,8 @@ class ImageConditioned(LatentDiffusion):
         size = self._generated_size()
         if given is None or any(tuple(image.shape[2:]) != size for image in given.values()):
             raise DminError(
-                f"{type(self).__name__} generates with images that it is given, of {size[0]} × "
-                f"{size[1]} pixels (model.sample_size). Give queries as image files, with "
+                f"{type(self).__name__} generates from condition images of {size[0]} × {size[1]} "
+                f"pixels (model.sample_size). Give queries as image files, with "
                 f"queries.condition_image; in Python, sample(..., given={{'image': …, "
                 f"'condition_image': …}})."
             )
@@ -60,7 +60,7 @@ class ImageConditioned(LatentDiffusion):
         if found.shape[2:] != batch["image"].shape[2:]:
             raise DminError(
                 f"the condition image of {batch['id'][0]!r} is {tuple(found.shape[2:])}, the image "
-                f"{tuple(batch['image'].shape[2:])} [H, W]. Bring the two to one size."
+                f"{tuple(batch['image'].shape[2:])} [H, W]. Scale both to the same size."
             )
         return found.to(batch["image"])
 
@@ -73,8 +73,9 @@ class ImageConditioned(LatentDiffusion):
         image = self._condition_image(batch)
         if (image != image[:, :1]).any():
             raise DminError(
-                f"the condition images of {batch['id'][0]!r} and its batch have colours, where "
-                f"{type(self).__name__} is given grey ones. Name those in data.condition_image."
+                f"the condition images of {batch['id'][0]!r} and its batch are in colour, "
+                f"but {type(self).__name__} takes grey ones. Set data.condition_image to grey "
+                f"images."
             )
         return image[:, :1]
 
@@ -169,7 +170,9 @@ def drawn_mask(height: int, width: int, seed: int) -> Tensor:
 def lacking(model: str, example: str, setting: str = "data") -> DminError:
     """Return what is wrong with data that have no condition images for a model that needs some."""
     return DminError(
-        f"example {example!r} has no condition image, and {model} is given one with each: an image "
-        f"to change, a mask, a drawing or a map of depths. Name the folder or column that has them "
-        f"in {setting}.condition_image."
+        f"example {example!r} has no condition image, which {model} needs for each example: an "
+        f"image "
+        f"to edit, a mask, a drawing or a depth map. Set {setting}.condition_image to the folder "
+        f"or column that "
+        f"has them."
     )

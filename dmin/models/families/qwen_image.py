@@ -117,8 +117,8 @@ class QwenImageEdit(QwenImage, ImageTokens):
     def _encode(self, prompts: Sequence[Any], **told: Any) -> Condition:
         if self._seen is None:
             raise DminError(
-                "the text encoder of QwenImageEdit sees the image to change: of a prompt alone "
-                "there is no condition. Encode examples, with their images: model.encode(batch)."
+                "the text encoder of QwenImageEdit also takes the image to edit, so a prompt "
+                "alone cannot be encoded. Encode examples with their images: model.encode(batch)."
             )
         images = self._scaled(self._seen)
         texts = self._texts(prompts) * (len(images) // len(prompts))  # no prompt: one for all
@@ -130,7 +130,8 @@ class QwenImageEdit(QwenImage, ImageTokens):
         if len(row) > self.max_sequence_length:
             raise DminError(
                 f"model.max_sequence_length={self.max_sequence_length}: {text[:40]!r} with its "
-                f"image are {len(row)} tokens, and the pipeline cuts none. Set it to {len(row)} or "
+                f"image has {len(row)} tokens, and the pipeline does not truncate. Set it to "
+                f"{len(row)} or "
                 f"more, for all examples."
             )
         return row
@@ -176,8 +177,8 @@ def _scaling_to(area: int) -> Iterator[Any]:
         found = own(max(area, 0), ratio)
         if not all(found[:2]):
             raise DminError(
-                f"model.condition_area={area}: images to change are scaled to that many pixels, in "
-                f"steps of 32, and nothing is left of one. Give more; {AREA} is the pipeline's."
+                f"model.condition_area={area}: images to edit are scaled to that many pixels, "
+                f"in steps of 32, which is too few. Give more; the pipeline uses {AREA}."
             )
         return found
 

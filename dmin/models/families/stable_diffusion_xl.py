@@ -42,9 +42,10 @@ class StableDiffusionXL(SizeConditioning):
         )
         if config.projection_class_embeddings_input_dim not in (None, told):
             raise DminError(
-                f"model.path: this network is told {config.projection_class_embeddings_input_dim} "
-                f"numbers beside the text, where six sizes and the pooled text make {told}, as the "
-                f"refiner with its score of beauty. Give the base model's checkpoint."
+                f"model.path: this network takes {config.projection_class_embeddings_input_dim} "
+                f"additional "
+                f"numbers, while six sizes and the pooled text are {told}; the refiner, for "
+                f"example, takes an aesthetic score. Give the base model's checkpoint."
             )
 
     def _no_prompt(self) -> Condition:

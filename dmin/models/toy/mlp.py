@@ -135,7 +135,7 @@ class MLP(DDPM):
         """
         if not (Path(path) / "unet").is_dir():
             raise DminError(
-                f"model.path={path}: no saved MLP there (no unet/). Train one with `dmin train`."
+                f"model.path={path}: there is no saved MLP (no unet/). Train one with `dmin train`."
             )
         network: Any = FiLMNetwork.from_pretrained(str(Path(path) / "unet"))
         scheduler = DDPMScheduler.from_pretrained(str(Path(path) / "scheduler"))
