@@ -29,7 +29,7 @@ class StepLines(ProgressBar):
     _on = True
 
     def disable(self) -> None:
-        """Show nothing: Lightning calls it in all processes but the first."""
+        """Show nothing; called by Lightning in all processes but the first."""
         self._on = False
 
     def enable(self) -> None:
@@ -184,7 +184,7 @@ def train(
         model: builds the untrained model; called after seeding, so the start is the seed's.
         dataset: the training examples.
         steps: optimiser steps.
-        batch_size: examples a step.
+        batch_size: examples per step.
         learning_rate: of AdamW.
         warmup: steps of linear warm-up.
         ema_decay: the weights returned are an exponential moving average with this decay a step.
@@ -262,7 +262,7 @@ def fit_trainer(**settings: Any) -> lightning.Trainer:
     """Return a Lightning trainer for one pass over a fixed number of batches.
 
     Args:
-        settings: anything ``lightning.Trainer`` takes; wins over these defaults.
+        settings: arguments of ``lightning.Trainer``, which override these defaults.
     """
     fit = {
         "accelerator": "auto",

@@ -9,10 +9,11 @@ from dmin.store import Store, check_comparable
 
 
 def check_pair(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
-    """Refuse a pair of sides that a method cannot compare.
+    """Check that a method can compare queries and training examples.
 
     Raises:
-        DminError: stores of other weights, schedule or sketch; an incomplete store; a readout that
+        DminError: the stores have different weights, schedules or sketches; one is incomplete; a
+            readout
             was not collected.
     """
     for side in getattr(queries, "sides", ())[1:]:  # of a Pool, which others are taken off
@@ -43,10 +44,10 @@ def check_pair(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
 
 
 def check_train(train: FeatureSet, method: Method) -> None:
-    """Refuse training examples that a method cannot score, whatever the queries.
+    """Check that a method can score the training examples, for any queries.
 
     Raises:
-        DminError: an incomplete store; a readout that was not collected; a method that lacks
+        DminError: the store is incomplete; a readout was not collected; or the method lacks
             something, such as the models it averages over.
     """
     train.store.require_complete()
@@ -63,7 +64,7 @@ def check_train(train: FeatureSet, method: Method) -> None:
 
 
 def _check_origin(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
-    """Refuse a model that is not the one the features were made with."""
+    """Check that the model is the one that the features were collected with."""
     told = queries.store.manifest.dataset
     if asked := {name: told[name] for name in ("guidance", "without") if name in told}:
         ((name, value),) = asked.items()
@@ -87,7 +88,7 @@ def _check_origin(queries: FeatureSet, train: FeatureSet, method: Method) -> Non
 
 
 def _check_trajectory(queries: FeatureSet, method: Method) -> None:
-    """Refuse queries of whose generation nothing is known."""
+    """Check that the generation of the queries was recorded."""
     if not queries.trajectory:
         raise DminError(
             f"method={method.name} needs the intermediate states of generated queries. Generate "
@@ -101,7 +102,7 @@ def _check_trajectory(queries: FeatureSet, method: Method) -> None:
 
 
 def _checkpoint(side: FeatureSet, name: str, method: Method) -> FeatureSet:
-    """Return a side's examples under a checkpoint, or say that they are not there."""
+    """Return the examples' features under a checkpoint."""
     if name not in side.checkpoints:
         raise DminError(
             f"method={method.name} reads the checkpoint {name!r}, which {side.store.path} does "

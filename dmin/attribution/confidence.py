@@ -24,7 +24,7 @@ BYTES = 8 << 20  # of rows in several replicates at once
 
 
 class Deviations(NamedTuple):
-    """Deviations ``[.., n]`` of n scores, and with how many degrees of freedom."""
+    """Deviations ``[.., n]`` of n scores, with their degrees of freedom."""
 
     values: Array
     freedom: int
@@ -39,29 +39,30 @@ def with_confidence(
     resamples: int = 400,
     seed: int = 0,
 ) -> Ranking:
-    """Return the first k of a ranking, each with error bars and the stability of its place.
+    """Return the first k of a ranking, each with error bars and the stability of its rank.
 
-    ``sketch_errors`` are of compression: how far a score may be from that of full gradients at the
-    same timesteps and noise. ``total_errors``, from two independent draws on, are of compression
-    and noise: how far it may be from the mean over many draws. Both are standard deviations, such
-    that 1.96 of them either way hold the truth 95 times in 100; none is shown where that was
-    measured not to hold, or not measured (`dmin.attribution.coverage`). ``stability`` is how often
-    an example is among the first k of the candidates when all scores are drawn again with the
-    errors that are shown. Examples of one of the ``tiers`` cannot be distinguished: no two of them
-    differ by more than 1.96 standard deviations of their difference. All that speaks of chance
-    in measuring the score, not of whether the score means influence.
+    ``sketch_errors`` are the errors of compression, relative to full gradients at the same
+    timesteps and noise. ``total_errors``, which need two independent draws, also include the noise:
+    the error relative to the mean over many draws. Both are standard deviations: ±1.96 of them
+    contain the true value 95 times in 100. They are shown only where that was measured to hold
+    (`dmin.attribution.coverage`). ``stability`` is how often an example is among the first k of the
+    candidates when all scores are perturbed by these errors. The order within one of the ``tiers``
+    is not significant: no two of its examples differ by more than 1.96 standard deviations of their
+    difference. All of this describes the randomness of measuring the score, not whether the score
+    means influence.
 
     Args:
-        ranking: more than k examples a query, so that others can take their places.
-        queries: that it was made for.
-        train: likewise.
-        method: likewise, fitted.
-        k: examples a query to return; all, where the ranking has fewer.
-        resamples: how often scores are drawn again.
-        seed: key of the draws.
+        ranking: with more than k examples per query, as others may belong among the first k.
+        queries: of the ranking.
+        train: the training examples.
+        method: fitted.
+        k: examples per query to return; all if the ranking has fewer.
+        resamples: number of perturbations of the scores.
+        seed: of the perturbations.
 
     Returns:
-        The ranking with errors, ``stability`` and ``tiers``; or without, and a note that says why.
+        The ranking with errors, ``stability`` and ``tiers``; or without them, and a note that says
+        why.
     """
     k, first = min(k, ranking.scores.shape[1]), ranking.first(k)
     features = train.store.manifest.features
@@ -106,15 +107,15 @@ def sketch_deviations(
 ) -> Deviations:
     """Return deviations ``F [32, n]`` of some scores, ``FᵀF`` the covariance of sketching errors.
 
-    ``FᵀF = (B − 1)/B Σ_b (I_b − Ī)(I_b − Ī)ᵀ``, I_b the scores that the method gives without the
-    numbers ≡ b (mod B = 32) of all sketches: a jackknife (Efron & Stein 1981). Any score is asked
-    again whole, so that powers, blends and re-normalised rows count as they are, and errors of
-    timesteps, which share one map, add up. Curvatures stay as they were fitted, for which bars of
-    methods that have one are far too long.
+    ``FᵀF = (B − 1)/B Σ_b (I_b − Ī)(I_b − Ī)ᵀ``, I_b the scores without the dimensions ≡ b
+    (mod B = 32) of all sketches: a jackknife (Efron & Stein 1981). Each time the whole method
+    is evaluated, so that powers, blends and normalisation are included, and errors of timesteps,
+    which share one map, add up. Curvatures are not refitted, so error bars of methods
+    with a curvature are far too large.
 
     Args:
-        queries: whose row ``query`` was asked.
-        train: whose ``rows [n]`` were scored.
+        queries: one of which is the query.
+        train: some rows of which were scored.
         method: fitted.
         query: row.
         rows: of training examples.
@@ -148,7 +149,7 @@ def _products_without(asked: InnerProduct, found: ExampleBlock, masks: Tensor) -
     Of the whole less that of the residue, so that no row is copied for each.
 
     Args:
-        asked: the query as the method prepares it without each residue, B of them.
+        asked: the query as prepared by the method without each residue, B of them.
         found: the rows, whole.
         masks: what is left of a row, ``[B, k]``.
     """
@@ -179,10 +180,10 @@ def noise_deviations(
 ) -> Deviations:
     """Return deviations ``F [32, n]`` of some scores, ``FᵀF`` the covariance of errors of draws.
 
-    ``FᵀF = D/(D − 1) · mean_r (I_r − I)(I_r − I)ᵀ``, I_r the scores that the method gives when the
-    D draws of each timestep are taken again with replacement, the same for all examples and the
-    query. Of two draws one takes the other's place, each equally often, which needs no D/(D − 1)
-    (a half-sample: McCarthy 1969). Antithetic draws go in pairs.
+    ``FᵀF = D/(D − 1) · mean_r (I_r − I)(I_r − I)ᵀ``, I_r the scores when the D draws of
+    each timestep are resampled with replacement, in the same way for all examples and the query.
+    With two draws, one replaces the other, each equally often, which needs no D/(D − 1) (a
+    half-sample: McCarthy 1969). Antithetic draws are resampled in pairs.
 
     Args:
         queries: as :func:`sketch_deviations`, like all that follow but two.
@@ -224,7 +225,7 @@ def spread(deviations: Array) -> Array:
 
 
 def widened(sources: Sequence[Deviations]) -> Array:
-    """Return deviations of independent sources as one ``F [.., n]``, longer as they are estimated.
+    """Join deviations of independent sources to one ``F [.., n]``, widened as they are estimates.
 
     By Student's t over 1.96, with ``(Σ v)² / Σ v²/ν`` degrees of freedom (Satterthwaite 1946), v
     the mean variance of each source and ν its own.
@@ -237,7 +238,7 @@ def widened(sources: Sequence[Deviations]) -> Array:
 
 
 def tiers_of(scores: Array, deviations: Array) -> Array:
-    """Return the tier of each score, int64 ``[n]``: a new one begins where any two differ.
+    """Return the tier of each score, int64 ``[n]``: a new tier begins at a significant difference.
 
     Args:
         scores: best first, ``[n]``.
@@ -263,7 +264,7 @@ def _scores_again(
     change: Change,
     count: int,
 ) -> Array:
-    """Return the scores of ``count`` changed replicates of both sides, float64 ``[count, n]``."""
+    """Return the scores of ``count`` changed replicates, float64 ``[count, n]``."""
     asked, found = queries.block([query], method.requires), train.block(rows, method.requires)
     bytes_each = sum(values.nbytes for values in found.features.values())
     # Several at once are also scored against each other's rows, for nothing; few rows want it.

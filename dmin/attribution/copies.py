@@ -25,7 +25,7 @@ def pixel_digest(image: np.ndarray) -> str:
 
 
 def namesakes(queries: FeatureSet, train: FeatureSet) -> dict[str, list[str]]:
-    """Return for each query the training examples of its id, or of a file with the same bytes.
+    """Return, for each query, the training examples with its id or with an identical file.
 
     Args:
         queries: the queries; of a pool those of each of its pictures.
@@ -57,18 +57,19 @@ def with_copies(
     maybe: Mapping[str, Collection[str]] = MappingProxyType({}),
     members: Collection[np.ndarray] = (),
 ) -> Ranking:
-    """Return a ranking that knows which of its examples, and queries, have the same pixels.
+    """Add to a ranking which of its examples, and queries, have the same pixels.
 
-    Ranks, ids and k stay as they are: k counts examples, of which several may be one picture.
+    Ranks, ids and k do not change: k counts examples, some of which may be the same picture.
 
     Args:
         ranking: as it is shown.
         query_images: id of a query -> its image.
-        train_images: the same for training examples. Only those shown are decoded, those that
-            follow with the score of one shown, and those of ``maybe``.
-        wider: the same with more examples a query, among which ones of equal score are looked for.
-        maybe: id of a query -> training examples that may be it, see :func:`namesakes`.
-        members: the images that the query is of, where it is a pool.
+        train_images: the same for training examples. Only those that are shown, those after them
+            with equal scores, and those of ``maybe`` are decoded.
+        wider: the same with more examples per query, to find those of equal score.
+        maybe: id of a query -> training examples that may be identical to it, see
+            :func:`namesakes`.
+        members: the images of the query, if it is a pool.
     """
     wider = ranking if wider is None else wider
     digest, asked = cache(lambda id: pixel_digest(train_images(id))), ranking.query_ids

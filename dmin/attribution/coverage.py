@@ -13,7 +13,7 @@ COVERED: dict[str, dict[str, frozenset[str]]] = {
 
 
 def bars_of(method: str, features: Mapping[str, Any]) -> set[str]:
-    """Return which bars of a method's scores hold, of ``sketch`` and ``total``.
+    """Return which error bars of a method are valid, of ``sketch`` and ``total``.
 
     Args:
         method: its name.
@@ -24,7 +24,7 @@ def bars_of(method: str, features: Mapping[str, Any]) -> set[str]:
 
 
 def why_none(method: str, features: Mapping[str, Any], sketched: bool = True) -> str:
-    """Say why no bar is shown; `sketched` says whether the method reads sketched gradients."""
+    """Explain why no error bar is shown; `sketched`: the method reads sketched gradients."""
     if not sketched:
         return f"not shown, as they are of sketched gradients, of which {method} reads none"
     family = features.get("sketch", {}).get("family", "unknown")

@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Requires:
-    """What a method needs to be there.
+    """The requirements of a method.
 
     Args:
         readouts: gradients it reads from the store.
-        images: it compares the images themselves, so both datasets must be at hand.
+        images: it compares images, so both datasets must be given.
         checkpoints: names (paths) of further checkpoints whose stores it reads.
         trajectory: it reads the queries' states along their generation.
-        model: it runs the model, so model, examples, noise and sketch must be at hand.
+        model: it runs the model, so model, examples, noise and sketch must be given.
     """
 
     readouts: tuple[str, ...] = ("loss",)
@@ -47,7 +47,7 @@ class Requires:
 
 
 class FeatureSource(Protocol):
-    """What the features of a store were made with; a ``GradientCollector`` is one."""
+    """The collector of a store's features; ``GradientCollector`` implements it."""
 
     model: DiffusionModel
     attributed: Parameters
@@ -56,17 +56,17 @@ class FeatureSource(Protocol):
     noise: Noise
 
     def describe(self) -> dict[str, Any]:
-        """Return what the store's manifest has as its features."""
+        """Return the settings that the manifest records as features."""
 
     def cached_encodings(
         self, store: Store, ids: Sequence[str], root: str | Path | None = None
     ) -> tuple[Tensor, Mapping[str, Tensor]] | None:
-        """Return x0 and condition of examples as collecting kept them; None if it did not."""
+        """Return the cached x0 and condition of examples; None if they were not kept."""
 
 
 @dataclass(frozen=True)
 class ExampleBlock:
-    """Consecutive examples of one side, with what the method requires of them."""
+    """Consecutive examples, with what the method requires of them."""
 
     first: int  # row of the first example in its store
     ids: Sequence[str]
@@ -79,12 +79,12 @@ class ExampleBlock:
 
 
 class FitCache:
-    """Curvatures that were fitted to a side, kept for other methods that fit the same to it.
+    """A cache of curvatures, for other methods that fit the same to the same examples.
 
     Attributes:
-        kept: by what they were fitted to and how, each with the seconds that it took.
-        used: keys that were asked for, in this order.
-        memory: bytes that may be kept; those asked for longest ago leave first.
+        kept: by what was fitted and how, each with the seconds that it took.
+        used: keys that were requested, in this order.
+        memory: bytes that may be kept; the least recently used are dropped first.
     """
 
     def __init__(self, memory: int = 1 << 30) -> None:
@@ -93,7 +93,7 @@ class FitCache:
         self.memory = memory
 
     def get(self, key: Hashable, fit: Callable[[], Curvature]) -> Curvature:
-        """Return what was fitted under a key before, or fit it."""
+        """Return the fit cached under a key, or compute it."""
         if key in self.kept:
             found, seconds = self.kept.pop(key)  # to the end
         else:
@@ -109,18 +109,19 @@ class FitCache:
 
 
 class FeatureSet:
-    """One side of the comparison, queries or training examples: a store, and perhaps more.
+    """Queries or training examples: their store, with datasets, checkpoints and the collector.
 
     Args:
         store: the features.
         dataset: the examples, needed by methods that look at images; found by their ids.
         checkpoints: the same examples under further checkpoints of the model, by their name.
-        trajectory: of queries: stores of the same ids, one for each state that was recorded while
-            they were generated.
-        repeats: whether examples count as often as an epoch passed them (`counts`).
-        origin: what the features were made with, for methods that run the model themselves.
-        encodings: where collecting kept latents and prompts, if it did (``keep_encodings``); beside
-            the store if None. Methods that run the model read them and do not encode again.
+        trajectory: for queries: stores of the same ids, one for each recorded state
+            of their generation.
+        repeats: whether examples count by their repeats in an epoch (`counts`).
+        origin: the collector of the features, for methods that run the model.
+        encodings: folder of cached latents and prompts, if they were kept (``keep_encodings``);
+            next to the store if None. Methods that run the model read them instead of encoding
+            again.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class FeatureSet:
         None where it is once each. In a method's sums over the side an example counts so often.
 
         Raises:
-            DminError: one is no positive number.
+            DminError: one is not a positive number.
         """
         told = [each.get("repeats", 1) for each in self.store.metadata] if self.repeats else []
         wrong = [n for n in told if not isinstance(n, int | float) or not 0 < n < math.inf]
@@ -169,11 +170,11 @@ class FeatureSet:
 
     @property
     def total(self) -> float:
-        """The sum of the `counts`: how many examples a mean over the side is of."""
+        """The sum of the `counts`, the denominator of weighted means."""
         return len(self) if self.counts is None else float(self.counts.sum())
 
     def counted(self, values: Tensor, block: ExampleBlock, root: bool = False) -> Tensor:
-        """Return values of a block's examples, ``[n·c, ...]``, times their counts, or the roots."""
+        """Return values ``[n·c, ...]`` of a block times its counts, or their square roots."""
         if self.counts is None:
             return values
         counts = self.counts[block.first : block.first + len(block.ids)]
@@ -204,7 +205,7 @@ class FeatureSet:
         )
 
     def blocks(self, requires: Requires, rows: int = 1024) -> Iterator[ExampleBlock]:
-        """Yield the side block by block, reading only what a method requires."""
+        """Yield blocks of examples, reading only what a method requires."""
         for start in range(0, len(self), rows):
             yield self.block(np.arange(start, min(start + rows, len(self))), requires)
 
@@ -213,7 +214,7 @@ class FeatureSet:
         return self.example(id).image
 
     def file(self, id: str) -> Path | None:
-        """Return where an example's image is, if the dataset keeps each in a file of its own."""
+        """Return the file of an example's image, if it has one."""
         if self.dataset is None or id not in self._places:
             return None
         return file_at(self.dataset, self._places[id])

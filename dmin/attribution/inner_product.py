@@ -17,13 +17,15 @@ Scale = Literal["unit", "norm", "none"]
 class InnerProduct:
     """Queries whose scores are inner products with scaled rows of the store.
 
-    ``I(q, i) = Σ_{d,t} c_{d,t}(i) ⟨q_{d,t}, x_{d,t}(i)⟩``, x the rows as they are stored.
+    ``I(q, i) = Σ_{d,t} c_{d,t}(i) ⟨q_{d,t}, x_{d,t}(i)⟩``, x the stored rows.
 
-    Such scores are computed at the speed of memory, and an index can search them.
+    Such scores are computed at memory bandwidth, and an index can search them.
 
     Args:
-        queries: q, float32 ``[Q, D, T, G, k]``; weights and what else belongs to queries included.
-        scale: c. ``unit`` brings every row to length 1, ``norm`` to its gradient's, ``none`` is 1.
+        queries: q, float32 ``[Q, D, T, G, k]``, including weights and all other factors of the
+            queries.
+        scale: c. ``unit`` scales every row to length 1, ``norm`` to the norm of its gradient,
+            ``none`` is 1.
         readout: which rows.
     """
 
@@ -40,7 +42,7 @@ class InnerProduct:
         return queries.flatten(1) @ rows.flatten(1).T
 
     def times(self, sign: int) -> InnerProduct:
-        """Return the queries with the sign of all scores changed, or not."""
+        """Return the queries, multiplied by a sign."""
         return replace(self, queries=sign * self.queries)
 
     def bound(self) -> Tensor | None:
@@ -83,11 +85,11 @@ def summed_rows(block: ExampleBlock, readout: str = "loss") -> Tensor:
 
 
 def with_summed_rows(vectors: Tensor, queries: ExampleBlock, readout: str = "loss") -> InnerProduct:
-    """Return inner products with :func:`summed_rows`, as ones with the rows of the store.
+    """Return inner products with :func:`summed_rows` as inner products with the stored rows.
 
     Args:
-        vectors: one a query, ``[Q, G·k]`` or ``[Q, G, k]``.
-        queries: what they were made of.
+        vectors: one for each query, ``[Q, G·k]`` or ``[Q, G, k]``.
+        queries: that they were computed from.
         readout: which rows.
     """
     draws, steps, groups, dim = queries.features[readout].shape[1:]

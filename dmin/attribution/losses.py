@@ -23,10 +23,11 @@ class LossTable:
 
     Args:
         loss: mean over timesteps and draws, ``[n]``.
-        relative: mean of the loss over what images of its bucket have at the same timestep and
-            draw, ``[n]``; 1 is usual.
+        relative: mean ratio of the loss to that of images of the same bucket at the same timestep
+            and
+            draw, ``[n]``; 1 is typical.
         error: standard error of ``relative`` over draws of the noise, ``[n]``.
-        draws: of the noise; of one, ``error`` is a bound (see :func:`loss_table`).
+        draws: of the noise; with one draw, ``error`` is a bound (see :func:`loss_table`).
     """
 
     loss: np.ndarray
@@ -37,13 +38,14 @@ class LossTable:
 
 @dataclass(frozen=True)
 class Gap:
-    """By how much the loss of images held out is above that of the training images.
+    """By how much the loss of held-out images exceeds that of the training images.
 
     Args:
-        mean: of the relative losses held out, less that of the training images; .1 is 10 %.
-        low: of its 95 % interval; None for fewer than `FEW` images held out.
+        mean: of the relative losses of held-out images, minus that of the training images; .1 is 10
+            %.
+        low: of its 95 % interval; None for fewer than `FEW` held-out images.
         high: of the same.
-        held: images held out.
+        held: number of held-out images.
     """
 
     mean: float
@@ -52,7 +54,7 @@ class Gap:
     held: int
 
     def spell(self) -> str:
-        """Return it in words."""
+        """Return a description."""
         told = f"the loss of {self.held:,} images held out is {self.mean:+.1%} beside the training"
         if self.low is None or self.high is None:
             return f"{told} images'; from {FEW} on it is said how sure that is"
@@ -66,19 +68,19 @@ def loss_table(
     usual: np.ndarray | None = None,
     paired: bool = False,
 ) -> LossTable:
-    """Return the mean of each image's losses, beside what is usual, and its standard error.
+    """Return each image's mean loss, relative to that of similar images, and its standard error.
 
-    ``r_i = mean_{t,d} L_i(t, ε_d) / m(t, ε_d)``, with m the mean over images: all see the same
-    noise, so that what a draw does to all of them divides out. ``SE² = Σ_t s²_t / (D T²)``, s²_t
-    the variance of the quotients over D draws at timestep t. Of one draw, it is the variance of
-    the quotients over timesteps by T: how they change from timestep to timestep is in it as well,
-    so that it is an upper bound of what other noise would change.
+    ``r_i = mean_{t,d} L_i(t, ε_d) / m(t, ε_d)``, with m the mean over images: all see
+    the same noise, so that the common effect of a draw cancels. ``SE² = Σ_t s²_t / (D
+    T²)``, s²_t the variance of the ratios over D draws at timestep t. With one
+    draw it is the variance of the ratios over timesteps divided by T, which also
+    includes their change over timesteps and so is an upper bound.
 
     Args:
         losses: ``[n, D, T]``.
         buckets: of each image, such as its shape; None for one.
-        usual: m, ``[n, D, T]``; by default that of these images' own buckets (`usual_losses`).
-        paired: draws are antithetic, so that each two of them count as one.
+        usual: m, ``[n, D, T]``; by default that of the images' own buckets (`usual_losses`).
+        paired: draws are antithetic, so that each pair counts as one.
     """
     usual = usual_losses(losses, buckets, losses, buckets) if usual is None else usual
     quotients = losses.astype(np.float64) / np.maximum(usual, TINY)
@@ -100,13 +102,14 @@ def usual_losses(
     of: np.ndarray,
     of_buckets: Sequence[str] | None,
 ) -> np.ndarray:
-    """Return what images of the same bucket have at each point, ``[n, D, T]``.
+    """Return the mean loss of images of the same bucket at each point, ``[n, D, T]``.
 
     Args:
-        losses: ``[n, D, T]``, of the images asked about.
+        losses: ``[n, D, T]``, of the images in question.
         buckets: theirs; None for one.
-        of: ``[N, D, T]``, of the images that say what is usual.
-        of_buckets: theirs. One of fewer than `BUCKET` images counts as all of them together.
+        of: ``[N, D, T]``, of the reference images.
+        of_buckets: theirs. For buckets of fewer than `BUCKET` images the mean over all images is
+            used.
     """
     found = np.broadcast_to(of.mean(0, dtype=np.float64), losses.shape).copy()
     mine, theirs = np.asarray(buckets or []), np.asarray(of_buckets or [])
@@ -119,16 +122,16 @@ def usual_losses(
 def require_held_out(
     held_ids: Sequence[str], held: np.ndarray, ids: Sequence[str], losses: np.ndarray
 ) -> None:
-    """Refuse images that have a training image's loss at every point: they are that image.
+    """Refuse held-out images with the same loss as a training image at every point.
 
     Args:
-        held_ids: of images held out.
+        held_ids: of held-out images.
         held: their losses, ``[H, D, T]``.
         ids: of the training images.
         losses: theirs at the same noise, ``[N, D, T]``.
 
     Raises:
-        DminError: there is one; names it and its training image.
+        DminError: there is one; it and its training image are named.
     """
     theirs = losses.reshape(len(losses), -1)
     found = []
@@ -145,7 +148,7 @@ def require_held_out(
 
 
 def over_fitting(train: LossTable, held: LossTable) -> Gap:
-    """Return the gap between images held out and training images, at the same noise.
+    """Return the gap between held-out images and training images, at the same noise.
 
     ``mean(r_held) − mean(r_train)``, both relative to the training images; the interval is that of
     Welch's t over images, of which both are samples.
@@ -173,7 +176,7 @@ def over_fitting(train: LossTable, held: LossTable) -> Gap:
 def save_losses(
     store: Store, table: LossTable, path: Path, buckets: Sequence[str] | None = None
 ) -> np.ndarray:
-    """Write the losses as CSV, the largest beside its bucket first.
+    """Write the losses as CSV, the largest relative loss first.
 
     Args:
         store: of the images.

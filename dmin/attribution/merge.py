@@ -13,15 +13,15 @@ from dmin.runtime.errors import DminError
 
 
 def merged(parts: Sequence[Ranking], k: int, min_score: float | None = None) -> Ranking:
-    """Return the k best of all parts, equal scores in order of their rows.
+    """Return the k best of all parts; equal scores are ordered by row.
 
     Args:
-        parts: of the same queries, method and order, over training rows that no two share.
-        k: examples a query.
+        parts: with the same queries, method and order, over disjoint training rows.
+        k: examples per query.
         min_score: see :class:`Ranking`.
 
     Raises:
-        DminError: the parts are of different questions, or ``min_score`` leaves nothing.
+        DminError: the parts answer different questions, or ``min_score`` leaves nothing.
     """
     first = parts[0]
     if any(_question(each) != _question(first) for each in parts):
@@ -71,7 +71,7 @@ def merged(parts: Sequence[Ranking], k: int, min_score: float | None = None) -> 
 
 
 def enough_of(scores: np.ndarray, sign: int, min_score: float) -> int:
-    """Return how many columns of descending scores any query needs.
+    """Return the largest number of scores that any query keeps.
 
     Args:
         scores: float32 ``[Q, k]``, best first.

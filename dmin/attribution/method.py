@@ -22,10 +22,10 @@ class Method(ABC):
     timesteps: tuple[float, ...] | None = None  # of the store, that scores are of; None: all
 
     def check(self) -> None:  # noqa: B027 (most methods need nothing but their features)
-        """Refuse settings with which nothing could be fitted, before anything is computed."""
+        """Refuse invalid settings, before anything is computed."""
 
     def fit(self, train: FeatureSet) -> None:  # noqa: B027 (most methods learn nothing)
-        """Look at the whole training side once, before any score."""
+        """Read all training examples once, before any score."""
 
     def transform_query(self, queries: ExampleBlock) -> Any:
         """Prepare the queries once; what it returns is handed to :meth:`score`.
@@ -40,16 +40,16 @@ class Method(ABC):
         """Return the scores ``[queries, n]`` of a block of n training examples."""
 
     def contributions(self, queries: Any, train: ExampleBlock) -> Tensor | None:
-        """Return what each group of layers adds at each timestep, or None if nobody can say.
+        """Return what each group of layers adds at each timestep, or None if undefined.
 
-        A score that is one inner product is the sum of what its groups have. Where an inner product
-        ``u = Σ_g u_g`` is raised to a power, a group has the share ``u_g / u`` of that: its
-        Aumann–Shapley value, what it adds while all groups grow in step from nothing (Aumann &
-        Shapley, "Values of Non-Atomic Games", 1974); of a square this is its Shapley value as well.
-        Shares add up to the score; one is negative where a group works against the others.
+        A score that is one inner product is the sum of its groups' inner products. If an inner
+        product ``u = Σ_g u_g`` is raised to a power, a group gets the share ``u_g / u`` of the
+        result: its Aumann–Shapley value, what it adds when all groups are scaled up together from
+        zero (Aumann & Shapley, "Values of Non-Atomic Games", 1974); for a square also its Shapley
+        value. Shares add up to the score and are negative for a group of opposite sign.
 
         Returns:
-            ``[queries, n, T, G]``; G is 1 where only timesteps can be distinguished.
+            ``[queries, n, T, G]``; G is 1 if only timesteps can be separated.
         """
         return None
 
@@ -64,12 +64,12 @@ class Method(ABC):
         return None if bound is None else sign * bound
 
     def notes(self) -> dict[str, str]:
-        """Return what fitting found that a reader of the scores should know, by topic."""
+        """Return results of fitting that help to read the scores, by topic."""
         return {}
 
 
 class CosineMethod(Method):
-    """A method whose scores are products of unit vectors, made of both sides alike."""
+    """A method whose scores are inner products of unit vectors, computed alike for both sides."""
 
     @abstractmethod
     def transform_query(self, queries: ExampleBlock) -> Tensor:
@@ -89,7 +89,7 @@ class InnerProductMethod(Method):
 
     @abstractmethod
     def transform_query(self, queries: ExampleBlock) -> InnerProduct:
-        """Return what rows are multiplied by."""
+        """Return the vectors that rows are multiplied with."""
 
     def score(self, queries: InnerProduct, train: ExampleBlock) -> Tensor:
         """Return ``[Q, n]``."""

@@ -28,12 +28,12 @@ PARALLEL = 1e-4  # of a row's length: two closer than this are one, but for roun
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """What the places of two pictures add to the score of one for the other.
+    """The contributions of positions in two pictures to the score of one for the other.
 
     Args:
-        train: float32 ``[h, w]``, of the training picture, at the places that the model diffuses.
-        query: the same of the query; None where the method's score is not symmetric.
-        score: that was split, in the units of the method.
+        train: float32 ``[h, w]``, of the training picture, at the positions of x0.
+        query: the same for the query; None if the method's score is not symmetric.
+        score: the score that was split.
     """
 
     train: np.ndarray
@@ -42,11 +42,11 @@ class Places:
 
     @property
     def rest(self) -> float:
-        """What of the score no place has: the sketch's error, and losses without places."""
+        """The part of the score without a position: the sketch's error, and other loss terms."""
         return self.score - float(self.train.sum(dtype=np.float64))
 
     def spell(self) -> str:
-        """Say what the map of the training picture sums to, beside the score."""
+        """State the sum of the training picture's map, next to the score."""
         return f"sum {format_score(self.score - self.rest)}"
 
 
@@ -61,31 +61,32 @@ def places(
     method: Method | None = None,
     shown: int = 3,
 ) -> PlacesOf:
-    """Split the scores of the first examples over the places of the pictures.
+    """Split the scores of the first examples over the positions of the pictures.
 
-    The loss is a sum over places p, ``L = Σ_p L_p``, so is its gradient, and so the score:
+    The loss is a sum over positions p, ``L = Σ_p L_p``; hence so are its gradient and the score:
 
         ``I(q, i) = Σ_p Σ_{d,t} c_{d,t} ⟨G_{d,t}(q), ∇_θ L_p(θ; x_i, ε_d, t)⟩``
 
-    G what the method makes of the query's gradient: that gradient itself where its rows are the
-    query's up to a factor (``dmin``), else the adjoint of the sketch, ``Sᵀq``. Each term is the
-    change of L_p along G, one derivative in forward mode, so that no layer needs places. The map
-    of the query is that of its own loss along the example's gradient. Each example shown takes
-    about six passes of the model at each timestep.
+    G is the query's gradient, up to a factor, if the method does not transform it
+    (``dmin``), else the adjoint of the sketch applied to the prepared query, ``Sᵀq``. Each term is
+    the derivative of L_p along G in forward mode, so that no layer needs spatial positions. The map
+    of the query is that of its own loss along the example's gradient. Each example takes about six
+    passes of the model at each timestep.
 
     Args:
         queries: with their dataset.
         train: with dataset and ``origin``, the collector that made it.
         ranking: of these.
-        method: that it was made by; :class:`DMin` if none.
+        method: of the ranking; :class:`DMin` if none.
         shown: examples of each query, best first.
 
     Returns:
         The maps by (method, query id, training id).
 
     Raises:
-        DminError: the method's scores are no inner products with rows of the store, groups were
-            ranked, the model is not at hand, or its loss has no places.
+        DminError: the method's scores are not inner products with stored rows, groups were ranked,
+            the
+            model is not given, or its loss is not a sum over positions.
     """
     method = method or DMin()
     check_places(method, ranking.group_by)
@@ -101,14 +102,14 @@ def places(
 
 
 def save_places(found: PlacesOf, path: str | Path) -> None:
-    """Write maps as a NumPy archive: ``train/METHOD/QUERY/ID``, ``query/…`` where there is one."""
+    """Write maps as a NumPy archive: ``train/METHOD/QUERY/ID``, and ``query/…`` if available."""
     parts = {f"train/{'/'.join(key)}": maps.train for key, maps in found.items()}
     parts |= {f"query/{'/'.join(key)}": m.query for key, m in found.items() if m.query is not None}
     np.savez_compressed(path, **cast(Any, parts))
 
 
 def check_places(method: Method, group_by: str | None = None) -> None:
-    """Refuse what has no places, as far as the method tells before it is fitted."""
+    """Refuse methods without maps, as far as known before fitting."""
     odd = "groups of examples are ranked" if group_by else None
     if method.requires.checkpoints or method.requires.images or not method.requires.readouts:
         odd = f"method={method.name} does not compare gradients of one model"
@@ -190,7 +191,7 @@ class _Split:
         return block.features[readout][0].flatten(0, 1), lengths.flatten().clamp(min=tiny)
 
     def _scale(self, asked: InnerProduct, id: str) -> Tensor:
-        """Return what an example's gradient is multiplied by, ``[D · T]``."""
+        """Return the factors of an example's gradient, ``[D · T]``."""
         row, length = self._row(self.train, id, asked.readout)
         if asked.scale == "norm":
             return torch.ones(len(length))
@@ -222,7 +223,7 @@ def _times(weights: Weights, factor: float) -> Weights:
 def _change(
     loss: FunctionalLoss, pair: NoisedBatch, towards: Weights, readout: str, scale: float
 ) -> Tensor:
-    """Return the change of a pair's readout at each place along a direction, ``[h, w]``."""
+    """Return the derivative of a pair's readout at each position along a direction, ``[h, w]``."""
 
     def parts(weights: Weights) -> Tensor:
         return by_place(readout, loss.predict(weights, pair))[0]

@@ -23,49 +23,50 @@ PARTS = ("contributions", "group_contributions", *ERRORS, *COUNTS)
 class Ranking(Tabular):
     """The top-k training examples of each query, best first.
 
-    Q queries, K training examples a query, T timesteps, G groups of parameters.
+    Q queries, K training examples per query, T timesteps, G groups of parameters.
 
     Args:
         method: name of the attribution method.
         timesteps: the T timesteps, in the order of `contributions`.
-        query_ids: Q distinct names.
-        query_metadata: one small JSON dict a query: label and provenance.
+        query_ids: Q distinct ids.
+        query_metadata: one small JSON dict for each query: label and provenance.
         train_rows: int64 [Q, K], rows of the training store.
         train_ids: [Q][K] names of the training examples.
         train_metadata: [Q][K] small JSON dicts, typically label, caption, file.
         scores: float32 [Q, K], descending along K, in the units of the method.
         contributions: float32 [Q, K, T], what each timestep adds to the score, or None.
-        groups: names of the G groups, none if they were not distinguished.
+        groups: names of the G groups; empty if there is only one.
         group_contributions: float32 [Q, K, G], what each group adds to the score, or None.
-        sketch_errors: float32 [Q, K], one standard error of each score, of compression alone, or
-            None; see `dmin.attribution.confidence`, as for the next two.
-        total_errors: float32 [Q, K], the same of compression and draws of noise, or None.
-        stability: float32 [Q, K], how probably each example is among the first K, or None.
+        sketch_errors: float32 [Q, K], standard error of each score from compression alone, or None;
+            see `dmin.attribution.confidence`, also for the next two.
+        total_errors: float32 [Q, K], the same from compression and draws of noise, or None.
+        stability: float32 [Q, K], probability that each example is among the first K, or None.
         order: "proponents", or "opponents" for scores that ascend along K.
-        min_score: what lies below it (opponents: above its opposite) is not part of the answer,
-            and only there because queries have different numbers of answers.
-        group_by: column of the metadata whose values were ranked; each is shown by its foremost
-            example. None where examples were.
+        min_score: scores below it (opponents: above its negative) are not part of the answer; they
+            only pad queries with fewer answers.
+        group_by: metadata column whose values were ranked, each represented by its highest-ranked
+            example. None if examples were ranked.
         group_sizes: int64 [Q, K], examples of each such value, or None.
-        notes: what else there is to say, such as how the answer was found.
-        about: what it was made from, for the head: model, adapter, weights, store, date.
+        notes: further remarks, such as how the answer was found.
+        about: its origin, for the header: model, adapter, weights, store, date.
         candidates: examples that were ranked, or values of ``group_by``; None if not known.
         maximum: float32 [Q], the largest score possible (opponents: the smallest), or None.
-        typical: float32 [Q], the median score of all candidates, perhaps of a sample, or None.
-        sampled: float32 [Q, n], of a part: the scores of that sample which are in it, or None.
+        typical: float32 [Q], the median score of all candidates, or of a sample of them, or None.
+        sampled: float32 [Q, n], for a part of a ranking: the scores of the sample within the part,
+            or None.
         at_least: int64 [Q, K], candidates that score at least as much (opponents: at most), each
             counting itself, or None.
-        sample: of how many candidates `at_least` is estimated; None where all were counted.
-        tiers: int64 [Q, K], from 0 and ascending: examples of one tier cannot be distinguished, or
+        sample: number of candidates that `at_least` is estimated from; None if all were counted.
+        tiers: int64 [Q, K], from 0 and ascending: the order within one tier is not significant; or
             None; see `dmin.attribution.confidence`.
-        tier_goes_on: bool [Q], whether the last tier goes on past K, or None.
-        blind: the timesteps that hardly distinguish examples, or None if that was not measured.
-        copy_of: int64 [Q, K], the first place with the same pixels (`attribution.copies`), or None.
+        tier_goes_on: bool [Q], whether the last tier continues past K, or None.
+        blind: the timesteps that hardly distinguish examples, or None if not measured.
+        copy_of: int64 [Q, K], the first rank with the same pixels (`attribution.copies`), or None.
         tied_copies: [Q][K], ids past K with the same pixels and score, or None.
         same_as: [Q], ids of the training examples with the query's own pixels, or None.
 
     Raises:
-        DminError: a part disagrees with the others in shape, order or sum.
+        DminError: the arguments disagree in shape, order or sum.
     """
 
     method: str
@@ -102,7 +103,7 @@ class Ranking(Tabular):
     same_as: list[list[str]] | None = None
 
     def __post_init__(self) -> None:
-        """Bring the arrays to their dtypes and hold every part to the shape of the scores."""
+        """Convert the arrays to their dtypes and check their shapes."""
         # A frozen dataclass is set through object: the conversions are part of its construction.
         object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
         object.__setattr__(self, "groups", tuple(self.groups))
@@ -121,7 +122,7 @@ class Ranking(Tabular):
         lists = ("train_ids", "train_metadata", "tied_copies")
         for name in ("query_ids", "query_metadata", "same_as", *lists, *PER_QUERY):
             if (value := getattr(self, name)) is not None and len(value) != queries:
-                _refuse(name, len(value), f"{queries} entries, one a query")
+                _refuse(name, len(value), f"{queries} entries, one for each query")
         for name in lists:
             lengths = {len(row) for row in getattr(self, name) or ()}
             if lengths - {k}:
@@ -200,12 +201,12 @@ class Ranking(Tabular):
         return 100 * (1 - int(self.at_least[query, rank]) / self.candidates)
 
     def cards(self, query: int) -> list[int]:
-        """Return the ranks to show, of copies of one picture the first alone."""
+        """Return the ranks to show: of copies of one picture only the first."""
         shown = range(self.count(query))
         return [r for r in shown if self.copy_of is None or self.copy_of[query, r] == r]
 
     def copies(self, query: int, rank: int) -> list[str]:
-        """Return the other examples with the pixels of one, as far as they were found."""
+        """Return the other examples found with the same pixels."""
         if self.copy_of is None:
             return []
         alike = np.flatnonzero(self.copy_of[query] == self.copy_of[query, rank])
@@ -214,7 +215,7 @@ class Ranking(Tabular):
 
     @property
     def centred(self) -> np.ndarray | None:
-        """Contributions less their mean over what is shown: what made the order, [Q, K, T]."""
+        """Contributions minus their mean over the examples shown, [Q, K, T]."""
         if self.contributions is None:
             return None
         parts = self.contributions.astype(np.float64)
@@ -225,7 +226,7 @@ class Ranking(Tabular):
 
     @property
     def order_shares(self) -> np.ndarray | None:
-        """The share of each timestep in the order of what is shown, float32 [Q, T].
+        """The share of each timestep in the order of the examples shown, float32 [Q, T].
 
         ``Cov(c_t, s) / Var(s)`` over the examples shown; the shares of a query add up to one. NaN
         where all scores are equal, or only one is shown.
@@ -254,7 +255,7 @@ class Ranking(Tabular):
     def same_label(self, query: int, rank: int) -> bool | None:
         """Say whether a training example carries its query's label; None where one has none.
 
-        None as well where the values of another column are ranked.
+        Also None if the values of another column are ranked.
         """
         if self.group_by not in (None, "label"):
             return None
@@ -263,13 +264,13 @@ class Ranking(Tabular):
         return None if mine is None or other is None else str(mine) == str(other)
 
     def label(self, query: int, rank: int) -> str | None:
-        """Return what an example is called beside its id: its label, or what it stands for."""
+        """Return the label of an example, or the value of the group that it represents."""
         value = self.train_metadata[query][rank].get(self.group_by or "label")
         return None if value is None else str(value)
 
     @property
     def errors(self) -> tuple[str, np.ndarray] | None:
-        """The error that says most, and its name: `total` where it is known, else `sketch`."""
+        """The most comprehensive error, and its name: `total` if known, else `sketch`."""
         for name in ("total", "sketch"):
             if (found := getattr(self, f"{name}_errors")) is not None:
                 return name, found
@@ -277,7 +278,7 @@ class Ranking(Tabular):
 
 
 def headline(ranking: Ranking) -> str:
-    """Say in a few words what a ranking shows."""
+    """Return a short headline of a ranking."""
     if ranking.group_by is not None:
         what = "is behind" if ranking.order == "proponents" else "speaks against"
         return f"Which {ranking.group_by} {what} each image"
@@ -286,7 +287,7 @@ def headline(ranking: Ranking) -> str:
 
 
 def format_score(score: float) -> str:
-    """Write a score for people: three decimals, or powers of ten where these would say nothing."""
+    """Format a score: three decimals, or scientific notation if these would be zero."""
     size, score = abs(score), score + 0.0  # no minus before zero
     if not math.isfinite(size) or size == 0 or 5e-3 <= size < 1e4:
         return f"{score:.3f}"

@@ -18,9 +18,9 @@ def save_ranking(ranking: Ranking | Sequence[Ranking], folder: str | Path) -> Pa
     With pyarrow installed, `ranking.parquet` holds the lines as well, their types kept.
 
     Args:
-        ranking: the answer, or those of several methods to the same queries: then each line says
+        ranking: one ranking, or those of several methods for the same queries; then each line has
             its method.
-        folder: made if it is not there.
+        folder: created if it does not exist.
 
     Returns:
         The folder.
@@ -47,7 +47,7 @@ def _cell(value: Any) -> Any:
 
 
 def _save_parquet(records: list[dict[str, Any]], path: Path) -> None:
-    """Write the lines with their types, if pyarrow is there; mixed columns become text."""
+    """Write the rows with their types, if pyarrow is installed; mixed columns become text."""
     try:
         pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     except ImportError:

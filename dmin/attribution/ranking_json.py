@@ -20,7 +20,7 @@ PER_EXAMPLE = {**ERRORS, **COUNTS, **PARTS}
 
 
 def document(rankings: Sequence[Ranking]) -> dict[str, Any]:
-    """Return all of it as JSON values, as `load_ranking` reads them."""
+    """Return the ranking as JSON values, as `load_ranking` reads them."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -89,7 +89,7 @@ def _example(ranking: Ranking, query: int, rank: int, centred: np.ndarray | None
 
 
 def dump_ranking(ranking: Ranking) -> bytes:
-    """Return all of it as JSON, for :func:`load_ranking` of a file with that content."""
+    """Return the ranking as JSON text, for :func:`load_ranking`."""
     return json.dumps(document([ranking])).encode()
 
 
@@ -138,7 +138,7 @@ def load_rankings(path: str | Path) -> list[Ranking]:
 
 
 def _without_errors(old: Ranking) -> Ranking:
-    """Return a ranking of before version 3 without its errors, which did not hold."""
+    """Drop the errors of a ranking of before version 3, which were not valid."""
     return replace(old, stability=None, tiers=None, tier_goes_on=None)
 
 
@@ -177,7 +177,7 @@ def _ranking(content: dict[str, Any], about: dict[str, str]) -> Ranking:
 
 
 def _parts(found: list[list[dict[str, Any]]], name: str) -> np.ndarray | None:
-    """Return what the examples of a saved ranking say under a name, [Q, K, …], or None."""
+    """Return a field of the examples of a saved ranking, [Q, K, …], or None."""
     if name not in found[0][0]:
         return None
     return np.array([[example[name] for example in row] for row in found])
@@ -192,10 +192,10 @@ def _per_query(queries: list[dict[str, Any]], name: str) -> np.ndarray | None:
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
-    """Return numbers as JSON has them, which knows no NaN."""
+    """Return numbers for JSON, which has no NaN."""
     return [number(value) if np.isfinite(value) else None for value in values]
 
 
 def plain(value: Any) -> Any:
-    """Let numpy scalars and arrays into JSON, and anything else as its text."""
+    """Convert numpy scalars and arrays for JSON, and anything else to text."""
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)

@@ -19,7 +19,7 @@ _SHOWN = 5  # queries and examples that a notebook gets
 
 
 class Tabular(Shown):
-    """What a ranking is as rows; :class:`~dmin.attribution.ranking.Ranking` has the data."""
+    """The tabular form of a :class:`~dmin.attribution.ranking.Ranking`."""
 
     def to_pandas(self) -> Any:
         """Return a ``pandas.DataFrame``, a row for each query and rank, as ``ranking.csv`` has it.
@@ -48,7 +48,7 @@ class Tabular(Shown):
 
 
 def records(ranking: Any) -> list[dict[str, Any]]:
-    """Lay the ranking out as tidy rows, one for each query and rank.
+    """Return the ranking as tidy rows, one for each query and rank.
 
     Returns:
         Dicts with the same keys in the same order: query, rank (from 1), id, row, score; where they
@@ -101,14 +101,14 @@ def _group(ranking: Any, query: int, rank: int) -> dict[str, Any]:
 
 
 def score_of_passes(ranking: Any, query: int, rank: int) -> float | None:
-    """Return the score times how often an epoch passed the example, if that is a number."""
+    """Return the score times the example's repeats in an epoch, if known."""
     passes = ranking.train_metadata[query][rank].get("repeats", 1)
     score = ranking.scores[query, rank]
     return number(score * passes) if isinstance(passes, int | float) else None
 
 
 def score_facts(ranking: Any, query: int, rank: int) -> dict[str, Any]:
-    """Return what is known of a score besides; ranks and tiers count from 1."""
+    """Return further facts of a score; ranks and tiers count from 1."""
     known = {key: getattr(ranking, name) for name, key in ERRORS.items()}
     found: dict[str, Any] = {n: number(v[query, rank]) for n, v in known.items() if v is not None}
     if ranking.maximum is not None:
@@ -124,5 +124,5 @@ def _keys(metadata: list[dict[str, Any]]) -> list[str]:
 
 
 def number(value: Any) -> float:
-    """Take the shortest decimal that reads back as the same float32: .9, not .8999999762."""
+    """Return the shortest decimal that reads back as the same float32: .9, not .8999999762."""
     return float(str(np.float32(value)))

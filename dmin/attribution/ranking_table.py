@@ -20,13 +20,13 @@ LONG = 40  # characters of an id, of which more are folded
 def ranking_table(
     ranking: Ranking, max_queries: int = 12, columns: int = 5, width: int | None = None
 ) -> Table:
-    """Draw the ranking for a terminal, one line of training examples a query.
+    """Draw the ranking for a terminal, one line of training examples per query.
 
     Args:
         ranking: the answer.
         max_queries: queries shown, from the first.
-        columns: training examples shown of each, from the best.
-        width: characters of the terminal; fewer examples are shown where their ids fill it.
+        columns: training examples shown for each, from the best.
+        width: characters of the terminal; fewer examples are shown if their ids are long.
 
     Returns:
         A table in which every cell gives id, label and score; a label that agrees with the
@@ -59,7 +59,7 @@ def ranking_table(
 
 
 def _fitting(ranking: Ranking, queries: int, k: int, width: int) -> int:
-    """Return how many columns of whole ids a line has room for, one at least."""
+    """Return how many columns with complete ids fit into a line, at least one."""
     asked = max(len(id) for id in ("query", *ranking.query_ids[:queries]))
     found = max(len(id) for each in ranking.train_ids[:queries] for id in each[:k])
     least = 22  # what stands below an id: ±0.013 sketch · 100 %
@@ -68,7 +68,7 @@ def _fitting(ranking: Ranking, queries: int, k: int, width: int) -> int:
 
 
 def _largest_groups(ranking: Ranking, query: int, k: int, most: int = 3) -> Text:
-    """Say which groups of layers the scores of the first k examples come from."""
+    """Describe which groups of layers contribute most to the first k examples."""
     assert ranking.group_contributions is not None
     parts = ranking.group_contributions[query, : min(k, ranking.count(query))].mean(0)
     total = abs(float(parts.sum())) or 1.0
@@ -111,7 +111,7 @@ def _collapsed(ranking: Ranking) -> bool:
 
 
 def ranking_notes(ranking: Ranking, max_queries: int = 12) -> list[Text]:
-    """Return what is to be read beside the table: blind timesteps, and a line a query."""
+    """Return notes below the table: blind timesteps, and one line for each query."""
     blind = spell_blind(ranking)
     found = [] if blind is None else [Text.assemble((f"{blind}.", "yellow"))]
     for query in range(min(max_queries, len(ranking.query_ids))):

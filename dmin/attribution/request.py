@@ -34,7 +34,7 @@ from dmin.store import Store
 
 
 class Request:
-    """One request: what is asked for, checked, and the way from scores to a ranking."""
+    """One request: its checked options, and the steps from scores to a ranking."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Request:
             raise DminError(f"k={k}: choose 1 … {allowed}, the number of {what}.")
 
     def narrow(self, part: range) -> int:
-        """Look at a part of the rows only; return how many there are to find."""
+        """Restrict the search to some rows; return the number of results to find."""
         inside = np.zeros(len(self.train), dtype=bool)
         inside[part.start : part.stop] = True
         self.keep = inside if self.keep is None else self.keep & inside
@@ -90,7 +90,7 @@ class Request:
         return Answer(*found, sign * sample.median, limit)
 
     def gathered(self, asked: Any, sample: Sample | None = None) -> BestRows | TopK | Groups:
-        """Return the best rows, or what each group has of them, times the sign."""
+        """Return the best rows, or the tallies of groups, times the sign."""
         best: BestRows | TopK | Groups | None = None
         sign, store = self.selection.sign, self.train.store
         if isinstance(asked, InnerProduct) and self.groups is None:
@@ -114,7 +114,7 @@ class Request:
     def best_groups(
         self, found: Groups, queries: FeatureSet, numbers: np.ndarray, asked: Any
     ) -> Answer:
-        """Return scores and foremost rows of the best groups."""
+        """Return scores and highest-ranked rows of the best groups."""
         kind, sign = self.selection.group_score, self.selection.sign
         scores = found.scores(kind)
         values, place = stable_topk(scores, self.k)
@@ -147,7 +147,7 @@ class Request:
     def _contributions(
         self, queries: FeatureSet, numbers: np.ndarray, asked: Any, rows: np.ndarray
     ) -> Tensor | None:
-        """Read the winners once more; split their scores by timestep and group, if anyone can."""
+        """Read the best rows again and split their scores by timestep and group, if possible."""
         if isinstance(asked, InnerProduct):
             return split(asked, self.train.store, rows)
         parts = []
@@ -159,13 +159,13 @@ class Request:
         return torch.stack(parts)
 
     def _contributions_to(self, queries: FeatureSet, query: int, rows: np.ndarray) -> Tensor | None:
-        """Return what the method says of one query and some rows, ``[1, k, T, G]``."""
+        """Return the method's contributions for one query and some rows, ``[1, k, T, G]``."""
         method = self.method
         asked = method.transform_query(queries.block([query], method.requires))
         return method.contributions(asked, self.train.block(rows, method.requires))
 
     def _check_split(self, queries: FeatureSet, numbers: np.ndarray, asked: Any) -> None:
-        """Refuse what cannot be split between groups of layers, before the scan."""
+        """Check, before the scan, that scores can be split between groups of layers."""
         if not self.selection.split:
             return
         if len(self.train.store.layout.groups) < 2:
@@ -194,7 +194,7 @@ class Request:
             )
 
     def answer(self, queries: FeatureSet, batches: Sequence[Answer]) -> Ranking:
-        """Put the batches of queries together, and names to the numbers."""
+        """Join the batches of queries, and look up ids and metadata."""
         whole = (None if each[0] is None else joined(each) for each in zip(*batches, strict=True))
         scores, rows, parts, counted, typical, maximum, sampled = whole
         assert scores is not None and rows is not None and counted is not None
@@ -240,7 +240,7 @@ class Request:
         )
 
     def _sizes(self, rows: np.ndarray) -> np.ndarray:
-        """Return how many examples the group of each row has, of those allowed."""
+        """Return the number of allowed examples in the group of each row."""
         assert self.groups is not None
         of = self.groups[1]
         counted = of if self.keep is None else of[self.keep]

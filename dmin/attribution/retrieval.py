@@ -30,23 +30,25 @@ def retrieve(
 ) -> Ranking:
     """Return the k training examples of largest score for each query, best first.
 
-    The training store is read once for as many queries as fit into 256 MiB; memory does not grow
-    with it. Equal scores are ordered by row, so the answer does not depend on the blocks.
+    The training store is read once for each batch of queries that fits into 256 MiB; memory does
+    not grow with the store. Equal scores are ordered by row, so the answer does not depend on
+    blocks.
 
     Args:
         queries: features of the queries.
         train: features of the training examples, made with the same model, schedule and sketch.
         method: how to score; :class:`DMin` if none.
-        k: examples a query, or groups.
+        k: examples, or groups, per query.
         rows: training examples in memory at once; by their size if None.
-        selection: other examples than the ones of largest score.
-        index: a way to the best rows that does not read all, built once and kept with the training
-            store: :class:`Certified` gives the same answer, :class:`Approximate` perhaps another.
-        device: where rows are multiplied, such as ``cuda``; what is no inner product, and what an
-            index finds, is on the CPU.
+        selection: filters, order and groups; the largest scores if None.
+        index: a search that does not read all rows, built once and cached with the training store:
+            :class:`Certified`
+            gives the same answer, :class:`Approximate` an approximate one.
+        device: where rows are multiplied, such as ``cuda``; scores that are not inner products,
+            and indices, use the CPU.
 
     Raises:
-        DminError: the stores do not belong together, are incomplete, or k is out of range.
+        DminError: the stores cannot be compared, are incomplete, or k is out of range.
     """
     queries, train = as_feature_set(queries), as_feature_set(train)
     method, selection = method or DMin(), selection or Selection()
@@ -65,26 +67,26 @@ def retrieve_part(
     index: Index | None = None,
     device: str = "cpu",
 ) -> Ranking | Groups | None:
-    """Return the best of some of the training rows, or what they add to each group.
+    """Return the best of some of the training rows, or their tallies of groups.
 
-    So that several machines may read a part of the store each; ``merge.merged`` makes one answer of
-    rankings, :func:`ranked_groups` of groups. Rows and scores are those of :func:`retrieve` to the
-    bit, wherever the cuts lie; contributions, sums and means of groups to rounding.
+    Lets several machines read a part of the store each; ``merge.merged`` joins rankings,
+    :func:`ranked_groups` groups. Rows and scores equal those of :func:`retrieve` to the bit, for
+    any division into parts; contributions, sums and means of groups up to rounding.
 
     Args:
-        queries: as in :func:`retrieve`, like all that follow.
-        train: the whole training side, from which the method learns what it learns.
+        queries: as in :func:`retrieve`, also for the others.
+        train: all training examples, which the method is fitted to.
         part: the rows to look at.
         method: how to score.
-        k: examples a query in the end.
+        k: examples per query in the end.
         rows: training examples in memory at once.
         selection: which examples; its ``min_score`` is for ``merged``.
-        index: a way that reads less than all rows.
+        index: a search that does not read all rows.
         device: where to scan.
 
     Returns:
-        The k best, or all where the part has fewer; None where it has none. With ``group_by`` the
-        state of the groups.
+        The k best, or all if the part has fewer; None if it has none. With ``group_by`` the
+        tallies of the groups.
 
     Raises:
         DminError: as in :func:`retrieve`.
@@ -106,15 +108,15 @@ def ranked_groups(
     k: int = 10,
     selection: Selection | None = None,
 ) -> Ranking:
-    """Return the ranking of groups that `retrieve` gives, from the tallies of all parts.
+    """Return the same ranking of groups as `retrieve`, from the tallies of all parts.
 
     Args:
-        queries: as in :func:`retrieve`, like all that follow but one.
+        queries: as in :func:`retrieve`, also for the others except tallies.
         train: the whole training side.
-        tallies: what :func:`retrieve_part` found in parts that share no row.
+        tallies: results of :func:`retrieve_part` for disjoint parts.
         method: how it was scored.
-        k: groups a query.
-        selection: which groups, and what their score is.
+        k: groups per query.
+        selection: which groups, and how they are scored.
 
     Raises:
         DminError: as in :func:`retrieve`.

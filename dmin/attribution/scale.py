@@ -16,16 +16,16 @@ READ = 128  # rows that are read where an index spares reading all
 
 
 class Answer(NamedTuple):
-    """What was found for a batch of queries: the best k, and the scale of their scores.
+    """The answer for a batch of queries: the k best, and the scale of their scores.
 
     Args:
         scores: float32 ``[Q, k]``, best first.
         rows: int64 ``[Q, k]``.
         parts: what timesteps and groups add, ``[Q, k, T, G]``, or None.
-        at_least: candidates that score as much or better, int64 ``[Q, k]``.
+        at_least: candidates with an equal or better score, int64 ``[Q, k]``.
         typical: median of the candidates' scores, ``[Q]``; None of a part of them.
         maximum: the best score possible, ``[Q]``, or None.
-        sampled: of a part, the scores of its candidates among a sample of all, ``[Q, n]``.
+        sampled: for a part, the scores of its candidates in the sample, ``[Q, n]``.
     """
 
     scores: Tensor
@@ -45,7 +45,7 @@ class Sample:
         total: N.
         most: how many to sample.
         seed: key of the draw.
-        within: take those of the sample that are in a part, bool ``[N]``; None for all.
+        within: restrict the sample to a part, bool ``[N]``; None for all.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Sample:
         self._found.append(scores[:, self.rows[start:end] - first])
 
     def read(self, asked: InnerProduct, store: Store) -> None:
-        """Score the rows of the sample alone."""
+        """Score only the rows of the sample."""
         queries = asked.queries.flatten(1).cpu()
         factors = row_factors(store, asked)
         found = scores_of_rows(store, asked, factors, queries, self.rows)
@@ -77,7 +77,7 @@ class Sample:
 
     @property
     def scores(self) -> Tensor:
-        """All that was taken, ``[Q, n]``."""
+        """All scores of the sample, ``[Q, n]``."""
         return torch.cat(self._found, dim=1)
 
     @property
@@ -87,39 +87,39 @@ class Sample:
 
 
 def medians(scores: Tensor) -> Tensor:
-    """Return the median of each row, the mean of the two in the middle where there are two."""
+    """Return the median of each row, the mean of the middle two for even counts."""
     return torch.from_numpy(np.median(scores.numpy(), axis=1).astype(np.float32))
 
 
 def at_least(best: Tensor, tied: Tensor) -> Tensor:
-    """Return how many of all scores are as large as each of the best, int64 ``[Q, k]``.
+    """Return how many of all scores are at least as large as each of the best, int64 ``[Q, k]``.
 
     Args:
         best: the k largest, descending.
-        tied: how many more are as large as the last of them, ``[Q]``.
+        tied: how many more equal the last of them, ``[Q]``.
     """
     return among(best, best) + tied[:, None].where(best == best[:, -1:], 0)
 
 
 def among(scores: Tensor, best: Tensor) -> Tensor:
-    """Return how many scores of each row ``[Q, n]`` are as large as each of ``best [Q, k]``."""
+    """Return how many scores of each row ``[Q, n]`` reach each of ``best [Q, k]``."""
     return torch.searchsorted((-scores).sort(dim=1).values, (-best).contiguous(), right=True)
 
 
 def estimated(sample: Tensor, best: Tensor, candidates: int) -> Tensor:
-    """Return :func:`at_least` as a sample ``[Q, n]`` has it; no less than the best themselves."""
+    """Estimate :func:`at_least` from a sample ``[Q, n]``; at least the number of best ones."""
     share = among(sample, best).double() / sample.shape[1]
     found = torch.maximum((share * candidates).round().long(), among(best, best))
     return found.clamp(max=candidates)
 
 
 def merged_counts(scores: np.ndarray, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Return how many of all parts' candidates are as large as each score, int64 ``[Q, K]``.
+    """Return how many candidates of all parts reach each score, int64 ``[Q, K]``.
 
     Args:
         scores: of the whole, descending, ``[Q, K]``.
         parts: the best scores ``[Q, k]`` of each part, descending, and their own counts. No part
-            has left out a score above its last that is among the whole's.
+            omits a score above its last one that is among the best of all.
     """
     total = np.zeros(scores.shape, np.int64)
     for best, counts in parts:

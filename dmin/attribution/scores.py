@@ -31,7 +31,7 @@ def score_matrix(
 def fitted_scores(
     queries: FeatureSet, train: FeatureSet, method: Method, rows: int | None = None
 ) -> np.ndarray:
-    """Return every score by a method that was fitted to the training side already."""
+    """Return every score by a method that is already fitted."""
     batches = [
         torch.cat([scores.float() for _, scores in scored(asked, train, method, rows)], dim=1)
         for _, asked in query_batches(queries, method)
@@ -40,7 +40,7 @@ def fitted_scores(
 
 
 def query_batches(queries: FeatureSet, method: Method) -> Iterator[tuple[np.ndarray, Any]]:
-    """Yield rows of queries and what the method makes of them, as many as fit at a time."""
+    """Yield batches of queries that fit into memory, with their prepared form."""
     width = 4 * int(np.prod(queries.store.layout.row_shape)) * len(method.requires.readouts)
     most = max(1, QUERY_BYTES // max(width, 1 << 16))
     for start in range(0, len(queries), most):
@@ -56,7 +56,7 @@ def scored(
     keep: np.ndarray | None = None,
     device: str = "cpu",
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield first row and scores ``[Q, n]`` of every block, by the quickest way there is."""
+    """Yield first row and scores ``[Q, n]`` of every block, by the fastest available path."""
     if isinstance(asked, InnerProduct):
         if device != "cpu":
             asked = replace(asked, queries=asked.queries.to(device))
@@ -70,5 +70,5 @@ def scored(
 
 
 def as_feature_set(side: Store | FeatureSet) -> FeatureSet:
-    """Return a side of a store that comes without its dataset."""
+    """Wrap a store as a feature set without a dataset."""
     return side if isinstance(side, FeatureSet) else FeatureSet(side)

@@ -21,8 +21,9 @@ FEW = 64  # examples by which it is seen whether a method distinguishes them
 def self_influence(train: Store | FeatureSet, method: Method, rows: int = 32) -> np.ndarray:
     """Return each training example's score with itself as the query, float32 ``[N]``.
 
-    Large for examples that only their own gradient explains: rare, or labelled wrongly
-    (Pruthi et al. 2020, arXiv 2002.08484). Methods of unit gradients give all the same.
+    Large for examples to which no other gradient is similar: rare, or labelled wrongly
+    (Pruthi et al. 2020, arXiv 2002.08484). Methods of unit gradients give all examples the same
+    score.
     """
     train = as_feature_set(train)
     check_pair(train, train, method)
@@ -31,16 +32,16 @@ def self_influence(train: Store | FeatureSet, method: Method, rows: int = 32) ->
 
 
 def outlier_scores(train: FeatureSet, method: Method, name: str | None = None) -> np.ndarray:
-    """Return the scores of :func:`self_influence`, of a method that distinguishes examples by them.
+    """Return the scores of :func:`self_influence`, by a method that distinguishes examples.
 
     Args:
         train: the examples.
         method: how to score.
-        name: what the method is called in the error; its own name if None.
+        name: of the method in an error; its own name if None.
 
     Raises:
-        DminError: those of a sample are all equal, as those of unit gradients are; it is seen
-            before the others are scored.
+        DminError: the scores of a sample are all equal, as for unit gradients; checked
+            before all are scored.
     """
     check_pair(train, train, method)
     method.fit(train)
@@ -74,7 +75,7 @@ def save_self_influence(store: Store, scores: np.ndarray, path: Path) -> np.ndar
         path: of the CSV: rank, id, score, and the metadata of each.
 
     Returns:
-        Rows of the store, the largest score first; of equal ones the lower row.
+        Rows of the store, the largest score first; equal scores by row.
     """
     order = np.argsort(-scores, kind="stable")
     save_rows(store, order, {"score": [f"{score:.6g}" for score in scores]}, path)

@@ -18,7 +18,7 @@ def spell_scale(ranking: Ranking, query: int, rank: int) -> str:
 
 
 def spell_size(ranking: Ranking, query: int, rank: int) -> str | None:
-    """Say of how many examples a group is, as `of 1,024`; None if groups are not ranked."""
+    """Say of how many examples per group is, as `of 1,024`; None if groups are not ranked."""
     return None if ranking.group_sizes is None else f"of {ranking.group_sizes[query, rank]:,}"
 
 
@@ -32,7 +32,7 @@ def spell_confidence(ranking: Ranking, query: int, rank: int) -> str | None:
 
 
 def spell_certainty(share: float) -> str:
-    """Write a probability in percent; what was never drawn otherwise is not certain."""
+    """Format a probability in percent; 100 % only if certain."""
     return f"{100 * share:.0f} %" if share < 0.995 else ">99 %"
 
 
@@ -52,7 +52,7 @@ def spell_percentile(ranking: Ranking, query: int, rank: int) -> str | None:
 
 
 def spell_tiers(ranking: Ranking, query: int) -> list[str]:
-    """Say which examples shown can be distinguished: ``1 to 4 cannot be distinguished``."""
+    """Describe which ranks are not significant: ``1 to 4 cannot be distinguished``."""
     if ranking.tiers is None:
         return []
     shown = ranking.tiers[query, : ranking.count(query)].tolist()
@@ -79,7 +79,7 @@ def _span(ranks: list[int]) -> str:
 
 
 def spell_order(ranking: Ranking, query: int, most: int = 2) -> str | None:
-    """Name the timesteps that made the order of what is shown; None if that is not known."""
+    """Name the timesteps that decided the order; None if unknown."""
     shares = None if ranking.order_shares is None else ranking.order_shares[query]
     if shares is None or not np.isfinite(shares).all() or len(shares) < 2:
         return None
@@ -90,7 +90,7 @@ def spell_order(ranking: Ranking, query: int, most: int = 2) -> str | None:
 
 
 def spell_against(ranking: Ranking, shares: np.ndarray) -> str | None:
-    """Name the timestep that most opposed an order, whose others then make over 100 % of it."""
+    """Name the timestep that most opposes the order; the shares of the others then exceed 100 %."""
     least = int(np.argmin(shares))
     if round(100 * float(shares[least])) >= 0:
         return None
@@ -98,7 +98,7 @@ def spell_against(ranking: Ranking, shares: np.ndarray) -> str | None:
 
 
 def spell_query(ranking: Ranking, query: int) -> list[str]:
-    """Return what is to be said of one query's answer, the most telling first."""
+    """Return the remarks on one query's answer, the most important first."""
     usual = None if ranking.typical is None else float(ranking.typical[query])
     scale = [] if ranking.maximum is None else [f"at most {_short(float(ranking.maximum[query]))}"]
     scale += [] if usual is None else [f"usually {format_score(usual)}"]
@@ -111,7 +111,7 @@ def spell_query(ranking: Ranking, query: int) -> list[str]:
 
 
 def spell_about(ranking: Ranking) -> list[str]:
-    """Return the head, a part each: ``model my/sd15``, ``1,797 examples``."""
+    """Return the parts of the header: ``model my/sd15``, ``1,797 examples``."""
     told = dict(ranking.about)
     if (examples := told.pop("examples", None)) is not None:
         told["examples"] = f"{examples} examples"
@@ -145,7 +145,7 @@ def spell_blind(ranking: Ranking) -> str | None:
 
 
 def spell_same_as(ranking: Ranking, query: int) -> str | None:
-    """Say that a query is itself a training image, and which; None if it was not found to be."""
+    """Say that a query is itself a training image, and which; None if none was found."""
     found = ranking.same_as and ranking.same_as[query]
     if not found:
         return None
@@ -171,6 +171,6 @@ def _goes_on(ranking: Ranking, query: int) -> bool:
 
 
 def _short(value: float) -> str:
-    """Write a bound: whole where it is one."""
+    """Format a bound, without decimals if it is whole."""
     whole = round(value)
     return f"{whole:,}" if abs(value - whole) <= 1e-4 * max(1, abs(whole)) else format_score(value)

@@ -85,7 +85,7 @@ For shell completion: eval "$(dmin --shell-completion install=bash)"
 
 
 def page(command: str) -> str:
-    """Return what ``dmin <command> --help`` prints, of one that composes a configuration."""
+    """Return what ``dmin <command> --help`` prints, for commands with a configuration."""
     listed = {name: choices for name, choices in groups().items() if reads(command, name)}
     shown = "\n".join(_entry(group, choices) for group, choices in listed.items())
     digits = f"dmin {command} experiment=digits"

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status. Errors of the configuration or of the command raise ``SystemExit``, and so
-        does what the machine refused: a full disk, memory, a folder that was removed.
+        do system errors: a full disk, no memory, a removed folder.
     """
     try:
         return _main(argv)
@@ -86,7 +86,7 @@ def _refuse(command: str) -> int:
 
 
 def _complete(arguments: list[str]) -> int:
-    """Complete the command's name here, and its overrides with Hydra."""
+    """Complete the command's name, and its overrides by Hydra."""
     from dmin.cli.config.compose import complete
 
     words = os.environ.get("COMP_LINE", "").split(" ")

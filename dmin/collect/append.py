@@ -32,16 +32,16 @@ def collect_more(
 
     Args:
         collector: as the store was collected with.
-        dataset: with the examples that are there and more.
+        dataset: with the existing examples and more.
         path: of a complete store.
-        restore: collect examples that were removed again.
+        restore: also collect examples that were removed.
         options: of :meth:`GradientCollector.collect`.
 
     Returns:
-        The store; without the new examples while other shards have not finished theirs.
+        The store; without the new examples while other shards are not finished.
 
     Raises:
-        DminError: the store is of other features, or has examples that the dataset has not.
+        DminError: the store has other features, or examples that the dataset lacks.
     """
     path = Path(path)
     store, aside = Store(path, growing=True), path.with_name(f"{path.name}.more")

@@ -38,7 +38,7 @@ UNTRIED = 64
 
 
 class Collector:
-    """Turns examples into sketches of their per-timestep loss gradients.
+    """Computes sketches of the per-timestep loss gradients of examples.
 
     A row is ``S g_t / ‖g_t‖`` with ``g_t = ∇_θ L(θ; x, ε_t, t)`` over all attributed parameters
     (DMin, arXiv 2412.08637), for each readout, noise draw and timestep.
@@ -46,24 +46,24 @@ class Collector:
     Args:
         model: the diffusion model. It is not changed.
         sketch: the random linear map S; :class:`dmin.sketches.Auto` if none.
-        timesteps: where gradients are taken.
-        noise: at which examples and queries are noised; shared by all of them if not given.
+        timesteps: where gradients are computed.
+        noise: of examples and queries; shared by all if None.
         readouts: what is differentiated, names from ``dmin.models.READOUTS``; each costs one more
             backward pass.
         params: which parameters are attributed: ``all`` or a regular expression of their names.
-        groups: parameters that get k dimensions of their own, so that scores can be split between
-            them: ``block``, ``layer``, or names with regular expressions; see
+        groups: parameters with their own k dimensions, so that scores can be split between them:
+            ``block``, ``layer``, or names with regular expressions; see
             :func:`dmin.sketches.grouped`. Rows have unit length over all groups together.
-        microbatch: pairs of example and timestep in one forward pass; more is faster until memory
-            ends. Results agree to rounding whatever it is, and to the bit only for the same one.
-            ``auto`` tries sizes on the first block and notes what it found beside the store: one
-            size for the whole store, all its processes and all that resume it on such a device.
+        microbatch: (example, timestep) pairs in one forward pass; more is faster until memory runs
+            out. Results for different sizes agree up to rounding, for the same size to the bit.
+            ``auto`` tries sizes on the first block and saves the result next to the store: one size
+            for the whole store, all processes and all resumed runs on such a device.
         memory: for ``auto``: bytes that one pass may take beyond the weights, activations included.
             None: on a GPU most of what is free, on a CPU no limit.
         budget: bytes that per-example gradients may take at once; None chooses by device.
-        gradient_checkpointing: recompute activations in backward, for less memory and more time,
-            in networks that offer ``enable_gradient_checkpointing``.
-        kernels: how the sketch is evaluated, to the same numbers but for rounding: ``auto`` by
+        gradient_checkpointing: recompute activations in backward, to save memory at the cost of
+            time, in networks with ``enable_gradient_checkpointing``.
+        kernels: how the sketch is evaluated, with equal results up to rounding: ``auto`` by
             compiled loops on a CPU and by Triton on a GPU where it is installed, ``triton``, or
             ``torch``: plain operations.
 
@@ -115,7 +115,7 @@ class Collector:
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
-        """The model's image and text encoders, by name; none for a model of pixels."""
+        """The model's image and text encoders, by name; empty for a pixel-space model."""
         return getattr(self.model, "encoders", {})
 
     def with_model(self, model: DiffusionModel) -> Self:
@@ -125,7 +125,7 @@ class Collector:
         return other
 
     def losses_only(self) -> Self:
-        """Return a collector that differentiates nothing: what it collects are losses alone."""
+        """Return a collector of losses only, without gradients."""
         other = copy.copy(self)
         other.readouts = ()
         return other
@@ -137,13 +137,13 @@ class Collector:
         ids: Sequence[str],
         peak: PeakMemory | None = None,
     ) -> Features:
-        """Return the features of encoded examples, once a GPU is done with them.
+        """Return the features of encoded examples, after waiting for the GPU.
 
         Args:
             x0: ``[rows, ...]`` from ``model.encode``.
             condition: from ``model.encode``.
             ids: names of the examples.
-            peak: is told what the passes take.
+            peak: records the memory of the passes.
 
         Raises:
             DminError: a gradient is NaN or infinite; the example and timestep are named. Or the
@@ -162,12 +162,12 @@ class Collector:
     def passes(
         self, inputs: NoisedExamples, size: int, run: Callable[[NoisedBatch], Features]
     ) -> Features:
-        """Return the features of examples, computed in several passes; a GPU is not waited for.
+        """Return the features of examples, computed in several passes, without waiting for a GPU.
 
         Args:
             inputs: the examples.
             size: pairs of example and point in one pass.
-            run: one pass, in the end :meth:`run`.
+            run: computes one pass, by default :meth:`run`.
 
         Raises:
             DminError: the GPU's memory ran out.
@@ -194,14 +194,14 @@ class Collector:
     ) -> Features:
         """Return the features of pairs, their leading axis.
 
-        One forward pass and one backward pass a readout; a GPU is not waited for. Passes of a new
-        kind are run some times more, until it is known whose rows are whose.
+        One forward pass, and one backward pass for each readout, without waiting for a GPU. Passes
+        of a new kind are run a few more times to find which example each row belongs to.
 
         Args:
             batch: the pairs.
-            ownership: what is known of the network's rows; the collector's own if not given.
-            peak: is told what the pass takes.
-            scale: what readouts are multiplied by before they are differentiated, ``[pairs]``.
+            ownership: known orders of the network's rows; the collector's own if None.
+            peak: records the memory of the pass.
+            scale: factors of the readouts before they are differentiated, ``[pairs]``.
         """
         if not self.differentiates(batch):
             return self._losses(batch, peak)
@@ -236,7 +236,7 @@ class Collector:
         return Features(values, norms, losses)
 
     def differentiates(self, batch: NoisedBatch) -> bool:
-        """Return whether a pass has gradients: not where it uses no attributed parameter."""
+        """Return whether a pass uses any attributed parameter, and so has gradients."""
         return bool(self.readouts) and self.networks.reached(batch.t)
 
     def _losses(self, batch: NoisedBatch, peak: PeakMemory | None) -> Features:
@@ -280,7 +280,7 @@ class Collector:
         as_queries: bool = False,
         path: Path | None = None,
     ) -> Manifest:
-        """Return the manifest of this collector's store of a dataset; as it is found at a path."""
+        """Return the manifest of this collector's store of a dataset, as found at a path."""
         # Beside the examples, not among the features: the store is there to be compared.
         beside = self.model.describe_query() if as_queries else {}
         described = {**describe(dataset, self.model.metadata_columns), **beside}
@@ -307,8 +307,8 @@ class Collector:
         Those of a store that grew or lost examples are not looked for.
 
         Args:
-            store: that they were kept for.
-            ids: of the examples; None is returned if one is not the store's.
+            store: that they were cached for.
+            ids: of the examples; None is returned if one is not in the store.
             root: as ``encodings`` in :class:`CollectOptions`.
         """
         manifest = store.manifest
@@ -325,7 +325,7 @@ class Collector:
     def encodings_cache(
         self, manifest: Manifest, path: Path, root: str | Path | None = None
     ) -> EncodingsCache | None:
-        """Return where the encodings of a store's examples are kept.
+        """Return the cache of the encodings of a store's examples.
 
         Args:
             manifest: of the store.

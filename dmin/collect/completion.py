@@ -28,10 +28,10 @@ def wait_for_others(
     Args:
         progress: of this process, whose blocks are sealed.
         stop: may end the waiting.
-        limit: seconds to wait, also for those that live and work.
+        limit: seconds to wait, also for running processes.
 
     Returns:
-        What became of those that did not finish, by their shares.
+        The fate of those that did not finish, by their shares.
 
     Raises:
         Stopped: a signal came.
@@ -57,12 +57,13 @@ def wait_for_others(
 def finished(path: Path, share: Shard, lost: dict[Shard, str]) -> Store:
     """Return the store once the blocks of a shard are there.
 
-    Whoever sees all of it there verifies it: every byte is read once, not once a process.
+    The process that finds all of it finished verifies it, so every byte is read once, not by every
+    process.
 
     Args:
         path: the store.
         share: of this process.
-        lost: what became of the processes that did not finish.
+        lost: the fate of the processes that did not finish.
 
     Raises:
         DminError: blocks of the shard are missing, or the store is damaged.
@@ -81,12 +82,12 @@ def finished(path: Path, share: Shard, lost: dict[Shard, str]) -> Store:
 
 
 def share_of(share: Shard) -> str:
-    """Name what a job was to do, for people."""
+    """Describe the share of a job."""
     return f"shard {share.shard} of {share.shards}" if share.shards > 1 else "the dataset"
 
 
 def what_is_missing(store: Store) -> str:
-    """Say of an incomplete store which shards are missing, and who is at them."""
+    """List the missing shards of an incomplete store, and the processes working on them."""
     manifest = store.manifest
     seen: dict[tuple[int, int], list[WorkerStatus]] = {}
     for report in reports(store.path):

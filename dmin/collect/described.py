@@ -19,11 +19,11 @@ from dmin.store.segments import read_manifest
 
 
 def describe(dataset: Dataset, columns: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what identifies what gradients of a dataset are computed from, as JSON.
+    """Return, as JSON, what identifies the inputs of a dataset's gradients.
 
     Args:
         dataset: the examples.
-        columns: of their metadata that the model reads.
+        columns: metadata columns that the model reads.
     """
     found = describe_dataset(dataset)
     if columns:
@@ -35,13 +35,13 @@ def describe(dataset: Dataset, columns: Sequence[str] = ()) -> dict[str, Any]:
 def as_found(
     manifest: Manifest, dataset: Dataset, path: Path, beside: Mapping[str, Any] | None = None
 ) -> Manifest:
-    """Return the manifest as a store that is there has it, if that has metadata in its fingerprint.
+    """Return the manifest in the form of an existing store with all metadata in its fingerprint.
 
     Args:
         manifest: of a dataset.
         dataset: the dataset.
-        path: of a store, or where one may come to be.
-        beside: what the manifest says of its dataset besides the description of it.
+        path: of an existing or future store.
+        beside: further entries of the manifest about its dataset.
     """
     if not (path / MANIFEST).is_file():
         return manifest
@@ -56,10 +56,10 @@ def as_found(
 def place_of(
     place: Path, manifest: Manifest, dataset: Dataset, beside: Mapping[str, Any] | None = None
 ) -> Path:
-    """Return where a store stands, or an older one that has another fingerprint for the same.
+    """Return the path of a store, or of an older one with the same contents.
 
     Args:
-        place: of all stores of its name and role: what comes before the fingerprint.
+        place: the path before the fingerprint.
         manifest: of the store, as is the next.
         dataset: the examples.
         beside: as for :func:`as_found`.
@@ -81,8 +81,8 @@ def refresh_metadata(path: str | Path, dataset: Dataset, same_images: bool = Fal
     Args:
         path: of the store.
         dataset: as it is now.
-        same_images: believe that the images are, where there is nothing to compare them with;
-            ids, labels and captions are compared all the same.
+        same_images: assume that the images are the same, if they cannot be
+            compared; ids, labels and captions are still compared.
 
     Raises:
         DminError: the store is incomplete, or more than metadata changed.
@@ -117,11 +117,11 @@ def refresh_metadata(path: str | Path, dataset: Dataset, same_images: bool = Fal
 
 
 def warn_if_stale(store: Store, dataset: Dataset, most: int = 1000) -> None:
-    """Warn if metadata that a store keeps are not those of the data, as far as some rows tell.
+    """Warn if the metadata of a store differ from those of the data in some sampled rows.
 
     Args:
         store: of the dataset.
-        dataset: looked at if it knows its metadata without reading images.
+        dataset: checked if its metadata are known without reading images.
         most: rows that are compared.
     """
     if not hasattr(dataset, "facts"):
@@ -158,7 +158,7 @@ def _require_ids(store: Store, ids: Sequence[str]) -> None:
 
 
 def _columns(store: Store) -> list[str]:
-    """Return the columns of the metadata that a store was computed from."""
+    """Return the metadata columns that a store depends on."""
     manifest = store.manifest
     if "columns" in manifest.dataset:
         return list(manifest.dataset["columns"]["names"])
@@ -171,7 +171,7 @@ def _columns(store: Store) -> list[str]:
 
 
 def _changed(store: Store, known: Mapping[str, Facts], names: Sequence[str]) -> list[str]:
-    """Say which values of columns are not those of the collection."""
+    """List the values that differ from those of the collection."""
     lines = []
     for id, kept in store.collected_metadata().items():
         if id in known:
@@ -185,5 +185,5 @@ def _changed(store: Store, known: Mapping[str, Facts], names: Sequence[str]) -> 
 
 
 def _said(row: Mapping[str, Any], name: str) -> Any:
-    """Return a label, caption or column; a store of before may keep a column as either."""
+    """Return a label, caption or column; older stores may keep a column as either."""
     return row.get(name, row.get(f"metadata_{name}"))

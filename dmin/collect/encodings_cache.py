@@ -36,7 +36,7 @@ class EncodingsCache:
     Args:
         root: folder of all encodings; may be shared by several stores.
         key: fingerprint of encoders, dataset and block size, the name of the folder below it.
-        block_size: examples a block.
+        block_size: examples per block.
     """
 
     def __init__(self, root: str | Path, key: str, block_size: int) -> None:
@@ -44,12 +44,12 @@ class EncodingsCache:
         self.block_size = block_size
 
     def missing(self, blocks: Sequence[int]) -> list[int]:
-        """Return those of the blocks that are not there."""
+        """Return the blocks that are not cached."""
         there = self._files()
         return [block for block in blocks if block not in there]
 
     def save(self, block: int, encoded: Sequence[Encoded]) -> None:
-        """Keep the encodings of one block.
+        """Save the encodings of one block.
 
         Args:
             block: its number.
@@ -74,10 +74,10 @@ class EncodingsCache:
             commit(path, content)
 
     def load(self, block: int, device: torch.device) -> list[Encoded]:
-        """Return the encodings of one block, as they were saved.
+        """Return the saved encodings of one block.
 
         Raises:
-            DminError: the file is not there or was damaged since it was written.
+            DminError: the file is missing or damaged.
         """
         path = self._files().get(block, self.folder)
         try:
@@ -128,7 +128,7 @@ class EncodingsCache:
         }
 
     def remove(self, blocks: Container[int] | None = None) -> None:
-        """Delete the encodings, or those of some blocks, and the root if nothing is left in it."""
+        """Delete the encodings, or those of some blocks, and the root folder if it is empty."""
         if blocks is None:
             shutil.rmtree(self.folder, ignore_errors=True)
         for block, path in self._files().items():

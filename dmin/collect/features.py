@@ -30,7 +30,7 @@ class Features(NamedTuple):
         return Features(values, norms, self.losses[:rows])
 
     def to_host(self) -> Callable[[], Features]:
-        """Have the features copied to the host; return what waits for them."""
+        """Start copying the features to the host; return a function that waits for them."""
         names = list(self.values)
         wait = to_host([*self.values.values(), *self.norms.values(), self.losses])
 
@@ -49,7 +49,7 @@ class Features(NamedTuple):
             timesteps: of the timesteps' axis.
 
         Raises:
-            DminError: there is one; its example and timestep are named.
+            DminError: there is one; example and timestep are named.
         """
         for readout, norms in self.norms.items():
             bad = (~torch.isfinite(norms)).nonzero()
@@ -67,12 +67,12 @@ class Features(NamedTuple):
     def joined(
         cls, parts: Sequence[Features], shape: tuple[int, ...], order: Tensor | None = None
     ) -> Features:
-        """Return the features of several passes as one, the axis of pairs apart again.
+        """Join the features of several passes, with the axis of pairs split again.
 
         Args:
             parts: with a leading axis of pairs.
-            shape: that axis's, ``[rows, draw, timestep]``.
-            order: where each pair stands among those of the parts; None if they are in order.
+            shape: of that axis, ``[rows, draw, timestep]``.
+            order: index of each pair among the parts; None if they are in order.
         """
 
         def one(tensors: list[Tensor]) -> Tensor:
@@ -90,11 +90,11 @@ class Features(NamedTuple):
 def rows_of(
     block: Block, parts: Sequence[Features], timesteps: Sequence[float]
 ) -> Callable[[], Rows]:
-    """Have the features of a block copied to the host.
+    """Start copying the features of a block to the host.
 
     Args:
         block: its examples.
-        parts: their features, a part for each batch of the block.
+        parts: their features, one part for each batch of the block.
         timesteps: of the timesteps' axis.
 
     Returns:

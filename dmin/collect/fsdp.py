@@ -33,11 +33,11 @@ LEAST_SHARE = 0.005
 
 
 class Sharded(ModelParallelStrategy):
-    """A trainer's strategy: one copy of the network for all processes together.
+    """A Lightning strategy with one copy of the network sharded over all processes.
 
     Args:
-        offload: keep the parts in host memory, and on the device only the units at work. For one
-            small GPU (``devices=1``) the whole network then stands in host memory.
+        offload: keep the shards in host memory, and only the running units on the device. With one
+            small GPU (``devices=1``) the whole network is in host memory.
     """
 
     def __init__(self, offload: bool = False) -> None:
@@ -51,7 +51,7 @@ class Sharded(ModelParallelStrategy):
 
 
 def is_sharded(trainer: lightning.Trainer) -> bool:
-    """Tell whether a trainer shards the network."""
+    """Return whether a trainer shards the network."""
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
@@ -61,7 +61,7 @@ def shardable_copy(collector: Collector) -> Collector:
     The other network shares the memory of the weights until it is sharded.
 
     Raises:
-        DminError: a setting that sharding does not allow.
+        DminError: a setting is incompatible with sharding.
     """
     if collector.microbatch == "auto":
         raise DminError(
@@ -80,10 +80,10 @@ def shardable_copy(collector: Collector) -> Collector:
 
 @contextmanager
 def explain_lost_peer(trainer: lightning.Trainer) -> Iterator[None]:
-    """Say what it means when a process that shares the network is gone.
+    """Explain the error when a process that shares the network is lost.
 
     Raises:
-        DminError: in place of what its backend says.
+        DminError: instead of the backend's error.
     """
     try:
         yield
@@ -109,13 +109,14 @@ def shard(
     offload: bool = False,
     externally_called: Sequence[str] = (),
 ) -> None:
-    """Replace the parameters of a network by this process's parts.
+    """Replace the parameters of a network by this process's shards.
 
     Args:
-        network: changed in place, on whatever device its weights are.
+        network: changed in place, on any device.
         mesh: the processes, one dimension.
-        externally_called: names of modules that are called outside the block they stand in.
-        offload: keep the parts in host memory.
+        externally_called: names of modules that are called from outside the block that contains
+            them.
+        offload: keep the shards in host memory.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
@@ -159,16 +160,16 @@ def units(network: nn.Module) -> list[nn.Module]:
 
 
 class LockstepPasses:
-    """Has a process run as many passes, of as many pairs, as the others.
+    """Makes a process run the same number of passes, of the same number of pairs, as the others.
 
     Args:
         strategy: of the trainer.
-        own: how many of the first blocks of this process are its own.
-        pairs: of example and timestep in every pass.
-        networks: those that pairs use.
+        own: number of the first blocks of this process that are its own.
+        pairs: (example, timestep) pairs in every pass.
+        networks: used by the pairs.
 
     Raises:
-        DminError: the pairs use several networks: processes would call different ones.
+        DminError: the pairs use several networks, so processes would call different ones.
     """
 
     def __init__(self, strategy: Strategy, own: int, pairs: int, networks: Networks) -> None:
@@ -187,10 +188,10 @@ class LockstepPasses:
         self._again: Callable[[], Any] = lambda: None
 
     def begin_block(self, inputs: Sequence[NoisedExamples]) -> None:
-        """Agree on how many passes the block takes.
+        """Agree with the other processes on the number of passes of the block.
 
         Args:
-            inputs: the examples of the block, of each shape apart.
+            inputs: the examples of the block, grouped by shape.
         """
         groups = [group for each in inputs for group in self.networks.together(each)]
         mine = sum(-(-len(pairs) // self.pairs) for pairs in groups)
@@ -198,14 +199,14 @@ class LockstepPasses:
         self._lacking = int(self.strategy.reduce(told, reduce_op="max")) - mine
 
     def padded(self, batch: NoisedBatch, run: Callable[[NoisedBatch], Features]) -> Features:
-        """Run a pass on as many pairs as all passes have, some of them again."""
+        """Run a pass padded to the common number of pairs by repeating some."""
         count = len(batch.t)
         full = batch.rows(to_device(torch.arange(self.pairs) % count, batch.t.device))
         self._again = lambda: run(full)
         return run(full).first(count)
 
     def end_block(self, number: int) -> bool:
-        """Run the passes that others still run; return whether the block is this process's own."""
+        """Run the passes that others still need; return whether the block is this process's own."""
         for _ in range(self._lacking):
             self._again()
         return number < self.own

@@ -45,11 +45,11 @@ class Guard:
 
     Args:
         collector: whose passes are run.
-        ownership: what is found out about the rows of the network.
-        alone: whether passes of other sizes may be run; not where processes keep in step.
+        ownership: known orders of the network's rows.
+        alone: whether passes of other sizes may be run; not if processes run in lockstep.
 
     Attributes:
-        seconds: spent on checks so far, beside those that the ownership counts.
+        seconds: spent on checks so far, besides those counted by the ownership.
     """
 
     def __init__(self, collector: Collector, ownership: Ownership, alone: bool = True) -> None:
@@ -63,14 +63,14 @@ class Guard:
         self._held: set[Hashable] = set()  # to autograd: networks, by what they leave unused
 
     def run(self, batch: NoisedBatch, peak: PeakMemory | None = None) -> Features:
-        """Return the features of a pass, held to what they should be unless one like it was.
+        """Return the features of a pass, checked unless a pass like it was checked before.
 
         Args:
             batch: the pairs of the pass.
-            peak: is told what the pass takes.
+            peak: records the memory of the pass.
 
         Raises:
-            DminError: a row is not the gradient of its own example; names the parameters.
+            DminError: a row is not the gradient of its own example; the parameters are named.
         """
         if not self.collector.differentiates(batch):
             return self.collector.run(batch, peak=peak)
@@ -97,7 +97,7 @@ class Guard:
         return found
 
     def confirm_zeros(self, found: Features, inputs: NoisedExamples, ids: Sequence[str]) -> None:
-        """Hold examples without any gradient to autograd's.
+        """Compare examples with zero gradients with autograd.
 
         Args:
             found: the features of examples.
@@ -105,7 +105,7 @@ class Guard:
             ids: their names.
 
         Raises:
-            DminError: autograd has a gradient.
+            DminError: autograd's gradient is not zero.
         """
         for readout, norms in found.norms.items():
             zero = (norms == 0).flatten(1).all(1)
@@ -228,7 +228,7 @@ def _factors(count: int) -> Tensor:
 
 
 def _deviation(found: Tensor, expected: Tensor) -> float:
-    """Return the largest distance of a row from the expected one, in units of its length."""
+    """Return the largest distance of a row from the expected one, relative to its norm."""
     found, expected = in_double(found.flatten(1)), in_double(expected.flatten(1))
     length = expected.norm(dim=1)
     distance = (found - expected).norm(dim=1)

@@ -26,21 +26,21 @@ SHARE_OF_FREE = 0.85
 def find_microbatch(
     attempt: Callable[[int], Any], most: int, device: torch.device, limit: int | None = None
 ) -> int:
-    """Return how many pairs of example and timestep to run in one pass.
+    """Return the number of (example, timestep) pairs to run in one pass.
 
-    Sizes 1, 2, 4, … are tried until one runs out of GPU memory or over the limit, or is no longer
-    faster a pair than the one before.
+    Sizes 1, 2, 4, … are tried until one exceeds the GPU memory or the limit, or is no longer
+    faster per pair than the previous one.
 
     Args:
         attempt: runs one pass of so many pairs.
         most: pairs there are.
         device: where they run.
-        limit: bytes that a pass may take in all, activations included. None: on a GPU most of what
-            is free, on a CPU no limit. On a CPU only growth of the process's peak is seen: what
-            fits below an earlier peak counts as nothing.
+        limit: bytes that a pass may take, including activations. None: on a GPU most of the free
+            memory, on a CPU no limit. On a CPU only growth of the process's peak is measured: what
+            fits below an earlier peak counts as zero.
 
     Raises:
-        DminError: one pair alone takes more.
+        DminError: a single pair takes more.
     """
     if limit is None and device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -70,12 +70,12 @@ def examined_size(run: Callable[[Ownership, int], Any], size: int, device: torch
     to four backward passes; pairs alone need none.
 
     Args:
-        run: one pass of so many pairs, by what is known of the rows.
+        run: runs one pass of so many pairs with given knowledge of the rows.
         size: what :func:`find_microbatch` returned for passes that are not examined.
         device: where they run.
 
     Returns:
-        1 if data decide the order and pairs alone take less time, else ``size``.
+        1 if data decide the order and single pairs are faster, else ``size``.
     """
     ownership = Ownership()
     if size > 1:
@@ -94,7 +94,7 @@ def agree_on_microbatch(path: Path, find: Callable[[], int]) -> int:
 
     Args:
         path: the file, see :func:`note_of`.
-        find: called if nothing is noted.
+        find: called if nothing is saved.
     """
     try:
         if not path.is_file():
@@ -111,12 +111,12 @@ def agree_on_microbatch(path: Path, find: Callable[[], int]) -> int:
 
 
 def note_of(store: Path, device: torch.device, **settings: Any) -> Path:
-    """Return the file beside a store that notes its microbatch on a kind of device.
+    """Return the file next to a store with its microbatch for a kind of device.
 
     Args:
         store: the store's folder.
         device: whose kind counts (name and memory), not the single machine.
-        settings: whatever else the size depends on.
+        settings: further settings that the size depends on.
     """
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -130,7 +130,7 @@ def note_of(store: Path, device: torch.device, **settings: Any) -> Path:
 def _measured(
     attempt: Callable[[int], Any], size: int, device: torch.device, before: int
 ) -> tuple[float, float]:
-    """Return seconds and peak bytes of a pass; infinite when it runs out of GPU memory."""
+    """Return seconds and peak bytes of a pass; infinite if it runs out of GPU memory."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)

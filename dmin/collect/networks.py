@@ -11,15 +11,15 @@ from dmin.runtime.errors import DminError
 
 
 class Networks:
-    """The timesteps of a collection by the networks that they use; of most models all use one.
+    """The timesteps of a collection, grouped by the network that they use (usually one).
 
     Args:
         model: the diffusion model.
-        attributed: its parameters that are.
+        attributed: the attributed parameters.
         timesteps: of the collection.
 
     Raises:
-        DminError: no timestep uses a parameter that is attributed.
+        DminError: no timestep uses an attributed parameter.
     """
 
     def __init__(self, model: Any, attributed: Parameters, timesteps: tuple[float, ...]) -> None:
@@ -37,21 +37,21 @@ class Networks:
         self._apart = not all(map(self.reaches, timesteps))
 
     def unused_at(self, t: float) -> tuple[str, ...]:
-        """Return how the names of parameters begin that a timestep does not use."""
+        """Return the name prefixes of parameters that a timestep does not use."""
         found: tuple[str, ...] = self._unused_at(t)
         return found
 
     def reaches(self, t: float) -> bool:
-        """Return whether a timestep uses an attributed parameter; else its rows are zero."""
+        """Return whether a timestep uses an attributed parameter; otherwise its rows are zero."""
         unused = self.unused_at(t)
         return not unused or not all(name.startswith(unused) for name in self._names)
 
     def reached(self, t: Tensor) -> bool:
-        """Return whether one of a pass's timesteps ``[pairs]`` does."""
+        """Return whether any timestep ``[pairs]`` of a pass does."""
         return not self._apart or any(map(self.reaches, t.tolist()))
 
     def together(self, inputs: NoisedExamples) -> list[Tensor]:
-        """Return the numbers of the pairs that may share a pass: of timesteps of one network."""
+        """Return the indices of the pairs that may share a pass: those of one network."""
         pairs, kinds = torch.arange(len(inputs)), list(dict.fromkeys(self._kinds))
         if len(kinds) == 1:
             return [pairs]

@@ -10,27 +10,28 @@ from dmin.store.writer import SEAL_SECONDS, SEGMENT_BYTES
 
 @dataclass(frozen=True)
 class CollectOptions:
-    """How a dataset is collected into a store. None of it changes what a row means.
+    """Options of collecting a dataset into a store. None of them changes what a row means.
 
     Args:
-        block_size: examples a block, the unit of work.
-        dtype: of the stored rows: ``float32``, ``float16``, ``bfloat16``, ``int8`` (with a
-            scale for each row and timestep) or ``int8_parts`` (for each 256 dimensions of one).
-        segment_bytes: rows are sealed into a file when they take this many bytes …
-        seal_seconds: … or when this much time has passed: the most that a kill can cost.
+        block_size: examples per block, the unit of work.
+        dtype: of the stored rows: ``float32``, ``float16``, ``bfloat16``, ``int8`` (with a scale
+            for each row and timestep) or ``int8_parts`` (for each 256 dimensions of one).
+        segment_bytes: rows are sealed into a file when they take this many bytes.
+        seal_seconds: or after this time, which limits the loss by a kill.
         workers: processes that load examples.
-        encodings: folder for the encodings; ``<path>.encodings`` if none.
-        keep_encodings: leave them there for other stores of the same data; otherwise those of
-            the shard are deleted when its rows are sealed.
-        shard: do only this one of …
-        shards: … so many parts of the dataset. Others may do the others at any time, and
-            anywhere this folder is seen: all write into the one store.
-        as_queries: the examples are queries, which some models differentiate another way
-            (``query_guidance``); it makes no difference for the others.
-        wait: seconds to let another process finish that is at work on the same blocks.
+        encodings: folder of the cached encodings; ``<path>.encodings`` if None.
+        keep_encodings: keep them for other stores of the same data; otherwise those of the shard
+            are deleted when its rows are sealed.
+        shard: number of the shard to collect.
+        shards: number of shards of the dataset. Other shards may be collected at any time, on any
+            machine that shares the folder: all write into one store.
+        as_queries: the examples are queries, whose loss differs in some models
+            (``query_guidance``).
+        wait: seconds to wait for another process that works on the same blocks.
 
     Raises:
-        DminError: a number is out of range. The store checks ``dtype``, and a job its shard.
+        DminError: a number is out of range. ``dtype`` is checked by the store, the shard by the
+            job.
     """
 
     block_size: int = 32

@@ -21,7 +21,7 @@ from dmin.store import StoreWriter
 
 
 class Cost(NamedTuple):
-    """What collecting the whole dataset on this device would take, from a few examples."""
+    """The predicted cost of collecting the whole dataset on this device."""
 
     examples: int
     seconds: float  # in one process, loading and encoding not counted
@@ -32,10 +32,10 @@ class Cost(NamedTuple):
 
 
 def row_bytes(collector: Collector, dtype: str) -> int:
-    """Return the bytes that a store keeps of one example: rows, scales, norms and losses.
+    """Return the bytes of one example in a store: rows, scales, norms and losses.
 
     Args:
-        collector: with the axes of the rows.
+        collector: that defines the axes of the rows.
         dtype: of the rows, as in :class:`~dmin.collect.options.CollectOptions`.
     """
     layout = collector.layout(dtype)
@@ -46,26 +46,26 @@ def row_bytes(collector: Collector, dtype: str) -> int:
 
 
 def encoding_bytes(encoded: Sequence[Encoded], examples: int) -> float:
-    """Return the bytes of one example's encodings, the mean of so many."""
+    """Return the bytes of one example's encodings, as a mean over some."""
     tensors = [x for x0, condition in encoded for x in (x0, *condition.values())]
     return sum(x.nbytes for x in tensors) / examples
 
 
 def rows_left(collector: Collector, store: StoreWriter) -> dict[str, tuple[Path, int]]:
-    """Return what a store, by all that write into it, is still going to take of its disk."""
+    """Return the bytes that a store will still take, by all of its writers."""
     manifest = store.manifest
     examples = sum(len(manifest.block_rows(block)) for block in store.pending())
     return {"rows": (store.path, examples * row_bytes(collector, manifest.layout.dtype))}
 
 
 def require_space(needs: Mapping[str, tuple[Path, int]]) -> str:
-    """Hold what is going to be written to the space that its disks have, and say it in words.
+    """Check that the disks have space for what will be written; return a description.
 
     Args:
-        needs: what is written -> its folder, which may not be there yet, and its bytes.
+        needs: name -> its folder, which may not exist yet, and its bytes.
 
     Raises:
-        DminError: a disk is too small; names its folder, what is needed, what is free, a remedy.
+        DminError: a disk is too small; folder, needed and free space and a remedy are named.
     """
     disks: dict[int, list[tuple[str, Path, int]]] = {}
     for what, (folder, size) in needs.items():
@@ -91,11 +91,11 @@ def require_space(needs: Mapping[str, tuple[Path, int]]) -> str:
 
 
 class Forecast:
-    """Times passes until one is like an earlier one, whose checks and first calls are over.
+    """Times passes until one repeats an earlier kind, without checks and first calls.
 
     Args:
-        pairs: of example, timestep and draw that are to be done.
-        device: where they are done.
+        pairs: of example, timestep and draw to be computed.
+        device: that computes them.
     """
 
     def __init__(self, pairs: int, device: torch.device) -> None:
@@ -106,7 +106,7 @@ class Forecast:
 
     @contextmanager
     def timed(self, batch: NoisedBatch) -> Iterator[None]:
-        """Time a pass; wait for a GPU while nothing is known."""
+        """Time a pass, waiting for the GPU until the rate is known."""
         kind: Hashable = (len(batch.t), *batch.x0.shape[1:])
         if self.told is not None or kind not in self._kinds:
             yield

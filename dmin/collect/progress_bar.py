@@ -17,12 +17,12 @@ from dmin.runtime.progress import Lines
 
 
 class CollectionProgress(ProgressBar):
-    """Shows how many of its examples the first process has done, the rate and the time left.
+    """Shows the progress of the first process, its rate and the time left.
 
     Args:
-        examples: that this process has to do.
-        points: pairs of timestep and draw that each of them has.
-        label: what they are.
+        examples: of this process.
+        points: (timestep, draw) pairs of each.
+        label: a name for the examples.
     """
 
     def __init__(self, examples: int, points: int = 1, label: str = "gradients") -> None:
@@ -37,7 +37,7 @@ class CollectionProgress(ProgressBar):
         self._on = True
 
     def disable(self) -> None:
-        """Show nothing: Lightning calls it in all processes but the first."""
+        """Show nothing; called by Lightning in all processes but the first."""
         self._on = False
 
     def enable(self) -> None:
@@ -47,7 +47,7 @@ class CollectionProgress(ProgressBar):
     def on_predict_epoch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Begin to count: what precedes the first gradient is over."""
+        """Start counting, just before the first gradient."""
         place = f" in process 0 of {trainer.world_size}" if trainer.world_size > 1 else ""
         self._lines = Lines(self.label, self.examples, place=place)
         if self._on and sys.stdout.isatty():
@@ -71,7 +71,7 @@ class CollectionProgress(ProgressBar):
             self._show(done)
 
     def say(self, text: str) -> None:
-        """Leave a line above the bar."""
+        """Print a line above the bar."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         elif self._on and self._lines is not None:
@@ -85,7 +85,7 @@ class CollectionProgress(ProgressBar):
         batch: Any,
         *_: Any,
     ) -> None:
-        """Count the examples of a block; tell, if it is time to."""
+        """Count the examples of a block; print if due."""
         _, rows = outputs
         self._pairs = 0
         if rows is None:
@@ -110,7 +110,7 @@ class CollectionProgress(ProgressBar):
         self.close()
 
     def close(self) -> None:
-        """Leave the terminal as it was, also after an exception."""
+        """Restore the terminal, also after an exception."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

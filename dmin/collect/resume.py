@@ -28,8 +28,8 @@ class GradientCollector(Collector):
     """A collector that makes stores; its settings are those of :class:`Collector`.
 
     Attributes:
-        peak: the memory that the last collection took in this process.
-        checks: seconds that went into finding out, and checking, whose row is whose.
+        peak: the memory of the last collection in this process.
+        checks: seconds spent on examining networks and checking rows.
     """
 
     peak: PeakMemory = PeakMemory()
@@ -44,29 +44,29 @@ class GradientCollector(Collector):
         stop: StopSignals | None = None,
         **settings: Any,
     ) -> Store:
-        """Collect the features of a dataset into a store, or the rest of them if some are there.
+        """Collect the features of a dataset into a store, or resume it.
 
         The work is cut into blocks of consecutive examples. A killed run loses the blocks that were
-        not sealed yet; the same call computes exactly what is missing, to the same bits on a CPU.
+        not sealed; the same call computes exactly the missing ones, with the same bits on a CPU.
 
         A model with encoders is collected in two phases: each process first encodes its blocks into
-        files, then its encoders leave the device, and the gradients start from the files. They are
-        encoded in the encoders' own precision, whatever the trainer's is.
+        files, then its encoders leave the device, and gradients are computed from the files.
+        Encoders run in their own precision, not the trainer's.
 
         Args:
             dataset: examples with stable ids.
-            path: the store's folder; made, or resumed if its manifest is the same.
+            path: the store's folder; created, or resumed if its manifest is the same.
             trainer: any Lightning trainer; :func:`predict_trainer` if none.
-            stop: signals heard so far; if none, they are heard from here on.
+            stop: signals received so far; if None, a handler is installed.
             settings: the fields of :class:`CollectOptions`.
 
         Returns:
-            The store, with all blocks of the shard. Complete, it is verified.
+            The store, with all blocks of the shard; verified if complete.
 
         Raises:
-            DminError: bad data, a NaN gradient, a store of something else at that path, another
-                process at the same blocks, or a process of this job that was lost.
-            Stopped: a signal came; the block at hand was finished, and all is sealed.
+            DminError: bad data, a NaN gradient, a different store at the path, another process
+                working on the same blocks, or a lost process of this job.
+            Stopped: a signal arrived; the current block was finished, and all is sealed.
         """
         options, path = CollectOptions(**settings), Path(path)
         trainer, self.peak = trainer or predict_trainer(), PeakMemory()
@@ -106,7 +106,7 @@ class GradientCollector(Collector):
 def _collect_missing(
     session: Session, dataset: Dataset, options: CollectOptions, trainer: Trainer
 ) -> dict[Shard, str]:
-    """Do what the store lacks of this process's share; return which other processes were lost."""
+    """Compute the missing blocks of this process's share; return which processes were lost."""
     stop, heartbeat, store = session.stop, session.heartbeat, session.store
     blocks = store.manifest.num_blocks
     if not heartbeat.share.pending(store.pending(), blocks):

@@ -35,15 +35,15 @@ from dmin.workers.heartbeat import Heartbeat
 
 
 class Session(lightning.LightningModule):
-    """One process's run: encodes its blocks, finds the size of a pass, then differentiates.
+    """The run of one process: encode its blocks, find the size of a pass, then differentiate.
 
     Args:
-        collector: what is computed. It is read only.
-        store: takes the rows.
-        heartbeat: tells others how far this process is.
+        collector: defines what is computed; not changed.
+        store: that rows are written to.
+        heartbeat: reports the progress of this process.
         stop: signals that end the run.
-        encodings: where encodings are kept; None for a model without encoders.
-        peak: is told what the passes take.
+        encodings: the cache of encodings; None for a model without encoders.
+        peak: records the memory of the passes.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class Session(lightning.LightningModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def run(self, trainer: lightning.Trainer, data: CollectData) -> None:
-        """Do this process's blocks; the trainer gets its callbacks back.
+        """Compute this process's blocks; the trainer's callbacks are restored.
 
         Args:
             trainer: runs the loop.
-            data: the blocks to do, of all processes of the job.
+            data: the blocks of all processes of the job.
 
         Raises:
-            DminError: bad data, a NaN gradient, a setting that does not fit, or a lost process.
-            Stopped: a signal came; what is finished is sealed.
+            DminError: bad data, a NaN gradient, an incompatible setting, or a lost process.
+            Stopped: a signal arrived; finished blocks are sealed.
         """
         network = self.model.network
         self.data = data
@@ -115,10 +115,10 @@ class Session(lightning.LightningModule):
             raise KeyboardInterrupt
 
     def setup(self, stage: str) -> None:
-        """Have all processes of the job do blocks of one list, in one folder.
+        """Agree with all processes of the job on one list of blocks in one folder.
 
         Raises:
-            DminError: a process does not see the folder of the first one.
+            DminError: a process cannot see the folder of the first one.
         """
         if self.trainer.world_size == 1:
             return
@@ -137,14 +137,14 @@ class Session(lightning.LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Shard the network, where that is the trainer's strategy."""
+        """Shard the network, if that is the trainer's strategy."""
         if self.device_mesh is not None:
             offload = getattr(self.trainer.strategy, "offload", False)
             mesh = self.device_mesh["data_parallel"]
             shard(self.model.network, mesh, offload, self.model.externally_called)
 
     def on_predict_start(self) -> None:
-        """Do what precedes the first gradient; the network is on its device by now."""
+        """Prepare for the first gradient; the network is on its device by now."""
         trainer, collector, strategy = self.trainer, self.collector, self.trainer.strategy
         # Lightning's own handler waits for the other processes.
         self.stop.listen(partial(_forward, trainer))
@@ -204,7 +204,7 @@ class Session(lightning.LightningModule):
         return int(min(block[0]["position"])) // self.data.block_size
 
     def _encoded(self, block: Block) -> list[Encoded]:
-        """Return a block's encodings: from their file where there are such, else from the model."""
+        """Return a block's encodings, from the cache if there is one, else from the model."""
         if self.encodings is None:
             return self._encode(block)
         loaded = self.encodings.load(self._number(block), self.device)
@@ -219,7 +219,7 @@ class Session(lightning.LightningModule):
         return found
 
     def _check_shapes(self, encoded: Sequence[Encoded], block: Block) -> None:
-        """Refuse a second shape while it is not said what the shapes share of the noise."""
+        """Refuse a second shape unless noise.shapes says how shapes share noise."""
         for (x0, _), batch in zip(encoded, block, strict=True):
             shape, name = list(x0.shape[1:]), batch["id"][0]
             self._first = self._first or (shape, name)
@@ -235,7 +235,7 @@ class Session(lightning.LightningModule):
                 )
 
     def _encode_blocks(self, encodings: EncodingsCache, blocks: list[int]) -> None:
-        """Encode blocks, one at a time, and have the encoders leave the device."""
+        """Encode blocks one at a time, then move the encoders off the device."""
         trainer, encoders = self.trainer, self.collector.encoders.values()
         if not blocks:  # all encoded before; a trainer may have moved the encoders all the same
             leave_device(encoders)
@@ -258,7 +258,7 @@ class Session(lightning.LightningModule):
                 self.stop.between_blocks()
 
     def _find_microbatch(self, block: int) -> int:
-        """Return the size noted beside the store, or find it on one block and note it."""
+        """Return the size saved next to the store, or find it on one block and save it."""
         collector = self.collector
         note = note_of(
             self.store.path,
@@ -271,7 +271,7 @@ class Session(lightning.LightningModule):
         return agree_on_microbatch(note, partial(self._try_sizes, block))
 
     def _try_sizes(self, block: int) -> int:
-        """Find the size of the microbatch on one block: on its largest shape, if it has several."""
+        """Find the microbatch on one block, for its largest shape."""
         collector, precision = self.collector, self.trainer.precision_plugin
         (batches,) = self._load([block])
         batches = self.trainer.strategy.batch_to_device(batches, self.device)
@@ -292,7 +292,7 @@ class Session(lightning.LightningModule):
 
 
 def _forward(trainer: lightning.Trainer, signum: int) -> None:
-    """Hand a signal on to the processes that Lightning started for this one."""
+    """Forward a signal to the processes that Lightning started."""
     launcher = trainer.strategy.launcher
     if launcher is not None:
         launcher.kill(signum)

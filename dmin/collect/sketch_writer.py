@@ -16,13 +16,13 @@ from dmin.store import Rows, StoreWriter
 class BackgroundWriter:
     """Appends blocks to a store in the order they come, one thread behind the loop.
 
-    At most ``waiting`` blocks are in memory unwritten: then :meth:`append` waits. Whatever failed
-    is raised by the next call, and every call but ``append`` returns only when all that was handed
-    over before is with the store's writer: a kill costs no more than it would without the thread.
+    At most ``waiting`` unwritten blocks are in memory, then :meth:`append` waits. Errors
+    are raised by the next call. Every call except ``append`` returns only after all earlier blocks
+    have reached the store's writer, so that a kill loses no more than without the thread.
 
     Args:
-        writer: the store's writer; nobody else may use it meanwhile.
-        done: called in the thread when a block has been taken, with the number of its rows.
+        writer: the store's writer, used exclusively.
+        done: called in the thread for each block taken, with the number of its rows.
         waiting: blocks that may wait.
     """
 
@@ -34,17 +34,17 @@ class BackgroundWriter:
         self._pending: deque[Future[None]] = deque()
 
     def append(self, block: int, rows: Callable[[], Rows]) -> None:
-        """Hand over one block: its number, and what waits for its rows, which a GPU may be at."""
+        """Pass on one block: its number, and a function that waits for its rows."""
         self._wait(self.waiting)
         self._pending.append(self._thread.submit(self._append, block, rows))
 
     def seal(self) -> None:
-        """Write what was handed over as a segment."""
+        """Write all blocks passed on so far as a segment."""
         self._wait()
         self.writer.seal()
 
     def close(self) -> None:
-        """Write what was handed over; the store's writer takes no more."""
+        """Write all blocks passed on so far, and close the store's writer."""
         try:
             self._wait()
         finally:  # the blocks before a failed one are right
@@ -52,7 +52,7 @@ class BackgroundWriter:
             self.writer.close()
 
     def stop(self) -> None:
-        """Wait for the thread to end, whatever became of its work."""
+        """Wait for the thread to end, ignoring errors."""
         self._thread.shutdown()
 
     def _append(self, block: int, wait: Callable[[], Rows]) -> None:
@@ -61,18 +61,18 @@ class BackgroundWriter:
         self.done(len(rows.ids))
 
     def _wait(self, most: int = 0) -> None:
-        """Wait until so many blocks are left at most, and until none that is done has failed."""
+        """Wait until at most so many blocks are left; raise errors of finished ones."""
         while self._pending and (len(self._pending) > most or self._pending[0].done()):
             self._pending.popleft().result()
 
 
 class SketchWriter(BasePredictionWriter):
-    """Hands each block's rows to the store; whatever ends the loop, finished blocks are sealed.
+    """Passes each block's rows to the store; finished blocks are sealed however the loop ends.
 
     Args:
-        writer: behind the loop.
-        stop: signals so far.
-        lockstep: whether the processes share a network, so that none can go on alone.
+        writer: the background writer.
+        stop: signals received so far.
+        lockstep: whether the processes share a network, so that none can continue alone.
     """
 
     def __init__(self, writer: BackgroundWriter, stop: StopSignals, lockstep: bool) -> None:
@@ -88,7 +88,7 @@ class SketchWriter(BasePredictionWriter):
         prediction: tuple[int, Callable[[], Rows] | None],
         *_: Any,
     ) -> None:
-        """Hand one block to the store's writer behind the loop, unless it is another process's."""
+        """Pass one block to the background writer, unless it belongs to another process."""
         block, rows = prediction
         if rows is not None:
             self.writer.append(block, rows)
@@ -101,7 +101,7 @@ class SketchWriter(BasePredictionWriter):
         self.stop.between_blocks()
 
     def between_passes(self) -> None:
-        """Once a signal came, seal what is finished: this block may not be, in the time left."""
+        """After a signal, seal finished blocks, as this one may not finish in time."""
         if self.stop.received and not self.lockstep:
             self.writer.seal()
             self.stop.between_passes()
@@ -121,5 +121,5 @@ class SketchWriter(BasePredictionWriter):
         pl_module: lightning.LightningModule,
         exception: BaseException,
     ) -> None:
-        """Seal what is finished before the exception ends the process."""
+        """Seal finished blocks before the exception ends the process."""
         self.writer.close()

@@ -18,10 +18,10 @@ CASTS = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch
 
 
 def predict_trainer(**settings: Any) -> Trainer:
-    """Return a Lightning trainer fit for collecting: no inference mode, logger or checkpoints.
+    """Return a Lightning trainer for collecting: no inference mode, logger or checkpoints.
 
     Args:
-        settings: anything ``lightning.Trainer`` takes; wins over these defaults.
+        settings: arguments of ``lightning.Trainer``, which override these defaults.
     """
     fit = {
         "accelerator": "auto",

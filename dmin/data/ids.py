@@ -29,6 +29,6 @@ def facts_at(dataset: Dataset, index: int) -> Facts:
 
 
 def file_at(dataset: Dataset, index: int) -> Path | None:
-    """Return where an example's image is, if the dataset keeps each in a file of its own."""
+    """Return the file of an example's image, if it has one."""
     find = getattr(dataset, "file", None)
     return find(index) if callable(find) else None

@@ -259,7 +259,7 @@ def save_images(
     """Write images and ``metadata.jsonl`` so that :class:`ImageFolder` reads them back.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         images: ``[n, C, H, W]`` in [0, 1], written as 8-bit PNG; or clips ``[n, C, F, H, W]``, as
             WebP without loss.
         names: file names, ending in ``.png`` or ``.webp``.

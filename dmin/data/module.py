@@ -19,7 +19,7 @@ class Blocks(Sampler[list[int]]):
 
     Args:
         blocks: numbers of the blocks still to do.
-        block_size: examples a block (the last of the dataset may be shorter).
+        block_size: examples per block (the last of the dataset may be shorter).
         examples: number of examples in the dataset.
         rank: this process.
         world: number of processes.
@@ -64,7 +64,7 @@ class CollectData(lightning.LightningDataModule):
     Args:
         dataset: the examples.
         blocks: numbers of the blocks to do.
-        block_size: examples a block.
+        block_size: examples per block.
         workers: processes that load examples; 0 loads in the main one.
         even: give every process as many blocks, see :class:`Blocks`.
     """
@@ -112,7 +112,7 @@ class TrainData(lightning.LightningDataModule):
 
     Args:
         dataset: the examples.
-        batch_size: examples a step.
+        batch_size: examples per step.
         steps: how many batches to draw; each epoch is a fresh permutation.
         seed: key of the permutations.
         workers: processes that load examples.

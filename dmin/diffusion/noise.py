@@ -16,7 +16,7 @@ class Noise(ABC):
 
     Args:
         seed: part of the key. Stores are comparable only when made with the same one.
-        draws: draws a timestep, kept apart in the store.
+        draws: draws per timestep, kept apart in the store.
         antithetic: draw 2j+1 is minus draw 2j. What is odd in the noise then cancels in the sum
             over a pair (Hammersley & Morton 1956), at the price of half as many free draws.
 
@@ -82,7 +82,7 @@ class SharedNoise(Noise):
 
     Args:
         seed: part of the key.
-        draws: draws a timestep.
+        draws: draws per timestep.
         antithetic: draw 2j+1 is minus draw 2j.
         shapes: what examples of several shapes share. ``one``: there is one shape, and a second is
             refused. ``field``: one field of noise without end, of which each shape is the part

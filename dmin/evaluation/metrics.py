@@ -97,12 +97,12 @@ def _reciprocal_rank(counts: np.ndarray, right: np.ndarray) -> float:
 
 
 def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Return the mean of values, one a query, with its interval of 95 %.
+    """Return the mean of values, one for each query, with its interval of 95 %.
 
     Args:
         values: ``[queries]``.
         resamples: draws of that many queries with replacement.
-        seed: key of the draws.
+        seed: of the perturbations.
     """
     return interval(values.mean(), resampled_means(values, resamples, seed), len(values))
 

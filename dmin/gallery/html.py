@@ -62,7 +62,7 @@ def save_html(
         query_images: id of a query -> [C, H, W] in [0, 1], C of 1 or 3; of a clip [C, F, H, W],
             which is shown by its middle frame, and moves where it is opened.
         train_images: the same for training examples; asked once an id.
-        path: the HTML file to write; its folder is made if it is not there.
+        path: the HTML file to write; its folder is created if it does not exist.
         title: headline; by default it says what the page shows.
         notes: more to show in the head, such as `{"machine": "of the lab"}`.
         embed: pictures that may stand in the page itself. Where there are more, they are files in

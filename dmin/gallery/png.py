@@ -81,7 +81,7 @@ def save_png(
             other.
         query_images: id of a query -> [C, H, W] in [0, 1], C of 1 or 3.
         train_images: the same for training examples.
-        path: the PNG to write; its folder is made if it is not there.
+        path: the PNG to write; its folder is created if it does not exist.
         columns: training examples a row.
         max_queries: queries.
         title: headline; by default it says what the picture shows.

@@ -31,7 +31,7 @@ def save_sheet(
         images: [C, H, W] in [0, 1], C of 1 or 3; at least one.
         names: what stands below each, in the first line.
         figures: and in the second.
-        path: the PNG to write; its folder is made if it is not there.
+        path: the PNG to write; its folder is created if it does not exist.
         title: headline.
         columns: pictures a row.
 

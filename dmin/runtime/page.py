@@ -19,7 +19,7 @@ def write_page(own: Path, title: str, data: Any, path: str | Path) -> Path:
         own: the page's own style and script, without their suffixes `.css` and `.js`.
         title: of the page.
         data: JSON values, for the script; `colours` are those of the methods.
-        path: of the file to write; its folder is made if it is not there.
+        path: of the file to write; its folder is created if it does not exist.
 
     Returns:
         The path.

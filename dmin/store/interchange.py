@@ -27,7 +27,7 @@ class Arrays:
 
     Args:
         arrays: by the names that ``export`` gives; a foreign file has one.
-        ids: one a row, if there are any.
+        ids: one for each row, if there are any.
         metadata: likewise.
         manifest: of an exported store.
     """
@@ -77,7 +77,7 @@ def import_store(
         target: a new directory.
         sketch: of foreign sketches, any text that says how they were made; the stores of queries
             and of training examples must have the same.
-        ids: of foreign sketches, one a row; numbers if None.
+        ids: of foreign sketches, one for each row; numbers if None.
         dtype: of foreign sketches.
 
     Raises:

@@ -133,7 +133,7 @@ class Store(Shown):
 
     @cached_property
     def ids(self) -> list[str]:
-        """The example ids, one a row."""
+        """The example ids, one for each row."""
         all_ids = self._all_ids()
         ids = [all_ids[place] for place in self._place.tolist()]
         return require_distinct(ids, self.path)

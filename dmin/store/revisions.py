@@ -63,7 +63,7 @@ def renew_metadata(store: Store, entries: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         store: complete.
-        entries: one a row, JSON.
+        entries: one for each row, JSON.
 
     Raises:
         DminError: one is not JSON, or the file cannot be written.

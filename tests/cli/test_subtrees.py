@@ -58,7 +58,9 @@ def test_what_is_pointed_to_stays_and_what_nobody_knows():
     ],
 )
 def test_what_is_typed_for_another_command_is_refused(command, typed, known):
-    with pytest.raises(DminError, match=rf"is a setting of .*{known}.*, which `dmin {command}` does not"):
+    with pytest.raises(
+        DminError, match=rf"is a setting of .*{known}.*, which `dmin {command}` does not"
+    ):
         require_read(command, ["seed=1", typed])
 
 

@@ -76,7 +76,9 @@ def test_what_is_refused(collector, store, digits, ddpm):
     with pytest.raises(DminError, match=rf"has 1 examples .* such as '{store.ids[0]}'.* remove"):
         collect_more(collector, Examples(digits.examples[1:]), store.path)
     other = GradientCollector(ddpm, sketch=BlockCyclic(512), timesteps=Stratified(2))
-    with pytest.raises(DminError, match=r"cannot be extended by this .*features\.sketch\.dim: 512 here"):
+    with pytest.raises(
+        DminError, match=r"cannot be extended by this .*features\.sketch\.dim: 512 here"
+    ):
         collect_more(other, digits, store.path)
 
 

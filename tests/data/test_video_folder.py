@@ -200,9 +200,7 @@ def test_what_is_no_clip_is_refused_while_the_data_are_surveyed(tmp_path):
         data = VideoFolder(tmp_path / "cut", on_error="skip")
     assert data.ids == ["b.gif"] and said[0].category is DminWarning
     stills(tmp_path / "root", shades(2))
-    refused(
-        r"contains images, like a folder of frames.*data=image_folder", tmp_path / "root"
-    )
+    refused(r"contains images, like a folder of frames.*data=image_folder", tmp_path / "root")
 
 
 def test_videos_that_are_damaged_or_have_no_picture_are_refused(tmp_path):

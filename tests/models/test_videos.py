@@ -232,6 +232,8 @@ def test_processes_that_share_the_networks_do_not_share_out_their_timesteps():
         world_size = 2
 
     networks = GradientCollector(load("wan_2_2"), BlockCyclic(256), ALL).networks
-    with pytest.raises(DminError, match=r"trainer=fsdp: the model has two networks.*trainer=offload"):
+    with pytest.raises(
+        DminError, match=r"trainer=fsdp: the model has two networks.*trainer=offload"
+    ):
         LockstepPasses(Two(), 1, 4, networks)
     LockstepPasses(Two(), 1, 4, GradientCollector(load("wan"), BlockCyclic(256), ALL).networks)

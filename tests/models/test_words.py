@@ -162,7 +162,12 @@ ONES = torch.ones(16)
         (SD, "cat", {"<x>": ONES.int()}, r"int32.*no vectors"),
         (SD, "cat", {"<x>": ONES / 0}, "not finite"),
         (SD, "cat", {"bundle_emb.z.clip_l_out": ONES}, r"belongs to none of .* clip_l"),
-        (SD, "cat", {"clip_l": ONES, "clip_l_out": ONES + 1}, r"cat\.clip_l_out belongs to none of"),
+        (
+            SD,
+            "cat",
+            {"clip_l": ONES, "clip_l_out": ONES + 1},
+            r"cat\.clip_l_out belongs to none of",
+        ),
         ("stable_diffusion_3", "cat", {"clip_l": torch.ones(2, 16)}, "supports one for each"),
         ("flux", "cat", {"clip_g": torch.ones(1, 24)}, "but this model's encoders have"),
     ],

@@ -29,7 +29,7 @@ class Curvature:
     Attributes:
         values: float64 ``[B, r]``, leading eigenvalues, descending.
         vectors: float32 ``[B, r, m]``, their orthonormal eigenvectors.
-        rest: float64 ``[B]``, what each other eigenvalue is taken for: their mean.
+        rest: float64 ``[B]``, the value used for all other eigenvalues: their mean.
         trace: float64 ``[B]``, of C, exact.
         support: min(n, m), how many eigenvalues can differ from zero.
     """
@@ -42,7 +42,7 @@ class Curvature:
 
     @property
     def mean_eigenvalue(self) -> Tensor:
-        """The mean over the support, ``[B]``: a measure that does not grow with the sketch."""
+        """The mean over the support, ``[B]``: independent of the sketch's size."""
         return self.trace / self.support
 
     @property
@@ -52,11 +52,11 @@ class Curvature:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes, nearly all of them for the eigenvectors."""
+        """Bytes of memory, nearly all for the eigenvectors."""
         return self.values.nbytes + self.vectors.nbytes
 
     def effective_dimension(self, damping: Tensor) -> Tensor:
-        """Return ``tr C (C + λ)^{−1}``, how many directions the damping leaves alive.
+        """Return ``tr C (C + λ)^{−1}``, the number of directions that are not damped away.
 
         Args:
             damping: λ, ``[B]``.
@@ -68,10 +68,10 @@ class Curvature:
         return (self.values / (self.values + damping[:, None])).sum(1) + rest
 
     def damping_for(self, dimension: float) -> Tensor:
-        """Return the λ at which :meth:`effective_dimension` is as asked, by bisection of log λ.
+        """Return the λ of a given :meth:`effective_dimension`, by bisection of log λ.
 
         Args:
-            dimension: wanted of each; half of the directions with any energy where that is less.
+            dimension: the value; at most half of the directions with any energy.
 
         Returns:
             float64 ``[B]``; 1 where there is no energy at all.
@@ -106,13 +106,13 @@ class Curvature:
             rows: ``[n, B, m]``.
             damping: λ, ``[B]``.
             p: any real number; −1 with λ = 0 is the product with C itself.
-            coordinates: of these rows, where they are known: half of the work.
+            coordinates: of these rows, if known, which saves half of the work.
 
         Returns:
             ``[n, B, m]``, of the dtype of the rows.
 
         Raises:
-            DminError: a negative power of zero, where λ and the rest are both 0.
+            DminError: a negative power of zero: λ and the rest are both 0.
         """
         leading, other = self._factors(damping, p)
         out = torch.empty_like(rows)
@@ -166,21 +166,21 @@ def fit_curvature(
 ) -> Curvature:
     """Eigendecompose ``C_b = (1/n) Σ_i φ_ib φ_ibᵀ`` for B kinds of rows at once.
 
-    Exact while it fits the memory: from C where n > m, in one pass; else from the rows' inner
-    products, its dual. Otherwise a randomised Nyström approximation, as many directions as fit
-    (Tropp et al. 2017, "Fixed-rank approximation of a positive-semidefinite matrix from streaming
-    data"); more than one pass is subspace iteration, which it needs where the spectrum is flat.
+    Exact while it fits into memory: from C if n > m, in one pass; else from its dual, the inner
+    products of the rows. Otherwise a randomised Nyström approximation with as many directions as
+    fit (Tropp et al. 2017, "Fixed-rank approximation of a positive-semidefinite matrix from
+    streaming data"); more than one pass is subspace iteration, needed for flat spectra.
 
     Args:
         stream: starts a pass over the rows.
         shape: (n, B, m) of all rows together.
-        rank: directions kept at most; None for all there are.
-        memory: bytes that fitting may take, beside the blocks of the stream.
-        passes: over the rows, of the randomised way.
+        rank: directions kept at most; None for all.
+        memory: bytes that fitting may take, besides the blocks of the stream.
+        passes: over the rows, of the randomised approximation.
         seed: key of the random basis.
 
     Raises:
-        DminError: rank, memory or passes are out of range.
+        DminError: rank, memory or passes is out of range.
     """
     n, count, m = shape
     support = min(n, m)
@@ -212,7 +212,7 @@ def fit_curvature(
 
 
 def _span(values: Tensor, form: str) -> str:
-    """Return the least and the largest value in words, once where they read the same."""
+    """Describe the smallest and the largest value, once if they read the same."""
     least, most = f"{float(values.min()):{form}}", f"{float(values.max()):{form}}"
     return least if least == most else f"{least} to {most}"
 

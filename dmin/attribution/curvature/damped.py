@@ -22,20 +22,20 @@ class DampedCurvatureMethod(Method):
     """A method with a curvature C and a damping λ, given in one of two ways.
 
     ``λ = α · mean eigenvalue of C``, or λ such that ``tr C (C + λ)^{−1} = d``, the effective
-    dimension: how many directions of C stand out of the damping. An α that suits one model is far
-    too much or too little for the next, whose eigenvalues fall otherwise; d carries over
+    dimension: the number of directions of C above the damping. A good α for one model is
+    far too large or too small for another with a different spectrum; d transfers
     (experiments/sharp_energy).
 
     Args:
         alpha: α, in units of the mean eigenvalue over C's support; None to give d instead.
         rank: directions of the curvature kept at most; None for all that fit the memory.
         memory: bytes that fitting may take.
-        passes: over the store, where the curvature does not fit the memory.
-        effective: d, of each timestep's curvature; half of all directions where there are fewer
-            than twice as many. None to give α instead.
+        passes: over the store, if the curvature does not fit into memory.
+        effective: d, of each timestep's curvature; at most half of
+            all directions. None to give α instead.
 
     Raises:
-        DminError: not one of α and d is given, or it is not positive.
+        DminError: neither or both of α and d are given, or the value is not positive.
     """
 
     alpha: float | None = 0.1
@@ -46,14 +46,14 @@ class DampedCurvatureMethod(Method):
     effective: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a damping that is none, or two."""
+        """Check the damping."""
         require_damping(self.alpha, self.effective)
         self._curvature: Curvature | None = None
         self.known: dict[tuple[str, ...], Tensor] | None = None
 
     @property
     def curvature(self) -> Curvature:
-        """What :meth:`fit` found."""
+        """The curvature fitted by :meth:`fit`."""
         if self._curvature is None:
             raise RuntimeError("call method.fit(train) first")
         return self._curvature
@@ -70,7 +70,7 @@ class DampedCurvatureMethod(Method):
 
     @property
     def mean_alpha(self) -> float:
-        """The damping in mean eigenvalues, α where it is given, else its mean over log λ."""
+        """The damping in units of the mean eigenvalue: α if given, else the mean over log λ."""
         mean = self.curvature.mean_eigenvalue
         return float((self.damping / mean)[mean > 0].log().mean().exp())
 
@@ -81,13 +81,13 @@ class DampedCurvatureMethod(Method):
         shape: tuple[int, int, int],
         what: str,
     ) -> None:
-        """Fit the curvature to the training rows, and log what it is like.
+        """Fit the curvature to the training rows, and log a description.
 
         Args:
-            train: the training side, which keeps it for other methods of the same rows.
+            train: the training examples; they cache the fit for other methods of the same rows.
             rows: makes ``[n, B, m]`` of a block.
             shape: of all rows together.
-            what: names these rows, of this side and this method's readouts.
+            what: a name for these rows of this method's readouts.
         """
         # A block stands there several times over: as it is read, arranged, and widened.
         row = 4 * int(np.prod(train.store.layout.row_shape))
@@ -108,7 +108,7 @@ class DampedCurvatureMethod(Method):
     def power(self, rows: Tensor, p: float, ids: Sequence[str]) -> Tensor:
         """Return ``(C + λ)^{−p} v`` of each row of some queries, ``[n, B, m]``.
 
-        While a path of λ and p is walked, ``known`` keeps their coordinates, by their ids.
+        ``known`` caches their coordinates, by id, when several λ and p are tried.
         """
         if self.known is None:
             return self.curvature.power(rows, self.damping, p)
@@ -123,7 +123,7 @@ class DampedCurvatureMethod(Method):
 
 
 def require_damping(alpha: float | None, effective: float | None) -> None:
-    """Raise DminError unless one of the two decides the damping."""
+    """Raise DminError unless exactly one of the two sets the damping."""
     if (alpha is None) == (effective is None):
         raise DminError(
             f"method.alpha={alpha}, method.effective={effective}: exactly one of the two sets "

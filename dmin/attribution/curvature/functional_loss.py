@@ -26,16 +26,16 @@ Weights = dict[str, Tensor]
 class FunctionalLoss:
     """The loss ``L(θ; x, ε_t, t)`` at the points (draw, timestep) of a store, and its gradients.
 
-    Everything is computed in the precision of the model's weights, where they are. The model is
+    Everything is computed in the precision and on the device of the model's weights. The model is
     not changed.
 
     Args:
-        origin: what the store was made with.
+        origin: the collector that made the store.
         timesteps: some of the store's; None for all.
-        known: examples whose encodings collecting may have kept, so that they are not made again.
+        known: examples whose encodings may be cached, and are then not computed again.
 
     Raises:
-        DminError: a timestep is none of the store's.
+        DminError: a timestep is not in the store.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class FunctionalLoss:
         self._prediction = _Call(origin.model)
 
     def pairs(self, examples: Sequence[Example], counts: Tensor | None = None) -> NoisedBatch:
-        """Return every example at every point, an example's points together.
+        """Return every example at every point; the points of an example are consecutive.
 
         Args:
             examples: the examples.
@@ -85,7 +85,7 @@ class FunctionalLoss:
         return found
 
     def _encoded(self, batch: dict[str, Any], like: Tensor) -> tuple[Tensor, Condition]:
-        """Return encodings as they were kept, or from the model."""
+        """Return encodings from the cache, or from the model."""
         if self.known is not None:
             store, root = self.known.store, self.known.encodings
             kept = self.origin.cached_encodings(store, batch["id"], root)
@@ -96,7 +96,7 @@ class FunctionalLoss:
             return encode(self.model, _as(like, batch))
 
     def predict(self, weights: Mapping[str, Tensor], pairs: NoisedBatch) -> Prediction:
-        """Return what the model with other weights predicts; differentiable in them."""
+        """Return the prediction of the model with other weights; differentiable in them."""
         named = {f"model.network.{name}": value for name, value in weights.items()}
         # Only the plain form of attention has derivatives of every kind.
         with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
@@ -123,8 +123,8 @@ class FunctionalLoss:
     def along(self, function: Callable[[Weights], Any], direction: Weights) -> Any:
         """Return the derivative of a function of the weights along a direction.
 
-        Forward, or where an operation of the model has no forward derivative, by transposing the
-        reverse one: as exact, and slower.
+        In forward mode, or, if an operation has no forward derivative, by transposing the reverse
+        derivative, which is equally exact but slower.
         """
         if self.forward:
             try:
@@ -140,7 +140,7 @@ class FunctionalLoss:
         return transposed(direction)[0]
 
     def flat(self, values: Mapping[str, Tensor | None]) -> Tensor:
-        """Return values of all attributed parameters as one vector ``[P]``; none are zeros."""
+        """Return values of all attributed parameters as a vector ``[P]``; missing ones are zero."""
         parts = [
             w.new_zeros(w.numel()) if (value := values[name]) is None else value.reshape(-1)
             for name, w in self.weights.items()
@@ -157,7 +157,7 @@ class FunctionalLoss:
 
 
 def _as(like: Tensor, batch: dict[str, Any]) -> dict[str, Any]:
-    """Return a batch, and its draws, with images of the type and at the place of a tensor."""
+    """Return a batch, and its draws, with the dtype and device of a tensor."""
     drawn = {"drawn": [_as(like, each) for each in batch["drawn"]]} if "drawn" in batch else {}
     return {**batch, "image": batch["image"].to(like), **drawn}
 
@@ -169,7 +169,7 @@ def reverse(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[Any
 
 
 class _Call(nn.Module):
-    """A model's prediction as a module's call, which is what torch can call with other weights."""
+    """A model's prediction as a module's forward, which torch can call with other weights."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -30,8 +30,8 @@ class LossCurvature:
 
     ``H = (1/n) Σ_i r_i Σ_{d,t} ∇²_θ L(θ; x_i, ε_{d,t}, t)``
 
-    or its generalised Gauss–Newton part ``Σ Jᵀ (2w/P) J``, J the Jacobian of the P numbers
-    predicted: positive semi-definite, and for a squared error equal to the Fisher matrix of targets
+    or its generalised Gauss–Newton part ``Σ Jᵀ (2w/P) J``, J the Jacobian of the P predicted
+    numbers: positive semi-definite, and for a squared error equal to the Fisher matrix of targets
     drawn from the model (Martens 2020, arXiv 1412.1193). Products are forward-over-reverse
     (Pearlmutter 1994): one costs about two gradients of the examples, and no matrix is formed.
 
@@ -88,8 +88,8 @@ class LossCurvature:
     ) -> Eigenpairs:
         """Return the eigenpairs of largest magnitude by Lanczos iteration (SciPy's ARPACK).
 
-        An eigenvalue that occurs many times, as those of a last layer under a squared error do, may
-        be found fewer times.
+        A multiple eigenvalue, as the last layer has under a squared error, may be
+        found fewer times.
 
         Args:
             count: how many, less than P.

@@ -51,17 +51,17 @@ class KroneckerCurvature:
     """The GGN of a training loss, layer by layer: EK-FAC (George et al. 2018, arXiv 1806.03884).
 
     For a layer with inputs a and output gradients d the block is ``Σ (d dᵀ) ⊗ Σ (a aᵀ)`` in its
-    eigenvectors, and in them the exact second moments of the examples' gradients instead of the
-    products of eigenvalues. Output gradients are those of targets drawn from the model, not of the
-    data: then the second moment is the GGN's and not the empirical Fisher matrix's. Of a loss
-    ``w/P ‖f − y‖²`` that is ``√(2w/P) ξ`` with ξ standard normal.
+    eigenbasis, with the exact second moments of the examples' gradients in place of the products of
+    eigenvalues. Output gradients are those of targets drawn from the model, not of the data, so
+    that the second moment is that of the GGN and not of the empirical Fisher matrix. For a loss
+    ``w/P ‖f − y‖²`` they are ``√(2w/P) ξ`` with ξ standard normal.
 
     ``Linear``, ``Conv1d`` and ``Conv2d`` of one group have such blocks, with their biases; other
     parameters are diagonal, as :attr:`blocks` shows.
 
     Args:
         loss: of the model.
-        parameters: that are attributed.
+        parameters: the attributed ones.
         diagonal: give every parameter a diagonal only.
     """
 
@@ -75,11 +75,11 @@ class KroneckerCurvature:
 
     @property
     def diagonal(self) -> list[str]:
-        """Names of the parameters that only have a diagonal."""
+        """Names of the parameters with a diagonal block only."""
         return [name for name, block in self.blocks.items() if block.left is None]
 
     def fit(self, pairs: NoisedBatch, examples: float, samples: int, batch: int, seed: int) -> None:
-        """Look at the examples twice: for the eigenvectors, then for the eigenvalues.
+        """Pass over the examples twice: for the eigenvectors, then for the eigenvalues.
 
         Args:
             pairs: examples at all points, each as often as it counts.
@@ -128,7 +128,7 @@ class KroneckerCurvature:
     def _passes(
         self, sink: _Moments | _Squares, pairs: NoisedBatch, samples: int, batch: int, seed: int
     ) -> Iterable[None]:
-        """Backpropagate the drawn output gradients; the sink sees the factors."""
+        """Backpropagate the drawn output gradients; the sink receives the factors."""
         generator = torch.Generator().manual_seed(seed)
         model, ownership = self.loss.model, Ownership(complete=True)  # sinks add up: none twice
         for piece in pairs.split(batch):
@@ -153,10 +153,11 @@ class KroneckerCurvature:
 
 
 class _Sum:
-    """A sink of sums over all passes: a pass leaves nothing of its own.
+    """A sink that sums over all passes, without state of a single pass.
 
     Attributes:
-        count: how often each example of a pass counts, ``[batch]``; output gradients have its root.
+        count: how often each example of a pass counts, ``[batch]``; output gradients are scaled by
+            its square root.
     """
 
     count: Tensor
@@ -172,14 +173,14 @@ class _Sum:
 
 
 class _Moments(_Sum):
-    """Adds up the second moments of inputs and output gradients of each layer."""
+    """Sums the second moments of inputs and output gradients of each layer."""
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
         self.found: dict[str, tuple[Tensor, Tensor, str | None]] = {}
 
     def add(self, state: None, name: str, factors: GradientFactors) -> None:
-        """Add a weight's factors; parameters without a product of two have none."""
+        """Add a weight's factors; other parameters are skipped."""
         pair = _factors(factors)
         if pair is None:
             return
@@ -196,14 +197,14 @@ class _Moments(_Sum):
 
 
 class _Squares(_Sum):
-    """Adds up the squares of every example's gradients, along each block's basis."""
+    """Sums the squares of every example's gradients in each block's basis."""
 
     def __init__(self, parameters: Parameters, blocks: Mapping[str, Block]) -> None:
         super().__init__(parameters)
         self.blocks = blocks
 
     def add(self, state: None, name: str, factors: GradientFactors) -> None:
-        """Add the squares; a bias has its place in its weight's block."""
+        """Add the squares; a bias is part of its weight's block."""
         block = self.blocks.get(name)
         if block is None:
             return
@@ -253,11 +254,11 @@ def _factors(factors: GradientFactors) -> tuple[Tensor, Tensor] | None:
 
 
 def _two(sizes: tuple[int, ...], high: int) -> tuple[int, int]:
-    """Return a setting of a convolution for images, of one for signals with its height."""
+    """Return a convolution's setting for images; for signals, with a height of one added."""
     return (high, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
 def _joined(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return a layer's gradients ``[n, out, in]``, its bias as the last input."""
+    """Return a layer's gradients ``[n, out, in]``, with the bias as the last input."""
     matrix = weight.flatten(2) if weight.ndim > 2 else weight
     return matrix if bias is None else torch.cat([matrix, bias.to(matrix)[..., None]], -1)

@@ -17,10 +17,10 @@ from dmin.store import Layout, Store
 
 
 def places_of(timesteps: Sequence[float], known: Sequence[float]) -> list[int]:
-    """Return where timesteps are among those of a store, in its order.
+    """Return the indices of timesteps among those of a store, in its order.
 
     Raises:
-        DminError: one is not, or is named twice, or none is named.
+        DminError: one is missing or given twice, or the list is empty.
     """
     found = [np.flatnonzero(np.isclose(known, t, rtol=1e-4, atol=0)).tolist() for t in timesteps]
     odd = [t for t, places in zip(timesteps, found, strict=True) if len(places) != 1]
@@ -62,13 +62,13 @@ class AtTimesteps(Method):
         vars(self).update(check=method.check, notes=method.notes)  # are those of the method
 
     def fit(self, train: FeatureSet) -> None:
-        """Fit the method to the examples as they are at these timesteps."""
+        """Fit the method to the examples at these timesteps."""
         self._all = len(train.store.layout.timesteps)
         self._kept = places_of(self.timesteps, train.store.layout.timesteps)
         self.method.fit(_side_at(train, self._kept))
 
     def transform_query(self, queries: ExampleBlock) -> Any:
-        """Return what the method makes of the queries as they are at these timesteps."""
+        """Prepare the queries at these timesteps."""
         found = self.method.transform_query(self._at(queries))
         if not isinstance(found, InnerProduct):
             return found
@@ -81,7 +81,7 @@ class AtTimesteps(Method):
         return self.method.score(queries, self._at(train))
 
     def contributions(self, queries: Any, train: ExampleBlock) -> Tensor | None:
-        """Return what groups add at all timesteps, ``[Q, n, T, G]``, nought at the others."""
+        """Return what groups add at all timesteps, ``[Q, n, T, G]``, zero at the others."""
         if isinstance(queries, InnerProduct):
             return queries.contributions(train)
         found = self.method.contributions(queries, self._at(train))
@@ -92,7 +92,7 @@ class AtTimesteps(Method):
         return self.method.limit(queries, sign)
 
     def _at(self, block: ExampleBlock) -> ExampleBlock:
-        """Return examples as they are at these timesteps."""
+        """Return examples at these timesteps."""
         kept = self._kept
         return replace(
             block,
@@ -103,13 +103,13 @@ class AtTimesteps(Method):
         )
 
     def _whole(self, values: Tensor, axis: int) -> Tensor:
-        """Return values at these timesteps with noughts at the store's others."""
+        """Return values at these timesteps, zero at the store's other timesteps."""
         shape = [*values.shape[:axis], self._all, *values.shape[axis + 1 :]]
         return values.new_zeros(shape).index_copy(axis, torch.tensor(self._kept), values)
 
 
 def _side_at(side: FeatureSet, kept: list[int]) -> FeatureSet:
-    """Return training examples as they would be in stores of some timesteps."""
+    """Return training examples restricted to some timesteps."""
     origin: Any = copy.copy(side.origin)
     if origin is not None:
         origin.timesteps = tuple(origin.timesteps[place] for place in kept)
@@ -124,7 +124,7 @@ def _side_at(side: FeatureSet, kept: list[int]) -> FeatureSet:
 
 
 class _StoreAt(Store):
-    """What methods read of a store when they are fitted, at some of its timesteps."""
+    """The part of a store that methods are fitted to, at some of its timesteps."""
 
     def __init__(self, store: Store, kept: list[int]) -> None:
         vars(self).update(vars(store))

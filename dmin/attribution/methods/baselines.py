@@ -10,7 +10,7 @@ from dmin.attribution.method import Method
 
 
 class Random(Method):
-    """A score drawn for each pair of ids, uniform on [0, 1): what knowing nothing achieves.
+    """A random score for each pair of ids, uniform on [0, 1): the level of chance.
 
     Args:
         seed: key of the draw.
@@ -23,7 +23,7 @@ class Random(Method):
         self.seed = seed
 
     def score(self, queries: ExampleBlock, train: ExampleBlock) -> Tensor:
-        """Return ``[Q, n]``, the same for a pair of ids however the examples are cut."""
+        """Return ``[Q, n]``, which depends only on the pairs of ids."""
         return torch.tensor([[self._draw(q, i) for i in train.ids] for q in queries.ids])
 
     def limit(self, queries: ExampleBlock, sign: int = 1) -> Tensor:
@@ -36,13 +36,13 @@ class Random(Method):
 
 
 class TrainingLoss(Method):
-    """How badly the model does on an example: the same score for every query.
+    """The training loss of an example: the same score for every query.
 
     ``I(q, i) = Σ_t L_t(i) / mean_j L_t(j)``, averaged over noise draws
 
-    The squared error that `das` multiplies its kernel by, without the kernel. What is rare is
-    learned badly, so this alone finds most of a rare source: a method that is asked for it must
-    do better, and must not name the same examples to everybody.
+    This is the squared error in `das`, without its kernel. Rare examples are learned
+    badly, so the loss alone finds most of a rare source: a useful method must do
+    better, and not return the same examples for every query.
     """
 
     name = "training_loss"

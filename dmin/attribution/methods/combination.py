@@ -16,7 +16,7 @@ from dmin.runtime.sampling import evenly
 
 
 class PreparedQuery(NamedTuple):
-    """What each part made of the queries, and what its scores are multiplied by."""
+    """The prepared queries of each part, and the weights of its scores."""
 
     queries: list[Any]
     weights: list[Tensor]  # [Q], or [1] where all queries have the same
@@ -36,14 +36,14 @@ class Combination(Method):
     @property
     @abstractmethod
     def titles(self) -> Sequence[str]:
-        """What the parts are called in notes."""
+        """Names of the parts in notes."""
 
     @abstractmethod
     def weights(self, queries: list[Any]) -> list[Tensor]:
         """Return each part's weights, ``[Q]`` or ``[1]``, of its prepared queries."""
 
     def blocks(self, block: ExampleBlock) -> Sequence[ExampleBlock]:
-        """Return what each part reads."""
+        """Return the block for each part."""
         return [block] * len(self.methods)
 
     def notes(self) -> dict[str, str]:
@@ -52,7 +52,7 @@ class Combination(Method):
         return {f"{what} of {title}": n for title, notes in found for what, n in notes.items()}
 
     def transform_query(self, queries: ExampleBlock) -> PreparedQuery:
-        """Return what each part makes of the queries, and its weights."""
+        """Prepare the queries for each part, with its weights."""
         parts = zip(self.methods, self.blocks(queries), strict=True)
         prepared = [method.transform_query(block) for method, block in parts]
         return PreparedQuery(prepared, self.weights(prepared))
@@ -63,7 +63,7 @@ class Combination(Method):
         return torch.stack([w[:, None] * m.score(q, block) for m, q, w, block in parts]).sum(0)
 
     def limit(self, queries: PreparedQuery, sign: int = 1) -> Tensor | None:
-        """Return the sum of the parts' limits, if each has one."""
+        """Return the sum of the parts' limits, if all have one."""
         found = []
         for method, prepared, weight in zip(self.methods, *queries, strict=True):
             limit = method.limit(prepared, sign)
@@ -73,7 +73,7 @@ class Combination(Method):
         return torch.stack(found).sum(0)
 
     def contributions(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor | None:
-        """Return what groups add at timesteps, ``[Q, n, T, G]``, if every part can say."""
+        """Return what groups add at timesteps, ``[Q, n, T, G]``, if every part has it."""
         found = []
         for m, q, weight, block in zip(self.methods, *queries, self.blocks(train), strict=True):
             part = m.contributions(q, block)
@@ -90,24 +90,24 @@ class Blend(Combination):
 
     ``I(q, i) = I_first(q, i) / s_first(q) + share · I_second(q, i) / s_second(q)``
 
-    with s the standard deviation over training examples (of at most ``sample``, evenly spaced). A
-    part whose scores are all the same adds nothing.
-    As shipped both are `sharp_energy`: the first squared, of directions alone, the second as it is,
-    with lengths. Two ground truths look at two ends of a list. LDS adds scores up, so the few
-    largest decide it; a search for a source reads the order of the many. A first part with few
-    large scores and a second, broad one serve both (experiments/lds), from DMin's own store and
-    one fit. Scores are in units of their own query's: they rank examples for a query, and say
-    nothing of one query beside another, or of examples' influence on themselves.
+    with s the standard deviation over training examples (at most ``sample``, evenly spaced). A
+    part with constant scores adds nothing. By default
+    both are `sharp_energy`: the first with a square and only directions, the second with
+    norms. Ground truths depend on different parts of a ranking: LDS sums scores, so the few largest
+    decide it; a search for a source depends on the order of many. A first part with
+    few large scores and a second, broader one serve both (experiments/lds), from DMin's own
+    store and one fit. Scores are in units of each query: they rank examples for one
+    query, but cannot be compared between queries, nor used as self-influence.
 
     Args:
         first: one method.
         second: another.
-        share: of the second, in units of spreads.
-        sample: training examples that s is estimated from; what they need is kept in memory.
+        share: weight of the second, in units of standard deviations.
+        sample: training examples that s is estimated from, kept in memory.
 
     Raises:
-        DminError: the share is no number, the sample has fewer than two, or both methods average
-            over checkpoints, but not the same.
+        DminError: the share is not a number, the sample has fewer than two, or both methods average
+            over checkpoints, but over different ones.
     """
 
     name = "blend"
@@ -156,7 +156,7 @@ class Blend(Combination):
         self._sample = train.block(evenly(len(train), self.sample), self.requires)
 
     def weights(self, queries: list[Any]) -> list[Tensor]:
-        """Return each method's share in units of its spread."""
+        """Return each method's weight divided by its standard deviation."""
         found = []
         for method, share, each in zip(self.methods, self.shares, queries, strict=True):
             spread = method.score(each, self._sample).double().std(1, correction=0)

@@ -12,17 +12,17 @@ from dmin.attribution.inner_product import scaled_rows
 
 @dataclass(eq=False, repr=False)
 class DAS(DampedCurvatureMethod):
-    """How much leaving an example out would change the output for the query, squared.
+    """The squared change of the query's output if an example were left out.
 
     ``I(q, i) = Σ_t [ f̂_t(q)ᵀ (n C_t + nλ_t)^{−1} f̂_t(i) · e_t(i) / (1 − h_t(i)) ]²``
 
     with f̂ the unit gradient of the mean output, ``e_t(i)`` the example's error (root of its loss,
     over the mean at that timestep) and ``h_t(i) = f̂ᵀ(nC_t + nλ_t)^{−1} f̂`` its leverage: one
     Newton step of leave-one-out (Lin et al. 2025, "Diffusion Attribution Score", arXiv 2410.18639).
-    Scores are not negative: they say how much, not in which direction. Draws are averaged.
+    Scores are not negative: they have no direction. Draws are averaged.
 
     Args:
-        alpha: as :class:`DampedCurvatureMethod`, as are the others.
+        alpha: see :class:`DampedCurvatureMethod`, also for the others.
         leverage: divide by 1 − h.
         rank: of the curvature.
         memory: bytes that fitting may take.

@@ -17,12 +17,12 @@ class DataInf(DampedCurvatureMethod, InnerProductMethod):
 
     with ``λ_l = α · mean(g_l²)`` over examples and the entries of the sketch, ``g = Σ_t g_t``, and
     each inverse by Sherman and Morrison: ``(1 − g gᵀ/(λ + ‖g‖²)) / λ`` (Kwon et al. 2024, arXiv
-    2310.00902, α = 0.1). The sum over j is a matrix like a curvature, and is kept as one.
-    A store of one group has the whole model for its only layer.
+    2310.00902, α = 0.1). The sum over j is stored like a curvature. For a store
+    of one group the whole model is a single layer.
 
     Args:
         alpha: α, in units of the mean square of an entry.
-        rank: as :class:`DampedCurvatureMethod`, as are the next two.
+        rank: see :class:`DampedCurvatureMethod`, also for the next two.
         memory: bytes that fitting may take.
         passes: over the store.
 

@@ -17,15 +17,15 @@ class DMin(InnerProductMethod):
     ``I(q, i) = Σ_t w_t ⟨ĝ_t(q), ĝ_t(i)⟩``, ĝ the unit gradient, averaged over noise draws
 
     (Lin, Lao & Zhao, arXiv 2412.08637). Sketches of unit gradients are re-normalised
-    to unit length first, which the paper omits: it brings the variance of a cosine ρ from
+    to unit length first, which the paper omits: it reduces the variance of a cosine ρ from
     ``(1 + ρ²)/k`` to ``(1 − ρ²)²/k`` (Li & Li, OPORP, arXiv
     2302.03505).
 
     Args:
-        weights: w_t, one a timestep, or None for all 1.
-        renormalise: False leaves the sketches as the paper has them.
-        keep_norms: gradients as long as they are instead of unit ones: the paper's row "w/o
-            normalization", ``dmin_unnormalised`` by its name here.
+        weights: w_t, one for each timestep, or None for 1.
+        renormalise: False leaves the sketches unnormalised, as in the paper.
+        keep_norms: gradients with their norms instead of unit gradients: the paper's row
+            "w/o normalization", here named ``dmin_unnormalised``.
     """
 
     name: str = "dmin"
@@ -56,7 +56,7 @@ def weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
     """Return rows ``[n, D, T, G, k]`` times the weights of their timesteps.
 
     Raises:
-        DminError: another number of weights than of timesteps.
+        DminError: the number of weights is not that of the timesteps.
     """
     if weights is None:
         return rows

@@ -17,7 +17,7 @@ from dmin.runtime.sampling import evenly
 
 
 class KroneckerMethod(Method):
-    """A method that preconditions queries by the GGN of each layer, in full.
+    """A method that preconditions the full gradients of queries by the GGN of each layer.
 
     F of :class:`~dmin.attribution.curvature.kronecker.KroneckerCurvature`; fitting takes two passes
     over the training examples.
@@ -56,7 +56,7 @@ class KroneckerMethod(Method):
         self.seed = seed
 
     def fit(self, train: FeatureSet) -> None:
-        """Find the layers' eigenvectors and eigenvalues."""
+        """Compute the layers' eigenvectors and eigenvalues."""
         assert train.origin is not None  # check_pair asks
         self.loss: FunctionalLoss = FunctionalLoss(train.origin, known=train)
         ids = train.store.ids
@@ -70,7 +70,7 @@ class KroneckerMethod(Method):
         self.curvature.fit(pairs, total, self.samples, self.batch_size, self.seed)
 
     def notes(self) -> dict[str, str]:
-        """Name the parameters that have only a diagonal."""
+        """List the parameters with a diagonal block only."""
         few, blocks = self.curvature.diagonal, self.curvature.blocks
         names = ", ".join(few[:6]) + (" …" if len(few) > 6 else "")
         return {
@@ -90,7 +90,7 @@ class EKFAC(KroneckerMethod, InnerProductMethod):
     ``I(q, i) = ⟨S (F + λ)^{−1} g(q), S g(i)⟩ ,   g = Σ_{d,t} g_{d,t}``
 
     (Grosse et al. 2023, arXiv 2308.03296; Mlodozeniec et al. 2025 for diffusion, arXiv 2410.13850);
-    the query's gradient is preconditioned in full, then sketched. Settings are those of
+    the full gradient of the query is preconditioned, then sketched. Settings are those of
     :class:`KroneckerMethod`.
     """
 
@@ -98,7 +98,7 @@ class EKFAC(KroneckerMethod, InnerProductMethod):
     requires: Requires = Requires(model=True)
 
     def fit(self, train: FeatureSet) -> None:
-        """Find the layers' eigenvectors and eigenvalues."""
+        """Compute the layers' eigenvectors and eigenvalues."""
         super().fit(train)
         assert train.origin is not None  # check_pair asks
         self.sketch = train.origin.sketch
@@ -109,19 +109,19 @@ class EKFAC(KroneckerMethod, InnerProductMethod):
 
 
 class Unlearning(KroneckerMethod):
-    """Attribution by unlearning: forget the query in one step, see which examples are forgotten.
+    """Attribution by unlearning: unlearn the query in one step and measure each example's loss.
 
     ``I(q, i) = L(i; θ + η (F + λ)^{−1} g(q)) − L(i; θ)``
 
     the loss averaged over draws and timesteps (Wang et al. 2024, "Data Attribution for
-    Text-to-Image Models by Unlearning Synthesized Images", arXiv 2406.09408). For small models: a
-    copy of the weights stands in memory for each query, and every training example is run through
-    each. The store's rows are not read.
+    Text-to-Image Models by Unlearning Synthesized Images", arXiv 2406.09408). For small models:
+    each query needs a copy of the weights in memory, and every training example is run through each
+    copy. The store's rows are not read.
 
     Args:
-        step: how far the weights move, ``‖Δθ‖ / ‖θ‖``; η follows.
+        step: size of the step, ``‖Δθ‖ / ‖θ‖``, which determines η.
         fisher: ``ekfac``, or ``diagonal`` as in the paper.
-        damping: as :class:`KroneckerMethod`, as are the others.
+        damping: see :class:`KroneckerMethod`, also for the others.
         samples: targets drawn.
         examples: that F is averaged over.
         batch_size: pairs in one pass.

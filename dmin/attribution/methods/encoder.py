@@ -16,7 +16,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class EncoderCosine(CosineMethod):
-    """Cosine of image embeddings, ``cos(f(x_q), f(x_i))``: what looks or means the same.
+    """Cosine of image embeddings, ``cos(f(x_q), f(x_i))``: visual or semantic similarity.
 
     f is any image encoder that transformers' ``AutoModel`` loads: the projected image features of a
     model that has them (CLIP, Radford et al. 2021; SigLIP), else the pooled output, else the first
@@ -24,12 +24,12 @@ class EncoderCosine(CosineMethod):
     as its ``preprocessor_config.json`` says. Nothing is downloaded.
 
     Args:
-        path: folder of the encoder, as ``save_pretrained`` or a snapshot of the Hub leaves it.
+        path: folder of the encoder, as written by ``save_pretrained`` or in a snapshot of the Hub.
         batch_size: images in one pass.
-        device: where it runs.
+        device: that it runs on.
 
     Raises:
-        DminError: no images in a pass.
+        DminError: the batch size is below one.
     """
 
     name = "encoder"
@@ -115,7 +115,7 @@ def _features(model: Any, pixels: Tensor) -> Tensor:
 
 
 def _size(known: dict[str, Any]) -> tuple[int, int] | None:
-    """Return the height and width that a preprocessor leaves, if it says so."""
+    """Return the height and width that a preprocessor produces, if known."""
     crop = known.get("crop_size") if known.get("do_center_crop") else None
     size = crop or known.get("size")
     if isinstance(size, int):

@@ -46,8 +46,8 @@ class PixelCosine(CosineMethod):
 class GaussianKernel(Method):
     """A kernel over whole images, ``exp(−‖x_q − x_i‖² / (2 β² d²))``.
 
-    d² is the mean squared distance between training images, so β means the same in any data. It
-    ranks one query's examples as pixel distance does; their sums (LDS) it weighs otherwise.
+    d² is the mean squared distance between training images, so β means the same in any data. For
+    one query it ranks like pixel distance; sums of scores (LDS) differ.
 
     Args:
         bandwidth: β.
@@ -110,7 +110,7 @@ class SSIM(Method):
         """Return the images of the queries, ``[Q, C, H, W]``.
 
         Raises:
-            DminError: they are smaller than half the window, so their border cannot be mirrored.
+            DminError: they are smaller than half of the window, so the border cannot be mirrored.
         """
         assert queries.images is not None
         reach = int(3.5 * self.sigma + 0.5)

@@ -48,7 +48,7 @@ class InverseCurvature(InnerProductMethod):
     requires = Requires(model=True)
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
+        """Refuse values out of range."""
         if not 0 < self.damping < np.inf or (self.examples is not None and self.examples < 1):
             raise DminError(
                 f"method.damping={self.damping}, method.examples={self.examples}: give a positive "
@@ -97,11 +97,11 @@ class CG(InverseCurvature):
         curvature: ``ggn`` or ``hessian``.
         examples: that H is averaged over.
         batch_size: of one pass.
-        iterations: at most; each costs one product with H.
-        tolerance: of the residual, relative to the gradient; when it is reached, it stops.
+        iterations: maximum number; each costs one product with H.
+        tolerance: of the residual, relative to the gradient, at which it stops.
 
     Raises:
-        DminError: a value is out of range, or H + λ is found to be not positive.
+        DminError: a value is out of range, or H + λ is not positive definite.
     """
 
     iterations: int = 100
@@ -110,7 +110,7 @@ class CG(InverseCurvature):
     name = "cg"
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
+        """Refuse values out of range."""
         super().__post_init__()
         if self.iterations < 1 or not self.tolerance > 0:
             raise DminError(
@@ -152,14 +152,14 @@ class LiSSA(InverseCurvature):
 
     ``h ← g + (1 − (H_B + λ)/s) h`` over random batches B, and in the end ``h / s``
 
-    with s the largest ‖H_B‖, plus λ: then no batch of a GGN makes the series grow, and after j
-    steps what is missing has shrunk by ``(1 − λ/s)^j`` or more.
+    with s the largest ‖H_B‖, plus λ: then the series cannot diverge for a GGN, and after j
+    steps the error has shrunk by at least ``(1 − λ/s)^j``.
 
     Args:
         damping: as :class:`InverseCurvature`, as are the next three.
         curvature: ``ggn`` or ``hessian``.
         examples: that H is averaged over.
-        batch_size: pairs in one batch B; they may be more than there are, then B is everything.
+        batch_size: pairs in one batch B; all pairs if it exceeds their number.
         steps: j, of the series.
         repeats: series averaged.
         seed: key of the batches.
@@ -175,7 +175,7 @@ class LiSSA(InverseCurvature):
     name = "lissa"
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
+        """Refuse values out of range."""
         super().__post_init__()
         if self.steps < 1 or self.repeats < 1:
             raise DminError(
@@ -222,12 +222,12 @@ class Arnoldi(InverseCurvature):
 
     ``(H + λ)^{−1} ≈ Σ_j v_j v_jᵀ / (λ_j + λ)`` over the ``rank`` eigenpairs of largest |λ_j|
 
-    (arXiv 2112.03052): nothing is left of what lies outside them. For a symmetric matrix Arnoldi's
+    (arXiv 2112.03052): components outside of them are dropped. For a symmetric matrix Arnoldi's
     iteration is Lanczos'.
 
     Args:
         damping: as :class:`InverseCurvature`, as are the next three.
-        curvature: ``ggn`` or ``hessian``, of which negative eigenvalues are left out.
+        curvature: ``ggn`` or ``hessian``, whose negative eigenvalues are dropped.
         examples: that H is averaged over.
         batch_size: of one pass.
         rank: eigenpairs.
@@ -241,7 +241,7 @@ class Arnoldi(InverseCurvature):
     name = "arnoldi"
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
+        """Refuse values out of range."""
         super().__post_init__()
         if self.rank < 1:
             raise DminError(f"method.rank={self.rank}: give at least one eigenpair.")
@@ -252,7 +252,7 @@ class Arnoldi(InverseCurvature):
         self.values, self.vectors = self.operator.eigenpairs(self.rank, 1e-3)
 
     def solve(self, gradients: Tensor) -> Tensor:
-        """Project, divide, and put together again."""
+        """Project onto the eigenvectors, divide, and sum."""
         positive = self.values > 0
         inverse = torch.where(positive, 1 / (self.values + self.shift), 0).to(gradients)
         return (gradients @ self.vectors.T * inverse) @ self.vectors

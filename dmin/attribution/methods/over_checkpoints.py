@@ -17,9 +17,9 @@ from dmin.runtime.errors import DminError
 
 
 class OverCheckpoints(Combination):
-    """Another method's score, averaged over models; each has stores and a fit of its own.
+    """Another method's score, averaged over models, each with its own stores and fit.
 
-    ``I(q, i) = Σ_c w_c I_c(q, i) / Σ_c w_c``, c the model asked about and the further ones
+    ``I(q, i) = Σ_c w_c I_c(q, i) / Σ_c w_c``, c the model itself and the further ones
 
     Of :class:`GradDot`, with the learning rates for weights, it is TracInCP, ``Σ_c η_c ⟨g_c(q),
     g_c(i)⟩`` (Pruthi et al. 2020, arXiv 2002.08484); of :class:`GradCos` it is GAS, gradient
@@ -28,7 +28,8 @@ class OverCheckpoints(Combination):
     Args:
         method: whose scores.
         checkpoints: names of the further models: on the command line, their paths.
-        weights: w_c, the model asked about first; None for equal ones. TracIn's is the learning
+        weights: w_c, beginning with the model itself; None for equal weights. TracIn uses the
+            learning
             rate at each checkpoint.
         name: in tables and files; None for the method's own.
 
@@ -64,7 +65,7 @@ class OverCheckpoints(Combination):
         return ["this model", *self.requires.checkpoints]
 
     def check(self) -> None:
-        """Refuse an average over one model."""
+        """Refuse to average over a single model."""
         if not self.requires.checkpoints:
             raise DminError(
                 f"method={self.name} averages over several models, and only one is given. Give "
@@ -101,7 +102,7 @@ class TRAKEnsemble(OverCheckpoints):
         rank: of the curvature.
         memory: bytes that fitting may take, for each model.
         passes: over each store.
-        readout: of which function of the output the gradients are.
+        readout: the function of the output that is differentiated.
         name: as :class:`OverCheckpoints`.
     """
 

@@ -17,7 +17,7 @@ NAMED = 4  # of each side, at most, in the id and in the picture
 
 
 class Pool(FeatureSet):
-    """Several queries Q as one, perhaps less others, A; to be asked by :class:`Pooled`.
+    """Several queries Q as one, optionally minus others, A; see :class:`Pooled`.
 
     Args:
         queries: Q.
@@ -53,15 +53,16 @@ class Pool(FeatureSet):
 
 
 class Pooled(Method):
-    """Another method's scores, pooled over the queries, less those of others.
+    """Another method's scores, pooled over the queries, minus those of others.
 
     ``I(Q, i) = pool_{q ∈ Q} I(q, i) − pool_{a ∈ A} I(a, i)``, pool the mean or the maximum
 
-    The mean of inner products is that of the mean: scanned, or searched by an index, as one query.
+    A mean of inner products is the inner product with the mean, and scanned or searched as one
+    query.
 
     Args:
         method: whose scores.
-        pool: Q and A; None for each query alone, less the mean over :meth:`others`.
+        pool: Q and A; None for each query alone, minus the mean over :meth:`others`.
     """
 
     def __init__(self, method: Method, pool: Pool | None = None) -> None:
@@ -81,7 +82,7 @@ class Pooled(Method):
         return [side.block(range(len(side)), self.requires) for side in self.against]
 
     def transform_query(self, queries: ExampleBlock) -> Any:
-        """Return one inner product where the scores are one, else the queries of Q and A."""
+        """Return one inner product if the scores are one, else the queries of Q and A."""
         found = [self.method.transform_query(queries), *self._others]
         if self.kind == "max" or not isinstance(found[0], InnerProduct):
             return found
@@ -94,7 +95,7 @@ class Pooled(Method):
         return self._pooled([self.method.score(asked, train) for asked in queries])
 
     def contributions(self, queries: Any, train: ExampleBlock) -> Tensor | None:
-        """Return what groups add at timesteps, if the method can say; of a maximum nobody can."""
+        """Return what groups add at timesteps, if the method has it; undefined for a maximum."""
         if isinstance(queries, InnerProduct):
             return queries.contributions(train)
         parts = [self.method.contributions(asked, train) for asked in queries]
@@ -102,7 +103,7 @@ class Pooled(Method):
         return None if self.kind == "max" or len(known) < len(parts) else self._pooled(known)
 
     def _pooled(self, sides: Sequence[Tensor]) -> Tensor:
-        """Return what is pooled of Q's values ``[Q, ...]``, less that of A's."""
+        """Return the pooled values ``[Q, ...]`` of Q, minus those of A."""
         pool = torch.amax if self.kind == "max" else torch.mean
         first, *others = [pool(values.double(), 0, keepdim=True) for values in sides]
         return ((first if self.kind else sides[0]) - sum(others)).float()

@@ -14,7 +14,7 @@ class Popularity(InnerProductMethod):
 
     ``I(q, i) = (1/n) Σ_j Σ_t ⟨ĝ_t(j), ĝ_t(i)⟩``
 
-    What a method's ranking has in common with this one owes nothing to the question.
+    A ranking that agrees with this one does not depend on the query.
     """
 
     name = "popularity"
@@ -33,11 +33,11 @@ class Popularity(InnerProductMethod):
 
 
 class PopularityCorrected(Pooled):
-    """Another method's score, less the example's popularity: some are close to everything.
+    """Another method's score minus the example's popularity, since some are close to everything.
 
     ``I'(q, i) = I(q, i) − mean_r I(r, i)``, r from training examples evenly spaced in the store
 
-    (the centring that takes hubs out of nearest neighbours: Suzuki et al., EMNLP 2013).
+    (centring, which reduces hubs among nearest neighbours: Suzuki et al., EMNLP 2013).
 
     Args:
         method: whose scores.

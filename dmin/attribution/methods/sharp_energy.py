@@ -14,7 +14,7 @@ from dmin.runtime.errors import DminError
 
 
 class PreparedQuery(NamedTuple):
-    """What is made of queries: preconditioned vectors, and how long their gradients are."""
+    """Prepared queries: preconditioned vectors, and the norms of their gradients."""
 
     product: InnerProduct
     lengths: Tensor  # tanh z_t(q), [Q, T]
@@ -28,20 +28,22 @@ class SharpEnergy(SpectralFamily):
 
     with ``z_t = (log ‖g_t‖ − mean) / std`` over training examples, at most 3 either way.
 
-    With κ = 0 and s = 1 it is `spectral_energy`, strength without direction: DAS's square (arXiv
-    2410.18639) without its second readout, errors and leverages. Few strong examples outweigh the
-    sum of many weak ones, as they do in retraining. Three things were found apart, on queries that
-    settings are tuned by (experiments/sharp_energy):
+    With κ = 0 and s = 1 it is `spectral_energy`, magnitude without sign: DAS's
+    square (arXiv 2410.18639) without its second readout, errors and leverages. A
+    few strong examples outweigh many weak ones, as they do in retraining. Three effects were found
+    on tuning queries (experiments/sharp_energy):
 
-    - The damping decides how examples rank. λ_t is such that each C_t keeps the same effective
-      dimension, whatever its eigenvalues are, and this carries over between models.
-    - s predicts retraining without any change to a ranking. LDS adds scores over half of the
-      training set, so it matters how far the largest of them tower above the rest.
-    - κ > 0 asks for gradients that are as long, or as short, as the query's, beside those of its
-      direction: a source is often louder or quieter than the rest. It depends on the query; a
-      power of the example's own norm would not, and helps where a source is loud only.
+    - The damping determines the ranking. λ_t gives each C_t the same effective
+      dimension, for any spectrum, which transfers between models.
+    - s improves the prediction of retraining without changing a ranking. LDS sums scores over half
+    of the
+      training set, so it depends on how much larger than the rest the largest ones are.
+    - κ > 0 favours gradients with norms similar to the query's, in addition to its direction: a
+    source
+      often has larger or smaller norms than the rest. A power of the example's own norm
+      would not depend on the query, and only helps if a source has large norms.
 
-    Scores are not negative, and no inner product: found by exact search only.
+    Scores are not negative, and not inner products: only exact search finds them.
 
     Args:
         alpha: as :class:`SpectralFamily`, as are p and the weights.
@@ -68,7 +70,7 @@ class SharpEnergy(SpectralFamily):
     name: str = "sharp_energy"
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
+        """Refuse values out of range."""
         super().__post_init__()
         if not 0 <= self.length_weight < math.inf or not 0 < self.exponent < math.inf:
             raise DminError(
@@ -78,13 +80,13 @@ class SharpEnergy(SpectralFamily):
             )
 
     def fit(self, train: FeatureSet) -> None:
-        """Fit the curvature of each timestep, and find how long gradients are."""
+        """Fit the curvature of each timestep, and the statistics of gradient norms."""
         super().fit(train)
         logs = _log_lengths(torch.from_numpy(train.store.norms("loss")))
         self._mean, self._spread = logs.mean(0), logs.std(0, correction=0).clamp(min=1e-6)  # [T]
 
     def transform_query(self, queries: ExampleBlock) -> PreparedQuery:
-        """Return preconditioned unit queries, and how long their gradients are."""
+        """Return preconditioned unit queries, and the norms of their gradients."""
         return PreparedQuery(self.preconditioned(queries), self._standardised(queries).tanh())
 
     def score(self, queries: PreparedQuery, train: ExampleBlock) -> Tensor:

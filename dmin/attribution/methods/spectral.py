@@ -19,14 +19,14 @@ from dmin.runtime.sampling import evenly
 
 @dataclass(eq=False, repr=False)
 class SpectralFamily(DampedCurvatureMethod):
-    """Unit queries, each timestep preconditioned by a power of its own damped curvature.
+    """Unit queries, preconditioned at each timestep by a power of its damped curvature.
 
     ``(1 + C_t/λ_t)^{−p} ĝ_t(q)``, with ``C_t = mean_i ĝ_t(i) ĝ_t(i)ᵀ``, draws of noise pooled
 
     Args:
         alpha: as :class:`DampedCurvatureMethod`, as are all but the next two.
         p: the power.
-        weights: w_t, one a timestep, or None for all 1.
+        weights: w_t, one for each timestep, or None for 1.
         rank: of the curvature.
         memory: bytes that fitting may take.
         passes: over the store.
@@ -41,12 +41,12 @@ class SpectralFamily(DampedCurvatureMethod):
     weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no number."""
+        """Refuse a p that is not a number."""
         super().__post_init__()
         _require_power(self.p)
 
     def at(self, alpha: float, p: float) -> Self:
-        """Return the member of the family at another point, with the curvature as fitted."""
+        """Return the method with another power and damping, with the curvature as fitted."""
         other = copy.copy(self)
         require_damping(alpha, None)
         _require_power(p)
@@ -69,13 +69,14 @@ class SpectralFamily(DampedCurvatureMethod):
 
 
 class Spectral(SpectralFamily, InnerProductMethod):
-    """Unit gradients, each timestep preconditioned by a power of its own damped curvature.
+    """Unit gradients, preconditioned at each timestep by a power of its damped curvature.
 
     ``I(q, i) = Σ_t w_t ⟨(1 + C_t/λ_t)^{−p} ĝ_t(q), ĝ_t(i)⟩ ,   λ_t = α · mean eigenvalue of C_t``
 
     with ``C_t = mean_i ĝ_t(i) ĝ_t(i)ᵀ``, draws of noise pooled. p = 0 or α → ∞ is DMin; p = 1 is
-    TRAK of one timestep after DMin's normalisation; between them lies what damps the directions
-    that all examples share. Only the query changes, so any index of DMin's rows serves as it is.
+    TRAK of one timestep after DMin's normalisation; values in between damp the directions that
+    all examples share. Only the query is transformed, so indices of DMin's rows can be used
+    unchanged.
 
     Settings are those of :class:`SpectralFamily`.
     """
@@ -89,12 +90,12 @@ class Spectral(SpectralFamily, InnerProductMethod):
 
 @dataclass(eq=False, repr=False)
 class ZSum(Spectral):
-    """DMin and a member of the spectral family, each in units of its own spread, added up.
+    """The sum of DMin and a spectral method, each divided by its standard deviation.
 
     ``I(q, i) = I_dmin(q, i) / s_dmin(q) + I_spectral(q, i) / s_spectral(q)``
 
     with s the standard deviation over training examples (of at most ``sample``, evenly spaced).
-    This ranks as the sum of z-scores does, and is still one vector a query.
+    This ranks like the sum of z-scores, and is still one vector for each query.
 
     Args:
         alpha: as :class:`SpectralFamily`, as are all but the last.
@@ -115,7 +116,7 @@ class ZSum(Spectral):
     name = "z_sum"
 
     def __post_init__(self) -> None:
-        """Refuse a sample without a spread."""
+        """Refuse a sample of fewer than two."""
         super().__post_init__()
         if self.sample < 2:
             raise DminError(f"method.sample={self.sample}: a spread needs two examples or more.")
@@ -136,7 +137,7 @@ class ZSum(Spectral):
 
 
 def _unit_rows(block: ExampleBlock) -> Tensor:
-    """Return unit gradients, the draws one after the other, ``[n·D, T, G·k]``."""
+    """Return unit gradients, with draws as separate rows, ``[n·D, T, G·k]``."""
     return scaled_rows(block, "unit").flatten(3).flatten(0, 1)
 
 

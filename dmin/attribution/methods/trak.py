@@ -21,13 +21,14 @@ class TRAK(DampedCurvatureMethod):
     (Park et al. 2023, arXiv 2303.14186, without the ensemble; Q = 1 in diffusion, Zheng et al.
     2024). The constant 1/n does not matter to ranks and is left out. Draws of noise are summed.
 
-    c is 1, or keeps examples of large gradient from leading every list: how far the example moves
-    the model, ``‖(C + λ)^{−1} g(i)‖`` (``relative_if``: Barshan et al. 2020, "RelatIF", arXiv
-    2003.11630), or the norm of its gradient (``renormalised_if``: Hammoudeh & Lowd 2022).
+    c is 1, or a normalisation that keeps examples of large gradient from ranking first everywhere:
+    how far the example moves the model, ``‖(C + λ)^{−1} g(i)‖`` (``relative_if``: Barshan et al.
+    2020, "RelatIF", arXiv 2003.11630), or the norm of its gradient (``renormalised_if``: Hammoudeh
+    & Lowd 2022).
 
     D-TRAK takes ``g = Σ_t ∇_θ mean(ε_θ(x_t, t)²)`` on both sides, by the readout
-    ``mean_squared_output``: theory has no place for it, experiments do (Zheng et al. 2024, arXiv
-    2311.00500).
+    ``mean_squared_output``: without a theoretical justification, but better in experiments (Zheng
+    et al. 2024, arXiv 2311.00500).
 
     Args:
         alpha: as :class:`~dmin.attribution.curvature.damped.DampedCurvatureMethod`, as are the
@@ -36,7 +37,7 @@ class TRAK(DampedCurvatureMethod):
         memory: bytes that fitting may take.
         passes: over the store.
         effective: dimension, instead of α.
-        readout: of which function of the output the gradients are.
+        readout: the function of the output that is differentiated.
         divisor: c: ``change`` of the model, ``length`` of the gradient, or None for 1.
         name: in tables and files.
 
@@ -62,7 +63,7 @@ class TRAK(DampedCurvatureMethod):
         self.fit_to(train, self._rows, (len(train), 1, groups * dim), "summed")
 
     def transform_query(self, queries: ExampleBlock) -> InnerProduct | Tensor:
-        """Return preconditioned queries; plain vectors ``[Q, G·k]`` where scores are divided."""
+        """Return preconditioned queries; plain vectors ``[Q, G·k]`` if scores are divided."""
         vectors = self.preconditioned(queries)
         return vectors if self.divisor else with_summed_rows(vectors, queries, self.readout)
 
@@ -92,7 +93,7 @@ class TRAK(DampedCurvatureMethod):
 
 @dataclass(eq=False, repr=False)
 class JourneyTRAK(TRAK):
-    """TRAK averaged over what the query looked like while it was generated.
+    """TRAK averaged over intermediate states of the query's generation.
 
     ``I(q, i) = (1/J) Σ_j g(x̂_j)ᵀ (C + λ)^{−1} g(i)``, x̂_j the model's estimate of the clean image
     at J steps of the generation (Georgiev et al. 2023, "The Journey, Not the Destination", arXiv

@@ -32,23 +32,23 @@ ADD = 65_536  # rows that are handed over at a time
 
 
 class Approximate(Index):
-    """The best of the rows that a faiss index proposes; others may be missing.
+    """Approximate search: the best of the rows that a faiss index proposes.
 
     faiss sees the projections on the store's leading directions (:class:`ProjectionIndex`), a
-    few hundred numbers a row, so that a million rows of any width take 1 GB at most while it is
-    built; what it proposes is scored exactly. Recall is measured on the first queries against a
-    scan of everything, and said with the answer.
+    few hundred numbers per row, so that a million rows of any width take 1 GB at most while it is
+    built; what it proposes is scored exactly. Recall is measured on the first queries against
+    a full scan, and reported with the answer.
 
     Args:
-        factory: as ``faiss.index_factory`` has it: ``Flat``, ``HNSW32``, ``IVF{cells},Flat``,
+        factory: as for ``faiss.index_factory``: ``Flat``, ``HNSW32``, ``IVF{cells},Flat``,
             ``IVF{cells},PQ64``; ``{cells}`` becomes 4 √N.
-        search: what is set for searching, such as ``{nprobe: 16}`` or ``{efSearch: 128}``.
-        directions: numbers a row that faiss sees.
-        candidates: rows proposed for each that is asked for.
-        recall_queries: queries that are also searched exactly; 0 measures nothing.
+        search: search parameters, such as ``{nprobe: 16}`` or ``{efSearch: 128}``.
+        directions: dimensions of the projections that faiss indexes.
+        candidates: rows proposed for each requested result.
+        recall_queries: queries that are also searched exactly; 0 for none.
 
     Raises:
-        DminError: faiss is not installed, or does not know the factory or a parameter.
+        DminError: faiss is not installed, or the factory or a parameter is unknown.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Approximate(Index):
         return Found(sign * scores, rows, (proposed >= 0).sum(1))
 
     def note(self) -> str:
-        """Say the recall, and how it was measured."""
+        """State the recall and how it was measured."""
         part = f"{100 * np.concatenate(self._read).mean():.2g} % of the rows read for a query"
         if not self._hits:
             return f"approximate by faiss {self.factory}, recall not measured, {part}"
@@ -133,12 +133,12 @@ class Approximate(Index):
             self._hits.append(len({*found} & {*exact}) / len(exact))
 
     def path(self, store: Store, linear: InnerProduct) -> Path:
-        """Return where the index of a store is kept: in its directory."""
+        """Return the path of a store's cached index, in its directory."""
         kind = fingerprint({"factory": self.factory, "directions": self.directions})[:8]
         return store.path / f"index-{linear.readout}-{linear.scale}-faiss-{kind}.kept"
 
     def _prepare(self, store: Store, linear: InnerProduct) -> None:
-        """Take the index kept with a store, or build it."""
+        """Load the cached index of a store, or build it."""
         path = self.path(store, linear)
         projections = ProjectionIndex.of(store, linear, self.directions)
         with _one_library(torch.get_num_threads()) as faiss:
@@ -181,7 +181,7 @@ class Approximate(Index):
 
 
 def _unpacked(faiss: Any, found: ArrayFile, projections: ProjectionIndex) -> Any:
-    """Return the index that was kept; None unless it is of as many rows and directions."""
+    """Return the cached index; None if its rows or directions differ."""
     try:
         index = faiss.deserialize_index(found.arrays["index"])
     except (KeyError, RuntimeError, TypeError, AssertionError):

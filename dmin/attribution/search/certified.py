@@ -30,10 +30,11 @@ class Certified(Index):
     """Exact search that reads only the rows that could be among the best.
 
     Args:
-        directions: numbers an example that are kept with the store and in memory, a byte each.
+        directions: dimensions of the projections; one byte each for every example, on disk and in
+            memory.
 
     Raises:
-        DminError: no direction.
+        DminError: directions is below 1.
     """
 
     def __init__(self, directions: int = 256) -> None:
@@ -51,7 +52,7 @@ class Certified(Index):
         sign: int = 1,
         keep: np.ndarray | None = None,
     ) -> Found:
-        """Return the k best, see :func:`certified_search`; the index is kept with the store."""
+        """Return the k best, see :func:`certified_search`; the index is cached with the store."""
         if self._index is None or self._index.kind != kind_of(store, linear):
             self._index = ProjectionIndex.of(store, linear, self.directions)
         found = certified_search(linear, store, self._index, k, sign, keep)
@@ -59,7 +60,7 @@ class Certified(Index):
         return found
 
     def note(self) -> str:
-        """Say what was read for the proof."""
+        """State which share of the rows was read."""
         parts = np.concatenate(self._read)
         proven = parts[parts < 1]
         part = f"{100 * proven.mean():.2g} % of the rows read for a query" if len(proven) else ""
@@ -85,7 +86,7 @@ def certified_search(
     Arguments are those of :meth:`Index.search`.
 
     Raises:
-        DminError: the index is of other rows.
+        DminError: the index belongs to other rows.
     """
     _check(linear, store, index)
     signed = linear.times(sign)
@@ -121,15 +122,15 @@ def certified_search(
 
 
 class _Proof:
-    """The best rows of one query among those read so far, and whether others can be.
+    """The best rows of one query among those read so far, and whether others may be better.
 
     Args:
-        number: of the query.
+        number: index of the query.
         linear: all queries.
         store: the rows.
         factors: of the rows.
         bound: on the error of scores.
-        k: how many are asked for.
+        k: number of results.
     """
 
     def __init__(
@@ -147,10 +148,10 @@ class _Proof:
         self.read, self.proven = 0, False
 
     def prove(self, bounds: np.ndarray) -> None:
-        """Read rows until no other can be among the best; give up where that takes too many.
+        """Read rows until no other can be among the best; give up if that takes too many.
 
         Args:
-            bounds: what no score exceeds, float32 ``[N]``; changed here.
+            bounds: upper bounds of the scores, float32 ``[N]``; modified.
         """
         allowed = int((bounds > -np.inf).sum())
         first = np.argpartition(-bounds, at := min(max(FIRST, 4 * self.found.k), allowed) - 1)
@@ -172,7 +173,7 @@ class _Proof:
 
     @property
     def _threshold(self) -> np.float32:
-        """What the bound of a row must reach, rounded down to the type of the bounds."""
+        """The threshold for bounds, rounded down to their type."""
         return np.nextafter(np.float32(self.found.threshold), np.float32(-np.inf))
 
     def _read(self, rows: np.ndarray) -> None:

@@ -34,14 +34,14 @@ class ProjectionIndex:
     """For every row z (scaled and concatenated over draws, timesteps and groups) a code of Vᵀz.
 
     V are about the leading eigenvectors of ZᵀZ, found by streamed randomised subspace iteration
-    (Halko, Martinsson & Tropp 2011, arXiv 0909.4061) in memory of a few ``m × r`` matrices. How
-    near they come decides how much a search reads, never what it finds. Projections are kept as a
-    byte a direction; by how much these are off is kept as well.
+    (Halko, Martinsson & Tropp 2011, arXiv 0909.4061) in memory of a few ``m × r`` matrices. Their
+    quality affects how much a search reads, never what it finds. Projections are stored as one
+    byte for each direction, together with the norms of the rounding errors.
 
     Args:
-        kind: what it is of, see :func:`kind_of`.
+        kind: identifies the rows, see :func:`kind_of`.
         directions: V, float32 ``[m, r]``, of orthonormal columns.
-        steps: float32 ``[r]``: what one unit of a code is.
+        steps: float32 ``[r]``: the size of one unit of a code.
         codes: int8 ``[N, r]``, ``steps · code ≈ Vᵀz``.
         roundings: at least ``‖Vᵀz − steps · code‖``, float32 ``[N]``.
         residuals: at least ``‖z − V Vᵀz‖``, float32 ``[N]``.
@@ -57,17 +57,17 @@ class ProjectionIndex:
     lengths: np.ndarray
 
     def bounds(self, queries: Tensor) -> np.ndarray:
-        """Return what no inner product of a stored row and a query exceeds, float32 ``[Q, N]``.
+        """Return an upper bound of each inner product of query and stored row, float32 ``[Q, N]``.
 
-        With a = Vᵀq, p = Vᵀz, and p' as it is kept,
+        With a = Vᵀq, p = Vᵀz, and p' its stored code,
 
         ``⟨q, z⟩ ≤ ⟨a, p'⟩ + ‖a‖ ‖p − p'‖ + ‖q − Va‖ ‖z − Vp‖ + η ‖q‖ ‖z‖``
 
-        by Cauchy–Schwarz, for real numbers and whatever is kept. η is what rounding can do to the
+        by Cauchy–Schwarz, for exact numbers and any code. η bounds the rounding of the
         terms: ``⟨a, p'⟩`` is added up as scores are (:data:`RELATIVE`), rows were decoded in
         float32, and V, orthonormal in double, was rounded: ``‖VᵀV − I‖ ≤ δ = 2.1 √r 2⁻²⁴``, which
         enters by ``⟨Vᵀ(q − Va), p⟩`` and under the roots of both residuals. Everything else is
-        double. What is not finite excludes nothing.
+        double. Bounds that are not finite exclude nothing.
 
         Args:
             queries: float32 ``[Q, m]``, few.
@@ -111,11 +111,11 @@ class ProjectionIndex:
         passes: int = 2,
         seed: int = 0,
     ) -> ProjectionIndex:
-        """Read a store ``passes`` times in part and once as a whole.
+        """Build an index: read a sample of the store ``passes`` times, then all of it once.
 
         Args:
             store: the rows.
-            linear: for its readout and scale; its queries are not looked at.
+            linear: for its readout and scale; its queries are not used.
             directions: r; more make the index larger and the part of the store read smaller.
             passes: of the subspace iteration.
             seed: of the first directions.
@@ -154,17 +154,17 @@ class ProjectionIndex:
         return cls(kind_of(store, linear), *arrays)
 
     def decoded(self, rows: slice) -> np.ndarray:
-        """Return projections of some rows as they are kept, float32 ``[n, r]``."""
+        """Return the stored projections of some rows, float32 ``[n, r]``."""
         return self.codes[rows] * self.steps
 
     @staticmethod
     def path(store: Store, linear: InnerProduct, directions: int) -> Path:
-        """Return where the index of a store is kept: in its directory."""
+        """Return the path of a store's cached index, in its directory."""
         return store.path / f"index-{linear.readout}-{linear.scale}-{directions}.kept"
 
     @classmethod
     def of(cls, store: Store, linear: InnerProduct, directions: int = 256) -> ProjectionIndex:
-        """Return the index kept with a store; build and keep it if it is missing or stale."""
+        """Return the cached index of a store; build it if it is missing or out of date."""
         path, kind = cls.path(store, linear, directions), kind_of(store, linear)
         count, width = len(store), int(np.prod(store.layout.row_shape))
         rank = min(directions, width, count)
@@ -181,12 +181,12 @@ class ProjectionIndex:
 
 
 def kind_of(store: Store, linear: InnerProduct) -> dict[str, str]:
-    """Return what an index is of."""
+    """Return what identifies the rows of an index."""
     return {"store": store.fingerprint, "readout": linear.readout, "scale": linear.scale}
 
 
 def of_kind(path: Path, kind: Mapping[str, Any]) -> ArrayFile | None:
-    """Return an index kept with a store; None if it is missing, damaged, or of anything else."""
+    """Return the cached index of a store; None if it is missing, damaged, or of other rows."""
     found = read_arrays(path)
     return found if found is not None and found.about == kind else None
 
@@ -194,7 +194,7 @@ def of_kind(path: Path, kind: Mapping[str, Any]) -> ArrayFile | None:
 def keep_where_possible(
     path: Path, kind: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """Keep an index with its store; where that cannot be, say so: it is in memory all the same."""
+    """Cache an index with its store; warn if that fails, as it is then only in memory."""
     try:
         write_arrays(path, kind, arrays)
     except OSError as error:
@@ -207,20 +207,20 @@ def keep_where_possible(
 
 
 def _looseness(directions: int) -> float:
-    """Return of ``‖z‖²`` by how much ``‖z‖² − ‖Vᵀz‖²`` can be too small; see ``bounds``.
+    """Return the error of ``‖z‖² − ‖Vᵀz‖²`` as a share of ``‖z‖²``; see ``bounds``.
 
-    Rows are decoded in float32, off by five roundings at most, which enter four times.
+    Rows are decoded in float32 with at most five roundings, which enter four times.
     """
     return (40 + 2.1 * directions**0.5) * 2.0**-24
 
 
 def _raised(array: Tensor) -> Tensor:
-    """Return float32 that are no smaller, also where what is added to them was rounded."""
+    """Round up to float32, with a margin for rounded terms."""
     return (array * (1 + 2e-5) + SMALLEST).float()
 
 
 def _coded(inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes, steps and the lengths of what rounding to them leaves, in double."""
+    """Return codes, steps and the norms of the rounding errors, in double."""
     steps = (inside.abs().amax(0) / 127).clamp(min=1e-30).float()
     codes = (inside / steps).round().clamp(-127, 127).to(torch.int8)
     parts = zip(inside.split(SPAN), codes.split(SPAN), strict=True)

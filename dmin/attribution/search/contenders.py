@@ -36,10 +36,10 @@ ABSOLUTE = 2.0**-149
 
 
 class ErrorBound:
-    """By how much scores differ at most from the inner products of stored rows and queries.
+    """The largest error of scores relative to exact inner products of stored rows and queries.
 
-    ``|score − ⟨q, z⟩| ≤ 144.2 · 2⁻²⁴ ‖q‖ ‖z‖ + 2⁻¹⁴⁹ (1 + m Σ c)``, z the row as it is stored times
-    its factors c.
+    ``|score − ⟨q, z⟩| ≤ 144.2 · 2⁻²⁴ ‖q‖ ‖z‖ + 2⁻¹⁴⁹ (1 + m Σ c)``, z the stored row times its
+    factors c.
 
     Args:
         linear: the queries.
@@ -71,7 +71,7 @@ class ErrorBound:
 
 
 class Contenders:
-    """The rows that may be among the k best of one query, among those seen so far.
+    """The rows seen so far that may be among the k best of one query.
 
     Args:
         query: ``[D, T, G, k]``.
@@ -80,10 +80,10 @@ class Contenders:
         k: how many are asked for.
 
     Attributes:
-        threshold: no row whose score lies below it by more than its bound can be among the best.
-        rows: int64; once :meth:`settle` is done the k best, in order.
-        scores: float64; then those shown.
-        tied: rows that were settled, are not kept, and score as much as the last that is.
+        threshold: a row whose score plus its bound is below it cannot be among the best.
+        rows: int64; after :meth:`settle` the k best, in order.
+        scores: float64; after :meth:`settle` those shown.
+        tied: further rows with the same score as the last one kept.
     """
 
     def __init__(self, query: Tensor, linear: InnerProduct, store: Store, k: int) -> None:
@@ -96,7 +96,7 @@ class Contenders:
         self.threshold, self.tied, self._last = -np.inf, 0, np.nan
 
     def add(self, rows: np.ndarray, scores: np.ndarray, errors: np.ndarray) -> None:
-        """Take rows that were not seen before, and how far their scores may be off."""
+        """Add new rows, with the bounds of their errors."""
         self.rows = np.concatenate([self.rows, rows])
         self.scores = np.concatenate([self.scores, scores])
         errors = np.concatenate([self._errors, np.where(np.isnan(errors), np.inf, errors)])
@@ -113,7 +113,7 @@ class Contenders:
             self.settle()
 
     def settle(self) -> None:
-        """Score once more what is left, and keep the k best."""
+        """Score the remaining rows again in double, and keep the k best."""
         fresh = np.flatnonzero((self._errors > 0) | ~np.isfinite(self.scores))
         self.scores[fresh] = exact_scores(self.store, self.linear, self.query, self.rows[fresh])
         order = np.lexsort((self.rows, -self.scores))
@@ -128,12 +128,12 @@ class Contenders:
 
 
 class BestRows:
-    """The k best rows of several queries, from a stream of their scores; as ``TopK`` is used.
+    """The k best rows of several queries, from a stream of their scores; used like ``TopK``.
 
     Args:
         linear: the queries; their largest scores are looked for.
         store: the rows.
-        k: rows a query.
+        k: rows per query.
         keep: bool ``[N]``: the rows allowed; None for all.
     """
 
@@ -161,7 +161,7 @@ class BestRows:
             self._found[query].add(first + places[near], mine[near], errors[near])
 
     def settled(self) -> list[Contenders]:
-        """Return what was found for each query."""
+        """Return the contenders of each query, settled."""
         for _ in in_threads(Contenders.settle, self._found, compiled=True):
             pass
         return self._found
@@ -172,7 +172,7 @@ class BestRows:
 
 
 def best_of(found: list[Contenders]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return scores, rows and ties of several queries that are settled."""
+    """Return scores, rows and ties of several settled queries."""
     scores = torch.from_numpy(np.stack([each.scores for each in found])).float()
     rows = torch.from_numpy(np.stack([each.rows for each in found]))
     return scores, rows, torch.tensor([each.tied for each in found])

@@ -17,7 +17,7 @@ class Found(NamedTuple):
         scores: float32 ``[Q, k]``, descending.
         rows: int64 ``[Q, k]``.
         read: rows of the store read exactly, ``[Q]``.
-        tied: further rows whose score equals the last, ``[Q]``; None where an index cannot tell.
+        tied: further rows with the same score as the last, ``[Q]``; None if unknown.
     """
 
     scores: Tensor
@@ -27,7 +27,7 @@ class Found(NamedTuple):
 
 
 class Index(ABC):
-    """A way to the best rows that does not read all of them."""
+    """A search for the best rows that does not read all of them."""
 
     @abstractmethod
     def search(
@@ -43,11 +43,11 @@ class Index(ABC):
         Args:
             linear: the queries, and how rows are scaled.
             store: the rows.
-            k: rows a query, at most as many as there are (and ``keep`` leaves).
+            k: rows per query, at most the number of rows (that ``keep`` allows).
             sign: −1 for the smallest scores.
             keep: bool ``[N]``: the rows allowed.
         """
 
     @abstractmethod
     def note(self) -> str:
-        """Return what is to be known of the answers so far."""
+        """Return a remark about the answers so far."""

@@ -50,7 +50,7 @@ FUSED = ("contract",)
 
 
 def _widened(builder: Any, stored: Any, value: Any, shape: Callable[[Any], Any]) -> Any:
-    """Return stored numbers as float32; ``shape`` makes a vector of a type, or leaves it alone."""
+    """Return stored numbers as float32; ``shape`` turns a type into a vector type, or not."""
     if stored == types.int16:  # vcvtph2ps
         return builder.fpext(builder.bitcast(value, shape(HALF)), shape(FLOAT))
     if stored == types.uint16:
@@ -76,7 +76,7 @@ def _words(builder: Any, stored: Any, value: Any, shape: Callable[[Any], Any]) -
 
 
 def _of_one(kind: Any, write: Callable[..., Any]) -> Any:
-    """Make a function of one stored number of what writes the code for many."""
+    """Derive the scalar function from the code generator for vectors."""
 
     @intrinsic
     def generated(typing: Any, stored: Any) -> Any:
@@ -93,16 +93,17 @@ word: Any = _of_one(types.uint32, _words)  # its bits as uint32
 
 
 def products(queries: int, first: bool) -> Any:
-    """Make the innermost loop for a number of queries.
+    """Generate the innermost loop for a number of queries.
 
     Args:
         queries: multiplied at a time.
-        first: the rows are read for the first time: add up their words, and fetch the next rows.
+        first: the rows are read for the first time: also sum their words, and prefetch the next
+            rows.
 
     Returns:
-        A function of an array of the stored type; the addresses of four rows and of four to fetch;
-        the address of the first query, the bytes to the next, and how many there are (where these
-        are fewer, the last is repeated); and the number of numbers. It returns ``queries · 4``
+        A function of an array of the stored type; the addresses of four rows and of four to
+        prefetch; the address of the first query, the stride in bytes, and the number of queries (if
+        fewer, the last is repeated); and the length of the rows. It returns ``queries · 4``
         products, those of the first query first, and four sums of words.
     """
 
@@ -151,7 +152,7 @@ def products(queries: int, first: bool) -> Any:
 
 
 class _Loop:
-    """Writes the innermost loop, once in vectors and once number by number for what is left."""
+    """Generates the innermost loop: vectors, then single numbers for the remainder."""
 
     def __init__(
         self, context: Any, builder: Any, stored: Any, rows: Any, asked: Any, later: Any
@@ -163,7 +164,7 @@ class _Loop:
         self.step = max(LANES, LINE // self.size)  # numbers: a line of every row is fetched a turn
 
     def run(self, start: Any, stop: Any, step: int, lanes: int) -> tuple[list[Any], list[Any]]:
-        """Return products and sums of words of the numbers from ``start`` to ``stop``."""
+        """Return products and word sums of the numbers from ``start`` to ``stop``."""
         builder = self.builder
         self.lanes = lanes
         count = len(self.rows) * len(self.asked)
@@ -226,7 +227,7 @@ class _Loop:
         builder.call(call, [line, *(ir.Constant(INT, value) for value in (0, 2, 1))])
 
     def _added(self, vector: Any, add: Any, lanes: int, left: int = 1) -> Any:
-        """Return a vector's numbers added up, halves on halves, until so many are left."""
+        """Sum a vector by adding halves until the given number is left."""
         while lanes > left:
             lanes //= 2
             low, high = (
@@ -246,15 +247,15 @@ _more_queries = products(QUERIES, first=False)
 
 @compiled
 def multiplied(like: Any, addresses: Any, factors: Any, sums: Any, queries: Any, scores: Any):
-    """Fill the scores of rows, wherever they lie; return the first that is not sound, or −1.
+    """Compute the scores of rows at any addresses; return the first with a wrong checksum, or −1.
 
     ``scores[q, i] = Σ_s factors[i, s] Σ_x queries[q, s, x] rows[i, s, x]``
 
     Args:
-        like: an array of the type of what is stored.
-        addresses: uint64 ``[n]``, of the first number of each row; S·m follow one another.
+        like: an array of the stored type.
+        addresses: uint64 ``[n]``, of the first number of each row of S·m contiguous numbers.
         factors: float32 ``[n, S]``, S draws and timesteps.
-        sums: uint32 ``[n]``, the words of each row added up.
+        sums: uint32 ``[n]``, the checksum of each row.
         queries: float32 ``[Q, S, m]``, C-contiguous.
         scores: float64 ``[Q, n]``, to be filled.
     """
@@ -284,7 +285,7 @@ def multiplied(like: Any, addresses: Any, factors: Any, sums: Any, queries: Any,
 
 @compiled
 def _add(like, addresses, factors, queries, q, i, part, scores, seen):
-    """Add what some columns of four rows give with up to four queries."""
+    """Add the products of some columns of four rows with up to four queries."""
     (s, x, columns), (asked, steps, width) = part, queries.shape
     offset = np.uint64((s * width + x) * like.itemsize)
     rows, inside = _four(addresses, i, offset), min(ROWS, len(addresses) - i)
@@ -313,7 +314,7 @@ def _add(like, addresses, factors, queries, q, i, part, scores, seen):
 
 @compiled
 def _four(addresses: Any, i: int, offset: Any) -> Any:
-    """Return where four rows lie; past the end, the last, so that none meets other instructions."""
+    """Return the addresses of four rows, repeating the last, so that all use the same code."""
     last = len(addresses) - 1
     return (
         addresses[min(i, last)] + offset,
@@ -348,12 +349,12 @@ def decoded(rows: Any, factors: Any, sums: Any, out: Any) -> int:
 
 
 def _rescored(rows, scale, unit, query, scores):
-    """Fill the scores of some rows by one query, added up in double.
+    """Compute the scores of some rows by one query, summed in double.
 
     Args:
         rows: ``[n, S, P, m]`` as stored, P parts of S draws and timesteps.
         scale: float64 ``[n, S, P]``.
-        unit: divide by the length of all scaled parts, which is added up on the way.
+        unit: divide by the norm of all scaled parts, which is computed on the way.
         query: float32 ``[S, P, m]``.
         scores: float64 ``[n]``, to be filled.
     """

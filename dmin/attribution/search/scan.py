@@ -47,7 +47,7 @@ def scan(
         linear: the queries.
         store: the rows.
         rows: rows of one block; chosen by their bytes if None.
-        keep: bool ``[N]``; blocks without any such row are not read.
+        keep: bool ``[N]``; blocks without allowed rows are not read.
 
     Yields:
         The first row of a block and its scores, float32 ``[Q, n]``; blocks in order.
@@ -79,7 +79,7 @@ def scan(
 def multiply(
     rows: np.ndarray, scale: np.ndarray, sums: np.ndarray, queries: np.ndarray, scores: np.ndarray
 ) -> int:
-    """Fill the scores ``[Q, n]`` of consecutive rows ``[n, S, m]``; see the kernel."""
+    """Compute the scores ``[Q, n]`` of consecutive rows ``[n, S, m]``; see the kernel."""
     where = rows.ctypes.data + np.arange(len(rows), dtype=np.uint64) * np.uint64(rows[:1].nbytes)
     wrong: int = kernel().multiplied(rows[:0, 0, 0], where, scale, sums, queries, scores)
     return wrong
@@ -126,7 +126,7 @@ def _cut(rows: Tensor, width: int) -> Tensor:
 def _parts(
     store: Store, readout: str, span: Span, factors: Tensor | None
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield the runs of a span as the loops take them.
+    """Yield the runs of a span in the form that the loops take.
 
     Yields:
         First row; ``[n, S, m]`` as stored, S draws, timesteps and parts with a scale of their own;
@@ -150,12 +150,12 @@ def _require_sound(store: Store, readout: str, first: int, wrong: int) -> None:
 
 
 def spans(count: int, size: int) -> list[Span]:
-    """Return ``count`` rows cut into spans of ``size``, the last perhaps shorter."""
+    """Divide ``count`` rows into spans of ``size``; the last may be shorter."""
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _even(rows: int, most: int) -> int:
-    """Return how many rows to give a thread at a time so that all have as many blocks to do."""
+    """Return the rows of a block such that all threads have the same number of blocks."""
     threads = torch.get_num_threads()
     blocks = -(-rows // max(1, most))
     return max(1, -(-rows // max(1, blocks if blocks == 1 else -(-blocks // threads) * threads)))
@@ -163,14 +163,14 @@ def _even(rows: int, most: int) -> int:
 
 @cache
 def kernel() -> Any:
-    """Return the loops; they are compiled when first called, and kept on disk where possible."""
+    """Return the loops, which are compiled at the first call and cached on disk if possible."""
     return import_module("dmin.attribution.search.kernel")
 
 
 def row_factors(
     store: Store, linear: InnerProduct, rows: np.ndarray | slice = slice(None)
 ) -> Tensor | None:
-    """Return what stored rows are multiplied by, float32 ``[n, D, T, parts]``; None for nothing."""
+    """Return the factors of stored rows, float32 ``[n, D, T, parts]``; None for nothing."""
     scales, own = stored_scales(store, linear, rows), lengthened(store, linear, rows)
     parts = [each for each in (scales, None if own is None else own[..., None]) if each is not None]
     return torch.from_numpy(reduce(np.multiply, parts).astype(np.float32)) if parts else None
@@ -179,7 +179,7 @@ def row_factors(
 def stored_scales(
     store: Store, linear: InnerProduct, rows: np.ndarray | slice
 ) -> np.ndarray | None:
-    """Return what rows are stored without, float64 ``[n, D, T, parts]``."""
+    """Return the scales that rows are stored without, float64 ``[n, D, T, parts]``."""
     scales = store.scales(linear.readout)
     if scales is None:
         return None
@@ -188,7 +188,7 @@ def stored_scales(
 
 
 def lengthened(store: Store, linear: InnerProduct, rows: np.ndarray | slice) -> np.ndarray | None:
-    """Return by what rows are made longer, float64 ``[n, D, T]``; None for nothing."""
+    """Return the factors that lengthen rows, float64 ``[n, D, T]``; None for nothing."""
     if linear.scale == "unit":
         return store.inverse_lengths(linear.readout)[rows].astype(np.float64)
     if linear.scale == "norm":
@@ -202,7 +202,7 @@ def decoded_rows(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield consecutive rows of a span, scaled, float32 ``[n, D·T·G·k]``, with the first's number.
 
-    What is yielded is overwritten by the next.
+    The yielded buffer is reused.
     """
     width = int(np.prod(store.layout.row_shape))
     # For many queries the product is what takes time, and it wants more rows at once.
@@ -227,7 +227,7 @@ def scores_of_rows(
 ) -> Tensor:
     """Return a query's scores of chosen rows, float64 ``[n]``, or of several ``[Q, n]``.
 
-    Rows are read where they lie. How far scores can be off: :class:`ErrorBound`.
+    Rows are read in place. For the error of scores see :class:`ErrorBound`.
 
     Args:
         store: the rows.
@@ -274,7 +274,7 @@ def gathered_rows(store: Store, linear: InnerProduct, rows: np.ndarray) -> Tenso
 
 
 def as_tensor(stored: np.ndarray, dtype: str) -> Tensor:
-    """Return stored features as a tensor of their type; int8 is still to be scaled."""
+    """Return stored features as a tensor of their type; int8 is not scaled yet."""
     if dtype == "bfloat16":
         return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(stored)

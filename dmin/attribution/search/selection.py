@@ -17,17 +17,18 @@ from dmin.runtime.errors import DminError
 
 @dataclass(frozen=True)
 class Selection:
-    """What of the training examples is wanted.
+    """Which training examples to return, and in which order.
 
     Args:
         order: ``proponents``, the largest scores first, or ``opponents``, the smallest first.
-        min_score: leave examples out whose score is smaller (with opponents: larger than its
-            opposite).
+        min_score: leave out examples with a smaller score (for opponents: larger than its
+            negative).
         where: only examples whose metadata have these values; a list allows each of its values.
-        group_by: a column of the metadata: rank its values instead of single examples.
-        group_score: ``sum``, ``mean`` or ``max`` of the scores of a group's examples (``max`` is
-            the smallest for opponents).
-        split: refuse what cannot be split between groups of layers; else it is done where it can.
+        group_by: a metadata column: rank its values instead of single examples.
+        group_score: ``sum``, ``mean`` or ``max`` of the scores of a group's examples (for opponents
+            ``max`` is the smallest).
+        split: require that scores can be split between groups of layers; else they are split if
+            possible.
 
     Raises:
         DminError: a value is not allowed.
@@ -51,11 +52,11 @@ class Selection:
 
     @property
     def sign(self) -> int:
-        """1, or −1 for opponents: what scores are multiplied by so that the largest is first."""
+        """1, or −1 for opponents: the factor that makes the largest score come first."""
         return 1 if self.order == "proponents" else -1
 
     def candidates(self, metadata: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
-        """Return how many there are to rank, and what they are called."""
+        """Return the number of candidates, and a name for them."""
         kept = self.kept(metadata)
         if self.group_by:
             number = self.groups(metadata)[1]
@@ -106,9 +107,9 @@ class Groups:
 
     Attributes:
         best: float32 ``[queries, groups]``, the largest score of a group's examples.
-        rows: int64 ``[queries, groups]``, whose it is; of equal ones the first.
+        rows: int64 ``[queries, groups]``, its example; of equal ones the first.
         sums: float64 ``[queries, groups]``.
-        counts: int64 ``[groups]``, examples a group.
+        counts: int64 ``[groups]``, examples per group.
     """
 
     STATE = ("best", "rows", "sums", "counts")
@@ -138,7 +139,7 @@ class Groups:
         self.counts.index_add_(0, group, torch.ones_like(group))
 
     def join(self, other: Groups) -> None:
-        """Take what was found of the same groups and queries in other rows."""
+        """Merge the tallies of the same groups and queries in other rows."""
         ahead = (other.best > self.best) | ((other.best == self.best) & (other.rows < self.rows))
         self.best = other.best.where(ahead, self.best)
         self.rows = other.rows.where(ahead, self.rows)
@@ -146,12 +147,12 @@ class Groups:
         self.counts += other.counts
 
     def extend(self, other: Groups) -> None:
-        """Take what was found of the same groups in the same rows for further queries."""
+        """Append the tallies of the same groups and rows for further queries."""
         for name in ("best", "rows", "sums"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
     def of_queries(self, numbers: np.ndarray) -> Groups:
-        """Return what was found for some of the queries."""
+        """Return the tallies of some of the queries."""
         found = Groups(0, self.names, self.of.numpy())
         for name in ("best", "rows", "sums"):
             setattr(found, name, getattr(self, name)[numbers])
@@ -159,13 +160,13 @@ class Groups:
         return found
 
     def dump(self) -> memoryview:
-        """Return what was found, for :meth:`load`."""
+        """Serialise the tallies, for :meth:`load`."""
         state = {name: getattr(self, name).numpy() for name in self.STATE}
         return packed({"names": self.names}, {"of": self.of.numpy(), **state})
 
     @classmethod
     def load(cls, file: Path) -> Groups:
-        """Return what :meth:`dump` kept.
+        """Read the tallies written by :meth:`dump`.
 
         Raises:
             DminError: the file is damaged.
@@ -195,5 +196,5 @@ def _column(metadata: Sequence[Mapping[str, Any]], column: str) -> list[str | No
 
 
 def _text(value: Any) -> str:
-    """Values of a command line are texts or numbers as it happens: compare how they read."""
+    """Compare values as text, as a command line may give numbers as text."""
     return str(value)

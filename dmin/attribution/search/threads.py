@@ -19,16 +19,16 @@ Out = TypeVar("Out")
 def in_threads(
     work: Callable[[In], Out], items: Sequence[In], compiled: bool = False
 ) -> Iterator[Out]:
-    """Yield the results in order; a few items are worked on ahead, each by one thread of torch.
+    """Yield results in order; a few items are computed ahead, each by one thread.
 
     Args:
-        work: what is done to each item.
+        work: applied to each item.
         items: in order.
-        compiled: the work is done by compiled loops and leaves torch alone. Threads that are there
-            already will do then (to settle new ones with torch takes milliseconds), and the caller
-            is one of them: were it a further one, it would wait for a core while it keeps the
-            others from what only one thread of Python may do at a time. Otherwise the caller has a
-            thread of torch meanwhile, and the cores are taken.
+        compiled: the work runs in compiled loops that do not call
+            torch. Then existing threads are reused (starting new ones with torch
+            takes milliseconds), and the caller is one of them: as an additional thread
+            it would compete for a core while holding Python's lock. Otherwise the caller's
+            torch operations use one thread meanwhile.
     """
     threads = min(torch.get_num_threads(), len(items))
     with _compiled_threads(threads) if compiled else _threads_of_one(threads) as pool:
@@ -55,7 +55,7 @@ def in_threads(
 
 
 def _take_over(work: Callable[[In], Out], waiting: deque[tuple[Future[Out], In]]) -> bool:
-    """Do the first item that nobody has begun; return whether there was one."""
+    """Compute the first item not yet begun; return whether there was one."""
     for place, (future, item) in enumerate(waiting):
         if future.cancel():
             mine: Future[Out] = Future()
@@ -89,7 +89,7 @@ def _compiled_threads(count: int) -> Iterator[ThreadPoolExecutor | None]:
 
 @contextmanager
 def _threads_of_one(count: int) -> Iterator[ThreadPoolExecutor | None]:
-    """Give threads in which torch does not start threads of its own; none where one is enough."""
+    """Return a pool whose threads use one torch thread each; None if one thread is enough."""
     before = torch.get_num_threads()
     all_set = Barrier(count + 1)
 

@@ -14,7 +14,7 @@ class TopK:
     Attributes:
         scores: float32 ``[queries, ≤ k]``, descending.
         rows: int64 ``[queries, ≤ k]``.
-        tied: int64 ``[queries]``, rows not kept whose score equals the last that is.
+        tied: int64 ``[queries]``, rows not kept with the same score as the last one kept.
     """
 
     def __init__(self, queries: int, k: int) -> None:
@@ -44,7 +44,7 @@ class TopK:
         return self.scores, self.rows, self.tied
 
     def _joined(self, some: Tensor, more: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what scores, rows and ties of some queries become with more scores of theirs."""
+        """Merge scores, rows and ties of some queries with more of their scores."""
         values, index = stable_topk(more, self.k)
         scores = torch.cat([self.scores[some], values], dim=1)
         rows = torch.cat([self.rows[some], index + first], dim=1)
@@ -59,7 +59,7 @@ class TopK:
 
 
 def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of each row and their places; of equal ones the first places."""
+    """Return the k largest of each row and their indices; of equal ones the first."""
     k = min(k, scores.shape[1])
     values, index = scores.topk(k, dim=1)
     last = values[:, -1:]

@@ -5,5 +5,5 @@ from typing import Any
 
 
 def step_of(name: str) -> Any:
-    """Return the step of a command; what it needs is imported now."""
+    """Import and return the step of a command."""
     return getattr(import_module(f"dmin.cli.commands.{name}"), name)

@@ -19,12 +19,12 @@ Body = Callable[[Workspace, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Command:
-    """A command: called with a composed configuration, it shows it, records the run and does it.
+    """A command: prints the composed configuration, records the run and executes it.
 
     Args:
-        body: does the work, and puts results into a mapping; a few lines over the library. Its
-            name is that of the command.
-        prepare: brings the configuration into the form that is printed, recorded and run.
+        body: does the work and adds results to a mapping. Its name is
+            that of the command.
+        prepare: changes the configuration before it is printed, recorded and run.
     """
 
     body: Body
@@ -32,7 +32,7 @@ class Command:
 
     @property
     def name(self) -> str:
-        """What follows ``dmin``."""
+        """The command's name."""
         return self.body.__name__
 
     def __call__(self, cfg: DictConfig) -> None:
@@ -60,7 +60,7 @@ class Command:
 
 
 def shown_count(work: Workspace, setting: str) -> int:
-    """Return how many a command is to show, from a setting such as ``outliers.k``.
+    """Return the number of examples to show, from a setting such as ``outliers.k``.
 
     Raises:
         DminError: less than one.
@@ -72,7 +72,7 @@ def shown_count(work: Workspace, setting: str) -> int:
 
 
 def show_files(work: Workspace, *names: str) -> list[str]:
-    """Say which files of the run's folder to look at; return their names, for its record."""
+    """Print the result files of the run's folder; return their names, for its record."""
     files = (str(work.run_folder / name) for name in names)
     work.console.print("\n  ".join(["Look at", *files]), soft_wrap=True)
     return list(names)

@@ -14,7 +14,7 @@ from dmin.runtime.progress import titled
 
 @Command
 def demo(work: Workspace, results: dict[str, Any]) -> None:
-    """Do everything, one step after the other."""
+    """Run all steps in order."""
     work.require_one_process()
     steps = (train, collect, sample, retrieve, evaluate)
     for number, step in enumerate(steps, 1):

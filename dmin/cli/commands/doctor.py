@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @Command
 def doctor(work: Workspace, results: dict[str, Any]) -> None:
-    """Examine the model on a few examples, and say what collecting would take."""
+    """Examine the model on a few examples, and predict the cost of collecting."""
     from dmin.doctor import diagnose
 
     work.require_one_process()
@@ -48,7 +48,7 @@ def doctor(work: Workspace, results: dict[str, Any]) -> None:
 
 
 def predicted_size(work: Workspace) -> Size | None:
-    """Say what the model takes of the device, before weights are read; None if that is unknown."""
+    """Predict the model's memory before weights are read; None if unknown."""
     from dmin.doctor.size import predict_size
     from dmin.models.checkpoints import without_weights
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def only_the_chosen_method(cfg: DictConfig) -> None:
-    """Let ``dmin evaluate method=trak`` measure that method, beside two controls, and no other."""
+    """Let ``dmin evaluate method=trak`` measure only that method and two controls."""
     chosen = _chosen_method()
     if cfg.benchmark is None or chosen is None:
         return

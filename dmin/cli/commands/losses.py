@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @Command
 def losses(work: Workspace, results: dict[str, Any]) -> None:
-    """Rank the training images by their loss beside what is usual, and show both ends."""
+    """Rank the training images by their relative loss, and show both ends."""
     from rich.table import Table
 
     from dmin.attribution.features import FeatureSet
@@ -72,7 +72,7 @@ def losses(work: Workspace, results: dict[str, Any]) -> None:
 
 
 def _losses_of(work: Workspace) -> Store:
-    """Return a store with the losses of the training images: theirs, if it is complete."""
+    """Return a store with the losses of the training images: the existing one if complete."""
     from dmin.store import Store
 
     path = work.train_path

@@ -11,7 +11,7 @@ from dmin.cli.workspace.workspace import Workspace
 
 @Command
 def outliers(work: Workspace, results: dict[str, Any]) -> None:
-    """Rank the training examples by their influence on themselves, and show the first."""
+    """Rank the training examples by their self-influence, and show the first."""
     from rich.table import Table
 
     from dmin.attribution.self_influence import outlier_scores, save_self_influence

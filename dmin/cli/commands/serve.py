@@ -55,7 +55,7 @@ def serve(work: Workspace, results: dict[str, Any]) -> None:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Have what cannot be built from its settings told in the words of the command line."""
+    """Explain errors of building objects in terms of the command line."""
     try:
         yield
     except InstantiationException as error:
@@ -63,7 +63,7 @@ def _told() -> Iterator[None]:
 
 
 class Reader:
-    """Answers with the model and the store of a configuration, which it opens once.
+    """Answers questions with the model and the store of a configuration, opened once.
 
     Args:
         work: of the configuration.
@@ -82,7 +82,7 @@ class Reader:
 
     @property
     def methods(self) -> Sequence[str]:
-        """Those offered; while the store cannot be opened, those that were chosen."""
+        """The methods offered; while the store cannot be opened, the chosen ones."""
         return list(self.__dict__.get("offered", self.named))
 
     @cached_property
@@ -101,7 +101,7 @@ class Reader:
 
     @cached_property
     def offered(self) -> dict[str, Method]:
-        """The methods chosen, then all others that need nothing but the store and the picture."""
+        """The chosen methods, then all others that need only the store and the picture."""
         from dmin.attribution.check import check_train
 
         for method in self.named.values():

@@ -19,7 +19,7 @@ from dmin.runtime.progress import titled
 
 @Command
 def train(work: Workspace, results: dict[str, Any]) -> None:
-    """Train a model and save it at ``model.path``, unless it is there."""
+    """Train a model and save it at ``model.path``, unless it exists."""
     path = Path(work.cfg.model.path)
     settings = {name: work.resolved(name) for name in ("train", "data")}
     results["model"], results["figures"] = str(path), {"model": str(path)}
@@ -48,7 +48,7 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
 
 
 def _trained(path: Path, settings: dict[str, Any]) -> bool:
-    """Say whether a model trained with these settings is there; refuse to replace another."""
+    """Return whether a model trained with these settings exists; refuse to replace another."""
     if not path.exists():
         return False
     record = path / "training.json"

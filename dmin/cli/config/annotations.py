@@ -19,7 +19,7 @@ _SPELLED: dict[Any, str] = {type(None): "null", Path: "path", os.PathLike: "path
 
 
 def parameters(target: Callable[..., Any]) -> list[inspect.Parameter] | None:
-    """Return the parameters a call fills, annotations evaluated; None when it does not tell."""
+    """Return the parameters of a callable with evaluated annotations; None if unknown."""
     try:
         found = list(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):
@@ -40,10 +40,10 @@ def _evaluated(annotation: Any, names: dict[str, Any]) -> Any:
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Tell whether a plain value (scalars, lists, dicts) may stand for an annotation.
+    """Return whether a plain value (scalars, lists, dicts) fits an annotation.
 
-    A boolean is no int, an int is a float, a list is any sequence. What is not known yet fits: a
-    missing value, and a mapping with a ``_target_``.
+    A boolean is no int, an int is a float, a list is any sequence. Values not known yet fit:
+    missing values, and mappings with a ``_target_``.
     """
     if value == "???" or (isinstance(value, dict) and "_target_" in value):
         return True
@@ -80,7 +80,7 @@ def _fits_tuple(value: list[Any], inner: tuple[Any, ...]) -> bool:
 
 
 def spell(annotation: Any) -> str:
-    """Write an annotation for someone who writes YAML."""
+    """Describe an annotation in the terms of YAML."""
     kind, inner = get_origin(annotation) or annotation, get_args(annotation)
     if kind is Annotated:
         return spell(inner[0])

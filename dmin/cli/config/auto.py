@@ -9,7 +9,7 @@ TARGET = "dmin.models.auto"
 
 
 def opened(settings: Sequence[str]) -> list[str]:
-    """Return the words of a line, those of the model fit for ``auto``, which lists no settings.
+    """Prepare overrides of the model for ``auto``, which declares no settings.
 
     Args:
         settings: overrides and options of Hydra.
@@ -26,7 +26,7 @@ def resolve(cfg: DictConfig) -> str | None:
     What is run, recorded and kept beside a store then names the family.
 
     Args:
-        cfg: a composed configuration, of which the command reads all; changed.
+        cfg: a composed configuration; modified.
 
     Returns:
         What was found, in a line; None where there was nothing to find.

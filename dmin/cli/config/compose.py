@@ -48,11 +48,11 @@ def run(
     """Compose the configuration, validate it and run a step on it, as ``dmin <name> <argv>``.
 
     Args:
-        step: what the command does with the composed configuration.
-        name: the command, which names the job.
+        step: executes the command with the composed configuration.
+        name: of the command and the job.
         argv: overrides and options of Hydra.
-        from_here: whether code, and conf/, in the working folder have a say.
-        config: the root that is composed: ``conf/dmin.yaml``, or one that `register` made.
+        from_here: whether code and conf/ in the working folder are used.
+        config: the root configuration: ``conf/dmin.yaml``, or one made by `register`.
 
     Raises:
         SystemExit: with a message that says what is wrong with the configuration, or the one of
@@ -95,7 +95,7 @@ def run(
 
 @dataclass
 class _Job:
-    """A step as Hydra calls it. It sees the command line and environment that the user gave."""
+    """A step as called by Hydra, with the user's own command line and environment."""
 
     step: Step
     name: str
@@ -121,7 +121,7 @@ class _Job:
                 raise
 
     def explained(self, error: Exception) -> str | None:
-        """Return what is told of an error; None for its traceback."""
+        """Return the message for an error; None to show its traceback."""
         return None if self.full_error == "1" else explain(error)
 
     def _attempt(self, cfg: DictConfig) -> None:
@@ -175,7 +175,7 @@ def _taken_apart(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _own_settings() -> list[str]:
-    """Return what has Hydra look into conf/ of the working folder, if it has conf/local there."""
+    """Return the option that adds conf/ of the working folder, if it has conf/local."""
     here = Path.cwd() / "conf"
     if not (here / "local").is_dir() or here == config_directory():
         return []
@@ -190,7 +190,7 @@ def _hydra_main(job: Step, config: str = "dmin") -> None:
 
 @contextmanager
 def _shown_pruned(command: str) -> Iterator[None]:
-    """Have ``--cfg job`` print what a command reads; Hydra offers no hook for it."""
+    """Let ``--cfg job`` print only what the command reads; Hydra has no hook for it."""
     theirs = Hydra.get_sanitized_cfg
 
     def ours(self: Hydra, cfg: DictConfig, cfg_type: str) -> DictConfig:
@@ -204,7 +204,7 @@ def _shown_pruned(command: str) -> Iterator[None]:
 
 
 def _show_warnings_plainly() -> None:
-    """Have warnings that are meant for the user shown without the place in the code."""
+    """Show warnings for users without their location in the code."""
     plain = warnings.showwarning
 
     def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -219,7 +219,7 @@ def _show_warnings_plainly() -> None:
 
 @contextmanager
 def _process(argv: list[str], full_error: str | None) -> Iterator[None]:
-    """Change the two things of the process that Hydra reads, for a while."""
+    """Temporarily change the process state that Hydra reads."""
     before = sys.argv, os.environ.pop(_FULL_ERROR, None)
     sys.argv = argv
     os.environ.update({} if full_error is None else {_FULL_ERROR: full_error})

@@ -18,19 +18,19 @@ LEAST = 4  # letters of a value that is looked for in other texts
 
 @functools.cache
 def shown_names() -> frozenset[str]:
-    """Return the variables that shipped YAML files read, SLURM's numbers: they are no secrets."""
+    """Return the variables that shipped YAML files read; SLURM's numbers are not secret."""
     texts = (file.read_text("utf-8") for file in config_directory().rglob("*.yaml"))
     return frozenset(name for text in texts for name in re.findall(r"\$\{oc\.env:(\w+)", text))
 
 
 def kept(settings: Any) -> tuple[Any, dict[str, str]]:
-    """Return settings as plain values, and the variables that are left unresolved in them.
+    """Return settings as plain values, and the environment variables left unresolved.
 
     Args:
         settings: a configuration, or a part of one.
 
     Raises:
-        OmegaConfBaseException: something else cannot be resolved.
+        OmegaConfBaseException: another interpolation cannot be resolved.
     """
     read: dict[str, str] = {}
     with _hidden(read):
@@ -38,7 +38,7 @@ def kept(settings: Any) -> tuple[Any, dict[str, str]]:
 
 
 def without_values(found: Any, read: Mapping[str, str]) -> Any:
-    """Return JSON values in whose texts no value of some variables stands any more."""
+    """Remove the values of some variables from the texts of JSON values."""
     if isinstance(found, dict):
         return {key: without_values(value, read) for key, value in found.items()}
     if isinstance(found, list | tuple):
@@ -53,7 +53,7 @@ def without_values(found: Any, read: Mapping[str, str]) -> Any:
 
 @contextmanager
 def _hidden(read: dict[str, str]) -> Iterator[None]:
-    """Have no interpolation resolve that reads a variable, and note which it read."""
+    """Leave interpolations of environment variables unresolved, and record their names."""
 
     def env(name: str, *default: Any) -> Any:
         if name in shown_names():

@@ -25,7 +25,7 @@ from dmin.runtime.errors import DminError
 
 
 def explain(error: BaseException) -> str | None:
-    """Say in one paragraph what a user got wrong; None when the error is a defect instead."""
+    """Explain a user's error in one paragraph; None if the error is a defect."""
     if isinstance(error, DminError):
         return str(error)
     if isinstance(error, OverrideParseException):
@@ -46,7 +46,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def _explain_setting(error: OmegaConfBaseException) -> str:
-    """Say which setting has no value, or none that can be resolved."""
+    """Name the setting without a value, or whose value cannot be resolved."""
     key = error.full_key or str(error.key or "a setting")
     if isinstance(error, MissingMandatoryValue):
         return f"No value for {key}. Set {key}=<value>."
@@ -55,7 +55,7 @@ def _explain_setting(error: OmegaConfBaseException) -> str:
 
 
 def _explain_launcher(error: BaseException) -> str | None:
-    """Say what a launcher lacks, or that one of its jobs was lost."""
+    """Explain what a launcher lacks, or that one of its jobs was lost."""
     kind = type(error).__name__
     if kind in ("UncompletedJobError", "FailedJobError", "TerminatedWorkerError"):
         return (
@@ -140,5 +140,5 @@ def _sentences(first: str, *others: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """Return a text with its line breaks made spaces."""
+    """Replace line breaks by spaces."""
     return " ".join(str(text).split())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def config_directory() -> Path:
-    """Return where the YAML files stand: in the package (a wheel), or beside it (a checkout)."""
+    """Return the folder of the YAML files: in the package (a wheel), or next to it (a checkout)."""
     package = Path(__file__).resolve().parents[2]
     inside, beside = package / "conf", package.parent / "conf"
     return inside if inside.is_dir() else beside
@@ -27,7 +27,7 @@ def groups(directory: Path | None = None) -> dict[str, list[str]]:
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``Did you mean a or b?`` for the options nearest to a name; empty when none is near.
 
-    An option also counts by its last part, for one who wrote ``dim`` and meant ``sketch.dim``.
+    Also compares the last part of options, so that ``dim`` suggests ``sketch.dim``.
     """
 
     def likeness(option: str) -> float:

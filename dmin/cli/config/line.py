@@ -31,7 +31,7 @@ WITH_PICTURES = {"retrieve": "pictures", "losses": "pictures that were held out"
 
 
 class Line(NamedTuple):
-    """A command line, taken apart."""
+    """A parsed command line."""
 
     words: list[str]  # store, pictures and options: another process of the same job needs them too
     settings: list[str]  # overrides and options of Hydra
@@ -40,7 +40,7 @@ class Line(NamedTuple):
 
 
 def parse(command: str, arguments: Sequence[str]) -> Line:
-    """Take the words after ``dmin <command>`` apart, and read what a store among them keeps.
+    """Parse the words after ``dmin <command>``, and read the settings of a store among them.
 
     Raises:
         DminError: a word is neither a store, a picture nor a setting; the store's settings cannot
@@ -99,7 +99,7 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
 
 
 def _of_line(settings: Sequence[str], path: str | None) -> dict[str, str]:
-    """Return what a line says of model and data: it wins over what a run says."""
+    """Return the command line's settings of model and data, which override those of a run."""
     names = {"model": "family", "model.path": "path", "model.adapter": "adapter", "data": "data"}
     pairs = (word.partition("=") for word in settings if word != "model=auto")
     said = {names[key]: value for key, _, value in pairs if key in names and value != "null"}
@@ -132,7 +132,7 @@ def _read_run(words: Sequence[str], said_on_line: Mapping[str, str]) -> Training
 def _over_checkpoints(
     run: TrainingRun, settings: Sequence[str], given: Collection[str]
 ) -> dict[str, Any]:
-    """Return the settings of a method that averages over checkpoints by weights: the run's."""
+    """Return the run's checkpoints and weights, for methods that average over checkpoints."""
     chosen = next((word[7:] for word in settings if word.startswith("method=")), "")
     file = config_directory() / f"method/{chosen}.yaml"
     own = set(OmegaConf.load(file)) if file.is_file() else set()
@@ -142,7 +142,7 @@ def _over_checkpoints(
 
 
 def register(line: Line) -> str:
-    """Have Hydra know the root of a line; return the name of what is to be composed."""
+    """Register the root configuration of a line with Hydra; return its name."""
     if line.root is None:
         return "dmin"
     configurations = ConfigStore.instance()
@@ -157,12 +157,12 @@ def words() -> list[str]:
 
 
 def is_store(path: Path) -> bool:
-    """Tell whether a folder is a store."""
+    """Return whether a folder is a store."""
     return (path / "manifest.json").is_file()
 
 
 def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return dmin's own options, and the other words."""
+    """Return dmin's own options, and the remaining words."""
     parser = Arguments(command)
     parser.add_argument("--model")
     parser.add_argument("--limit", type=int)
@@ -208,7 +208,7 @@ def _spelled(key: str, value: Any) -> list[str]:
 
 
 def _is_path(word: str) -> bool:
-    """Tell a path from an override; one that has a ``=`` is written ``./a=b``."""
+    """Distinguish a path from an override; a path with a ``=`` is written ``./a=b``."""
     return word.startswith(("/", "./", "../", "~/")) or (
         "=" not in word and not word.startswith(("~", "+"))
     )
@@ -265,7 +265,7 @@ def _queries(pictures: list[str], prompts: list[str], given: Collection[str]) ->
 
 
 def _part(options: dict[str, Any], pictures: list[str], given: Collection[str]) -> dict[str, Any]:
-    """Return the settings of the part of the pictures that is asked about, and against which."""
+    """Return the settings of region, mask and the pictures to compare against."""
     region, mask, against = (options[name] for name in ("region", "mask", "against"))
     if region is mask is against is None:
         return {}
@@ -288,7 +288,7 @@ def _numbers(option: str, said: str | None, form: str) -> list[float] | None:
 
 
 def _literals(value: Any) -> Any:
-    """Return what a file from elsewhere says, so that OmegaConf resolves nothing in it."""
+    """Escape values from a file, so that OmegaConf resolves nothing in them."""
     if isinstance(value, dict):
         return {key: _literals(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -297,5 +297,5 @@ def _literals(value: Any) -> Any:
 
 
 def _literal(text: str) -> str:
-    """Return a text that OmegaConf takes for itself, whatever stands in it."""
+    """Escape a text for OmegaConf."""
     return text.replace("${", "\\${")

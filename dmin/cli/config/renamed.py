@@ -25,7 +25,7 @@ UNSAID: dict[str, dict[str, Any]] = _TABLES["unsaid"]
 
 
 def current(name: str) -> tuple[str, dict[str, Any]]:
-    """Return what a ``_target_`` of any release is called today, and settings that go with it."""
+    """Return the current name of a ``_target_`` of any release, and settings that it implied."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         found = TARGETS.get(".".join(parts[:end]))
@@ -36,10 +36,10 @@ def current(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def rename(node: Any) -> dict[str, str]:
-    """Bring every call in a configuration, or in plain mappings and lists, up to date in place.
+    """Rename every old target in a configuration, or in plain mappings and lists, in place.
 
     Returns:
-        What was renamed: old → new, spelled for a message.
+        The renamed names, old → new, for a message.
     """
     renamed: dict[str, str] = {}
     for call, content, old in _calls(node):
@@ -50,7 +50,7 @@ def rename(node: Any) -> dict[str, str]:
 
 
 def complete(node: Any) -> None:
-    """Say in the settings of a store or a record, in place, what was done unsaid then."""
+    """Add to the settings of a store or record, in place, the defaults of its release."""
     for call, content, target in _calls(node):
         for key, value in UNSAID.get(target, {}).items():
             if key not in content:
@@ -86,7 +86,7 @@ def _renamed_call(node: Any, content: dict[str, Any], old: str) -> dict[str, str
 
 
 def warn_of(renamed: dict[str, str]) -> None:
-    """Say what old names are called today."""
+    """Warn about old names, with their current ones."""
     if renamed:
         lines = "; ".join(f"{old} is {new} now" for old, new in renamed.items())
         warnings.warn(f"names of an earlier release, which still work: {lines}.", DminWarning, 2)

@@ -26,7 +26,7 @@ _TYPES: dict[str, Any] = {
 
 @cache
 def _defaults() -> dict[str, Any]:
-    """Return what ``conf/dmin.yaml`` and the choice of ``shard`` that it makes have."""
+    """Return the settings of ``conf/dmin.yaml`` and of its default ``shard``."""
     files = {name: config_directory() / name for name in ("dmin.yaml", "shard/one.yaml")}
     root, shard = (yaml.safe_load(file.read_text("utf-8")) for file in files.values())
     return {key: each for key, each in root.items() if key not in ("defaults", "hydra")} | {
@@ -35,7 +35,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def settings(section: str = "") -> list[Parameter]:
-    """Return the settings of a section, or those of the top, as arguments; none of a call."""
+    """Return the settings of a section, or of the root, as parameters; None for a call."""
     groups: dict[str, Any] = dict.fromkeys(key for key in _TYPES if "." not in key)
     found = _defaults().get(section) if section else groups | _defaults()
     if not isinstance(found, dict):

@@ -13,7 +13,7 @@ UPLOADS = ("queries=images", "queries.root=uploads")  # of `serve`, each a file 
 def kind_of(
     queries: Mapping[str, Any], data: Mapping[str, Any] | None, words: Sequence[str]
 ) -> str:
-    """Return the choice of the queries: files are clips where the data of a store or a line are."""
+    """Return the choice of queries for files: clips if the training data are clips."""
     if "prompts" in queries:
         return "generated"
     of_clips = (data or {}).get("_target_") == "dmin.data.video.VideoFolder"
@@ -21,7 +21,7 @@ def kind_of(
 
 
 def spelled_out(command: str, words: Sequence[str]) -> list[str]:
-    """Return the words after ``dmin <command>`` as Hydra takes them.
+    """Expand the words after ``dmin <command>`` for Hydra.
 
     ``dmin retrieve method=a,b,c`` without ``-m`` is one answer by several methods: method=a, and
     the others beside it. ``-q`` or ``--quiet`` is extras.quiet=true.

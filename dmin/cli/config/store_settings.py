@@ -40,7 +40,7 @@ def keep(cfg: DictConfig, store: Path) -> None:
         cfg: composed and validated.
         store: the folder, which has its manifest.
 
-    A store that is complete may stand where nobody can write; that is a warning, no failure.
+    If the folder of a complete store is read-only, it only warns.
     """
     settings, _ = kept(cfg)
     parts = {name: settings[name] for name in ("name", "seed", *GROUPS)}
@@ -66,10 +66,10 @@ def _write(store: Path, settings: dict[str, Any]) -> None:
 
 
 def follow(source: Path, target: Path, changes: Mapping[str, Any] | None = None) -> None:
-    """Give a store made of another the settings of that one, if it has some.
+    """Copy the settings of a store to one derived from it, if there are any.
 
     Args:
-        source: the store it was made of.
+        source: the original store.
         target: the new store.
         changes: dotted settings that differ in it.
     """
@@ -84,17 +84,17 @@ def follow(source: Path, target: Path, changes: Mapping[str, Any] | None = None)
 
 
 def read(store: Path, command: str, chosen: Collection[str], trust: bool) -> dict[str, Any]:
-    """Return the settings that a store keeps; those of paths lead there from the folder at hand.
+    """Return the settings of a store, with paths relative to the current folder.
 
     Args:
         store: the folder.
         command: that they are for.
-        chosen: groups and dotted settings that the user names himself: they are left out.
-        trust: whether they may name any code.
+        chosen: groups and dotted settings given by the user, which are left out.
+        trust: whether they may name any target.
 
     Raises:
-        DminError: it keeps none, they are not as `keep` writes them, or ask for more than dmin's
-            own settings do.
+        DminError: there are none, they are not in the form that `keep` writes, or
+            they need trust.
     """
     if not (store / FILE).is_file():
         if {"model", "data"} <= set(chosen):
@@ -136,7 +136,7 @@ def _moved(store: Path, setting: str, there: Path) -> str:
 
 
 def _plain(store: Path) -> dict[str, Any]:
-    """Return what the file of a store says, if it is as `keep` writes it."""
+    """Read the file of a store, if it is in the form that `keep` writes."""
     file = store / FILE
     found: Any = OmegaConf.to_container(read_settings(file))
     if found.get("format") != FORMAT:
@@ -183,7 +183,7 @@ def _set(settings: dict[str, Any], place: str, value: Any) -> None:
 
 
 def _way(start: Path, end: Path) -> str:
-    """Return the way from one folder to another; the whole path where there is none."""
+    """Return the relative path from one folder to another; the absolute one if impossible."""
     try:
         return Path(os.path.relpath(end.resolve(), start.resolve())).as_posix()
     except ValueError:  # on another drive

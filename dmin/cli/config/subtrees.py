@@ -29,19 +29,19 @@ _POINTER = re.compile(r"\$\{(?:oc\.select:)?(\w[\w.]*)[}\[,]")  # ${data.size}
 
 
 def needed(command: str) -> tuple[str, ...]:
-    """Return the subtrees that must have their values for a command."""
+    """Return the subtrees that a command requires."""
     return (*(each for each in READS[command] if "?" not in each), "logger")
 
 
 def reads(command: str, place: str) -> bool:
-    """Tell whether a command reads a setting, a subtree, or a part of it; true of unknown ones."""
+    """Return whether a command reads a setting or a subtree; True for unknown ones."""
     return place.partition(".")[0] not in _known() or any(
         _overlap(place, each) for each in _read(command)
     )
 
 
 def require_read(command: str, overrides: Iterable[str]) -> None:
-    """Refuse settings on a line that only other commands read.
+    """Refuse settings on the command line that only other commands read.
 
     Raises:
         DminError: names the setting, and the commands that read it.
@@ -93,7 +93,7 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def select(node: Any, place: str) -> Any:
-    """Return what stands at a dotted place of plain mappings; None if nothing does."""
+    """Return the value at a dotted key of plain mappings; None if missing."""
     for key in place.split("."):
         node = node.get(key) if isinstance(node, dict) else None
     return node

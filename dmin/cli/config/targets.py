@@ -18,14 +18,14 @@ _INSTALL = {
 
 
 def load(name: str, key: str) -> Any:
-    """Import what a dotted name stands for: a class, a function, a class method.
+    """Import the class, function or class method of a dotted name.
 
     Args:
         name: the dotted name, such as ``dmin.models.DDPM.from_pretrained``.
-        key: the dotted key of the configuration that holds it, for messages.
+        key: the dotted key of the configuration that contains it, for messages.
 
     Raises:
-        DminError: there is no such name, or importing it failed.
+        DminError: the name does not exist, or importing it failed.
     """
     first, *rest = name.split(".")
     path, found = first, _module(first, name, key)

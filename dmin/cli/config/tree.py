@@ -16,12 +16,12 @@ from dmin.runtime.progress import titled
 
 
 def settings_tree(name: str, cfg: DictConfig, file: Path) -> Tree:
-    """Return the settings that a command reads, a line a section, without those at their default.
+    """Return the settings that differ from their default, one line for each section.
 
     Args:
         name: of the command.
-        cfg: the validated configuration, which has what the command reads.
-        file: has all settings.
+        cfg: the validated configuration.
+        file: of all settings, which is mentioned.
     """
     tree = Tree(titled(f"dmin {name}"), guide_style="dim")
     values, _ = kept(cfg)
@@ -35,7 +35,7 @@ def settings_tree(name: str, cfg: DictConfig, file: Path) -> Tree:
 
 
 def _spelled(value: Any, known: Sequence[Parameter] = ()) -> str:
-    """Return a value, and a node that names a target as the call it is."""
+    """Format a value, or a node with a target as a call."""
     if isinstance(value, list):
         return f"[{', '.join(map(_spelled, value))}]"
     if not isinstance(value, dict):
@@ -55,7 +55,7 @@ def _short(target: str) -> str:
 
 
 def _changed(given: Mapping[str, Any], known: Sequence[Parameter]) -> Iterator[str]:
-    """Yield the settings that are not at their default."""
+    """Yield the settings that differ from their default."""
     default = {each.name: each.default for each in known}
     for key, value in given.items():
         if key not in default or _plain(default[key]) != value:

@@ -36,7 +36,7 @@ _WRITTEN = ("paths.outputs", "collect.path", "collect.encodings")
 def shipped() -> dict[str, set[str]]:
     """Return every ``_target_`` of the shipped YAML files, and the arguments they set of it.
 
-    Those of Hydra itself are left out: launchers run what their settings say.
+    Those of Hydra itself are left out: launchers run what their settings name.
     """
     found: dict[str, set[str]] = {}
     groups = (path for path in config_directory().iterdir() if path.is_dir())
@@ -53,10 +53,10 @@ def shipped() -> dict[str, set[str]]:
 
 
 def read_settings(file: Path) -> Any:
-    """Return a record's settings, as plain YAML that composes nothing.
+    """Read a record's settings as plain YAML, without composing.
 
     Raises:
-        DminError: it is no such file, or is more than settings: tags, aliases, a ``hydra`` or
+        DminError: the file is unreadable or holds more than settings: tags, aliases, a ``hydra`` or
             ``defaults`` section.
     """
     try:
@@ -85,13 +85,13 @@ def read_settings(file: Path) -> Any:
 
 
 def demands(settings: Any, command: str, folder: Path, given: Collection[str] = ()) -> list[str]:
-    """Return what settings ask for beyond what is always allowed, a line each.
+    """Return what settings need beyond what is always allowed, one line for each.
 
     Args:
         settings: of a record, as `read_settings` returns them.
-        command: that they are for.
+        command: that reads them.
         folder: of the record.
-        given: dotted keys that the user sets himself, which win over the record's.
+        given: dotted keys that the user sets, which override the record's.
     """
     plain = OmegaConf.to_container(settings)
     found = {
@@ -118,7 +118,7 @@ def demands(settings: Any, command: str, folder: Path, given: Collection[str] = 
 
 
 def _of_call(call: Mapping[str, Any]) -> str | None:
-    """Say what a call asks for that is not allowed; None if it is as the shipped files have it."""
+    """Describe what is not allowed in a call; None if it is as in the shipped files."""
     asked = call["_target_"]
     if not isinstance(asked, str) or (name := _listed(asked)) is None:
         return f"builds {asked}, which is not among what dmin's own settings build"
@@ -131,7 +131,7 @@ def _of_call(call: Mapping[str, Any]) -> str | None:
 
 
 def _listed(asked: str) -> str | None:
-    """Return the name on the list by which goes what a name stands for, None if none does."""
+    """Return the listed name of the object that a name resolves to, or None."""
     name, names = current(asked)[0], shipped()
     if name in names:
         return name
@@ -142,14 +142,14 @@ def _listed(asked: str) -> str | None:
 
 
 def _identity(found: Any) -> list[tuple[Any, Any]]:
-    """Return module and qualified name, of a class method also those of its class."""
+    """Return module and qualified name; for a class method also those of its class."""
     owner = getattr(found, "__self__", None)
     parts = [found, owner] if isinstance(owner, type) else [found]
     return [(getattr(p, "__module__", ""), getattr(p, "__qualname__", "")) for p in parts]
 
 
 def _found(name: str) -> Any:
-    """Return what a name stands for, without importing but dmin's modules and those of the list."""
+    """Resolve a name, importing only dmin's modules and listed ones."""
     parts = name.split(".")
     allowed = {each.rpartition(".")[0] for each in shipped()}
     roots = {each.partition(".")[0] for each in allowed}
@@ -173,7 +173,7 @@ def _found(name: str) -> Any:
 
 
 def _calls(node: Any, place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield every mapping with a ``_target_``, wherever it stands, with its dotted place."""
+    """Yield every mapping with a ``_target_``, at any depth, with its dotted key."""
     if isinstance(node, dict) and "_target_" in node:
         yield place, node
     for inner, child in _children(node, place):
@@ -181,7 +181,7 @@ def _calls(node: Any, place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _leaves(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every key and every value that holds no others, with its dotted place."""
+    """Yield every key and every leaf value, with its dotted key."""
     if isinstance(node, dict):
         yield from ((f"{place}.<key>", key) for key in node if isinstance(key, str) and "$" in key)
     if not isinstance(node, dict | list):

@@ -31,10 +31,10 @@ def validate(cfg: DictConfig, needed: Iterable[str] = ()) -> None:
 
     Args:
         cfg: a composed configuration, without Hydra's own node.
-        needed: the dotted names of subtrees that must be there.
+        needed: the dotted names of required subtrees.
 
     Raises:
-        DminError: names the dotted key, what is wrong with it and what is allowed.
+        DminError: with the dotted key, what is wrong and what is allowed.
     """
     walk = _Walk()
     walk.call(cfg, "", settings())
@@ -52,20 +52,20 @@ def validate(cfg: DictConfig, needed: Iterable[str] = ()) -> None:
 
 @dataclass
 class _Walk:
-    """One walk over a configuration. Missing values are gathered, to be named all at once."""
+    """One walk over a configuration. Missing values are collected and reported together."""
 
     missing: dict[str, str] = field(default_factory=dict)  # dotted key -> the override to write
     stands_at: dict[str, str] = field(default_factory=dict)  # of what another place is said to be
 
     def place(self, path: str) -> str:
-        """Return where a setting is set: elsewhere, if its section is an interpolation."""
+        """Return the key where a setting is set: elsewhere, if its section is an interpolation."""
         for section, real in self.stands_at.items():
             if path.startswith(f"{section}."):
                 return real + path.removeprefix(section)
         return path
 
     def expect(self, cfg: DictConfig, path: str) -> None:
-        """Note a needed subtree that is not there at all; one that is null says so on purpose."""
+        """Record a required subtree that is absent; null is allowed."""
         parent, _, key = path.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg
         if isinstance(node, DictConfig) and key not in node.keys():  # noqa: SIM118
@@ -73,7 +73,7 @@ class _Walk:
             self.missing[path] = f"{path}=<choice>" if is_group else f"+{path}=<value>"
 
     def call(self, node: DictConfig, path: str, arguments: Sequence[Parameter]) -> None:
-        """Check a mapping as the arguments of a call, or as the settings of a section."""
+        """Check a mapping as arguments of a call, or as settings of a section."""
         is_call = "_target_" in node
         name = str(node["_target_"]) if is_call else path or "dmin"
         named = {
@@ -121,7 +121,7 @@ class _Walk:
             self.value(each, child)
 
     def children(self, node: DictConfig | ListConfig, path: str) -> Iterator[tuple[Any, str, Any]]:
-        """Yield key, dotted path and value of the children that have one; note those without."""
+        """Yield key, dotted path and value of children; record those without a value."""
         keys: Iterable[Any] = node if isinstance(node, DictConfig) else range(len(node))
         for key in keys:
             child = f"{path}.{key}" if path else str(key)
@@ -145,7 +145,7 @@ class _Walk:
                 self.missing[place] = f"{place}=<value>"
 
     def target(self, node: DictConfig, path: str) -> Callable[..., Any] | None:
-        """Return what a call calls; None when that is missing."""
+        """Return the target of a call; None if missing."""
         try:
             name = node["_target_"]
         except OmegaConfBaseException:
@@ -159,7 +159,7 @@ class _Walk:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value without OmegaConf's containers; as missing where it does not resolve."""
+    """Return a value without OmegaConf's containers; missing if it cannot be resolved."""
     if not isinstance(value, DictConfig | ListConfig):
         return value
     try:

@@ -14,7 +14,7 @@ from dmin.runtime.escape import end_lines_in_lf
 
 
 def make_logger(cfg: DictConfig, folder: Path) -> Any:
-    """Return the logger that is chosen, which has been told the settings; None if none is.
+    """Return the configured logger with the settings logged; None if none is configured.
 
     Args:
         cfg: the composed configuration.
@@ -40,12 +40,12 @@ def make_logger(cfg: DictConfig, folder: Path) -> Any:
 
 
 def log_results(logger: Any, results: Mapping[str, Any], folder: Path) -> None:
-    """Log the numbers among the results of a run: counts, bytes, and each measure of a benchmark.
+    """Log the numeric results of a run: counts, bytes, and each measure of a benchmark.
 
     Args:
         logger: of Lightning; None logs nothing.
-        results: as its record has them.
-        folder: where the logger may have written.
+        results: as recorded.
+        folder: of the logger's files.
     """
     if logger is None:
         return

@@ -31,7 +31,7 @@ GRACE = 30.0  # seconds to seal what is finished, once a process is lost
 
 
 def is_main(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> bool:
-    """Say whether this process speaks for its job: prints, records and writes results.
+    """Return whether this process prints, records and writes the results of its job.
 
     Args:
         trainer: the section ``trainer``.
@@ -46,14 +46,14 @@ def is_main(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ)
 
 
 def make_trainer(cfg: DictConfig, command: str) -> lightning.Trainer:
-    """Return a trainer that starts, finds and outlives processes as dmin wants it.
+    """Return a trainer with dmin's handling of processes.
 
     Args:
         cfg: the configuration.
         command: name of the command, for the other processes.
 
     Raises:
-        DminError: tasks and processes do not fit, or a device is not there.
+        DminError: tasks and processes do not match, or a device is missing.
     """
     from hydra.errors import InstantiationException
     from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
@@ -90,10 +90,10 @@ def make_trainer(cfg: DictConfig, command: str) -> lightning.Trainer:
 
 
 def check_devices(trainer: Mapping[str, Any]) -> None:
-    """Refuse a process without its GPU, before it keeps others waiting.
+    """Check that this process has its GPU, before others wait for it.
 
     Raises:
-        DminError: fewer GPUs show than the trainer is to use.
+        DminError: fewer GPUs are visible than the trainer needs.
     """
     if trainer.get("accelerator") not in ("gpu", "cuda"):
         return
@@ -114,7 +114,7 @@ def check_devices(trainer: Mapping[str, Any]) -> None:
 
 
 def follow_parent() -> None:
-    """End this process when the one that started it is gone; do nothing in any other."""
+    """End this process when the one that started it dies; does nothing in other processes."""
     parent = os.environ.get(PARENT)
     if parent is None or os.getppid() != int(parent):
         return
@@ -130,7 +130,7 @@ def follow_parent() -> None:
 
 
 def command_line(command: str) -> list[str]:
-    """Return the command for another process of the job at hand: its own settings, no sweep."""
+    """Return the command line for another process of the current job, without its sweep."""
     hydra = HydraConfig.get()
     line = [sys.executable, "-m", "dmin", command]
     of_words = hydra.job.config_name == ROOT
@@ -154,7 +154,7 @@ def _launcher(theirs: Any, command: str) -> Any:
     from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
     class JobLauncher(_SubprocessScriptLauncher):
-        """Starts the ranks of one job, also of one in a sweep, and ends gently with them."""
+        """Starts the ranks of one job, also within a sweep, and ends gracefully with them."""
 
         ranks_are_apart = False  # none waits for another any more: see dmin.collect.session
 
@@ -190,7 +190,7 @@ def _launcher(theirs: Any, command: str) -> Any:
 
 
 def _restore(environ: Mapping[str, str | None]) -> None:
-    """Leave a process group, and give the environment back what it had."""
+    """Leave a process group, and restore the environment."""
     import torch.distributed as distributed
 
     for name, value in environ.items():
@@ -205,7 +205,7 @@ def _restore(environ: Mapping[str, str | None]) -> None:
 
 
 def _watch(started: Sequence[subprocess.Popen[bytes]], trainer: lightning.Trainer) -> None:
-    """Tell when a process dies; end this one, unless it can do its own part all the same."""
+    """Report when a process dies; end this one, unless it can finish its own part."""
     while True:
         codes = [process.poll() for process in started]
         if all(code == 0 for code in codes):

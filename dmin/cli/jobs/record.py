@@ -23,14 +23,14 @@ from dmin.runtime.provenance import FINISHED, RECORD, circumstances, peak_memory
 def recorded(
     cfg: DictConfig, folder: Path, command: str, made_of: Mapping[str, Any] = MappingProxyType({})
 ) -> Iterator[dict[str, Any]]:
-    """Write ``record.json`` when a run starts and again when it ends, however it ends.
+    """Write ``record.json`` when a run starts and again when it ends, also by an error.
 
     Args:
-        cfg: the composed configuration; written resolved, but for what the environment says, as
-            ``config.yaml``.
+        cfg: the composed configuration; written to ``config.yaml``, resolved except for environment
+            variables.
         folder: the run's folder.
         command: name of the command.
-        made_of: digests of data and weights, as far as the run has read them when it ends.
+        made_of: digests of the data and weights that the run has read.
 
     Yields:
         A mapping to put results into.
@@ -65,7 +65,7 @@ def recorded(
 
 
 def note_failure(cfg: DictConfig, command: str, message: str) -> None:
-    """Leave a record of a job that failed, also of one that failed before it had any."""
+    """Record a failed job, also one that failed before its record was written."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     file = folder / RECORD
     record = json.loads(file.read_text()) if file.is_file() else _asked(command)
@@ -77,6 +77,6 @@ def note_failure(cfg: DictConfig, command: str, message: str) -> None:
 
 
 def _asked(command: str) -> dict[str, Any]:
-    """Return what the job at hand was asked, and the circumstances."""
+    """Return the command and the environment of the current job."""
     asked = {"command": command, "argv": sys.argv[1:], "job": job_settings()}
     return {**asked, **circumstances()}

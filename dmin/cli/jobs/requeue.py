@@ -21,12 +21,12 @@ def after_stop(stopped: Stopped, asked: bool, is_main: bool, tell: Callable[[str
     Args:
         stopped: how the work ended.
         asked: ``collect.requeue``.
-        is_main: the one process of the job that does it; the others stay until SLURM ends them,
-            since SLURM may take the first that leaves for a failure.
-        tell: told what is done.
+        is_main: whether this process does it; the others stay until SLURM ends them, as SLURM may
+            treat the first that exits as a failure.
+        tell: called with a message.
 
     Raises:
-        DminError: it cannot be requeued, or it would never get any further.
+        DminError: it cannot be requeued, or would never make progress.
     """
     submitit = callable(stopped.before)
     if stopped.signum == signal.SIGTERM or not (submitit or asked):
@@ -47,7 +47,7 @@ def after_stop(stopped: Stopped, asked: bool, is_main: bool, tell: Callable[[str
 
 
 def requeue(environ: Mapping[str, str] = os.environ) -> str:
-    """Put this process's job back into the queue; SLURM then ends it.
+    """Requeue this process's job; SLURM then ends it.
 
     Returns:
         The number of the job.

@@ -16,12 +16,12 @@ _SHELLS = ("bash", "interactive")
 
 
 class Processes(NamedTuple):
-    """How many processes a trainer's settings ask for.
+    """The processes that a trainer's settings request.
 
     Args:
-        per_node: one a device; None where `auto` leaves it to the machine.
+        per_node: one for each device; None if `auto` leaves it to the machine.
         nodes: machines.
-        strategy: how they work together, as it is set.
+        strategy: the configured strategy.
     """
 
     per_node: int | None
@@ -45,17 +45,17 @@ class Processes(NamedTuple):
 
     @property
     def alone(self) -> bool:
-        """Whether one process is all there is."""
+        """Whether there is only one process."""
         return self.nodes == 1 and self.per_node in (1, None)
 
     def __str__(self) -> str:
-        """Name the settings they come from."""
+        """Return the settings they come from."""
         devices = "auto" if self.per_node is None else self.per_node
         return f"trainer.devices={devices} trainer.num_nodes={self.nodes}"
 
 
 class Tasks(NamedTuple):
-    """What SLURM starts, or is asked to start: tasks on each of so many nodes."""
+    """Tasks per node and nodes that SLURM starts, or is requested to start."""
 
     per_node: int
     nodes: int
@@ -67,7 +67,7 @@ class Tasks(NamedTuple):
 
 
 def tasks_here(environ: Mapping[str, str] = os.environ) -> Tasks | None:
-    """Return the tasks of the SLURM job that this process is one of; None outside of any."""
+    """Return the tasks of this process's SLURM job; None outside of SLURM."""
     if "SLURM_NTASKS" not in environ or environ.get("SLURM_JOB_NAME") in _SHELLS:
         return None
     nodes = int(environ.get("SLURM_NNODES", 1))
@@ -77,15 +77,15 @@ def tasks_here(environ: Mapping[str, str] = os.environ) -> Tasks | None:
 def check_running(
     processes: Processes, shards: int, environ: Mapping[str, str] = os.environ
 ) -> None:
-    """Refuse a SLURM job that would wait for ever, or do the same work in every task.
+    """Refuse a SLURM job that would hang, or do the same work in every task.
 
     Args:
-        processes: what the trainer's settings ask for.
+        processes: requested by the trainer's settings.
         shards: ``shard.num``.
         environ: of the process.
 
     Raises:
-        DminError: says what does not fit, and the two ways to mend it.
+        DminError: with the mismatch and two ways to fix it.
     """
     tasks = tasks_here(environ)
     if tasks is None or tasks.total == 1:
@@ -107,7 +107,7 @@ def check_running(
 
 
 def check_fit(processes: Processes, tasks: Tasks, shards: int) -> None:
-    """Refuse tasks that are not the trainer's processes, one for one.
+    """Check that tasks and the trainer's processes match one to one.
 
     Raises:
         DminError: they are not.
@@ -128,13 +128,13 @@ def check_fit(processes: Processes, tasks: Tasks, shards: int) -> None:
 
 
 def check_submission(config: DictConfig) -> None:
-    """Refuse a sweep on SLURM whose jobs could not run, before any is submitted.
+    """Check the jobs of a SLURM sweep before any is submitted.
 
     Args:
         config: of the sweep, with Hydra's own node.
 
     Raises:
-        DminError: there is no SLURM here, or the parts of a job do not fit together.
+        DminError: there is no SLURM here, or the settings of a job do not match.
     """
     launcher = config.hydra.launcher
     if not launcher._target_.endswith(".SlurmLauncher"):
@@ -164,10 +164,10 @@ def check_submission(config: DictConfig) -> None:
 
 
 def check_gpus(trainer: Mapping[str, Any], launcher: Mapping[str, Any], tasks: int) -> None:
-    """Refuse a job for GPUs that does not ask SLURM for as many.
+    """Check that a GPU job requests enough GPUs from SLURM.
 
     Raises:
-        DminError: it asks for fewer, or for none.
+        DminError: it requests fewer, or none.
     """
     if trainer.get("accelerator") not in ("gpu", "cuda"):
         return
@@ -183,7 +183,7 @@ def check_gpus(trainer: Mapping[str, Any], launcher: Mapping[str, Any], tasks: i
 
 
 def _jobs(config: DictConfig) -> list[DictConfig]:
-    """Return the configurations of a sweep's jobs, one for each way to start processes."""
+    """Return the configurations of a sweep's jobs with distinct process settings."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser

@@ -27,7 +27,7 @@ _SHARES_TERMINAL = "JoblibLauncher"
 
 
 class Job(NamedTuple):
-    """One job of a sweep, as its record tells."""
+    """One job of a sweep, from its record."""
 
     number: int
     settings: dict[str, str]  # its overrides
@@ -38,17 +38,17 @@ class Job(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether it did not finish: a record that says running is of a job that was killed."""
+        """Whether it did not finish; a job recorded as running was killed."""
         return self.outcome != FINISHED
 
 
 class Sweep(Callback):
-    """Remembers where the sweep of this process stands; Hydra calls it (:data:`CALLBACK`)."""
+    """Hydra callback that records the folder of this process's sweep (:data:`CALLBACK`)."""
 
     folder: Path | None = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Note the folder, which is the last time Hydra tells it; refuse jobs that cannot run."""
+        """Record the folder, which Hydra does not pass later; check that the jobs can run."""
         try:
             check_submission(config)
         except DminError as error:  # Hydra would make a warning of it
@@ -57,12 +57,12 @@ class Sweep(Callback):
 
 
 def in_sweep() -> bool:
-    """Tell whether the job at hand is one of a sweep."""
+    """Return whether the current job belongs to a sweep."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def job_settings() -> dict[str, Any]:
-    """Return what tells this job from others of a sweep, for its record."""
+    """Return the settings that vary in a sweep, for this job's record."""
     hydra = HydraConfig.get()
     return {
         "number": hydra.job.num if in_sweep() else 0,
@@ -126,7 +126,7 @@ def conclude(console: Console) -> str | None:
     """Print and save the table of the sweep that this process ran, if it ran one.
 
     Returns:
-        What to say if jobs failed, else None.
+        A message if jobs failed, else None.
     """
     folder, Sweep.folder = Sweep.folder, None
     if folder is None or not (found := jobs(folder)):
@@ -146,13 +146,13 @@ def conclude(console: Console) -> str | None:
 
 
 def _varied(found: Sequence[Job]) -> list[str]:
-    """Return the settings that are not the same in all jobs."""
+    """Return the settings that differ between jobs."""
     keys = dict.fromkeys(key for job in found for key in job.settings)
     return [key for key in keys if len({job.settings.get(key) for job in found}) > 1]
 
 
 def _lines(found: Sequence[Job]) -> list[list[str]]:
-    """Return the table: its head, then a line a job; no column without any entry."""
+    """Return the table: a header, then one line for each job, without empty columns."""
     settings = _varied(found)
     figures = dict.fromkeys(name for job in found for name in job.figures)
     lines = [["job", *settings, "outcome", "seconds", *figures, "why"]]

@@ -8,10 +8,10 @@ from dmin.runtime.errors import DminError
 
 
 class Arguments(argparse.ArgumentParser):
-    """Parses what stands after ``dmin <command>``; what is wrong with it is a `DminError`.
+    """Parses the arguments after ``dmin <command>``; errors are `DminError`.
 
-    An option ``--key`` is also understood as ``key=value``, as settings are written elsewhere. A
-    path that has a ``=`` is written ``./a=b``.
+    An option ``--key`` is also understood as ``key=value``, like settings. A path
+    with a ``=`` is written ``./a=b``.
 
     Args:
         command: after ``dmin``, such as ``"status"`` or ``"store fold"``.
@@ -32,7 +32,7 @@ class Arguments(argparse.ArgumentParser):
         """Return the arguments.
 
         Raises:
-            DminError: one is wrong, or is no setting of the command.
+            DminError: one is wrong or unknown.
         """
         return self.parse_intermixed_args([self._option(word) for word in words])
 

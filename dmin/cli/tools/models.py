@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def families() -> Iterator[tuple[str, ...]]:
-    """Yield what each family claims and is trained as."""
+    """Yield the pipelines and processes of each family."""
     from dmin.models.conditioning import Captioned, SizeConditioning
     from dmin.models.relatives import all_families
 
@@ -60,7 +60,7 @@ def families() -> Iterator[tuple[str, ...]]:
 
 
 def refused() -> Iterator[tuple[str, str]]:
-    """Yield the other pipelines of the installed diffusers, by why they are refused."""
+    """Yield the refused pipelines of the installed diffusers, grouped by reason."""
     from dmin.models.relatives import claimants, pipelines_of_diffusers, reason
 
     found: dict[str, list[str]] = {}

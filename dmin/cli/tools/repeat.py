@@ -42,7 +42,7 @@ examples:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Repeat a run, and say what differs."""
+    """Repeat a run, and report what differs."""
     parser = Arguments("repeat")
     parser.add_argument("folder", nargs="?", default=Path(), type=Path)
     parser.add_argument("--dry", action="store_true")
@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 class Repeated(NamedTuple):
-    """What a record asks for: command, settings, chosen method, and what is not always allowed."""
+    """A record to repeat: command, settings, chosen method, and what needs trust."""
 
     command: str
     settings: Any
@@ -80,10 +80,10 @@ class Repeated(NamedTuple):
 
 
 def _checked(folder: Path, record: dict[str, Any], given: list[str]) -> Repeated:
-    """Return what a record asks for, nothing of it composed or imported.
+    """Read a record, without composing or importing anything.
 
     Raises:
-        DminError: it is not as commands write it.
+        DminError: it is not in the form that commands write.
     """
     from dmin.cli.config.trust import demands, read_settings
 
@@ -102,7 +102,7 @@ def _checked(folder: Path, record: dict[str, Any], given: list[str]) -> Repeated
 def _repeated(
     record: dict[str, Any], repeated: Repeated, settings: list[str], trust: bool
 ) -> list[str]:
-    """Do the work again, and say how what came out differs."""
+    """Run it again, and report how the results differ."""
     from hydra.core.hydra_config import HydraConfig
 
     from dmin.cli.commands import step_of
@@ -123,7 +123,7 @@ def _repeated(
 def _read_again(
     record: dict[str, Any], repeated: Repeated, settings: list[str], trust: bool
 ) -> list[str]:
-    """Say how data and weights differ from those of a record, with nothing left of the reading."""
+    """Report how data and weights differ from those of a record."""
     from dmin.runtime.fingerprint import differences
 
     then = _part(record, "made_of")
@@ -191,13 +191,13 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _part(record: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a part of a record; empty where it is not there, or is something else."""
+    """Return a mapping of a record; empty if missing or of another type."""
     found = record.get(name)
     return found if isinstance(found, dict) else {}
 
 
 def since(then: dict[str, Any]) -> list[str]:
-    """Say in what today's code, versions, machine and folder are not those of a record."""
+    """Report how code, versions, machine and folder differ from those of a record."""
     from dmin.runtime.fingerprint import differences
 
     now, lines = circumstances(), []
@@ -215,7 +215,7 @@ def since(then: dict[str, Any]) -> list[str]:
 
 
 def _compared(record: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Say how the results differ from those of the record."""
+    """Report how the results differ from those of the record."""
     from dmin.runtime.fingerprint import differences
 
     ours, theirs = (_essential(_part(each, "results")) for each in (found, record))

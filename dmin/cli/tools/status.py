@@ -38,15 +38,15 @@ examples:
 
 @dataclass(frozen=True)
 class Status:
-    """How far a store is.
+    """The progress of a store.
 
     Args:
         path: of the store.
-        manifest: its.
-        sealed: blocks that are there.
-        missing: blocks that are not.
-        reports: what processes say of themselves.
-        unattended: missing blocks that no running process has to do.
+        manifest: of the store.
+        sealed: finished blocks.
+        missing: other blocks.
+        reports: of the processes.
+        unattended: missing blocks assigned to no running process.
     """
 
     path: Path
@@ -74,22 +74,22 @@ class Status:
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the slowest process is done; None if nobody works, or none has a rate yet."""
+        """Until the slowest process is done; None if none is running or has a rate yet."""
         left = map(self.left, self.running)
         return max((seconds for seconds in left if seconds is not None), default=None)
 
     def left(self, report: WorkerStatus) -> float | None:
-        """Return the seconds a process has still to work."""
+        """Return the seconds that a process still needs."""
         if report.state != "collecting" or report.rate < 1e-6:
             return 0.0 if report.state == "waiting" else None
         return max(0, report.blocks - report.done) * self.manifest.block_size / report.rate
 
 
 def status_of(path: Path) -> Status:
-    """Look at a store and at what the processes that work on it say.
+    """Read a store and the heartbeats of its processes.
 
     Raises:
-        DminError: there is no store, or a segment of it cannot be read.
+        DminError: there is no store, or a segment cannot be read.
     """
     from dmin.store.segments import open_segments, read_manifest
     from dmin.workers.liveness import reports
@@ -154,7 +154,7 @@ def as_values(status: Status) -> dict[str, Any]:
 
 
 def lines(status: Status) -> list[Text]:
-    """Say in a few lines how far a store is and what it waits for."""
+    """Describe the progress of a store in a few lines."""
     from dmin.runtime.progress import titled
 
     manifest, rows = status.manifest, status.rows
@@ -196,7 +196,7 @@ def lines(status: Status) -> list[Text]:
 
 
 def table(status: Status) -> Table:
-    """List the processes: first those that died, then those at work, then those that ended."""
+    """List the processes: first dead ones, then running ones, then finished ones."""
     made = _table(("part", "process", "state"), ("blocks", "rows/s", "left", "last sign"))
     ordered = sorted(status.reports, key=lambda each: (each.ended, each.running, each.share))
     for each in ordered[:SHOWN]:
@@ -220,7 +220,7 @@ def table(status: Status) -> Table:
 
 
 def overview(found: Sequence[Status]) -> Table:
-    """List stores, a line each."""
+    """List stores, one line for each."""
     made = _table(("store",), ("rows", "", "at work", "rows/s", "left"), overflow="fold")
     for each in found:
         total = each.manifest.num_examples
@@ -251,7 +251,7 @@ def _pace(rate: float, left: float | None) -> tuple[str, str]:
 
 
 def _parsed(words: Sequence[str]) -> tuple[Path | None, bool]:
-    """Return the store, if one is named, and whether JSON is wanted."""
+    """Return the store, if given, and whether to print JSON."""
     parser = Arguments("status")
     parser.add_argument("path", nargs="?", type=Path)
     parser.add_argument("--store", type=Path)

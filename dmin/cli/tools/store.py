@@ -62,7 +62,7 @@ examples:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run one operation, and say what was done."""
+    """Run one operation, and report it."""
     print(printable(_run(arguments)))
 
 
@@ -143,10 +143,10 @@ def _remove(store: "Store", ids: list[str], settings: dict[str, str]) -> str:
 
 
 def _data_of(store: "Store", folders: list[Path], settings: dict[str, Any]) -> Any:
-    """Return the data of a store as its settings name them, or a folder of images read likewise.
+    """Return the data of a store from its settings, or from a folder of images.
 
     Raises:
-        DminError: it keeps no settings, or a folder is named and it is not one of such.
+        DminError: it has no settings, or a folder is given and the data were not a folder.
     """
     from dmin.data.image_folder import ImageFolder
 

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 def further_models(work: Workspace, count: int) -> list[Workspace]:
-    """Return the workspaces of models trained alike with further seeds, beside the one asked about.
+    """Return the workspaces of models trained with further seeds.
 
     Args:
-        work: of the model asked about.
-        count: of models, that one included.
+        work: of the first model.
+        count: of models, including the first.
     """
     found = []
     for seed in range(work.cfg.seed + 1, work.cfg.seed + count):
@@ -49,13 +49,13 @@ def further_models(work: Workspace, count: int) -> list[Workspace]:
 def chosen_methods(
     work: Workspace, benchmark: Benchmark, others: Sequence[Workspace] = ()
 ) -> tuple[dict[str, Method], dict[str, str]]:
-    """Return the methods a benchmark names, built, and those that lack a setting, with which.
+    """Build the methods of a benchmark; also return those that lack a setting, and which.
 
     ``all`` are those of ``conf/method`` and of the user's own ``--config-dir``.
 
     Args:
-        work: its ``method`` stands in for the choice of that name, settings included.
-        benchmark: names methods, and settings of theirs.
+        work: its ``method`` replaces the choice of the same name, with its settings.
+        benchmark: lists methods and their settings.
         others: models for the methods that average over several.
 
     Raises:
@@ -104,12 +104,12 @@ def with_method(work: Workspace, name: str, settings: Mapping[str, Any]) -> Dict
 def benchmark_context(
     work: Workspace, benchmark: Benchmark, methods: Sequence[Method]
 ) -> Iterator[BenchmarkContext]:
-    """Give the context of a benchmark, and show the progress of what is done in it.
+    """Provide the context of a benchmark, with progress bars.
 
     Args:
         work: model, data and stores.
-        benchmark: says how much is retrained at once.
-        methods: whose requirements, such as further models, the context meets.
+        benchmark: with the number of models retrained at once.
+        methods: whose requirements, such as further models, the context provides.
     """
     import torch
 
@@ -139,7 +139,7 @@ def benchmark_context(
 
 @contextmanager
 def _shown(work: Workspace) -> Iterator[OnProgress]:
-    """Show a bar for each thing that is being done, or lines where there is no terminal."""
+    """Show a bar for each activity, or lines without a terminal."""
     if not work.notes.is_terminal:
         yield _lines(work)
         return
@@ -158,7 +158,7 @@ def _shown(work: Workspace) -> Iterator[OnProgress]:
 
 
 def _lines(work: Workspace) -> OnProgress:
-    """Return what prints a line now and then of each thing that is being done."""
+    """Return a callback that occasionally prints a line for each activity."""
     lines: dict[str, Lines] = {}
 
     def on_progress(what: str, done: int, total: int) -> None:

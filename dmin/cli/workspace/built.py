@@ -41,16 +41,16 @@ RENDEZVOUS = 300.0  # seconds; less than the ranks of a job wait for each other 
 
 
 def build(node: Any) -> Any:
-    """Return what a node of the configuration describes; its lists and mappings become plain."""
+    """Instantiate a node of the configuration, with plain lists and mappings."""
     return instantiate(node, _convert_="all")
 
 
 def build_queries(node: Any) -> Any:
-    """Return the source of the queries; what is wrong with it is told by the name of its setting.
+    """Build the source of the queries; errors name the settings of queries.
 
     Raises:
-        DminError: it cannot be had. Datasets name their settings ``data.…``, and here the same ones
-            are ``queries.…``.
+        DminError: it cannot be built. Messages say ``queries.…`` where datasets say
+            ``data.…``.
     """
     try:
         return build(node)
@@ -62,11 +62,11 @@ def build_queries(node: Any) -> Any:
 
 
 class Built:
-    """The parts of one configuration, and the processes that work on it.
+    """The objects of one configuration, and the processes that work on it.
 
     Args:
         cfg: the validated configuration.
-        command: name of the command it is for.
+        command: name of the command.
     """
 
     def __init__(self, cfg: DictConfig, command: str) -> None:
@@ -88,7 +88,7 @@ class Built:
 
     @cached_property
     def data(self) -> Dataset:
-        """The training examples, or the part of them that was asked for."""
+        """The training examples, or the selected part of them."""
         from dmin.data.subset import Subset
 
         dataset: Dataset = build(self.cfg.data)
@@ -114,12 +114,12 @@ class Built:
 
     @cached_property
     def collector(self) -> GradientCollector:
-        """Model, sketch, timesteps and noise, put together."""
+        """The collector of model, sketch, timesteps and noise."""
         self.require_conditions(self.data)  # before minutes of loading
         return self.collector_of(self.model)
 
     def require_conditions(self, dataset: Any, setting: str = "data") -> None:
-        """Refuse images without what the model is conditioned on, as far as that is known."""
+        """Check that images have the captions or condition images that the model needs."""
         from dmin.data.checked import require_captions
         from dmin.models.families.image_conditions import lacking
 
@@ -163,12 +163,12 @@ class Built:
         shard: Shard = WHOLE,
         stop: StopSignals | None = None,
     ) -> Iterator[None]:
-        """Hold the right to make what stands at a path, while no other job of these settings may.
+        """Hold the lock of an output path, so that no other job computes the same.
 
         Args:
             path: of a store, a model or a folder of queries.
-            done: it is there already, so that there is nothing to wait for.
-            shard: the part of it that is made.
+            done: whether it already exists.
+            shard: the part that is computed.
             stop: signals that end the waiting.
         """
         if done or not self.is_main:  # the main process has it for all of them
@@ -186,10 +186,10 @@ class Built:
         return OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
 
     def require_one_process(self, shards: bool = False) -> None:
-        """Refuse several processes where only collecting and training can use them.
+        """Refuse several processes for commands that cannot use them.
 
         Args:
-            shards: whether the command can do a shard of its work.
+            shards: whether the command can work in shards.
         """
         if self.share.shards > 1 and not shards:
             raise DminError(
@@ -206,7 +206,7 @@ class Built:
             )
 
     def need(self, name: str) -> Any:
-        """Return a group's node, or say that the group must be chosen."""
+        """Return a group's node; raise if the group is not chosen."""
         if self.cfg[name] is None:
             raise DminError(
                 f"{name} is not chosen. Set {name}=<choice>. Choices of {name}: "

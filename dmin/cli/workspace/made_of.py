@@ -8,14 +8,14 @@ from dmin.cli.workspace.workspace import Workspace
 
 
 def note_data(work: Workspace) -> None:
-    """Note the training examples of a command that makes no store of them."""
+    """Record the training examples of a command that writes no store."""
     from dmin.collect.described import describe
 
     work.made_of["data"] = describe(work.data)
 
 
 def note_queries(work: Workspace, source: Any) -> None:
-    """Note queries that are there, not generated or made of training examples."""
+    """Record queries that were neither generated nor made from training examples."""
     from dmin.collect.described import describe
     from dmin.queries import Generated, Planted
 
@@ -26,7 +26,7 @@ def note_queries(work: Workspace, source: Any) -> None:
 
 
 def made_now(work: Workspace, parts: Container[str]) -> dict[str, Any]:
-    """Return what the settings of a run would be made of today, in the parts that it noted."""
+    """Return the current digests of the inputs that a run recorded."""
     if "queries" in parts:
         note_queries(work, build_queries(work.cfg.queries))
     if "weights" in parts:

@@ -30,12 +30,12 @@ def joined(
 
     Args:
         work: the configuration.
-        part: what this shard found; None if it had no example to rank.
+        part: the ranking of this shard; None if it had no example to rank.
         queries: the queries.
         train: all training examples.
-        method: how they were scored.
-        selection: how they were chosen.
-        k: how many are shown.
+        method: of the scores.
+        selection: of the examples.
+        k: number of results.
 
     Raises:
         DminError: the folder of the parts cannot be written.

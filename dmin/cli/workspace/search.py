@@ -26,7 +26,7 @@ SELECTED = ("order", "min_score", "where", "group_by", "group_score", "split")
 
 @dataclass
 class Search:
-    """What several methods search alike: both sides, the selection, an index."""
+    """The common inputs of a search by several methods: features, selection, index."""
 
     work: Workspace
     options: dict[str, Any]
@@ -37,7 +37,7 @@ class Search:
     blind: dict[str, tuple[float, ...] | None] = field(default_factory=dict)  # by readout
 
     def __post_init__(self) -> None:
-        """Keep pictures that were decoded."""
+        """Create the cache of decoded pictures."""
         from dmin.gallery.pictures import remembered
 
         queries, train = self.queries, self.train
@@ -70,7 +70,7 @@ class Search:
     def places(
         self, rankings: Sequence[Ranking], methods: Mapping[str, Method], shown: int
     ) -> PlacesOf:
-        """Return where the scores of the first examples come from; nothing of none."""
+        """Return the maps of the first examples, if requested."""
         from dmin.attribution import places
 
         found: PlacesOf = {}
@@ -80,7 +80,7 @@ class Search:
         return found
 
     def ranking(self, method: Method) -> Ranking | None:
-        """Return the answer by one method, with all that its scores mean."""
+        """Return the ranking by one method, with scale, errors and copies."""
         from dmin.attribution import Approximate, retrieve as search, retrieve_part
         from dmin.attribution.confidence import with_confidence
         from dmin.attribution.copies import namesakes, with_copies
@@ -113,7 +113,7 @@ class Search:
         return with_copies(found, *self.pictures, wider, namesakes(queries, train), members)
 
     def blind_at(self, readout: str) -> tuple[float, ...] | None:
-        """Return the timesteps that the doctor calls blind; None of too few examples to tell."""
+        """Return the blind timesteps as defined by the doctor; None for too few examples."""
         from dmin.doctor.timestep_report import report_of
 
         if readout not in self.blind:
@@ -123,7 +123,7 @@ class Search:
         return self.blind[readout]
 
     def shown(self, id: str) -> np.ndarray:
-        """Return a query as it is shown: what is not asked about is pale."""
+        """Return a query for display, with parts outside of the mask made pale."""
         from dmin.data.part import dimmed
 
         example = self.queries.example(id)
@@ -131,7 +131,7 @@ class Search:
 
 
 def pooling(work: Workspace, source: Any, methods: Iterable[Method]) -> str | None:
-    """Return how queries are pooled, if they are; refuse what has no meaning with that."""
+    """Return how queries are pooled, if at all; refuse incompatible settings."""
     kind, others = getattr(source, "pool", None), getattr(source, "others", None)
     if others is None and (kind is None or len(source) == 1):
         return None

@@ -27,8 +27,8 @@ def methods_of(work: Workspace) -> dict[str, Method]:
     Each is less an example's popularity if ``retrieve.popularity`` is true.
 
     Raises:
-        DminError: there is no such method, one lacks a setting, or several are asked for what only
-            one can do: shards, an index, a least score, a split that must be possible.
+        DminError: a method is unknown or lacks a setting, or several are combined with
+            options for one: shards, an index, a minimum score, a required split.
     """
     found = {name: at_timesteps(work, method) for name, method in _chosen(work).items()}
     if not work.cfg.retrieve.get("popularity", False):
@@ -39,10 +39,10 @@ def methods_of(work: Workspace) -> dict[str, Method]:
 
 
 def at_timesteps(work: Workspace, method: Method) -> Method:
-    """Return a method as it scores at the timesteps that are asked about.
+    """Return a method restricted to the chosen timesteps.
 
     Raises:
-        DminError: some are asked about, and it has none.
+        DminError: timesteps are chosen, but the method uses none.
     """
     from dmin.attribution import AtTimesteps
 
@@ -88,7 +88,7 @@ def _chosen(work: Workspace) -> dict[str, Method]:
 
 
 def about(work: Workspace, train: FeatureSet) -> dict[str, str]:
-    """Return what an answer was made from: model, adapter, weights, store, examples, date."""
+    """Return the origin of an answer: model, adapter, weights, store, examples, date."""
     model = work.cfg.model
     adapter, ema = model.get("adapter"), model.get("ema")
     names = [str(each) for each in adapter] if OmegaConf.is_list(adapter) else [str(adapter)]

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 class Stores(Built):
     """The stores of one configuration, under the outputs folder.
 
-    Their paths carry a fingerprint of everything they depend on. So equal work is found and not
-    done again, and other settings never overwrite it.
+    Their paths contain a fingerprint of everything they depend on, so results are found and
+    reused, and other settings never overwrite them.
 
     Args:
         cfg: the validated configuration.
-        command: name of the command it is for.
+        command: name of the command.
     """
 
     def __init__(self, cfg: DictConfig, command: str) -> None:
@@ -41,7 +41,7 @@ class Stores(Built):
 
     @cached_property
     def train_manifest(self) -> Manifest:
-        """What the store of the training examples has to be."""
+        """The manifest that the store of the training examples must have."""
         options, data = self.cfg.collect, self.data  # first, as it is read sooner than the model
         place = None if options.path is None else Path(options.path)
         found = self.collector.manifest(data, options.block_size, options.dtype, path=place)
@@ -51,7 +51,7 @@ class Stores(Built):
 
     @cached_property
     def train_path(self) -> Path:
-        """Where that store stands: ``collect.path``, or a path that carries its fingerprint."""
+        """The path of that store: ``collect.path``, or one with its fingerprint."""
         if self.cfg.collect.path is not None:
             return Path(self.cfg.collect.path)
         return self._store_path("train", self.train_manifest, self.data)
@@ -60,7 +60,7 @@ class Stores(Built):
         """Return the store of the training examples; collect what is missing of the shard.
 
         Args:
-            stop: signals heard so far.
+            stop: signals received so far.
         """
         return self._collect(self.data, "train", self.train_path, self.share, stop)
 
@@ -70,7 +70,7 @@ class Stores(Built):
         Only ``dmin collect`` makes it: what takes hours must not begin because one setting differs.
 
         Raises:
-            DminError: it is not there; names the stores that are, and what differs.
+            DminError: it does not exist; existing stores are listed with their differences.
         """
         from dmin.collect.described import as_found, warn_if_stale
         from dmin.store import Store
@@ -100,7 +100,7 @@ class Stores(Built):
         return store
 
     def _other_stores(self, manifest: Manifest) -> str:
-        """Say which stores of this name come nearest, and how they differ."""
+        """List the most similar stores of this name, and how they differ."""
         from dmin.store import Store
         from dmin.store.comparison import metadata_remedy
 
@@ -137,7 +137,7 @@ class Stores(Built):
 
         Args:
             dataset: the examples.
-            role: a word for the path and for the progress shown.
+            role: a name for the path and the progress.
             as_queries: whether the examples are queries.
             model: another than the configured one.
             losses_only: without gradients.
@@ -199,7 +199,7 @@ class Stores(Built):
             return collector.collect(dataset, path, **settings)
 
     def _keep_settings(self, path: Path) -> None:
-        """Keep the settings beside a store of theirs; of another's settings it complains."""
+        """Save the settings in a store, if they belong to it."""
         from dmin.store import StoreWriter
 
         if self.is_main:
@@ -208,7 +208,7 @@ class Stores(Built):
             store_settings.keep(self.cfg, path)
 
     def _numbers(self, collector: GradientCollector) -> str:
-        """Say how many numbers are kept of a gradient."""
+        """Describe the size of a sketch."""
         if not collector.readouts:
             return "losses alone"
         groups = len(self.collector.attributed.groups)

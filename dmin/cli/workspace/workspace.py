@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 class Workspace(Stores):
     """The model, data, stores and queries of one configuration.
 
-    Generated queries stand beside the stores, at paths that carry a fingerprint as well.
+    Generated queries are saved next to the stores, also at paths with a fingerprint.
 
     Args:
         cfg: the validated configuration.
-        command: name of the command it is for.
+        command: name of the command.
     """
 
     def __init__(self, cfg: DictConfig, command: str) -> None:
@@ -33,7 +33,7 @@ class Workspace(Stores):
         self._others: dict[str, Workspace] = {}  # of further checkpoints
 
     def queries(self, source: Any) -> Dataset:
-        """Return a dataset of queries from any source; generate what is not there.
+        """Return a dataset of queries from any source; generate them if necessary.
 
         Args:
             source: a dataset, or one of the sources of ``dmin.queries``.
@@ -77,7 +77,7 @@ class Workspace(Stores):
         return saved(folder)
 
     def states(self, source: Any, dataset: Dataset) -> list[Dataset]:
-        """Return what generated queries looked like while they were generated, if recorded."""
+        """Return the recorded intermediate states of generated queries."""
         from dmin.data.image_folder import ImageFolder
         from dmin.data.video import saved
         from dmin.queries import Generated
@@ -89,7 +89,7 @@ class Workspace(Stores):
     def query_side(
         self, source: Any, role: str = "queries", methods: Iterable[Method] = ()
     ) -> FeatureSet:
-        """Return queries with their features, and what else some methods require of them."""
+        """Return queries with their features and everything else that methods require."""
         from dmin.attribution import FeatureSet
         from dmin.queries import require_one_shape
 
@@ -113,7 +113,7 @@ class Workspace(Stores):
         )
 
     def train_side(self, methods: Iterable[Method] = ()) -> FeatureSet:
-        """Return the training examples with their features, and what else methods require."""
+        """Return the training examples with their features and all else that methods require."""
         from dmin.attribution import FeatureSet
 
         repeats = self.cfg.collect.get("repeats", True)  # records of before have none
@@ -130,10 +130,10 @@ class Workspace(Stores):
         )
 
     def checkpoints(self, methods: Iterable[Method]) -> dict[str, Workspace]:
-        """Return the workspaces of the further checkpoints that methods name, by their path.
+        """Return the workspaces of the further checkpoints of methods, by path.
 
         Raises:
-            DminError: the model has no path, or its store was given a place of its own.
+            DminError: the model has no path, or collect.path is set.
         """
         names = dict.fromkeys(name for m in methods for name in m.requires.checkpoints)
         if names and ("path" not in self.cfg.model or self.cfg.collect.path is not None):

@@ -15,7 +15,7 @@ class Recipe:
 
     Args:
         steps: optimiser steps, whatever the number of examples.
-        batch_size: examples a step.
+        batch_size: examples per step.
         learning_rate: reached after ``warmup`` steps, then decayed to zero by a cosine.
         warmup: steps of linear warm-up.
         ema_decay: the weights returned are an exponential moving average.

@@ -14,7 +14,7 @@ from dmin.store import Store
 
 Array = np.ndarray
 Measures = Mapping[str, Array]
-"""For each metric one number a query, ``[Q]`` (or for whatever its mean is taken over)."""
+"""For each metric one number for each query, ``[Q]`` (or for whatever its mean is taken over)."""
 
 
 class GroundTruth(ABC):
@@ -49,7 +49,7 @@ class GroundTruth(ABC):
 
     @abstractmethod
     def measure(self, scores: Array) -> Measures:
-        """Return one number a query for each metric; larger is better."""
+        """Return one number for each query for each metric; larger is better."""
 
     def resampled(self, scores: Array, measured: Measures, count: int) -> Measures:
         """Return the mean of each metric in each of ``count`` resamples, ``[R]``.

@@ -43,7 +43,7 @@ class LDS(GroundTruth):
     ranks_only = False
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
+        """Refuse values out of range."""
         if self.half not in HALVES:
             raise DminError(f"LDS: half={self.half!r}: choose A (for tuning) or B (reported).")
         if self.subsets < 3 or self.seeds < 2 or not 0 < self.share < 1:
@@ -90,7 +90,7 @@ def random_subsets(examples: int, count: int, share: float = 0.5, seed: int = 0)
         examples: N.
         count: M.
         share: of the examples in each.
-        seed: key of the draws.
+        seed: of the perturbations.
     """
     generator = np.random.default_rng(seed)
     size = round(share * examples)
@@ -137,7 +137,7 @@ class Resamples:
         subsets: M.
         queries: Q.
         count: R.
-        seed: key of the draws.
+        seed: of the perturbations.
         seeds: of retraining.
     """
 

@@ -182,7 +182,7 @@ def _numbers(
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return ``s w``; of one s, of one a row, or of one a block of a row ``[out, blocks, 1]``."""
+    """Return ``s w`` for one s, one per row, or one per block of a row ``[out, blocks, 1]``."""
     if scale.ndim == 3 and weight.ndim == 2:
         return (weight.unflatten(1, (scale.shape[1], -1)) * scale).flatten(1)
     if scale.numel() not in (1, len(weight)):
@@ -213,7 +213,8 @@ def round_weights(network: nn.Module, kind: BaseDType) -> None:
 
     ``float8_e4m3fn``, ``float8_e5m2``: every parameter, unscaled. Others, weights of linear layers
     and convolutions: ``float8`` with one scale ``max|w|/448`` a layer, ``qfloat8`` and ``int8``
-    (``max|w|/127``) with one a row; ``nf4`` with one a block of 64, linear layers alone.
+    (``max|w|/127``) with one for each row; ``nf4`` with one for each block of 64, linear layers
+    alone.
 
     Raises:
         DminError: it is no such kind.

@@ -44,9 +44,7 @@ class StableDiffusionDepth(StableDiffusion, ImageConditioned):
         depth = interpolate(depth, size=places, mode="bicubic", align_corners=False)
         low, high = depth.amin((1, 2, 3), True), depth.amax((1, 2, 3), True)
         if (high == low).any():
-            raise DminError(
-                f"the depth map of {batch['id'][0]!r}, or of its batch, is constant."
-            )
+            raise DminError(f"the depth map of {batch['id'][0]!r}, or of its batch, is constant.")
         return 2 * (depth - low) / (high - low) - 1
 
     def _call(self, images: Mapping[str, Any]) -> dict[str, Any]:
