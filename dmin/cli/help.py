@@ -8,18 +8,19 @@ from dmin.cli.config.subtrees import reads
 COMMANDS = {
     "train": "Train a model on a dataset, or on a subset of it.",
     "collect": "Collect the compressed gradients of the training examples into a store (once).",
-    "doctor": "Before that: check that dmin does right by your model, and what it will cost.",
+    "doctor": "Check that the gradients of your model are right, and predict the cost of "
+    "collecting.",
     "sample": "Generate query images, each with the prompt and seed that made it.",
-    "retrieve": "Find the training examples behind each query image, and show them.",
-    "serve": "Ask in a browser, the model kept loaded: your pictures, parts of them, prompts.",
-    "outliers": "Find training examples that only they explain: rare, or labelled wrongly.",
-    "losses": "See the loss of every training image, and whether the model is over-fitted.",
+    "retrieve": "Find the most influential training examples of each query image.",
+    "serve": "Retrieve in a browser, with the model kept loaded.",
+    "outliers": "Find unusual training examples: rare ones, or wrongly labelled ones.",
+    "losses": "Show the loss of every training image, and whether the model is over-fitted.",
     "evaluate": "Measure how far the answers can be trusted, against ground truth.",
-    "status": "See how much of a running or dead collection is done, by whom, how fast.",
-    "models": "See which families of models are opened, by what, and why others are refused.",
+    "status": "Show the progress and the processes of a running or dead collection.",
+    "models": "List the supported model families, and why other pipelines are refused.",
     "store": "Inspect, verify, merge, fold, convert, compact and export stores.",
-    "repeat": "Run the settings of an earlier run again, and say what differs.",
-    "demo": "Do all of it on a small model, in minutes on a laptop.",
+    "repeat": "Repeat an earlier run, and report what differs.",
+    "demo": "Run all steps on a small model, in minutes on a laptop.",
 }
 
 # Commands that compose no configuration; each has a page of its own in dmin.cli.tools.
@@ -48,9 +49,9 @@ _WORDS = dict.fromkeys(
     " [--concept TEXT --without TEXT] [--region X,Y,W,H | --mask FILE] [--places N]",
 }
 _STORE = """
-A STORE is a folder that `dmin collect` made. It keeps the settings of model, data and loss, which
-need not be said again; what is said wins, and is held to the store. A model that moved: --model
-PATH. Settings of a store from elsewhere build only what dmin's own do, unless you say --trust.
+A STORE is a folder that `dmin collect` wrote. It contains the settings of model, data and
+loss; settings on the command line override them and are checked against the store. If the model has
+moved, give --model PATH. For a store from elsewhere that names other code, add --trust.
 """
 _WIDTH = 90
 
@@ -79,7 +80,7 @@ commands:
 {commands}
 
 Settings are Hydra overrides. `dmin <command> --help` lists the choices of each configuration
-group, `dmin <command> --cfg job` prints all that it reads.
+group, `dmin <command> --cfg job` prints all settings that it reads.
 For shell completion: eval "$(dmin --shell-completion install=bash)"
 """
 
@@ -96,15 +97,15 @@ usage: dmin {command}{_WORDS.get(command, "")} [setting=value ...] [Hydra option
 {_STORE if command in _WORDS else ""}
 examples:
   {digits}{_EXAMPLES[command]}
-  {digits} --cfg job      print the composed configuration, run nothing
+  {digits} --cfg job      print the configuration and exit
   {digits} -m seed=0,1,2  one run for each value
-  {digits} -q             results, warnings and errors alone
+  {digits} -q             print only results, warnings and errors
 
 configuration groups (group=choice):
 {shown}
 
-Your own YAML files: --config-dir DIRECTORY. Values: section.key=value, as --cfg job shows them.
-All of Hydra's options: dmin {command} --hydra-help. A full traceback of any error:
+For your own YAML files: --config-dir DIRECTORY. Settings are section.key=value, as --cfg job shows.
+For Hydra's options: dmin {command} --hydra-help. For the traceback of an error:
 HYDRA_FULL_ERROR=1 dmin {command} ...
 """
 

@@ -305,7 +305,7 @@ def test_methods_of_the_same_rows_share_one_fit(sides):
 
 def test_one_thing_decides_the_damping():
     for settings in ({"effective": 4.0}, {"alpha": None}):
-        with pytest.raises(DminError, match="one of the two decides the damping"):
+        with pytest.raises(DminError, match="exactly one of the two sets the damping"):
             TRAK(**settings)
     with pytest.raises(DminError, match=r"method\.effective=0: give a positive"):
         SharpEnergy(effective=0)
