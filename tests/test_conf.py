@@ -246,5 +246,5 @@ def test_query_images_are_read_as_the_training_images(places):
         )
     assert build_queries(same)[0].image.shape == (1, 4, 4)
     assert build_queries(own)[0].image.shape == (1, 6, 6)
-    with pytest.raises(DminError, match=r"^queries\.root=away: there is no such picture"):
+    with pytest.raises(DminError, match=r"^queries\.root=away: this file does not exist"):
         build_queries(nowhere)

@@ -361,7 +361,7 @@ def test_settings_out_of_range_are_refused(origin):
     ):
         with pytest.raises(DminError, match="method"):
             wrong()
-    with pytest.raises(DminError, match="those of the store"):
+    with pytest.raises(DminError, match="choose timesteps of the store"):
         FunctionalLoss(origin, [3])
     with pytest.raises(DminError, match="count=501"):
         LossCurvature(FunctionalLoss(origin), DIGITS[:1]).eigenpairs(501)

@@ -78,7 +78,7 @@ def test_means_are_one_query_for_an_index(sides, method):
         np.testing.assert_array_equal(proven.train_rows, exact.train_rows)
         np.testing.assert_allclose(proven.scores, exact.scores, rtol=1e-6)
         assert "proven" in proven.notes["search"] and proven.contributions is not None
-    with pytest.raises(DminError, match="max over queries scores are no inner product"):
+    with pytest.raises(DminError, match="max over queries scores are not inner products"):
         pool, pooled = asked(method, good, kind="max")
         retrieve(pool, train, pooled, 5, index=Certified(16))
 

@@ -206,7 +206,7 @@ def test_an_index_that_cannot_be_kept_is_in_memory(tmp_path, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("dmin.runtime.files.os.rename", refused)
-    with pytest.warns(DminWarning, match=r"could not be kept \(Read-only file system\): it is in"):
+    with pytest.warns(DminWarning, match=r"could not be saved \(Read-only file system\): it is kept in"):
         found = retrieve(asked, train, k=5, index=Certified(9))
     assert np.array_equal(found.train_rows, retrieve(asked, train, k=5).train_rows)
     assert not list(train.path.glob("index-*"))
@@ -221,7 +221,7 @@ def test_one_index_object_serves_several_scales(tmp_path):
 
 def test_where_no_index_helps(tmp_path):
     stores = pair(tmp_path, "random")
-    with pytest.raises(DminError, match="grad_cos scores are no inner product"):
+    with pytest.raises(DminError, match="grad_cos scores are not inner products"):
         retrieve(*stores, GradCos(), index=Certified(4))
     with pytest.raises(DminError, match="1 direction or more"):
         retrieve(*stores, index=Certified(0))

@@ -129,7 +129,7 @@ def test_no_score_is_computed_from_a_flipped_bit(tmp_path, dtype, queries, index
     method, side = DMin(), FeatureSet(asked)
     linear = method.transform_query(side.block(range(queries), method.requires))
     # Not by `retrieve`, which reads the winners once more and would find it then.
-    with pytest.raises(DminError, match=r"Row 1 .*'x-1'.* is not what was sealed"):
+    with pytest.raises(DminError, match=r"Row 1 .*'x-1'.* differs from what was sealed"):
         list(scan(linear, train)) if index is None else index.search(linear, train, 45)
 
 

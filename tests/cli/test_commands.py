@@ -77,7 +77,7 @@ class TestDemo:
         assert "by grad_cos" in found.stdout
         for command in ("retrieve", "outliers", "losses"):
             refused = refusal(command, *SMALLEST, f"{command}.k=0", cwd=place)
-            assert f"{command}.k=0: choose 1 or more" in refused
+            assert f"{command}.k=0: show 1 or more" in refused
         assert len(list(place.glob("outputs/stores/debug-train-*"))) == 1
 
     @pytest.mark.parametrize("method", [[], ["method=training_loss"]])
@@ -204,11 +204,11 @@ class TestDemo:
         [
             ("method=dmin,pixel_12", "method=pixel_12: there is no such method. Did you mean"),
             ("method=dmin,encoder", "method=encoder needs method.path"),
-            ("method=dmin,over_checkpoints", "method=over_checkpoints is an average over several"),
-            ("method=dmin,trak index=certified", "index is for one method at a time"),
-            ("method=dmin,trak retrieve.min_score=1", "retrieve.min_score is for one method"),
+            ("method=dmin,over_checkpoints", "method=over_checkpoints averages over several"),
+            ("method=dmin,trak index=certified", "index works for one method at a time"),
+            ("method=dmin,trak retrieve.min_score=1", "retrieve.min_score works for one method"),
             ("method=dmin,d_trak", "method=d_trak needs the readouts mean_squared_output"),
-            ("method=dmin,journey_trak", "method=journey_trak needs what the queries looked like"),
+            ("method=dmin,journey_trak", "method=journey_trak needs the intermediate states of generated queries"),
         ],
     )
     def test_a_method_that_cannot_run_is_refused_before_the_others_do(self, place, asked, told):
@@ -262,7 +262,7 @@ REFUSALS = [
     (["train", "experiment=digits", "paths.outputs=file/below"], "cannot be written"),
     # A model of one's own, on which nothing is trained; what is missing is named by its setting.
     ([*OWN, "benchmark=dmin_paper"], "Set queries.root=<value>"),
-    ([*OWN, "benchmark=dmin_paper", "queries.root=none"], "none: there is no such picture"),
+    ([*OWN, "benchmark=dmin_paper", "queries.root=none"], "none: this file does not exist"),
     ([*OWN, "benchmark=dmin_paper", "queries.root=a", "queries.size=x"], "queries.size is 'x'"),
     (["train", *OWN[1:]], "Choices of train: digits_mlp"),
 ]

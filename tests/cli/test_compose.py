@@ -212,8 +212,8 @@ def test_only_what_a_command_reads_must_have_values() -> None:
 
 def test_a_setting_for_another_command_is_refused() -> None:
     assert refused("-m", "seed=1,2", "benchmark.store=x") == (
-        "benchmark.store is a setting of `dmin evaluate`; `dmin collect` does not read it. "
-        "Leave it out here."
+        "benchmark.store is a setting of `dmin evaluate`, which `dmin collect` does not read.  "
+        "Leave it out."
     )
     assert "model@benchmark.extra is a setting" in refused("+model@benchmark.extra=small")
 

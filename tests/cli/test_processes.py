@@ -124,7 +124,7 @@ class TestBeforeSubmission:
         ("overrides", "message"),
         [
             (["hydra.launcher.nodes=2"], "every task would do all"),
-            (["trainer=gpu"], r"asks SLURM for 0 GPUs.*gpus_per_node=1"),
+            (["trainer=gpu"], r"requests 0 GPUs.*gpus_per_node=1"),
             (["hydra.launcher.timeout_min=2"], "signalled to stop as soon as it starts"),
             (["trainer=ddp", "trainer.devices=auto"], r"tasks_per_node=auto.*devices=8"),
         ],

@@ -66,7 +66,7 @@ def test_every_operation(store, tmp_path, capsys):
         (["fold", "{}", "t"], "needs dim=..."),
         (["fold", "{}", "t", "dim=x"], "give a whole number"),
         (["fold", "{}", "t", "dim=5"], "cannot be folded to 5"),
-        (["info", "{}", "dim=5"], "dim is no setting of dmin store info. It takes none."),
+        (["info", "{}", "dim=5"], "dim is not a setting of dmin store info. It takes none."),
         (["info"], "takes STORE, and got 0 paths"),
         (["info", "{}", "t"], "takes STORE, and got 2 paths"),
         (["info", "nowhere"], "There is no store at nowhere"),

@@ -196,7 +196,7 @@ def test_marks_part_what_stays_from_what_moves_and_prefixes_may_be_parts():
 def test_what_has_no_meaning_for_draws_is_refused(folder, tmp_path):
     dataset, collector = data(folder), make()
     side = FeatureSet(collect(collector, dataset, tmp_path / "s"), dataset, origin=collector)
-    with pytest.raises(DminError, match=r"draws of the data.*retrieve\.places=null"):
+    with pytest.raises(DminError, match=r"have several draws.*retrieve\.places=null"):
         places(side, side, retrieve(side, side, DMin(), k=1), DMin())
     with pytest.raises(DminError, match=r"data\.draws=null"):
         encoded(collector.model, Examples([dataset[0]]))

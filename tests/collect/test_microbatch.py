@@ -63,7 +63,7 @@ def test_sizes_end_with_the_work(clock):
 
 
 def test_one_pair_beyond_the_limit_is_refused(clock):
-    with pytest.raises(DminError, match=r"takes 500 bytes, beyond the limit of 100.*collect\."):
+    with pytest.raises(DminError, match=r"takes 500 bytes, more than the limit of 100.*collect\."):
         find_microbatch(clock(lambda n: 1.0, lambda n: 500), 8, CPU, limit=100)
 
 
@@ -154,7 +154,7 @@ def test_a_network_without_checkpointing_is_refused(digits, tmp_path):
     collector = GradientCollector(
         Latent(), BlockCyclic(32, block=16), Stratified(2), gradient_checkpointing=True
     )
-    with pytest.raises(DminError, match="Sequential does not offer it"):
+    with pytest.raises(DminError, match="Sequential does not support it"):
         run(collector, digits, tmp_path / "s")
 
 

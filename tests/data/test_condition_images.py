@@ -121,7 +121,7 @@ def test_a_column_of_a_table(tmp_path):
     assert all(same(found[i], 10 + i) for i in range(3)) and plain[0].condition_image is None
     assert found.facts(0).caption == "make it red" and "original" not in found.facts(0).metadata
     assert plain.describe()["content"] != found.describe()["content"]
-    with pytest.raises(DminError, match=r"data\.condition_image='mask' is no column"):
+    with pytest.raises(DminError, match=r"data\.condition_image='mask' is not a column"):
         HFDataset(tmp_path / "table", condition_image="mask")
 
 

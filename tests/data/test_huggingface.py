@@ -76,8 +76,8 @@ def test_a_rewritten_file_is_another_dataset(hub, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image": "picture"}, "data.image='picture' is no column .* image, label, text, key"),
-        ({"label": "class"}, "data.label='class' is no column"),
+        ({"image": "picture"}, "data.image='picture' is not a column .* image, label, text, key"),
+        ({"label": "class"}, "data.label='class' is not a column"),
         ({"split": "train[:2]"}, "are not stable ids"),
         ({"split": "test"}, "no split 'test' among train"),
         ({"split": "val"}, "no split 'val'"),

@@ -149,7 +149,7 @@ def test_what_may_be_two_layouts_asks_for_a_setting_that_helps(name, tmp_path):
 
 def test_some_masks_among_examples_are_asked_about(tmp_path):
     write(tmp_path, **{"a.png": None, "masks/a.png": None, "masks/c.png": None})
-    with pytest.raises(DminError, match=r"masks/c\.png has the name of no other.*data\.leave"):
+    with pytest.raises(DminError, match=r"masks/c\.png looks like a mask.*data\.leave"):
         ImageFolder(tmp_path)
     assert TrainingFolder(tmp_path, leave=["masks/"], recursive=True).ids == ["a.png"]
 

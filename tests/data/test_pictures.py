@@ -54,8 +54,8 @@ def test_prompts_are_part_of_what_a_store_is_made_of(folder):
 @pytest.mark.parametrize(
     "root, prompt, named",
     [
-        ("none.png", None, "none.png: there is no such picture"),
-        (["a.png", "none.png"], None, "none.png: there is no such picture"),
+        ("none.png", None, "none.png: this file does not exist"),
+        (["a.png", "none.png"], None, "none.png: this file does not exist"),
         ([], None, "this file does not exist"),
         (["a.png", "a.png"], None, "named twice"),
         (["a.png", "b.png"], ["one"], "1 prompts, and there are 2"),

@@ -264,7 +264,7 @@ def test_grey_without_a_stated_range_is_refused():
         ({**BUCKETS, "resize": False}, "data.resize=false.*keep resize=true"),
         ({**BUCKETS, "bucket_step": 65}, "data.bucket_step=65 leaves no bucket for data.size=64"),
         ({"max_pixels": 0}, "data.max_pixels=0"),
-        ({"background": "whyte"}, "data.background='whyte' is no colour"),
+        ({"background": "whyte"}, "data.background='whyte' is not a colour"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(settings, message):

@@ -245,7 +245,7 @@ def test_without_a_decoder_it_is_said_what_to_install(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"fps": 0}, r"data\.fps=0: give frames a second"),
+        ({"fps": 0}, r"data\.fps=0: give frames per second"),
         ({"frames": 1}, r"data\.frames=1: a clip has two frames or more.*data=image_folder"),
         ({"start": -1}, r"data\.start=-1: give seconds"),
         ({"condition_image": "x"}, r"data\.condition_image: no video model takes condition images"),

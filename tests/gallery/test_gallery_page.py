@@ -259,7 +259,7 @@ def test_methods_stand_side_by_side_each_in_its_colour(browser, tmp_path):
 def test_rankings_of_other_queries_are_not_put_side_by_side(tmp_path):
     with pytest.raises(DminError, match="same queries"):
         save_html([told(2), told(1, method="b")], query_image, train_image, tmp_path / "a.html")
-    with pytest.raises(DminError, match="different names"):
+    with pytest.raises(DminError, match="different method names"):
         save_html([told(1), told(1)], query_image, train_image, tmp_path / "a.html")
 
 

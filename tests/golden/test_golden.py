@@ -101,7 +101,7 @@ def test_a_golden_store_takes_over_metadata_that_changed(name, place):
         definitions.collect(golden, by, path, data=now)
     for change in ({"image": 1 - examples[1].image}, {"label": 99}, {"caption": "another"}):
         other = [replace(e, **change) if e is now.examples[1] else e for e in now.examples]
-        with pytest.raises(DminError, match=r"collected from other data than these: content: "):
+        with pytest.raises(DminError, match=r"collected from other data: content: "):
             refresh_metadata(path, Examples(other))
     refresh_metadata(path, now)
     found = definitions.collect(golden, by, path, data=now)

@@ -659,7 +659,7 @@ def test_a_module_run_without_gradients_is_refused():
             return self.b(x)
 
     with pytest.raises(
-        DminError, match=r"^a ran without gradients, so those of a\.bias, a\.weight"
+        DminError, match=r"^a ran without gradients, so the gradients of a\.bias, a\.weight"
     ):
         captured(Cut(), {"x": torch.randn(4, 6)})
 

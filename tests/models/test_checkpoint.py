@@ -280,7 +280,7 @@ def test_adapters_of_another_model_are_refused(tmp_path):
     for name in ("stable_diffusion", "dit", "flux", "sana"):
         with pytest.raises(DminError, match=r"do not fit .* Give an adapter"):
             FAMILIES[name].model.from_pretrained(checkpoint(name), adapter=tmp_path)
-    with pytest.raises(DminError, match="with just one; found none"):
+    with pytest.raises(DminError, match="with exactly one; found none"):
         FAMILIES["dit"].model.from_pretrained(checkpoint("dit"), adapter=tmp_path / "nowhere")
 
 

@@ -182,7 +182,7 @@ def test_missing_and_empty_captions_are_refused_by_name(name):
         model.encode(empty)
     kept = load(name, empty_captions="keep")
     assert kept.encode(empty)[0].shape == (1, *family.latent)
-    with pytest.raises(DminError, match="prompt 3 is not a text"):
+    with pytest.raises(DminError, match="prompt 3 is not text"):
         model.sample([3], [0], 2)
 
 

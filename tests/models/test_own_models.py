@@ -61,7 +61,7 @@ def returning(condition=None, x0=None, whole=None):
 
 
 ENCODINGS = {
-    "nothing": ({"whole": lambda x: None}, r"Model\.encode returns None. It must return two"),
+    "nothing": ({"whole": lambda x: None}, r"Model\.encode returns None. It must return x0"),
     "x0 alone": ({"whole": lambda x: x}, r"returns a tensor \[6, 1, 4, 4\] of float32"),
     "three things": ({"whole": lambda x: (x, {}, {})}, "returns a tuple"),
     "x0 a dict": ({"x0": lambda x: {"video": x}}, "a dict as x0.*torch.cat"),
@@ -114,7 +114,7 @@ def predicting(function):
 PREDICTIONS = {
     "a tensor": (lambda p, y, w: p, r"Model\.predict returns a tensor .* a dmin\.models\.Predic"),
     "a tuple": (lambda p, y, w: (p, y, w), "returns a tuple"),
-    "one row": (lambda p, y, w: Prediction(p.sum(0, True), y, w), "6 rows of numbers are needed"),
+    "one row": (lambda p, y, w: Prediction(p.sum(0, True), y, w), "must have 6 rows"),
     "a number": (lambda p, y, w: Prediction(p.sum(), y, w), r"the prediction is a tensor \[\]"),
     "another shape": (
         lambda p, y, w: Prediction(p.unflatten(1, (4, 4)), y, w),
@@ -122,7 +122,7 @@ PREDICTIONS = {
     ),
     "no target": (lambda p, y, w: Prediction(p, None, w), "the target is None.*loss="),
     "one weight": (lambda p, y, w: Prediction(p, y, w.mean()), r"weight is a tensor \[\]"),
-    "a float": (lambda p, y, w: Prediction(p, y, 1.0), "weight is a float, where one number an"),
+    "a float": (lambda p, y, w: Prediction(p, y, 1.0), "weight is a float, but must be one number"),
     "weights of pixels": (lambda p, y, w: Prediction(p, y, y), r"weight is a tensor \[6, 16\]"),
     "a mean as the loss": (
         lambda p, y, w: Prediction(p, y, w, loss=p.square().mean()),

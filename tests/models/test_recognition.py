@@ -107,7 +107,7 @@ def test_a_class_of_no_family_is_refused_with_what_opens_and_a_skeleton(tmp_path
         names["AuraFlow"].family = "another"
         names["AuraFlow"].__init_subclass__()
         all_families()["another"] = names["AuraFlow"]
-        with pytest.raises(DminError, match="several families claim: my_family, another"):
+        with pytest.raises(DminError, match="several families open: my_family, another"):
             recognise(tmp_path)
     finally:
         for each in ("my_family", "another"):

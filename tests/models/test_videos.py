@@ -58,7 +58,7 @@ def test_frames_that_the_autoencoder_does_not_take_are_refused_with_the_nearest(
 
 def test_clips_are_refused_by_models_of_images():
     clip = Example("a", torch.rand(3, 5, 16, 16), caption="cat")
-    with pytest.raises(DminError, match=r"'a' is a clip, and Flux is trained on images.*model=wan"):
+    with pytest.raises(DminError, match=r"'a' is a clip, but Flux is trained on images.*model=wan"):
         load("flux").encode(collate([clip]))
 
 

@@ -159,7 +159,7 @@ ONES = torch.ones(16)
         ("dit", "cat", {"<x>": ONES}, r"vectors of 16 .*it has none"),
         (SD, "a", {"emb_params": ONES}, r"tokenizer has a already.*NAME=FILE"),
         (SD, "cat", {"<y>": torch.ones(2, 16), "<y>_1": ONES}, "another of these words"),
-        (SD, "cat", {"<x>": ONES.int()}, r"int32.*no vectors"),
+        (SD, "cat", {"<x>": ONES.int()}, r"int32.*not a learned word"),
         (SD, "cat", {"<x>": ONES / 0}, "not finite"),
         (SD, "cat", {"bundle_emb.z.clip_l_out": ONES}, r"belongs to none of .* clip_l"),
         (
@@ -189,7 +189,7 @@ def test_files_that_are_no_words(tmp_path):
     with pytest.raises(DminError, match=r"cannot be read as a \.safetensors file"):
         model_of(SD, embeddings=tmp_path / "nowhere.safetensors")
     save_file({"<x>": torch.ones(16), "<y>": torch.ones(16)}, tmp_path / "two.safetensors")
-    with pytest.raises(DminError, match=r"has 2 words \(<x>, <y>\): name no other"):
+    with pytest.raises(DminError, match=r"has 2 words \(<x>, <y>\): use one of these"):
         model_of(SD, embeddings=f"z={tmp_path / 'two.safetensors'}")
 
 

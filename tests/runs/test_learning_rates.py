@@ -105,7 +105,7 @@ def test_learning_rates_that_are_not_told_are_asked_for(place, told, named):
 
 def test_a_run_that_kept_none_is_told_what_is_missing(place):
     with pytest.raises(
-        DminError, match=r"has none but out/mug\.safetensors.*save intermediate checkpoints"
+        DminError, match=r"has only out/mug\.safetensors.*save intermediate checkpoints"
     ):
         asked(KOHYA)
     assert "method" not in parse("collect", [f"run={written(KOHYA)}"]).root

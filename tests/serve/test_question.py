@@ -42,7 +42,7 @@ def picture(name="cat.png", content=PNG):
         ({"steps": None}, "None is no steps"),
         ({"picture": "/etc/passwd"}, "does not have the suffix of a picture"),
         ({"picture": {"path": "/etc/passwd"}}, "does not have the suffix of a picture"),
-        ({"picture": picture("notes.txt")}, "notes.txt is no picture by its name"),
+        ({"picture": picture("notes.txt")}, "notes.txt does not have the suffix of a picture"),
         ({"picture": {"name": "cat.png"}}, "arrived empty"),
         ({"picture": {"name": "cat.png", "data": "%"}}, "damaged"),
         ({"picture": picture(content=b"notes")}, "cat.png cannot be read"),

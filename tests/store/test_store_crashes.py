@@ -201,7 +201,7 @@ def test_truncated_segments_are_named_with_their_rows(sealed, make_manifest, mak
         segment.write_bytes(content[:length])
         message = (
             rf"{segment.name} .*begin at 8; no sound segment has the rows 8-15, 24-27 of 30\."
-            r" Delete each file named here and run the same `dmin collect` command again"
+            r" Delete each of these files and run the same `dmin collect` command again"
         )
         for opening in (lambda: Store(sealed), lambda: StoreWriter(sealed, make_manifest())):
             with pytest.raises(DminError, match=message) as caught:

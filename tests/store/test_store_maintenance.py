@@ -60,8 +60,8 @@ def test_folding_is_the_sketch_of_the_smaller_k(tmp_path, make_manifest, make_ro
 @pytest.mark.parametrize(
     "sketch, dim, message",
     [
-        ({"family": "oporp"}, 4, "'oporp' does not fold"),
-        ("oporp", 4, "'oporp' does not fold"),
+        ({"family": "oporp"}, 4, "'oporp' cannot be folded"),
+        ("oporp", 4, "'oporp' cannot be folded"),
         (FOLDS["sketch"], 3, "cannot be folded to 3: .* multiple of 2, such as 2, 4\\."),
         (FOLDS["sketch"], 8, "cannot be folded to 8"),
         (FOLDS["sketch"], 1, "cannot be folded to 1: .* multiple of 2"),

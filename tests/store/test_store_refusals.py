@@ -16,7 +16,7 @@ from dmin.store import Manifest, Store, StoreWriter, segments as segments_module
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "float8"}, "'float8' is not offered: use float32 or float16"),
+        ({"dtype": "float8"}, "'float8' is not supported: use float32 or float16"),
         ({"dim": 0}, "layout.dim is 0"),
         ({"draws": 1.5}, r"layout.draws is 1.5"),
         ({"groups": ()}, "layout.groups is"),
@@ -182,7 +182,7 @@ def test_rows_that_do_not_fit(tmp_path, make_manifest, make_rows):
     cases = [
         (lambda rows: rows.ids.pop(), "3 ids for a block of 4 rows"),
         (lambda rows: rows.metadata.pop(), "3 metadata for a block of 4 rows"),
-        (lambda rows: rows.ids.__setitem__(1, 7), "id 7 is a int: ids must be texts"),
+        (lambda rows: rows.ids.__setitem__(1, 7), "id 7 is a int: ids must be text"),
         (lambda rows: rows.ids.__setitem__(1, rows.ids[0]), "Two examples have the id 'bild-é-0'"),
         (lambda rows: set_label(rows, float("nan")), "metadata of example 'bild-é-1'"),
         (lambda rows: set_label(rows, np.int64(3)), "metadata of example 'bild-é-1'.*int64"),
