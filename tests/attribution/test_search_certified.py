@@ -206,7 +206,9 @@ def test_an_index_that_cannot_be_kept_is_in_memory(tmp_path, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("dmin.runtime.files.os.rename", refused)
-    with pytest.warns(DminWarning, match=r"could not be saved \(Read-only file system\): it is kept in"):
+    with pytest.warns(
+        DminWarning, match=r"could not be saved \(Read-only file system\): it is kept in"
+    ):
         found = retrieve(asked, train, k=5, index=Certified(9))
     assert np.array_equal(found.train_rows, retrieve(asked, train, k=5).train_rows)
     assert not list(train.path.glob("index-*"))

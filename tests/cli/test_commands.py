@@ -208,7 +208,10 @@ class TestDemo:
             ("method=dmin,trak index=certified", "index works for one method at a time"),
             ("method=dmin,trak retrieve.min_score=1", "retrieve.min_score works for one method"),
             ("method=dmin,d_trak", "method=d_trak needs the readouts mean_squared_output"),
-            ("method=dmin,journey_trak", "method=journey_trak needs the intermediate states of generated queries"),
+            (
+                "method=dmin,journey_trak",
+                "method=journey_trak needs the intermediate states of generated queries",
+            ),
         ],
     )
     def test_a_method_that_cannot_run_is_refused_before_the_others_do(self, place, asked, told):

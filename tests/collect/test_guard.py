@@ -403,7 +403,9 @@ def test_each_part_of_the_schedule_is_checked(tmp_path):
 
 
 def test_an_example_without_any_gradient_is_held_to_autograd(tmp_path):
-    with pytest.raises(DminError, match=r"'x1' has a captured gradient of zero.*a\.bias, a\.weight"):
+    with pytest.raises(
+        DminError, match=r"'x1' has a captured gradient of zero.*a\.bias, a\.weight"
+    ):
         collect(Sleeping, tmp_path / "s", 1, first=0.0)
 
 

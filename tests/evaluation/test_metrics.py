@@ -65,7 +65,12 @@ def test_a_perfect_ranking_is_one_and_chance_is_the_share():
         ("precision@41", SCORES, RELEVANT, "there are 40"),
         ("accuracy", SCORES, RELEVANT, "'accuracy': allowed are"),
         ("mAP", np.where(SCORES > 1, np.nan, SCORES), RELEVANT, "are NaN"),
-        ("mAP", SCORES, RELEVANT & (np.arange(6) != 2)[:, None], "number 2 has no relevant example"),
+        (
+            "mAP",
+            SCORES,
+            RELEVANT & (np.arange(6) != 2)[:, None],
+            "number 2 has no relevant example",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(metric, scores, relevant, message):

@@ -186,7 +186,9 @@ def test_what_qwen_image_edit_cannot_be_told_is_refused_and_its_area_is_recorded
     with pytest.raises(DminError, match=r"max_sequence_length=12: 'a red cat' .* are 17 tokens"):
         load("qwen_image_edit", max_sequence_length=12).encode(shown)
     for area in (-1, 8):
-        with pytest.raises(DminError, match=rf"condition_area={area}: .* the pipeline uses 1048576"):
+        with pytest.raises(
+            DminError, match=rf"condition_area={area}: .* the pipeline uses 1048576"
+        ):
             load("qwen_image_edit", condition_area=area).encode(shown)
     with pytest.raises(DminError, match=r"EditPlusPipeline.*sees several images"):
         of_pipeline("QwenImageEditPlusPipeline", "m")
