@@ -106,7 +106,7 @@ def build(desk: Desk, upload_mb: float, queue: int) -> gr.Blocks:
                 go = gr.Button("Ask", variant="primary")
             with gr.Column(scale=1, min_width=320):
                 with gr.Tab("Answer"):
-                    empty = _WAIT.format("The most influential training examples of a picture are shown here.")
+                    empty = _WAIT.format("The training examples behind a picture are shown here.")
                     answer = gr.HTML(empty, elem_id="answer", js_on_load=_read("answer.js"))
                 with gr.Tab("Map of the store"):
                     asks = [asker(desk.examples)]

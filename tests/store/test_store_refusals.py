@@ -212,7 +212,7 @@ def test_blocks_and_ids_are_taken_once(tmp_path, make_manifest, make_rows):
     writer = StoreWriter(tmp_path, manifest)
     writer.append(0, make_rows(manifest, 0))
     for _ in range(2):
-        with pytest.raises(DminError, match=r"Block 0 of .* is there already"):
+        with pytest.raises(DminError, match=r"Block 0 of .* is already written"):
             writer.append(0, make_rows(manifest, 0))
         writer.seal()
     rows = make_rows(manifest, 1)
