@@ -1,6 +1,7 @@
 """A request for the best examples: its options, checked, and the steps to a ranking."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,15 @@ class Request:
         allowed, what = selection.candidates(metadata)
         self.candidates, self.estimated = allowed, False
         self.everywhere, self.part = self.keep, False  # what `keep` is without a part
-        if not 1 <= k <= allowed:
-            raise DminError(f"k={k}: choose 1 … {allowed}, the number of {what}.")
+        if rows is not None and not (isinstance(rows, Integral) and rows >= 0):
+            raise DminError(f"rows={rows!r}: give the rows to hold in memory at once, or None.")
+        try:
+            torch.empty(0, device=device).cpu().numpy()
+        except (AssertionError, NotImplementedError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise DminError(f"device={device}: {reason}. Use cpu, or another one.") from error
+        if not (isinstance(k, Integral) and 1 <= k <= allowed):
+            raise DminError(f"k={k!r}: choose 1 … {allowed}, the number of {what}.")
 
     def narrow(self, part: range) -> int:
         """Restrict the search to some rows; return the number of results to find."""

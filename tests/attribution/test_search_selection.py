@@ -196,3 +196,18 @@ def test_choices_are_named(chosen, message):
 def test_what_cannot_be_asked(stores, chosen, k, message):
     with pytest.raises(DminError, match=message):
         retrieve(*stores, k=k, selection=Selection(**chosen))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *({"k": k} for k in (0, -1, 2.0, "3", None, float("nan"))),
+        *({"rows": rows} for rows in (-1, 2.5, "all")),
+        *({"device": device} for device in ("nowhere", "meta", "cuda:99")),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_and_no_device_is_refused_by_name(stores, asked):
+    ((name, value),) = asked.items()
+    with pytest.raises(DminError, match=f"^{name}='?{value}"):
+        retrieve(*stores, **{"k": 1, **asked})
