@@ -12,6 +12,7 @@ from dmin.data.ids import facts_of, ids_of
 from dmin.data.pixels import Pixels
 from dmin.runtime.errors import DminError, DminWarning
 
+NO_TEXT = "its name is not UTF-8, so no store can hold it: rename the file"
 NO_CAPTION = "it has no caption, and others have"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dmin.data.base import Example, Facts
 from dmin.data.captions import Captions, Draws
-from dmin.data.checked import Checked, describe_problems, printable, require_same
+from dmin.data.checked import NO_TEXT, Checked, describe_problems, printable, require_same
 from dmin.data.formats import suffixes
 from dmin.data.layout import PLAIN, Folder
 from dmin.data.masks import NO_PARTNER, partners, with_partner
@@ -215,7 +215,7 @@ class ImageFolder(Checked):
             problems = dict.fromkeys(absent, "there is no such file")
         for name in names:
             if printable(name) != name:
-                problems[name] = "its name is not UTF-8, so no store can hold it: rename the file"
+                problems[name] = NO_TEXT
         return problems
 
     def _problems_of_partners(self, names: Iterable[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple  # noqa: F401 (Literal: see the annotations of Pixels)
 
 from dmin.data.base import SCHEMA, Example, Facts
-from dmin.data.checked import Checked, require_same
+from dmin.data.checked import NO_TEXT, Checked, printable, require_same
 from dmin.data.masks import NO_PARTNER, with_partner
 from dmin.data.metadata import split_row
 from dmin.data.pixels import Unreadable
@@ -150,7 +150,8 @@ class TarShards(Checked):
 
     def _problems(self) -> dict[str, str]:
         """Return which samples are not fit for use, as far as they are to be checked, and why."""
-        lacks = {id: self._lacks(parts) for s in self._parts.values() for id, parts in s.items()}
+        samples = (each for some in self._parts.values() for each in some.items())
+        lacks = {id: self._lacks(id, parts) for id, parts in samples}
         problems = {id: why for id, why in lacks.items() if why}
         if self.check:
             captions: dict[str, str | None] = {}
@@ -174,8 +175,10 @@ class TarShards(Checked):
             problems = self.lacking(captions) | problems
         return problems
 
-    def _lacks(self, parts: Container[str]) -> str | None:
-        """Return what a sample has not exactly one of."""
+    def _lacks(self, id: str, parts: Container[str]) -> str | None:
+        """Return why a sample is none: its name is no text, or it has not one image."""
+        if printable(id) != id:
+            return NO_TEXT
         if (count := sum(kind in parts for kind in IMAGES)) != 1:
             return f"it has {count or 'no'} images ({', '.join(IMAGES)})"
         given = sum(f"{GIVEN}{kind}" in parts for kind in IMAGES)
@@ -204,7 +207,7 @@ class TarShards(Checked):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 for id, parts in self._parts[path].items():
-                    if self._lacks(parts):
+                    if self._lacks(id, parts):
                         continue
                     try:
                         content = _read(file, parts)

@@ -113,6 +113,14 @@ def test_a_row_that_names_no_file_is_refused_or_left_out(name, reason, check, tm
             assert ImageFolder(tmp_path, on_error="skip").ids == ["a.png"]
 
 
+def test_a_sample_whose_name_is_no_text_is_refused_or_left_out(tmp_path):
+    shard = str(write_tar(tmp_path / "x.tar", [("a\udc80.png", PICTURE), ("b.png", PICTURE)]))
+    with pytest.raises(DminError, match="its name is not UTF-8"):
+        TarShards(shard)
+    with pytest.warns(UserWarning, match="They are left out"):
+        assert TarShards(shard, on_error="skip").ids == ["x/b"]
+
+
 def test_where_nothing_is_left_it_is_said_what_was_wrong(tmp_path):
     with pytest.raises(DminError, match=r"1 of the 1 image.*metadata.jsonl, line 1 .*not JSON"):
         (tmp_path / "a.png").write_bytes(PICTURE)
