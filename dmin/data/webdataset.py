@@ -88,7 +88,7 @@ class TarShards(Checked):
         samples = {
             id: (path, parts) for path, some in self._parts.items() for id, parts in some.items()
         }
-        problems = self._problems()
+        problems = self._problems(samples)
         self.leave_out(problems, len(samples), f"data.shards={self.shards}")
         self.ids: list[str] = [id for id in samples if id not in problems]
         self._samples = [samples[id] for id in self.ids]
@@ -148,11 +148,9 @@ class TarShards(Checked):
             content.update(json.dumps(rows).encode())
         return content.hexdigest()[:16]
 
-    def _problems(self) -> dict[str, str]:
+    def _problems(self, samples: Mapping[str, tuple[Path, dict[str, Part]]]) -> dict[str, str]:
         """Return which samples are not fit for use, as far as they are to be checked, and why."""
-        samples = (each for some in self._parts.values() for each in some.items())
-        lacks = {id: self._lacks(id, parts) for id, parts in samples}
-        problems = {id: why for id, why in lacks.items() if why}
+        problems = {id: why for id, (_, p) in samples.items() if (why := self._lacks(id, p))}
         if self.check:
             captions: dict[str, str | None] = {}
             labels: set[str | None] = set()
