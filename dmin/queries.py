@@ -154,7 +154,6 @@ def require_one_shape(queries: Dataset, train: Dataset) -> None:
         raise DminError(
             f"the queries are {told[0]} pixels, the training examples {told[1]}: with "
             f"noise.shapes=one they would get different noise, which makes scores meaningless. Set "
-            f"queries.size=<pixels> "
-            f"(for clips queries.frames) to that of the data, or collect both "
-            f"with noise.shapes=field."
+            f"queries.size=<pixels> (for clips queries.frames) to that of the data, or collect "
+            f"both with noise.shapes=field."
         )

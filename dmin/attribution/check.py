@@ -31,8 +31,7 @@ def check_pair(queries: FeatureSet, train: FeatureSet, method: Method) -> None:
         raise DminError(
             f"method={method.name} compares pictures, but the query is the difference of two "
             f"prompts. Leave out --concept and --without (model.query_without), or choose a method "
-            f"that "
-            f"compares gradients."
+            f"that compares gradients."
         )
     if method.requires.model:
         _check_origin(queries, train, method)
@@ -77,8 +76,8 @@ def _check_origin(queries: FeatureSet, train: FeatureSet, method: Method) -> Non
     if train.origin is None:
         raise DminError(
             f"method={method.name} runs the model itself, but only a store was given. Also give "
-            f"the dataset and "
-            f"the collector that made it: FeatureSet(store, dataset, origin=collector)."
+            f"the dataset and the collector that made it: FeatureSet(store, dataset, "
+            f"origin=collector)."
         )
     if fingerprint(train.origin.describe()) != fingerprint(train.store.manifest.features):
         raise DminError(

@@ -162,9 +162,8 @@ class FeatureSet:
         if wrong:
             raise DminError(
                 f"{self.store.path} has an example with repeats={wrong[0]!r} in its metadata, "
-                f"which is "
-                f"not a number of passes in an epoch. Fix it (dmin store metadata), or count each "
-                f"example once: collect.repeats=false."
+                f"which is not a number of passes in an epoch. Fix it (dmin store metadata), or "
+                f"count each example once: collect.repeats=false."
             )
         return None if set(told) <= {1} else torch.tensor(told, dtype=torch.float64)
 

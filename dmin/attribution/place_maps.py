@@ -128,8 +128,7 @@ class _Split:
         if origin is None:
             raise DminError(
                 "places run the model itself, but only a store was given. Also give the dataset "
-                "and the collector that "
-                "made it: FeatureSet(store, dataset, origin=collector)."
+                "and the collector that made it: FeatureSet(store, dataset, origin=collector)."
             )
         method.fit(train)
         self.queries, self.train, self.method = queries, train, method
@@ -148,8 +147,7 @@ class _Split:
         if any(example.drawn for example in examples):
             raise DminError(
                 f"retrieve.places: {ids[0]!r} and others have several draws (run.draws), mirrored "
-                f"or "
-                f"cropped differently, so there is no single map. Set retrieve.places=null."
+                f"or cropped differently, so there is no single map. Set retrieve.places=null."
             )
         there = [self.known.pairs([example]) for example in examples]
         scales = [self._scale(asked, id) for id in ids]

@@ -52,8 +52,7 @@ class Ranking(Tabular):
         candidates: examples that were ranked, or values of ``group_by``; None if not known.
         maximum: float32 [Q], the largest score possible (opponents: the smallest), or None.
         typical: float32 [Q], the median score of all candidates, or of a sample of them, or None.
-        sampled: float32 [Q, n], for a part of a ranking: the scores of the sample within the part,
-            or None.
+        sampled: float32 [Q, n], for a part: the scores of the sample within it, or None.
         at_least: int64 [Q, K], candidates that score at least as much (opponents: at most), each
             counting itself, or None.
         sample: number of candidates that `at_least` is estimated from; None if all were counted.

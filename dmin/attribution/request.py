@@ -194,10 +194,9 @@ class Request:
             raise DminError(
                 f"retrieve.split=true, but {self.method.name} scores cannot be split between "
                 f"groups of layers: they do not come from inner products of gradients. Scores that "
-                f"are "
-                f"one inner product (dmin, grad_dot, trak, spectral, …), averages of them, and "
-                f"powers (spectral_energy, sharp_energy, das) can be split. Choose one of these "
-                f"methods, or "
+                f"are one inner product (dmin, grad_dot, trak, spectral, …), averages of them, "
+                f"and powers (spectral_energy, sharp_energy, das) can be split. Choose one of "
+                f"these methods, or "
                 f"set retrieve.split=false."
             )
 

@@ -92,6 +92,5 @@ def _require_all(store: Store, ids: list[str]) -> None:
             f"The store {store.path} has {len(gone)} examples that are no longer in the dataset, "
             f"such as"
             f" {gone[0]!r}: remove them from the store first (`dmin store remove {store.path} "
-            f"{gone[0]} ...`), "
-            f"or restore them in the dataset."
+            f"{gone[0]} ...`), or restore them in the dataset."
         )

@@ -75,8 +75,7 @@ def finished(path: Path, share: Shard, lost: dict[Shard, str]) -> Store:
         raise DminError(
             f"The store {path} lacks {len(missing)} blocks of {share_of(share)} (numbers "
             f"{spans(missing)}). {'; '.join(why) or 'A process ended before its blocks'}. Sealed "
-            f"blocks "
-            f"are kept: run the same command again, it computes only the missing ones."
+            f"blocks are kept: run the same command again, it computes only the missing ones."
         )
     return Store(path) if store.complete and share.is_first else store
 

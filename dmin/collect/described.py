@@ -106,8 +106,7 @@ def refresh_metadata(path: str | Path, dataset: Dataset, same_images: bool = Fal
             f"data given now). Only metadata other than labels and captions can be refreshed: "
             f"give the same label and caption columns (label=, text=) and source of "
             f"captions (layout=plain: only metadata files), or, if the images are the same and "
-            f"were only "
-            f"rewritten or partly removed, set same_images=true."
+            f"were only rewritten or partly removed, set same_images=true."
         )
     renew_metadata(store, [known[id].describe() for id in store.ids])
     beside = {name: value for name, value in kept.items() if name not in {*old, "joined"}}
@@ -152,8 +151,8 @@ def _require_ids(store: Store, ids: Sequence[str]) -> None:
     ]
     raise DminError(
         f"The examples of {store.path} and of the data differ: {' and '.join(told)}. First remove "
-        f"those only "
-        f"in the store (`dmin store remove`) or collect those only in the data (collect.grow=true)."
+        f"those only in the store (`dmin store remove`) or collect those only in the data "
+        f"(collect.grow=true)."
     )
 
 

@@ -66,9 +66,8 @@ def shardable_copy(collector: Collector) -> Collector:
     if collector.microbatch == "auto":
         raise DminError(
             "collect.microbatch=auto tries sizes in each process separately, which is impossible "
-            "with "
-            "a sharded network (trainer=fsdp, trainer=offload), where all processes run each pass "
-            "together. Give a number, such as collect.microbatch=8."
+            "with a sharded network (trainer=fsdp, trainer=offload), where all processes run each "
+            "pass together. Give a number, such as collect.microbatch=8."
         )
     network = collector.model.network
     weights = {id(p): nn.Parameter(p.data, requires_grad=False) for p in network.parameters()}
@@ -176,9 +175,8 @@ class LockstepPasses:
         if networks.several and getattr(strategy, "world_size", 1) > 1:
             raise DminError(
                 "trainer=fsdp: the model has two networks for different timesteps, and processes "
-                "would call "
-                "different ones at the same time. Collect timesteps on one side of the boundary "
-                "(timesteps=explicit), or set trainer=offload."
+                "would call different ones at the same time. Collect timesteps on one side of the "
+                "boundary (timesteps=explicit), or set trainer=offload."
             )
         self.networks = networks
         self.strategy = strategy

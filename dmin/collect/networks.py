@@ -30,9 +30,8 @@ class Networks:
         if not any(map(self.reaches, timesteps)):
             raise DminError(
                 f"collect.params: no timestep of {list(timesteps)} uses these parameters, whose "
-                f"network "
-                f"({self._names[0]}) serves other timesteps. Set timesteps=explicit with timesteps "
-                f"of this network, or attribute the other network."
+                f"network ({self._names[0]}) serves other timesteps. Set timesteps=explicit with "
+                f"timesteps of this network, or attribute the other network."
             )
         self._apart = not all(map(self.reaches, timesteps))
 

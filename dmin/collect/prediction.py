@@ -83,8 +83,7 @@ def require_space(needs: Mapping[str, tuple[Path, int]]) -> str:
                 f"{place} has {byte_size(disk.free)} free, and {byte_size(needed)} are needed "
                 f"there: {shares}. Free some space, use a folder on another disk (collect.path "
                 f"or paths.outputs for rows, collect.encodings for encodings), or store less for "
-                f"each "
-                f"example: collect.dtype=int8, a lower sketch.dim or timesteps.num."
+                f"each example: collect.dtype=int8, a lower sketch.dim or timesteps.num."
             )
         told.append(f"{shares} (free: {byte_size(disk.free)})")
     return ", ".join(told)

@@ -226,11 +226,10 @@ class Session(lightning.LightningModule):
             if self.collector.noise.shapes == "one" and shape != self._first[0]:
                 raise DminError(
                     f"the noised tensors have several shapes: {self._first[1]!r} is "
-                    f"{self._first[0]}, {name!r} "
-                    f"{shape}. Choose how shapes share noise: noise.shapes=field uses the same "
+                    f"{self._first[0]}, {name!r} {shape}. Choose how shapes share noise: "
+                    f"noise.shapes=field uses the same "
                     f"noise at each position, so that scores between shapes are meaningful; "
-                    f"noise.shapes=own "
-                    f"draws different noise for each shape. Or scale all images "
+                    f"noise.shapes=own draws different noise for each shape. Or scale all images "
                     f"to one size: data.size=<pixels> data.aspect=square."
                 )
 

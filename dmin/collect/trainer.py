@@ -54,8 +54,7 @@ def refuse_cast(network: nn.Module, trainer: Trainer) -> None:
         raise DminError(
             f"trainer.precision={trainer.precision} would cast the model's weights "
             f"({', '.join(sorted(str(dtype) for dtype in found))}) permanently: the next store "
-            f"would "
-            f"be of other weights. Load the model in that type (model.torch_dtype), "
+            f"would be of other weights. Load the model in that type (model.torch_dtype), "
             f"or set trainer.precision=32-true."
         )
 
@@ -90,8 +89,7 @@ def gradient_checkpointing(network: nn.Module, on: bool) -> Iterator[None]:
     except (AttributeError, ValueError) as error:
         raise DminError(
             f"collect.gradient_checkpointing=true, but {type(network).__name__} does not support "
-            f"it. "
-            f"Set it to false and collect.microbatch lower."
+            f"it. Set it to false and collect.microbatch lower."
         ) from error
     try:
         yield

@@ -111,9 +111,8 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
             raise DminError(
                 f"image {example.id!r} is {tuple(example.image.shape)}, but {first.id!r} is "
                 f"{tuple(first.image.shape)} [C, H, W]. Make all images the same size and mode: "
-                f"for files "
-                f"set data.size=<pixels> data.aspect=square data.mode=RGB (for clips also "
-                f"data.frames)."
+                f"for files set data.size=<pixels> data.aspect=square data.mode=RGB (for clips "
+                f"also data.frames)."
             )
     return {
         "id": [e.id for e in examples],

@@ -190,8 +190,7 @@ class Captions:
                 f"{len(without)} of the {len(images)} images of {root} have no caption "
                 f"({f'in {self.table}' if table else files}): {', '.join(without[:3])}"
                 f"{', …' if len(without) > 3 else ''}. Write them, or choose what to do with such "
-                f"images: "
-                f"data.captions.missing=drop, empty or text (for a folder of a run: "
+                f"images: data.captions.missing=drop, empty or text (for a folder of a run: "
                 f"data.datasets.NAME.captions.missing)."
             )
         return found

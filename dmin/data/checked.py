@@ -102,8 +102,7 @@ def require_same(id: str, content: bytes, known: str) -> None:
     if not hashlib.sha256(content).hexdigest().startswith(known):
         raise DminError(
             f"{printable(id)} has changed since the data were surveyed. Restore it and run the "
-            f"command "
-            f"again, or start a new store with the changed data."
+            f"command again, or start a new store with the changed data."
         )
 
 

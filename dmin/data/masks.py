@@ -73,8 +73,7 @@ class Masks:
             raise DminError(
                 f"{len(without)} of the {len(images)} images of {root} have no mask in "
                 f"{self.folder or root}: {', '.join(without[:3])}. Add masks (white counts, so an "
-                f"all-white mask "
-                f"for a whole image), or set data.masks=null."
+                f"all-white mask for a whole image), or set data.masks=null."
             )
         return found
 

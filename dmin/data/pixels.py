@@ -125,8 +125,7 @@ class Pixels:
         except ValueError as error:
             raise DminError(
                 f"data.background={self.background!r} is not a colour. Give a name such as white "
-                f"or "
-                f"grey, or #rrggbb."
+                f"or grey, or #rrggbb."
             ) from error
 
     def settings(self) -> dict[str, Any]:

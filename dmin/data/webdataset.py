@@ -167,8 +167,7 @@ class TarShards(Checked):
                     raise DminError(
                         f"data.{name}={column}: no sample of {self.shards} has such a field, nor a "
                         f".{'cls' if name == 'label' else 'txt'}. Give a field of the .json files, "
-                        f"or set "
-                        f"data.{name}=null."
+                        f"or set data.{name}=null."
                     )
             problems = self.lacking(captions) | problems
         return problems

@@ -91,8 +91,7 @@ class Benchmark:
         if unknown := set(self.costly_for) - set(self.tuning.by if self.tuning else ()):
             raise DminError(
                 f"benchmark.costly_for={list(self.costly_for)}: {unknown.pop()!r} is not a "
-                f"criterion "
-                f"of benchmark.tuning.by."
+                f"criterion of benchmark.tuning.by."
             )
 
     def run(self, context: BenchmarkContext, methods: Mapping[str, Method]) -> Report:
@@ -158,8 +157,7 @@ class _Run:
         if not able:
             raise DminError(
                 "no task has queries with a trajectory: set, for example, queries.trajectory=10 "
-                "for "
-                "a task with generated queries."
+                "for a task with generated queries."
                 if method.requires.trajectory
                 else f"it runs the model, and benchmark.running={self.running} "
                 f"is none of the tasks {', '.join(self.sides)}."

@@ -129,8 +129,7 @@ class BenchmarkContext:
         if self.untrained is None:
             raise DminError(
                 "the control on an untrained network needs a training configuration. Set "
-                "train=<choice>, or "
-                "leave the control out with benchmark.untrained=false."
+                "train=<choice>, or leave the control out with benchmark.untrained=false."
             )
         if (name, True) not in self._sides:
             assert side.dataset is not None

@@ -125,8 +125,7 @@ class Tap(torch.autograd.Function):
             raise DminError(
                 f"the input of layer {ctx.call.name} was changed in place after the layer used "
                 f"it, so its gradient cannot be computed. Turn the in-place operation off, or "
-                f"leave "
-                f"the layer out with params=<regex>."
+                f"leave the layer out with params=<regex>."
             ) from error
         ctx.capture.arrive(ctx.call, inputs, gradients)
         return (None, None, None, None, *gradients, *[None] * len(inputs))

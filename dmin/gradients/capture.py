@@ -166,8 +166,7 @@ class Capture(Generic[State, Rows]):
         if values.ndim != 1 or not values.requires_grad:
             raise DminError(
                 f"the loss must be one value for each example and depend on the network's "
-                f"parameters; "
-                f"it has shape {tuple(values.shape)} and "
+                f"parameters; it has shape {tuple(values.shape)} and "
                 f"{'a' if values.requires_grad else 'no'} gradient. Is it summed, or detached?"
             )
         like = values.detach().new_zeros((), dtype=wide_dtype(values))
@@ -212,8 +211,7 @@ class Capture(Generic[State, Rows]):
             raise DminError(
                 f"the gradients of {len(lost)} parameter(s) cannot be separated by example: "
                 f"{some_of(lost)}. Compute every pair alone with collect.microbatch=1; parameters "
-                f"used "
-                f"outside of the network must be used in its forward, or be detached."
+                f"used outside of the network must be used in its forward, or be detached."
             )
 
     def _require_known(self, doubt: Tensor | None, first: bool) -> None:
@@ -238,8 +236,8 @@ class Capture(Generic[State, Rows]):
             raise DminError(
                 f"layer {use.name or 'the network'} runs inside torch.vmap or on nested tensors, "
                 f"where rows do not belong to single examples. Call it on a batch instead "
-                f"(examples "
-                f"along the first axis, padded if necessary), or leave it out with params=<regex>."
+                f"(examples along the first axis, padded if necessary), or leave it out with "
+                f"params=<regex>."
             )
         call = self._call(use)
         if call is None:

@@ -136,8 +136,7 @@ class Ownership:
         raise DminError(
             "it cannot be determined which rows of this network's layers belong to which example: "
             "the order differs each time it runs. Set collect.microbatch=1, which computes every "
-            "pair "
-            "alone."
+            "pair alone."
         )
 
     def expect(self, pairs: int, shape: Sequence[int]) -> None:

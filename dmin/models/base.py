@@ -235,9 +235,8 @@ def weight_of_squares(prediction: Prediction) -> Tensor:
     if prediction.loss is not None:
         raise DminError(
             "this method's curvature assumes a squared error, and the model has another loss "
-            "(model.loss_type, "
-            "or its own). Choose a method without curvature, or set method.curvature=hessian if "
-            "the method has that setting."
+            "(model.loss_type, or its own). Choose a method without curvature, or set "
+            "method.curvature=hessian if the method has that setting."
         )
     if prediction.mask is not None:
         raise DminError(

@@ -173,8 +173,7 @@ def _encoded(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
     if not isinstance(found, tuple) or len(found) != 2:
         raise DminError(
             f"{name} returns {_kind(found)}. It must return x0, a tensor with one row for each "
-            f"example, "
-            f"and the condition, a dict of tensors (empty if there is none)."
+            f"example, and the condition, a dict of tensors (empty if there is none)."
         )
     x0, condition = found
     if not isinstance(x0, Tensor) or not x0.is_floating_point() or x0.ndim < 2:

@@ -44,8 +44,7 @@ def from_pipeline(pipeline: Any, **settings: Any) -> DiffusionModel:
                 f"layers of the pipeline's {name} are called through hooks of diffusers "
                 f"(enable_layerwise_casting, caches, group offloading), which a copy would share. "
                 f"Load the pipeline again without them; base_dtype of from_pretrained rounds "
-                f"weights to float8 in "
-                f"the same way."
+                f"weights to float8 in the same way."
             )
         setattr(own, name, _around(component) if is_module else copy.copy(component))
     model: DiffusionModel = family.of_pipeline(own, **settings).eval()

@@ -197,8 +197,7 @@ class PipelineModel(TrainedModel):
             raise DminError(
                 "scheduler.use_dynamic_shifting=true: pipelines of UNets do not pass the image "
                 "size that the shift depends on to the scheduler. Set it to false in the "
-                "checkpoint's "
-                "scheduler/scheduler_config.json, with the shift it was sampled with."
+                "checkpoint's scheduler/scheduler_config.json, with the shift it was sampled with."
             )
         with self._encoders_with_network(), samplable(self.pipeline.scheduler):
             images: Tensor = self.pipeline(
@@ -273,7 +272,7 @@ def _by_network(networks: Mapping[str, Any], setting: str, given: Any) -> dict[s
     if odd := named.keys() - networks.keys():
         raise DminError(
             f"model.{setting}={given}: {sorted(odd)[0] or 'a file'} matches no network of this "
-            f"checkpoint. Say which "
-            f"one it is for: model.{setting}={{{': FILE, '.join(networks)}: FILE}}."
+            f"checkpoint. Say which one it is for: "
+            f"model.{setting}={{{': FILE, '.join(networks)}: FILE}}."
         )
     return named

@@ -25,8 +25,7 @@ def by_place(readout: str, prediction: Prediction) -> Tensor:
         what = "a loss of its own" if output.ndim >= 4 else f"predictions of {list(output.shape)}"
         raise DminError(
             f"retrieve.places: the model has {what}, which is not a sum over positions of an "
-            f"image. "
-            f"Set retrieve.places=0."
+            f"image. Set retrieve.places=0."
         )
     values = output if readout == "mean_output" else output.square()
     if readout == "loss":

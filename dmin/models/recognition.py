@@ -87,8 +87,7 @@ def recognise(
             raise DminError(
                 f"model.single_file={single_file} is of the family {family} by the names of its "
                 f"tensors, and model.path={path} of {found.family}. Set model.path to a pipeline "
-                f"of "
-                f"the file's family, version and size."
+                f"of the file's family, version and size."
             )
     return found
 
@@ -123,8 +122,7 @@ def of_pipeline(name: str, what: str) -> str:
     if found:
         raise DminError(
             f"{what} is a {name}, which several families open: {', '.join(found)}. Choose one, for "
-            f"example "
-            f"model={found[0]}."
+            f"example model={found[0]}."
         )
     opened = "; ".join(
         f"{family} ({', '.join((of.claims.pipelines[0], *of.claims.own))})"
@@ -158,8 +156,7 @@ def tensor_names(file: Path) -> list[str]:
     except (OSError, SafetensorError) as error:
         raise DminError(
             f"model.single_file={file} cannot be read as a .safetensors file ({error}). Other "
-            f"kinds "
-            f"of files can run code when they are read: convert them first."
+            f"kinds of files can run code when they are read: convert them first."
         ) from error
 
 
@@ -173,8 +170,7 @@ def pipeline_name(path: str | Path, subfolder: str | None, revision: str | None)
     if not Path(path).exists() and (subfolder or not HUB.fullmatch(str(path))):
         raise DminError(
             f"model.path={place}: this folder does not exist. Give the one that save_pretrained "
-            f"wrote "
-            f"(with model_index.json), or the name of one on the Hub."
+            f"wrote (with model_index.json), or the name of one on the Hub."
         )
     try:
         where = str(place if Path(path).exists() or subfolder else path)

@@ -170,8 +170,7 @@ def check_checkpoint(family: str, path: str, revision: str | None) -> Any:
     if index.get("requires_aesthetics_score"):
         raise DminError(
             f"{what}: a refiner, which takes an aesthetic score that training images do not have. "
-            f"Give "
-            f"the base model's checkpoint."
+            f"Give the base model's checkpoint."
         )
     parts = {k: v[1] for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
     configs: dict[str, Any] = {}
@@ -297,6 +296,5 @@ def check_variance(wanted: bool, network: Any, process: Any) -> None:
     if wanted and (out != 2 * channels or not hasattr(process, "variance_bound")):
         raise DminError(
             f"model.variance_loss=true, but this {type(network).__name__} predicts no variance "
-            f"({out} channels out for {channels} in), or is not a discrete diffusion model. Set it "
-            f"to false."
+            f"({out} channels out for {channels} in), or is no discrete diffusion. Set it to false."
         )

@@ -75,8 +75,7 @@ def process_of(
     if shift is not None and not isinstance(found, RectifiedFlow):
         raise DminError(
             f"model.shift={shift}: this checkpoint's {name}Scheduler belongs to a "
-            f"{type(found).__name__}, "
-            f"which does not have this setting. Set it to null."
+            f"{type(found).__name__}, which does not have this setting. Set it to null."
         )
     _require_levels(found, name)
     return found.trained_with(settings or LossSettings())

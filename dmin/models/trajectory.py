@@ -111,7 +111,6 @@ def _levels(scheduler: Any, timestep: Any, kind: str) -> tuple[Tensor, Tensor]:
         return alpha.sqrt(), (1 - alpha).sqrt()
     raise DminError(
         f"{type(scheduler).__name__} does not report the predicted image at a step, which "
-        f"queries.trajectory records. "
-        f"Set queries.trajectory=0, or use another scheduler in the "
+        f"queries.trajectory records. Set queries.trajectory=0, or use another scheduler in the "
         f"checkpoint, such as DDIMScheduler."
     )

@@ -34,8 +34,7 @@ def take(
         if not files:
             raise DminError(
                 f"{run.source}: {key} does not lead to an adapter ({last}). Give it as "
-                f"model.adapter=FILE, "
-                f"or give the folder of the run's files as run.root=FOLDER."
+                f"model.adapter=FILE, or give the folder of the run's files as run.root=FOLDER."
             )
         said = files[-1]
         run.taken.append(Entry(key, said, "model.adapter"))
@@ -66,8 +65,7 @@ def refuse_whole(run: TrainingRun, without: str) -> DminError:
     """Return the error of a run that trained all weights."""
     return DminError(
         f"{run.source} trains the whole network ({without}): give the trained model by "
-        f"model=FAMILY "
-        f"model.path=…, and its data by data=training_folder data.root=…"
+        f"model=FAMILY model.path=…, and its data by data=training_folder data.root=…"
     )
 
 

@@ -108,8 +108,7 @@ def settings_of(path: str, expected: str | None = None) -> tuple[str, dict[str, 
     if found is None:
         raise DminError(
             f"{path}: this folder or file does not exist, and the family of a model on a hub is "
-            f"unknown. "
-            f"Set model=FAMILY, or give the folder of the run's files as run.root=FOLDER."
+            f"unknown. Set model=FAMILY, or give the folder of the run's files as run.root=FOLDER."
         )
     # A trainer may call both by one name: the base model tells whether it is given images.
     if expected is not None and found != expected and f"{expected}_" not in _given(found):

@@ -81,9 +81,8 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
         if archives := sorted(root.glob("*.tar")):
             raise DminError(
                 f"{run.source}: {archives[0]} is an archive of images, which is not read. Unpack "
-                f"it "
-                f"there (tar -xf) and move the archive away, or remove that directory from a copy "
-                f"of the file."
+                f"it there (tar -xf) and move the archive away, or remove that directory from a "
+                f"copy of the file."
             )
         known = len(each.run.random)
         shapes, captions = _shapes(each), _captions(each, root)
@@ -150,6 +149,5 @@ def _aspects(each: Keys) -> list[float]:
         told = shown(listed or each.known("min_ar", "max_ar", "num_ar_buckets"))
         raise DminError(
             f"{each.run.source}: {each.name('ar_buckets')} = {told} contains no valid aspect "
-            f"ratios. "
-            f"Fix it in a copy of the file."
+            f"ratios. Fix it in a copy of the file."
         ) from None

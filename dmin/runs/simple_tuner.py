@@ -97,8 +97,7 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
         if (where := each.get("type", "local", str)) != "local":
             raise DminError(
                 f"{run.source}: {each.name('type')} = {where}, but local images are needed: "
-                f"download "
-                f"them into a folder, and set it with type local in a copy of the file."
+                f"download them into a folder, and set it with type local in a copy of the file."
             )
         linked = each.get("conditioning_data")
         linked = linked[0] if isinstance(linked, list) and linked else linked
@@ -180,6 +179,6 @@ def _captions(each: Keys, root: Path, draws: dict[str, Any], places: Places) -> 
         return {"source": "table", "table": file, "key": key, "columns": columns, **prefix}
     raise DminError(
         f"{each.run.source}: {each.name('caption_strategy')} = {source}, which is not supported: "
-        f"write each "
-        f"caption into a .txt next to its image, and set textfile in a copy of the file."
+        f"write each caption into a .txt next to its image, and set textfile in a copy of the "
+        f"file."
     )

@@ -108,8 +108,7 @@ def _foreign(
         shapes = {key: list(each.shape) for key, each in found.arrays.items()}
         raise DminError(
             f"{source} has the arrays {shapes}: sketches of other programs must be one array [n, "
-            f"k] "
-            "or [n, timestep, k]."
+            f"k] or [n, timestep, k]."
         )
     if not sketch:
         raise DminError(
@@ -155,13 +154,12 @@ def read(source: Path) -> Arrays:
     except UNREADABLE as error:
         raise DminError(
             f"{source} cannot be imported ({' '.join(str(error).split())}): give a folder or file "
-            f"that "
-            "`dmin store export` wrote, or a .npy, .safetensors or .parquet file of sketches."
+            f"that `dmin store export` wrote, or a .npy, .safetensors or .parquet file of "
+            f"sketches."
         ) from error
     raise DminError(
         f"{source} cannot be imported: give a folder that `dmin store export` wrote, or a file "
-        f"that "
-        "ends in .npy, .safetensors or .parquet."
+        f"that ends in .npy, .safetensors or .parquet."
     )
 
 

@@ -233,10 +233,9 @@ class Store(Shown):
         file = self.mapped.files[self.mapped.segment[row]]
         return DminError(
             f"Row {row} ({readout!r} of example {self.ids[row]!r}) of {file} differs from what was "
-            f"sealed "
-            f"and verified: a bit has flipped on disk or in memory. No score was computed from"
-            f" it. Run `dmin store verify {self.path}`: if it lists the file, delete it and "
-            f"run the same `dmin collect` command again; if not, test this machine's memory."
+            f"sealed and verified: a bit has flipped on disk or in memory. No score was computed "
+            f"from it. Run `dmin store verify {self.path}`: if it lists the file, delete it, run "
+            f"the same `dmin collect` command again; if not, test this machine's memory."
         )
 
     def scales(self, readout: str) -> np.ndarray | None:

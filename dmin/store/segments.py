@@ -101,8 +101,8 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
             raise os_failure("read", path, error) from error
         raise DminError(
             f"{path} differs from what was sealed and verified ({' '.join(str(error).split())}): "
-            f"run "
-            f"`dmin store verify` on the store, delete the files that it lists and collect again."
+            f"run `dmin store verify` on the store, delete the files that it lists and collect "
+            f"again."
         ) from error
 
 

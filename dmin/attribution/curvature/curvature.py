@@ -197,8 +197,7 @@ def fit_curvature(
         if memory < unit:
             raise DminError(
                 f"method.memory={memory} bytes are too few for one direction of {count} × {m} "
-                f"numbers. "
-                f"Give at least {unit}."
+                f"numbers. Give at least {unit}."
             )
         size = min(memory // unit, support if rank is None else rank + 10 + rank // 5)
         parts = _nystrom(stream, shape, size, passes, seed)

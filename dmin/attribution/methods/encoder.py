@@ -53,8 +53,8 @@ class EncoderCosine(CosineMethod):
         if not (self.path / "config.json").is_file():
             raise DminError(
                 f"method.path={self.path}: there is no encoder (no config.json). Give the folder "
-                f"of "
-                f"a model that transformers can load, such as a downloaded clip-vit-base-patch32."
+                f"of a model that transformers can load, such as a downloaded "
+                f"clip-vit-base-patch32."
             )
         try:
             model: Any = AutoModel.from_pretrained(
@@ -63,8 +63,7 @@ class EncoderCosine(CosineMethod):
         except (OSError, ValueError) as error:
             raise DminError(
                 f"method.path={self.path}: transformers cannot load it without running its custom "
-                f"code "
-                f"({' '.join(str(error).split())[:300]}). Give the folder of a model that "
+                f"code ({' '.join(str(error).split())[:300]}). Give the folder of a model that "
                 f"transformers supports."
             ) from error
         config = getattr(model.config, "vision_config", model.config)

@@ -209,8 +209,7 @@ class LiSSA(InverseCurvature):
                     raise DminError(
                         f"the series of method=lissa diverged: with method.damping="
                         f"{self.damping:g} the Hessian has negative eigenvalues. Raise the "
-                        f"damping, "
-                        f"or set method.curvature=ggn."
+                        f"damping, or set method.curvature=ggn."
                     )
             total += h / scale
         return total / self.repeats

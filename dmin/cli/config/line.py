@@ -256,8 +256,7 @@ def _queries(pictures: list[str], prompts: list[str], given: Collection[str]) ->
     if pictures and len(said) not in (0, 1, len(pictures)):
         raise DminError(
             f"--prompt is given {len(said)} times for {len(pictures)} pictures: give it once for "
-            f"all "
-            f"of them, or once for each."
+            f"all of them, or once for each."
         )
     roots = [_literal(path) for path in pictures]
     asked = {"root": roots if roots[1:] else roots[0]} if roots else {}

@@ -112,9 +112,8 @@ def read(store: Path, command: str, chosen: Collection[str], trust: bool) -> dic
     if asks:
         raise DminError(
             f"{store / FILE} names targets that dmin's own settings do not, which could run "
-            f"arbitrary "
-            f"code: {'; '.join(asks)}. If you trust the source of the store, add --trust. "
-            f"Or override them, for example with model=…"
+            f"arbitrary code: {'; '.join(asks)}. If you trust the source of the store, add "
+            f"--trust. Or override them, for example with model=…"
         )
     for place in settings.pop("paths"):
         kept = select(settings, place)
@@ -155,8 +154,7 @@ def _plain(store: Path) -> dict[str, Any]:
     if odd:
         raise DminError(
             f"{file} does not have {odd[0]} in the form that dmin writes. Remove the file and give "
-            f"model=… "
-            f"and data=… on the command line."
+            f"model=… and data=… on the command line."
         )
     return dict(found)
 

@@ -77,8 +77,8 @@ def read_settings(file: Path) -> Any:
     if odd:
         raise DminError(
             f"{file} holds {odd[0]}, which dmin never writes there and does not accept, as it "
-            f"could "
-            f"change how and where code runs. Remove it, or give such settings on the command line."
+            f"could change how and where code runs. Remove it, or give such settings on the "
+            f"command line."
         )
     complete(settings)
     return settings

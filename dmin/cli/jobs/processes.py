@@ -107,8 +107,7 @@ def check_devices(trainer: Mapping[str, Any]) -> None:
         raise DminError(
             f"trainer.accelerator={trainer.get('accelerator')} trainer.devices={wanted}, but "
             f"{socket.gethostname()} shows {there} GPUs to this process{shown}. Request them "
-            f"(SLURM: "
-            f"--gpus-per-node={wanted}; all tasks of a node must see all of them), lower "
+            f"(SLURM: --gpus-per-node={wanted}; all tasks of a node must see all of them), lower "
             f"trainer.devices, or set trainer=cpu."
         )
 

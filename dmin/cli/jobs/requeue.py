@@ -35,8 +35,7 @@ def after_stop(stopped: Stopped, asked: bool, is_main: bool, tell: Callable[[str
         raise DminError(
             f"the job got {stopped.signum.name} before one block was finished. It would get "
             f"no further next time, so it is not requeued. Request more time, send the signal "
-            f"later, "
-            f"or set collect.block_size lower (in a new store) and collect.workers higher."
+            f"later, or set collect.block_size lower (in a new store) and collect.workers higher."
         )
     if submitit:
         tell("what is finished is sealed; submitit decides whether the job goes on later")

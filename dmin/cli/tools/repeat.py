@@ -62,8 +62,7 @@ def run(arguments: Sequence[str]) -> None:
     elif repeated.demands and not asked.trust:
         raise DminError(
             f"{folder / 'config.yaml'} names targets that dmin's own settings do not, which could "
-            f"run "
-            f"arbitrary code: {'; '.join(repeated.demands)}. If you trust its source, "
+            f"run arbitrary code: {'; '.join(repeated.demands)}. If you trust its source, "
             f"add --trust. Or override the value with key=value."
         )
     else:

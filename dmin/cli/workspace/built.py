@@ -201,8 +201,7 @@ class Built:
             raise DminError(
                 f"trainer.devices={trainer.get('devices')}, trainer.num_nodes="
                 f"{trainer.get('num_nodes', 1)}: this command runs in one process. Run `dmin "
-                f"collect` "
-                f"with several processes first, then this one with trainer.devices=1."
+                f"collect` with several processes first, then this one with trainer.devices=1."
             )
 
     def need(self, name: str) -> Any:

@@ -75,7 +75,7 @@ def column(store: Store, name: str) -> Array:
         raise DminError(
             f"{len(missing)} of {len(store)} examples in {store.path} have no {name!r}, such as "
             f"{missing[0]!r}; which this ground truth compares. All examples have: "
-            f"{', '.join(there) or '-'}. "
-            f"Choose one of these as the ground truth's column, or add {name!r} to the metadata."
+            f"{', '.join(there) or '-'}. Choose one of these as the ground truth's column, or add "
+            f"{name!r} to the metadata."
         )
     return np.array([str(row[name]) for row in store.metadata])

@@ -196,8 +196,7 @@ def read(path: Path) -> AdapterFile:
     if len(files) != 1 or files[0].suffix != ".safetensors":
         raise DminError(
             f"model.adapter={path}: expected a .safetensors file, or a folder with exactly one; "
-            f"found "
-            f"{', '.join(f.name for f in files) or 'none'}. An adapter on the Hub must be "
+            f"found {', '.join(f.name for f in files) or 'none'}. An adapter on the Hub must be "
             f"downloaded first."
         )
     file = files[0]

@@ -176,8 +176,7 @@ def add_words(pipeline: Any, words: Iterable[Word]) -> None:
             raise DminError(
                 f"{word.source}: {word.token} has {len(word.vectors)} vectors, and "
                 f"{type(pipeline).__name__} supports one for each word. Give each vector its own "
-                f"word "
-                f"in the captions and in the file."
+                f"word in the captions and in the file."
             )
     for name, those in own.items():
         if those:
@@ -196,8 +195,7 @@ def _encoder(word: Word, encoders: Mapping[str, Any], own: Mapping[str, list[Wor
         have = ", ".join(f"{n} has {e.embedding_dim}" for n, e in encoders.items())
         raise DminError(
             f"{word.source}: {word.token} has vectors of {width} numbers, but this model's "
-            f"encoders "
-            f"have {have or 'none'}. Give words that were learned for this model."
+            f"encoders have {have or 'none'}. Give words that were learned for this model."
         )
     return fits[0]
 

@@ -218,8 +218,7 @@ class DDPM(TrainedModel):
         if self.shape[1] is None:
             raise DminError(
                 "this UNet2DModel has no sample_size, so the size of generated images is unknown. "
-                "Set "
-                "model.sample_size=[HEIGHT,WIDTH]."
+                "Set model.sample_size=[HEIGHT,WIDTH]."
             )
         condition, process = self.condition(prompts), self.process
         device = next(self.network.parameters()).device

@@ -171,8 +171,7 @@ def lacking(model: str, example: str, setting: str = "data") -> DminError:
     """Return what is wrong with data that have no condition images for a model that needs some."""
     return DminError(
         f"example {example!r} has no condition image, which {model} needs for each example: an "
-        f"image "
-        f"to edit, a mask, a drawing or a depth map. Set {setting}.condition_image to the folder "
-        f"or column that "
+        f"image to edit, a mask, a drawing or a depth map. Set {setting}.condition_image to the "
+        f"folder or column that "
         f"has them."
     )

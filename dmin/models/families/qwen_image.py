@@ -131,8 +131,7 @@ class QwenImageEdit(QwenImage, ImageTokens):
             raise DminError(
                 f"model.max_sequence_length={self.max_sequence_length}: {text[:40]!r} with its "
                 f"image has {len(row)} tokens, and the pipeline does not truncate. Set it to "
-                f"{len(row)} or "
-                f"more, for all examples."
+                f"{len(row)} or more, for all examples."
             )
         return row
 

@@ -43,9 +43,9 @@ class StableDiffusionXL(SizeConditioning):
         if config.projection_class_embeddings_input_dim not in (None, told):
             raise DminError(
                 f"model.path: this network takes {config.projection_class_embeddings_input_dim} "
-                f"additional "
-                f"numbers, while six sizes and the pooled text are {told}; the refiner, for "
-                f"example, takes an aesthetic score. Give the base model's checkpoint."
+                f"additional numbers, while six sizes and the pooled text are {told}; the "
+                f"refiner, for example, takes an aesthetic score. Give the base model's "
+                f"checkpoint."
             )
 
     def _no_prompt(self) -> Condition:

@@ -42,8 +42,7 @@ class Wan(Flow):
         if pipeline.config.get("expand_timesteps"):
             raise DminError(
                 "model.path: a Wan 2.2 of 5 billion weights (TI2V), which takes a time for every "
-                "token. "
-                "Give a checkpoint of Wan 2.1, or of Wan 2.2 with its two networks."
+                "token. Give a checkpoint of Wan 2.1, or of Wan 2.2 with its two networks."
             )
         if pipeline.transformer is None or (second is None) != (ratio is None):
             raise DminError(
