@@ -41,7 +41,7 @@ def resolve(cfg: DictConfig) -> str | None:
 
     said = {str(name): value for name, value in node.items() if name != "_target_"}
     found = recognise(str(said["path"]), **where(said))
-    own = OmegaConf.to_container(compose(f"model/{found.family}").model)
+    own = OmegaConf.to_container(compose(overrides=[f"+model={found.family}"]).model)
     with open_dict(cfg):
         cfg.model = OmegaConf.merge(own, said)
     return f"model: {found.evidence} → model={found.family}"
