@@ -39,7 +39,10 @@ if TYPE_CHECKING:  # what type checkers see of the names below
     from dmin.models.families.sana import Sana as Sana
     from dmin.models.families.stable_diffusion import StableDiffusion as StableDiffusion
     from dmin.models.families.stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
-    from dmin.models.families.stable_diffusion_xl import StableDiffusionXL as StableDiffusionXL
+    from dmin.models.families.stable_diffusion_xl import (
+        StableDiffusionXL as StableDiffusionXL,
+        StableDiffusionXLRefiner as StableDiffusionXLRefiner,
+    )
     from dmin.models.families.wan import Wan as Wan
     from dmin.models.families.z_image import ZImage as ZImage
     from dmin.models.in_hand import from_pipeline as from_pipeline
@@ -72,6 +75,7 @@ _FAMILIES = {
     "StableDiffusionInpaint": "families.inpainting",
     "StableDiffusionXL": "families.stable_diffusion_xl",
     "StableDiffusionXLInpaint": "families.inpainting",
+    "StableDiffusionXLRefiner": "families.stable_diffusion_xl",
     "Wan": "families.wan",
     "ZImage": "families.z_image",
     "auto": "recognition",

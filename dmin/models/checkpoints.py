@@ -29,8 +29,13 @@ _SHAPES_ALONE: ContextVar[bool] = ContextVar("shapes_alone", default=False)
 
 _IN_FILE = {
     "vae": ("first_stage_model.", "vae."),
-    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
-    "text_encoder_2": ("conditioner.embedders.1.", "text_encoders.clip_g."),
+    "text_encoder": (
+        *("cond_stage_model.", "conditioner.embedders.0.transformer.", "text_encoders.clip_l."),
+    ),
+    # Second of the base, first of the refiner, which has no other.
+    "text_encoder_2": (
+        *("conditioner.embedders.1.", "conditioner.embedders.0.model.", "text_encoders.clip_g."),
+    ),
     "text_encoder_3": ("text_encoders.t5xxl.",),
 }
 """How the weights of components are named in single files of Stable Diffusion and Flux."""

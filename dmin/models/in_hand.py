@@ -7,7 +7,7 @@ from torch import nn
 
 from dmin.models.base import DiffusionModel
 from dmin.models.recognition import of_pipeline
-from dmin.models.relatives import all_families, diffusers_name
+from dmin.models.relatives import all_families, kind_in_hand
 from dmin.runtime.errors import DminError
 
 
@@ -28,7 +28,7 @@ def from_pipeline(pipeline: Any, **settings: Any) -> DiffusionModel:
         DminError: no family is it, a component is missing, or it is being moved in and out of a
             device.
     """
-    family = all_families()[of_pipeline(diffusers_name(pipeline), "the pipeline")]
+    family = all_families()[of_pipeline(kind_in_hand(pipeline), "the pipeline")]
     own = copy.copy(pipeline)
     for name, component in pipeline.components.items():
         if component is None and name in ("unet", "transformer", "vae", "scheduler"):

@@ -44,6 +44,9 @@ def sampling_error(model: LatentDiffusion, steps: int = 4, seed: int = 0) -> flo
     with ExitStack() as undo, _replaced(autoencoder, "decode", _decoded):
         for name, network in model.networks.items():
             undo.enter_context(_replaced(network, "forward", partial(best, name)))
+        if "strength" in model.sampled_with:  # else an image is left where sampling ends early
+            whole = {**model.sampled_with, "strength": 1.0}
+            undo.enter_context(_replaced(model, "sampled_with", whole))
         try:
             model.sample([prompt], [seed], steps, example_given(model))
         except _Decoded as reached:
@@ -53,11 +56,12 @@ def sampling_error(model: LatentDiffusion, steps: int = 4, seed: int = 0) -> flo
 
 def example_given(model: LatentDiffusion, seed: int = 0) -> dict[str, Tensor] | None:
     """Return images of noise for the sampler of a model that is given some; None for others."""
-    if not model.reads_condition_images({}):
+    if not model.given_images:
         return None
     drawn, size = torch.Generator().manual_seed(seed), model._generated_size()
     grey = torch.rand(1, 1, *size, generator=drawn).expand(-1, 3, -1, -1)
-    return {"image": torch.rand(1, 3, *size, generator=drawn), "condition_image": grey}
+    made = {"image": torch.rand(1, 3, *size, generator=drawn), "condition_image": grey}
+    return {name: made[name] for name in model.given_images}
 
 
 class _BestNetwork:
@@ -107,10 +111,10 @@ def _decoded(latents: Tensor, *_: Any, **__: Any) -> None:
 
 
 @contextmanager
-def _replaced(module: nn.Module, name: str, function: Any) -> Iterator[None]:
-    """Have a module's method be another for a while."""
+def _replaced(module: nn.Module, name: str, other: Any) -> Iterator[None]:
+    """Have a module's method or attribute of the class be another for a while."""
     own = vars(module).get(name)
-    setattr(module, name, function)
+    setattr(module, name, other)
     try:
         yield
     finally:

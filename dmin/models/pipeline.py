@@ -16,7 +16,7 @@ from dmin.models.adapters.quantised import BaseDType, round_weights
 from dmin.models.adapters.words import Embeddings, plain_tokenizers, save_words
 from dmin.models.base import noise_generators, weights_digest
 from dmin.models.checkpoints import DType, load_pipeline, load_weights
-from dmin.models.relatives import check_pipeline, diffusers_name
+from dmin.models.relatives import check_pipeline, kind_in_hand
 from dmin.models.trained import TrainedModel, name_settings
 from dmin.models.trajectory import recorded, samplable
 from dmin.runtime.errors import DminError
@@ -38,9 +38,10 @@ class PipelineModel(TrainedModel):
     network_name: ClassVar[str] = "transformer"
     components: ClassVar[dict[str, Any]] = {}  # replaced when loading, or how they are read
     sampled_with: ClassVar[dict[str, Any]] = {}  # settings of the pipeline's call
+    given_images: ClassVar[tuple[str, ...]] = ()  # what its sampler is given, as a batch has it
 
     def __init__(self, pipeline: Any, guidance_scale: float | None, **settings: Any) -> None:
-        check_pipeline(diffusers_name(pipeline), self.family, "model")
+        check_pipeline(kind_in_hand(pipeline), self.family, "model")
         super().__init__(pipeline.scheduler, **settings)
         self.pipeline = pipeline
         self.network: Any = self._whole(self.networks).eval()

@@ -11,7 +11,7 @@ import diffusers
 from safetensors import SafetensorError, safe_open
 
 from dmin.models.base import DiffusionModel
-from dmin.models.relatives import all_families, claimants, reason
+from dmin.models.relatives import all_families, claimants, pipeline_kind, reason
 from dmin.runtime.errors import DminError
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -109,7 +109,7 @@ def of_pipeline(name: str, what: str) -> str:
     """Return the family that claims a pipeline's class.
 
     Args:
-        name: of the class.
+        name: what it is, as ``pipeline_kind`` has it.
         what: that has it, for messages.
 
     Raises:
@@ -129,7 +129,7 @@ def of_pipeline(name: str, what: str) -> str:
         for family, of in sorted(all_families().items())
     )
     why = reason(name)
-    rest = f": {why}." if why else f". A family of your own:\n\n{skeleton(name)}"
+    rest = f": {why}." if why else f". A family of your own:\n\n{skeleton(name.split()[0])}"
     raise DminError(
         f"{what} is a {name}, which no family of dmin opens. It opens {opened}. This one is not "
         f"supported{rest}"
@@ -161,7 +161,7 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def pipeline_name(path: str | Path, subfolder: str | None, revision: str | None) -> str:
-    """Return the class that a folder, or a repository on the Hub, names.
+    """Return what a folder, or a repository on the Hub, is, as ``pipeline_kind`` has it.
 
     Raises:
         DminError: there is none.
@@ -175,14 +175,13 @@ def pipeline_name(path: str | Path, subfolder: str | None, revision: str | None)
     try:
         where = str(place if Path(path).exists() or subfolder else path)
         index: Any = diffusers.DiffusionPipeline.load_config(where, revision=revision)
-        name = index["_class_name"]
+        return pipeline_kind(index, index["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DminError(
             f"model.path={place} is not a diffusers pipeline ({' '.join(str(error).split())}). "
             f"Give the folder that save_pretrained wrote (with model_index.json), or the name of "
             f"one on the Hub."
         ) from error
-    return name if isinstance(name, str) else str(name[-1])
 
 
 def _refuse_part(folder: Path) -> NoReturn:

@@ -20,7 +20,8 @@ class Claims(NamedTuple):
     """What the checkpoints of a family are made of; a family has it as its attribute ``claims``."""
 
     network: str  # its class
-    pipelines: tuple[str, ...]  # of the same networks, trained alike; loaded as the first
+    # Of the same networks, trained alike, as `pipeline_kind` has them; loaded as the first.
+    pipelines: tuple[str, ...]
     own: tuple[str, ...] = ()  # others, each loaded as itself
     takes: Mapping[str, Collection[Any]] = {}  # settings of MORE_INPUTS that it can serve
     packing: int = 1  # latent pixels in one vector of the network's input
@@ -38,6 +39,7 @@ def variants(name: str) -> tuple[str, ...]:
 
 
 UNET, ANY = "UNet2DConditionModel", range(1, 10**9)
+SCORED = "requires_aesthetics_score"
 FAMILIES: dict[str, Any] = {}
 """Classes by the name that ``model=`` has for them; each enters when it is defined."""
 
@@ -104,6 +106,23 @@ def pipelines_of_diffusers() -> list[str]:
     return sorted({name for names in found for name in names if name.endswith("Pipeline")})
 
 
+def pipeline_kind(index: Mapping[str, Any], name: Any = None) -> str:
+    """Return what a pipeline is: its class, and the flag beside it that is of another network.
+
+    Args:
+        index: its settings, as in ``model_index.json``.
+        name: of its class; None for that in the index.
+    """
+    held = name or index.get("_class_name", "pipeline without a name")
+    held = held if isinstance(held, str) else str(held[-1])
+    return f"{held} with {SCORED}" if index.get(SCORED) else held
+
+
+def kind_in_hand(pipeline: Any) -> str:
+    """Return what a loaded pipeline is, as :func:`pipeline_kind`."""
+    return pipeline_kind(pipeline.config, diffusers_name(pipeline))
+
+
 def diffusers_name(found: Any) -> str:
     """Return the name of an object's class; of a user's own, diffusers' that it is made of."""
     names = [c.__name__ for c in type(found).__mro__ if c.__module__.startswith("diffusers.")]
@@ -114,7 +133,7 @@ def check_pipeline(held: str, family: str, what: str) -> None:
     """Refuse a pipeline that is none of a family.
 
     Args:
-        held: name of its class.
+        held: what it is, as :func:`pipeline_kind`.
         family: as ``model=`` calls it.
         what: that has it, for the message.
 
@@ -142,7 +161,7 @@ def reason(pipeline: str) -> str | None:
 
 def pipeline_of(family: str) -> Any:
     """Return the class of diffusers that a family's checkpoints are loaded as."""
-    return getattr(diffusers, FAMILIES[family].claims.pipelines[0])
+    return getattr(diffusers, FAMILIES[family].claims.pipelines[0].split()[0])
 
 
 def check_checkpoint(family: str, path: str, revision: str | None) -> Any:
@@ -162,16 +181,10 @@ def check_checkpoint(family: str, path: str, revision: str | None) -> Any:
     what = f"model.path={path}"
     pipeline_class = pipeline_of(family)
     index = _settings(pipeline_class.load_config(path, revision=revision))
-    held = index.get("_class_name", "pipeline without a name")
-    held = held if isinstance(held, str) else str(held[-1])
+    held = pipeline_kind(index)
     check_pipeline(held, family, what)
     if held in FAMILIES[family].claims.own:
         pipeline_class = getattr(diffusers, held)
-    if index.get("requires_aesthetics_score"):
-        raise DminError(
-            f"{what}: a refiner, which takes an aesthetic score that training images do not have. "
-            f"Give the base model's checkpoint."
-        )
     parts = {k: v[1] for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
     configs: dict[str, Any] = {}
     for name, component in parts.items():

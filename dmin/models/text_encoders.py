@@ -108,8 +108,8 @@ class TextConditioned(LatentDiffusion):
         tokens: dict[str, Tensor] = {}
         recorders = {
             name: _Recorder(getattr(self.pipeline, name), f"{TOKENS}{name}.", tokens)
-            for name in self.pipeline.components
-            if name.startswith("tokenizer")
+            for name, part in self.pipeline.components.items()
+            if name.startswith("tokenizer") and part is not None
         }
         whole = super(TextConditioned, self._with_parts(recorders))._embedded(prompts)
         if not tokens or any(

@@ -28,7 +28,7 @@ from dmin.models.families.qwen_image import QwenImage, QwenImageEdit
 from dmin.models.families.sana import Sana
 from dmin.models.families.stable_diffusion import StableDiffusion
 from dmin.models.families.stable_diffusion_3 import StableDiffusion3
-from dmin.models.families.stable_diffusion_xl import StableDiffusionXL
+from dmin.models.families.stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLRefiner
 from dmin.models.families.wan import Wan
 from dmin.models.families.z_image import ZImage
 from dmin.models.oracle import example_given
@@ -161,6 +161,13 @@ EVERY = {
         settings={"max_sequence_length": 12, "sample_size": (32, 32)},
     ),
 }
+EVERY["stable_diffusion_xl_refiner"] = replace(
+    EVERY["stable_diffusion_xl"],
+    model=StableDiffusionXLRefiner,
+    condition={**EVERY["stable_diffusion_xl"].condition, "time_ids": (5,)},
+    predictions=("epsilon",),
+    settings={"aesthetic_score": 6.0, "trained_below": 1000},
+)
 CLIPS = {"max_sequence_length": 12, "sample_size": (32, 32), "sample_frames": 5}
 VIDEOS = {
     name: replace(EVERY["wan"], latent=(4, 2, 4, 4), frames=(5,), settings=CLIPS)
@@ -203,6 +210,7 @@ PAIRS = {
 EVERY |= PAIRS
 ALIKE = {*PAIRS} - {"stable_diffusion_inpaint", "flux_kontext", "qwen_image_edit"}
 LATER = ("chroma", "qwen_image", "z_image", "lumina_2", "flux_2", "wan", *VIDEOS, *PAIRS)
+LATER += ("stable_diffusion_xl_refiner",)
 FAMILIES = {
     name: family
     for name, family in EVERY.items()

@@ -35,7 +35,7 @@ CASES = [(name, kind) for name, f in EVERY.items() for kind in f.predictions]
 # Samplers that stop before all noise is gone (set_alpha_to_one: false), or round their timesteps.
 ENDS_EARLY = {
     "stable_diffusion": 0.06,
-    "stable_diffusion_xl": 0.06,
+    **dict.fromkeys(("stable_diffusion_xl", "stable_diffusion_xl_refiner"), 0.06),
     "dit": 0.06,
     "sana": 2e-3,
     **dict.fromkeys(("wan", "wan_clips", "wan_2_2"), 3e-3),
@@ -129,7 +129,7 @@ def test_predictions_are_what_the_pipeline_hands_its_scheduler(name, monkeypatch
         condition = model._prompted({**given, "id": ["a"], "caption": [prompt]})
     else:
         condition = {**model.condition([prompt]), **model._sizes(sized(family.size, family.size))}
-    if given is not None:
+    if model.reads_condition_images({}):
         condition["beside"] = model._beside({**given, "id": ["a"]})
     assert len(handed) == 2
     for output, t, sample in handed:

@@ -73,9 +73,7 @@ def test_data_without_such_images_or_with_others_are_refused():
         DminError, match=r"takes no condition images\. Set data\.condition_image=null"
     ):
         load("stable_diffusion").encode(shown)
-    with pytest.raises(
-        DminError, match=r"generates from condition images .* queries\.condition_image"
-    ):
+    with pytest.raises(DminError, match=r"generates from images .* queries\.condition_image"):
         model.sample(["cat"], [1], 2)
     with pytest.raises(DminError, match="is constant"):
         load("stable_diffusion_depth").encode({**shown, "condition_image": 0 * shown["image"]})

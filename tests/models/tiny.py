@@ -95,20 +95,40 @@ def stable_diffusion(prediction_type="epsilon"):
     )
 
 
-def stable_diffusion_xl(prediction_type="epsilon"):
-    network = unet(
+def told_of_sizes(numbers=6, **changes):
+    return unet(
         cross_attention_dim=32,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16,
+        projection_class_embeddings_input_dim=numbers * 8 + 16,
+        **changes,
     )
+
+
+def stable_diffusion_xl_refiner(prediction_type="epsilon"):
+    encoder = clip(transformers.CLIPTextModelWithProjection, hidden_size=32)
+    return diffusers.StableDiffusionXLImg2ImgPipeline(
+        vae=vae(),
+        text_encoder=None,
+        text_encoder_2=encoder,
+        tokenizer=None,
+        tokenizer_2=clip_tokenizer(),
+        unet=told_of_sizes(5),
+        scheduler=ddim(prediction_type),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+
+def stable_diffusion_xl(prediction_type="epsilon"):
     return diffusers.StableDiffusionXLPipeline(
         vae=vae(),
         text_encoder=clip(),
         text_encoder_2=clip(transformers.CLIPTextModelWithProjection),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
-        unet=network,
+        unet=told_of_sizes(),
         scheduler=ddim(prediction_type),
         add_watermarker=False,
     )
@@ -298,6 +318,7 @@ BUILDERS = {
     for build in (
         stable_diffusion,
         stable_diffusion_xl,
+        stable_diffusion_xl_refiner,
         stable_diffusion_3,
         flux,
         dit,

@@ -1,7 +1,7 @@
 """Latent diffusion models with a condition image: an image to edit, a mask, a depth map."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,14 +10,33 @@ from torch.nn.functional import interpolate
 from dmin.models import vae
 from dmin.models.base import Condition
 from dmin.models.latent import LatentDiffusion
+from dmin.models.pipeline import PipelineModel
 from dmin.runtime.errors import DminError
 
 BESIDE = "beside"
 """The name among the conditions of what the network is given at each latent pixel."""
 
 
-class ImageConditioned(LatentDiffusion):
+class SampledFromImages(LatentDiffusion):
+    """A model whose sampler is given images."""
+
+    given_images: ClassVar[tuple[str, ...]] = ("image",)
+
+    def _call(self, images: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call for images as a batch has them."""
+        return {"image": images[self.given_images[-1]]}
+
+    def _shown(self, given: Mapping[str, Tensor] | None) -> dict[str, Any]:
+        size = self._generated_size()
+        if {tuple(image.shape[2:]) for image in (given or {}).values()} != {size}:
+            raise asks_for_images(type(self), f", of {size[0]} × {size[1]} (model.sample_size)")
+        return self._call({**(given or {}), "id": ["of the images given"]})
+
+
+class ImageConditioned(SampledFromImages):
     """Given each example's condition image: channels beside those of the noised latents."""
+
+    given_images: ClassVar[tuple[str, ...]] = ("image", "condition_image")
 
     @classmethod
     def reads_condition_images(cls, settings: Mapping[str, Any]) -> bool:
@@ -32,21 +51,6 @@ class ImageConditioned(LatentDiffusion):
     def _beside(self, batch: Mapping[str, Any]) -> Tensor:
         """Return what the network is given beside noised latents, ``[batch, C', h, w]``."""
         return self._encoded_image(self._condition_image(batch))
-
-    def _call(self, images: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of the pipeline's call for images as a batch has them."""
-        return {"image": images["condition_image"]}
-
-    def _shown(self, given: Mapping[str, Tensor] | None) -> dict[str, Any]:
-        size = self._generated_size()
-        if given is None or any(tuple(image.shape[2:]) != size for image in given.values()):
-            raise DminError(
-                f"{type(self).__name__} generates from condition images of {size[0]} × {size[1]} "
-                f"pixels (model.sample_size). Give queries as image files, with "
-                f"queries.condition_image; in Python, sample(..., given={{'image': …, "
-                f"'condition_image': …}})."
-            )
-        return self._call({**given, "id": ["of the images given"]})
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         rest = {name: value for name, value in condition.items() if name != BESIDE}
@@ -165,6 +169,17 @@ def drawn_mask(height: int, width: int, seed: int) -> Tensor:
         inside = torch.maximum(*off) < 1 if kind[0] < 0.5 else off[0] ** 2 + off[1] ** 2 < 1
         if inside.any():
             return inside.float()[None, None]
+
+
+def asks_for_images(family: type[PipelineModel], size: str = "") -> DminError:
+    """Return why a model generates nothing of prompts alone, and what to do instead."""
+    beside = " queries.condition_image=FOLDER" if "condition_image" in family.given_images else ""
+    given = ", ".join(f"'{name}': …" for name in family.given_images)
+    return DminError(
+        f"{family.__name__} generates from images that it is given{size}, which `dmin` gives it in "
+        f"Python alone: model.sample(..., given={{{given}}}). Save what it made, and say "
+        f"queries=images queries.root=FOLDER{beside}."
+    )
 
 
 def lacking(model: str, example: str, setting: str = "data") -> DminError:
