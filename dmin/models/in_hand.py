@@ -1,13 +1,14 @@
 """A model from an already loaded pipeline, which is left unchanged."""
 
 import copy
+import inspect
 from typing import Any
 
 from torch import nn
 
 from dmin.models.base import DiffusionModel
 from dmin.models.recognition import of_pipeline
-from dmin.models.relatives import all_families, kind_in_hand
+from dmin.models.relatives import all_families, kind_in_hand, pipeline_of
 from dmin.runtime.errors import DminError
 
 
@@ -29,7 +30,7 @@ def from_pipeline(pipeline: Any, **settings: Any) -> DiffusionModel:
             device.
     """
     family = all_families()[of_pipeline(kind_in_hand(pipeline), "the pipeline")]
-    own = copy.copy(pipeline)
+    parts: dict[str, Any] = {}
     for name, component in pipeline.components.items():
         if component is None and name in ("unet", "transformer", "vae", "scheduler"):
             raise DminError(f"the pipeline has no {name}. Load it with all of its components.")
@@ -46,9 +47,22 @@ def from_pipeline(pipeline: Any, **settings: Any) -> DiffusionModel:
                 f"Load the pipeline again without them; base_dtype of from_pretrained rounds "
                 f"weights to float8 in the same way."
             )
-        setattr(own, name, _around(component) if is_module else copy.copy(component))
-    model: DiffusionModel = family.of_pipeline(own, **settings).eval()
+        parts[name] = _around(component) if is_module else copy.copy(component)
+    model: DiffusionModel = family.of_pipeline(_with(parts, pipeline, family), **settings).eval()
     return model
+
+
+def _with(parts: dict[str, Any], pipeline: Any, family: Any) -> Any:
+    """Return a pipeline with other parts; of those that only sample otherwise, the family's own."""
+    if kind_in_hand(pipeline) in (family.claims.pipelines[0], *family.claims.own):
+        own = copy.copy(pipeline)
+        for name, part in parts.items():
+            setattr(own, name, part)
+        return own
+    kind = pipeline_of(family.family)
+    known = {**pipeline.config, **parts, **getattr(family, "components", {})}
+    taken = inspect.signature(kind.__init__).parameters
+    return kind(**{name: known[name] for name in taken if name in known})
 
 
 def _around(module: nn.Module) -> nn.Module:

@@ -4,11 +4,12 @@ import diffusers
 import pytest
 import torch
 from models.families import EVERY, checkpoint, load
-from models.tiny import pixart
+from models.tiny import pixart, stable_diffusion_xl
 
 import dmin
 from dmin.data import collate
 from dmin.models.base import weights_digest
+from dmin.models.oracle import sampling_error
 from dmin.runtime.errors import DminError
 
 
@@ -45,6 +46,23 @@ def test_a_pipeline_is_the_model_that_its_folder_is(name):
     assert state(pipeline) == before
     own, theirs = next(same.network.parameters()), next(part.parameters())
     torch.testing.assert_close(own, theirs)
+
+
+@pytest.mark.parametrize("variant", ["Img2Img", "PAG"])
+def test_a_base_model_in_a_pipeline_that_samples_otherwise_samples_as_its_folder_does(variant):
+    torch.manual_seed(0)
+    base = stable_diffusion_xl()
+    kind = getattr(diffusers, f"StableDiffusionXL{variant}Pipeline")
+    held = kind(**base.components, force_zeros_for_empty_prompt=False)
+    before = dict(held.config), dict(vars(held))
+    model = dmin.from_pipeline(held)
+    assert (dict(held.config), dict(vars(held))) == before
+    base.register_to_config(force_zeros_for_empty_prompt=False)
+    expected = dmin.from_pipeline(base)
+    assert model.describe() == expected.describe()
+    asked = ["a red cat"], [3], 2
+    torch.testing.assert_close(model.sample(*asked), expected.sample(*asked))
+    assert sampling_error(model) <= 0.06
 
 
 def test_weights_are_shared_and_swapped_ones_are_taken():
