@@ -1,5 +1,7 @@
 """Models that are given an image with each example: what they are given, refused, and found."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from models.test_families import examples
 from PIL import Image
 
 from dmin.attribution.retrieval import retrieve
+from dmin.cli import main
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Example, Examples, collate
 from dmin.diffusion.timesteps import Explicit
@@ -77,6 +80,21 @@ def test_data_without_such_images_or_with_others_are_refused():
         model.sample(["cat"], [1], 2)
     with pytest.raises(DminError, match="is constant"):
         load("stable_diffusion_depth").encode({**shown, "condition_image": 0 * shown["image"]})
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_xl_refiner", "flux_kontext"])
+def test_commands_that_would_generate_refuse_before_a_weight_is_read(name, tmp_path):
+    shutil.copytree(checkpoint(name), tmp_path / "m")
+    for weights in (tmp_path / "m").glob("*/*.safetensors"):
+        weights.unlink()
+    words = ["data=digits", "queries=generated", "queries.prompts=[cat]", "trainer=cpu"]
+    words += [f"model.path={tmp_path / 'm'}", f"paths.outputs={tmp_path}"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", *words])
+    told = str(stopped.value)
+    assert "generates from images that it is given" in told
+    assert "say queries=images queries.root=FOLDER" in told
+    assert ("queries.condition_image=FOLDER" in told) == (name == "flux_kontext")
 
 
 def test_a_mask_is_drawn_once_for_all_images_and_is_part_of_the_fingerprint():

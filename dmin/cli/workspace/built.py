@@ -101,6 +101,12 @@ class Built:
             return dataset
         return Subset(dataset, count=limit)
 
+    @property
+    def family(self) -> Any:
+        """The class of the model, or what else makes it; nothing is loaded."""
+        target = get_object(self.cfg.model["_target_"])
+        return getattr(target, "__self__", target)
+
     @cached_property
     def model(self) -> DiffusionModel:
         """The trained model."""
@@ -123,8 +129,7 @@ class Built:
         from dmin.data.checked import require_captions
         from dmin.models.families.image_conditions import lacking
 
-        target = get_object(self.cfg.model["_target_"])
-        family, settings = getattr(target, "__self__", target), self.resolved("model")
+        family, settings = self.family, self.resolved("model")
         reads = getattr(family, "reads_captions", None)
         if hasattr(dataset, "facts") and reads is not None and reads(settings):
             empty = settings.get("empty_captions") == "keep"

@@ -58,7 +58,10 @@ class Workspace(Stores):
 
         from dmin.data.video import saved
         from dmin.models.base import weights_digest
+        from dmin.models.families.image_conditions import asks_for_images
 
+        if getattr(self.family, "given_images", ()):  # before minutes of loading
+            raise asks_for_images(self.family)
         made_of = {
             **asdict(source),
             "prompts": list(source.prompts),
