@@ -13,14 +13,12 @@ from dmin.diffusion.process import Process
 from dmin.diffusion.processes import DiscreteDiffusion
 from dmin.models import normalization, vae  # noqa: F401 (gradients of diffusers' own norms)
 from dmin.models.base import Condition, Dropped, Prediction
-from dmin.models.contract import check_weights
+from dmin.models.contract import check_variance, check_weights
 from dmin.models.pipeline import PipelineModel
 from dmin.models.relatives import (
     check_component,
     check_inputs,
-    check_variance,
     diffusers_name,
-    latent_channels,
 )
 from dmin.runtime.errors import DminError
 
@@ -90,7 +88,7 @@ class LatentDiffusion(PipelineModel):
             )
         check_weights(self.network)
         check_component("vae", diffusers_name(pipeline.vae), self.family, "model")
-        channels = latent_channels(pipeline.vae.config)
+        channels = vae.latent_channels(pipeline.vae.config)
         for network in self.networks.values():
             check_inputs(self.family, type(network), network.config, channels)
         self.latents = latents

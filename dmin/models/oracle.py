@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dmin.models import vae
 from dmin.models.conditioning import Captioned
 from dmin.models.latent import LatentDiffusion
-from dmin.models.relatives import latent_channels
+from dmin.models.vae import latent_channels
 
 
 class _Decoded(Exception):

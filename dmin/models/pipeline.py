@@ -16,7 +16,7 @@ from dmin.models.adapters.quantised import BaseDType, round_weights
 from dmin.models.adapters.words import Embeddings, plain_tokenizers, save_words
 from dmin.models.base import noise_generators, weights_digest
 from dmin.models.checkpoints import DType, load_pipeline, load_weights
-from dmin.models.relatives import check_pipeline, kind_in_hand
+from dmin.models.relatives import check_pipeline, check_whole, kind_in_hand
 from dmin.models.trained import TrainedModel, name_settings
 from dmin.models.trajectory import recorded, samplable
 from dmin.runtime.errors import DminError
@@ -42,6 +42,8 @@ class PipelineModel(TrainedModel):
 
     def __init__(self, pipeline: Any, guidance_scale: float | None, **settings: Any) -> None:
         check_pipeline(kind_in_hand(pipeline), self.family, "model")
+        there = [name for name, part in pipeline.components.items() if part is not None]
+        check_whole(self.family, type(pipeline), there, "the pipeline")
         super().__init__(pipeline.scheduler, **settings)
         self.pipeline = pipeline
         self.network: Any = self._whole(self.networks).eval()

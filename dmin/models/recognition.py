@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -158,6 +159,12 @@ def tensor_names(file: Path) -> list[str]:
             f"model.single_file={file} cannot be read as a .safetensors file ({error}). Other "
             f"kinds of files can run code when they are read: convert them first."
         ) from error
+
+
+def pipelines_of_diffusers() -> list[str]:
+    """Return the names of all pipelines of the installed diffusers."""
+    found: Any = vars(import_module("diffusers.pipelines"))["_import_structure"].values()
+    return sorted({name for names in found for name in names if name.endswith("Pipeline")})
 
 
 def pipeline_name(path: str | Path, subfolder: str | None, revision: str | None) -> str:

@@ -7,10 +7,12 @@ import inspect
 import pkgutil
 from collections.abc import Collection, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
 
+from dmin.models.vae import latent_channels
 from dmin.runtime.errors import DminError
 
 _AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AsymmetricAutoencoderKL")
@@ -27,6 +29,7 @@ class Claims(NamedTuple):
     packing: int = 1  # latent pixels in one vector of the network's input
     keys: tuple[str, ...] = ()  # parts of tensors' names, all of which a single file has
     vae: tuple[str, ...] = _AUTOENCODERS
+    without: tuple[str, ...] = ()  # components that a whole checkpoint may lack
     gives: tuple[str, ...] = ()  # what its network must be told beside latents, time and text
     # Channels of each latent pixel beside those of the noised latents: so many times theirs, and so
     # many more.
@@ -98,12 +101,6 @@ MORE_INPUTS = {
     "use_additional_t_cond": "which layers an image has",
 }
 """Setting of a network → what it is then told; a family names the values that it can give."""
-
-
-def pipelines_of_diffusers() -> list[str]:
-    """Return the names of all pipelines of the installed diffusers."""
-    found: Any = vars(import_module("diffusers.pipelines"))["_import_structure"].values()
-    return sorted({name for names in found for name in names if name.endswith("Pipeline")})
 
 
 def pipeline_kind(index: Mapping[str, Any], name: Any = None) -> str:
@@ -196,6 +193,9 @@ def check_checkpoint(family: str, path: str, revision: str | None) -> Any:
         check_component(name, component, family, what)
         if name in ("vae", *_NETWORKS):
             configs[name] = _config(getattr(diffusers, component), path, name, revision)
+    local = Path(path).is_dir()  # where transformers makes up a tokenizer that has no folder
+    there = {n for n in parts if not (local and n.startswith(_TEXTS)) or Path(path, n).is_dir()}
+    check_whole(family, pipeline_class, there, what)
     networks = [name for name in _NETWORKS if name in parts]
     if not networks:
         raise DminError(
@@ -207,9 +207,22 @@ def check_checkpoint(family: str, path: str, revision: str | None) -> Any:
     return pipeline_class
 
 
-def latent_channels(config: Mapping[str, Any]) -> int:
-    """Return the channels of an autoencoder's latents, by its config."""
-    return int(config.get("latent_channels") or config["z_dim"])
+def check_whole(family: str, pipeline_class: Any, there: Collection[str], what: str) -> None:
+    """Refuse a pipeline without an encoder, a tokenizer or a scheduler that it needs.
+
+    Args:
+        family: as ``model=`` calls it.
+        pipeline_class: whose constructor names what it needs.
+        there: names of the components that there are.
+        what: that lacks some, for the message.
+    """
+    taken = inspect.signature(pipeline_class.__init__).parameters
+    needed = {name for name in taken if name.startswith(_NEEDED)}
+    if lacking := needed - {*there, *FAMILIES[family].claims.without}:
+        raise DminError(
+            f"{what} has no {' and no '.join(sorted(lacking))}, which model={family} needs. Give "
+            f"it whole, as save_pretrained of a {pipeline_class.__name__} writes it."
+        )
 
 
 def _config(kind: Any, path: str, name: str, revision: str | None) -> Any:
@@ -290,24 +303,6 @@ def check_inputs(
 
 
 _NETWORKS = ("unet", "transformer", "transformer_2")
+_TEXTS = ("text_encoder", "tokenizer")
+_NEEDED = ("vae", "scheduler", *_TEXTS)
 _GIVEN = ("self", "sample", "hidden_states", "timestep", "encoder_hidden_states")
-
-
-def check_variance(wanted: bool, network: Any, process: Any) -> None:
-    """Refuse the loss of a learned variance for a network that has learned none.
-
-    Args:
-        wanted: whether the loss is asked for.
-        network: of diffusers, with its config.
-        process: that it was trained with.
-
-    Raises:
-        DminError: there is no variance, or no loss for it.
-    """
-    channels, out = network.config["in_channels"], network.config.get("out_channels")
-    out = vars(network).get("out_channels") or out
-    if wanted and (out != 2 * channels or not hasattr(process, "variance_bound")):
-        raise DminError(
-            f"model.variance_loss=true, but this {type(network).__name__} predicts no variance "
-            f"({out} channels out for {channels} in), or is no discrete diffusion. Set it to false."
-        )

@@ -1,6 +1,6 @@
 """From images to the latents that a diffusion model was trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,6 +8,11 @@ from torch import Tensor, nn
 
 from dmin.diffusion.noise import SharedNoise
 from dmin.runtime.errors import DminError
+
+
+def latent_channels(config: Mapping[str, Any]) -> int:
+    """Return the channels of an autoencoder's latents, by its config."""
+    return int(config.get("latent_channels") or config["z_dim"])
 
 
 def encode(

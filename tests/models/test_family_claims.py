@@ -26,7 +26,7 @@ from dmin.doctor.checks import SAMPLER_LIMIT, sampler
 from dmin.doctor.gradients import compare
 from dmin.models.oracle import example_given, sampling_error
 from dmin.models.recognition import recognise
-from dmin.models.relatives import latent_channels
+from dmin.models.vae import latent_channels
 from dmin.queries import Planted
 from dmin.runtime.errors import DminError
 from dmin.sketches import BlockCyclic

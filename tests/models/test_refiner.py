@@ -26,6 +26,7 @@ from dmin.runtime.errors import DminError, DminWarning
 from dmin.sketches import BlockCyclic
 
 NAME = "stable_diffusion_xl_refiner"
+ENCODER = ("CLIPTextModel", "CLIPTokenizer")
 
 
 def refiner(**settings):
@@ -70,7 +71,12 @@ def test_a_flag_that_is_not_that_of_the_network_is_refused(name, flag, message, 
         "_class_name": "StableDiffusionXLImg2ImgPipeline",
         "requires_aesthetics_score": flag,
     }
+    parts = ("text_encoder", "tokenizer")
+    told |= {n: ["transformers", kind] for n, kind in zip(parts, ENCODER, strict=True)}
     folder = flagged(tmp_path / "x", name, told)
+    for part in parts:
+        base = checkpoint("stable_diffusion_xl") / part
+        shutil.copytree(base, folder / part, dirs_exist_ok=True)
     with pytest.raises(DminError, match=message):
         dmin.models.auto(folder)
 
@@ -118,6 +124,10 @@ def test_it_is_told_sizes_and_a_score_of_each_image():
         scores(score_column="beauty", aesthetic_score=4)
     with pytest.raises(DminError, match=r"target_size=\[8, 8\]: a refiner is told none"):
         refiner(target_size=[8, 8])
+    pipeline = stable_diffusion_xl_refiner()
+    pipeline.register_modules(text_encoder=clip(), tokenizer=pipeline.tokenizer_2)
+    with pytest.raises(DminError, match=r"has a text_encoder, .* to \[null, null\]"):
+        dmin.from_pipeline(pipeline)
     settings = ({}, {"aesthetic_score": 5}, {"score_column": "a"}, {"score_column": "b"})
     settings += ({"score_column": "a", "aesthetic_score": 5},)
     models = [refiner(trained_below=200, **told) for told in settings]

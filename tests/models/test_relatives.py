@@ -16,13 +16,13 @@ from dmin.models.base import per_example_loss
 from dmin.models.families.ddpm import DDPM
 from dmin.models.families.pixart import PixArt
 from dmin.models.families.stable_diffusion_xl import StableDiffusionXL
+from dmin.models.recognition import pipelines_of_diffusers
 from dmin.models.relatives import (
     MORE_INPUTS,
     all_families,
     check_inputs,
     check_pipeline,
     pipeline_kind,
-    pipelines_of_diffusers,
 )
 from dmin.runtime.errors import DminError
 
@@ -109,6 +109,28 @@ def test_components_are_compared_too(family, name, component, message, copy):
         LOADED[family].from_pretrained(folder)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_family_cannot_do_without_is_refused_before_any_weight_is_read(family, copy):
+    folder = copy(family)
+    index = json.loads((folder / "model_index.json").read_text())
+    texts = ("text_encoder", "tokenizer")
+    for name in [
+        n for n, v in index.items() if n.startswith(("vae", "scheduler", *texts)) and v[0]
+    ]:
+        if name in FAMILIES[family].without:
+            continue
+        said = rf"has no {name}, which model={family} needs"
+        changed(folder / "model_index.json", **{name: [None, None]})
+        with pytest.raises(DminError, match=said):
+            LOADED[family].from_pretrained(folder)
+        changed(folder / "model_index.json", **index)
+        if name.startswith(texts):
+            (folder / name).rename(folder / "away")
+            with pytest.raises(DminError, match=said):
+                LOADED[family].from_pretrained(folder)
+            (folder / "away").rename(folder / name)
+
+
 @pytest.mark.parametrize("setting", MORE_INPUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_network_is_told_beyond_the_family_is_refused(family, setting, copy):
@@ -193,6 +215,11 @@ def test_pipelines_in_hand_are_held_to_the_same():
     parts = {k: v for k, v in xl.components.items() if k not in ("image_encoder",)}
     with pytest.raises(DminError, match="a StableDiffusionXLInpaintPipeline"):
         StableDiffusionXL(diffusers.StableDiffusionXLInpaintPipeline(**parts))
+
+    for name in ("text_encoder", "tokenizer_2"):
+        lacking = diffusers.StableDiffusionXLPipeline(**{**parts, name: None})
+        with pytest.raises(DminError, match=rf"the pipeline has no {name}, which model=stable"):
+            StableDiffusionXL(lacking)
 
     class Own(diffusers.StableDiffusionXLPipeline):
         pass

@@ -61,7 +61,8 @@ def families() -> Iterator[tuple[str, ...]]:
 
 def refused() -> Iterator[tuple[str, str]]:
     """Yield the refused pipelines of the installed diffusers, grouped by reason."""
-    from dmin.models.relatives import claimants, pipelines_of_diffusers, reason
+    from dmin.models.recognition import pipelines_of_diffusers
+    from dmin.models.relatives import claimants, reason
 
     found: dict[str, list[str]] = {}
     for name in pipelines_of_diffusers():

@@ -20,7 +20,10 @@ class StableDiffusion3(Flow):
 
     family = "stable_diffusion_3"
     claims: ClassVar[Claims] = Claims(
-        "SD3Transformer2DModel", variants("StableDiffusion3"), keys=("joint_blocks.0.",)
+        "SD3Transformer2DModel",
+        variants("StableDiffusion3"),
+        keys=("joint_blocks.0.",),
+        without=("text_encoder_3", "tokenizer_3"),
     )
     shifted = True
     own_length: int = 256

@@ -83,13 +83,14 @@ class StableDiffusionXLRefiner(StableDiffusionXL, SampledFromImages):
         settings: of :class:`StableDiffusionXL`.
 
     Raises:
-        DminError: no timestep is left, or a size is given that it is not told.
+        DminError: no timestep is left, or it has or is given what it is not told.
     """
 
     family = "stable_diffusion_xl_refiner"
     claims = StableDiffusionXL.claims._replace(
         pipelines=(f"StableDiffusionXLImg2ImgPipeline with {SCORED}",),
         keys=("conditioner.embedders.0.model.",),
+        without=("text_encoder", "tokenizer"),
     )
     processes = (DiscreteDiffusion,)
     numbers = 5
@@ -115,6 +116,11 @@ class StableDiffusionXLRefiner(StableDiffusionXL, SampledFromImages):
         if self.target_size is not None:
             raise DminError(
                 f"model.target_size={list(self.target_size)}: a refiner is told none. Leave it out."
+            )
+        if pipeline.text_encoder is not None:
+            raise DminError(
+                "model.path: this refiner has a text_encoder, and was trained with text_encoder_2 "
+                "alone. Set text_encoder and tokenizer of its model_index.json to [null, null]."
             )
         self.aesthetic_score, self.score_column = aesthetic_score, score_column
         if score_column is not None:
