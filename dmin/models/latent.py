@@ -15,11 +15,8 @@ from dmin.models import normalization, vae  # noqa: F401 (gradients of diffusers
 from dmin.models.base import Condition, Dropped, Prediction
 from dmin.models.contract import check_variance, check_weights
 from dmin.models.pipeline import PipelineModel
-from dmin.models.relatives import (
-    check_component,
-    check_inputs,
-    diffusers_name,
-)
+from dmin.models.relatives import check_component, check_inputs
+from dmin.models.schedulers import diffusers_name
 from dmin.runtime.errors import DminError
 
 DROPPED = "dropped."  # before the names of conditions that stand for no prompt

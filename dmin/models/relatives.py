@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 
+from dmin.models.schedulers import diffusers_name
 from dmin.models.vae import latent_channels
 from dmin.runtime.errors import DminError
 
@@ -31,9 +32,7 @@ class Claims(NamedTuple):
     vae: tuple[str, ...] = _AUTOENCODERS
     without: tuple[str, ...] = ()  # components that a whole checkpoint may lack
     gives: tuple[str, ...] = ()  # what its network must be told beside latents, time and text
-    # Channels of each latent pixel beside those of the noised latents: so many times theirs, and so
-    # many more.
-    beside: tuple[int, int] = (0, 0)
+    beside: tuple[int, int] = (0, 0)  # further input channels: a · (those of the latents) + b
 
 
 def variants(name: str) -> tuple[str, ...]:
@@ -118,12 +117,6 @@ def pipeline_kind(index: Mapping[str, Any], name: Any = None) -> str:
 def kind_in_hand(pipeline: Any) -> str:
     """Return what a loaded pipeline is, as :func:`pipeline_kind`."""
     return pipeline_kind(pipeline.config, diffusers_name(pipeline))
-
-
-def diffusers_name(found: Any) -> str:
-    """Return the name of an object's class; of a user's own, diffusers' that it is made of."""
-    names = [c.__name__ for c in type(found).__mro__ if c.__module__.startswith("diffusers.")]
-    return (names or [type(found).__name__])[0]
 
 
 def check_pipeline(held: str, family: str, what: str) -> None:
@@ -221,7 +214,7 @@ def check_whole(family: str, pipeline_class: Any, there: Collection[str], what: 
     if lacking := needed - {*there, *FAMILIES[family].claims.without}:
         raise DminError(
             f"{what} has no {' and no '.join(sorted(lacking))}, which model={family} needs. Give "
-            f"it whole, as save_pretrained of a {pipeline_class.__name__} writes it."
+            f"all that save_pretrained of a {pipeline_class.__name__} writes."
         )
 
 
@@ -234,9 +227,9 @@ def _config(kind: Any, path: str, name: str, revision: str | None) -> Any:
 
 
 def _settings(found: Any) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        raise ValueError(f"a config is a {type(found).__name__}, where settings by name are needed")
-    return found
+    if isinstance(found, dict):
+        return found
+    raise ValueError(f"a config is a {type(found).__name__}, where settings by name are needed")
 
 
 def check_component(name: str, component: str, family: str, what: str) -> None:
@@ -289,9 +282,8 @@ def check_inputs(
     ]
     if more:
         raise DminError(
-            f"model.path: this {kind.__name__} has inputs that model={family} does not "
-            f"provide, for example for inpainting or few-step "
-            f"sampling: {', '.join(more)}. Give the checkpoint of a {claims.pipelines[0]}."
+            f"model.path: this {kind.__name__} has inputs that model={family} does not provide: "
+            f"{', '.join(more)}. Give the checkpoint of a {claims.pipelines[0]}."
         )
     out = config.get("out_channels") or seen
     if out not in (channels, 2 * (channels or 0), (channels or 0) // claims.packing):

@@ -9,7 +9,6 @@ from diffusers import DDPMScheduler
 from dmin.diffusion.loss import LossSettings
 from dmin.diffusion.process import Process
 from dmin.diffusion.processes import EDM, DiscreteDiffusion, RectifiedFlow
-from dmin.models.relatives import diffusers_name
 from dmin.runtime.errors import DminError
 
 _DISCRETE = (
@@ -145,3 +144,9 @@ def _as_trained(scheduler: Any) -> Any:
         made_of = inspect.signature(DDPMScheduler).parameters
         return DDPMScheduler(**{k: v for k, v in config.items() if k in made_of})
     return scheduler
+
+
+def diffusers_name(found: Any) -> str:
+    """Return the name of an object's class; of a user's own, diffusers' that it is made of."""
+    names = [c.__name__ for c in type(found).__mro__ if c.__module__.startswith("diffusers.")]
+    return (names or [type(found).__name__])[0]

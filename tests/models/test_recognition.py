@@ -78,7 +78,7 @@ def test_what_is_no_pipeline_is_told_with_its_remedy(tmp_path):
         recognise(tmp_path / "model.ckpt")
     with pytest.raises(DminError, match=r"a pickle.*convert it to \.safetensors"):
         recognise(tmp_path, single_file="model.ckpt")
-    with pytest.raises(DminError, match=r"no such folder.*model_index\.json"):
+    with pytest.raises(DminError, match=r"this folder does not exist.*model_index\.json"):
         recognise(tmp_path / "nowhere")
     with pytest.raises(DminError, match=r"is not a diffusers pipeline.*model_index\.json"):
         recognise(tmp_path)
@@ -175,4 +175,4 @@ def test_the_families_are_listed_and_a_path_is_told(capsys):
     assert main(["models", str(checkpoint("flux"))]) == 0
     assert "a FluxPipeline by its model_index.json → model=flux" in capsys.readouterr().out
     assert main(["models", "./nowhere"]) == 1
-    assert "no such folder" in capsys.readouterr().err
+    assert "this folder does not exist" in capsys.readouterr().err

@@ -62,8 +62,16 @@ def test_it_is_known_by_its_flag_and_the_base_stays_what_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("name", "flag", "message"),
     [
-        (NAME, False, r"told 56 numbers .* where 6 .* make 64\. Set requires_aesthetics_score"),
-        ("stable_diffusion_xl", True, r"told 64 numbers .* where 5 .* make 56\. Set requires"),
+        (
+            NAME,
+            False,
+            r"takes 56 additional numbers, while 6 .* are 64\. Set requires_aesthetics_score",
+        ),
+        (
+            "stable_diffusion_xl",
+            True,
+            r"takes 64 additional numbers, while 5 .* are 56\. Set requires",
+        ),
     ],
 )
 def test_a_flag_that_is_not_that_of_the_network_is_refused(name, flag, message, tmp_path):

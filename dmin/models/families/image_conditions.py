@@ -176,9 +176,9 @@ def asks_for_images(family: type[PipelineModel], size: str = "") -> DminError:
     beside = " queries.condition_image=FOLDER" if "condition_image" in family.given_images else ""
     given = ", ".join(f"'{name}': …" for name in family.given_images)
     return DminError(
-        f"{family.__name__} generates from images that it is given{size}, which `dmin` gives it in "
-        f"Python alone: model.sample(..., given={{{given}}}). Save what it made, and say "
-        f"queries=images queries.root=FOLDER{beside}."
+        f"{family.__name__} generates from images{size}, which only Python can pass to it: "
+        f"model.sample(..., given={{{given}}}). Save the results as files, and set queries=images "
+        f"queries.root=FOLDER{beside}."
     )
 
 
