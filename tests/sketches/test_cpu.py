@@ -76,6 +76,25 @@ def test_rows_are_those_of_gradients_formed_in_double_precision(layer, map_of, m
     )
 
 
+@pytest.mark.parametrize("map_of", MAPS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_double_network_of_single_losses_has_the_same_rows(layer, map_of, monkeypatch):
+    """The loops are single precision: wider factors are converted, never read as such."""
+    cheaper = map_of == "tensor, transformed"
+    monkeypatch.setattr(TensorSketch, "_transforms_are_cheaper", lambda *_: cheaper)
+    module, x = case(layer)
+    sketch = MAPS[map_of]().bind(choose_parameters(module))
+    expected = rows_of(module, x, sketch).values
+    module, x = module.double(), x.double()
+
+    def run(capture):
+        return capture.backward(module(x).sin().flatten(1).mean(1).float())
+
+    found = settled(module, sketch, run).values
+    assert found.dtype == torch.float32
+    assert ((found - expected).norm(dim=-1) <= 2e-6 * expected.norm(dim=-1)).all()
+
+
 @contextmanager
 def threads(count):
     before = torch.get_num_threads()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmin.gradients.factors import Correlation, Dense, GradientFactors, Outer, Sum, wide
+from dmin.gradients.factors import Correlation, Dense, GradientFactors, Outer, Sum
 from dmin.sketches.backends.base import GroupRows, in_positions
 from dmin.sketches.backends.cpu_layouts import Layout, Planes, Tokens, kernels
 from dmin.sketches.backends.cpu_spectra import add_spectra
@@ -75,7 +75,7 @@ class CpuBackend(TorchBackend):
         loops, places = kernels(), (bucket.numpy(), sign.numpy())
 
         def work(i: int) -> None:
-            loops.scatter(gradient[i].numpy(), *places, values[i].numpy())
+            loops.scatter(gradient[i].float().numpy(), *places, values[i].numpy())
 
         in_threads(len(gradient), work)
 
@@ -200,7 +200,7 @@ def fold_vectors(
         maps: of each, with one block size.
         rows: values float32.
     """
-    together = torch.cat([wide(gradient.detach()) for gradient in gradients], 1).numpy()
+    together = torch.cat([gradient.detach().float() for gradient in gradients], 1).numpy()
     starts = np.cumsum([0, *(gradient.shape[1] for gradient in gradients)])
     words = np.array([(map_.sign, map_.offset) for map_ in maps], np.uint32)
     with _sums(rows) as sums:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from dmin.gradients.factors import Correlation, Outer, wide
+from dmin.gradients.factors import Correlation, Outer
 
 if TYPE_CHECKING:
     from dmin.sketches.backends.cpu_kernels import Walk
@@ -64,7 +64,7 @@ class Tokens(Layout):
     def arrays(self, examples: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return output gradients and inputs of some examples."""
         d, a = self.factors.output_gradient[examples], self.factors.input[examples]
-        return wide(d).detach().contiguous().numpy(), wide(a).detach().contiguous().numpy()
+        return d.detach().float().contiguous().numpy(), a.detach().float().contiguous().numpy()
 
     def pack(self, example: int) -> Sequence[Any]:
         """Return the packed factors of an example."""
@@ -177,4 +177,4 @@ def _plane(sizes: Sequence[int], missing: int = 1) -> tuple[int, int]:
 
 def _images(x: Tensor) -> np.ndarray:
     """Return channels as planes, ``[examples, channels, height, width]``."""
-    return wide(x if x.ndim == 4 else x[:, :, None]).detach().contiguous().numpy()
+    return (x if x.ndim == 4 else x[:, :, None]).detach().float().contiguous().numpy()

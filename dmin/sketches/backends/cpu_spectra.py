@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmin.gradients.factors import Correlation, Outer, wide
+from dmin.gradients.factors import Correlation, Outer
 from dmin.sketches.backends.cpu_layouts import Planes, kernels
 from dmin.sketches.backends.cpu_threads import in_threads
 from dmin.sketches.maps import TensorSketchMap
@@ -60,7 +60,7 @@ class _Tokens:
 
     def sides(self, example: int) -> list[tuple[np.ndarray, Any]]:
         both = self.factors.output_gradient, self.factors.input
-        return [(wide(x[example]).numpy(), self.walk) for x in both]
+        return [(x[example].float().numpy(), self.walk) for x in both]
 
 
 class _Patches:
@@ -70,8 +70,8 @@ class _Patches:
         layer = Planes(factors, transform=False)
         self.positions = prod(layer.positions)
         own = kernels().Walk(1, self.positions, 0, 1, np.zeros(1, np.int64))
-        d = wide(factors.output_gradient).flatten(2).transpose(1, 2).contiguous()
-        a = wide(factors.input)
+        d = factors.output_gradient.float().flatten(2).transpose(1, 2).contiguous()
+        a = factors.input.float()
         a = F.pad(a if a.ndim == 4 else a[:, :, None], layer.borders)
         a = a.flatten(2).transpose(1, 2).contiguous()
         self._sides = [(d.numpy(), own), (a.numpy(), layer.walk)]
