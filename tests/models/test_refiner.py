@@ -90,7 +90,7 @@ def test_a_flag_that_is_not_that_of_the_network_is_refused(name, flag, message, 
 
 
 def test_what_is_assumed_is_said_until_it_is_stated():
-    with pytest.warns(DminWarning, match=r"score 6 .*model\.score_column.*low 200.*, or 1000 for"):
+    with pytest.warns(DminWarning, match=r"score 6, .*model\.score_column.*low 200.*, or 1000 for"):
         assumed = refiner()
     with warnings.catch_warnings():
         warnings.simplefilter("error", DminWarning)
@@ -130,8 +130,10 @@ def test_it_is_told_sizes_and_a_score_of_each_image():
     batch["metadata"][2]["beauty"] = float("nan")
     with pytest.raises(DminError, match="'e2' has beauty = nan"):
         scores(score_column="beauty", aesthetic_score=4)
-    with pytest.raises(DminError, match=r"target_size=\[8, 8\]: a refiner is told none"):
+    with pytest.raises(DminError, match=r"target_size=\[8, 8\]: a refiner takes none"):
         refiner(target_size=[8, 8])
+    with pytest.raises(DminError, match=r"aesthetic_score=nan: give a number"):
+        refiner(aesthetic_score=float("nan"))
     pipeline = stable_diffusion_xl_refiner()
     pipeline.register_modules(text_encoder=clip(), tokenizer=pipeline.tokenizer_2)
     with pytest.raises(DminError, match=r"has a text_encoder, .* to \[null, null\]"):

@@ -68,22 +68,22 @@ class StableDiffusionXL(SizeConditioning):
 
 
 class StableDiffusionXLRefiner(StableDiffusionXL, SampledFromImages):
-    """The refiner (Podell et al. 2023, 2.5): trained at little noise, told a score of beauty.
+    """The refiner (Podell et al. 2023, 2.5): trained at low noise, takes an aesthetic score.
 
     It has one text encoder, OpenCLIP's, and its sampler starts from an image.
 
     Args:
         pipeline: of diffusers, with all its components.
-        aesthetic_score: that it is told of images, about 1 to 10, those it samples included; None
-            for 6, as its pipeline does, with a warning.
-        score_column: of the metadata, with each image's own; one without is told
-            ``aesthetic_score``, if that is given.
-        trained_below: timesteps that it was trained at; None for those below 200, as the published
-            one, with a warning.
+        aesthetic_score: the score passed for every image, about 1 to 10, and for those it samples;
+            None for 6, the pipeline's default, with a warning.
+        score_column: column of the metadata with a score for each image; ``aesthetic_score`` is
+            used for images without one, if it is given.
+        trained_below: it was trained at timesteps below this one; None for 200, as the published
+            refiner, with a warning.
         settings: of :class:`StableDiffusionXL`.
 
     Raises:
-        DminError: no timestep is left, or it has or is given what it is not told.
+        DminError: no timestep is left, or a setting or an encoder does not belong to a refiner.
     """
 
     family = "stable_diffusion_xl_refiner"
@@ -115,7 +115,11 @@ class StableDiffusionXLRefiner(StableDiffusionXL, SampledFromImages):
             )
         if self.target_size is not None:
             raise DminError(
-                f"model.target_size={list(self.target_size)}: a refiner is told none. Leave it out."
+                f"model.target_size={list(self.target_size)}: a refiner takes none. Leave it out."
+            )
+        if aesthetic_score is not None and not math.isfinite(aesthetic_score):
+            raise DminError(
+                f"model.aesthetic_score={aesthetic_score}: give a number, such as the pipeline's 6."
             )
         if pipeline.text_encoder is not None:
             raise DminError(
@@ -126,18 +130,18 @@ class StableDiffusionXLRefiner(StableDiffusionXL, SampledFromImages):
         if score_column is not None:
             self.metadata_columns = [*self.metadata_columns, score_column]
         assumed = {
-            "it is told the aesthetic score 6 of every image, as its pipeline does (say "
+            "every image gets the aesthetic score 6, the pipeline's default (set "
             "model.aesthetic_score=6, or model.score_column=NAME of the metadata)": (
                 aesthetic_score is None and score_column is None
             ),
-            "its timesteps are those below 200, as the published one was trained (say "
+            "only timesteps below 200 are used, at which the published one was trained (set "
             "model.trained_below=200, or 1000 for all)": trained_below is None,
         }
         if told := "; ".join(text for text, holds in assumed.items() if holds):
             warnings.warn(f"SDXL's refiner: {told}.", DminWarning, stacklevel=2)
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
-        """Return latents and condition; guidance steps away from a low score, too."""
+        """Return latents and condition; that of no prompt has a low score."""
         x0, condition = super().encode(batch)
         if self.guidance is None:
             return x0, condition
@@ -146,7 +150,7 @@ class StableDiffusionXLRefiner(StableDiffusionXL, SampledFromImages):
         return x0, {**condition, f"{DROPPED}time_ids": torch.cat([sizes, low], 1)}
 
     def describe(self) -> dict[str, Any]:
-        """Return what defines latents, condition and loss, the score told included."""
+        """Return what defines latents, condition and loss, the score included."""
         told = {"aesthetic_score": self._score, "score_column": self.score_column}
         return {**super().describe(), **told}
 
@@ -177,7 +181,7 @@ class StableDiffusionXLRefiner(StableDiffusionXL, SampledFromImages):
         return {"time_ids": torch.cat([sizes, scores[:, None]], 1)}
 
     def _score_of(self, batch: Mapping[str, Any], i: int) -> float:
-        """Return the score that the network is told of one example."""
+        """Return the score that is passed to the network for one example."""
         if self.score_column is None:
             return self._score
         score = batch["metadata"][i].get(self.score_column, self.aesthetic_score)
@@ -185,8 +189,8 @@ class StableDiffusionXLRefiner(StableDiffusionXL, SampledFromImages):
             return float(score)
         raise DminError(
             f"example {batch['id'][i]!r} has {self.score_column} = {score!r} in its metadata, "
-            f"where model.score_column={self.score_column} needs a number. Add it, or say "
-            f"model.aesthetic_score=NUMBER for those that have none."
+            f"where model.score_column={self.score_column} needs a number. Add it, or set "
+            f"model.aesthetic_score=NUMBER for images without one."
         )
 
     @property
@@ -194,4 +198,4 @@ class StableDiffusionXLRefiner(StableDiffusionXL, SampledFromImages):
         return 6.0 if self.aesthetic_score is None else float(self.aesthetic_score)
 
 
-_LOW = 2.5  # the score that the pipeline tells of what guidance steps away from
+_LOW = 2.5  # the pipeline's score for the unconditional prediction of guidance
