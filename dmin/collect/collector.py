@@ -24,7 +24,7 @@ from dmin.gradients.groups import Grouping, grouped
 from dmin.gradients.ownership import Ownership
 from dmin.gradients.parameters import Parameters, choose_parameters
 from dmin.models.base import READOUTS, Condition, DiffusionModel, weights_digest
-from dmin.models.contract import check_model, predicted
+from dmin.models.contract import check_model, predicted, require_values
 from dmin.runtime.errors import DminError
 from dmin.runtime.fingerprint import fingerprint
 from dmin.sketches import Auto, Sketch
@@ -256,10 +256,12 @@ class Collector:
         """Return everything that must match between a training and a query store, as JSON."""
         entries = [list(entry) for entry in self.attributed.entries]
         loss = self.model.describe()
+        network = self.model.network
+        require_values([name for name, p in network.named_parameters() if p.is_meta])
         digests = {} if "encoders" in loss else self._encoder_digests
         found = {
             "schema": FEATURE_SCHEMA,
-            "weights": weights_digest(self.model.network),
+            "weights": weights_digest(network),
             **({"encoders": digests} if digests else {}),
             "parameters": {
                 "count": self.attributed.count,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 from weakref import WeakSet
@@ -37,16 +37,27 @@ def check_model(model: Any) -> None:
             f"parameters that are to be attributed: set self.network in __init__, after "
             f"super().__init__()."
         )
-    empty = [n for n, p in network.named_parameters() if is_lazy(p) or p.is_meta]
-    if empty:
-        raise DminError(
-            f"{len(empty)} parameter(s) of the network have no values yet: {some_of(empty)}. Load "
-            f"its weights; lazy layers (nn.LazyLinear) have to be called once before."
-        )
+    require_values([name for name, p in network.named_parameters() if is_lazy(p)])
     if not callable(getattr(model, "predict", None)) or not len(getattr(model, "timesteps", ())):
         raise DminError(
             f"{_of(model)} needs a method predict(x0, noise, t, condition) and timesteps, its "
             f"timesteps in the order of sampling. Subclass dmin.models.DiffusionModel."
+        )
+
+
+def require_values(empty: Collection[str]) -> None:
+    """Refuse parameters without values: those of lazy layers, or on the meta device.
+
+    Args:
+        empty: their names.
+
+    Raises:
+        DminError: there are some.
+    """
+    if empty:
+        raise DminError(
+            f"{len(empty)} parameter(s) of the network have no values yet: {some_of(empty)}. Load "
+            f"its weights; lazy layers (nn.LazyLinear) have to be called once before."
         )
 
 

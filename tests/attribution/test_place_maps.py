@@ -109,7 +109,7 @@ def test_readouts_are_sums_over_places(readout):
 def test_what_has_no_places_is_refused_by_name(sides):
     queries, train = sides
     ranking = retrieve(queries, train, k=1)
-    with pytest.raises(DminError, match="method=sharp_energy scores otherwise"):
+    with pytest.raises(DminError, match="method=sharp_energy computes another kind of score"):
         places(queries, train, ranking, SharpEnergy(effective=2.0))
     with pytest.raises(DminError, match="method=pixel_cosine does not compare gradients"):
         places(queries, train, ranking, PixelCosine())

@@ -176,5 +176,5 @@ def test_bad_requests_are_refused(sides):
     with pytest.raises(DminError, match=r"FeatureSet\(store, dataset\)"):
         retrieve(sides[0].store, sides[1].store, PixelL2())
     stale = FeatureSet(sides[1].store, Examples(sides[1].dataset.examples[1:]))
-    with pytest.raises(DminError, match="the dataset changed since collection"):
+    with pytest.raises(DminError, match="the dataset has changed since it was collected"):
         retrieve(sides[0], stale, PixelL2())

@@ -98,7 +98,7 @@ def test_what_faiss_does_not_know(stores, index, message):
 
 
 def test_what_cannot_be_asked(stores, monkeypatch):
-    with pytest.raises(DminError, match="no inner product"):
+    with pytest.raises(DminError, match="not inner products"):
         retrieve(*stores, GradCos(), k=5, index=Approximate())
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(DminError, match=r"pip install 'dmin\[faiss\]', or set index=certified"):

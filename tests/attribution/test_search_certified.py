@@ -182,7 +182,7 @@ def test_every_flipped_bit_of_an_index_is_found_and_it_is_made_again(tmp_path):
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
-        with pytest.warns(DminWarning, match="made again"):
+        with pytest.warns(DminWarning, match="it is rebuilt"):
             found = ProjectionIndex.of(train, linear, 5)
         assert np.array_equal(found.codes, built.codes) and path.read_bytes() == content
         note("bits anywhere in an index", "made again")

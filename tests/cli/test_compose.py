@@ -212,7 +212,7 @@ def test_only_what_a_command_reads_must_have_values() -> None:
 
 def test_a_setting_for_another_command_is_refused() -> None:
     assert refused("-m", "seed=1,2", "benchmark.store=x") == (
-        "benchmark.store is a setting of `dmin evaluate`, which `dmin collect` does not read.  "
+        "benchmark.store is a setting of `dmin evaluate`, which `dmin collect` does not read. "
         "Leave it out."
     )
     assert "model@benchmark.extra is a setting" in refused("+model@benchmark.extra=small")

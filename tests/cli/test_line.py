@@ -155,7 +155,7 @@ def test_a_part_of_a_picture_is_asked_about(there):
     ):
         with pytest.raises(DminError, match=told):
             parse("retrieve", words)
-    with pytest.raises(DminError, match="said to `dmin retrieve`"):
+    with pytest.raises(DminError, match="an option of `dmin retrieve`"):
         parse("collect", ["--mask=cat.png", *LINE])
 
 
@@ -193,7 +193,7 @@ def test_plain_settings_are_left_to_hydra(there):
     [
         ("retrieve", ["cat.png"], "dmin retrieve STORE cat.png"),
         ("retrieve", ["stores/cats", "cut.png"], "cut.png: there is no such file"),
-        ("retrieve", ["stores/cats", "stores/cats/"], "Choose one"),
+        ("retrieve", ["stores/cats", "stores/cats/"], "Give one of them"),
         ("collect", ["photos", "cat.png"], "photos: it is no store"),
         ("doctor", ["photos"], "it is no store"),
         ("train", ["stores/cats"], "takes settings"),

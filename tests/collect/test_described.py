@@ -104,7 +104,7 @@ def test_no_more_than_metadata_is_taken_over(store, tmp_path, change):
     with pytest.raises(DminError, match=r"was collected from other data: .*content: "):
         refresh_metadata(store.path, data)
     if change != "pixel":  # of which a store keeps no copy
-        with pytest.raises(DminError, match=rf"collected from other data: .* 3\.png\.{change}: "):
+        with pytest.raises(DminError, match=rf"collected from other data: 3\.png\.{change}: "):
             refresh_metadata(store.path, data, same_images=True)
     assert Store(store.path).metadata == store.metadata
 
@@ -226,7 +226,7 @@ def test_columns_that_a_model_reads_are_in_its_description(tmp_path):
     assert describe(one) == describe(two)
     assert describe(one, ["artist"]) != describe(two, ["artist"])
     store = stored(one, tmp_path / "store", describe(one, ["artist"]))
-    with pytest.raises(DminError, match=r"other data .*columns\.content: "):
+    with pytest.raises(DminError, match=r"other data: columns\.content: "):
         refresh_metadata(store.path, two)
 
 

@@ -227,7 +227,7 @@ ROW = {"file_name": "b.png"}
         (["[1]"], {}, "line 1 is not a JSON object"),
         ([ROW, {"filename": "x", "text": "y"}], {}, "line 2: no file_name.*there: filename, text"),
         ([{"file_name": 3}], {}, "line 1: no file_name"),
-        ([ROW, "", {"file_name": "./b.png"}], {}, "line 3: b.png is named twice"),
+        ([ROW, "", {"file_name": "./b.png"}], {}, "line 3: b.png is listed twice"),
         ([{"file_name": "../b.png"}], {}, "leads out of the folder"),
         ([{"file_name": "/b.png"}], {}, "leads out of the folder"),
         ([ROW, {"file_name": "gone.png"}], {}, r"gone.png \(there is no such file"),

@@ -57,7 +57,7 @@ def test_prompts_are_part_of_what_a_store_is_made_of(folder):
         ("none.png", None, "none.png: this file does not exist"),
         (["a.png", "none.png"], None, "none.png: this file does not exist"),
         ([], None, "this file does not exist"),
-        (["a.png", "a.png"], None, "named twice"),
+        (["a.png", "a.png"], None, "given twice"),
         (["a.png", "b.png"], ["one"], "1 prompts, and there are 2"),
         ("", ["one"], "1 prompts"),
         ("metadata.jsonl", None, "in no image format"),

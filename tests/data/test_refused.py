@@ -133,7 +133,7 @@ def test_a_table_is_held_to_the_same(tmp_path):
     rows = [{"image": {"bytes": PICTURE, "path": None}, "text": t, "x": x}
             for t, x in (("a", 1.0), ("b", float("nan")), (None, 2.0))]  # fmt: skip
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "x"))
-    with pytest.raises(DminError, match=r"row-0000001 \(what is said of row 1: x is nan"):
+    with pytest.raises(DminError, match=r"row-0000001 \(the metadata of row 1: x is nan"):
         HFDataset(tmp_path / "x", text="text")
     with pytest.warns(UserWarning, match="2 of the 3 .*it has no caption, and others have"):
         assert HFDataset(tmp_path / "x", text="text", on_error="skip").ids == ["row-0000000"]

@@ -210,5 +210,5 @@ def test_settings_are_checked(settings, message):
 
 def test_min_snr_is_of_discrete_diffusions():
     for scheduler in (FLOW, EDMEulerScheduler()):
-        with pytest.raises(DminError, match=r"model\.snr_gamma=5.*Allowed are null alone"):
+        with pytest.raises(DminError, match=r"model\.snr_gamma=5.*Allowed are only null"):
             process_of(scheduler, LossSettings(snr_gamma=5))

@@ -197,7 +197,7 @@ def test_anything_else_is_trained_anew(digits, tmp_path, change):
 def test_what_cannot_be_trained_is_refused(digits):
     with pytest.raises(DminError, match="steps=0"):
         Recipe(steps=0)
-    with pytest.raises(DminError, match="no examples"):
+    with pytest.raises(DminError, match="without examples"):
         Ensemble(small, digits, RECIPE).train([np.arange(0)], 0)
     with pytest.raises(DminError, match="became NaN"):
         Ensemble(small, digits, Recipe(101, 4, 1e30, 0)).train([np.arange(8)], 0)

@@ -721,7 +721,7 @@ def test_a_layer_whose_rows_fit_no_batch_is_refused():
     ids=["summed", "detached", "column"],
 )
 def test_a_loss_must_be_one_value_an_example(loss):
-    with pytest.raises(DminError, match="one value an example"):
+    with pytest.raises(DminError, match="one value for each example"):
         captured(*network_and_inputs(), loss)
 
 

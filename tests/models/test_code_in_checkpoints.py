@@ -103,7 +103,7 @@ def test_a_table_is_no_pickle(kind, place, tmp_path):
     pytest.importorskip("datasets")
     np.save(tmp_path / "x.npy", [Ran()], allow_pickle=True)
     (tmp_path / f"x.{kind}").write_bytes(pickle.dumps(Ran()))
-    with pytest.raises(DminError, match="only parquet, arrow, csv, json are read"):
+    with pytest.raises(DminError, match="only these files are read: parquet, arrow, csv, json"):
         HFDataset(tmp_path / f"x.{kind}")
     with pytest.raises(DminError, match="cannot be loaded"):
         HFDataset("pandas")

@@ -76,7 +76,7 @@ ENCODINGS = {
     "a None": ({"condition": lambda x: {"c": None}}, "None as the condition 'c'.*leave out None"),
     "no axis": (
         {"condition": lambda x: {"img_ids": torch.zeros(64, 3)}},
-        r"'img_ids' of \[64, 3\] for 6 example.*call it 'shared\.img_ids'",
+        r"'img_ids' of \[64, 3\] for 6 example.*name it 'shared\.img_ids'",
     ),
     "a scalar": ({"condition": lambda x: {"c": torch.tensor(1.0)}}, r"'c' of \[\] for 6"),
     "an axis by chance": (
@@ -168,7 +168,6 @@ def test_the_timesteps_may_have_the_name_of_earlier_releases():
         ("network", None, r"Own\.network is None"),
         ("network", torch.nn.ReLU(), r"Own\.network is a ReLU"),
         ("network", torch.nn.LazyLinear(4), r"no values yet: bias, weight.*called once"),
-        ("network", torch.nn.Linear(4, 4, device="meta"), r"no values yet: bias, weight\. Load"),
         ("timesteps", (), "needs a method predict.* and timesteps"),
     ],
 )
@@ -177,6 +176,13 @@ def test_a_model_without_network_or_timesteps_is_refused(name, value, message):
     setattr(model, name, value)
     with pytest.raises(DminError, match=message):
         GradientCollector(model)
+
+
+def test_weights_that_were_not_loaded_are_refused(tmp_path):
+    model = Own()
+    model.network.to("meta")
+    with pytest.raises(DminError, match=r"no values yet: .*\. Load its weights"):
+        collect(model, tmp_path)
 
 
 class Shared(Own):

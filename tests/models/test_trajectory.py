@@ -107,7 +107,7 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch):
 
     silent = Silent.from_config(model.pipeline.scheduler.config)
     monkeypatch.setattr(model.pipeline, "scheduler", silent)
-    with pytest.raises(DminError, match="Silent does not tell"):
+    with pytest.raises(DminError, match="Silent does not report"):
         model.trajectory(["cat"], [1], 2, 1)
 
 

@@ -206,7 +206,9 @@ def test_each_network_gets_its_own_adapter(tmp_path):
     alone = load_fresh(adapter={"transformer_2": files["transformer_2"]})
     assert not any("lora" in n for n, _ in alone.pipeline.transformer.named_parameters())
     for wrong in (files["transformer"], {"unet": files["transformer"]}):
-        match = r"model\.adapter=.*Say which: model\.adapter=\{transformer: FILE, transformer_2: F"
+        match = (
+            r"model\.adapter=.*Say which .*: model\.adapter=\{transformer: FILE, transformer_2: F"
+        )
         with pytest.raises(DminError, match=match):
             load_fresh(adapter=wrong)
     with pytest.raises(DminError, match=r"model\.ema=.*no network of this checkpoint"):

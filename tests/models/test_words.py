@@ -156,7 +156,7 @@ ONES = torch.ones(16)
     "name, file, state, said",
     [
         (SD, "cat", {"<x>": torch.ones(24)}, r"vectors of 24 .*text_encoder has 16"),
-        ("dit", "cat", {"<x>": ONES}, r"vectors of 16 .*it has none"),
+        ("dit", "cat", {"<x>": ONES}, r"vectors of 16 .*have none"),
         (SD, "a", {"emb_params": ONES}, r"tokenizer has a already.*NAME=FILE"),
         (SD, "cat", {"<y>": torch.ones(2, 16), "<y>_1": ONES}, "another of these words"),
         (SD, "cat", {"<x>": ONES.int()}, r"int32.*not a learned word"),
@@ -202,5 +202,5 @@ def test_a_caption_that_would_be_pooled_at_a_word_is_refused(tmp_path):
     save_file({"clip_g": torch.ones(16)}, tmp_path / "two.safetensors")
     family = EVERY["stable_diffusion_xl"].model
     family.from_pretrained(tmp_path / "xl", embeddings=tmp_path / "one.safetensors")
-    with pytest.raises(DminError, match=r"text_encoder_2/config\.json.*Say there eos_token_id=1,"):
+    with pytest.raises(DminError, match=r"text_encoder_2/config\.json.*Set eos_token_id=1 there,"):
         family.from_pretrained(tmp_path / "xl", embeddings=tmp_path / "two.safetensors")

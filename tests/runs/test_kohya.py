@@ -281,7 +281,7 @@ def test_what_is_off_is_no_other_loss(place, off):
     "change, named",
     [
         (("'networks.lora'", "'networks.oft'"), "no family of dmin opens"),
-        (("min_snr_gamma = 5", "min_snr_gamma = 'five'"), "no number"),
+        (("min_snr_gamma = 5", "min_snr_gamma = 'five'"), "not a number"),
         (("img/mugs", "img/cups"), "run.root"),
         (("base/sd", "base/sd.ckpt"), "is a pickle"),
         (("'mug'", "'cup'"), "model.adapter=FILE"),

@@ -79,12 +79,12 @@ def test_data_sets_of_a_file_are_told_as_well(place):
         ({"tag_frequency": json.dumps({"3_zqx mug": {"cup": 2}})}, "different tags"),
         ({"dataset_dirs": json.dumps({"3_zqx mug": {"img_count": 9}})}, "counts 9 images"),
         ({"dataset_dirs": json.dumps({"5_gone": {}})}, "run.root"),
-        ({"dataset_dirs": "{"}, "no JSON"),
+        ({"dataset_dirs": "{"}, "not JSON"),
         ({"dataset_dirs": None}, "must be a list of one or more tables"),
         ({"base_model_version": "hunyuan-image-2.1"}, "no family of dmin opens"),
         ({"sd_model_name": "gone.safetensors"}, "run.root"),
         ({"zero_terminal_snr": "True"}, "schedule"),
-        ({"noise_offset": "much"}, "no number"),
+        ({"noise_offset": "much"}, "not a number"),
     ],
 )
 def test_what_does_not_prove_is_refused(place, change, named):

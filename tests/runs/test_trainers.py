@@ -330,7 +330,7 @@ def test_captions_stand_in_ai_toolkits_json(place):
     }
     for moved, told in (
         ({"img/mugs/../mugs/a.png": {"caption": "a"}}, "use those in a copy"),
-        ({"img/nowhere.png": {"caption": "a"}}, "nothing is there"),
+        ({"img/nowhere.png": {"caption": "a"}}, "does not exist"),
         ({"img/mugs/a.png": {}}, "default_caption does not apply"),
         (["img/mugs/a.png"], "is not a table of captions"),
     ):
@@ -494,7 +494,7 @@ def test_numbers_stand_for_true_and_false(place):
 def test_the_bound_of_a_learned_variance_is_a_term_of_the_loss(place):
     pipeline_index("base/pixart", "PixArtAlphaPipeline")
     told = {**ONETRAINER, "model_type": "PIXART_ALPHA", "base_model_name": "base/pixart"}
-    with pytest.raises(DminError, match=r"vb_loss_strength = 1\.0: a further term"):
+    with pytest.raises(DminError, match=r"vb_loss_strength = 1\.0: an additional term"):
         read_run(written({"run.json": told}))
     read_run(written({"run.json": {**told, "vb_loss_strength": 0.0}}))
 
@@ -606,7 +606,13 @@ def test_the_page_of_trainers_is_that_of_the_readers():
         ("onetrainer", 0, ("concepts", 0, "type"), "PRIOR_PREDICTION", "prior preservation"),
         ("ai_toolkit", 0, ("config", "process", 0, "network"), {}, "trains the whole network"),
         ("ai_toolkit", 0, ("config", "process", 0, "model"), UINT3, r"qtype = uint3\|.*quantised"),
-        ("simple_tuner", 0, ("--base_model_precision",), "int2-quanto", "model.base_dtype has not"),
+        (
+            "simple_tuner",
+            0,
+            ("--base_model_precision",),
+            "int2-quanto",
+            "model.base_dtype does not",
+        ),
         ("onetrainer", 0, ("unet",), {"weight_dtype": "INT_8"}, "INT_8: the base model was quan"),
         (
             "ai_toolkit",
@@ -617,12 +623,12 @@ def test_the_page_of_trainers_is_that_of_the_readers():
         ),
         ("ai_toolkit", 0, ("config", "process", 0, "datasets", 1, "is_reg"), True, "prior"),
         ("simple_tuner", 0, ("--model_type",), "full", "trains the whole network"),
-        ("simple_tuner", 0, ("--twinflow_enabled",), "true", "further term"),
-        ("simple_tuner", 1, (0, "caption_strategy"), "csv", "which is not read"),
+        ("simple_tuner", 0, ("--twinflow_enabled",), "true", "additional term"),
+        ("simple_tuner", 1, (0, "caption_strategy"), "csv", "which is not supported"),
         ("simple_tuner", 1, (0, "type"), "aws", "local images are needed"),
         ("diffusion_pipe", 0, ("adapter",), {}, "trains the whole network"),
         ("diffusion_pipe", 0, ("huber_delta",), 1.0, "squared"),
-        ("diffusion_pipe", 1, ("max_ar",), "wide", "no number"),
+        ("diffusion_pipe", 1, ("max_ar",), "wide", "not a number"),
         ("diffusers_scripts", 0, ("rank",), None, "trains the whole network"),
         ("diffusers_scripts", 0, ("with_prior_preservation",), True, "prior"),
         ("musubi", 0, ("network_module",), "networks.lora_framepack", "no family of dmin opens"),

@@ -57,7 +57,7 @@ def test_every_flipped_bit_and_every_length_is_found(tmp_path):
         with pytest.raises(ValueError, match="its digest is not"):
             unpacked(np.frombuffer(content[:place], np.uint8))
     (tmp_path / "a").write_bytes(content[:-1])
-    with pytest.warns(DminWarning, match=r"a is damaged \(its digest.*made again"):
+    with pytest.warns(DminWarning, match=r"a is damaged \(its digest.*it is rebuilt"):
         assert read_arrays(tmp_path / "a") is None
 
 

@@ -97,7 +97,7 @@ def test_a_damaged_catalog_is_made_again_with_a_remark(path, settled):
         else:
             damaged[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
         (path / NAME).write_bytes(damaged)
-        with pytest.warns(DminWarning, match=r"catalog\.kept is damaged .*made again"):
+        with pytest.warns(DminWarning, match=r"catalog\.kept is damaged .*it is rebuilt"):
             found = Store(path)
         assert found.digest() == whole and found.metadata == store.metadata
         assert np.array_equal(found.lengths("loss"), store.lengths("loss"))
@@ -151,7 +151,7 @@ def test_a_bit_that_flips_after_opening_is_found_when_it_is_read(path):
         )
         store.mapped._maps.clear()
         segment.write_bytes(damaged)
-        message = rf"Row {row} \('square' of example 'bild-é-{row}'\) of .*{segment.name} is not"
+        message = rf"Row {row} \('square' of example 'bild-é-{row}'\) of .*{segment.name} differs"
         with pytest.raises(DminError, match=message) as caught:
             store.features("square")
         assert "dmin store verify" in str(caught.value)
