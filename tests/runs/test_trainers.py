@@ -619,7 +619,7 @@ def test_the_page_of_trainers_is_that_of_the_readers():
             0,
             ("config", "process", 0, "train", "timestep_type"),
             "weighted",
-            "weights",
+            "weighting of timesteps",
         ),
         ("ai_toolkit", 0, ("config", "process", 0, "datasets", 1, "is_reg"), True, "prior"),
         ("simple_tuner", 0, ("--model_type",), "full", "trains the whole network"),
