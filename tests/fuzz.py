@@ -25,7 +25,7 @@ may have changed their numbers.
 
 Written by `make zoo`. Networks are drawn at random. The gradients of all examples of a pass at
 once are compared with autograd, one example at a time. *Largest error*: distance of an example's
-gradient from autograd's over its length, which counts as .01 (float64; bfloat16: 1e-4) at least.
+gradient from autograd's over its length, or over 1e-2 (bfloat16: 1e-4) if it is shorter.
 """,
 }
 
