@@ -228,8 +228,15 @@ def _factors(count: int) -> Tensor:
 
 
 def _deviation(found: Tensor, expected: Tensor) -> float:
-    """Return the largest distance of a row from the expected one, relative to its norm."""
+    """Return the largest distance of a row from the expected one, relative to its norm.
+
+    Infinite if only one of the two is finite; what is finite on neither side is refused later, by
+    the example's name.
+    """
     found, expected = in_double(found.flatten(1)), in_double(expected.flatten(1))
     length = expected.norm(dim=1)
     distance = (found - expected).norm(dim=1)
-    return float(torch.where(length > 0, distance / length, distance).max())
+    off = torch.where(length > 0, distance / length, distance)
+    finite = found.isfinite().all(1), expected.isfinite().all(1)
+    off = torch.where(finite[0] & finite[1], off, 0).masked_fill(finite[0] ^ finite[1], torch.inf)
+    return float(off.max())

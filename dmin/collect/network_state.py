@@ -56,7 +56,9 @@ class NetworkState:
             kept = self._buffers.get(name)
             if kept is None or kept.shape != buffer.shape:
                 continue  # a table that is remade
-            if not torch.equal(kept.to(buffer), buffer):
+            before = kept.to(buffer)
+            same = (before == buffer) | ((before != before) & (buffer != buffer))  # NaN is NaN
+            if not bool(same.all()):
                 changed.append(name)
                 buffer.detach().copy_(kept)
         if changed:

@@ -435,3 +435,26 @@ def test_scaled_losses_scale_rows_bit_for_bit(dtype):
 @pytest.mark.parametrize("microbatch", [1, 5, 64])
 def test_right_networks_pass(microbatch, tmp_path):
     assert collect(Tokens, tmp_path / "s", microbatch).complete
+
+
+def test_rows_that_only_the_kernels_make_nan_are_refused_as_theirs(tmp_path, monkeypatch):
+    """Autograd's gradient is finite: neither the example is at fault nor the weights."""
+    run = GradientCollector.run
+
+    def broken(self, *args, **settings):
+        found = run(self, *args, **settings)
+        found.values["loss"][:] = torch.nan
+        return found
+
+    monkeypatch.setattr(GradientCollector, "run", broken)
+    with pytest.raises(DminError, match=r"what BlockCyclic makes of .*collect\.kernels=torch"):
+        collect(Tokens, tmp_path / "s", 16)
+
+
+def test_a_buffer_of_nan_that_stays_is_unchanged(tmp_path):
+    def network():
+        made = Tokens()
+        made.register_buffer("unused", torch.full((3,), torch.nan))
+        return made
+
+    assert collect(network, tmp_path / "s", 16).complete
