@@ -90,7 +90,6 @@ def _require_all(store: Store, ids: list[str]) -> None:
     if gone:
         raise DminError(
             f"The store {store.path} has {len(gone)} examples that are no longer in the dataset, "
-            f"such as"
-            f" {gone[0]!r}: remove them from the store first (`dmin store remove {store.path} "
-            f"{gone[0]} ...`), or restore them in the dataset."
+            f"such as {gone[0]!r}: remove them from the store first (`dmin store remove "
+            f"{store.path} {gone[0]} ...`), or restore them in the dataset."
         )

@@ -193,7 +193,8 @@ class _Work:
     @cached_property
     def _before(self) -> list[Tensor]:
         """The outputs for all examples: of rows along another axis no sample was kept."""
-        return [x.detach() for x in self._again()]
+        with torch.no_grad():
+            return self._again()
 
     def _part(self, x: Tensor | None, output: int, b: int) -> Tensor | None:
         axis = self.orders[output].axis

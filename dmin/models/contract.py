@@ -284,23 +284,3 @@ def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     return "None" if value is None else f"a {type(value).__name__}"
-
-
-def check_variance(wanted: bool, network: Any, process: Any) -> None:
-    """Refuse the loss of a learned variance for a network that has learned none.
-
-    Args:
-        wanted: whether the loss is asked for.
-        network: of diffusers, with its config.
-        process: that it was trained with.
-
-    Raises:
-        DminError: there is no variance, or no loss for it.
-    """
-    channels, out = network.config["in_channels"], network.config.get("out_channels")
-    out = vars(network).get("out_channels") or out
-    if wanted and (out != 2 * channels or not hasattr(process, "variance_bound")):
-        raise DminError(
-            f"model.variance_loss=true, but this {type(network).__name__} predicts no variance "
-            f"({out} channels out for {channels} in), or is no discrete diffusion. Set it to false."
-        )

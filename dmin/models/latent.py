@@ -13,10 +13,10 @@ from dmin.diffusion.process import Process
 from dmin.diffusion.processes import DiscreteDiffusion
 from dmin.models import normalization, vae  # noqa: F401 (gradients of diffusers' own norms)
 from dmin.models.base import Condition, Dropped, Prediction
-from dmin.models.contract import check_variance, check_weights
+from dmin.models.contract import check_weights
 from dmin.models.pipeline import PipelineModel
 from dmin.models.relatives import check_component, check_inputs
-from dmin.models.schedulers import diffusers_name
+from dmin.models.schedulers import check_variance, diffusers_name
 from dmin.runtime.errors import DminError
 
 DROPPED = "dropped."  # before the names of conditions that stand for no prompt

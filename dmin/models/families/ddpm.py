@@ -23,9 +23,10 @@ from dmin.models.base import (
     noise_generators,
 )
 from dmin.models.checkpoints import load_pipeline, load_weights
-from dmin.models.contract import check_variance, check_weights
+from dmin.models.contract import check_weights
 from dmin.models.labels import class_labels, load_names, save_names
 from dmin.models.relatives import ANY, Claims, check_inputs
+from dmin.models.schedulers import check_variance
 from dmin.models.trained import TrainedModel, name_settings
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import to_device
