@@ -172,8 +172,7 @@ class _Work:
             if axes == {0}:
                 agree = _agree(_sample(out), part(self.call._samples[i], 0, b, self.batch))
             else:
-                before = part(self._before[i], self.orders[i].axis or 0, b, self.batch)
-                agree = _agree(out, before)
+                agree = _agree(out, part(self._before[i], self.orders[i].axis or 0, b, self.batch))
             if not agree:
                 return None
         return outputs
