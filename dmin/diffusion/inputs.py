@@ -13,29 +13,29 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import to_device
 
 SHARED = "shared."
-"""Before the names of conditions that have no axis of examples: all share the whole of them."""
+"""Name prefix of conditions without an example axis: every example uses the whole tensor."""
 
 
 def chosen_rows(condition: Mapping[str, Tensor], rows: slice | Tensor) -> dict[str, Tensor]:
-    """Return the conditions of some examples; shared ones as they are."""
+    """Return the conditions of some examples; shared conditions are returned whole."""
     return {k: v if k.startswith(SHARED) else v[rows] for k, v in condition.items()}
 
 
 class NoisedBatch(NamedTuple):
-    """What ``model.predict`` takes, one row a pair of an example and a point (timestep, draw)."""
+    """Inputs of ``model.predict``: one row per pair of an example and a point (timestep, draw)."""
 
     x0: Tensor  # [pairs, ...]
-    noise: Tensor  # as x0
+    noise: Tensor  # shape of x0
     t: Tensor  # [pairs]
-    condition: Mapping[str, Tensor]  # [pairs, ...] each, but for those that are shared
+    condition: Mapping[str, Tensor]  # each [pairs, ...], except shared ones
 
     def rows(self, chosen: slice | Tensor) -> NoisedBatch:
-        """Return some of the pairs, by a slice or by positions on the same device."""
+        """Return some pairs, selected by a slice or by positions on the same device."""
         condition = chosen_rows(self.condition, chosen)
         return NoisedBatch(self.x0[chosen], self.noise[chosen], self.t[chosen], condition)
 
     def split(self, size: int) -> Iterator[NoisedBatch]:
-        """Yield consecutive pieces of at most ``size`` pairs."""
+        """Yield consecutive batches of at most ``size`` pairs."""
         for start in range(0, len(self.t), size):
             yield self.rows(slice(start, start + size))
 
@@ -44,22 +44,22 @@ class NoisedExamples:
     """Encoded examples at every point (timestep, draw).
 
     Pairs are numbered in the order of a store's axes: pair ``(i · D + d) · T + s`` is example i at
-    draw d of D and timestep s of T.
+    noise draw d of D and timestep s of T.
 
     Args:
-        noise: what the examples are noised with.
-        timesteps: T of them, in the model's own unit.
-        x0: ``[examples, ...]`` from ``model.encode``; or ``[examples · E, ...]``, E draws of the
-            data of each, of which d mod E is taken at draw d of the noise.
-        condition: from ``model.encode``, as many rows.
-        ids: of the examples.
+        noise: the source of noise, with D draws.
+        timesteps: T timesteps, in the model's unit.
+        x0: ``[examples, ...]`` from ``model.encode``, or ``[examples · E, ...]`` with E draws of
+            the data per example. Noise draw d then uses data draw d mod E.
+        condition: from ``model.encode``, with as many rows as x0.
+        ids: ids of the examples.
 
     Attributes:
-        examples: how many.
-        points: D · T, the pairs of one example.
+        examples: number of examples.
+        points: D · T, the number of pairs per example.
 
     Raises:
-        DminError: D is no multiple of E.
+        DminError: D is not a multiple of E.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class NoisedExamples:
         condition: Mapping[str, Tensor],
         ids: Sequence[str],
     ) -> None:
-        # Encoders leave strides of their own, with which kernels round differently.
+        # Encoders may return other strides, with which kernels round differently.
         self.x0: Tensor = x0.contiguous()
         self.condition: dict[str, Tensor] = {
             name: value.contiguous() for name, value in condition.items()
@@ -96,7 +96,7 @@ class NoisedExamples:
         return self.examples * self.points
 
     def at(self, pairs: Tensor) -> NoisedBatch:
-        """Return some pairs, by their numbers."""
+        """Return the pairs with the given numbers, int64 ``[n]``."""
         pairs = to_device(pairs, self.x0.device)
         point = pairs % self.points
         row = pairs // self.points * self._drawn + point // self._steps % self._drawn

@@ -17,26 +17,26 @@ HuberSchedule = Literal["snr", "exponential", "constant"]
 
 
 class LossSettings(NamedTuple):
-    """The loss of a training script, where it is not the plain squared error.
+    """Settings of a training script's loss that differ from the plain squared error.
 
     Args:
-        snr_gamma: γ of min-SNR (Hang et al. 2023) of a discrete diffusion, usually 5:
-            ``min(SNR, γ)`` in units of x0, divided by SNR for ε, by SNR + 1 for v. None for equal
-            weights.
-        weighting: of a timestep. ``x0`` makes it the squared error of x0: σ² for a flow
-            (``precondition_outputs`` of diffusers' script for SD3), c_out² for EDM (its script for
-            SDXL), 1/SNR for ε, 1 − ᾱ for v. ``sigma_sqrt``, of flows, is σ⁻²; ``cosmap``
-            ``2/(π(1 − 2σ + 2σ²))`` (Esser et al. 2024, arXiv 2403.03206, app. B). None for 1.
-        noise_offset: o; ε becomes ``ε + o z`` with one standard normal z a channel, in x_t and in
-            the target (``--noise_offset`` of diffusers' and kohya's scripts; Guttenberg 2023).
-        input_perturbation: p; x_t is made with ``ε + p z``, the target with ε
+        snr_gamma: γ of the min-SNR weight (Hang et al. 2023), usually 5, for discrete diffusion:
+            ``min(SNR, γ)`` on the error of x0; ``min(SNR, γ) / SNR`` for a model that predicts ε,
+            ``min(SNR, γ) / (SNR + 1)`` for one that predicts v. None: equal weights.
+        weighting: weight of a timestep. ``x0`` gives the squared error of x0: σ² for a flow
+            (``precondition_outputs`` of diffusers' SD3 script), c_out² for EDM (its SDXL script),
+            1/SNR for ε, 1 − ᾱ for v. Only for flows: ``sigma_sqrt`` is σ⁻²; ``cosmap`` is
+            ``2/(π(1 − 2σ + 2σ²))`` (Esser et al. 2024, arXiv 2403.03206, app. B). None: 1.
+        noise_offset: o; ε becomes ``ε + o z`` in x_t and in the target, with one standard normal
+            z per channel (``--noise_offset`` of diffusers and kohya; Guttenberg 2023).
+        input_perturbation: p; x_t uses ``ε + p z``, the target uses ε
             (``--input_perturbation``; kohya's ``ip_noise_gamma``; Ning et al. 2023, arXiv
             2301.11706).
         loss_type: ``l2``; ``huber``: ``2c (√(d² + c²) − c)`` of the error d; ``smooth_l1``: the
-            same without the factor c (both of diffusers' and kohya's scripts).
-        huber_c: base of c.
-        huber_schedule: c of a timestep: ``snr``: ``(1−c)/(1+s)² + c`` with s = √((1−ᾱ)/ᾱ), of
-            a discrete diffusion; ``exponential``: ``c^(t/N)``; ``constant``: c.
+            same without the leading factor c (both as in diffusers' and kohya's scripts).
+        huber_c: c, the base value.
+        huber_schedule: the value used at timestep t of N: ``snr``: ``(1−c)/(1+s)² + c`` with
+            s = √((1−ᾱ)/ᾱ), for discrete diffusion; ``exponential``: ``c^(t/N)``; ``constant``: c.
     """
 
     snr_gamma: float | None = None
@@ -48,10 +48,10 @@ class LossSettings(NamedTuple):
     huber_schedule: HuberSchedule = "snr"
 
     def check(self) -> LossSettings:
-        """Return these settings.
+        """Return these settings if all are valid.
 
         Raises:
-            DminError: one of them is none that there is.
+            DminError: names the invalid setting and the allowed values.
         """
         if self.snr_gamma is not None and self.snr_gamma <= 0:
             raise DminError(
@@ -79,22 +79,22 @@ class LossSettings(NamedTuple):
         return self
 
     def describe(self) -> dict[str, Any]:
-        """Return what is off its default, but min-SNR's γ, which stands with the process."""
+        """Return non-default settings (all for a robust loss), except ``snr_gamma``."""
         found = self._asdict()
         del found["snr_gamma"]
-        if self.loss_type == "l2":  # these two then mean nothing
+        if self.loss_type == "l2":  # which uses neither of these two
             del found["huber_c"], found["huber_schedule"]
             default = self._field_defaults
             return {name: value for name, value in found.items() if value != default[name]}
         return found
 
     def noises(self, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the noise of x_t and that of the target.
+        """Return the noise of x_t and the noise of the target.
 
-        What is added is decided by the noise itself, so that examples of one noise share it.
+        Offset and perturbation are drawn with the noise as key: equal noise, equal additions.
 
         Args:
-            noise: standard normal, ``[batch, ...]``.
+            noise: standard normal, ``[batch, channels, ...]``.
             t: ``[batch]``.
         """
         if self.noise_offset:
@@ -106,16 +106,16 @@ class LossSettings(NamedTuple):
         return noise + self.input_perturbation * more, noise
 
     def bounded(self, error: Tensor, c: Tensor) -> Tensor:
-        """Return the Huber loss of errors; c goes with them."""
+        """Return the Huber loss of each error; c broadcasts with the errors."""
         smooth = 2 * ((error.square() + c**2).sqrt() - c)
         return c * smooth if self.loss_type == "huber" else smooth
 
 
 def _more(name: str, noise: Tensor, t: Tensor, shape: Any) -> Tensor:
-    """Return standard normal numbers for each example, the same for the same noise and timestep.
+    """Return standard normal numbers per example; equal noise and timestep give equal numbers.
 
-    The value in the middle stands for the noise: fields of noise of several shapes share it. They
-    change their sign with it, as antithetic draws do.
+    The key is the noise's middle value, which fields of several shapes share. The sign of the
+    result is the sign of that value, so that antithetic noise gives antithetic additions.
     """
     middle = noise[:, 0]
     for size in noise.shape[2:]:

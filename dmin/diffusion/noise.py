@@ -12,23 +12,23 @@ from dmin.runtime.errors import DminError
 
 
 class Noise(ABC):
-    """Standard normal noise that depends on its key and on nothing else.
+    """Standard normal noise that depends only on its key.
 
     Args:
-        seed: part of the key. Stores are comparable only when made with the same one.
-        draws: draws per timestep, kept apart in the store.
-        antithetic: draw 2j+1 is minus draw 2j. What is odd in the noise then cancels in the sum
-            over a pair (Hammersley & Morton 1956), at the price of half as many free draws.
+        seed: part of the key. Stores are comparable only if they have the same seed.
+        draws: draws per timestep; the store keeps each separately.
+        antithetic: draw 2j+1 is minus draw 2j. Terms odd in the noise then cancel in the sum over
+            a pair (Hammersley & Morton 1956), but only half of the draws are independent.
 
     Raises:
-        DminError: no draws, or an odd number of antithetic ones.
+        DminError: ``draws`` is below 1, or odd with ``antithetic``.
     """
 
     kind: str
     per_example = False
-    """Whether the key has the example in it; if not, all examples and queries see one noise."""
+    """Whether the key contains the example id; if not, all examples and queries share the noise."""
     shapes: str = "own"
-    """What examples of several shapes share: see :class:`SharedNoise`."""
+    """What examples of different shapes share; see :class:`SharedNoise`."""
 
     def __init__(self, seed: int = 0, draws: int = 1, antithetic: bool = False) -> None:
         if draws < 1:
@@ -48,25 +48,25 @@ class Noise(ABC):
         """Return the noise of one example at one timestep and draw.
 
         Args:
-            shape: of one example in the space the model diffuses, ``[C, H, W]``.
-            timestep: in the model's own unit.
+            shape: shape of one example in the model's space (pixels or latents), ``[C, H, W]``.
+            timestep: in the model's unit.
             draw: 0 … draws−1.
-            example: its id; noise that is shared looks away.
+            example: the example's id; shared noise ignores it.
 
         Returns:
-            float32 of that shape on the CPU, where it is drawn so that every device sees the same.
+            float32 of that shape, drawn on the CPU so that it is the same for every device.
         """
         sign = -1 if self.antithetic and draw % 2 else 1
         text = self._key(float(timestep), draw - (sign < 0), example)
         return sign * self._drawn(tuple(shape), text)
 
     def _drawn(self, shape: tuple[int, ...], text: str) -> Tensor:
-        """Return the numbers that a text decides."""
+        """Return the numbers for the key ``text``."""
         return normal(shape, text)
 
     @abstractmethod
     def _key(self, timestep: float, draw: int, example: str) -> str:
-        """Return the text that decides the numbers."""
+        """Return the key as a text."""
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that define the noise, as JSON: a part of the feature fingerprint."""
@@ -75,19 +75,19 @@ class Noise(ABC):
 
 
 class SharedNoise(Noise):
-    """One noise a timestep and draw, for all examples and queries.
+    """The same noise for all examples and queries, one tensor per timestep and draw.
 
-    Sharing is what makes gradients comparable: with noise drawn for each example even an exact
-    duplicate has a cosine of .2 to .5 to its source.
+    Shared noise makes gradients comparable: with separate noise for each example, even an exact
+    duplicate has a cosine of only .2 to .5 to its source.
 
     Args:
         seed: part of the key.
         draws: draws per timestep.
         antithetic: draw 2j+1 is minus draw 2j.
-        shapes: what examples of several shapes share. ``one``: there is one shape, and a second is
-            refused. ``field``: one field of noise without end, of which each shape is the part
-            around the origin, so that all have the same noise at the same place. ``own``: each
-            shape has other numbers, and scores across shapes are of little worth.
+        shapes: what examples of different shapes share. ``one``: only one shape is allowed.
+            ``field``: one infinite field of noise; each shape takes the part around the origin, so
+            that all shapes have the same noise at the same position. ``own``: each shape has
+            different noise, and scores between shapes mean little.
     """
 
     kind = "shared"
@@ -105,7 +105,7 @@ class SharedNoise(Noise):
         self.shapes = shapes
 
     def describe(self) -> dict[str, Any]:
-        """Return the settings that define the noise; one shape has the same whatever is said."""
+        """Return the settings that define the noise; ``one`` and ``own`` are described alike."""
         field = {"shapes": "field"} if self.shapes == "field" else {}
         return {**super().describe(), **field}
 
@@ -117,11 +117,11 @@ class SharedNoise(Noise):
 
 
 class PerExampleNoise(Noise):
-    """Noise of each example's own, keyed by its id, as other attribution methods draw it.
+    """Separate noise for each example, keyed by its id, as other attribution methods draw it.
 
-    To compare with those; several draws make up for some of what is lost against
-    :class:`SharedNoise`. A query has another id than the examples it resembles, so its noise
-    differs from theirs.
+    For comparison with those methods. A query has another id than the examples that it resembles,
+    so its noise differs from theirs. More draws recover part of the loss against
+    :class:`SharedNoise`.
     """
 
     kind = "per_example"
@@ -131,27 +131,27 @@ class PerExampleNoise(Noise):
         return f"noise {self.seed} {timestep!r} {draw} of {example}"
 
 
-TILE = 64  # side of the tiles that a field of noise is drawn in
+TILE = 64  # a field of noise is drawn in tiles of this height and width
 
 
 def normal(shape: tuple[int, ...], text: str) -> Tensor:
-    """Return standard normal numbers that a text decides, on the CPU."""
+    """Return standard normal numbers for the key ``text``, on the CPU."""
     key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(key)
-    # Not of the default dtype: in another one, the same generator draws other numbers.
+    # An explicit dtype: with another default dtype, the same generator draws other numbers.
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
 def field(shape: tuple[int, ...], text: str) -> Tensor:
-    """Return the part around the origin of a field of noise: the middle of a shape lies there.
+    """Return the part of an infinite field of noise that is centred on the origin.
 
     Args:
-        shape: channels, height and width; or channels, frames, height and width. The first frame
-            sees what an image does, each other one a field of its own.
-        text: that decides the numbers.
+        shape: ``[C, H, W]``, or ``[C, frames, H, W]``. The first frame has the noise of an image
+            of that size; each other frame has a separate field.
+        text: the key.
 
     Raises:
-        DminError: another shape.
+        DminError: the shape has neither three nor four axes.
     """
     if len(shape) == 4:
         channels, frames, *sides = shape

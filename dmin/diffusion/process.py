@@ -12,11 +12,11 @@ from dmin.runtime.errors import DminError
 
 
 class Noised(NamedTuple):
-    """Noised examples, what a model should say of them, and how much that counts."""
+    """Noised examples, the targets of the prediction, and the weights of the losses."""
 
-    sample: Tensor  # x_t, as x0
-    target: Tensor  # as x0
-    weight: Tensor  # [batch], of the example's loss
+    sample: Tensor  # x_t, shape of x0
+    target: Tensor  # shape of x0
+    weight: Tensor  # [batch], of each example's loss
 
 
 class Levels(NamedTuple):
@@ -27,11 +27,11 @@ class Levels(NamedTuple):
 
 
 class ContinuousTimesteps(tuple[float, ...]):
-    """Timesteps of a continuous process: all from the first down to the last, not only these.
+    """Timesteps of a continuous process: ``in`` accepts every t from the first to the last.
 
     Args:
-        values: the timesteps.
-        zero: all down to 0 instead, which itself is none: there is no noise.
+        values: the timesteps to choose from, in descending order.
+        zero: accept every t > 0 up to the first (not t = 0, where there is no noise).
     """
 
     zero: bool
@@ -43,27 +43,27 @@ class ContinuousTimesteps(tuple[float, ...]):
         return made
 
     def __contains__(self, t: Any) -> bool:
-        """Tell whether the process has this timestep."""
+        """Return whether t is in the range of the process."""
         return (t > 0 if self.zero else self[-1] <= t) and t <= self[0]
 
 
 class Process(ABC):
-    """Noising ``x_t = α_t x0 + σ_t ε``, what the network is told, and what it should say.
+    """A noising process ``x_t = α_t x0 + σ_t ε``, with the network's inputs and its target.
 
     Attributes:
-        timesteps: all of them in the order of sampling, in the unit that the network is told.
+        timesteps: all timesteps in the order of sampling, noisiest first, in the model's unit.
     """
 
     timesteps: Sequence[float]
     settings: LossSettings = LossSettings()
     allowed: ClassVar[dict[str, tuple[Any, ...]]]
-    """Settings of the loss that depend on the process, and the values that it has."""
+    """The loss settings that depend on the process, with the values it allows."""
 
     def trained_with(self, settings: LossSettings) -> Self:
-        """Return this process with the loss of a training script.
+        """Set the loss of a training script, and return this process.
 
         Raises:
-            DminError: there is no such setting, or the process has none.
+            DminError: a setting is invalid, or this process does not allow it.
         """
         self.settings = settings.check()
         for name, values in self.allowed.items():
@@ -82,8 +82,8 @@ class Process(ABC):
 
         Args:
             x0: ``[batch, ...]``.
-            noise: standard normal, as x0.
-            t: ``[batch]``, of the model.
+            noise: standard normal, shape of x0.
+            t: ``[batch]``, in the model's unit.
         """
         levels = self.levels(t, x0)
         noise, of_target = self.settings.noises(noise, t)
@@ -91,12 +91,12 @@ class Process(ABC):
         return Noised(sample, self._target(levels, x0, of_target), self._weight(levels, len(x0)))
 
     def loss(self, noised: Noised, prediction: Tensor, t: Tensor) -> Tensor | None:
-        """Return each example's loss where it is no squared error, ``[batch]``; else None.
+        """Return each example's robust loss, ``[batch]``; None if the loss is the squared error.
 
         Args:
-            noised: the examples.
-            prediction: as x0.
-            t: ``[batch]``, of the model.
+            noised: the noised examples.
+            prediction: the network's output, shape of x0.
+            t: ``[batch]``, in the model's unit.
         """
         settings = self.settings
         if settings.loss_type == "l2":
@@ -113,18 +113,18 @@ class Process(ABC):
 
     @abstractmethod
     def levels(self, t: Tensor, like: Tensor) -> Levels:
-        """Return α and σ at timesteps, to go with tensors such as ``like``."""
+        """Return α and σ at timesteps t, shaped to broadcast with ``like``, in its dtype."""
 
     @abstractmethod
     def x0(self, levels: Levels, sample: Tensor, output: Tensor) -> Tensor:
-        """Return what the network's output says x0 is: the inverse of the target."""
+        """Return the x0 that the network's output implies, by solving the target for x0."""
 
     def optimum(self, x0: Tensor, sample: Tensor, t: Tensor) -> Tensor:
-        """Return what the best network for data of a single x0 says: the target at zero loss.
+        """Return the output of the optimal network for a data set of one example: loss zero.
 
         Args:
-            x0: that one, ``[1, ...]``.
-            sample: x_t as the network takes it, ``[batch, ...]``.
+            x0: that example, ``[1, ...]``.
+            sample: x_t as the network receives it, ``[batch, ...]``.
             t: ``[batch]``.
         """
         levels = self.levels(t, sample)
@@ -133,20 +133,20 @@ class Process(ABC):
         return self._target(levels, x0.expand_as(sample), noise)
 
     def network_input(self, sample: Tensor, t: Tensor) -> Tensor:
-        """Return x_t as the network takes it."""
+        """Return x_t as the network receives it, for example scaled."""
         return sample
 
     def time(self, t: Tensor) -> Tensor:
-        """Return timesteps as the network is told them."""
+        """Return timesteps as the network receives them."""
         return t
 
     def log_snr(self, timesteps: Sequence[float]) -> list[float]:
-        """Return ``log(α² / σ²)`` of each timestep; −∞ for pure noise."""
+        """Return ``log(α² / σ²)`` at each timestep; −∞ for pure noise."""
         alpha, sigma = self.levels(torch.tensor(timesteps), torch.empty(0, dtype=torch.float64))
         return (2 * torch.log(alpha / sigma)).tolist()
 
     def describe(self) -> dict[str, Any]:
-        """Return noise schedule, target and loss, as JSON."""
+        """Return noise schedule, target and loss settings, as JSON."""
         return {**self._described(), **self.settings.describe()}
 
     @abstractmethod
@@ -155,11 +155,11 @@ class Process(ABC):
 
     @abstractmethod
     def _target(self, levels: Levels, x0: Tensor, noise: Tensor) -> Tensor:
-        """Return what the network's output is compared with."""
+        """Return the target of the network's output."""
 
     @abstractmethod
     def _scale(self, levels: Levels) -> Tensor:
-        """Return how far an error of the output moves x0."""
+        """Return the size of the error in x0 per unit error of the output."""
 
     def _weight(self, levels: Levels, batch: int) -> Tensor:
         """Return the weight of each example's loss, ``[batch]``."""

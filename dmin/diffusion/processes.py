@@ -16,15 +16,15 @@ from dmin.runtime.errors import DminError
 class DiscreteDiffusion(Process):
     """A variance-preserving diffusion in discrete timesteps (Ho et al. 2020).
 
-    ``x_t = √ᾱ_t x0 + √(1−ᾱ_t) ε`` with the scheduler's own ᾱ. The target is ε, v = √ᾱ_t ε −
-    √(1−ᾱ_t) x0 (Salimans & Ho 2022) or x0, as the scheduler's ``prediction_type`` says. With γ,
-    losses are weighted by min-SNR (Hang et al. 2023), ``min(SNR, γ)`` in units of x0: divided by
-    SNR for ε, by SNR + 1 for v.
+    ``x_t = √ᾱ_t x0 + √(1−ᾱ_t) ε`` with ᾱ from the scheduler. Its ``prediction_type`` selects the
+    target: ε, v = √ᾱ_t ε − √(1−ᾱ_t) x0 (Salimans & Ho 2022), or x0. With γ, losses have the
+    min-SNR weight (Hang et al. 2023): ``min(SNR, γ)`` for x0, divided by SNR for ε, and by
+    SNR + 1 for v.
 
     Args:
-        scheduler: of diffusers, of which ``alphas_cumprod``, ``betas`` (both ``[timesteps]``) and
-            ``config`` are used.
-        snr_gamma: γ, usually 5; None weighs all timesteps alike.
+        scheduler: a diffusers scheduler with ``alphas_cumprod``, ``betas`` (both ``[timesteps]``)
+            and ``config``.
+        snr_gamma: γ, usually 5; None gives all timesteps equal weight.
 
     Raises:
         DminError: the prediction type is none of these, or γ is not positive.
@@ -54,13 +54,13 @@ class DiscreteDiffusion(Process):
         return Levels(bar**0.5, (1 - bar) ** 0.5)
 
     def x0(self, levels: Levels, sample: Tensor, output: Tensor) -> Tensor:
-        """Return what the network's output says x0 is."""
+        """Return the x0 that the network's output implies."""
         if self.kind == "epsilon":
             return (sample - levels.sigma * output) / levels.alpha
         return levels.alpha * sample - levels.sigma * output if self.kind != "sample" else output
 
     def time(self, t: Tensor) -> Tensor:
-        """Return timesteps as whole numbers, which some networks look up in a table."""
+        """Return timesteps as integers, because some networks look them up in a table."""
         return t.long()
 
     def variance_bound(
@@ -73,9 +73,9 @@ class DiscreteDiffusion(Process):
         Args:
             x0: ``[batch, ...]``.
             sample: x_t.
-            t: ``[batch]``, of the model.
-            prediction: of ε, v or x0; no gradient flows into it.
-            values: 2v − 1, as x0: what the network says of the variance.
+            t: ``[batch]``, in the model's unit.
+            prediction: predicted ε, v or x0; detached here.
+            values: 2v − 1, shape of x0: the network's output for the variance.
         """
         betas = self.scheduler.betas
         bar = torch.cumprod(1 - betas.double(), 0).to(x0)[t.long()].view(-1, *[1] * (x0.ndim - 1))
@@ -108,26 +108,26 @@ class DiscreteDiffusion(Process):
         snr = (levels.alpha / levels.sigma).flatten() ** 2
         clipped = snr.clamp(max=self.settings.snr_gamma)
         if self.kind == "epsilon":
-            return torch.where(snr > 0, clipped / snr, 1)  # at a terminal SNR of zero: its limit
+            return torch.where(snr > 0, clipped / snr, 1)  # the limit at zero terminal SNR
         return clipped / (snr + 1) if self.kind == "v_prediction" else clipped
 
 
 class EDM(Process):
     """A variance-exploding diffusion with a preconditioned network (Karras et al. 2022).
 
-    ``x_t = x0 + σ ε``; the network is given ``c_in x_t`` and ``t = ln σ / 4``, and its output F
-    means ``x0 = c_skip x_t + c_out F``, with ``s² = σ² + σ_d²``, ``c_in = 1/s``,
+    ``x_t = x0 + σ ε``; the network receives ``c_in x_t`` and ``t = ln σ / 4``. Its output F stands
+    for ``x0 = c_skip x_t + c_out F``, with ``s² = σ² + σ_d²``, ``c_in = 1/s``,
     ``c_skip = σ_d²/s²``, ``c_out = ±σσ_d/s``: plus for ``epsilon``, minus for ``v_prediction``.
-    The target is ``(x0 − c_skip x_t) / c_out``, and the loss its plain squared error: on x0 that is
-    Karras' weight ``s²/(σσ_d)²`` (arXiv 2206.00364, eq. 7 and 8, table 1).
+    The target is ``(x0 − c_skip x_t) / c_out``. The loss, the squared error of F, is that of x0
+    with Karras' weight ``s²/(σσ_d)²`` (arXiv 2206.00364, eq. 7 and 8, table 1).
 
     Args:
         timesteps: ``ln σ / 4`` in the order of sampling.
-        sigma_data: σ_d.
-        kind: ``epsilon`` or ``v_prediction``: the sign of c_out.
+        sigma_data: σ_d, the standard deviation of the data.
+        kind: ``epsilon`` or ``v_prediction``; selects the sign of c_out.
 
     Raises:
-        DminError: another prediction type, or σ_d is not positive.
+        DminError: the prediction type is neither of these, or σ_d is not positive.
     """
 
     allowed: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -187,15 +187,15 @@ class RectifiedFlow(Process):
     """A rectified flow from image to noise (Liu et al. 2023; Esser et al. 2024).
 
     ``x_t = (1−σ) x0 + σ ε`` with ``σ = t / N``; the target is the velocity ``ε − x0``. The
-    timesteps are even in σ, then shifted towards noise: ``σ ← sσ / (1 + (s−1)σ)``.
+    timesteps are equidistant in σ and then shifted towards noise: ``σ ← sσ / (1 + (s−1)σ)``.
 
     Args:
-        config: of diffusers' flow-matching scheduler, or of another that samples flows.
-        shift: s; None for the scheduler's, which is 1 where it depends on the resolution.
-        target: ``velocity``, or ``noise``: what DMin's published code compares SD3's output with.
+        config: config of diffusers' flow-matching scheduler, or of another scheduler for flows.
+        shift: s; None takes the scheduler's, or 1 if the scheduler's depends on the resolution.
+        target: ``velocity``, or ``noise``, which DMin's published code uses as target for SD3.
 
     Raises:
-        DminError: the scheduler is not one of flows, or s is not positive.
+        DminError: the scheduler is not for flows, or s is not positive.
     """
 
     allowed: ClassVar[dict[str, tuple[Any, ...]]] = {

@@ -13,17 +13,17 @@ from typing import Self
 from dmin.runtime.errors import DminError
 
 LogSNRs = Callable[[Sequence[float]], Sequence[float]]
-"""A model's log signal-to-noise ratio, ``log(α²/σ²)``, at each of some timesteps."""
+"""Maps timesteps to a model's log signal-to-noise ratios ``log(α²/σ²)``."""
 
 
 class Schedule(ABC):
-    """A choice of timesteps, in the model's own unit, noisiest first."""
+    """A rule that chooses timesteps of a model, in the model's unit, noisiest first."""
 
     def bind(self, log_snr: LogSNRs | None) -> Self:
-        """Return this schedule for a model; most look at the model's timesteps only.
+        """Return this schedule for a model; most schedules need only the model's timesteps.
 
         Args:
-            log_snr: the model's, if it offers one.
+            log_snr: the model's log-SNR function, if it has one.
         """
         return self
 
@@ -32,10 +32,10 @@ class Schedule(ABC):
         """Return the timesteps chosen from the model's timesteps."""
 
     def __call__(self, timesteps: Sequence[float]) -> tuple[float, ...]:
-        """Return the timesteps chosen from the model's timesteps, checked to be distinct.
+        """Return the chosen timesteps, after checking that they are distinct.
 
         Raises:
-            DminError: the choice repeats a timestep, which would count it twice.
+            DminError: a timestep is chosen twice, so that it would count twice.
         """
         chosen = self.choose(timesteps)
         if len(set(chosen)) != len(chosen):
@@ -47,12 +47,12 @@ class Schedule(ABC):
 
 
 class Stratified(Schedule):
-    """The middles of ``num`` equal parts of all timesteps: even cover, down to low noise.
+    """The middles of ``num`` equal parts of all timesteps: even coverage of all noise levels.
 
-    The default. Ten of a DDPM's thousand are t = 949, 849, …, 49.
+    The default. Ten of a DDPM's thousand timesteps are t = 949, 849, …, 49.
 
     Args:
-        num: T, how many.
+        num: T, the number of timesteps.
     """
 
     def __init__(self, num: int = 10) -> None:
@@ -65,15 +65,15 @@ class Stratified(Schedule):
 
 
 class LogSNR(Schedule):
-    """The timesteps nearest to the middles of ``num`` equal parts of the model's range of log-SNR.
+    """The timesteps nearest to the middles of ``num`` equal parts of the model's log-SNR range.
 
-    ``λ(t) = log(α_t²/σ_t²)`` is the variable in which the diffusion loss does not depend on the
-    noise schedule (Kingma et al. 2021, "Variational Diffusion Models"). Timesteps of pure
-    noise or pure image, where λ is infinite, do not count; one taken twice gives way to its
-    neighbour.
+    As a function of ``λ(t) = log(α_t²/σ_t²)`` the diffusion loss does not depend on the noise
+    schedule (Kingma et al. 2021, "Variational Diffusion Models"). Timesteps with infinite λ (pure
+    noise or pure image) are left out. If two parts have the same nearest timestep, the second one
+    takes the nearest that is free.
 
     Args:
-        num: T, how many.
+        num: T, the number of timesteps.
     """
 
     def __init__(self, num: int = 10) -> None:
@@ -81,10 +81,10 @@ class LogSNR(Schedule):
         self._log_snr: LogSNRs | None = None
 
     def bind(self, log_snr: LogSNRs | None) -> Self:
-        """Return this schedule with the model's log-SNR.
+        """Return this schedule with the model's log-SNR function.
 
         Raises:
-            DminError: the model offers none.
+            DminError: the model has no such function.
         """
         if log_snr is None:
             raise DminError(
@@ -99,7 +99,7 @@ class LogSNR(Schedule):
         """Return the free timestep nearest to the middle of each part, noisiest first.
 
         Raises:
-            DminError: fewer timesteps than parts.
+            DminError: there are fewer timesteps with finite log-SNR than parts.
         """
         if self._log_snr is None:
             raise RuntimeError("call schedule.bind(model.log_snr) first")
@@ -118,17 +118,17 @@ class LogSNR(Schedule):
 
 
 class DMinCubic(Schedule):
-    """The published schedule of DMin: positions ``⌊N·(i/T)³⌋``, crowded where there is only noise.
+    """The published schedule of DMin: positions ``⌊N·(i/T)³⌋``, most of them at almost pure noise.
 
-    Ten of a DDPM's thousand are t = 999, 998, 991, 972, 935, 874, 783, 656, 487, 270. Most of
-    these hardly tell one image from another; it is here to reproduce the paper
-    (arXiv 2412.08637, published code).
+    Ten of a DDPM's thousand timesteps are t = 999, 998, 991, 972, 935, 874, 783, 656, 487, 270.
+    At most of these the gradients hardly depend on the image. The schedule is provided to
+    reproduce the paper (arXiv 2412.08637, published code).
 
     Args:
-        num: T, how many.
-        skip_first: leave out position 0 and end on the last instead, as the published code does for
-            SD 1.x. Its PNDM sampler has the second timestep twice, hence from there on each
-            position is one earlier: t = 998, 992, 973, 936, 875, 784, 657, 488, 271, 0.
+        num: T, the number of timesteps.
+        skip_first: skip position 0 and end at the last position, as the published code does for
+            SD 1.x. Its PNDM sampler repeats the second timestep, so all later positions are one
+            earlier: t = 998, 992, 973, 936, 875, 784, 657, 488, 271, 0.
     """
 
     def __init__(self, num: int = 10, skip_first: bool = False) -> None:
@@ -145,10 +145,10 @@ class DMinCubic(Schedule):
 
 
 class Explicit(Schedule):
-    """Just these timesteps.
+    """The given timesteps.
 
     Args:
-        values: in the model's own unit; put in descending order.
+        values: in the model's unit; they are sorted in descending order.
     """
 
     def __init__(self, values: Sequence[float]) -> None:
@@ -157,7 +157,7 @@ class Explicit(Schedule):
         self.values: tuple[float, ...] = tuple(sorted(values, reverse=True))
 
     def choose(self, timesteps: Sequence[float]) -> tuple[float, ...]:
-        """Return the timesteps, each of which the model must have."""
+        """Return the timesteps, after checking that the model has each of them."""
         unknown = [value for value in self.values if value not in timesteps]
         if unknown:
             raise DminError(

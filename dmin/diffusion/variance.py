@@ -14,19 +14,19 @@ from dmin.runtime.transfer import to_device
 def variance_bound(
     betas: Tensor, x0: Tensor, sample: Tensor, t: Tensor, x0_predicted: Tensor, values: Tensor
 ) -> Tensor:
-    """Return the variational bound of each example, ``[batch]``, in bits a pixel.
+    """Return the variational bound of each example, ``[batch]``, in bits per pixel.
 
     ``KL(q(x_{t−1}|x_t, x0) ‖ N(μ, Σ))`` with ``log Σ = v log β_t + (1−v) log β̃_t``; at t = 0 the
-    likelihood of x0, as of 8-bit pixels. The mean μ is held fixed: the bound trains the variance
-    alone (arXiv 2102.09672, eq. 14 to 16, and the published training code of DiT).
+    negative log-likelihood of x0 as 8-bit pixels. The mean μ must be detached, since the bound
+    trains only the variance (arXiv 2102.09672, eq. 14 to 16, and DiT's published training code).
 
     Args:
-        betas: of all timesteps.
+        betas: β of all timesteps, ``[timesteps]``.
         x0: ``[batch, ...]``.
-        sample: x_t.
-        t: ``[batch]``, of the model.
-        x0_predicted: what the prediction says x0 is.
-        values: 2v − 1, as x0: what the network says of the variance.
+        sample: x_t, shape of x0.
+        t: ``[batch]``, in the model's unit.
+        x0_predicted: the x0 that the detached prediction implies, shape of x0.
+        values: 2v − 1, shape of x0: the network's output for the variance.
     """
     step = _Step.at(t.long(), betas, x0)
     mean, true_mean = (step.mean(x, sample) for x in (x0_predicted, x0))
@@ -41,16 +41,16 @@ def variance_bound(
 
 
 class _Step(NamedTuple):
-    """What one denoising step is made of; each ``[batch, 1, ...]``."""
+    """The coefficients of one denoising step; each ``[batch, 1, ...]``."""
 
     beta: Tensor
     alpha_bar: Tensor
     alpha_bar_before: Tensor
-    log_posterior: Tensor  # log β̃_t; at t = 0, where it is −∞, that of t = 1
+    log_posterior: Tensor  # log β̃_t; for t = 0, where it would be −∞, the value at t = 1
 
     @classmethod
     def at(cls, t: Tensor, betas: Tensor, like: Tensor) -> _Step:
-        """Return the steps at timesteps, as tensors that go with others."""
+        """Return the coefficients at timesteps t, shaped to broadcast with ``like``."""
         beta = betas.double()
         bar = torch.cumprod(1 - beta, 0)  # in single precision 1 − ᾱ_0 would be off by 2e-4
         before = torch.cat([bar.new_ones(1), bar[:-1]])
@@ -70,7 +70,7 @@ class _Step(NamedTuple):
 
 
 def _pixel_log_likelihood(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """Return the log probability of the 8-bit value around x in [−1, 1] under a normal."""
+    """Return the log probability of the 8-bit bin around x in [−1, 1] under a normal."""
     standard = torch.distributions.Normal(0.0, 1.0)
     above, below = (standard.cdf((x - mean + side / 255) / deviation) for side in (1, -1))
     inside = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
