@@ -20,11 +20,11 @@ REMOVED_NAME = re.compile(r"removed-([0-9a-f]{16})\.json")
 
 
 def removed_rows(path: Path, manifest: Manifest) -> tuple[list[str], np.ndarray]:
-    """Return the files that take rows out of a store, and the positions of these rows.
+    """Return the files that record removed rows, and the dataset positions of these rows.
 
     Raises:
-        DminError: such a file is damaged or of another store: rather than that an example comes
-            back, nothing is read.
+        DminError: such a file is damaged or of another store. The store is then not read, because
+            a removed example might reappear.
     """
     remedy = (
         "Or delete it and remove the examples again; the ids that can still be read in it say which"
@@ -39,7 +39,7 @@ def removed_rows(path: Path, manifest: Manifest) -> tuple[list[str], np.ndarray]
 
 
 def keep_signed(path: Path, kind: str, text: bytes) -> Path:
-    """Write a file of a store that is named after what it is and the digest of its bytes.
+    """Write ``<kind>-<digest of its bytes>.json`` into a store and return its path.
 
     Raises:
         DminError: it could not be written.
@@ -51,7 +51,7 @@ def keep_signed(path: Path, kind: str, text: bytes) -> Path:
 
 
 def _signed(path: Path, pattern: re.Pattern[str], remedy: str) -> Iterator[tuple[str, Any]]:
-    """Yield name and content of such files, by name; refuse one whose bytes are others."""
+    """Yield name and content of files written by ``keep_signed``; refuse a damaged one."""
     for name in sorted(filter(pattern.fullmatch, os.listdir(path))):
         with naming("read", path / name):
             text = (path / name).read_bytes()
@@ -65,15 +65,15 @@ def _signed(path: Path, pattern: re.Pattern[str], remedy: str) -> Iterator[tuple
 
 
 def tombstone(id: str) -> str:
-    """Return what is kept of the id of an example whose rows are gone: it is told by it again."""
+    """Return the hash by which the id of a removed example is recognised later."""
     return hashlib.sha256(f"removed {id}".encode()).hexdigest()[:32]
 
 
 def read_forgotten(path: Path) -> frozenset[str]:
-    """Return the tombstones of examples that were removed from what a store was made of.
+    """Return the tombstones of examples that were removed from a store's sources.
 
     Raises:
-        DminError: a file of them is damaged.
+        DminError: a file of tombstones is damaged.
     """
     remedy = (
         "It says which examples were removed before and are not to come back: without a copy,"
@@ -83,9 +83,9 @@ def read_forgotten(path: Path) -> frozenset[str]:
 
 
 def read_metadata(path: Path, manifest: Manifest) -> tuple[str, list[bytes]]:
-    """Return the metadata that were renewed since collection: their digest, a line a position.
+    """Return the metadata renewed after collection: their digest, and one line per position.
 
-    Empty if none were; the line ``null`` at a position that was not shown then.
+    Both are empty if none were renewed. A line is ``null`` where the row was removed or missing.
 
     Raises:
         DminError: the file is damaged or of another store.
@@ -112,7 +112,7 @@ def read_metadata(path: Path, manifest: Manifest) -> tuple[str, list[bytes]]:
 
 
 def is_moved(path: Path, manifest: Manifest) -> bool:
-    """Whether rows of a store are not in the order of the dataset that it says it is of."""
+    """Whether a store's rows may be in another order than the dataset of its manifest."""
     return bool(manifest.revisions or list(path.glob("forgotten-*.json")))
 
 

@@ -30,27 +30,27 @@ from dmin.store.segments import Damaged, dataset, opened_segment, read_segments,
 
 NAME, SCHEMA = "catalog.kept", 2
 TEXTS = "ids", "metadata"
-# A file that changed this shortly before it was looked at may change again within one tick of the
-# file system's clock, unseen: it is read again.
+# A file that changed less than this before it was examined is read again: another change within one
+# tick of the file system's clock would not show in its times.
 SETTLED_NS = 2 * 10**9
-CHUNK = 8 << 20  # bytes of features looked at at a time
+CHUNK = 8 << 20  # bytes of features processed at a time
 
 
 class Entry(NamedTuple):
-    """One segment: the file it was, and what it holds of every array."""
+    """One segment: how its file is identified, and its part of every array."""
 
-    stat: np.ndarray  # int64 [5]: size, inode, times of change and modification, of being looked at
+    stat: np.ndarray  # int64 [5]: size, inode; times of change, of modification, of examination
     blocks: np.ndarray  # int64
-    arrays: dict[str, np.ndarray]  # one entry a row
-    texts: dict[str, bytes]  # a line of JSON a row
+    arrays: dict[str, np.ndarray]  # one entry per row
+    texts: dict[str, bytes]  # one line of JSON per row
 
 
 class Catalog:
-    """What is known of the sealed segments of a store, segment after segment by name.
+    """Everything but the features of the sealed segments of a store, in the order of their names.
 
     Args:
         names: of the segments.
-        arrays: by name.
+        arrays: by name, the rows of all segments one after the other.
     """
 
     def __init__(self, names: list[str], arrays: dict[str, np.ndarray]) -> None:
@@ -65,15 +65,15 @@ class Catalog:
         return name in self._arrays
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Return an array of all rows held, segment after segment."""
+        """Return an array of all rows, segment after segment."""
         return self._arrays[name]
 
     def lines(self, name: str) -> list[bytes]:
-        """Return a line of JSON for every row held."""
+        """Return one line of JSON for every row, segment after segment."""
         return self[name].tobytes().split(b"\n") if len(self[name]) else []
 
     def entries(self) -> Iterator[tuple[str, Entry]]:
-        """Yield what is known of each segment."""
+        """Yield the name and the entry of each segment."""
         rows = self["rows"]
         cuts = np.cumsum(rows)[:-1]
         kinds = [n for n in self._arrays if "/" in n or n == "losses"]
@@ -96,15 +96,15 @@ class Catalog:
         afresh: bool = False,
         names: list[str] | None = None,
     ) -> "Catalog":
-        """Return the catalog of a store, kept or made anew as far as segments are new.
+        """Return the catalog of a store, from its cache; new segments are read and added.
 
         Args:
             path: the store.
             manifest: the store's.
             verify: compare the digests of segments that are not in the catalog with their names;
-                without, what is read is not held against anything later either.
+                if False, rows read later are not compared with checksums either.
             afresh: read all segments again.
-            names: of the segments; those that are there if None.
+            names: of the segments; None: all in the directory.
 
         Raises:
             DminError: segments are damaged (all are named), or were written for another manifest.
@@ -127,7 +127,7 @@ class Catalog:
             path, manifest, names, known, lambda file: _read(file, manifest, verify)
         )
         arrays = _joined(entries, manifest)
-        if verify and names:  # where it cannot be kept, the next opening reads all again
+        if verify and names:  # if it cannot be written, the next opening reads all again
             about = {"schema": SCHEMA, "manifest": manifest.fingerprint, "names": names}
             with contextlib.suppress(OSError):
                 write_arrays(path / NAME, about, arrays)
@@ -135,7 +135,7 @@ class Catalog:
 
     @classmethod
     def _kept(cls, path: Path, manifest: Manifest) -> "Catalog | None":
-        """Return the catalog kept with a store, if there is a sound one of its manifest."""
+        """Return the cached catalog of a store, or None if it is missing, damaged or another's."""
         found = read_arrays(path / NAME)
         if found is None or found.about.get("schema") != SCHEMA:
             return None
@@ -148,7 +148,7 @@ class Catalog:
 
 
 def _fits(found: ArrayFile, manifest: Manifest) -> bool:
-    """Return whether a catalog has what the blocks that it names have, in every array."""
+    """Return whether every array of a catalog has the rows and shape that its blocks require."""
     arrays = found.arrays
     try:
         blocks, rows, ends = (arrays[name] for name in ("blocks", "rows", "ends"))
@@ -181,7 +181,7 @@ def _stat(path: Path) -> np.ndarray:
 
 
 def _same(before: np.ndarray, now: Sequence[np.ndarray]) -> np.ndarray:
-    """Return which files are those that were looked at before, bool ``[n]``."""
+    """Return which files are unchanged since they were examined, bool ``[n]``."""
     if not len(now):
         return np.ones(0, dtype=bool)
     equal = (before[:, :4] == np.stack(now)[:, :4]).all(1)
@@ -189,20 +189,20 @@ def _same(before: np.ndarray, now: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _read(path: Path, manifest: Manifest, verify: bool) -> Entry:
-    """Return what a segment holds."""
+    """Read the catalog's entry of a segment."""
     stat, layout = _stat(path), manifest.layout
     with opened_segment(path, manifest, verify) as (file, blocks):
         held = int(manifest.spans(blocks)[1].sum())
         arrays = {}
         for name, empty in _empty(layout).items():
-            # Those of older versions lack lengths; sums are made here.
+            # Segments of older versions lack lengths; no segment has sums.
             if name in file or not name.startswith(("lengths/", "sums/")):
                 arrays[name] = dataset(file, name, empty.dtype, (held, *empty.shape[1:]))[:]
         kind, shape = STORED_AS[layout.dtype], (held, *layout.row_shape)
         for readout in layout.readouts:
             dataset(file, f"features/{readout}", kind, shape)
         texts = {name: dataset(file, name)[:].tobytes()[1:-1] for name in TEXTS}
-    # Lines of JSON hold no raw line breaks: these separate the rows.
+    # A line of JSON has no raw line break, so line breaks separate the rows.
     texts = {name: text.replace(b",\n", b"\n") for name, text in texts.items()}
     if any(_line_count(text) != held for text in texts.values()):
         raise Damaged("it has not one id and one line of metadata a row")
@@ -214,7 +214,7 @@ def _read(path: Path, manifest: Manifest, verify: bool) -> Entry:
 def _look_at(
     path: Path, readout: str, arrays: dict[str, np.ndarray], dtype: str, verify: bool
 ) -> None:
-    """Add the sums of the words of each row; and the lengths, where a segment has none."""
+    """Add the checksums of the rows, and their lengths where a segment lacks them."""
     features = Mapped(path, f"features/{readout}").array
     step = max(1, CHUNK // max(1, features[:1].nbytes))
     parts = [slice(start, start + step) for start in range(0, len(features), step)]
@@ -247,7 +247,7 @@ def _joined(entries: dict[str, Entry], manifest: Manifest) -> dict[str, np.ndarr
 
 
 def _empty(layout: Layout) -> dict[str, np.ndarray]:
-    """Return every array as it is without any row."""
+    """Return every array with zero rows."""
     draws, steps, groups, _ = layout.row_shape
     found: dict[str, np.ndarray] = {"losses": np.empty((0, draws, steps), np.float32)}
     for readout in layout.readouts:

@@ -13,12 +13,12 @@ from dmin.store.reader import Store
 def manifest_differences(
     here: Manifest, there: Manifest, counted: bool = True
 ) -> dict[str, list[str]]:
-    """Say in which respects two manifests are not of one collection, and how; empty if they are.
+    """Return how two manifests differ, by what differs; empty if they are of one collection.
 
     Args:
-        here: of a command.
-        there: of a store; its earlier revisions do not matter.
-        counted: hold the numbers of examples to each other.
+        here: a command's manifest.
+        there: a store's manifest; its earlier revisions are ignored.
+        counted: compare the numbers of examples too.
     """
 
     def asked(each: Manifest) -> dict[str, dict[str, Any]]:
@@ -38,7 +38,7 @@ def manifest_differences(
 
 
 def metadata_remedy(here: Manifest, there: Manifest, path: Path) -> str:
-    """Say what to do if only metadata changed; empty where the dataset's fingerprint has none."""
+    """Return a remedy for an old store whose dataset fingerprint covers metadata; else empty."""
     if "schema" in there.dataset or "schema" not in here.dataset:
         return ""
     return (
@@ -49,7 +49,7 @@ def metadata_remedy(here: Manifest, there: Manifest, path: Path) -> str:
 
 
 def check_comparable(query_store: Store, train_store: Store) -> None:
-    """Raise DminError unless rows of the two stores may be multiplied with each other."""
+    """Raise DminError unless the features of the two stores are comparable."""
     query, train = query_store.manifest, train_store.manifest
     lines = differences(query.comparable(), train.comparable())
     if lines:

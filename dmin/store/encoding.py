@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-DTYPE = "float16"  # of a store for which none is said
-# What a feature takes in the file. numpy has no bfloat16: its bits are kept.
+DTYPE = "float16"  # the default of a store
+# The NumPy type of a feature in the file. NumPy has no bfloat16: its bits are stored as uint16.
 STORED_AS: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
@@ -14,8 +14,8 @@ STORED_AS: dict[str, np.dtype[Any]] = {
     "int8": np.dtype("|i1"),
     "int8_parts": np.dtype("|i1"),
 }
-PART = 32, 256  # numbers, at least and at most, that share a scale
-# The largest size of a value; bytes have scales of their own for every row, draw and timestep.
+PART = 32, 256  # fewest and most dimensions that share a scale
+# The largest absolute value; int8 has its own scales for every row, draw and timestep.
 LARGEST: dict[str, float] = {
     "float32": float(np.finfo(np.float32).max),
     "float16": float(np.finfo(np.float16).max),
@@ -34,9 +34,9 @@ class Encoded(NamedTuple):
 
 
 def scale_shape(width: int, dtype: str) -> tuple[int, ...] | None:
-    """Return the shape of the scales of a row of so many numbers, None where it has none.
+    """Return the shape of the scales of a row of ``width`` dimensions; None if it has none.
 
-    One scale a row is spoilt by one large number: those of parts by a large one in their own.
+    With one scale per row, one outlier coarsens the whole row; with a scale per part, its part.
     """
     if dtype == "int8":
         return ()
@@ -45,10 +45,10 @@ def scale_shape(width: int, dtype: str) -> tuple[int, ...] | None:
 
 
 def encode(features: np.ndarray, dtype: str) -> Encoded:
-    """Round float32 features ``[n, draw, T, group, dim]`` to the nearest that can be stored.
+    """Round float32 features ``[n, draw, T, group, dim]`` to the nearest values of a dtype.
 
-    int8 keeps ``x ≈ s·b`` with ``s = max|x| / 127`` over group and dim, so no value is off by more
-    than ``s / 2``; int8_parts has such an s for every part of a row, see :func:`scale_shape`.
+    int8 stores ``x ≈ s·b`` with ``s = max|x| / 127`` over group and dim, so no error exceeds
+    ``s / 2``; int8_parts has such an s for every part of a row, see :func:`scale_shape`.
     """
     scales, shape = None, features.shape
     parts = scale_shape(shape[3] * shape[4], dtype)
@@ -83,9 +83,9 @@ def decode(values: np.ndarray, dtype: str, scales: np.ndarray | None = None) -> 
 
 
 def word_sums(values: np.ndarray) -> np.ndarray:
-    """Return the stored numbers of each row, taken as whole numbers, added up modulo 2³².
+    """Return a checksum of each row: its values, read as unsigned integers, added modulo 2³².
 
-    A bit flipped anywhere changes the sum by a power of two: it is always found.
+    One flipped bit changes the sum by a power of two, so it is always detected.
 
     Args:
         values: ``[n, ...]`` as stored.

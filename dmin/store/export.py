@@ -17,7 +17,7 @@ from dmin.store.reader import Store
 from dmin.store.removal import note_copy
 
 ROWS = 256
-# The type of an exported feature to numpy and to safetensors; what numpy lacks becomes float32.
+# The NumPy and safetensors type of exported features; dtypes not listed are exported as float32.
 EXPORTED = {"float16": ("<f2", "F16")}
 OTHERWISE = ("<f4", "F32")
 Stream = tuple[str, tuple[int, ...], Iterator[np.ndarray]]
@@ -29,17 +29,17 @@ def export(store: Store, target: str | os.PathLike[str], form: str) -> Path:
     ========== =========================================================================
     numpy      a directory of ``features-<readout>.npy`` ``[n, draw, T, group, k]``, norms,
                losses, ``rows.json`` (ids and metadata) and the manifest
-    safetensors one file of the same arrays; ids, metadata and manifest as its metadata
-    parquet    one file, a line an example: id, metadata as JSON, flat lists (needs pyarrow)
+    safetensors one file with the same arrays; ids, metadata and manifest as its metadata
+    parquet    one file, one row per example: id, metadata as JSON, flat lists (needs pyarrow)
     ========== =========================================================================
 
     Args:
-        store: what to write; float16 stays float16, the other types become float32.
-        target: a path that is not there.
+        store: the store to export; float16 stays float16, other dtypes become float32.
+        target: a path that does not exist.
         form: ``numpy``, ``safetensors`` or ``parquet``.
 
     Raises:
-        DminError: there is no such form, the target is there, or it could not be written.
+        DminError: the form is unknown, the target exists, or it could not be written.
     """
     target = Path(target)
     if form not in FORMS:
@@ -58,12 +58,12 @@ def export(store: Store, target: str | os.PathLike[str], form: str) -> Path:
 def save_rows(
     store: Store, order: np.ndarray, columns: Mapping[str, Sequence[str]], path: Path
 ) -> None:
-    """Write rows of a store as CSV: rank, id, what was found of each, and its metadata.
+    """Write rows of a store as CSV: rank, id, the given columns, and metadata.
 
     Args:
-        store: the rows.
-        order: of the rows.
-        columns: a text for every row, by what stands above it.
+        store: the store.
+        order: row numbers, the first rank first, ``[n]``.
+        columns: by header, one text per row of the store.
         path: the file.
     """
     metadata = dict.fromkeys(name for each in store.metadata for name in each)
@@ -88,7 +88,7 @@ def _numpy(store: Store, path: Path) -> None:
 
 
 def _safetensors(store: Store, path: Path) -> None:
-    """The format: 8 bytes of length, a JSON header, the arrays one after the other."""
+    """Write 8 bytes with the header's length, a JSON header, and the arrays one after the other."""
     arrays = _arrays(store)
     about = {"rows": _rows(store), "manifest": store.manifest.to_json()}
     header: dict[str, Any] = {"__metadata__": about}
@@ -140,7 +140,7 @@ FORMS: dict[str, Callable[[Store, Path], None]] = {
 
 
 def _arrays(store: Store) -> dict[str, Stream]:
-    """Return of every array its type, its shape, and its rows in parts of ``ROWS``."""
+    """Return the dtype of every array, its shape, and its rows in parts of ``ROWS``."""
     layout, n = store.layout, len(store)
     dtype = EXPORTED.get(layout.dtype, OTHERWISE)[0]
     found: dict[str, Stream] = {}

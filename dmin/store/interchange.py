@@ -23,13 +23,13 @@ KINDS = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "BF16": "<u2"}
 
 @dataclass
 class Arrays:
-    """What a file holds; arrays lie on the disk.
+    """The contents of a file; arrays stay on disk where the format allows it.
 
     Args:
-        arrays: by the names that ``export`` gives; a foreign file has one.
-        ids: one for each row, if there are any.
-        metadata: likewise.
-        manifest: of an exported store.
+        arrays: by the names that ``export`` gives; another program's file has one.
+        ids: one per row, or None.
+        metadata: one per row, or None.
+        manifest: of an exported store; None for other files.
     """
 
     arrays: dict[str, np.ndarray]
@@ -65,20 +65,20 @@ def import_store(
     ids: Sequence[str] | None = None,
     dtype: str = DTYPE,
 ) -> Store:
-    """Write a store from arrays: an export of a store, or sketches from elsewhere. Resumes.
+    """Write a store from an exported store or from sketches of another program; it can resume.
 
-    Foreign sketches are one array, ``[n, k]`` or ``[n, timestep, k]``: rows are kept at unit length
-    with their norms beside them, so ``grad_dot`` multiplies what was given and ``dmin`` compares
-    directions.
+    Sketches of another program are one array, ``[n, k]`` or ``[n, timestep, k]``. Rows are stored
+    normalised, with their norms. So ``grad_dot`` uses the inner products of the given rows, and
+    ``dmin`` their cosines.
 
     Args:
         source: a folder or file that ``export`` wrote; or an ``.npy``, ``.safetensors`` or
             ``.parquet`` file. A Parquet file has a column of lists, and ``id`` if it has ids.
         target: a new directory.
-        sketch: of foreign sketches, any text that says how they were made; the stores of queries
-            and of training examples must have the same.
-        ids: of foreign sketches, one for each row; numbers if None.
-        dtype: of foreign sketches.
+        sketch: only for another program's sketches: any text that says how they were made. It must
+            be the same for the stores of queries and of training examples.
+        ids: only for another program's sketches: one per row; row numbers if None.
+        dtype: only for another program's sketches: how they are stored.
 
     Raises:
         DminError: the source cannot be read, or a setting is missing or not allowed.
@@ -137,10 +137,10 @@ def _foreign(
 
 
 def read(source: Path) -> Arrays:
-    """Read what is in a file or folder, the arrays where they lie.
+    """Read a file or folder; its arrays are memory-mapped where possible.
 
     Raises:
-        DminError: it is not there, or of no form that is known.
+        DminError: it does not exist or has an unknown format.
     """
     try:
         if source.is_dir():
@@ -180,7 +180,7 @@ def _safetensors(source: Path) -> Arrays:
     with open(source, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > source.stat().st_size:
-            raise ValueError(f"its head is said to have {length:,} bytes")
+            raise ValueError(f"its header claims to have {length:,} bytes")
         header = json.loads(file.read(length))
     about = header.pop("__metadata__", {})
     arrays: dict[str, np.ndarray] = {}

@@ -22,7 +22,7 @@ from dmin.store.writer import SEGMENT_BYTES, Rows, StoreWriter
 
 
 def info(store: Store) -> dict[str, Any]:
-    """Return what a store holds, as JSON values."""
+    """Return a summary of a store, as JSON values."""
     layout, manifest = store.layout, store.manifest
     size = sum(file.stat().st_size for file in store.path.glob("segment-*.h5"))
     return {
@@ -52,13 +52,13 @@ def info(store: Store) -> dict[str, Any]:
 
 
 def verify(path: str | os.PathLike[str]) -> Store:
-    """Read every byte of a store and return it.
+    """Read every byte of a store, check it, and return the store.
 
-    Digests find what changed since sealing, whatever was known of the files before; the values are
-    looked at besides.
+    The digest of every segment is computed again, whatever the catalog says. Metadata must be JSON
+    mappings, features and norms finite.
 
     Raises:
-        DminError: names the files that are damaged, or the rows that hold what no writer stores.
+        DminError: names the damaged files, or the first row with values that are not finite.
     """
     Catalog.of(Path(path), read_manifest(Path(path)), afresh=True)
     store = Store(path)
@@ -79,13 +79,13 @@ def verify(path: str | os.PathLike[str]) -> Store:
 
 
 def merge(sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str]) -> Store:
-    """Copy the segments of stores of one manifest into a new store, or one of the same manifest.
+    """Copy the segments of stores with equal manifests into a new store, or into one of them.
 
-    For the parts of one dataset that were collected apart. Blocks that are there already are left
-    out where a whole segment has nothing new.
+    For parts of one dataset that were collected separately. A segment is copied if it has a block
+    that the target lacks.
 
     Raises:
-        DminError: manifests differ, named field by field, or a file could not be copied.
+        DminError: manifests differ (the message lists the fields), or a file could not be copied.
     """
     stores = [Store(path) for path in sources]
     if not stores:
@@ -125,19 +125,19 @@ def _copy(file: Path, target: Path) -> None:
 
 
 def fold(store: Store, target: str | os.PathLike[str], dim: int, dtype: str | None = None) -> Store:
-    """Write a store of a smaller sketch: ``y[c] = Σ_{j mod k' = c} x[j]``.
+    """Write a store with a smaller sketch: ``y[c] = Σ_{j mod k' = c} x[j]``.
 
-    This is exactly the sketch of k' numbers, but for the rounding of what was stored: no model is
-    needed.
+    Except for rounding of the stored values, the result equals a sketch of k' dimensions. No model
+    is needed.
 
     Args:
-        store: complete; its sketch must be one that folds.
+        store: a complete store whose sketch can be folded.
         target: a new directory.
         dim: k', a divisor of k.
         dtype: of the new store; the same if None.
 
     Raises:
-        DminError: the sketch does not fold, or k' does not divide k.
+        DminError: the sketch cannot be folded, or k' is not allowed.
     """
     layout = store.layout
     sketch = store.manifest.features.get("sketch", {})
@@ -168,23 +168,23 @@ def fold(store: Store, target: str | os.PathLike[str], dim: int, dtype: str | No
 
 
 def convert(store: Store, target: str | os.PathLike[str], dtype: str) -> Store:
-    """Write a store of the same rows in another type."""
+    """Write a store of the same rows in another dtype."""
     manifest = replace(compacted_manifest(store), layout=replace(store.layout, dtype=dtype))
     return rewrite(store, target, manifest)
 
 
 def compact(store: Store, target: str | os.PathLike[str], segment_bytes: int = 256 << 20) -> Store:
-    """Write a store of the same rows in few large segments, none twice, none removed."""
+    """Write a store of the same rows in a few large segments, without duplicate or removed rows."""
     return rewrite(store, target, compacted_manifest(store), segment_bytes=segment_bytes)
 
 
 def compacted_manifest(store: Store) -> Manifest:
-    """Return the manifest of a new store of the rows that a store shows.
+    """Return the manifest of a new store with the rows that a store shows.
 
-    What was removed has no place in it, and what it grew by is part of it from the start.
+    It does not count removed examples, and has no revisions.
 
     Raises:
-        DminError: rows were removed or added, and it is incomplete; or no row is left.
+        DminError: rows were removed or appended and the store is incomplete; or no row is left.
     """
     if not store.removed and not store.manifest.revisions:
         return store.manifest
@@ -201,15 +201,15 @@ def rewrite(
     change: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
     segment_bytes: int = SEGMENT_BYTES,
 ) -> Store:
-    """Write the rows of a store under another manifest of the same blocks, a block at a time.
+    """Write the rows of a store under another manifest, one block at a time.
 
-    Stopped, it resumes.
+    After an interruption, it resumes.
 
     Args:
         store: the source.
         target: another directory.
         manifest: of the target.
-        change: of features ``[n, draw, T, group, k]``.
+        change: a function applied to features ``[n, draw, T, group, k]``.
         segment_bytes: see :class:`StoreWriter`.
     """
     target = Path(target)
@@ -226,8 +226,8 @@ def rewrite(
 
 
 def _block(store: Store, within: range, change: Callable[[np.ndarray], np.ndarray]) -> Rows:
-    """Return the rows of a block of the target, from a store that may lack others."""
-    if store.complete:  # the target's rows are those that are shown, in order
+    """Return the rows of a block of the target, from a store that may be incomplete."""
+    if store.complete:  # the target's rows are the rows shown, in order
         return copied_rows(store, within.start, within.stop, change)
     start, stop = np.searchsorted(store.positions, [within.start, within.stop]).tolist()
     return copied_rows(store, start, stop, change)

@@ -17,8 +17,8 @@ from dmin.store.encoding import STORED_AS, scale_shape
 
 FORMAT, SCHEMA = "dmin-store", 1
 MANIFEST = "manifest.json"
-# What parsers raise of contents that no writer wrote; RecursionError is a RuntimeError, and heads
-# of NumPy's files are read as Python.
+# What parsers raise on files that dmin did not write. RecursionError is a RuntimeError; NumPy
+# parses the headers of its files as Python.
 UNREADABLE = (
     *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError),
     *(RuntimeError, OverflowError, EOFError, SyntaxError, TokenError),
@@ -30,12 +30,12 @@ class Layout:
     """The axes of every feature array, ``[rows, draw, timestep, group, dim]``, one per readout.
 
     Args:
-        readouts: what was differentiated, such as ``("loss",)``; names an HDF5 dataset. None: the
-            store has losses alone.
-        draws: noises drawn for each timestep.
+        readouts: what was differentiated, such as ``("loss",)``; each names an HDF5 dataset.
+            Empty: the store holds only losses.
+        draws: noise draws per timestep.
         timesteps: the timesteps, in the order of their axis.
-        groups: parameters sketched together, such as ``("model",)``.
-        dim: entries of one sketch.
+        groups: groups of parameters that are sketched together, such as ``("model",)``.
+        dim: k, the dimensions of one sketch.
         dtype: how features are stored, one of ``STORED_AS``; they are read as float32.
 
     Raises:
@@ -54,7 +54,7 @@ class Layout:
         for name, kind in (("readouts", str), ("timesteps", float), ("groups", str)):
             values = tuple(kind(value) for value in getattr(self, name))
             object.__setattr__(self, name, values)
-            few = not values and name != "readouts"  # without any there are losses alone
+            few = not values and name != "readouts"  # no readouts: the store holds only losses
             if few or len(set(values)) < len(values):
                 raise DminError(
                     f"layout.{name} is {list(values)}: give one or more different values"
@@ -79,28 +79,28 @@ class Layout:
 
     @property
     def scale_shape(self) -> tuple[int, ...] | None:
-        """The shape of a row's scales, draws and timesteps first; None where it has none."""
+        """The shape of a row's scales, draws and timesteps first; None if its dtype has none."""
         parts = scale_shape(len(self.groups) * self.dim, self.dtype)
         return None if parts is None else (*self.row_shape[:2], *parts)
 
     @property
     def steps(self) -> int:
-        """How many factors a row is multiplied by: draws, timesteps, parts with scales."""
+        """Number of scalar factors of a row: one per scale, else one per draw and timestep."""
         return prod(self.scale_shape or self.row_shape[:2])
 
     @property
     def row_bytes(self) -> int:
-        """What the features of one row and readout take in the file."""
+        """Bytes of the features of one row and readout in the file."""
         return prod(self.row_shape) * STORED_AS[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class Revision:
-    """What a store was before examples were appended.
+    """The state of a store before examples were appended.
 
     Args:
-        dataset: of then.
-        num_examples: of then: rows from here on came later.
+        dataset: ``Manifest.dataset`` at that time.
+        num_examples: number of examples at that time; later rows were appended.
     """
 
     dataset: dict[str, Any]
@@ -117,10 +117,10 @@ class Manifest:
             loss, noise, schedule, sketch ...).
         dataset: JSON; everything that must not change between starting and resuming (name, content
             digest ...).
-        num_examples: rows there are to be, one an example.
-        block_size: examples of one block; the last block of each revision may be shorter.
-        revisions: what it was before examples were appended, the oldest first; rows keep their
-            places.
+        num_examples: number of rows of the complete store, one per example.
+        block_size: examples per block; the last block of each revision may be shorter.
+        revisions: earlier states, the oldest first. Appending does not change the positions of
+            rows.
 
     Raises:
         DminError: a value is not JSON, or a count is not positive.
@@ -134,7 +134,7 @@ class Manifest:
     revisions: tuple[Revision, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check counts, and keep the two mappings as a reader will find them."""
+        """Check counts, and convert the two mappings to what JSON reads back."""
         for name in ("num_examples", "block_size"):
             require_count(name, getattr(self, name))
         for name in ("features", "dataset"):
@@ -151,7 +151,7 @@ class Manifest:
 
     @property
     def feature_fingerprint(self) -> str:
-        """Equal for stores whose rows may be multiplied with each other, whatever their dtype."""
+        """Equal for stores with comparable features, whatever their dtype."""
         return fingerprint(self.comparable())
 
     @property
@@ -185,12 +185,12 @@ class Manifest:
 
     @cached_property
     def fingerprints(self) -> frozenset[str]:
-        """What its segments may carry: its own fingerprint, and those of earlier revisions."""
+        """The fingerprints that its segments may have: its own and those of earlier revisions."""
         return frozenset(each.fingerprint for each in self.states)
 
     @cached_property
     def _cuts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where revisions begin and the last ends: row and block, each ``[revisions + 2]``."""
+        """First row and first block of each revision, and the ends; ``[revisions + 2]`` each."""
         rows = [0, *(each.num_examples for each in self.revisions), self.num_examples]
         blocks = [0]
         for start, stop in pairwise(rows):
@@ -231,7 +231,7 @@ class Manifest:
         return range(start, start + count)
 
     def revised(self, text: str, source: str) -> "Manifest":
-        """Return what the store is from its next revision on, from the text of a growth file.
+        """Return the manifest of the next revision, read from the text of a growth file.
 
         Raises:
             DminError: the text is damaged.

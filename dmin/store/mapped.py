@@ -15,14 +15,14 @@ import numpy as np
 from dmin.runtime.files import naming
 from dmin.store.segments import dataset, open_hdf5
 
-NEAR = 64 << 10  # bytes: one longer read is quicker than two short ones
+NEAR = 64 << 10  # bytes between rows, up to which one long read is faster than two short ones
 
 
 class Mapped:
-    """One dataset of a segment as an array in memory that the operating system fills when read.
+    """One HDF5 dataset of a segment as a memory-mapped array.
 
-    Pages are private: writing to the array would change nothing in the file. No file stays open,
-    as a store has more segments than a process may open files.
+    The mapping is private: writing to the array does not change the file. No file stays open,
+    because a store may have more segments than a process may open files.
 
     Args:
         path: a sealed segment.
@@ -35,7 +35,7 @@ class Mapped:
         with open_hdf5(path) as file:
             found = dataset(file, name)
             offset = found.id.get_offset()
-            if offset is None or offset % found.dtype.itemsize:  # not ours: chunked, or unaligned
+            if offset is None or offset % found.dtype.itemsize:  # not dmin's: chunked or unaligned
                 self.array: np.ndarray = found[:]
                 return
             shape, dtype = found.shape, found.dtype
@@ -45,10 +45,10 @@ class Mapped:
         self.array = np.frombuffer(pages, dtype, int(np.prod(shape)), offset).reshape(shape)
 
     def in_memory(self, row: int) -> bool:
-        """Return whether a row can be read without the disk, as far as its first page tells."""
+        """Return whether a row is in the page cache, judged by its first page."""
         if self._offset < 0:
             return True
-        with contextlib.suppress(OSError, AttributeError):  # it would block, or nobody can say
+        with contextlib.suppress(OSError, AttributeError):  # it would block, or is not supported
             file = os.open(self._path, os.O_RDONLY)
             try:
                 place = self._offset + row * self.array[:1].nbytes
@@ -58,13 +58,13 @@ class Mapped:
         return False
 
     def prefetch(self, start: int, stop: int) -> None:
-        """Ask the operating system to read rows ``start:stop`` from the disk meanwhile."""
+        """Ask the operating system to read rows ``start:stop`` in the background."""
         row = self.array[:1].nbytes
         first = (self._offset + int(start) * row) // mmap.PAGESIZE * mmap.PAGESIZE
         self._advise(first, self._offset + int(stop) * row - first)
 
     def prefetch_rows(self, rows: np.ndarray) -> None:
-        """Ask for chosen rows, ascending; what lies near each other is asked for together."""
+        """Do the same for chosen rows, ascending; rows near each other become one request."""
         near = max(1, NEAR // max(1, self.array[:1].nbytes))
         apart = np.flatnonzero(np.diff(rows) > near)
         starts = rows[np.concatenate([[0], apart + 1])]
@@ -74,9 +74,9 @@ class Mapped:
 
 
 def _pages(file: int) -> tuple[Any, Callable[[int, int], Any]]:
-    """Map a file; return the bytes and a function that has some of them read meanwhile.
+    """Map a file; return its bytes and a function that prefetches a range of them.
 
-    Python's own maps keep a file open each, and most systems allow a thousand.
+    Python's ``mmap`` keeps its file open, and most systems allow a thousand open files.
     """
     libc, size = _libc(), os.fstat(file).st_size
     if libc is None:
@@ -87,7 +87,7 @@ def _pages(file: int) -> tuple[Any, Callable[[int, int], Any]]:
     if address in (None, ctypes.c_void_p(-1).value):
         raise OSError(number := ctypes.get_errno(), os.strerror(number))
     whole = (ctypes.c_char * size).from_address(address)
-    # The arrays made of it keep it alive: it is unmapped with the last of them.
+    # Arrays that use the mapping keep it alive; it is unmapped when the last of them is freed.
     weakref.finalize(whole, libc.munmap, address, size)
 
     def advise(start: int, length: int) -> None:
@@ -98,7 +98,7 @@ def _pages(file: int) -> tuple[Any, Callable[[int, int], Any]]:
 
 @cache
 def _libc() -> Any:
-    """Return the C library's calls on maps; None where there are none."""
+    """Return the C library with its mmap functions declared; None where there are none."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int

@@ -8,15 +8,15 @@ import numpy as np
 from dmin.runtime.errors import DminWarning
 from dmin.store.encoding import decode
 
-MEASURED = 256  # rows of a writer that are compared
-STATED = 0.95  # of the ten nearest, how many have to be so still
+MEASURED = 256  # rows compared per writer
+STATED = 0.95  # fraction of the ten nearest neighbours that must remain
 
 
 class RankingLoss:
-    """Compares rows with what is stored of them, block by block, and warns beyond what is stated.
+    """Compares rows with their stored values, block by block; warns if neighbours change too much.
 
     Args:
-        dtype: how they are stored.
+        dtype: how rows are stored.
     """
 
     def __init__(self, dtype: str) -> None:
@@ -27,7 +27,7 @@ class RankingLoss:
     def add(
         self, readout: str, given: Mapping[str, np.ndarray], stored: Mapping[str, np.ndarray]
     ) -> None:
-        """Take the rows of a block by readout, and the arrays that are stored of them."""
+        """Compare the rows of a block, by readout, with the arrays that are stored."""
         features = np.asarray(given[readout][: MEASURED - self.rows], np.float32)
         if f"scales/{readout}" not in stored or len(features) < 4:
             return
@@ -37,7 +37,7 @@ class RankingLoss:
         self.rows += len(features)
 
     def warn(self) -> None:
-        """Say what the bytes cost, where that is more than stated; once."""
+        """Warn, once, if fewer neighbours remain than ``STATED``."""
         kept, self._kept = self._kept / max(1, self.rows), float(self.rows)
         if kept < STATED and self.rows:
             other = "int8_parts or float16" if self.dtype == "int8" else "float16"
@@ -52,12 +52,12 @@ class RankingLoss:
 
 
 def neighbours_kept(features: np.ndarray, stored: np.ndarray, k: int = 10) -> float:
-    """Return which share of the k nearest of each row are so still, as it is stored.
+    """Return the mean fraction of each row's k nearest rows that remain so after storing.
 
     Args:
         features: ``[n, draw, T, group, dim]``, n at least 2; compared by summed cosines.
-        stored: the same, as it is read back.
-        k: neighbours, at most half the others.
+        stored: the same, as read back.
+        k: number of neighbours; at most n/2 are used.
     """
     k, near = min(k, len(features) // 2), []
     for rows in (features, stored):

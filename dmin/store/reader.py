@@ -42,19 +42,19 @@ class Block(NamedTuple):
 class Store(Shown):
     """Read a store; rows are the examples present, in the order of the dataset.
 
-    Segments are mapped into memory when their features are read: these must not be truncated
-    meanwhile. A store may have thousands of them, and may be pickled.
+    Segments are memory-mapped when their features are read, and must not be truncated while they
+    are. A store may have thousands of segments, and may be pickled.
 
     Args:
         path: the directory.
-        verify: compare the digest of every segment that is new or changed with its name, and every
-            row with the sum noted then whenever it is read, see :mod:`dmin.store.catalog`. Leave
-            it on but for a second opening in the same run.
-        growing: show what a store that grows is to become, as far as it is there; otherwise it is
-            what it was when it was complete last.
+        verify: compare the digest of every new or changed segment with its name, and every row
+            that is read with its checksum, see :mod:`dmin.store.catalog`. Turn it off only to open
+            a store a second time in the same run.
+        growing: if examples are being appended, show the new revision as far as it is written;
+            otherwise show the last complete revision.
 
     Raises:
-        DminError: there is no store, or a file of it is damaged or from another store.
+        DminError: there is no store, or one of its files is damaged or from another store.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Store(Shown):
     ) -> None:
         """Read the manifest and find out where every row is."""
         self.path: Path = Path(path)
-        # Listed before the manifest is read: that tells of the revision of each of them.
+        # Listed before the manifest is read, so that the manifest knows the revision of each.
         names = segment_names(self.path) if self.path.is_dir() else []
         self.planned: Manifest = read_manifest(self.path)
         self._catalog = catalog = Catalog.of(self.path, self.planned, verify, names=names)
@@ -94,7 +94,7 @@ class Store(Shown):
         return len(self.positions)
 
     def facts(self) -> dict[str, Any]:
-        """Return where it is, how much of it is there, and the axes of its features."""
+        """Return its path, how much of it is complete, and the axes of its features."""
         of = "" if self.complete else f" of {self.manifest.num_examples:,}"
         return {
             "path": self.path,
@@ -111,7 +111,7 @@ class Store(Shown):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for stores of the same segments: what was derived from the rows is not stale."""
+        """Equal if segments and removals are the same: whatever is derived from rows is valid."""
         end = self.manifest.num_blocks
         names = [each.path.name for each in self.segments if (each.blocks < end).any()]
         fields = {"manifest": self.manifest.fingerprint, "segments": names}
@@ -119,11 +119,11 @@ class Store(Shown):
 
     @property
     def complete(self) -> bool:
-        """Whether every example of the dataset has its row, or had it until it was removed."""
+        """Whether every example of the dataset has a row, except those that were removed."""
         return not self.missing_blocks
 
     def require_complete(self) -> None:
-        """Raise DminError unless every example of the dataset has its row."""
+        """Raise DminError unless the store is ``complete``."""
         if not self.complete:
             raise DminError(
                 f"The store {self.path} holds {len(self)} of {self.manifest.num_examples} rows"
@@ -140,11 +140,11 @@ class Store(Shown):
 
     @property
     def changed(self) -> bool:
-        """Whether its examples are others than those it was first collected of."""
+        """Whether examples were appended or removed after the first collection."""
         return bool(self.manifest.revisions or self.removals or self.forgotten)
 
     def removed_among(self, ids: Iterable[str]) -> list[str]:
-        """Return those of some ids that were removed, here or from what this store was made of."""
+        """Return those of the ids that were removed from this store or from its sources."""
         held = set(self._held_ids()) if self.removed else set()
         gone = (id for id in ids if id not in self._row_of)
         return [id for id in gone if id in held or tombstone(id) in self.forgotten]
@@ -152,12 +152,12 @@ class Store(Shown):
     def _all_ids(self) -> list[str]:
         return parsed_ids(self._catalog.lines("ids"), self.path)
 
-    def _held_ids(self) -> list[str]:  # with removed ones, without those still to come
+    def _held_ids(self) -> list[str]:  # including removed ones, without those not yet complete
         return list(compress(self._all_ids(), self._held))
 
     @cached_property
     def metadata(self) -> Metadata:
-        """The metadata (label, caption, file ...), one mapping a row."""
+        """The metadata (label, caption, file ...), one mapping per row."""
         kept = self._catalog.lines("metadata")
         return Metadata(kept, self._place, self._renewed[1], self.positions)
 
@@ -167,11 +167,11 @@ class Store(Shown):
 
     @property
     def metadata_digest(self) -> str:
-        """Of the metadata, if they were renewed since collection; else empty."""
+        """Digest of the metadata if they were renewed after collection; else empty."""
         return self._renewed[0]
 
     def collected_metadata(self) -> dict[str, dict[str, Any]]:
-        """Return the metadata as they were collected, by id, of removed examples too."""
+        """Return the metadata as collected, by id, including those of removed examples."""
         lines = compress(self._catalog.lines("metadata"), self._held)
         return {id: parsed(line) for id, line in zip(self._held_ids(), lines, strict=True)}
 
@@ -213,10 +213,10 @@ class Store(Shown):
     def gather(self, readout: str, indices: np.ndarray) -> np.ndarray:
         """Return chosen rows as they are stored, ``[n, draw, T, group, dim]``.
 
-        All are asked of the disk at once, and then held against their sums.
+        All are requested from the disk at once, then compared with their checksums.
 
         Raises:
-            DminError: a row is not what was sealed.
+            DminError: a row differs from what was sealed.
         """
         result = self.mapped.gather(readout, indices)
         sums = self.sums(readout)
@@ -225,11 +225,11 @@ class Store(Shown):
         return result
 
     def sums(self, readout: str) -> np.ndarray | None:
-        """Return the sums of the words of the rows, or None if nothing was verified."""
+        """Return the checksums of the rows, uint32 ``[n]``, or None if nothing was verified."""
         return self._whole("sums", readout) if f"sums/{readout}" in self._catalog else None
 
     def corrupt(self, readout: str, row: int) -> DminError:
-        """Return the error that says that a row is not what was sealed."""
+        """Return the error that says that a row differs from what was sealed."""
         file = self.mapped.files[self.mapped.segment[row]]
         return DminError(
             f"Row {row} ({readout!r} of example {self.ids[row]!r}) of {file} differs from what was "
@@ -239,7 +239,7 @@ class Store(Shown):
         )
 
     def scales(self, readout: str) -> np.ndarray | None:
-        """Return what bytes are to be multiplied by, float32 ``[n, *layout.scale_shape]``."""
+        """Return the scales of int8 features, float32 ``[n, *layout.scale_shape]``, or None."""
         return None if self.layout.scale_shape is None else self._whole("scales", readout)
 
     def lengths(self, readout: str) -> np.ndarray:
@@ -247,11 +247,11 @@ class Store(Shown):
         return self._whole("lengths", readout)
 
     def inverse_lengths(self, readout: str) -> np.ndarray:
-        """Return ``1 / lengths``, of rows of zeros a large number, float32 ``[n, draw, T]``."""
+        """Return ``1 / max(lengths, 1e-12)``, float32 ``[n, draw, T]``."""
         return self._whole("inverse lengths", readout)
 
     def norms(self, readout: str) -> np.ndarray:
-        """Return the norms the gradients had before scaling, float32 ``[n, draw, T, group]``."""
+        """Return the gradients' norms before normalising, float32 ``[n, draw, T, group]``."""
         return self._whole("norms", readout)
 
     def losses(self) -> np.ndarray:

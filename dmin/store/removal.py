@@ -17,21 +17,21 @@ COPIES = "copies.txt"
 def remove(
     store: Store, ids: Sequence[str], encodings: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Take examples out of a store: no reader shows them from now on, and nothing collects them.
+    """Remove examples from a store: readers no longer show them, and they are not collected again.
 
-    Indices of the store and encodings kept of these examples are deleted. Their rows and ids stay
-    in the store's own files until it is compacted.
+    The store's indices and the cached encodings of these examples are deleted. Their rows and ids
+    stay in the store's files until it is compacted.
 
     Args:
-        store: that has them.
+        store: the store.
         ids: of the examples.
-        encodings: where they were kept, if not beside the store.
+        encodings: folder of the cached encodings, if not beside the store.
 
     Returns:
-        The file that says so.
+        The file that records the removal.
 
     Raises:
-        DminError: an id is not there, or none is given.
+        DminError: the store lacks an id, or none is given.
     """
     rows = sorted({store.index(id) for id in ids})
     if not rows:
@@ -51,7 +51,7 @@ def remove(
 def _delete_derived(
     store: Store, positions: Sequence[int], encodings: str | os.PathLike[str] | None
 ) -> None:
-    """Delete what was made of rows, or is kept of them beside the store."""
+    """Delete the store's indices and the cached encodings of the blocks of removed rows."""
     first, name = store.manifest.states[0], store.path.name
     found = list(store.path.glob("index-*"))
     beside = store.path.with_name(f"{name}.encodings")
@@ -59,17 +59,17 @@ def _delete_derived(
         folder = root / first.encodings_key
         for block in {position // first.block_size for position in positions}:
             found += folder.glob(f"block-{block:08d}-*")
-    if positions[-1] >= first.num_examples:  # of those it grew by, whose numbers are not known
+    if positions[-1] >= first.num_examples:  # appended: the block numbers are unknown
         found += store.path.with_name(f"{name}.more.encodings").glob("*/block-*")
     for file in found:
         file.unlink(missing_ok=True)
 
 
 def carry_removals(source: Store, target: Path) -> None:
-    """Have a store that is made of another know whom not to take back.
+    """Write the tombstones of a source's removed examples into a store made from it.
 
     Raises:
-        DminError: that cannot be written.
+        DminError: the file cannot be written.
     """
     gone = source.removed_among(source.collected_metadata()) if source.removed else []
     marks = source.forgotten.union(map(tombstone, gone)).difference(read_forgotten(target))
@@ -78,7 +78,7 @@ def carry_removals(source: Store, target: Path) -> None:
 
 
 def note_copy(source: Store, target: str | os.PathLike[str]) -> None:
-    """Note where rows of a store were copied to, for whoever has to remove some; if it can be."""
+    """Record where rows of a store were copied to, for later removals; errors are ignored."""
     line = f"{Path(target).resolve()}\n"
     with contextlib.suppress(OSError):
         if not (source.path / COPIES).is_file() or line not in (source.path / COPIES).read_text():
@@ -86,7 +86,7 @@ def note_copy(source: Store, target: str | os.PathLike[str]) -> None:
 
 
 def known_copies(path: Path) -> list[Path]:
-    """Return where rows of a store are known to have been copied to, as far as it is there."""
+    """Return the existing paths to which rows of a store, or of its copies, were copied."""
     places = [path]
     for place in places:
         if (place / COPIES).is_file():

@@ -24,21 +24,21 @@ from dmin.store.writer import Rows, StoreWriter
 
 
 def begin_revision(store: Store, dataset: dict[str, Any], more: int) -> Manifest:
-    """Make room for more examples behind those of a complete store: its next revision.
+    """Begin the next revision of a complete store, with room for more examples at its end.
 
-    Rows that are there keep their places and bytes; the new ones are blocks of their own, to be
-    written by a ``StoreWriter`` as usual.
+    Existing rows keep their positions and bytes. New rows form blocks of their own, which a
+    ``StoreWriter`` writes as usual.
 
     Args:
-        store: complete.
-        dataset: what the dataset is from now on, JSON.
-        more: examples to come; 0 only says that the dataset is now another.
+        store: a complete store.
+        dataset: ``Manifest.dataset`` of the new revision, JSON.
+        more: number of examples to append; 0 changes only ``dataset``.
 
     Returns:
-        The manifest from now on.
+        The manifest of the new revision.
 
     Raises:
-        DminError: the store is incomplete, or another process made it grow just now.
+        DminError: the store is incomplete, or another process has just extended it.
     """
     store.require_complete()
     before = store.manifest
@@ -46,7 +46,7 @@ def begin_revision(store: Store, dataset: dict[str, Any], more: int) -> Manifest
     text = json.dumps(
         {"dataset": dataset, "num_examples": before.num_examples + more}, indent=2, sort_keys=True
     )
-    before.revised(text, str(file))  # what cannot be read back is not written
+    before.revised(text, str(file))  # raises if it could not be read back
     try:
         commit(file, f"{text}\n".encode(), overwrite=False)
     except FileExistsError:
@@ -59,11 +59,11 @@ def begin_revision(store: Store, dataset: dict[str, Any], more: int) -> Manifest
 
 
 def renew_metadata(store: Store, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Keep other metadata than the segments have; what was renewed before is replaced.
+    """Write metadata that replace those of the segments and any renewed earlier.
 
     Args:
-        store: complete.
-        entries: one for each row, JSON.
+        store: a complete store.
+        entries: one mapping per row, JSON.
 
     Raises:
         DminError: one is not JSON, or the file cannot be written.
@@ -85,21 +85,21 @@ def append(
     dataset: dict[str, Any] | None = None,
     restore: bool = False,
 ) -> Store:
-    """Put the rows of another store behind those of a store; stopped, it resumes.
+    """Append the rows of another store to a store; after an interruption, it resumes.
 
-    For training images that were added and collected apart. Rows that are there are not touched;
-    until all new ones are there, the store is to readers what it was. What was appended before
-    is not appended again.
+    For training images that were added and collected separately. Existing rows do not change.
+    Readers see the previous revision until all new rows are written. A source that was appended
+    before is not appended again.
 
     Args:
         target: a complete store.
-        source: a complete store of the same features, of other examples; any dtype.
-        dataset: what the dataset is from then on; if None, a list of what was put together.
-        restore: take back examples that were removed.
+        source: a complete store of comparable features and of other examples; any dtype.
+        dataset: ``Manifest.dataset`` of the new revision; None: a list of the datasets joined.
+        restore: append examples even if they were removed before.
 
     Raises:
-        DminError: features differ, named field by field; an example is there already; or the store
-            is incomplete.
+        DminError: features differ (the message lists the fields), an example exists already or was
+            removed, or a store is incomplete.
     """
     store = Store(target, growing=True)
     more = source if isinstance(source, Store) else Store(source)
@@ -114,7 +114,7 @@ def append(
     before = store.manifest.dataset
     joined = dataset or {"name": before.get("name"), "joined": [*_joined(before), added]}
     if store.complete and added in _joined(before) and set(more.ids) <= set(store.ids):
-        return store  # it was done before
+        return store  # appended before
     begun = before == dataset or (not dataset and _joined(before)[-1:] == [added])
     if store.complete or not begun:
         store.require_complete()
@@ -146,12 +146,12 @@ def _joined(dataset: dict[str, Any]) -> list[Any]:
 def write_pending(
     target: str | os.PathLike[str], manifest: Manifest, rows: Callable[[range], Rows]
 ) -> Store:
-    """Write the blocks that a store does not have yet; stopped, it resumes.
+    """Write the blocks that a store lacks; after an interruption, it resumes.
 
     Args:
         target: the store's directory.
         manifest: of the store.
-        rows: returns those of some places in the dataset.
+        rows: a function that returns the rows of a range of dataset positions.
     """
     with StoreWriter(target, manifest) as writer:
         for block in writer.pending():
@@ -165,7 +165,7 @@ def copied_rows(
     stop: int,
     change: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> Rows:
-    """Return rows ``start:stop`` of a store as a writer takes them, their features changed."""
+    """Return rows ``start:stop`` of a store for a writer, their features mapped by ``change``."""
     rows, readouts = slice(start, stop), store.layout.readouts
     return Rows(
         ids=store.ids[rows],

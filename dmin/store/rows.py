@@ -17,13 +17,13 @@ from dmin.store.mapped import Mapped
 
 
 class MappedRows:
-    """The features of the rows as they are stored, in maps that are made when first needed.
+    """The features of the rows as stored, in segments that are mapped when first needed.
 
     Args:
-        files: the segments.
-        layout: of the features.
-        counts: rows of each.
-        place: of each row among all of theirs, ``[n]``.
+        files: the segments, ``[s]``.
+        layout: axes of the features.
+        counts: number of rows in each segment, ``[s]``.
+        place: position of each row among the rows of all segments, ``[n]``.
     """
 
     def __init__(
@@ -34,18 +34,18 @@ class MappedRows:
         self.segment = segment = np.repeat(np.arange(len(files)), counts)[place]
         self.offset = offset = place - (np.cumsum(counts) - counts)[segment]
         apart = (np.diff(segment) != 0) | (np.diff(offset) != 1)
-        self._cuts = np.flatnonzero(apart) + 1  # rows that do not lie right behind the one before
+        self._cuts = np.flatnonzero(apart) + 1  # rows that do not directly follow the previous one
         self._maps: dict[tuple[int, str], Mapped] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the maps behind: they belong to this process."""
+        """Pickle without the maps, which belong to this process."""
         return {**self.__dict__, "_maps": {}}
 
     def runs(self, readout: str, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield the features of rows ``start:stop`` as they are stored and where they lie.
+        """Yield the features of rows ``start:stop`` as stored, without a copy.
 
-        As many that follow are asked of the disk meanwhile. Whoever multiplies them holds them
-        against the store's ``sums`` on the way, as ``Store.gather`` does.
+        The same number of rows after ``stop`` is prefetched. The caller must compare the rows
+        with the store's ``sums``, as ``Store.gather`` does.
 
         Yields:
             Arrays ``[n, draw, T, group, dim]`` of ``STORED_AS[layout.dtype]``, in order.
@@ -63,7 +63,7 @@ class MappedRows:
     def gather(self, readout: str, indices: np.ndarray) -> np.ndarray:
         """Return a copy of chosen rows, ``[n, draw, T, group, dim]``.
 
-        All are asked of the disk at once. ``Store.gather`` holds them against their sums as well.
+        All are requested from the disk at once. ``Store.gather`` also compares their checksums.
         """
         result = np.empty((len(indices), *self.layout.row_shape), STORED_AS[self.layout.dtype])
         segments = self.segment[indices]
@@ -76,9 +76,9 @@ class MappedRows:
         return result
 
     def addresses(self, readout: str, indices: np.ndarray) -> np.ndarray:
-        """Return where chosen rows lie in memory, uint64 ``[n]``; while this object is there.
+        """Return the memory addresses of chosen rows, uint64 ``[n]``, valid while this object is.
 
-        All are asked of the disk at once. Whoever reads them holds them against the store's
+        All are requested from the disk at once. The caller must compare the rows with the store's
         ``sums``.
         """
         chosen, which = np.unique(self.segment[indices], return_inverse=True)
@@ -90,15 +90,15 @@ class MappedRows:
         return begins[which] + rows
 
     def _together(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Yield the spans of rows within ``start:stop`` that lie together in one segment."""
+        """Yield the spans of rows within ``start:stop`` that are contiguous in one segment."""
         inside = slice(*np.searchsorted(self._cuts, [start, stop], side="right").tolist())
         cuts = [start, *(cut for cut in self._cuts[inside].tolist() if cut < stop), stop]
         return ((first, last) for first, last in pairwise(cuts) if first < last)
 
     def _on_disk(self, readout: str, rows: np.ndarray) -> bool:
-        """Return whether some of the rows are not in memory, as far as eight of them tell.
+        """Return whether some of the rows are not in the page cache, judged by about eight.
 
-        To ask for what is there already takes a tenth of the time that reading it does.
+        To prefetch rows that are cached already takes a tenth of the time of reading them.
         """
         some = rows[:: max(1, len(rows) // 8)].tolist()
         return not all(
@@ -108,19 +108,19 @@ class MappedRows:
     def _of(self, readout: str, segment: int) -> Mapped:
         key = int(segment), readout
         if key not in self._maps:
-            # Threads that race for it must end up with one: another would be unmapped again, and
-            # its addresses lead nowhere.
+            # Threads that race must all use one map: a second one would be unmapped again, and its
+            # addresses become invalid.
             mapped = Mapped(self.files[segment], f"features/{readout}")
             return self._maps.setdefault(key, mapped)
         return self._maps[key]
 
 
 class SmallArrays(dict[str, np.ndarray]):
-    """The small arrays of the rows, taken from the catalog when first asked for, by their names.
+    """The small arrays (norms, losses ...) of the rows by name, read when first used.
 
     Args:
         catalog: of the store.
-        place: of each row in it, ``[n]``.
+        place: position of each row in the catalog, ``[n]``.
     """
 
     def __init__(self, catalog: Catalog, place: np.ndarray) -> None:
@@ -128,7 +128,7 @@ class SmallArrays(dict[str, np.ndarray]):
         self._catalog, self._place = catalog, place
 
     def __missing__(self, name: str) -> np.ndarray:
-        """Return what is asked for the first time."""
+        """Read an array when it is first used."""
         kind, _, readout = name.partition("/")
         if kind == "inverse lengths":
             found = 1 / np.maximum(self[f"lengths/{readout}"], np.float32(1e-12))
@@ -140,13 +140,13 @@ class SmallArrays(dict[str, np.ndarray]):
 
 
 class Metadata(Sequence[dict[str, Any]]):
-    """The metadata of the rows, read from JSON when asked for.
+    """The metadata of the rows, parsed from JSON when accessed.
 
     Args:
-        lines: of the catalog.
-        place: of each row's among them, ``[n]``.
-        renewed: lines that are later than these, by position; ``null`` where there is none.
-        positions: of the rows, ``[n]``.
+        lines: the catalog's lines of JSON.
+        place: which of them belongs to each row, ``[n]``.
+        renewed: lines that replace them, by dataset position; ``null``: not replaced.
+        positions: dataset position of each row, ``[n]``.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Metadata(Sequence[dict[str, Any]]):
         """Compare with another sequence of mappings."""
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    def __hash__(self) -> int:  # as every sequence that may be compared with a list
+    def __hash__(self) -> int:  # like every mutable sequence
         raise TypeError("metadata cannot be hashed")
 
 
@@ -183,7 +183,7 @@ def parsed(line: bytes) -> dict[str, Any]:
     """Return the metadata of an example from its line of JSON.
 
     Raises:
-        DminError: it is none.
+        DminError: the line is not a JSON mapping.
     """
     try:
         found = json.loads(line)
@@ -199,7 +199,7 @@ def parsed(line: bytes) -> dict[str, Any]:
 
 
 def _as_slice(indices: np.ndarray) -> slice | np.ndarray:
-    """Return consecutive indices as a slice, which copies several times quicker."""
+    """Return consecutive indices as a slice, which NumPy copies several times faster."""
     consecutive = (np.diff(indices) == 1).all()
     return slice(indices[0], indices[-1] + 1) if consecutive else indices
 
@@ -208,7 +208,7 @@ def parsed_ids(lines: list[bytes], path: Path) -> list[str]:
     """Return ids from their lines of JSON.
 
     Raises:
-        DminError: they are none.
+        DminError: a line is not a JSON string.
     """
     try:
         found: list[str] = json.loads(b"[" + b",".join(lines) + b"]")
@@ -233,11 +233,11 @@ def require_distinct(ids: list[str], path: Path) -> list[str]:
 
 
 def last_complete(manifest: Manifest, blocks: np.ndarray) -> Manifest:
-    """Return the last revision all of whose blocks are there; the whole if there is none.
+    """Return the last complete revision; the given manifest if no revision is complete.
 
     Args:
         manifest: of the last revision.
-        blocks: that are there.
+        blocks: the blocks that are written.
     """
     for state in reversed(manifest.states):
         if len(np.setdiff1d(np.arange(state.num_blocks), blocks)) == 0:
@@ -246,26 +246,26 @@ def last_complete(manifest: Manifest, blocks: np.ndarray) -> Manifest:
 
 
 def places(manifest: Manifest, blocks: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return where rows are in a catalog.
+    """Return the position of each example's row in a catalog.
 
     Args:
-        manifest: whose blocks these are.
-        blocks: in the order of the catalog.
-        end: examples of the dataset that are looked for.
+        manifest: of the store.
+        blocks: its blocks in the order of the catalog, ``[b]``.
+        end: number of examples, counted from the start of the dataset.
 
     Returns:
-        Of each example the number of its row in the catalog, or −1, ``[end]``; and of each row in
-        the catalog whether it is of these examples.
+        For each example the number of its row in the catalog, or −1, ``[end]``; and for each row
+        of the catalog whether it belongs to these examples, bool.
     """
     starts, counts = manifest.spans(blocks)
-    held = ranges(starts, counts)  # places in the dataset of the catalog's rows
-    # Two writers may have raced for a block: backwards, so that the first by name wins.
+    held = ranges(starts, counts)  # dataset positions of the catalog's rows
+    # Two writers may both have written a block: assigned backwards, so that the first by name wins.
     place = np.full(manifest.num_examples, -1)
     place[held[::-1]] = np.arange(len(held))[::-1]
     return place[:end], held < end
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return ``start … start + count − 1`` of all pairs, one after the other."""
+    """Return the concatenation of ``start … start + count − 1`` for all pairs."""
     before = np.cumsum(counts) - counts
     return np.arange(counts.sum()) + np.repeat(starts - before, counts)

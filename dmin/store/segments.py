@@ -23,28 +23,28 @@ GROWTH_NAME = re.compile(r"growth-\d{4,}\.json")
 
 
 class Content(NamedTuple):
-    """What a segment is to hold of one block: JSON texts and arrays, one entry a row each."""
+    """The contents of one block in a segment: JSON texts and arrays, one entry per row."""
 
     texts: dict[str, list[str]]
     arrays: dict[str, np.ndarray]
 
 
 class Segment(NamedTuple):
-    """One sealed file and the blocks it holds."""
+    """One sealed file and the numbers of its blocks."""
 
     path: Path
     blocks: np.ndarray
 
 
 class Damaged(Exception):
-    """A segment is not what was sealed."""
+    """A segment differs from what was sealed."""
 
 
-Held = TypeVar("Held")  # what is read of a segment; it has its blocks
+Held = TypeVar("Held")  # what is read from a segment; has the attribute ``blocks``
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read the manifest of the store in a directory, with what it grew by.
+    """Read the manifest of the store in a directory, including its revisions.
 
     Raises:
         DminError: there is no store, or its manifest is damaged.
@@ -65,7 +65,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def growth_name(number: int) -> str:
-    """Return the name of the file that says what a store grew by, counted from 1."""
+    """Return the name of the file that describes a store's n-th extension, counted from 1."""
     return f"growth-{number:04d}.json"
 
 
@@ -109,11 +109,11 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
 def dataset(
     file: h5py.File, name: str, kind: Any = None, shape: tuple[int, ...] | None = None
 ) -> h5py.Dataset:
-    """Return a dataset of a segment, whose numbers lie in this file and nowhere else.
+    """Return an HDF5 dataset of a segment, after checking that its data are in this file.
 
     Raises:
         KeyError: there is none.
-        ValueError: it leads elsewhere, or is of another type or shape than the one given.
+        ValueError: it refers to another file, or has another type or shape than the one given.
     """
     parts = name.split("/")
     links = [file.get("/".join(parts[:end]), getlink=True) for end in range(1, len(parts) + 1)]
@@ -128,18 +128,18 @@ def dataset(
 def encode_segment(manifest: Manifest, blocks: Mapping[int, Content]) -> memoryview:
     """Return the bytes of a segment, the same for the same content.
 
-    The file is made in memory: its digest is then that of what was meant, and a full disk is met by
-    an ordinary write and not inside HDF5, which may keep a file that it cannot flush open for ever.
+    The file is made in memory. So its digest covers what was meant to be written, and a full disk
+    fails in an ordinary write, not inside HDF5, which may never close a file that it cannot flush.
 
     Args:
         manifest: of the store; its fingerprint is written into the segment.
-        blocks: what it is to hold, by number of the block; their order does not matter.
+        blocks: the contents by block number, in any order.
     """
     numbers = sorted(blocks)
     rows = [row for number in numbers for row in manifest.block_rows(number)]
     first = blocks[numbers[0]]
     buffer = io.BytesIO()
-    # Large arrays start at multiples of 64 bytes, so that they may be used where they lie.
+    # Large arrays start at multiples of 64 bytes, so that they can be memory-mapped.
     with h5py.File(buffer, "w", alignment_threshold=1024, alignment_interval=64) as file:
         file.attrs["manifest"] = manifest.fingerprint
         file["blocks"] = np.asarray(numbers, dtype="<i8")
@@ -173,7 +173,7 @@ def open_segments(
         path: the store.
         manifest: the store's.
         verify: compare the digest of each file with its name.
-        known: segments found before, by name; they are not opened again.
+        known: segments that were already read, by name; they are not opened again.
 
     Returns:
         The segments by name, in the order of their names.
@@ -205,8 +205,8 @@ def read_segments(
         path: the store.
         manifest: the store's.
         names: of the segments.
-        known: what was read before, by name; it is not read again.
-        read: returns what a segment holds, its ``blocks`` included; raises :class:`Damaged`.
+        known: segments that were already read, by name; they are not read again.
+        read: returns the contents of a segment, with ``blocks``; raises :class:`Damaged`.
 
     Raises:
         DminError: segments are damaged (all are named), or cannot be read.
@@ -250,8 +250,8 @@ def opened_segment(
         The file, and its blocks.
 
     Raises:
-        Damaged: says what is wrong with it, also of what the caller reads in it.
-        OSError: it may not be read, which is not to be taken for damage.
+        Damaged: says what is wrong, also if the caller's own reading fails.
+        OSError: the file cannot be read, which does not mean that it is damaged.
     """
     with open(path, "rb") as raw:
         digest = hashlib.file_digest(raw, "sha256").hexdigest()[:16] if verify else ""

@@ -38,9 +38,9 @@ class Rows:
 
     Args:
         ids: the example ids, ``[n]``, unique in the dataset.
-        metadata: JSON, one mapping an example.
+        metadata: JSON, one mapping per example.
         features: readout -> ``[n, draw, T, group, dim]``; stored as ``layout.dtype``.
-        norms: readout -> ``[n, draw, T, group]``, the gradient norms before scaling.
+        norms: readout -> ``[n, draw, T, group]``, the gradient norms before normalising.
         losses: ``[n, draw, T]``.
     """
 
@@ -54,20 +54,20 @@ class Rows:
 class StoreWriter:
     """Create a store, or resume one, and append blocks to it.
 
-    Use it in a ``with`` statement: however that is left, by Ctrl-C as well, the blocks appended are
-    sealed. Several processes may write into one store; share the blocks out by their number
-    (``block % processes == rank``), not by their place in ``pending()``, which shrinks meanwhile.
+    Use it in a ``with`` statement: the blocks appended are sealed however it ends, by Ctrl-C too.
+    Several processes may write into one store. Distribute the blocks by their number
+    (``block % processes == rank``), not by their index in ``pending()``, which gets shorter.
 
     Args:
-        path: the directory; made with its parents if it is not there.
-        manifest: what is going to be written.
-        segment_bytes: seal when this much is collected.
-        seal_seconds: seal at the first append this long after the first unsealed one, so that this
-            bounds what a kill can cost.
-        verify: compare the digests of the segments that are there with their names.
+        path: the directory; it and its parents are made if missing.
+        manifest: of the store.
+        segment_bytes: seal when the unsealed blocks have this many bytes.
+        seal_seconds: seal at the first append this long after the first unsealed one. It limits
+            the work that is lost if the process is killed.
+        verify: compare the digests of existing segments with their names.
 
     Raises:
-        DminError: the directory cannot be written, is not a store, is a store made with other
+        DminError: the directory cannot be written, is not a store, has a store made with other
             settings or of another dataset, or has damaged segments.
     """
 
@@ -80,7 +80,7 @@ class StoreWriter:
         seal_seconds: float = SEAL_SECONDS,
         verify: bool = True,
     ) -> None:
-        """Make or check the manifest, and look which blocks are there."""
+        """Write or check the manifest, and find out which blocks exist."""
         self.path: Path = Path(path)
         self.segment_bytes = segment_bytes
         self.seal_seconds = seal_seconds
@@ -93,7 +93,7 @@ class StoreWriter:
         self._closed, self._loss = False, RankingLoss(manifest.layout.dtype)
         with naming("make a store in", self.path):
             self._create(manifest)
-        # The store's own from here on: equal values may be written differently, as 1 and 1.0.
+        # From here on the store's own manifest: equal values may differ as text, as 1 and 1.0.
         self.manifest: Manifest = read_manifest(self.path)
         _require_same(self.path, manifest, self.manifest)
         self._remove_stale()
@@ -110,13 +110,13 @@ class StoreWriter:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Seal the blocks appended: they are right, whatever went wrong after them."""
+        """Seal the blocks appended: they are valid, whatever failed afterwards."""
         try:
             self.close()
         except DminError as failure:
             if error is None:
                 raise
-            error.add_note(str(failure))  # what went wrong first is what the user must read
+            error.add_note(str(failure))  # the first error matters most to the user
 
     def pending(self) -> list[int]:
         """Return the blocks that no process has sealed yet, ascending."""
@@ -125,15 +125,15 @@ class StoreWriter:
         return [block for block in range(self.manifest.num_blocks) if block not in self._sealed]
 
     def append(self, block: int, rows: Rows) -> None:
-        """Take the rows of one block, and seal what is collected if it is large or old enough.
+        """Take the rows of one block, and seal if the unsealed blocks are large or old enough.
 
         Args:
             block: number of the block, see ``Manifest.block_rows``.
             rows: all its rows; they are copied.
 
         Raises:
-            DminError: the block is there already, a row is not allowed (nothing of the block is
-                taken then), or sealing failed (the rows stay collected then).
+            DminError: the block exists already; a row is invalid (then the block is not taken); or
+                sealing failed (then the rows are kept in memory).
         """
         if self._closed:
             raise DminError(f"The writer of {self.path} is closed: open it again to append.")
@@ -146,7 +146,7 @@ class StoreWriter:
             _checked_texts(rows, count, self._ids),
             _checked_arrays(rows, count, self.manifest.layout),
         )
-        for readout in self.manifest.layout.readouts[:1]:  # of losses alone there is none
+        for readout in self.manifest.layout.readouts[:1]:  # none if only losses are stored
             self._loss.add(readout, rows.features, content.arrays)
         if not self._collected:
             self._first_append = time.monotonic()
@@ -158,11 +158,11 @@ class StoreWriter:
             self.seal()
 
     def seal(self) -> None:
-        """Write the blocks collected as one segment; without any, do nothing.
+        """Write the unsealed blocks, if any, as one segment.
 
         Raises:
-            DminError: it could not be written. Nothing is left of it, the blocks stay collected,
-                and earlier segments stay valid.
+            DminError: it could not be written. No file remains of it, the blocks are kept in
+                memory, and earlier segments stay valid.
         """
         if not self._collected:
             return
@@ -181,17 +181,17 @@ class StoreWriter:
         self._bytes = 0
 
     def close(self) -> None:
-        """Seal what is collected; the writer takes no more."""
+        """Seal the unsealed blocks; the writer takes no more."""
         self.seal()
         self._loss.warn()
         self._closed = True
 
     def _create(self, manifest: Manifest) -> None:
-        """Make directory and manifest, unless a manifest is there: the first creator wins."""
+        """Make the directory and the manifest, unless one exists: the first process wins."""
         self.path.mkdir(parents=True, exist_ok=True)
         strangers = [name for name in os.listdir(self.path) if not name.endswith(".tmp")]
         file = self.path / MANIFEST
-        if file.exists():  # looked at after the listing: another process may just have made it
+        if file.exists():  # checked after listing: another process may just have made it
             return
         if strangers:
             raise DminError(
@@ -203,13 +203,13 @@ class StoreWriter:
             commit(file, text, overwrite=False)
         except FileExistsError:
             return
-        except OSError:  # a file system without links, or a fault that will show again
+        except OSError:  # a file system without links, or an error that will occur again
             commit(file, text)
 
     def _remove_stale(self) -> None:
-        """Remove what killed writers left, once nobody can still be writing it."""
+        """Remove temporary files of killed writers, when they are too old to be in use."""
         for leftover in self.path.glob("*.tmp"):
-            with contextlib.suppress(OSError):  # such as: a live writer has just renamed it
+            with contextlib.suppress(OSError):  # for example, its writer has just renamed it
                 if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
                     leftover.unlink()
 
@@ -228,7 +228,7 @@ def _require_same(path: Path, here: Manifest, there: Manifest) -> None:
 
 
 def _checked_texts(rows: Rows, count: int, taken: set[str]) -> dict[str, list[str]]:
-    """Return ids and metadata as JSON, one line a row, or raise DminError."""
+    """Return ids and metadata as JSON, one line per row, or raise DminError."""
     for name, entries in (("ids", rows.ids), ("metadata", rows.metadata)):
         if len(entries) != count:
             raise DminError(
@@ -248,7 +248,7 @@ def _checked_texts(rows: Rows, count: int, taken: set[str]) -> dict[str, list[st
 
 
 def _checked_arrays(rows: Rows, count: int, layout: Layout) -> dict[str, np.ndarray]:
-    """Return copies of the arrays by the name of their dataset, or raise DminError."""
+    """Return copies of the arrays by their HDF5 dataset's name, or raise DminError."""
     for name, arrays in (("features", rows.features), ("norms", rows.norms)):
         if set(arrays) != set(layout.readouts):
             raise DminError(
@@ -268,8 +268,8 @@ def _checked_arrays(rows: Rows, count: int, layout: Layout) -> dict[str, np.ndar
             array = np.asarray(values, dtype=np.float32)
         if array.shape != expected:
             raise DminError(
-                f"The array {name} of a block has the shape {array.shape}; the store's layout asks"
-                f" for {expected}, its axes being rows, draw, timestep, group and dim."
+                f"The array {name} of a block has the shape {array.shape}; the store's layout needs"
+                f" {expected} (rows, draw, timestep, group, dim)."
             )
         _require_storable(name, array, dtype, rows.ids, layout)
         kind, _, readout = name.partition("/")
