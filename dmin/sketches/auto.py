@@ -11,24 +11,24 @@ from dmin.sketches.tensor_sketch import TensorSketch
 class Auto(TensorSketch):
     """TensorSketch for large matrices, block-cyclic sign-and-fold for everything else.
 
-    Both have OPORP's bound, ``Var⟨S g, S h⟩ ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) / k`` (TensorSketch but for
-    factors near one, and for sides longer than k, see there); so has their sum, since the maps of
-    different parameters are independent. So the choice is one of cost: a matrix of ``from_size``
-    entries or more can be sketched from its factors in less time than it is formed in; smaller
-    ones, most kernels and vectors are formed and folded, their entries in runs.
+    Both have OPORP's bound, ``Var⟨S g, S h⟩ ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) / k`` (TensorSketch up to
+    factors near one, and for sides of at most k entries; see there). So has their sum, since the
+    maps of different parameters are independent. The choice is therefore one of cost. A matrix
+    of at least ``from_size`` entries is sketched from its factors faster than it can be formed.
+    Smaller matrices, most kernels, and vectors are formed and then folded.
 
-    Which map a parameter has depends on its shape alone: never on k, so that rows fold, nor on
-    batch or tokens. How a map is evaluated follows the cost.
+    A parameter's shape alone selects its map: not k, so that rows can be folded to a smaller k,
+    and neither batch nor tokens. The evaluation of a map is selected by cost.
 
-    Norms are exact for a model without such matrices, else those of the sketch, with a relative
-    error of about ``(2k)^-½``.
+    Norms are exact if no parameter uses TensorSketch. Otherwise they are norms of the sketch, with
+    a relative error of about ``(2k)^-½``.
 
     Args:
         dim: k.
         seed: key of the maps.
-        block: of the block-cyclic map.
-        from_size: entries from which a matrix is mapped by TensorSketch.
-        from_kernel: entries from which the kernel of a convolution is.
+        block: block length of the block-cyclic map.
+        from_size: smallest number of entries for which a matrix uses TensorSketch.
+        from_kernel: the same for the kernel of a convolution.
     """
 
     family = "auto"

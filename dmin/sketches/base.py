@@ -23,20 +23,20 @@ from dmin.sketches.maps import Map
 
 
 class Sketched(NamedTuple):
-    """What one backward pass leaves: the sketch and the norm of each example's gradient."""
+    """The result of one backward pass: sketch and squared gradient norm of each example."""
 
     values: Tensor  # [batch, groups, k]
-    squared_norm: Tensor  # [batch, groups], of the gradient itself when `exact`
+    squared_norm: Tensor  # [batch, groups], of the gradient if norm_kind is "exact"
 
 
 class Accumulator:
-    """Rows under construction, summed over the parameters of a model, and what adds to them.
+    """The state of one pass: rows that are summed over the parameters, and the backend.
 
     Args:
-        sketch: whose rows they are.
+        sketch: the sketch that computes the rows.
         batch: number of examples.
-        like: a tensor whose device and dtype the rows take.
-        budget: bytes that per-example gradients may take at once.
+        like: a tensor with the device and dtype of the rows.
+        budget: most bytes of per-example gradients in memory at once.
     """
 
     def __init__(self, sketch: Sketch, batch: int, like: Tensor, budget: int) -> None:
@@ -53,27 +53,27 @@ class Accumulator:
 
 
 class Sketch(Shown, ABC):
-    """A random linear map S from the gradients of a model to k dimensions a group.
+    """A random linear map S from the gradients of a model to k dimensions per group.
 
-    ``E⟨S g, S h⟩ = ⟨g, h⟩``: inner products survive in the mean, with the variance each family
+    ``E⟨S g, S h⟩ = ⟨g, h⟩``: inner products are unbiased, with the variance bound that each family
     states. The map is keyed by (seed, parameter name), so it is the same in every process, on
     every device, for every batch and in any order of layers.
 
-    A pass over a batch is ``state = begin(...)``, ``add(state, name, factors)`` for each parameter
-    as backward reaches it, ``finish(state)``. The sketch itself holds no state of the pass.
+    A pass over a batch is ``state = begin(...)``, then ``add(state, name, factors)`` for each
+    parameter as backward reaches it, then ``finish(state)``. The sketch holds no state of a pass.
 
     Args:
-        dim: k, dimensions kept for each group.
-        seed: key of the map. Stores are comparable only when made with the same one.
+        dim: k, the dimensions of each group.
+        seed: key of the map. Stores are comparable only if they have the same seed.
     """
 
     family: str
     norm_kind = "exact"
-    kernels: Kernels = "auto"  # how the map is evaluated, never which map it is
-    # Sketches of k dimensions fold by residue, y[c] = Σ_{j mod k' = c} x[j], to exactly the sketch
-    # of k' where k' divides k and is a multiple of this; None: they do not.
+    kernels: Kernels = "auto"  # selects the evaluation of the map, never the map itself
+    # If k' divides k and is a multiple of `folds`, y[c] = Σ_{j mod k' = c} x[j] maps a row of
+    # k dimensions to exactly the row of k' dimensions. None: rows cannot be folded.
     folds: int | None = None
-    # Raised whenever the map changes for unchanged settings; a part of the fingerprint from 2 on.
+    # Increased whenever the map changes for equal settings; part of the fingerprint from 2 on.
     revision = 1
 
     def __init__(self, dim: int = 4096, seed: int = 0) -> None:
@@ -84,13 +84,13 @@ class Sketch(Shown, ABC):
         self.dim = dim
         self.seed = seed
         self._parameters: Parameters | None = None
-        self._kept: dict[Any, Any] = {}  # what is worked out once, of the parameters bound
+        self._kept: dict[Any, Any] = {}  # cache of values that depend on the bound parameters
 
     def bind(self, parameters: Parameters) -> Self:
         """Return this sketch for the parameters of one model.
 
         Raises:
-            DminError: k exceeds the number of scalars, so nothing would be compressed.
+            DminError: k exceeds the number of parameters, so nothing would be compressed.
         """
         self._check_dim(parameters)
         bound = copy.copy(self)
@@ -112,14 +112,14 @@ class Sketch(Shown, ABC):
 
         Args:
             batch: number of examples.
-            like: a tensor whose device and (wide) dtype the rows take.
-            budget: bytes that per-example gradients may take at once.
+            like: a tensor with the device and dtype of the rows (float32 or float64).
+            budget: most bytes of per-example gradients in memory at once.
         """
         return Accumulator(self, batch, like, budget)
 
     @abstractmethod
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
-        """Add the sketch of one parameter's gradients to the rows."""
+        """Add the sketches of one parameter's gradients to the rows."""
 
     def finish(self, state: Accumulator) -> Sketched:
         """Return the finished rows."""
@@ -127,10 +127,10 @@ class Sketch(Shown, ABC):
         return Sketched(state.values, state.squared_norm)
 
     def of(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """Return the sketch of gradients given in full: the oracle, and the door for other vectors.
+        """Return the sketch of full gradients: the oracle of tests, and for vectors of any origin.
 
         Args:
-            gradients: for each parameter name a tensor ``[batch, *shape]``; absent ones are zero.
+            gradients: for each parameter name a tensor ``[batch, *shape]``; missing ones are zero.
 
         Returns:
             ``[batch, groups, k]``.
@@ -142,7 +142,7 @@ class Sketch(Shown, ABC):
         return self.finish(state).values
 
     def adjoint(self, row: Tensor) -> dict[str, Tensor]:
-        """Return ``Sᵀ row``, whose product with every g is ``⟨row, S g⟩``.
+        """Return ``Sᵀ row``: ``⟨Sᵀ row, g⟩ = ⟨row, S g⟩`` for every g.
 
         Args:
             row: ``[groups, k]``.
@@ -151,7 +151,7 @@ class Sketch(Shown, ABC):
             For each parameter name a tensor ``[*shape]``.
         """
         plain = copy.copy(self)
-        plain.kernels, plain.norm_kind = "torch", "sketch"  # what autograd can transpose
+        plain.kernels, plain.norm_kind = "torch", "sketch"  # autograd can differentiate these
         with torch.enable_grad():
             at = {
                 each.name: row.new_zeros(1, *each.shape, requires_grad=True)
@@ -162,14 +162,14 @@ class Sketch(Shown, ABC):
         return {name: gradient[0] for name, gradient in zip(at, found, strict=True)}
 
     def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
-        """Return the bound of ``Var⟨S g, S h⟩`` that the family states, of single parameters.
+        """Return the family's bound of ``Var⟨S g, S h⟩`` for gradients of a single parameter.
 
-        For several parameters what it has beyond ``(‖g‖²‖h‖² + ⟨g, h⟩²) / k`` adds up.
+        For several parameters, take ``(‖g‖²‖h‖² + ⟨g, h⟩²) / k`` of all and add each one's excess.
 
         Args:
-            name: of the parameter.
-            g: gradients of it alone, ``[n, *shape]``.
-            h: others, paired with these.
+            name: name of the parameter.
+            g: gradients of this parameter, ``[n, *shape]``.
+            h: the gradients paired with g, ``[n, *shape]``.
 
         Returns:
             ``[n]``.
@@ -193,30 +193,30 @@ class Sketch(Shown, ABC):
 
 
 class FormedSketch(Sketch):
-    """A sketch of gradients that are formed, a few examples at a time, and reduced at once."""
+    """A sketch that forms the gradients of a few examples at a time and reduces them at once."""
 
     @abstractmethod
     def projection(self, name: str, state: Accumulator) -> Callable[[Tensor, Tensor], None]:
-        """Return the map of one parameter, ready for use.
+        """Return the map of one parameter as a function.
 
         Args:
-            name: of the parameter.
-            state: of the pass: device and dtype of gradients and rows, and the backend.
+            name: name of the parameter.
+            state: the state of the pass: device and dtype of gradients and rows, and the backend.
 
         Returns:
-            A function that adds the sketches of gradients ``[n, P]``, which it may overwrite, to
-            rows ``[n, k]``.
+            A function of gradients ``[n, P]`` and rows ``[n, k]`` that adds the sketches to the
+            rows. It may overwrite the gradients.
         """
 
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
-        """Form, measure and project the gradients of one parameter."""
+        """Form the gradients of one parameter, add their squared norms, and project them."""
         parameter = self.parameters.by_name[name]
         rows, project = state.groups[parameter.group], self.projection(name, state)
         project_formed(factors, prod(parameter.shape), rows, state.budget, project)
 
 
 class FoldedSketch(Sketch):
-    """A sketch with one bucket and one sign for each scalar: signs flipped, buckets added up."""
+    """A sketch with one bucket and one sign per scalar: signed entries are summed in buckets."""
 
     @abstractmethod
     def map_of(self, parameter: Parameter) -> Map:
@@ -228,5 +228,5 @@ class FoldedSketch(Sketch):
         state.backend.fold(factors, self.map_of(parameter), state.groups[parameter.group])
 
     def fold(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return bucket and sign of each scalar of a flattened parameter, ``[P]`` each."""
+        """Return the bucket and sign of each scalar of a flattened parameter, each ``[P]``."""
         return self.map_of(self.parameters.by_name[name]).buckets(device)

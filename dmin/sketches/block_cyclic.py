@@ -10,23 +10,23 @@ from dmin.sketches.maps import BlockCyclicMap, Map
 
 
 class BlockCyclic(FoldedSketch):
-    """Cut the gradient into blocks, flip signs at random, add each block at a random offset.
+    """Cut the gradient into blocks, multiply by random signs, add each block at a random offset.
 
     ``(S g)[c] = Σ_j s_j g_j [ (i_j + r_⌊j⌋) mod k = c ]`` ,
 
-    where entry j is number i_j of its block ⌊j⌋, with independent signs s and offsets r, uniform on
-    [0, k), both hashed from (seed, parameter name). A block is a run of b inputs in a row of the
-    weight, or in a row for one tap of a convolution's kernel: what is formed together lies
-    together. Two entries of one block never collide (b ≤ k), two of different blocks with
-    probability exactly 1/k; hence ``E⟨S g, S h⟩ = ⟨g, h⟩`` and
-    ``Var⟨S g, S h⟩ ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) / k``, OPORP's bound (Li & Li, arXiv
-    2302.03505), for every vector. (A fold at fixed strides does not have it: outlier channels
-    collide.) It keeps nothing of the parameters' size.
+    where entry j has position i_j in its block ⌊j⌋. The signs s and the offsets r, uniform on
+    [0, k), are independent and hashed from (seed, parameter name). A block is a run of b inputs in
+    a row of the weight, or of one tap of a convolution's kernel, so entries that are formed
+    together are adjacent. Two entries of one block never collide (b ≤ k); two of different blocks
+    collide with probability exactly 1/k. Hence ``E⟨S g, S h⟩ = ⟨g, h⟩`` and
+    ``Var⟨S g, S h⟩ ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) / k``, OPORP's bound (Li & Li, arXiv 2302.03505), for
+    every vector. (A fold at fixed strides does not satisfy it, because outlier channels collide.)
+    No state of the parameters' size is kept.
 
     Args:
         dim: k, at least the block.
         seed: key of signs and offsets.
-        block: b, neighbouring entries that move together; it makes memory access sequential.
+        block: b, adjacent entries with a common offset, for sequential memory access.
     """
 
     family = "block_cyclic"
@@ -46,7 +46,7 @@ class BlockCyclic(FoldedSketch):
         return {**super().describe(), "block": self.block}
 
     def map_of(self, parameter: Parameter) -> Map:
-        """Return the map of one parameter: two keys, hashed into signs and offsets when used."""
+        """Return the map of one parameter: two keys, hashed to signs and offsets when evaluated."""
         if parameter.name not in self._kept:
             self._kept[parameter.name] = self._map(parameter)
         return self._kept[parameter.name]

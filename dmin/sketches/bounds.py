@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Of pairs of matrices G, H ``[n, out, in]``; each ``[n]``."""
+    """Terms of the bounds for pairs of matrices G, H ``[n, out, in]``; each ``[n]``."""
 
     whole: Tensor  # ‖G‖²‖H‖² + ⟨G, H⟩²
     along: Tensor  # ‖GᵀH‖²
@@ -16,7 +16,7 @@ class Moments(NamedTuple):
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return a parameter's shape as that of a matrix: outputs × inputs and places."""
+    """Return a parameter's shape as a matrix: outputs × (inputs · kernel taps)."""
     return (shape[0], prod(shape[1:])) if shape else (1, 1)
 
 
@@ -27,10 +27,10 @@ def whole(g: Tensor, h: Tensor) -> Tensor:
 
 
 def moments(g: Tensor, h: Tensor) -> Moments:
-    """Return the moments of pairs of gradients ``[n, *shape]``, seen as matrices."""
+    """Return the moments of pairs of gradients ``[n, *shape]``, viewed as matrices."""
     shape = matrix_shape(tuple(g.shape[1:]))
     left, right = g.reshape(-1, *shape), h.reshape(-1, *shape)
-    turned = shape[0] > shape[1]  # products of the shorter side suffice
+    turned = shape[0] > shape[1]  # products over the shorter side suffice
     if turned:
         left, right = left.transpose(1, 2), right.transpose(1, 2)
     between = left @ right.transpose(1, 2)
@@ -42,6 +42,6 @@ def moments(g: Tensor, h: Tensor) -> Moments:
 
 
 def share_of_equal(size: int, dim: int) -> float:
-    """Return how often two of ``size`` spread words are equal modulo ``dim``."""
+    """Return the probability that two of ``size`` spread words are equal modulo ``dim``."""
     rounded = 1 << (size - 1).bit_length()
     return max(0.0, rounded / dim - 1) / max(1, rounded - 1)

@@ -22,28 +22,28 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: 
 
 
 class Factored(Sketch):
-    """``S G = vec(A G Bᵀ)`` of each parameter as a matrix, k dimensions, summed over parameters.
+    """``S G = vec(A G Bᵀ)`` for each parameter as a matrix G, summed over all parameters.
 
-    ``A [k₁, out]`` and ``B [k₂, in]`` have signs over √k₁ and √k₂, k₁·k₂ = k, and are independent
-    for each parameter (LoGra's projection, Choe et al., arXiv 2405.13954; that one keeps the layers
-    apart, this one adds them up, which at the same k is several times more accurate). A gradient
-    ``Σ_p d_p ⊗ a_p`` becomes ``Σ_p A d_p ⊗ B a_p``, so it is never formed; for convolutions
-    ``B a_p`` is itself a convolution of the input with k₂ kernels. A kernel counts as a matrix of
-    out × (in · height · width), a vector as one of a single column.
+    The entries of ``A [k₁, out]`` and ``B [k₂, in]`` are random signs divided by √k₁ and √k₂, with
+    k₁·k₂ = k, independent for each parameter. This is LoGra's projection (Choe et al., arXiv
+    2405.13954), which keeps the layers separate; the sum over layers is several times more accurate
+    at equal k. A gradient ``Σ_p d_p ⊗ a_p`` becomes ``Σ_p A d_p ⊗ B a_p`` and is never formed; for
+    convolutions ``B a_p`` is itself a convolution of the input with k₂ kernels. A kernel is viewed
+    as a matrix of out × (in · height · width), a vector as a single column.
 
-    k₁ and k₂ are the two nearest to √k. A side that is not longer than its share is kept whole
-    (signs, and a random cyclic shift), and the other gets what that leaves.
+    k₁ and k₂ are the divisors of k nearest to √k. A side no longer than its k₁ or k₂ is kept whole
+    (random signs and a random cyclic shift), and the other side gets the remaining factor of k.
 
     It is unbiased. For one parameter, with M = GᵀH, N = GHᵀ, ρ = ⟨G, H⟩, τ = tr M² = tr N²,
 
     ``Var ≤ (‖G‖²‖H‖² + ρ² + ‖M‖² + ‖N‖²)/k + (‖M‖² + τ)/k₂ + (‖N‖² + τ)/k₁``,
 
-    without the term of a side that is kept whole. A vector longer than k is count-sketched (a sign
-    and one of k places for each entry), which has the first term alone. Between parameters
-    ``(‖g‖²‖h‖² + ⟨g, h⟩²)/k`` holds as for the others. The terms in 1/k₁ and 1/k₂ are what it
-    costs: they fall with √k only, and ‖M‖ and ‖N‖ are as large as ‖G‖‖H‖ for gradients of rank one.
+    without the term of a side that is kept whole. A vector longer than k is count-sketched (one
+    sign and one of k buckets per entry), which has only the first term. Between parameters
+    ``(‖g‖²‖h‖² + ⟨g, h⟩²)/k`` holds, as for the other sketches. The terms in 1/k₁ and 1/k₂ are the
+    drawback: they fall only with √k, and for rank-one gradients ‖M‖ and ‖N‖ are as large as ‖G‖‖H‖.
 
-    Norms are those of the sketch. It does not fold.
+    Norms are those of the sketch. Rows cannot be folded to a smaller k.
 
     Args:
         dim: k; a power of two splits best.
@@ -52,10 +52,10 @@ class Factored(Sketch):
 
     family = "factored"
     norm_kind = "sketch"
-    revision = 2  # vectors longer than k are counted
+    revision = 2  # vectors longer than k are count-sketched
 
     def add(self, state: Accumulator, name: str, factors: GradientFactors) -> None:
-        """Add one parameter, from its factors where that takes less than forming it."""
+        """Add one parameter, from its factors where that is cheaper than forming the gradient."""
         parameter = self.parameters.by_name[name]
         rows = state.values[:, parameter.group]
         left, right = self.sides(parameter, rows)
@@ -68,7 +68,7 @@ class Factored(Sketch):
                 rows[examples] += product.flatten(1)
 
     def finish(self, state: Accumulator) -> Sketched:
-        """Return the finished rows; norms are theirs."""
+        """Return the finished rows and their norms."""
         return Sketched(state.values, state.values.square().sum(-1))
 
     def variance(self, name: str, g: Tensor, h: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Factored(Sketch):
         return pairs / self.dim + rows + columns
 
     def shares(self, parameter: Parameter) -> tuple[int, int]:
-        """Return k₁ and k₂, which multiply to k."""
+        """Return k₁ and k₂, with k₁ · k₂ = k."""
         out, inside = matrix_shape(parameter.shape)
         divisors = [d for d in range(1, isqrt(self.dim) + 1) if self.dim % d == 0]
         divisors += [self.dim // d for d in reversed(divisors)]
@@ -95,7 +95,7 @@ class Factored(Sketch):
         return first, self.dim // first
 
     def sides(self, parameter: Parameter, like: Tensor) -> tuple[AxisMap, AxisMap]:
-        """Return A and B of one parameter, hashed afresh."""
+        """Return A and B of one parameter, hashed anew at each call."""
         plan = self._plan(parameter)
         each = zip(*plan, strict=True)
         left, right = (self._side(*side, like) for side in each)
@@ -116,7 +116,7 @@ class Factored(Sketch):
         return AxisMap(share, sign, bucket)
 
     def _plan(self, parameter: Parameter) -> _Plan:
-        """Return the shares, shapes and kinds of maps of a parameter; kept, as they are few."""
+        """Return the cached sizes, shares, keys and kinds of map of a parameter's two sides."""
         if parameter.name not in self._kept:
             sizes, shares = matrix_shape(parameter.shape), self.shares(parameter)
             keys, matrices = [], []
@@ -130,24 +130,24 @@ class Factored(Sketch):
 
 
 class _Plan(NamedTuple):
-    """A parameter's two sides: outputs, inputs."""
+    """The maps of a parameter's two sides, (outputs, inputs)."""
 
     sizes: tuple[int, int]
-    shares: tuple[int, int]
-    keys: tuple[tuple[int, int], ...]  # of signs, and of places
-    matrices: tuple[bool, ...]  # of signs; other sides have a sign and a place for each entry
+    shares: tuple[int, int]  # k₁, k₂
+    keys: tuple[tuple[int, int], ...]  # of the signs and the buckets of each side
+    matrices: tuple[bool, ...]  # True: a matrix of signs; False: one sign and bucket per entry
 
 
 @dataclass(frozen=True)
 class AxisMap:
-    """A random map of one side of a gradient: signs and places, or a matrix of signs."""
+    """A random map of one side of a gradient: signs and buckets, or a matrix of signs."""
 
     to: int
-    sign: Tensor  # [size], or [to, size] with its scale
+    sign: Tensor  # [size], or [to, size] multiplied by to^-½
     bucket: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map the last dimension, to ``to`` entries."""
+        """Map the last dimension to ``to`` entries."""
         if self.bucket is None:
             return x @ self.sign.T
         return x.new_zeros(*x.shape[:-1], self.to).index_add_(-1, self.bucket, x * self.sign)
@@ -172,7 +172,7 @@ def _projected(
 ) -> Tensor:
     """Return ``A G Bᵀ``, ``[batch, k₁, k₂]``."""
     if isinstance(part, Rows):
-        d = left.matrix.T[part.index]  # A times the one that is not zero
+        d = left.matrix.T[part.index]  # A times a one-hot vector
         return d.transpose(1, 2) @ right(part.output_gradient.to(dtype))
     if not _projects(part, right) or _forming_is_cheaper(part, plan):
         formed = part.dense().to(dtype).reshape(-1, *matrix_shape(parameter.shape))
@@ -189,9 +189,9 @@ def _projected(
 
 
 def _forming_is_cheaper(part: Outer | Correlation, plan: _Plan) -> bool:
-    """Return whether forming a gradient takes less than projecting its factors."""
+    """Return whether forming a gradient is cheaper than projecting its factors."""
     (out, inside), (first, second), positions = plan.sizes, plan.shares, positions_of(part)
-    # Multiplications with a column of either matrix.
+    # Multiplications with one column of A and of B.
     of_left, of_right = (n * m for n, m in zip(plan.shares, plan.matrices, strict=True))
     projected = positions * (out * of_left + inside * of_right + first * second)
     formed = out * (positions * inside + inside * of_right + of_left * second)
@@ -201,7 +201,7 @@ def _forming_is_cheaper(part: Outer | Correlation, plan: _Plan) -> bool:
 def _projects(part: GradientFactors, right: AxisMap) -> TypeGuard[Outer | Correlation]:
     """Return whether torch can project a layer call's factors.
 
-    Of a convolution if patches of the input are multiplied with kernels, which are matrices.
+    For a convolution, B must be a matrix, so that its rows can be used as kernels.
     """
     if isinstance(part, Correlation):
         return not (part.layer.groups > 1 or part.layer.transposed or right.bucket is not None)
@@ -209,7 +209,7 @@ def _projects(part: GradientFactors, right: AxisMap) -> TypeGuard[Outer | Correl
 
 
 def _bytes(part: GradientFactors, parameter: Parameter, shares: int) -> int:
-    """Return about what projecting one example takes."""
+    """Return roughly the bytes that projecting one example takes."""
     if isinstance(part, Outer | Rows | Correlation):
         return 4 * max(positions_of(part) * shares, prod(parameter.shape))
     return 4 * prod(parameter.shape)

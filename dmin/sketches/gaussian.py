@@ -20,13 +20,13 @@ class Gaussian(FormedSketch):
     ``Var⟨S g, S h⟩ = (‖g‖²‖h‖² + ⟨g, h⟩²) / k`` exactly, for every pair of vectors
     (Johnson & Lindenstrauss 1984; TRAK's projection, Park et al., arXiv 2303.14186).
 
-    The matrix is kept, ``4 k P`` bytes, and every gradient is multiplied with it, ``2 k P``
-    operations: the oracle at small sizes, and hopeless at others.
+    The matrix takes ``4 k P`` bytes, and multiplying a gradient with it ``2 k P`` operations. It is
+    the reference for small models, and impractical for large ones.
 
     Args:
         dim: k.
-        seed: key of the entries, drawn on the CPU for each parameter by its name.
-        max_bytes: refuse a matrix larger than this.
+        seed: key of the entries; those of a parameter are drawn on the CPU, keyed by its name.
+        max_bytes: the largest matrix that is accepted.
     """
 
     family = "gaussian"
@@ -39,7 +39,7 @@ class Gaussian(FormedSketch):
         """Return this sketch for the parameters of one model; the matrix is drawn on first use.
 
         Raises:
-            DminError: it would take more than ``max_bytes``.
+            DminError: the matrix would take more than ``max_bytes``.
         """
         size = 4 * self.dim * parameters.count
         if size > self.max_bytes:

@@ -17,9 +17,9 @@ def key(seed: int, *names: str) -> int:
 def hash_words(key: int, count: int, device: torch.device | None = None) -> Tensor:
     """Return pseudo-random 32-bit words for the counters 0 … count−1.
 
-    The counter passes twice through the finaliser of MurmurHash3 (Appleby), a bijection of 32-bit
-    words with full avalanche, keyed in between. Plain integer arithmetic, hence equal on every
-    device.
+    The finaliser of MurmurHash3 (Appleby), a bijection of 32-bit words with full avalanche, is
+    applied twice to each counter, with the key mixed in before each time. It is plain integer
+    arithmetic, hence equal on every device.
 
     Returns:
         int64 ``[count]`` with values in [0, 2^32).
@@ -29,18 +29,18 @@ def hash_words(key: int, count: int, device: torch.device | None = None) -> Tens
 
 
 def spread_words(key: int, count: int, device: torch.device | None = None) -> Tensor:
-    """Return pseudo-random words that are all different, and stay so in their last bits.
+    """Return pseudo-random words that are distinct, and distinct or evenly spread modulo k.
 
-    A random permutation of 0 … N−1, N the power of two from ``count`` up, with random bits above.
-    Modulo a power of two k ≥ N no two are equal, and the difference of two is uniform over what is
-    not a multiple of N; modulo a smaller one they are spread as evenly as can be: two are equal
-    with probability ``(N/k − 1) / (N − 1) < 1/k``.
+    The low bits are the first values of a random permutation of 0 … N−1, where N is ``count``
+    rounded up to a power of two; the high bits are random. Modulo a power of two k ≥ N all words
+    differ, and the difference of two is uniform over the residues that are not multiples of N.
+    Modulo a smaller power of two, two are equal with probability ``(N/k − 1) / (N − 1) < 1/k``.
 
     Returns:
         int64 ``[count]``, not negative.
     """
     size = 1 << (count - 1).bit_length()
-    places = hash_words(key, size, device).argsort()[:count]  # words differ: there are no ties
+    places = hash_words(key, size, device).argsort()[:count]  # all words differ, so no ties
     return places + size * hash_words(key + 0x9E3779B9 & _MASK, count, device)
 
 

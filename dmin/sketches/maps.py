@@ -10,13 +10,13 @@ from torch import Tensor
 
 from dmin.sketches.hashing import hash_words, signs, spread_words
 
-CountSketch = tuple[Tensor, Tensor]  # of each row or column: bucket in [0, k), and sign
+CountSketch = tuple[Tensor, Tensor]  # bucket in [0, k) and sign of each row or column
 
 
 def as_matrices(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Return (taps, out, in): a parameter as one matrix for each tap of its kernel.
+    """Return (taps, out, in): the shape of a parameter as one matrix per tap of its kernel.
 
-    A vector is a single row. The order of entries is that of (tap, out, in).
+    A vector is a single row. Entries are numbered in the order (tap, out, in).
     """
     if len(shape) < 2:
         return 1, 1, prod(shape)
@@ -27,11 +27,11 @@ class Map(ABC):
     """The map of one parameter's gradients to k dimensions.
 
     Args:
-        shape: of the parameter.
+        shape: shape of the parameter.
         dim: k.
 
     Attributes:
-        kept: what is worked out once, by device and by whom.
+        kept: cache of tables computed from the map, by device and backend.
     """
 
     def __init__(self, shape: tuple[int, ...], dim: int) -> None:
@@ -41,7 +41,7 @@ class Map(ABC):
 
     @abstractmethod
     def buckets(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the map in its obvious form.
+        """Return the map as one bucket and one sign per scalar.
 
         Returns:
             bucket: integers ``[P]``, in [0, k), for each scalar of the flattened parameter.
@@ -50,12 +50,12 @@ class Map(ABC):
 
 
 class BlockCyclicMap(Map):
-    """Signs hashed for every entry, offsets for every block of a row.
+    """One hashed sign per entry, and one hashed offset per block of a row.
 
     Args:
-        shape: of the parameter.
+        shape: shape of the parameter.
         dim: k.
-        block: b, entries that move together.
+        block: b, the length of a block.
         sign: key of the signs.
         offset: key of the offsets.
     """
@@ -74,7 +74,7 @@ class BlockCyclicMap(Map):
         self.words: int = self.rows * -(-self.width // 32)  # of 32 signs
 
     def buckets(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return buckets and signs, hashed afresh."""
+        """Return buckets and signs, hashed anew at each call."""
         offsets = hash_words(self.offset, self.blocks, device)
         bucket = offsets[:, None] % self.dim + torch.arange(self.block, device=device)
         bucket = bucket.view(self.rows, -1)[:, : self.width] % self.dim
@@ -82,19 +82,19 @@ class BlockCyclicMap(Map):
         return self._taps_last(bucket), self._taps_last(sign)
 
     def _taps_last(self, entries: Tensor) -> Tensor:
-        """Return entries in the order (tap, out, in) as a flattened parameter."""
+        """Reorder entries from (tap, out, in) to the order of the flattened parameter."""
         taps, out, width = as_matrices(self.shape)
         return entries.reshape(taps, out * width).T.reshape(-1)
 
 
 class TensorSketchMap(Map):
-    """Sums of a row's and a column's bucket, products of their signs.
+    """The bucket is the sum of a row's and a column's bucket, the sign the product of their signs.
 
     Args:
-        shape: of the parameter.
+        shape: shape of the parameter.
         dim: k.
         row: keys of the buckets and the signs of outputs.
-        column: those of inputs, for each tap.
+        column: the same for the inputs of all taps.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class TensorSketchMap(Map):
     def sides(self, device: torch.device) -> tuple[CountSketch, CountSketch]:
         """Return bucket and sign of each output, and of each input for each tap.
 
-        They are kept, 12 bytes for each: a thousandth of the matrix, and sorted to be made.
+        They are cached, since computing them sorts: 12 bytes each, a thousandth of the matrix.
         """
         if device not in self.kept:
             taps, out, width = as_matrices(self.shape)

@@ -14,22 +14,22 @@ from dmin.sketches.hashing import hash_words, key, signs
 
 
 class MaskSJLT(Sketch):
-    """Keep each scalar with probability q = keep / P, scale by q^-½, sign and fold to k.
+    """Keep each scalar with probability q = keep / P, scale by q^-½, then sign and fold to k.
 
     ``(S g)[c] = q^-½ Σ_{j kept} s_j g_j [ h_j = c ]`` (GraSS, Hu et al., arXiv 2505.18976:
-    mask, then a sparse projection). It is unbiased, over the mask as well, with
+    a mask, then a sparse projection). It is unbiased over mask, signs and hashes, with
 
-    ``Var⟨S g, S h⟩ ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) / k + (1/q − 1) Σ_j g_j² h_j²``:
+    ``Var⟨S g, S h⟩ ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) / k + (1/q − 1) Σ_j g_j² h_j²``.
 
-    the mask costs little for gradients spread evenly over P scalars, where the last term is
-    about ``‖g‖²‖h‖² / keep``, and everything where a few scalars carry them. The kept entries of a
-    Linear layer's gradient are computed from its factors alone. Kept places are drawn by their
-    gaps, so work and memory go with ``keep``, not with P. Norms are those of the sketch.
+    For gradients spread evenly over P scalars the last term is only about ``‖g‖²‖h‖² / keep``.
+    For gradients concentrated on a few scalars it dominates. The kept entries of a Linear layer's
+    gradient are computed from its factors. Positions are drawn by their gaps, so that work and
+    memory are proportional to ``keep``, not to P. Norms are those of the sketch.
 
     Args:
         dim: k.
-        seed: key of places, hashes and signs.
-        keep: scalars kept of the whole model, in the mean; all of them where there are not more.
+        seed: key of positions, hashes and signs.
+        keep: expected number of scalars kept of the whole model (at most all).
     """
 
     family = "mask_sjlt"
@@ -74,11 +74,11 @@ class MaskSJLT(Sketch):
             add_at(values[examples], bucket, kept.to(values.dtype) * sign.to(values.dtype))
 
     def finish(self, state: Accumulator) -> Sketched:
-        """Return the finished rows; norms are theirs."""
+        """Return the finished rows and their norms."""
         return Sketched(state.values, state.values.square().sum(-1))
 
     def _kept_places(self, name: str, size: int, q: float, device: torch.device) -> Tensor:
-        """Return places, kept by device: 8 bytes for each."""
+        """Return the kept positions, cached for each device (8 bytes each)."""
         if (name, device) not in self._kept:
             places = kept_places(key(self.seed, name, "kept"), size, q)
             self._kept[name, device] = places.to(device)
@@ -86,9 +86,9 @@ class MaskSJLT(Sketch):
 
 
 def kept_places(key: int, size: int, q: float) -> Tensor:
-    """Return sorted places in [0, size), each there with probability q, by geometric gaps.
+    """Return sorted positions in [0, size), each with probability q, from geometric gaps.
 
-    Drawn on the CPU, the same everywhere; work goes with the number of places.
+    They are drawn on the CPU, hence equal everywhere. Work is proportional to their number.
     """
     if q >= 1:
         return torch.arange(size)
@@ -99,13 +99,13 @@ def kept_places(key: int, size: int, q: float) -> Tensor:
         places = gaps.floor_().long().add_(1).cumsum(0).sub_(1)
         if places[-1] >= size:
             return places[places < size]
-        count *= 2  # of the same sequence, so that what was drawn stays
+        count *= 2  # a longer part of the same sequence: earlier gaps are unchanged
 
 
 def entries(factors: GradientFactors, places: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return some entries of each example's flattened gradient, ``[batch, len(places)]``.
 
-    From the factors of a Linear layer, ``Σ_p d_p[o] a_p[i]``, where that is less work.
+    They are computed from a Linear layer's factors, ``Σ_p d_p[o] a_p[i]``, where that is cheaper.
     """
     parts = _parts(factors)
     if len(parts) > 1:

@@ -12,13 +12,13 @@ from dmin.sketches.base import Accumulator, FormedSketch
 
 
 class FullGradient(FormedSketch):
-    """The identity: every group's gradients one behind the other, k = P.
+    """The identity: the gradients of each group concatenated, k = P.
 
-    ``⟨S g, S h⟩ = ⟨g, h⟩`` exactly. A row has as many numbers as the largest group has parameters;
-    smaller groups end in zeros.
+    ``⟨S g, S h⟩ = ⟨g, h⟩`` exactly. k is the number of parameters in the largest group; rows of
+    smaller groups are padded with zeros.
 
     Args:
-        max_dim: refuse a row of more numbers than this.
+        max_dim: the largest k that is accepted.
     """
 
     family = "none"
@@ -28,13 +28,13 @@ class FullGradient(FormedSketch):
         self.max_dim = max_dim
 
     def bind(self, parameters: Parameters) -> Self:
-        """Return this sketch with a place for each parameter of one model.
+        """Return this sketch with a range of a row for each parameter of one model.
 
         Raises:
-            DminError: a row would have more than ``max_dim`` numbers.
+            DminError: a row would have more than ``max_dim`` dimensions.
         """
         ends = [0] * len(parameters.groups)
-        places = {}  # of each parameter, the first of its numbers
+        places = {}  # first dimension of each parameter
         for entry in parameters.entries:
             places[entry.name] = ends[entry.group]
             ends[entry.group] += prod(entry.shape)
@@ -54,7 +54,7 @@ class FullGradient(FormedSketch):
         return {"family": self.family}
 
     def projection(self, name: str, state: Accumulator) -> Callable[[Tensor, Tensor], None]:
-        """Return what adds a parameter's gradients at its place."""
+        """Return a function that adds a parameter's gradients to its range of the rows."""
         start = self._kept[name]
 
         def project(gradient: Tensor, rows: Tensor) -> None:
@@ -67,4 +67,4 @@ class FullGradient(FormedSketch):
         return g.new_zeros(len(g))
 
     def _check_dim(self, parameters: Parameters) -> None:
-        """Any model will do: k follows from it."""
+        """Do nothing: k is determined by the model."""

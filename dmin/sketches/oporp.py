@@ -12,15 +12,15 @@ from dmin.sketches.maps import Map
 
 
 class OPORP(FoldedSketch):
-    """One permutation and one random sign vector over the whole gradient, then sums of groups.
+    """One permutation and one random sign vector over the whole gradient, then sums of runs.
 
-    Pad the concatenated gradient to ``k·m`` entries, permute, multiply by signs, add each run of m.
-    ``E⟨S g, S h⟩ = ⟨g, h⟩`` and ``Var⟨S g, S h⟩ ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) / k``
+    Pad the concatenated gradient to ``k·m`` entries, permute, multiply by signs, and sum each run
+    of m entries. ``E⟨S g, S h⟩ = ⟨g, h⟩`` and ``Var⟨S g, S h⟩ ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) / k``
     (Li & Li, "OPORP: One Permutation + One Random Projection", arXiv 2302.03505; the compression
     of DMin, arXiv 2412.08637).
 
-    The permutation must be kept: 5 bytes a parameter here (bucket int32, sign int8; the published
-    code keeps 16), that is 3.5 MB for 0.7 M parameters and 60 GB for 12 B.
+    The permutation is stored: 5 bytes per parameter (bucket int32, sign int8; the published code
+    stores 16), that is 3.5 MB for 0.7 M parameters and 60 GB for 12 B.
 
     Args:
         dim: k, any positive number.
@@ -43,12 +43,12 @@ class OPORP(FoldedSketch):
         return bound
 
     def map_of(self, parameter: Parameter) -> Map:
-        """Return the part of the permutation and signs that is a parameter's."""
+        """Return the part of the permutation and signs that belongs to one parameter."""
         start = self.parameters.offsets[parameter.name]
         return _Part(self, parameter, slice(start, start + prod(parameter.shape)))
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return buckets and signs of all parameters on a device, sent once."""
+        """Return buckets and signs of all parameters on a device; each device caches them."""
         if device not in self._kept:
             self._kept[device] = self._bucket.to(device), self._sign.to(device)
         return self._kept[device]

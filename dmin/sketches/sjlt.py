@@ -13,20 +13,20 @@ from dmin.sketches.hashing import hash_words, key, signs
 
 
 class SJLT(FormedSketch):
-    """s independent sign-and-folds of k/s buckets each, interleaved.
+    """s independent sign-and-fold maps to k/s buckets each, interleaved.
 
-    ``(S g)[s·b + r] = s^-½ Σ_j σ_rj g_j [ h_rj mod (k/s) = b ]``, r = 0 … s−1, with signs σ and
-    hashes h of every scalar alone (Kane & Nelson, "Sparser Johnson-Lindenstrauss transforms",
+    ``(S g)[s·b + r] = s^-½ Σ_j σ_rj g_j [ h_rj mod (k/s) = b ]``, r = 0 … s−1, with independent
+    signs σ and hashes h for each scalar (Kane & Nelson, "Sparser Johnson-Lindenstrauss transforms",
     arXiv 1012.1577, the block construction; used by GraSS, Hu et al., arXiv 2505.18976).
 
-    Each fold has ``Var ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) s/k``, and the estimate is the mean of s independent
-    ones: ``Var⟨S g, S h⟩ ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) / k`` whatever s is. More buckets a scalar make
-    large errors rarer, not the variance smaller, and cost s times the work.
+    Each map has ``Var ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) s/k``, and the estimate is the mean of s independent
+    ones, so ``Var⟨S g, S h⟩ ≤ (‖g‖²‖h‖² + ⟨g, h⟩²) / k`` for any s. A larger s makes large errors
+    rarer but the variance no smaller, and takes s times the work.
 
     Args:
         dim: k, a multiple of s.
         seed: key of hashes and signs.
-        nonzeros: s, buckets of each scalar.
+        nonzeros: s, the number of buckets of each scalar.
     """
 
     family = "sjlt"
@@ -49,7 +49,7 @@ class SJLT(FormedSketch):
         return {**super().describe(), "nonzeros": self.nonzeros}
 
     def projection(self, name: str, state: Accumulator) -> Callable[[Tensor, Tensor], None]:
-        """Return the folds of one parameter, hashed afresh."""
+        """Return the map of one parameter, hashed anew at each call."""
         device = state.values.device
         size, s = prod(self.parameters.by_name[name].shape), self.nonzeros
         folds: list[tuple[Tensor, Tensor]] = []

@@ -27,47 +27,47 @@ class SpectralAccumulator(Accumulator):
 
 
 class TensorSketch(BlockCyclic):
-    """Matrices and kernels by TensorSketch, from their factors; vectors block-cyclic.
+    """TensorSketch of matrices and kernels, from their factors; vectors are block-cyclic.
 
     TensorSketch (Pham & Pagh 2013) puts entry (o, i) into ``bucket = (h₁(o) + h₂(i)) mod k`` with
-    ``sign = s₁(o) s₂(i)``. For a gradient ``Σ_p d_p ⊗ a_p`` that is
-    ``F⁻¹ Σ_p F(C₁ d_p) ∘ F(C₂ a_p)`` with count sketches C₁, C₂: the ``o·i`` multiplications of a
-    position become ``k log k``, the gradient is never formed, and one inverse transform serves all
-    positions and layers.
+    ``sign = s₁(o) s₂(i)``. A gradient ``Σ_p d_p ⊗ a_p`` becomes
+    ``F⁻¹ Σ_p F(C₁ d_p) ∘ F(C₂ a_p)`` with the Fourier transform F and count sketches C₁, C₂. A
+    position takes ``k log k`` multiplications instead of ``out·in``, the gradient is never formed,
+    and one inverse transform suffices for all positions and layers.
 
-    Which map a parameter has depends on its shape alone. How the map is evaluated follows the cost:
-    few entries or many positions are formed and folded all the same, to the same numbers.
+    A parameter's shape alone selects its map. The evaluation is selected by cost: gradients with
+    few entries or many positions are formed and folded instead, with the same result.
 
-    With independent hashes, entries of one row or column that share a bucket would cost gradients
-    of rank one (adaLN) up to three times the variance of others: for G, H of unit norm, with
-    M = GᵀH, N = GHᵀ, τ = tr M² = tr N², ``k·Var ≈ 1 + ρ² + ‖M‖² + ‖N‖² + 2τ``. So the hashes of
-    each side are all different as long as there are as many buckets (:func:`spread_words`), which
-    the published ones are not. Then, for k a power of two and n the larger side, rounded up to one,
+    With independent hashes, collisions within a row or column would give rank-one gradients
+    (adaLN) up to three times the variance of others: for G, H of unit norm, with ρ = ⟨G, H⟩,
+    M = GᵀH, N = GHᵀ, τ = tr M² = tr N², ``k·Var ≈ 1 + ρ² + ‖M‖² + ‖N‖² + 2τ``. Unlike the
+    published hashes, those used here (:func:`spread_words`) are distinct on a side of at most k
+    entries. Then, for k a power of two and n the larger side rounded up to a power of two,
 
     ``Var ≤ (1 + 1/(n−1)) (1 + 2/k) (‖G‖²‖H‖² + ρ²)/k + c_in (‖M‖² + τ) + c_out (‖N‖² + τ)``,
 
-    where c is 0 for a side of at most k, and ``(n/k − 1)/(n − 1) < 1/k`` for a longer one of n:
-    OPORP's bound, for every layer whose sides are not longer than the sketch.
+    where c is 0 for a side of at most k, and ``(n/k − 1)/(n − 1) < 1/k`` for a longer side, rounded
+    up to n. Layers with no side longer than k thus have OPORP's bound, up to factors near one.
 
-    Norms are those of the sketch, since the gradient is not there to be measured.
+    Norms are those of the sketch, because the gradient is not formed.
 
     Args:
         dim: k.
         seed: key of the maps.
-        block: of the block-cyclic map.
-        from_size: entries from which a matrix is mapped by TensorSketch, a smaller one is
-            block-cyclic; :class:`dmin.sketches.Auto` has a value by cost.
-        from_kernel: entries from which the kernel of a convolution is, as a matrix of outputs by
-            (tap, input). Those of many entries stand where positions are few.
+        block: block length of the block-cyclic map.
+        from_size: smallest number of entries for which a matrix uses TensorSketch; smaller ones
+            are block-cyclic. :class:`dmin.sketches.Auto` has a value chosen by cost.
+        from_kernel: the same for the kernel of a convolution, viewed as a matrix of outputs ×
+            (tap, input). Large kernels usually belong to layers with few positions.
     """
 
     family = "tensor_sketch"
     norm_kind = "sketch"
 
-    # Nanoseconds an elementary step takes one CPU core: a position's transforms (for each k log k)
-    # and the counting of a row or column, an entry's multiplication at a position, its folding.
+    # Nanoseconds per elementary step on one CPU core: transforms of a position (per k log k),
+    # counting of a row or column entry, multiplication of an entry at a position, folding of it.
     TRANSFORM, COUNT, FORM, FOLD = 0.2, 1.0, 0.008, 0.8
-    # The same of a GPU in half precision, computed from an H200's figures (docs/performance.md).
+    # The same for a GPU in half precision, computed from an H200's figures (docs/performance.md).
     ON_GPU = 5e-4, 0.0, 3e-6, 2.5e-3
 
     def __init__(
@@ -87,7 +87,7 @@ class TensorSketch(BlockCyclic):
         return {**super().describe(), "from_size": self.from_size, "from_kernel": self.from_kernel}
 
     def tensor_sketched(self, parameter: Parameter) -> bool:
-        """Say whether a parameter is mapped by TensorSketch; its shape decides."""
+        """Return whether a parameter is mapped by TensorSketch, which its shape determines."""
         threshold = self.from_size if len(parameter.shape) == 2 else self.from_kernel
         return len(parameter.shape) > 1 and prod(parameter.shape) >= threshold
 
@@ -123,7 +123,7 @@ class TensorSketch(BlockCyclic):
         state.backend.fold(factors, map_, rows)
 
     def finish(self, state: Accumulator) -> Sketched:
-        """Return the finished rows: one inverse transform for all TensorSketched parameters."""
+        """Return the finished rows, after one inverse transform for all parameters."""
         assert isinstance(state, SpectralAccumulator)
         state.backend.finish()
         values = state.values + torch.fft.irfft(state.spectrum, n=self.dim)

@@ -17,17 +17,17 @@ Kernels = Literal["auto", "triton", "torch"]
 
 
 def backend_for(values: Tensor, kernels: str, budget: int) -> Backend:
-    """Return what evaluates maps in one pass.
+    """Return the backend that evaluates maps in one pass.
 
-    Rows in double precision, the oracle's, are made by torch whatever is asked for.
+    Rows in double precision, as the test oracle needs them, are always computed by torch.
 
     Args:
-        values: rows under construction, whose device and dtype decide.
+        values: the rows; their device and dtype select the backend.
         kernels: ``auto``, ``triton`` or ``torch``.
-        budget: bytes that per-example gradients may take at once.
+        budget: most bytes of per-example gradients in memory at once.
 
     Raises:
-        DminError: Triton is asked for where it cannot be.
+        DminError: ``triton`` is requested, but the rows are not on a GPU.
     """
     if kernels == "triton" and not (values.is_cuda or interpreted()):
         raise DminError(
@@ -43,10 +43,10 @@ def backend_for(values: Tensor, kernels: str, budget: int) -> Backend:
 
 
 def check_kernels(kernels: str) -> None:
-    """Refuse a setting of kernels that does not exist, or that cannot be had.
+    """Check the setting ``kernels``.
 
     Raises:
-        DminError: names what is allowed, or what is missing.
+        DminError: the value is unknown, or Triton is requested and not installed.
     """
     if kernels not in get_args(Kernels):
         raise DminError(
@@ -62,10 +62,10 @@ def check_kernels(kernels: str) -> None:
 
 @cache
 def installed() -> bool:
-    """Return whether Triton is there."""
+    """Return whether Triton is installed."""
     return find_spec("triton") is not None
 
 
 def interpreted() -> bool:
-    """Return whether Triton interprets its kernels, on a CPU: for tests."""
+    """Return whether Triton interprets its kernels on a CPU, as in tests."""
     return installed() and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

@@ -11,19 +11,19 @@ from dmin.sketches.maps import Map, TensorSketchMap
 
 @dataclass(frozen=True, eq=False)
 class GroupRows:
-    """The rows of one group of parameters under construction; both are changed in place."""
+    """The rows of one group of parameters; both tensors are changed in place."""
 
     values: Tensor  # [batch, k]
-    squared_norm: Tensor | None  # [batch]; None where norms of gradients are not wanted
+    squared_norm: Tensor | None  # [batch]; None if norms of gradients are not needed
 
 
 class Backend(Protocol):
-    """Evaluates maps for one pass over a batch. Which map it is, the family alone decides."""
+    """Evaluates maps for one pass over a batch. The sketch family alone defines the map."""
 
     def fold(self, factors: GradientFactors, map_: Map, rows: GroupRows) -> None:
         """Add the folded gradients of one parameter to rows, and their squared norms.
 
-        Gradients of small parameters may be kept and added together, at :meth:`finish` at last.
+        Gradients of small parameters may be kept and added in batches, at the latest in `finish`.
         """
 
     def add_spectra(
@@ -33,7 +33,7 @@ class Backend(Protocol):
 
         Args:
             factors: outer products ``Σ_p d_p ⊗ a_p``, or a correlation in one or two dimensions.
-            map_: has the count sketches C₁ and C₂.
+            map_: the TensorSketch, with count sketches C₁ and C₂.
             spectrum: complex ``[batch, k // 2 + 1]``, changed in place.
         """
 
@@ -41,13 +41,13 @@ class Backend(Protocol):
         """Add signed gradients ``[n, P]`` at buckets ``[P]`` to values ``[n, k]``."""
 
     def finish(self) -> None:
-        """Add what was kept."""
+        """Add the gradients that were kept."""
 
 
 def in_positions(factors: GradientFactors) -> TypeGuard[Outer | Correlation]:
-    """Return whether gradients are sums of outer products that each backend can walk through.
+    """Return whether gradients are sums of outer products over positions, for every backend.
 
-    Those are products themselves, and correlations in one or two dimensions.
+    These are outer products, and correlations in one or two dimensions with a single group.
     """
     if isinstance(factors, Correlation):
         return type(factors.layer) in (nn.Conv1d, nn.Conv2d) and factors.layer.groups == 1
@@ -55,7 +55,7 @@ def in_positions(factors: GradientFactors) -> TypeGuard[Outer | Correlation]:
 
 
 def positions_of(factors: GradientFactors) -> int:
-    """Return how many outer products a gradient is the sum of."""
+    """Return the number of positions: a gradient is a sum of one outer product per position."""
     assert isinstance(factors, Outer | LookedUp | Correlation)
     d = factors.output_gradient
     return d[0, 0].numel() if isinstance(factors, Correlation) else d.shape[1]

@@ -27,11 +27,11 @@ from dmin.sketches.maps import BlockCyclicMap, Map, TensorSketchMap, as_matrices
 if TYPE_CHECKING:
     from dmin.sketches.backends.cpu_kernels import Fold
 
-PARTS = 4  # of an example's rows, where there are fewer examples, …
-PART = 1 << 15  # … if a part has so many entries
+PARTS = 4  # an example's rows are split into so many parts if there are fewer examples …
+PART = 1 << 15  # … and a part has at least so many entries
 
 
-BATCHED = 1 << 16  # entries of an example's small parameters that are batched
+BATCHED = 1 << 16  # gradients of vectors are batched up to so many entries per example
 _NO_BITS, _NO_PLACES = np.empty(0, np.uint32), np.empty(0, np.int32)
 _NO_SIDE = _NO_PLACES, np.empty(0, np.float32)
 
@@ -39,17 +39,17 @@ _NO_SIDE = _NO_PLACES, np.empty(0, np.float32)
 class CpuBackend(TorchBackend):
     """Compiled loops for rows in single precision; torch for maps of other kinds.
 
-    There are many vectors in a model (biases, scales of norms), all small: their gradients are
-    batched, and folded by one call.
+    A model has many small vectors (biases, scales of norms). Their gradients are batched and
+    folded in one call.
 
     Args:
-        budget: bytes that formed gradients or packed factors may take at once.
+        budget: most bytes of formed gradients or packed factors in memory at once.
     """
 
     def __init__(self, budget: int) -> None:
         super().__init__(budget)
         self._batched: dict[GroupRows, list[tuple[BlockCyclicMap, Tensor]]] = defaultdict(list)
-        self._entries = 0  # of an example, that are batched
+        self._entries = 0  # batched entries per example
 
     def fold(self, factors: GradientFactors, map_: Map, rows: GroupRows) -> None:
         """Fold gradients while they are formed."""
@@ -66,12 +66,12 @@ class CpuBackend(TorchBackend):
     def add_spectra(
         self, factors: GradientFactors, map_: TensorSketchMap, spectrum: Tensor
     ) -> None:
-        """Count, transform and multiply a few positions at a time, which stay in the cache."""
+        """Count-sketch, transform and multiply a few positions at a time, within the cache."""
         assert in_positions(factors)
         add_spectra(factors, map_, spectrum)
 
     def scatter(self, gradient: Tensor, bucket: Tensor, sign: Tensor, values: Tensor) -> None:
-        """Add signed gradients at buckets, an example in one thread."""
+        """Add signed gradients at buckets, each example in one thread."""
         loops, places = kernels(), (bucket.numpy(), sign.numpy())
 
         def work(i: int) -> None:
@@ -80,7 +80,7 @@ class CpuBackend(TorchBackend):
         in_threads(len(gradient), work)
 
     def finish(self) -> None:
-        """Fold the gradients that are batched."""
+        """Fold the batched gradients."""
         batched, self._batched, self._entries = self._batched, defaultdict(list), 0
         for rows, some in batched.items():
             maps, gradients = zip(*some, strict=True)
@@ -100,9 +100,9 @@ def fold_factors(
 
     Args:
         factors: the gradients.
-        map_: of the parameter.
-        rows: values float32.
-        budget: bytes that formed gradients or packed factors may take at once.
+        map_: the map of the parameter.
+        rows: rows with float32 values.
+        budget: most bytes of formed gradients or packed factors in memory at once.
     """
     shape, measure = map_.shape, rows.squared_norm is not None
     with _sums(rows) as sums:
@@ -119,9 +119,9 @@ def fold_factors(
 
 @contextmanager
 def _sums(rows: GroupRows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Give what the loops add rows and squared norms to; it is with the rows at the end.
+    """Yield arrays to which the loops add rows and squared norms; on exit, rows include them.
 
-    The loops are compiled for rows that lie side by side: those of a single group.
+    The loops need contiguous rows. With several groups, rows are not, and a copy is used.
     """
     values, norms = rows.values, rows.squared_norm
     sums = values if values.is_contiguous() else torch.zeros(values.shape)
@@ -134,17 +134,17 @@ def _sums(rows: GroupRows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 class _Work(NamedTuple):
-    """What is folded, and where to."""
+    """The map and the outputs of a fold."""
 
     shape: tuple[int, int, int]  # taps, out, in
     fold: Fold
-    rows: np.ndarray  # [batch, k], to which gradients are added
-    squares: np.ndarray  # [batch], to which squared norms are added
-    measure: bool  # whether they are
+    rows: np.ndarray  # [batch, k], to which folded gradients are added
+    squares: np.ndarray  # [batch], to which squared norms are added …
+    measure: bool  # … if True
 
 
 def _fold_examples(layout: Layout, work: _Work, budget: int) -> None:
-    """Fold a layer call, as many examples at a time as may be copied at once."""
+    """Fold a layer call, as many examples at a time as the budget for copies allows."""
     threads = torch.get_num_threads()
     group = threads * max(1, budget // (threads * layout.bytes))
     for start in range(0, len(work.rows), group):
@@ -152,7 +152,7 @@ def _fold_examples(layout: Layout, work: _Work, budget: int) -> None:
 
 
 def _fold_group(layout: Layout, work: _Work, examples: slice) -> None:
-    """Fold some examples of a layer call; each thread takes some of these at once."""
+    """Fold some examples of a layer call, divided evenly over the threads."""
     _, out, width = work.shape
     d, a = layout.arrays(examples)
     rows, squares = work.rows[examples], work.squares[examples]
@@ -167,7 +167,7 @@ def _fold_group(layout: Layout, work: _Work, examples: slice) -> None:
 
 
 def _fold_in_parts(layout: Layout, work: _Work) -> None:
-    """Fold a layer call of so few examples that threads share one; parts are added up in order."""
+    """Fold a layer call of few examples, each divided over threads; add the parts in order."""
     _, out, width = work.shape
     batch = len(work.rows)
     total = np.zeros((batch, PARTS, work.fold.length), np.float32)
@@ -196,9 +196,9 @@ def fold_vectors(
     """Add the folded gradients of vectors to the rows of a batch.
 
     Args:
-        gradients: of each vector, ``[batch, n]``.
-        maps: of each, with one block size.
-        rows: values float32.
+        gradients: gradients of each vector, ``[batch, n]``.
+        maps: map of each vector; all have the same block length.
+        rows: rows with float32 values.
     """
     together = torch.cat([gradient.detach().float() for gradient in gradients], 1).numpy()
     starts = np.cumsum([0, *(gradient.shape[1] for gradient in gradients)])
@@ -209,7 +209,7 @@ def fold_vectors(
 
 
 def _compiled(map_: BlockCyclicMap | TensorSketchMap) -> Fold:
-    """Return a map for the kernels; a folded row is longer than k, and wrapped at the end."""
+    """Return a map for the loops. Their folded row is longer than k, and wrapped at the end."""
     loops = kernels()
     if isinstance(map_, BlockCyclicMap):
         keys = map_.sign, map_.words, map_.offset, map_.blocks
@@ -221,7 +221,7 @@ def _compiled(map_: BlockCyclicMap | TensorSketchMap) -> Fold:
 
 
 def _fold_dense(factors: GradientFactors, shape: Sequence[int], work: _Work, budget: int) -> None:
-    """Have torch form the gradients, and fold them."""
+    """Form the gradients with torch, and fold them."""
     loops, size = kernels(), prod(shape)
     step = max(1, budget // max(4, 4 * size))
     for start in range(0, factors.batch, step):
@@ -238,7 +238,7 @@ def _fold_dense(factors: GradientFactors, shape: Sequence[int], work: _Work, bud
             some(0, len(gradient))
         else:
             in_threads(len(gradient), some)
-        del gradient, formed, part, some  # before the next slice is formed: one at a time
+        del gradient, formed, part, some  # free this slice before the next one is formed
 
 
 def _layouts(factors: GradientFactors, measure: bool) -> list[Layout] | None:
@@ -246,7 +246,7 @@ def _layouts(factors: GradientFactors, measure: bool) -> list[Layout] | None:
     parts = factors.parts if isinstance(factors, Sum) else [factors]
     outer = [part for part in parts if isinstance(part, Outer)]
     if len(outer) == len(parts):
-        if measure and len(parts) > 1:  # a norm is that of the sum: positions of all calls at once
+        if measure and len(parts) > 1:  # the norm of a sum needs the positions of all calls
             d = torch.cat([part.output_gradient for part in outer], 1)
             outer = [Outer(d, torch.cat([part.input for part in outer], 1))]
         return [Tokens(part) for part in outer]

@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 @cache
 def kernels() -> Any:
-    """Return the compiled loops, imported when first needed: that takes a second."""
+    """Return the compiled loops, imported on first use because that takes a second."""
     from dmin.sketches.backends import cpu_kernels
 
     return cpu_kernels
 
 
 class Layout(ABC):
-    """Factors of one layer call that the loops can read."""
+    """Factors of one layer call in a memory layout that the loops can read."""
 
     fold: Any  # the loop that packs, forms and folds several examples
-    of_part: Any  # the one that forms and folds a part of one packed example
-    bytes: int  # of one example's factors
+    of_part: Any  # the loop that forms and folds a part of one packed example
+    bytes: int  # size of one example's factors
 
     @property
     @abstractmethod
     def settings(self) -> tuple[Any, ...]:
-        """What :attr:`fold` is told of the layer, behind the factors."""
+        """Arguments of :attr:`fold` that describe the layer, after the factors."""
 
     @abstractmethod
     def arrays(self, examples: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -47,7 +47,7 @@ class Layout(ABC):
 
 
 class Tokens(Layout):
-    """Outer products: channels lie side by side in memory."""
+    """Outer products: channels are contiguous in memory."""
 
     def __init__(self, factors: Outer) -> None:
         self.factors = factors
@@ -57,7 +57,7 @@ class Tokens(Layout):
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """The way along the positions."""
+        """The walk along the positions."""
         positions = self.factors.input.shape[1]
         return (kernels().Walk(1, positions, 0, 1, _FIRST),)
 
@@ -82,7 +82,7 @@ _FIRST = np.zeros(1, np.int64)
 
 
 class Planes(Layout):
-    """Correlations that are :func:`in_positions`: these lie side by side in memory."""
+    """Correlations that satisfy :func:`in_positions`: positions are contiguous in memory."""
 
     def __init__(self, factors: Correlation, transform: bool = True) -> None:
         loops = kernels()
@@ -113,17 +113,17 @@ class Planes(Layout):
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """What :func:`fold_planes` is told of the layer."""
+        """Arguments of :func:`fold_planes` that describe the layer."""
         return self.padding, self.d_size, self.a_size, self.transforms, self.walk
 
     def arrays(self, examples: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Return the factors of some examples as the kernels read them."""
+        """Return the factors of some examples as the loops read them."""
         d, a = self.factors.output_gradient[examples], self.factors.input[examples]
         return _images(d), _images(a)
 
     @property
     def borders(self) -> list[int]:
-        """Zeros around the inputs, as ``F.pad`` wants them; negative where some are not needed."""
+        """Padding of the inputs in the format of ``F.pad``; negative where pixels are unused."""
         top, left = self.padding
         height, width = _plane(self.factors.input.shape[2:])
         (down, across), (up, before) = self.a_size, (top, left)
@@ -131,7 +131,7 @@ class Planes(Layout):
 
     @cached_property
     def walk(self) -> Walk:
-        """Which pixel lies under which position."""
+        """Which input pixel each output position reads, for each tap."""
         (lines, length), width = self.positions, self.a_size[1]
         down, across = self.dilation
         starts = [
@@ -143,7 +143,7 @@ class Planes(Layout):
         return kernels().Walk(lines, length, line_step, step, np.array(starts))
 
     def pack(self, example: int) -> Sequence[Any]:
-        """Return the packed factors of an example: the kernel's first arguments."""
+        """Return the packed factors of an example: the first arguments of :attr:`of_part`."""
         loops = kernels()
         (d,), (a,) = self.arrays(slice(example, example + 1))
         panels_d = -(-len(d) // loops.ROWS)
@@ -165,13 +165,13 @@ class Planes(Layout):
 
 
 def _with_slack(*shape: int) -> np.ndarray:
-    """Return zeros with room for one vector more behind them."""
+    """Return zeros with one more vector of memory allocated behind them."""
     size = prod(shape)
     return np.zeros(size + kernels().WIDTH, np.float32)[:size].reshape(shape)
 
 
 def _plane(sizes: Sequence[int], missing: int = 1) -> tuple[int, int]:
-    """Return two sizes: those of one dimension are those of a plane of a single line."""
+    """Return two sizes; a single dimension becomes the second, with ``missing`` as the first."""
     return (missing, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
 
 

@@ -17,18 +17,18 @@ from dmin.sketches.backends.cpu_layouts import Planes, kernels
 from dmin.sketches.backends.cpu_threads import in_threads
 from dmin.sketches.maps import TensorSketchMap
 
-CHUNK = 64  # positions; fixed, so that sums round the same for any number of threads
+CHUNK = 64  # positions; fixed, so that rounding does not depend on the number of threads
 
 
 def add_spectra(factors: Outer | Correlation, map_: TensorSketchMap, spectrum: Tensor) -> None:
     """Add the spectra of one layer call's gradients.
 
     Args:
-        factors: outer products, or correlations, that are :func:`in_positions`.
-        map_: has the count sketches of outputs and of inputs for each tap of a kernel.
+        factors: outer products, or correlations, that satisfy :func:`in_positions`.
+        map_: the TensorSketch: count sketches of outputs, and of inputs for each kernel tap.
         spectrum: complex64 ``[batch, k // 2 + 1]``, changed in place.
     """
-    from scipy.fft import rfft  # like numba, imported when first needed
+    from scipy.fft import rfft  # like numba, imported on first use
 
     sides = [(b.int().numpy(), s.float().numpy()) for b, s in map_.sides(spectrum.device)]
     walked = _Tokens(factors) if isinstance(factors, Outer) else _Patches(factors)
@@ -51,7 +51,7 @@ def add_spectra(factors: Outer | Correlation, map_: TensorSketchMap, spectrum: T
 
 
 class _Tokens:
-    """Outer products: each position has one row of either side."""
+    """Outer products: a position has one row of output gradients and one of inputs."""
 
     def __init__(self, factors: Outer) -> None:
         self.factors = factors
@@ -64,7 +64,7 @@ class _Tokens:
 
 
 class _Patches:
-    """Correlations: an output position has a patch of inputs under it."""
+    """Correlations: an output position reads a patch of the input."""
 
     def __init__(self, factors: Correlation) -> None:
         layer = Planes(factors, transform=False)

@@ -24,7 +24,7 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
 
     Args:
         count: number of calls.
-        work: is to spend its time in compiled loops, which do not hold Python's lock.
+        work: should spend its time in compiled loops, which release Python's global lock.
     """
     threads = torch.get_num_threads()
     if min(threads, count) < 2:
@@ -38,12 +38,12 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
         try:
             while (i := next(numbers)) < count and not errors:
                 work(i)
-        except BaseException as error:  # nothing may be raised into compiled code
+        except BaseException as error:  # compiled code must not receive an exception
             errors.append(error)
 
     parallel = _openmp()
     if parallel is not None:
-        # All of torch's threads: another number would have some end and new ones begin.
+        # Always all of torch's threads: OpenMP ends and starts threads when the number changes.
         parallel(_BODY(drain), None, threads, 0)
     else:
         helpers = [_pool(os.getpid(), threads).submit(drain) for _ in range(threads - 1)]
@@ -55,14 +55,15 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
 
 
 def with_scratch(loop: Callable[..., int], *arguments: Any) -> None:
-    """Call a loop with memory to work in, which is kept for the next.
+    """Call a loop with scratch memory that is kept for the next call.
 
-    Else each call would have pages mapped and unmapped again, which takes longer than filling them.
-    One piece is kept for each thread, as large as a loop has asked for.
+    Without it each call would map and unmap memory pages, which takes longer than filling them.
+    One buffer is kept for each thread, of the largest size that a loop has needed.
 
     Args:
-        loop: takes the memory first, float32, or other if that is too small; returns its need.
-        arguments: the others.
+        loop: takes the float32 scratch memory first; allocates its own if that is too small.
+            Returns the number of floats that it needs.
+        arguments: the other arguments of the loop.
     """
     scratch = _SCRATCH.pop() if _SCRATCH else np.empty(0, np.float32)
     needed = loop(scratch, *arguments)
@@ -75,7 +76,7 @@ _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 @cache
 def _openmp() -> Callable[[Any, None, int, int], None] | None:
-    """Return ``GOMP_parallel`` of the runtime that torch itself is linked with, if it has one."""
+    """Return ``GOMP_parallel`` of the OpenMP runtime that torch is linked with, if it has one."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         parallel = ctypes.CDLL(str(library)).GOMP_parallel
@@ -88,5 +89,5 @@ def _openmp() -> Callable[[Any, None, int, int], None] | None:
 
 @cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Return the threads that stand ready; a forked process has its own."""
+    """Return the pool of threads of a process; a forked process gets its own."""
     return ThreadPoolExecutor(threads, "dmin-fold")

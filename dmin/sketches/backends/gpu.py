@@ -19,10 +19,10 @@ from dmin.sketches.backends.gpu_tables import Columns, Sides, blocks_of, sides_o
 from dmin.sketches.backends.torch import TorchBackend
 from dmin.sketches.maps import BlockCyclicMap, Map, TensorSketchMap, as_matrices
 
-EXAMPLES = 4  # that share a program: places and signs are found once for all
+EXAMPLES = 4  # examples per program, which computes buckets and signs once for all of them
 BLOCKS_OF_A_SPLIT, ROWS_OF_A_SPLIT, MOST_SPLITS = 512, 64, 64
 WARPS = 4
-# What stands between two kernels of a transform: within the second cache of an A100 or later.
+# Bytes of intermediate results between two kernels: they fit into the L2 cache of an A100 or later.
 CACHED = 24 << 20
 
 
@@ -30,11 +30,11 @@ class GpuBackend(TorchBackend):
     """Triton's kernels for rows in single precision; torch for maps of other kinds.
 
     Args:
-        budget: bytes that formed gradients may take at once.
+        budget: most bytes of formed gradients in memory at once.
     """
 
     def fold(self, factors: GradientFactors, map_: Map, rows: GroupRows) -> None:
-        """Form the gradients, and fold them in programs that own some buckets each."""
+        """Form the gradients, and fold them in programs that each sum one tile of buckets."""
         if isinstance(map_, BlockCyclicMap):
             fold_blocks(factors, map_, rows, self.budget)
         elif isinstance(map_, TensorSketchMap):
@@ -45,7 +45,7 @@ class GpuBackend(TorchBackend):
     def add_spectra(
         self, factors: GradientFactors, map_: TensorSketchMap, spectrum: Tensor
     ) -> None:
-        """Count, transform and multiply as many positions at a time as the cache holds."""
+        """Count-sketch, transform and multiply as many positions at a time as fit into cache."""
         outer = as_product(factors)
         assert outer is not None
         add_spectra(outer, map_, spectrum)
@@ -53,7 +53,7 @@ class GpuBackend(TorchBackend):
 
 @cache
 def kernels() -> Any:
-    """Return the kernels, imported when first needed."""
+    """Return the kernels, imported on first use."""
     from dmin.sketches.backends import gpu_kernels
 
     return gpu_kernels
@@ -66,9 +66,9 @@ def fold_blocks(
 
     Args:
         factors: the gradients.
-        map_: of the parameter.
-        rows: values float32.
-        budget: bytes that formed gradients may take at once.
+        map_: the map of the parameter.
+        rows: rows with float32 values.
+        budget: most bytes of formed gradients in memory at once.
     """
     shape, values, norms = map_.shape, rows.values, rows.squared_norm
     blocks = blocks_of(map_, values.device)
@@ -107,19 +107,19 @@ def fold_blocks(
         values[examples] += partial.sum(1)
         if norms is not None:
             norms[examples] += squares.sum((1, 2))
-        del gradient, part  # before the next slice is formed: there is one at a time
+        del gradient, part  # free this slice before the next one is formed
 
 
 def fold_tensor_sketch(
     factors: GradientFactors, map_: TensorSketchMap, rows: Tensor, budget: int
 ) -> None:
-    """Add the TensorSketches of gradients that are formed, with their columns in bucket order.
+    """Add the TensorSketches of gradients that are formed with columns sorted by bucket.
 
     Args:
         factors: the gradients.
-        map_: of the parameter.
+        map_: the map of the parameter.
         rows: float32 ``[batch, k]``, changed in place.
-        budget: bytes that formed gradients may take at once.
+        budget: most bytes of formed gradients in memory at once.
     """
     shape, sides = map_.shape, sides_of(map_, rows.device)
     dim, out = map_.dim, shape[0]
@@ -150,11 +150,11 @@ def fold_tensor_sketch(
 
 
 def add_spectra(factors: Outer, map_: TensorSketchMap, spectrum: Tensor) -> None:
-    """Add ``Σ_p F(C₁ d_p) ∘ F(C₂ a_p)`` over positions, as many at a time as the cache holds.
+    """Add ``Σ_p F(C₁ d_p) ∘ F(C₂ a_p)`` over positions, as many at a time as fit into the cache.
 
     Args:
         factors: the outer products.
-        map_: of the parameter.
+        map_: the map of the parameter.
         spectrum: complex64 ``[batch, k // 2 + 1]``, changed in place.
     """
     sides, dim = sides_of(map_, spectrum.device), map_.dim
@@ -165,7 +165,7 @@ def add_spectra(factors: Outer, map_: TensorSketchMap, spectrum: Tensor) -> None
     for first in range(0, factors.batch, some):
         examples = slice(first, first + some)
         part, sums = factors[examples], spectrum[examples]
-        # Sums go with the positions of an example alone, so they do not depend on the batch.
+        # Chunks depend only on an example's number of positions, so the batch changes no sum.
         for start in range(0, positions, step):
             d = part.output_gradient[:, start : start + step]
             a = part.input[:, start : start + step]
@@ -185,7 +185,7 @@ def add_spectra(factors: Outer, map_: TensorSketchMap, spectrum: Tensor) -> None
 
 
 def counted(x: Tensor, side: Columns, dim: int) -> Tensor:
-    """Return the count sketches of rows ``[batch, positions, n]``, float32 with k for n."""
+    """Return count sketches of x ``[batch, positions, n]``, float32 ``[batch, positions, k]``."""
     batch, positions, _ = x.shape
     found = torch.empty(batch, positions, dim, device=x.device)
     rows, tile = batch * positions, tile_of(dim)
@@ -208,13 +208,13 @@ def counted(x: Tensor, side: Columns, dim: int) -> Tensor:
 def hashed_words(key: int, count: int, device: torch.device) -> Tensor:
     """Return the words of :func:`dmin.sketches.hashing.hash_words`, as int32 bits."""
     words = torch.empty(count, dtype=torch.int32, device=device)
-    signed = key - (1 << 32) if key >> 31 else key  # one type whatever the key is: compiled once
+    signed = key - (1 << 32) if key >> 31 else key  # one type for all keys: compiled once
     kernels().hash_words[-(-count // 1024),](signed, words, count, TILE=1024, num_warps=WARPS)
     return words
 
 
 def as_product(factors: GradientFactors) -> Outer | None:
-    """Return gradients as outer products of outputs and (tap, input), or None if they are not."""
+    """Return gradients as outer products of outputs and (tap, input), or None if impossible."""
     if isinstance(factors, Sum):
         parts = [as_product(part) for part in factors.parts]
         if any(part is None for part in parts):
@@ -227,7 +227,7 @@ def as_product(factors: GradientFactors) -> Outer | None:
 
 
 def formed(factors: GradientFactors, shape: Sequence[int]) -> tuple[Tensor, tuple[int, int, int]]:
-    """Return gradients in float32, and their strides along taps, outputs and inputs."""
+    """Return gradients in float32, with their strides along taps, outputs and inputs."""
     taps, _, width = as_matrices(shape)
     product = as_product(factors)
     if product is not None:
@@ -237,9 +237,9 @@ def formed(factors: GradientFactors, shape: Sequence[int]) -> tuple[Tensor, tupl
 
 
 def _in_order(factors: GradientFactors, shape: Sequence[int], sides: Sides) -> Tensor:
-    """Return signed gradients ``[batch, out, columns]`` with columns by ascending bucket."""
+    """Return gradients ``[batch, out, columns]``, signed and with columns by ascending bucket."""
     product = as_product(factors)
-    if product is not None:  # signs cost no precision, and factors are smaller than gradients
+    if product is not None:  # signs are exact, and factors are smaller than gradients
         a = product.input.index_select(-1, sides.order) * sides.order_sign.to(product.input.dtype)
         return Outer(product.output_gradient, a).dense().float()
     taps, out, width = as_matrices(shape)

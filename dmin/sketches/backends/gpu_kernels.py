@@ -5,7 +5,7 @@ operations, so that the same input gives the same bits. The torch path is their 
 Triton's interpreter (``TRITON_INTERPRET=1``) they run on a CPU.
 """
 
-# Triton reads annotations of its functions when it compiles them: none of typing's stand here.
+# Triton interprets the annotations of its functions, so types of `typing` cannot be used here.
 # mypy: disable-error-code="no-untyped-def, valid-type, operator, misc"
 import triton
 import triton.language as tl
@@ -20,7 +20,7 @@ def _finalise(words):
     return words ^ (words >> 16)
 
 
-# Counts that are 1 or a multiple of 16 would be compiled for: one version does.
+# Triton would compile another version for arguments that are 1 or a multiple of 16: one suffices.
 @triton.jit(do_not_specialize=["key", "count"])
 def hash_words(key, words, count, TILE: tl.constexpr):
     """Write the hashed words of the counters 0 … count−1 (dmin.sketches.hashing.hash_words)."""
@@ -42,12 +42,12 @@ def hash_words(key, words, count, TILE: tl.constexpr):
     ]
 )
 def fold_blocks(
-    gradient,  # of each example, tap, output, input: at the strides below
+    gradient,  # [examples, taps, outputs, inputs], with the strides below
     order,  # int32 [blocks]: blocks by ascending offset
-    offset,  # int32 [blocks]: these offsets
-    first,  # int32 [tiles]: the first block, in that order, that reaches a tile of buckets …
-    count,  # int32 [tiles]: … and how many do
-    words,  # int32 [rows, words of a row]: 32 signs each
+    offset,  # int32 [blocks]: offsets, ascending
+    first,  # int32 [tiles]: the first block in that order that overlaps a tile of buckets …
+    count,  # int32 [tiles]: … and the number of blocks that do
+    words,  # int32 [rows, words per row]: 32 signs each
     partial,  # float32 [examples, splits, dim]
     squares,  # float32 [examples, splits, tiles]
     examples,
@@ -66,11 +66,11 @@ def fold_blocks(
     TILE: tl.constexpr,
     MEASURE: tl.constexpr,
 ):
-    """Add the blocks that reach one tile of buckets, and measure what they put there."""
-    # Program (tile of buckets, share of the blocks that reach it, group of EXAMPLES). Its total is
-    # [EXAMPLES, TILE] in registers: a block's place and signs are the same for all examples, and
-    # are read once for EXAMPLES of them. By offset, what reaches a tile is one run of `order`
-    # (around the end), so nobody looks for it; shares fill a GPU where k has few tiles.
+    """Add the blocks that overlap one tile of buckets, and the squares of the entries added."""
+    # Program (tile of buckets, split of the blocks that overlap it, group of EXAMPLES). Its total
+    # is [EXAMPLES, TILE] in registers. A block's offset and signs are the same for all examples, so
+    # they are read once per group. Sorted by offset, the blocks that overlap a tile are one run of
+    # `order`, cyclically, so no search is needed. Splits fill a GPU if k has few tiles.
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     example = (tl.program_id(2) * EXAMPLES + tl.arange(0, EXAMPLES))[:, None]
     start, reaching = tl.load(first + tile), tl.load(count + tile).to(tl.int64)
@@ -86,7 +86,7 @@ def fold_blocks(
         number = tl.where(number >= blocks, number - blocks, number)
         block = tl.load(order + number)
         entry = bucket - tl.load(offset + number)
-        entry = tl.where(entry < 0, entry + dim, entry)  # of the block, if it has so many
+        entry = tl.where(entry < 0, entry + dim, entry)  # in the block if less than BLOCK
         row = block // blocks_of_row
         column = (block % blocks_of_row) * BLOCK + entry
         valid = (entry < BLOCK) & (column < width) & (bucket < dim)
@@ -108,10 +108,10 @@ def fold_blocks(
 
 @triton.jit(do_not_specialize=["examples", "dim", "outputs", "layers"])
 def fold_rows(
-    gradient,  # [examples, outputs, columns], its columns signed
+    gradient,  # [examples, outputs, columns], multiplied by the columns' signs
     shift,  # int32 [outputs]: buckets of the outputs
     sign,  # float32 [outputs]
-    column_of,  # int32 [layers, dim]: columns in each bucket, −1 for none
+    column_of,  # int32 [layers, dim]: the columns in each bucket, −1 for none
     partial,  # float32 [examples, splits, dim]
     examples,
     dim,
@@ -123,8 +123,8 @@ def fold_rows(
     TILE: tl.constexpr,
 ):
     """Add the rows of a gradient, each count-sketched and shifted by its output's bucket."""
-    # Programs and total as in `fold_blocks`, a share being of the rows. A bucket gathers its
-    # columns (a layer at a time; few buckets have many): scattering would need atomic operations.
+    # Programs and total as in `fold_blocks`, with splits of the rows. Each bucket gathers its
+    # columns, one layer of the table at a time, because scattering would need atomic operations.
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     example = (tl.program_id(2) * EXAMPLES + tl.arange(0, EXAMPLES))[:, None]
     low, high = outputs * split // splits, outputs * (split + 1) // splits
@@ -147,8 +147,8 @@ def fold_rows(
 
 @triton.jit(do_not_specialize=["rows", "dim", "layers", "positions"])
 def count_sketch(
-    x,  # [rows, columns] at the strides below
-    column_of,  # int32 [layers, dim]: columns in each bucket, −1 for none
+    x,  # [rows, columns], with the strides below
+    column_of,  # int32 [layers, dim]: the columns in each bucket, −1 for none
     sign_of,  # float32 [layers, dim]
     counted,  # float32 [rows, dim]
     rows,
@@ -161,9 +161,9 @@ def count_sketch(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Write the count sketches of rows: to each bucket, the signed columns that lie in it."""
-    # Program (ROWS rows, tile of buckets): the map is read once for ROWS rows, and each row's
-    # numbers, gathered out of order, are near each other and stay in the cache.
+    """Write the count sketches of rows: each bucket gets the sum of its signed columns."""
+    # Program (ROWS rows, tile of buckets): the map is read once for ROWS rows. The entries of a
+    # row are gathered out of order, but are close together and stay in the cache.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     bucket = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
     inside = bucket < dim
@@ -183,7 +183,7 @@ def count_sketch(
 def add_products(
     left,  # complex64 [examples, positions, frequencies], as float32 pairs
     right,  # the same
-    spectrum,  # complex64 [examples, frequencies] at the stride below, changed in place
+    spectrum,  # complex64 [examples, frequencies] with the stride below, changed in place
     positions,
     frequencies,
     stride_spectrum,
@@ -191,8 +191,8 @@ def add_products(
     TILE: tl.constexpr,
 ):
     """Add ``Σ_p left_p · right_p`` at one tile of frequencies of one example."""
-    # Program (tile of frequencies, example), with [STEP, TILE] real and imaginary sums: positions
-    # go by STEP at a time and are added up at the end, so each spectrum is read once, in order.
+    # Program (tile of frequencies, example), with [STEP, TILE] real and imaginary sums: STEP
+    # positions at a time, added up at the end, so that each spectrum is read once and in order.
     example = tl.program_id(1).to(tl.int64)
     frequency = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = frequency < frequencies

@@ -8,20 +8,20 @@ from torch import Tensor
 from dmin.sketches.hashing import hash_words
 from dmin.sketches.maps import BlockCyclicMap, TensorSketchMap
 
-TILE = 512  # buckets that a program adds up
+TILE = 512  # most buckets of a program
 
 
 class Blocks(NamedTuple):
-    """The blocks of a parameter by ascending offset, and those that reach each tile of buckets."""
+    """The blocks of a parameter by ascending offset, and those that overlap each bucket tile."""
 
     order: Tensor  # int32 [blocks]
-    offset: Tensor  # int32 [blocks]
-    first: Tensor  # int32 [tiles]
-    reaching: Tensor  # int32 [tiles]
+    offset: Tensor  # int32 [blocks], ascending
+    first: Tensor  # int32 [tiles]: first block of the run
+    reaching: Tensor  # int32 [tiles]: blocks in the run
 
 
 def sorted_blocks(offsets: Tensor, dim: int, block: int) -> Blocks:
-    """Sort the blocks of a block-cyclic map: 8 bytes a block.
+    """Sort the blocks of a block-cyclic map; the result takes 8 bytes per block.
 
     Args:
         offsets: integers ``[blocks]`` in [0, k).
@@ -36,31 +36,31 @@ def sorted_blocks(offsets: Tensor, dim: int, block: int) -> Blocks:
         lowest = (starts - block + 1) % dim
         first = torch.searchsorted(offset, lowest)
         count = torch.searchsorted(offset, starts + tile_of(dim)) - first
-        count += torch.where(lowest > starts, len(offsets), 0)  # from behind the last bucket, too
+        count += torch.where(lowest > starts, len(offsets), 0)  # the run wraps around the end
     return Blocks(order.int(), offset.int(), first.int(), count.int())
 
 
 class Columns(NamedTuple):
-    """Which entries of a side lie in each bucket; entries of one bucket are in several layers."""
+    """The entries of a side in each bucket; entries that share a bucket are in different layers."""
 
     column: Tensor  # int32 [layers, dim], −1 for none
     sign: Tensor  # float32 [layers, dim], 0 for none
 
 
 class Sides(NamedTuple):
-    """The map of a TensorSketch, as the kernels want it."""
+    """The map of a TensorSketch, as the kernels read it."""
 
     row: Columns
     column: Columns
     row_bucket: Tensor  # int32 [outputs]
     row_sign: Tensor  # float32 [outputs]
-    order: Tensor  # int64 [columns]: by ascending bucket
-    order_sign: Tensor  # float32 [columns]: theirs, in that order
-    ordered: Tensor  # int32 [layers, dim]: as `column`, of columns in that order
+    order: Tensor  # int64 [columns]: columns by ascending bucket
+    order_sign: Tensor  # float32 [columns]: their signs, in that order
+    ordered: Tensor  # int32 [layers, dim]: `column.column` for columns in that order
 
 
 def blocks_of(map_: BlockCyclicMap, device: torch.device) -> Blocks:
-    """Return the sorted blocks of a map, which are kept: sorting takes a while."""
+    """Return the sorted blocks of a map, cached because sorting is slow."""
     kept = "blocks", device
     if kept not in map_.kept:
         offsets = hash_words(map_.offset, map_.blocks, device) % map_.dim
@@ -69,7 +69,7 @@ def blocks_of(map_: BlockCyclicMap, device: torch.device) -> Blocks:
 
 
 def sides_of(map_: TensorSketchMap, device: torch.device) -> Sides:
-    """Return a TensorSketch for the kernels: worked out on the CPU, sent once, kept."""
+    """Return a TensorSketch for the kernels, computed on the CPU and cached on the device."""
     kept = "sides", device
     if kept not in map_.kept:
         map_.kept[kept] = _sides(map_, device)
@@ -88,7 +88,7 @@ def _sides(map_: TensorSketchMap, to: Any) -> Sides:
 
 
 def columns(side: tuple[Tensor, Tensor], dim: int) -> Columns:
-    """Return the entries of each bucket, from the bucket and sign of each entry; on the CPU."""
+    """Return the entries of each bucket, given bucket and sign of each entry; on the CPU."""
     bucket, sign = side
     ascending, order = bucket.sort(stable=True)
     layer = torch.arange(len(bucket)) - torch.searchsorted(ascending, ascending)
@@ -98,5 +98,5 @@ def columns(side: tuple[Tensor, Tensor], dim: int) -> Columns:
 
 
 def tile_of(dim: int) -> int:
-    """Return how many buckets a program has."""
+    """Return the number of buckets of a program."""
     return min(TILE, 1 << (dim - 1).bit_length())

@@ -12,10 +12,10 @@ from dmin.sketches.maps import Map, TensorSketchMap
 
 
 class TorchBackend:
-    """Forms gradients, as many examples at a time as the budget allows, and adds their entries.
+    """Forms gradients of as many examples as the budget allows, and adds entries to buckets.
 
     Args:
-        budget: bytes that per-example gradients may take at once.
+        budget: most bytes of per-example gradients in memory at once.
     """
 
     def __init__(self, budget: int) -> None:
@@ -37,10 +37,10 @@ class TorchBackend:
     def add_spectra(
         self, factors: GradientFactors, map_: TensorSketchMap, spectrum: Tensor
     ) -> None:
-        """Count, transform and multiply as many positions at a time as the budget allows."""
+        """Count-sketch, transform and multiply as many positions at a time as the budget allows."""
         row, column = map_.sides(spectrum.device)
         positions, wide = positions_of(factors), spectrum.real.dtype
-        # Two count sketches and two spectra, each of k dimensions, stand in memory for a position.
+        # A position needs memory for two count sketches and two spectra, each of k dimensions.
         rows = max(1, self.budget // (4 * map_.dim * wide.itemsize))
         step = min(positions, rows)
         for first in range(0, factors.batch, max(1, rows // step)):
@@ -56,7 +56,7 @@ class TorchBackend:
                 spectrum[examples] += left.mul_(right).sum(1)
 
     def finish(self) -> None:
-        """Nothing was kept."""
+        """Do nothing: no gradients were kept."""
 
 
 def project_formed(
@@ -66,16 +66,16 @@ def project_formed(
     budget: int,
     project: Callable[[Tensor, Tensor], None],
 ) -> None:
-    """Form gradients, measure and project them, a few examples at a time.
+    """Form gradients, add their squared norms, and project them, a few examples at a time.
 
-    As many gradients stand in memory together as the budget allows, at least one: small slices
-    also stay in the cache, which is where the time goes.
+    The budget limits the gradients in memory; at least one example's are formed. Small slices also
+    stay in the cache, which saves most of the time.
 
     Args:
         factors: the gradients.
-        size: P, scalars of the parameter.
-        rows: to which they are added.
-        budget: bytes that gradients may take at once.
+        size: P, number of scalars of the parameter.
+        rows: the rows to which the results are added.
+        budget: most bytes of gradients in memory at once.
         project: adds the sketches of gradients ``[n, P]``, which it may overwrite, to ``[n, k]``.
     """
     dtype = rows.values.dtype
@@ -87,13 +87,13 @@ def project_formed(
             norms = torch.linalg.vector_norm(gradient, dim=1).square_()
             rows.squared_norm[examples] += norms
         project(gradient, rows.values[examples])
-        del gradient  # before the next slice is formed, so that there is one at a time
+        del gradient  # free this slice before the next one is formed
 
 
 def add_at(rows: Tensor, bucket: Tensor, values: Tensor) -> None:
     """Add values ``[n, P]`` at buckets ``[P]`` to rows ``[n, k]``, in a fixed order.
 
-    On a GPU ``index_add_`` adds in whatever order its threads come, ``index_put_`` sorts.
+    On a GPU ``index_add_`` adds in the order in which threads run, while ``index_put_`` sorts.
     """
     if rows.is_cuda:
         folded = rows.new_zeros(rows.shape[1], len(rows))
@@ -103,7 +103,7 @@ def add_at(rows: Tensor, bucket: Tensor, values: Tensor) -> None:
 
 
 def _counted(x: Tensor, bucket: Tensor, sign: Tensor, dim: int) -> Tensor:
-    """Return the count sketches of rows ``[batch, positions, n]``, with k for n."""
+    """Return the count sketches of x ``[batch, positions, n]``, ``[batch, positions, k]``."""
     counted = x.new_zeros(*x.shape[:-1], dim)
     add_at(counted.view(-1, dim), bucket, (x * sign.to(x.dtype)).flatten(0, -2))
     return counted

@@ -9,13 +9,13 @@ from dmin.sketches.backends.cpu_kernels.vectors import compiled
 def count_sketch(  # type: ignore[no-untyped-def]
     x, walk, first, last, bucket, sign, out
 ):
-    """Add up count sketches of what lies under some output positions.
+    """Compute count sketches of the inputs that some output positions read.
 
     Args:
         x: ``[pixels, channels]``.
-        walk: which pixels lie under which position.
-        first: first position to do.
-        last: the position after the last.
+        walk: which pixels each position reads.
+        first: the first position.
+        last: one past the last position.
         bucket: int32 ``[taps · channels]``.
         sign: float32 ``[taps · channels]``.
         out: ``[last − first, k]``, zeros.

@@ -16,7 +16,7 @@ from dmin.sketches.backends.cpu_kernels.vectors import (
 
 @inlined
 def _finalise(word):  # type: ignore[no-untyped-def]
-    # Numba widens a product of 32-bit numbers, so each step is cut back.
+    # Numba widens a product of 32-bit integers, so each step is cast back.
     word = np.uint32((word ^ (word >> np.uint32(16))) * np.uint32(0x85EBCA6B))
     word = np.uint32((word ^ (word >> np.uint32(13))) * np.uint32(0xC2B2AE35))
     return np.uint32(word ^ (word >> np.uint32(16)))
@@ -24,7 +24,7 @@ def _finalise(word):  # type: ignore[no-untyped-def]
 
 @inlined
 def hashed(counter, key):  # type: ignore[no-untyped-def]
-    """:func:`dmin.sketches.hashing.hash_words` of one counter."""
+    """Return the word of :func:`dmin.sketches.hashing.hash_words` for one counter."""
     word = _finalise(np.uint32(counter) ^ np.uint32(key))
     return _finalise(np.uint32(word + np.uint32(key)))
 
@@ -33,7 +33,7 @@ def hashed(counter, key):  # type: ignore[no-untyped-def]
 def hashed_map(
     sign: int, words: int, offset: int, blocks: int, dim: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the words of signs and the offsets of blocks, in [0, k), of a block-cyclic map."""
+    """Return the sign words and the block offsets, in [0, k), of a block-cyclic map."""
     bits, places = np.empty(words, np.uint32), np.empty(blocks, np.int32)
     for i in range(words):
         bits[i] = hashed(i, sign)
@@ -43,17 +43,17 @@ def hashed_map(
 
 
 class Fold(NamedTuple):
-    """The map of one parameter, seen as a matrix for each tap of a kernel; or of one tap.
+    """The map of one parameter, viewed as one matrix per tap of its kernel.
 
-    Block-cyclic: signs from ``words[row, column // 32]``, places from ``offsets[row, column //
-    block]``, where a row is that of all taps. TensorSketch, if block is 0: the sums of a row's and
-    a column's place, the products of their signs, where a column is that of all taps.
+    Block-cyclic: signs are in ``words[row, column // 32]``, blocks start at ``offsets[row, column
+    // block]``; rows are numbered over all taps. TensorSketch, if ``block`` is 0: sums of a row's
+    and a column's bucket, products of their signs; columns are numbered over all taps.
     """
 
-    words: np.ndarray  # uint32 [rows · words in a row]
-    offsets: np.ndarray  # int32 [rows · blocks in a row]
+    words: np.ndarray  # uint32 [rows · words per row]
+    offsets: np.ndarray  # int32 [rows · blocks per row]
     block: int
-    length: int  # of a folded row: k and what buckets count on beyond it
+    length: int  # of a folded row before `wrap`: k plus the largest overrun
     row: np.ndarray  # int32 [out]
     row_sign: np.ndarray  # float32 [out]
     column: np.ndarray  # int32 [taps · in]
@@ -62,23 +62,22 @@ class Fold(NamedTuple):
 
 @inlined
 def fold_rows(x, start, step, count, width, out, o, tap, fold, total):  # type: ignore[no-untyped-def]
-    """Fold rows o, o + 1, … of a gradient for one tap: several, since a call takes its time.
+    """Fold rows o, o + 1, … of a gradient for one tap; several per call, to save calls.
 
     Args:
-        x: where they are: the first at start, the next a step behind, of width entries each and
-            zeros up to a whole word.
-        start: see x.
-        step: see x.
+        x: memory of the rows, each with zeros after its ``width`` entries up to a whole word.
+        start: position of the first row in x.
+        step: distance between rows in x.
         count: number of rows.
-        width: see x.
-        out: rows that there are for a tap.
-        o: number of the first.
+        width: entries of a row.
+        out: rows per tap.
+        o: number of the first row.
         tap: number of the tap.
         fold: the map.
-        total: where they are added.
+        total: ``[fold.length]``, to which the rows are added.
     """
-    # total is longer than k, so that neither a block that runs past the last bucket nor the sum of
-    # two places wants a remainder for each number; `wrap` adds the rest to the front at the end.
+    # total is longer than k, so that no remainder modulo k is needed per entry, neither for blocks
+    # that run past the last bucket nor for sums of two buckets; `wrap` adds the rest at the end.
     if fold.block == 0:
         for r in range(count):
             place, sign = fold.row[o + r], fold.row_sign[o + r]
@@ -90,7 +89,7 @@ def fold_rows(x, start, step, count, width, out, o, tap, fold, total):  # type: 
         return
     block, row = fold.block, tap * out + o
     blocks, words = -(-width // block), -(-width // WORD)
-    if block % WORD:  # signs of a block begin within a word: number by number
+    if block % WORD:  # the signs of a block may start within a word: entry by entry
         for r in range(count):
             for c in range(width):
                 word = fold.words[(row + r) * words + c // WORD]
@@ -99,7 +98,7 @@ def fold_rows(x, start, step, count, width, out, o, tap, fold, total):  # type: 
                 value = x[start + r * step + c]
                 total[place] += -value if minus else value
         return
-    # Whole words: WORD numbers lie side by side in x and in total alike, and are added as vectors.
+    # Whole words: WORD entries are contiguous both in x and in total, and are added as vectors.
     for r in range(count):
         for b in range(blocks):
             place = fold.offsets[(row + r) * blocks + b] - b * block
@@ -110,7 +109,7 @@ def fold_rows(x, start, step, count, width, out, o, tap, fold, total):  # type: 
 
 @inlined
 def wrap(total, row):  # type: ignore[no-untyped-def]
-    """Add a total, which is longer than k, to a row of k dimensions; past k is from 0 again."""
+    """Add a total, which is longer than k, to a row of k dimensions; entry k + i goes to i."""
     dim = len(row)
     for j in range(min(dim, len(total))):
         row[j] += total[j]
@@ -127,9 +126,9 @@ def fold_formed(  # type: ignore[no-untyped-def]
     Args:
         gradient: ``[examples, taps, out, in]``, any strides.
         fold: the map.
-        rows: ``[examples, k]``, to which they are added.
-        squares: ``[examples]``, to which squared norms are added.
-        measure: whether they are.
+        rows: ``[examples, k]``, to which folded gradients are added.
+        squares: ``[examples]``, to which squared norms are added if ``measure``.
+        measure: whether to add squared norms.
     """
     examples, taps, out, width = gradient.shape
     row = np.zeros(-(-width // WORD) * WORD, np.float32)
@@ -150,16 +149,16 @@ def fold_formed(  # type: ignore[no-untyped-def]
 def fold_vectors(  # type: ignore[no-untyped-def]
     gradient, starts, keys, block, rows, squares, measure
 ):
-    """Fold gradients of vectors that lie side by side by block-cyclic maps, hashed on the way.
+    """Fold concatenated gradients of vectors by block-cyclic maps, which are hashed meanwhile.
 
     Args:
         gradient: ``[examples, P]``.
-        starts: where each vector begins, and the end of the last.
-        keys: of each vector's signs and offsets, uint32 ``[vectors, 2]``.
+        starts: start of each vector, and end of the last, ``[vectors + 1]``.
+        keys: keys of each vector's signs and offsets, uint32 ``[vectors, 2]``.
         block: b.
-        rows: ``[examples, k]``, to which they are added.
-        squares: ``[examples]``, to which squared norms are added.
-        measure: whether they are.
+        rows: ``[examples, k]``, to which folded gradients are added.
+        squares: ``[examples]``, to which squared norms are added if ``measure``.
+        measure: whether to add squared norms.
     """
     examples, dim = rows.shape
     sign = np.empty(block, np.float32)
@@ -198,6 +197,6 @@ def add_parts(total: np.ndarray, rows: np.ndarray) -> None:
 
 @compiled
 def scatter(x: np.ndarray, bucket: np.ndarray, sign: np.ndarray, total: np.ndarray) -> None:
-    """Add ``sign · x`` at the buckets, whatever the map."""
+    """Add ``sign · x`` at the given buckets, for any map."""
     for i in range(len(x)):
         total[bucket[i]] += sign[i] * x[i]

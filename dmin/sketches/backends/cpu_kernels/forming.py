@@ -26,13 +26,13 @@ from dmin.sketches.backends.cpu_kernels.vectors import (
 
 
 class Walk(NamedTuple):
-    """How the inputs of a layer lie under its output positions, in packed pixels."""
+    """Which packed input pixels the output positions of a layer read."""
 
-    lines: int  # of output positions
+    lines: int  # number of lines of output positions
     length: int  # positions in a line
     line_step: int  # pixels from a line to the next
     step: int  # pixels from a position to the next
-    starts: np.ndarray  # int64 [taps], pixel under the first position
+    starts: np.ndarray  # int64 [taps], pixel that the first position reads
 
 
 @compiled
@@ -44,19 +44,19 @@ def form_and_fold(  # type: ignore[no-untyped-def]
     Args:
         d: output gradients ``[panels, positions, ROWS]``.
         a: inputs ``[panels, pixels, COLUMNS]``.
-        walk: which input lies under which position, for each tap.
+        walk: which pixels each position reads, for each tap.
         out: rows of the gradient.
         width: columns of the gradient.
         fold: the map.
-        first: first panel of rows to do.
-        last: the panel after the last.
-        total: ``[fold.length]``, where they are added.
+        first: the first panel of rows.
+        last: one past the last panel of rows.
+        total: ``[fold.length]``, to which the rows are added.
         measure: whether to return the squared norm.
     """
     panels, pixels, _ = a.shape
     positions = d.shape[1]
-    # piece: ROWS rows of the gradient for one tap, each up to whole words of signs (zeros there).
-    # Some kB: it is folded from the cache, and the next tap reads the same panel of d while near.
+    # piece: ROWS rows of the gradient for one tap, each padded with zeros to whole words of signs.
+    # It takes a few kB: it is folded from the cache, where the panel of d stays for the next tap.
     padded = -(-width // WORD) * WORD
     piece = np.zeros(ROWS * padded, np.float32)
     norm = 0.0
@@ -88,19 +88,19 @@ def form_transformed_and_fold(  # type: ignore[no-untyped-def]
 
     Args:
         d: output gradients from :func:`transform`.
-        a: inputs, likewise.
-        out: as for :func:`form_and_fold`, like the rest.
+        a: inputs from :func:`transform`.
+        out: rows of the gradient for one tap.
         width: columns of the gradient for one tap.
         fold: the map.
-        first: first panel of rows to do.
-        last: the panel after the last.
-        total: where the sketch is added.
+        first: the first panel of rows.
+        last: one past the last panel of rows.
+        total: ``[fold.length]``, to which the rows are added.
         measure: whether to return the squared norm.
     """
     panels, tiles = len(a), a.shape[2] - 1
-    # products: [36, ROWS, COLUMNS], of one panel by one panel; piece: [9, ROWS, padded]. All taps
-    # come out of one product, so the 36 are summed over all tiles first (as many small matrix
-    # products) and go through the inverse once, not once a tile.
+    # products: [36, ROWS, COLUMNS], of one panel by one panel; piece: [9, ROWS, padded]. The 36
+    # products are first summed over all tiles, by 36 small matrix products. The inverse transform,
+    # which gives all taps, is then applied once instead of once per tile.
     padded = -(-width // WORD) * WORD
     products = np.empty(PRODUCTS * ROWS * COLUMNS, np.float32)
     piece = np.zeros(9 * ROWS * padded, np.float32)
@@ -144,19 +144,19 @@ def fold_tokens(  # type: ignore[no-untyped-def]
     """Pack, form and fold some examples' outer products, ``[examples, positions, channels]``.
 
     Args:
-        scratch: memory to work in; if it is too small, other is allocated.
+        scratch: float32 working memory; if it is too small, memory is allocated.
         d: output gradients.
         a: inputs.
-        walk: as for :func:`form_and_fold`, like the rest.
+        walk: which pixels each position reads, for each tap.
         out: rows of the gradient.
         width: columns of the gradient.
         fold: the map.
-        rows: ``[examples, k]``, to which they are added.
-        squares: ``[examples]``, likewise.
-        measure: whether squared norms are wanted.
+        rows: ``[examples, k]``, to which folded gradients are added.
+        squares: ``[examples]``, to which squared norms are added if ``measure``.
+        measure: whether to add squared norms.
 
     Returns:
-        Floats of scratch that it takes.
+        The number of floats of scratch that are needed.
     """
     positions = d.shape[1]
     panels_d, panels_a = -(-out // ROWS), -(-width // COLUMNS)
@@ -197,23 +197,23 @@ def fold_planes(  # type: ignore[no-untyped-def]
     """Pack, form and fold some examples' correlations, ``[examples, channels, height, width]``.
 
     Args:
-        scratch: memory to work in, as for :func:`fold_tokens`.
+        scratch: float32 working memory; if it is too small, memory is allocated.
         d: output gradients.
         a: inputs.
-        padding: zeros above and before the inputs.
+        padding: zeros above the inputs and on their left.
         d_size: height and width of the packed output gradients.
         a_size: height and width of the packed inputs.
-        transforms: whether they are formed from transformed tiles.
-        walk: as for :func:`fold_tokens`, like the rest.
-        out: rows of the gradient.
+        transforms: whether gradients are formed from transformed tiles.
+        walk: which pixels each position reads, for each tap.
+        out: rows of the gradient for one tap.
         width: columns of the gradient for one tap.
         fold: the map.
-        rows: ``[examples, k]``, to which they are added.
-        squares: ``[examples]``, likewise.
-        measure: whether squared norms are wanted.
+        rows: ``[examples, k]``, to which folded gradients are added.
+        squares: ``[examples]``, to which squared norms are added if ``measure``.
+        measure: whether to add squared norms.
 
     Returns:
-        Floats of scratch that it takes.
+        The number of floats of scratch that are needed.
     """
     panels_d, panels_a = -(-out // ROWS), -(-width // COLUMNS)
     pixels_d, pixels_a = d_size[0] * d_size[1], a_size[0] * a_size[1]
@@ -221,8 +221,8 @@ def fold_planes(  # type: ignore[no-untyped-def]
     size_d, size_a = panels_d * pixels_d * ROWS, panels_a * pixels_a * COLUMNS
     size_td = panels_d * PRODUCTS * (tiles + 1) * ROWS if transforms else 0
     size_ta = panels_a * PRODUCTS * (tiles + 1) * COLUMNS if transforms else 0
-    # scratch: d and a packed, then both transformed, a vector of slack behind each, as one that is
-    # longer than a panel reaches beyond the last.
+    # scratch: packed d and a, then both transformed. Behind each is one vector of slack, because a
+    # vector longer than a panel is written beyond the end.
     start_a = size_d + WIDTH
     start_td = start_a + size_a + WIDTH
     start_ta = start_td + size_td + WIDTH

@@ -7,7 +7,7 @@ from dmin.sketches.backends.cpu_kernels.vectors import WIDTH, at, compiled, inli
 
 @inlined
 def enough(scratch, size):  # type: ignore[no-untyped-def]
-    """Return scratch if it has so many floats, else others."""
+    """Return ``scratch`` if it has at least ``size`` floats, else newly allocated memory."""
     return scratch if len(scratch) >= size else np.empty(size, np.float32)
 
 
@@ -18,12 +18,12 @@ def pack(x: np.ndarray, top: int, left: int, out: np.ndarray) -> None:
     Args:
         x: ``[channels, height, width]``, contiguous.
         top: rows of zeros above.
-        left: columns of zeros before.
+        left: columns of zeros on the left.
         out: ``[panels, height', width', panel]``, zeros, with WIDTH more floats behind it in
-            memory. What does not fit in is not needed.
+            memory. Pixels that do not fit are left out.
     """
-    # In memory pixels lie side by side, in panels channels do: WIDTH × WIDTH squares are turned in
-    # registers, so that both sides are read and written by whole vectors.
+    # Pixels are contiguous in x, channels are contiguous in panels. WIDTH × WIDTH squares are
+    # transposed in registers, so that whole vectors are read and written.
     channels, panel = x.shape[0], out.shape[3]
     height, width = min(x.shape[1], out.shape[1] - top), min(x.shape[2], out.shape[2] - left)
     for p in range(out.shape[0]):
@@ -41,8 +41,8 @@ def pack(x: np.ndarray, top: int, left: int, out: np.ndarray) -> None:
                         at(out, target + j * panel),
                         panel,
                     )
-                # A vector longer than a panel spoils the next pixel, until that is written in its
-                # turn; what is behind the line is zero.
+                # A vector longer than a panel overwrites part of the next pixel, which is written
+                # later; behind the end of a line, zeros are restored.
                 behind = target // panel + whole
                 if whole and panel < WIDTH and behind < out.size // panel:
                     line, j = behind // out.shape[2], behind % out.shape[2]

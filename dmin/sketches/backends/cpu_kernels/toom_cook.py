@@ -15,7 +15,7 @@ def toom_cook(points: list[float], outputs: int, taps: int) -> tuple[np.ndarray,
     """Return A, G, B with ``Σ_t d[t] a[i + t] = (Aᵀ [(G d) ∘ (B a)])[i]`` for i < outputs.
 
     Args:
-        points: where the polynomials are evaluated, outputs + taps − 2 of them; ∞ is added.
+        points: the outputs + taps − 2 finite evaluation points of the polynomials; ∞ is added.
         outputs: length of the result.
         taps: length of d.
     """
@@ -26,7 +26,7 @@ def toom_cook(points: list[float], outputs: int, taps: int) -> tuple[np.ndarray,
     first = np.zeros((size, taps))
     first[:-1] = np.power.outer(points, np.arange(taps))
     first[-1, -1] = 1
-    # B is what makes it true for every pair of unit vectors.
+    # B solves the identity for every pair of unit vectors.
     products = np.einsum("ix,xt->itx", inverse, first).reshape(-1, size)
     wanted = np.zeros((outputs, taps, size))
     for i in range(outputs):
@@ -37,12 +37,12 @@ def toom_cook(points: list[float], outputs: int, taps: int) -> tuple[np.ndarray,
     return inverse, first, second
 
 
-TILE = 4  # output gradients on a side
+TILE = 4  # height and width of a tile of output gradients
 POINTS = TILE + 2
 PRODUCTS = POINTS * POINTS
 _INVERSE, _FIRST, _SECOND = toom_cook([0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)], 3, TILE)
 to_kernel, _of_gradient, _of_input = map(sandwich, (_INVERSE, _FIRST, _SECOND))
-# Multiplications of one entry at which transforming costs as much as it saves, as measured.
+# Measured cost of the transforms per gradient entry, in multiplications.
 TRANSFORM_COST = 200
 
 
@@ -55,9 +55,9 @@ def transform(x: np.ndarray, out: np.ndarray, inputs: bool) -> None:
     Args:
         x: ``[panels, 4·tiles, 4·tiles', lanes]``, of inputs ``[panels, 4·tiles + 2, 4·tiles' + 2,
             lanes]``, with WIDTH more floats behind it in memory where lanes are not whole vectors.
-        out: ``[panels, 36, tiles·tiles' + 1, lanes]``, likewise; the last tile is scratch. (Steps
-            of a power of two would also share few places in the cache: five times as slow.)
-        inputs: whether x are inputs.
+        out: ``[panels, 36, tiles·tiles' + 1, lanes]``, likewise; the last tile is scratch. (It also
+            avoids power-of-two strides, which map to few cache sets and are five times as slow.)
+        inputs: whether x holds inputs, else output gradients.
     """
     panels, height, width, lanes = x.shape
     down, across = height // TILE, width // TILE

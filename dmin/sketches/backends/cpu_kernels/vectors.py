@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 from dmin.runtime import jit
 
 _FEATURES = llvm.get_host_cpu_features()
-# Lanes of a vector, and the product that fills the registers with accumulators.
+# Lanes of a vector, and the size of the product whose accumulators fill the registers.
 WIDTH, ROWS, VECTORS = (
     (16, 12, 2) if _FEATURES.get("avx512f") else (8, 6, 2) if _FEATURES.get("avx2") else (4, 8, 2)
 )
@@ -26,7 +26,7 @@ inlined: Callable[[Callable], Any] = njit(
 )
 
 
-# Makes a function of what another writes as LLVM's intermediate code.
+# Turns a Python function that generates LLVM IR into one that Numba can call.
 _generated: Callable[[Callable], Any] = intrinsic
 
 
@@ -44,7 +44,7 @@ def _all(value: float) -> ir.Constant:
 
 
 def _lanes(chosen: Iterable[int]) -> ir.Constant:
-    """Return what a shuffle takes for each lane of its result."""
+    """Return a shuffle mask: the source lane of each lane of the result."""
     return ir.Constant(ir.VectorType(_I32, WIDTH), [ir.Constant(_I32, lane) for lane in chosen])
 
 
@@ -63,7 +63,7 @@ def _store(builder: Any, value: Any, base: Any, offset: Any) -> None:
 
 
 def _spread(builder: Any, scalar: Any) -> Any:
-    """Return a vector of one number."""
+    """Return a vector with the same number in every lane."""
     first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), scalar, ir.Constant(_I32, 0))
     return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), _lanes([0] * WIDTH))
 
@@ -75,7 +75,7 @@ def _multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
 
 @_generated
 def at(typing: Any, array: Any, offset: Any) -> Any:
-    """Return the address of an array's element, counted in memory."""
+    """Return the address of the element at a flat offset of a contiguous array."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
@@ -98,14 +98,14 @@ def tile(
 ) -> Any:
     """``c[r, j] = Σ_yx d[y, x, r] a[y, x, j]`` for ROWS × COLUMNS entries, held in registers.
 
-    d is contiguous; a row of a is COLUMNS floats, consecutive ones a_inner or a_outer apart.
+    d is contiguous. A row of a is COLUMNS floats; rows are a_inner (x) and a_outer (y) apart.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         d, a, outer, inner, a_outer, a_inner, c, c_row = args
-        # Registers: ROWS × VECTORS sums (24 of AVX-512's 32), VECTORS of a, one entry of d spread
-        # out. So a step loads ROWS + VECTORS times for ROWS · VECTORS products: the sums never
-        # leave, and more of them would. Two loops, as positions are lines in a padded image.
+        # Registers: ROWS × VECTORS sums (24 of AVX-512's 32), VECTORS of a, one entry of d in all
+        # lanes. A step has ROWS + VECTORS loads for ROWS · VECTORS products. More sums would not
+        # stay in registers. There are two loops because positions are lines of a padded image.
         zero = _all(0.0)
         entry = builder.block
         line = builder.append_basic_block("line")
@@ -170,7 +170,7 @@ def tile(
 
 @_generated
 def add_signed(typing: Any, total: Any, x: Any, word: Any) -> Any:
-    """``total[i] ± x[i]`` for the 32 signs of a word, bit 0 first; a set bit is a minus."""
+    """``total[i] ± x[i]`` for the 32 signs of a word, bit 0 first; a set bit means minus."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         total, x, word = args
@@ -188,11 +188,11 @@ def add_signed(typing: Any, total: Any, x: Any, word: Any) -> Any:
 
 @_generated
 def square(typing: Any, x: Any, count: Any) -> Any:
-    """``Σ x[i]²`` of whole words, at least one."""
+    """``Σ x[i]²`` for i < count, a positive multiple of WORD."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         x, count = args
-        # WORD // WIDTH sums side by side, as an addition waits for the last one to the same sum.
+        # WORD // WIDTH independent sums, because an addition waits for the previous one to its sum.
         zero = _all(0.0)
         entry, step = builder.block, builder.append_basic_block("step")
         end = builder.append_basic_block("end")
@@ -229,7 +229,7 @@ def transpose(typing: Any, x: Any, x_row: Any, y: Any, y_row: Any) -> Any:
         x, x_row, y, y_row = args
         rows = [_load(builder, x, builder.mul(x_row, _number(i))) for i in range(WIDTH)]
         distance = 1
-        while distance < WIDTH:  # exchange what is off the diagonal in squares of 2, 4, 8, …
+        while distance < WIDTH:  # exchange the off-diagonal halves of squares of side 2, 4, 8, …
             for i in (i for i in range(WIDTH) if not i & distance):
                 pair = rows[i], rows[i + distance]
                 for row, shift in ((i, 0), (i + distance, distance)):
@@ -248,7 +248,7 @@ def transpose(typing: Any, x: Any, x_row: Any, y: Any, y_row: Any) -> Any:
 
 
 def sandwich(left: np.ndarray) -> Callable:
-    """Return an intrinsic that computes ``L X Lᵀ`` for a constant L, lane by lane.
+    """Return an intrinsic that computes ``L X Lᵀ`` for a constant L, for each lane.
 
     Args:
         left: L.
@@ -279,8 +279,8 @@ def sandwich(left: np.ndarray) -> Callable:
             def place(row: Any, i: int, column: Any, j: int) -> Any:
                 return builder.add(builder.mul(row, _number(i)), builder.mul(column, _number(j)))
 
-            # A vector is one entry of X for WIDTH channels; L is known, so its zeros and ones cost
-            # nothing. 6 × 6 vectors fill the registers: column by column, L X has them alone.
+            # A vector holds one entry of X for WIDTH channels. L is constant, so its zeros and
+            # ones are free. X is read by columns, so that the registers need to hold only L X.
             halfway = []  # L X, one column of X after the other
             for j in range(size):
                 column = [_load(builder, x, place(x_row, i, x_column, j)) for i in range(size)]
