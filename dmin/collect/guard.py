@@ -58,7 +58,9 @@ class Guard:
         self.alone = alone
         self.seconds = 0.0
         self._autograd = AgainstAutograd(collector, ownership)
-        self._state = NetworkState(collector.model.network)
+        self._state = NetworkState(
+            collector.model.network, [entry.name for entry in collector.attributed.entries]
+        )
         self._seen: set[Hashable] = set()
         self._held: set[Hashable] = set()  # to autograd: networks, by what they leave unused
 

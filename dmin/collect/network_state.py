@@ -1,9 +1,12 @@
 """What a network holds between two passes, which must be the same after each."""
 
-import torch
-from torch import nn
+from collections.abc import Collection, Iterator
 
-from dmin.gradients.parameters import some_of
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dmin.gradients.parameters import named_parameters, some_of
 from dmin.runtime.errors import DminError
 
 # Numbers of a buffer up to which it is kept; larger ones are weights rather than a state.
@@ -18,10 +21,14 @@ class NetworkState:
 
     Args:
         network: whose buffers are kept, to be given back.
+        attributed: names of the parameters whose gradients are computed.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, attributed: Collection[str] = ()) -> None:
         self._network = network
+        named = named_parameters(network)
+        self._attributed = {id(named[name]): name for name in attributed}
+        self._made = dict(_made_of(network, self._attributed))
         self._buffers = {
             name: buffer.detach().clone()
             for name, buffer in network.named_buffers()
@@ -40,8 +47,17 @@ class NetworkState:
         """Refuse a network that changes what it holds; its buffers are given back.
 
         Raises:
-            DminError: with the names; or it draws random numbers.
+            DminError: with the names; or it draws random numbers, or computes with tensors that
+                were made of parameters before.
         """
+        after = dict(_made_of(self._network, self._attributed))
+        stay = [key for key, tensor in self._made.items() if after.get(key) is tensor]
+        if stay:
+            raise DminError(
+                f"the network holds tensors computed from its parameters before the pass: "
+                f"{some_of(stay)}. Their part of the gradient would be missing. Compute them in "
+                f"forward, or keep them as constants (.detach())."
+            )
         if not all(map(torch.equal, self._random, self._generators())):
             raise DminError(
                 "the network draws random numbers while it runs, so that no two examples, and no "
@@ -72,3 +88,32 @@ class NetworkState:
         device = next(self._network.parameters()).device
         on_gpu = device.type == "cuda"
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_gpu else [])]
+
+
+def _made_of(network: nn.Module, parameters: dict[int, str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that modules hold and that autograd takes for functions of parameters."""
+    for module_name, module in network.named_modules():
+        held = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_modules")}
+        held |= held.pop("_buffers")
+        for path, leaf in pytree.tree_leaves_with_path(held):
+            if not isinstance(leaf, Tensor) or id(leaf) in parameters:
+                continue
+            base = leaf if leaf._base is None else leaf._base  # of a view
+            source = parameters.get(id(base)) or _source(base, parameters)
+            if source:
+                yield f"{module_name}{pytree.keystr(path)} (from {source})", leaf
+
+
+def _source(tensor: Tensor, parameters: dict[int, str]) -> str | None:
+    """Return the name of a parameter from which a tensor was computed, by its graph."""
+    waiting, seen = [tensor.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if id(variable) in parameters:
+            return parameters[id(variable)]
+        waiting += [each for each, _ in node.next_functions]
+    return None
