@@ -9,24 +9,24 @@ from dmin.runs.files import Places, header, spelled
 from dmin.runs.training_run import Entry, TrainingRun
 from dmin.runtime.errors import DminError
 
-TEXT = ("lora_te", "text_encoder", "text_encoders.")  # how names of their tensors begin
+TEXT = ("lora_te", "text_encoder", "text_encoders.")  # prefixes of text encoders' tensors
 
 
 def take(
     run: TrainingRun, places: Places, key: str, folder: Path | None, last: str, *ways: str
 ) -> None:
-    """Take the adapter of a run; those on the way stand among its facts.
+    """Take the adapter of a run, and list its intermediate checkpoints among the facts.
 
     Args:
-        run: gets ``model.adapter``.
-        places: a file that the user names wins.
-        key: where the config names it.
-        folder: of the files, if it was found.
-        last: name of the file that training ends with.
-        ways: patterns of those on the way; the names before ``*`` are taken as they are.
+        run: gets ``model.adapter`` and ``facts["checkpoints"]``.
+        places: an adapter that the user names takes precedence.
+        key: the key of the config that names the folder.
+        folder: of the adapters, if it was found.
+        last: name of the final adapter.
+        ways: glob patterns of intermediate ones; the part before ``*`` is taken literally.
 
     Raises:
-        DminError: there is none.
+        DminError: there is no adapter.
     """
     run.collect["params"] = "lora"
     said, files = places.said.get("adapter"), [spelled(each) for each in _files(folder, last, ways)]
@@ -39,7 +39,7 @@ def take(
         said = files[-1]
         run.taken.append(Entry(key, said, "model.adapter"))
     else:
-        run.taken.append(Entry(key, said, "model.adapter, as you say"))
+        run.taken.append(Entry(key, said, "your model.adapter"))
     run.model["adapter"] = said
     here = spelled(Path(said))
     run.facts["checkpoints"] = files[: files.index(here)] if here in files else files
@@ -50,7 +50,7 @@ def take(
 
 
 def _files(folder: Path | None, last: str, ways: Sequence[str]) -> list[Path]:
-    """Return the files of a run that are there, in the order they were saved."""
+    """Return the existing adapters of a run, in the order in which they were saved."""
     if folder is None:
         return []
     found: list[Path] = []
@@ -62,7 +62,7 @@ def _files(folder: Path | None, last: str, ways: Sequence[str]) -> list[Path]:
 
 
 def refuse_whole(run: TrainingRun, without: str) -> DminError:
-    """Return the error of a run that trained all weights."""
+    """Return the error for a run that trained all weights."""
     return DminError(
         f"{run.source} trains the whole network ({without}): give the trained model by "
         f"model=FAMILY model.path=…, and its data by data=training_folder data.root=…"
@@ -70,6 +70,6 @@ def refuse_whole(run: TrainingRun, without: str) -> DminError:
 
 
 def _natural(file: Path) -> list[tuple[int, str]]:
-    """Return a key by which step 900 comes before 1000."""
+    """Return a sort key by which step 900 comes before 1000."""
     parts = re.split(r"(\d+)", file.as_posix())
     return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]

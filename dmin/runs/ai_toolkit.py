@@ -20,7 +20,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def recognises(found: Any) -> bool:
-    """Tell whether a config is one of ai-toolkit's jobs."""
+    """Return whether a config is one of ai-toolkit's jobs."""
     return isinstance(found, Mapping) and found.get("job") == "extension" and _process(found) != {}
 
 
@@ -32,7 +32,7 @@ def _process(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
-    """Return what a job of ai-toolkit says."""
+    """Read a job of ai-toolkit."""
     run = TrainingRun("ai-toolkit", source)
     keys = Keys(_process(found), run)
     name = run.name = Keys(found["config"], run, "config").get("name", "job", str)
@@ -76,7 +76,7 @@ def _loss(train: Keys, model: Keys, run: TrainingRun) -> None:
     v = model.get("is_v_pred", False, bool)
     base_model.predicts(model, "is_v_pred", "v_prediction" if v else "epsilon")
     if v:
-        train.refuse({say.WEIGHTS: "min_snr_gamma"})  # of noise prediction, for v
+        train.refuse({say.WEIGHTS: "min_snr_gamma"})  # with v-prediction, it uses epsilon's weights
 
 
 def _folders(keys: Keys, places: Places, train: Keys) -> dict[str, dict[str, Any]]:
@@ -141,7 +141,7 @@ def _of_table(file: Path, each: Keys, key: str, places: Places) -> str:
 
 
 def _captions(each: Keys, keys: Keys, train: Keys) -> dict[str, Any]:
-    """Return how captions are found: whole files, parted at commas and joined again."""
+    """Return settings of captions: whole files, split at commas and joined again."""
     trigger = each.get("trigger_word", keys.get("trigger_word", kind=str), str)
     if train.get("unload_text_encoder", False, bool):
         each.note(each.run.taken, "unload_text_encoder", True, "every caption was the trigger word")

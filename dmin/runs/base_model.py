@@ -21,14 +21,14 @@ def take(
     """Take a run's base model: its family, and the settings that name it.
 
     Args:
-        run: gets both.
-        places: where its paths lead; a path and a family that the user names win.
-        text: the base model, as the run names it.
-        kind: what the run calls its architecture.
-        known: family by that; None where the base model itself tells.
+        run: gets ``family`` and ``model``.
+        places: finds paths; the user's own path and family take precedence.
+        text: the run's name or path of the base model.
+        kind: the run's name of the architecture.
+        known: ``kind`` → family; None: read from the base model.
 
     Raises:
-        DminError: none is named, or it is of no family that is known.
+        DminError: the run names no base model, or its family is unknown.
     """
     expected = places.said.get("family")
     if known is not None and expected is None:
@@ -49,29 +49,29 @@ def take(
             )
         run.family, run.model = settings_of(spelled(file), expected)
         run.model["path"] = said
-        meaning = f"model={run.family}, model.single_file; configs at model.path as you say"
+        meaning = f"model={run.family}, model.single_file; configs at your model.path"
         run.taken.append(Entry("base model", spelled(file), meaning))
         return
     path = said or str(places.maybe(text, "base model"))
     run.family, run.model = settings_of(path, expected)
-    meaning = f"model={run.family}" + ("" if said is None else ", at model.path as you say")
+    meaning = f"model={run.family}" + ("" if said is None else ", at your model.path")
     run.taken.append(Entry("base model", path, meaning))
 
 
 def predicts(keys: Keys, key: str, kind: str) -> None:
-    """Hold what a run says that its network predicts to what the base model's scheduler says.
+    """Compare the prediction type of a run with that of the base model's scheduler.
 
     Args:
         keys: of the config; the run's base model is known.
-        key: says it.
-        kind: as schedulers call it: ``epsilon``, ``v_prediction`` or ``sample``.
+        key: the key that gives the prediction type.
+        kind: ``epsilon``, ``v_prediction`` or ``sample``.
     """
     if keys.run.family in FLOWS:
         return
     file = Path(keys.run.model.get("path") or "") / "scheduler/scheduler_config.json"
     told = Keys(load(file), keys.run).get("prediction_type", "epsilon") if file.is_file() else kind
     if told != kind:
-        meaning = f"{file} says {shown(told)}: say prediction_type {kind} there"
+        meaning = f"{file} has {shown(told)}: set prediction_type to {kind} there"
         keys.note(keys.run.other, key, kind, meaning)
     elif kind != "epsilon":
         keys.note(keys.run.taken, key, kind, say.PREDICTION)
@@ -85,11 +85,11 @@ def settings_of(path: str, expected: str | None = None) -> tuple[str, dict[str, 
     """Return the family of a base model and the settings that name it.
 
     Args:
-        path: a folder that diffusers saved, a single file, or a name on a hub.
-        expected: family that the config tells of; needed where the path does not tell.
+        path: a folder saved by diffusers, a single file, or a name on the Hub.
+        expected: family given by the config; required for a name on the Hub.
 
     Raises:
-        DminError: the family is not known, or not the one that the config tells of.
+        DminError: the family is unknown, or differs from the config's.
     """
     from dmin.models import recognition  # imports torch
 
@@ -110,7 +110,7 @@ def settings_of(path: str, expected: str | None = None) -> tuple[str, dict[str, 
             f"{path}: this folder or file does not exist, and the family of a model on a hub is "
             f"unknown. Set model=FAMILY, or give the folder of the run's files as run.root=FOLDER."
         )
-    # A trainer may call both by one name: the base model tells whether it is given images.
+    # A trainer may use one name for a family and its variant with a second image: the files decide.
     if expected is not None and found != expected and f"{expected}_" not in _given(found):
         raise DminError(
             f"{path} is of the family {found}, and the run, or model= on the command line, "

@@ -14,11 +14,11 @@ from dmin.runtime.errors import DminError
 
 
 class Schedule(NamedTuple):
-    """How the learning rate of a run changed; `known`: whether that is computed here."""
+    """The learning-rate schedule of a run; `known`: whether dmin can compute it."""
 
     name: str
     known: bool
-    warmup: float  # steps, or a share of all, in which it rises
+    warmup: float  # steps of warm-up; below 1: the fraction of all steps
     steps: int | None  # of the run
     epochs: int | None
 
@@ -32,28 +32,28 @@ def schedule(
     default: str = "constant",
     known: Sequence[str] = ("constant", "constant_with_warmup", "cosine"),
 ) -> None:
-    """Put a run's schedule among its facts; the first four name keys of the trainer's."""
+    """Add a run's schedule to its facts; ``steps`` ... ``warmup`` are the trainer's keys."""
     told = keys.get(name, default, str).lower()
-    rises = "constant" not in known  # a constant rate warms up as well
+    rises = "constant" not in known  # this trainer's "constant" also has a warm-up
     told += "_with_warmup" * (rises and told == "constant")
     numbers = (keys.get(key, kind=int) for key in (steps, epochs))
     keys.run.facts["schedule"] = Schedule(told, told in known, keys.get(warmup, 0, float), *numbers)
 
 
 def settings(run: TrainingRun, method: str, weighted: bool) -> dict[str, Any]:
-    """Return the settings of a method over checkpoints: those on the way, and what each counts.
+    """Return the settings of a method over checkpoints: the intermediate files and their weights.
 
-    ``w_c = Σ_s η_s / max η`` over the steps s from the checkpoint before to c: TracIn's sum over
-    steps, each by the checkpoint that ends its stretch (Pruthi et al. 2020, arXiv 2002.08484, where
-    all stretches are of one length).
+    ``w_c = Σ_s η_s / max η`` over the steps s from the previous checkpoint to c. This is TracIn's
+    sum over steps, with the gradients of an interval's steps taken at its end (Pruthi et al. 2020,
+    arXiv 2002.08484, where all intervals have equal length).
 
     Args:
-        run: is told of them.
-        method: what it is called.
-        weighted: whether ``weights`` are asked for; that of the run's last file is the first.
+        run: the run; entries are added to ``taken``.
+        method: its name, for messages.
+        weighted: whether to compute ``weights``; the first is that of the run's final file.
 
     Raises:
-        DminError: there are none, or their learning rates are not known.
+        DminError: there are no intermediate files, or their learning rates are unknown.
     """
     ways, last = run.facts.get("checkpoints") or [], run.model["adapter"]
     if not ways:
@@ -62,7 +62,7 @@ def settings(run: TrainingRun, method: str, weighted: bool) -> dict[str, Any]:
             f"has only {last}. Let the trainer save intermediate checkpoints, give others by "
             f"method.checkpoints=[FILE, …], or set method=grad_dot."
         )
-    run.taken.append(Entry("files on the way", len(ways), "method.checkpoints"))
+    run.taken.append(Entry("intermediate checkpoints", len(ways), "method.checkpoints"))
     if not weighted:
         return {"checkpoints": ways}
     weights = _weights([*map(Path, ways), Path(last)], run.facts["schedule"])
@@ -73,21 +73,21 @@ def settings(run: TrainingRun, method: str, weighted: bool) -> dict[str, Any]:
             f"{', '.join(ways)}, or method.weights=null for equal weights."
         )
     told = ", ".join(f"{weight:.3g}" for weight in weights)
-    run.taken.append(Entry("learning rates", told, "method.weights, the last file's first"))
+    run.taken.append(Entry("learning rates", told, "method.weights, that of the final file first"))
     return {"checkpoints": ways, "weights": weights}
 
 
 def _weights(files: list[Path], plan: Schedule) -> list[float] | str:
-    """Return what each file counts, the last first, or what is lacking."""
+    """Return the weight of each file, the final one first, or what is missing to compute them."""
     if not plan.known:
-        return f"its schedule {plan.name} is not computed here"
+        return f"dmin does not compute its schedule {plan.name}"
     ends = _ends(files, plan)
     if ends is None:
-        return "how far the run was at each is in no header, name or setting"
+        return "the steps at which they were saved are in no header, name or setting"
     rise = 0.0 if plan.name == "constant" else plan.warmup
     if rise >= 1:
         if plan.steps is None:
-            return f"it rose for {rise:g} steps, of how many is not told"
+            return f"it rose for {rise:g} steps, but the number of all steps is not given"
         rise /= plan.steps
 
     def rate(done: float) -> float:
@@ -104,10 +104,10 @@ def _weights(files: list[Path], plan: Schedule) -> list[float] | str:
 
 
 def _ends(files: list[Path], plan: Schedule) -> list[float] | None:
-    """Return which share of the run was over at each file; None where nothing tells."""
+    """Return the fraction of the run completed at each file; None if it is unknown."""
     found = [_told(file) for file in files]
     total = found[-1] if plan.epochs or not plan.steps else plan.steps
-    if None in found:  # then by their names: of steps, or of epochs
+    if None in found:  # by file names, which have steps or epochs
         names = (f"{file.parent.name}/{file.name}" for file in files)
         of_steps = any(re.search(r"step|checkpoint-|-save-|_\d{9}", name) for name in names)
         total = plan.steps if of_steps else plan.epochs
@@ -120,7 +120,7 @@ def _ends(files: list[Path], plan: Schedule) -> list[float] | None:
 
 
 def _told(file: Path) -> int | None:
-    """Return the step that a file's header tells, of kohya's or ai-toolkit's."""
+    """Return the training step in the header of a file of kohya or ai-toolkit, or None."""
     told = header(file).get("__metadata__") or {}
     try:
         step = told.get("ss_steps") or json.loads(told.get("training_info", "{}")).get("step")

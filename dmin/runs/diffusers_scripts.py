@@ -19,13 +19,13 @@ FOLDERS = ("instance_data_dir", "train_data_dir", "dataset_name")
 
 
 def recognises(found: Any) -> bool:
-    """Tell whether a file has the arguments of one of diffusers' scripts."""
+    """Return whether a file has the arguments of one of diffusers' scripts."""
     known = {"pretrained_model_name_or_path", "output_dir", "resolution"}
     return isinstance(found, Mapping) and known <= found.keys() and "network_module" not in found
 
 
 def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
-    """Return what the arguments of a script say."""
+    """Read the arguments of a script."""
     run = TrainingRun("diffusers' scripts", source)
     keys = Keys(found, run)
     if keys.get("rank", kind=int) is None:
@@ -47,7 +47,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
 
 
 def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
-    """Return the folder: of one prompt for all (DreamBooth), or with captions in its metadata."""
+    """Return the folder: with one prompt for all images (DreamBooth), or with captions."""
     run = keys.run
     key = next((each for each in FOLDERS if keys.get(each, kind=str)), None)
     if key in (None, "dataset_name"):
@@ -76,7 +76,7 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
 
 
 def _given(keys: Keys) -> dict[str, Any]:
-    """Return the setting of the column of images that the network was given, if its family is."""
+    """Return the column of second images, ``condition_image``, if the family has them."""
     columns = "original_image_column", "conditioning_image_column", "cond_image_column"
     key = next((key for key in columns if keys.get(key, kind=str)), None)
     if key is None or keys.run.family not in GIVEN:

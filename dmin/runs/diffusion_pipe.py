@@ -18,13 +18,13 @@ STEP = 16  # sides are multiples of it
 
 
 def recognises(found: Any) -> bool:
-    """Tell whether a config is one of diffusion-pipe's."""
+    """Return whether a config is one of diffusion-pipe's."""
     model = found.get("model") if isinstance(found, Mapping) else None
     return isinstance(model, Mapping) and "type" in model and "dataset" in found
 
 
 def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
-    """Return what a config of diffusion-pipe says."""
+    """Read a config of diffusion-pipe."""
     run = TrainingRun("diffusion-pipe", source)
     keys = Keys(found, run)
     model, of_adapter = keys.inside("model"), keys.inside("adapter")
@@ -54,7 +54,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
 
 
 def _folder_of_run(keys: Keys, places: Places) -> Path | None:
-    """Return the folder that has the saved files: that of the config's copy, or the only one."""
+    """Return the folder of the saved files: that of the config's copy, or the only run's."""
     beside = keys.run.source.parent
     if any(beside.glob("epoch*/*.safetensors")) or any(beside.glob("step*/*.safetensors")):
         return beside
@@ -69,7 +69,7 @@ def _folder_of_run(keys: Keys, places: Places) -> Path | None:
 
 
 def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
-    """Return the folders of the data set, once for each resolution."""
+    """Return the folders of the dataset, once for each resolution."""
     run, parts = keys.run, dict[str, dict[str, Any]]()
     said = keys.get("dataset", "", str)
     copied = run.source.parent / Path(said).name
@@ -102,7 +102,7 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
 
 
 def _captions(each: Keys, root: Path) -> dict[str, Any]:
-    """Return how captions are found: in ``captions.json``, else in files; the rest is left out."""
+    """Return settings of captions: from ``captions.json``, else from files."""
     missing = "drop" if each.get("skip_empty_caption", True, bool) else "empty"
     told = {"missing": missing, "prefix": each.get("caption_prefix", "", str)}
     listed = root / "captions.json"
@@ -116,7 +116,7 @@ def _captions(each: Keys, root: Path) -> dict[str, Any]:
 
 
 def _shapes(each: Keys) -> list[dict[str, Any]]:
-    """Return the buckets of each resolution: by aspect ratios, or as they are listed."""
+    """Return the buckets of each resolution: by aspect ratio, or as listed."""
     run = each.run
     if listed := each.get("size_buckets", kind=list):
         pairs = [sides(b[:2] if isinstance(b, list) else b, run) for b in listed]
@@ -131,7 +131,7 @@ def _shapes(each: Keys) -> list[dict[str, Any]]:
 
 
 def _aspects(each: Keys) -> list[float]:
-    """Return width by height of the buckets."""
+    """Return the aspect ratios (width divided by height) of the buckets."""
     listed = each.get("ar_buckets", kind=list)
     try:
         if listed:

@@ -17,12 +17,12 @@ MOST_BYTES = 16 << 20
 
 
 def load(file: Path) -> Any:
-    """Return what a TOML, YAML or JSON file holds; comments in JSON are let be.
+    """Parse a TOML, YAML or JSON file (comments in JSON are allowed).
 
-    Of a safetensors file it is the text in its header.
+    For a safetensors file, return the metadata of its header.
 
     Raises:
-        DminError: it cannot be read, or is of no such kind.
+        DminError: the file cannot be read or parsed.
     """
     if file.suffix == ".safetensors":
         return header(file).get("__metadata__")
@@ -45,7 +45,7 @@ def header(file: Path) -> dict[str, Any]:
     """Return the header of a safetensors file: its tensors' shapes, and ``__metadata__``.
 
     Raises:
-        DminError: it is no such file.
+        DminError: it is not a safetensors file.
     """
     try:
         with file.open("rb") as opened:
@@ -61,13 +61,13 @@ def header(file: Path) -> dict[str, Any]:
 
 
 class Places:
-    """Where the relative paths of a run lead: a trainer opens them from where it was started.
+    """Finds the paths of a config, which are relative to the folder the trainer was started in.
 
     Args:
-        source: the config; its folder and the folders above are tried, then the folder at hand.
-        root: the folder that the user names (``run.root``), tried alone.
-        said: what the user names: ``family``, ``path`` and ``adapter`` of the model, ``data``; it
-            wins over what the run says.
+        source: the config; its folder and all parents are tried, then the current folder.
+        root: ``run.root``; if given, only this folder is tried.
+        said: the user's settings that replace those of the run: ``family``, ``path`` and
+            ``adapter`` of the model, ``data``.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class Places:
         self.starts: list[Path] = [root] if root else [here, *here.parents, Path.cwd()]
 
     def find(self, text: str, key: str) -> Path:
-        """Return the file or folder that a path of the config means.
+        """Return the existing file or folder that a path of the config refers to.
 
-        With ``run.root`` a path of another machine is found there by its last parts.
+        With ``run.root``, a path from another machine is found by its last components.
 
         Raises:
-            DminError: there is none, or several.
+            DminError: the path is empty, or nothing is found.
         """
         if not text.strip():
             raise DminError(f"{self.source}: {key} is missing; it must be a path.")
@@ -110,14 +110,14 @@ class Places:
         )
 
     def seek(self, text: str | None, key: str) -> Path | None:
-        """Return what `find` does, or None."""
+        """Return the result of `find`, or None if nothing is found."""
         try:
             return self.find(text, key) if text else None
         except DminError:
             return None
 
     def maybe(self, text: str | None, key: str) -> str | None:
-        """Return a path that may also be a name on a hub."""
+        """Return a path, or the text itself if it may be a name on the Hub."""
         if text is None:
             return None
         try:
@@ -128,12 +128,12 @@ class Places:
             raise
 
     def folder(self, text: str, key: str) -> str:
-        """Return a path that must be there."""
+        """Return a path that must exist."""
         return spelled(self.find(text, key))
 
 
 def spelled(path: Path) -> str:
-    """Return a path from the folder at hand, if it stands below."""
+    """Return a path, relative to the current folder if it is inside it."""
     absolute = Path(os.path.abspath(path))
     here = Path.cwd()
     return (absolute.relative_to(here) if absolute.is_relative_to(here) else absolute).as_posix()
@@ -144,7 +144,7 @@ def _is_windows(text: str) -> bool:
 
 
 def _without_comments(text: str) -> str:
-    """Return JSON without comments and commas before a closing bracket; text in quotes stays."""
+    """Remove comments and trailing commas from JSON; quoted text is unchanged."""
     kept = re.sub(
         r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', lambda m: m[1] or " ", text, flags=re.DOTALL
     )

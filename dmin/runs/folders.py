@@ -38,12 +38,12 @@ def folder(
     Args:
         root: the folder.
         captions: settings of `Captions`.
-        suffixes: of what the trainer takes for images.
-        repeats: passes an epoch.
-        dropout: share of them without the caption, which `together` takes; None: not said.
+        suffixes: of the files that the trainer reads as images.
+        repeats: passes per epoch.
+        dropout: fraction of passes without the caption, used by `together`; None: not given.
         draws: settings of `Draws` for what was random.
-        recursive: whether the folders below are read.
-        leave: ends of names that are no examples.
+        recursive: whether subfolders are read.
+        leave: endings of names of files that are not examples.
         shape: size and aspect, as `bucket` returns them.
     """
     return {
@@ -69,17 +69,17 @@ def drawn(draws: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bucket(size: Any, buckets: bool, step: int, upscale: bool, run: TrainingRun) -> dict[str, Any]:
-    """Return size and aspect of the images of a folder.
+    """Return the settings of size and aspect ratio of the images of a folder.
 
     Args:
-        size: a number, or width and height, of which the area counts.
-        buckets: whether images keep about their aspect.
+        size: a number of pixels, or width and height, of which only the area matters.
+        buckets: whether images keep approximately their aspect ratio.
         step: sides are multiples of it.
         upscale: whether small images are scaled up.
-        run: is told of what differs.
+        run: for messages.
 
     Raises:
-        DminError: it is no size.
+        DminError: it is not a size.
     """
     numbers = sides(size, run)
     if step < 1:
@@ -112,8 +112,8 @@ def ratios(side: int, aspects: Iterable[float], step: int) -> dict[str, Any]:
     """Return size and buckets of given aspect ratios.
 
     Args:
-        side: of the square of the same area.
-        aspects: height by width.
+        side: of the square of the same area, in pixels.
+        aspects: height divided by width.
         step: sides are rounded to multiples of it.
     """
     shapes = {
@@ -124,10 +124,10 @@ def ratios(side: int, aspects: Iterable[float], step: int) -> dict[str, Any]:
 
 
 def of_paths(paths: Iterable[str], places: Places, key: str) -> str:
-    """Return the folder of the images that a table names by their paths.
+    """Return the common folder of the images that a table names by path.
 
     Raises:
-        DminError: there are none, or one is elsewhere: then nothing would tell its row.
+        DminError: there are none, or a path is neither absolute nor relative to the current folder.
     """
     found = {path: places.find(path, key).absolute() for path in paths}
     moved = [path for path, file in found.items() if path not in (str(file), spelled(file))]
@@ -141,18 +141,18 @@ def of_paths(paths: Iterable[str], places: Places, key: str) -> str:
 
 
 def several_lines(root: Path) -> bool:
-    """Tell whether a caption file of a folder has several lines, each a caption of its own."""
+    """Return whether a caption file of a folder has several lines, each a caption of its own."""
     files = (file for file in root.rglob("*.txt") if file.is_file())
     return any(b"\n" in file.read_bytes().strip() for file in files)
 
 
 def masks(keys: Keys, key: str, places: Places, **settings: Any) -> dict[str, Any]:
-    """Return the settings of masks of the loss: the images' alpha, or a folder that a key names.
+    """Return the settings of loss masks: the images' alpha channel, or a folder named by a key.
 
     Args:
         keys: of the folder of images.
-        key: names it.
-        places: where it leads.
+        key: the key that names the folder of masks.
+        places: finds the folder.
         settings: of `Masks`.
     """
     if keys.get("alpha_mask", False, bool):
@@ -166,12 +166,12 @@ def masks(keys: Keys, key: str, places: Places, **settings: Any) -> dict[str, An
 
 
 def given(keys: Keys, key: str, places: Places, root: Path) -> dict[str, Any]:
-    """Return the setting of what the network was given with each image, if its family is.
+    """Return ``condition_image``, the second image of each example, if the family has one.
 
     Args:
         keys: of the folder of images.
-        key: names the folder of images of the same names.
-        places: where it leads.
+        key: the key that names the folder of second images, which have the same file names.
+        places: finds the folder.
         root: the folder of images.
     """
     path = keys.get(key)
@@ -194,14 +194,14 @@ def add(
     """Add a folder to those of a run, once for each of its sizes.
 
     Args:
-        parts: those so far, by name.
+        parts: settings of the folders added before, by name.
         name: of the folder.
         part: its settings.
-        run: is told of a folder that no epoch passes.
+        run: gets an entry if the folder has no repeats and is left out.
         shapes: settings of each size.
     """
     if part.get("repeats", 1.0) <= 0:
-        run.taken.append(Entry(name, part["repeats"], "repeats: no epoch passes it, left out"))
+        run.taken.append(Entry(name, part["repeats"], "repeats: never used, so left out"))
         return
     for shape in shapes:
         unique = f"{name}@{shape['size']}" if len(shapes) > 1 else name
@@ -211,23 +211,23 @@ def add(
 
 
 def together(parts: Mapping[str, dict[str, Any]] | None, run: TrainingRun) -> dict[str, Any]:
-    """Return the settings of all folders of a run as one dataset; set the noise of its shapes.
+    """Return the settings of all folders of a run as one dataset.
 
     Args:
-        parts: settings of each, by name; None: the user names other data, and these are not read.
-        run: is told of the noise.
+        parts: settings of each, by name; None: the user names other data.
+        run: gets ``noise.shapes=field`` if the images have several shapes.
 
     Raises:
-        DminError: there is none.
+        DminError: there are no folders.
     """
     if parts is None:
-        run.taken.append(Entry("data", "not the run's", "as you say"))
+        run.taken.append(Entry("data", "not the run's", "set by you"))
         return {}
     if not parts:
         raise DminError(f"{run.source} does not name a folder of training images.")
     _dropout(parts, run)
     approximated = sorted({entry.key.rpartition(".")[2] for entry in run.random})
-    run.model["empty_captions"] = "keep"  # what trainers make of images without a caption
+    run.model["empty_captions"] = "keep"  # trainers use images without a caption
     first = next(iter(parts.values()))
     sizes = {(part.get("size"), part.get("aspect")) for part in parts.values()}
     if len(sizes) > 1 or any(aspect != "square" for _, aspect in sizes):
@@ -247,7 +247,7 @@ def together(parts: Mapping[str, dict[str, Any]] | None, run: TrainingRun) -> di
 
 
 def _dropout(parts: Mapping[str, dict[str, Any]], run: TrainingRun) -> None:
-    """Take the share of captions that were dropped, where all folders that tell one agree."""
+    """Set model.prompt_dropout if all folders with a caption dropout agree; else use draws."""
     shares = {part["dropout"] for part in parts.values() if "dropout" in part}
     before = run.model.pop("prompt_dropout", 0.0) if shares else None
     if len(shares) > 1:

@@ -16,25 +16,25 @@ from dmin.runtime.errors import DminError
 
 
 class Setting(NamedTuple):
-    """What a key of a trainer is in dmin."""
+    """The setting of dmin that corresponds to a key of a trainer."""
 
     name: str  # of the model's setting
-    default: Any = None  # the trainer's, where the setting's own is another
+    default: Any = None  # the trainer's, if it differs from the setting's own
     kind: type = float
-    nothing: Any = 0  # value that means nothing is done
-    families: str = ""  # those it holds for, by blanks apart; all that have the setting
+    nothing: Any = 0  # the value that turns it off
+    families: str = ""  # families it applies to, separated by blanks; "": all with the setting
 
 
 class Table(NamedTuple):
-    """What becomes of the keys of a section of a config; several stand in a text, by blanks apart.
+    """How the keys of a section of a config are handled. A text has several keys between blanks.
 
     Attributes:
-        settings: of the model, by key.
-        other: keys of another loss, by what they mean.
-        random: keys of randomness of the data, by what they mean.
-        rounded: keys of how the base model was quantised → the trainer's word → model.base_dtype.
-        inert: keys that change no gradient of the weights that came out; ``*`` at the end for any.
-        nothing: values that mean it is not done, beside false, zero and none.
+        settings: key → setting of the model.
+        other: meaning → keys that change the loss to one that dmin does not compute.
+        random: meaning → keys that make the data random.
+        rounded: key of the base model's quantisation → the trainer's value → model.base_dtype.
+        inert: keys that do not change gradients at the final weights; ``*`` at the end: any suffix.
+        nothing: values that turn a key off, besides false, zero and none.
     """
 
     settings: Mapping[str, Setting] = {}
@@ -53,7 +53,7 @@ def _yaml(trainer: str) -> dict[str, Any]:
 
 
 def families(trainer: str, section: str = "families") -> dict[str, str | None]:
-    """Return the families that a trainer's names mean; None: the base model itself tells."""
+    """Return name of the trainer → family; None: to be read from the base model."""
     found = _yaml(trainer).get(section, {})
     known = {"base": None}
     return {name: known.get(family, family) for family in found for name in found[family].split()}
@@ -61,7 +61,7 @@ def families(trainer: str, section: str = "families") -> dict[str, str | None]:
 
 @functools.cache
 def table(trainer: str, section: str) -> Table:
-    """Return what becomes of the keys of a section: ``tables/TRAINER.yaml``."""
+    """Return how the keys of a section are handled, from ``tables/TRAINER.yaml``."""
     found = dict(_yaml(trainer)[section])
     kinds = {"float": float, "int": int}
     for what in ("other", "random"):
@@ -73,12 +73,12 @@ def table(trainer: str, section: str) -> Table:
     return Table(**found)
 
 
-# Settings that some families have alone.
+# Settings that only some families have.
 FLOWS = (
     *("flux", "flux_2", "stable_diffusion_3", "sana", "chroma", "qwen_image", "z_image"),
     *("lumina_2", "wan", "flux_kontext", "flux_fill", "flux_control"),
 )
-# Families that are given an image with each.
+# Families whose networks receive a second image with each example.
 GIVEN = (
     *("flux_kontext", "flux_fill", "flux_control", "instruct_pix2pix", "instruct_pix2pix_xl"),
     *("stable_diffusion_inpaint", "stable_diffusion_xl_inpaint", "stable_diffusion_depth"),
@@ -91,11 +91,11 @@ _OF_FAMILIES = {
 
 
 class Keys:
-    """The keys of a config, each of which is read, or told of as unknown.
+    """The keys of a config; those that nobody reads are reported as unknown.
 
     Args:
-        values: as they stand in the file.
-        run: what is told of them is added to it.
+        values: as written in the file.
+        run: the run that entries are added to.
         where: prefix for messages, such as ``datasets[0]``.
     """
 
@@ -110,14 +110,14 @@ class Keys:
         self._read: set[str] = set()
 
     def name(self, key: str) -> str:
-        """Return a key as messages call it."""
+        """Return the name of a key in messages."""
         return f"{self.where}.{key}" if self.where else key
 
     def get(self, key: str, default: Any = None, kind: type | None = None) -> Any:
-        """Return a value, or the default; numbers and booleans may stand as text.
+        """Return a value, or the default; numbers and booleans may be written as text.
 
         Raises:
-            DminError: it is of another kind.
+            DminError: the value is of another kind.
         """
         self._read.add(key)
         value = default if self.values.get(key) is None else self.values[key]
@@ -134,14 +134,14 @@ class Keys:
     def take(
         self, key: str, setting: str, default: Any = None, kind: type | None = None, off: Any = None
     ) -> Any:
-        """Return a value that becomes a setting; told of where it is on.
+        """Return a value that becomes a setting, and list it as taken unless it is off.
 
         Args:
             key: in the file.
-            setting: what becomes of it, in words.
+            setting: the setting, for the printed table.
             default: the trainer's.
             kind: ``bool``, ``int``, ``float``, ``str``, ``list`` or ``dict``.
-            off: value that means nothing is done.
+            off: the value that turns it off.
         """
         value = self.get(key, default, kind)
         if value is not None and value != off:
@@ -149,14 +149,14 @@ class Keys:
         return value
 
     def inside(self, key: str) -> Keys:
-        """Return the keys of a table, of none if it is not there."""
+        """Return the keys of a nested table; no keys if it is missing."""
         return Keys(self.get(key, {}, dict) or {}, self.run, self.name(key))
 
     def each(self, key: str) -> list[Keys]:
         """Return the keys of each table of a list.
 
         Raises:
-            DminError: it is no such list, or empty.
+            DminError: the value is not a list of tables, or is empty.
         """
         found = self.get(key)
         if not isinstance(found, list) or not found or not all(isinstance(e, dict) for e in found):
@@ -166,7 +166,7 @@ class Keys:
         return [Keys(e, self.run, f"{self.name(key)}[{n}]") for n, e in enumerate(found)]
 
     def apply(self, table: Table) -> None:
-        """Take, note or leave every key as a table says; tell of those that nobody asked for."""
+        """Handle every key as a table says, and report the remaining ones as unknown."""
         for key, setting in table.settings.items():
             self.setting(key, setting)
         for key, known in table.rounded.items():
@@ -178,7 +178,7 @@ class Keys:
         self.finish()
 
     def setting(self, key: str, setting: Setting) -> None:
-        """Take a key that becomes a setting of the model, if its family has that."""
+        """Take a key that becomes a setting of the model, if its family has that setting."""
         name, default, kind, off, own = setting
         having = own.split() or _OF_FAMILIES.get(name, (self.run.family,))
         if self.run.family not in having:
@@ -189,7 +189,7 @@ class Keys:
             self.run.model[name] = value
 
     def rounded(self, key: str, value: Any, known: Mapping[str, str]) -> None:
-        """Take what a base model's weights were rounded to, if that is known."""
+        """Set model.base_dtype if a quantisation is known; else note it as another loss."""
         kind = known.get(str(value).lower())
         if kind is None:
             self.note(self.run.other, key, value, wording.QUANTISED)
@@ -198,29 +198,29 @@ class Keys:
         self.note(self.run.random, key, value, wording.ROUNDED.format(kind))
 
     def note(self, entries: list[Entry], key: str, value: Any, meaning: str) -> None:
-        """Add an entry to those that are taken, random or of another loss."""
+        """Add an entry to one of the run's lists: taken, random or another loss."""
         entries.append(Entry(self.name(key), value, meaning))
 
     def refuse(self, table: Mapping[str, str], off: Collection[Any] = ()) -> None:
-        """Note keys that change the loss in a way that is not computed, where they are on.
+        """Note keys, where they are on, that change the loss to one that dmin does not compute.
 
         Args:
-            table: meaning → keys, by blanks apart.
-            off: values that mean nothing is done, beside false, zero and nothing.
+            table: meaning → keys, separated by blanks.
+            off: values that turn a key off, besides false, zero and none.
         """
         self._note(self.run.other, table, off)
 
     def randoms(self, table: Mapping[str, str]) -> None:
-        """Note keys that make the data random, where they are on, as `refuse` does."""
+        """Note keys, where they are on, that make the data random; ``table`` as in `refuse`."""
         self._note(self.run.random, table, ())
 
     def draw(self, key: str, value: Any = True, on: bool | None = None) -> Any:
-        """Return what a key makes of each draw of the data, where it is on; it is told of as drawn.
+        """Return a setting of `Draws` if a key is on, and mark the key as drawn.
 
         Args:
             key: in the file, noted as random elsewhere.
-            value: of a setting of `Draws`.
-            on: whether it is, where its value does not say so.
+            value: the setting's value if the key is on.
+            on: whether the key is on; None: decided by its value.
         """
         if not (on if on is not None else not is_off(self.get(key))):
             return type(value)()
@@ -235,12 +235,12 @@ class Keys:
                     self.note(entries, key, value, meaning)
 
     def known(self, *names: str) -> dict[str, Any]:
-        """Return the values of those keys that are there."""
+        """Return the values of those keys that are present."""
         found = {name: self.get(name) for name in names}
         return {name: value for name, value in found.items() if value is not None}
 
     def bounded(self) -> None:
-        """Take the error of the loss, as kohya and SimpleTuner call it."""
+        """Take the error function of the loss (l2, Huber) from kohya's and SimpleTuner's keys."""
         kind = self.take("loss_type", "model.loss_type", "l2", str, off="l2")
         if kind in ("huber", "smooth_l1"):
             self.run.model["loss_type"] = kind
@@ -250,10 +250,10 @@ class Keys:
             self.note(self.run.other, "loss_type", kind, "dmin computes l2, huber and smooth_l1")
 
     def weighted(self, of_x0: bool) -> None:
-        """Take the weights of a flow's timesteps, as diffusers and kohya call them.
+        """Take the loss weights of a flow's timesteps from diffusers' and kohya's keys.
 
         Args:
-            of_x0: whether the error is that of x0, as in the scripts for SD3.
+            of_x0: whether the loss is the error of x0, as in the scripts for SD3.
         """
         scheme = self.get("weighting_scheme", "none", str)
         weights = scheme if scheme in ("sigma_sqrt", "cosmap") else None
@@ -270,14 +270,14 @@ class Keys:
             self.note(self.run.taken, "weighting_scheme", scheme, meaning)
 
     def skip(self, keys: str) -> None:
-        """Name keys (by blanks apart, ``*`` at the end for any) that change no gradient."""
+        """Skip keys that change no gradient (between blanks; ``*`` at the end: any suffix)."""
         names = keys.split()
         for key in self.values:
             if any(key == n or (n.endswith("*") and key.startswith(n[:-1])) for n in names):
                 self._read.add(key)
 
     def finish(self) -> None:
-        """Tell of the keys that nobody asked for."""
+        """Report the keys that were not read as unknown."""
         self.run.unknown += [self.name(key) for key in self.values if key not in self._read]
 
 
@@ -309,6 +309,6 @@ def _converted(value: Any, kind: type) -> Any:
 
 
 def is_off(value: Any) -> bool:
-    """Tell whether a value says that something is not done; it may stand as text."""
+    """Return whether a value, which may be text, turns a key off."""
     text = value.lower() if isinstance(value, str) else value
     return text in (None, False, 0, "", "false", "0", "0.0", "none", [], {})

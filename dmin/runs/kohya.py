@@ -14,13 +14,13 @@ from dmin.runs.keys import Keys, families, is_off, table
 from dmin.runs.training_run import Entry, TrainingRun
 from dmin.runtime.errors import DminError
 
-CONFIGS = ("*.toml", "*.json")  # where its configs lie below a folder
+CONFIGS = ("*.toml", "*.json")  # patterns of its configs in a folder
 TAGS = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")  # change tags
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 
 
 def recognises(found: Any) -> bool:
-    """Tell whether a config is one of kohya's trainers."""
+    """Return whether a config is one of kohya's trainers."""
     if not isinstance(found, Mapping):
         return False
     keys = set(flat(found))
@@ -30,7 +30,7 @@ def recognises(found: Any) -> bool:
 
 
 def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
-    """Return what a kohya config says."""
+    """Read a kohya config."""
     run = TrainingRun("kohya sd-scripts", source)
     keys = Keys(flat(found), run)
     module = keys.get("network_module", kind=str)
@@ -48,18 +48,18 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     checkpoints.schedule(keys, "max_train_steps", "max_train_epochs")
     run.facts |= keys.known("network_dim", "network_alpha", "seed")
     parts = None if "data" in places.said else _folders(keys, run, places)
-    keys.skip(table("kohya", "folders").inert)  # at whatever level
+    keys.skip(table("kohya", "folders").inert)  # allowed at every level
     keys.apply(table("kohya", "options"))
     run.data = together(parts, run)
     return run
 
 
 def loss(keys: Keys, predicted: str | None) -> None:
-    """Take what the loss is made of.
+    """Take the options that define the loss.
 
     Args:
         keys: options of the trainer.
-        predicted: by the network, as schedulers call it; None where nothing tells.
+        predicted: the scheduler's ``prediction_type``; None if unknown.
     """
     run = keys.run
     keys.bounded()
@@ -69,7 +69,7 @@ def loss(keys: Keys, predicted: str | None) -> None:
     keys.refuse({say.LAYER: "clip_skip"}, off=(1, "1"))  # 1 is the last layer
     if run.family in ("stable_diffusion", "stable_diffusion_xl"):
         keys.refuse({say.PIECES: "max_token_length"}, off=(75, "75"))
-    elif run.family == "stable_diffusion_3":  # an error of x0
+    elif run.family == "stable_diffusion_3":  # its loss is an error of x0
         keys.weighted(of_x0=True)
     elif run.family in ("flux", "chroma"):
         kind = keys.get("model_prediction_type", "sigma_scaled", str)
@@ -93,12 +93,12 @@ def _folders(keys: Keys, run: TrainingRun, places: Places) -> dict[str, dict[str
 
 
 def of_datasets(found: Keys, keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
-    """Return the folders of a file of data sets, by name.
+    """Return the folders of a dataset config, by name.
 
     Args:
         found: ``general`` and ``datasets`` with their ``subsets``.
-        keys: options of the trainer, which hold for all of them.
-        places: where paths lead.
+        keys: options of the trainer, the defaults of all folders.
+        places: finds paths.
     """
     of_folders = table("kohya", "folders")
     general = found.inside("general")
@@ -118,7 +118,7 @@ def of_datasets(found: Keys, keys: Keys, places: Places) -> dict[str, dict[str, 
 def _numbered(
     root: Path, above: Sequence[Keys], places: Places, run: TrainingRun
 ) -> dict[str, dict[str, Any]]:
-    """Return the folders ``N_class tokens`` below a folder, as kohya reads them."""
+    """Return the folders ``N_class tokens`` in a folder, as kohya reads them."""
     parts = {}
     for path in sorted(each for each in root.iterdir() if each.is_dir()):
         match = re.fullmatch(r"(\d+)(?:_(.*))?", path.name, re.DOTALL)
@@ -138,7 +138,7 @@ def _numbered(
 def _subset(
     keys: Keys, above: Sequence[Keys], places: Places, run: TrainingRun
 ) -> tuple[str, dict[str, Any] | None]:
-    """Return the name and the settings of a folder; None: it was not trained on."""
+    """Return a folder's name and settings; None: a regularisation folder, left out."""
     root = places.folder(keys.get("image_dir", "", str), keys.name("image_dir"))
     name = Path(root).name
     if keys.get("is_reg", False, bool):
@@ -155,7 +155,7 @@ def _subset(
 
 
 def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[str, Any]:
-    """Return one folder's settings; what it does not say the levels above do."""
+    """Return one folder's settings; missing keys are taken from the levels above."""
     run, of_folders = own.run, table("kohya", "folders")
     levels = [level.values for level in (*above[::-1], own)]
     keys = Keys({k: v for level in levels for k, v in level.items()}, run, own.where)
@@ -164,7 +164,7 @@ def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[s
     extension = keys.get("caption_extension", keys.get("caption_extention", ".caption", str), str)
     marks = [keys.get("secondary_separator", kind=str)]
     mark = keys.get("keep_tokens_separator", kind=str)
-    if any(not is_off(keys.get(key)) for key in TAGS):  # parted at it then alone
+    if any(not is_off(keys.get(key)) for key in TAGS):  # kohya splits at it only then
         marks.append(mark)
     captions = {
         "extensions": [f".{extension.lstrip('.')}"],
@@ -212,7 +212,7 @@ def _part(own: Keys, root: str, above: Sequence[Keys], places: Places) -> dict[s
 
 
 def _buckets(area: int, step: int, keys: Keys) -> list[list[int]]:
-    """Return the shapes of an area that kohya makes: each multiple of the step is a side of one."""
+    """Return kohya's bucket shapes of an area, one for each side that is a multiple of the step."""
     square = max(step, int(area**0.5) // step * step)
     least = min(square, max(step, keys.get("min_bucket_reso", 256, int) // step * step))
     most = max(square, -(-keys.get("max_bucket_reso", 1024, int) // step) * step)
@@ -225,7 +225,7 @@ def _buckets(area: int, step: int, keys: Keys) -> list[list[int]]:
 
 
 def flat(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a TOML; the names of its sections mean nothing."""
+    """Return the options of a TOML without its sections, whose names kohya ignores."""
     flat: dict[str, Any] = {}
     for key, value in found.items():
         flat |= value if isinstance(value, dict) else {key: value}

@@ -14,7 +14,7 @@ from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 
 CONFIGS = ("*.safetensors",)
-# Entry of the header → option of the trainer, where they differ.
+# Name in the header → option of the trainer, where they differ.
 NAMES = {
     "sd_model_name": "pretrained_model_name_or_path",
     "vae_name": "vae",
@@ -23,12 +23,12 @@ NAMES = {
 
 
 def recognises(found: Any) -> bool:
-    """Tell whether a header is of a file of kohya's trainers."""
+    """Return whether kohya's trainers wrote a header."""
     return isinstance(found, Mapping) and "ss_network_module" in found
 
 
 def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
-    """Return what the header of a file says."""
+    """Read a run from the header of a file."""
     run = TrainingRun("kohya sd-scripts, by the file's header", source)
     told = {k[3:]: v for k, v in found.items() if k.startswith("ss_") and v not in ("None", "")}
     keys = Keys({NAMES.get(key, key): value for key, value in told.items()}, run)
@@ -53,17 +53,17 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
 
 
 def _predicted(version: str, told: str) -> str | None:
-    """Return what the network predicts: ``v`` is part of one of both, where both tell it."""
+    """Return the prediction type: v if ``v`` is a part of either name; None if unknown."""
     if "v" in (*version.split("_"), *told.split("_")):
         return "v_prediction"
     return "epsilon" if told == "epsilon" or version.startswith("sd_v") else None
 
 
 def _datasets(keys: Keys, places: Places) -> Keys:
-    """Return the data sets as a file of them would say it, each folder with what proves it."""
+    """Return the datasets in the form of a dataset config."""
     found = _json(keys, "datasets")
     counted = _json(keys, "tag_frequency")
-    if found is None:  # numbered folders, of which the options tell the rest
+    if found is None:  # numbered folders; their settings are options
         folders = _json(keys, "dataset_dirs")
         entries = folders.items() if isinstance(folders, dict) else ()
         subsets = [
@@ -72,7 +72,7 @@ def _datasets(keys: Keys, places: Places) -> Keys:
         ]
         found = [{"subsets": subsets, "bucket_info": _json(keys, "bucket_info")}]
         if _json(keys, "reg_dataset_dirs"):
-            keys.note(keys.run.other, "reg_dataset_dirs", "there are some", say.PRIOR)
+            keys.note(keys.run.other, "reg_dataset_dirs", "present", say.PRIOR)
     datasets = []
     for dataset in Keys({"datasets": found}, keys.run).each("datasets"):
         buckets = _table(dataset.inside("bucket_info").get("buckets"))
@@ -86,7 +86,7 @@ def _datasets(keys: Keys, places: Places) -> Keys:
 
 
 def _subset(subset: Keys, counted: Mapping[str, Any], places: Places) -> dict[str, Any]:
-    """Return a folder's options; the tags in the header prove the extension of its captions."""
+    """Return a folder's options; its caption extension is that whose tags match the header."""
     told = {key: value for key, value in subset.values.items() if value is not None}
     if "n_repeats" in told:
         told["num_repeats"] = told.pop("n_repeats")

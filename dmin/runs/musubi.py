@@ -18,12 +18,12 @@ STEP = 16  # sides are multiples of it
 
 
 def recognises(found: Any) -> bool:
-    """Tell whether a config is one of musubi-tuner's."""
+    """Return whether a config is one of musubi-tuner's."""
     return isinstance(found, Mapping) and {"dit", "dataset_config"} <= flat(found).keys()
 
 
 def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
-    """Return what a config of musubi-tuner says."""
+    """Read a config of musubi-tuner."""
     run = TrainingRun("musubi-tuner", source)
     keys = Keys(flat(found), run)
     base, module = keys.get("dit", kind=str), keys.get("network_module")
@@ -40,7 +40,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
 
 
 def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
-    """Return the folders of the data sets."""
+    """Return the folders of the datasets, by name."""
     run, parts = keys.run, dict[str, dict[str, Any]]()
     config = Keys(load(places.find(keys.get("dataset_config", "", str), "dataset_config")), run)
     general = config.inside("general")
@@ -65,7 +65,7 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
 
 
 def _images(each: Keys, places: Places) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of a data set's images, and how their captions are found."""
+    """Return the folder of a dataset's images, and the settings of its captions."""
     if listed := each.get("image_jsonl_file", kind=str):
         from dmin.data.metadata import read_table  # imports torch
 
@@ -73,7 +73,7 @@ def _images(each: Keys, places: Places) -> tuple[Path, dict[str, Any]]:
         rows = read_table(Path(file), key)
         root = of_paths(rows, places, each.name("image_jsonl_file"))
         if any(str(name).startswith("control_path") for row in rows.values() for name in row):
-            meaning = f"{say.CONTROL}: name their folder, control_directory, in a copy"
+            meaning = f"{say.CONTROL}: set their folder, control_directory, in a copy"
             each.note(each.run.other, "image_jsonl_file", "control_path", meaning)
         told: dict[str, Any] = {
             "source": "table",
@@ -93,7 +93,7 @@ def _images(each: Keys, places: Places) -> tuple[Path, dict[str, Any]]:
 
 
 def _buckets(area: int) -> list[list[int]]:
-    """Return the shapes of an area: sides from half of the square's to one step above it."""
+    """Return the bucket shapes of an area: one side from half the square's to one step above."""
     side, found = math.isqrt(area), set[tuple[int, int]]()
     for short in range(max(STEP, side // 2 // STEP * STEP), side + STEP, STEP):
         other = area // short // STEP * STEP

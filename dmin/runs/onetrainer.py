@@ -16,7 +16,7 @@ from dmin.runtime.errors import DminError
 
 CONFIGS = ("*.json", "config/*.json", "backup/*/onetrainer_config/args.json", "*.safetensors")
 SUFFIXES = (".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".avif")
-LEFT = ("-masklabel", "-condlabel")  # ends of names that are no examples
+LEFT = ("-masklabel", "-condlabel")  # endings of names of files that are not examples
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 ASPECTS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4)
 ROUNDED = {"float_8": "float8", "nfloat_4": "nf4"}
@@ -24,12 +24,12 @@ PLAIN = ("NONE", "FLOAT_32", "FLOAT_16", "BFLOAT_16", "TFLOAT_32")
 
 
 def recognises(found: Any) -> bool:
-    """Tell whether a config is one of OneTrainer's."""
+    """Return whether a config is one of OneTrainer's."""
     return {"training_method", "model_type"} <= _config(found).keys()
 
 
 def _config(found: Any) -> Mapping[str, Any]:
-    """Return a config, which may stand in the header of the file that came out."""
+    """Return a config, which may be in the header of a trained file."""
     try:
         told = json.loads(found["ot_config"]) if "ot_config" in found else found
     except (TypeError, ValueError, RecursionError):
@@ -38,7 +38,7 @@ def _config(found: Any) -> Mapping[str, Any]:
 
 
 def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
-    """Return what a config of OneTrainer says."""
+    """Read a config of OneTrainer."""
     run = TrainingRun("OneTrainer", source)
     keys = Keys(_config(found), run)
     version = keys.get("__version", 11, int)
@@ -87,7 +87,7 @@ def _loss(keys: Keys, run: TrainingRun) -> None:
 
 
 def _parts(keys: Keys, run: TrainingRun) -> None:
-    """Take what is said of the network, the text encoders and the VAE, each a table of its own."""
+    """Take the settings of the network, the text encoders and the VAE, each in its own table."""
     own = ENCODERS[: 1 + (run.family != "stable_diffusion")]
     for name in ("unet", "transformer", "vae", *ENCODERS):
         part = keys.inside(name)
@@ -139,7 +139,7 @@ def _concept(
         size = image.get("resolution_override", "512")
     shapes = _shapes(size, keys.get("aspect_ratio_bucketing", True, bool), run)
     repeats = concept.get("balancing", concept.get("repeats", 1.0, float), float)
-    if concept.get("balancing_strategy", "REPEATS", str) == "SAMPLES":  # that many an epoch
+    if concept.get("balancing_strategy", "REPEATS", str) == "SAMPLES":  # images per epoch
         files = root.rglob("*") if deep else root.glob("*")
         images = [f for f in files if f.suffix.lower() in SUFFIXES and not f.stem.endswith(LEFT)]
         repeats /= max(1, len(images))
@@ -155,7 +155,7 @@ def _concept(
     more: dict[str, Any] = {}
     if run.family in GIVEN:
         more["condition_image"] = f"{LEFT[0]}.png"
-        meaning = "a share of the steps had a mask of all white; here each its own"
+        meaning = "in a share of the steps the mask was all white; here always the image's own"
         share = keys.get("unmasked_probability", 0.1, float)
         if share and not any(e.key == "unmasked_probability" for e in run.random):
             keys.note(run.random, "unmasked_probability", share, meaning)
@@ -176,7 +176,7 @@ def _concept(
 
 
 def _shapes(size: Any, bucketed: bool, run: TrainingRun) -> list[dict[str, Any]]:
-    """Return the shapes of each resolution: of several, one was drawn for each image."""
+    """Return the shapes of each resolution; OneTrainer draws one of several for each image."""
     if isinstance(size, str) and "x" in size:
         fixed = [max(64, round(each / 64) * 64) for each in (sides(size, run) * 2)[1::-1]]
         side = round((fixed[0] * fixed[1]) ** 0.5)
@@ -184,7 +184,7 @@ def _shapes(size: Any, bucketed: bool, run: TrainingRun) -> list[dict[str, Any]]
     listed = size.split(",") if isinstance(size, str) else [size]
     several = [sides(each, run)[0] for each in listed]
     if len(several) > 1:
-        meaning = "one of them was drawn for each image; here each, of as many repeats less"
+        meaning = "one of them was drawn for each image; here all, sharing the repeats"
         run.random.append(Entry("resolution", size, meaning))
     if not bucketed:
         return [{"size": side, "aspect": "square"} for side in several]
@@ -193,7 +193,7 @@ def _shapes(size: Any, bucketed: bool, run: TrainingRun) -> list[dict[str, Any]]
 
 
 def _captions(text: Keys, root: Path, places: Places, draws: dict[str, Any]) -> dict[str, Any]:
-    """Return how captions are found: every line of a file is one, of which one was drawn."""
+    """Return settings of captions: each line of a file is one; OneTrainer draws one of them."""
     source = text.get("prompt_source", "sample", str)
     kept, share = text.get("keep_tags_count", 1, int), text.get("tag_dropout_probability", 0, float)
     each = text.get("tag_dropout_enable", False, bool)

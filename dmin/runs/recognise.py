@@ -30,7 +30,7 @@ TRAINERS: tuple[ModuleType, ...] = (
     diffusers_scripts,
     musubi,
 )
-# Of files that came out, where no config is.
+# Readers of trained files, for folders without a config.
 HEADERS: tuple[ModuleType, ...] = (kohya_header,)
 
 
@@ -44,14 +44,14 @@ def read_run(
     """Read a trainer's run.
 
     Args:
-        path: its config, or the folder that holds it.
-        root: where its relative paths start, if that is not near the config.
-        ignore: keys of another loss to do without.
-        draws: of what was random in the data, of which an example is the mean: 1, its central form.
-        said: ``family``, ``path``, ``adapter`` of the model, ``data``, where the user names them.
+        path: its config, or the folder of the config.
+        root: folder of its relative paths, if it is not the config's folder or one of its parents.
+        ignore: keys that change the loss and are to be ignored.
+        draws: draws of the random data per example; 1: its central form.
+        said: the user's own ``family``, ``path``, ``adapter`` of the model, and ``data``.
 
     Raises:
-        DminError: it is no run of a trainer that is known, lacks a file, or had another loss.
+        DminError: no known trainer wrote it, a file is missing, or dmin lacks the run's loss.
     """
     found = list(_candidates(path, TRAINERS)) or list(_candidates(path, HEADERS))
     if not found:
@@ -81,7 +81,7 @@ def _candidates(
         yield from [(path, m, values) for m in places if m.recognises(values)][:1]
         return
     for module in trainers:
-        for pattern in module.CONFIGS:  # the first under which there are any
+        for pattern in module.CONFIGS:  # the first pattern that matches
             read = [(file, _readable(file)) for file in sorted(path.glob(pattern))]
             if found := [each for each in read if module.recognises(each[1])]:
                 yield from ((file, module, values) for file, values in found)

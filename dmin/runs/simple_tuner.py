@@ -29,7 +29,7 @@ SHARED = "resolution resolution_type caption_strategy instance_prompt aspect_buc
 
 
 def recognises(found: Any) -> bool:
-    """Tell whether a config is one of SimpleTuner's."""
+    """Return whether a config is one of SimpleTuner's."""
     keys = _plain(found) if isinstance(found, Mapping) else {}
     return {"model_family", "data_backend_config"} <= keys.keys()
 
@@ -39,7 +39,7 @@ def _plain(found: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
-    """Return what a config of SimpleTuner says."""
+    """Read a config of SimpleTuner."""
     run = TrainingRun("SimpleTuner", source)
     keys = Keys(_plain(found), run)
     if (kind := keys.get("model_type", "full", str)) != "lora":
@@ -51,7 +51,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
     if kind in ("epsilon", "v_prediction", "sample"):
         base_model.predicts(keys, "prediction_type", kind)
     if keys.get("caption_dropout_probability") is None:
-        meaning = "0 or 0.1, as its version has it; here 0. Say model.prompt_dropout=0.1"
+        meaning = "0 or 0.1, by its version; here 0. Set model.prompt_dropout=0.1 if it was 0.1"
         keys.note(run.random, "caption_dropout_probability", "not said", meaning)
     if keys.get("offset_noise", False, bool):
         if keys.get("noise_offset_probability", 0.25, float) == 1:
@@ -73,7 +73,7 @@ def read(source: Path, found: Mapping[str, Any], places: Places) -> TrainingRun:
 
 
 def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
-    """Return the folders of the image backends, with the masks that belong to them."""
+    """Return the folders of the image backends, with their masks."""
     run, parts = keys.run, dict[str, dict[str, Any]]()
     file = places.find(keys.get("data_backend_config", "", str), "data_backend_config")
     shared = {key: keys.values[key] for key in SHARED.split() if key in keys.values}
@@ -116,7 +116,7 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
 
 
 def _shape(each: Keys) -> dict[str, Any]:
-    """Return size and aspect: of the area in pixels or megapixels, or of the shorter side."""
+    """Return size and aspect, from the area in pixels or megapixels, or from the shorter side."""
     kind = each.get("resolution_type", "pixel_area", str)
     size = each.get("resolution", 1024.0, float)
     side = sides((size * 1e6) ** 0.5 if kind == "area" and size > 0 else size, each.run)[0]
@@ -140,7 +140,7 @@ def _masks(mask: Keys, places: Places, root: Path) -> dict[str, Any]:
 
 
 def _captions(each: Keys, root: Path, draws: dict[str, Any], places: Places) -> dict[str, Any]:
-    """Return how captions are found: by the names of images unless it is said otherwise."""
+    """Return settings of captions: by default made from the names of the image files."""
     source = each.get("caption_strategy", "filename", str)
     told = each.get("instance_prompt")
     several = told if isinstance(told, list) else [told]

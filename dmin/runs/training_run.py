@@ -11,9 +11,9 @@ from dmin.runtime.errors import DminError
 
 
 class Entry(NamedTuple):
-    """One setting of a run and what becomes of it."""
+    """One setting of a run and how it is handled."""
 
-    key: str  # as the trainer calls it
+    key: str  # the trainer's name for it
     value: Any
     meaning: str
 
@@ -26,19 +26,19 @@ class TrainingRun:
         trainer: its name.
         source: the file that was read.
         family: the choice of ``model``.
-        name: of the stores made of it.
-        model: settings of it.
+        name: of the stores collected from it.
+        model: settings of ``model``.
         data: settings of ``data``.
         noise: settings of ``noise``.
         collect: settings of ``collect``.
-        taken: what is honoured as it was trained.
-        random: what is approximated: of randomness of the data, the central form stands for all.
-        drawn: names of the keys of it that more draws than one are made of.
-        draws: how many.
-        other: another loss than the plain one: refused unless ignored.
-        ignored: of these, what the user said to ignore.
-        unknown: keys that are not known here.
-        facts: steps, learning rate, seed, …: they change no gradient of the final weights.
+        taken: settings that are used as in training.
+        random: settings that made the data random; approximated by their central form.
+        drawn: keys in ``random`` that are drawn if ``draws`` is above 1.
+        draws: draws of the data per example.
+        other: settings that change the loss to one dmin does not compute; refused unless ignored.
+        ignored: those of them that the user ignores (``run.ignore``).
+        unknown: keys that dmin does not know.
+        facts: steps, learning rate, seed ...; they do not change gradients at the final weights.
     """
 
     trainer: str
@@ -59,10 +59,10 @@ class TrainingRun:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def draw(self, draws: int) -> None:
-        """Have each example be the mean of so many draws of what was random in its data.
+        """Set how many draws of its random data each example's score is the mean of.
 
         Args:
-            draws: 1 is the central form.
+            draws: 1: no draws, the central form.
         """
         parts = [part for part in self.data.get("datasets", {}).values() if "draws" in part]
         for part in parts:
@@ -77,13 +77,13 @@ class TrainingRun:
             self.taken.append(Entry("run.draws", draws, "nothing in the data was drawn: the same"))
 
     def settle(self, ignore: Collection[str]) -> None:
-        """Move what the user ignores out of the way; refuse the rest of another loss.
+        """Move ignored entries from ``other`` to ``ignored``; refuse if others remain.
 
         Args:
-            ignore: keys, as the trainer calls them (the last part is enough).
+            ignore: the trainer's keys (the part after the last dot is enough).
 
         Raises:
-            DminError: the run has another loss, or a key to ignore is none of it.
+            DminError: the run has another loss, or does not set a key to ignore.
         """
         said = set(ignore)
         names = {name for each in self.other for name in (each.key, each.key.rpartition(".")[2])}
@@ -112,17 +112,17 @@ class TrainingRun:
             ("taken", self.taken),
             (f"approximated: what was random in training is here {self.draws} draws", told),
             ("approximated: what was random in training is here its central form", central),
-            ("ignored, as you say", self.ignored),
+            ("ignored (run.ignore)", self.ignored),
         ):
             if entries:
                 lines.append(f"  {title}")
                 lines += [f"    {e.key} = {shown(e.value)}: {e.meaning}" for e in entries]
         if self.unknown:
-            lines.append(f"  not known here, and not read: {', '.join(self.unknown)}")
+            lines.append(f"  unknown keys, not used: {', '.join(self.unknown)}")
         return lines
 
 
 def shown(value: Any) -> str:
-    """Return a value in a few letters."""
+    """Return a value as text of at most 60 characters."""
     text = str(value).replace("\n", " ")
     return text if len(text) <= 60 else f"{text[:57]}..."

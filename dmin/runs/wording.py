@@ -1,6 +1,6 @@
 """Descriptions of keys that several trainers share, for the printed table."""
 
-# Random in training: here the central form.
+# Random in training, approximated by the central form.
 TIMESTEPS = "how often each timestep was drawn; here all count alike"
 ORDER = "the order of tags was drawn each time; here as written"
 TAGS = "tags were dropped at random; here all"
@@ -13,7 +13,7 @@ DROPOUT = "captions were dropped at random; here never"
 STRENGTH = "the strength of that noise was drawn each time; here the full strength"
 ROUNDED = "model.base_dtype={}, of all layers; the trainer may have left some out"
 ROUNDED_TEXT = "text encoders were quantised; here as they are"
-# Another loss: refused unless ignored.
+# Changes the loss: refused unless ignored.
 BOUNDED = "a loss other than the squared error"
 LAYER = "captions are read from an earlier layer of the text encoder"
 PIECES = "captions were encoded in several pieces, each with its padding"
@@ -30,5 +30,5 @@ OF_FOLDER = "weights the loss of this folder; here all folders count alike"
 MERGED = "further adapters were merged into the base model"
 PADDING = "padding of captions was masked"
 LEARNED = "learned words: give their files, too, as model.embeddings=[WORD=FILE]"
-# Taken.
+# Used as in training.
 PREDICTION = "read from the base model's scheduler"

@@ -178,7 +178,7 @@ def test_what_the_network_predicts_is_held_to_the_scheduler(place, trained, told
         f"{MAIN}v_parameterization = {str(trained[0] == 'v').lower()}\n"
     )
     if trained != told:
-        with pytest.raises(DminError, match=rf"says {told}: say prediction_type {trained} there"):
+        with pytest.raises(DminError, match=rf"has {told}: set prediction_type to {trained} there"):
             read_run(place / "run.toml")
     else:
         read_run(place / "run.toml")

@@ -106,7 +106,7 @@ def test_what_the_network_predicts_is_held_to_the_scheduler(place, version, told
         if scheduler == trained:
             read_run(file)
             continue
-        with pytest.raises(DminError, match=f"prediction_type {trained} there"):
+        with pytest.raises(DminError, match=f"prediction_type to {trained} there"):
             read_run(file)
 
 
@@ -121,4 +121,4 @@ def test_data_that_the_line_names_are_not_looked_for(place):
     lora(dataset_dirs=None, tag_frequency=None)
     line = ["run=out/mug.safetensors", "data=training_folder", "data.root=mine"]
     found = parse("collect", line)
-    assert "data" not in found.root and any("as you say" in told for told in found.told)
+    assert "data" not in found.root and any("set by you" in told for told in found.told)

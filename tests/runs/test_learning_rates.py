@@ -84,11 +84,11 @@ def test_steps_and_epochs_are_read_from_names_and_headers(place):
 @pytest.mark.parametrize(
     "told, named",
     [
-        ({"lr_scheduler": "polynomial"}, "schedule polynomial is not computed"),
+        ({"lr_scheduler": "polynomial"}, "does not compute its schedule polynomial"),
         ({}, "in no header, name or setting"),
         (
             {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 9, "max_train_epochs": 3},
-            "rose for 9 steps, of how many is not told",
+            "rose for 9 steps, but the number of all steps is not given",
         ),
         ({"max_train_epochs": 1}, "in no header, name or setting"),  # the first is not the last
     ],

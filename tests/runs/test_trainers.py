@@ -675,7 +675,7 @@ def test_what_the_network_predicts_is_held_to_the_scheduler(place, name, key, va
         if kind == "v_prediction":
             assert any(entry.value == kind for entry in read_run(written(files)).taken)
         else:
-            with pytest.raises(DminError, match="says epsilon: say prediction_type v_prediction"):
+            with pytest.raises(DminError, match="has epsilon: set prediction_type to v_prediction"):
                 read_run(written(files))
 
 
