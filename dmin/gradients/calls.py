@@ -12,24 +12,24 @@ from dmin.gradients.projections import Projector, order_of, owners_of
 from dmin.runtime.errors import DminError
 
 Probe = list[Tensor | None] | None
-"""A few numbers of each row, ``[rows, PROJECTIONS]``, of each output; None where none came."""
+"""Projections ``[rows, PROJECTIONS]`` of each output's gradient; None if there was none."""
 
 
 @dataclass
 class Call:
-    """One forward call: of a layer, of a module to run again, or an input of the network.
+    """A forward call of a layer or of a module to run again, or an input of the network.
 
     Attributes:
-        number: of its first output among those of the pass.
-        name: of the module.
-        module: that was called.
-        parameters: whose gradients it gives.
+        number: index of its first output among all outputs of the pass.
+        name: name of the module.
+        module: the module that was called.
+        parameters: names of the parameters whose gradients are computed from this call.
         own: names of the parameters that the module holds, by local name.
-        how: they are had: a layer's closed form, or the call to be run again.
-        shapes: of its outputs.
-        dtype: of its outputs.
-        features: last axes of an output that make up one row; None: the last, if there are two.
-        probe: what was kept of the rows of its output gradients in the latest pass that probes.
+        how: how gradients are computed: a layer's closed form, or a :class:`PerExampleRerun`.
+        shapes: shapes of its outputs.
+        dtype: dtype of its outputs.
+        features: trailing axes of an output that form one row; None: one of two or more axes.
+        probe: projections of its output gradients in the latest examining pass.
     """
 
     number: int
@@ -45,11 +45,11 @@ class Call:
 
     @property
     def kind(self) -> Hashable:
-        """What tells this call from another: its name and the shapes of its outputs."""
+        """What distinguishes this call: name, way of computing gradients, shapes of outputs."""
         return self.name, type(self.how).__name__, self.shapes
 
     def rows(self, output: int) -> torch.Size:
-        """Return the axes of an output that its rows are numbered along."""
+        """Return the sizes of the leading axes of an output, along which rows are numbered."""
         shape = self.shapes[output]
         features = min(1, len(shape) - 1) if self.features is None else self.features
         return shape[: len(shape) - features]
@@ -57,7 +57,7 @@ class Call:
     def doubts(
         self, orders: Sequence[RowOrder], gradients: Sequence[Tensor | None]
     ) -> Iterator[Tensor]:
-        """Yield, for outputs with rows of unknown owner, whether one of these has a gradient."""
+        """Yield for each output with rows of unknown owner whether one of these has a gradient."""
         for i, (order, gradient) in enumerate(zip(orders, gradients, strict=True)):
             unknown = None if gradient is None or order is MAJOR else order.unknown
             if gradient is not None and unknown is not None:
@@ -66,7 +66,7 @@ class Call:
                 yield (rows if whole else rows[unknown.to(rows.device)]).any()
 
     def take(self, gradients: Sequence[Tensor | None], projector: Projector) -> None:
-        """Keep a few numbers of each row of the output gradients of a pass."""
+        """Keep projections of each row of the output gradients of a pass."""
         self.probe = [
             None if g is None else projector(g, g.ndim - len(self.rows(i)))
             for i, g in enumerate(gradients)
@@ -78,11 +78,11 @@ class Call:
         """Return the order of the rows of each output.
 
         Args:
-            probes: what was kept of a plain pass, and of one for each digit. Gradients that did
-                not come are zero.
+            probes: projections of an unscaled pass, and of one pass for each digit. Missing
+                gradients count as zero.
             batch: number of examples.
-            base: of the digits.
-            tolerance: of the ratio of two gradients.
+            base: base of the digits.
+            tolerance: relative tolerance for the ratio of two gradients.
         """
         orders = []
         for i, shape in enumerate(map(self.rows, range(len(self.shapes)))):
@@ -98,17 +98,17 @@ class Call:
 
 
 class Tap(torch.autograd.Function):
-    """The identity on a call's outputs, which hands their gradients and the inputs to a capture.
+    """The identity on a call's outputs; its backward hands their gradients and inputs to a capture.
 
-    It starts a graph where the outputs have none. The inputs are saved as autograd saves tensors:
-    checked for changes in place, freed after backward, recomputed under gradient checkpointing.
+    It starts a graph where the outputs have none. Autograd saves the inputs: it checks them for
+    changes in place, frees them after backward, and recomputes them under gradient checkpointing.
     """
 
     @staticmethod
     def forward(
         ctx: Any, capture: Any, call: Call, anchor: Tensor, outputs: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Pass the outputs on, and save the inputs."""
+        """Return the outputs, and save the inputs."""
         ctx.capture, ctx.call = capture, call
         ctx.save_for_backward(*tensors[outputs:])
         ctx.set_materialize_grads(False)
@@ -116,7 +116,7 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Pass the gradients on, and show them with the inputs."""
+        """Hand gradients and inputs to the capture, and return the gradients."""
         try:
             inputs = ctx.saved_tensors
         except RuntimeError as error:

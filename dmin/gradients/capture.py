@@ -35,7 +35,7 @@ from dmin.gradients.usage import ParameterUsage, Use
 from dmin.runtime.errors import DminError
 
 # Bytes of per-example gradients in memory at once. On a CPU a slice that fits the last-level cache
-# is also the fastest (and is recycled by malloc instead of being mapped afresh each time).
+# is also the fastest (and malloc reuses its memory instead of mapping new pages each time).
 CPU_BUDGET, GPU_BUDGET = 8 << 20, 512 << 20
 
 # Parameters of layers with a closed form.
@@ -45,21 +45,21 @@ CLOSED_FORM, FALLBACK, UNUSED = "closed form", "fallback", "unused"
 
 @dataclass
 class _Pass(Generic[State]):
-    """One backward pass under way."""
+    """State of the backward pass that is running."""
 
     batch: int
     budget: int
     state: State
-    orders: dict[int, RowOrder]  # of the outputs of calls, by their number
+    orders: dict[int, RowOrder]  # of each output, by its number
     arrived: dict[str, list[GradientFactors | Arrived]] = field(default_factory=dict)
-    empty: Counter[str] = field(default_factory=Counter)  # calls of each parameter on no rows
+    empty: Counter[str] = field(default_factory=Counter)  # calls per parameter without gradient
     doubt: Tensor | None = None  # whether a row of unknown owner has a gradient
 
 
 class Capture(Generic[State, Rows]):
-    """Context in which backward passes give sketched per-example gradients.
+    """Context in which backward passes return sketched per-example gradients.
 
-    >>> ownership = Ownership()  # of one network, for all its passes
+    >>> ownership = Ownership()  # one for all passes of a network
     >>> def run():
     ...     with Capture(network, sketch, ownership=ownership) as capture:  # a bound sketch
     ...         prediction = network(x, t)
@@ -67,16 +67,16 @@ class Capture(Generic[State, Rows]):
     >>> rows = ownership.settle(run)
     >>> rows.values, rows.squared_norm                     # [batch, groups, k], [batch, groups]
 
-    Inside, the network's parameters do not require gradients, and compiled code runs eagerly; on
-    leaving, that and the hooks are as they were before.
+    Inside, the network's parameters do not require gradients, and compiled code runs eagerly. On
+    exit, these settings and the hooks are restored.
 
     Args:
         network: the module whose parameters are attributed.
-        sink: of factors, such as a sketch, for :func:`choose_parameters` of this network.
-        budget: bytes that per-example gradients may take at once (at least one example's gradient
-            of one parameter is formed); None for 8 MiB on a CPU, 512 MiB on a GPU.
-        ownership: what is known of the network's rows; what is found out is added.
-        data: what examples are made of, where code around the network may order them by it.
+        sink: receives factors, such as a sketch bound to :func:`choose_parameters` of the network.
+        budget: most bytes of per-example gradients in memory at once (at least one example's
+            gradient of one parameter is formed); None for 8 MiB on a CPU, 512 MiB on a GPU.
+        ownership: what is known about the owners of the network's rows; findings are added.
+        data: tensors that code outside the network may use to order the rows of its inputs.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Capture(Generic[State, Rows]):
         self._forget()
 
     def __enter__(self) -> Self:
-        """Freeze the parameters and watch the network."""
+        """Freeze the parameters and install the hooks."""
         hooked = [name for name, p in self._chosen.items() if p._backward_hooks]
         if hooked:
             raise DminError(
@@ -127,38 +127,38 @@ class Capture(Generic[State, Rows]):
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Give the network back as it was."""
+        """Restore the network."""
         self._undo.close()
         self._forget()
 
     def _forget(self) -> None:
         self._calls: list[Call] = []  # of the forward passes, in order
-        self._uses: Counter[str] = Counter()  # of each parameter, whose gradients are to come
+        self._uses: Counter[str] = Counter()  # per parameter: calls whose gradients are expected
         self._orders: dict[int, RowOrder] | None = None
 
     @property
     def coverage(self) -> dict[str, str]:
-        """How each chosen parameter's gradient was had in the backward passes so far.
+        """How each chosen parameter's gradient was computed in the backward passes so far.
 
-        ``closed form``, ``fallback (<module that is run again>)``, both, or ``unused`` where the
+        ``closed form``, ``fallback (<module that is run again>)``, both, or ``unused`` if the
         values do not depend on the parameter, so that its gradient is zero.
         """
         return {name: " + ".join(sorted(self._paths[name])) or UNUSED for name in self._chosen}
 
     def backward(self, values: Tensor, keep_graph: bool = False) -> Rows:
-        """Backpropagate one value an example and return what the sink made of their gradients.
+        """Backpropagate one value per example and return the sink's result.
 
         Args:
             values: ``[batch]``, computed inside this context; value b may depend on example b only.
-            keep_graph: another readout of the same forward pass follows.
+            keep_graph: keep the graph for another readout of the same forward pass.
 
         Returns:
-            Whatever the sink's ``finish`` returns; of a sketch, the rows ``[batch, groups, k]`` and
+            The result of the sink's ``finish``; for a sketch, rows ``[batch, groups, k]`` and
             squared norms ``[batch, groups]``.
 
         Raises:
-            DminError: the gradient of a chosen parameter cannot be had; the message names it.
-            Unsettled: something was found out, with which the pass has to be run again.
+            DminError: the gradient of a chosen parameter cannot be computed; the message names it.
+            Unsettled: the pass found new facts about owners and has to be run again.
         """
         if self._examination is not None:
             self._examination.forward_done()
@@ -184,7 +184,7 @@ class Capture(Generic[State, Rows]):
         try:
             self._backpropagate(values, keep_graph)
             with self._usage.off():  # modules may be run again
-                for name in list(self._pass.arrived):  # some of their calls did not matter
+                for name in list(self._pass.arrived):  # values did not depend on some of its calls
                     self._flush(name, {})
             self._require_known(self._pass.doubt, first)
             rows = self.sink.finish(self._pass.state)
@@ -215,16 +215,16 @@ class Capture(Generic[State, Rows]):
             )
 
     def _require_known(self, doubt: Tensor | None, first: bool) -> None:
-        """Examine the pass again if rows had gradients of which nothing was known."""
+        """Require another examination if rows of unknown owner had gradients."""
         if self.ownership.agree(doubt is not None and bool(doubt)):
             if first:
                 self.ownership.doubt(self.ownership.latest)
-            else:  # another readout reaches what the first does not
+            else:  # another readout depends on rows that the first does not
                 self.ownership.route()
             raise Unsettled("rows of layers have gradients for the first time. Run the pass again.")
 
     def _record(self, use: Use[Call]) -> tuple[Any, Call] | None:
-        """Arrange to hear of the gradients of a call's outputs; None if they do not help."""
+        """Tap a call's outputs to receive their gradients; None if these cannot be used."""
         if not torch.is_grad_enabled():
             raise DminError(
                 f"{use.name or 'the network'} ran without gradients, so the gradients "
@@ -244,12 +244,12 @@ class Capture(Generic[State, Rows]):
             return None
         if isinstance(call.how, PerExampleRerun):
             inputs = [x.detach() for x in call.how.tensors((use.args, use.kwargs))]
-            for inner in use.within:  # running again covers these as well
+            for inner in use.within:  # their gradients come from running this module again
                 self._uses.subtract(inner.parameters & call.parameters)
                 inner.parameters -= call.parameters
         else:
             inputs = [_input(use).detach()]
-        # Else a checkpoint recomputes what is counted already.
+        # Otherwise a checkpoint recomputes a call that is already counted.
         if self._pass is None and self._prober.projector is None:
             self._uses.update(call.parameters)
             self._calls.append(call)
@@ -257,7 +257,7 @@ class Capture(Generic[State, Rows]):
         return replaced(use.output, tapped), call
 
     def _call(self, use: Use[Call]) -> Call | None:
-        """Return how the gradients of a call can be had, or None if not example by example."""
+        """Return the call and how its per-example gradients are computed; None if they cannot."""
         if use.name in self.ownership.enclosing and use.module is not self.network:
             return None
         last, gradient = self._calls[-1] if self._calls else None, layer_gradient(use.module)
@@ -289,13 +289,13 @@ class Capture(Generic[State, Rows]):
         return known or any(map(self._usage.sees_examples, inputs))
 
     def arrive(self, call: Call, inputs: Sequence[Tensor], gradients: Sequence[Any]) -> None:
-        """Take the gradients of a call's outputs; flush parameters whose last call this was."""
+        """Receive the gradients of a call's outputs; flush parameters whose last call this was."""
         if self._prober.projector is not None:
             call.take(gradients, self._prober.projector)
             return
         if self._pass is None or not call.parameters:
             return
-        if not any(g is not None and g.numel() for g in gradients):  # of no rows: as if not called
+        if not any(g is not None and g.numel() for g in gradients):  # no rows: as if not called
             self._pass.empty.update(call.parameters)
             for name in call.parameters:
                 self._flush_complete(name, {})
@@ -320,7 +320,7 @@ class Capture(Generic[State, Rows]):
         else:
             path = CLOSED_FORM
             owners = order[0].owners
-            if order[0] is MAJOR:  # taken for it in a trial, which is after time and memory alone
+            if order[0] is MAJOR:  # only assumed, in a Trial, which measures time and memory
                 owners = torch.arange(call.rows(0).numel()) % batch
             waits = Arrived(call, inputs[0], gradients[0], owners)
             arrived = dict.fromkeys(call.parameters, waits)
@@ -331,7 +331,7 @@ class Capture(Generic[State, Rows]):
             self._flush_complete(name, ordered)
 
     def _flush_complete(self, name: str, ordered: Ordered) -> None:
-        """Hand on the gradients of a parameter if its last call has come."""
+        """Hand a parameter's gradients to the sink if its last call has arrived."""
         assert self._pass is not None
         parts = self._pass.arrived.get(name)
         if parts and len(parts) + self._pass.empty[name] == self._uses[name]:
@@ -342,8 +342,8 @@ class Capture(Generic[State, Rows]):
         """Hand one parameter's gradients to the sink and forget them.
 
         Args:
-            name: of the parameter.
-            ordered: what was put in order for another parameter of the same layer.
+            name: name of the parameter.
+            ordered: factors already sorted by example for other parameters of the same layer.
         """
         assert self._pass is not None
         parts = factors_of(name, self._pass.arrived.pop(name), self._pass.batch, ordered)
@@ -354,6 +354,6 @@ _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _input(use: Use[Call]) -> Tensor:
-    """Return the input of a layer that takes one."""
+    """Return the input of a layer with a single input."""
     given = use.args[0] if use.args else use.kwargs.get("input")
     return next(iter(use.kwargs.values())) if given is None else given

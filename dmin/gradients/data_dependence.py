@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-# What takes positions from a tensor. Looking parameters up is none: rows follow the index.
+# Operations that take positions from a tensor. Lookups in parameters keep the order of the index.
 _INDEXING = {
     getattr(holder, name)
     for holder in (torch, Tensor)
@@ -22,7 +22,7 @@ _INDEXING = {
     )
     if hasattr(holder, name)
 } | {Tensor.__getitem__, Tensor.__setitem__}
-# What orders rows by data, or makes numbers of Python of it: anything may be decided by them.
+# Operations that order rows by data, or convert it to Python values, which can decide anything.
 _DECIDING = {
     getattr(holder, name)
     for holder in (torch, Tensor)
@@ -33,14 +33,14 @@ _DECIDING = {
     )
     if hasattr(holder, name)
 } | {F.one_hot}
-# What takes of its second tensor no more than dtype, device or shape.
+# Operations that use only dtype, device or shape of their second tensor.
 _AS = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
-# What draws numbers: an order by them is another in each pass.
+# Operations that draw random numbers: an order by these differs in each pass.
 _DRAWING = {torch.randperm, torch.rand, torch.randn, torch.randint, torch.multinomial}
 
 
 class DataDependence(TorchFunctionMode):
-    """Notes whether positions or decisions come from the tensors it was told of.
+    """Records whether positions or decisions depend on the tensors passed to :meth:`begins`.
 
     Attributes:
         found: whether they do.
@@ -52,14 +52,14 @@ class DataDependence(TorchFunctionMode):
         self._data = WeakIdKeyDictionary()
 
     def begins(self, inputs: Iterable[Tensor]) -> None:
-        """Take tensors for data, with all that is computed from them."""
+        """Treat tensors as data, and everything that is computed from them."""
         for tensor in inputs:
             self._data[tensor] = True
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Run an operation and note what it does."""
+        """Run an operation and record whether it depends on data."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         given = args[:1] if func in _AS else (args, kwargs)
@@ -78,16 +78,16 @@ class DataDependence(TorchFunctionMode):
         if func in _DECIDING:
             return True
         others = [*args[1:], *kwargs.values()]
-        if func is F.embedding:  # rows of a table that was computed are somebody's
+        if func is F.embedding:  # rows of a computed table may belong to examples
             return any(map(self._is_somebodys, others[:1]))
         if func is torch.where:
             return not others
         if func not in _INDEXING:
             return False
-        if func is Tensor.__setitem__:  # what is written is no index, as x in out[..., 0::2] = x
+        if func is Tensor.__setitem__:  # only the index counts, not x in out[..., 0::2] = x
             return any(map(self._is_data, pytree.tree_leaves(others[:1])))
         index = [x for x in pytree.tree_leaves(others) if self._is_data(x)]
-        # A constant table looked up: its rows follow the index. A second tensor is written there.
+        # A lookup in a constant table keeps the order of the index. A second tensor is written.
         return not others or bool(index and (self._is_somebodys(args[0]) or len(index) > 1))
 
     def _is_somebodys(self, x: Any) -> bool:

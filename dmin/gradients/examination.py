@@ -17,20 +17,20 @@ from dmin.runtime.errors import DminError
 
 
 class Coupled(DminError):
-    """The loss of an example depends on the others of its pass."""
+    """The loss of an example depends on other examples of the pass."""
 
 
 class Examination:
-    """Context in which a network is examined: what it does with its inputs.
+    """Context that records how a network uses its inputs.
 
     Attributes:
-        inputs: tensors that the network was given.
+        inputs: one call for each floating-point input of the network.
 
     Args:
-        capture: that the inputs' gradients are shown to.
-        network: to examine.
-        anchor: what makes tensors part of a graph.
-        data: what examples are made of, beside the network's inputs.
+        capture: receives the gradients of the inputs.
+        network: the network to examine.
+        anchor: a tensor that requires gradients, which makes the inputs part of a graph.
+        data: tensors other than the network's inputs that rows may be ordered by.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Examination:
         self._inside = 0
 
     def __enter__(self) -> Self:
-        """Hear when the network's forward begins and ends."""
+        """Hook the begin and end of the network's forward."""
         with ExitStack() as undo:
             begins = self._network.register_forward_pre_hook(self._begin, with_kwargs=True)
             undo.callback(begins.remove)
@@ -54,19 +54,19 @@ class Examination:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Leave the network as it was."""
+        """Remove the hooks."""
         self.forward_done()
         self._undo.close()
 
     def forward_done(self) -> None:
-        """Note no more: what follows is not the model's doing."""
+        """Stop recording: later operations are not the model's."""
         if self._noting:
             self._noted.__exit__(None, None, None)
             self._noting = False
 
     @property
     def depends(self) -> bool:
-        """Whether the network took an index or a decision from its inputs."""
+        """Whether the network took an index or a decision from data."""
         return self._noted.found
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -93,15 +93,15 @@ class Examination:
     def require_apart(
         self, inputs: Sequence[RowOrder], calls: Sequence[Call], orders: Sequence[RowOrder]
     ) -> None:
-        """Refuse a network in which the loss of an example depends on the others' inputs.
+        """Refuse a network in which an example's loss depends on the inputs of other examples.
 
         Args:
-            inputs: the order of the rows of the network's inputs.
-            calls: of the forward pass.
-            orders: of their outputs' rows.
+            inputs: row orders of the network's inputs.
+            calls: calls of the forward pass.
+            orders: row orders of their outputs.
 
         Raises:
-            Coupled: it does, and behind which layer.
+            Coupled: the loss does; the message names the layer behind which it happens.
         """
         reached = [order for order in inputs if order.reached]
         if not reached or not all(order.shared for order in reached):
@@ -129,20 +129,20 @@ class Examination:
 
 
 def kind_of(batch: int, told: Sequence[int | str], calls: Sequence[Call]) -> Hashable:
-    """Return what tells a pass from others whose rows may be ordered otherwise."""
+    """Return a key of a pass; passes with another key may have another order of rows."""
     return batch, tuple(told), *(call.kind for call in calls)
 
 
 class Prober:
-    """Finds out whose rows are whose, by backward passes with scaled losses.
+    """Finds the owner of each row by backward passes with scaled losses.
 
     Args:
-        ownership: what is known; what is found out is added.
-        network: whose calls are examined.
-        backpropagate: values, and whether to keep the graph.
+        ownership: what is known about owners; findings are added.
+        network: the network whose calls are examined.
+        backpropagate: a function of the values, and whether to keep the graph.
 
     Attributes:
-        projector: takes the output gradients of calls, while a probe is under way.
+        projector: projects the output gradients of calls during an examining pass; else None.
     """
 
     def __init__(
@@ -159,18 +159,18 @@ class Prober:
     def orders(
         self, values: Tensor, calls: Sequence[Call], examination: Examination | None
     ) -> dict[int, RowOrder]:
-        """Return the order of the rows of each output; find it out if it is not known.
+        """Return the row order of each output; examine the pass if it is not known.
 
         Args:
-            values: of the examples, ``[batch]``.
-            calls: of the forward pass.
-            examination: that it was, or None.
+            values: the examples' values, ``[batch]``.
+            calls: calls of the forward pass.
+            examination: the examination in which the forward pass ran, or None.
 
         Returns:
-            Of the outputs of the calls, by number; those that lack are example after example.
+            Row orders by number of the output; missing outputs have example after example.
 
         Raises:
-            Unsettled: it was found out by a pass that was for that alone, or needs such a pass.
+            Unsettled: this pass only examined the network, or such a pass is needed first.
         """
         ownership, kind = self.ownership, self.ownership.latest
         routed = examination is None and ownership.routed
@@ -186,7 +186,7 @@ class Prober:
         inputs = [] if examination is None else examination.inputs
         orders = self._probe(values, [*inputs, *calls])
         if ownership.agree(any(order.broken for order in orders)):
-            return {}  # whoever takes the rows refuses them: they are NaN or infinite
+            return {}  # rows are NaN or infinite, and will be refused later
         found = orders[len(inputs) :]
         if examination is not None:
             examination.require_apart(orders[: len(inputs)], calls, found)
@@ -200,9 +200,9 @@ class Prober:
         return dict(enumerate(found))
 
     def _probe(self, values: Tensor, calls: Sequence[Call]) -> list[RowOrder]:
-        """Return the order of the rows of each output of some calls."""
+        """Return the row order of each output of some calls."""
         half = any(call.dtype == torch.float16 for call in calls)
-        base = 4 if half else 8  # half precision has not the range
+        base = 4 if half else 8  # the range of half precision is too small for 8
         tolerance = 1e-4 if values.device.type == "cpu" and not half else 0.2
         exponents = digits(len(values), base)
         exponents.insert(0, torch.zeros_like(exponents[0]))
@@ -221,7 +221,7 @@ class Prober:
         ]
 
     def _passed(self, values: Tensor, calls: Sequence[Call]) -> list[Probe]:
-        """Return a few numbers of each row of the output gradients of calls, by one pass."""
+        """Run one backward pass and return projections of the calls' output gradients."""
         for call in calls:
             call.probe = None
         self.projector = Projector(values.device)
@@ -230,7 +230,7 @@ class Prober:
         except RuntimeError:
             if not self.ownership.probes or self.ownership.graph_is_lost:
                 raise
-            # Something in it frees what it needs: each pass takes a forward pass of its own.
+            # Some operation frees its buffers: each backward pass needs a new forward pass.
             self.ownership.graph_is_lost = True
             raise Unsettled("a pass can be differentiated once. Run the pass again.") from None
         finally:
@@ -238,10 +238,10 @@ class Prober:
         return [call.probe for call in calls]
 
     def _escalate(self, calls: Sequence[Call], found: Sequence[RowOrder]) -> bool:
-        """Leave calls with rows that are no one example's to the modules around them.
+        """Have the modules around calls with shared rows run again; return whether there are any.
 
         Raises:
-            DminError: there is none around.
+            DminError: there is no module around, or several processes run the pass together.
         """
         shared = [
             call

@@ -23,7 +23,7 @@ _SUMS_WIDE = "dtype" in torch.ops.aten.bmm.overloads()  # torch 2.8 and later
 class GradientFactors(ABC):
     """The gradients of one parameter for each example of a batch, not multiplied out.
 
-    The fields that are tensors have one row an example.
+    Fields that are tensors have one row per example.
     """
 
     @property
@@ -48,7 +48,7 @@ class Dense(GradientFactors):
     gradient: Tensor
 
     def dense(self) -> Tensor:
-        """Return a copy, so that callers may work in place whatever the factors are."""
+        """Return a copy, so that callers may change the result in place."""
         return wide(self.gradient).clone()
 
 
@@ -65,8 +65,8 @@ class Outer(GradientFactors):
     def dense(self) -> Tensor:
         """Return ``[batch, out, in]``.
 
-        A GPU multiplies half precision on its tensor cores and adds up in float32, which is exact
-        but for the order of the sum.
+        In half precision a GPU multiplies on tensor cores and sums in float32, which is exact up
+        to the order of the sum.
         """
         d, a = self.output_gradient, self.input
         if d.is_cuda and d.dtype == a.dtype and d.dtype in _HALF and _SUMS_WIDE:
@@ -83,15 +83,15 @@ class Correlation(GradientFactors):
     layer: nn.modules.conv._ConvNd
     padding: tuple[int, ...]
 
-    # Up to this many output positions one batched product of unfolded patches beats a call of the
-    # convolution's own backward for each example (measured on two CPU cores, 8² against 32²).
+    # Up to this many output positions, one batched product of unfolded patches is faster than
+    # torch's convolution backward for each example (measured on two CPU cores, 8² against 32²).
     UNFOLD_POSITIONS = 256
 
     def dense(self) -> Tensor:
         """Return ``[batch, *weight.shape]``."""
         layer, shape = self.layer, self.layer.weight.shape
         outer = self.as_outer() if self.output_gradient.is_cuda else None
-        if outer is not None:  # one product of the batch, summed in a fixed order
+        if outer is not None:  # one batched product, summed in a fixed order
             formed = outer.dense().unflatten(2, (-1, shape[1])).transpose(2, 3)
             return formed.reshape(-1, *shape)
         d, a = wide(self.output_gradient), wide(self.input)
@@ -125,7 +125,7 @@ class Correlation(GradientFactors):
     def as_outer(self) -> Outer | None:
         """Return the same gradients as outer products of outputs and patches (tap, input).
 
-        None for groups of channels and transposed convolutions, which are none.
+        None for convolutions with groups and for transposed ones, where this does not hold.
         """
         layer, d = self.layer, self.output_gradient.flatten(2).transpose(1, 2)
         if layer.groups > 1 or layer.transposed:
@@ -141,9 +141,9 @@ class Correlation(GradientFactors):
         return Outer(d, patches.reshape(len(a), d.shape[1], -1))
 
     def _output_padding(self) -> list[int]:
-        """Return what a transposed convolution added at the far end, in this very call.
+        """Return the output padding of a transposed convolution in this call.
 
-        ``layer(x, output_size=...)`` overrides the layer's own setting.
+        It can differ from the layer's setting: ``layer(x, output_size=...)`` overrides that.
         """
         layer = self.layer
         if not layer.transposed:
@@ -164,7 +164,7 @@ class Correlation(GradientFactors):
 
 @dataclass(frozen=True)
 class Rows(GradientFactors):
-    """The gradient of an ``Embedding``: output gradients added at the rows that were looked up."""
+    """The gradient of an ``Embedding``: output gradients added at the looked-up rows."""
 
     output_gradient: Tensor  # [batch, positions, width]
     index: Tensor  # [batch, positions], integer
@@ -204,10 +204,10 @@ class Sum(GradientFactors):
 
 
 def wide(x: Tensor) -> Tensor:
-    """Return x in float32, or float64 when it is that already: sums over positions need it."""
+    """Return x in float32, or in float64 if it is float64: sums over positions need this."""
     return x.to(wide_dtype(x))
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """Return what sums of x are computed in."""
+    """Return the dtype in which sums of x are computed."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -11,18 +11,18 @@ Grouping = Literal["block", "layer"] | Mapping[str, str]
 
 
 def grouped(parameters: Parameters, groups: Grouping | None) -> Parameters:
-    """Return parameters with the group that each is sketched in.
+    """Return the parameters with the group in which each is sketched.
 
     Args:
-        parameters: of one model; any groups they have are replaced.
-        groups: None for one group of all; ``block`` for one for each block at the top of the
-            network (``down_blocks.0``, ``transformer_blocks.11``, ``conv_in``); ``layer`` for one
-            for each module with parameters; or names with regular expressions searched for in the
-            dotted names of parameters, of which the first that matches decides.
+        parameters: parameters of one model; their groups are replaced.
+        groups: None: a single group. ``block``: one group for each top-level block of the network
+            (``down_blocks.0``, ``transformer_blocks.11``, ``conv_in``). ``layer``: one for each
+            module with parameters. Or a mapping of group names to regular expressions, which are
+            searched for in the dotted names of parameters; the first that matches is used.
 
     Raises:
-        DminError: another word, an expression that is invalid or matches nothing, or a parameter
-            that none matches.
+        DminError: the value is none of these, an expression is invalid or matches nothing, or a
+            parameter matches none.
     """
     if groups is None:
         name_of: Callable[[str], str] = lambda name: "model"  # noqa: E731
@@ -44,7 +44,7 @@ def grouped(parameters: Parameters, groups: Grouping | None) -> Parameters:
 
 
 def _block(name: str) -> str:
-    """Return the top of a dotted name, with its number if it has one."""
+    """Return the first part of a dotted name, with the number that follows it, if any."""
     parts = name.split(".")[:-1]
     if not parts:
         return name
@@ -52,7 +52,7 @@ def _block(name: str) -> str:
 
 
 def _layer(name: str) -> str:
-    """Return the module that a parameter belongs to; bare parameters are by themselves."""
+    """Return the module of a parameter; a parameter of the network itself is its own group."""
     return name.rpartition(".")[0] or name
 
 

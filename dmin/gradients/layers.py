@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from dmin.gradients.factors import Correlation, Dense, GradientFactors, Outer, Rows, Sum, wide
 
 # A layer's function: (layer, its input, the gradient of its output, batch) -> {parameter: factors}.
-# Input and output gradient have `batch` rows, or a multiple: parts of examples, folded.
+# The first axis of input and output gradient is `batch`, or a multiple if it includes other axes.
 LayerGradient = Callable[[Any, Tensor, Tensor, int], dict[str, GradientFactors]]
-# What of a layer decides what it computes.
+# Attributes that define what a layer computes.
 _COMPUTES = {"forward", "_conv_forward", "_output_padding", "__call__", "_call_impl", "__getattr__"}
 _LAYERS: dict[type[nn.Module], tuple[LayerGradient, Callable, Callable]] = {}
 
@@ -29,10 +29,10 @@ def gradient_of(
     """Register a function as the per-example gradient of some layer types.
 
     Args:
-        types: layers that take one tensor and return one, with a row for each example in both.
-        unless: says of a layer that the function does not hold for its settings.
-        features: how many last axes of the output of a layer make up one row: what it computes by
-            itself, such as a token of a ``Linear``, an image of a convolution.
+        types: layers that take one tensor and return one, both with rows for each example.
+        unless: returns True for a layer with settings for which the function is invalid.
+        features: returns the number of trailing output axes that form one row, which the layer
+            computes independently: a token of a ``Linear``, an image of a convolution.
     """
 
     def register(function: LayerGradient) -> LayerGradient:
@@ -45,10 +45,10 @@ def gradient_of(
 
 
 def layer_gradient(layer: nn.Module) -> LayerGradient | None:
-    """Return the function for a layer, or None when dmin has no closed form for it.
+    """Return the function for a layer, or None if dmin has no closed form for it.
 
-    A subclass, or a layer with a ``forward`` of its own, counts as the type only while it computes
-    as that does: another forward is another derivative.
+    There is none for a subclass, or an instance, that replaces ``forward`` or another attribute
+    that defines the computation, since the derivative may differ.
     """
     kind: Any = type(layer)
     registered = _registered(kind)
@@ -59,7 +59,7 @@ def layer_gradient(layer: nn.Module) -> LayerGradient | None:
 
 
 def features_of(layer: nn.Module, output: Tensor) -> int:
-    """Return how many last axes of the output of a layer with a closed form make up one row."""
+    """Return the number of trailing output axes that form one row of a layer's output."""
     kind: Any = type(layer)
     registered = _registered(kind)
     assert registered is not None
@@ -68,7 +68,7 @@ def features_of(layer: nn.Module, output: Tensor) -> int:
 
 @functools.cache
 def _registered(kind: Any) -> tuple[LayerGradient, Callable, Callable, bool] | None:
-    """Return what is registered for a type, and whether it computes something else."""
+    """Return what is registered for a type, and whether the type replaces the computation."""
     replaced: set[str] = set()
     for parent in kind.__mro__:
         if parent in _LAYERS:
@@ -96,8 +96,8 @@ def linear(layer: nn.Linear, a: Tensor, d: Tensor, batch: int) -> dict[str, Grad
 def convolution(
     layer: nn.modules.conv._ConvNd, a: Tensor, d: Tensor, batch: int
 ) -> dict[str, GradientFactors]:
-    """Return the correlation of input and output gradient, and the latter summed."""
-    sides = layer._reversed_padding_repeated_twice  # last dimension first, as F.pad wants it
+    """Return the correlation of input and output gradient, and the sum of the latter."""
+    sides = layer._reversed_padding_repeated_twice  # last dimension first, as for F.pad
     padding: tuple[int, ...]
     if layer.padding_mode != "zeros":
         a, padding = F.pad(a, sides, mode=layer.padding_mode), (0,) * len(layer.kernel_size)
@@ -117,7 +117,7 @@ def group_norm(layer: nn.GroupNorm, a: Tensor, d: Tensor, batch: int) -> dict[st
     normalised = F.group_norm(wide(a), layer.num_groups, eps=layer.eps)
     d = wide(d)
     shape = (batch, len(d) // batch, layer.num_channels, -1)
-    # In place: on a CPU the pages of a fresh tensor cost more than its numbers.
+    # In place: on a CPU, mapping memory for a new tensor costs more than the computation.
     scale = normalised.mul_(d).reshape(shape).sum((1, 3))
     shift = d.reshape(shape).sum((1, 3))
     return {"weight": Dense(scale), "bias": Dense(shift)}
@@ -133,18 +133,18 @@ def layer_norm(layer: nn.LayerNorm, a: Tensor, d: Tensor, batch: int) -> dict[st
 @gradient_of(nn.RMSNorm, features=lambda layer, output: len(layer.normalized_shape))
 def rms_norm(layer: nn.RMSNorm, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
     """Return ``Σ d·â`` over tokens; â is the normalised input."""
-    # Without an eps torch takes that of the dtype it computes in: float32 for bfloat16 too.
+    # Without eps torch uses that of the dtype it computes in, which is float32 for bfloat16 too.
     normalised = F.rms_norm(wide(a), layer.normalized_shape, eps=layer.eps)
     return affine(normalised, wide(d), layer.normalized_shape, batch)
 
 
 @gradient_of(
     nn.Embedding,
-    # These change weights or gradients with the batch.
+    # These settings make weights or gradients depend on the batch.
     unless=lambda layer: layer.max_norm is not None or layer.scale_grad_by_freq,
 )
 def embedding(layer: nn.Embedding, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
-    """Return the output gradients as rows to be added up where they were looked up."""
+    """Return the output gradients with the indices of the looked-up rows."""
     index = a.reshape(batch, -1)
     d = d.reshape(batch, index.shape[1], -1)
     if layer.padding_idx is not None:
@@ -155,7 +155,7 @@ def embedding(layer: nn.Embedding, a: Tensor, d: Tensor, batch: int) -> dict[str
 def affine(
     normalised: Tensor, d: Tensor, shape: tuple[int, ...], batch: int
 ) -> dict[str, GradientFactors]:
-    """Gradients of scale and shift behind a normalisation over the last dimensions.
+    """Return the gradients of scale and shift after a normalisation over the last dimensions.
 
     The normalised input is overwritten.
     """
@@ -164,5 +164,5 @@ def affine(
 
 
 def parts_of(x: Tensor, batch: int) -> Tensor:
-    """Return ``[batch, parts, ...]``: one part an example, more where they are folded into rows."""
+    """Return ``[batch, parts, ...]``; parts > 1 if the first axis of x includes other axes."""
     return x.unflatten(0, (batch, len(x) // batch))

@@ -21,27 +21,27 @@ from dmin.runtime.errors import DminError
 Result = TypeVar("Result")
 
 UNKNOWN, SHARED, BROKEN = -1, -2, -3
-"""Owners of rows whose gradient is zero, that are no one example's, that are NaN or infinite."""
+"""Owners of rows with zero gradient, of rows of several examples, of NaN or infinite rows."""
 
-# More than modules stand in each other.
-ATTEMPTS = 50
+ATTEMPTS = 50  # more than the nesting depth of modules
 
 
 class Unsettled(DminError):
-    """Something was found out about the rows of a pass, which has to be run again.
+    """A pass has to be run again, because something new was found about the owners of its rows.
 
-    Only :meth:`Ownership.settle` should see it; its message is for passes that are not run so.
+    :meth:`Ownership.settle` catches it; the message is for passes that run without it.
     """
 
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Which rows of one call's output gradient are which example's.
+    """The example that each row of an output's gradient belongs to.
 
     Attributes:
-        axis: axis of the output along which examples follow each other in order, as many entries
-            each; None if no axis does.
-        owners: ``[rows]``, number of the example; :data:`UNKNOWN` or :data:`SHARED`. On the CPU.
+        axis: axis of the output along which examples follow each other in order, each with the
+            same number of entries; None if there is no such axis.
+        owners: ``[rows]``, number of the example, or :data:`UNKNOWN`, :data:`SHARED` or
+            :data:`BROKEN`. On the CPU.
     """
 
     axis: int | None
@@ -49,7 +49,7 @@ class RowOrder:
 
     @property
     def shared(self) -> bool:
-        """Whether a row is no one example's."""
+        """Whether a row belongs to several examples."""
         return bool((self.owners == SHARED).any())
 
     @property
@@ -64,38 +64,38 @@ class RowOrder:
 
     @cached_property
     def unknown(self) -> Tensor | None:
-        """Rows whose owner is not known, ``[n]``; None if there are none."""
+        """Rows of unknown owner, ``[n]``; None if there are none."""
         rows = (self.owners == UNKNOWN).nonzero()[:, 0]
         return rows if len(rows) else None
 
 
 MAJOR = RowOrder(0, torch.empty(0, dtype=torch.long))
-"""Example after example along the first axis, every owner known."""
+"""Example after example along the first axis, with every owner known."""
 
 
 @dataclass
 class Ownership:
-    """What has been found out about the rows of a network's layers; shared by all its passes.
+    """What is known about the owners of rows in a network's layers; shared by all its passes.
 
     Attributes:
-        agree: says whether any process wants what this one does or does not, where several run a
-            pass together.
+        agree: returns whether the flag is True in any of the processes that run a pass together;
+            ``bool`` for a single process.
         enclosing: modules whose parameters are differentiated by running the module around them
-            again, because rows of theirs are no one example's, or what they compute depends on it.
-        by_network: parameters that are differentiated by running the whole network again, an
+            again, because they have shared rows or their computation depends on that module.
+        by_network: parameters that are differentiated by running the whole network again, one
             example at a time.
-        changing: modules that may change their arguments, which are copied before.
-        unlike: what the first module said that gave another output when it was run again.
-        distinguished: modules whose calls were examined and have rows of examples, whatever their
-            inputs look like.
-        complete: examine each pass of a kind in which not every owner is known, rather than run one
-            again if that turns out to matter.
+        changing: modules that may change their arguments, which are therefore copied.
+        unlike: the error of the first module whose output differed when it was run again.
+        distinguished: modules whose calls were examined and have rows of single examples,
+            whatever their inputs look like.
+        complete: examine every pass of a kind with unknown owners, instead of running a pass again
+            if rows of unknown owner have gradients.
         latest: kind of the latest pass.
-        called: the modules that it called, by name.
-        graph_is_lost: whether a pass can be differentiated only once.
-        probes: what passes so far kept of the rows of calls, while they are being examined.
-        watch: whether the next pass is there to examine the network.
-        seconds: that went into passes which were there for that alone.
+        called: names of the modules that the latest pass called.
+        graph_is_lost: whether a forward pass can be differentiated only once.
+        probes: projections from the passes of an examination that is not finished.
+        watch: whether the next pass examines the network.
+        seconds: time spent in passes that only examined the network.
     """
 
     agree: Callable[[bool], bool] = bool
@@ -118,11 +118,11 @@ class Ownership:
     _met: set[Hashable] = field(default_factory=set)
 
     def settle(self, run: Callable[[], Result]) -> Result:
-        """Run a pass, again from the same random numbers until it is known whose rows are whose.
+        """Run a pass, repeatedly with the same random numbers, until the owners of rows are known.
 
         Args:
-            run: the pass: forward and backward in a :class:`~dmin.gradients.capture.Capture` that
-                was given this object.
+            run: forward and backward in a :class:`~dmin.gradients.capture.Capture` that was
+                constructed with this object.
         """
         state = torch.get_rng_state()
         self.probes.clear()
@@ -140,9 +140,9 @@ class Ownership:
         )
 
     def expect(self, pairs: int, shape: Sequence[int]) -> None:
-        """Examine the next pass if none like it was: saves the attempt that would find that out.
+        """Have the next pass examined if no pass of these sizes was; this saves a failed attempt.
 
-        One pair alone needs none, and has the same bits whatever was run before.
+        A single pair needs no examination, and its result does not depend on earlier passes.
         """
         if pairs == 1:
             self.watch = False
@@ -152,29 +152,26 @@ class Ownership:
 
     @property
     def alone(self) -> bool:
-        """Whether this process runs its passes by itself."""
+        """Whether this process runs its passes without other processes."""
         return self.agree is bool
 
     def known(self, kind: Hashable) -> tuple[RowOrder, ...] | None:
-        """Return the orders of the calls of such a pass; None if they have to be found."""
+        """Return the row orders of a kind of pass; None if it has to be examined."""
         if kind in self._once:
             self.watch = kind not in self._confirmed
             return self._once.pop(kind)
         return self._orders[kind] if kind in self._confirmed else None
 
     def repeat_otherwise(self, rerun: set[str], alike: set[str], error: DminError) -> bool:
-        """Have modules that give another output when they are run again be run otherwise.
+        """Change how modules are run again, after one gave another output.
 
-        First from copies of their arguments, which they may change; then with what is around them,
-        which they may depend on.
+        First their arguments are copied, since they may change them. Then the module around them
+        is run instead, since they may depend on it. Returns whether another way was left.
 
         Args:
             rerun: the modules that are run again.
-            alike: those of them of the class that gave another output, but for the network.
-            error: what it said.
-
-        Returns:
-            Whether anything is left to try.
+            alike: those with the class of the failing module, except the network itself.
+            error: its error.
         """
         left = not rerun <= self.changing or not alike <= self.enclosing
         if not self.alone or not left:
@@ -187,22 +184,22 @@ class Ownership:
 
     @property
     def routed(self) -> bool:
-        """Whether the orders of passes like the latest come from data, so that each is examined."""
+        """Whether passes like the latest order rows by data, so that each is examined."""
         return self.called in self._routed
 
     def route(self) -> None:
-        """Have each pass that calls what the latest called be examined, for each readout."""
+        """Examine each pass that calls the same modules as the latest, for each readout."""
         self._routed.add(self.called)
 
     def learn(self, kind: Hashable, found: Sequence[RowOrder], depends: bool) -> None:
-        """Take the orders of the calls of a pass.
+        """Store the row orders of a pass.
 
-        They are believed of later passes of the kind once two passes gave the same, or at once
-        where all is example after example; never where the order of rows comes from data.
+        Later passes of the kind use them after two passes gave the same orders, or at once if all
+        are example after example; never if the order of rows depends on data.
 
         Args:
-            kind: of pass: names of calls and shapes.
-            found: of each call.
+            kind: kind of the pass: batch size, names of calls and shapes.
+            found: the row order of each output.
             depends: whether the network took an index or a decision from data.
         """
         before, orders = self._orders.get(kind), tuple(found)
@@ -218,24 +215,24 @@ class Ownership:
             self._confirmed.add(kind)
 
     def doubt(self, kind: Hashable) -> None:
-        """Have a kind of pass be examined again: rows of unknown owner have gradients."""
+        """Examine a kind of pass again, because rows of unknown owner had gradients."""
         self._confirmed.discard(kind)
         self.watch = True
 
 
 class Trial(Ownership):
-    """Takes all rows for example after example, where only time and memory of a pass matter."""
+    """Assumes example after example everywhere, to measure only time and memory of a pass."""
 
     def expect(self, pairs: int, shape: Sequence[int]) -> None:
         """Examine nothing."""
 
     def known(self, kind: Hashable) -> tuple[RowOrder, ...]:
-        """Return no other order."""
+        """Return no order: all outputs have example after example."""
         return ()
 
 
 def _merged(before: RowOrder, found: RowOrder) -> RowOrder | None:
-    """Return what two passes say together; None if they contradict each other."""
+    """Return the combined order of two passes; None if they contradict each other."""
     if before is MAJOR or found is MAJOR:
         other = found if before is MAJOR else before
         return MAJOR if other.axis == 0 else None

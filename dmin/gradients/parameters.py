@@ -14,11 +14,11 @@ from torch import nn
 
 from dmin.runtime.errors import DminError
 
-LORA = r"\.(lora_\w+|lokr_\w+|hada|learned)\."  # peft's names, LyCORIS', and of learned words
+LORA = r"\.(lora_\w+|lokr_\w+|hada|learned)\."  # names in peft, in LyCORIS, of learned words
 
 
 class Parameter(NamedTuple):
-    """One attributed parameter: canonical name, shape, and the group its gradient is added to."""
+    """One attributed parameter: its name, shape, and the group to which its gradient is added."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,8 +30,8 @@ class Parameters:
     """The attributed parameters of a model, in order.
 
     Args:
-        entries: one entry a parameter; tied weights appear once, under their first name.
-        groups: names of the groups; each gets its own k dimensions of a row.
+        entries: one entry per parameter; tied weights appear once, under their first name.
+        groups: names of the groups; each has its own k dimensions.
     """
 
     entries: tuple[Parameter, ...]
@@ -62,15 +62,15 @@ def choose_parameters(network: nn.Module, params: str = "all") -> Parameters:
 
     Args:
         network: any module.
-        params: ``all``; ``lora`` for adapters alone; or a regular expression searched for in each
-            parameter's dotted name.
+        params: ``all``; ``lora`` for only the adapter; or a regular expression that is searched
+            for in each parameter's dotted name.
 
     Returns:
         The parameters in the network's order; tied weights once, under their first name.
 
     Raises:
-        DminError: the expression is invalid or matches nothing, or a chosen parameter has no
-            gradient: it is quantised, or compiled where dmin cannot see it.
+        DminError: the expression is invalid or matches nothing, or a chosen parameter cannot be
+            differentiated because it is quantised or in a scripted module.
     """
     named = named_parameters(network)
     if params != "all":
@@ -105,7 +105,7 @@ def choose_parameters(network: nn.Module, params: str = "all") -> Parameters:
 
 
 def in_chunks(entries: Iterable[Parameter], scalars: int) -> Iterator[list[Parameter]]:
-    """Yield parameters in order, of at most so many scalars at a time; one at least."""
+    """Yield consecutive parameters with at most ``scalars`` scalars in total; at least one."""
     chunk: list[Parameter] = []
     for entry in entries:
         if chunk and sum(prod(each.shape) for each in [*chunk, entry]) > scalars:
@@ -116,23 +116,23 @@ def in_chunks(entries: Iterable[Parameter], scalars: int) -> Iterator[list[Param
 
 
 def uncompiled(network: nn.Module) -> nn.Module:
-    """Return the module that ``torch.compile`` was given, or the network itself."""
+    """Return the original module of a compiled one, or the network itself."""
     inner = getattr(network, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else network
 
 
 def named_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of a network by name; compiling it, or modules in it, renames none."""
+    """Return the parameters of a network by name, independent of compiled modules."""
     return {plain_name(name): p for name, p in uncompiled(network).named_parameters()}
 
 
 def plain_name(name: str) -> str:
-    """Return a dotted name without the parts that ``torch.compile`` puts in."""
+    """Return a dotted name without the parts that ``torch.compile`` inserts."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def eager() -> AbstractContextManager[Any]:
-    """Return a context in which compiled code runs uncompiled, where hooks can see it."""
+    """Return a context in which compiled code runs uncompiled, so that hooks are called."""
     if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it takes seconds
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from dmin.gradients.ownership import BROKEN, MAJOR, SHARED, UNKNOWN, RowOrder
 
-# Numbers kept of each row: a row that is shared scales by one factor in all of them by no chance.
+# Projections per row. A shared row practically never scales by one factor in all of them.
 PROJECTIONS = 2
 
 
 def digits(batch: int, base: int) -> list[Tensor]:
-    """Return the exponents of the passes that spell each example's number, ``[batch]`` each.
+    """Return the digits of the examples' numbers, ``[batch]`` for each pass, lowest first.
 
     Args:
         batch: number of examples.
-        base: 8 takes one pass up to 8 examples, two up to 64.
+        base: base of the digits; 8 takes one pass up to 8 examples, two up to 64.
     """
     number = torch.arange(batch)
     spelled: list[Tensor] = []
@@ -28,10 +28,10 @@ def digits(batch: int, base: int) -> list[Tensor]:
 
 
 class Projector:
-    """Keeps a few numbers of each row of output gradients: random projections, the same each time.
+    """Random projections of the rows of output gradients, the same for every projector.
 
     Args:
-        device: of the gradients.
+        device: device of the gradients.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,7 +40,7 @@ class Projector:
         self._maps: dict[int, Tensor] = {}
 
     def __call__(self, gradient: Tensor, features: int) -> Tensor:
-        """Return ``[rows, PROJECTIONS]`` of a gradient whose last so many axes are a row."""
+        """Return projections ``[rows, PROJECTIONS]``; the last ``features`` axes form a row."""
         axes = gradient.ndim - features
         count, width = prod(gradient.shape[:axes]), prod(gradient.shape[axes:])
         rows = gradient.detach().reshape(count, width)
@@ -59,12 +59,12 @@ def owners_of(
     """Return the owner of each row, ``[rows]``, on the CPU.
 
     Args:
-        plain: ``[rows, PROJECTIONS]`` of the gradient.
-        scaled: the same of each pass with scaled losses.
+        plain: projections of the gradient, ``[rows, PROJECTIONS]``.
+        scaled: the same for each pass with scaled losses.
         batch: number of examples.
-        base: of the digits that the passes spell.
-        tolerance: of the ratio of two gradients. They scale without rounding; two runs of a GPU's
-            kernels differ, and half precision has no small numbers.
+        base: base of the digits.
+        tolerance: relative tolerance for the ratio of two gradients. Scaling is exact, but two
+            runs of a GPU's kernels differ, and half precision underflows.
     """
     owner = torch.zeros(len(plain), dtype=torch.long, device=plain.device)
     own = torch.ones(len(plain), dtype=torch.bool, device=plain.device)
@@ -86,15 +86,15 @@ def owners_of(
 
 
 def order_of(owners: Tensor, shape: Sequence[int], batch: int) -> RowOrder:
-    """Return the order of rows, and the axis it goes along if it does.
+    """Return the order of rows, with the axis along which examples follow each other, if any.
 
     Args:
-        owners: ``[prod(shape)]``.
-        shape: of the rows: the output's leading axes.
+        owners: owner of each row, ``[prod(shape)]``.
+        shape: sizes of the output's leading axes, along which rows are numbered.
         batch: number of examples.
     """
     known = owners != UNKNOWN
-    if not bool(known.any()):  # takes no memory
+    if not bool(known.any()):  # an expanded tensor takes no memory
         return RowOrder(0, owners[:1].expand(len(owners)))
     for axis, size in enumerate(shape):
         if size % batch:

@@ -10,12 +10,12 @@ from dmin.gradients.parameters import Parameters
 
 
 class Recorder:
-    """A sink that keeps gradients as they are, by name.
+    """A sink that keeps full gradients by name.
 
     Args:
-        parameters: whose gradients are wanted.
-        full: names of those to keep in full; of the others it is only noted that they have a
-            gradient. None keeps all.
+        parameters: the attributed parameters.
+        full: names of those to keep in full; others get an empty tensor if they have a gradient.
+            None keeps all.
     """
 
     def __init__(self, parameters: Parameters, full: Collection[str] | None = None) -> None:
@@ -31,5 +31,5 @@ class Recorder:
         state[name] = factors.dense() if name in self.full else torch.empty(0)
 
     def finish(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the gradients by name, ``[batch, *shape]``; those of unused parameters lack."""
+        """Return the gradients by name, ``[batch, *shape]``; unused parameters are missing."""
         return state

@@ -12,7 +12,7 @@ _NO_GRADIENT = {Tensor.detach, Tensor.requires_grad_, cast(Any, Tensor.data).__g
 
 
 def _leaves(x: Any) -> Sequence[Any]:
-    """Return what a nested argument or result consists of."""
+    """Return the leaves of a nested argument or result."""
     return pytree.tree_leaves(x) if isinstance(x, tuple | list | dict) else (x,)
 
 
@@ -28,7 +28,7 @@ def reporting_class(note: Callable[[nn.Parameter], None]) -> type[nn.Parameter]:
                 result = func(*args, **(kwargs or {}))
             if func in _NO_GRADIENT:
                 return result
-            # Such as ``h[0] = parameter``; an attribute that is None, or set, is no use.
+            # True for ``h[0] = parameter``, but not for setting or getting (None) an attribute.
             computes = result is None and func.__name__ not in ("__get__", "__set__")
             if computes or any(isinstance(x, Tensor) for x in _leaves(result)):
                 for leaf in chain.from_iterable(map(_leaves, (*args, *(kwargs or {}).values()))):

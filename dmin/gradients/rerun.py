@@ -25,7 +25,7 @@ class OtherOutput(DminError):
     """A module gives another output when it is run again.
 
     Args:
-        call: of the module.
+        call: the call of the module.
     """
 
     def __init__(self, call: "PerExampleRerun") -> None:
@@ -45,8 +45,8 @@ class PerExampleRerun:
         module: the module.
         name: its dotted name, for messages.
         arguments: positional arguments and keywords of the call.
-        output: what it returned: tensors, also nested in tuples, lists and dicts.
-        changing: whether the module changes its arguments, so that each run takes copies.
+        output: its output: tensors, also nested in tuples, lists, dicts and dataclasses.
+        changing: whether the module changes its arguments, so that each run gets copies.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class PerExampleRerun:
         self._samples = [_sample(tensor) for tensor in outputs]
         kind = outputs[0].device.type
         self._autocast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        self._whole = False  # run all examples and mask, because one example cannot be cut out
+        self._whole = False  # run all examples and mask, if one example cannot be selected
 
     def tensors(self, arguments: Any) -> list[Tensor]:
-        """Return the tensors among the arguments, which the caller keeps and later hands back."""
+        """Return the tensors among the arguments, which the caller keeps for :meth:`factors`."""
         leaves = pytree.tree_leaves(arguments)
         return [leaves[i] for i in self._tensor_at]
 
@@ -80,16 +80,16 @@ class PerExampleRerun:
     ) -> dict[str, GradientFactors]:
         """Return the gradients of the parameters for each example.
 
-        All at once where they fit the budget (bytes); else each parameter by itself, a slice of
-        examples at a time, when its factors are asked for numbers.
+        All are computed at once if they fit the budget. Otherwise each parameter is computed
+        separately, for some examples at a time, when ``dense()`` of its factors is called.
 
         Args:
-            inputs: what :meth:`tensors` returned.
-            output_gradients: of the outputs.
-            parameters: as they are now, by name.
-            orders: which rows of each output are whose.
+            inputs: the tensors from :meth:`tensors`.
+            output_gradients: gradients of the outputs.
+            parameters: the current parameters, by name.
+            orders: row orders of the outputs.
             batch: number of examples.
-            budget: bytes.
+            budget: most bytes of gradients in memory at once.
         """
         work = _Work(self, inputs, output_gradients, orders, batch)
         size = sum(p.numel() * wide_dtype(p).itemsize for p in parameters.values())
@@ -100,20 +100,20 @@ class PerExampleRerun:
         return {name: Dense(torch.stack(g)) for name, g in zip(parameters, columns, strict=True)}
 
     def repeat(self, inputs: Sequence[Tensor], cut: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Run the module again, on parts of its inputs."""
+        """Run the module again on its inputs, or on the parts that ``cut`` selects."""
         leaves = list(self._constants)
         for i, tensor in zip(self._tensor_at, inputs, strict=True):
             leaves[i] = cut(tensor).clone() if self.changing else cut(tensor)
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
-        # Not the module itself: inputs and outputs were recorded between the hooks of others. Those
-        # of a sharded module put its parameters together.
+        # Call forward without hooks, since inputs and outputs were recorded between other hooks.
+        # A sharded module needs its hooks, which gather its parameters.
         run = self.module if hasattr(type(self.module), "reshard") else self.module.forward
         kind, enabled, dtype = self._autocast
         with torch.enable_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled):
             return differentiable(run(*args, **kwargs))
 
     def agrees(self, outputs: Sequence[Tensor]) -> bool:
-        """Return whether outputs are those of the recorded call."""
+        """Return whether outputs equal those of the recorded call."""
         return all(map(_agree, map(_sample, outputs), self._samples))
 
 
@@ -159,14 +159,14 @@ class _Work:
         ]
 
     def _alone(self, b: int) -> list[Tensor] | None:
-        """Return the outputs for one example; None when they are not what they were before."""
+        """Return the outputs for one example; None if they differ from the recorded ones."""
         axes = {order.axis for order in self.orders}
         if None in axes:
             return None
         first = self.orders[0].axis or 0
         try:
             outputs = self.call.repeat(self.inputs, lambda x: _cut(x, first, b, self.batch))
-        except Exception:  # a tensor was cut that should not have been: any error can follow
+        except Exception:  # any error is possible if a tensor without examples was cut
             return None
         for i, out in enumerate(outputs):
             if axes == {0}:
@@ -183,7 +183,7 @@ class _Work:
             outputs = self.call.repeat(self.inputs, lambda x: x)
         except (DminError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # what it was called in is gone: any error can follow
+        except Exception as error:  # any error is possible outside the original context
             raise OtherOutput(self.call) from error
         if not self.call.agrees(outputs):
             raise OtherOutput(self.call)
@@ -191,7 +191,7 @@ class _Work:
 
     @cached_property
     def _before(self) -> list[Tensor]:
-        """The outputs for all examples: of rows along another axis no sample was kept."""
+        """The outputs for all examples; recorded samples suffice only for examples on axis 0."""
         with torch.no_grad():
             return self._again()
 
@@ -214,7 +214,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Lazy(GradientFactors):
-    """The gradients of one parameter, computed when they are asked for."""
+    """The gradients of one parameter, computed when ``dense`` is called."""
 
     work: _Work
     parameter: nn.Parameter
@@ -241,7 +241,7 @@ def differentiable(output: Any) -> list[Tensor]:
 
 
 def replaced(output: Any, tensors: Sequence[Tensor]) -> Any:
-    """Return a module's output with other tensors for its :func:`differentiable` ones."""
+    """Return a module's output with its :func:`differentiable` tensors replaced."""
     if isinstance(output, Tensor):
         return tensors[0] if tensors else output
     if _opened(output) is not output:
@@ -254,14 +254,14 @@ def replaced(output: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def _opened(output: Any) -> Any:
-    """Return the fields of a dataclass; torch knows only those of them that are dictionaries."""
+    """Return a dataclass as a dictionary, which pytree can flatten; others unchanged."""
     if not dataclasses.is_dataclass(output) or isinstance(output, dict | type):
         return output
     return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
 
 
 def part(x: Tensor, axis: int, b: int, batch: int) -> Tensor:
-    """Return a view of the entries of one example, which may have several along an axis."""
+    """Return a view of one example's entries along an axis."""
     if batch == 1:
         return x
     each = x.shape[axis] // batch
@@ -269,7 +269,7 @@ def part(x: Tensor, axis: int, b: int, batch: int) -> Tensor:
 
 
 def _cut(x: Tensor, axis: int, b: int, batch: int) -> Tensor:
-    """Return an example's part of an input, if it can be taken for one that has such parts."""
+    """Return one example's part of an input with an axis of length ``batch``; else the input."""
     for each in (axis, 0):
         if x.ndim > each and x.shape[each] == batch:
             return x.narrow(each, b, 1)
@@ -281,18 +281,18 @@ def _is_differentiable(leaf: Any) -> bool:
 
 
 def _is_data(leaf: Any) -> bool:
-    """A tensor that is not a parameter: those stay themselves, to be differentiated."""
+    """Return whether a leaf is a tensor but not a parameter (which is to be differentiated)."""
     return isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)
 
 
 def _sample(x: Tensor, columns: int = 16) -> Tensor:
-    """Return a few numbers of each row, to tell whether two runs were the same."""
+    """Return a few numbers of each row, to compare two runs."""
     flat = x.detach().flatten(1) if x.ndim > 1 else x.detach().reshape(-1, 1)
     return flat[:, :: max(1, flat.shape[1] // columns)].clone()
 
 
 def _agree(x: Tensor, y: Tensor) -> bool:
-    """Equal but for rounding; a wrong cut or a dropped unit is off by the size of x itself."""
+    """Return whether x and y are equal up to rounding; wrong rows differ by the size of x."""
     if x.shape != y.shape:
         return False
     tolerance = 1e-2 if x.dtype.itemsize >= 4 else 1e-1

@@ -14,13 +14,13 @@ from dmin.gradients.factors import GradientFactors
 
 @dataclass
 class Arrived:
-    """One call's input and output gradient, kept until the last call of its layer has come.
+    """One call's input and output gradient, kept until the last call of its layer has arrived.
 
     Attributes:
-        call: of a layer with a closed form.
-        input: of the layer.
-        gradient: of its output.
-        owners: ``[rows]``, which example each row belongs to; negative if it has no gradient.
+        call: the call of a layer with a closed form.
+        input: the layer's input.
+        gradient: the gradient of its output.
+        owners: ``[rows]``, the example of each row; negative if it has no gradient.
     """
 
     call: Call
@@ -36,19 +36,19 @@ class Arrived:
 
 
 Ordered = dict[nn.Module, list[dict[str, GradientFactors]]]
-"""What was put in order for the parameters of a layer, for each shape of rows."""
+"""Factors sorted by example: for each layer a list over shapes of rows, by local name."""
 
 
 def factors_of(
     name: str, parts: Sequence[GradientFactors | Arrived], batch: int, ordered: Ordered
 ) -> list[GradientFactors]:
-    """Return the factors of one parameter, of which some calls are to be put in order.
+    """Return the factors of one parameter, after sorting rows by example where necessary.
 
     Args:
-        name: of the parameter.
-        parts: of each of its calls.
+        name: name of the parameter.
+        parts: factors, or input and output gradient, of each of its calls.
         batch: number of examples.
-        ordered: of the same layer's other parameters; what is put in order is added.
+        ordered: factors already sorted for other parameters of the layer; new ones are added.
     """
     waiting: dict[nn.Module, list[Arrived]] = defaultdict(list)
     found: list[GradientFactors] = []
@@ -66,17 +66,17 @@ def factors_of(
 
 
 def _put_in_order(arrived: Sequence[Arrived], batch: int) -> list[dict[str, GradientFactors]]:
-    """Return the factors of a layer's parameters, its rows put in order.
+    """Return the factors of a layer's parameters, with rows sorted by example.
 
-    Calls on rows of one shape are taken together: where a network takes a list with one tensor an
-    example, each has the rows of one example alone.
+    Calls with the same shape of rows are joined, because each call has the rows of a single example
+    if a network takes a list with one tensor per example.
 
     Args:
         arrived: the calls of one layer.
         batch: number of examples.
 
     Returns:
-        By local name, for each shape of rows.
+        Factors by local name, for each shape of rows.
     """
     alike: dict[tuple, list[Arrived]] = defaultdict(list)
     for each in arrived:
@@ -93,7 +93,7 @@ def _put_in_order(arrived: Sequence[Arrived], batch: int) -> list[dict[str, Grad
 
 
 def _index(owners: Tensor, batch: int) -> Tensor:
-    """Return the rows of each example, ``[batch · most]``; −1 where it has fewer than the most."""
+    """Return the rows of each example, padded with −1 to equal numbers, ``[batch · most]``."""
     lists = [(owners == b).nonzero()[:, 0] for b in range(batch)]
     return pad_sequence(lists, batch_first=True, padding_value=-1).flatten()
 

@@ -12,28 +12,28 @@ Rows = TypeVar("Rows", covariant=True)
 
 
 class Sink(Protocol[State, Rows]):
-    """Takes each parameter's per-example gradients, in factors, as backward reaches them.
+    """Receives each parameter's per-example gradients, as factors, when backward reaches them.
 
     A pass over a batch is ``state = begin(...)``, ``add(state, name, factors)`` once for each
-    parameter that has a gradient, in any order, and ``finish(state)``. All that belongs to a pass
-    is in its state, so passes may overlap.
+    parameter that has a gradient, in any order, and ``finish(state)``. The state holds everything
+    about a pass, so passes may overlap.
     """
 
     @property
     def parameters(self) -> Parameters:
-        """The parameters whose gradients are wanted."""
+        """The attributed parameters."""
 
     def begin(self, batch: int, like: Tensor, budget: int) -> State:
         """Start a pass over a batch.
 
         Args:
             batch: number of examples.
-            like: a tensor whose device and (wide) dtype results take.
-            budget: bytes that per-example gradients may take at once.
+            like: a tensor with the device and dtype of the results (float32 or float64).
+            budget: most bytes of per-example gradients in memory at once.
         """
 
     def add(self, state: State, name: str, factors: GradientFactors) -> None:
-        """Take the gradients of one parameter, of the whole batch."""
+        """Receive the gradients of one parameter for the whole batch."""
 
     def finish(self, state: State) -> Rows:
-        """Return what the pass left."""
+        """Return the result of the pass."""

@@ -24,16 +24,16 @@ Token = TypeVar("Token")
 
 @dataclass
 class Use(Generic[Token]):
-    """One call of a module that used parameters itself.
+    """One call of a module that uses parameters itself.
 
     Args:
         name: the module's dotted name.
         module: the module.
         used: names of the parameters.
-        within: what :attr:`ParameterUsage.report` returned for the calls inside this one.
+        within: tokens that ``report`` returned for calls inside this one.
         args: the call's positional arguments.
         kwargs: its keyword arguments.
-        output: what it returned.
+        output: its output.
     """
 
     name: str
@@ -48,20 +48,21 @@ class Use(Generic[Token]):
 class ParameterUsage(Generic[Token]):
     """Context in which the uses of some parameters are reported.
 
-    Inside, all parameters of the network are frozen; outside, they, the hooks and everything else
-    are as they were before.
+    Inside, all parameters of the network are frozen. On exit, they and the hooks are restored.
 
     Args:
         network: the network.
-        chosen: the parameters to watch, by name.
-        report: told of each use when the module's forward ends. Returns the module's output, to be
-            replaced, and a token of the call; or None for a use that is to count as one of the
+        chosen: the parameters to report, by name.
+        report: called for each use when the module's forward ends. Returns the output with which
+            to replace the module's, and a token of the call. None: the use counts as one of the
             module around.
+        by_network: names of parameters whose uses count as uses of the whole network.
+        changing: names of modules that may change their arguments, which are copied for the report.
 
     Attributes:
-        lost: parameters that were used where no module is left to report to, and how.
-        batch: number of examples as the network's own arguments have it, once it was called.
-        told: the whole numbers, flags and words among these arguments, of each call.
+        lost: parameters whose use no module could report, with the reason.
+        batch: number of examples, according to the network's arguments; None before its call.
+        told: the integers, flags and strings among these arguments, over all calls.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class ParameterUsage(Generic[Token]):
         self.network = network
         self._by_network, self._changing = by_network, changing
         self._name_of = {id(p): name for name, p in chosen.items()}
-        # By holder and name, not by identity: a sharded module changes its parameters as it runs.
+        # By module and name, not by identity: a sharded module replaces its parameters in forward.
         self._held: dict[int, dict[str, str]] = {}
         self._holders: dict[str, tuple[nn.Module, str]] = {}
         for module in network.modules():
@@ -98,11 +99,11 @@ class ParameterUsage(Generic[Token]):
         self.lost: dict[str, str] = {}
         self.batch: int | None = None
         self.told: list[int | str] = []
-        self._arguments: set[int] = set()  # where the network's arguments lie in memory
+        self._arguments: set[int] = set()  # memory addresses of the network's arguments
         self._running: list[Use[Token]] = []
 
     def __enter__(self) -> Self:
-        """Freeze and watch the parameters, hook the modules that hold them."""
+        """Freeze the parameters, have them report, and hook the modules that hold them."""
         holding: dict[int, bool] = {}
         with ExitStack() as undo:
             for name, module in self.network.named_modules():
@@ -118,16 +119,16 @@ class ParameterUsage(Generic[Token]):
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Give the network back as it was."""
+        """Restore the network."""
         self._undo.close()
         self.forget()
 
     def replaying(self) -> AbstractContextManager[None]:
-        """Modules that run are recomputed by a checkpoint: report them, but lose nothing."""
+        """Context for recomputation by a checkpoint: report uses, but do not record lost ones."""
         return self._with("_replay")
 
     def off(self) -> AbstractContextManager[None]:
-        """Modules that run are of no interest."""
+        """Context in which uses are ignored."""
         return self._with("_ignore")
 
     @contextmanager
@@ -139,14 +140,14 @@ class ParameterUsage(Generic[Token]):
             setattr(self, flag, False)
 
     def own(self, module: nn.Module) -> dict[str, str]:
-        """Return the names of the watched parameters that a module holds itself, by local name."""
+        """Return the names of the chosen parameters that a module holds itself, by local name."""
         return self._held.get(id(module), {})
 
     def now(self, names: Collection[str]) -> dict[str, nn.Parameter]:
-        """Return parameters as their modules have them now: put together, where a sharded one runs.
+        """Return the current parameters of their modules: whole ones, while a sharded module runs.
 
         Raises:
-            DminError: one is not put together now.
+            DminError: a parameter is sharded at the moment.
         """
         found = {}
         for name in sorted(names):
@@ -156,18 +157,18 @@ class ParameterUsage(Generic[Token]):
         return found
 
     def _holds(self, module: nn.Module, known: dict[int, bool]) -> bool:
-        """Return whether a module or one within it holds a watched parameter."""
+        """Return whether a module or one of its submodules holds a chosen parameter."""
         if id(module) not in known:
             within = [self._holds(x, known) for x in module._modules.values() if x is not None]
             known[id(module)] = any(within) or bool(self.own(module))
         return known[id(module)]
 
     def sees_examples(self, x: Tensor) -> bool:
-        """Return whether a tensor can be taken to have rows of the examples.
+        """Return whether a tensor is assumed to have rows of the examples.
 
-        It has as many; or it comes from a layer or the network's arguments, and more rows are parts
-        of examples. Anything else may be a constant, like an identity matrix or a table, whose size
-        the batch happens to divide. (A constant of exactly as many rows is mistaken all the same.)
+        It is if it has ``batch`` rows, or comes from a layer or from the network's arguments.
+        Others may be constants, such as a table, whose size is by chance a multiple of the batch.
+        (A constant with exactly ``batch`` rows is not recognised.)
         """
         known = x.requires_grad or (x.ndim > 0 and len(x) == self.batch)
         return self.batch is None or known or _place(x) in self._arguments
@@ -179,15 +180,15 @@ class ParameterUsage(Generic[Token]):
         def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             return self._end(name, args, kwargs, output)
 
-        # First at the end: a sharded module gives its parameters back in a hook of its own, and
-        # hooks of others may make something else of the output.
+        # The first of the forward hooks: a sharded module frees its parameters in a hook, and other
+        # hooks may change the output.
         return (
             module.register_forward_pre_hook(begin, with_kwargs=True),
             module.register_forward_hook(end, prepend=True, with_kwargs=True, always_call=True),
         )
 
     def _note(self, parameter: nn.Parameter) -> None:
-        """Hear from a parameter that an operation used it."""
+        """Record that an operation used a parameter."""
         name = self._name_of[id(parameter)]
         if self._ignore:
             return
@@ -197,7 +198,7 @@ class ParameterUsage(Generic[Token]):
             self._lose({name}, "used outside the network's forward")
 
     def _have_report(self, parameters: Mapping[str, nn.Parameter | None]) -> None:
-        """Have parameters report. Sharded ones do it put together, in another object."""
+        """Have parameters report their uses. Of sharded ones, the gathered copies report."""
         for name, parameter in parameters.items():
             if type(parameter) is nn.Parameter:
                 self._undo.callback(setattr, parameter, "__class__", nn.Parameter)
@@ -205,7 +206,7 @@ class ParameterUsage(Generic[Token]):
                 self._name_of[id(parameter)] = name
 
     def _begin(self, use: Use[Token], args: tuple, kwargs: dict) -> None:
-        """Hear that a module's forward begins."""
+        """Record that a module's forward begins."""
         if _shards(use.module):
             for module in use.module.modules():
                 own = self.own(module).items()
@@ -225,19 +226,19 @@ class ParameterUsage(Generic[Token]):
                 continue
             _require_whole(name, parameter)
             if not isinstance(parameter, self._reporting):
-                use.used.add(name)  # it cannot report: assume its use
+                use.used.add(name)  # it cannot report: assume that it is used
         if use.name in self._changing:
             use.args, use.kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         self._running.append(use)
 
     def _end(self, name: str, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Hear that a module's forward has ended; report its uses."""
+        """Report the uses of a module whose forward has ended."""
         if self._ignore or not any(use.name == name for use in reversed(self._running)):
             return output
         while (use := self._running.pop()).name != name:
-            pass  # a module that was left before it could say so
+            pass  # a module whose forward ended without calling the hook
         if output is None and sys.exc_info()[0] is not None:
-            return output  # it was left by an exception
+            return output  # an exception ended the forward
         around = self._running[-1] if self._running else None
         if around is not None:
             around.within += use.within
@@ -266,12 +267,12 @@ class ParameterUsage(Generic[Token]):
 
 
 def _shards(module: nn.Module) -> bool:
-    """Tell whether a module puts its parameters together when it runs (FSDP2)."""
+    """Return whether a module gathers its parameters when it runs (FSDP2)."""
     return hasattr(type(module), "reshard")
 
 
 def _require_whole(name: str, parameter: nn.Parameter) -> None:
-    """Refuse a parameter of which this process has a part only."""
+    """Refuse a parameter of which this process has only a shard."""
     if hasattr(parameter, "full_tensor"):
         raise DminError(
             f"{name} was used outside of the block that contains it, where it is sharded over "
