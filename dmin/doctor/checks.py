@@ -21,19 +21,19 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import in_double
 from dmin.sketches import Sketch
 
-# Relative errors that rounding explains, by the dtype that the network computes in.
+# Largest relative errors due to rounding, by the dtype that the network computes in.
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-# Standard errors by which the mean error of a sketch may be off zero.
+# Largest mean error of a sketch, in standard errors.
 SKETCH_LIMIT = 6.0
-# Some samplers end before all noise is gone, or round their timesteps.
+# Relative; some samplers end before all noise is removed, or round their timesteps.
 SAMPLER_LIMIT = 0.1
-# Other batch sizes run other kernels, whose rounding a small loss of large parts magnifies.
+# Factor on LIMITS: other batch sizes use other kernels; small losses magnify their rounding.
 BATCH_ROUNDING = 10.0
-SHAPES, SCALARS = 48, 1 << 24  # layer shapes that are sketched, and random scalars for each
+SHAPES, SCALARS = 48, 1 << 24  # most layer shapes that are sketched, and random scalars for each
 
 
 def weights(network: nn.Module) -> Check:
-    """Say which weights are NaN or infinite."""
+    """Check that no weight is NaN or infinite."""
     tensors = [*network.named_parameters(), *network.named_buffers()]
     bad = [n for n, p in tensors if p.is_floating_point() and not torch.isfinite(p).all()]
     remedy = "Load another checkpoint: this one is damaged. Nothing else was checked."
@@ -41,12 +41,12 @@ def weights(network: nn.Module) -> Check:
 
 
 def mode(network: nn.Module) -> Check:
-    """Say whether the network is as it will be collected."""
+    """Check whether the network is in eval mode, as in collecting."""
     return Check(
         "the network is in eval mode",
         not network.training,
         detail="It is in train mode." if network.training else "",
-        remedy="Collecting, and what follows here, switch it to eval mode; call .eval() where "
+        remedy="Collecting and the following checks switch it to eval mode; call .eval() where "
         "you use the model yourself.",
         required=False,
     )
@@ -61,13 +61,13 @@ def encoders(first: tuple[Tensor, Condition], second: tuple[Tensor, Condition]) 
         off,
         1e-6,
         "Largest difference between encoding the same examples twice.",
-        "Put the encoders in eval mode, and take the mode of the VAE's posterior or a keyed draw: "
-        "otherwise a query does not see what its source saw.",
+        "Put the encoders in eval mode, and use the mode of the VAE's posterior or a seeded draw: "
+        "otherwise equal images of queries and training examples get different encodings.",
     )
 
 
 def in_each_pass(network: nn.Module) -> list[Check]:
-    """Say which text encoders run in each pass, as they were trained, and what that costs."""
+    """Name the trained text encoders, which run in every pass, and their cost."""
     if not isinstance(network, WithTextEncoders):
         return []
     sizes = {name: sum(p.numel() for p in e.parameters()) for name, e in network.encoders.items()}
@@ -75,8 +75,8 @@ def in_each_pass(network: nn.Module) -> list[Check]:
     told = " and ".join(f"{name} ({size:,} weights)" for name, size in sizes.items())
     detail = (
         f"{told} encode the captions once for each pair of example and timestep, forward and "
-        f"backward, beside the network's {whole:,} weights; the seconds told here have them in. "
-        f"model.text_encoders=frozen encodes once an example, without their gradient."
+        f"backward, in addition to the network's {whole:,} weights; the time below includes this. "
+        f"model.text_encoders=frozen encodes once per example, without their gradients."
     )
     return [Check("text encoders are attributed", True, detail=detail)]
 
@@ -92,12 +92,12 @@ def repeatable(collector: GradientCollector, inputs: NoisedBatch) -> Check:
         off,
         _limit(collector),
         "Largest relative difference of the loss between two passes over the same input.",
-        "Something in the network draws at random in eval mode. Switch its dropout off.",
+        "The network uses random numbers in eval mode. Switch its dropout off.",
     )
 
 
 def sampler(model: Any) -> list[Check]:
-    """Hold what the family claims of the network to the checkpoint's own sampler."""
+    """Check the family's process and latents with the checkpoint's sampler (`sampling_error`)."""
     if not isinstance(model, LatentDiffusion) or getattr(model.process, "target", "") == "noise":
         return []
     return [
@@ -105,10 +105,9 @@ def sampler(model: Any) -> list[Check]:
             "its own sampler agrees with the loss",
             sampling_error(model),
             SAMPLER_LIMIT,
-            "How far the pipeline ends from the one image that the best network knows, with its "
-            "scheduler and autoencoder.",
-            "Sign, unit of time, process or scale of latents are others than model=... takes them "
-            "for. Put the scheduler of its training in the checkpoint, or choose its family.",
+            "Relative error of the pipeline's result if the network is optimal for one image.",
+            "The sign, time unit, process or latent scale differ from what model=... assumes. Put "
+            "the scheduler of its training into the checkpoint, or choose its family.",
         )
     ]
 
@@ -116,14 +115,14 @@ def sampler(model: Any) -> list[Check]:
 def gradients(
     collector: GradientCollector, inputs: NoisedBatch
 ) -> tuple[Comparison | None, list[Check]]:
-    """Compare with autograd, one example at a time and together."""
+    """Compare captured gradients with autograd's, one example at a time and in a batch."""
     limit, readout = _limit(collector), collector.readouts[0]
     name = "gradients equal autograd's"
     try:
         found = compare(collector.model, collector.attributed, inputs, readout, collector.budget)
     except Coupled as error:
         who = _batch_norms(collector.model.network)
-        remedy = f"Something looks across examples{who}. Set collect.microbatch=1."
+        remedy = f"A layer combines examples{who}. Set collect.microbatch=1."
         return None, [
             Check("examples do not mix in a batch", False, detail=str(error), remedy=remedy)
         ]
@@ -138,30 +137,30 @@ def gradients(
             name,
             errors[worst],
             limit,
-            f"Largest error of a parameter, at {worst}, in {_dtype(collector)}, one example alone.",
-            f"Leave that layer out with collect.params=<regex>, and report it: a layer of type "
-            f"{type(layer_of(collector, worst)).__name__} should be had exactly.",
+            f"Largest relative error, at {worst}, in {_dtype(collector)}, one example at a time.",
+            f"Leave that layer out with collect.params=<regex>, and report it: gradients of "
+            f"{type(layer_of(collector, worst)).__name__} should be exact.",
         ),
         Check.within(
             "examples do not mix in a batch",
             found.mixing(),
             BATCH_ROUNDING * limit,
-            "Largest difference of an example's gradient alone and in a batch.",
-            f"Something looks across examples{_batch_norms(collector.model.network)}. Have it use "
+            "Largest relative difference between an example's gradient alone and in a batch.",
+            f"A layer combines examples{_batch_norms(collector.model.network)}. Make it use "
             f"fixed statistics, or set collect.microbatch=1.",
         ),
         _none(
             "gradients are finite",
             "NaN or infinite",
             lost,
-            "Try trainer.precision=32-true, and look at these layers.",
+            "Try trainer.precision=32-true, and examine these layers.",
         ),
         _none(
             "every parameter has a gradient",
             "Zero for all examples",
             zero,
-            "They add nothing to any score. Expected of some (the bias of keys, an adapter's "
-            "factor whose partner is still zero, the last block's text branch); else look why.",
+            "They add nothing to any score. This is normal for some: the bias of attention keys, "
+            "an adapter's factor whose partner is still zero, the last block's text branch.",
             required=False,
         ),
     ]
@@ -170,8 +169,8 @@ def gradients(
 def sketch(sketch: Sketch, device: torch.device) -> Check:
     """Compare ``⟨S g, S h⟩`` with ``⟨g, h⟩`` for random vectors, for each shape of layer.
 
-    The mean error over n pairs, in units of the standard error that an unbiased sketch within its
-    own stated variance has: ``√((1 + ρ²)/(k n))`` for most (Li & Li, arXiv 2302.03505).
+    The value is the mean error over n pairs divided by the standard error that the sketch's stated
+    variance implies: ``√((1 + ρ²)/(k n))`` for most families (Li & Li, arXiv 2302.03505).
     """
     shapes: dict[tuple[int, ...], Parameter] = {}
     for entry in sketch.parameters.entries:
@@ -183,8 +182,8 @@ def sketch(sketch: Sketch, device: torch.device) -> Check:
         "sketches keep inner products",
         scores[worst],
         SKETCH_LIMIT,
-        f"Largest bias over {len(scores)} shapes of layers, at {worst}, in standard errors.",
-        "The sketch weighs some layers more than others. Choose another one, and report this.",
+        f"Largest bias over {len(scores)} layer shapes, at {worst}, in standard errors.",
+        "The sketch weights some layers more than others. Choose another one, and report this.",
     )
 
 
@@ -200,16 +199,16 @@ def _bias(sketch: Sketch, entry: Parameter, device: torch.device) -> float:
     true = (g * h).sum(1) / scale
     error = (sketched[0] * sketched[1]).sum(1) / scale - true
     deviation = (variance / scale.square()).sum().sqrt() / count
-    return float(error.mean().abs() / (deviation + 1e-6))  # a sketch may have no error at all
+    return float(error.mean().abs() / (deviation + 1e-6))  # a sketch's variance may be zero
 
 
 def layer_of(collector: GradientCollector, parameter: str) -> nn.Module:
-    """Return the layer that holds a parameter."""
+    """Return the layer that owns a parameter."""
     return collector.model.network.get_submodule(parameter.rpartition(".")[0])
 
 
 def _dtype(collector: GradientCollector) -> torch.dtype:
-    """Return the dtype that the network computes in: autocast's, or its weights'."""
+    """Return the dtype that the network computes in: that of autocast, or of its weights."""
     first = next(collector.model.network.parameters())
     kind = first.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.dtype
@@ -220,7 +219,7 @@ def _limit(collector: GradientCollector) -> float:
 
 
 def _none(name: str, what: str, found: list[str], remedy: str, required: bool = True) -> Check:
-    """Return the check that nothing of a kind was found."""
+    """Return the check that a list of findings is empty."""
     detail = f"{what}: {_some(found)}." if found else ""
     return Check(name, not found, float(len(found)), 0, detail, remedy, required)
 

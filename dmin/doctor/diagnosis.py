@@ -17,16 +17,16 @@ from dmin.runtime.formatting import byte_size, span
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that must hold, or should.
+    """The result of one check.
 
     Args:
         name: what was checked.
-        passed: whether it holds.
-        value: the number measured, if it is one.
-        limit: how large the value may be.
-        detail: what was seen.
-        remedy: what to do if it does not hold.
-        required: whether collecting would be wrong without it; if not, it is a warning.
+        passed: whether the check passed.
+        value: the measured number, if there is one.
+        limit: the largest value that passes.
+        detail: what was measured or found.
+        remedy: what to do if the check did not pass.
+        required: True: without it, collecting would be wrong; False: only a warning.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Check:
 
     @classmethod
     def within(cls, name: str, value: float, limit: float, detail: str, remedy: str) -> Self:
-        """Return the check that a number is not above a limit, which NaN is."""
+        """Return the check that a number is at most a limit; NaN fails."""
         return cls(name, value <= limit, value, limit, detail, remedy)
 
     @property
@@ -49,24 +49,24 @@ class Check:
 
 
 class Covered(NamedTuple):
-    """Parameters whose gradients are had the same way in layers of one type."""
+    """Parameters of one layer type whose gradients are computed in the same way."""
 
     layers: str  # type of the layers
-    path: str  # closed form, fallback (module), unused, or not attributed
+    path: str  # closed form, per-example rerun (module), unused, or not attributed
     tensors: int
     scalars: int
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that was found.
+    """The result of an examination.
 
     Args:
-        checks: in the order they were made.
-        coverage: how the gradients of all parameters are had.
-        timesteps: how much each distinguishes the examples.
-        cost: of the whole dataset; None when the examination ended before.
-        size: what the model takes of the device, by its configs alone; None if that is unknown.
+        checks: in the order in which they were made.
+        coverage: how the gradients of all parameters are computed.
+        timesteps: how well each distinguishes the examples.
+        cost: predicted for the whole dataset; None if the examination ended early.
+        size: device memory of the model, predicted from its configs; None if unknown.
     """
 
     checks: Sequence[Check]
@@ -77,7 +77,7 @@ class Diagnosis:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed; warnings do not count."""
+        """Whether no check failed; warnings do not count."""
         return not self.failed
 
     @property
@@ -107,7 +107,7 @@ class Diagnosis:
 
 def _check_table(checks: Sequence[Check]) -> Table:
     table = Table(title="Checks", title_justify="left")
-    for heading in ("", "check", "value", "limit", "what was seen, and what to do"):
+    for heading in ("", "check", "value", "limit", "result, and remedy"):
         justify: Any = "right" if heading in ("value", "limit") else "left"
         table.add_column(heading, justify=justify, overflow="fold")
     marks = {"passed": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗", "red")}
@@ -120,7 +120,7 @@ def _check_table(checks: Sequence[Check]) -> Table:
 
 
 def _coverage_table(coverage: Sequence[Covered]) -> Table:
-    table = Table(title="Where the gradients come from", title_justify="left")
+    table = Table(title="How gradients are computed", title_justify="left")
     table.add_column("layers")
     table.add_column("path")
     for heading in ("tensors", "parameters", "share"):
@@ -138,6 +138,6 @@ def _cost_table(cost: Cost) -> Table:
     table.add_row("time (without loading and encoding)", span(cost.seconds))
     table.add_row("store", byte_size(cost.store_bytes))
     if cost.encoding_bytes:
-        table.add_row("encodings on disk, meanwhile", byte_size(cost.encoding_bytes))
+        table.add_row("cached encodings on disk", byte_size(cost.encoding_bytes))
     table.add_row(cost.extra_meaning, byte_size(cost.extra_bytes))
     return table

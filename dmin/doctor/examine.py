@@ -29,7 +29,7 @@ from dmin.models.contract import encoded
 from dmin.runtime.errors import DminError
 from dmin.runtime.transfer import on_device
 
-LOOKED_AT = 64  # examples read for each one examined, when they have several shapes
+LOOKED_AT = 64  # most examples read per examined one, to find enough of one shape
 
 
 def diagnose(
@@ -40,18 +40,18 @@ def diagnose(
     dtype: str = CollectOptions.dtype,
     block_size: int = CollectOptions.block_size,
 ) -> Diagnosis:
-    """Examine a collector's model on a few examples, in eval mode and precision as it collects.
+    """Examine a collector's model on a few examples, in the mode and precision of collecting.
 
     Args:
-        collector: the model with everything that collecting takes. It is given back unchanged.
-        dataset: of which the first examples of one shape are taken.
+        collector: the model and all settings of collecting; it is not changed.
+        dataset: its first examples of one shape are used.
         examples: how many, at least 3.
-        trainer: whose device and precision to use; :func:`~dmin.collect.predict_trainer` if none.
-        dtype: of the rows that a store would keep, to predict its size.
-        block_size: examples of a block, which decides the sizes of passes.
+        trainer: gives device and precision; None: :func:`~dmin.collect.predict_trainer`.
+        dtype: of stored rows, to predict the size of the store.
+        block_size: examples per block, which determines the sizes of passes.
 
     Raises:
-        DminError: too few examples, or a bad image among them.
+        DminError: there are too few examples, or one cannot be read.
     """
     examples = min(examples, len(dataset))
     if examples < 3:
@@ -71,7 +71,7 @@ def diagnose(
         x0, condition = trainer.precision_plugin.convert_input(first)
         inputs = _inputs(collector, x0, condition, batch["id"])
         with trainer.precision_plugin.predict_step_context():
-            # First, as a CPU only tells of memory beyond all that was taken before.
+            # First, because on a CPU only memory above the process's earlier peak is measured.
             blocks = block_size, len(dataset) % block_size
             steps, cost, work = _work(collector, x0, condition, batch["id"], blocks)
             with _full_precision():
@@ -109,7 +109,7 @@ def _of_one_shape(dataset: Dataset, count: int) -> list[Example]:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Switch TF32 off: its rounding would pass for an error of the gradients."""
+    """Switch TF32 off: its rounding would look like an error of the gradients."""
     if not torch.cuda.is_initialized():
         yield
         return
@@ -141,10 +141,10 @@ def _work(
     ids: list[str],
     blocks: tuple[int, ...],
 ) -> tuple[list[Timestep], Cost | None, list[Check]]:
-    """Compute the examples' rows, as collecting does, twice: the first time warms up.
+    """Compute the examples' rows as in collecting, twice: the first time warms up.
 
-    Passes have the sizes that those of blocks of so many examples have, their remainders included,
-    as far as there are pairs; each is checked as collecting checks it.
+    Before that, one pass of each size that occurs in collecting (the last, smaller ones included)
+    is run and checked by the guard, as far as there are enough pairs.
     """
     peak = PeakMemory(x0.device)
     inputs, guard = collector.inputs(x0, condition, ids), Guard(collector, collector.ownership)
@@ -170,15 +170,15 @@ def _work(
         float(len(blind)),
         0,
         f"Blind: {', '.join(blind)}." if blind else "",
-        "They cost as much as the others and tell little. "
-        + (f"Take the others alone: {chosen}." if telling else "Look at timesteps of less noise."),
+        "They cost as much as the others and distinguish little. "
+        + (f"Use only the others: {chosen}." if telling else "Choose timesteps of less noise."),
         required=False,
     )
     return report, Cost(len(ids), seconds, 0, 0, peak.bytes, peak.meaning), [check]
 
 
 def _coverage(collector: GradientCollector, paths: dict[str, str]) -> list[Covered]:
-    """Add up parameters by the type of their layer and the path of their gradient."""
+    """Count parameters by the type of their layer and the path of their gradient."""
     sums: dict[tuple[str, str], list[int]] = {}
     for name, p in collector.model.network.named_parameters():
         path = paths.get(name, "not attributed")

@@ -18,7 +18,7 @@ from dmin.models.masked import predict
 
 # Scalars of one example's gradient that are compared at once: a quarter of a GiB in fp32.
 AT_ONCE = 1 << 26
-# A layer whose gradient is this small a part of the whole is measured against the whole.
+# Errors are relative to the layer's gradient, or to this fraction of the whole one if larger.
 FLOOR = 1e-4
 
 
@@ -27,10 +27,10 @@ class Comparison:
     """Norms of gradients and of their differences, ``[pairs]`` for each parameter.
 
     Attributes:
-        norm: of the gradient by autograd, one example at a time.
-        wrong: of captured minus autograd, one example at a time.
-        mixed: of captured in a batch minus captured alone.
-        path: how each parameter's gradient was had.
+        norm: of autograd's gradient, one example at a time.
+        wrong: of the captured gradient minus autograd's, one example at a time.
+        mixed: of the captured gradient in a batch minus the one captured alone.
+        path: how each parameter's gradient was computed.
     """
 
     norm: dict[str, Tensor] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Comparison:
 
     @property
     def whole(self) -> Tensor:
-        """Norm of the whole gradient of each pair."""
+        """Norm of the whole gradient of each pair, ``[pairs]``."""
         return torch.stack(list(self.norm.values())).square().sum(0).sqrt()
 
     def errors(self) -> dict[str, float]:
@@ -64,12 +64,12 @@ def compare(
     readout: str,
     budget: int | None = None,
 ) -> Comparison:
-    """Compare captured gradients with autograd's, some parameters at a time.
+    """Compare captured gradients with autograd's, a chunk of the parameters at a time.
 
     Args:
         model: on the device of the inputs, in eval mode.
         parameters: the attributed ones.
-        inputs: some pairs.
+        inputs: (example, timestep) pairs.
         readout: what is differentiated.
         budget: as for :class:`~dmin.gradients.capture.Capture`.
     """

@@ -26,38 +26,38 @@ from dmin.runtime.formatting import byte_size, span
 
 _ATEN = torch.ops.aten
 _FUSED = _ATEN._scaled_dot_product_flash_attention_for_cpu
-# What tells code of numbers: a number or a truth value, and whether tensors are alike.
+# Operations whose results Python code reads: a number, a truth value, whether tensors are equal.
 _ASKING = (_ATEN._local_scalar_dense.default, _ATEN.allclose.default, _ATEN.equal.default)
-# Which torch's counter does not know.
+# Operations that torch's counter lacks.
 COUNTED = {_FUSED: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
-# Operations of collecting, in forward passes: forward, the gradients of activations, and about as
-# many for those of the weights and their sketch (experiments/bench: .6 to 1 of plain training).
+# Cost of collecting in forward passes: the forward pass, the gradients of activations, and those
+# of the weights with their sketch (experiments/bench: .6 to 1 of plain training).
 PASSES = 3
-SIDE = 1024  # of the matrix product by which a device's speed is told
+SIDE = 1024  # of the matrix product that measures a device's speed
 
 
 class Size(NamedTuple):
-    """What a model takes, and what there is."""
+    """Memory and operations that a model needs, and those of the device."""
 
     network: str  # name of its class
     parameters: int
     network_bytes: int
-    encoder_bytes: int  # in all; they leave the device when all is encoded
-    kept_bytes: int  # of a pair, from its forward pass to the end of backward
-    pairs: int  # of a pass, as collect.microbatch has it
+    encoder_bytes: int  # of all encoders; they leave the device after encoding
+    kept_bytes: int  # saved per (example, timestep) pair from its forward pass to backward
+    pairs: int  # per pass (collect.microbatch)
     operations: int  # of a forward pass of one pair
-    all_pairs: int
-    free_bytes: int | None  # of the device's memory; None where nothing tells
-    speed: float  # operations a second of a matrix product there
+    all_pairs: int  # of the whole dataset
+    free_bytes: int | None  # free memory of the device; None if unknown
+    speed: float  # operations per second of a matrix product on the device
 
     @property
     def needed(self) -> int:
-        """Bytes of network and activations; what forms gradients comes to it (collect.budget)."""
+        """Bytes of network and activations, without the gradients' (collect.budget)."""
         return self.network_bytes + self.pairs * self.kept_bytes
 
     @property
     def seconds(self) -> float:
-        """The least that all pairs take: as if all operations were products of large matrices."""
+        """Least time for all pairs, as if all operations were products of large matrices."""
         return PASSES * self.operations * self.all_pairs / self.speed
 
     def remedies(self, dtype: torch.dtype, offers_checkpointing: bool) -> list[str]:
@@ -79,7 +79,7 @@ class Size(NamedTuple):
         if left > 0 and offers_checkpointing:
             found.append(f"{again}collect.microbatch=1")
         if left < kept and (kept < free or offers_checkpointing):
-            # What is kept is not shared among processes; computed again, it is taken for a half.
+            # Activations are not sharded. Recomputed, they are assumed to need half the memory.
             fewer, beside = ("", kept) if kept < free else (again, free // 2)
             parts = math.ceil(self.network_bytes / (free - beside))
             found.append(f"trainer=offload {fewer}collect.microbatch=1")
@@ -89,20 +89,20 @@ class Size(NamedTuple):
         return found
 
     def table(self, remedies: list[str]) -> Table:
-        """Return it for the terminal."""
-        title = "Before weights are read, from the configs alone"
+        """Return a table for the terminal."""
+        title = "Memory and time, predicted from the configs"
         table = Table(title=title, title_justify="left", show_header=False)
         table.add_row(self.network, f"{self.parameters:,} parameters")
-        table.add_row("its weights", byte_size(self.network_bytes))
+        table.add_row("weights", byte_size(self.network_bytes))
         if self.encoder_bytes:
-            table.add_row("encoders, until all is encoded", byte_size(self.encoder_bytes))
+            table.add_row("encoders, only while encoding", byte_size(self.encoder_bytes))
         kept = f"{byte_size(self.kept_bytes)}, times {self.pairs} (collect.microbatch)"
-        table.add_row("kept of a pair until backward", kept)
+        table.add_row("activations of a pair", kept)
         free = "unknown" if self.free_bytes is None else byte_size(self.free_bytes)
-        table.add_row("in all", f"{byte_size(self.needed)} of {free}{'' if remedies else ': fits'}")
+        table.add_row("total", f"{byte_size(self.needed)} of {free}{'' if remedies else ': fits'}")
         for i, remedy in enumerate(remedies):
-            table.add_row("" if i else "does not fit; may do so by", remedy)
-        at = f"at {self.speed / 1e12:,.2g} TFLOP/s of a matrix product here"
+            table.add_row("" if i else "does not fit; try", remedy)
+        at = f"at {self.speed / 1e12:,.2g} TFLOP/s, measured by a matrix product"
         table.add_row("all examples, at least", f"{span(self.seconds)} {at}")
         return table
 
@@ -110,17 +110,17 @@ class Size(NamedTuple):
 def predict_size(
     collector: GradientCollector, example: Example, examples: int, device: torch.device
 ) -> Size:
-    """Return what a collector's model takes of a device.
+    """Predict the memory and time that a collector's model needs on a device.
 
     Args:
-        collector: of a model on ``meta``, as :func:`dmin.models.checkpoints.without_weights` gives
-            it. Its parameters are those that are attributed.
-        example: one of the data.
-        examples: how many there are.
+        collector: of a model on ``meta``, made in
+            :func:`dmin.models.checkpoints.without_weights`.
+        example: one example of the data.
+        examples: their number.
         device: where it is to run.
 
     Raises:
-        Exception: the model asks for numbers that shapes do not tell, or takes what it got for bad.
+        Exception: the model needs values, not only shapes, or rejects those it gets.
     """
     model, network = collector.model, collector.model.network
     attributed = collector.attributed.by_name
@@ -132,7 +132,7 @@ def predict_size(
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other comes to its address
+            kept[storage._cdata] = storage  # kept alive, so that its address is not reused
         return tensor
 
     with ShapesAlone():
@@ -159,7 +159,7 @@ def predict_size(
 
 
 class FusedAttention(TorchFunctionMode):
-    """Has attention on ``meta`` keep what fused kernels keep, not the product of all tokens."""
+    """Makes attention on ``meta`` save what fused kernels save, not the whole attention matrix."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function."""
@@ -174,11 +174,11 @@ class FusedAttention(TorchFunctionMode):
 
 
 class ShapesAlone(TorchDispatchMode):
-    """Runs modules on ``meta`` with real inputs: whole numbers keep their values, others do not.
+    """Runs modules on ``meta`` with real inputs: only integers and booleans keep their values.
 
-    What a tokenizer gives, masks and lengths among it, is computed on the CPU, so that code which
-    asks for a number of them gets it. Every other tensor comes to ``meta`` when it meets one there.
-    A condition on such a tensor holds.
+    Outputs of a tokenizer (tokens, masks, lengths) are computed on the CPU, so that code can read
+    them. Every other tensor moves to ``meta`` when it is combined with one there. If code reads a
+    tensor on ``meta``, it gets true or one.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -203,7 +203,7 @@ class ShapesAlone(TorchDispatchMode):
 
 
 def _is_whole(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> bool:
-    """Say whether an operation makes whole numbers or truth values."""
+    """Return whether an operation creates integers or booleans."""
     dtype = kwargs.get("dtype") or (tensors[0].dtype if tensors else None)
     if dtype is None:
         return func.overloadpacket is _ATEN.arange and all(isinstance(x, int) for x in args)
@@ -211,7 +211,7 @@ def _is_whole(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor
 
 
 def _indices(given: Any) -> list[Tensor | None]:
-    """Return indices as numbers; a mask whose values are not known holds everywhere."""
+    """Convert masks to index tensors; a mask without known values is taken as true everywhere."""
     found: list[Tensor | None] = []
     for index in given:
         if index is None or index.dtype not in (torch.bool, torch.uint8):
@@ -239,7 +239,7 @@ def _free(device: torch.device) -> int | None:
 
 
 def _speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations a second of a matrix product, the best of five."""
+    """Return the operations per second of a matrix product, the best of five."""
     matrix, best = torch.ones(SIDE, SIDE, dtype=dtype, device=device), math.inf
     for _ in range(5):
         start = time.perf_counter()

@@ -14,17 +14,17 @@ from rich.text import Text
 from dmin.runtime.sampling import evenly
 from dmin.store import Store
 
-# Blind: all examples look alike, or all pairs of them look alike to each other.
+# Blind: all cosines are nearly one, or nearly equal.
 BLIND_COSINE, BLIND_SPREAD = 0.98, 0.01
 
 
 class Timestep(NamedTuple):
-    """What one timestep tells of a sample of examples.
+    """How well one timestep distinguishes a sample of examples.
 
     Attributes:
         timestep: in the model's own unit.
-        cosine: mean over pairs of examples of the cosine of their gradients.
-        spread: standard deviation of the same.
+        cosine: mean cosine of the gradients of two examples, over all pairs.
+        spread: standard deviation of these cosines.
         share: of the variance of scores: ``Cov(c_t, s) / Var(s)`` over pairs, with c_t the cosine
             at this timestep and ``s = Σ_t c_t`` the score of DMin; the shares add up to one.
     """
@@ -36,7 +36,7 @@ class Timestep(NamedTuple):
 
     @property
     def blind(self) -> bool:
-        """Whether it hardly tells one example from another."""
+        """Whether it hardly distinguishes examples."""
         return self.cosine > BLIND_COSINE or self.spread < BLIND_SPREAD
 
 
@@ -44,12 +44,12 @@ def timestep_report(rows: np.ndarray, timesteps: Sequence[float]) -> list[Timest
     """Measure each timestep on the rows of some examples.
 
     Args:
-        rows: ``[n, draw, T, group, dim]`` as in a store, n ≥ 3; re-normalised here. Sketching adds
-            noise of about ``(1 − ρ²) / √dim`` to each cosine ρ, and as much to the spread.
-        timesteps: T of them.
+        rows: ``[n, draw, T, group, dim]`` as in a store, n ≥ 3; normalised again here. Sketching
+            adds noise of about ``(1 − ρ²) / √dim`` to each cosine ρ, and as much to the spread.
+        timesteps: their values, ``[T]``.
 
     Returns:
-        One entry a timestep, in order.
+        One entry per timestep, in order.
     """
     n, draws, steps = rows.shape[:3]
     flat = rows.reshape(n, draws, steps, -1).astype(np.float32)
@@ -68,12 +68,12 @@ def timestep_report(rows: np.ndarray, timesteps: Sequence[float]) -> list[Timest
 
 
 def report_of(store: Store, readout: str = "loss", sample: int = 256) -> list[Timestep]:
-    """Measure each timestep of a store on rows evenly spread over it.
+    """Measure each timestep of a store on evenly spaced rows.
 
     Args:
         store: with three rows or more.
-        readout: which gradients.
-        sample: how many rows, at most.
+        readout: which of the store's readouts.
+        sample: most rows used.
     """
     rows = store.rows(readout, evenly(len(store), sample, ends=True))
     return timestep_report(rows, store.layout.timesteps)

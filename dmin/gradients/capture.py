@@ -40,7 +40,7 @@ CPU_BUDGET, GPU_BUDGET = 8 << 20, 512 << 20
 
 # Parameters of layers with a closed form.
 _LOCAL = "weight", "bias"
-CLOSED_FORM, FALLBACK, UNUSED = "closed form", "fallback", "unused"
+CLOSED_FORM, RERUN, UNUSED = "closed form", "per-example rerun", "unused"
 
 
 @dataclass
@@ -140,8 +140,8 @@ class Capture(Generic[State, Rows]):
     def coverage(self) -> dict[str, str]:
         """How each chosen parameter's gradient was computed in the backward passes so far.
 
-        ``closed form``, ``fallback (<module that is run again>)``, both, or ``unused`` if the
-        values do not depend on the parameter, so that its gradient is zero.
+        ``closed form``, ``per-example rerun (<module>)``, both, or ``unused`` if the values do not
+        depend on the parameter, so that its gradient is zero.
         """
         return {name: " + ".join(sorted(self._paths[name])) or UNUSED for name in self._chosen}
 
@@ -307,7 +307,7 @@ class Capture(Generic[State, Rows]):
             self._pass.doubt = doubt if before is None else before | doubt
         arrived: Mapping[str, GradientFactors | Arrived]
         if isinstance(call.how, PerExampleRerun):
-            path = f"{FALLBACK} ({call.how.name})"
+            path = f"{RERUN} ({call.how.name})"
             parameters = self._usage.now(call.parameters)
             with self._usage.off():
                 arrived = call.how.factors(

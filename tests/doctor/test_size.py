@@ -136,8 +136,8 @@ def test_the_command_says_it_before_the_weights_are_read(tmp_path):
         (tmp_path / "images" / f"{name}.txt").write_text("a red cat")
     line = ["doctor", "model=auto", "model.path=m", "model.max_sequence_length=12"]
     run = dmin(*line, "data=image_folder", "data.root=images", cwd=tmp_path, ok=False)
-    before, _, after = run.stdout.partition("in all")
-    assert "24,432 parameters" in before and "kept of a pair until backward" in before
+    before, _, after = run.stdout.partition("total")
+    assert "24,432 parameters" in before and "activations of a pair" in before
     assert "fits" in after and "cannot load" in run.stdout + run.stderr
 
 

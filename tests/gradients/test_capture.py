@@ -373,8 +373,8 @@ def test_the_way_of_each_parameter_is_listed():
 
     expected = {name: "closed form" for name, _ in network.named_parameters()}
     expected |= {"idle.weight": "unused", "idle.bias": "unused"}
-    expected |= {f"blocks.{i}.table": f"fallback (blocks.{i})" for i in range(2)}
-    expected["scale"] = "fallback (the network)"
+    expected |= {f"blocks.{i}.table": f"per-example rerun (blocks.{i})" for i in range(2)}
+    expected["scale"] = "per-example rerun (the network)"
     assert settled(network, Keep(choose_parameters(network)), run) == expected
 
 

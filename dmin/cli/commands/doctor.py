@@ -21,7 +21,7 @@ def doctor(work: Workspace, results: dict[str, Any]) -> None:
 
     work.require_one_process()
     settings = work.cfg.collect
-    data = work.data  # first, as it is read sooner than the model
+    data = work.data  # first, because it opens faster than the model
     size = predicted_size(work)
     found = diagnose(
         work.collector,
@@ -44,7 +44,7 @@ def doctor(work: Workspace, results: dict[str, Any]) -> None:
             f"{', '.join(check.name for check in found.failed)}. The remedies are listed above "
             f"and in {file}."
         )
-    work.console.print(f"Nothing failed. All of it is in\n  {file}", soft_wrap=True)
+    work.console.print(f"No check failed. The full report is in\n  {file}", soft_wrap=True)
 
 
 def predicted_size(work: Workspace) -> Size | None:
@@ -57,13 +57,13 @@ def predicted_size(work: Workspace) -> Size | None:
         with without_weights():
             model = build(work.cfg.model)
         network = model.network
-        if not any(p.is_meta for p in network.parameters()):  # one's own, which is there already
+        if not any(p.is_meta for p in network.parameters()):  # the user's own, already in memory
             return None
         collector = work.collector_of(model)
         device = work.trainer().strategy.root_device
         size = predict_size(collector, work.data[0], len(work.data), device)
-    except Exception as error:  # the examination goes on, and says itself what is wrong
-        if isinstance(error.__cause__, DminError):  # of the settings of the model
+    except Exception as error:  # the examination goes on, and reports what is wrong itself
+        if isinstance(error.__cause__, DminError):  # a wrong setting of the model
             raise
         work.notes.print(f"memory and time are not predicted from the configs: {error}")
         return None
