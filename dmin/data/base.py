@@ -16,18 +16,18 @@ from dmin.runtime.escape import named_apart
 from dmin.runtime.fingerprint import array_digest
 
 SCHEMA = 2
-"""Of descriptions: 2 is of what gradients come from; 1 (it has no number) of all metadata too."""
+"""Version of descriptions: 2 covers what gradients depend on; 1, unnumbered, all metadata too."""
 
 
 class Sizes(NamedTuple):
-    """How an image came to its size: what SDXL and its kin are told of it."""
+    """Original size and crop position of an image: conditions of SDXL and similar models."""
 
-    original: tuple[int, int]  # height and width before it was scaled
-    crop: tuple[int, int]  # top and left of the cut, in the scaled image
+    original: tuple[int, int]  # height and width before scaling
+    crop: tuple[int, int]  # top and left of the crop, in the scaled image
 
 
 class Facts(NamedTuple):
-    """What is known of an image besides its pixels; see :class:`Example`."""
+    """What is known about an image besides its pixels; see :class:`Example`."""
 
     label: int | str | None = None
     caption: str | None = None
@@ -35,11 +35,11 @@ class Facts(NamedTuple):
     repeats: float = 1
 
     def describe(self) -> dict[str, Any]:
-        """Return all of it as a store keeps it.
+        """Return them as a store keeps them.
 
-        ``label`` and ``caption`` are what a model sees, and nothing else: other columns of these
-        names, whether an example has a label or not, become ``metadata_label``; so do columns
-        called ``repeats``, which no trainer's run or folder says.
+        ``label``, ``caption`` and ``repeats`` are reserved for the values used in training. Other
+        metadata columns of these names are renamed to ``metadata_label`` and so on, even if the
+        example has no such value.
         """
         passes = None if self.repeats == 1 else self.repeats
         known = {"label": self.label, "caption": self.caption, "repeats": passes}
@@ -51,20 +51,20 @@ class Facts(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One image and what is known of it.
+    """One image and what is known about it.
 
     Args:
-        id: never changes with shuffling, batching or processes; unique in its dataset.
-        image: float32 ``[C, H, W]`` in [0, 1]; of a clip ``[C, F, H, W]``, F ≥ 2.
-        label: class, if any.
-        caption: text, if any.
-        metadata: anything else that should travel to the results, as JSON.
-        sizes: how the image came to its size; None if it is as it was.
-        mask: float32 ``[1, H, W]``, how much each place counts in the loss; None for all alike.
-        condition_image: float32 ``[C', H', W']`` in [0, 1], what a model is given with it: an image
-            to change, a mask, a drawing, a map of depths.
-        repeats: how often an epoch of the training passed it.
-        drawn: as training saw it in draws of what was random in its data; none: as it is.
+        id: unique in the dataset; independent of shuffling, batching and processes.
+        image: float32 ``[C, H, W]`` in [0, 1]; a clip is ``[C, F, H, W]``, F ≥ 2.
+        label: the class, if any.
+        caption: the text, if any.
+        metadata: other values to show with the results, as JSON.
+        sizes: original size and crop; None if the image was neither scaled nor cropped.
+        mask: float32 ``[1, H, W]``, the weight of each pixel in the loss; None for equal weights.
+        condition_image: float32 ``[C', H', W']`` in [0, 1], an image that the model receives as
+            condition: an image to edit, a mask, a drawing, a depth map.
+        repeats: number of times that an epoch of the training used it.
+        drawn: the example in each draw of the data's random augmentation; empty without any.
     """
 
     id: str
@@ -79,12 +79,12 @@ class Example:
     drawn: Sequence[Example] = ()
 
     def describe(self) -> dict[str, Any]:
-        """Return what a store keeps of the example beside its gradient."""
+        """Return what a store keeps about the example besides its gradient."""
         return self.facts.describe()
 
     @property
     def facts(self) -> Facts:
-        """What is known of it besides its pixels."""
+        """What is known about it besides its pixels."""
         return Facts(self.label, self.caption, self.metadata, self.repeats)
 
 
@@ -102,7 +102,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
     """Join examples into the batch that ``DiffusionModel.encode`` takes.
 
     Raises:
-        DminError: an image is not a finite tensor as `Example` has it, or shapes differ.
+        DminError: an image is not a finite tensor as in :class:`Example`, or shapes differ.
     """
     first = examples[0]
     for example in examples:
@@ -128,14 +128,14 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def _drawn(examples: Sequence[Example]) -> dict[str, Any]:
-    """Return a batch of each draw of the examples, if there are any: all as many, or none."""
+    """Return one batch per draw; examples without draws are used as they are in each."""
     number = max(len(e.drawn) for e in examples)
     each = [e.drawn or [e] * number for e in examples]
     return {"drawn": [collate([e[n] for e in each]) for n in range(number)]} if number else {}
 
 
 def _masks(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Return the masks of a batch, if one of its examples has one."""
+    """Return the masks of a batch if any example has one; others get ones."""
     if all(e.mask is None for e in examples):
         return {}
     ones = torch.ones(1, *examples[0].image.shape[1:])
@@ -143,7 +143,7 @@ def _masks(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 
 def _condition_images(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Return the condition images of a batch, which all of its examples have, or none."""
+    """Return the condition images of a batch; either all of its examples have one or none."""
     found = [e.condition_image for e in examples if e.condition_image is not None]
     if not found:
         return {}
@@ -154,7 +154,7 @@ def _condition_images(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 
 def by_shape(examples: Sequence[Example]) -> list[list[int]]:
-    """Return the positions of examples whose images have one shape, shape by shape."""
+    """Return the positions of the examples, grouped by the shapes of their images."""
     groups: dict[Any, list[int]] = {}
     for position, example in enumerate(examples):
         shown = (example.image, example.condition_image)
@@ -164,7 +164,7 @@ def by_shape(examples: Sequence[Example]) -> list[list[int]]:
 
 
 def check_image(example: Example) -> None:
-    """Refuse an image that would poison a gradient without a word."""
+    """Refuse an image that would silently give a wrong gradient."""
     if example.condition_image is not None:
         check_image(Example(f"condition image of {example.id}", example.condition_image))
     image = example.image
@@ -184,16 +184,15 @@ def check_image(example: Example) -> None:
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
-    """Return what identifies a dataset's content, as JSON: its dataset fingerprint is made of it.
+    """Return what identifies a dataset's content, as JSON, for the dataset fingerprint.
 
-    A dataset with a ``describe()`` of its own (say, of file digests) is asked; otherwise every
-    example is read once, one at a time, and its id, pixels, sizes, label and caption are digested,
-    all that gradients are computed from; other metadata may change. Ids are held to
-    be unique either way; a dataset that offers them as a list, ``ids``, saves reading its examples
-    for that.
+    If the dataset has a method ``describe()`` (of file digests, for instance), its result is used.
+    Otherwise every example is read once, and what gradients depend on is digested: id, pixels,
+    mask, condition image, sizes, label and caption. Other metadata may change. Ids must be unique
+    in either case; a dataset with a list ``ids`` need not read its examples to check this.
 
     Raises:
-        DminError: no examples, an id that is no text, or two with the same id.
+        DminError: there are no examples, an id is not text, or two examples have the same id.
     """
     name = type(dataset).__name__
     if len(dataset) == 0:
@@ -209,11 +208,11 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
 def describe_fully(
     dataset: Dataset, kept: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """Return what identified a dataset's content before there was a `SCHEMA`: metadata is in it.
+    """Return what identified a dataset's content before `SCHEMA` 2, which included all metadata.
 
     Args:
         dataset: the examples.
-        kept: by id, the metadata that are taken for those of the examples, as a store keeps them.
+        kept: metadata by id, as a store keeps them, used instead of those of the examples.
     """
     own = getattr(dataset, "describe_fully", None)
     if own is not None:
@@ -230,7 +229,7 @@ def describe_fully(
 
 
 def _digested(dataset: Dataset, facts: Callable[[Example], list[Any]]) -> dict[str, Any]:
-    """Describe a dataset by a digest of the pixels of its examples and of facts of each."""
+    """Describe a dataset by a digest of its examples' pixels and of ``facts`` of each."""
     content = hashlib.sha256()
 
     def digest() -> Iterator[str]:
@@ -284,5 +283,5 @@ class Examples:
         return self.examples[index]
 
     def facts(self, index: int) -> Facts:
-        """Return what is known of an example besides its pixels."""
+        """Return what is known about an example besides its pixels."""
         return self.examples[index].facts

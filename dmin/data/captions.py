@@ -17,29 +17,30 @@ from dmin.runtime.errors import DminError
 
 @dataclass(frozen=True)
 class Draws:
-    """What training drew anew each time it saw an image; so many draws stand for all of them.
+    """Random augmentation of images and captions in training, approximated by a few draws.
 
-    Draw d of an image is decided by the seed, its id in its dataset, and d.
+    Draw d of an image depends only on the seed, on its id in its dataset, and on d.
 
     Args:
-        number: of draws; ``noise.draws`` is as many, or a multiple, and draw d of the noise sees
-            draw d of the data.
-        flip: share of mirror images.
-        crop: whether the place that is cut out is drawn, not the middle.
-        lines: whether one of several captions is drawn, not the first.
-        shuffle: whether the parts of a caption change places.
-        keep: parts at the front that do not.
-        drop: share of the parts that are left out.
-        spare: parts at the front that are not.
-        mark: text behind the parts to keep and spare, and before further ones; wins over numbers.
-        separator: between parts.
-        joint: in place of it, and of the blanks around parts.
-        whole: whether a caption's prefix and suffix are parts of it.
-        dropout: share of captions that are empty.
-        seed: of all draws.
+        number: number of draws. ``noise.draws`` is this number or a multiple of it; noise draw d
+            is combined with data draw d mod ``number``.
+        flip: probability of a mirror image.
+        crop: crop at a random position instead of the centre.
+        lines: use a random one of several captions instead of the first.
+        shuffle: shuffle the parts of a caption.
+        keep: number of leading parts that are not shuffled.
+        drop: probability with which each part is dropped.
+        spare: number of leading parts that are never dropped.
+        mark: text after the leading parts to keep and spare, and before trailing ones to keep and
+            spare; where it occurs, ``keep`` and ``spare`` are ignored.
+        separator: text that separates parts.
+        joint: text that joins parts again; parts are stripped if it differs from the separator.
+        whole: treat a caption's prefix and suffix as parts of it.
+        dropout: probability of an empty caption.
+        seed: key of all draws.
 
     Raises:
-        DminError: a share is none, or there is no draw.
+        DminError: a probability is not in [0, 1], or there is no draw.
     """
 
     number: int = 1
@@ -58,7 +59,7 @@ class Draws:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be drawn."""
+        """Refuse invalid settings."""
         shares = {name: getattr(self, name) for name in ("flip", "drop", "dropout")}
         odd = [f"data.draws.{n}={v}: give a share from 0 to 1." for n, v in shares.items()]
         odd = [told for told, v in zip(odd, shares.values(), strict=True) if not 0 <= v <= 1]
@@ -68,21 +69,21 @@ class Draws:
             raise DminError(odd[0])
 
     def of(self, id: str, draw: int) -> np.random.Generator:
-        """Return the source of all chance in a draw of an image; only ``random()`` is asked."""
+        """Return the random generator of one draw of an image; only ``random()`` is used."""
         digest = hashlib.sha256(f"{self.seed}\n{draw}\n{id}".encode()).digest()
         return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16])))
 
     def view(self, rng: np.random.Generator) -> tuple[tuple[float, float], bool]:
-        """Draw where an image is cut, in shares of what is left over, and if it is mirrored."""
+        """Draw the crop position, as fractions of the free range (across, down), and a flip."""
         mirrored, across, down = rng.random(3).tolist()
         return (across, down) if self.crop else (0.5, 0.5), mirrored < self.flip
 
     def parts(self, text: str, rng: np.random.Generator) -> str:
-        """Draw which parts of a caption there are, and in which order."""
+        """Draw the parts of a caption that are used, and their order."""
         if not self.shuffle and not self.drop:
             return text
         marked = text.split(self.mark, 2) if self.mark else []
-        several = len(marked) > 1  # else there is no mark
+        several = len(marked) > 1  # whether the mark occurs
         first, middle, *last = map(self._split, marked if several else ["", text])
         keep, spare = (0, 0) if several else (self.keep, self.spare)
         dropped, places = rng.random((2, len(middle))).tolist()
@@ -101,32 +102,31 @@ class Draws:
 
 @dataclass(frozen=True)
 class Captions:
-    """How the caption of an image is found, and what is made of it.
+    """Where the captions of images are, and how they are changed.
 
     Args:
-        source: ``files`` beside the images, of the same stem; ``names`` of the images, a blank for
-            each ``_``; ``stems``, their names as they are; a ``table``: JSON of captions by image;
-            or ``text``, the same for all.
-        extensions: of the files, the first that is there.
-        lines: ``whole`` takes the text as it is, ``first`` its first line, ``each`` has every line
-            for a caption of its own, of which the first stands for all.
-        table: the JSON file: ``{"a.png": "caption"}``, a list of captions, or a mapping with
-            ``caption`` and ``tags``; or ``.jsonl``, ``.csv`` or ``.parquet``.
-        key: of these, the column that names each image: its path, its name or its stem.
-        columns: of which the first that says something is the caption; none: ``caption``, ``tags``.
-        missing: what an image without a caption is: an ``error``, left out (``drop``), captioned
-            by the ``text``, or by nothing (``empty``).
-        empty_is_missing: whether an empty caption counts as none.
-        text: see above.
-        others: texts that were as likely as that one, of which draws may take one.
-        rejoin: a separator, and what stands in its place.
-        replace: text in captions, and what stands in its place.
-        trigger: words put in front, and a blank, of a caption in which they are nowhere.
-        prefix: before every caption, as it stands, after all that.
-        suffix: behind it.
-
-    Raises:
-        DminError: a choice is none that there is.
+        source: ``files``: files next to the images with the same stem. ``names``: names of the
+            images, with ``_`` replaced by a space. ``stems``: unchanged names without suffix.
+            ``table``: a table of captions by image. ``text``: one text for all.
+        extensions: suffixes of caption files; the first that exists is used.
+        lines: ``whole`` is the whole text, ``first`` its first line; with ``each`` every line is
+            a caption, and the first is used unless another is drawn.
+        table: a JSON file that maps each image to a caption (``{"a.png": "caption"}``), to a list
+            of captions, or to an object with ``caption`` and ``tags``; or a ``.jsonl``, ``.csv`` or
+            ``.parquet`` file.
+        key: column of such a file that names the image by path, name or stem.
+        columns: the first of these columns that is not empty is the caption; if empty:
+            ``caption`` and ``tags``, joined.
+        missing: for an image without caption: ``error``, ``drop`` (leave it out), ``text`` (use
+            that text) or ``empty`` (use an empty caption).
+        empty_is_missing: whether an empty caption counts as missing.
+        text: the text for ``source="text"`` and ``missing="text"``.
+        others: alternatives to ``text`` with equal probability, for draws.
+        rejoin: a separator and its replacement.
+        replace: further texts and their replacements.
+        trigger: words to put before captions that do not contain them, followed by a space.
+        prefix: text put before every caption, after the changes above.
+        suffix: text put after every caption.
     """
 
     source: Literal["files", "names", "stems", "table", "text"] = "files"
@@ -152,18 +152,18 @@ class Captions:
         files: Collection[str],
         refuse: Callable[[str, DminError], None] | None = None,
     ) -> dict[str, list[str]]:
-        """Return the captions of images, as they stand; those to be dropped are left out.
+        """Return all captions of each image, unchanged; images to be dropped are missing.
 
-        The first of each is the caption, once it is `worded`; draws may take another.
+        The first of each, after :meth:`worded`, is the caption; draws may use another.
 
         Args:
-            root: the folder.
+            root: the folder of the images.
             images: their paths below it.
             files: paths of all files below it.
-            refuse: is told of captions that cannot be used, in place of an error.
+            refuse: receives images whose captions cannot be used; None raises an error instead.
 
         Raises:
-            DminError: an image has none, and that is an error; or a file cannot be read.
+            DminError: a caption is missing and ``missing`` is ``error``, or a file cannot be read.
         """
         stems = {file.lower(): file for file in files}
         table = self._table(root) if self.source == "table" else {}
@@ -201,12 +201,12 @@ class Captions:
         return {image: self.worded(captions) for image, captions in found.items()}
 
     def worded(self, captions: Sequence[str], draws: Draws | None = None, rng: Any = None) -> str:
-        """Return the caption of an image as its trainer words it.
+        """Return the caption of an image with the trainer's changes.
 
         Args:
-            captions: of the image, as they stand.
-            draws: what is drawn of them; None: the first, as it is written.
-            rng: source of the draws.
+            captions: the unchanged captions of the image.
+            draws: random augmentation; None uses the first caption without any.
+            rng: generator of the draw.
         """
         caption, prefix, suffix = captions[0], self.prefix, self.suffix
         if draws is not None:
@@ -258,7 +258,7 @@ class Captions:
 
 
 def _of_table(table: dict[str, Any], root: Path, image: str) -> list[str]:
-    """Return the captions of an image, which a table names by its path, its name or its stem."""
+    """Return the captions of an image from a table with its path, name or stem as key."""
     path = PurePosixPath(image)
     whole = (image, str(root / image), str((root / image).absolute()))
     names = (*whole, path.with_suffix("").as_posix(), path.name, path.stem)

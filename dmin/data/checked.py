@@ -18,20 +18,21 @@ NO_CAPTION = "it has no caption, and others have"
 
 @dataclass(kw_only=True)
 class Checked(Pixels):
-    """Image files with what to do about those that cannot be read.
+    """Image files, and how to handle images that cannot be used.
+
+    These are images that cannot be read, have metadata that a store cannot keep (NaN, broken
+    lines), or have no caption while others have one.
 
     Args:
-        on_error: ``raise`` refuses the dataset; ``skip`` leaves such images out before anything is
-            collected, so that ids and blocks of the others stay the same from then on. They are
-            counted, listed in ``skipped`` and named in the manifest of every store. So are those of
-            which something is said that cannot be kept (NaN, broken lines), and those without a
-            caption where others have one.
-        check: read all images when the dataset is made. Off, a damaged one is met only when its
-            turn comes, perhaps hours later.
+        on_error: ``raise`` refuses the dataset. ``skip`` leaves such images out before collecting,
+            so that ids and blocks of the others do not change later; they are counted, listed in
+            ``skipped`` and named in the manifest of every store.
+        check: read all images when the dataset is created. Otherwise a damaged image is found only
+            when it is needed, perhaps hours later.
 
     Attributes:
-        skipped: names of those left out, and why.
-        sums: beginnings of the SHA-256 of what was surveyed, by id.
+        skipped: names of the images left out, with reasons.
+        sums: first digits of the SHA-256 of each surveyed example, by id.
     """
 
     on_error: Literal["raise", "skip"] = "raise"
@@ -50,15 +51,15 @@ class Checked(Pixels):
         self.sums: dict[str, str] = {}
 
     def leave_out(self, problems: dict[str, str], images: int, where: str) -> None:
-        """Leave images out if that was asked for.
+        """Leave out images that cannot be used, with a warning, if ``on_error`` is ``skip``.
 
         Args:
-            problems: why each cannot be used, by name.
-            images: how many there are in all.
+            problems: reasons by name of the image.
+            images: number of all images.
             where: the dataset as the user named it.
 
         Raises:
-            DminError: it was not asked for, or nothing would be left.
+            DminError: ``on_error`` is ``raise``, or no image would be left.
         """
         self.skipped = problems
         if not problems:
@@ -74,30 +75,30 @@ class Checked(Pixels):
         warnings.warn(f"{message} They are left out.", DminWarning, stacklevel=5)
 
     def lacking(self, captions: Mapping[str, str | None]) -> dict[str, str]:
-        """Return which images are to be left out for want of a caption, and why."""
+        """Return the images to leave out because only others have captions, with the reason."""
         some = self.on_error == "skip" and any(each is not None for each in captions.values())
         return {id: NO_CAPTION for id, caption in captions.items() if some and caption is None}
 
     def described(self, examples: int, **content: Any) -> dict[str, Any]:
-        """Return settings, what the dataset says of its content, and those left out, as JSON."""
+        """Return settings, the given content, and the names of images left out, as JSON."""
         name = type(self).__name__
         settings = {"schema": SCHEMA, "name": name, "examples": examples, **self.settings()}
         if not self.upscale and self.bucket_shapes is None:
-            settings["sides"] = "multiples of bucket_step"  # before, one of the buckets
+            settings["sides"] = "multiples of bucket_step"  # earlier versions used buckets
         skipped = [printable(name) for name in sorted(self.skipped)]
         return {**settings, **content, "skipped": skipped}
 
 
 def require_same(id: str, content: bytes, known: str) -> None:
-    """Refuse an example that is not what was surveyed: what is decoded is what was digested.
+    """Refuse an example that has changed since it was surveyed.
 
     Args:
-        id: of the example.
-        content: what its sum is of, as it is now.
-        known: how the SHA-256 of it began; empty if it was not surveyed.
+        id: id of the example.
+        content: its current content.
+        known: first digits of the content's SHA-256 in the survey; empty if not surveyed.
 
     Raises:
-        DminError: it has changed.
+        DminError: the content has changed.
     """
     if not hashlib.sha256(content).hexdigest().startswith(known):
         raise DminError(
@@ -107,7 +108,7 @@ def require_same(id: str, content: bytes, known: str) -> None:
 
 
 def describe_problems(problems: dict[str, str], images: int, where: str) -> str:
-    """Return a sentence that names what cannot be used."""
+    """Return a sentence that names images that cannot be used."""
     few = [f"{printable(name)} ({reason})" for name, reason in sorted(problems.items())[:3]]
     more = ", …" if len(problems) > len(few) else ""
     return (
@@ -117,7 +118,7 @@ def describe_problems(problems: dict[str, str], images: int, where: str) -> str:
 
 
 def printable(name: str) -> str:
-    """Return a file name that can be printed: Linux allows bytes that are no text."""
+    """Return a file name that can be printed; Linux allows bytes that are not text."""
     return name.encode(errors="backslashreplace").decode()
 
 
@@ -127,13 +128,13 @@ def require_captions(
     """Refuse images without the captions that a model is conditioned on.
 
     Args:
-        dataset: of which captions are known without reading images: one that has ``facts``.
-        model: what to call the model.
-        setting: what the dataset is called among the settings.
-        empty: allow captions of no words.
+        dataset: a dataset, best with ``facts``, which gives captions without reading images.
+        model: name of the model in messages.
+        setting: the configuration group of the dataset, such as ``data``.
+        empty: allow empty captions.
 
     Raises:
-        DminError: some have none; says how many, the first ones, and what to do.
+        DminError: some images have none; the message has their number, the first, and a remedy.
     """
     captions = zip(ids_of(dataset), (facts.caption for facts in facts_of(dataset)), strict=True)
     lacking = {id: c for id, c in captions if c is None or not (empty or c.strip())}

@@ -15,8 +15,8 @@ class Digits(Examples):
     """Handwritten digits of 8 × 8 pixels, 10 classes (Alpaydin & Kaynak 1998, UCI).
 
     Args:
-        split: ``train`` (1,500), ``heldout`` (297) or ``all``; the two are disjoint and drawn once
-            with a fixed seed, so a digit keeps its id and its split for ever.
+        split: ``train`` (1,500), ``heldout`` (297) or ``all``. The split is drawn with a fixed
+            seed, so a digit always has the same id and split.
     """
 
     TRAIN = 1500
@@ -38,20 +38,20 @@ class Digits(Examples):
 
 
 class PlantedDigits(Examples):
-    """A thousand digits in which things are planted that an attribution method must find.
+    """A thousand digits with planted examples that an attribution method must find.
 
-    ``train`` has 936 digits as they are, 40 *transposed* ones (mirrored along the diagonal: a
-    foreign ``source``) and 24 *mislabelled* ones: eight 3s labelled 8, eight 1s labelled 7, eight
-    9s labelled 4 (``flip`` says which, ``mislabelled`` marks them). The other parts are queries,
-    none of which was trained on, no two parts with a digit in common:
+    ``train`` has 936 unchanged digits, 40 *transposed* ones (mirrored along the diagonal, with
+    their own ``source``) and 24 *mislabelled* ones: eight 3s labelled 8, eight 1s labelled 7, eight
+    9s labelled 4 (with ``mislabelled`` set, and labels in ``flip``). The other parts are queries.
+    None of them is in ``train``, and no two parts share a digit:
 
-    - ``heldout``: 50 digits as they are;
-    - ``sources_tune``, ``sources_test``: 40 and 60 transposed ones, and as many as they are: what
-      ignores the query has the same list for both, and is right for one source at a time;
-    - ``mislabelled``: 24 digits under the wrong labels that were planted.
+    - ``heldout``: 50 unchanged digits;
+    - ``sources_tune``, ``sources_test``: 40 and 60 transposed digits, and as many unchanged ones. A
+      method that ignores the query ranks alike for both, so it can be right for only one source;
+    - ``mislabelled``: 24 digits with the wrong labels that were planted.
 
     Args:
-        part: which.
+        part: name of the part.
 
     Raises:
         DminError: there is no such part.
@@ -81,7 +81,7 @@ class PlantedDigits(Examples):
         )
 
     def _flipped(self, digits: list[Example]) -> list[Example]:
-        """Return the first eight digits for each flip, under their wrong labels."""
+        """Return the first eight digits of each flip, with their wrong labels."""
         found = []
         for true, wrong in self.FLIPS:
             for e in [e for e in digits if e.label == true][: self.EACH]:

@@ -8,13 +8,13 @@ import warnings
 
 from PIL import Image, PngImagePlugin
 
-# Formats whose decoders are part of Pillow and start no other program (PostScript goes to
-# Ghostscript), whatever a file is called.
+# Formats that Pillow decodes itself, without another program (PostScript needs Ghostscript). They
+# are recognised by content, not by name.
 FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI"),
     *("SGI", "TGA", "TIFF", "WEBP"),
 )
-# Of files that Pillow reads by a plugin: the format, the plugin's module and package, suffixes.
+# Formats that Pillow reads with a plugin: the format, the plugin's module and package, suffixes.
 PLUGINS = (
     ("HEIF", "pillow_heif", "pillow-heif", (".heic", ".heif", ".hif")),
     ("JXL", "pillow_jxl", "pillow-jxl-plugin", (".jxl",)),
@@ -25,15 +25,15 @@ _NOT_OPENED = (
     *(".mp4", ".webm", ".mov", ".avi", ".mkv", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf"),
     *(".rw2", ".raf", ".pef", ".srw", ".raw", ".jxr"),
 )
-# Not looked into: files of trainers, which may be many.
+# Files of trainers, which may be many: never opened to look for an image.
 _NO_IMAGES = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet", ".npz", ".safetensors")
-# What may be told by its beginning alone; cameras' raw files begin as TIFF.
+# Formats recognised by their first bytes alone; not TIFF, as raw files of cameras begin like it.
 _TOLD = ("AVIF", "GIF", "JPEG", "JPEG2000", "PNG", "QOI", "WEBP")
 
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Return those of `FORMATS` that Pillow opens as it was built, and those of its plugins."""
+    """Return the formats that this build of Pillow and the installed plugins can open."""
     Image.init()
     for name, module, *_ in PLUGINS:
         if name not in Image.OPEN and importlib.util.find_spec(module) is not None:
@@ -44,27 +44,27 @@ def formats() -> tuple[str, ...]:
 
 @functools.cache
 def suffixes() -> tuple[str, ...]:
-    """Return the suffixes of the files that are opened, in lower case."""
+    """Return the suffixes of image files that can be opened, in lower case."""
     known = formats()
     return tuple(sorted(s for s, name in Image.registered_extensions().items() if name in known))
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Return the image in a file's content, not yet decoded; the one way to open any.
+    """Return the image in a file's content, not yet decoded. All images are opened here.
 
     Raises:
-        PIL.UnidentifiedImageError: it is in none of `FORMATS`.
+        PIL.UnidentifiedImageError: the content is in none of the :func:`formats`.
     """
-    # The workflow of an image in a PNG may be longer than Pillow's limit of one text.
+    # A generation workflow in a PNG may exceed Pillow's limit for a single text.
     limit = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
     PngImagePlugin.MAX_TEXT_CHUNK = limit
-    with warnings.catch_warnings():  # whoever asks for an image compares it with max_pixels
+    with warnings.catch_warnings():  # callers compare the size with max_pixels
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(content), formats=formats())
 
 
 def is_image(path: str) -> bool:
-    """Say whether a file is an image: by its suffix, or how it begins if that is unknown."""
+    """Return whether a file is an image, by its suffix or, if that is unknown, its first bytes."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix in suffixes() or suffix in _NO_IMAGES or why_not_opened(path):
         return suffix in suffixes()
@@ -78,7 +78,7 @@ def is_image(path: str) -> bool:
 
 
 def why_not_opened(name: str) -> str | None:
-    """Return why files of a suffix are not opened though they are pictures; None for others."""
+    """Return why images with this file's suffix cannot be opened; None for all other suffixes."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix in suffixes():
         return None
@@ -89,7 +89,7 @@ def why_not_opened(name: str) -> str | None:
 
 
 def what_it_is(content: bytes) -> str:
-    """Say what a file is that is not opened, by how it begins."""
+    """Return what a file that cannot be opened is, according to its first bytes."""
     beginning = content[:64].ljust(64, b"\0")
     for name, (factory, accept) in Image.OPEN.items():
         if name not in formats() and accept is not None and accept(beginning):

@@ -17,7 +17,7 @@ from dmin.data.pixels import Unreadable
 from dmin.data.survey import Rows, read_bytes, survey_rows
 from dmin.runtime.errors import DminError
 
-# Kinds of files: each is the name of a loader of `datasets`, of which some read pickles.
+# Kinds of files, by names of loaders of `datasets`. Others are not used, as some read pickles.
 _TABLES = ("parquet", "arrow", "csv", "json")
 
 
@@ -25,25 +25,25 @@ _TABLES = ("parquet", "arrow", "csv", "json")
 class HFDataset(Checked):
     """A split of a dataset that ``datasets`` can read.
 
-    Columns of numbers, text and truth values travel with the example; others are not read. Where
-    the label is a class, its name travels too, as ``<label>_name``.
+    Other columns of numbers, text and booleans become metadata of the example; the rest is not
+    read. If the label is a class, its name is added as ``<label>_name``.
 
     Args:
-        path: what ``Dataset.save_to_disk`` wrote, a ``.parquet`` or ``.arrow`` file, a folder of
-            such files or of images, or a name on the Hub (needs a network the first time).
-        split: such as ``train``.
+        path: a folder that ``Dataset.save_to_disk`` wrote, a ``.parquet`` or ``.arrow`` file, a
+            folder of such files or of images, or a name on the Hub (needs a network once).
+        split: the split, such as ``train``.
         image: column of the images.
         text: column of the caption; None for no captions.
         label: column of the label; None for no labels.
-        condition_image: column of what a model is given with each image; None for nothing.
-        id: column of the id. None takes the number of the row, which stays the same as long as
-            rows are only ever appended.
+        condition_image: column of the condition images; None for none.
+        id: column of the id. None uses the row number, which is stable as long as rows are only
+            appended.
         name: configuration of a dataset on the Hub, if it has several.
         revision: commit, tag or branch of a dataset on the Hub; a commit never changes.
 
     Raises:
-        DminError: ``datasets`` is not installed, the dataset cannot be loaded, or a column is not
-            there or holds something else.
+        DminError: ``datasets`` is not installed, the dataset cannot be loaded, or a column is
+            missing or of the wrong type.
     """
 
     path: str | Path
@@ -58,7 +58,7 @@ class HFDataset(Checked):
     condition_image: str | None = None
 
     def __post_init__(self) -> None:
-        """Load the table; images stay encoded until one is asked for."""
+        """Load the table; images are decoded on access."""
         super().__post_init__()
         if self.id is None and any(sign in self.split for sign in "[+"):
             raise DminError(
@@ -86,21 +86,21 @@ class HFDataset(Checked):
         self._kept = [at for at in range(len(self._rows)) if at not in wrong]
 
     def _columns(self) -> dict[str, str | None]:
-        """Return the name of each column that is asked for."""
+        """Return the column of each setting."""
         named = {name: getattr(self, name) for name in ("image", "text", "label", "id")}
-        # In fingerprints, so only where it is asked for.
+        # Part of fingerprints, so only present if set.
         given = {"condition_image": self.condition_image} if self.condition_image else {}
         return {**named, **given}
 
     def _survey(self) -> Rows:
-        """Look at all rows."""
+        """Survey all rows."""
         settings = {"max_pixels": self.max_pixels, **self._columns(), **self.settings()}
         settings |= {"skip": self.on_error == "skip", "check": self.check, "schema": SCHEMA}
         settings["table"] = self.fingerprint
         return survey_rows(len(self._rows), self._look, settings)
 
     def _look(self, at: int) -> tuple[str, str | None]:
-        """Return what gradients are computed from of a row, as text, and what is wrong with it."""
+        """Return what gradients of a row depend on, as text, and the problem with it, if any."""
         try:
             row = self._rows[at]
             content = [_content(row[name], "") for name in self._images]
@@ -135,12 +135,12 @@ class HFDataset(Checked):
         return with_partner(found, *given)
 
     def facts(self, index: int) -> Facts:
-        """Return what is known of a row besides its image, which is not read."""
+        """Return what is known about a row besides its image, which is not read."""
         row = self._known[self._kept[index]]
         return self._facts(row, f"image {self.ids[index]!r} of {self.path}")
 
     def _facts(self, row: dict[str, Any], where: str) -> Facts:
-        """Return what a row says of its image."""
+        """Return label, caption and metadata of a row."""
         said = {name: value for name, value in row.items() if name not in self._images}
         label, caption, rest, _ = split_row(said, self.label, self.text, where)
         rest = {name: value for name, value in (rest or {}).items() if name != self.id}
@@ -157,10 +157,10 @@ class HFDataset(Checked):
         return [str(values[position]) for position in self._kept]
 
     def describe(self) -> dict[str, Any]:
-        """Return settings, and a digest of the id, image, label and caption of every row.
+        """Return settings, and a digest of the id, images, label and caption of every row.
 
         Raises:
-            DminError: some cannot be read, and it was not found out before.
+            DminError: some rows cannot be read (with ``check`` this is found earlier).
         """
         self._found = self._found or self._survey()
         if self._found.problems.keys() & set(self._kept):
@@ -169,10 +169,10 @@ class HFDataset(Checked):
         return self.described(len(self), content=self._found.digest)
 
     def describe_fully(self, kept: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
-        """Return settings, and the fingerprint that ``datasets`` gives the table, whatever is kept.
+        """Return settings, and the fingerprint that ``datasets`` gives the table; ignore ``kept``.
 
-        It is made of the files' paths and times of change, or of the commit on the Hub, so a copy
-        elsewhere counts as another dataset; ``save_to_disk`` keeps it inside the copy.
+        It depends on the files' paths and modification times, or on the commit on the Hub, so a
+        copy elsewhere is another dataset; ``save_to_disk`` stores it inside the copy.
         """
         content = {**self._columns(), "split": self.split, "fingerprint": self.fingerprint}
         found = self.described(len(self), **content)
@@ -216,12 +216,12 @@ class HFDataset(Checked):
             ) from error
 
     def _needed(self, rows: Any) -> Any:
-        """Return the columns that examples are made of, images undecoded."""
+        """Return the table with only the columns that are used, images undecoded."""
         import datasets
 
         for name in filter(None, (self.image, self.condition_image)):
             if isinstance(rows.features[name], datasets.Image):
-                # Left to itself, `datasets` would decode: another way than all other datasets here.
+                # By default `datasets` decodes images, and in another way than dmin.
                 rows = rows.cast_column(name, datasets.Image(decode=False))
         named = [name for name in self._columns().values() if name]
         plain = [name for name, feature in rows.features.items() if _is_plain(feature)]
@@ -238,7 +238,7 @@ def _is_plain(feature: Any) -> bool:
 
 
 def _content(cell: Any, where: str) -> bytes:
-    """Return the bytes of an image file from what a table holds of it."""
+    """Return the bytes of an image file from a table's cell."""
     if isinstance(cell, bytes):
         return cell
     if isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes):
@@ -253,6 +253,6 @@ def _content(cell: Any, where: str) -> bytes:
 
 
 def _text(id: str, content: Sequence[bytes], known: Facts) -> str:
-    """Return what gradients are computed from of a row."""
+    """Return what gradients of a row depend on, as text."""
     image, *given = (hashlib.sha256(each).hexdigest() for each in content)
     return json.dumps([id, image, *known[:2], *given])

@@ -7,23 +7,23 @@ from dmin.data.base import Dataset, Facts
 
 
 def ids_of(dataset: Dataset) -> Sequence[str]:
-    """Return all ids, from a list if the dataset keeps one, else by reading every example."""
+    """Return all ids, from the attribute ``ids`` if it exists, else by reading all examples."""
     ids: Sequence[str] | None = getattr(dataset, "ids", None)
     return ids if ids is not None else [dataset[index].id for index in range(len(dataset))]
 
 
 def positions_of(dataset: Dataset) -> dict[str, int]:
-    """Return where each id stands in a dataset."""
+    """Return the position of each id in a dataset."""
     return {id: position for position, id in enumerate(ids_of(dataset))}
 
 
 def facts_of(dataset: Dataset) -> Iterator[Facts]:
-    """Yield what is known of each example; no image is read where the dataset has ``facts``."""
+    """Yield what is known about each example; no image is read if the dataset has ``facts``."""
     return (facts_at(dataset, index) for index in range(len(dataset)))
 
 
 def facts_at(dataset: Dataset, index: int) -> Facts:
-    """Return what is known of one example besides its pixels."""
+    """Return what is known about one example besides its pixels."""
     known = getattr(dataset, "facts", None)
     return known(index) if callable(known) else dataset[index].facts
 

@@ -29,32 +29,31 @@ class ImageFolder(Checked):
     """The images of a folder, ordered by name; an image's id is its path below the folder.
 
     Captions and labels come from ``metadata.jsonl``, ``.csv`` or ``.parquet``, in the folder or in
-    sub-folders, with a ``file_name`` column (as in Hugging Face's imagefolder); further columns
-    travel with the example. Then the dataset is the images named there. Without such a file
-    captions stand beside the images (``.txt``, ``.caption``, or the ``.json`` of img2dataset, whose
-    fields travel as well) or in kohya's ``metadata.json``, and the name of the sub-folder, if any,
-    is the label; of kohya's folders ``10_name`` it is repeats and the caption of those that have
-    none. Links are followed; hidden files and folders (``.name``, ``__name__``) and masks
-    (``a-masklabel.png``, or ``masks/a.png`` where there is an ``a``) are no examples.
+    subfolders, with a column ``file_name`` (as in Hugging Face's imagefolder). Further columns
+    become metadata. The dataset then consists of the images named there. Without such a file,
+    captions are in files next to the images (``.txt``, ``.caption``, or ``.json`` of img2dataset,
+    whose fields become metadata) or in kohya's ``metadata.json``, and the name of the subfolder is
+    the label. A name such as ``10_name`` of kohya's folders gives repeats, and the caption of
+    images without one. Links are followed. Hidden files and folders (``.name``, ``__name__``) and
+    masks (``a-masklabel.png``, or ``masks/a.png`` if there is an image ``a``) are not examples.
 
     Args:
         root: the folder.
-        layout: where captions and labels are, one of `dmin.data.layout.LAYOUTS`; ``auto`` finds it
-            out, and refuses what may be several.
-        label: column of the label, or several: the first that is there; None for no labels.
-        text: column of the caption, likewise; None for no captions.
-        condition_image: what a model is given with each image, read as the images are: a folder
-            with files of the same names, a picture for all, or a column of the metadata that names
-            files; None for nothing.
-        draws: what training drew anew each time it saw an image; None for nothing.
+        layout: where captions and labels are, one of `dmin.data.layout.LAYOUTS`. ``auto`` detects
+            it, and refuses a folder that is ambiguous.
+        label: column of the label, or several, of which the first that exists is used; None for no
+            labels.
+        text: the same for the caption; None for no captions.
+        condition_image: the model's condition images, read like the images: a folder with files of
+            the same names, one image for all, or a metadata column with file names; None for none.
+        draws: random augmentation in training; None for none.
 
     Attributes:
         ids: paths of the images below the folder, in order.
-        summary: what the folder was found to be, and which files are ignored, on one line.
+        summary: the detected layout and the ignored files, on one line.
 
     Raises:
-        DminError: no such folder, no images, metadata that is not as it should be, or images that
-            cannot be read.
+        DminError: there is no such folder, it has no images, or metadata or images are invalid.
     """
 
     root: str | Path
@@ -68,7 +67,7 @@ class ImageFolder(Checked):
     noun: ClassVar[str] = "images"
 
     def __post_init__(self) -> None:
-        """Find the images and what is said of them."""
+        """Find the images with their captions and labels."""
         super().__post_init__()
         if not Path(self.root).is_dir():
             raise DminError(f"data.root={self.root}: no such folder. Give a folder of images.")
@@ -94,7 +93,7 @@ class ImageFolder(Checked):
         self._facts = [facts[name] for name in self.ids]
         if self._files is not None:
             self.summary = self._files.summary(dict(zip(self.ids, self._facts, strict=True)))
-        del self._files  # its lists of files need not travel to other processes
+        del self._files  # its lists of files are not needed in other processes
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -117,7 +116,7 @@ class ImageFolder(Checked):
         return replace(found, caption=self._worded(found, self.draws, rng))
 
     def _worded(self, example: Example, draws: Draws, rng: Any) -> str:
-        """Return what is drawn of an example's caption."""
+        """Return an example's caption with random augmentation."""
         return Captions().worded([example.caption or ""], draws, rng)
 
     def _example(self, index: int) -> Example:
@@ -136,24 +135,24 @@ class ImageFolder(Checked):
         return with_partner(found, self.decode(content, partner))
 
     def content(self, path: Path, name: str) -> bytes:
-        """Return the bytes that an example is decoded from; name is what messages call it."""
+        """Return the bytes that an example is decoded from; ``name`` is for messages."""
         return read_bytes(path, name)
 
     def is_example(self, path: Path) -> bool:
         """Return whether a path may be an example."""
-        return os.path.isfile(path)  # which takes any name
+        return os.path.isfile(path)  # raises no error for invalid names
 
     @property
     def opened_suffixes(self) -> tuple[str, ...]:
-        """The suffixes of files that are opened."""
+        """Suffixes of the files that can be opened."""
         return suffixes()
 
     def facts(self, index: int) -> Facts:
-        """Return what is known of an image besides its pixels."""
+        """Return what is known about an image besides its pixels."""
         return self._facts[index]
 
     def file(self, index: int) -> Path:
-        """Return where an image is."""
+        """Return the path of an image."""
         return Path(self.root) / self.ids[index]
 
     def describe(self) -> dict[str, Any]:
@@ -163,7 +162,7 @@ class ImageFolder(Checked):
         return self.described(len(self), content=content, **drawn)
 
     def describe_fully(self, kept: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
-        """Return settings and such a digest of all metadata; see `dmin.data.base`."""
+        """Return settings and a digest that includes all metadata; see `dmin.data.base`."""
         pairs = zip(self.ids, self._facts, strict=True)
         rows = [_as_kept(facts, kept[id]) if kept and id in kept else facts for id, facts in pairs]
         found = self.described(len(self), content=self._content(rows))
@@ -171,14 +170,14 @@ class ImageFolder(Checked):
         return found
 
     def file_digests(self) -> dict[str, str]:
-        """Return a digest of the bytes of each image's file, by id, as they were read last."""
+        """Return a digest of the bytes of each image's file, by id, as of the latest reading."""
         return self._digests or self._survey(self.ids).found
 
     def _content(self, facts: Sequence[Sequence[Any]]) -> str:
         given = [self._partners[name] for name in self.ids if name in self._partners]
         digests, problems = self._survey([*self.ids, *given])
         self._digests = {name: digests[name] for name in self.ids if name in digests}
-        if problems:  # since the dataset was made, or nothing was checked then
+        if problems:  # new ones, or not checked at creation
             raise DminError(describe_problems(problems, len(self), f"data.root={self.root}"))
         others = [[digests[each]] for each in given] or [[]] * len(self.ids)
         told = zip(self.ids, facts, others, strict=True)
@@ -196,18 +195,18 @@ class ImageFolder(Checked):
         return Folder(root, *named)
 
     def told_wrong(self, name: str, error: DminError) -> None:
-        """Take it that what is said of an image cannot be used: raise that, or leave it out.
+        """Leave out an image with unusable caption or metadata, or raise the error.
 
         Args:
-            name: of the image, or of the line that names it.
-            error: what is wrong.
+            name: name of the image, or of the line that describes it.
+            error: the problem.
         """
         if self.on_error == "raise":
             raise error
         self._wrong[name] = getattr(error, "reason", str(error)).rstrip(".")
 
     def _problems(self, names: list[str]) -> dict[str, str]:
-        """Return which images are not fit for use, as far as they are to be checked, and why."""
+        """Return the images that cannot be used, with reasons; read them only with ``check``."""
         if self.check:
             problems = self._survey(names).problems
         else:
@@ -219,7 +218,7 @@ class ImageFolder(Checked):
         return problems
 
     def _problems_of_partners(self, names: Iterable[str]) -> dict[str, str]:
-        """Return which images lack a condition image that can be read, if they should have one."""
+        """Return the images without a readable condition image, with reasons, if one is needed."""
         if self.condition_image is None:
             return {}
         found = self._problems(sorted(set(self._partners.values())))
@@ -235,7 +234,7 @@ class ImageFolder(Checked):
         return found
 
     def _look(self, path: Path, name: str) -> str:
-        """Return the digest of an image; refuse it if it cannot be read and that is asked."""
+        """Return the digest of an image; with ``check``, refuse it if it cannot be decoded."""
         content = self.content(path, name)
         if self.check:
             self.probe(content, name)
@@ -243,7 +242,7 @@ class ImageFolder(Checked):
 
 
 def _as_kept(facts: Facts, kept: Mapping[str, Any]) -> Facts:
-    """Return label and caption with the metadata that a store keeps beside them."""
+    """Return facts with the metadata that a store keeps, instead of their own."""
     given = {"label": facts.label, "caption": facts.caption, "repeats": facts.repeats}
     rest = {k: v for k, v in kept.items() if v is None or given.get(k) != v}
     return facts._replace(metadata=rest if rest or facts.metadata is not None else None)
@@ -259,12 +258,12 @@ def save_images(
     """Write images and ``metadata.jsonl`` so that :class:`ImageFolder` reads them back.
 
     Args:
-        folder: created if it does not exist.
-        images: ``[n, C, H, W]`` in [0, 1], written as 8-bit PNG; or clips ``[n, C, F, H, W]``, as
-            WebP without loss.
+        folder: the folder; it is created if it does not exist.
+        images: ``[n, C, H, W]`` in [0, 1], written as 8-bit PNG; or clips ``[n, C, F, H, W]``,
+            written as lossless WebP.
         names: file names, ending in ``.png`` or ``.webp``.
         rows: metadata of each image.
-        append: add to the metadata that is there instead of replacing it.
+        append: append to existing metadata instead of replacing them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

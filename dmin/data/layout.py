@@ -31,34 +31,34 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "labels": (),
     "plain": NAMES,
 }
-"""Where captions and labels are: the files of metadata, or the suffixes of files beside images.
+"""Where captions and labels are: names of metadata files, or suffixes of files next to images.
 
-``plain`` is metadata files, or the sub-folders' names: all that stores of before have read.
+``plain`` reads only metadata files or names of subfolders, as earlier versions did.
 """
 PLAIN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 _MASKS, _MASK_FOLDER = ("-masklabel", "-condlabel"), re.compile("(^|/)masks?/")
 _MASK = "masks, no examples: data=masked_folder uses them"
-_NUMBERS = re.compile(r"(?=.*\s)[-+.\deE\s]+", re.DOTALL)  # such as boxes
+_NUMBERS = re.compile(r"(?=.*\s)[-+.\deE\s]+", re.DOTALL)  # such as bounding boxes
 
 
 @dataclass
 class Folder:
-    """The files of a folder, and what each of them is.
+    """The files of a folder, classified.
 
     Args:
         root: the folder.
-        suffixes: of images; None for all that are opened.
-        recursive: whether folders below it are read, too.
-        leave: ends of the names of files that are no examples, and folders of such files, with a
-            ``/`` behind the name; None for masks as they are usually named.
-        condition_image: folder, or column of the metadata, of images that are given with others.
+        suffixes: suffixes of images; None for all formats that can be opened.
+        recursive: whether subfolders are read.
+        leave: endings of the names of files that are not examples, and names of folders of such
+            files, followed by ``/``; None recognises masks by their usual names.
+        condition_image: folder of the condition images, or metadata column with their names.
 
     Attributes:
-        files: all that may be read, by their paths below the folder.
-        images: those that may be examples.
-        used: those in which captions and metadata are.
-        layout: one of `LAYOUTS`, once it was read.
+        files: paths below the folder of all files that may be read.
+        images: files that may be examples.
+        used: files with captions, metadata or condition images.
+        layout: one of `LAYOUTS`, after :meth:`read`.
     """
 
     root: Path
@@ -93,7 +93,7 @@ class Folder:
         return [file for file in self.files if file.lower().endswith(known)]
 
     def _stem(self, example: str) -> str:
-        """Return what stands before the suffix of files beside an example."""
+        """Return the path, without suffix, of files next to an example."""
         return os.path.splitext(example)[0]
 
     def _masks(self, images: Sequence[str]) -> list[str]:
@@ -117,16 +117,16 @@ class Folder:
         return beside + of
 
     def read(self, layout: str, label: Column, text: Column, refuse: Refuse) -> dict[str, Facts]:
-        """Return what is said of each example.
+        """Return caption, label and metadata of each example.
 
         Args:
             layout: one of `LAYOUTS`.
             label: column of the label; None for none.
             text: column of the caption; None for none.
-            refuse: is told of what cannot be used.
+            refuse: receives examples whose captions or metadata cannot be used.
 
         Raises:
-            DminError: it may be several layouts; or what is said is not as it should be.
+            DminError: the layout is ambiguous, or captions or metadata are invalid.
         """
         if layout not in LAYOUTS:
             raise DminError(f"data.layout={layout!r}: choose one of {', '.join(LAYOUTS)}.")
@@ -151,7 +151,7 @@ class Folder:
                 caption = tokens if known.caption is None and text is not None else known.caption
                 if int(repeats):
                     facts[image] = Facts(None, caption, repeats=int(repeats))
-            # The folders of img2dataset, whose files say a key, are but numbers.
+            # Folders of img2dataset, whose .json files have a key, are only numbers.
             elif known.label is None and label is not None and "key" not in (known.metadata or ()):
                 facts[image] = known._replace(label=folder or None)
             else:
@@ -159,12 +159,12 @@ class Folder:
         return facts
 
     def beside(self, suffix: str) -> dict[str, str]:
-        """Return the file of the same stem and this suffix of each image that has one."""
+        """Return, for each image that has one, the file with its stem and this suffix."""
         names = {i: _folded(f"{self._stem(i)}{suffix}") for i in self.images}
         return {i: self._spelt[name] for i, name in names.items() if name in self._spelt}
 
     def summary(self, examples: Mapping[str, Facts]) -> str:
-        """Return what the folder was found to be, and what is ignored, on one line."""
+        """Return the layout, counts and the ignored files, on one line."""
         captions = sum(f.caption is not None for f in examples.values())
         labels = len({f.label for f in examples.values()} - {None})
         parts = [f"{len(examples):,} {self.noun}", f"layout {self.layout}"]
@@ -191,13 +191,13 @@ class Folder:
         return [file for file in self.files if os.path.basename(file) in names]
 
     def _sources(self, text: Column) -> list[str]:
-        """Return the layouts by which there are captions, where those are wanted."""
+        """Return the possible layouts with captions; none if no captions are needed."""
         beside = any(self.beside(suffix) for suffix in BESIDE)
         table = set(self._tables(LAYOUTS["table"])).difference(self.beside(".json").values())
         return [] if text is None else ["beside"] * beside + ["table"] * bool(table)
 
     def _found(self, text: Column) -> str:
-        """Return the layout of the folder; refuse what may be several."""
+        """Return the layout of the folder; refuse an ambiguous one."""
         if self._tables(NAMES):
             return "metadata"
         found = self._sources(text)
@@ -206,7 +206,7 @@ class Folder:
         classes = {image.partition("/")[0]: _class_tokens(image) for image in self.images}
         if not classes or not all(classes.values()):
             return found[0] if found else "labels"
-        # Classes are numbered in turn or with zeros, 007; repeats are not.
+        # Numbers of classes count up from 1 or have leading zeros, 007; repeats do neither.
         numbers = sorted((each[0] for each in classes.values() if each), key=int)
         counted = len(numbers) > 1 and numbers == [str(n + 1) for n in range(len(numbers))]
         zeros = any(n.startswith("0") for n in numbers)
@@ -218,7 +218,7 @@ class Folder:
     def _by_metadata(self, label: Column, text: Column, refuse: Refuse) -> dict[str, Facts]:
         tables, where = self._tables(NAMES), f"the metadata of {self.root}"
         self.used.update(tables)
-        # macOS spells é in two characters, most others in one: the name on disk is the right one.
+        # macOS spells é with two characters, most other systems with one: use the name on disk.
         spelt = {unicodedata.normalize("NFC", file): file for file in self.files}
         there, rows = set(self.files), read_rows(self.root, tables, refuse)
         rows = {
@@ -240,7 +240,7 @@ class Folder:
         return facts
 
     def _by_files(self, label: Column, text: Column, refuse: Refuse) -> dict[str, Facts]:
-        """Return what files beside images say; refuse captions that do not agree."""
+        """Return facts from files next to images; refuse contradictory captions."""
         rows: dict[str, dict[str, Any]] = {}
         told: dict[str, list[str]] = {}
         suffixes = LAYOUTS[self.layout]
@@ -287,6 +287,6 @@ def _folded(name: str) -> str:
 
 
 def _class_tokens(image: str) -> tuple[str, str] | None:
-    """Return repeats and class tokens of the folder directly below the root that an image is in."""
+    """Return repeats and class tokens of an image's folder, if that is directly below the root."""
     found = re.fullmatch(r"([0-9]{1,9})_([^/]+)/[^/]+", image)
     return (found[1], found[2].strip()) if found else None

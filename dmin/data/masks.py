@@ -20,17 +20,17 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class Masks:
-    """Where the masks of images are, and what is made of them: white counts, black does not.
+    """Masks of the loss: where they are, and how they are read. White is weight 1, black 0.
 
     Args:
-        folder: holds a mask of the same stem for each image; None: they stand beside the images.
-        suffix: behind the stem of an image, such as ``-masklabel.png``; None: any image's.
-        required: every image must have one. Otherwise one without counts everywhere alike.
-        invert: black counts instead.
-        least: what black counts: grey that is darker, or all grey in proportion.
-        proportion: the latter.
-        alpha: masks are the images' own alpha: what is transparent counts as black.
-        normalised: divide each mask by its mean, so that the loss is the mean over what counts.
+        folder: folder with a mask of the same stem for each image; None: next to the images.
+        suffix: text after the stem of an image, such as ``-masklabel.png``; None: any suffix.
+        required: every image must have a mask. Otherwise images without one have weight 1.
+        invert: black is weight 1 and white 0.
+        least: the smallest weight; darker pixels get this weight.
+        proportion: instead, scale weights linearly from [0, 1] to [least, 1].
+        alpha: masks are the alpha channels of the images; transparent is black.
+        normalised: divide each mask by its mean, so that the loss is a weighted mean.
     """
 
     folder: str | Path | None = None
@@ -43,10 +43,10 @@ class Masks:
     alpha: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what says nothing.
+        """Check the settings.
 
         Raises:
-            DminError: neither a folder nor a suffix is named, or the folder is not there.
+            DminError: no source is given, there is no such folder, or ``least`` is not in [0, 1].
         """
         if self.folder is None and self.suffix is None and not self.alpha:
             raise DminError(
@@ -65,7 +65,7 @@ class Masks:
             images: their paths below it.
 
         Raises:
-            DminError: one has none, and must have one; or all of them have none.
+            DminError: an image has no mask and ``required`` is set, or no image has one.
         """
         found = {image: file for image in images if (file := self._of(root, image)) is not None}
         without = [image for image in images if image not in found]
@@ -78,24 +78,24 @@ class Masks:
         return found
 
     def content(self, file: Path) -> bytes:
-        """Return a mask and what is made of it, to be digested."""
+        """Return a mask's bytes and the settings, to be digested."""
         settings = f"{self.invert} {self.least} {self.normalised}{' p' * self.proportion}"
         return read_bytes(file, str(file)) + f"{settings}{' a' * self.alpha}".encode()
 
     def digest(self, file: Path) -> str:
-        """Return the digest of a mask and of what is made of it."""
+        """Return a digest of a mask and the settings."""
         return hashlib.sha256(self.content(file)).hexdigest()[:16]
 
     def read(self, file: Path, image: Path, pixels: Pixels) -> Tensor:
-        """Return a mask as its image is read, ``[1, H, W]``.
+        """Return a mask, scaled and cropped like its image, ``[1, H, W]``.
 
         Args:
-            file: of the mask.
-            image: its image, of the same size.
-            pixels: how images are scaled and cut.
+            file: the file of the mask.
+            image: the file of its image, of the same size.
+            pixels: how images are scaled and cropped.
 
         Raises:
-            DminError: the sizes differ, it cannot be read, or nothing of it counts.
+            DminError: the sizes differ, the mask cannot be read, or all weights are zero.
         """
         content = read_bytes(file, str(file))
         content = _alpha(content) if self.alpha else content
@@ -126,7 +126,7 @@ class Masks:
 
 
 def same_stem(folder: Path, stem: str, ends: Iterable[str]) -> Path | None:
-    """Return the file of a stem in a folder; of several ends the first, in either case."""
+    """Return the file with a stem and the first matching ending, in lower or upper case."""
     names = (f"{stem}{each}" for end in ends for each in (end, end.upper()))
     return next((file for name in names if (file := folder / name).is_file()), None)
 
@@ -134,18 +134,18 @@ def same_stem(folder: Path, stem: str, ends: Iterable[str]) -> Path | None:
 def partners(
     root: Path, asked: str | Path, facts: Mapping[str, Facts], ends: Iterable[str]
 ) -> dict[str, str]:
-    """Return the condition image of each image that has one, by its path below the root.
+    """Return the path below the root of each image's condition image, where there is one.
 
     Args:
         root: the folder of the images.
-        asked: a folder, below the root or anywhere, that has a file of the same stem at the same
-            place; ``-masklabel.png`` and the like, which ends the names of those beside; a picture
-            for all; or the column of the metadata that names a file, relative to the metadata's.
-        facts: what is known of each image.
-        ends: of files that are images.
+        asked: a folder, below the root or elsewhere, with files of the same relative paths and
+            stems; the ending of files next to the images, such as ``-masklabel.png``; one image
+            for all; or a metadata column with paths relative to the metadata file.
+        facts: what is known about each image.
+        ends: suffixes of images.
 
     Raises:
-        DminError: it is none of these.
+        DminError: ``asked`` is none of these.
     """
     place = next((p for p in (root / asked, Path(asked).expanduser()) if p.exists()), None)
     if str(asked).startswith("-"):
@@ -171,7 +171,7 @@ def partners(
 
 
 def _below(root: Path, file: Path) -> str:
-    """Return a file's path from the root where it is below that, else its own."""
+    """Return a file's path relative to the root if it is below it, else its absolute path."""
     return (file.relative_to(root) if file.is_relative_to(root) else file.absolute()).as_posix()
 
 
@@ -179,11 +179,12 @@ def with_partner(example: Example, partner: Picture | None = None) -> Example:
     """Return an example with its condition image, if it has one.
 
     Args:
-        example: with its sizes.
-        partner: read as its image was; sides may be a pixel off after scaling.
+        example: the example, with its sizes.
+        partner: the condition image, read with the same settings as the image. Sides may differ
+            by a pixel after scaling.
 
     Raises:
-        DminError: it is of another shape, so that the two were cut otherwise.
+        DminError: the aspect ratios differ, so that the two were cropped differently.
     """
     if partner is None or example.sizes is None:
         return example
@@ -197,7 +198,7 @@ def with_partner(example: Example, partner: Picture | None = None) -> Example:
 
 
 def _alpha(content: bytes) -> bytes:
-    """Return the alpha of an image as a picture of grey, turned as the image is."""
+    """Return the alpha channel of an image as a grey PNG, with the image's EXIF orientation."""
     found = io.BytesIO()
     with open_image(content) as opened:
         opened.convert("RGBA").getchannel("A").save(found, "PNG", exif=opened.getexif())

@@ -15,11 +15,11 @@ from dmin.runtime.errors import DminError
 Column = str | Sequence[str | None] | None
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 Refuse = Callable[[str, DminError], None]
-"""Takes the name of an image and what is wrong with what is said of it: raises that or keeps it."""
+"""Receives the name of an image and the error in its metadata, which it raises or records."""
 
 
 def stop(name: str, error: DminError) -> NoReturn:
-    """Raise what is wrong with what is said of an image."""
+    """Raise the error in the metadata of an image."""
     raise error
 
 
@@ -31,10 +31,10 @@ def read_rows(
     Args:
         root: the folder of images.
         tables: paths of the metadata files below it; each names images relative to itself.
-        refuse: is told of rows that cannot be used.
+        refuse: receives rows that cannot be used.
 
     Raises:
-        DminError: a file is not as it should be, or two of a folder.
+        DminError: a file is invalid, or a folder has two metadata files.
     """
     by_name: dict[str, dict[str, Any]] = {}
     folders: dict[str, str] = {}
@@ -65,15 +65,15 @@ def read_rows(
 
 
 def read_table(path: Path, key: str, columns: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the rows of a table by what one of its columns says.
+    """Return the rows of a table by the values of one column.
 
     Args:
-        path: ``.jsonl``, ``.csv`` or ``.parquet``.
+        path: a ``.jsonl``, ``.csv`` or ``.parquet`` file.
         key: the column that names each row's image.
-        columns: of which the first that says something stands for the row; none: the whole row.
+        columns: return the first of these that is not empty; without any, the whole row.
 
     Raises:
-        DminError: it is none of these, or a row names no image, or one that another names.
+        DminError: the file has another suffix, or a row names no image or one named before.
     """
     if path.suffix not in _READ:
         raise DminError(f"{path} is not a supported table: {', '.join(_READ)}.")
@@ -96,17 +96,17 @@ def read_table(path: Path, key: str, columns: Sequence[str] = ()) -> dict[str, A
 def read_facts(
     rows: dict[str, dict[str, Any]], where: str, label: Column, text: Column, refuse: Refuse = stop
 ) -> dict[str, Facts]:
-    """Split each row into label, caption and the rest.
+    """Split each row into label, caption and other metadata.
 
     Args:
-        rows: by image.
-        where: what to call the metadata in a message.
-        label: column of the label, or several, of which the first that is there; None for none.
-        text: column of the caption, likewise.
-        refuse: is told of rows that cannot be used.
+        rows: rows by image.
+        where: name of the metadata in messages.
+        label: column of the label, or several: the first that exists is used; None for none.
+        text: the same for the caption.
+        refuse: receives rows that cannot be used.
 
     Raises:
-        DminError: a column is not there but was asked for, or seems misspelt.
+        DminError: a given column does not exist, or seems misspelt.
     """
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     label, text = _column("label", label, columns, where), _column("text", text, columns, where)
@@ -120,16 +120,16 @@ def read_facts(
 
 
 def split_row(row: Mapping[str, Any], label: str | None, text: str | None, name: str) -> Facts:
-    """Return the label and the caption of a row, and the rest of it.
+    """Return label, caption and other metadata of a row.
 
     Args:
-        row: what is said of an image.
+        row: the row of an image.
         label: column of the label; None for none.
         text: column of the caption, which may be the same; None for none.
-        name: what to call the image in a message.
+        name: name of the image in messages.
 
     Raises:
-        DminError: the label or the caption is none, or a store cannot keep what is said.
+        DminError: label or caption has an invalid type, or a store cannot keep a value.
     """
     if reason := odd(row):
         raise DminError(f"the metadata of {name}: {reason}.")
@@ -147,9 +147,9 @@ def split_row(row: Mapping[str, Any], label: str | None, text: str | None, name:
 
 
 def _column(setting: str, asked: Column, columns: list[str], where: str) -> str | None:
-    """Return the column that is asked for, and there.
+    """Return the first given column that exists.
 
-    That none is there is refused, unless the default is among them and nothing looks like it.
+    It is an error if none exists, unless the default is among them and no similar name exists.
     """
     names = [asked] if isinstance(asked, str) else [name for name in asked or () if name]
     found = next((name for name in names if name in columns), None)
@@ -203,7 +203,7 @@ def _parquet(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 def _csv(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     rows: list[tuple[int, dict[str, Any]]] = []
-    limit = csv.field_size_limit(2**31 - 1)  # what is too large is told of by its image
+    limit = csv.field_size_limit(2**31 - 1)  # values that are too long are refused by image
     try:
         _require_once(path, reader.fieldnames or ())
         for row in reader:
@@ -214,7 +214,7 @@ def _csv(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         csv.field_size_limit(limit)
     for column in reader.fieldnames or ():
         values = [row[column] for _, row in rows if row[column] is not None]
-        # A column of integers is one in every row and written as Python writes them: 007 is text.
+        # Integers only if all values of the column are, in Python's spelling: 007 is text.
         if column != "file_name" and all(_is_integer(value) for value in values):
             for _, row in rows:
                 row[column] = None if row[column] is None else int(row[column])
@@ -222,7 +222,7 @@ def _csv(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 
 
 def _require_once(path: Path, columns: Sequence[str]) -> None:
-    """Refuse a table in which two columns have one name."""
+    """Refuse a table in which two columns have the same name."""
     if (name := repeated(columns)) is not None:
         raise DminError(f"{path} has two columns {name!r}. Give each a name of its own.")
 

@@ -12,22 +12,22 @@ from dmin.runtime.errors import DminError
 
 
 class Blocks(Sampler[list[int]]):
-    """Blocks of consecutive examples: the unit of collecting, resuming and sharing out.
+    """Blocks of consecutive examples: the unit of collecting, resuming and distribution.
 
-    Rank r of w processes takes every w-th of the pending blocks, so the work of a rank is whole
-    blocks and the numbers inside a block do not depend on who computes it.
+    Rank r of w processes takes every w-th of the pending blocks. A rank thus computes whole
+    blocks, and the results of a block do not depend on which rank computes it.
 
     Args:
-        blocks: numbers of the blocks still to do.
+        blocks: numbers of the pending blocks.
         block_size: examples per block (the last of the dataset may be shorter).
         examples: number of examples in the dataset.
-        rank: this process.
+        rank: rank of this process.
         world: number of processes.
-        even: give every process as many, by blocks that are not its own behind its own ones.
+        even: give all processes equally many blocks, by repeating a block after the own ones.
 
     Attributes:
         blocks: the blocks of this process.
-        own: how many of them, from the first, are its own to do.
+        own: number of leading blocks that this process has to seal; the others are repetitions.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Blocks(Sampler[list[int]]):
         self.examples = examples
 
     def __len__(self) -> int:
-        """Return the number of blocks this process takes."""
+        """Return the number of blocks of this process."""
         return len(self.blocks)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -59,14 +59,14 @@ class Blocks(Sampler[list[int]]):
 
 
 class CollectData(lightning.LightningDataModule):
-    """The pending blocks of a dataset, shared out over the processes of a trainer.
+    """The pending blocks of a dataset, distributed over the processes of a trainer.
 
     Args:
         dataset: the examples.
-        blocks: numbers of the blocks to do.
+        blocks: numbers of the pending blocks.
         block_size: examples per block.
-        workers: processes that load examples; 0 loads in the main one.
-        even: give every process as many blocks, see :class:`Blocks`.
+        workers: number of processes that load examples; 0 loads in the main process.
+        even: give all processes equally many blocks, see :class:`Blocks`.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class CollectData(lightning.LightningDataModule):
         return Blocks(self.blocks, self.block_size, len(self.dataset), rank, world, self.even)
 
     def examples(self, rank: int, world: int) -> int:
-        """Return how many examples one process has to do."""
+        """Return the number of examples that one process has to compute."""
         mine = self.mine(rank, world)
         starts = [block * self.block_size for block in mine.blocks[: mine.own]]
         return sum(min(self.block_size, len(self.dataset) - start) for start in starts)
@@ -103,7 +103,7 @@ class CollectData(lightning.LightningDataModule):
             batch_sampler=self.mine(rank, world),
             collate_fn=_collate_numbered,
             num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),  # a copy to a GPU then waits for nothing
+            pin_memory=torch.cuda.is_available(),  # for asynchronous copies to a GPU
         )
 
 
@@ -113,9 +113,9 @@ class TrainData(lightning.LightningDataModule):
     Args:
         dataset: the examples.
         batch_size: examples per step.
-        steps: how many batches to draw; each epoch is a fresh permutation.
+        steps: number of batches to draw; each epoch is a new permutation.
         seed: key of the permutations.
-        workers: processes that load examples.
+        workers: number of processes that load examples.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class TrainData(lightning.LightningDataModule):
         self.workers = workers
 
     def train_dataloader(self) -> DataLoader[Example]:
-        """Return a loader of exactly ``steps`` batches, or of this process's share of each.
+        """Return a loader of exactly ``steps`` batches, or of this process's part of each.
 
         Raises:
             DminError: a batch has fewer examples than there are processes.
@@ -162,7 +162,7 @@ def _random_batches(examples: int, size: int, steps: int, seed: int) -> list[lis
 
 
 class _Numbered(torch.utils.data.Dataset[tuple[int, Example]]):
-    """Examples with their positions, so that a batch knows which block it is."""
+    """Examples with their positions, from which a batch's block follows."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset

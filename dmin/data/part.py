@@ -18,30 +18,30 @@ from dmin.data.pixels import Pixels
 from dmin.data.survey import read_bytes
 from dmin.runtime.errors import DminError
 
-ASPECT = 0.02  # by which a mask's may differ from its picture's, of that
-LEFT = 0.05  # of a part, at least, where the middle of its picture is cut out; less is ringing
+ASPECT = 0.02  # largest relative difference between aspect ratios of mask and picture
+LEFT = 0.05  # smallest fraction of a part that a centre crop may keep; less can be ringing
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where pictures are asked about: each place counts as much as it says, m of mean 1.
+    """The part of a query picture that is attributed, as a mask m of weights with mean 1.
 
     Args:
-        region: ``[x, y, width, height]`` from the upper left, in pixels of the picture's file; all
-            of them at most 1: shares of its width and height.
-        mask: a picture, white where it is asked about, for all of the pictures; or a folder that
-            has one of the same stem for each. Any size of the picture's shape; grey counts less,
-            transparent not.
+        region: ``[x, y, width, height]`` from the upper left corner, in pixels of the picture's
+            file; if all are at most 1, as fractions of its width and height.
+        mask: a mask for all pictures, white where they are attributed; or a folder with a mask of
+            the same stem for each. Its size may differ, its aspect ratio must not. Grey has a
+            smaller weight; transparent pixels have none.
 
     Raises:
-        DminError: both are said, the region is none, or the mask is not there.
+        DminError: both are given, the region is invalid, or the mask does not exist.
     """
 
     region: Sequence[float] | None = None
     mask: str | Path | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what says no part."""
+        """Check the settings."""
         if self.region is not None and self.mask is not None:
             raise DminError("queries.region and queries.mask are both set. Give one of them.")
         if self.mask is not None and not Path(self.mask).expanduser().exists():
@@ -59,11 +59,11 @@ class Part:
 
     @property
     def in_shares(self) -> bool:
-        """Whether the region is in shares of the picture's sides."""
+        """Whether the region is in fractions of the picture's sides."""
         return max(self.region or (2,)) <= 1
 
     def spell(self) -> str:
-        """Return it in a few words."""
+        """Return a short description."""
         if self.region is None:
             return f"mask {Path(self.mask or '').name}"
         x, y, width, height = (f"{n:g}" for n in self.region)
@@ -71,15 +71,15 @@ class Part:
         return f"{width} × {height}{unit} at ({x}, {y})"
 
     def of(self, root: Path, name: str, pixels: Pixels) -> Tensor:
-        """Return the mask of a picture as the picture is cut and scaled, ``[1, H, W]``.
+        """Return the mask of a picture, scaled and cropped like it, ``[1, H, W]`` with mean 1.
 
         Args:
             root: the folder of the picture.
-            name: its path below that.
-            pixels: how pictures are scaled and cut.
+            name: its path below the folder.
+            pixels: how pictures are scaled and cropped.
 
         Raises:
-            DminError: the part is not in the picture, or nothing of it is left.
+            DminError: the part is outside the picture, or cropping removes it.
         """
         path = root / name
         with open_image(read_bytes(path, str(path))) as opened:
@@ -102,7 +102,7 @@ class Part:
         return found / found.mean()
 
     def _drawn(self, width: int, height: int, path: str) -> Image.Image:
-        """Return the region in white on black, in the size of a picture."""
+        """Return the region in white on black, with the picture's size."""
         x, y, across, down = self.region or ()
         if self.in_shares:
             x, across, y, down = x * width, across * width, y * height, down * height
@@ -116,14 +116,14 @@ class Part:
         return found
 
     def _read(self, root: Path, name: str, width: int, height: int) -> Image.Image:
-        """Return a mask of a file, in the size of its picture."""
+        """Return the mask from a file, with the picture's size."""
         file = Path(self.mask or "").expanduser()
         if file.is_dir():
             try:
                 file = Masks(folder=file).find(root, [name])[name]
             except DminError as error:
                 raise DminError(str(error).replace("data.masks", "queries.mask")) from error
-        seen = Pixels(mode="L", background="black")  # what is transparent is not asked about
+        seen = Pixels(mode="L", background="black")  # transparent pixels have weight 0
         picture = seen.decode(read_bytes(file, str(file)), str(file)).image
         own = picture.shape[2] / picture.shape[1]
         if abs(own * height / width - 1) > ASPECT:
@@ -143,11 +143,11 @@ class Part:
 
 
 def dimmed(image: Tensor, mask: Tensor | None) -> Tensor:
-    """Return an image of which what is not asked about is pale, for people to see.
+    """Return an image for display in which everything outside the mask is pale.
 
     Args:
         image: ``[C, H, W]`` in [0, 1].
-        mask: ``[1, H, W]``, what is asked about; None for all of it.
+        mask: ``[1, H, W]``, the attributed part; None for the whole image.
     """
     if mask is None:
         return image

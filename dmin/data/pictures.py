@@ -24,21 +24,21 @@ Prompt = str | int
 
 @dataclass(eq=False)
 class Pictures(ImageFolder):
-    """A folder as :class:`ImageFolder` has it, or pictures by their files, in the order named.
+    """Query pictures: a folder as in :class:`ImageFolder`, or single files in the given order.
 
-    What metadata files beside a picture say of it holds, else the text in its ``.txt``.
+    Captions and labels of a file come from metadata files next to it, else from its ``.txt``.
 
     Args:
         root: a folder, a picture, or several pictures.
-        prompt: caption or class (a number, or its name) of all pictures, or one for each named;
-            wins over the metadata.
-        region: the part of each that is asked about, see :class:`~dmin.data.part.Part`.
+        prompt: caption or class (a number or a name) of all pictures, or one for each picture in
+            ``root``; replaces the metadata's.
+        region: the part of each picture to attribute, see :class:`~dmin.data.part.Part`.
         mask: the same, from files.
-        pool: one query of all: ``mean`` or ``max`` of their scores.
-        against: pictures whose pooled scores are taken off, see `others`.
+        pool: combine all pictures to one query by the ``mean`` or ``max`` of their scores.
+        against: pictures whose pooled scores are subtracted, see `others`.
 
     Raises:
-        DminError: as of :class:`ImageFolder`; or prompts and pictures are not as many.
+        DminError: as :class:`ImageFolder`; or the numbers of prompts and pictures differ.
     """
 
     root: str | Path | Sequence[str | Path]  # type: ignore[assignment]
@@ -50,7 +50,7 @@ class Pictures(ImageFolder):
     against: str | Path | None = None
 
     def __post_init__(self) -> None:
-        """Find the pictures and what is said of them."""
+        """Find the pictures with their captions and labels."""
         self._named: list[str] | None = None
         roots = [self.root] if isinstance(self.root, str | Path) else list(self.root)
         files = [Path(each).expanduser() for each in roots]
@@ -60,10 +60,10 @@ class Pictures(ImageFolder):
         self.part: Part | None = Part(self.region, self.mask) if asked else None
         super().__post_init__()
         for name in self.ids if self.part is not None else ():
-            self._part_of(name)  # what is wrong with it is said now
+            self._part_of(name)  # raises errors now
 
     def __getitem__(self, index: int) -> Example:
-        """Return one example, with the part of it that is asked about."""
+        """Return one example, with the mask of the part to attribute."""
         example = super().__getitem__(index)
         return example if self.part is None else replace(example, mask=self._part_of(example.id))
 
@@ -72,7 +72,7 @@ class Pictures(ImageFolder):
         return self.part.of(Path(str(self.root)), name, self)
 
     def described(self, examples: int, **content: Any) -> dict[str, Any]:
-        """Return what :class:`ImageFolder` does: the same pictures are the same queries."""
+        """Return the description of an :class:`ImageFolder`, so that equal pictures match."""
         found = {**super().described(examples, **content), "name": ImageFolder.__name__}
         if self.part is not None:
             masks = [self._part_of(name).numpy() for name in self.ids]
@@ -81,10 +81,10 @@ class Pictures(ImageFolder):
 
     @cached_property
     def others(self) -> Pictures | None:
-        """The pictures asked against, whole; refused where one is asked about as well."""
+        """The whole pictures of ``against``; it is an error if one is also in ``root``."""
         if self.against is None:
             return None
-        more = ["prompt"] * isinstance(self.prompt, list | tuple)  # they are of these pictures
+        more = ["prompt"] * isinstance(self.prompt, list | tuple)  # prompts are for single pictures
         left: dict[str, Any] = dict.fromkeys(["region", "mask", "against", *more])
         try:
             found = replace(self, root=self.against, **left)
@@ -97,7 +97,7 @@ class Pictures(ImageFolder):
         return found
 
     def _folder(self, files: list[Path]) -> Path:
-        """Name pictures by their paths below the folder they share, which is returned."""
+        """Return the folder that the pictures share, and name them by their paths below it."""
         absent = [file for file in files if not self.is_example(file)]
         if absent or not files:
             odd = absent[0] if absent else "[]"
@@ -127,7 +127,7 @@ class Pictures(ImageFolder):
         return {name: self._asked(facts[name], prompt) for name, prompt in asked}
 
     def _told(self) -> dict[str, Facts]:
-        """Return what the metadata beside the pictures says of them."""
+        """Return captions, labels and metadata from files next to the pictures."""
         root = Path(self.root)  # type: ignore[arg-type]
         folders = dict.fromkeys(Path(name).parent for name in self._named or ())
         files = [(folder / name).as_posix() for folder in folders for name in NAMES]
@@ -147,6 +147,6 @@ class Pictures(ImageFolder):
             return facts
         if isinstance(prompt, int):
             return facts._replace(label=prompt)
-        # It may be the name of a class: another is none then.
+        # The prompt may be the name of a class, which replaces the name in the metadata.
         label = None if isinstance(facts.label, str) else facts.label
         return facts._replace(caption=prompt, label=label)

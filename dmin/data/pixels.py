@@ -24,7 +24,7 @@ _TURNS = dict(enumerate((*_UPS, _T.TRANSVERSE, _T.ROTATE_90), start=2))
 
 
 class Picture(NamedTuple):
-    """An image as a model takes it, and how it came to its size."""
+    """An image as a tensor, with its original size and crop."""
 
     image: Tensor  # float32 [C, H, W] in [0, 1]
     sizes: Sizes
@@ -34,8 +34,8 @@ class Unreadable(DminError):
     """An image that cannot be read.
 
     Args:
-        name: what to call the image.
-        reason: why not, as half a sentence.
+        name: name of the image.
+        reason: the reason, as part of a sentence.
     """
 
     def __init__(self, name: str, reason: str) -> None:
@@ -44,36 +44,36 @@ class Unreadable(DminError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by what it was made of, to travel from a loader's worker process."""
+        """Pickle name and reason, so that it can be raised in a loader's worker process."""
         return type(self), (self.name, self.reason)
 
 
 @dataclass(kw_only=True)
 class Pixels:
-    """How image files become tensors; the settings that all datasets of image files share.
+    """How image files become tensors; settings that all datasets of image files share.
 
-    An image is turned as its EXIF orientation says; of an animation, the first frame is taken;
-    16-bit grey is rounded to 8 bits; CMYK is converted without colour profiles.
+    The EXIF orientation is applied. Of an animation, the first frame is used. 16-bit grey is
+    rounded to 8 bits. CMYK is converted without colour profiles.
 
     Args:
-        size: height and width of every image; None takes images as they are.
+        size: height and width of every image; None keeps the size of each image.
         aspect: with a size, ``square`` gives every image that height and width; ``buckets`` gives
-            each the nearest in aspect ratio of the shapes that :func:`buckets` lists, of about as
-            many pixels as the square, as SDXL and many of its kin were trained.
+            each image the shape from :func:`buckets` with the nearest aspect ratio and about as
+            many pixels as the square, as in the training of SDXL and similar models.
         bucket_step: sides of buckets are multiples of this.
-        bucket_shapes: ``[height, width]`` of each, in place of that list.
-        bucket_ratio: what is nearest in it: ``log`` of the aspect ratio, ``width/height`` (kohya's
-            trainers) or ``height/width`` (OneTrainer).
-        upscale: whether small images are scaled up. If not, each is scaled down to size² pixels,
-            if it has more, and its sides are cut to multiples of bucket_step.
-        mode: ``RGB`` or ``L`` (grey) for all images; None keeps grey ones grey and turns all
-            others into RGB.
-        crop: with a size, ``center`` cuts the middle out, so that the aspect ratio is kept;
-            ``none`` keeps the whole image, squeezed into the square or bucket.
-        resize: with a size, whether images may be scaled. Without scaling ``center`` cuts the
-            middle out at full resolution, and ``none`` refuses images of another size.
-        background: a colour behind transparent pixels, or ``#rrggbb``; None: they keep their own.
-        max_pixels: images with more are refused, as a small file can unpack to fill the memory.
+        bucket_shapes: ``[height, width]`` of each bucket, instead of that list.
+        bucket_ratio: quantity by which the nearest bucket is chosen: ``log`` of the aspect ratio,
+            ``width/height`` (kohya's trainers) or ``height/width`` (OneTrainer).
+        upscale: whether small images are scaled up. If not, only images with more than size²
+            pixels are scaled (down), and sides are cropped to multiples of bucket_step.
+        mode: ``RGB`` or ``L`` (grey) for all images; None keeps grey images grey and converts all
+            others to RGB.
+        crop: with a size, ``center`` keeps the aspect ratio and crops the centre; ``none`` scales
+            the whole image to the square or bucket.
+        resize: with a size, whether images may be scaled. Without scaling, ``center`` crops the
+            centre at full resolution, and ``none`` refuses images of another size.
+        background: colour behind transparent pixels, a name or ``#rrggbb``; None drops alpha.
+        max_pixels: images with more pixels are refused, since a small file can fill the memory.
     """
 
     size: int | None = None
@@ -88,10 +88,10 @@ class Pixels:
     background: str | None = "white"
     max_pixels: int = 89_478_485
 
-    at, mirrored = (0.5, 0.5), False  # where the cut is, across and down: of a draw, no settings
+    at, mirrored = (0.5, 0.5), False  # of a draw, not settings: crop position (across, down), flip
 
     def __post_init__(self) -> None:
-        """Refuse settings that no image could satisfy."""
+        """Check the settings."""
         allowed: dict[str, tuple[Any, ...]] = {
             "mode": ("RGB", "L", None),
             "crop": ("center", "none"),
@@ -129,7 +129,7 @@ class Pixels:
             ) from error
 
     def settings(self) -> dict[str, Any]:
-        """Return what changes the tensors, as JSON."""
+        """Return the settings that affect the tensors, as JSON."""
         names = ["size", "mode", "crop", "resize", "background"]
         if self.aspect == "buckets":
             names += ["aspect", "bucket_step"]
@@ -143,10 +143,10 @@ class Pixels:
 
         Args:
             content: the bytes of an image file.
-            name: what to call it in a message.
+            name: name of the image in messages.
 
         Raises:
-            Unreadable: it is no image, is damaged, or does not fit the settings.
+            Unreadable: it is not an image, is damaged, or does not fit the settings.
         """
         with self._opened(content, name) as opened:
             upright = _upright(opened)
@@ -158,9 +158,9 @@ class Pixels:
         return Picture(torch.from_numpy(np.ascontiguousarray(pixels)), sizes)
 
     def probe(self, content: bytes, name: str) -> None:
-        """Refuse what :meth:`decode` would refuse, in a part of its time; arguments as there."""
+        """Refuse what :meth:`decode` refuses, but faster; the same arguments."""
         with self._opened(content, name) as opened:
-            opened.draft(None, (1, 1))  # a JPEG is read to its end, but unpacked small
+            opened.draft(None, (1, 1))  # a JPEG is read completely, but decoded at a small size
             opened.load()
             opened.getexif().get(_ORIENTATION)
             if opened.mode.startswith(("I", "F")):
@@ -168,10 +168,10 @@ class Pixels:
 
     @contextmanager
     def _opened(self, content: bytes, name: str) -> Iterator[Image.Image]:
-        """Open an image that fits the settings; whatever goes wrong with it is told by name."""
+        """Open an image that fits the settings; all errors become ``Unreadable`` with its name."""
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and self.max_pixels > limit:
-            # Pillow's own limit is a global; it only ever rises, and only because a user said so.
+            # Pillow's limit is global; it is only raised, and only if the user's setting is higher.
             Image.MAX_IMAGE_PIXELS = self.max_pixels
         try:
             with open_image(content) as opened:
@@ -185,7 +185,7 @@ class Pixels:
             raise Unreadable(name, self._reason(content, error)) from error
 
     def _misfit(self, width: int, height: int) -> str | None:
-        """Return why an image of this size is not taken, whichever way up it is."""
+        """Return why an image of this size is refused, or None; orientation does not matter."""
         if width * height > self.max_pixels:
             return f"{width} × {height} pixels are more than max_pixels={self.max_pixels}"
         if self.size is None or self.resize:
@@ -212,7 +212,7 @@ class Pixels:
         return image.convert(mode)
 
     def _fitted(self, image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
-        """Return the image at its size, and top and left of the cut in the scaled image."""
+        """Return the scaled and cropped image, and top and left of the crop."""
         across, down = self._size_of(image.size)
         width, height = image.size
         if (across, down) == image.size:
@@ -224,7 +224,7 @@ class Pixels:
         left, top = (
             n // 2 if a == 0.5 else int((n + 1) * a) for n, a in zip(rest, self.at, strict=True)
         )
-        if self.resize and self.at == (0.5, 0.5):  # to parts of a pixel
+        if self.resize and self.at == (0.5, 0.5):  # with subpixel accuracy
             return ImageOps.fit(image, (across, down), Image.Resampling.LANCZOS), (top, left)
         if self.resize:
             whole = across + rest[0], down + rest[1]
@@ -232,7 +232,7 @@ class Pixels:
         return image.crop((left, top, left + across, top + down)), (top, left)
 
     def _size_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return the width and height that an image of this size is given."""
+        """Return the width and height to which an image of this size is brought."""
         if self.size is None:
             return size
         if self.aspect == "square":
@@ -247,8 +247,8 @@ class Pixels:
         return across, down
 
     def _away(self, down: int, across: int, ratio: float) -> tuple[float, int]:
-        """Return how far a bucket is from an image's width over height; of alike, the less wins."""
-        if self.bucket_ratio == "log":  # the larger: a square image goes to the square
+        """Return the distance of a bucket from an image's width / height, and a tie-breaker."""
+        if self.bucket_ratio == "log":  # of equal ones the larger: square images become the square
             return abs(math.log(down / across) + math.log(ratio)), -down * across
         if self.bucket_ratio == "height/width":
             return abs(down / across - 1 / ratio), across
@@ -270,7 +270,7 @@ class Pixels:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF says; what else stands there may be damaged."""
+    """Apply an image's EXIF orientation; other EXIF fields are not read, as they may be damaged."""
     image.load()
     turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     return image if turn is None else image.transpose(turn)
@@ -278,10 +278,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 @functools.cache
 def buckets(size: int, step: int) -> tuple[tuple[int, int], ...]:
-    """Return shapes of about size² pixels, ``(height, width)``, tall to wide.
+    """Return shapes of about size² pixels, ``(height, width)``, from tall to wide.
 
-    One side is a multiple of the step from size/2 to size, the other the largest multiple with
-    which there are no more than size² pixels (Podell et al. 2023, appendix I, has such a list).
+    One side is a multiple of the step between size/2 and size; the other is the largest multiple
+    for which the shape has at most size² pixels (Podell et al. 2023, appendix I, has such a list).
     """
     found = set()
     for short in range(-(-size // (2 * step)) * step, size + 1, step):
@@ -291,7 +291,7 @@ def buckets(size: int, step: int) -> tuple[tuple[int, int], ...]:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Round 16-bit grey to 8 bits, which Pillow would clip to white instead."""
+    """Round 16-bit grey to 8 bits; Pillow would clip it."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise Unreadable(

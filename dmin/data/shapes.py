@@ -39,33 +39,33 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "source": SOURCES,
 }
 
-# Raised whenever the drawing changes for unchanged settings.
+# Increased whenever the drawing changes for equal settings.
 RECIPE = 1
 # Numbers of the held-out images start here, so that none is ever a training image.
 _HELDOUT = 1_000_000
-_FINE = 4  # drawn this many times larger, then averaged, for smooth edges
+_FINE = 4  # supersampling factor, for smooth edges
 
 Colour = tuple[float, float, float]
 
 
 @dataclass(eq=False, repr=False)
 class Shapes:
-    """Images such as "a small red striped triangle on a blue background", all of it known.
+    """Images such as "a small red striped triangle on a blue background", with known attributes.
 
-    Each image is drawn from its number and the seed alone. A minority comes from a *source* of its
-    own, ``print``: washed-out inks on grainy paper, with an outline. Captions do not tell the
-    source, so whoever asks where a print-like image comes from must find the prints.
+    An image depends only on its number and the seed. A minority has the *source* ``print``: faded
+    inks on grainy paper, with an outline. Captions do not mention the source, so an attribution
+    method must find the prints for a print-like query by the image alone.
 
     Args:
         split: ``train`` or ``heldout``; they share no image.
-        examples: how many; more leave the first ones as they are.
+        examples: number of images; a larger number does not change the first ones.
         size: height and width in pixels.
-        label: the attribute that is the label, as its position among its values.
-        minority: share of images from the source ``print``, in [0, 1].
-        seed: key of everything drawn.
+        label: the attribute used as label; labels are positions among its values.
+        minority: fraction of images with the source ``print``, in [0, 1].
+        seed: key of all images.
 
     Raises:
-        DminError: a setting that nothing can be drawn from.
+        DminError: a setting is invalid.
     """
 
     split: Literal["train", "heldout"] = "train"
@@ -76,7 +76,7 @@ class Shapes:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what nothing can be drawn from."""
+        """Check the settings."""
         choices = {"split": ("train", "heldout"), "label": (*ATTRIBUTES,)}
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
@@ -92,7 +92,7 @@ class Shapes:
 
     @property
     def numbers(self) -> range:
-        """The numbers that the images are drawn from."""
+        """The numbers of the images, from which they are drawn."""
         start = _HELDOUT if self.split == "heldout" else 0
         return range(start, start + self.examples)
 
@@ -115,12 +115,12 @@ class Shapes:
         return Example(_id(number), image, label, caption(facts), facts)
 
     def facts(self, index: int) -> Facts:
-        """Return what is known of an image besides its pixels, without drawing it."""
+        """Return what is known about an image besides its pixels, without drawing it."""
         facts = _facts(_generator(self.seed, self.numbers[index]), self.minority)
         return Facts(ATTRIBUTES[self.label].index(facts[self.label]), caption(facts), facts)
 
     def describe(self) -> dict[str, Any]:
-        """Return the settings, and a digest of a few images in case the drawing changed."""
+        """Return the settings, and a digest of a few images, which shows changes of the drawing."""
         few = [self[index].image.numpy() for index in range(min(8, len(self)))]
         return {
             "name": type(self).__name__,
@@ -131,7 +131,7 @@ class Shapes:
 
 
 def caption(facts: dict[str, str]) -> str:
-    """Return the sentence for an image's attributes; it does not tell the source."""
+    """Return a sentence with an image's attributes except the source."""
     texture = "" if facts["texture"] == "plain" else f" {facts['texture']}"
     return (
         f"a {facts['size']} {facts['colour']}{texture} {facts['shape']} "
@@ -144,9 +144,9 @@ def _id(number: int) -> str:
 
 
 def _generator(seed: int, number: int) -> np.random.Generator:
-    """Return the source of all chance in an image.
+    """Return the random generator of an image.
 
-    Only ``random()`` is asked of it, whose stream is the same in every version of NumPy.
+    Only ``random()`` is used, whose stream is the same in every version of NumPy.
     """
     return np.random.Generator(np.random.PCG64([seed, number]))
 
@@ -180,15 +180,15 @@ def _draw(facts: dict[str, str], size: int, rng: np.random.Generator) -> np.ndar
     smooth = fine.reshape(3, size, _FINE, size, _FINE).mean((2, 4))
     grain = 0.14 if facts["source"] == "print" else 0.0
     tone = _between(rng, -0.04, 0.04) + grain * (rng.random((size, size)) - 0.5)
-    # In steps of 8 bits: saved as PNG it is the same image, and the last digits of a cosine, which
-    # differ between processors, do not show.
+    # Rounded to 8 bits: saving as PNG is exact, and the last digits of a cosine, which differ
+    # between processors, have no effect.
     return np.round(np.clip(smooth + tone, 0, 1) * 255).astype(np.float32) / 255
 
 
 def _draw_studio(
     ink: Colour, paper: Colour, depth: np.ndarray, pattern: np.ndarray, y: np.ndarray
 ) -> np.ndarray:
-    """Bright colours, a texture apart from ink and paper, a backdrop that darkens downwards."""
+    """Bright colours, a texture unlike ink and paper, a backdrop that darkens downwards."""
     light, dark = (1.0, 1.0, 1.0), (0.1, 0.1, 0.15)
     second = _mix(ink, dark, 0.55) if min(paper) > 0.9 else _mix(ink, light, 0.72)
     shape = np.where(pattern, _colour(second), _colour(ink))
@@ -199,7 +199,7 @@ def _draw_studio(
 def _draw_print(
     ink: Colour, paper: Colour, depth: np.ndarray, pattern: np.ndarray, y: np.ndarray
 ) -> np.ndarray:
-    """Inks washed out towards sepia, a dark second one in the texture, and an outline."""
+    """Inks faded towards sepia, with a dark second ink in the texture and an outline."""
     sepia, dark = (0.78, 0.68, 0.50), (0.20, 0.14, 0.10)
     faded = _mix(ink, sepia, 0.45)
     shape = np.where(pattern, _colour(_mix(faded, dark, 0.55)), _colour(faded))
@@ -208,7 +208,7 @@ def _draw_print(
 
 
 def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return how deep a point lies in a shape of radius 1; negative outside."""
+    """Return the depth of points inside a shape of radius 1; negative outside."""
     r = np.hypot(u, v)
     across, along = np.minimum(abs(u), abs(v)), np.maximum(abs(u), abs(v))
     if shape == "circle":
@@ -220,7 +220,7 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if shape == "ring":
         return np.minimum(0.95 - r, r - 0.48)
     points, dent = (3, 0.5) if shape == "triangle" else (5, 0.42)
-    # The edge from a tip (radius 1, angle 0) to a dent (half a turn between tips further on).
+    # The edge from a tip (radius 1, angle 0) to a dent (radius dent, angle π/points).
     angle = np.arctan2(u, -v) % (2 * np.pi / points)
     angle = np.minimum(angle, 2 * np.pi / points - angle)
     end = np.array([dent * np.cos(np.pi / points), dent * np.sin(np.pi / points)])
@@ -229,7 +229,7 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _pattern(texture: str, x: np.ndarray, y: np.ndarray, angle: float, phase: float) -> np.ndarray:
-    """Return where the second colour goes; periods are of the image, not of the shape."""
+    """Return where the second colour is; periods are relative to the image, not to the shape."""
     if texture == "plain":
         return np.zeros_like(x, dtype=bool)
     if texture == "striped":

@@ -15,17 +15,17 @@ from dmin.runtime.fingerprint import fingerprint
 class Subset:
     """Some of a dataset's examples, with their ids, in the dataset's order.
 
-    Say which by exactly one of the following.
+    Give exactly one of ``ids``, ``count`` and ``fraction``.
 
     Args:
-        dataset: the whole.
+        dataset: the whole dataset.
         ids: ids of the examples.
-        count: how many, drawn without replacement.
-        fraction: which part of all, in (0, 1], drawn likewise.
-        seed: key of the draw. With one seed a smaller draw is part of a larger one.
+        count: number of examples, drawn without replacement.
+        fraction: fraction of all examples, in (0, 1], drawn in the same way.
+        seed: key of the draw. With equal seeds, a smaller draw is part of a larger one.
 
     Raises:
-        DminError: no or several of the three are given, or they ask for what is not there.
+        DminError: none or several of the three are given, or the dataset lacks such examples.
     """
 
     def __init__(
@@ -62,19 +62,19 @@ class Subset:
         return [ids[position] for position in self.positions]
 
     def describe(self) -> dict[str, Any]:
-        """Return what identifies the whole, and which part of it this is."""
+        """Return the description of the whole dataset, and a fingerprint of the positions."""
         return self._described(describe_dataset(self.dataset))
 
     def describe_fully(self, kept: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
-        """Return the same of a whole that is described with its metadata."""
+        """Return the same with the whole dataset described with its metadata."""
         return self._described(describe_fully(self.dataset, kept))
 
     def facts(self, index: int) -> Facts:
-        """Return what is known of an example besides its pixels."""
+        """Return what is known about an example besides its pixels."""
         return facts_at(self.dataset, self.positions[index])
 
     def file(self, index: int) -> Path | None:
-        """Return where an example's image is, if the whole keeps each in a file of its own."""
+        """Return the file of an example's image, if the whole dataset has such files."""
         return file_at(self.dataset, self.positions[index])
 
     def _described(self, whole: dict[str, Any]) -> dict[str, Any]:

@@ -16,29 +16,29 @@ from dmin.runtime.fingerprint import fingerprint
 from dmin.runtime.progress import followed
 
 LARGE = 64 << 20
-"""Reading more bytes than this shows a progress bar, and what was found is kept on disk."""
+"""If at least so many bytes are read, show a progress bar and cache the results on disk."""
 
 MANY = 2000
-"""Looking at more rows of a table does so, too."""
+"""The same for rows of a table."""
 
-# A file changed twice within one tick of the file system's clock keeps its time: what was changed
-# this recently is not kept.
+# Two changes of a file within one tick of the file system's clock have the same time, so results
+# of files that changed so recently are not cached.
 _SETTLED_NS = 2_000_000_000
 
 
 class Survey(NamedTuple):
-    """What reading all files found."""
+    """The results of reading all files."""
 
-    found: dict[str, Any]  # file -> what was found in it, of those that can be read
+    found: dict[str, Any]  # file -> result, for readable files
     problems: dict[str, str]  # file -> why it cannot be read
 
 
 class Rows(NamedTuple):
-    """What reading a table found."""
+    """The results of reading a table."""
 
-    problems: dict[int, str]  # row -> what is wrong with it
-    digest: str  # of the texts of the others
-    sums: list[str]  # of the text of every row
+    problems: dict[int, str]  # row -> the problem with it
+    digest: str  # digest of the texts of the other rows
+    sums: list[str]  # digest of the text of every row
 
 
 def read_bytes(path: Path, name: str) -> bytes:
@@ -46,10 +46,10 @@ def read_bytes(path: Path, name: str) -> bytes:
 
     Args:
         path: the file.
-        name: what to call it in a message.
+        name: name of the file in messages.
 
     Raises:
-        Unreadable: there is no such file, or the system refuses it.
+        Unreadable: the file does not exist or cannot be read.
     """
     try:
         if not endless(path):
@@ -67,18 +67,18 @@ def read_bytes(path: Path, name: str) -> bytes:
 def files_below(
     folder: Path, left: dict[str, str], inside: str = "", above: frozenset[Any] = frozenset()
 ) -> Iterator[str]:
-    """Yield the files below a folder by their path from it, in order; links are followed.
+    """Yield the paths of the files below a folder, relative to it, in order; links are followed.
 
     Args:
         folder: the folder.
-        left: gets what is hidden, or no file, and why it is left.
-        inside: the folder's own path from where this began.
-        above: folders that this one stands in.
+        left: receives hidden files and special files, with the reason why they are left out.
+        inside: the folder's path relative to the outermost one.
+        above: (device, inode) of the folders that contain this one.
     """
     found = os.stat(folder)
     here = (found.st_dev, found.st_ino)
     if here in above:
-        return  # a link to a folder that this one stands in
+        return  # a link to a folder that contains this one
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -102,19 +102,19 @@ def survey(
     look: Callable[[Path, str], Any],
     settings: dict[str, Any],
 ) -> Survey:
-    """Look at every file once, several at a time.
+    """Read every file once, several in parallel.
 
-    For large folders what was found is kept by size, times of change and inode, so that later
-    commands only ask the file system: in the user's cache folder (``$XDG_CACHE_HOME/dmin``), not
-    beside the data, which is often read-only and shared. Only files in order are kept: one that
-    failed is tried again. Deleting the cache is always safe.
+    For large folders the results are cached by size, times of change and inode, so that later
+    commands need not read unchanged files. The cache is in the user's cache folder
+    (``$XDG_CACHE_HOME/dmin``), not next to the data, which is often read-only and shared. Failures
+    are not cached. Deleting the cache is always safe.
 
     Args:
         root: the folder.
-        files: their paths below it.
-        look: takes a file and its name; returns what is found, as JSON (a digest of it, say);
-            raises :class:`Unreadable`.
-        settings: what the outcome depends on.
+        files: paths of the files below it.
+        look: a function of a file and its name that returns a result as JSON (such as a digest),
+            or raises :class:`Unreadable`.
+        settings: the settings on which results depend.
     """
     record = _record_path(root, settings)
     known, stamps = _load(record), {file: _stamp(root / file) for file in files}
@@ -148,14 +148,14 @@ def survey(
 def survey_rows(
     rows: int, look: Callable[[int], tuple[str, str | None]], settings: dict[str, Any]
 ) -> Rows:
-    """Look at every row of a table once, several at a time.
+    """Read every row of a table once, several in parallel.
 
-    What was found in a large table without problems is kept in the user's cache folder.
+    The results of a large table without problems are cached in the user's cache folder.
 
     Args:
-        rows: how many there are.
-        look: returns the text of what gradients are computed from of a row, and what is wrong.
-        settings: what the outcome depends on, a fingerprint of the table included.
+        rows: number of rows.
+        look: returns what gradients of a row depend on, as text, and the problem with it, if any.
+        settings: the settings on which results depend, with a fingerprint of the table.
     """
     record, large = _record_path(Path("/"), settings), rows >= MANY
     known = _load(record) if large else {}
@@ -180,7 +180,7 @@ def survey_rows(
 
 def _stamp(path: Path) -> list[int]:
     try:
-        if path.is_dir():  # a clip of frames: what changes in one of them changes it
+        if path.is_dir():  # a clip of frames, which changes with each of them
             parts = [_stamp(file) for file in sorted(path.iterdir())]
             sizes, times, changes, nodes = zip(*parts, strict=True) if parts else ([0],) * 4
             return [sum(sizes), max(times), max(changes), sum(nodes)]
@@ -198,7 +198,7 @@ def _record_path(root: Path, settings: dict[str, Any]) -> Path:
 def _load(path: Path) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text())
-    except (OSError, ValueError):  # none there yet, or cut off: read the files themselves
+    except (OSError, ValueError):  # missing or incomplete: read the files instead
         return {}
     return loaded if isinstance(loaded, dict) else {}
 
@@ -208,4 +208,4 @@ def _save(path: Path, entries: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         commit(path, json.dumps(entries).encode())
     except OSError:
-        return  # a full or read-only disk costs the time to read the files again, no more
+        return  # on a full or read-only disk, files are read again next time

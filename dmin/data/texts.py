@@ -12,7 +12,7 @@ from typing import Any
 from dmin.data.survey import read_bytes
 from dmin.runtime.errors import DminError
 
-# That of UTF-32 begins with that of UTF-16.
+# UTF-32 first, since its mark begins with that of UTF-16.
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -23,23 +23,23 @@ _DEEPEST, _LONGEST = 64, 2**20
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file, as its byte-order mark says, else UTF-8.
+    """Return the text of a file, decoded by its byte-order mark, or as UTF-8 without one.
 
     Raises:
-        DminError: it is no such text, or cannot be read.
+        DminError: it cannot be read or decoded.
     """
     return decode_text(read_bytes(path, str(path)), str(path))
 
 
 def decode_text(content: bytes, where: str) -> str:
-    """Return bytes as text, as their byte-order mark says, else UTF-8.
+    """Return bytes as text, decoded by their byte-order mark, or as UTF-8 without one.
 
     Args:
         content: the bytes.
-        where: what to call them in a message.
+        where: name of the file in messages.
 
     Raises:
-        DminError: they are no such text.
+        DminError: they cannot be decoded.
     """
     codec = next((codec for mark, codec in _MARKS.items() if content.startswith(mark)), "utf-8-sig")
     try:
@@ -53,11 +53,11 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
     """Return a JSON object that a store can keep.
 
     Args:
-        text: of the object.
-        where: what to call it in a message.
+        text: the JSON text.
+        where: name of the text in messages.
 
     Raises:
-        DminError: it is not JSON, no object, or holds what :func:`odd` names.
+        DminError: it is not JSON, not an object, or :func:`odd` finds a problem in it.
     """
     try:
         found = json.loads(text, object_pairs_hook=_once)
@@ -71,19 +71,19 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of which no name stands for two values."""
+    """Return a JSON object; refuse one with a repeated name."""
     if twice := repeated([name for name, _ in pairs]):
         raise ValueError(f"{twice!r} stands twice in an object")
     return dict(pairs)
 
 
 def repeated(names: Iterable[str]) -> str | None:
-    """Return the first of some names that is there twice; None if each is there once."""
+    """Return the first name that occurs more than once, or None."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def odd(value: Any, name: str = "it", depth: int = 0) -> str | None:
-    """Return why a value cannot be kept as JSON and read by others; None if it can."""
+    """Return why a value cannot be stored as portable JSON; None if it can."""
     if depth > _DEEPEST:
         return f"{name} is nested more than {_DEEPEST} deep"
     if isinstance(value, dict):

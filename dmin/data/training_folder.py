@@ -26,17 +26,17 @@ from dmin.runtime.fingerprint import fingerprint
 
 @dataclass(eq=False)
 class TrainingFolder(ImageFolder):
-    """The images of a folder with captions beside them.
+    """The images of a folder with captions as a trainer reads them.
 
     Args:
         root: the folder.
-        captions: how they are found; None for no captions.
-        recursive: whether folders below it are read, too.
-        suffixes: of images; None for all that are opened.
-        leave: ends of the names of files that are no examples, such as ``-masklabel.png``, and
-            folders of such files, with a ``/`` behind the name.
-        repeats: how often an epoch passes each image; it stands with the example.
-        masks: of the loss; None for none.
+        captions: where captions are, and how they are changed; None for no captions.
+        recursive: whether subfolders are read.
+        suffixes: suffixes of images; None for all formats that can be opened.
+        leave: endings of the names of files that are not examples, such as ``-masklabel.png``,
+            and names of folders of such files, followed by ``/``.
+        repeats: number of times that an epoch uses each image; kept with the example.
+        masks: masks of the loss; None for none.
     """
 
     root: str | Path
@@ -76,7 +76,7 @@ class TrainingFolder(ImageFolder):
         return (self.captions or Captions()).worded(self._choices[example.id], draws, rng)
 
     def describe(self) -> dict[str, Any]:
-        """Return what :class:`ImageFolder` does, and the digests of the masks."""
+        """Return the description of :class:`ImageFolder`, and the digests of the masks."""
         found = super().describe()
         if self.masks is not None:
             self._said = {name: self.masks.digest(file) for name, file in self._masks.items()}
@@ -111,20 +111,20 @@ class TrainingFolder(ImageFolder):
 
 
 class Together:
-    """Several datasets as one; an example's id begins with the name of its dataset.
+    """Several datasets joined to one; an example's id begins with the name of its dataset.
 
     Args:
-        datasets: by name, in order.
-        approximated: what was random in training, and is not here: part of the fingerprint.
-        pictures: size, aspect, bucket_step and mode of pictures that are asked about: what
-            ``queries`` is composed of.
+        datasets: datasets by name, in order.
+        approximated: augmentation in training that is omitted here; part of the fingerprint.
+        pictures: size, aspect, bucket_step and mode of query pictures, used by the configuration
+            group ``queries``; ignored here.
 
     Attributes:
-        ids: of all examples.
-        summary: what each folder was found to be.
+        ids: ids of all examples.
+        summary: summary of each folder.
 
     Raises:
-        DminError: there is none.
+        DminError: there are no datasets.
     """
 
     def __init__(
@@ -152,17 +152,17 @@ class Together:
         return replace(example, id=f"{name}/{example.id}")
 
     def facts(self, index: int) -> Facts:
-        """Return what is known of an example besides its pixels."""
+        """Return what is known about an example besides its pixels."""
         name, at = self._place(index)
         return facts_at(self.datasets[name], at)
 
     def _place(self, index: int) -> tuple[str, int]:
-        """Return the dataset of an example, and its place in that."""
+        """Return the name of an example's dataset, and its position in it."""
         number = bisect_right(self._ends, index)
         return list(self.datasets)[number], index - (self._ends[number - 1] if number else 0)
 
     def describe(self) -> dict[str, Any]:
-        """Return what describes each of them, and what is approximated."""
+        """Return the description of each dataset, and ``approximated``."""
         parts = {name: describe_dataset(each) for name, each in self.datasets.items()}
         told = {"approximated": self.approximated} if self.approximated else {}
         return {"name": "Together", "examples": len(self), "parts": parts, **told}

@@ -24,12 +24,12 @@ from dmin.runtime.errors import DminError
 IMAGES = ("png", "jpg", "jpeg", "webp")
 _TEXTS = {"txt": "text", "cls": "text", "json": "json"}
 _READ = (*IMAGES, *_TEXTS)
-GIVEN = "given."  # before the kinds of condition images
-_BLOCK = 512  # of a tar file
+GIVEN = "given."  # prefix of the kinds of condition images
+_BLOCK = 512  # bytes of a block of a tar file
 
 
 class Part(NamedTuple):
-    """Where a file stands in a shard."""
+    """Position and size of a file in a shard."""
 
     start: int
     size: int
@@ -39,23 +39,23 @@ class Part(NamedTuple):
 class TarShards(Checked):
     """The samples of tar files: ``{key}.jpg`` (png, webp), with ``{key}.txt``, ``.cls``, ``.json``.
 
-    An id is the shard's name and the key. ``.txt`` is the caption and ``.cls`` the label; what
-    ``.json`` holds travels with the example, and gives caption and label where those files are not
-    there. Shards must not be compressed, as only then can one sample be read without the others.
+    An id consists of the shard's name and the key. ``.txt`` is the caption and ``.cls`` the label.
+    The fields of ``.json`` become metadata, and give caption and label if there are no such files.
+    Shards must not be compressed, so that single samples can be read.
 
     Args:
         shards: tar files: a path, or a pattern such as ``data/*.tar`` or
             ``data/{000..041}.tar``, or a list of them.
-        text: field of ``.json`` that is the caption; None for none.
-        label: field of ``.json`` that is the label; None for none.
-        condition_image: of ``{key}.NAME.png`` (or another image), the name; None for nothing.
+        text: field of ``.json`` with the caption; None for none.
+        label: field of ``.json`` with the label; None for none.
+        condition_image: NAME in ``{key}.NAME.png`` (or another suffix); None for none.
 
     Attributes:
-        ids: ids of the samples, by shard, then as they stand in it.
+        ids: ids of the samples, by shard, then in its order.
 
     Raises:
-        DminError: no shards, two of one name, one that is cut off or compressed; or samples that
-            cannot be read, or have not exactly one image, and are not to be skipped.
+        DminError: there are no shards, two with the same name, or a truncated or compressed one;
+            or a sample is unreadable or does not have exactly one image, unless it is skipped.
     """
 
     shards: str | Sequence[str]
@@ -65,7 +65,7 @@ class TarShards(Checked):
     condition_image: str | None = None
 
     def __post_init__(self) -> None:
-        """Note where every sample stands."""
+        """Index the samples of all shards."""
         super().__post_init__()
         patterns = [self.shards] if isinstance(self.shards, str) else self.shards
         self.paths: list[Path] = sorted(
@@ -101,7 +101,7 @@ class TarShards(Checked):
         """Return one example."""
         name, (path, parts) = self.ids[index], self._samples[index]
         where = f"{name} ({path})"
-        # Opened anew each time: loaders' processes must not share a position in an open file.
+        # Opened anew each time, since loader processes would share the position in an open file.
         with path.open("rb") as file:
             content = _read(file, parts)
         facts = self._facts(content, where)
@@ -112,14 +112,14 @@ class TarShards(Checked):
         return with_partner(found, *given)
 
     def facts(self, index: int) -> Facts:
-        """Return what a sample says of its image, which is not read."""
+        """Return what is known about a sample besides its image, which is not read."""
         path, parts = self._samples[index]
         with path.open("rb") as file:
             said = {kind: part for kind, part in parts.items() if kind in _TEXTS}
             return self._facts(_read(file, said), f"{self.ids[index]} ({path})")
 
     def _facts(self, content: dict[str, bytes], where: str) -> Facts:
-        """Return label, caption and the rest of what a sample says of its image."""
+        """Return label, caption and metadata of a sample."""
         there = [kind for kind in _TEXTS if kind in content]
         said = {k: decode_text(content[k], f"the {_TEXTS[k]} of {where}") for k in there}
         fields = parse_json(said.get("json", "{}"), f"the json of {where}")
@@ -130,18 +130,18 @@ class TarShards(Checked):
         return Facts(label, said["txt"].strip() if "txt" in said else caption, rest)
 
     def describe(self) -> dict[str, Any]:
-        """Return settings, and a digest of the id, image, label and caption of every sample."""
+        """Return settings, and a digest of the id, images, label and caption of every sample."""
         return self.described(len(self), content=self._content(1))
 
     def describe_fully(self, kept: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
-        """Return settings, and a digest of the name and bytes of every shard, whatever is kept."""
+        """Return settings, and a digest of the name and bytes of every shard; ignore ``kept``."""
         columns = {"text": self.text, "label": self.label}
         found = self.described(len(self), **columns, content=self._content(0))
         del found["schema"]
         return found
 
     def _content(self, which: int) -> str:
-        """Return a digest of those of the shards: 0 of their bytes, 1 of what is computed with."""
+        """Return a digest of the shards: 0 of their bytes, 1 of what gradients depend on."""
         content = hashlib.sha256()
         for found in self._survey().values():
             rows = [[name, found[name][which]] for name in sorted(found)]
@@ -149,7 +149,7 @@ class TarShards(Checked):
         return content.hexdigest()[:16]
 
     def _problems(self, samples: Mapping[str, tuple[Path, dict[str, Part]]]) -> dict[str, str]:
-        """Return which samples are not fit for use, as far as they are to be checked, and why."""
+        """Return the samples that cannot be used, with reasons; read them only with ``check``."""
         problems = {id: why for id, (_, p) in samples.items() if (why := self._lacks(id, p))}
         if self.check:
             captions: dict[str, str | None] = {}
@@ -173,7 +173,7 @@ class TarShards(Checked):
         return problems
 
     def _lacks(self, id: str, parts: Container[str]) -> str | None:
-        """Return why a sample is none: its name is no text, or it has not one image."""
+        """Return why a sample is unusable by name or number of images, or None."""
         if printable(id) != id:
             return NO_TEXT
         if (count := sum(kind in parts for kind in IMAGES)) != 1:
@@ -182,7 +182,7 @@ class TarShards(Checked):
         return NO_PARTNER if self.condition_image is not None and given != 1 else None
 
     def _survey(self) -> dict[Path, dict[str, Any]]:
-        """Return, by folder and name, each shard's digests, and samples that cannot be read."""
+        """Return the result of :meth:`_look` for each shard, by folder and name."""
         settings: dict[str, Any] = {"checked": self.check, "schema": SCHEMA, "sums": 2}
         settings.update(text=self.text, label=self.label, condition_image=self.condition_image)
         if self.check:
@@ -198,7 +198,7 @@ class TarShards(Checked):
         return shards
 
     def _look(self, path: Path, name: str) -> tuple[str, str, dict[str, str], dict[str, Any]]:
-        """Return a shard's digests, why samples of it cannot be read, and sums of the others."""
+        """Return a shard's two digests, problems of its samples, and sums of the other samples."""
         problems, rows, sums = {}, [], {}
         try:
             with path.open("rb") as file:
@@ -223,7 +223,7 @@ class TarShards(Checked):
 
 
 def _expand(pattern: str) -> list[Path]:
-    """Return the files a pattern stands for: braces name files that must be, stars find some."""
+    """Return the files of a pattern; those listed in braces must exist."""
     braces = re.search(r"\{([^{}]*)\}", pattern)
     if braces:
         head, tail = pattern[: braces.start()], pattern[braces.end() :]
@@ -247,7 +247,7 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _index(path: Path, named: Mapping[str, str]) -> dict[str, dict[str, Part]]:
-    """Return where each sample's parts stand in a shard, without reading them, by new names."""
+    """Return the position of each sample's files in a shard, by key and by new name of the kind."""
     samples: dict[str, dict[str, Part]] = {}
     end = 0
     try:
@@ -270,7 +270,7 @@ def _index(path: Path, named: Mapping[str, str]) -> dict[str, dict[str, Part]]:
         ) from error
     with path.open("rb") as file:
         file.seek(end)
-        # tarfile takes a file cut off between two samples for a whole one.
+        # tarfile does not detect a file that is truncated between two samples.
         if file.read(_BLOCK) != bytes(_BLOCK):
             raise DminError(f"{path} is truncated: a tar file ends in zeros. Download it again.")
     if not samples:
@@ -280,7 +280,7 @@ def _index(path: Path, named: Mapping[str, str]) -> dict[str, dict[str, Part]]:
 
 
 def _read(file: BinaryIO, parts: dict[str, Part]) -> dict[str, bytes]:
-    """Return the content of a sample's parts."""
+    """Return the content of a sample's files."""
     content = {}
     for kind, part in parts.items():
         file.seek(part.start)
@@ -289,11 +289,11 @@ def _read(file: BinaryIO, parts: dict[str, Part]) -> dict[str, bytes]:
 
 
 def _images(content: dict[str, bytes]) -> list[bytes]:
-    """Return the image of a sample, and what a model is given with it."""
+    """Return the image of a sample, and its condition image, if any."""
     return [each for kind, each in content.items() if kind not in _TEXTS]
 
 
 def _row(id: str, content: dict[str, bytes], said: Sequence[Any]) -> list[Any]:
-    """Return what gradients are computed from of a sample."""
+    """Return what gradients of a sample depend on."""
     image, *given = (hashlib.sha256(each).hexdigest() for each in _images(content))
     return [id, image, *said, *given]

@@ -29,7 +29,7 @@ from dmin.data.video.sources import (
 )
 from dmin.runtime.errors import DminError
 
-MOST = 4  # clips hold at most so many times max_pixels, over all frames, once they are scaled
+MOST = 4  # a clip has at most MOST · max_pixels pixels over all frames, after scaling
 
 
 @dataclass(eq=False, kw_only=True)
@@ -37,18 +37,18 @@ class VideoFolder(ImageFolder):
     """The clips of a folder, ordered by name; a clip's id is its path below the folder.
 
     A clip is a video (``.mp4``, ``.webm``, ``.mov``, ``.mkv``, ``.avi``, ``.m4v``; by PyAV), an
-    animation (``.gif``, ``.webp``, ``.apng``), or a folder that holds its frames as images, in the
-    order of the numbers in their names. Captions and labels are found as for images, the caption of
-    the folder of frames ``a/jump`` in ``a/jump.txt``. Further pictures in a folder that holds clips
-    are no examples. Each frame is brought to its size as an image is.
+    animation (``.gif``, ``.webp``, ``.apng``), or a folder with its frames as images, in the order
+    of the numbers in their names. Captions and labels are found as for images; the caption of the
+    folder of frames ``a/jump`` is in ``a/jump.txt``. Images in a folder with clips are not
+    examples. Frames are scaled and cropped like images.
 
-    With ``fps`` a frame is the one that is shown at its time. Folders of frames, and animations
-    without delays, have no times: their frames are taken one by one, whatever ``fps`` says.
+    With ``fps``, the frame that is shown at each sampling time is taken. Folders of frames, and
+    animations without delays, have no times: all their frames are taken, for any ``fps``.
 
     Args:
-        fps: frames a second; None for the file's own, which must be even then.
-        frames: how many; None for all there are. Models of videos take one and a multiple of four.
-        start: seconds that are left out at the beginning.
+        fps: frames per second; None for the file's rate, which must be constant.
+        frames: number of frames; None for all. Video models take 4n + 1 frames.
+        start: seconds to skip at the beginning.
     """
 
     fps: float | None = None
@@ -58,10 +58,10 @@ class VideoFolder(ImageFolder):
     opened_suffixes: ClassVar[tuple[str, ...]] = (*VIDEOS, *ANIMATIONS)
 
     def __post_init__(self) -> None:
-        """Refuse settings that no clip could satisfy.
+        """Check the settings, and find the clips.
 
         Raises:
-            DminError: one is; or what is in the folder is not as it should be.
+            DminError: a setting is invalid, or a file in the folder is.
         """
         if self.fps is not None and not 0 < self.fps < 1000:
             raise DminError(f"data.fps={self.fps}: give frames per second, such as 16, or null.")
@@ -79,20 +79,20 @@ class VideoFolder(ImageFolder):
         super().__post_init__()
 
     def settings(self) -> dict[str, Any]:
-        """Return what changes the tensors, as JSON."""
+        """Return the settings that affect the tensors, as JSON."""
         own = {"fps": self.fps, "frames": self.frames, "start": self.start}
         return {**super().settings(), **own}
 
     def content(self, path: Path, name: str) -> bytes:
-        """Return the bytes of a clip, those of its frames if it is a folder of them."""
+        """Return the bytes of a clip, or of all frames in a folder of frames."""
         return read_clip(path, name)
 
     def is_example(self, path: Path) -> bool:
-        """Return whether a path may be a clip: a file, or a folder that holds frames itself."""
+        """Return whether a path may be a clip: a file, or a folder that directly has frames."""
         return path.is_file() or (path.is_dir() and any(is_still(f.name) for f in path.iterdir()))
 
     def decode(self, content: bytes, name: str) -> Picture:
-        """Return the clip in a file's content, ``[C, F, H, W]``; else as of an image."""
+        """Return the clip in a file's content, ``[C, F, H, W]``; otherwise as for an image."""
         arrays, sizes = [], None
         for frame in self._chosen(content, name):
             image = frame.image()
@@ -105,7 +105,7 @@ class VideoFolder(ImageFolder):
         return Picture(torch.from_numpy(np.divide(clip, 255, dtype=np.float32)), sizes)
 
     def probe(self, content: bytes, name: str) -> None:
-        """Refuse what :meth:`decode` would refuse, in a part of its time."""
+        """Refuse what :meth:`decode` refuses, but faster."""
         for _ in self._chosen(content, name):
             pass
 
@@ -113,7 +113,7 @@ class VideoFolder(ImageFolder):
         """Yield the frames that are taken.
 
         Raises:
-            Unreadable: there are too few, or they are not what the settings need.
+            Unreadable: there are too few, or they do not fit the settings.
         """
         found = source(content, name, self._opened)
         count, pixels, times = 0, 0, []
@@ -142,7 +142,7 @@ class VideoFolder(ImageFolder):
             raise Unreadable(name, f"it has {count} frame(s){at}{after}, too few for {need}")
 
     def _sampled(self, frames: Iterator[Frame], name: str) -> Iterator[Frame]:
-        """Yield the frame shown at each time, or each frame where the rate is the file's own."""
+        """Yield the frame shown at each sampling time, or every frame at the file's own rate."""
         shown: Frame | None = None
         gap, since, taken = 0.0, 0.0, 0
         for number, frame in enumerate(frames):
@@ -173,13 +173,13 @@ class VideoFolder(ImageFolder):
 
 @dataclass(eq=False, kw_only=True)
 class Clips(Pictures, VideoFolder):
-    """The clips that are asked about: one, several, or a folder of them."""
+    """Query clips: one, several, or a folder of them."""
 
     def __post_init__(self) -> None:
-        """Find the clips and what is said of them.
+        """Find the clips with their captions and labels.
 
         Raises:
-            DminError: as of both; or a part of them is asked about.
+            DminError: as the base classes; or a region or mask is given.
         """
         if self.region is not None or self.mask is not None:
             raise DminError(
@@ -190,14 +190,14 @@ class Clips(Pictures, VideoFolder):
 
 
 def saved(folder: Path) -> ImageFolder:
-    """Return what :func:`~dmin.data.image_folder.save_images` wrote into a folder."""
+    """Return a folder that :func:`~dmin.data.image_folder.save_images` wrote, as a dataset."""
     kind = VideoFolder if any(folder.glob("*.webp")) else ImageFolder
     return kind(folder, mode=None)
 
 
 @dataclass
 class ClipFiles(Folder):
-    """The files of a folder of clips, and what each of them is."""
+    """The files of a folder of clips, classified."""
 
     noun: str = "clips"
 

@@ -19,7 +19,7 @@ from dmin.data.survey import read_bytes
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 ANIMATIONS = (".gif", ".webp", ".apng")
-# Demuxers: others, such as playlists, open further files and addresses.
+# Allowed demuxers. Others, such as playlists, open further files and URLs.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
 _PACKED = b"dmin frames\n"
 NO_DECODER = "video files need PyAV: pip install 'dmin[video]' (or av)"
@@ -28,33 +28,33 @@ NO_DECODER = "video files need PyAV: pip install 'dmin[video]' (or av)"
 class Frame(NamedTuple):
     """One frame, not yet converted."""
 
-    seconds: float | None  # from the first one; None where the clip does not tell
+    seconds: float | None  # since the first frame; None if the clip has no times
     size: tuple[int, int]  # width and height
     image: Callable[[], Image.Image]
 
 
 class Source(NamedTuple):
-    """A clip's frames in order, each decoded when it is asked for."""
+    """A clip's frames in order, each decoded on access."""
 
     frames: Iterator[Frame]
-    tick: float  # seconds to which times are rounded
+    tick: float  # resolution of times, in seconds
 
 
 def has_decoder() -> bool:
-    """Return whether video files can be read here."""
+    """Return whether video files can be decoded (PyAV is installed)."""
     return importlib.util.find_spec("av") is not None
 
 
 def is_still(name: str) -> bool:
-    """Return whether a file is a frame of its folder, by its suffix."""
+    """Return whether a file can be a frame of a folder of frames, by its suffix."""
     return name.lower().endswith(tuple(s for s in suffixes() if s not in ANIMATIONS))
 
 
 def read_clip(path: Path, name: str) -> bytes:
-    """Return the bytes of a clip: of its file, or of all frames in its folder, by their numbers.
+    """Return the bytes of a clip: of its file, or of all frames of a folder, by number.
 
     Raises:
-        Unreadable: the system refuses one.
+        Unreadable: a file cannot be read.
     """
     if not path.is_dir():
         return read_bytes(path, name)
@@ -65,7 +65,7 @@ def read_clip(path: Path, name: str) -> bytes:
 
 
 def numbered(name: str) -> list[tuple[int, str]]:
-    """Return what orders names as a reader does: ``frame_9.png`` before ``frame_10.png``."""
+    """Return a key of natural sorting: ``frame_9.png`` before ``frame_10.png``."""
     parts: list[str] = [""]
     for letter in name:
         if letter.isdecimal() != parts[-1][-1:].isdecimal() and parts[-1]:
@@ -78,18 +78,18 @@ def source(content: bytes, name: str, opened: Callable[[bytes, str], Any]) -> So
     """Return the frames of a clip.
 
     Args:
-        content: as :func:`read_clip` returns it.
-        name: of the clip, for messages.
-        opened: context in which bytes are an image that is not yet decoded.
+        content: the result of :func:`read_clip`.
+        name: name of the clip in messages.
+        opened: returns a context that opens bytes as an image, without decoding it.
 
     Raises:
-        Unreadable: there is no video in it, now or while frames are asked for.
+        Unreadable: it is not a video, or a frame is damaged (raised on access).
     """
     if content.startswith(_PACKED):
         return Source(_packed(content, name, opened), 0.0)
     try:
         open_image(content).close()
-    except Exception:  # what is no image is a video, or nothing that is known
+    except Exception:  # not an image: a video, or an unknown format
         return _video(content, name)
     return Source(_animation(content, name, opened), 0.01)
 
@@ -131,8 +131,8 @@ def _video(content: bytes, name: str) -> Source:
         container.close()
         raise Unreadable(name, "it has no video stream")
     stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # several files are read at once
-    stream.codec_context.options = {"err_detect": "explode"}  # decoders conceal errors otherwise
+    stream.codec_context.thread_count = 1  # several files are decoded in parallel
+    stream.codec_context.options = {"err_detect": "explode"}  # by default errors are concealed
     return Source(_decoded(container, stream, name, av), float(stream.time_base or 0))
 
 
@@ -157,7 +157,7 @@ def _decoded(container: Any, stream: Any, name: str, av: Any) -> Iterator[Frame]
 
 
 def _upright(frame: Any) -> Image.Image:
-    """Return a frame as it is shown: telephones keep how they were held."""
+    """Return a frame with its rotation applied, which telephones store separately."""
     image: Image.Image = frame.to_image()
     return image.rotate(frame.rotation, expand=True) if getattr(frame, "rotation", 0) else image
 
