@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dmin.models.base import READOUTS, Condition, DiffusionModel, Prediction
 from dmin.models.logging_filters import filter_logging
 
-if TYPE_CHECKING:  # what type checkers see of the names below
+if TYPE_CHECKING:  # for type checkers, the names below
     from dmin.models.families.chroma import Chroma as Chroma
     from dmin.models.families.control import (
         FluxControl as FluxControl,
@@ -85,7 +85,7 @@ _FAMILIES = {
 __all__ = ["READOUTS", "Condition", "DiffusionModel", "Prediction"]
 
 
-if not TYPE_CHECKING:  # with it, checkers would take any name for a family
+if not TYPE_CHECKING:  # otherwise checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         if name not in _FAMILIES:

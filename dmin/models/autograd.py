@@ -17,13 +17,13 @@ def by_autograd(
     """Return the gradients of a readout of one pair by plain autograd.
 
     Args:
-        model: its network's parameters are given back as they were.
-        names: of the parameters.
+        model: the model; ``requires_grad`` of its parameters is restored.
+        names: names of the parameters.
         inputs: one pair.
-        readout: what is differentiated, of ``READOUTS``.
+        readout: a name in ``READOUTS``.
 
     Returns:
-        ``[*shape]`` by name; zeros where the readout does not depend on the parameter.
+        Gradients ``[*shape]`` by name; zeros if the readout does not depend on the parameter.
     """
     named = named_parameters(model.network)
     chosen = {name: named[name] for name in names}

@@ -17,30 +17,30 @@ from dmin.runtime.errors import DminError
 from dmin.runtime.shown import ShownModel
 
 Condition = Mapping[str, Tensor]
-"""What the model is conditioned on: named tensors with one row an example."""
+"""The model's conditions: named tensors with one row per example."""
 
 
 class Prediction(NamedTuple):
-    """A model's prediction at a timestep and what it was trained to be."""
+    """A model's prediction at a timestep, with its training target."""
 
     prediction: Tensor  # [batch, C, H, W]
     target: Tensor  # [batch, C, H, W]
     weight: Tensor  # [batch], of the example's loss
-    bound: Tensor | None = None  # [batch], added to the loss: it trains a learned variance
+    bound: Tensor | None = None  # [batch], added to the loss to train a learned variance
     dropped: Dropped | None = None
-    loss: Tensor | None = None  # [batch], in place of the weighted squared error
+    loss: Tensor | None = None  # [batch], replaces the weighted squared error
     mask: Tensor | None = None  # [batch, 1, H, W], of the squared error
 
 
 class Dropped(NamedTuple):
-    """The same without the prompt, which training drops now and then."""
+    """The prediction without the prompt, for a model trained with prompt dropout."""
 
-    share: float  # of the training steps
+    share: float  # fraction of the training steps without prompt
     prediction: Prediction
 
 
 def _ladder(model: Any, *timesteps: Sequence[float]) -> Any:
-    """Read or set a model's timesteps, as they were called in earlier releases."""
+    """Read or set a model's timesteps by their name in earlier releases."""
     warnings.warn("`ladder` of a model is now `timesteps`.", DeprecationWarning, stacklevel=2)
     if timesteps:
         (model.timesteps,) = timesteps
@@ -48,20 +48,20 @@ def _ladder(model: Any, *timesteps: Sequence[float]) -> Any:
 
 
 class DiffusionModel(ShownModel, nn.Module):
-    """A diffusion model as dmin sees it: encode, predict, sample.
+    """The interface of a diffusion model: encode, predict, sample.
 
-    A model of your own needs :attr:`network` and :meth:`predict`; :meth:`encode` when it has
-    latents or captions; :meth:`sample` and :meth:`condition` to generate queries.
+    Your own model needs :attr:`network` and :meth:`predict`; :meth:`encode` if it has latents or
+    captions; :meth:`sample` and :meth:`condition` to generate queries.
 
     Attributes:
         network: the module whose parameters are attributed.
-        timesteps: all of them in the order of sampling, pure noise first, in the model's own unit.
-        externally_called: names of modules that the network calls outside the block they stand
-            in. Only needed to share the network out over processes.
-        label_names: what the classes were called when it was trained on labels that are text, in
-            the order of their numbers; empty where labels are numbers.
-        metadata_columns: columns of the examples' metadata that :meth:`encode` reads: a store is
-            one of other data where these change, and of the same where others do.
+        timesteps: all timesteps in the order of sampling, pure noise first, in the model's unit.
+        externally_called: names of modules that the network calls outside the block that contains
+            them. Only needed to shard the network over processes.
+        label_names: names of the classes, in the order of their numbers, if the model was trained
+            on text labels; empty if labels are numbers.
+        metadata_columns: columns of the examples' metadata that :meth:`encode` reads. Changes in
+            these columns make it other data for a store; changes in other columns do not.
     """
 
     network: nn.Module
@@ -73,7 +73,7 @@ class DiffusionModel(ShownModel, nn.Module):
     ladder: Any = property(_ladder, _ladder)
 
     def __init_subclass__(cls, **arguments: Any) -> None:
-        """Take the ``ladder`` of a class of earlier releases for its timesteps."""
+        """Use the attribute ``ladder`` of a class for earlier releases as its timesteps."""
         super().__init_subclass__(**arguments)
         if "ladder" in vars(cls):
             _ladder(cls, vars(cls)["ladder"])
@@ -83,20 +83,20 @@ class DiffusionModel(ShownModel, nn.Module):
     def encoders(self) -> dict[str, nn.Module]:
         """Modules that only :meth:`encode` and :meth:`sample` need, by name.
 
-        They are not children of the model. Whoever encodes moves them to a device and off again.
+        They are not children of the model. Callers of ``encode`` move them to a device and back.
         """
         return {}
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
-        """Return what is diffused and what it is conditioned on; called once an example.
+        """Return x0 and the condition of a batch; called once per example.
 
         Args:
-            batch: ``image [batch, C, H, W]`` in [0, 1], of clips ``[batch, C, F, H, W]``;
-                ``label``, ``caption``, ``id``, ``metadata``, ``sizes``: lists. Of data with
-                condition images also ``condition_image [batch, C', H', W']`` in [0, 1].
+            batch: ``image [batch, C, H, W]`` in [0, 1], for clips ``[batch, C, F, H, W]``; lists
+                ``label``, ``caption``, ``id``, ``metadata``, ``sizes``; for data with condition
+                images also ``condition_image [batch, C', H', W']`` in [0, 1].
 
         Returns:
-            ``x0 [batch, ...]`` in the space the model diffuses, and the condition.
+            ``x0 [batch, ...]`` in the model's space (pixels or latents), and the condition.
         """
         return 2 * batch["image"] - 1, {}
 
@@ -106,31 +106,31 @@ class DiffusionModel(ShownModel, nn.Module):
 
         Args:
             x0: ``[batch, ...]`` from :meth:`encode`.
-            noise: standard normal, of the same shape.
-            t: ``[batch]``, timesteps of the model.
+            noise: standard normal, shape of x0.
+            t: timesteps ``[batch]``, in the model's unit.
             condition: from :meth:`encode`.
         """
 
     @classmethod
     def reads_captions(cls, settings: Mapping[str, Any]) -> bool:
-        """Say whether examples need captions by a model loaded with these settings."""
+        """Return whether a model loaded with these settings needs captions."""
         return False
 
     @classmethod
     def reads_condition_images(cls, settings: Mapping[str, Any]) -> bool:
-        """Say whether examples need condition images by a model loaded with these settings."""
+        """Return whether a model loaded with these settings needs condition images."""
         return False
 
     def unused_at(self, t: float) -> tuple[str, ...]:
-        """Return how names of parameters begin that a timestep does not use: of other networks."""
+        """Return prefixes of the names of parameters that timestep t does not use."""
         return ()
 
     def for_queries(self) -> Self:
-        """Return the model that queries are differentiated with: itself, unless they are guided."""
+        """Return the model with the loss of queries: itself, unless it differs from training."""
         return self
 
     def describe_query(self) -> dict[str, Any]:
-        """Return what sets the loss of queries apart from that of training examples, as JSON."""
+        """Return how the loss of queries differs from that of training examples, as JSON."""
         return {}
 
     def condition(self, prompts: Sequence[Any]) -> Condition:
@@ -138,12 +138,12 @@ class DiffusionModel(ShownModel, nn.Module):
         return {}
 
     def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int) -> Tensor:
-        """Generate one image a prompt, each from a seed of its own.
+        """Generate one image per prompt, each from its own seed.
 
         Args:
-            prompts: class labels or captions, as the model takes them.
-            seeds: as many; an image depends on its own seed and prompt only.
-            steps: denoising steps.
+            prompts: class labels or captions.
+            seeds: one seed per prompt; an image depends only on its own seed and prompt.
+            steps: number of denoising steps.
 
         Returns:
             ``[len(prompts), C, H, W]`` in [0, 1].
@@ -155,16 +155,16 @@ class DiffusionModel(ShownModel, nn.Module):
     def trajectory(
         self, prompts: Sequence[Any], seeds: Sequence[int], steps: int, states: int
     ) -> Tensor:
-        """Return what the model took each image for while :meth:`sample` would generate it.
+        """Return the model's estimates of the clean images during sampling.
 
         Args:
-            prompts: as for :meth:`sample`, as are seeds and steps.
-            seeds: of the images.
-            steps: denoising steps.
-            states: how many are recorded, evenly spaced, the last step among them.
+            prompts: class labels or captions.
+            seeds: one seed per prompt.
+            steps: number of denoising steps.
+            states: number of recorded steps, evenly spaced, including the last.
 
         Returns:
-            ``[states, len(prompts), C, H, W]`` in [0, 1]: its estimate of the clean image.
+            ``[states, len(prompts), C, H, W]`` in [0, 1].
         """
         raise DminError(
             f"{type(self).__name__} does not record how images are generated. Set "
@@ -172,15 +172,15 @@ class DiffusionModel(ShownModel, nn.Module):
         )
 
     def facts_of_samples(self) -> dict[str, Any]:
-        """Return metadata of generated images: what :meth:`encode` would otherwise not know."""
+        """Return metadata that :meth:`encode` needs for generated images."""
         return {}
 
     def describe(self) -> dict[str, Any]:
-        """Return what, beside the weights, defines the loss: part of the feature fingerprint."""
+        """Return what defines the loss besides the weights, for the feature fingerprint."""
         return {"model": type(self).__name__}
 
     def describe_sampling(self) -> dict[str, Any]:
-        """Return what, beside weights, prompts, seeds and steps, decides generated images."""
+        """Return what generated images depend on besides weights, prompts, seeds and steps."""
         return {"model": type(self).__name__}
 
 
@@ -188,7 +188,7 @@ Readout = Callable[[Prediction], Tensor]
 
 
 def expected(readout: Readout) -> Readout:
-    """Have a readout be its mean over prompt dropout: ``(1 − p) f(given) + p f(dropped)``."""
+    """Return a readout's mean over prompt dropout, ``(1 − p) f(given) + p f(dropped)``."""
 
     @functools.wraps(readout)
     def mean(prediction: Prediction) -> Tensor:
@@ -203,13 +203,13 @@ def expected(readout: Readout) -> Readout:
 
 @expected
 def per_example_loss(prediction: Prediction) -> Tensor:
-    """Return the training loss of each example, ``[batch]``: weighted mean over its pixels.
+    """Return the training loss of each example, ``[batch]``: the weighted mean over its pixels.
 
-    ``L_b = w_b · mean_p m_bp (prediction_bp − target_bp)²``, m a mask or 1, or the model's own
-    loss; and the bound of a learned variance.
+    ``L_b = w_b · mean_p m_bp (prediction_bp − target_bp)²`` with a mask m (or 1), or the model's
+    own loss; plus the bound of a learned variance.
 
     Raises:
-        DminError: there is a mask, and the loss is no squared error of an image.
+        DminError: there is a mask, and the loss is not the squared error of an image.
     """
     loss, mask = prediction.loss, prediction.mask
     output = prediction.prediction
@@ -230,7 +230,7 @@ def weight_of_squares(prediction: Prediction) -> Tensor:
     """Return the weight of each example's squared error, ``[batch]``.
 
     Raises:
-        DminError: the loss is no squared error.
+        DminError: the loss is not a plain squared error.
     """
     if prediction.loss is not None:
         raise DminError(
@@ -265,7 +265,7 @@ def mean_output(prediction: Prediction) -> Tensor:
 
 
 def _counted(values: Tensor, prediction: Prediction) -> Tensor:
-    """Return the mean over an example's values, each counted as the mask says."""
+    """Return the mean over an example's values, weighted by the mask."""
     mask = prediction.mask
     return (values if mask is None else mask * values).flatten(1).mean(1)
 
@@ -275,18 +275,18 @@ READOUTS: dict[str, Readout] = {
     "mean_squared_output": mean_squared_output,
     "mean_output": mean_output,
 }
-"""Functions of a prediction with one value an example, whose gradients can be collected."""
+"""Functions of a prediction with one value per example, whose gradients can be collected."""
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Return 16 hexadecimal digits of every weight and buffer, whatever device they are on.
+    """Return a digest (16 hexadecimal digits) of all weights and buffers, on any device.
 
-    All processes have to ask for it where the weights are shared out over them.
+    If the weights are sharded over processes, all processes must call this function.
     """
     digest = hashlib.sha256()
     tensors = {plain_name(name): x for name, x in uncompiled(module).state_dict().items()}
     for name, tensor in sorted(tensors.items()):
-        if hasattr(tensor, "full_tensor"):  # sharded: the digest is that of the whole
+        if hasattr(tensor, "full_tensor"):  # sharded: digest the whole tensor
             tensor = tensor.full_tensor()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
@@ -295,5 +295,5 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def noise_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """Return a CPU generator for each seed, so that an image does not depend on its batch."""
+    """Return a CPU generator per seed, so that an image does not depend on its batch."""
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]

@@ -23,7 +23,7 @@ from dmin.models.relatives import check_checkpoint, pipeline_of
 from dmin.runtime.errors import DminError
 
 DType = Literal["float32", "bfloat16", "float64"]
-"""float16 is left out: gradients of a mean over pixels are smaller than it can hold."""
+"""Not float16, which rounds gradients of a mean over pixels to zero."""
 
 _SHAPES_ALONE: ContextVar[bool] = ContextVar("shapes_alone", default=False)
 
@@ -32,18 +32,18 @@ _IN_FILE = {
     "text_encoder": (
         *("cond_stage_model.", "conditioner.embedders.0.transformer.", "text_encoders.clip_l."),
     ),
-    # Second of the base, first of the refiner, which has no other.
+    # The second encoder of the base model, the only one of the refiner.
     "text_encoder_2": (
         *("conditioner.embedders.1.", "conditioner.embedders.0.model.", "text_encoders.clip_g."),
     ),
     "text_encoder_3": ("text_encoders.t5xxl.",),
 }
-"""How the weights of components are named in single files of Stable Diffusion and Flux."""
+"""Prefixes of the components' weights in single files of Stable Diffusion and Flux."""
 
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Have pipelines loaded meanwhile hold shapes alone, on ``meta``: no weight is read."""
+    """Context in which pipelines are loaded on ``meta``, with shapes but no weights."""
     token = _SHAPES_ALONE.set(True)
     try:
         yield
@@ -65,19 +65,19 @@ def load_pipeline(
     """Load a pipeline with its own ``from_pretrained`` or ``from_single_file``.
 
     Args:
-        family: as ``model=`` calls it.
-        path: folder saved by it, or the name of a repository on the Hub.
-        variant: of the weight files, such as ``fp16``.
+        family: name of the family in ``model=``.
+        path: folder of a saved pipeline, or name of a repository on the Hub.
+        variant: variant of the weight files, such as ``fp16``.
         revision: branch, tag or commit on the Hub.
-        torch_dtype: ``float32``, ``bfloat16`` or ``float64``, of all weights.
-        subfolder: folder inside ``path`` that holds the pipeline.
+        torch_dtype: dtype of all weights: ``float32``, ``bfloat16`` or ``float64``.
+        subfolder: folder inside ``path`` with the pipeline.
         single_file: ``.safetensors`` file with weights in the original layout; configs, tokenizers
-            and whatever it does not hold (often all but the network) are then read from ``path``.
-        components: in place of the checkpoint's own, such as ``safety_checker=None``, or functions
-            that read them from its place.
+            and missing components (often all but the network) are then read from ``path``.
+        components: replacements of the checkpoint's components, such as ``safety_checker=None``,
+            or functions that read them from its path.
 
     Raises:
-        DminError: there is no such checkpoint, or it is another pipeline's.
+        DminError: there is no such checkpoint, or it belongs to another pipeline.
     """
     if torch_dtype not in get_args(DType):
         raise DminError(
@@ -112,7 +112,7 @@ def load_pipeline(
                 own, file = stack.enter_context(plain(source, file, options["torch_dtype"]))
                 where = str(own)
             stack.enter_context(warnings.catch_warnings())
-            # The new name of the argument is unknown to the oldest diffusers that dmin takes.
+            # The oldest supported diffusers does not know the argument's new name.
             warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
             if file is not None:
                 return _from_single_file(pipeline_class, file, where, options)
@@ -126,7 +126,7 @@ def load_pipeline(
 
 
 def _refuse_quantised(pipeline: Any, path: str | Path) -> None:
-    """Refuse what a library loaded as quantised: only folders here are read as plain numbers."""
+    """Refuse quantised weights of a repository: only local folders are dequantised."""
     for name, part in pipeline.components.items():
         if getattr(part, "hf_quantizer", None) is not None:
             raise DminError(
@@ -157,11 +157,11 @@ def _shapes(pipeline_class: Any, where: str, options: dict[str, Any]) -> dict[st
 
 
 def _refuse_code(source: Path) -> None:
-    """Refuse a checkpoint that brings or names code of its own: some diffusers would run it."""
+    """Refuse a checkpoint with code of its own, which some versions of diffusers would run."""
     try:
         index = json.loads((source / "model_index.json").read_text())
     except (OSError, ValueError):
-        return  # told by diffusers
+        return  # diffusers reports the error
     entries = index if isinstance(index, dict) else {}
     parts = {n: e[0] for n, e in entries.items() if isinstance(e, list) and e and n[:1] != "_"}
     for name, library in parts.items():
@@ -177,7 +177,7 @@ def _refuse_code(source: Path) -> None:
 
 
 def _check_variant(source: Path, variant: str | None) -> None:
-    """Refuse a checkpoint whose weights are all of another variant than the one asked for."""
+    """Refuse a checkpoint that does not have weights of the given variant."""
     found: dict[str, set[str | None]] = {}
     for file in source.glob("*/*"):
         if known := _WEIGHTS.fullmatch(file.name):
@@ -201,7 +201,7 @@ _WEIGHTS = re.compile(
 
 
 def _why_not(path: str | Path, source: Path, pipeline_class: Any, error: Exception) -> str:
-    """Say why a checkpoint is not loaded: it is not here, or what diffusers says."""
+    """Return why a checkpoint cannot be loaded."""
     wanted, index = pipeline_class.__name__, source / "model_index.json"
     if not index.is_file():
         return (
@@ -213,7 +213,7 @@ def _why_not(path: str | Path, source: Path, pipeline_class: Any, error: Excepti
 
 
 def _from_single_file(pipeline_class: Any, file: Path, source: str, options: dict[str, Any]) -> Any:
-    """Load a pipeline from one file, and from a checkpoint what the file does not hold."""
+    """Load a pipeline from one file, and missing components from a checkpoint."""
     if not hasattr(pipeline_class, "from_single_file"):
         raise DminError(
             f"model.single_file={file}: diffusers cannot load {pipeline_class.__name__} from one "
@@ -226,7 +226,7 @@ def _from_single_file(pipeline_class: Any, file: Path, source: str, options: dic
     lacking = [name for name in _IN_FILE if name in components and not _holds(keys, name)]
     beside = {}
     if lacking:
-        # The rest is not wanted: nothing in its place.
+        # Do not load the other components.
         rest = {
             name: None
             for name in ("unet", "transformer", *_IN_FILE)
@@ -251,20 +251,20 @@ def _from_single_file(pipeline_class: Any, file: Path, source: str, options: dic
 
 
 def _holds(keys: Sequence[str], component: str) -> bool:
-    """Say whether a file in the original layout holds the weights of a component."""
+    """Return whether a file in the original layout has the weights of a component."""
     return any(key.startswith(_IN_FILE[component]) for key in keys)
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:
-    """Replace all weights of a network, say by their moving average.
+    """Replace all weights of a network, for instance by their moving average.
 
     Args:
-        network: gets the weights.
-        path: ``.safetensors`` file with its state dict; or a folder saved by the network's
-            ``save_pretrained``, which is also what diffusers' ``EMAModel`` writes.
+        network: the network.
+        path: ``.safetensors`` file with its state dict; or a folder written by the network's
+            ``save_pretrained``, or by diffusers' ``EMAModel``.
 
     Raises:
-        DminError: no such file, or the weights are another network's.
+        DminError: there is no such file, or the weights belong to another network.
     """
     if _SHAPES_ALONE.get():
         return

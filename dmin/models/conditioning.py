@@ -15,15 +15,15 @@ class Captioned(TextConditioned):
     """Conditioned on captions.
 
     Args:
-        pipeline: of diffusers, with all its components.
-        empty_captions: ``raise`` an error at a caption of no words, or ``keep`` it: what the model
-            knows as the unconditional case.
-        sample_size: height and width of generated images in pixels; None for the model's own.
-        settings: of the next class.
+        pipeline: a diffusers pipeline with all its components.
+        empty_captions: ``raise`` an error for an empty caption, or ``keep`` it, as the model's
+            unconditional case.
+        sample_size: height and width of generated images in pixels; None for the model's default.
+        settings: settings of the base classes.
     """
 
-    # What the pipeline's encode_prompt is told beside captions and device, and what the network
-    # calls that which it returns; what has no name is not needed.
+    # Further arguments of the pipeline's encode_prompt, and the network's names of its results;
+    # None for results that are not used.
     encoding: ClassVar[dict[str, Any]] = {"do_classifier_free_guidance": False}
     encoded: ClassVar[tuple[str | None, ...]]
 
@@ -43,7 +43,7 @@ class Captioned(TextConditioned):
 
     @classmethod
     def reads_captions(cls, settings: Mapping[str, Any]) -> bool:
-        """Say whether examples need captions: unless it is never told any."""
+        """Return whether examples need captions: not if the prompt is always dropped."""
         asked = (settings.get(name) for name in ("query_guidance", "query_without"))
         return any(each is not None for each in asked) or settings.get("prompt_dropout", 0) < 1
 
@@ -69,7 +69,7 @@ class Captioned(TextConditioned):
         return self._encode(prompts, **self.encoding)
 
     def _encode(self, prompts: Sequence[Any], **told: Any) -> Condition:
-        """Return what the text encoders make of prompts, by the network's names."""
+        """Return the text encoders' results for prompts, by the network's names."""
         texts, device = self._texts(prompts), self._text_device
         found = self.pipeline.encode_prompt(texts, device=device, **told)
         return {name: x for name, x in zip(self.encoded, found, strict=False) if name}
@@ -91,7 +91,7 @@ class Captioned(TextConditioned):
 
     @property
     def _text_device(self) -> torch.device:
-        """Where the text encoders are."""
+        """The device of the text encoders."""
         parts = self.pipeline.components.items()
         encoders = (e for name, e in parts if name.startswith("text_encoder"))
         modules = (e for e in encoders if isinstance(e, nn.Module))
@@ -99,12 +99,12 @@ class Captioned(TextConditioned):
 
 
 class LongCaptioned(Captioned):
-    """Conditioned on captions of a chosen length: T5 and language models take any.
+    """Conditioned on captions of a chosen length, as T5 and language models allow.
 
     Args:
-        pipeline: of diffusers, with all its components.
-        max_sequence_length: tokens kept of a caption; None for the family's own number.
-        settings: of the next class.
+        pipeline: a diffusers pipeline with all its components.
+        max_sequence_length: most tokens of a caption; None for the family's default.
+        settings: settings of the base classes.
     """
 
     own_length: int
@@ -129,7 +129,7 @@ class LongCaptioned(Captioned):
 
 
 class MicroConditioning(NamedTuple):
-    """The sizes that a model is told of an image; height before width, top before left."""
+    """The sizes of an image as conditions; height before width, top before left."""
 
     original: tuple[int, int]
     crop: tuple[int, int]
@@ -143,19 +143,19 @@ SIZE_COLUMNS = {
 
 
 class SizeConditioning(Captioned):
-    """Conditioned on the sizes of images, too (micro-conditioning, Podell et al. 2023).
+    """Also conditioned on the sizes of images (micro-conditioning, Podell et al. 2023).
 
     Args:
-        pipeline: of diffusers, with all its components.
-        sizes_from: where an example's original size and crop come from. ``image``: its file, before
-            the data's size and crop were applied, and where the cut was. ``metadata``: its columns
-            original_height, original_width, crop_top and crop_left, for files that were scaled and
-            cropped before. ``cut``: the size of the image as it is given, and no crop, as some
-            trainers tell it.
-        original_size: height and width before scaling, the same for all.
-        crop: top and left of the cut, in the scaled image, the same for all.
-        target_size: height and width after cropping; None for those of the image given.
-        settings: of the next class.
+        pipeline: a diffusers pipeline with all its components.
+        sizes_from: source of an example's original size and crop. ``image``: the size of its file
+            before the data's scaling and cropping, and the position of that crop. ``metadata``:
+            the columns original_height, original_width, crop_top and crop_left, for files that
+            were scaled and cropped before. ``cut``: the size of the image after cropping, and no
+            crop, as some trainers do.
+        original_size: height and width before scaling, for all examples.
+        crop: top and left of the crop in the scaled image, for all examples.
+        target_size: height and width after cropping; None for those of the image.
+        settings: settings of the base classes.
     """
 
     def __init__(
@@ -183,13 +183,13 @@ class SizeConditioning(Captioned):
         self.target_size: tuple[int, int] | None = _pair(target_size, "target_size")
 
     def describe(self) -> dict[str, Any]:
-        """Return what defines latents, condition and loss, the sizes told included."""
+        """Return what defines latents, condition and loss, including the sizes."""
         sizes = {"original_size": self.original_size, "target_size": self.target_size}
         told = {**sizes, "crop": self.crop, "sizes_from": self.sizes_from}
         return {**super().describe(), **told}
 
     def facts_of_samples(self) -> dict[str, Any]:
-        """Return the sizes that the sampler was told, as columns of metadata."""
+        """Return the sizes used in sampling, as columns of metadata."""
         size = self._generated_size()
         told = {"original": self.original_size or size, "crop": self.crop or (0, 0)}
         return {
@@ -199,7 +199,7 @@ class SizeConditioning(Captioned):
         }
 
     def _micro_conditioning(self, batch: Mapping[str, Any]) -> list[MicroConditioning]:
-        """Return the sizes that the model is told of each image."""
+        """Return the sizes of each image as conditions."""
         height, width = batch["image"].shape[-2:]
         count = len(batch["image"])
         return [
@@ -212,7 +212,7 @@ class SizeConditioning(Captioned):
         ]
 
     def _size_of(self, batch: Mapping[str, Any], i: int, name: str) -> tuple[int, int] | None:
-        """Return the original size or the crop of one example, from where it is to be read."""
+        """Return the original size or the crop of one example, as ``sizes_from`` selects."""
         if self.sizes_from == "cut":
             return None
         if self.sizes_from == "image":

@@ -20,15 +20,14 @@ from dmin.runtime.errors import DminError
 
 _FAULTS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 _SEEN: WeakSet[nn.Module] = WeakSet()
-"""Models whose encodings do not depend on how many examples there are."""
+"""Models whose encodings were checked not to depend on the number of examples."""
 
 
 def check_model(model: Any) -> None:
-    """Refuse a model without what every model has.
+    """Refuse a model without the required members.
 
     Raises:
-        DminError: it has no network with parameters that have values, no ``predict``, or no
-            timesteps.
+        DminError: it has no network with initialised parameters, no ``predict``, or no timesteps.
     """
     network = getattr(model, "network", None)
     if not isinstance(network, nn.Module) or next(network.parameters(), None) is None:
@@ -77,7 +76,7 @@ def check_weights(network: nn.Module) -> None:
 
 
 def check_precision(network: nn.Module) -> None:
-    """Refuse weights in which gradients are lost, and a precision that no fingerprint tells.
+    """Refuse weights in which gradients are lost, and a precision missing from the fingerprint.
 
     Raises:
         DminError: float16 weights, or ``torch.autocast`` around the collection.
@@ -93,16 +92,16 @@ def check_precision(network: nn.Module) -> None:
 
 
 def encoded(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
-    """Return what a model encodes a batch as, checked.
+    """Return the checked result of a model's ``encode``.
 
-    The first example of a model of one's own without encoders is encoded a second time, alone.
+    For a user's own model without encoders, the first example is also encoded alone, once.
 
     Args:
         model: a :class:`~dmin.models.base.DiffusionModel`.
-        batch: as its ``encode`` takes it.
+        batch: the argument of its ``encode``.
 
     Raises:
-        DminError: ``encode`` fails, or returns what it must not.
+        DminError: ``encode`` fails, or its result violates the contract.
     """
     if "drawn" in batch:
         return side_by_side([encoded(model, each) for each in batch["drawn"]])
@@ -110,7 +109,7 @@ def encoded(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
     count = len(batch["id"])
     is_own = not type(model).__module__.startswith("dmin.")
     if is_own and count > 1 and model not in _SEEN and not getattr(model, "encoders", {}):
-        # An axis may be as long as the batch by chance.
+        # The first axis of a condition may have the batch's length by chance.
         alone = _encoded(model, {name: value[:1] for name, value in batch.items()})
         for name, value in alone[1].items():
             same = torch.equal(value, found[1][name]) if name.startswith(SHARED) else True
@@ -127,14 +126,14 @@ def encoded(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
 
 
 def predicted(model: Any, batch: NoisedBatch) -> Prediction:
-    """Return what a model predicts for noised examples, checked.
+    """Return the checked result of a model's ``predict`` for noised examples.
 
     Args:
         model: a :class:`~dmin.models.base.DiffusionModel`.
         batch: the noised examples.
 
     Raises:
-        DminError: ``predict`` or the network fails, or returns what it must not.
+        DminError: ``predict`` or the network fails, or the result violates the contract.
     """
     try:
         found = predict(model, batch)
@@ -147,7 +146,7 @@ def predicted(model: Any, batch: NoisedBatch) -> Prediction:
 
 
 class _Declared(Mapping[str, Any]):
-    """The metadata of an example, of which a model may read what it declares."""
+    """The metadata of an example, restricted to the columns that the model declares."""
 
     def __init__(self, model: Any, known: Mapping[str, Any]) -> None:
         columns = ("label", "caption", *getattr(model, "metadata_columns", ()))
@@ -155,7 +154,7 @@ class _Declared(Mapping[str, Any]):
         self._columns, self._model = columns, _of(model)
 
     def __getitem__(self, column: str) -> Any:
-        """Return the value of a column that is declared."""
+        """Return the value of a declared column."""
         if column not in self._columns:
             raise DminError(
                 f"{self._model}.encode reads {column!r} of the metadata, which may change after a "
@@ -165,11 +164,11 @@ class _Declared(Mapping[str, Any]):
         return self._known[column]
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the names of columns that are declared, and there."""
+        """Iterate over the names of declared columns that exist."""
         return iter(self._known)
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of declared columns that exist."""
         return len(self._known)
 
 
@@ -209,7 +208,7 @@ def _encoded(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
 
 
 def _check_condition(name: str, key: Any, value: Any, count: int) -> None:
-    """Refuse a condition that has no row an example and is not said to be shared."""
+    """Refuse a condition that neither has one row per example nor is named as shared."""
     if not isinstance(value, Tensor):
         raise DminError(
             f"{name} returns {_kind(value)} as the condition {key!r}. It must be a tensor with one "
@@ -260,8 +259,8 @@ def _check_prediction(found: Any, count: int, name: str) -> None:
 
 
 def _explain(error: Exception, what: str) -> NoReturn:
-    """Raise what a model raised as an error of the model, with the place in its code."""
-    # Another process that is gone is no fault of the model; who runs the job explains it.
+    """Raise a model's exception as a DminError with the line of its code."""
+    # The loss of another process is not an error of the model; the session explains it.
     if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
         raise error
     if isinstance(error, torch.OutOfMemoryError):

@@ -13,21 +13,21 @@ from dmin.runtime.errors import DminError
 
 
 def from_pipeline(pipeline: Any, **settings: Any) -> DiffusionModel:
-    """Return the model of a pipeline in hand: its weights as they are, adapters and EMA included.
+    """Return the model of a loaded pipeline with its current weights, including adapters and EMA.
 
-    The model has modules of its own around the same weights, so that neither modes, flags nor
-    places of the pipeline change. Stores know it by its weights.
+    The model has its own modules with the same weights, so that modes, flags and devices of the
+    pipeline do not change. Stores identify it by its weights.
 
     >>> model = dmin.from_pipeline(pipe)
     >>> store = dmin.GradientCollector(model).collect(images, "outputs/train")
 
     Args:
-        pipeline: of diffusers, with all its components.
-        settings: of its family, as ``conf/model/<family>.yaml`` has them.
+        pipeline: a diffusers pipeline with all its components.
+        settings: settings of its family, as in ``conf/model/<family>.yaml``.
 
     Raises:
-        DminError: no family is it, a component is missing, or it is being moved in and out of a
-            device.
+        DminError: no family supports it, a component is missing, or it uses offloading or other
+            hooks of diffusers.
     """
     family = all_families()[of_pipeline(kind_in_hand(pipeline), "the pipeline")]
     parts: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def from_pipeline(pipeline: Any, **settings: Any) -> DiffusionModel:
 
 
 def _with(parts: dict[str, Any], pipeline: Any, family: Any) -> Any:
-    """Return a pipeline with other parts; of those that only sample otherwise, the family's own."""
+    """Return a pipeline with other parts; a variant for sampling becomes the family's pipeline."""
     if kind_in_hand(pipeline) in (family.claims.pipelines[0], *family.claims.own):
         own = copy.copy(pipeline)
         for name, part in parts.items():
@@ -66,10 +66,10 @@ def _with(parts: dict[str, Any], pipeline: Any, family: Any) -> Any:
 
 
 def _around(module: nn.Module) -> nn.Module:
-    """Return a copy of a module's structure around the same memory."""
+    """Return a copy of a module's structure that shares its tensors."""
     shared: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
     for parameter in module.parameters():
-        # Others than torch's own are of quantised layers, and carry more than their numbers.
+        # Other classes belong to quantised layers, and have further attributes.
         plain = type(parameter) is nn.Parameter
         same = nn.Parameter(parameter.data, parameter.requires_grad) if plain else parameter
         shared[id(parameter)] = same

@@ -11,20 +11,20 @@ from torch import Tensor
 from dmin.runtime.errors import DminError
 from dmin.runtime.files import read_regular
 
-FILE = "labels.json"  # beside model_index.json: names of the classes, in the order of their numbers
+FILE = "labels.json"  # next to model_index.json: names of the classes in the order of their numbers
 _MOST = 1 << 24  # bytes
 
 
 def class_labels(prompts: Sequence[Any], classes: int, names: Sequence[str] = ()) -> Tensor:
-    """Return labels as the numbers of classes, ``[len(prompts)]``.
+    """Return labels as numbers of classes, ``[len(prompts)]``.
 
     Args:
         prompts: the labels.
-        classes: how many the model knows.
-        names: of the classes, if it was trained on labels that are text.
+        classes: number of classes of the model.
+        names: names of the classes, if the model was trained on text labels.
 
     Raises:
-        DminError: one of them is none of these.
+        DminError: a label is not a class of the model.
     """
     numbers = {name: number for number, name in enumerate(names)}
     known = numbers if names else range(classes)
@@ -44,10 +44,10 @@ def class_labels(prompts: Sequence[Any], classes: int, names: Sequence[str] = ()
 
 
 def names_of(labels: Iterable[Any], classes: int) -> list[str]:
-    """Return the names of the classes of labels that are text, sorted.
+    """Return the sorted names of the classes of text labels.
 
     Raises:
-        DminError: not all are text, or there are more than a model has classes.
+        DminError: not all labels are text, or there are more than ``classes``.
     """
     found = set(labels)
     odd = [label for label in found if not isinstance(label, str)]
@@ -66,13 +66,13 @@ def names_of(labels: Iterable[Any], classes: int) -> list[str]:
 
 
 def save_names(names: Sequence[str], folder: Path) -> None:
-    """Keep the names of classes in the folder of a model, if it has some."""
+    """Save the names of classes in the folder of a model, if there are any."""
     if names:
         (folder / FILE).write_text(json.dumps(list(names), ensure_ascii=False, indent=1) + "\n")
 
 
 def load_names(folder: Path, classes: int | None) -> list[str]:
-    """Return the names of classes that are kept in the folder of a model; none for numbers.
+    """Return the names of classes in the folder of a model; empty if labels are numbers.
 
     Raises:
         DminError: the file is damaged.
@@ -93,5 +93,5 @@ def load_names(folder: Path, classes: int | None) -> list[str]:
 
 
 def spelled(names: Sequence[str], most: int = 12) -> str:
-    """Return names for a message, the first of many."""
+    """Return the first names as text for a message."""
     return ", ".join(names[:most]) + (f", … ({len(names)})" if len(names) > most else "")

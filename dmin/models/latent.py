@@ -19,29 +19,30 @@ from dmin.models.relatives import check_component, check_inputs
 from dmin.models.schedulers import check_variance, diffusers_name
 from dmin.runtime.errors import DminError
 
-DROPPED = "dropped."  # before the names of conditions that stand for no prompt
+DROPPED = "dropped."  # name prefix of conditions without the prompt
 
 
 class LatentDiffusion(PipelineModel):
     """A diffusion model of the latents of a VAE.
 
     Args:
-        pipeline: of diffusers, with all its components.
-        latents: ``mode`` of the VAE's posterior, or ``sample``: a draw, the same noise for all
-            images, so that equal images keep equal latents.
-        latent_seed: key of that draw.
-        prompt_dropout: p, the share of training steps that had no prompt. The loss is then its mean
-            over them, ``(1 − p) L(prompt) + p L(no prompt)``, at twice the cost; 0 takes the prompt
-            always, 1 never.
-        guidance_scale: of sampling; None for the pipeline's default.
-        query_guidance: w, of queries. None: a query's loss is that of a training example. A number:
-            it is that of the guided prediction ``∅ + w (c − ∅)`` which the sampler followed, at
-            twice the cost. The training side stays as it was trained, without guidance.
-        query_without: c⁻, a prompt (or class) that queries are asked about without: a query's loss
-            is ``‖sg[ε(c) + (ε(c) − ε(c⁻))] − ε(c)‖²``, whose gradient is what makes the model's
-            predictions for the two prompts differ (Concept-TRAK, arXiv 2507.06547, its utility
-            part; its λ is a length, which unit rows have not). At twice the cost.
-        settings: of :class:`~dmin.models.trained.TrainedModel`.
+        pipeline: a diffusers pipeline with all its components.
+        latents: ``mode`` of the VAE's posterior, or ``sample``: a draw with the same noise for all
+            images, so that equal images have equal latents.
+        latent_seed: key of that noise.
+        prompt_dropout: p, the fraction of training steps without prompt. The loss is the mean over
+            both cases, ``(1 − p) L(prompt) + p L(no prompt)``, at twice the cost; with p = 0 the
+            prompt is always used, with p = 1 never.
+        guidance_scale: guidance in sampling; None for the pipeline's default.
+        query_guidance: w, for queries only. None: a query has the loss of a training example. A
+            number: it has the loss of the guided prediction ``∅ + w (c − ∅)`` that the sampler
+            uses, at twice the cost. Training examples have no guidance, as in training.
+        query_without: c⁻, a prompt (or class) with which queries are contrasted. A query's loss is
+            ``‖sg[ε(c) + (ε(c) − ε(c⁻))] − ε(c)‖²`` with stop-gradient sg; its gradient increases
+            the difference of the predictions for the two prompts (the utility part of
+            Concept-TRAK, arXiv 2507.06547; its factor λ cancels in normalised rows). At twice the
+            cost.
+        settings: settings of :class:`~dmin.models.trained.TrainedModel`.
 
     Raises:
         DminError: a setting does not fit the pipeline.
@@ -49,11 +50,11 @@ class LatentDiffusion(PipelineModel):
 
     processes: ClassVar[tuple[type[Process], ...]] = (DiscreteDiffusion,)
     shifted: ClassVar[bool] = False  # its pipelines use the autoencoder's shift_factor
-    own_size: ClassVar[int] = 64  # of sampled latents, where the network's config does not tell
-    of_frames: ClassVar[bool] = False  # its network takes frames, an image as a single one
+    own_size: ClassVar[int] = 64  # side of sampled latents, if the network's config has none
+    of_frames: ClassVar[bool] = False  # its network takes frames; an image is a single frame
     sample_frames: int = 1
-    # How the network is called: by which name it is told the time, as what (the timestep, σ, or the
-    # signal 1 − σ), and the sign that makes its output the process's target.
+    # Call of the network: the name of its time argument, the unit of that (the timestep, σ, or the
+    # signal 1 − σ), and the sign by which the output becomes the target of the process.
     time_name: ClassVar[str] = "timestep"
     time_unit: ClassVar[Literal["timestep", "sigma", "signal"]] = "timestep"
     sign: ClassVar[int] = 1
@@ -97,7 +98,7 @@ class LatentDiffusion(PipelineModel):
         self.without: str | int | None = None
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
-        """Return latents and condition, computed where the encoders are, on the images' device."""
+        """Return latents and condition, computed on the encoders' device, on the images' device."""
         image = batch["image"]
         told = self.patch, self.of_frames, batch["id"][0], type(self).__name__
         vae.check_size(self.pipeline.vae, image, *told)
@@ -110,7 +111,7 @@ class LatentDiffusion(PipelineModel):
         return x0, {k: v.to(image.device) for k, v in condition.items()}
 
     def _prompted(self, batch: Mapping[str, Any]) -> Condition:
-        """Return the conditions that come from prompts, or from there being none."""
+        """Return the conditions for prompts and, where needed, for no prompt."""
         guided = self.guidance is not None or self.without is not None
         with_prompt = guided or self.prompt_dropout < 1
         given = self._embedded(self._prompts(batch)) if with_prompt else {}
@@ -130,7 +131,7 @@ class LatentDiffusion(PipelineModel):
         return {**given, **nothing}
 
     def for_queries(self) -> Self:
-        """Return the model that queries are differentiated with; it shares the network."""
+        """Return the model with the loss of queries; it shares the network."""
         if not self.describe_query():
             return self
         asked = copy.copy(self)
@@ -138,12 +139,12 @@ class LatentDiffusion(PipelineModel):
         return asked
 
     def describe_query(self) -> dict[str, Any]:
-        """Return the guidance of queries, or what they are asked about without."""
+        """Return the guidance of queries, or the prompt with which they are contrasted."""
         found = {"guidance": self.query_guidance, "without": self.query_without}
         return {name: value for name, value in found.items() if value is not None}
 
     def condition(self, prompts: Sequence[Any]) -> Condition:
-        """Return the part of the condition that comes from prompts, on the network's device."""
+        """Return the part of the condition that depends on prompts, on the network's device."""
         device = next(self.network.parameters()).device
         return {k: v.to(device) for k, v in self._embedded(prompts).items()}
 
@@ -158,7 +159,7 @@ class LatentDiffusion(PipelineModel):
 
         def predicted(condition: Condition) -> Prediction:
             output = self._predict(told.to(dtype), time, condition).to(x0.dtype)
-            # A learned variance comes after the mean.
+            # A learned variance follows the mean.
             mean, *variance = output.split(x0.shape[1], dim=1)
             bound = self._bound(x0, noised.sample, t, mean, variance[0]) if variance else None
             return self._judged(noised, t, mean, bound)
@@ -188,35 +189,35 @@ class LatentDiffusion(PipelineModel):
         }
 
     def _embedded(self, prompts: Sequence[Any] | None) -> Condition:
-        """Return what is kept of prompts, or of there being none (None), until a pass."""
+        """Return the stored condition of prompts, or of no prompt (None)."""
         return self._no_prompt() if prompts is None else self._embed(prompts)
 
     @abstractmethod
     def _prompts(self, batch: Mapping[str, Any]) -> Sequence[Any]:
-        """Return what a batch is conditioned on; checked, so that messages can name the example."""
+        """Return the checked prompts of a batch; messages name the example."""
 
     @abstractmethod
     def _embed(self, prompts: Sequence[Any]) -> Condition:
         """Return the condition of prompts."""
 
     def _no_prompt(self) -> Condition:
-        """Return the condition of no prompt, one row: what sampling steps away from."""
+        """Return the unconditional condition of guidance, one row."""
         return self._embed([""])
 
     def _bound(
         self, x0: Tensor, noised: Tensor, t: Tensor, mean: Tensor, variance: Tensor
     ) -> Tensor | None:
-        """Return what the loss adds for a learned variance, if anything."""
+        """Return the term of the loss for a learned variance, if any, ``[batch]``."""
         return None
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Call the network; t as the process has it."""
+        """Call the network; t is in the unit of the process."""
         told = {self.time_name: self._time(t), **self._told(noised, condition)}
         output = self.denoiser(self._tokens(noised), **told, return_dict=False)[0]
         return self.sign * self._latents(output, noised.shape)
 
     def _time(self, t: Tensor) -> Tensor:
-        """Return timesteps as the network is told them, ``[batch]``."""
+        """Return timesteps in the unit of the network, ``[batch]``."""
         if self.time_unit == "sigma":
             return t.to(self.network.dtype) / self.process.num
         return t if self.time_unit == "timestep" else 1 - t / self.process.num
@@ -226,29 +227,29 @@ class LatentDiffusion(PipelineModel):
         return dict(condition)
 
     def _tokens(self, latents: Tensor) -> Any:
-        """Return latents ``[batch, C, h, w]``, or with frames, as the network takes them."""
+        """Return latents ``[batch, C, h, w]``, or with frames, in the network's input format."""
         if self.of_frames and latents.ndim == 4:
             return latents.unsqueeze(2)
         return vae.pack(latents) if self.claims.packing > 1 else latents
 
     def _latents(self, tokens: Any, shape: Sequence[int]) -> Tensor:
-        """Return latents of a shape, of what the network takes or returns."""
+        """Return latents of a shape from the network's input or output format."""
         if self.of_frames and len(shape) == 4:
             return tokens.squeeze(2)
         return vae.unpack(tokens, shape) if self.claims.packing > 1 else tokens
 
     def _sizes(self, batch: Mapping[str, Any]) -> Condition:
-        """Return conditions that come from the images' sizes, one row an image."""
+        """Return conditions that depend on the images' sizes, one row per image."""
         return {}
 
     @property
     def vae_factor(self) -> int:
-        """Pixels that one latent pixel stands for, in each direction."""
+        """Pixels per latent pixel, in each direction."""
         return vae.factor(self.pipeline.vae)
 
     @property
     def patch(self) -> int:
-        """Latent pixels that make one token, in each direction."""
+        """Latent pixels per token, in each direction."""
         if self.claims.packing > 1:
             return math.isqrt(self.claims.packing)
         size = self.network.config.get("patch_size") or 1
@@ -270,10 +271,10 @@ class LearnedVariance(LatentDiffusion):
     """A denoiser that predicts the variance of its steps as well (Nichol & Dhariwal 2021).
 
     Args:
-        pipeline: of diffusers, with all its components.
-        variance_loss: add the variational bound that trained the variance, as in the published
-            training code; off, the loss is that of the mean alone, as in most fine-tuning.
-        settings: of :class:`LatentDiffusion`.
+        pipeline: a diffusers pipeline with all its components.
+        variance_loss: add the variational bound that trains the variance, as in the published
+            training code; if False, the loss is that of the mean, as in most fine-tuning.
+        settings: settings of :class:`LatentDiffusion`.
     """
 
     def __init__(self, pipeline: Any, *, variance_loss: bool = False, **settings: Any) -> None:

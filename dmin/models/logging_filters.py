@@ -5,24 +5,24 @@ import re
 import warnings
 from typing import Any
 
-# Logger -> the beginning of records that ask nothing of whoever runs dmin.
+# Logger -> the beginning of records that need no action by the user.
 _LEFT_OUT = {
-    # Images are then scaled by Pillow instead.
+    # Pillow scales images instead.
     "transformers.utils.import_utils": r"`\w+ImageProcessor` requires torchvision",
-    # Of such captions the pipeline says itself that they are cut.
+    # The pipeline itself reports that such captions are truncated.
     "transformers.tokenization_utils_base": r"Token indices sequence length is longer",
-    # What there is not, what to install, and that a training ended where it was to end.
+    # Unavailable devices, advertisements, and the regular end of training.
     "lightning.pytorch.utilities.rank_zero": r"[A-Z]PU available|💡|`Trainer.fit` stopped: `max_",
 }
 
 
 class _Once(logging.Filter):
-    """Lets a pipeline say once that captions are cut, instead of printing each."""
+    """Reports once per pipeline that captions are truncated, instead of for each caption."""
 
     said = False
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether a record is to be printed."""
+        """Return whether a record is printed."""
         if "truncated" not in str(record.msg):
             return True
         told, self.said = self.said, True
@@ -33,18 +33,18 @@ class _Once(logging.Filter):
 
 
 def filter_logging() -> None:
-    """Have the libraries keep quiet about what asks nothing of the user."""
+    """Suppress messages of the libraries that need no action by the user."""
     for name, beginning in _LEFT_OUT.items():
 
         def wanted(record: logging.LogRecord, beginning: str = beginning) -> bool:
             return not re.match(beginning, str(record.msg))
 
         logging.getLogger(name).addFilter(wanted)
-    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # Lightning's own affair
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # internal to Lightning
 
 
 def hide_bars() -> None:
-    """Have the libraries show no bars while they load."""
+    """Disable the libraries' progress bars while they load."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -53,7 +53,7 @@ def hide_bars() -> None:
 
 
 def say_once(pipeline: Any) -> None:
-    """Have a pipeline tell of captions that are too long only once."""
+    """Have a pipeline report captions that are too long only once."""
     logger = logging.getLogger(type(pipeline).__module__)
     if not any(isinstance(known, _Once) for known in logger.filters):
         logger.addFilter(_Once())

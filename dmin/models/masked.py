@@ -14,20 +14,20 @@ from dmin.models.base import Condition, Prediction
 from dmin.runtime.errors import DminError
 
 COUNT = "loss_count"
-"""The name of how often each pair counts in a sum over examples; no network is told it."""
+"""Condition with the weight of each pair in a sum over examples; not passed to the network."""
 MASK = "loss_mask"
-"""The name of a mask among the conditions, from encoding to the loss; no network is told it."""
+"""Condition with the mask of the loss; not passed to the network."""
 
 
 def encode(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
-    """Return what a model encodes a batch as, and the masks at the places of x0 if there are some.
+    """Return the result of a model's ``encode``, with masks at the resolution of x0 if any.
 
     Args:
         model: a :class:`~dmin.models.base.DiffusionModel`.
-        batch: as its ``encode`` takes it; ``mask [batch, 1, H, W]`` or None beside the images.
+        batch: the argument of its ``encode``, optionally with ``mask [batch, 1, H, W]``.
 
     Raises:
-        DminError: x0 has no places that a mask could be laid over.
+        DminError: there are masks, and x0 is not an image.
     """
     if "drawn" in batch:
         return side_by_side([encode(model, each) for each in batch["drawn"]])
@@ -45,7 +45,7 @@ def encode(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
 
 
 def side_by_side(draws: Sequence[tuple[Tensor, Condition]]) -> tuple[Tensor, Condition]:
-    """Return what draws of the same examples are encoded as, an example's draws together."""
+    """Join the encodings of several draws of the same examples; draws of one are adjacent."""
     x0 = torch.stack([x0 for x0, _ in draws], 1).flatten(0, 1)
     return x0, {
         name: value
@@ -56,12 +56,12 @@ def side_by_side(draws: Sequence[tuple[Tensor, Condition]]) -> tuple[Tensor, Con
 
 
 def count_of(batch: NoisedBatch) -> Tensor:
-    """Return how often each pair counts in a sum over examples, ``[pairs]``: once, mostly."""
+    """Return the weight of each pair in a sum over examples, ``[pairs]``, usually 1."""
     return batch.condition.get(COUNT, torch.ones(len(batch.t), device=batch.t.device))
 
 
 def predict(model: Any, batch: NoisedBatch) -> Prediction:
-    """Return what a model predicts for noised examples, with the mask of their loss."""
+    """Return the result of a model's ``predict`` for noised examples, with the loss mask."""
     told = {name: v for name, v in batch.condition.items() if name not in (MASK, COUNT)}
     found, mask = model.predict(*batch[:3], told), batch.condition.get(MASK)
     if mask is None:

@@ -13,7 +13,7 @@ gradient_of(FP32LayerNorm, features=lambda layer, output: len(layer.normalized_s
 @gradient_of(RMSNorm, features=lambda layer, output: len(layer.dim))
 def rms_norm(layer: RMSNorm, a: Tensor, d: Tensor, batch: int) -> dict[str, GradientFactors]:
     """Return ``Σ d·â`` and ``Σ d`` over tokens, with ``â = a / √(mean(a²) + eps)``."""
-    # The mean in float32, as the layer itself takes it in double precision, too.
+    # The mean in float32, as in the layer, even for float64.
     mean = a.float().square().mean(-1, keepdim=True)
     normalised = wide(a) * torch.rsqrt(mean + layer.eps)
     return affine(normalised, wide(d), tuple(layer.dim), batch)

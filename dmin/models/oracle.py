@@ -23,20 +23,20 @@ from dmin.models.vae import latent_channels
 
 
 class _Decoded(Exception):
-    """Holds the latents that the autoencoder was asked to decode."""
+    """Carries the latents that the pipeline passed to the autoencoder."""
 
 
 @torch.no_grad()
 def sampling_error(model: LatentDiffusion, steps: int = 4, seed: int = 0) -> float:
-    """Return ``‖x − x0‖ / ‖x0‖`` of what the pipeline comes to with the best network for x0.
+    """Return ``‖x − x0‖ / ‖x0‖`` of the pipeline's result x with the optimal network for x0.
 
-    It is about 1e-6; at most 5e-2 where sampling ends before there is no noise, or rounds its
-    timesteps; about 1 or more, or NaN, where the family does not fit.
+    It is about 1e-6, or up to 5e-2 if sampling stops at some noise or rounds its timesteps. It is
+    about 1 or more, or NaN, if the family does not fit.
 
     Args:
-        model: its network is called by nobody, and it is given back as it was.
-        steps: of sampling.
-        seed: of x0, uniform in ±1, and of sampling.
+        model: the model; it is restored, and its network is not called.
+        steps: number of sampling steps.
+        seed: seed of x0, uniform in ±1, and of sampling.
     """
     best = _BestNetwork(model, seed)
     prompt = "a photo" if isinstance(model, Captioned) else 0
@@ -44,7 +44,7 @@ def sampling_error(model: LatentDiffusion, steps: int = 4, seed: int = 0) -> flo
     with ExitStack() as undo, _replaced(autoencoder, "decode", _decoded):
         for name, network in model.networks.items():
             undo.enter_context(_replaced(network, "forward", partial(best, name)))
-        if "strength" in model.sampled_with:  # else an image is left where sampling ends early
+        if "strength" in model.sampled_with:  # otherwise part of the image is left
             whole = {**model.sampled_with, "strength": 1.0}
             undo.enter_context(_replaced(model, "sampled_with", whole))
         try:
@@ -55,7 +55,7 @@ def sampling_error(model: LatentDiffusion, steps: int = 4, seed: int = 0) -> flo
 
 
 def example_given(model: LatentDiffusion, seed: int = 0) -> dict[str, Tensor] | None:
-    """Return images of noise for the sampler of a model that is given some; None for others."""
+    """Return random images for a sampler that takes images; None for other models."""
     if not model.given_images:
         return None
     drawn, size = torch.Generator().manual_seed(seed), model._generated_size()
@@ -65,7 +65,7 @@ def example_given(model: LatentDiffusion, seed: int = 0) -> dict[str, Tensor] | 
 
 
 class _BestNetwork:
-    """What a family's network would say if there were no data but one x0."""
+    """The optimal network of a family for a data set of one x0."""
 
     def __init__(self, model: LatentDiffusion, seed: int) -> None:
         self.model, self.seed = model, seed
@@ -79,27 +79,27 @@ class _BestNetwork:
         self.sides = vae.latent_sides(model.pipeline.vae, (*frames, *model._generated_size()))
 
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Answer as the ``forward`` of the network of a name."""
+        """Compute the output of a network, given by name, for the arguments of its ``forward``."""
         model, told = self.model, {**dict(zip(self.names, args, strict=False)), **kwargs}
         given = told[self.names[0]]
         sample = model._latents(given, (len(given), 1, *self.sides)).float()
         sample = sample[:, : latent_channels(model.pipeline.vae.config)]
         if not self.x0.numel():
             drawn = torch.Generator().manual_seed(self.seed)
-            # In the range to which some samplers clip.
+            # Within the range to which some samplers clip.
             x0 = 2 * torch.rand(1, *sample.shape[1:], generator=drawn) - 1
             self.x0 = x0.to(sample)
         t = self._timestep(told[model.time_name]).to(sample.device).expand(len(sample))
         output = model.sign * model.process.optimum(self.x0, sample, t)
         if any(name in unused.split(".") for unused in model.unused_at(float(t[0]))):
-            output = output * torch.nan  # another network is claimed to serve this timestep
+            output = output * torch.nan  # the family claims another network for this timestep
         if self.learns_variance:
             output = torch.cat([output, torch.zeros_like(output)], 1)
         like = given[0] if isinstance(given, list) else given
         return Transformer2DModelOutput(sample=model._tokens(output.to(like.dtype)))
 
     def _timestep(self, told: Any) -> Tensor:
-        """Return the sampler's timestep of which the network is told, as the family claims it."""
+        """Return the sampler's timestep that is nearest to ``told`` in the network's unit."""
         scheduled = self.model.pipeline.scheduler.timesteps.float()
         claimed = self.model._time(self.model.process.time(scheduled)).float()
         time = torch.as_tensor(told).flatten()[0].to(claimed)
@@ -112,7 +112,7 @@ def _decoded(latents: Tensor, *_: Any, **__: Any) -> None:
 
 @contextmanager
 def _replaced(module: nn.Module, name: str, other: Any) -> Iterator[None]:
-    """Have a module's method or attribute of the class be another for a while."""
+    """Context in which a method, or a class attribute, of a module is replaced."""
     own = vars(module).get(name)
     setattr(module, name, other)
     try:

@@ -24,21 +24,21 @@ from dmin.runtime.transfer import kept_devices
 
 
 class PipelineModel(TrainedModel):
-    """A pipeline of diffusers: its network, its encoders and its sampler.
+    """A diffusers pipeline: its network, encoders and sampler.
 
-    Only :attr:`network` is a child module: moving the model moves the network, and the pipeline's
-    :attr:`encoders` stay where they are.
+    Only :attr:`network` is a child module: moving the model moves the network, but not the
+    pipeline's :attr:`encoders`.
 
     Args:
-        pipeline: of diffusers, with all its components.
-        guidance_scale: of sampling; None for the pipeline's default.
-        settings: of :class:`~dmin.models.trained.TrainedModel`.
+        pipeline: a diffusers pipeline with all its components.
+        guidance_scale: guidance in sampling; None for the pipeline's default.
+        settings: settings of :class:`~dmin.models.trained.TrainedModel`.
     """
 
     network_name: ClassVar[str] = "transformer"
-    components: ClassVar[dict[str, Any]] = {}  # replaced when loading, or how they are read
+    components: ClassVar[dict[str, Any]] = {}  # replaced when loading: objects or functions
     sampled_with: ClassVar[dict[str, Any]] = {}  # settings of the pipeline's call
-    given_images: ClassVar[tuple[str, ...]] = ()  # what its sampler is given, as a batch has it
+    given_images: ClassVar[tuple[str, ...]] = ()  # entries of a batch that its sampler takes
 
     def __init__(self, pipeline: Any, guidance_scale: float | None, **settings: Any) -> None:
         check_pipeline(kind_in_hand(pipeline), self.family, "model")
@@ -54,7 +54,7 @@ class PipelineModel(TrainedModel):
         logging_filters.say_once(pipeline)
 
     def __init_subclass__(cls) -> None:
-        """Give ``from_pretrained`` a signature that names all settings of the family."""
+        """Give ``from_pretrained`` a signature with all settings of the family."""
         super().__init_subclass__()
         name_settings(cls, PipelineModel, "from_pretrained")
 
@@ -77,24 +77,24 @@ class PipelineModel(TrainedModel):
         """Load a checkpoint in diffusers' layout.
 
         Args:
-            path: folder with ``model_index.json``, or the name of a repository on the Hub.
-            adapter: of the network and its text encoders: file or folder, or several; of several
-                networks by the name of each, as ``ema``.
+            path: folder with ``model_index.json``, or name of a repository on the Hub.
+            adapter: adapters of network and text encoders: file or folder, or several; a mapping
+                by name of the network if there are several networks, as for ``ema``.
             embeddings: learned words (textual inversion): file or ``WORD=FILE``, or several.
             ema: other weights of the network, such as their moving average: ``.safetensors`` file,
                 or a folder that the network's or ``EMAModel``'s ``save_pretrained`` wrote.
-            base_dtype: to which the network's own weights are rounded, as they were kept while the
-                adapter was trained: see :func:`~dmin.models.adapters.quantised.round_weights`.
-            variant: of the weight files, such as ``fp16``.
+            base_dtype: type to which the network's weights are rounded, as while the adapter was
+                trained: see :func:`~dmin.models.adapters.quantised.round_weights`.
+            variant: variant of the weight files, such as ``fp16``.
             revision: branch, tag or commit on the Hub.
-            torch_dtype: of all weights; losses are computed in float32 whatever it is.
-            subfolder: folder inside ``path`` that holds the pipeline.
-            single_file: file that holds all weights in the original layout; configs and tokenizers
-                are then read from ``path``.
-            settings: of the family.
+            torch_dtype: dtype of all weights; losses are always computed in float32.
+            subfolder: folder inside ``path`` with the pipeline.
+            single_file: file with weights in the original layout; configs, tokenizers and missing
+                components are then read from ``path``.
+            settings: settings of the family.
 
         Raises:
-            DminError: no such checkpoint, or it does not fit the settings.
+            DminError: there is no such checkpoint, or it does not fit the settings.
         """
         pipeline = load_pipeline(
             cls.family,
@@ -116,7 +116,7 @@ class PipelineModel(TrainedModel):
         for name, network in networks.items():
             if name in files or embeddings is not None:
                 load_adapters(network, files.get(name, []), pipeline, embeddings)
-            embeddings = None  # into the encoders once
+            embeddings = None  # load them only once
         return cls(pipeline, **settings).eval()
 
     @classmethod
@@ -125,7 +125,7 @@ class PipelineModel(TrainedModel):
         return cls(pipeline, **settings)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Save in diffusers' layout; adapters beside the network, in the folder ``lora``."""
+        """Save in diffusers' layout, with adapters in the folder ``lora``."""
         path, own = Path(path), dict(self.pipeline.components)
         parts = {name: part for name, part in own.items() if isinstance(part, nn.Module)}
         plain = {name: without_adapters(part) for name, part in parts.items()}
@@ -145,22 +145,22 @@ class PipelineModel(TrainedModel):
 
     @classmethod
     def networks_of(cls, pipeline: Any) -> dict[str, Any]:
-        """Return the networks of a pipeline that are attributed, by their names in it."""
+        """Return the attributed networks of a pipeline, by their names in it."""
         return {cls.network_name: getattr(pipeline, cls.network_name)}
 
     @property
     def networks(self) -> dict[str, Any]:
-        """The networks that are attributed, by their names in the pipeline; one as a rule."""
+        """The attributed networks, by their names in the pipeline; usually one."""
         return self.networks_of(self.pipeline)
 
     def _whole(self, networks: Mapping[str, Any]) -> nn.Module:
-        """Return one module of all of them."""
+        """Return one module with all networks."""
         (network,) = networks.values()
         return network
 
     @property
     def denoiser(self) -> Any:
-        """The network, without text encoders that are attributed with it."""
+        """The network without text encoders that are attributed with it."""
         return self.network
 
     @property
@@ -181,18 +181,16 @@ class PipelineModel(TrainedModel):
         steps: int = 50,
         given: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Generate by the pipeline itself, with its scheduler and a generator for each image.
+        """Generate with the pipeline and its scheduler, with a random generator per image.
 
         Args:
             prompts: class labels or captions.
-            seeds: as many.
-            steps: denoising steps.
-            given: ``image`` and ``condition_image`` as a batch has them, of a model that is given
-                images.
+            seeds: one seed per prompt.
+            steps: number of denoising steps.
+            given: ``image`` and ``condition_image`` as in a batch, for samplers that take images.
 
         Returns:
-            ``[len(prompts), C, H, W]`` in [0, 1]; of a model told to make clips
-            ``[len(prompts), C, F, H, W]``.
+            ``[len(prompts), C, H, W]`` in [0, 1]; for clips ``[len(prompts), C, F, H, W]``.
         """
         if self.network_name == "unet" and self.pipeline.scheduler.config.get(
             "use_dynamic_shifting"
@@ -218,10 +216,10 @@ class PipelineModel(TrainedModel):
     def trajectory(
         self, prompts: Sequence[Any], seeds: Sequence[int], steps: int, states: int
     ) -> Tensor:
-        """Return the pipeline's estimates of the clean latents on the way, decoded."""
+        """Return the pipeline's decoded estimates of the clean latents during sampling."""
         with recorded(self.pipeline.scheduler, states) as kept, self._encoders_with_network():
             last = self.sample(prompts, seeds, steps)
-            # With guidance, some pipelines have the states twice over.
+            # With guidance, the states of some pipelines have twice the batch.
             decoded = [self._decoded(state[: len(prompts)], last) for state in kept]
         return torch.stack(decoded).to(last.device)
 
@@ -241,10 +239,10 @@ class PipelineModel(TrainedModel):
 
     @abstractmethod
     def _decoded(self, latents: Tensor, images: Tensor) -> Tensor:
-        """Return the images of the sampler's latents, of which the last became these."""
+        """Return the images of the sampler's latents; ``images`` are the final ones."""
 
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
-        """Return the arguments of the pipeline's call that tell what to generate."""
+        """Return the arguments of the pipeline's call except images."""
         scale = self.guidance_scale
         return {**self.sampled_with, **({} if scale is None else {"guidance_scale": scale})}
 
@@ -254,7 +252,7 @@ class PipelineModel(TrainedModel):
 
     @contextmanager
     def _encoders_with_network(self) -> Iterator[None]:
-        """Have the encoders on the network's device for a while."""
+        """Context in which the encoders are on the network's device."""
         device = next(self.network.parameters()).device
         with kept_devices(self.encoders.values()):
             for encoder in self.encoders.values():
@@ -263,10 +261,10 @@ class PipelineModel(TrainedModel):
 
 
 def _by_network(networks: Mapping[str, Any], setting: str, given: Any) -> dict[str, Any]:
-    """Return what is given for each network that it is given for.
+    """Return a setting by network, from a value for a single network or a mapping.
 
     Raises:
-        DminError: there are several and none is named, or one that there is not.
+        DminError: there are several networks and none is named, or a name is unknown.
     """
     if given is None or isinstance(given, Mapping):
         named = dict(given or {})

@@ -7,18 +7,18 @@ from dmin.runtime.errors import DminError
 
 
 def by_place(readout: str, prediction: Prediction) -> Tensor:
-    """Return a readout as a sum over places p, ``[batch, h, w]``, channels added up.
+    """Return the terms of a readout at each position p, ``[batch, h, w]``, summed over channels.
 
-    ``w_b m_bp (prediction_bp − target_bp)² / P`` of the loss, ``m_bp prediction_bp² / P`` and
-    ``m_bp prediction_bp / P`` of ``mean_squared_output`` and ``mean_output``; m the mask or 1, P
-    the values of an example. The bound of a learned variance has no places and is left out.
+    ``w_b m_bp (prediction_bp − target_bp)² / P`` for the loss, ``m_bp prediction_bp² / P`` for
+    ``mean_squared_output``, ``m_bp prediction_bp / P`` for ``mean_output``; m is the mask or 1, P
+    the number of values of an example. The bound of a learned variance is left out.
 
     Args:
-        readout: a name of ``READOUTS``.
-        prediction: of a batch, as the model returns it.
+        readout: a name in ``READOUTS``.
+        prediction: the model's prediction for a batch.
 
     Raises:
-        DminError: the prediction is no image, or the loss is the model's own.
+        DminError: the prediction is not an image, or the model has its own loss.
     """
     output, size = prediction.prediction, prediction.prediction[0].numel()
     if output.ndim < 4 or (readout == "loss" and prediction.loss is not None):

@@ -17,25 +17,25 @@ from dmin.runtime.errors import DminError
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
-"""Names of repositories."""
+"""Pattern of names of repositories on the Hub."""
 
 
 class Recognised(NamedTuple):
-    """What a checkpoint is, and by what that is known."""
+    """The family of a checkpoint, and the evidence for it."""
 
-    family: str  # as ``model=`` calls it
+    family: str  # its name in ``model=``
     evidence: str
 
 
 def auto(path: str | Path, **settings: Any) -> DiffusionModel:
-    """Load a checkpoint as the family that it tells of itself.
+    """Load a checkpoint as a model of the family that its files determine.
 
     Args:
-        path: folder with ``model_index.json``, or the name of a repository on the Hub.
-        settings: of the family, as ``single_file``, ``subfolder``, ``revision``.
+        path: folder with ``model_index.json``, or name of a repository on the Hub.
+        settings: settings of the family, and ``single_file``, ``subfolder``, ``revision``.
 
     Raises:
-        DminError: no family is it, or what is there is no whole checkpoint.
+        DminError: no family supports it, or the checkpoint is incomplete.
     """
     found = all_families()[recognise(path, **where(settings)).family]
     model: DiffusionModel = found.from_pretrained(path, **settings)
@@ -43,7 +43,7 @@ def auto(path: str | Path, **settings: Any) -> DiffusionModel:
 
 
 def where(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those settings of a model that say where it is, beside its path."""
+    """Return the settings of a model that, besides its path, locate the checkpoint."""
     names = ("single_file", "subfolder", "revision")
     return {name: settings[name] for name in names if settings.get(name) is not None}
 
@@ -55,16 +55,16 @@ def recognise(
     subfolder: str | None = None,
     revision: str | None = None,
 ) -> Recognised:
-    """Return the family of a checkpoint, by its small files.
+    """Return the family of a checkpoint from its small files.
 
     Args:
         path: folder, or name on the Hub.
-        single_file: file that holds all weights in the original layout.
-        subfolder: folder inside ``path`` that holds the pipeline.
-        revision: on the Hub.
+        single_file: file with weights in the original layout.
+        subfolder: folder inside ``path`` with the pipeline.
+        revision: branch, tag or commit on the Hub.
 
     Raises:
-        DminError: none is it, or file and folder are of two.
+        DminError: no family supports it, or file and folder belong to different families.
     """
     place = Path(path, subfolder or "")
     for setting, given in (("path", path), ("single_file", single_file)):
@@ -110,12 +110,12 @@ def of_pipeline(name: str, what: str) -> str:
     """Return the family that claims a pipeline's class.
 
     Args:
-        name: what it is, as ``pipeline_kind`` has it.
-        what: that has it, for messages.
+        name: its kind, from ``pipeline_kind``.
+        what: the checkpoint or object, for messages.
 
     Raises:
-        DminError: none does, with all that are opened and what an own family would look like; or
-            several do.
+        DminError: none does (the message has all supported pipelines, and a template for a family
+            of your own), or several do.
     """
     found = claimants(name)
     if len(found) == 1:
@@ -138,7 +138,7 @@ def of_pipeline(name: str, what: str) -> str:
 
 
 def of_tensors(names: Iterable[str]) -> str | None:
-    """Return the family that claims a single file: of those whose keys it all has, the longest."""
+    """Return the family that claims a single file: the one with most keys, all in the file."""
     text = "\n".join(names)
     known = {family: of.claims.keys for family, of in all_families().items()}
     found = [f for f, keys in known.items() if keys and all(key in text for key in keys)]
@@ -146,10 +146,10 @@ def of_tensors(names: Iterable[str]) -> str | None:
 
 
 def tensor_names(file: Path) -> list[str]:
-    """Return the names of a file's tensors, from its header alone.
+    """Return the names of a file's tensors, from its header.
 
     Raises:
-        DminError: it is no ``.safetensors`` file.
+        DminError: it is not a ``.safetensors`` file.
     """
     try:
         with safe_open(file, "pt") as opened:
@@ -168,7 +168,7 @@ def pipelines_of_diffusers() -> list[str]:
 
 
 def pipeline_name(path: str | Path, subfolder: str | None, revision: str | None) -> str:
-    """Return what a folder, or a repository on the Hub, is, as ``pipeline_kind`` has it.
+    """Return the kind of pipeline in a folder or a repository on the Hub, from ``pipeline_kind``.
 
     Raises:
         DminError: there is none.
@@ -192,7 +192,7 @@ def pipeline_name(path: str | Path, subfolder: str | None, revision: str | None)
 
 
 def _refuse_part(folder: Path) -> NoReturn:
-    """Say what to do with the folder of a network alone, as trainers save their checkpoints."""
+    """Refuse the folder of a single network, as trainers save checkpoints, with the remedy."""
     try:
         held = json.loads((folder / "config.json").read_text("utf-8")).get("_class_name", "model")
     except (OSError, ValueError, AttributeError):
@@ -208,7 +208,7 @@ def _refuse_part(folder: Path) -> NoReturn:
 
 
 def skeleton(pipeline: str) -> str:
-    """Return the code of the family that a pipeline's class would need, as far as it tells."""
+    """Return a template of the code of a family for a pipeline's class."""
     found = _arguments(getattr(diffusers, pipeline, None), "__init__")
     part = "unet" if "unet" in found else "transformer"
     kind = str(found[part].annotation) if part in found else "TheNetwork"
@@ -234,7 +234,7 @@ class {pipeline.removesuffix("Pipeline")}(Flow):
 
 
 def _arguments(kind: Any, method: str) -> dict[str, inspect.Parameter]:
-    """Return what a method of a class of diffusers takes; nothing where a library is lacking."""
+    """Return the arguments of a method of a diffusers class; none if a library is missing."""
     if kind is None or "dummy" in kind.__module__ or not hasattr(kind, method):
         return {}
     taken = dict(inspect.signature(getattr(kind, method)).parameters)

@@ -20,34 +20,34 @@ _AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AsymmetricAutoencoderKL")
 
 
 class Claims(NamedTuple):
-    """What the checkpoints of a family are made of; a family has it as its attribute ``claims``."""
+    """The components of a family's checkpoints: the attribute ``claims`` of the family."""
 
-    network: str  # its class
-    # Of the same networks, trained alike, as `pipeline_kind` has them; loaded as the first.
+    network: str  # class of the network
+    # Kinds (`pipeline_kind`) with the same network and training; all are loaded as the first.
     pipelines: tuple[str, ...]
-    own: tuple[str, ...] = ()  # others, each loaded as itself
-    takes: Mapping[str, Collection[Any]] = {}  # settings of MORE_INPUTS that it can serve
+    own: tuple[str, ...] = ()  # further kinds, each loaded as its own class
+    takes: Mapping[str, Collection[Any]] = {}  # supported values of settings in MORE_INPUTS
     packing: int = 1  # latent pixels in one vector of the network's input
-    keys: tuple[str, ...] = ()  # parts of tensors' names, all of which a single file has
+    keys: tuple[str, ...] = ()  # parts of tensor names, all of which a single file contains
     vae: tuple[str, ...] = _AUTOENCODERS
-    without: tuple[str, ...] = ()  # components that a whole checkpoint may lack
-    gives: tuple[str, ...] = ()  # what its network must be told beside latents, time and text
-    beside: tuple[int, int] = (0, 0)  # further input channels: a · (those of the latents) + b
+    without: tuple[str, ...] = ()  # components that a complete checkpoint may lack
+    gives: tuple[str, ...] = ()  # required arguments of the network beyond latents, time and text
+    beside: tuple[int, int] = (0, 0)  # (a, b): a · (latent channels) + b further input channels
 
 
 def variants(name: str) -> tuple[str, ...]:
-    """Return the pipelines of a family's networks that only sample otherwise."""
+    """Return the pipelines of a family that differ only in sampling."""
     return tuple(f"{name}{variant}Pipeline" for variant in ("", "Img2Img", "PAG"))
 
 
 UNET, ANY = "UNet2DConditionModel", range(1, 10**9)
 SCORED = "requires_aesthetics_score"
 FAMILIES: dict[str, Any] = {}
-"""Classes by the name that ``model=`` has for them; each enters when it is defined."""
+"""Classes by their name in ``model=``; each is added when it is defined."""
 
 
 def all_families() -> dict[str, Any]:
-    """Return the class of every family, those that nobody asked for yet included."""
+    """Return the class of every family, after importing all of them."""
     package = import_module(f"{__package__}.families")
     for found in pkgutil.iter_modules(package.__path__):
         import_module(f"{package.__name__}.{found.name}")
@@ -86,7 +86,7 @@ REASONS = {
     "ScoreSde": "its network predicts a score in continuous time",
     "Video": "it makes videos",
 }
-"""Part of a pipeline's name → why none of the families is trained as it."""
+"""Part of a pipeline's name → why no family supports it."""
 
 MORE_INPUTS = {
     "class_embed_type": "classes, or noise levels in their place",
@@ -99,15 +99,15 @@ MORE_INPUTS = {
     "siglip_feat_dim": "the embedding of an image",
     "use_additional_t_cond": "which layers an image has",
 }
-"""Setting of a network → what it is then told; a family names the values that it can give."""
+"""Setting of a network → the input that it adds; families name supported values in ``takes``."""
 
 
 def pipeline_kind(index: Mapping[str, Any], name: Any = None) -> str:
-    """Return what a pipeline is: its class, and the flag beside it that is of another network.
+    """Return the kind of a pipeline: its class, and a flag that means another network.
 
     Args:
         index: its settings, as in ``model_index.json``.
-        name: of its class; None for that in the index.
+        name: name of its class; None for that in the index.
     """
     held = name or index.get("_class_name", "pipeline without a name")
     held = held if isinstance(held, str) else str(held[-1])
@@ -115,20 +115,20 @@ def pipeline_kind(index: Mapping[str, Any], name: Any = None) -> str:
 
 
 def kind_in_hand(pipeline: Any) -> str:
-    """Return what a loaded pipeline is, as :func:`pipeline_kind`."""
+    """Return the kind of a loaded pipeline, see :func:`pipeline_kind`."""
     return pipeline_kind(pipeline.config, diffusers_name(pipeline))
 
 
 def check_pipeline(held: str, family: str, what: str) -> None:
-    """Refuse a pipeline that is none of a family.
+    """Refuse a pipeline that a family does not claim.
 
     Args:
-        held: what it is, as :func:`pipeline_kind`.
-        family: as ``model=`` calls it.
-        what: that has it, for the message.
+        held: its kind, see :func:`pipeline_kind`.
+        family: name of the family in ``model=``.
+        what: the checkpoint or object, for the message.
 
     Raises:
-        DminError: with the reason, and the family that it is of if there is one.
+        DminError: the message has the family that claims it, or the reason why none does.
     """
     claims = FAMILIES[family].claims
     if held in (*claims.pipelines, *claims.own):
@@ -145,28 +145,28 @@ def check_pipeline(held: str, family: str, what: str) -> None:
 
 
 def reason(pipeline: str) -> str | None:
-    """Return why no family is trained as a pipeline; None where nothing but a family is lacking."""
+    """Return why no family is trained as a pipeline; None if a family could be written."""
     return next((why for part, why in REASONS.items() if part in pipeline), None)
 
 
 def pipeline_of(family: str) -> Any:
-    """Return the class of diffusers that a family's checkpoints are loaded as."""
+    """Return the diffusers class with which a family's checkpoints are loaded."""
     return getattr(diffusers, FAMILIES[family].claims.pipelines[0].split()[0])
 
 
 def check_checkpoint(family: str, path: str, revision: str | None) -> Any:
-    """Refuse a checkpoint that names what a family does not have, by its JSON files alone.
+    """Refuse a checkpoint whose JSON files do not fit a family.
 
     Args:
-        family: as ``model=`` calls it.
+        family: name of the family in ``model=``.
         path: folder, or name on the Hub.
-        revision: on the Hub.
+        revision: branch, tag or commit on the Hub.
 
     Returns:
-        The class of diffusers to load it with.
+        The diffusers class with which to load it.
 
     Raises:
-        DminError: another pipeline, network or autoencoder, or components that would be left out.
+        DminError: pipeline, network or autoencoder differ, or a component would not be used.
     """
     what = f"model.path={path}"
     pipeline_class = pipeline_of(family)
@@ -186,7 +186,7 @@ def check_checkpoint(family: str, path: str, revision: str | None) -> Any:
         check_component(name, component, family, what)
         if name in ("vae", *_NETWORKS):
             configs[name] = _config(getattr(diffusers, component), path, name, revision)
-    local = Path(path).is_dir()  # where transformers makes up a tokenizer that has no folder
+    local = Path(path).is_dir()  # there transformers invents a tokenizer that has no folder
     there = {n for n in parts if not (local and n.startswith(_TEXTS)) or Path(path, n).is_dir()}
     check_whole(family, pipeline_class, there, what)
     networks = [name for name in _NETWORKS if name in parts]
@@ -204,10 +204,10 @@ def check_whole(family: str, pipeline_class: Any, there: Collection[str], what: 
     """Refuse a pipeline without an encoder, a tokenizer or a scheduler that it needs.
 
     Args:
-        family: as ``model=`` calls it.
-        pipeline_class: whose constructor names what it needs.
-        there: names of the components that there are.
-        what: that lacks some, for the message.
+        family: name of the family in ``model=``.
+        pipeline_class: class whose constructor names the components.
+        there: names of the existing components.
+        what: the checkpoint or object, for the message.
     """
     taken = inspect.signature(pipeline_class.__init__).parameters
     needed = {name for name in taken if name.startswith(_NEEDED)}
@@ -219,7 +219,7 @@ def check_whole(family: str, pipeline_class: Any, there: Collection[str], what: 
 
 
 def _config(kind: Any, path: str, name: str, revision: str | None) -> Any:
-    """Return the settings of a component; early checkpoints have it in no folder of its own."""
+    """Return the settings of a component; early checkpoints have no folder for it."""
     try:
         return _settings(kind.load_config(path, subfolder=name, revision=revision))
     except OSError:
@@ -233,10 +233,10 @@ def _settings(found: Any) -> dict[str, Any]:
 
 
 def check_component(name: str, component: str, family: str, what: str) -> None:
-    """Refuse another network or autoencoder than a family's; arguments as above.
+    """Refuse a network or autoencoder that is not a family's; arguments as above.
 
     Raises:
-        DminError: it is another.
+        DminError: its class differs.
     """
     claims = FAMILIES[family].claims
     network = (claims.network,)
@@ -251,16 +251,16 @@ def check_component(name: str, component: str, family: str, what: str) -> None:
 def check_inputs(
     family: str, kind: Any, config: Mapping[str, Any], latent_channels: int | None
 ) -> None:
-    """Refuse a network that is to be told more than a family tells it.
+    """Refuse a network with inputs that a family does not provide.
 
     Args:
-        family: as ``model=`` calls it.
+        family: name of the family in ``model=``.
         kind: class of the network.
         config: its settings.
-        latent_channels: of the autoencoder; None: there is none.
+        latent_channels: latent channels of the autoencoder; None without an autoencoder.
 
     Raises:
-        DminError: it takes more, or returns something of another shape.
+        DminError: it has further inputs, or another number of output channels.
     """
     claims = FAMILIES[family].claims
     channels = seen = config.get("in_channels")

@@ -51,16 +51,16 @@ def process_of(
 ) -> Process:
     """Return the process that a network was trained with.
 
-    Decided by the class of the scheduler, and then by its settings; never by a setting that is
-    missing. The classes of diffusers that are not listed are refused.
+    The class of the scheduler decides, then its settings, but never a missing setting. Classes of
+    diffusers that are not listed are refused.
 
     Args:
-        scheduler: of diffusers, as the checkpoint has it; left as it is.
-        settings: of the loss.
+        scheduler: the checkpoint's diffusers scheduler, which is not changed.
+        settings: settings of the loss.
         shift: as for :class:`RectifiedFlow`.
 
     Raises:
-        DminError: there is no such process here, or settings contradict each other.
+        DminError: the process is not supported, or settings contradict each other.
     """
     name = diffusers_name(scheduler).removesuffix("Scheduler")
     if name not in (*_DISCRETE, *_EDM, *_FLOW):
@@ -81,10 +81,10 @@ def process_of(
 
 
 def _require_levels(process: Process, name: str) -> None:
-    """Refuse settings that give no timestep, or one without a level of noise."""
+    """Refuse settings without timesteps, or with a timestep that has no noise level."""
     t = torch.tensor(list(process.timesteps), dtype=torch.float64)
     levels = process.levels(t, t[:, None])
-    signal = levels.alpha + levels.sigma  # NaN where ᾱ is no part of one
+    signal = levels.alpha + levels.sigma  # NaN if ᾱ is not in [0, 1]
     if not len(t) or not bool((signal.isfinite() & (signal > 0)).all()):
         raise DminError(
             f"scheduler {name}Scheduler: its settings give {len(t)} timesteps, "
@@ -97,7 +97,7 @@ def _require_levels(process: Process, name: str) -> None:
 def _found(scheduler: Any, name: str, shift: float | None) -> Process:
     config = scheduler.config
     kind, is_flow = config.get("prediction_type", "epsilon"), config.get("use_flow_sigmas", False)
-    # Euler steps by continuous noise levels, as in Stable Video Diffusion.
+    # Euler sampling with continuous noise levels, as in Stable Video Diffusion.
     continuous = name == "EulerDiscrete" and config.get("timestep_type") == "continuous"
     if name in _EDM or (continuous and kind == "v_prediction"):
         return EDM(_karras(scheduler), config["sigma_data"] if name in _EDM else 1, kind)
@@ -115,7 +115,7 @@ def _found(scheduler: Any, name: str, shift: float | None) -> Process:
 
 
 def _karras(scheduler: Any) -> list[float]:
-    """Return all timesteps ``ln σ / 4``, most noise first."""
+    """Return all timesteps ``ln σ / 4``, noisiest first."""
     fresh = type(scheduler).from_config(scheduler.config)
     fresh.set_timesteps(fresh.config.num_train_timesteps)
     found: list[float] = fresh.timesteps.tolist()
@@ -123,7 +123,7 @@ def _karras(scheduler: Any) -> list[float]:
 
 
 def _one_way(scheduler: Any) -> Any:
-    """Return the settings of a flow from image to noise in many timesteps."""
+    """Return the settings of a flow; refuse an inverted one, or one without many timesteps."""
     config = scheduler.config
     if config.get("invert_sigmas") or config["num_train_timesteps"] < 2:
         raise DminError(
@@ -135,9 +135,9 @@ def _one_way(scheduler: Any) -> Any:
 
 
 def _as_trained(scheduler: Any) -> Any:
-    """Return a scheduler whose ᾱ is that of its settings.
+    """Return a scheduler whose ᾱ agrees with its settings.
 
-    A terminal SNR of zero stays in the config where another class that ignores it takes its place.
+    The config may have a terminal SNR of zero that the current scheduler's class ignores.
     """
     config, name = scheduler.config, "rescale_betas_zero_snr"
     if config.get(name) and name not in inspect.signature(type(scheduler).__init__).parameters:
@@ -147,21 +147,21 @@ def _as_trained(scheduler: Any) -> Any:
 
 
 def diffusers_name(found: Any) -> str:
-    """Return the name of an object's class; of a user's own, diffusers' that it is made of."""
+    """Return the name of an object's class, or of the diffusers class from which it is derived."""
     names = [c.__name__ for c in type(found).__mro__ if c.__module__.startswith("diffusers.")]
     return (names or [type(found).__name__])[0]
 
 
 def check_variance(wanted: bool, network: Any, process: Any) -> None:
-    """Refuse the loss of a learned variance for a network that has learned none.
+    """Refuse the loss of a learned variance for a network without one.
 
     Args:
-        wanted: whether the loss is asked for.
-        network: of diffusers, with its config.
-        process: that it was trained with.
+        wanted: whether the loss is requested.
+        network: a diffusers network, with its config.
+        process: the process of its training.
 
     Raises:
-        DminError: there is no variance, or no loss for it.
+        DminError: the loss is requested, and there is no learned variance or no loss for it.
     """
     channels, out = network.config["in_channels"], network.config.get("out_channels")
     out = vars(network).get("out_channels") or out

@@ -13,17 +13,17 @@ from dmin.models.base import Condition
 from dmin.models.latent import LatentDiffusion
 from dmin.runtime.errors import DminError
 
-TOKENS = "tokens."  # before the names of conditions that are captions, to be encoded in a pass
+TOKENS = "tokens."  # name prefix of conditions that are tokens, encoded in each pass
 
 
 class WithTextEncoders(nn.Module):
-    """A network and the text encoders beside it, whose parameters are attributed together.
+    """A network and its text encoders, whose parameters are attributed together.
 
-    What is not found here is asked of the network.
+    Other attributes are those of the network.
 
     Args:
-        network: that is told what the encoders make of captions.
-        encoders: by their names in the pipeline.
+        network: the network, which receives the encoders' outputs.
+        encoders: text encoders by their names in the pipeline.
     """
 
     def __init__(self, network: nn.Module, encoders: Mapping[str, nn.Module]) -> None:
@@ -38,14 +38,14 @@ class WithTextEncoders(nn.Module):
         return {name: part for name, part in self.named_children() if name != "network"}
 
     def __getattr__(self, name: str) -> Any:
-        """Return what code around asks of the network, such as its config."""
+        """Return attributes of the network, such as its config."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("network"), name)
 
     def forward(self, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """Return what a function gives that calls the parts, whose uses are so counted."""
+        """Call a function that calls the parts, so that their uses are within this module."""
         return run(*inputs)
 
 
@@ -53,15 +53,15 @@ class TextConditioned(LatentDiffusion):
     """Conditioned on texts, by encoders that may have been trained with the network.
 
     Args:
-        pipeline: of diffusers, with all its components.
+        pipeline: a diffusers pipeline with all its components.
         text_encoders: ``trained`` with the network: captions are encoded inside each pass, and the
-            encoders' gradients are part of each row; or ``frozen``: encoded once. ``auto``: trained
-            where an adapter changes one of them, or a word was learned for it.
-        settings: of the next class.
+            encoders' gradients are part of each row. ``frozen``: captions are encoded once.
+            ``auto``: trained if one of them has an adapter or learned words.
+        settings: settings of the base classes.
     """
 
-    # Encoder of which one condition is made, and nothing else, → its name: if it was not trained,
-    # that stays as it was encoded once. All others run in a pass if one of them was trained.
+    # Encoder that alone determines one condition → the name of that condition. If it was not
+    # trained, the condition is encoded once. All others run in each pass if one was trained.
     made_apart: ClassVar[dict[str, str]] = {}
 
     def __init__(
@@ -94,7 +94,7 @@ class TextConditioned(LatentDiffusion):
         return isinstance(self.network, WithTextEncoders)
 
     def describe(self) -> dict[str, Any]:
-        """Return what defines latents, condition and loss, text encoders that are trained too."""
+        """Return what defines latents, condition and loss, including trained text encoders."""
         trained = {"text_encoders": list(self.network.encoders)} if self.encodes_inside else {}
         named = {n: [word.tokens for word in own] for n, own in words_of(self.pipeline).items()}
         return {**super().describe(), **trained, **({"words": named} if named else {})}
@@ -104,7 +104,7 @@ class TextConditioned(LatentDiffusion):
 
     @torch.no_grad()
     def _tokenised(self, prompts: Sequence[Any] | None) -> Condition:
-        """Return what is kept of prompts: tokens, and what no encoder in a pass makes."""
+        """Return the tokens of prompts, and the conditions that no encoder computes in a pass."""
         tokens: dict[str, Tensor] = {}
         recorders = {
             name: _Recorder(getattr(self.pipeline, name), f"{TOKENS}{name}.", tokens)
@@ -122,7 +122,7 @@ class TextConditioned(LatentDiffusion):
                 f"frozen: the gradient then does not include the text encoder."
             )
         known = [made for name, made in self.made_apart.items() if name not in self._inside]
-        # Zeros are no prompt's where nothing is encoded for it.
+        # Some pipelines use zeros for no prompt, without an encoder.
         found = {
             name: value
             for name, value in whole.items()
@@ -141,7 +141,7 @@ class TextConditioned(LatentDiffusion):
         return found
 
     def _encoded(self, condition: Condition) -> Condition:
-        """Return a condition whose captions are encoded, differentiable in the text encoders."""
+        """Return the condition with encoded captions, differentiable in the text encoders."""
         tokens = {k: v for k, v in condition.items() if k.startswith(TOKENS)}
         rest = {k: v for k, v in condition.items() if k not in tokens}
         parts, first = self._inside, next(iter(tokens.values()))
@@ -157,7 +157,7 @@ class TextConditioned(LatentDiffusion):
         return dict(self.network.encoders)
 
     def _with_parts(self, parts: Mapping[str, Any]) -> Self:
-        """Return a model whose pipeline has some other components."""
+        """Return a copy of the model with some components of the pipeline replaced."""
         other = copy.copy(self)
         other.pipeline = copy.copy(self.pipeline)
         vars(other.pipeline).update(parts)
@@ -180,7 +180,7 @@ class TextConditioned(LatentDiffusion):
 
 
 class _Tokenizer:
-    """Stands for a tokenizer, which answers for all but the call."""
+    """A proxy of a tokenizer with another ``__call__``."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -190,7 +190,7 @@ class _Tokenizer:
 
 
 class _Recorder(_Tokenizer):
-    """Keeps the tokens that captions became; those of other lengths are asked for to warn alone."""
+    """Records the tokens of captions, except those that pipelines compute only for a warning."""
 
     def __init__(self, tokenizer: Any, start: str, kept: dict[str, Tensor]) -> None:
         super().__init__(tokenizer)
@@ -204,7 +204,7 @@ class _Recorder(_Tokenizer):
 
 
 class _Replay(_Tokenizer):
-    """Gives tokens that were kept, whatever it is asked for."""
+    """Returns recorded tokens for any input."""
 
     def __init__(self, tokenizer: Any, tokens: dict[str, Tensor]) -> None:
         super().__init__(tokenizer)
@@ -215,7 +215,7 @@ class _Replay(_Tokenizer):
 
 
 class _Idle(nn.Module):
-    """Stands for an encoder whose output is known."""
+    """A placeholder for an encoder whose output is known."""
 
     dtype = torch.float32
 
@@ -224,5 +224,5 @@ class _Idle(nn.Module):
         self.device = device
 
     def forward(self, ids: Tensor, **told: Any) -> tuple[Tensor]:
-        """Return something of the right length."""
+        """Return zeros with the right number of tokens."""
         return (torch.zeros(*ids.shape, 1, device=ids.device),)

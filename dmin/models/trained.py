@@ -18,33 +18,34 @@ from dmin.runtime.errors import DminError
 
 
 class TrainedModel(DiffusionModel):
-    """A model whose process is that of a scheduler.
+    """A model whose process is determined by a scheduler.
+
+    :class:`~dmin.diffusion.loss.LossSettings` describes the settings of the loss in full.
 
     Args:
-        scheduler: of the training.
-        snr_gamma: weighs losses by min-SNR with this γ (Hang et al. 2023), if a discrete diffusion
-            was trained so; None for equal weights. This and the next six are told in full at
-            :class:`~dmin.diffusion.loss.LossSettings`.
-        weighting: ``x0``, or ``sigma_sqrt`` and ``cosmap`` of flows; None for equal weights.
-        noise_offset: added to the noise, the same for all pixels of a channel.
-        input_perturbation: of more noise in the input alone.
+        scheduler: the scheduler of its training.
+        snr_gamma: γ of min-SNR weights (Hang et al. 2023), if a discrete diffusion was trained
+            with them; None for equal weights.
+        weighting: ``x0``, or for flows ``sigma_sqrt`` or ``cosmap``; None for equal weights.
+        noise_offset: scale of noise that is equal for all pixels of a channel.
+        input_perturbation: scale of additional noise in the input only.
         loss_type: ``l2``, ``huber`` or ``smooth_l1``.
-        huber_c: below which these two are squared errors.
-        huber_schedule: ``snr``, ``exponential`` or ``constant``: its way over the timesteps.
-        shift: of a flow's timesteps towards noise; None for the scheduler's. It moves the timesteps
-            that schedules choose from, not the loss at a timestep.
+        huber_c: errors below this value are squared by ``huber`` and ``smooth_l1``.
+        huber_schedule: how it depends on the timestep: ``snr``, ``exponential``, ``constant``.
+        shift: shift of a flow's timesteps towards noise; None for the scheduler's. It changes the
+            timesteps to choose from, not the loss at a timestep.
 
     Raises:
-        DminError: the process is none of the family's, or has no such loss.
+        DminError: the family does not have this process, or the process does not have this loss.
     """
 
     processes: ClassVar[tuple[type[Process], ...]] = (DiscreteDiffusion, EDM, RectifiedFlow)
-    """What networks of the family are trained as."""
-    family: ClassVar[str]  # as ``model=`` calls it
+    """The processes that networks of the family are trained with."""
+    family: ClassVar[str]  # its name in ``model=``
     claims: ClassVar[Claims]
 
     def __init_subclass__(cls) -> None:
-        """Enter a class that claims checkpoints among the families."""
+        """Register a class that claims checkpoints as a family."""
         super().__init_subclass__()
         if "claims" in vars(cls):
             FAMILIES[cls.family] = cls
@@ -80,28 +81,28 @@ class TrainedModel(DiffusionModel):
         return found
 
     def describe(self) -> dict[str, Any]:
-        """Return the loss: process, weighting, and what scales the gradients of adapters."""
+        """Return what defines the loss: process, weighting, and the scales of adapters."""
         adapters = describe_adapters(self.network)
         return {**super().describe(), **self.process.describe(), "adapters": adapters}
 
     def _judged(
         self, noised: Noised, t: Tensor, prediction: Tensor, bound: Tensor | None = None
     ) -> Prediction:
-        """Return a prediction with what it is held to."""
+        """Return a prediction with its target, weight and loss."""
         loss = self.process.loss(noised, prediction, t)
         return Prediction(prediction, noised.target, noised.weight, bound, loss=loss)
 
 
 def name_settings(family: type, base: type, method: str) -> None:
-    """Give a class method of a base its own signature in a family: with all the family's settings.
+    """Give a base's class method a signature with all settings of a family.
 
-    The base's method ends in ``**settings`` and passes them to the constructor, and each
-    constructor keeps its own and passes the others on. So no signature would tell what a family
-    takes; but ``help()`` and the check of configurations ask signatures.
+    The base's method passes ``**settings`` to the constructor, and each constructor passes unknown
+    ones to the next. Without this function no signature would name all settings, but ``help()``
+    and the validation of configurations read signatures.
 
     Args:
-        family: gets the method.
-        base: defines the method.
+        family: the class that receives the method.
+        base: the class that defines the method.
         method: name of the class method.
     """
     function = vars(base)[method].__func__

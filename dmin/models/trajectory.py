@@ -12,25 +12,25 @@ from dmin.runtime.errors import DminError
 
 @contextmanager
 def recorded(scheduler: Any, states: int) -> Iterator[list[Tensor]]:
-    """Keep a pipeline's estimates of the clean latents while it generates.
+    """Context that records a pipeline's estimates of the clean latents while it generates.
 
-    The scheduler's own ``pred_original_sample`` where it says what that is, else what its
-    prediction means at the noise level of the step.
+    An estimate is the scheduler's ``pred_original_sample`` if it exists; otherwise it is computed
+    from the network's output at the noise level of the step.
 
     Args:
-        scheduler: of the pipeline; as it was when the block is left.
-        states: how many are kept, evenly spaced, the last step among them.
+        scheduler: the pipeline's scheduler; it is restored on exit.
+        states: number of recorded steps, evenly spaced, including the last.
 
     Yields:
-        The estimates, on the CPU, as the scheduler has them; filled by the pipeline's call.
+        A list of the estimates, on the CPU, which the pipeline's call fills.
 
     Raises:
-        DminError: fewer steps than states, or a scheduler whose states cannot be read.
+        DminError: there are fewer steps than states, or the scheduler does not give an estimate.
     """
     kept: list[Tensor] = []
     step, taken = scheduler.step, 0
 
-    @functools.wraps(step)  # pipelines ask for its signature
+    @functools.wraps(step)  # pipelines inspect its signature
     def watched(
         output: Tensor,
         timestep: Any,
@@ -64,9 +64,9 @@ def recorded(scheduler: Any, states: int) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def samplable(scheduler: Any) -> Iterator[None]:
-    """Have a flow's scheduler serve the pipelines of networks that were diffusions before.
+    """Context in which a flow's scheduler works in pipelines written for diffusion.
 
-    They ask for a scale of the first noise and of the network's input, which for flows is one.
+    They need scales of the initial noise and of the network's input, which are 1 for flows.
     """
     lacking = [n for n in ("init_noise_sigma", "scale_model_input") if not hasattr(scheduler, n)]
     if lacking:
@@ -79,7 +79,7 @@ def samplable(scheduler: Any) -> Iterator[None]:
 
 
 def _estimate(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
-    """Return x0 of ``x = α x0 + σ ε`` by what the scheduler's model predicts."""
+    """Return x0 of ``x = α x0 + σ ε`` from the network's output."""
     output, sample = output.float(), sample.float()
     if hasattr(scheduler, "precondition_outputs"):
         found: Tensor = scheduler.precondition_outputs(
@@ -98,7 +98,7 @@ def _estimate(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> 
 
 
 def _levels(scheduler: Any, timestep: Any, kind: str) -> tuple[Tensor, Tensor]:
-    """Return α and σ of the state that the step just taken began with."""
+    """Return α and σ of the state before the latest step."""
     sigmas, index = getattr(scheduler, "sigmas", None), getattr(scheduler, "step_index", None)
     if sigmas is not None and index is not None:
         sigma = sigmas[index - 1]

@@ -10,7 +10,7 @@ from torch import Tensor
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _LEFT = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
 _RIGHT = (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"), ("lokr_t2", "lokr_w2_a", "lokr_w2_b"))
-# The tensors that a module has → what it is called. A magnitude may be added to any.
+# The tensors of a module → the kind of adapter. Any kind may also have a magnitude.
 KINDS: dict[frozenset[str], str] = {
     frozenset({"lora_A", "lora_B"}): "LoRA",
     frozenset({"lora_A", "lora_mid", "lora_B"}): "LoCon, Tucker",
@@ -26,18 +26,18 @@ MAGNITUDE = "lora_magnitude_vector"
 def difference(tensors: Mapping[str, Tensor], kernel: Sequence[int] = ()) -> Tensor:
     """Return ΔW before its scale, differentiable in the tensors.
 
-    LoRA: ``B·A``; LoHa: ``(w1_a·w1_b) ∘ (w2_a·w2_b)``; LoKr: ``w1 ⊗ w2``, each of them whole or a
-    product. Tucker forms have ``Σ_ij core[i, j, …] out[i, p] in[j, q]`` in place of a product.
+    LoRA: ``B·A``; LoHa: ``(w1_a·w1_b) ∘ (w2_a·w2_b)``; LoKr: ``w1 ⊗ w2``, each a matrix or a
+    product of two. Tucker forms have ``Σ_ij core[i, j, …] out[i, p] in[j, q]`` for a product.
 
     Args:
-        tensors: of one module, by the names of :data:`KINDS`, in the shapes of its file.
-        kernel: of the convolution that it adapts.
+        tensors: tensors of one module, by the names of :data:`KINDS`, in the shapes of its file.
+        kernel: kernel size of the adapted convolution; empty for a linear layer.
 
     Returns:
-        ``[out, in, *kernel]``; LoHa of matrices ``[out, in · Π kernel]``.
+        ``[out, in, *kernel]``; for LoHa without Tucker form ``[out, in · Π kernel]``.
 
     Raises:
-        RuntimeError: the tensors do not fit one another.
+        RuntimeError: the shapes of the tensors do not match.
 
     Source: Hu et al. 2022 (arXiv 2106.09685), Hyeon-Woo et al. 2022 (arXiv 2108.06098), Yeh et al.
         2024 (arXiv 2309.14859).
@@ -61,7 +61,7 @@ def difference(tensors: Mapping[str, Tensor], kernel: Sequence[int] = ()) -> Ten
 
 
 def rank(tensors: Mapping[str, Tensor]) -> int | None:
-    """Return what α is divided by; None for LoKr of two whole factors, which has no scale."""
+    """Return the rank, which divides α; None for LoKr of two full matrices, which has no scale."""
     for name in ("lora_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
         if name in tensors:
             return len(tensors[name])

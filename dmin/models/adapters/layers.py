@@ -15,14 +15,14 @@ _STEPS = ("stride", "padding", "dilation")
 
 
 class Place(NamedTuple):
-    """Where a module of a file stands in the network.
+    """The layer of the network that a module of a file, or a part of it, belongs to.
 
     Args:
         path: dotted name of the layer.
-        start: the first of the file's output rows that are this layer's; others are of layers
+        start: first output row of this layer in the file's module; the other rows belong to layers
             that the trainer had joined with it.
-        rows: how many; None for all.
-        halves: the two halves of its rows stand the other way round.
+        rows: number of rows; None for all.
+        halves: whether the two halves of its rows are swapped.
     """
 
     path: str
@@ -31,7 +31,7 @@ class Place(NamedTuple):
     halves: bool = False
 
     def take(self, x: Tensor, dim: int) -> Tensor:
-        """Return this layer's part of what the file's module gives."""
+        """Return this layer's part of the output of the file's module."""
         if self.rows is not None:
             x = x.narrow(dim, self.start, self.rows)
         return x.roll(x.shape[dim] // 2, dim) if self.halves else x
@@ -39,10 +39,10 @@ class Place(NamedTuple):
 
 @dataclass
 class Delta:
-    """What a module of a file makes of a layer's input: ``s ΔW x``.
+    """The output change of a module of a file, ``s ΔW x``.
 
     Args:
-        layers: in the order of the computation, by the names of their weights.
+        layers: layers in the order of the computation, by the names of their weights.
         scale: s.
     """
 
@@ -58,12 +58,12 @@ class Delta:
 
 @dataclass
 class Kronecker(Delta):
-    """``s (w1 ⊗ w2) x``: w2 along the inner part of the channels, then w1 along the outer one.
+    """``s (w1 ⊗ w2) x``: w2 along the inner part of the channels, then w1 along the outer part.
 
     Args:
-        outer: of these layers, those that act along the outer part, in their order.
-        width: of the outer part of the input.
-        dim: of the channels.
+        outer: names of the layers that act along the outer part, in order.
+        width: size of the outer part of the input channels.
+        dim: axis of the channels.
     """
 
     outer: Sequence[str]
@@ -74,7 +74,7 @@ class Kronecker(Delta):
         """Return ``s (w1 ⊗ w2) x``."""
         outside = self.dim if self.dim > 0 else self.dim - 1
         y = x.unflatten(self.dim, (self.width, -1))
-        if self.dim > 0:  # each part of the channels is an image of its own
+        if self.dim > 0:  # treat each outer channel as a separate image
             y = y.flatten(0, 1)
         for name, layer in self.layers.items():
             if name == self.outer[0]:
@@ -85,11 +85,11 @@ class Kronecker(Delta):
 
 
 class Hadamard(nn.Module):
-    """``((w1_a·w1_b) ∘ (w2_a·w2_b)) x``, whose weight has to be formed.
+    """``((w1_a·w1_b) ∘ (w2_a·w2_b)) x``, with the weight formed.
 
     Args:
-        tensors: as in the file.
-        base: the layer that is adapted.
+        tensors: the tensors of the file.
+        base: the adapted layer.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], base: nn.Module) -> None:
@@ -110,13 +110,13 @@ class Hadamard(nn.Module):
 
 
 class Magnitude(nn.Module):
-    """Scales channels by ``m/n``: DoRA, whose norms n are constants of the training step.
+    """Scales channels by ``m/n``: DoRA, in which the norms n are treated as constants.
 
     Args:
         weight: m, as in the file; layers that the trainer had joined share it.
-        norm: n, of this layer's channels.
-        place: which of the file's rows they are.
-        dim: of the channels.
+        norm: n of this layer's channels.
+        place: the rows of the file that belong to these channels.
+        dim: axis of the channels.
     """
 
     norm: Tensor
@@ -124,7 +124,7 @@ class Magnitude(nn.Module):
     def __init__(self, weight: nn.Parameter, norm: Tensor, place: Place, dim: int) -> None:
         super().__init__()
         self.weight = weight
-        self.register_buffer("norm", norm, persistent=False)  # follows from the weights
+        self.register_buffer("norm", norm, persistent=False)  # determined by the weights
         self.place = place
         self.dim = dim
 
@@ -136,9 +136,9 @@ class Magnitude(nn.Module):
 
 @dataclass
 class Change:
-    """What one adapter changes of a layer's output.
+    """The change of a layer's output by one adapter.
 
-    ``s ΔW x``; with magnitudes of outputs ``(m/n) (W + s ΔW) x − W x``, with those of inputs
+    ``s ΔW x``; with magnitudes of outputs ``(m/n) (W + s ΔW) x − W x``, with magnitudes of inputs
     ``(W + s ΔW) (m/n) x − W x`` (DoRA: Liu et al. 2024, arXiv 2402.09353).
     """
 
@@ -155,7 +155,7 @@ class Change:
         return {**self.delta.layers, **own}
 
     def __call__(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """Return the change of an output y of the base layer."""
+        """Return the change of the base layer's output y for input x."""
         if self.magnitude is None:
             return self.place.take(self.delta(x), self.dim)
         if self.of_inputs:
@@ -168,9 +168,9 @@ class Change:
 
 
 class Adapted(nn.Module):
-    """A layer and what adapters change of its output.
+    """A layer with adapters.
 
-    The layers of an adapter called ``default`` stand at ``lora_A.default`` and so on, as in peft.
+    The layers of an adapter ``default`` have the names ``lora_A.default`` and so on, as in peft.
 
     Args:
         base_layer: the layer.
@@ -191,7 +191,7 @@ class Adapted(nn.Module):
         self._changes[name] = change
 
     def __getattr__(self, name: str) -> Any:
-        """Return what code around asks of the layer, such as its width."""
+        """Return attributes of the base layer, such as its width."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -207,8 +207,8 @@ def built(tensors: Mapping[str, Tensor], base: nn.Module, scale: float) -> Delta
     """Return the layers that compute ``s ΔW x`` with the tensors of a file as their weights.
 
     Args:
-        tensors: of one module, without magnitude, as in the file.
-        base: a layer that it adapts.
+        tensors: tensors of one module as in the file, without magnitude.
+        base: an adapted layer.
         scale: s.
     """
     dim = 1 if isinstance(base, _ConvNd) else -1
@@ -246,7 +246,7 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 def _whole(base: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a layer like another, whose weights are differences: it is linear in them."""
+    """Return a layer like the base layer with weight differences as its weights."""
     found: Any
     if isinstance(base, nn.Linear | _ConvNd):
         like = base if isinstance(base, _ConvNd) else None
@@ -260,7 +260,7 @@ def _whole(base: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _layer(tensor: Tensor, like: _ConvNd | None, kernel: bool = False) -> nn.Module:
-    """Return a layer of a weight; like a convolution, whose kernel it may have."""
+    """Return a layer with a weight: linear, or a convolution like another, perhaps 1 × 1."""
     found: nn.Module
     if like is None:
         tensor = tensor.flatten(1)

@@ -17,10 +17,10 @@ from dmin.models.adapters.words import WithWords
 
 @dataclass
 class Loaded:
-    """An adapter in a network: its file, and what became of its modules."""
+    """An adapter in a network: its file, and the kinds and scales of its modules."""
 
     file: AdapterFile
-    scales: dict[str, tuple[str, int | None, float]]  # of layers: kind, rank, scale
+    scales: dict[str, tuple[str, int | None, float]]  # layer -> kind, rank, scale
 
 
 def adapters_of(network: Any) -> dict[str, Loaded]:
@@ -30,7 +30,7 @@ def adapters_of(network: Any) -> dict[str, Loaded]:
 
 
 def describe_adapters(network: nn.Module) -> dict[str, Any]:
-    """Return kind, rank and scale of a network's adapters: α is no weight, but scales gradients."""
+    """Return kind, rank and scale of a network's adapters; the scale changes gradients."""
     names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
     configs = getattr(network, "peft_config", {})
     found = {
@@ -40,7 +40,7 @@ def describe_adapters(network: nn.Module) -> dict[str, Any]:
 
 
 def _described(loaded: Loaded) -> dict[str, Any]:
-    """Return an adapter's ranks and scales, in the words of a LoRA's config where it is one."""
+    """Return an adapter's ranks and scales, with the names of peft's LoRA config."""
     common, _ = Counter(loaded.scales.values()).most_common(1)[0]
     others = {path: told for path, told in loaded.scales.items() if told != common}
 
@@ -60,12 +60,12 @@ def _described(loaded: Loaded) -> dict[str, Any]:
 
 
 def is_adapted(network: nn.Module) -> bool:
-    """Return whether a layer of a network has an adapter or learned words that were loaded."""
+    """Return whether a network has loaded adapters or learned words."""
     return any(isinstance(module, Adapted | WithWords) for module in network.modules())
 
 
 def save_adapters(network: nn.Module, folder: Path) -> None:
-    """Save the adapters of a network as they were loaded, each in a folder of its name."""
+    """Save the adapters of a network unchanged, each in a folder with its name."""
     for name, loaded in adapters_of(network).items():
         file, own = loaded.file, folder / name
         own.mkdir(parents=True, exist_ok=True)
@@ -75,10 +75,10 @@ def save_adapters(network: nn.Module, folder: Path) -> None:
 
 
 def without_adapters(network: Any) -> Any:
-    """Return a network without its adapters; itself if it has none.
+    """Return a copy of a network without its adapters; the network itself if it has none.
 
     Args:
-        network: left as it is.
+        network: the network, which is not changed.
     """
     if getattr(network, "peft_config", None):
         from diffusers.utils.peft_utils import recurse_remove_peft_layers
@@ -95,7 +95,7 @@ def without_adapters(network: Any) -> Any:
         if isinstance(layer, Adapted):
             above, _, last = path.rpartition(".")
             setattr(plain.get_submodule(above), last, layer.base_layer)
-        elif isinstance(layer, WithWords):  # T5 has it twice
+        elif isinstance(layer, WithWords):  # T5 uses it in two places
             plain.set_input_embeddings(layer.base_layer)
     plain.__dict__.pop("dmin_adapters", None)
     return plain

@@ -24,22 +24,21 @@ def load_adapters(
     pipeline: Any = None,
     embeddings: Embeddings | None = None,
 ) -> None:
-    """Load adapters into a network and the text encoders beside it.
+    """Load adapters into a network and the text encoders of its pipeline.
 
-    Each layer they name becomes :class:`~dmin.models.adapters.layers.Adapted`, whose parameters are
-    the file's own factors, whatever its trainer calls them. They are called ``default``,
-    ``default_1``, … and act together, so that the names of their parameters (and with them the
-    sketch) are the same however an adapter was called in training.
+    Each adapted layer becomes :class:`~dmin.models.adapters.layers.Adapted`, with the factors of
+    the file as its parameters. Adapters are named ``default``, ``default_1``, … and their changes
+    are added. Parameter names, and thus the sketch, do not depend on names used in training.
 
     Args:
-        network: gets the adapters; must not have any yet.
-        paths: ``.safetensors`` file or a folder with one; several are added up.
-        pipeline: of diffusers, whose text encoders get their part of a file.
-        embeddings: files of learned words, beside those in the adapters' own.
+        network: receives the adapters; must not have any yet.
+        paths: a ``.safetensors`` file or a folder with one; several are added up.
+        pipeline: a diffusers pipeline; its text encoders receive their part of a file.
+        embeddings: files of learned words, in addition to those in the adapter files.
 
     Raises:
-        DminError: no such file, a tensor in it that dmin does not compute with, or a module that
-            is not in this network or has other sizes there.
+        DminError: there is no such file, it has an unsupported tensor, or a module does not exist
+            in this network or has another size.
     """
     several = [paths] if isinstance(paths, str | Path) else list(paths)
     names = ["default", *(f"default_{n}" for n in range(1, len(several)))]
@@ -62,14 +61,14 @@ def load_adapters(
 def _load(file: AdapterFile, name: str, network: nn.Module, encoders: dict[str, Any]) -> None:
     modules = file.modules()
     if not modules:
-        return  # it has words alone
+        return  # it has only learned words
     if file.config.get("use_dora") and not any(MAGNITUDE in module.tensors for module in modules):
         raise file.error("its adapter_config.json says use_dora, and it has no magnitudes")
     if any(module.text is not None for module in modules) and not encoders:
         raise file.error("it adapts a text encoder, and this model has none")
     targets = [network, *encoders.values()]
     tables = [places(target) for target in targets]
-    # Whether joined matrices are block-diagonal: kohya's split_qkv=True.
+    # kohya's split_qkv=True: joined matrices are block-diagonal.
     told = file.header.get("ss_network_args", "")
     split = re.search(r"split_qkv\W+true", told, re.IGNORECASE) is not None
     fitting: list[tuple[nn.Module, FileModule, list[Place]]] = []
@@ -105,9 +104,9 @@ def _load(file: AdapterFile, name: str, network: nn.Module, encoders: dict[str, 
 def _split(
     file: AdapterFile, module: FileModule, where: list[Place]
 ) -> Iterator[tuple[FileModule, list[Place]]]:
-    """Yield the adapters of each of several layers, that kohya saved as one block-diagonal pair.
+    """Yield the adapters of several layers that kohya saved as one block-diagonal pair.
 
-    Each of them was trained with α/r of its own rank r, not of the rank of the whole.
+    Each was trained with the scale α/r of its own rank r, not of the joint rank.
     """
     down, up = module.tensors["lora_A"], module.tensors["lora_B"].clone()
     r = len(down) // len(where)
@@ -124,7 +123,7 @@ def _split(
 
 
 def _misfit(module: FileModule, layers: Sequence[nn.Module]) -> str | None:
-    """Return why a module's tensors are no change of layers, None if they are one."""
+    """Return why a module's tensors do not fit the layers; None if they do."""
     if not layers:
         return "not in it"
     shapes = [base_of(layer).weight.shape for layer in layers]
@@ -174,7 +173,7 @@ def _place(
     scale: float,
     loaded: Loaded,
 ) -> None:
-    """Give layers what a module of a file changes of them."""
+    """Add the changes of a file's module to its layers."""
     layers = [_adapted(target, place.path) for place in where]
     weights = [weight_of(layer.base_layer) for layer in layers]
     like, dim = weights[0], 1 if weights[0].ndim > 2 else -1
@@ -199,7 +198,7 @@ def _decompose(
     weights: Sequence[Tensor],
     module: FileModule,
 ) -> None:
-    """Add magnitudes to the changes of layers; of which axis they are, their shape tells."""
+    """Add magnitudes, of outputs or inputs according to their shape, to the changes of layers."""
     inputs = weights[0].shape[1]
     of_inputs = (
         "dora_scale" in module.keys[MAGNITUDE]
@@ -223,7 +222,7 @@ def _decompose(
 
 
 def _adapted(network: nn.Module, path: str) -> Adapted:
-    """Return the layer at a path with a place for adapters."""
+    """Return the layer at a path, wrapped to hold adapters."""
     layer = network.get_submodule(path)
     if not isinstance(layer, Adapted):
         layer = Adapted(layer)

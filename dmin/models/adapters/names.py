@@ -32,16 +32,16 @@ _RESNET = {
 
 
 def places(network: nn.Module) -> dict[str, list[Place]]:
-    """Return where each module that a file may name stands in a network.
+    """Return the layers of a network for each module name that a file may contain.
 
     Args:
-        network: of diffusers or transformers, or any other.
+        network: a network of diffusers or transformers, or any other.
 
     Returns:
-        name, with ``_`` for each ``.``, → the layers it is of: several where a trainer joins them.
+        Module name, with ``_`` for each ``.``, → its layers; several if a trainer joins them.
 
     Raises:
-        DminError: two layers have one name.
+        DminError: two layers have the same name.
     """
     adapted = tuple(f"{n}." for n, m in network.named_modules() if isinstance(m, Adapted))
     layers = {
@@ -54,7 +54,7 @@ def places(network: nn.Module) -> dict[str, list[Place]]:
         if flat(name) in found:
             raise DminError(f"model.adapter: {flat(name)} is the name of two layers.")
         found[flat(name)] = [Place(name)]
-        # Text encoders have lost a level of their names since most adapters were trained.
+        # Newer text encoders lack this level, which names in most adapter files have.
         found.setdefault(f"text_model_{flat(name)}", [Place(name)])
     for original, own in _originals(network, list(layers)):
         parts = own.removeprefix("~").split()
@@ -64,12 +64,12 @@ def places(network: nn.Module) -> dict[str, list[Place]]:
 
 
 def flat(name: str) -> str:
-    """Return a dotted name as kohya's files have it."""
+    """Return a dotted name in the form of kohya's files."""
     return name.replace(".", "_")
 
 
 def base_of(module: nn.Module) -> Any:
-    """Return the layer that an adapter of a module is of; None where adapters are made for none."""
+    """Return the layer, without adapters, of a module; None if it cannot have adapters."""
     layer = module.base_layer if isinstance(module, Adapted) else module
     if isinstance(layer, _ConvNd):
         plain = not layer.transposed and layer.groups == 1 and layer.padding_mode == "zeros"
@@ -91,7 +91,7 @@ def _joined(parts: list[str], layers: dict[str, Any], halves: bool) -> list[Plac
 
 
 def _originals(network: Any, layers: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield the names of the layout that a network was published in, and ours."""
+    """Yield names in the layout in which a network was published, and diffusers' names."""
     kind = type(network).__name__
     if kind == "UNet2DConditionModel":
         yield from _unet(network, layers)
@@ -110,7 +110,7 @@ def _originals(network: Any, layers: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _unet(network: Any, layers: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield the names of Stable Diffusion 1, 2 and XL."""
+    """Yield the original and diffusers' names of Stable Diffusion 1, 2 and XL."""
     yield from _UNET.items()
     for original, own in _unet_parts(network):
         for layer in layers:
@@ -122,7 +122,7 @@ def _unet(network: Any, layers: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _unet_parts(network: Any) -> Iterator[tuple[str, str]]:
-    """Yield where residual blocks, attention and changes of size stand: original place, ours."""
+    """Yield original and diffusers' names of residual blocks, attention and resampling."""
     number = 1
     for way, original in (("down", "input_blocks"), ("up", "output_blocks")):
         for i, block in enumerate(getattr(network, f"{way}_blocks")):

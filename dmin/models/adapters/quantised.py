@@ -18,16 +18,16 @@ from dmin.models.recognition import tensor_names
 from dmin.runtime.errors import DminError
 
 BaseDType = Literal["float8_e4m3fn", "float8_e5m2", "float8", "qfloat8", "int8", "nf4"]
-"""What the weights of a base model are rounded to."""
+"""Types to which the weights of a base model can be rounded."""
 
-# Ends of names of tensors that say how a weight beside them is to be read.
+# Names of tensors that describe how another weight is quantised.
 _BESIDE = re.compile(
     r"(.*)\.(?:scale_weight|weight_scale|scale_input|input_scale|output_scale|comfy_quant|SCB"
     r"|weight_format|weight\.(?:_scale|absmax|quant_map|nested_absmax|nested_quant_map"
     r"|quant_state\.bitsandbytes__[nf]p?f?4))"
 )
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# What a normal variable's 16 equally likely values are nearest to (QLoRA, arXiv 2305.14314).
+# The 16 values of the data type NF4 (QLoRA, arXiv 2305.14314).
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
@@ -40,26 +40,29 @@ _NF4 = (
 def plain(
     source: Path, file: Path | None, dtype: torch.dtype
 ) -> Iterator[tuple[Path, Path | None]]:
-    """Give a checkpoint whose quantised weights are plain numbers, written for as long as it lasts.
+    """Context with a temporary copy of a checkpoint whose quantised weights are dequantised.
 
-    float8, with a scale beside it (``scale_weight``) or none: ``s w``. bitsandbytes: int8
-    ``w · SCB/127``; nf4 and fp4 ``absmax[block] · quant_map[w]``, in the dtype that the layer
-    computed in. quanto: ``s w`` by rows. Everything else of the checkpoint is linked, not copied.
+    float8: ``s w`` with the scale s of a second tensor (``scale_weight``), if there is one.
+    bitsandbytes: int8 ``w · SCB/127``; nf4 and fp4 ``absmax[block] · quant_map[w]``, in the dtype
+    in which the layer computed. quanto: ``s w`` by rows. Other files are linked, not copied.
 
     Args:
         source: folder of a pipeline.
-        file: with weights in the original layout, or None.
-        dtype: of the numbers.
+        file: a file with weights in the original layout, or None.
+        dtype: dtype of the dequantised weights.
+
+    Yields:
+        The folder and the file to load.
 
     Raises:
-        DminError: weights are quantised in another way.
+        DminError: weights are quantised in an unsupported way.
     """
     parts = [part for part in sorted(source.iterdir()) if part.is_dir() and _is_quantised(part)]
     single = file if file is not None and file.is_file() and _needs([file]) else None
     if not parts and single is None:
         yield source, file
         return
-    # On Windows a file cannot go while it is mapped.
+    # On Windows a file cannot be deleted while it is mapped.
     with TemporaryDirectory(prefix="dmin-plain-", ignore_cleanup_errors=True) as name:
         copy = Path(name)
         if parts:
@@ -81,20 +84,20 @@ def _config(part: Path) -> dict[str, Any]:
     try:
         found = json.loads((part / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return {}  # told where it is loaded
+        return {}  # loading reports the error
     return found if isinstance(found, dict) else {}
 
 
 def _needs(files: list[Path]) -> bool:
-    """Return whether tensors beside weights say how they are to be read: float8 alone does not."""
+    """Return whether tensors describe how weights are quantised (not for float8 without scale)."""
     try:
         return any(_BESIDE.fullmatch(n) for f in files for n in tensor_names(f))
     except DminError:
-        return False  # told where it is loaded
+        return False  # loading reports the error
 
 
 def _write_part(part: Path, to: Path, dtype: torch.dtype) -> None:
-    """Write a component with plain weights."""
+    """Write a component with dequantised weights."""
     config = _config(part)
     told = config.pop("quantization_config", {})
     files = sorted(part.glob("*.safetensors"))
@@ -114,7 +117,7 @@ def _write_part(part: Path, to: Path, dtype: torch.dtype) -> None:
 
 
 def _write(files: list[Path], to: Path, dtype: torch.dtype) -> dict[str, str]:
-    """Write files with plain numbers; return the file of each tensor."""
+    """Write files with dequantised weights; return the file of each tensor."""
     kept: dict[str, str] = {}
     with ExitStack() as stack:
         opened = {each: stack.enter_context(safe_open(each, "pt")) for each in files}
@@ -148,7 +151,7 @@ def _unread(place: Path, why: str) -> DminError:
 def _numbers(
     name: str, read: Callable[[str], Tensor], names: Collection[str], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return a tensor's numbers by its plain name; nothing of what stands beside a weight."""
+    """Return a dequantised tensor by its plain name; nothing for tensors that describe another."""
     beside = _BESIDE.fullmatch(name)
     if name.rpartition(".")[2] == "scaled_fp8" or (
         beside and {f"{beside[1]}.weight", f"{beside[1]}.weight._data"} & set(names)
@@ -193,7 +196,7 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
 def _four_bits(
     packed: Tensor, name: str, read: Callable[[str], Tensor], told: Mapping[str, Any]
 ) -> Tensor:
-    """Return what bitsandbytes' four bits stand for; the first of two stands higher in a byte."""
+    """Return weights from bitsandbytes' 4-bit codes; the first of two is in the high bits."""
     absmax = read(f"{name}.absmax")
     if absmax.dtype is torch.uint8:  # scales are quantised in turn
         outer = read(f"{name}.nested_absmax").repeat_interleave(told["nested_blocksize"])
@@ -209,15 +212,15 @@ def _four_bits(
 
 @torch.no_grad()
 def round_weights(network: nn.Module, kind: BaseDType) -> None:
-    """Round weights as they were kept while an adapter was trained; computed with as they are then.
+    """Round weights in place, as trainers do while they train an adapter on a quantised model.
 
-    ``float8_e4m3fn``, ``float8_e5m2``: every parameter, unscaled. Others, weights of linear layers
-    and convolutions: ``float8`` with one scale ``max|w|/448`` a layer, ``qfloat8`` and ``int8``
-    (``max|w|/127``) with one for each row; ``nf4`` with one for each block of 64, linear layers
-    alone.
+    ``float8_e4m3fn``, ``float8_e5m2``: every parameter, without scale. The others round weights of
+    linear layers and convolutions: ``float8`` with one scale ``max|w|/448`` per layer; ``qfloat8``
+    with one per row, ``int8`` likewise (``max|w|/127``); ``nf4`` with one per block of 64 weights,
+    only in linear layers.
 
     Raises:
-        DminError: it is no such kind.
+        DminError: the kind is unknown.
     """
     if kind not in get_args(BaseDType):
         allowed = ", ".join(get_args(BaseDType))

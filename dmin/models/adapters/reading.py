@@ -16,7 +16,7 @@ from dmin.runtime.errors import DminError
 
 _NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-# End of a key → what the tensor is, by the names of KINDS.
+# End of a key → the tensor's name in KINDS.
 _ENDS = (
     (r"\.(?:lora_down|lora_A|lora\.down|lora_linear_layer\.down)(?:\.default)?\.weight", "lora_A"),
     (r"\.(?:lora_up|lora_B|lora\.up|lora_linear_layer\.up)(?:\.default)?\.weight", "lora_B"),
@@ -27,7 +27,7 @@ _ENDS = (
     (r"(?:\.lora)?\.alpha", "alpha"),
     (r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))(?:\.default)?", r"\1"),
 )
-# Start of a key → the text encoder that it is of, by its place among the pipeline's.
+# Start of a key → the index of its text encoder among the pipeline's.
 _TEXT = (
     (r"lora_te1?_", 0),
     (r"lora_te2_", 1),
@@ -52,14 +52,14 @@ _REFUSED = {
 
 @dataclass
 class FileModule:
-    """What a file has of one module.
+    """The tensors of one module in a file.
 
     Args:
-        key: of its tensors, before their ends.
-        name: of the module in the file, without what says whose it is.
-        text: place of its text encoder among the pipeline's; None for the network.
-        tensors: by the names of :data:`KINDS`.
-        keys: of the file, by the same names.
+        key: the common start of the keys of its tensors.
+        name: name of the module in the file, without the prefix for the network or encoder.
+        text: index of its text encoder among the pipeline's; None for the network.
+        tensors: tensors by the names of :data:`KINDS`.
+        keys: keys in the file, by the same names.
     """
 
     key: str
@@ -70,19 +70,19 @@ class FileModule:
 
     @property
     def factors(self) -> dict[str, Tensor]:
-        """Return the tensors that make ΔW."""
+        """Return the tensors that form ΔW."""
         return {k: v for k, v in self.tensors.items() if k not in (MAGNITUDE, "alpha")}
 
 
 @dataclass
 class AdapterFile:
-    """An adapter as it lies on disk.
+    """An adapter file.
 
     Args:
-        path: of the file.
+        path: path of the file.
         state: all its tensors.
-        header: what stands beside them.
-        config: ``adapter_config.json`` of its folder, as peft writes it.
+        header: its metadata.
+        config: peft's ``adapter_config.json`` in its folder; empty if there is none.
     """
 
     path: Path
@@ -94,13 +94,13 @@ class AdapterFile:
         """Return all tensors by their modules.
 
         Raises:
-            DminError: a tensor is none of an adapter that dmin computes, or one is missing.
+            DminError: a tensor does not belong to a supported kind of adapter, or one is missing.
         """
         found: dict[str, FileModule] = {}
         for key, tensor in self.state.items():
             if key.startswith(BUNDLE):
                 continue
-            # As diffusers named layers when attention processors had them.
+            # Earlier names of diffusers, when LoRA layers were part of attention processors.
             plain = re.sub(r"\.processor\.(to_\w+?)_lora\.", r".\1.lora.", key)
             plain = plain.replace(".to_out.lora", ".to_out.0.lora")
             ends = ((re.search(f"{end}$", plain), name) for end, name in _ENDS)
@@ -127,17 +127,17 @@ class AdapterFile:
         return bundled(self.state, f"model.adapter={self.path}")
 
     def scale(self, module: FileModule) -> float:
-        """Return s of ``W + s ΔW``: α/r, by what the trainer of such a file divides.
+        """Return s of ``W + s ΔW``: α/r, or α/√r with rank-stabilised LoRA in peft's config.
 
-        α of tensors comes first. Files in peft's names have it in peft's config, in single entries
-        of the header, or, if nowhere, α is the rank; in others no α is a scale of 1.
+        α is taken from the module's tensors, else from peft's config, else from the header (of
+        files with peft's names). Without any α, s is 1.
         """
         if "lora_diff" in module.tensors:
             return 1.0
         told = self._config(module)
         r = rank(module.factors)
         if r is None and "alpha" not in told:
-            return 1.0  # whatever α says
+            return 1.0  # α is not used
         pattern = told.get("alpha_pattern") or {}
         alpha = next(
             (a for k, a in pattern.items() if re.match(rf"(.*\.)?({k})$", module.key)), None
@@ -151,7 +151,7 @@ class AdapterFile:
         return 1.0 if alpha is None else float(alpha) / (r**0.5 if root else r)
 
     def _config(self, module: FileModule) -> dict[str, Any]:
-        """Return what peft's config, or else the header, says of a module."""
+        """Return peft's config of a module, or else the entries of the header."""
         if self.config:
             return self.config
         is_text = module.text is not None
@@ -173,7 +173,7 @@ class AdapterFile:
         return DminError(f"model.adapter={self.path}: {what}.")
 
 
-# Where trainers write the α of files in peft's names.
+# Header entries in which trainers write the α of files with peft's names.
 _ALPHAS = ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha")
 
 
@@ -181,7 +181,7 @@ def read(path: Path) -> AdapterFile:
     """Read an adapter: a file, or a folder with one.
 
     Raises:
-        DminError: there is none, it is a pickle, it is damaged, or its base was changed for it.
+        DminError: there is none, it is a pickle, it is damaged, or it needs changed base weights.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     files = [file for file in files if file.name in _NAMES] or files

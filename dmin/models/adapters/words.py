@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from dmin.runtime.errors import DminError
 
 Embeddings = str | Path | Sequence[str | Path]
-"""Files of learned words; ``WORD=FILE`` where a file does not name it, or names another."""
+"""Files of learned words; ``WORD=FILE`` if the file does not name the word, or by another name."""
 
-BUNDLE = "bundle_emb."  # begins the names of words in files of adapters
-# What trainers call an encoder → its place among the pipeline's; None: the first of its width.
+BUNDLE = "bundle_emb."  # prefix of learned words in adapter files
+# Trainers' name of an encoder → its index among the pipeline's; None: the first of its width.
 _KINDS = {
     **{"clip_l": 0, "clip_g": 1, "t5": -1, "t5xxl": -1},
     **{"text_encoder": 0, "text_encoder_2": 1, "text_encoder_3": 2},
@@ -25,27 +25,27 @@ _KINDS = {
 
 
 class Word(NamedTuple):
-    """A learned word: what it is called, and its vectors ``[n, d]`` in one encoder."""
+    """A learned word: its token, and its vectors ``[n, d]`` in one encoder."""
 
     token: str
-    place: int | None  # of the encoder among the pipeline's
+    place: int | None  # index of the encoder among the pipeline's
     vectors: Tensor
     source: str  # setting and file, for messages
 
     @property
     def tokens(self) -> list[str]:
-        """Return a token for each vector, as diffusers calls them."""
+        """Return a token for each vector, with diffusers' names."""
         return [self.token, *(f"{self.token}_{n}" for n in range(1, len(self.vectors)))]
 
 
 class WithWords(nn.Module):
-    """An embedding with learned words behind its own tokens.
+    """An embedding with learned words after its own tokens.
 
     Args:
         base_layer: the embedding.
-        words: of this encoder.
-        first: id of the first vector's token; those of the others follow.
-        tokenizer: as it was without them.
+        words: the learned words of this encoder.
+        first: token id of the first vector; the other vectors follow.
+        tokenizer: the tokenizer without these words.
     """
 
     def __init__(self, base_layer: Any, words: Sequence[Word], first: int, tokenizer: Any) -> None:
@@ -57,7 +57,7 @@ class WithWords(nn.Module):
         self.words, self.first, self.tokenizer = words, first, tokenizer
 
     def __getattr__(self, name: str) -> Any:
-        """Return what code around asks of the embedding, such as its width."""
+        """Return attributes of the base embedding, such as its width."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -76,11 +76,12 @@ class WithWords(nn.Module):
 def read_words(given: Embeddings) -> list[Word]:
     """Read files of learned words.
 
-    Every tensor is one: diffusers' by its token, ``emb_params`` (A1111, kohya) and ``clip_l``,
-    ``clip_g``, ``t5`` by the name of the file, ``bundle_emb.WORD.clip_l`` as in adapters.
+    Every tensor is a word. Its token is the tensor's name in diffusers' files; the name of the file
+    for ``emb_params`` (A1111, kohya), ``clip_l``, ``clip_g`` and ``t5``; and WORD for
+    ``bundle_emb.WORD.clip_l``, as in adapters.
 
     Raises:
-        DminError: no such file, a pickle, or a tensor that is no word.
+        DminError: there is no such file, it is a pickle, or a tensor is not a word.
     """
     several = [given] if isinstance(given, str | Path) else given
     found: list[Word] = []
@@ -122,10 +123,10 @@ def _read(token: str | None, path: Path) -> list[Word]:
 
 
 def bundled(state: Mapping[str, Tensor], source: str) -> list[Word]:
-    """Return the words among the tensors of a file, by their names ``bundle_emb.WORD.ENCODER``.
+    """Return the words among the tensors of a file, named ``bundle_emb.WORD.ENCODER``.
 
     Raises:
-        DminError: one is of no encoder, or no vectors.
+        DminError: the encoder is unknown, or the tensor does not consist of vectors.
     """
     found = []
     for key, value in state.items():
@@ -157,11 +158,11 @@ def add_words(pipeline: Any, words: Iterable[Word]) -> None:
     """Put learned words into the tokenizers and text encoders of a pipeline.
 
     Args:
-        pipeline: of diffusers; its tokenizers are replaced, those of others stay as they are.
-        words: of all files, each once in an encoder.
+        pipeline: a diffusers pipeline; its tokenizers are replaced by copies.
+        words: words of all files, each once for an encoder.
 
     Raises:
-        DminError: no encoder takes a word, or its tokenizer has that token.
+        DminError: a word fits no encoder, or the tokenizer already has that token.
     """
     parts = dict(getattr(pipeline, "components", {}))
     encoders = {
@@ -184,7 +185,7 @@ def add_words(pipeline: Any, words: Iterable[Word]) -> None:
 
 
 def _encoder(word: Word, encoders: Mapping[str, Any], own: Mapping[str, list[Word]]) -> str:
-    """Return the name of the encoder that a word is of."""
+    """Return the name of the encoder to which a word belongs."""
     names, width = list(encoders), word.vectors.shape[1]
     if word.place is None or len(names) == 1:
         fits = [n for n in names if encoders[n].embedding_dim == width]
@@ -229,7 +230,7 @@ def _add(pipeline: Any, name: str, embedding: Any, words: list[Word]) -> None:
 
 
 def _pooled(pipeline: Any) -> list[str]:
-    """Return the encoders of which a network is told a vector for the whole caption."""
+    """Return the encoders that give the network one pooled vector per caption."""
     parts = pipeline.components.items()
     names = [n for n, part in parts if n.startswith("text_encoder") and part is not None]
     projected = [n for n in names if "Projection" in type(pipeline.components[n]).__name__]
@@ -237,7 +238,7 @@ def _pooled(pipeline: Any) -> list[str]:
 
 
 def words_of(pipeline: Any) -> dict[str, Sequence[Word]]:
-    """Return the learned words in a pipeline, by the encoder that they are of."""
+    """Return the learned words in a pipeline, by encoder."""
     layers = {
         name: next((m for m in part.modules() if isinstance(m, WithWords)), None)
         for name, part in pipeline.components.items()
@@ -247,7 +248,7 @@ def words_of(pipeline: Any) -> dict[str, Sequence[Word]]:
 
 
 def plain_tokenizers(pipeline: Any) -> dict[str, Any]:
-    """Return the tokenizers of a pipeline with learned words, as they were without, by name."""
+    """Return the original tokenizers, by name, of encoders with learned words."""
     return {
         name.replace("text_encoder", "tokenizer"): module.tokenizer
         for name in words_of(pipeline)
@@ -257,7 +258,7 @@ def plain_tokenizers(pipeline: Any) -> dict[str, Any]:
 
 
 def save_words(pipeline: Any, file: Path) -> None:
-    """Save the learned words of a pipeline, if it has some, for ``model.embeddings``."""
+    """Save the learned words of a pipeline, if it has any, for ``model.embeddings``."""
     state = {
         f"{BUNDLE}{word.token}.{name}": word.vectors.contiguous()
         for name, words in words_of(pipeline).items()

@@ -11,7 +11,7 @@ from dmin.models.relatives import Claims, variants
 
 
 class Chroma(Flow):
-    """Chroma (Lodestone Rock 2025): the caption's tokens and one of padding take part."""
+    """Chroma (Lodestone Rock 2025): attention uses the caption's tokens and one padding token."""
 
     family = "chroma"
     claims: ClassVar[Claims] = Claims(

@@ -13,7 +13,7 @@ from dmin.runtime.errors import DminError
 
 
 class FluxControl(Flux, ImageConditioned):
-    """FLUX.1 Canny and Depth, and what is fine-tuned alike: the latents of a drawing."""
+    """FLUX.1 Canny and Depth, and similar fine-tuned models, with the latents of a drawing."""
 
     family = "flux_control"
     claims = Flux.claims._replace(pipelines=("FluxControlPipeline",), beside=(1, 0))
@@ -23,13 +23,13 @@ class FluxControl(Flux, ImageConditioned):
         return self._encoded_image(self._condition_image(batch), self.latents)
 
     def _call(self, images: Mapping[str, Any]) -> dict[str, Any]:
-        return {"control_image": 2 * images["condition_image"] - 1}  # of tensors, as they are
+        return {"control_image": 2 * images["condition_image"] - 1}  # tensors are not rescaled
 
 
 class StableDiffusionDepth(StableDiffusion, ImageConditioned):
-    """Stable Diffusion 2 depth: a map of depths of each image, from its lowest, −1, to 1.
+    """Stable Diffusion 2 depth: a depth map of each image, scaled linearly to [−1, 1].
 
-    The estimator of depths is not loaded: the maps are data.
+    The depth estimator is not loaded, since the maps are data.
     """
 
     family = "stable_diffusion_depth"

@@ -35,18 +35,17 @@ from dmin.runtime.transfer import to_device
 class DDPM(TrainedModel):
     """A denoising diffusion model of pixels (Ho et al. 2020).
 
-    Its process and target are those of the scheduler: discrete, with Karras' preconditioning, or a
-    flow.
+    The scheduler determines process and target: discrete, with Karras' preconditioning, or a flow.
 
     Args:
         network: predicts from a noised image, a timestep and, if it was built with
             ``num_class_embeds``, a class label.
-        scheduler: that it was trained with.
-        snr_gamma: weighs losses by min-SNR with this γ (Hang et al. 2023); None for equal weights.
-        sample_size: height and width of images, for a network that leaves them open; None for its
-            own, and for images of any size that its levels can halve.
-        variance_loss: add the bound that trained the variance, of a network that has learned one.
-        settings: of :class:`~dmin.models.trained.TrainedModel`.
+        scheduler: the scheduler of its training.
+        snr_gamma: γ of min-SNR weights of the loss (Hang et al. 2023); None for equal weights.
+        sample_size: height and width of images, for a network without a fixed size; None for the
+            network's own, or for any size that its levels can halve.
+        variance_loss: add the variational bound of a learned variance to the loss.
+        settings: settings of :class:`~dmin.models.trained.TrainedModel`.
     """
 
     family = "ddpm"
@@ -108,13 +107,13 @@ class DDPM(TrainedModel):
 
         Args:
             path: folder with ``model_index.json``, ``unet/`` and ``scheduler/``.
-            adapter: of the UNet: file or folder, or several.
+            adapter: adapters of the UNet: file or folder, or several.
             ema: other weights of the UNet, such as their moving average: ``.safetensors`` file, or
                 a folder that ``EMAModel.save_pretrained`` wrote.
-            settings: of the class.
+            settings: settings of the class.
 
         Raises:
-            DminError: no such checkpoint.
+            DminError: there is no such checkpoint.
         """
         if not (Path(path) / "model_index.json").is_file():
             raise DminError(
@@ -142,7 +141,7 @@ class DDPM(TrainedModel):
         save_names(self.label_names, Path(path))
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
-        """Return images scaled from [0, 1] to the [−1, 1] that DDPMs are trained on, and labels."""
+        """Return images scaled from [0, 1] to [−1, 1], and class labels."""
         image = batch["image"]
         channels, height, _ = self.shape
         if height is None:
@@ -154,13 +153,13 @@ class DDPM(TrainedModel):
                 f"data.mode={'L' if channels == 1 else 'RGB'}."
             )
         labels = batch["label"]
-        if self.label_names:  # a prompt is the name of a class, where a label is not given
+        if self.label_names:  # without a label, a prompt is the name of a class
             pairs = zip(labels, batch["caption"], strict=True)
             labels = [caption if label is None else label for label, caption in pairs]
         return 2 * image - 1, self.condition(labels)
 
     def _check_open(self, image: Tensor, name: str) -> None:
-        """Refuse images that a network of open size cannot halve as often as it does."""
+        """Refuse images whose sides cannot be halved at each level of the network."""
         unit = 2 ** (len(self.network.config.block_out_channels) - 1)
         channels, height, width = image.shape[1:]
         if channels != self.shape[0] or height % unit or width % unit:
@@ -190,14 +189,14 @@ class DDPM(TrainedModel):
     def _output(
         self, noised: Tensor, t: Tensor, condition: Condition
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what the network says of the image, and of the variance if it has learned one."""
+        """Return the network's output for the image, and for a learned variance, if any."""
         told = self.process.network_input(noised, t).to(self.network.dtype)
         output = self.network(told, self.process.time(t), **condition).sample.to(noised.dtype)
         mean, *variance = output.split(noised.shape[1], dim=1)
         return mean, variance[0] if variance else None
 
     def sample(self, prompts: Sequence[Any], seeds: Sequence[int], steps: int = 100) -> Tensor:
-        """Generate by DDIM (Song et al. 2021), η = 0, or Euler's steps: the seed decides."""
+        """Generate deterministically from the seed by DDIM (Song et al. 2021), η = 0, or Euler."""
         for x, _ in self._denoised(prompts, seeds, steps):
             last = x
         return ((last + 1) / 2).clamp(0, 1)
@@ -205,7 +204,7 @@ class DDPM(TrainedModel):
     def trajectory(
         self, prompts: Sequence[Any], seeds: Sequence[int], steps: int, states: int
     ) -> Tensor:
-        """Return the estimates of x0 on the way; see the base class."""
+        """Return the estimates of x0 during sampling; see the base class."""
         chosen = {steps - 1 - number * steps // states for number in range(states)}
         walk = enumerate(self._denoised(prompts, seeds, steps))
         kept = [estimate for number, (_, estimate) in walk if number in chosen]
@@ -215,7 +214,7 @@ class DDPM(TrainedModel):
     def _denoised(
         self, prompts: Sequence[Any], seeds: Sequence[int], steps: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the state after each step, and the estimate of x0 that the step was made with."""
+        """Yield the state after each step, and the estimate of x0 used in that step."""
         if self.shape[1] is None:
             raise DminError(
                 "this UNet2DModel has no sample_size, so the size of generated images is unknown. "
@@ -248,13 +247,13 @@ class DDPM(TrainedModel):
             yield x, x0
 
     def describe(self) -> dict[str, Any]:
-        """Return the loss, and what labels mean where they are text."""
+        """Return the loss, and the names of classes if labels are text."""
         found = {**super().describe(), **({"variance_loss": True} if self.variance_loss else {})}
         return {**found, **({"classes": list(self.label_names)} if self.label_names else {})}
 
 
 def _known(target: type, settings: Mapping[str, Any], name: str) -> None:
-    """Refuse misspelt settings: diffusers' constructors accept and ignore some of them."""
+    """Refuse misspelt settings, some of which diffusers' constructors would ignore."""
     allowed = set(inspect.signature(target).parameters)
     for key in settings:
         if key not in allowed:

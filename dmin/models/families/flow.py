@@ -12,7 +12,7 @@ from dmin.models.conditioning import LongCaptioned
 
 
 class Flow(LongCaptioned):
-    """A rectified flow that is told captions of a chosen length, of 1024 pixels by default."""
+    """A rectified flow with captions of a chosen length, for 1024 pixels by default."""
 
     processes: ClassVar[tuple[type[Process], ...]] = (RectifiedFlow,)
     own_length: int = 512
@@ -20,15 +20,15 @@ class Flow(LongCaptioned):
 
 
 class GuidanceEmbedded(Flow):
-    """Distilled to take its guidance as an input of the network.
+    """A distilled model with guidance as an input of the network.
 
     Args:
-        pipeline: of diffusers, with all its components.
-        embedded_guidance: the guidance that the network is told in attribution: what it was
-            fine-tuned with; None for what diffusers' training scripts take unless told otherwise,
-            3.5, of Fill and Control 30. Models without the input (schnell, klein) are not told.
-            ``guidance_scale`` is its value in sampling.
-        settings: of the next class.
+        pipeline: a diffusers pipeline with all its components.
+        embedded_guidance: value of this input in attribution, which should be that of fine-tuning;
+            None for the default of diffusers' training scripts, 3.5, or 30 for Fill and Control.
+            Ignored by models without the input (schnell, klein). ``guidance_scale`` is its value
+            in sampling.
+        settings: settings of the base classes.
     """
 
     own_guidance: ClassVar[float] = 3.5
@@ -52,9 +52,9 @@ class GuidanceEmbedded(Flow):
 
 
 class PaddedCaptioned(Flow):
-    """Conditioned on captions each of its own length, encoded alone: no other one changes it.
+    """Conditioned on captions of variable length, each encoded alone, independent of the others.
 
-    They are kept in the chosen length, zeros and a mask after their tokens.
+    They are padded with zeros to the chosen length and kept with a mask.
     """
 
     def _encode(self, prompts: Sequence[Any], **told: Any) -> Condition:
@@ -74,6 +74,6 @@ class PaddedCaptioned(Flow):
         """Return the embedding of one caption, ``[tokens, width]``."""
         device, length = self._text_device, self.max_sequence_length
         asked = {"device": device, "max_sequence_length": length, **told}
-        # Some pipelines write the chat's template into the list they are given.
+        # A new list, because some pipelines write the chat template into it.
         found: torch.Tensor = self.pipeline.encode_prompt(self._texts([prompt]), **asked)[0][0]
         return found

@@ -10,7 +10,7 @@ from dmin.models.relatives import Claims
 
 
 class Flux2(GuidanceEmbedded):
-    """FLUX.2 dev and klein (Black Forest Labs 2025); the network sees the caption's padding."""
+    """FLUX.2 dev and klein (Black Forest Labs 2025); the network also receives padding tokens."""
 
     family = "flux_2"
     claims: ClassVar[Claims] = Claims(

@@ -12,7 +12,7 @@ from dmin.models.families.image_conditions import ImageTokens
 
 
 class FluxKontext(Flux, ImageTokens):
-    """FLUX.1 Kontext (Black Forest Labs 2025); the image to change has the size of the other."""
+    """FLUX.1 Kontext (Black Forest Labs 2025); the image to edit has the size of the result."""
 
     family = "flux_kontext"
     claims = Flux.claims._replace(pipelines=("FluxKontextPipeline",))

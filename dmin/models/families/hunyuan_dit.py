@@ -17,7 +17,7 @@ from dmin.models.relatives import Claims
 class HunyuanDiT(SizeConditioning, LearnedVariance):
     """HunyuanDiT 1.0 to 1.2 (Li et al. 2024); predicts v.
 
-    The safety checker is not loaded: it would turn queries black.
+    The safety checker is not loaded, since it could make queries black.
     """
 
     family = "hunyuan_dit"
@@ -33,7 +33,7 @@ class HunyuanDiT(SizeConditioning, LearnedVariance):
 
     def _embed(self, prompts: Sequence[Any]) -> Condition:
         named: dict[str, Tensor] = {}
-        # Lengths as in the pipeline's call.
+        # The lengths in the pipeline's call.
         for index, (suffix, length) in enumerate({"": 77, "_t5": 256}.items()):
             told = {"max_sequence_length": length, "text_encoder_index": index}
             found = self._encode(prompts, **self.encoding, **told)
@@ -47,13 +47,13 @@ class HunyuanDiT(SizeConditioning, LearnedVariance):
         return {"image_meta_size": image.new_tensor(rows), "style": style}
 
     def _time(self, t: Tensor) -> Tensor:
-        return t.to(self.network.dtype)  # which the network then computes in
+        return t.to(self.network.dtype)  # the network computes in the dtype of t
 
     def _told(self, noised: Tensor, condition: Condition) -> dict[str, Any]:
         return {"image_rotary_emb": self._positions(noised), **condition}
 
     def _positions(self, noised: Tensor) -> Any:
-        """Return the rotary embedding of the pipeline's call: a grid cut for 512 pixels."""
+        """Return the rotary embedding of the pipeline's call, on a grid cropped for 512 pixels."""
         grid = noised.shape[-2] // self.patch, noised.shape[-1] // self.patch
         region = get_resize_crop_region_for_grid(grid, 512 // 8 // self.patch)
         width = self.network.inner_dim // self.network.num_heads

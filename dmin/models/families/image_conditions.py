@@ -14,16 +14,16 @@ from dmin.models.pipeline import PipelineModel
 from dmin.runtime.errors import DminError
 
 BESIDE = "beside"
-"""The name among the conditions of what the network is given at each latent pixel."""
+"""Name of the condition with further input channels or tokens of the network."""
 
 
 class SampledFromImages(LatentDiffusion):
-    """A model whose sampler is given images."""
+    """A model whose sampler takes images."""
 
     given_images: ClassVar[tuple[str, ...]] = ("image",)
 
     def _call(self, images: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of the pipeline's call for images as a batch has them."""
+        """Return the arguments of the pipeline's call for the images of a batch."""
         return {"image": images[self.given_images[-1]]}
 
     def _shown(self, given: Mapping[str, Tensor] | None) -> dict[str, Any]:
@@ -34,22 +34,22 @@ class SampledFromImages(LatentDiffusion):
 
 
 class ImageConditioned(SampledFromImages):
-    """Given each example's condition image: channels beside those of the noised latents."""
+    """Conditioned on each example's condition image, as further channels of the noised latents."""
 
     given_images: ClassVar[tuple[str, ...]] = ("image", "condition_image")
 
     @classmethod
     def reads_condition_images(cls, settings: Mapping[str, Any]) -> bool:
-        """Say whether examples need condition images."""
+        """Return whether examples need condition images."""
         return True
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
-        """Return latents and condition, what is given at each latent pixel among them."""
+        """Return latents and condition, including the channels of the condition image."""
         x0, condition = super().encode(batch)
         return x0, {**condition, BESIDE: self._beside(batch).to(x0)}
 
     def _beside(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return what the network is given beside noised latents, ``[batch, C', h, w]``."""
+        """Return the network's further input channels, ``[batch, C', h, w]``."""
         return self._encoded_image(self._condition_image(batch))
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -84,12 +84,12 @@ class ImageConditioned(SampledFromImages):
         return image[:, :1]
 
     def _encoded_image(self, image: Tensor, kind: Any = "mode") -> Tensor:
-        """Return scaled latents of images in [0, 1]; a sample's draw is not that of x0."""
+        """Return scaled latents of images in [0, 1]; samples use other noise than those of x0."""
         return vae.encode(self.pipeline.vae, image, kind, self.latent_seed + 1, self.shifted)
 
 
 class ImageTokens(ImageConditioned):
-    """Given the latents of an image to change as tokens behind those of the noised one."""
+    """Conditioned on the latents of an image to edit, as tokens after the noised ones."""
 
     def _predict(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
         told = {self.time_name: self._time(t), **self._told(noised, condition)}
@@ -103,13 +103,13 @@ class ImageTokens(ImageConditioned):
 
 
 class Inpainting(ImageConditioned):
-    """Given a mask, white where the image is to be made anew, and the latents of the rest.
+    """Conditioned on a mask, white where the image is to be filled in, and the masked image.
 
     Args:
-        pipeline: of diffusers, with all its components.
-        mask_seed: of a mask that is drawn, the same for all images of a size, as training scripts
-            draw a rectangle or an ellipse for each step; None: masks are the condition images.
-        settings: of :class:`~dmin.models.latent.LatentDiffusion`.
+        pipeline: a diffusers pipeline with all its components.
+        mask_seed: seed of a random mask, the same for all images of a size (training scripts draw
+            a rectangle or an ellipse at each step); None: masks are the condition images.
+        settings: settings of :class:`~dmin.models.latent.LatentDiffusion`.
     """
 
     def __init__(self, pipeline: Any, *, mask_seed: int | None = None, **settings: Any) -> None:
@@ -118,16 +118,16 @@ class Inpainting(ImageConditioned):
 
     @classmethod
     def reads_condition_images(cls, settings: Mapping[str, Any]) -> bool:
-        """Say whether examples need masks: unless one is drawn."""
+        """Return whether examples need masks: not if a random one is used."""
         return settings.get("mask_seed") is None
 
     def describe(self) -> dict[str, Any]:
-        """Return what defines latents, condition and loss, the draw of the mask included."""
+        """Return what defines latents, condition and loss, including the mask's seed."""
         drawn = {} if self.mask_seed is None else {"mask_seed": self.mask_seed}
         return {**super().describe(), **drawn}
 
     def _mask(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return which pixels are made anew, ``[batch, 1, H, W]`` of zeros and ones."""
+        """Return the mask of pixels to fill in, ``[batch, 1, H, W]`` of zeros and ones."""
         image = batch["image"]
         if self.mask_seed is None:
             return (self._grey(batch) >= 0.5).to(image)
@@ -136,13 +136,13 @@ class Inpainting(ImageConditioned):
 
     def _beside(self, batch: Mapping[str, Any]) -> Tensor:
         mask = self._mask(batch)
-        grey = torch.full_like(batch["image"], 0.5)  # which is zero to the network
+        grey = torch.full_like(batch["image"], 0.5)  # zero in the range [−1, 1]
         rest = torch.where(mask.bool(), grey, batch["image"])
         latents = self._encoded_image(rest, self.latents)
         return self._ordered(self._mask_of(mask, latents), latents)
 
     def _mask_of(self, mask: Tensor, latents: Tensor) -> Tensor:
-        """Return a mask at the places of latents."""
+        """Return a mask at the resolution of the latents."""
         return interpolate(mask, size=latents.shape[-2:])
 
     def _ordered(self, mask: Tensor, latents: Tensor) -> Tensor:
@@ -153,17 +153,17 @@ class Inpainting(ImageConditioned):
 
 
 def drawn_mask(height: int, width: int, seed: int) -> Tensor:
-    """Return a rectangle or an ellipse of ones, of random size and place, ``[1, 1, H, W]``.
+    """Return a rectangle or an ellipse of ones with random size and position, ``[1, 1, H, W]``.
 
-    Source: ``random_mask`` of diffusers' ``train_dreambooth_inpaint.py``; a draw that would leave
-    nothing to make anew is drawn again.
+    Source: ``random_mask`` of diffusers' ``train_dreambooth_inpaint.py``; an empty mask is drawn
+    again.
     """
     draw = torch.Generator().manual_seed(seed)
     y, x = torch.arange(height).view(-1, 1) + 0.5, torch.arange(width) + 0.5
     while True:
         size, place, kind = torch.rand(3, 2, generator=draw).tolist()
         half = size[0] * height / 2, size[1] * width / 2
-        # Within the image, as far as it has room.
+        # The whole shape is inside the image.
         centre = (h + p * (n - 2 * h) for h, p, n in zip(half, place, (height, width), strict=True))
         off = [abs(at - c) / max(h, 1e-6) for at, c, h in zip((y, x), centre, half, strict=True)]
         inside = torch.maximum(*off) < 1 if kind[0] < 0.5 else off[0] ** 2 + off[1] ** 2 < 1
@@ -172,7 +172,7 @@ def drawn_mask(height: int, width: int, seed: int) -> Tensor:
 
 
 def asks_for_images(family: type[PipelineModel], size: str = "") -> DminError:
-    """Return why a model generates nothing of prompts alone, and what to do instead."""
+    """Return the error that a model cannot generate from prompts alone, with the remedy."""
     beside = " queries.condition_image=FOLDER" if "condition_image" in family.given_images else ""
     given = ", ".join(f"'{name}': …" for name in family.given_images)
     return DminError(
@@ -183,7 +183,7 @@ def asks_for_images(family: type[PipelineModel], size: str = "") -> DminError:
 
 
 def lacking(model: str, example: str, setting: str = "data") -> DminError:
-    """Return what is wrong with data that have no condition images for a model that needs some."""
+    """Return the error that an example lacks the condition image that a model needs."""
     return DminError(
         f"example {example!r} has no condition image, which {model} needs for each example: an "
         f"image to edit, a mask, a drawing or a depth map. Set {setting}.condition_image to the "

@@ -11,7 +11,7 @@ from dmin.models.families.stable_diffusion_xl import StableDiffusionXL
 
 
 class StableDiffusionInpaint(StableDiffusion, Inpainting):
-    """Stable Diffusion 1.x and 2 for inpainting (Rombach et al. 2022), of nine channels."""
+    """Stable Diffusion 1.x and 2 for inpainting (Rombach et al. 2022), with nine channels."""
 
     family = "stable_diffusion_inpaint"
     claims = StableDiffusion.claims._replace(
@@ -20,7 +20,7 @@ class StableDiffusionInpaint(StableDiffusion, Inpainting):
 
 
 class StableDiffusionXLInpaint(StableDiffusionXL, Inpainting):
-    """Stable Diffusion XL for inpainting, of nine channels."""
+    """Stable Diffusion XL for inpainting, with nine channels."""
 
     family = "stable_diffusion_xl_inpaint"
     claims = StableDiffusionXL.claims._replace(
@@ -29,7 +29,7 @@ class StableDiffusionXLInpaint(StableDiffusionXL, Inpainting):
 
 
 class FluxFill(Flux, Inpainting):
-    """FLUX.1 Fill (Black Forest Labs 2024): the mask's own pixels are channels of each latent."""
+    """FLUX.1 Fill (Black Forest Labs 2024): the mask's pixels are channels of each latent pixel."""
 
     family = "flux_fill"
     claims = Flux.claims._replace(pipelines=("FluxFillPipeline",), beside=(1, 64))

@@ -14,14 +14,14 @@ from dmin.models.families.stable_diffusion_xl import StableDiffusionXL
 
 
 class Edited(ImageConditioned):
-    """Given the latents of an image to change, as the autoencoder has them: not scaled."""
+    """Conditioned on the latents of an image to edit, without the scale factor."""
 
     def _beside(self, batch: Mapping[str, Any]) -> Tensor:
         return vae.unscale(super()._beside(batch), self.pipeline.vae.config, self.shifted)
 
 
 class InstructPix2Pix(StableDiffusion, Edited):
-    """InstructPix2Pix (Brooks et al. 2023): an image to change, and an instruction as caption."""
+    """InstructPix2Pix (Brooks et al. 2023): an image to edit, and an instruction as caption."""
 
     family = "instruct_pix2pix"
     claims = StableDiffusion.claims._replace(
@@ -33,12 +33,12 @@ class InstructPix2Pix(StableDiffusion, Edited):
         return {"encoder_hidden_states": self.pipeline._encode_prompt(texts, device, 1, False)}
 
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
-        asked = super()._sampling(prompts)  # the size is that of the image
+        asked = super()._sampling(prompts)  # the image determines the size
         return {name: asked[name] for name in asked if name not in ("height", "width")}
 
 
 class InstructPix2PixXL(StableDiffusionXL, Edited):
-    """The same of Stable Diffusion XL; CosXL-Edit, which scales the image's latents, is EDM."""
+    """The same for Stable Diffusion XL; not CosXL-Edit (EDM), which scales the image's latents."""
 
     family = "instruct_pix2pix_xl"
     claims = StableDiffusionXL.claims._replace(

@@ -8,7 +8,7 @@ from dmin.models.relatives import Claims
 
 
 class Lumina2(Flow):
-    """Lumina Image 2.0 (Qin et al. 2025); the system's words go before every caption."""
+    """Lumina Image 2.0 (Qin et al. 2025); the system prompt precedes every caption."""
 
     family = "lumina_2"
     claims: ClassVar[Claims] = Claims(

@@ -14,7 +14,7 @@ from dmin.models.relatives import Claims
 class PixArt(LongCaptioned, LearnedVariance):
     """PixArt-α (Chen et al. 2023) and PixArt-Σ (Chen et al. 2024); predicts ε.
 
-    Captions are taken as they are: the pipeline's ``clean_caption`` is off.
+    Captions are not changed: the pipeline's ``clean_caption`` is off.
     """
 
     family = "pixart"
@@ -30,14 +30,14 @@ class PixArt(LongCaptioned, LearnedVariance):
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         if type(pipeline).__name__ == "PixArtSigmaPipeline":
-            self.own_length = 300  # of its training and of its pipeline's call
+            self.own_length = 300  # as in its training and its pipeline's call
         super().__init__(pipeline, **settings)
 
     def _sizes(self, batch: Mapping[str, Any]) -> Condition:
         if not self.network.use_additional_conditions:
             return {}
         image = batch["image"]
-        height, width = image.shape[-2:]  # the model of 1024 pixels is told size and shape
+        height, width = image.shape[-2:]  # the 1024-pixel model is conditioned on size and shape
         rows = {"resolution": [height, width], "aspect_ratio": [height / width]}
         return {k: image.new_tensor(row).repeat(len(image), 1) for k, row in rows.items()}
 

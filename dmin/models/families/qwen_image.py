@@ -52,7 +52,7 @@ class QwenImage(PaddedCaptioned):
 
 
 def processor_of_images(path: str, **place: Any) -> Any:
-    """Return the processor of a checkpoint, less that of videos, which asks for torchvision."""
+    """Return the processor of a checkpoint without its video part, which needs torchvision."""
     from transformers import Qwen2VLProcessor
 
     def init(self: Any, image_processor: Any = None, tokenizer: Any = None, **rest: Any) -> None:
@@ -60,19 +60,19 @@ def processor_of_images(path: str, **place: Any) -> Any:
 
     of_images = {"__init__": init, "attributes": ["image_processor", "tokenizer"]}
     kind: Any = type("Qwen2VLProcessor", (Qwen2VLProcessor,), of_images)
-    kind.__module__ = Qwen2VLProcessor.__module__  # by which a pipeline saves it
+    kind.__module__ = Qwen2VLProcessor.__module__  # used when a pipeline saves it
     return kind.from_pretrained(path, subfolder="processor", **place)
 
 
 class QwenImageEdit(QwenImage, ImageTokens):
-    """Qwen-Image-Edit (Wu et al. 2025); no prompt is a space, told with the example's own image.
+    """Qwen-Image-Edit (Wu et al. 2025); no prompt is a space, encoded with the example's image.
 
     Args:
-        pipeline: of diffusers, with all its components.
-        condition_area: pixels, about, to which the image to change is scaled for the text encoder
-            and the network, in its own shape, as in sampling: of the pipeline 1024².
-        settings: of the next class; ``max_sequence_length`` counts the image's tokens, too (about
-            1369 of 1024²), and more are refused, not cut.
+        pipeline: a diffusers pipeline with all its components.
+        condition_area: approximate number of pixels to which the image to edit is scaled for text
+            encoder and network, with its aspect ratio, as in sampling; the pipeline uses 1024².
+        settings: settings of the base classes. ``max_sequence_length`` includes the image's tokens
+            (about 1369 for 1024² pixels); longer sequences are refused, not truncated.
     """
 
     family = "qwen_image_edit"
@@ -86,7 +86,7 @@ class QwenImageEdit(QwenImage, ImageTokens):
         self._seen: Mapping[str, Any] | None = None  # the batch whose prompts are encoded
 
     def describe(self) -> dict[str, Any]:
-        """Return what defines latents, condition and loss, the scale of images to change too."""
+        """Return what defines latents, condition and loss, including ``condition_area``."""
         return {**super().describe(), "condition_area": self.condition_area}
 
     def sample(
@@ -96,9 +96,9 @@ class QwenImageEdit(QwenImage, ImageTokens):
         steps: int = 50,
         given: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Generate one at a time: of several, the pipeline shows its text encoder unscaled images.
+        """Generate one image at a time; for several the pipeline does not scale those to edit.
 
-        Arguments and returns: of :meth:`dmin.models.pipeline.PipelineModel.sample`.
+        Arguments and result are those of :meth:`dmin.models.pipeline.PipelineModel.sample`.
         """
         if given is None:
             return super().sample(prompts, seeds, steps)
@@ -147,7 +147,7 @@ class QwenImageEdit(QwenImage, ImageTokens):
         return found
 
     def _scaled(self, batch: Mapping[str, Any]) -> list[Any]:
-        """Return the images to change as the pipeline scales them, of Pillow."""
+        """Return the images to edit as Pillow images, scaled as by the pipeline."""
         pictures = self._pictures(batch)
         width, height = pictures[0].size
         with _scaling_to(self.condition_area) as sides:
@@ -168,7 +168,7 @@ class QwenImageEdit(QwenImage, ImageTokens):
 
 @contextmanager
 def _scaling_to(area: int) -> Iterator[Any]:
-    """Have the pipeline, whose area is a number in its code, scale to another for a while."""
+    """Context in which the pipeline, whose area is fixed in its code, scales to another area."""
     module: Any = import_module(_PIPELINE)
     own = module.calculate_dimensions
 

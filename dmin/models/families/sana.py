@@ -16,11 +16,10 @@ class Sana(Flow):
     """Sana (Xie et al. 2024).
 
     Args:
-        pipeline: of diffusers, with all its components.
-        instruction: put before every caption for the language model that encodes it: ``pipeline``
-            for the text that diffusers' sampler puts there, or ``none``. Take what the model was
-            trained with.
-        settings: of the classes above.
+        pipeline: a diffusers pipeline with all its components.
+        instruction: text before every caption for the language model that encodes it: ``pipeline``
+            for that of diffusers' sampler, or ``none``. It should be the same as in training.
+        settings: settings of the base classes.
     """
 
     family = "sana"

@@ -10,9 +10,9 @@ from dmin.models.relatives import UNET, Claims, variants
 class StableDiffusion(Captioned):
     """Stable Diffusion 1.x (predicts ε) and 2.x (ε or v) (Rombach et al. 2022).
 
-    Networks fine-tuned as a flow or with Karras' preconditioning are taken as such.
+    Networks fine-tuned as a flow or with Karras' preconditioning are recognised by the scheduler.
 
-    The safety checker is not loaded: it would turn queries black.
+    The safety checker is not loaded, since it could make queries black.
     """
 
     family = "stable_diffusion"

@@ -11,11 +11,11 @@ class StableDiffusion3(Flow):
     """Stable Diffusion 3 and 3.5 (Esser et al. 2024).
 
     Args:
-        pipeline: of diffusers, with all its components.
-        target: what the output is compared with: ``model`` for the velocity ε − x0 that it was
-            trained to predict; ``noise`` for ε alone, as DMin's published code does by mistake,
-            to reproduce its figures.
-        settings: of the classes above.
+        pipeline: a diffusers pipeline with all its components.
+        target: target of the output: ``model`` for the velocity ε − x0 that it was trained to
+            predict; ``noise`` for ε, which DMin's published code uses by mistake, to reproduce
+            its results.
+        settings: settings of the base classes.
     """
 
     family = "stable_diffusion_3"

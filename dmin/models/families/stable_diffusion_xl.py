@@ -21,8 +21,8 @@ from dmin.runtime.errors import DminError, DminWarning
 class StableDiffusionXL(SizeConditioning):
     """Stable Diffusion XL (Podell et al. 2023); predicts ε or v.
 
-    Its descendants with Karras' preconditioning (Playground 2.5, CosXL) or trained as a flow are
-    taken as such.
+    Models derived from it with Karras' preconditioning (Playground 2.5, CosXL), or as a flow, are
+    recognised by the scheduler.
     """
 
     family = "stable_diffusion_xl"
@@ -36,7 +36,7 @@ class StableDiffusionXL(SizeConditioning):
     network_name: ClassVar[str] = "unet"
     components: ClassVar[dict[str, Any]] = {"add_watermarker": False}
     encoded = ("encoder_hidden_states", None, "text_embeds")
-    numbers: ClassVar[int] = 6  # that its network is told of an image
+    numbers: ClassVar[int] = 6  # size conditions of an image
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         super().__init__(pipeline, **settings)
@@ -73,14 +73,14 @@ class StableDiffusionXLRefiner(StableDiffusionXL, SampledFromImages):
     It has one text encoder, OpenCLIP's, and its sampler starts from an image.
 
     Args:
-        pipeline: of diffusers, with all its components.
-        aesthetic_score: the score passed for every image, about 1 to 10, and for those it samples;
-            None for 6, the pipeline's default, with a warning.
+        pipeline: a diffusers pipeline with all its components.
+        aesthetic_score: score of all images, about 1 to 10, also in sampling; None for 6, the
+            pipeline's default, with a warning.
         score_column: column of the metadata with a score for each image; ``aesthetic_score`` is
             used for images without one, if it is given.
         trained_below: it was trained at timesteps below this one; None for 200, as the published
             refiner, with a warning.
-        settings: of :class:`StableDiffusionXL`.
+        settings: settings of :class:`StableDiffusionXL`.
 
     Raises:
         DminError: no timestep is left, or a setting or an encoder does not belong to a refiner.
@@ -141,7 +141,7 @@ class StableDiffusionXLRefiner(StableDiffusionXL, SampledFromImages):
             warnings.warn(f"SDXL's refiner: {told}.", DminWarning, stacklevel=2)
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
-        """Return latents and condition; that of no prompt has a low score."""
+        """Return latents and condition; the unconditional one has a low score."""
         x0, condition = super().encode(batch)
         if self.guidance is None:
             return x0, condition
@@ -150,7 +150,7 @@ class StableDiffusionXLRefiner(StableDiffusionXL, SampledFromImages):
         return x0, {**condition, f"{DROPPED}time_ids": torch.cat([sizes, low], 1)}
 
     def describe(self) -> dict[str, Any]:
-        """Return what defines latents, condition and loss, the score included."""
+        """Return what defines latents, condition and loss, including the score."""
         told = {"aesthetic_score": self._score, "score_column": self.score_column}
         return {**super().describe(), **told}
 
@@ -165,12 +165,12 @@ class StableDiffusionXLRefiner(StableDiffusionXL, SampledFromImages):
         steps: int = 50,
         given: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Refine images that are given; arguments as those of all pipelines."""
-        whole = math.ceil(steps / self.sampled_with["strength"])  # it takes the last of them
+        """Refine the given images; the arguments are those of all pipelines."""
+        whole = math.ceil(steps / self.sampled_with["strength"])  # it runs the last ones
         return super().sample(prompts, seeds, whole, given)
 
     def _sampling(self, prompts: Sequence[Any]) -> dict[str, Any]:
-        asked = super()._sampling(prompts)  # the size is that of the image
+        asked = super()._sampling(prompts)  # the image determines the size
         told = {"aesthetic_score": self._score, "negative_aesthetic_score": _LOW}
         kept = {name: asked[name] for name in asked if name not in ("height", "width")}
         return {**kept, **told}

@@ -16,15 +16,15 @@ HIGH, LOW = "transformer", "transformer_2"
 
 
 class Wan(Flow):
-    """Wan text to video (Wan team 2025), of clips, or of images as its training takes them.
+    """Wan text to video (Wan team 2025), for clips, or for images as single frames.
 
-    Wan 2.2 has two networks: ``transformer`` for the timesteps from a boundary on, of much noise,
-    and ``transformer_2`` for those below. The gradient of a timestep is that of its own.
+    Wan 2.2 has two networks: ``transformer`` for noisy timesteps, from a boundary on, and
+    ``transformer_2`` for those below. The gradient at a timestep is that of its network.
 
     Args:
-        pipeline: of diffusers, with all its components.
-        sample_frames: of what is generated: 1 for images, or one and a multiple of four.
-        settings: of the next class.
+        pipeline: a diffusers pipeline with all its components.
+        sample_frames: number of generated frames: 1 for images, or 4n + 1.
+        settings: settings of the base classes.
     """
 
     family = "wan"
@@ -65,7 +65,7 @@ class Wan(Flow):
         return {name: network for name, network in found.items() if network is not None}
 
     def unused_at(self, t: float) -> tuple[str, ...]:
-        """Return the start of the names of the parameters of the network that is not called."""
+        """Return the prefix of the parameters of the network that timestep t does not use."""
         if len(self.networks) == 1:
             return ()
         inside = "network." if self.encodes_inside else ""
@@ -79,7 +79,7 @@ class Wan(Flow):
         return {**super().describe(), "boundary": self.boundary, "adapters": adapters}
 
     def describe_sampling(self) -> dict[str, Any]:
-        """Return what decides generated images, or clips."""
+        """Return what generated images or clips depend on."""
         frames = {"frames": self.sample_frames} if self.sample_frames > 1 else {}
         return {**super().describe_sampling(), **frames}
 
@@ -92,11 +92,11 @@ class Wan(Flow):
 
 
 class ByTimestep(nn.Module):
-    """Two networks that share out the timesteps.
+    """Two networks, each for a part of the timesteps.
 
     Args:
-        boundary: timesteps from it on are the first network's.
-        networks: both by name.
+        boundary: the first network is used at timesteps t ≥ boundary.
+        networks: both networks, by name.
     """
 
     _supports_gradient_checkpointing = True
@@ -109,12 +109,12 @@ class ByTimestep(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The settings of the first network; the second has the same but for its weights."""
+        """The settings of the first network, which the second shares."""
         return next(self.children()).config
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weights, but of some that stay in float32."""
+        """The dtype of the weights, except some that stay in float32."""
         first: Any = next(self.children())
         found: torch.dtype = first.dtype
         return found
@@ -135,11 +135,11 @@ class ByTimestep(nn.Module):
         encoder_hidden_states: Tensor,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
-        """Return what the network of each timestep says."""
+        """Return the output of the network for each timestep."""
         first, second = self.children()
         given = hidden_states, timestep, encoder_hidden_states
         is_first = timestep >= self.boundary
-        with torch._C.DisableTorchFunction():  # which network it is orders no rows
+        with torch._C.DisableTorchFunction():  # the choice of a network does not order rows
             every, some = bool(is_first.all()), bool(is_first.any())
         if every or not some:
             return ((first if every else second)(*given, return_dict=False)[0],)

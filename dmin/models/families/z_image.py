@@ -11,9 +11,9 @@ from dmin.models.relatives import Claims, variants
 
 
 class ZImage(PaddedCaptioned):
-    """Z-Image (Alibaba 2025); Turbo is distilled: its loss is that of fine-tuning, not its making.
+    """Z-Image (Alibaba 2025); for the distilled Turbo the loss is that of fine-tuning it.
 
-    The pipeline's guidance is ``c + s (c − ∅)``: its scale s is ``query_guidance`` less one.
+    The pipeline's guidance is ``c + s (c − ∅)``, so its scale s is ``query_guidance`` − 1.
     """
 
     family = "z_image"
@@ -29,7 +29,7 @@ class ZImage(PaddedCaptioned):
 
     @property
     def patch(self) -> int:
-        """Latent pixels that make one token."""
+        """Latent pixels in each direction that form one token."""
         return int(self.network.config.all_patch_size[0])
 
     def _told(self, noised: Tensor, condition: Condition) -> dict[str, Any]:

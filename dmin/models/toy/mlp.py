@@ -24,16 +24,16 @@ from dmin.runtime.errors import DminError
 class FiLMNetwork(ModelMixin, ConfigMixin):
     """Linear layers over all pixels, each scaled and shifted by timestep and class.
 
-    ``h ← SiLU((1 + a_l(c)) · W_l h + b_l(c)) (+ h)`` with c made of timestep and class (FiLM, Perez
-    et al. 2018). Called as diffusers' ``UNet2DModel`` is.
+    ``h ← SiLU((1 + a_l(c)) · W_l h + b_l(c)) (+ h)`` with an embedding c of timestep and class
+    (FiLM, Perez et al. 2018). It is called like diffusers' ``UNet2DModel``.
 
     Args:
         sample_size: height and width of the images.
-        in_channels: of the images.
-        width: of the hidden layers.
-        depth: hidden layers.
+        in_channels: channels of the images.
+        width: width of the hidden layers.
+        depth: number of hidden layers.
         embedding: width of c; even.
-        num_class_embeds: classes; None for an unconditional model.
+        num_class_embeds: number of classes; None for an unconditional model.
     """
 
     @register_to_config
@@ -86,8 +86,8 @@ class MLP(DDPM):
 
     Args:
         network: the network.
-        scheduler: as for :class:`DDPM`, as is the next.
-        snr_gamma: of min-SNR weights. Retraining in compiled loops knows no other loss.
+        scheduler: as for :class:`DDPM`.
+        snr_gamma: γ of min-SNR weights, the only change of the loss that retraining supports.
     """
 
     def __init__(self, network: Any, scheduler: Any, snr_gamma: float | None = None) -> None:
@@ -107,13 +107,13 @@ class MLP(DDPM):
         """Return an untrained model.
 
         Args:
-            sample_size: as :class:`FiLMNetwork`, as are the next five.
-            in_channels: of the images.
-            width: of the hidden layers.
-            depth: hidden layers.
-            embedding: width of the condition.
-            num_class_embeds: classes; None for an unconditional model.
-            scheduler: of ``DDPMScheduler``; wins over its cosine schedule here.
+            sample_size: height and width of the images.
+            in_channels: channels of the images.
+            width: width of the hidden layers.
+            depth: number of hidden layers.
+            embedding: width of the embedding of timestep and class; even.
+            num_class_embeds: number of classes; None for an unconditional model.
+            scheduler: settings of ``DDPMScheduler``; the default schedule is the cosine one.
         """
         network: Any = FiLMNetwork(
             sample_size, in_channels, width, depth, embedding, num_class_embeds
@@ -124,14 +124,14 @@ class MLP(DDPM):
     def from_pretrained(  # type: ignore[override]
         cls, path: str | Path, *, snr_gamma: float | None = None
     ) -> Self:
-        """Load what :meth:`save_pretrained` wrote.
+        """Load a model that :meth:`save_pretrained` wrote.
 
         Args:
             path: folder with ``unet/`` and ``scheduler/``.
             snr_gamma: as for :class:`DDPM`.
 
         Raises:
-            DminError: no such checkpoint.
+            DminError: there is no such checkpoint.
         """
         if not (Path(path) / "unet").is_dir():
             raise DminError(
@@ -144,7 +144,7 @@ class MLP(DDPM):
         return found
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Save network and scheduler, each as diffusers does (no pipeline knows this network)."""
+        """Save network and scheduler separately, since no pipeline has this network."""
         network: Any = self.network
         network.save_pretrained(str(Path(path) / "unet"))
         self.scheduler.save_pretrained(str(Path(path) / "scheduler"))

@@ -18,7 +18,7 @@ from diffusers import (
 
 from dmin.models.families.stable_diffusion_3 import StableDiffusion3
 
-PIECES, TOKENS = 24, 16  # of a caption, as CLIP's and as T5's tokenizer cut it
+PIECES, TOKENS = 24, 16  # most tokens of a caption, for CLIP's and for T5's tokenizer
 
 
 def stable_diffusion_3(
@@ -31,20 +31,20 @@ def stable_diffusion_3(
     text: int = 32,
     shift: float = 1.0,
 ) -> StableDiffusion3:
-    """Return Stable Diffusion 3 in small, on pixels: its VAE passes images through.
+    """Return a small Stable Diffusion 3 on pixels, with a VAE that is the identity.
 
-    The transformer's weights are random and to be trained; so are those of the text encoders, which
-    stay as they are: a fixed code of each caption.
+    The transformer's weights are random and to be trained. The text encoders' weights are random
+    and remain so: a fixed random embedding of each caption.
 
     Args:
-        words: all that captions consist of.
+        words: all words of the captions.
         size: height and width of the images.
-        patch: pixels of a token's side.
-        width: of the transformer.
-        heads: of its attention.
-        layers: blocks.
+        patch: height and width of a token in pixels.
+        width: width of the transformer.
+        heads: number of attention heads.
+        layers: number of blocks.
         text: width of the text encoders.
-        shift: of the flow's timesteps.
+        shift: shift of the flow's timesteps.
     """
     network = SD3Transformer2DModel(
         sample_size=size,
@@ -76,11 +76,11 @@ def stable_diffusion_3(
 
 
 def pixel_vae() -> AutoencoderKL:
-    """Return an autoencoder whose latents are the pixels, within 1e-3, by its weights alone.
+    """Return an autoencoder whose weights make the latents equal to the pixels, within 1e-3.
 
-    Each group norm sees the image and its negative, scaled down a hundredfold, beside a channel of
-    +1 and one of −1: so its mean is zero, and its deviation hardly depends on the image. SiLU is
-    nearly straight around 8. What stands between is switched off.
+    The input of each group norm is the image and its negative, divided by 100, with a channel of +1
+    and one of −1: its mean is zero, and its deviation hardly depends on the image. SiLU is
+    nearly linear around 8. The layers in between are zero.
     """
     small, level = 0.01, 8.0
     vae = AutoencoderKL(
@@ -113,7 +113,7 @@ def pixel_vae() -> AutoencoderKL:
 
 
 def word_tokenizer(words: Sequence[str]) -> transformers.CLIPTokenizer:
-    """Return a tokenizer of CLIP's kind that knows these words, and all letters."""
+    """Return a tokenizer like CLIP's with these words and all their letters."""
     letters = sorted({letter for word in words for letter in word})
     pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{x}</w>" for x in letters)]
     merges: list[tuple[str, str]] = []
@@ -140,7 +140,7 @@ def _clip(tokenizer: Any, width: int) -> transformers.CLIPTextModelWithProjectio
         eos_token_id=1,
         pad_token_id=1,
         projection_dim=width,
-        initializer_factor=8.0,  # so that words differ, and not only their places
+        initializer_factor=8.0,  # so that words differ, not only their positions
     )
     return transformers.CLIPTextModelWithProjection(config)
 
