@@ -5,7 +5,7 @@ their forward begins and ends. A use belongs to the innermost module that was ru
 """
 
 import sys
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, register_module_forward_hook
 from torch.utils import _pytree as pytree
 
 from dmin.gradients.parameters import plain_name
@@ -79,6 +80,7 @@ class ParameterUsage(Generic[Token]):
         # By module and name, not by identity: a sharded module replaces its parameters in forward.
         self._held: dict[int, dict[str, str]] = {}
         self._holders: dict[str, tuple[nn.Module, str]] = {}
+        self._names: dict[int, str] = {}  # of the modules with hooks
         for module in network.modules():
             held = {
                 local: self._name_of[id(parameter)]
@@ -107,10 +109,12 @@ class ParameterUsage(Generic[Token]):
         holding: dict[int, bool] = {}
         with ExitStack() as undo:
             for name, module in self.network.named_modules():
-                name = plain_name(name)
                 if self._holds(module, holding):
-                    for handle in self._hook(name, module):
-                        undo.callback(handle.remove)
+                    self._watch(plain_name(name), module, undo)
+            if _global_forward_hooks:  # of others, which run before a module's own
+                end = register_module_forward_hook(self._ended, with_kwargs=True, always_call=True)
+                cast(OrderedDict, _global_forward_hooks).move_to_end(end.id, last=False)
+                undo.callback(end.remove)
             for parameter in self.network.parameters():
                 undo.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(False)
@@ -173,19 +177,24 @@ class ParameterUsage(Generic[Token]):
         known = x.requires_grad or (x.ndim > 0 and len(x) == self.batch)
         return self.batch is None or known or _place(x) in self._arguments
 
-    def _hook(self, name: str, module: nn.Module) -> tuple[Any, Any]:
+    def _watch(self, name: str, module: nn.Module, undo: ExitStack) -> None:
         def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self._begin(Use(name, module), args, kwargs)
 
-        def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            return self._end(name, args, kwargs, output)
-
-        # The first of the forward hooks: a sharded module frees its parameters in a hook, and other
-        # hooks may change the output.
-        return (
-            module.register_forward_pre_hook(begin, with_kwargs=True),
-            module.register_forward_hook(end, prepend=True, with_kwargs=True, always_call=True),
+        self._names[id(module)] = name
+        undo.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        if _global_forward_hooks:
+            return
+        # First at the end: a sharded module gives its parameters back in a hook of its own, and
+        # hooks of others may make something else of the output.
+        end = module.register_forward_hook(
+            self._ended, prepend=True, with_kwargs=True, always_call=True
         )
+        undo.callback(end.remove)
+
+    def _ended(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        name = self._names.get(id(module))
+        return output if name is None else self._end(name, args, kwargs, output)
 
     def _note(self, parameter: nn.Parameter) -> None:
         """Record that an operation used a parameter."""

@@ -21,13 +21,15 @@ from dmin.runtime.errors import DminError
 _FAULTS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 _SEEN: WeakSet[nn.Module] = WeakSet()
 """Models whose encodings were checked not to depend on the number of examples."""
+_HOOKS = {"layerwise_casting", "peft_autocast_disable"}  # of diffusers, which compute the same
 
 
 def check_model(model: Any) -> None:
     """Refuse a model without the required members.
 
     Raises:
-        DminError: it has no network with initialised parameters, no ``predict``, or no timesteps.
+        DminError: it has no network with initialised parameters, no ``predict``, or no timesteps;
+            or hooks of others move its weights.
     """
     network = getattr(model, "network", None)
     if not isinstance(network, nn.Module) or next(network.parameters(), None) is None:
@@ -37,6 +39,8 @@ def check_model(model: Any) -> None:
             f"super().__init__()."
         )
     require_values([name for name, p in network.named_parameters() if is_lazy(p)])
+    for name, module in network.named_modules():
+        _require_in_place(name or "the network", module)
     if not callable(getattr(model, "predict", None)) or not len(getattr(model, "timesteps", ())):
         raise DminError(
             f"{_of(model)} needs a method predict(x0, noise, t, condition) and timesteps, its "
@@ -57,6 +61,21 @@ def require_values(empty: Collection[str]) -> None:
         raise DminError(
             f"{len(empty)} parameter(s) of the network have no values yet: {some_of(empty)}. Load "
             f"its weights; lazy layers (nn.LazyLinear) have to be called once before."
+        )
+
+
+def _require_in_place(name: str, module: nn.Module) -> None:
+    """Refuse hooks of accelerate and diffusers that move weights or keep features of a pass."""
+    hook = getattr(module, "_hf_hook", None)
+    names = {*getattr(getattr(module, "_diffusers_hook", None), "hooks", ())} - _HOOKS
+    for each in getattr(hook, "hooks", [hook]):  # one, or several in one
+        if getattr(each, "offload", hasattr(each, "prev_module_hook")):
+            names.add(type(each).__name__)
+    if names:
+        raise DminError(
+            f"{name} has a hook ({some_of(names)}) that moves its weights, or keeps features from "
+            f"one pass to the next. Load the model without offloading and caches; trainer=offload "
+            f"keeps weights in host memory."
         )
 
 
@@ -86,8 +105,7 @@ def check_precision(network: nn.Module) -> None:
     if kinds:
         raise DminError(
             f"torch.autocast is on ({', '.join(kinds)}): gradients would be of another precision "
-            f"than the store says. Collect without it, with the network in "
-            f"bfloat16 (model.torch_dtype=bfloat16) if wanted."
+            f"than the store says. Collect without it (bfloat16: model.torch_dtype=bfloat16)."
         )
 
 
@@ -112,12 +130,11 @@ def encoded(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         # The first axis of a condition may have the batch's length by chance.
         alone = _encoded(model, {name: value[:1] for name, value in batch.items()})
         for name, value in alone[1].items():
-            same = torch.equal(value, found[1][name]) if name.startswith(SHARED) else True
-            if value.shape[1:] != found[1][name].shape[1:] and not name.startswith(SHARED):
-                same = False
-            if not same:
+            whole = found[1][name]
+            alike = value.shape[1:] == whole.shape[1:]
+            if not (torch.equal(value, whole) if name.startswith(SHARED) else alike):
                 raise DminError(
-                    f"{_of(model)}.encode: the condition {name!r} is {list(found[1][name].shape)} "
+                    f"{_of(model)}.encode: the condition {name!r} is {list(whole.shape)} "
                     f"for {count} examples and {list(value.shape)} for the first alone. An "
                     f"example's condition must not depend on the others: pad to a fixed length."
                 )
@@ -158,8 +175,7 @@ class _Declared(Mapping[str, Any]):
         if column not in self._columns:
             raise DminError(
                 f"{self._model}.encode reads {column!r} of the metadata, which may change after a "
-                f"store was collected. Declare it in the class: metadata_columns = "
-                f"[{column!r}]."
+                f"store was collected. Declare it in the class: metadata_columns = [{column!r}]."
             )
         return self._known[column]
 
@@ -233,8 +249,7 @@ def _check_prediction(found: Any, count: int, name: str) -> None:
     output = found.prediction
     if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != count:
         raise DminError(
-            f"{name}: the prediction is {_kind(output)}, but must have {count} rows, one "
-            f"for each noised example."
+            f"{name}: the prediction is {_kind(output)}, but must have {count} rows, one each."
         )
     own = getattr(found, "loss", None)
     target = found.target
