@@ -28,12 +28,12 @@ def answers(ranking: Ranking, query: int, shares: np.ndarray | None) -> list[Ans
     """Answer for one query: which, how sure, on what scale, would the second do, what decided.
 
     Args:
-        ranking: what was found.
-        query: place of the query.
+        ranking: the result of retrieval.
+        query: index of the query.
         shares: its row of `Ranking.order_shares`, float [T], or None.
 
     Returns:
-        Five answers; one alone where nothing was found. What is not known is said to be so.
+        Five answers, "Not known" among them; only one if no example was found.
     """
     verb = "is behind it" if ranking.order == "proponents" else "speaks against it"
     which = f"Which {ranking.group_by or 'image'} {verb}?"
@@ -52,7 +52,8 @@ def answers(ranking: Ranking, query: int, shares: np.ndarray | None) -> list[Ans
 def _which(ranking: Ranking, query: int, question: str) -> Answer:
     first, label = ranking.train_ids[query][0], ranking.label(query, 0)
     if ranking.group_by and label is not None:
-        return Answer(question, label, f"{spell_size(ranking, query, 0) or ''}, foremost {first}")
+        best = f"{spell_size(ranking, query, 0) or ''}, best example {first}"
+        return Answer(question, label, best)
     copies = spell_copies(ranking, query, 0)
     same = ", with the query's label" if ranking.same_label(query, 0) else ""
     note = f"label {label}{same}" if label is not None else ""
@@ -62,7 +63,7 @@ def _which(ranking: Ranking, query: int, question: str) -> Answer:
 def _how_sure(ranking: Ranking, query: int) -> Answer:
     question = "How sure is that?"
     if ranking.errors is None or ranking.stability is None:
-        why = ranking.notes.get("error bars", "none were made")
+        why = ranking.notes.get("error bars", "not computed")
         return Answer(question, "Not known", f"error bars: {why}")
     stability, shown = ranking.stability[query], ranking.count(query)
     surest = int((stability[:shown] >= 0.9).sum())
@@ -75,7 +76,7 @@ def _how_sure(ranking: Ranking, query: int) -> Answer:
 
 
 def _bars(ranking: Ranking, query: int) -> str:
-    """Say both errors of the first score, each by its name."""
+    """Return both standard errors of the first score with their sources."""
     known = {
         "of sketching alone": ranking.sketch_errors,
         "of sketching and noise": ranking.total_errors,
@@ -87,9 +88,8 @@ def _bars(ranking: Ranking, query: int) -> str:
 def _scale(ranking: Ranking, query: int) -> Answer:
     notes = [spell_percentile(ranking, query, 0)]
     if ranking.typical is not None:
-        notes.append(f"half of all have {format_score(ranking.typical[query])} or less")
-        if ranking.order == "opponents":
-            notes[-1] = f"half of all have {format_score(ranking.typical[query])} or more"
+        side = "more" if ranking.order == "opponents" else "less"
+        notes.append(f"half of all examples have {format_score(ranking.typical[query])} or {side}")
     if ranking.maximum is None:
         notes.append("this method's scores have no largest value")
     elif not ranking.maximum[query]:
@@ -103,15 +103,15 @@ def _second(ranking: Ranking, query: int) -> Answer:
     question = "Would the second do as well?"
     cards = ranking.cards(query)
     if len(cards) < 2:
-        return Answer(question, "There is no second", "all that is shown is one picture")
+        return Answer(question, "There is no second", "only one picture is shown")
     second, scores = cards[1], ranking.scores[query]
     less = format_score(abs(float(scores[0] - scores[second])))
     if ranking.tiers is None:
-        return Answer(question, "Not known", f"it is {less} behind; without error bars")
+        return Answer(question, "Not known", f"its score differs by {less}; no error bars")
     alike = bool(ranking.tiers[query, second] == ranking.tiers[query, 0])
     said = spell_tiers(ranking, query)
     more = "; …" if len(said) > 2 else ""
-    note = f"it is {less} behind; {'; '.join(said[:2])}{more}"
+    note = f"its score differs by {less}; {'; '.join(said[:2])}{more}"
     return Answer(question, "Yes, they cannot be distinguished" if alike else "No", note)
 
 

@@ -11,25 +11,25 @@ RIGHTS = re.compile(
     "licen[cs]e|licensor|copyright|rights|artist|author|creator|photographer|owner|credits?|"
     "attribution|contact|e?mail|ur[il]|link|homepage|website|source"
 )
-"""Words of the names of columns that say whose a picture is, or whom to ask."""
+"""Words in the names of columns that name the owner of a picture, or a contact."""
 FILES = ("path", "file", "file_path", "image_path", "filename", "file_name")
 
 
 def text(value: Any) -> str:
-    """Return a value of the metadata as it is shown."""
+    """Return a value of the metadata as displayed text."""
     if isinstance(value, dict | list | tuple):
         return json.dumps(value, ensure_ascii=False, default=str)
     return str(value)
 
 
 def is_rights(column: str) -> bool:
-    """Say whether a column tells whose a picture is: `source_url`, `artistName`, `licence`."""
+    """Return whether a column is about rights: `source_url`, `artistName`, `licence`."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", column)
     return any(RIGHTS.fullmatch(word.lower()) for word in words)
 
 
 def address(value: str) -> str | None:
-    """Return where a value leads if all of it is a web or mail address, else None."""
+    """Return the link of a value that is a web or mail address, else None."""
     if re.fullmatch(r"https?://[^\s<>\"']+", value, re.IGNORECASE):
         return value
     if re.fullmatch(r"[\w.+-]+@[\w-]+(\.[\w-]+)+", value):
@@ -38,16 +38,16 @@ def address(value: str) -> str | None:
 
 
 def original(known: str | Path | None, metadata: dict[str, Any], page: Path) -> str | None:
-    """Return the address of an example's own file, as a page links it.
+    """Return the link from a page to an example's original file.
 
     Args:
         known: the file, if the dataset has one for each example.
-        metadata: of the example; else an absolute path in it is taken.
+        metadata: of the example; if ``known`` is None, an absolute path in it is used.
         page: the page's own file.
 
     Returns:
-        Relative for a file below the page's folder, so that both may move; else ``file://…``.
-        None if no file is known.
+        A relative link to a file below the page's folder, so that both may be moved together; else
+        ``file://…``; None if no file is known.
     """
     named = (metadata.get(name) for name in FILES)
     paths = [p for p in (known, *named) if isinstance(p, Path) or (p and isinstance(p, str))]

@@ -6,18 +6,18 @@ const state = { query: 0, method: 0, card: -1, terms: [] };
 /* The frame of the page */
 
 const READ = [
-  ["8.9 of 10", "the score, and the largest it could be; the line below is as long as its share, the tick on it is where half of all examples are"],
-  ["±.01 total · 97 %", "one standard error of the score (sketch: of sketching the gradients alone; total: of the noise drawn as well), and the probability that the example is among those shown. Methods whose error bars were not measured to hold have none"],
+  ["8.9 of 10", "the score, and the largest possible score; the line below shows their ratio, its tick the median of all examples"],
+  ["±.01 total · 97 %", "one standard error of the score (sketch: from sketching the gradients only; total: from the drawn noise as well), and the probability that the example is among those shown. Methods whose error bars were not validated show none"],
   ["≈ 1–4", "ranks 1 to 4 cannot be distinguished: their order may be chance"],
-  ["attribution map", "where in both pictures the score comes from: blue raises it, red lowers it. The map sums to the score but for the error of sketching"],
+  ["attribution map", "where in both pictures the score comes from: blue raises it, red lowers it. The map sums to the score except for the error of sketching"],
   ["× 3", "three examples have the same pixels and share this card"],
-  ["bars", "what each timestep added to this score beyond the mean of those shown: first the rough image out of noise, then the details; colour lifts, red lowers"],
+  ["bars", "each timestep's contribution to this score minus the mean of those shown, from noise (coarse structure) to details; the method's colour raises the score, red lowers it"],
   ["● ○", "the query's label, another label"],
 ];
 const KEYS = [
   ["j ↓ →", "next query, or next example when one is open"],
   ["k ↑ ←", "previous query, or previous example"],
-  ["Tab Enter", "walk through the training examples, open one"],
+  ["Tab Enter", "go through the training examples, open one"],
   ["Esc", "close what is open, leave the search"],
   ["/", "search ids, labels, captions and metadata; label:7 for exactly this label, artist:ann for a column"],
   ["?", "this help"],
@@ -57,7 +57,7 @@ function pairs(entries) {
     make("dd", {}, href ? make("a", { href, target: "_blank", rel: "noopener noreferrer" }, value) : value)]));
 }
 
-// Ids differ at their ends; the whole of it stands in the tooltip.
+// Ids differ at their ends; the whole id is in the tooltip.
 function shortId(id) {
   const letters = [...id];
   return letters.length > 24 ? "…" + letters.slice(-23).join("") : id;
@@ -80,7 +80,7 @@ function reach(rows) {
   return range.above + range.below > 0 ? range : { above: 1, below: 0 };
 }
 
-// One bar a timestep; `range` is shared, so that bars compare between charts.
+// One bar per timestep; `range` is shared, so that bars of different charts are comparable.
 function bars(values, { above, below }, method, spoken = null) {
   const zero = above / (above + below);
   const root = svg("svg", { viewBox: `0 0 ${values.length} 1`, preserveAspectRatio: "none", "aria-hidden": spoken ? null : "true", role: spoken && "img", "aria-label": spoken });
@@ -99,7 +99,7 @@ function flatBar(value, { above, below }) {
     svg("line", { x1: zero, x2: zero, y1: 0, y2: 1 }));
 }
 
-// Nought to the largest score; a tick where half of all examples are.
+// From zero to the largest possible score; a tick at the median of all examples.
 function scaleBar(share, typical) {
   if (share === undefined || share === null) return null;
   const bar = make("span", { class: "scale", "aria-hidden": "true" }, make("i"), typical === null ? null : make("b"));
@@ -116,7 +116,7 @@ function sharesChart(answer, method) {
     make("p", { class: "ends number", "aria-hidden": "true" }, make("span", {}, `t ${steps[0]}, ${rough ? "noise" : "details"}`), make("span", {}, `${rough ? "details" : "noise"}, ${steps[last]}`)));
 }
 
-/* One query, and what each method says of it */
+/* One query, and each method's answer */
 
 function labelOf(entry, same) {
   if (entry.label === null) return null;
@@ -158,7 +158,7 @@ function cardOf(query, own, place, range) {
     card.alike || card.copies || card.itself ? make("span", { class: "line chips number" }, small(card.alike && `≈ ${card.alike}`, null, "cannot be distinguished"), small(card.copies, null, "the same pixels"), small(card.itself && "= query", "itself", "the query itself")) : null,
     elsewhere(query, own, card),
     labelOf(entry, card.same),
-    small(shortId(entry.id), "id", entry.id), small(entry.caption, "clamp small", entry.caption), small(rights, "clamp small", "whose it is"),
+    small(shortId(entry.id), "id", entry.id), small(entry.caption, "clamp small", entry.caption), small(rights, "clamp small", "rights"),
     card.parts ? bars(less(card.parts, answer.means), range, method) : null));
 }
 
@@ -170,7 +170,7 @@ function methodSection(query, own) {
     answerList(answer, method),
     make("div", {}, ...[method.blindText].filter(Boolean).map((text) => make("p", { class: "notice" }, text))),
     answer.groupMeans ? make("div", { class: "groups" }, make("h3", {}, "Mean contribution of each group of parameters"), groupTable(method, answer.groupMeans, signed(answer.groupMeans.reduce((sum, mean) => sum + mean, 0)))) : null,
-    make("p", { class: "muted small" }, "Best first." + (rows.length ? " Bars: what each timestep added beyond the mean of these." : "")),
+    make("p", { class: "muted small" }, "Best first." + (rows.length ? " Bars: each timestep's contribution minus the mean of these." : "")),
     make("ol", { class: "cards", "aria-label": "Training examples, best first" }, ...answer.cards.map((_, place) => cardOf(query, own, place, reach(rows)))));
   section.style.setProperty("--own", methodColour(method.name));
   return section;
@@ -192,9 +192,9 @@ function drawQuery() {
   byId("main").replaceChildren(
     make("section", { class: "query", "aria-label": `Query ${query.id}` }, picture(query, `Query ${query.id}`), about),
     make("div", { class: several ? "methods several" : "methods" }, ...methods.map((_, own) => methodSection(query, own))),
-    cards.length ? "" : make("p", { class: "empty" }, "No example is part of this answer."));
+    cards.length ? "" : make("p", { class: "empty" }, "No example was found."));
   document.querySelectorAll("nav button").forEach((button, index) => {
-    // One stop for Tab in the list, so that the examples are near; the arrows walk the list.
+    // One Tab stop for the whole list, so that the examples are near; arrow keys move in the list.
     button.tabIndex = index === state.query ? 0 : -1;
     if (index === state.query) button.setAttribute("aria-current", "true");
     else button.removeAttribute("aria-current");
@@ -232,7 +232,7 @@ function openDetail(own, place) {
     ["cannot be distinguished", card.alike && `ranks ${card.alike}`], ["rank", `${card.rank} of ${answer.shown}${several ? ` by ${method.name}` : ""}`],
     ["label", entry.label === null ? null : entry.label + (card.same === null ? "" : card.same ? ", as the query" : ", unlike the query")],
     ["same pixels", card.copyIds && card.copyIds.slice(0, 20).join(", ") + (card.copyIds.length > 20 ? ` and ${card.copyIds.length - 20} more` : "")],
-    ["the query", card.itself && "is this very picture"], ["row of the store", String(entry.row)],
+    ["the query", card.itself && "has the same pixels"], ["row of the store", String(entry.row)],
   ].filter(([, value]) => value);
   const rights = [...entry.rights, ...(entry.file ? [["original", entry.file.split("/").pop(), entry.file]] : [])];
   const part = (title, list, chart = null) => list.length ? make("section", {}, make("h3", {}, title), chart, pairs(list)) : null;
@@ -268,7 +268,7 @@ function placesFigures(places) {
     make("p", { class: "small" }, "blue raises the score, red lowers it")];
 }
 
-// With `whole`, `values` are what is beyond the mean of those shown, and the whole stands beside.
+// With `whole`, `values` are contributions minus the mean of those shown; `whole` has the contributions.
 function partsTable(what, names, values, total, whole = null) {
   const range = reach([values]);
   const rows = values.map((value, step) => make("tr", {}, make("th", { scope: "row", class: "number" }, names[step]),
@@ -276,7 +276,7 @@ function partsTable(what, names, values, total, whole = null) {
   const sum = whole ? signed(values.reduce((all, value) => all + value, 0)) : total;
   return make("table", { class: "steps" },
     make("caption", { class: "visually-hidden" }, `What each ${what} contributed to the score`),
-    make("thead", {}, make("tr", {}, make("th", { scope: "col" }, what), make("td", {}), make("th", { scope: "col" }, whole ? "beyond the mean" : "contribution"), whole ? make("th", { scope: "col" }, "in all") : null)),
+    make("thead", {}, make("tr", {}, make("th", { scope: "col" }, what), make("td", {}), make("th", { scope: "col" }, whole ? "minus mean" : "contribution"), whole ? make("th", { scope: "col" }, "contribution") : null)),
     make("tbody", {}, ...rows),
     make("tfoot", {}, make("tr", {}, make("th", { scope: "row" }, "score"), make("td", {}), make("td", { class: "number" }, sum), whole ? make("td", { class: "number" }, total) : null)));
 }
@@ -294,7 +294,7 @@ function groupTable({ groups }, values, total) {
 function stepDetail(by) {
   const place = state.card + by;
   if (place < 0 || place >= queries[state.query].answers[state.method].cards.length) return;
-  // The panel is drawn anew: who presses its arrows goes on pressing them.
+  // The panel is redrawn: the focus returns to the arrow that was pressed.
   const pressed = document.activeElement.getAttribute("aria-label");
   openDetail(state.method, place);
   const again = [...byId("detail").querySelectorAll("button")].find((button) => button.getAttribute("aria-label") === pressed);
@@ -318,7 +318,7 @@ function matches({ columns }) {
 
 function dimCards() {
   const shown = queries[state.query].answers.flatMap((answer) => answer.cards.map((card) => matches(examples[card.example])));
-  // A query that is here on its own account keeps all its examples.
+  // If only the query itself matches, none of its examples is dimmed.
   const all = !shown.some(Boolean);
   document.querySelectorAll(".card").forEach((node, place) => node.classList.toggle("dimmed", !all && !shown[place]));
 }
@@ -377,7 +377,7 @@ document.querySelector("header").append(
   factList([
     [several ? "methods" : "method", methods.map((method) => method.name).join(", ")], ...Object.entries(data.about), ["queries", String(queries.length)], ["top", String(methods[0].k)],
     ...(steps.length ? [["timesteps", steps.length > 1 ? `${steps.length} (${steps[0]} to ${steps.at(-1)})` : steps[0]]] : [])]),
-  ...methods.filter((method) => Object.keys(method.notes).length).map((method) => make("details", {}, make("summary", {}, several ? `What was found by ${method.name}` : "What was found on the way"), factList(Object.entries(method.notes)))));
+  ...methods.filter((method) => Object.keys(method.notes).length).map((method) => make("details", {}, make("summary", {}, several ? `Notes by ${method.name}` : "Notes"), factList(Object.entries(method.notes)))));
 queries.forEach((query, index) => byId("queries").append(make("li", {},
   make("button", { type: "button", onclick: () => openQuery(index) }, picture(query, "", "lazy"),
     make("span", {}, make("b", { title: query.id }, shortId(query.id)), query.label === null ? null : make("small", { class: "muted" }, `label ${query.label}`))))));

@@ -36,9 +36,9 @@ from dmin.runtime.colours import method_colours
 from dmin.runtime.errors import DminError
 from dmin.runtime.page import write_page
 
-EMBED = 2000  # pictures of 10 to 40 kB: a page that still opens at once
+EMBED = 2000  # pictures of 10 to 40 kB; with more, a page opens slowly
 Files = Callable[[str], str | Path | None]
-"""From an id to the example's own file, if it has one."""
+"""From an id to the example's original file, if it has one."""
 
 
 def save_html(
@@ -54,27 +54,27 @@ def save_html(
     train_files: Files | None = None,
     places: PlacesOf | None = None,
 ) -> Path:
-    """Write a page on which every query can be walked through with the examples behind it.
+    """Write a page that shows every query with the training examples behind it.
 
     Args:
-        ranking: all queries and all ranks are shown; several rankings of the same queries, by
-            methods of different names, stand side by side.
-        query_images: id of a query -> [C, H, W] in [0, 1], C of 1 or 3; of a clip [C, F, H, W],
-            which is shown by its middle frame, and moves where it is opened.
-        train_images: the same for training examples; asked once an id.
+        ranking: shown with all queries and ranks; several rankings of the same queries, by
+            methods of different names, are shown side by side.
+        query_images: id of a query -> [C, H, W] in [0, 1], C of 1 or 3; or a clip [C, F, H, W],
+            shown by its middle frame, and animated where it is opened.
+        train_images: the same for training examples; called once per id.
         path: the HTML file to write; its folder is created if it does not exist.
-        title: headline; by default it says what the page shows.
-        notes: more to show in the head, such as `{"machine": "of the lab"}`.
-        embed: pictures that may stand in the page itself. Where there are more, they are files in
-            the folder `<name of the page>_files` beside it, which a browser loads when it shows
-            them: keep the two together.
-        query_files: id of a query -> its own file, which the page links; None if there is none.
+        title: headline; None: a description of what the page shows.
+        notes: more entries for the header, such as `{"machine": "of the lab"}`.
+        embed: most pictures embedded in the page. With more, all are files in the folder
+            `<name of the page>_files` beside it, and the browser loads those that it shows. Keep
+            page and folder together.
+        query_files: id of a query -> its original file, which the page links; or None.
         train_files: the same for training examples.
-        places: where scores come from (`dmin.places`), shown where an example is opened.
+        places: attribution maps (`dmin.places`), shown where an example is opened.
 
     Returns:
-        The path. Each image is kept once, at most 256 pixels a side: smaller ones as
-        they are, larger ones scaled down (as PNG or JPEG, whichever is smaller).
+        The path. Each image is stored once, at most 256 pixels a side: smaller ones unchanged,
+        larger ones scaled down (as PNG or JPEG, whichever is smaller).
 
     Raises:
         DminError: an image has another shape or range, or rankings are not of the same queries.
@@ -126,7 +126,7 @@ def _check_alike(rankings: Sequence[Ranking]) -> None:
 
 
 def _nowhere(id: str) -> None:
-    """Return the file of an example of which none is known."""
+    """Return None: examples without known files."""
 
 
 def _method(ranking: Ranking) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _method(ranking: Ranking) -> dict[str, Any]:
 def _answer(
     ranking: Ranking, query: int, examples: _Entries, shares: np.ndarray | None
 ) -> dict[str, Any]:
-    """Return what one method says of one query: the five answers, and a card for each picture."""
+    """Return one method's answer to one query: the five answers, and a card for each picture."""
     shares = shares if shares is not None and np.isfinite(shares).all() else None
     shown = ranking.count(query)
     parts = {"parts": ranking.contributions, "groupParts": ranking.group_contributions}
@@ -167,7 +167,7 @@ def _answer(
 def _places(
     ranking: Ranking, query: int, shown: _Entries, examples: _Entries, places: PlacesOf
 ) -> dict[str, Any]:
-    """Return the pictures of where scores come from, by the place of the card; none if none."""
+    """Return the attribution maps as pictures, by index of the card; empty if there are none."""
     asked, found = ranking.query_ids[query], {}
     for card, rank in enumerate(ranking.cards(query)):
         name = ranking.train_ids[query][rank]
@@ -183,9 +183,9 @@ def _places(
 def _card(ranking: Ranking, query: int, rank: int, examples: _Entries) -> dict[str, Any]:
     name = ranking.train_ids[query][rank]
     size = spell_size(ranking, query, rank)
-    more = {} if size is None else {"foremost": f"{size} examples"}
+    more = {} if size is None else {"best of its group": f"{size} examples"}
     copies = ranking.copies(query, rank)
-    pooled = "pool" in ranking.query_metadata[query]  # no card is all of its pictures
+    pooled = "pool" in ranking.query_metadata[query]  # several pictures: no card equals the query
     same_as = [] if pooled else (ranking.same_as or [[]] * (query + 1))[query]
     card = {
         "example": examples.place(name, ranking, query, rank, more),
@@ -212,7 +212,7 @@ def _card(ranking: Ranking, query: int, rank: int, examples: _Entries) -> dict[s
 
 
 def _alike(ranking: Ranking, query: int, rank: int) -> str | None:
-    """Return the ranks that one cannot be distinguished from, itself among them, as ``1–4``."""
+    """Return the ranks that cannot be distinguished from this one, as ``1–4``, or None."""
     if ranking.tiers is None:
         return None
     tiers = ranking.tiers[query, : ranking.count(query)]  # ascending
@@ -222,7 +222,7 @@ def _alike(ranking: Ranking, query: int, rank: int) -> str | None:
 
 
 def _share(ranking: Ranking, query: int, values: np.ndarray | None) -> float | None:
-    """Return a value as a part of the largest score, in [0, 1]; None if there is none."""
+    """Return a value divided by the largest possible score, in [0, 1]; None if unbounded."""
     if values is None or ranking.maximum is None or not ranking.maximum[query]:
         return None
     share = float(values[query]) / float(ranking.maximum[query])
@@ -234,7 +234,7 @@ def _short(values: np.ndarray) -> list[float]:
 
 
 class _Entries:
-    """Pictures and metadata of queries or of examples, each of which stands once in the page."""
+    """Pictures and metadata of queries or of examples, each stored once in the page."""
 
     def __init__(
         self, images: Images, files: Files, page: Path, store: Callable[[str, bytes], str]
@@ -246,7 +246,7 @@ class _Entries:
     def place(
         self, name: str, ranking: Ranking, query: int, rank: int, more: dict[str, str]
     ) -> int:
-        """Return where a training example stands among the entries; it is added if it is new."""
+        """Return the index of a training example among the entries; a new one is added."""
         if name not in self.places:
             self.places[name] = len(self.places)
             entry = self.entry(name, ranking.train_metadata[query][rank])
@@ -257,11 +257,11 @@ class _Entries:
         return self.places[name]
 
     def overlaid(self, name: str, places: np.ndarray) -> str:
-        """Return the address of a picture under a map of what its places add."""
+        """Return the address of a picture with its attribution map laid over it."""
         return self.store(*encoded(overlaid(to_picture(self.images(name), name), places)))
 
     def entry(self, name: str, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Return what the page knows of one picture."""
+        """Return the page's data of one picture."""
         array = self.images(name)
         picture, clip = to_picture(array, name), array.ndim == 4
         moving = self.store("webp", preview(array, name)) if clip else None
@@ -282,9 +282,9 @@ class _Entries:
 
 
 class _Folder:
-    """Writes pictures as numbered files beside the page, and gives their addresses.
+    """Writes pictures as numbered files beside the page, and returns their addresses.
 
-    The files of an earlier page of this name are deleted: they would be of no use to anybody.
+    Files of an earlier page of the same name are deleted.
     """
 
     def __init__(self, folder: Path) -> None:

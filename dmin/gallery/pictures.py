@@ -15,18 +15,18 @@ Images = Callable[[str], np.ndarray]
 """From an id to its image: [C, H, W] with C of 1 or 3, values in [0, 1]; or a clip [C, F, H, W]."""
 
 TINY = 64
-"""Up to this side, in pixels, an image is enlarged without smoothing and kept without loss."""
+"""Up to this side, in pixels, an image is enlarged without smoothing and stored losslessly."""
 
 
 def to_picture(array: np.ndarray, name: str) -> Image.Image:
     """Turn an image array into a grey or RGB picture.
 
     Args:
-        array: [C, H, W] with C of 1 or 3, values in [0, 1]; of a clip, the middle frame is taken.
-        name: what to call the image in an error.
+        array: [C, H, W] with C of 1 or 3, values in [0, 1]; of a clip, the middle frame is used.
+        name: name of the image in error messages.
 
     Raises:
-        DminError: another shape, or values outside [0, 1] by more than rounding.
+        DminError: the shape is another, or values are outside [0, 1] by more than rounding.
     """
     if array.ndim == 4:
         array = array[:, array.shape[1] // 2]
@@ -46,22 +46,22 @@ def to_picture(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
-SMOOTHED = 1 / 8  # of the shorter side: what single places add is mostly noise
+SMOOTHED = 1 / 8  # of the shorter side, because contributions of single positions are mostly noise
 FOR, AGAINST = (37, 101, 168), (200, 85, 61)
 
 
 def smoothed(places: np.ndarray) -> np.ndarray:
-    """Return what places add ``[h, w]`` under a Gaussian of an eighth of the shorter side."""
+    """Smooth an attribution map ``[h, w]`` by a Gaussian of an eighth of its shorter side."""
     sigma = SMOOTHED * min(places.shape)
     return gaussian_filter(np.asarray(places, np.float64), sigma, mode="constant")
 
 
 def overlaid(picture: Image.Image, places: np.ndarray) -> Image.Image:
-    """Lay what places add over a pale picture, enlarged: blue for the score, red against it.
+    """Lay an attribution map over a pale, enlarged picture: blue raises the score, red lowers it.
 
     Args:
-        picture: that is shown.
-        places: ``[h, w]`` of the whole of it; smoothed here. The largest has full colour.
+        picture: the picture.
+        places: ``[h, w]``, the map of the whole picture; smoothed here, its largest in full colour.
     """
     picture = fit(picture, max(192, *picture.size))
     values = smoothed(places)
@@ -75,13 +75,13 @@ def overlaid(picture: Image.Image, places: np.ndarray) -> Image.Image:
 
 
 def remembered(images: Images, memory: int = 1 << 29) -> Images:
-    """Return the same images, each decoded once as long as some bytes are enough for them.
+    """Return the same images with a cache of decoded ones.
 
     Args:
-        images: decodes.
-        memory: bytes of pixels that are kept; those asked for longest ago leave first.
+        images: decodes an image.
+        memory: most bytes of cached pixels; the least recently used are dropped first.
     """
-    kept: dict[str, np.ndarray] = {}  # 8 bits a value, which is what is shown
+    kept: dict[str, np.ndarray] = {}  # 8 bits per value, as displayed
 
     def image(id: str) -> np.ndarray:
         found = kept.pop(id, None)
@@ -89,7 +89,7 @@ def remembered(images: Images, memory: int = 1 << 29) -> Images:
             decoded = np.asarray(images(id), np.float32)
             found = (decoded * 255).round().clip(0, 255).astype(np.uint8)
             if np.abs(found / np.float32(255) - decoded).max(initial=0) > 1e-6:
-                return decoded  # not of 8 bits: as it is
+                return decoded  # not of 8 bits: not cached
         kept[id] = found
         while len(kept) > 1 and sum(each.nbytes for each in kept.values()) > memory:
             kept.pop(next(iter(kept)))
@@ -99,7 +99,7 @@ def remembered(images: Images, memory: int = 1 << 29) -> Images:
 
 
 def fit(picture: Image.Image, side: int) -> Image.Image:
-    """Scale a picture so that its longer side is `side` pixels; tiny ones keep hard pixels."""
+    """Scale a picture so that its longer side is `side` pixels; tiny ones without smoothing."""
     longest = max(picture.size)
     width, height = (max(1, round(length * side / longest)) for length in picture.size)
     enlarged_tiny = longest <= TINY and side >= longest
@@ -107,15 +107,15 @@ def fit(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((width, height), method)
 
 
-PREVIEW, SHOWN, A_SECOND = 96 << 10, 24, 16  # bytes at most; frames; frames a clip shows a second
+PREVIEW, SHOWN, A_SECOND = 96 << 10, 24, 16  # most bytes; most frames; a clip's frames per second
 
 
 def preview(clip: np.ndarray, name: str) -> bytes:
-    """Encode a clip as an animated WebP of bounded size, as long as it is at 16 frames a second.
+    """Encode a clip as an animated WebP of bounded size that plays as long as at 16 frames/s.
 
     Args:
         clip: [C, F, H, W] in [0, 1].
-        name: what to call it in an error.
+        name: its name in error messages.
     """
     count, side = clip.shape[1], 192
     while True:
@@ -149,9 +149,9 @@ def encoded(picture: Image.Image, limit: int = 256) -> tuple[str, bytes]:
         limit: 256 is enough for a card on a dense screen.
 
     Returns:
-        `png` or `jpeg`, and the bytes: a PNG, without loss, for a tiny picture; for a larger one
-        the smaller of a PNG and a JPEG
-        of quality 90, as a page of a thousand photographs would otherwise weigh 100 MB.
+        `png` or `jpeg`, and the bytes: a lossless PNG for a tiny picture; for a larger one the
+        smaller of a PNG and a JPEG of quality 90, because a page of a thousand photographs would
+        otherwise have 100 MB.
     """
     tiny = max(picture.size) <= TINY
     if max(picture.size) > limit:

@@ -34,9 +34,9 @@ from dmin.gallery.png_page import (
 )
 
 DPI = 150
-SMALL = 9.5  # of type, in points
-LETTER = 10.6  # pixels of a small one, about; DejaVu is the widest
-MOST_NOTES = 3  # lines below a row
+SMALL = 9.5  # size of small type, in points
+LETTER = 10.6  # approximate width of a small letter, in pixels; DejaVu is the widest font
+MOST_NOTES = 3  # most lines below a row
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class _Row:
     ranking: Ranking
     query: int
     cards: list[int]  # ranks shown
-    leads: bool  # whether the query's picture stands here
-    named: bool  # whether several methods are shown
-    places: PlacesOf | None = None  # this row is of where the scores of the one above come from
+    leads: bool  # whether the row begins with the query's picture
+    named: bool  # whether to write the method's name: several methods are shown
+    places: PlacesOf | None = None  # this row has the attribution maps of the row above
 
     @property
     def shown(self) -> Sequence[tuple[int, int]]:
@@ -57,7 +57,7 @@ class _Row:
         return found if self.places is None else [c for c in found if self.maps(c[1])]
 
     def maps(self, rank: int) -> Places | None:
-        """Return where the score of a card comes from, if that was asked."""
+        """Return the attribution maps of a card, if they were computed."""
         id, asked = self.ranking.train_ids[self.query][rank], self.ranking.query_ids[self.query]
         return (self.places or {}).get((self.ranking.method, asked, id))
 
@@ -73,23 +73,23 @@ def save_png(
     title: str | None = None,
     places: PlacesOf | None = None,
 ) -> Path:
-    """Draw each query beside its best training examples, and what timesteps and groups added.
+    """Draw each query beside its best training examples, with contributions to their scores.
 
     Args:
-        rankings: the first `max_queries` queries and `columns` cards are drawn, copies of one
-            picture on one card; of several methods' answers to the same queries, one below the
-            other.
+        rankings: the first `max_queries` queries and `columns` cards are drawn; copies of one
+            picture share a card. Answers of several methods to the same queries are drawn one
+            below the other.
         query_images: id of a query -> [C, H, W] in [0, 1], C of 1 or 3.
         train_images: the same for training examples.
         path: the PNG to write; its folder is created if it does not exist.
-        columns: training examples a row.
-        max_queries: queries.
-        title: headline; by default it says what the picture shows.
-        places: where scores come from (`dmin.places`), in a row of their own.
+        columns: training examples per row.
+        max_queries: most queries drawn.
+        title: headline; None: a description of what the picture shows.
+        places: attribution maps (`dmin.places`), drawn in rows of their own.
 
     Returns:
-        The path. The picture is made for a column of 900 pixels on a dense screen (1800 pixels
-        wide for ten columns, 150 dpi).
+        The path. The picture fits a column of 900 pixels on a dense screen (1800 pixels wide for
+        ten columns, 150 dpi).
 
     Raises:
         DminError: an image has another shape or range.
@@ -137,7 +137,7 @@ def save_png(
 
 
 def _page(layout: Layout) -> tuple[Axes, Figure]:
-    """Return one page of axes in pixels: pictures are pasted at whole ones, type laid over them."""
+    """Return axes in pixels: pictures are pasted at whole pixels, text is drawn over them."""
     figure = Figure((layout.width / DPI, layout.height / DPI), dpi=DPI, facecolor=PAPER)
     FigureCanvasAgg(figure)
     page = figure.add_axes((0, 0, 1, 1))
@@ -146,14 +146,14 @@ def _page(layout: Layout) -> tuple[Axes, Figure]:
 
 
 def _wrapped(parts: Sequence[str], layout: Layout) -> list[str]:
-    """Set notes in lines as wide as the pictures, as many as there is room for."""
+    """Wrap notes to the width of the pictures, at most `MOST_NOTES` lines."""
     letters = max(40, int((layout.strip_left - layout.aisle - layout.column(0)) / LETTER))
-    text = "  ·  ".join(parts).replace(" = ", "\u00a0=\u00a0")  # no line ends between these
+    text = "  ·  ".join(parts).replace(" = ", "\u00a0=\u00a0")  # no line break around "="
     return wrap(text, letters, max_lines=MOST_NOTES, placeholder=" …")
 
 
 def _head(answers: Sequence[Ranking], layout: Layout, shown: int) -> list[str]:
-    """Return the lines of the header: method and size, what it was made from, what is blind."""
+    """Return the lines of the header: methods and sizes, model and store, blind timesteps."""
     first, methods = answers[0], ", ".join(each.method for each in answers)
     queries, k = first.scores.shape
     top = f"top {layout.columns}" + (f" of {k}" if k > layout.columns else "")
@@ -171,7 +171,7 @@ def _head(answers: Sequence[Ranking], layout: Layout, shown: int) -> list[str]:
 def _paste(
     rows: Sequence[_Row], query_images: Images, train_images: Images, layout: Layout
 ) -> np.ndarray:
-    """Put every picture in its place, centred in its square, on an empty page [H, W, 3]."""
+    """Return a page [H, W, 3] with every picture centred in its square."""
     page = Image.new("RGB", (layout.width, layout.height), PAPER)
 
     def put(picture: Image.Image, left: int, top: int) -> None:
@@ -196,7 +196,7 @@ def _paste(
 def _put_places(
     row: _Row, query_images: Images, train_images: Images, put: Any, layout: Layout, top: int
 ) -> None:
-    """Put the maps of the cards in their columns, and the query's for the first of them."""
+    """Paste the attribution maps of the cards, and the query's map for the first card."""
     name = row.ranking.query_ids[row.query]
     for number, (column, rank) in enumerate(row.shown):
         maps, example = row.maps(rank), row.ranking.train_ids[row.query][rank]
@@ -228,12 +228,12 @@ def _draw_header(
 
 
 def _collapsed(rows: Sequence[_Row]) -> bool:
-    """Say whether a card stands elsewhere than at its rank, so that it has to say it."""
+    """Return whether some card's column differs from its rank, so that ranks are written."""
     return any(column != rank for row in rows for column, rank in row.shown)
 
 
 def _draw_captions(page: Axes, row: _Row, place: int, layout: Layout) -> None:
-    """Frame the pictures of a row and write below them: score and label, or id where no label."""
+    """Frame the pictures of a row and write below them the score, and the label or else the id."""
     top, side, ranking, query = layout.row(place), layout.side, row.ranking, row.query
     first, second = top + side + 28, top + side + 53
     room = side + layout.aisle - 8
@@ -271,22 +271,22 @@ def _draw_captions(page: Axes, row: _Row, place: int, layout: Layout) -> None:
 
 
 def _draw_legend(page: Axes, rows: Sequence[_Row], layout: Layout) -> None:
-    """Say at the foot what marks and bars mean, as far as there are any."""
+    """Write below the rows what the marks and bars that occur mean."""
     notes = []
     cards = [(row.ranking, row.query, rank) for row in rows for _, rank in row.shown]
     if any(ranking.same_label(query, rank) is not None for ranking, query, rank in cards):
         notes.append("● the query's label   ○ another label")
     if any(ranking.copies(query, rank) for ranking, query, rank in cards):
-        notes.append("×: examples with the same pixels, the rank of the first before the score")
+        notes.append("×: examples with the same pixels; their first rank is before the score")
     if any(row.places for row in rows):
-        notes.append("maps: blue raises the score, red lowers; each sums to it but for sketching")
+        notes.append("maps: blue raises the score, red lowers it; sums differ by sketching error")
     if layout.bars:
         notes.append("blue and red: mean contribution to the scores shown")
         notes.append("grey below: share in their order")
-    if any(row.ranking.blind for row in rows):
-        notes.append("× below a bar: a blind timestep")
     elif layout.groups:
         notes.append("bars: mean contribution to the scores shown")
+    if any(row.ranking.blind for row in rows):
+        notes.append("× below a bar: a blind timestep")
     lines = wrap("   ·   ".join(notes), int((layout.width - 2 * layout.margin) / LETTER))
     for number, text in enumerate(lines):
         under = layout.height - 44 - NOTE * (len(lines) - 1 - number)

@@ -9,19 +9,19 @@ from matplotlib.patches import Rectangle
 from dmin.attribution.ranking import Ranking
 from dmin.gallery.png_page import ACCENT, AGAINST, MUTED, Layout, clip, write
 
-MOST_GROUPS = 5  # of layers, that have a bar of their own
+MOST_GROUPS = 5  # most groups of layers with their own bar
 
 
 def draw_strips(
     page: Axes, ranking: Ranking, rows: Sequence[int], columns: int, layout: Layout
 ) -> None:
-    """Draw what each timestep added to the scores shown, and below it its share in their order.
+    """Draw each timestep's mean contribution to the scores shown, and its share in their order.
 
     Args:
         page: to draw on.
-        ranking: of one method; its means have one scale in all rows.
-        rows: where its queries stand.
-        columns: examples that are shown.
+        ranking: of one method; all rows have the same scale.
+        rows: row of the page for each query.
+        columns: number of examples shown.
         layout: of the page.
     """
     assert ranking.contributions is not None and ranking.order_shares is not None
@@ -40,7 +40,7 @@ def draw_strips(
 
 
 def _scale(parts: np.ndarray) -> tuple[float, float]:
-    """Return how far bars reach above and below zero."""
+    """Return the largest extent of bars above and below zero."""
     return max(float(parts.max()), 0.0), max(-float(parts.min()), 0.0)
 
 
@@ -53,7 +53,7 @@ def _bars(
     layout: Layout,
     colours: tuple[str, str],
 ) -> None:
-    """Draw one bar a timestep between two heights."""
+    """Draw one bar per timestep between two heights."""
     above, below = reach
     scale = height / max(above + below, 1e-30)
     zero, width = top + above * scale, _width(len(values), layout)
@@ -68,7 +68,7 @@ def _bars(
 def _axis(
     page: Axes, timesteps: tuple[float, ...], blind: set[float], under: float, layout: Layout
 ) -> None:
-    """Write the first and the last timestep, and a cross below each that is blind."""
+    """Write the first and the last timestep, and a cross below each blind one."""
     width, right = _width(len(timesteps), layout), layout.strip_left + layout.strip
     write(page, layout.strip_left, under, f"t {timesteps[0]:g}", MUTED, size=9.5)
     if len(timesteps) > 1:
@@ -84,7 +84,7 @@ def _width(steps: int, layout: Layout) -> float:
 
 
 def _shares(ranking: Ranking, rows: int, layout: Layout) -> tuple[list[str], np.ndarray]:
-    """Return the groups that add most, and what each adds in each row; the others together."""
+    """Return the groups with the largest contributions, by row; the others are summed."""
     assert ranking.group_contributions is not None
     means = ranking.group_contributions[:rows, : layout.columns].mean(axis=1)
     largest = np.argsort(-np.abs(means).mean(axis=0), kind="stable")
@@ -96,13 +96,13 @@ def _shares(ranking: Ranking, rows: int, layout: Layout) -> tuple[list[str], np.
 
 
 def draw_shares(page: Axes, ranking: Ranking, rows: Sequence[int], layout: Layout) -> None:
-    """Draw one lying bar a group of layers, to one scale in all rows; arguments as above."""
+    """Draw one horizontal bar per group of layers; arguments as in :func:`draw_strips`."""
     names, means = _shares(ranking, len(rows), layout)
     above, below = max(float(means.max()), 0.0), max(-float(means.min()), 0.0)
     middle = layout.shares_left + layout.shares // 2
     scale = (layout.shares - layout.shares // 2) / max(above + below, 1e-30)
     zero = middle + below * scale
-    height = layout.side + 60  # down to the last line of type below the pictures
+    height = layout.side + 60  # down to the last line of text below the pictures
     pitch = min(32.0, height / len(names))
     size = min(9.5, 0.31 * pitch)
     for place, row in zip(rows, means, strict=True):

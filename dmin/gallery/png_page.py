@@ -12,19 +12,19 @@ from dmin.runtime.escape import printable
 FONTS = ("Inter", "Helvetica Neue", "Arial", "Liberation Sans")
 INK, MUTED, HAIRLINE, MAT, PAPER = "#17202a", "#66717d", "#dfe3e8", "#f2f4f6", "#ffffff"
 ACCENT, AGAINST, AGREES = "#2565a8", "#c8553d", "#0b7a63"
-NOTE = 25  # pixels a line of small type
+NOTE = 25  # height of a line of small type, in pixels
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything stands, in pixels from the upper left corner."""
+    """The positions of everything, in pixels from the upper left corner."""
 
     rows: int
     columns: int
     bars: bool
     groups: int = 0
-    notes: int = 0  # lines of type below a row
-    head: int = 0  # and in the header
+    notes: int = 0  # lines of text below a row
+    head: int = 0  # lines of text in the header
     margin: int = 64
     gap: int = 14
     aisle: int = 46
@@ -37,12 +37,12 @@ class Layout:
 
     @property
     def header(self) -> int:
-        """Where the first row begins."""
+        """Height of the header, where the first row begins."""
         return 186 + NOTE * self.head
 
     @property
     def side(self) -> int:
-        """Side of an image, so that the full number of columns fills the page."""
+        """Side of an image: the full number of columns fills the page."""
         taken = 2 * self.margin + self.aisle + (self.aisle + self.strip) * self.bars
         taken += (self.aisle + self.shares) * bool(self.groups)
         return max(48, min(176, (self.page - taken) // (self.columns + 1) - self.gap))
@@ -59,24 +59,24 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """Pixels from left to right."""
+        """Width of the page."""
         right = self.strip_left + self.strip if self.bars else self.strip_left - self.aisle
         right = self.shares_left + self.shares if self.groups else right
         return max(right + self.margin, 900)
 
     @property
     def height(self) -> int:
-        """Pixels from top to bottom."""
+        """Height of the page."""
         return self.header + self.rows * self.pitch + self.footer
 
     @property
     def pitch(self) -> int:
-        """From one row to the next."""
+        """Distance from one row to the next."""
         return self.side + self.lines + NOTE * self.notes
 
     @property
     def left(self) -> int:
-        """Edge on which the query's frame and all type to the left stand."""
+        """Left edge of the query's frame and of text in its column."""
         return self.margin - self.frame - 2
 
     def column(self, rank: int) -> int:
@@ -108,11 +108,11 @@ def write(
     ha: str = "left",
     paper: str | None = None,
 ) -> None:
-    """Write a line of type on the baseline y, on a ground of its own if one is given."""
-    # A narrow sans-serif where one is installed; DejaVu comes with matplotlib.
+    """Write a line of text on the baseline y, on a background ``paper`` if one is given."""
+    # A narrow sans-serif if one is installed; DejaVu comes with matplotlib.
     installed = set(font_manager.get_font_names())
     family = [*(name for name in FONTS if name in installed), "DejaVu Sans"]
-    # parse_math off: an id with two dollar signs is a name, not a formula.
+    # parse_math is off, because an id with two dollar signs is not a formula.
     style: dict[str, Any] = {"size": size, "weight": weight, "ha": ha, "family": family}
     if paper is not None:
         style["bbox"] = {"facecolor": paper, "edgecolor": "none", "pad": 1.5}
@@ -120,7 +120,7 @@ def write(
 
 
 def clip(text: str, room: float, keep_end: bool = False) -> str:
-    """Shorten a text to about `room` pixels: words are known by their start, ids by their end."""
+    """Shorten a text to about `room` pixels, keeping its start or, for ids, its end."""
     letters = max(4, int(room / 12.5))
     text = " ".join(text.split())
     if len(text) <= letters:

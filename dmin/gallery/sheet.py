@@ -12,7 +12,7 @@ from dmin.gallery.pictures import fit, to_picture
 from dmin.runtime.escape import printable
 
 DPI = 150
-SIDE = 160  # pixels of a picture
+SIDE = 160  # side of a picture, in pixels
 INK, MUTED = "#17202a", "#66717d"
 
 
@@ -29,11 +29,11 @@ def save_sheet(
 
     Args:
         images: [C, H, W] in [0, 1], C of 1 or 3; at least one.
-        names: what stands below each, in the first line.
-        figures: and in the second.
+        names: the first line below each picture.
+        figures: the second line.
         path: the PNG to write; its folder is created if it does not exist.
         title: headline.
-        columns: pictures a row.
+        columns: pictures per row.
 
     Returns:
         The path.
@@ -64,5 +64,5 @@ def save_sheet(
 
 
 def shortened(name: str, most: int = 18) -> str:
-    """Return a name that fits below a picture: its end, which distinguishes files."""
+    """Return a name that fits below a picture: its end, by which files differ."""
     return name if len(name) <= most else "…" + name[1 - most :]
