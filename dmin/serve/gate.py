@@ -9,11 +9,11 @@ Message = MutableMapping[str, Any]
 
 COOKIE = "dmin-token"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# What the page asks for; whatever else Gradio answers, files and uploads among it, is closed.
+# Paths that the page uses. All others that Gradio serves, files and uploads among them, are closed.
 _API = ("queue/", "component_server", "heartbeat/", "cancel")
 _FILES = ("/assets/", "/static/", "/theme.css", "/config", "/favicon.ico")
 OPEN = (*_FILES, *(f"/gradio_api/{path}" for path in _API))
-# The browser asks no other machine for anything, whatever a caption contains.
+# The browser loads nothing from other machines, whatever a caption contains.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' "
     "'unsafe-inline'; img-src 'self' data: blob:; object-src 'none'; base-uri 'self'; "
@@ -22,20 +22,20 @@ POLICY = (
 
 
 class Gate:
-    """An ASGI application in front of another.
+    """An ASGI application that checks requests before it passes them to another.
 
     Args:
-        app: the other.
-        limit: bytes of a request.
-        token: that visitors must have; None for those of this machine alone, whose page must then
-            be called by a name of this machine (another site's name could lead here, too).
+        app: the application behind it.
+        limit: most bytes of a request.
+        token: required from visitors. None: only this machine's visitors, and only under a loopback
+            host name, because another site's name may resolve to this machine (DNS rebinding).
     """
 
     def __init__(self, app: Any, limit: int, token: str | None = None) -> None:
         self.app, self.limit, self.token = app, limit, token
 
     async def __call__(self, scope: Message, receive: Any, send: Callable[..., Awaitable]) -> None:
-        """Let a request through, or refuse it in words."""
+        """Pass a request on, or answer it with the reason why it is refused."""
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -54,7 +54,7 @@ class Gate:
         await send({"type": "http.response.body", "body": text.encode()})
 
     def _answer(self, scope: Message) -> tuple[int, str, dict[str, str]] | None:
-        """Return status, words and headers, if a request is not let through."""
+        """Return status, text and headers of a refusal; None if the request is passed on."""
         headers = {key.decode("latin-1"): v.decode("latin-1") for key, v in scope["headers"]}
         host, path, close = headers.get("host", ""), scope["path"], {"connection": "close"}
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
@@ -62,18 +62,18 @@ class Gate:
             cookie = f"{COOKIE}={given}; HttpOnly; SameSite=Lax; Path=/"
             return 303, "", {"location": "/", "set-cookie": cookie}
         if self.token is None and urlsplit(f"//{host}").hostname not in LOOPBACK:
-            return 403, "This page is for its own machine: open it at 127.0.0.1.", close
+            return 403, "Only this machine may open this page: use the address 127.0.0.1.", close
         pairs = (each.strip().partition("=") for each in headers.get("cookie", "").split(";"))
         known = any(name == COOKIE and self._is_token(value) for name, _, value in pairs)
         if self.token is not None and not known:
             return 403, "Open the address that `dmin serve` printed, with its token.", close
         if "origin" in headers and urlsplit(headers["origin"]).netloc != host:
-            return 403, "Another page must not ask here.", close
+            return 403, "Requests from other pages are refused.", close
         if path != "/" and not path.startswith(OPEN):
-            return 404, "There is nothing here.", close
+            return 404, "There is no such page.", close
         size = headers.get("content-length", "" if scope["method"] == "POST" else "0")
         if not size.isdecimal() or int(size) > self.limit:
-            return 413, f"More than {self.limit / 1e6:,.0f} MB is not taken.", close
+            return 413, f"Requests of more than {self.limit / 1e6:,.0f} MB are refused.", close
         return None
 
     def _is_token(self, given: str) -> bool:

@@ -14,7 +14,7 @@ async function picture(place) {
   return (await pictures.get(place)) ?? "";
 }
 
-// Tiny pictures keep hard pixels, as in the gallery.
+// Tiny pictures are enlarged without smoothing, as in the gallery.
 function sharpen({ target }) { target.style.imageRendering = Math.max(target.naturalWidth, target.naturalHeight) > 64 ? "auto" : "pixelated"; }
 find(".tip img").onload = sharpen;
 
@@ -84,10 +84,10 @@ dark.addEventListener("change", () => { if (data) legend(); draw(); });
 new ResizeObserver(async () => {
   if (!canvas.clientWidth || data === false) return;
   if (data) return draw();
-  data = false; // asked for once, when it is first seen
+  data = false; // requested once, when the map is first visible
   data = await ask("plane");
   if (!data) return;
-  // By rank, so that a few large ones do not leave the others one colour.
+  // Coloured by rank, so that a few large values do not give all others the same colour.
   for (const [key, values] of Object.entries(data.numbers)) {
     ranks[key] = [];
     values.map((_, place) => place).sort((a, b) => values[a] - values[b]).forEach((place, rank) => { ranks[key][place] = rank / values.length; });

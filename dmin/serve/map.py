@@ -14,15 +14,15 @@ from dmin.runtime.colours import method_colours
 from dmin.runtime.errors import DminError
 from dmin.runtime.sampling import evenly
 
-BYTES = 1 << 28  # of rows in memory
-NEAR, KINDS = 12, 12  # neighbours shown; values of a column that colours distinguish
+BYTES = 1 << 28  # most bytes of rows in memory
+NEAR, KINDS = 12, 12  # neighbours shown; most values of a column that is shown by colours
 
 
 class StoreMap:
-    """The rows of a store, or as many evenly spaced ones as fit into memory.
+    """The rows of a store, or evenly spaced ones, as many as fit into ``BYTES``.
 
     Args:
-        train: the store, and the examples for their pictures.
+        train: the store, with the examples for their pictures.
     """
 
     def __init__(self, train: FeatureSet) -> None:
@@ -35,7 +35,7 @@ class StoreMap:
         self.influence = (store.norms(readout)[self.shown] ** 2).sum(3).mean((1, 2))
 
     def plane(self) -> dict[str, Any]:
-        """Return where each row lies by the first two principal components, and its columns."""
+        """Return each row's first two principal components, and its columns of metadata."""
         pca = PCA(min(2, len(self.rows)), svd_solver="randomized", random_state=0)
         found = pca.fit_transform(self.rows)
         facts = [self.train.store.metadata[row] for row in self.shown]
@@ -58,19 +58,19 @@ class StoreMap:
         }
 
     def near(self, place: int) -> list[tuple[int, float]]:
-        """Return the rows of largest cosine with one of those shown, the nearest first."""
+        """Return the shown rows with the largest cosines with row ``place``, and these cosines."""
         cosines = self.rows @ self.rows[place]
         order = np.argsort(-cosines, kind="stable")
         return [(int(n), float(cosines[n])) for n in order if n != place][:NEAR]
 
     def picture(self, place: int) -> str:
-        """Return the picture of one of those shown, as an address that holds it."""
+        """Return the picture of row ``place`` as a ``data:`` address."""
         id = self.train.store.ids[self.shown[place]]
         return data_uri(to_picture(self.train.image(id).numpy(), id), 160)
 
 
 def asker(examples: Callable[[], FeatureSet]) -> Callable[[Any], dict[str, Any]]:
-    """Return what answers a browser; the map is made when it is first asked for."""
+    """Return the function that answers the browser; it makes the map at its first call."""
     lock = Lock()
     made: list[StoreMap] = []
 

@@ -18,7 +18,7 @@ function show() {
   const whole = () => pen.drawImage(image, 0, 0, canvas.width, canvas.height);
   pen.clearRect(0, 0, canvas.width, canvas.height);
   if (!part() || (part() === "region" ? !region : !painted)) return whole();
-  // As the answer shows it: what is not asked about is pale.
+  // As in the answer: the part that is not asked about is pale.
   if (part() === "mask") { pen.drawImage(paint, 0, 0); pen.globalCompositeOperation = "source-in"; whole(); }
   else { const [x, y, w, h] = region.map((n) => n / scale()); pen.save(); pen.beginPath(); pen.rect(x, y, w, h); pen.clip(); whole(); pen.restore(); pen.strokeStyle = getComputedStyle(element).getPropertyValue("--accent"); pen.lineWidth = 5; pen.strokeRect(x, y, w, h); }
   pen.globalCompositeOperation = "destination-over"; pen.globalAlpha = 0.25; whole();
@@ -83,7 +83,7 @@ function mask() {
   return whole.toDataURL("image/png").split(",")[1];
 }
 
-// What is asked, for the event that sends it; null on the tab that generates.
+// The picture and its part, for the event that sends the question; null on the "Generate one" tab.
 window.dminAsked = () => {
   [...document.querySelectorAll("[role=tab]")].find((tab) => tab.textContent.trim() === "Answer")?.click();
   if (innerWidth <= 760) document.getElementById("answer")?.scrollIntoView({ behavior: "smooth" });

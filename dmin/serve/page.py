@@ -23,18 +23,18 @@ _ANSWER = """<div class="again"><code tabindex="0">{}</code>{}<button type="butt
 _MASK = f'<a download="{MASK}" href="data:image/png;base64,{{}}">{MASK}</a>'
 
 Tell = Callable[[float, str], None]
-"""Takes the share of the work that is done, and what is being done."""
+"""Called with the fraction of the work completed, and the current step."""
 
 
 class Desk(Protocol):
-    """Who answers.
+    """The interface of the object that answers questions.
 
     Attributes:
-        about: a line on what is asked.
+        about: one line that names store and model.
         words: store, options and settings of the command line.
-        k: training examples that an answer shows, unless others are asked for.
-        chosen: how many methods the command line names.
-        places: whether it asks for maps.
+        k: default number of training examples in an answer.
+        chosen: number of methods named on the command line.
+        places: whether the command line asks for attribution maps.
     """
 
     about: str
@@ -45,17 +45,17 @@ class Desk(Protocol):
 
     @property
     def methods(self) -> Sequence[str]:
-        """By which it can be answered, the one chosen first."""
+        """The available methods, those of the command line first."""
 
     def examples(self) -> FeatureSet:
         """Return the store with its examples, for which no model is needed."""
 
     def answer(self, question: Question, folder: Path, tell: Tell) -> str:
-        """Return the page of an answer; what it needs on disk lies in a folder that is deleted."""
+        """Return the page of an answer; ``folder`` is for its files, and is deleted afterwards."""
 
 
 def reply(desk: Desk, upload_mb: float, sent: dict[str, Any], tell: Tell) -> str:
-    """Return the answer to what a browser sent as HTML, or in words why there is none."""
+    """Return the answer to a browser's request as HTML, or the reason why there is none."""
     with TemporaryDirectory(prefix="dmin-serve-") as place:
         folder = Path(place).resolve()
         try:
@@ -73,7 +73,7 @@ def reply(desk: Desk, upload_mb: float, sent: dict[str, Any], tell: Tell) -> str
 
 
 def build(desk: Desk, upload_mb: float, queue: int) -> gr.Blocks:
-    """Return the page, whose questions are answered one at a time; arguments as of `mounted`."""
+    """Return the page; it answers one question at a time. Arguments as in `mounted`."""
 
     def ask(pad: Any, *form: Any, progress: Any = gr.Progress()) -> str:  # noqa: B008 (its way)
         drawn = pad if isinstance(pad, dict) else {}
@@ -124,14 +124,14 @@ def mounted(desk: Desk, upload_mb: float, queue: int) -> FastAPI:
     """Return the page as an application, in the colours of all pages.
 
     Args:
-        desk: answers.
-        upload_mb: the largest picture that is taken, in MB.
-        queue: how many questions may wait.
+        desk: answers the questions.
+        upload_mb: size of the largest picture accepted, in MB.
+        queue: most waiting questions.
     """
     style = COLOURS.read_text("utf-8") + _read("serve.css")
     names = ("run_history", "ssr_mode", "pwa", "mcp_server", "enable_monitoring")
     off: dict[str, Any] = {"footer_links": [], **dict.fromkeys(names, False)}
-    theme = gr.themes.Base(font="system-ui", font_mono="monospace")  # no font is asked of anybody
+    theme = gr.themes.Base(font="system-ui", font_mono="monospace")  # no font is downloaded
     blocks, head = build(desk, upload_mb, queue), f"<style>{style}</style>"
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     return gr.mount_gradio_app(app, blocks, "/", theme=theme, head=head, **off)

@@ -15,8 +15,8 @@ from dmin.data.formats import suffixes
 from dmin.data.pixels import Pixels
 from dmin.runtime.errors import DminError
 
-SIDE_BY_SIDE = 4  # methods
-SHOWN = 3  # examples that have maps, where they are asked for
+SIDE_BY_SIDE = 4  # most methods in one question
+SHOWN = 3  # examples with attribution maps, if these are requested
 MASK = "mask.png"
 _NUMBERS = {"k": (1, 1000), "seed": (0, 2**31 - 1), "steps": (1, 1000)}
 _NONE_YET = {"region": "There is no rectangle: draw one", "mask": "Nothing is painted: paint it"}
@@ -24,17 +24,17 @@ _NONE_YET = {"region": "There is no rectangle: draw one", "mask": "Nothing is pa
 
 @dataclass(frozen=True)
 class Question:
-    """A picture, or a prompt and seed to generate one by, and how it is answered.
+    """A picture, or the prompt and seed of one to generate, and settings of the answer.
 
     Args:
         prompt: caption or class; empty for none.
         methods: names, one or more.
         k: training examples shown.
-        seed: of the picture generated, in denoising ``steps``.
-        picture: file name and content; None for one that is generated.
-        region: ``(x, y, width, height)`` in pixels of the picture.
-        mask: a PNG, white where it is asked about.
-        places: of how many examples to show where the score comes from.
+        seed: of a generated picture, in denoising ``steps``.
+        picture: file name and content; None: a picture is generated.
+        region: ``(x, y, width, height)`` in pixels, the part asked about.
+        mask: a PNG, white in the part asked about.
+        places: number of examples with attribution maps.
     """
 
     prompt: str
@@ -49,16 +49,16 @@ class Question:
 
     @classmethod
     def read(cls, sent: Mapping[str, Any], upload_mb: float, known: Collection[str]) -> Question:
-        """Return what a browser sent, if all of it is as it may be.
+        """Validate a browser's request and return its question.
 
         Args:
-            sent: its JSON, of which nothing is trusted: ``picture`` (``name``, and ``data`` in
-                base64), ``part`` (the tool in hand), ``region``, ``mask`` (base64), and the form.
-            upload_mb: the most that a picture may have, in MB.
-            known: methods that there are.
+            sent: untrusted JSON: ``picture`` (``name``, and ``data`` in base64), ``part`` (the
+                selected tool), ``region``, ``mask`` (base64), and the fields of the form.
+            upload_mb: size of the largest picture accepted, in MB.
+            known: available methods.
 
         Raises:
-            DminError: something is not; says what is allowed.
+            DminError: a value is not allowed; the message says what is.
         """
         prompt, methods, picture = (sent.get(name) for name in ("prompt", "methods", "picture"))
         if not isinstance(prompt, str) or len(prompt) > 4000 or "\0" in prompt:
@@ -88,7 +88,7 @@ class Question:
         return int(self.prompt) if self.prompt.isdecimal() else self.prompt or None
 
     def line(self, words: Sequence[str]) -> str:
-        """Return the command that gives the same answer; ``words`` name store and settings."""
+        """Return the command that gives the same answer; ``words`` has store and settings."""
         said = ["dmin", "retrieve", *words, *([self.picture[0]] if self.picture else [])]
         said += [f"--prompt={self.prompt}"] if self.prompt else []
         if self.picture is None:
@@ -116,7 +116,7 @@ def _whole(value: Any, what: str, low: int, high: int) -> int:
 
 
 def _picture(sent: Any, upload_mb: float) -> tuple[str, bytes]:
-    """Return a name that is no path, and the content."""
+    """Return a safe file name without folders, and the content."""
     said = sent if isinstance(sent, Mapping) else {}
     last = re.split(r"[/\\]", str(said.get("name", "")))[-1]
     name = re.sub(r"[^\w. ()+-]", "_", last).lstrip(". -")[-80:] or "picture"
@@ -128,7 +128,7 @@ def _picture(sent: Any, upload_mb: float) -> tuple[str, bytes]:
 
 
 def _decoded(sent: Any, name: str, upload_mb: float) -> bytes:
-    """Return the bytes of a picture, which can be read, from base64."""
+    """Decode a picture from base64, check that it can be read, and return its bytes."""
     size = len(sent) * 0.75e-6 if isinstance(sent, str) else 0.0
     if size > upload_mb + 1e-5:
         raise DminError(

@@ -23,10 +23,10 @@ def bound(host: str, port: int) -> socket.socket:
 
     Args:
         host: name or number of an interface of this machine.
-        port: 0 for any that is free.
+        port: 0: any free port.
 
     Raises:
-        DminError: it is taken, or not of this machine; or Gradio is not installed.
+        DminError: the address is in use or not this machine's, or Gradio is not installed.
     """
     if importlib.util.find_spec("gradio") is None:
         raise DminError("dmin serve needs Gradio: pip install 'dmin[serve]'.")
@@ -47,15 +47,15 @@ def bound(host: str, port: int) -> socket.socket:
 def serve(
     desk: Desk, at: socket.socket, upload_mb: float, queue: int, token: str | None, tell: Callable
 ) -> None:
-    """Serve the page until the process is asked to end.
+    """Serve the page until the process receives a stop signal.
 
     Args:
-        desk: answers.
-        at: where to listen.
-        upload_mb: the largest picture that is taken, in MB.
-        queue: how many questions may wait; more are sent away.
-        token: that visitors must have; None if only this machine's come here.
-        tell: told the address, once it answers.
+        desk: answers the questions.
+        at: the listening socket.
+        upload_mb: size of the largest picture accepted, in MB.
+        queue: most waiting questions; further ones are refused.
+        token: required from visitors; None: only this machine's visitors are accepted.
+        tell: called with the address.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before its import
     import uvicorn
@@ -74,7 +74,7 @@ def serve(
     with StopSignals() as signals, suppress(KeyboardInterrupt):
         signals.listen(lambda signum: setattr(server, "should_exit", True))
         server.run(sockets=[at])
-    # The process would wait for a question that is still being answered: it ends at its next layer.
+    # Otherwise the process would wait for a running answer; this ends it at its next layer.
     register_module_forward_pre_hook(_end)
 
 

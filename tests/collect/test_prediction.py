@@ -102,4 +102,4 @@ def test_quiet_commands_say_their_results_alone(ddpm_path, tmp_path):
     (logged,) = tmp_path.glob("outputs/runs/collect/*/csv/metrics.csv")
     (row,) = csv.DictReader(logged.open(newline=""))
     assert float(row["rows"]) == 12 and "\r" not in logged.read_text()
-    assert not re.search("again:|gradients:|time:|disk:|oading|model", said)
+    assert not re.search("to repeat:|gradients:|time:|disk:|oading|model", said)

@@ -37,13 +37,13 @@ def collect(work: Workspace, results: dict[str, Any]) -> None:
     results.update(bytes=size, digest=store.digest(), raw_bytes=raw)
     told = (
         f"{rows} rows, {figures['MiB']} MiB; "
-        f"{size / len(store) / 1024:,.1f} KiB an example instead of {raw / 1024:,.0f} KiB "
-        f"({raw * len(store) / size:,.0f} times less)"
+        f"{size / len(store) / 1024:,.1f} KiB per example instead of {raw / 1024:,.0f} KiB of "
+        f"gradients ({raw * len(store) / size:,.0f} times less)"
     )
-    if seconds := work.collector.checks:  # none where nothing was collected
-        told += f"\n  {seconds:,.1f} s of it to check whose gradient is whose"
+    if seconds := work.collector.checks:  # zero if nothing was collected
+        told += f"\n  {seconds:,.1f} s of this checked which example each gradient belongs to"
     work.console.print(titled("store", f": {store.path}\n  {told}"))
     peak = work.collector.peak
-    if peak.bytes:  # nothing was collected, or nothing grew
+    if peak.bytes:  # zero if nothing was collected, or memory did not grow
         results["peak"] = {"bytes": peak.bytes, "meaning": peak.meaning}
         work.console.print(f"  {peak.bytes / 2**20:,.1f} MiB {peak.meaning}")

@@ -19,12 +19,12 @@ Body = Callable[[Workspace, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Command:
-    """A command: prints the composed configuration, records the run and executes it.
+    """A command: prints the composed configuration, runs and records it.
 
     Args:
-        body: does the work and adds results to a mapping. Its name is
-            that of the command.
-        prepare: changes the configuration before it is printed, recorded and run.
+        body: a function that does the work and adds results to a mapping. Its name is the name of
+            the command.
+        prepare: changes the configuration before it is printed and run.
     """
 
     body: Body
@@ -36,7 +36,7 @@ class Command:
         return self.body.__name__
 
     def __call__(self, cfg: DictConfig) -> None:
-        """Run it."""
+        """Run the command."""
         if self.prepare is not None:
             self.prepare(cfg)
         work = Workspace(cfg, self.name)
@@ -51,19 +51,19 @@ class Command:
             without_progress(work.notes.quiet),
             recorded(cfg, work.run_folder, self.name, work.made_of) as results,
         ):
-            work.logger = make_logger(cfg, work.run_folder)  # or refused before work
+            work.logger = make_logger(cfg, work.run_folder)  # first, so that errors come early
             try:
                 self.body(work, results)
             finally:
                 log_results(work.logger, results, work.run_folder)
-        work.notes.print(titled(f"again: dmin repeat {folder}", style="dim"), soft_wrap=True)
+        work.notes.print(titled(f"to repeat: dmin repeat {folder}", style="dim"), soft_wrap=True)
 
 
 def shown_count(work: Workspace, setting: str) -> int:
     """Return the number of examples to show, from a setting such as ``outliers.k``.
 
     Raises:
-        DminError: less than one.
+        DminError: the number is below one.
     """
     k = int(OmegaConf.select(work.cfg, setting))
     if k < 1:
@@ -72,9 +72,9 @@ def shown_count(work: Workspace, setting: str) -> int:
 
 
 def show_files(work: Workspace, *names: str) -> list[str]:
-    """Print the result files of the run's folder; return their names, for its record."""
+    """Print the paths of result files in the run's folder; return their names for its record."""
     files = (str(work.run_folder / name) for name in names)
-    work.console.print("\n  ".join(["Look at", *files]), soft_wrap=True)
+    work.console.print("\n  ".join(["Results", *files]), soft_wrap=True)
     return list(names)
 
 

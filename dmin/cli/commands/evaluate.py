@@ -30,7 +30,7 @@ def only_the_chosen_method(cfg: DictConfig) -> None:
 
 
 def _chosen_method() -> str | None:
-    """Return the method that the command line chooses; None if it leaves it to the benchmark."""
+    """Return the method named on the command line; None if there is none."""
     hydra = HydraConfig.get()
     named = any(override.startswith("method=") for override in hydra.overrides.task)
     return hydra.runtime.choices.get("method") if named else None
@@ -61,7 +61,7 @@ def evaluate(work: Workspace, results: dict[str, Any]) -> None:
     work.console.print(terminal(report))
     show_files(work, *(file.name for file in files))
     chosen = _chosen_method()
-    if chosen in report.left_out:  # not what was asked for, whatever else was measured
+    if chosen in report.left_out:  # the method asked for was not measured
         raise DminError(f"method={chosen} was not measured: {report.left_out[chosen]}")
 
 

@@ -32,7 +32,7 @@ def losses(work: Workspace, results: dict[str, Any]) -> None:
     work.require_one_process()
     k = shown_count(work, "losses.k")
     others = None
-    if work.cfg.losses.held_out:  # what is wrong with them is said before the work
+    if work.cfg.losses.held_out:  # first, so that errors come early
         others = work.queries(build_queries(work.cfg.queries))
         work.require_conditions(others, "queries")
     store = _losses_of(work)
@@ -47,17 +47,17 @@ def losses(work: Workspace, results: dict[str, Any]) -> None:
         ids = [store.ids[row] for row in rows]
         below = [f"{table.relative[row]:.2f} ± {table.error[row]:.2f}" for row in rows]
         pictures = [train.image(id).numpy() for id in ids]
-        title = f"The {end} loss, beside what is usual (1)"
+        title = f"The {end} relative loss (1 is usual)"
         save_sheet(pictures, ids, below, folder / f"{end}.png", title=title)
     shown = Table(title="Training images that the model has learned worst")
-    for column in ("", "image", "loss", "beside what is usual", "± s.e."):
+    for column in ("", "image", "loss", "relative loss", "± s.e."):
         shown.add_column(column, justify="left" if column == "image" else "right")
     for rank, row in enumerate(sheets["highest"].tolist(), 1):
         line = f"{table.loss[row]:.4g}", f"{table.relative[row]:.2f}", f"{table.error[row]:.2f}"
         shown.add_row(str(rank), store.ids[row], *line)
     work.console.print(shown)
     if table.draws == 1:
-        text = ": of one draw of the noise, from how timesteps differ; noise.draws=4 says more"
+        text = ": from the differences between timesteps; noise.draws=4 gives a better estimate"
         work.console.print(titled("s.e.", text))
     results["figures"] = {"images": f"{len(store):,}", "first": store.ids[order[0]]}
     if others is not None:
@@ -72,7 +72,7 @@ def losses(work: Workspace, results: dict[str, Any]) -> None:
 
 
 def _losses_of(work: Workspace) -> Store:
-    """Return a store with the losses of the training images: the existing one if complete."""
+    """Return a store with the losses of the training images: the existing one if it is complete."""
     from dmin.store import Store
 
     path = work.train_path
@@ -82,7 +82,7 @@ def _losses_of(work: Workspace) -> Store:
 
 
 def _buckets(work: Workspace, dataset: Dataset) -> list[str] | None:
-    """Return the size of each image, width × height; None where all are of one."""
+    """Return the size of each image, as width x height; None if all have the same size."""
     if work.collector.noise.shapes == "one":
         return None
     images = (dataset[place].image for place in range(len(dataset)))

@@ -26,8 +26,8 @@ def outliers(work: Workspace, results: dict[str, Any]) -> None:
     first = order[:k].tolist()
     labels = [str(store.metadata[row].get("label", "")) for row in first]
     ids, spelled = [store.ids[row] for row in first], [f"{scores[row]:.4g}" for row in first]
-    table = Table(title=f"Training examples that explain themselves most, by {method.name}")
-    for column in ("", "example", "label", "score with itself"):
+    table = Table(title=f"Training examples with the highest self-influence, by {method.name}")
+    for column in ("", "example", "label", "self-influence"):
         table.add_column(column, justify="left" if column == "example" else "right")
     for rank, line in enumerate(zip(ids, labels, spelled, strict=True), 1):
         table.add_row(str(rank), *line)
@@ -36,7 +36,7 @@ def outliers(work: Workspace, results: dict[str, Any]) -> None:
         for label, score in zip(labels, spelled, strict=True)
     ]
     pictures = [train.image(id).numpy() for id in ids]
-    title = "Rare, or labelled wrongly? They explain themselves most"
+    title = "Highest self-influence: rare, or labelled wrongly?"
     save_sheet(pictures, ids, below, folder / "outliers.png", title=title)
     results["figures"] = {"examples": f"{len(store):,}", "first": " ".join(ids[:3]) + " …"}
     work.console.print(table)

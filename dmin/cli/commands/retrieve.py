@@ -30,12 +30,12 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     options = work.resolved("retrieve")
     k = shown_count(work, "retrieve.k")
     methods = methods_of(work)
-    if (shown := options.get("places", 0)) < 0:  # records of before have none
+    if (shown := options.get("places", 0)) < 0:  # older records lack it
         raise DminError(f"retrieve.places={shown}: give a number of examples, 0 or more.")
     for method in methods.values() if shown else ():
         check_places(method, options["group_by"])
     selection = Selection(**{name: options[name] for name in SELECTED})
-    source = build_queries(work.cfg.queries)  # what is wrong with it is said before the work
+    source = build_queries(work.cfg.queries)  # first, so that errors come early
     work.require_conditions(source, "queries")
     pool = pooling(work, source, methods.values())
     note_queries(work, source)
@@ -54,8 +54,8 @@ def retrieve(work: Workspace, results: dict[str, Any]) -> None:
     index = None if work.cfg.index is None else build(work.cfg.index)
     search = Search(work, options, queries, train, selection, index)
     rankings = search.rankings(methods)
-    if rankings is not None:  # else other shards are not done
-        with work.notes.status("splitting scores over places" if shown else "drawing"):
+    if rankings is not None:  # None: other shards are not finished
+        with work.notes.status("computing attribution maps" if shown else "drawing"):
             maps = search.places(rankings, methods, shown)
         _show(work, rankings, maps, search, results)
 
@@ -67,7 +67,7 @@ def _show(
     search: Search,
     results: dict[str, Any],
 ) -> None:
-    """Write and print the answer."""
+    """Write and print the rankings."""
     from dmin.attribution.place_maps import save_places
     from dmin.attribution.ranking_files import save_ranking
     from dmin.attribution.ranking_table import ranking_notes, ranking_table

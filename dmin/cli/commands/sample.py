@@ -16,7 +16,7 @@ def sample(work: Workspace, results: dict[str, Any]) -> None:
     source = build_queries(work.cfg.queries)
     if not isinstance(source, Generated):
         raise DminError(
-            "`dmin sample` generates images: say queries=generated queries.prompts=[…]."
+            "`dmin sample` generates images: set queries=generated queries.prompts=[…]."
         )
     results["queries"] = len(work.queries(source))
     results["figures"] = {"images": f"{results['queries']:,}"}

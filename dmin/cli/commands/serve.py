@@ -46,7 +46,7 @@ def serve(work: Workspace, results: dict[str, Any]) -> None:
     desk = Reader(work)
     try:
         _ = desk.offered
-    except DminError as error:  # the page says it, too, and goes on: it may be mended meanwhile
+    except DminError as error:  # the page reports it, too; the user may fix it meanwhile
         work.console.print(str(error), soft_wrap=True)
     token = None if host in LOOPBACK else secrets.token_urlsafe(16)
     tell = work.console.print
@@ -63,10 +63,10 @@ def _told() -> Iterator[None]:
 
 
 class Reader:
-    """Answers questions with the model and the store of a configuration, opened once.
+    """Answers questions with the model and the store of a configuration, each opened once.
 
     Args:
-        work: of the configuration.
+        work: workspace of the configuration.
     """
 
     def __init__(self, work: Workspace) -> None:
@@ -87,7 +87,7 @@ class Reader:
 
     @cached_property
     def train(self) -> FeatureSet:
-        """The training examples; the model is loaded for them."""
+        """The training examples; this loads the model."""
         with _told():
             return self.work.train_side()
 
@@ -120,7 +120,7 @@ class Reader:
         return found
 
     def answer(self, question: Question, folder: Path, tell: Tell) -> str:
-        """Return the page of the answer; as of `Desk`."""
+        """Return the page of the answer; see `Desk`."""
         from dmin.attribution.place_maps import check_places
         from dmin.attribution.search.selection import Selection
         from dmin.gallery.html import save_html
@@ -135,7 +135,7 @@ class Reader:
             check_places(method, options["group_by"])
         selection = Selection(**{name: options[name] for name in SELECTED})
         options["k"] = min(question.k, selection.candidates(self.train.store.metadata)[0])
-        work.outputs = folder  # nothing of a question is kept
+        work.outputs = folder  # deleted after the answer
         if question.picture is None:
             tell(0.2, "generating the picture")
             made = Generated([question.asked], seed=question.seed, steps=question.steps)

@@ -36,13 +36,13 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
         model = build(recipe)(dataset=work.data, trainer=trainer)
         if not work.is_main:
             return
-        if read:  # what the environment says is not told, and matters all the same
+        if read:  # values from the environment are not written, but the fingerprint covers them
             told["fingerprint"] = fingerprint(settings)
         partial = path.with_name(f"{path.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         (partial / "training.json").write_text(json.dumps(told, indent=2) + "\n")
-        with naming("put the model at", path):  # another user, whose claim holds nothing, is first
+        with naming("put the model at", path):  # fails if another user's run was first
             partial.rename(path)
     work.console.print(titled("model", f": saved {path}"))
 
