@@ -47,7 +47,7 @@ class PlantedDigits(Examples):
 
     - ``heldout``: 50 unchanged digits;
     - ``sources_tune``, ``sources_test``: 40 and 60 transposed digits, and as many unchanged ones. A
-      method that ignores the query ranks alike for both, so it can be right for only one source;
+      method that ignores the query has one ranking for all, so only one source can be right;
     - ``mislabelled``: 24 digits with the wrong labels that were planted.
 
     Args:

@@ -185,7 +185,7 @@ class ImageFolder(Checked):
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
     def _find(self) -> dict[str, Facts]:
-        """Return what is known of each image."""
+        """Return what is known about each image."""
         self._files = self._files_of(Path(self.root))
         return self._files.read(self.layout, self.label, self.text, self.told_wrong)
 

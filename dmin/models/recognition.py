@@ -226,7 +226,7 @@ class {pipeline.removesuffix("Pipeline")}(Flow):
     network_name = "{part}"
     # encode_prompt takes {encode}
     encoding = {{"do_classifier_free_guidance": False}}
-    encoded = ("encoder_hidden_states",)  # what the network calls that which it returns
+    encoded = ("encoder_hidden_states",)  # the network's names of its results
 
     def _told(self, noised, condition):
         # forward takes {forward}

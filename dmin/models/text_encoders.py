@@ -85,7 +85,7 @@ class TextConditioned(LatentDiffusion):
 
     @property
     def denoiser(self) -> Any:
-        """The network, without text encoders that are attributed with it."""
+        """The network without text encoders that are attributed with it."""
         return self.network.network if self.encodes_inside else self.network
 
     @property

@@ -120,12 +120,12 @@ class ByTimestep(nn.Module):
         return found
 
     def enable_gradient_checkpointing(self, on: bool = True) -> None:
-        """Have both recompute their activations in backward."""
+        """Have both networks recompute their activations in backward."""
         for network in self.children():
             getattr(network, f"{'en' if on else 'dis'}able_gradient_checkpointing")()
 
     def disable_gradient_checkpointing(self) -> None:
-        """Have both keep their activations."""
+        """Have both networks keep their activations."""
         self.enable_gradient_checkpointing(False)
 
     def forward(
