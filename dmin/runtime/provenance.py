@@ -49,6 +49,9 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
 def git_state() -> dict[str, Any] | None:
     """Return the commit of the checkout dmin runs from, and whether sources in it are changed."""
     try:
+        top = Path(_git("rev-parse", "--show-toplevel")).resolve()
+        if top != Path(__file__).resolve().parents[2]:
+            return None  # the project of a user, with dmin installed in its environment
         lines = _git("status", "--porcelain").splitlines()
         return {
             "sha": _git("rev-parse", "HEAD"),
