@@ -106,7 +106,8 @@ class TestDemo:
         assert relative == sorted(relative, reverse=True) and len(rows) == len(kept)
         # Of the same settings there is a store of gradients, which has the losses too.
         again = dmin("losses", *SMALLEST, "losses.k=5", cwd=place)
-        assert "from the differences between timesteps" in again.stdout and "losses alone" not in again.stdout
+        assert "from the differences between timesteps" in again.stdout
+        assert "losses alone" not in again.stdout
         assert len(list((place / "outputs/stores").glob("debug-losses-*"))) == 1
 
     def test_several_methods_stand_side_by_side(self, place):
