@@ -22,19 +22,19 @@ from dmin.store.encoding import STORED_AS
 
 @dataclass(frozen=True)
 class Task:
-    """Queries, and the ground truths that scores for them are held against.
+    """Queries, and the ground truths that measure the scores for them.
 
     Args:
-        truths: by name; None for one that a file inherits and does without.
-        queries: a dataset, or a source of one (``dmin.queries``); None where all ground truths
-            compare training examples with themselves.
+        truths: by name; None removes one that a configuration inherits.
+        queries: a dataset, or a source of one (``dmin.queries``); None if all ground truths use
+            self-influence of training examples.
     """
 
     truths: Mapping[str, GroundTruth]
     queries: Any = None
 
     def __post_init__(self) -> None:
-        """Leave out what is taken back."""
+        """Drop the ground truths that are None."""
         kept = {name: truth for name, truth in self.truths.items() if truth is not None}
         object.__setattr__(self, "truths", kept)
 
@@ -45,27 +45,27 @@ class Benchmark:
 
     Args:
         tasks: by name.
-        methods: names of methods, or ``all`` there are.
+        methods: names of methods, or ``all``.
         without: names of methods to leave out of ``all``.
-        settings: of methods, by name, beyond what stands in their YAML.
-        reference: the method that paired differences are to.
-        tuning: where the settings of methods are chosen, and along which path; None leaves them as
-            they are.
-        untrained: measure each method on an untrained network, too.
-        transforms: measure monotone transforms of each method's scores, too, where they matter.
-        costly_for: criteria of the tuning whose rows are measured by ground truths that train
-            models for each row; a method that is not tuned is measured as it is.
-        dims: sketches folded to these sizes; none for the size as collected.
+        settings: of methods, by name; they replace those of the methods' YAML.
+        reference: the method to which paired differences are computed.
+        tuning: criteria by which settings of methods are chosen, and the values tried; None: no
+            tuning.
+        untrained: also measure each method on an untrained network.
+        transforms: also measure monotone transforms of each method's scores, where they matter.
+        costly_for: tuning criteria whose rows are measured by costly ground truths, which train
+            models for each row. A method without tuning is always measured.
+        dims: sketch dimensions to fold to; empty: only the size as collected.
         resamples: of the bootstrap.
-        prepare: train the model and collect its store, if they are not there, before measuring.
-        chunk: retrained models at a time.
-        running: tasks that methods which run the model themselves are asked about, as they take
-            seconds a query; None for all.
-        models: methods that average over several models get this many, of one recipe and further
-            seeds, unless their ``checkpoints`` are named.
+        prepare: train the model and collect its store before measuring, if they do not exist.
+        chunk: models retrained at a time.
+        running: tasks for methods that run the model for each query, which takes seconds per
+            query; None: all tasks.
+        models: number of models for methods that average over several. They have the same recipe
+            and other seeds, unless the method's ``checkpoints`` are named.
 
     Raises:
-        DminError: a tuning criterion names what is not there.
+        DminError: a tuning criterion does not exist.
     """
 
     tasks: Mapping[str, Task]
@@ -85,7 +85,7 @@ class Benchmark:
     running: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse criteria that are not there."""
+        """Refuse criteria that do not exist."""
         if self.tuning is not None:
             self.tuning.check({name: task.truths for name, task in self.tasks.items()})
         if unknown := set(self.costly_for) - set(self.tuning.by if self.tuning else ()):
@@ -123,7 +123,7 @@ class _Run:
     ) -> None:
         self.benchmark, self.context, self.report, self.dim = benchmark, context, report, dim
         self.running = list(benchmark.tasks if benchmark.running is None else benchmark.running)
-        # Ground truths keep what they prepared, so each task has its own.
+        # Ground truths store what they prepare, so each task has its own copies.
         self.tasks = {
             name: Task({of: copy.copy(truth) for of, truth in task.truths.items()}, task.queries)
             for name, task in benchmark.tasks.items()
@@ -140,7 +140,7 @@ class _Run:
         for number, (name, method) in enumerate(methods.items()):
             self.context.on_progress(f"scoring: {name}", number, len(methods))
             if self.dim not in (None, *self.benchmark.dims[:1]) and not method.requires.readouts:
-                continue  # what looks at no gradient is the same at every size
+                continue  # a method without gradients is the same at every size
             try:
                 for scored in self._rows(name, method):
                     cells += self._quick(scored)
@@ -152,7 +152,7 @@ class _Run:
         return cells + list(self._costly(kept))
 
     def _rows(self, name: str, method: Method) -> Iterator[Scored]:
-        """Yield a method as it is, tuned, and its controls."""
+        """Yield the scores of a method with its settings, with tuned settings, and as controls."""
         able = self._able(method)
         if not able:
             raise DminError(
@@ -176,7 +176,7 @@ class _Run:
                 self.report.fits[f"{row.name}{at}, {what}"] = note
             yield self._scored(row, point, self.context.train, self.sides, seconds)
         needs = method.requires
-        # What has stores of its own beside the model's has none of an untrained one.
+        # Methods with further stores (checkpoints, trajectories) have none for an untrained model.
         own = needs.checkpoints or needs.trajectory or needs.model
         if self.benchmark.untrained and needs.readouts and not own:
             train = self.context.train_side(blind=True)
@@ -211,7 +211,7 @@ class _Run:
         return Scored(row, scores, cost)
 
     def _able(self, method: Method) -> dict[str, FeatureSet]:
-        """Return the tasks' queries that a method can be asked about."""
+        """Return the queries of the tasks that a method can score, by task."""
         return {
             name: side
             for name, side in self.sides.items()
@@ -220,7 +220,7 @@ class _Run:
         }
 
     def _judge(self, method: Method, tasks: Sequence[str]) -> dict[str, float]:
-        """Return the mean of every quick metric of some tasks, by its full name."""
+        """Return the mean of every metric that is not costly, by ``task/truth/metric``."""
         truths = {
             name: {of: t for of, t in self.tasks[name].truths.items() if not t.costly}
             for name in tasks
@@ -275,7 +275,7 @@ class _Run:
                         yield Cell(name, of, metric, row, values, means[metric], dim=self.dim)
 
     def reported(self) -> Iterator[tuple[str, Task]]:
-        """Yield the tasks that no setting is chosen on."""
+        """Yield the tasks that are not used for tuning."""
         chosen_on = self.benchmark.tuning.tasks if self.benchmark.tuning else set()
         for name, task in self.tasks.items():
             if name not in chosen_on:

@@ -18,27 +18,27 @@ from dmin.runtime.errors import DminError
 from dmin.store import Store, maintenance as operations
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and of how much."""
+"""Called with the current step, the amount done, and the total amount."""
 
-FIRST_SEED = 1  # of retrained models; the model asked about has the seed of the configuration
+FIRST_SEED = 1  # of retrained models; the attributed model has the seed of the configuration
 
 
 @dataclass
 class BenchmarkContext:
-    """A model, the data it was trained on, and how to make what ground truths ask for.
+    """A model, its training data, and functions that make what ground truths need.
 
     Args:
-        model: the model asked about.
+        model: the attributed model.
         train: its training examples with their features.
-        ask: makes a side of a source of queries (a dataset, or one of ``dmin.queries``), under the
-            model and whatever else the methods require; the word names its store.
-        collect: makes the store of a dataset under another model, or finds it.
-        ensemble: trains models of this kind on subsets; None where no recipe is known.
-        untrained: the same kind of model with its weights as they start; None if unknown.
-        on_progress: shows how far each thing is.
-        timesteps: at which the losses of retrained models are taken, evenly spread; not those of
-            the store, nor its noise.
-        draws: of noise at each.
+        ask: a function of a store's name and a source of queries (a dataset, or one of
+            ``dmin.queries``) that returns the queries with all features that the methods require.
+        collect: makes or finds the store of a dataset under another model.
+        ensemble: trains such models on subsets; None if no recipe is configured.
+        untrained: the same model with initial weights; None if unknown.
+        on_progress: shows progress.
+        timesteps: number of evenly spaced timesteps of the losses of retrained models. Timesteps
+            and noise differ from those of the store.
+        draws: of noise at each timestep.
     """
 
     model: DiffusionModel
@@ -53,11 +53,11 @@ class BenchmarkContext:
     _sides: dict[tuple[str, bool], FeatureSet] = field(default_factory=dict)
 
     def train_side(self, blind: bool = False) -> FeatureSet:
-        """Return the training examples; blind: as the untrained network sees them."""
+        """Return the training examples; blind: with features of the untrained network."""
         return self._blind("train", self.train) if blind else self.train
 
     def query_side(self, name: str, source: Any, blind: bool = False) -> FeatureSet:
-        """Return queries with their features; None as their source is the training examples."""
+        """Return queries with their features; if the source is None, the training examples."""
         if source is None:
             return self.train_side(blind)
         if (name, False) not in self._sides:
@@ -66,7 +66,7 @@ class BenchmarkContext:
         return self._blind(name, side) if blind else side
 
     def at(self, dim: int) -> BenchmarkContext:
-        """Return the same with sketches folded to ``dim`` dimensions."""
+        """Return the same context with sketches folded to ``dim`` dimensions."""
         if dim == self.train.store.layout.dim:
             return self
 
@@ -82,7 +82,7 @@ class BenchmarkContext:
         )
 
     def describe(self) -> dict[str, str]:
-        """Return what it consists of, in words."""
+        """Return a description of model and features, for the report."""
         layout = self.train.store.layout
         parameters = sum(p.numel() for p in self.model.network.parameters())
         sketch = self.train.store.manifest.features.get("sketch", {})
@@ -98,16 +98,16 @@ class BenchmarkContext:
     def retrain(
         self, subsets: Sequence[np.ndarray], seed: int, asked: FeatureSet, what: str
     ) -> Any:
-        """Return what models trained on subsets lose on queries, float64 ``[models, Q]``.
+        """Return the losses on queries of models trained on subsets, float64 ``[models, Q]``.
 
         Args:
-            subsets: rows of the training store, an array a model.
-            seed: which chance, counted from 0.
+            subsets: rows of the training store, one array per model.
+            seed: number of the training seed, from 0.
             asked: the queries.
-            what: to show beside the progress.
+            what: label of the progress bar.
 
         Raises:
-            DminError: it is not known how the model was trained.
+            DminError: no training recipe is configured.
         """
         if self.ensemble is None:
             raise DminError(
@@ -125,7 +125,7 @@ class BenchmarkContext:
         )
 
     def _blind(self, name: str, side: FeatureSet) -> FeatureSet:
-        """Return a side as the untrained network sees it."""
+        """Return a feature set with features of the untrained network."""
         if self.untrained is None:
             raise DminError(
                 "the control on an untrained network needs a training configuration. Set "
@@ -141,7 +141,7 @@ class BenchmarkContext:
 
 
 def folded(store: Store, dim: int) -> Store:
-    """Return a store's smaller sketch, made beside it if it is not there."""
+    """Return a store folded to a smaller sketch; it is written beside the store if missing."""
     if dim == store.layout.dim:
         return store
     return operations.fold(store, store.path.with_name(f"{store.path.name}-k{dim}"), dim)

@@ -13,14 +13,14 @@ Array = np.ndarray
 
 
 def transformed(scores: Array) -> dict[str, Array]:
-    """Return scores with the same order and other weights: what LDS owes to their shape."""
+    """Return monotone transforms of scores; changes of LDS are due to the scores' shape alone."""
     few = max(1, round(0.05 * scores.shape[1]))
     changed = squared(scores), soft_max(scores), top_only(scores, few)
     return dict(zip(TRANSFORMED, changed, strict=True))
 
 
 def squared(scores: Array) -> Array:
-    """Return the squares of scores above each query's lowest: the same order, heavier top."""
+    """Return ``(score − lowest of the query)²``: the same order, with heavier top scores."""
     return (scores - scores.min(1, keepdims=True)) ** 2
 
 
@@ -38,7 +38,7 @@ def soft_max(scores: Array, temperature: float = 1.0) -> Array:
 
 
 def top_only(scores: Array, k: int) -> Array:
-    """Return 1 for each query's k best and 0 for all others; equal ones by row.
+    """Return 1 for each query's k best and 0 for all others; ties are broken by row.
 
     Raises:
         DminError: k is out of range.

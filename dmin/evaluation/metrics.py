@@ -21,25 +21,25 @@ class Estimate(NamedTuple):
 def measure(name: str, scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     """Return a metric for each query.
 
-    Examples are ranked by descending score; where scores are equal, the metric is its mean over all
-    orders of them (McSherry & Najork, ECIR 2008), so that no row is favoured. With r_j whether the
-    j-th is right and R the number of right ones:
+    Examples are ranked by descending score; for equal scores, the metric is its mean over all
+    orders of them (McSherry & Najork, ECIR 2008), so that no row is favoured. r_j is 1 if the j-th
+    example is relevant, else 0, and R is the number of relevant examples:
 
     - ``precision@k`` = Σ_{j≤k} r_j / k
     - ``recall@k`` = Σ_{j≤k} r_j / R
     - ``mAP``: Σ_j r_j · precision@j / R
-    - ``MRR``: 1 / (rank of the first right one)
+    - ``MRR``: 1 / (rank of the first relevant one)
 
     Args:
         name: of the metric.
         scores: float ``[queries, examples]``.
-        relevant: bool ``[queries, examples]``, at least one True a row.
+        relevant: bool ``[queries, examples]``, at least one True per row.
 
     Returns:
         float64 ``[queries]``.
 
     Raises:
-        DminError: unknown metric, k out of range, a NaN score, or a query with no right answer.
+        DminError: unknown metric, k out of range, NaN scores, or a query without relevant examples.
     """
     if np.isnan(scores).any():
         raise DminError(
@@ -65,14 +65,14 @@ def measure(name: str, scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
 
 
 def _ties(scores: np.ndarray, relevant: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield of each query how many examples have each score, best first, and how many are right."""
+    """Yield for each query the counts of examples and of relevant ones per score, best first."""
     for row, right in zip(scores, relevant, strict=True):
         _, tie, counts = np.unique(-row, return_inverse=True, return_counts=True)
         yield counts, np.bincount(tie, weights=right, minlength=len(counts))
 
 
 def _hits(counts: np.ndarray, right: np.ndarray, k: int) -> float:
-    """Return how many of the first k are right, in the mean."""
+    """Return the mean number of relevant examples among the first k."""
     before = np.cumsum(counts) - counts
     return float((right * np.clip((k - before) / counts, 0, 1)).sum())
 
@@ -88,21 +88,21 @@ def _average_precision(counts: np.ndarray, right: np.ndarray) -> float:
 
 
 def _reciprocal_rank(counts: np.ndarray, right: np.ndarray) -> float:
-    """Return the mean of 1 / rank of the first right one over all orders of equal scores."""
+    """Return the mean of 1 / rank of the first relevant one over all orders of equal scores."""
     tie = int(np.argmax(right > 0))
     n, r, before = int(counts[tie]), int(right[tie]), int(counts[:tie].sum())
-    place = np.arange(n - r + 1)  # places of the tie that are wrong before the first right one
+    place = np.arange(n - r + 1)  # irrelevant examples of the tie before the first relevant one
     wrong_so_far = np.cumprod(np.concatenate([[1.0], (n - r - place[:-1]) / (n - place[:-1])]))
     return float((wrong_so_far * r / (n - place) / (before + place + 1)).sum())
 
 
 def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Return the mean of values, one for each query, with its interval of 95 %.
+    """Return the mean over queries with its 95 % interval.
 
     Args:
         values: ``[queries]``.
-        resamples: draws of that many queries with replacement.
-        seed: of the perturbations.
+        resamples: number of bootstrap resamples of the queries.
+        seed: of the resamples.
     """
     return interval(values.mean(), resampled_means(values, resamples, seed), len(values))
 
@@ -112,13 +112,13 @@ def interval(center: float, resampled: np.ndarray, clusters: int) -> Estimate:
 
     ``center − s · h(±t)``, s the resamples' standard deviation times √(n/(n − 1)), t of Student
     with n − 1 degrees of freedom, and h Hall's correction of their skewness λ, ``h(t) = 3/λ ((1 +
-    λ(t − λ/6))^⅓ − 1)`` (Hall 1992, "On the removal of skewness by transformation"). Percentiles of
-    few or of skewed values cover too little (experiments/coverage/intervals.csv has both).
+    λ(t − λ/6))^⅓ − 1)`` (Hall 1992, "On the removal of skewness by transformation"). Percentile
+    intervals cover too little for few or skewed values (experiments/coverage/intervals.csv).
 
     Args:
         center: the value.
         resampled: ``[R]``.
-        clusters: n, of what was drawn with replacement: queries, or groups of them.
+        clusters: n, the number of units drawn with replacement: queries, or groups of them.
     """
     deviation = resampled - resampled.mean()
     spread = float(np.sqrt(np.square(deviation).mean()))
@@ -136,6 +136,6 @@ def interval(center: float, resampled: np.ndarray, clusters: int) -> Estimate:
 
 
 def resampled_means(values: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Return the means of ``count`` draws of that many values with replacement, ``[R]``."""
+    """Return the means of ``count`` bootstrap resamples of the values, ``[R]``."""
     drawn = np.random.default_rng(seed).integers(len(values), size=(count, len(values)))
     return np.asarray(values[drawn].mean(axis=1))

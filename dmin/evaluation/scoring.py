@@ -18,7 +18,7 @@ from dmin.runtime.errors import DminError
 
 @dataclass(frozen=True)
 class Scored:
-    """A row with its scores, by (task, ground truth); ground truths of a task share them."""
+    """A row of the report with its scores by (task, ground truth)."""
 
     row: Row
     scores: Mapping[tuple[str, str], Array]
@@ -26,9 +26,9 @@ class Scored:
 
 
 def fitted(method: Method, train: FeatureSet) -> tuple[Method, float]:
-    """Return a fitted copy of a method, and the seconds that it takes.
+    """Return a fitted copy of a method, and the seconds that fitting takes.
 
-    What another method had fitted before counts as if it had been fitted for this one alone.
+    The time includes fits that were cached by another method.
     """
     before, method = dict(train.fits.kept), copy.copy(method)
     train.fits.used.clear()
@@ -44,13 +44,13 @@ def all_scores(
     method: Method,
     truths: Mapping[str, Mapping[str, GroundTruth]],
 ) -> dict[tuple[str, str], Array]:
-    """Return the scores that ground truths ask for, all queries scored in one pass.
+    """Return the scores that ground truths need, all queries scored in one pass.
 
     Args:
         sides: queries of each task.
-        train: the training side.
-        method: fitted to it.
-        truths: of each task, by name.
+        train: the training examples.
+        method: fitted to them.
+        truths: ground truths of each task, by name.
     """
     asked = [name for name in sides if any(truth.of == "pairs" for truth in truths[name].values())]
     pairs: dict[str, Array] = {}
@@ -68,10 +68,10 @@ def all_scores(
 
 
 class Joined(FeatureSet):
-    """Several sides one after the other, so that all are scored in one pass over the other."""
+    """Several feature sets as one, so that all queries are scored in one pass over the store."""
 
     def __init__(self, parts: Sequence[FeatureSet]) -> None:
-        super().__init__(parts[0].store)  # whose layout is that of all
+        super().__init__(parts[0].store)  # all parts have its layout
         self.parts: list[FeatureSet] = list(parts)
         self._starts = np.cumsum([0, *(len(part) for part in self.parts)])
 
@@ -80,10 +80,10 @@ class Joined(FeatureSet):
         return int(self._starts[-1])
 
     def block(self, rows: Sequence[int] | np.ndarray, requires: Requires) -> ExampleBlock:
-        """Return chosen rows, in ascending order, with what a method requires.
+        """Return chosen rows, in ascending order, with the data that a method requires.
 
         Raises:
-            DminError: images of different sizes.
+            DminError: the images have different sizes.
         """
         rows = np.asarray(rows)
         return _joined([part.block(chosen, requires) for part, chosen in self._chosen(rows)])
@@ -96,7 +96,7 @@ class Joined(FeatureSet):
 
 
 def _joined(blocks: Sequence[ExampleBlock]) -> ExampleBlock:
-    """Return blocks of several sides as one."""
+    """Return blocks of several feature sets as one."""
     shapes = {tuple(b.images.shape[1:]) for b in blocks if b.images is not None}
     if len(shapes) > 1:
         raise DminError(

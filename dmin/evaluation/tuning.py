@@ -14,7 +14,7 @@ from dmin.runtime.errors import DminError
 
 AnyMethod = TypeVar("AnyMethod", bound=Method)
 Judge = Callable[[Method, Sequence[str]], dict[str, float]]
-"""Means of all quick metrics of a method on some tasks, by ``task/truth/metric``."""
+"""Returns the means of a method's metrics that are not costly, by ``task/truth/metric``."""
 
 ALPHAS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 DIMENSIONS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -23,17 +23,17 @@ POWERS = (0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Tuning:
-    """Criteria that settings are chosen by, and the path along which they are tried.
+    """Criteria by which settings are chosen, and the values that are tried.
 
-    Each criterion gives every method that has such settings a row of its own. Its task is used for
-    nothing else: it is left out of all tables but the path's.
+    Each criterion adds a row for every method with such settings. The criterion's task is used for
+    nothing else: only the table of tried values (the path) shows it.
 
     Args:
         by: criterion -> ``task/truth/metric``, larger is better.
-        alpha: values of the damping, of methods whose own is given so.
-        effective: dimensions, of methods whose damping is given so.
-        p: values of the power, of methods that have one.
-        watch: other tasks whose metrics the path shows, though nothing is chosen by them.
+        alpha: values of the damping, for methods with damping given by α.
+        effective: effective dimensions, for methods with damping given by them.
+        p: values of the power, for methods that have one.
+        watch: other tasks whose metrics the path shows; nothing is chosen by them.
     """
 
     by: Mapping[str, str]
@@ -44,14 +44,14 @@ class Tuning:
 
     @property
     def tasks(self) -> set[str]:
-        """The tasks that settings are chosen on."""
+        """The tasks on which settings are chosen."""
         return {metric.partition("/")[0] for metric in self.by.values()}
 
     def check(self, tasks: Mapping[str, Mapping[str, GroundTruth]]) -> None:
-        """Refuse criteria that name what is not there, or cost models at each point.
+        """Refuse criteria that do not exist, or would train models for each tried value.
 
         Raises:
-            DminError: says which.
+            DminError: names the criterion.
         """
         for name, metric in self.by.items():
             task, _, rest = metric.partition("/")
@@ -71,18 +71,18 @@ class Tuning:
             raise DminError(f"benchmark.tuning.watch: there is no task {unknown[0]!r}.")
 
     def tunes(self, method: Method) -> TypeGuard[DampedCurvatureMethod]:
-        """Say whether a method has settings that are chosen: those that its fit does not use."""
+        """Return whether a method has settings to tune: damping and power, not used by its fit."""
         return isinstance(method, DampedCurvatureMethod)
 
     def walk(
         self, name: str, method: DampedCurvatureMethod, judge: Judge
     ) -> tuple[dict[Row, Method], list[dict[str, Any]]]:
-        """Try every point; return the best by each criterion, and the whole path.
+        """Try every combination; return the best by each criterion, and the metrics of all.
 
         Args:
             name: of the method.
             method: fitted.
-            judge: measures it at a point.
+            judge: measures a method.
         """
         by_dimension = method.effective is not None
         damping = {"effective": self.effective} if by_dimension else {"alpha": self.alpha}
@@ -95,7 +95,7 @@ class Tuning:
             words = ", ".join(f"{k} = {v:g}" for k, v in point.items())
             there = _at(method, point)
             found = judge(there, [*self.tasks, *self.watch])
-            # What an effective dimension comes to, so that a path has one measure of damping.
+            # The mean α of an effective dimension, so that all methods have one measure of damping.
             path.append({"method": name, "alpha": there.mean_alpha, **point, **found})
             for criterion, metric in self.by.items():
                 if criterion not in best or found[metric] > best[criterion][0]:

@@ -8,14 +8,14 @@ from dmin.evaluation.report.results import TRANSFORMED, Place, Report, Result
 
 @dataclass(frozen=True)
 class Purpose:
-    """Something one may want of an attribution, and the metric that tells whether one gets it."""
+    """A purpose of attribution, and the metrics that measure how well it is served."""
 
     wish: str
     fits: Callable[[Result], bool]
 
 
 def _of_both_sources(result: Result) -> bool:
-    """Say whether a precision is over queries of each source, where mAP would be all but even."""
+    """Return whether a result is precision over queries of both sources, used instead of mAP."""
     metric = result.metric
     return result.task == "sources" and metric.startswith("precision@") and "," not in metric
 
@@ -40,14 +40,14 @@ PURPOSES = (
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What one metric of one task says.
+    """The conclusion from one metric of one task.
 
     Attributes:
         wish: the purpose.
         where: task and metric.
         text: the finding, in words.
-        best: the leading row.
-        tied: how many others are within its interval.
+        best: the row with the largest mean.
+        tied: number of other rows that are not worse beyond chance.
     """
 
     wish: str
@@ -58,7 +58,7 @@ class Conclusion:
 
 
 def conclusions(report: Report) -> list[Conclusion]:
-    """Return what the report says of every purpose that it measured."""
+    """Return the conclusions for every purpose that the report measured."""
     report = report.at_one_size()
     return [
         _conclude(purpose.wish, _where(place, report), _at(report, place), report.reference)
@@ -68,12 +68,12 @@ def conclusions(report: Report) -> list[Conclusion]:
 
 
 def summary(report: Report) -> str:
-    """Return the first paragraph: which method to use for what, and how good it is at that."""
+    """Return the first paragraph: which method to use for which purpose, and how good it is."""
     return " ".join(advice(report))
 
 
 def advice(report: Report) -> list[str]:
-    """Return the same in parts: one method for all purposes, then for each purpose."""
+    """Return the sentences of `summary`: one method for all purposes, then one per purpose."""
     report = report.at_one_size()
     found = [text for purpose in PURPOSES if (text := _advise(purpose, report))]
     if not found:
@@ -122,7 +122,7 @@ def _advise(purpose: Purpose, report: Report) -> str:
 
 
 def _found_by_any(place: Place, report: Report) -> bool:
-    """Say whether some method does better than a random score, beyond both intervals."""
+    """Return whether the best method's interval is above that of random scores."""
     return _beats_chance([r for r in _at(report, place) if not r.control])
 
 
@@ -132,7 +132,7 @@ def _beats_chance(methods: Sequence[Result]) -> bool:
 
 
 def _over_all(report: Report) -> str:
-    """Say which single method serves most purposes, and how much cannot be distinguished."""
+    """Name the method that is best on most measures, and how many do not distinguish methods."""
     places = [place for purpose in PURPOSES for place in _places(purpose, report)]
     places = [place for place in places if _found_by_any(place, report)]
     wins: dict[str, int] = {}
@@ -199,7 +199,7 @@ def _at(report: Report, place: Place) -> list[Result]:
 
 
 def _places(purpose: Purpose, report: Report) -> list[Place]:
-    """Return where a purpose is measured; of union removals one k, that of single queries."""
+    """Return the places where a purpose is measured; union removal at one k, that of `Removal`."""
     places = list(dict.fromkeys(r.place for r in report.results if purpose.fits(r)))
     alone = {metric.partition("@")[2] for _, _, metric in places if metric.startswith("removal@")}
     kept: dict[Place, None] = {}
@@ -212,7 +212,7 @@ def _places(purpose: Purpose, report: Report) -> list[Place]:
 
 
 def number(value: float, metric: str) -> str:
-    """Return a value for people: .54, or +21 %."""
+    """Format a value: .54, or +21 %."""
     if metric.endswith("%"):
         return f"{value:+.1f} %".replace("-", "−")
     text = f"{value:.2f}".replace("-", "−")

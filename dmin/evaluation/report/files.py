@@ -9,7 +9,7 @@ from dmin.evaluation.report.tables import markdown
 
 
 def save(report: Report, folder: str | Path) -> list[Path]:
-    """Write tables, pictures and the page; return what to look at first."""
+    """Write tables, pictures and the page; return the most important files."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     report.save(folder)

@@ -10,15 +10,15 @@ from dmin.evaluation.report.plots import MAIN, colours, families, family
 from dmin.evaluation.report.results import Report, Result
 from dmin.runtime.page import write_page
 
-NOT_SHOWN = ("squared", "top 5 %")  # their like is, the soft-max; they stand in the tables
+NOT_SHOWN = ("squared", "top 5 %")  # similar to soft-max, which is shown; only in the tables
 TITLE = "How far can the answer be trusted?"
 
 
 def save_page(report: Report, path: str | Path, title: str = TITLE) -> Path:
-    """Write a page on which every measure of a report can be looked at.
+    """Write a page that shows every measure of a report.
 
     Args:
-        report: what was measured.
+        report: the results.
         path: the HTML file to write.
         title: headline.
     """
@@ -72,7 +72,7 @@ def _row(r: Result) -> dict[str, Any]:
     }
     return {
         "key": "/".join(r.place),
-        "dim": r.dim if r.reads == "gradients" else None,  # else it is the same at every size
+        "dim": r.dim if r.reads == "gradients" else None,  # others are the same at every size
         "family": family(r),
         "n": r.queries,
         **{name: getattr(r, name) for name in same},
@@ -81,7 +81,7 @@ def _row(r: Result) -> dict[str, Any]:
 
 
 def _packed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return rows as lists of one order of columns, each text of which stands once."""
+    """Return rows as lists with a common order of columns, and each text only once."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     texts = list(dict.fromkeys(v for row in rows for v in row.values() if isinstance(v, str)))
     place = {text: [number] for number, text in enumerate(texts)}

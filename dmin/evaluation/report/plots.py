@@ -16,14 +16,14 @@ from dmin.evaluation.report.results import Place, Report, Result
 from dmin.runtime.colours import Colour, method_colours
 
 PLAIN = ("grad_dot", "grad_cos", "tracin", "gas", "over_checkpoints", "random")
-# precision@40: of both sources of the digits, 40 examples of the foreign one.
+# precision@40: the digits' benchmark has 40 examples of the foreign source.
 MAIN = ("LDS", "leave-out ρ", "mAP", "precision@40", "recall@1", "AUROC")
 INK = "#17202a"
-DASHES = ("-", "--", ":", "-.")  # of the variants of one method in one panel
+DASHES = ("-", "--", ":", "-.")  # for variants of one method in a panel
 
 
 def save_all(report: Report, folder: Path) -> list[Path]:
-    """Write every picture that there is data for; return their paths."""
+    """Write every plot that has data; return their paths."""
     pictures = {"results.png": forest, "removal.png": removal_curves, "path.png": path}
     found, report = [], _without_mathematics(report)
     for name, draw in pictures.items():
@@ -34,7 +34,7 @@ def save_all(report: Report, folder: Path) -> list[Path]:
 
 
 def _without_mathematics(report: Report) -> Report:
-    """Return a report whose names matplotlib shows as they are: between ``$`` it reads formulas."""
+    """Return a report whose names matplotlib does not parse as formulas (text between ``$``)."""
 
     def plain(row: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v.replace("$", r"\$") if isinstance(v, str) else v for k, v in row.items()}
@@ -61,14 +61,14 @@ def families(report: Report) -> dict[str, str]:
 
 
 def colours(report: Report) -> dict[str, Colour]:
-    """Return the colour of each method; those that share most panels lie farthest apart."""
+    """Return the colour of each method; methods that share many panels differ most."""
     known = families(report)
     first = [row["method"] for row in report.path if row["method"] in known]
     return method_colours({method: known[method] for method in (*first, *known)})
 
 
 def forest(report: Report) -> Figure | None:
-    """Draw the main metric of every ground truth, a row a method, with intervals and controls."""
+    """Draw the main metric of every ground truth, one row per method, with intervals, controls."""
     panels = _panels(report.results)
     rows = list(dict.fromkeys(r.name for r in report.results if not r.control))[::-1]
     if not panels or not rows:
@@ -176,7 +176,7 @@ def _k(result: Result) -> int:
 
 
 def path(report: Report) -> Figure | None:
-    """Draw every watched metric along the damping, a line a method and power."""
+    """Draw every watched metric over the damping, one line per method and power."""
     columns = dict.fromkeys(name for row in report.path for name in row)
     watched = [c for c in columns if "/" in c and c.rpartition("/")[2] in MAIN]
     if not watched:

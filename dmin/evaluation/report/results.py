@@ -23,14 +23,14 @@ Place = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the tables: a method as it was set, or a control of it, or a reference.
+    """Identifies a row of the tables: a method, a control of it, or a reference.
 
     Args:
         method: its name.
-        tuned: the criterion its settings were chosen by; empty as it stands in its YAML.
-        control: what was done to it (``untrained``, ``squared`` …), empty for the method itself;
-            ``reference`` for a row that is no method, such as the ceiling.
-        settings: that were chosen, in words.
+        tuned: the criterion by which its settings were chosen; empty: settings of its YAML.
+        control: ``untrained``, ``squared`` …; empty for the method itself; ``reference`` for a row
+            that is not a method, such as the ceiling.
+        settings: the chosen settings, as text.
     """
 
     method: str
@@ -40,7 +40,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What the tables call it."""
+        """Its name in the tables."""
         parts = [self.method]
         if self.tuned:
             parts.append(f"tuned on {self.tuned}")
@@ -51,10 +51,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a row takes: bytes an example in the store, seconds to fit and to ask once.
+    """The cost of a row: bytes per example in the store, seconds to fit, seconds per query.
 
-    ``reads`` is ``gradients``, ``model`` for a method that runs it and keeps no store, or nothing
-    of either.
+    ``reads`` is ``gradients``; ``model`` for a method that runs the model and needs no store; or
+    empty.
     """
 
     bytes: int = 0
@@ -75,7 +75,7 @@ class Cell:
     resampled: Array  # [R]
     cost: Cost = field(default_factory=Cost)
     dim: int | None = None
-    clusters: int | None = None  # of what was resampled; None: queries
+    clusters: int | None = None  # number of resampled units; None: queries
 
     @property
     def place(self) -> Place:
@@ -83,7 +83,7 @@ class Cell:
         return self.task, self.truth, self.metric
 
     def interval(self, base: Cell | None = None) -> Estimate:
-        """Return the mean with its interval, or that of the paired difference to another cell."""
+        """Return the mean with its interval, or the paired difference to another cell with its."""
         clusters = self.clusters or len(self.values)
         if base is None:
             return interval(self.values.mean(), self.resampled, clusters)
@@ -95,9 +95,9 @@ class Cell:
 class Result:
     """One measurement with its 95 % interval, and how it compares.
 
-    ``difference`` is to the reference method in the same resamples; ``better`` says that its
-    interval lies above zero, ``worse`` below. ``best`` marks the methods (controls apart) that no
-    other method is better than, within the interval of the paired difference.
+    ``difference`` is to the reference method in the same resamples; ``better``: its interval is
+    above zero, ``worse``: below. ``best``: no other method (without controls) is better by the
+    interval of the paired difference.
     """
 
     task: str
@@ -129,7 +129,7 @@ class Result:
 
     @property
     def name(self) -> str:
-        """What the tables call the row."""
+        """The row's name in the tables."""
         return Row(self.method, self.tuned, self.control).name
 
     @property
@@ -145,15 +145,15 @@ class Result:
 
 @dataclass
 class Report:
-    """All that a benchmark found.
+    """The results of a benchmark.
 
     Args:
         results: the tidy table.
-        path: every point of every tuned method's path, with all quick metrics.
+        path: all settings tried for every tuned method, with all metrics that are not costly.
         left_out: methods that could not be measured, and why.
-        reference: the method that differences are to.
-        notes: what it was measured in, in words, and what the run took.
-        fits: what fitting found, such as effective dimensions, by row and topic.
+        reference: the method to which differences are computed.
+        notes: description of the context, and the run's time.
+        fits: results of fitting, such as effective dimensions, by row and topic.
     """
 
     results: list[Result]
@@ -164,7 +164,7 @@ class Report:
     fits: dict[str, str] = field(default_factory=dict)
 
     def at_one_size(self) -> Report:
-        """Return what was found at the first of several sizes of the sketch, and at no size."""
+        """Return only results of the first sketch size, and of methods without sketches."""
         first = next((r.dim for r in self.results if r.dim is not None), None)
         return replace(self, results=[r for r in self.results if r.dim in (None, first)])
 
@@ -174,7 +174,7 @@ class Report:
         rows = [asdict(r) for r in self.results]
         tables = {"results.csv": rows, **({"path.csv": self.path} if self.path else {})}
         for name, table in tables.items():
-            write_csv(folder / name, table)  # not rounded: tables round once
+            write_csv(folder / name, table)  # not rounded; only tables round
         try:
             pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
         except ImportError:
@@ -183,7 +183,7 @@ class Report:
 
     @classmethod
     def load(cls, folder: str | Path, **known: Any) -> Report:
-        """Read the tables back, to draw them again; ``known`` are the other fields."""
+        """Read the tables back; ``known`` gives the other fields."""
         folder = Path(folder)
         results = [_read(line) for line in read_csv(folder / "results.csv")]
         lines = read_csv(folder / "path.csv") if (folder / "path.csv").is_file() else []
@@ -195,7 +195,7 @@ class Report:
 
 
 def compared(cells: Sequence[Cell], reference: str) -> list[Result]:
-    """Turn measurements into results: intervals, paired differences, who is best."""
+    """Turn measurements into results: intervals, paired differences, the best methods."""
     results = []
     for place in dict.fromkeys(cell.place for cell in cells):
         group = [cell for cell in cells if cell.place == place]
@@ -222,7 +222,7 @@ def compared(cells: Sequence[Cell], reference: str) -> list[Result]:
 
 
 def _best_at_each_size(cells: Sequence[Cell]) -> list[Cell]:
-    """Return the best among sketches of one size, and what looks at no gradient, for each size."""
+    """Return for each sketch size the best cells, compared with methods without gradients too."""
     found: list[Cell] = []
     for size in dict.fromkeys(cell.dim for cell in cells):
         rivals = [c for c in cells if c.dim == size or c.cost.reads != "gradients"]
@@ -231,7 +231,7 @@ def _best_at_each_size(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _best(cells: Sequence[Cell]) -> list[Cell]:
-    """Return those that the one of largest mean is not better than beyond chance."""
+    """Return the cells that are not worse, beyond chance, than the one with the largest mean."""
     if not cells:
         return []
     top = max(cells, key=lambda c: float(c.values.mean()))

@@ -30,13 +30,13 @@ def markdown(report: Report) -> str:
 
 
 def terminal(report: Report, most: int = 14) -> Markdown:
-    """Return what is printed: tables and lists if they are short, and what they say.
+    """Return the printed report: conclusions, and tables and lists if they are short.
 
-    Of several sizes of the sketch it is the first, of queries by their kind all together.
+    It has only the first of several sketch sizes, and no separate values of queries of one kind.
 
     Args:
-        report: what was measured.
-        most: rows of a table that is still printed; longer ones are in the files.
+        report: the results.
+        most: most rows of a printed table; longer ones are only in the files.
     """
     parts: list[str] = []
     report = report.at_one_size()
@@ -51,7 +51,7 @@ def terminal(report: Report, most: int = 14) -> Markdown:
 
 
 def _said(report: Report) -> list[str]:
-    """Return what the tables come to."""
+    """Return the conclusions from the tables."""
     parts = ["## Which method for what\n", summary(report), ""]
     for wish, found in groupby(conclusions(report), lambda c: c.wish):
         parts += [f"- **{wish}.**", *(f"  - {c.where}: {c.text}" for c in found)]
@@ -76,20 +76,20 @@ def tasks(results: Sequence[Result]) -> list[str]:
 
 
 def metrics(rows: Sequence[Result]) -> list[str]:
-    """Return the metrics of a task, in order; two ground truths' metrics of one name apart."""
+    """Return the metrics of a task, in order, with the ground truth where names are ambiguous."""
     return list(dict.fromkeys(label(r, rows) for r in rows))
 
 
 def label(result: Result, rows: Sequence[Result]) -> str:
-    """Return a metric's column head."""
+    """Return a metric's column header."""
     several = len({r.truth for r in rows if r.metric == result.metric}) > 1
     return f"{result.truth}: {result.metric}" if several else result.metric
 
 
 def line(result: Result) -> str:
-    """Return what the tables call a row: its name, and the sketch's size where there are several.
+    """Return a row's name in the tables, with the sketch size if there are several.
 
-    What looks at no gradient is the same at every size.
+    Methods without gradients are the same at every size.
     """
     has_size = result.dim is not None and result.reads == "gradients"
     return f"{result.name}, k = {result.dim:,}" if has_size else result.name
@@ -102,7 +102,7 @@ def names(rows: Sequence[Result]) -> list[str]:
 
 
 def find(rows: Sequence[Result], name: str, metric: str) -> Result | None:
-    """Return one cell of a task."""
+    """Return the result of a row and metric, or None."""
     return next((r for r in rows if line(r) == name and label(r, rows) == metric), None)
 
 
@@ -124,7 +124,7 @@ def _shown(result: Result) -> bool:
 
 
 def _apart(result: Result) -> bool:
-    """Say whether only queries of one kind were measured, as for the tables of the DMin paper."""
+    """Return whether only queries of one value were measured, as in the DMin paper's tables."""
     return ", " in result.metric
 
 
@@ -134,7 +134,7 @@ def _task_table(task: str, rows: Sequence[Result]) -> list[str]:
     kinds = list(dict.fromkeys(column.partition(", ")[0] for column in columns))
     if len(kinds) == len(columns):
         return [title, *_grid(rows, {column: column for column in columns})]
-    # Queries of each value apart, as in the tables of the DMin paper: one for each metric.
+    # Queries of each value separately, as in the DMin paper's tables: one table per metric.
     lines = [title]
     for kind in kinds:
         apart = [column for column in columns if column.partition(", ")[0] == kind]
@@ -144,7 +144,7 @@ def _task_table(task: str, rows: Sequence[Result]) -> list[str]:
 
 
 def _grid(rows: Sequence[Result], heads: Mapping[str, str], cost: bool = False) -> list[str]:
-    """Return a table, a column a metric with the head given; bytes and seconds if asked for."""
+    """Return a table, one column per metric with the given header; optionally with costs."""
     takes = ["KiB an example", "ms a query"] if cost else []
     lines = []
     for name in names(rows):
@@ -157,7 +157,7 @@ def _grid(rows: Sequence[Result], heads: Mapping[str, str], cost: bool = False) 
 
 
 def _spent(result: Result) -> tuple[str, str, str]:
-    """Return KiB an example, seconds to fit and milliseconds a query."""
+    """Return KiB per example, seconds to fit and milliseconds per query."""
     kib, ms = result.bytes / 1024, 1000 * result.query_seconds
     return f"{kib:.1f}", f"{result.fit_seconds:.2f}", f"{ms:.2f}"
 

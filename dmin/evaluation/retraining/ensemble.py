@@ -23,26 +23,26 @@ from dmin.runtime.fingerprint import fingerprint
 from dmin.train import learn_labels
 
 Progress = Callable[[int, int], None]
-"""Called with how much is done, and of how much."""
+"""Called with the number of models done, and of all models."""
 
 
 class Ensemble:
-    """Trains models of one kind on subsets of one dataset, and keeps them on disk.
+    """Trains models of one kind on subsets of one dataset, and caches them on disk.
 
-    Models of one seed start from the same weights and see the same noise and timesteps at each
-    step, so they differ by their data alone; what is left to chance differs between seeds.
+    Models of one seed have the same initial weights, and the same noise and timesteps at each step.
+    So they differ only in their data, and seeds differ in everything random.
 
-    What was trained is found again by its subset and seed, whatever else is asked for in the same
-    call: to measure one method more costs the models of that method.
+    Trained models are found again by subset and seed. So measuring one more method trains only the
+    models that it needs.
 
     Args:
         model: builds an untrained model; torch's generator is seeded before each call.
-        dataset: all training examples; read once, and held in memory.
+        dataset: all training examples; read once, and kept in memory.
         recipe: how to train.
-        cache: folder for trained weights and their losses, under a fingerprint of all they depend
-            on, so that a run that was killed goes on where it stopped; None keeps none.
+        cache: folder for weights and losses, under a fingerprint of everything they depend on. An
+            interrupted run resumes from it. None: no cache.
         chunk: models trained together.
-        device: where they are trained.
+        device: of training.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class Ensemble:
         """Return a trained model for each subset.
 
         Args:
-            subsets: positions in the dataset, an array a model, of any lengths.
+            subsets: positions in the dataset, one array per model, of any lengths.
             seed: of weights, order, timesteps and noise.
-            on_progress: called with how many models there are, and of how many.
+            on_progress: called with the number of models done, and of all models.
 
         Raises:
             DminError: a subset is empty, or a model's loss became NaN.
@@ -105,9 +105,9 @@ class Ensemble:
         noise: Noise,
         on_progress: Progress = lambda done, total: None,
     ) -> np.ndarray:
-        """Return what models trained on the subsets lose on queries, float64 ``[models, Q]``.
+        """Return the losses on queries of models trained on the subsets, float64 ``[models, Q]``.
 
-        As :meth:`train` and :meth:`losses`, but the losses are kept as well.
+        Like :meth:`train` and then :meth:`losses`, but the losses are cached as well.
         """
         kept = self._outcomes([describe_dataset(queries), list(timesteps), noise.describe()])
         keys = [model_key(subset, seed) for subset in subsets]
@@ -128,8 +128,8 @@ class Ensemble:
 
         Args:
             models: from :meth:`train`.
-            dataset: examples, such as queries; all see the same noise.
-            timesteps: of the model's timesteps.
+            dataset: examples, such as queries; all have the same noise.
+            timesteps: chosen from the model's timesteps.
             noise: shared by models and examples.
 
         Returns:
@@ -148,7 +148,7 @@ class Ensemble:
         return (total / inputs.points).numpy()
 
     def load(self, models: Stacked, index: int) -> DiffusionModel:
-        """Return one of the models as a model of its own, in eval mode."""
+        """Return one of the models as a separate model, in eval mode."""
         model = self.model()
         model.label_names = self.template.label_names
         model.network.load_state_dict({name: values[index] for name, values in models.items()})
@@ -161,13 +161,13 @@ class Ensemble:
         return self._kept[name]
 
     def _chunks(self, subsets: Sequence[np.ndarray], seed: int) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the distinct subsets by key, as many as are trained together."""
+        """Yield the distinct subsets by key, in chunks that are trained together."""
         distinct = list({model_key(subset, seed): np.asarray(subset) for subset in subsets}.items())
         for start in range(0, len(distinct), self.chunk):
             yield dict(distinct[start : start + self.chunk])
 
     def _models(self, subsets: dict[str, np.ndarray], seed: int) -> Stacked:
-        """Return trained models, from disk where they are there."""
+        """Return trained models, from the cache where possible."""
         parts = {key: self.weights.found(key) for key in subsets}
         missing = [key for key, part in parts.items() if part is None]
         if missing:
@@ -196,7 +196,7 @@ class Ensemble:
         return self._train_stacked(orders, seed)
 
     def _train_films(self, orders: Sequence[Tensor], seed: int) -> Stacked:
-        """Train one after another, by loops that are compiled for this network."""
+        """Train one model after another, by loops compiled for this network."""
         recipe, (x0, condition) = self.recipe, self.examples
         noise, t = zip(*self._draws(orders[0].shape[1], seed), strict=True)
         start = {name: values[0] for name, values in self._start(1, seed).items()}
@@ -214,7 +214,7 @@ class Ensemble:
         return models
 
     def _train_stacked(self, orders: Sequence[Tensor], seed: int) -> Stacked:
-        """Train all together, by operations over their stacked weights."""
+        """Train all models together, by operations on their stacked weights."""
         recipe = self.recipe
         models = self._start(len(orders), seed)
         averages = {name: values.detach().clone() for name, values in models.items()}
@@ -230,7 +230,7 @@ class Ensemble:
             if step % 100 == 0:
                 self._check(losses.detach().cpu().numpy(), step)
             optimizer.zero_grad(set_to_none=True)
-            losses.sum().backward()  # each model's gradient is its own: the sum mixes none
+            losses.sum().backward()  # each loss depends on one model only
             optimizer.step()
             schedule.step()
             with torch.no_grad():  # the average starts from the weights after the first step
@@ -254,7 +254,7 @@ class Ensemble:
             )
 
     def _start(self, count: int, seed: int) -> Stacked:
-        """Return untrained weights, the same for each model, as leaves that take gradients."""
+        """Return initial weights, the same for each model, as leaves that require gradients."""
         torch.manual_seed(seed)
         network = self.model().network
         stacked, _ = stack_module_state([network])

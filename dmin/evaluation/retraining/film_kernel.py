@@ -18,12 +18,12 @@ import numpy as np
 
 from dmin.runtime.jit import compiled
 
-BETA1, BETA2, TINY = 0.9, 0.999, 1e-8  # those of torch's AdamW
-TIME, LABEL, LAYERS = 0, 4, 5  # numbers of the first tensor of each kind: see film_training
+BETA1, BETA2, TINY = 0.9, 0.999, 1e-8  # defaults of torch's AdamW
+TIME, LABEL, LAYERS = 0, 4, 5  # index of the first tensor of each kind: see film_training
 
 
 class Net(NamedTuple):
-    """The network: where each of its tensors begins, and its sizes."""
+    """The network: the offset of each of its tensors, and its sizes."""
 
     offsets: Any
     pixels: int
@@ -33,9 +33,9 @@ class Net(NamedTuple):
 
 
 Kept = namedtuple("Kept", "sample output error e u s before c dc part z f y h dh dz through df")
-"""What a step makes, ``[batch, ...]``, or ``[depth, batch, ...]`` where it is of each layer.
+"""Buffers of a step, ``[batch, ...]``, or ``[depth, batch, ...]`` if there is one per layer.
 
-The timestep's embedding goes ``e → u → s = SiLU(u) → before → c = SiLU(before)``, a layer
+The timestep's embedding is ``e → u → s = SiLU(u) → before → c = SiLU(before)``, a layer is
 ``h → z → y = (1 + f₁) z + f₂ → h + SiLU(y)`` with ``f`` from ``c``; ``d…`` are gradients.
 """
 
@@ -43,7 +43,7 @@ The timestep's embedding goes ``e → u → s = SiLU(u) → before → c = SiLU(
 _jit = partial(
     compiled, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"}, inline="never"
 )
-_part = partial(_jit, inline="always")  # in its caller it is known that no two arrays overlap
+_part = partial(_jit, inline="always")  # inlined, the compiler knows that arrays do not overlap
 
 
 @_jit
@@ -58,7 +58,7 @@ def _matrix(flat: Any, offsets: Any, number: int, rows: int) -> Any:
 
 @_jit
 def _affine(theta: Any, offsets: Any, number: int, x: Any, out: Any) -> None:
-    """``out = x Wᵀ + b``, with W the tensor of that number and b the next one."""
+    """``out = x Wᵀ + b``, with W the tensor with that index and b the next one."""
     bias = _vector(theta, offsets, number + 1)
     np.dot(x, _matrix(theta, offsets, number, out.shape[1]).T, out)
     for row in range(len(out)):
@@ -75,7 +75,7 @@ def _silu(x: Any, out: Any) -> None:
 
 @_jit
 def _through_silu(x: Any, above: Any) -> None:
-    """Multiply what arrives from above by the slope of SiLU at x."""
+    """Multiply the gradient ``above`` by the derivative of SiLU at x, in place."""
     one = np.float32(1)
     for row in range(x.shape[0]):
         for j in range(x.shape[1]):
@@ -96,7 +96,7 @@ def _affine_gradient(grad: Any, offsets: Any, number: int, x: Any, above: Any) -
 
 @_jit
 def _adamw(theta: Any, grad: Any, moments: Any, mean: Any, rate: Any, step: int, keep: Any) -> None:
-    """One step of AdamW without decay, and of the moving average of the weights."""
+    """One step of AdamW without weight decay, and of the moving average of the weights."""
     first, second = np.float32(BETA1), np.float32(BETA2)
     size = np.float32(rate / (1 - BETA1 ** (step + 1)))
     root = np.float32(1 / np.sqrt(1 - BETA2 ** (step + 1)))
@@ -130,16 +130,16 @@ def train(
     Args:
         theta: float32 ``[P]``, all weights one after another; overwritten.
         offsets: where each tensor begins: the timestep's two layers, labels, then weight and bias
-            of each layer, of each FiLM, and of the last layer; and P.
+            of each layer, of each FiLM, and of the last layer; then P.
         sizes: pixels, width, depth, embedding.
         examples: float32 ``[N, pixels]``.
         labels: int64 ``[N]``; −1 for a network without classes.
         order: int64 ``[steps, batch]``, the examples of each step.
         noise: float32 ``[steps, batch, pixels]``.
-        drawn: int64 ``[steps, batch]``, the number of each timestep.
-        angles: float32 ``[levels, embedding]``, what stands for a timestep.
-        mix: float32 ``[levels, 5]``: shares of image and noise in the sample and in the target, and
-            the weight of the loss.
+        drawn: int64 ``[steps, batch]``, the index of each timestep.
+        angles: float32 ``[levels, embedding]``, the sinusoidal embedding of each timestep.
+        mix: float32 ``[levels, 5]``: coefficients of image and noise in the sample and in the
+            target, and the weight of the loss.
         rates: float64 ``[steps]``, learning rates.
         keep: decay of the moving average.
     """
@@ -161,7 +161,7 @@ def train(
 
 @_part
 def _room(net: Any, batch: int) -> Any:
-    """Return where a step keeps what it makes."""
+    """Allocate the buffers of a step."""
     image, thin, broad = (batch, net.pixels), (batch, net.embedding), (batch, net.width)
     deep, films = (net.depth, batch, net.width), (net.depth, batch, 2 * net.width)
     of = np.float32
@@ -180,7 +180,7 @@ def _room(net: Any, batch: int) -> Any:
 def _sample(
     kept: Any, examples: Any, chosen: Any, noise: Any, levels: Any, angles: Any, mix: Any
 ) -> None:
-    """Mix images and noise, and look up what stands for their timesteps."""
+    """Mix images and noise, and look up the embeddings of their timesteps."""
     sample, e = kept.sample, kept.e
     for b in range(len(chosen)):
         level, example = levels[b], chosen[b]
@@ -191,7 +191,7 @@ def _sample(
 
 @_part
 def _forward(theta: Any, net: Any, kept: Any, labels: Any, chosen: Any) -> None:
-    """Fill in all that the network makes of the sample, the output last."""
+    """Run the forward pass: fill in all activations, the output last."""
     one, at, width, all_h = np.float32(1), net.offsets, net.width, kept.h
     _affine(theta, at, TIME, kept.e, kept.u)
     _silu(kept.u, kept.s)
@@ -220,7 +220,7 @@ def _forward(theta: Any, net: Any, kept: Any, labels: Any, chosen: Any) -> None:
 
 @_part
 def _compare(kept: Any, examples: Any, chosen: Any, noise: Any, levels: Any, mix: Any) -> float:
-    """Return the batch's loss, and fill in its gradient by the output."""
+    """Return the batch's loss, and fill in its gradient with respect to the output."""
     output, error = kept.output, kept.error
     batch, pixels = output.shape
     loss = 0.0

@@ -20,7 +20,7 @@ Stacked = dict[str, Tensor]
 
 
 def can_train(model: DiffusionModel, device: torch.device) -> bool:
-    """Say whether these loops compute a model's loss: not that of a subclass, nor on a GPU."""
+    """Return whether these loops compute a model's loss: not for subclasses, nor on a GPU."""
     return type(model) is MLP and type(model.network) is FiLMNetwork and device.type == "cpu"
 
 
@@ -36,15 +36,15 @@ def train_films(
     """Return the moving averages of the weights, ``[models, ...]``, and losses ``[models, steps]``.
 
     Args:
-        model: whose network and diffusion are meant.
-        start: weights that all models start from, by name.
-        examples: images as the model takes them ``[N, ...]``, and labels ``[N]`` or None.
-        orders: the examples of each step of each model, ``[steps, batch]``.
+        model: gives network and diffusion process.
+        start: initial weights of all models, by name.
+        examples: inputs of the model ``[N, ...]``, and labels ``[N]`` or None.
+        orders: for each model the examples of each step, ``[steps, batch]``.
         draws: noise ``[steps, batch, ...]`` and timesteps ``[steps, batch]``, for all models.
         rates: the learning rate of each step.
         ema_decay: of the moving average.
     """
-    # Numba compiles: only when it is needed.
+    # Imported here because Numba compiles at import.
     from dmin.evaluation.retraining.film_kernel import train
 
     network: FiLMNetwork = model.network
@@ -87,7 +87,7 @@ def train_films(
 
 
 def _names(network: FiLMNetwork) -> list[str]:
-    """Return the parameters in the order of the loops; that of labels is there in any case."""
+    """Return the names of parameters in the order of the loops; labels are always included."""
     of = ("weight", "bias")
     depth = range(len(network.layers))
     return [
@@ -100,13 +100,13 @@ def _names(network: FiLMNetwork) -> list[str]:
 
 
 def _places(t: Tensor, timesteps: Tensor) -> Tensor:
-    """Return the number of each timestep among all."""
+    """Return the index of each timestep among all timesteps."""
     order = timesteps.argsort()
     return order[torch.searchsorted(timesteps[order], t)]
 
 
 def _mix(model: MLP, timesteps: Tensor) -> Tensor:
-    """Return what each timestep makes of image and noise: both are linear in both."""
+    """Return the coefficients of image and noise in sample and target, for each timestep."""
     one, none = torch.ones(len(timesteps), 1), torch.zeros(len(timesteps), 1)
     image, noise = model.process(one, none, timesteps), model.process(none, one, timesteps)
     parts = [image.sample, noise.sample, image.target, noise.target, image.weight[:, None]]

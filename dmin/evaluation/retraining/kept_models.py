@@ -13,27 +13,27 @@ from dmin.runtime.fingerprint import array_digest
 
 
 def model_key(subset: np.ndarray, seed: int) -> str:
-    """Return what names the model trained on a subset."""
+    """Return the key of the model trained on a subset with a seed."""
     return f"{array_digest(np.asarray(subset).astype(np.int64))}-{seed}"
 
 
 class Weights:
-    """Trained weights, a file a model.
+    """Trained weights, one file per model.
 
     Args:
-        folder: of the files, made when the first is written; None keeps nothing.
+        folder: of the files, made when the first is written; None: nothing is written.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def found(self, key: str) -> dict[str, Tensor] | None:
-        """Return a model's weights by name; None where they are not."""
+        """Return a model's weights by name; None if there is no file."""
         path = None if self.folder is None else self.folder / f"{key}.safetensors"
         return load_file(path) if path is not None and path.is_file() else None
 
     def keep(self, key: str, model: dict[str, Tensor]) -> None:
-        """Write a model's weights, whole or not at all."""
+        """Write a model's weights atomically."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -41,17 +41,17 @@ class Weights:
 
 
 class Outcomes:
-    """Losses of trained models on some queries, by the models' keys, a line each in a file.
+    """Losses of trained models on some queries, by the models' keys, one line each in a file.
 
     Args:
-        path: of the file; None keeps them in memory only.
+        path: of the file; None: only in memory.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.rows: dict[str, np.ndarray] = {}
         if self.path is not None and self.path.is_file():
-            # A line that a kill cut off has no end, and is not read.
+            # A line without its end was cut off by a kill, and is not read.
             for line in self.path.read_text().splitlines(keepends=True):
                 if line.endswith("}\n"):
                     row = json.loads(line)
@@ -64,12 +64,12 @@ class Outcomes:
         return self.rows[key]
 
     def add(self, rows: Mapping[str, np.ndarray]) -> None:
-        """Keep the losses ``[Q]`` of more models."""
+        """Add the losses ``[Q]`` of more models."""
         self.rows |= rows
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                # It may stand behind a line that was cut off.
+                # The previous line may have been cut off.
                 file.write("\n" if file.tell() else "")
                 for key, losses in rows.items():
                     file.write(json.dumps({"model": key, "losses": losses.tolist()}) + "\n")

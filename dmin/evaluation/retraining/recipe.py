@@ -11,7 +11,7 @@ from dmin.runtime.errors import DminError
 
 @dataclass(frozen=True)
 class Recipe:
-    """How each model is trained: AdamW with warm-up and cosine, as ``dmin.train.train`` does.
+    """How each model is trained: AdamW with warm-up and cosine decay, as in ``dmin.train.train``.
 
     Args:
         steps: optimiser steps, whatever the number of examples.
@@ -31,7 +31,7 @@ class Recipe:
     ema_decay: float = 0.995
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained."""
+        """Refuse values out of range."""
         if self.steps < 1 or self.batch_size < 1 or not 0 <= self.ema_decay < 1:
             raise DminError(
                 f"steps={self.steps}, batch_size={self.batch_size}, ema_decay={self.ema_decay}: "
@@ -39,7 +39,7 @@ class Recipe:
             )
 
     def rate(self, step: int) -> float:
-        """Return the share of the learning rate at a step: up linearly, then down by a cosine."""
+        """Return the factor on the learning rate at a step: linear warm-up, then cosine decay."""
         if step < self.warmup:
             return 1e-3 + (1 - 1e-3) * step / max(1, self.warmup)
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -48,7 +48,7 @@ class Recipe:
     def order(self, subset: np.ndarray, seed: int) -> Tensor:
         """Return the examples of each step, ``[steps, batch]``: one permutation after another.
 
-        A subset smaller than a batch is gone through as often as a batch needs.
+        A batch larger than the subset has several permutations.
         """
         if not len(subset):
             raise DminError("a subset without examples cannot be trained on.")

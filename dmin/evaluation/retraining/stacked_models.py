@@ -18,10 +18,10 @@ Stacked = dict[str, Tensor]
 
 
 class StackedLoss(nn.Module):
-    """A model's loss of each example as a function of its weights, which :func:`vmap` maps over.
+    """A model's loss of each example as a function of its weights, for :func:`vmap`.
 
     Args:
-        model: whose network is written to be mapped, see :func:`for_vmap`.
+        model: prepared by :func:`for_vmap`.
     """
 
     def __init__(self, model: DiffusionModel) -> None:
@@ -42,7 +42,7 @@ class StackedLoss(nn.Module):
 
 
 def for_vmap(model: DiffusionModel) -> DiffusionModel:
-    """Write group norms out, in place: torch's own asks for a memory format that vmap has not."""
+    """Replace group norms in place: torch's own uses a memory format that vmap lacks."""
     for module in model.network.modules():
         if isinstance(module, nn.GroupNorm):
             module.forward = partial(_group_norm, module)  # type: ignore[method-assign]
@@ -62,7 +62,7 @@ def _group_norm(module: nn.GroupNorm, x: Tensor) -> Tensor:
 def encoded(
     model: DiffusionModel, dataset: Dataset, device: torch.device | None = None
 ) -> tuple[Tensor, Condition]:
-    """Return a whole dataset as a model takes it."""
+    """Return a whole dataset as inputs of a model."""
     batch: dict[str, Any] = collate([dataset[i] for i in range(len(dataset))])
     if "drawn" in batch:
         raise DminError(

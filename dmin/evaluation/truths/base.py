@@ -14,20 +14,20 @@ from dmin.store import Store
 
 Array = np.ndarray
 Measures = Mapping[str, Array]
-"""For each metric one number for each query, ``[Q]`` (or for whatever its mean is taken over)."""
+"""Metric -> one number per query, ``[Q]`` (or per other unit that the mean is taken over)."""
 
 
 class GroundTruth(ABC):
-    """Says how good scores are. A new one is a subclass with :meth:`measure`, and one YAML.
+    """Measures scores. A new ground truth is a subclass with :meth:`measure`, and one YAML.
 
     Attributes:
-        of: ``pairs`` to be given scores of queries and training examples, ``[Q, N]``; ``self`` for
-            the scores of the training examples ``rows`` with themselves, ``[len(rows)]``.
-        ranks_only: whether nothing but each query's order of examples matters, so that monotone
+        of: ``pairs``: needs scores of queries and training examples, ``[Q, N]``; ``self``: needs
+            the self-influence of the training examples ``rows``, ``[len(rows)]``.
+        ranks_only: whether only the order of each query's examples matters, so that monotone
             transforms of the scores change nothing.
-        costly: whether each new row takes minutes: then only the rows are measured that
-            ``benchmark.costly_for`` names.
-        clusters: how many of what is drawn with replacement there are, if not queries.
+        costly: whether each new row takes minutes; then only rows named in
+            ``benchmark.costly_for`` are measured.
+        clusters: number of units drawn with replacement by the bootstrap; None: queries.
     """
 
     of: ClassVar[Literal["pairs", "self"]] = "pairs"
@@ -37,15 +37,15 @@ class GroundTruth(ABC):
     clusters: int | None = None
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:  # noqa: B027 (many need nothing)
-        """Look at the data, and train what does not depend on any score; called once.
+        """Read the data, and train models that do not depend on scores; called once.
 
         Args:
             context: model, training examples, retraining.
-            queries: those of the task.
+            queries: of the task.
         """
 
     def expect(self, scores: Mapping[str, Array]) -> None:  # noqa: B027 (only retraining needs it)
-        """Be told all scores that will be measured, so that models can be trained together."""
+        """Receive all scores that will be measured, by row, so that models train together."""
 
     @abstractmethod
     def measure(self, scores: Array) -> Measures:
@@ -59,7 +59,7 @@ class GroundTruth(ABC):
         return {name: resampled_means(values, count) for name, values in measured.items()}
 
     def references(self) -> Mapping[str, Measures]:
-        """Return rows that are no method, such as the ceiling, by name."""
+        """Return reference rows that are not methods, such as the ceiling, by name."""
         return {}
 
 

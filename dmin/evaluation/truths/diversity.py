@@ -11,14 +11,14 @@ from dmin.runtime.errors import DminError
 
 @dataclass(eq=False)
 class Diversity(GroundTruth):
-    """What scores are like, whatever is true: do they look at the query at all?
+    """Do scores depend on the query at all? It compares scores with each other, not with truth.
 
-    ``rank correlation`` of a query's scores with the other queries', mean: 1 for mere popularity.
-    ``distinct@k``: its mean over queries is the number of distinct examples in all top k, over
-    ``Q · k``.
+    ``rank correlation``: mean rank correlation of a query's scores with those of other queries; 1
+    if the scores do not depend on the query. ``distinct@k``: its mean over queries is the number of
+    distinct examples in all top k, divided by ``Q · k``.
 
     Args:
-        k: of the top.
+        k: number of examples in a query's top.
     """
 
     k: int = 10
@@ -34,10 +34,10 @@ class Diversity(GroundTruth):
 def rank_correlations(scores: Array) -> Array:
     """Return the mean rank correlation of each query's scores with those of the others, ``[Q]``.
 
-    1 for a score that does not look at the query, 0 for unrelated rankings.
+    It is 1 if scores do not depend on the query, 0 for unrelated rankings.
 
     Raises:
-        DminError: there is one query only.
+        DminError: there is only one query.
     """
     if len(scores) < 2:
         raise DminError("popularity compares queries: give two or more.")
@@ -47,10 +47,10 @@ def rank_correlations(scores: Array) -> Array:
 
 
 def shared_top(scores: Array, k: int) -> Array:
-    """Return each query's part in the distinct examples among all queries' top k, ``[Q]``.
+    """Return each query's share of distinct examples in its top k, ``[Q]``.
 
-    An example that n queries name counts 1/n for each; so the mean over queries is the number of
-    distinct examples over ``Q · k``.
+    An example in the top k of n queries counts 1/n for each. So the mean over queries is the number
+    of distinct examples divided by ``Q · k``.
     """
     kept = top_only(scores, k)
     return np.asarray((kept / np.maximum(kept.sum(0), 1)).sum(1) / k)

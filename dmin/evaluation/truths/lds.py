@@ -18,7 +18,7 @@ from dmin.evaluation.truths.base import Array, GroundTruth, Measures
 from dmin.runtime.errors import DminError
 
 Half = Literal["A", "B"]
-HALVES = {"A": 1000, "B": 0}  # keys of subsets, and of the first seed
+HALVES = {"A": 1000, "B": 0}  # offset of the seeds of subsets and of training
 
 
 @dataclass(eq=False)
@@ -26,11 +26,11 @@ class LDS(GroundTruth):
     """The linear datamodelling score over random subsets.
 
     Args:
-        subsets: how many are trained on.
-        seeds: models a subset; their mean is the target, their agreement the ceiling.
-        share: of the examples in each subset.
-        half: whose subsets and seeds: by those of ``A`` settings are chosen, those of ``B`` are
-            reported, and no model is of both.
+        subsets: number of subsets.
+        seeds: models per subset; their mean loss is the target, their agreement the ceiling.
+        share: fraction of the examples in each subset.
+        half: ``A`` (for tuning) or ``B`` (reported): two sets of subsets and seeds without a common
+            model.
 
     Raises:
         DminError: a number is out of range, or there is no such half.
@@ -78,7 +78,7 @@ class LDS(GroundTruth):
         return {"LDS": draws.means(scores, self._members, self._losses)}
 
     def references(self) -> Mapping[str, Measures]:
-        """Return what is attainable, and what one seed predicts of the others."""
+        """Return the ceiling, and the correlation of one seed's losses with the others'."""
         found = ceiling(self._losses)
         return {"ceiling": {"LDS": found.attainable}, "one seed": {"LDS": found.one_seed}}
 
@@ -89,8 +89,8 @@ def random_subsets(examples: int, count: int, share: float = 0.5, seed: int = 0)
     Args:
         examples: N.
         count: M.
-        share: of the examples in each.
-        seed: of the perturbations.
+        share: fraction of the examples in each.
+        seed: of the random subsets.
     """
     generator = np.random.default_rng(seed)
     size = round(share * examples)
@@ -98,7 +98,7 @@ def random_subsets(examples: int, count: int, share: float = 0.5, seed: int = 0)
 
 
 def membership(subsets: Sequence[Array], examples: int) -> Array:
-    """Return which examples each subset has, bool ``[M, N]``."""
+    """Return which examples are in each subset, bool ``[M, N]``."""
     found = np.zeros((len(subsets), examples), dtype=bool)
     for row, subset in zip(found, subsets, strict=True):
         row[subset] = True
@@ -111,9 +111,9 @@ def lds(scores: Array, members: Array, losses: Array) -> Array:
     ``ρ_S( Σ_{i∈S} τ(q, i), −loss_S(q) )``
 
     Args:
-        scores: τ, ``[Q, N]``; positive helps.
+        scores: τ, ``[Q, N]``; positive: the example lowers the query's loss.
         members: bool ``[M, N]``.
-        losses: of the query by the model trained on each subset, ``[M, Q]``; mean over seeds.
+        losses: of each query under the model of each subset, ``[M, Q]``; mean over seeds.
 
     Raises:
         DminError: shapes disagree, or a score is not finite.
@@ -129,16 +129,16 @@ def lds(scores: Array, members: Array, losses: Array) -> Array:
 
 
 class Resamples:
-    """Bootstrap of subsets, queries and seeds together, the same draws for every method.
+    """Bootstrap of subsets, queries and seeds together, with the same draws for every method.
 
-    So that the difference of two methods is paired: subtract their :meth:`means`.
+    So differences of two methods are paired: subtract their :meth:`means`.
 
     Args:
         subsets: M.
         queries: Q.
         count: R.
-        seed: of the perturbations.
-        seeds: of retraining.
+        seed: of the bootstrap.
+        seeds: number of training seeds.
     """
 
     def __init__(
@@ -156,8 +156,8 @@ class Resamples:
         """Return the mean LDS in each resample, ``[R]``.
 
         Args:
-            scores: as for :func:`lds`, as are the members.
-            members: of the subsets.
+            scores: as for :func:`lds`.
+            members: as for :func:`lds`.
             losses: of each seed, ``[seeds, M, Q]``.
         """
         predicted = scores.astype(np.float64) @ members.T.astype(np.float64)
@@ -172,23 +172,23 @@ class Resamples:
 
 
 class Ceiling(NamedTuple):
-    """How far chance in retraining lets any method come; each ``[Q]``."""
+    """Limits of the LDS due to randomness of retraining; each ``[Q]``."""
 
     one_seed: Array  # ρ of one seed's losses with the mean of the others', averaged over seeds
-    attainable: Array  # what the expected loss itself would reach against the mean over seeds
+    attainable: Array  # ρ of the expected losses with the mean over seeds
 
 
 def ceiling(losses: Array) -> Ceiling:
-    """Return the LDS that no method can exceed but by luck.
+    """Return the LDS that a method can exceed only by chance.
 
     With r the mean ρ between two seeds, the mean of s seeds has the reliability
-    ``s r / (1 + (s − 1) r)`` (Spearman and Brown); its root is the best correlation there is.
+    ``s r / (1 + (s − 1) r)`` (Spearman and Brown); its square root is the largest correlation.
 
     Args:
         losses: ``[seeds, M, Q]``.
 
     Raises:
-        DminError: there is one seed only.
+        DminError: there is only one seed.
     """
     seeds = len(losses)
     if seeds < 2:
@@ -204,12 +204,12 @@ def ceiling(losses: Array) -> Ceiling:
 
 
 def weighted_spearman(x: Array, y: Array, weights: Array) -> Array:
-    """Return Spearman's ρ of rows of x and y with repeated columns, ties at their mean rank.
+    """Return Spearman's ρ of rows of x and y with weighted columns; ties get their mean rank.
 
     Args:
         x: ``[Q, M]``.
         y: ``[Q, M]``.
-        weights: ``[R, M]``, how often each column counts.
+        weights: ``[R, M]``, how many times each column counts.
 
     Returns:
         float64 ``[Q, R]``; 0 where x or y is constant.
@@ -221,7 +221,7 @@ def weighted_spearman(x: Array, y: Array, weights: Array) -> Array:
 
 
 def _centred_ranks(x: Array, weights: Array) -> Array:
-    """Return the rank of each column among all with their weights, less the mean, ``[Q, M, R]``."""
+    """Return the weighted rank of each column minus the mean rank, ``[Q, M, R]``."""
     order = (x[:, None, :] < x[:, :, None]) + 0.5 * (x[:, None, :] == x[:, :, None])
     ranks = order @ weights.T
     return ranks - np.einsum("rm,qmr->qr", weights, ranks)[:, None] / weights.sum(1)

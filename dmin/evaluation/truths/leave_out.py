@@ -16,13 +16,13 @@ from dmin.runtime.errors import DminError
 class LeaveOut(GroundTruth):
     """Does the sum of scores of each value of a column predict the effect of leaving it out?
 
-    With ``E(q, c)`` the rise of the query's loss when all examples of value c are left out and
-    ``A(q, c) = Σ_{i: c(i) = c} τ(q, i)``: ``leave-out ρ`` is Spearman's correlation over c, and
-    ``leave-out hit`` whether both name the same c first.
+    ``E(q, c)`` is the rise of the query's loss when all examples of value c are left out, and
+    ``A(q, c) = Σ_{i: c(i) = c} τ(q, i)``. ``leave-out ρ`` is their Spearman correlation over c;
+    ``leave-out hit`` is 1 if both are largest for the same c.
 
     Args:
         column: of the metadata, such as the label or a source.
-        seeds: models a value.
+        seeds: models trained per value.
     """
 
     column: str = "label"
@@ -35,7 +35,7 @@ class LeaveOut(GroundTruth):
             raise DminError(f"LeaveOut: seeds={self.seeds}; the ceiling needs two or more.")
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
-        """Train a model without each value, and seed.
+        """Train models without the examples of each value, with each seed.
 
         Raises:
             DminError: the column has fewer than three values.
@@ -62,10 +62,10 @@ class LeaveOut(GroundTruth):
         """Return the correlation over values, and whether the first one agrees."""
         losses = self._losses.mean(0)  # [C, Q]
         first = (scores @ self._left_out.T).argmax(1) == losses.argmax(0)
-        # What is left out raises the loss; what stays in lowers it.
+        # Leaving helpful examples out raises the loss, so members are those that stay in.
         rank = lds(scores, ~self._left_out, losses)
         return {"leave-out ρ": rank, "leave-out hit": first.astype(np.float64)}
 
     def references(self) -> Mapping[str, Measures]:
-        """Return what is attainable."""
+        """Return the ceiling."""
         return {"ceiling": {"leave-out ρ": ceiling(self._losses).attainable}}

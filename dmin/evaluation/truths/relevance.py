@@ -16,7 +16,7 @@ from dmin.store import Store
 
 @dataclass(eq=False)
 class Relevance(GroundTruth):
-    """A ground truth that names the right examples of each query; metrics of retrieval.
+    """A ground truth that defines the relevant examples of each query, for retrieval metrics.
 
     Args:
         metrics: see :func:`dmin.evaluation.metrics.measure`.
@@ -26,10 +26,10 @@ class Relevance(GroundTruth):
 
     @abstractmethod
     def relevant(self, queries: Store, train: Store) -> Array:
-        """Return bool ``[queries, examples]``, at least one True a query."""
+        """Return bool ``[queries, examples]``, at least one True per query."""
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
-        """Find the right answers."""
+        """Find the relevant examples."""
         self._relevant = self.relevant(queries.store, context.train.store)
 
     def measure(self, scores: Array) -> Measures:
@@ -38,13 +38,13 @@ class Relevance(GroundTruth):
 
 
 class SameColumn(Relevance):
-    """An example is right if it shares the query's value of a metadata column, such as a source.
+    """An example is relevant if it has the query's value of a metadata column, such as a source.
 
     Args:
         column: its name.
         metrics: what to measure.
-        each: measure the queries of each value apart as well, as the tables of the DMin paper do.
-        value: of all queries, which then need no such column, as generated ones have none.
+        each: also measure the queries of each value separately, as in the DMin paper's tables.
+        value: the value of all queries, for queries without such a column, such as generated ones.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class SameColumn(Relevance):
         self.column, self.each, self.value = column, each, value
 
     def measure(self, scores: Array) -> Measures:
-        """Return each metric of all queries, then of those of each value."""
+        """Return each metric of all queries, then of the queries of each value."""
         found = dict(super().measure(scores))
         for value in np.unique(self._asked) if self.each else ():
             own = self._asked == value
@@ -69,7 +69,7 @@ class SameColumn(Relevance):
         """Return bool ``[queries, examples]``.
 
         Raises:
-            DminError: a query or example has no such column, or a query a value of its own.
+            DminError: a query or example lacks the column, or no example has a query's value.
         """
         if self.value is None:
             self._asked = column(queries, self.column)
@@ -87,10 +87,10 @@ class SameColumn(Relevance):
 
 
 class SameLabel(SameColumn):
-    """An example is right if it has the query's label: DMin's detection rate.
+    """An example is relevant if it has the query's label: DMin's detection rate.
 
-    It rewards mere likeness (a pixel distance does well by it), so read it beside the pixel
-    baseline and never alone.
+    It rewards similarity of images (a pixel distance scores well), so compare it with the pixel
+    baseline.
 
     Args:
         metrics: what to measure.
@@ -104,7 +104,7 @@ class SameLabel(SameColumn):
 
 @dataclass(eq=False)
 class Source(Relevance):
-    """The one right example is the one the query was made from.
+    """The only relevant example is the one from which the query was made.
 
     Args:
         metrics: what to measure.
@@ -113,7 +113,7 @@ class Source(Relevance):
     metrics: Sequence[str] = ("recall@1", "recall@5", "MRR")
 
     def relevant(self, queries: Store, train: Store) -> Array:
-        """Return bool ``[queries, examples]`` with one True a row.
+        """Return bool ``[queries, examples]`` with one True per row.
 
         Raises:
             DminError: a query does not name its source, or the source is not in the store.

@@ -13,13 +13,13 @@ from dmin.runtime.sampling import evenly
 
 
 class _WithoutRows(GroundTruth):
-    """Trains anew without rows, with several seeds."""
+    """Retrains without some rows, with several seeds."""
 
     costly = True
     seeds: int
 
     def prepare(self, context: BenchmarkContext, queries: FeatureSet) -> None:
-        """Remember what is trained, and for whom."""
+        """Keep context and queries for later."""
         self._context, self._side = context, queries
 
     def _losses(self, sets: Sequence[Array], what: str) -> Array:
@@ -34,15 +34,15 @@ class _WithoutRows(GroundTruth):
 
 @dataclass(eq=False)
 class Removal(_WithoutRows):
-    """Train anew without a query's top k: by how many percent does its loss rise?
+    """Retrain without a query's top k: by how many percent does its loss rise?
 
-    Against models trained without k random examples.
+    The rise is relative to models trained without k random examples.
 
     Args:
         k: examples removed.
-        queries: how many of the task's queries, evenly spread; one model each a row.
-        seeds: models a query.
-        random: models without random examples, a seed.
+        queries: number of the task's queries that are used, evenly spread.
+        seeds: models per query and row.
+        random: models without random examples, per seed.
     """
 
     k: int = 50
@@ -57,12 +57,12 @@ class Removal(_WithoutRows):
         self._random = self._at_random(self.k, self.random)
 
     def expect(self, scores: Mapping[str, Array]) -> None:
-        """Train without the top k of every row's queries, all together."""
+        """Train without the top k of the queries, for all rows together."""
         sets = [s for each in scores.values() for s in self._sets(each)]
         self._losses(sets, f"removing each query's top {self.k}")
 
     def measure(self, scores: Array) -> Measures:
-        """Return the rise in percent."""
+        """Return the rise of each query's loss, in percent."""
         lost = self._losses(self._sets(scores), f"removing top {self.k}")
         own = lost[np.arange(len(self._asked)), self._asked]
         return {f"removal@{self.k} %": rise(own, self._random[:, self._asked])}
@@ -73,17 +73,17 @@ class Removal(_WithoutRows):
 
 @dataclass(eq=False)
 class UnionRemoval(_WithoutRows):
-    """Train anew without what a group of queries names together: does it hurt them, not others?
+    """Retrain without the top examples of a group of queries: do only their losses rise?
 
-    The queries are cut into groups of neighbours. A group's queries take turns in naming k
-    examples; without these, the rise of their own loss less that of all other queries. One model
-    answers for a whole group.
+    The queries are split into groups of consecutive ones. The queries of a group choose k examples
+    in turns. Measured is the rise of their losses without these, minus the mean rise of all other
+    queries. One model serves a whole group.
 
     Args:
         k: examples removed, one or several numbers.
-        groups: of queries; one model each a row and k.
-        seeds: models a group.
-        random: models without random examples, a seed.
+        groups: number of groups.
+        seeds: models per group, row and k.
+        random: models without random examples, per seed.
     """
 
     k: Sequence[int] = (50,)
@@ -92,7 +92,7 @@ class UnionRemoval(_WithoutRows):
     random: int = 12
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be compared."""
+        """Refuse an empty k and fewer than two groups."""
         if self.groups < 2 or not self.k:
             raise DminError(
                 f"UnionRemoval: k={list(self.k)}, groups={self.groups}; at least one k and two "
@@ -107,12 +107,12 @@ class UnionRemoval(_WithoutRows):
         self._random = {k: self._at_random(k, self.random) for k in self.k}
 
     def expect(self, scores: Mapping[str, Array]) -> None:
-        """Train without every row's unions, all together."""
+        """Train without the unions of all rows together."""
         sets = [s for each in scores.values() for k in self.k for s in self._sets(each, k)]
         self._losses(sets, "removing what groups of queries name")
 
     def measure(self, scores: Array) -> Measures:
-        """Return the rise of each query's loss less that of the other groups', in percent."""
+        """Return the rise of each query's loss minus that of the other groups, in percent."""
         found = {}
         for k in self.k:
             lost = self._losses(self._sets(scores, k), f"removing {k}")
@@ -124,7 +124,7 @@ class UnionRemoval(_WithoutRows):
         return found
 
     def resampled(self, scores: Array, measured: Measures, count: int) -> Measures:
-        """Resample groups, and queries within them: those of one group share their model."""
+        """Resample groups, and queries within them, because a group's queries share a model."""
         generator, parts = np.random.default_rng(0), self._parts
         drawn = generator.integers(len(parts), size=(count, len(parts)))
         within = [part[generator.integers(len(part), size=(count, len(part)))] for part in parts]
@@ -140,7 +140,7 @@ class UnionRemoval(_WithoutRows):
 
 
 def without_top(scores: Array, k: int) -> list[Array]:
-    """Return, for each query, all examples but its k of largest score; equal ones by row.
+    """Return for each query all examples but its k best; ties are broken by row.
 
     Args:
         scores: ``[Q, N]``.
@@ -155,10 +155,10 @@ def without_top(scores: Array, k: int) -> list[Array]:
 
 
 def without_union(scores: Array, k: int) -> Array:
-    """Return all examples but the k named first by the queries taken together.
+    """Return all examples but the k best of the queries together.
 
-    Queries take turns: each names its next best until k are found. One retrained model then
-    answers for many queries.
+    Queries take turns: each chooses its next best example until k are found. So one retrained
+    model serves many queries.
 
     Args:
         scores: ``[Q, N]``.
@@ -185,11 +185,11 @@ def without_random(examples: int, k: int, count: int, seed: int = 0) -> list[Arr
 
 
 def rise(removed: Array, random: Array) -> Array:
-    """Return by how many percent each query's loss rises over that without random examples.
+    """Return by how many percent each query's loss exceeds that without random examples.
 
     Args:
-        removed: loss of each query by the model trained without its examples, ``[Q]``.
-        random: losses by the models trained without random ones, ``[models, Q]``.
+        removed: loss of each query under the model trained without its top examples, ``[Q]``.
+        random: losses under the models trained without random ones, ``[models, Q]``.
 
     Returns:
         ``[Q]``, in percent.

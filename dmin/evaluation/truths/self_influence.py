@@ -13,11 +13,11 @@ from dmin.runtime.errors import DminError
 
 @dataclass(eq=False)
 class SelfInfluence(GroundTruth):
-    """Do examples that a column marks, such as mislabelled ones, score highest with themselves?
+    """Do examples marked by a column, such as mislabelled ones, have the highest self-influence?
 
-    ``AUROC = P(τ(i, i) > τ(j, j))`` for a marked i and an unmarked j, ties counted half: the mean
-    over marked examples of the share of unmarked ones below (Pruthi et al. 2020, section 4.1).
-    The loss of each example is a reference that needs no gradient.
+    ``AUROC = P(τ(i, i) > τ(j, j))`` for a marked i and an unmarked j; ties count half. It is the
+    mean over marked examples of the fraction of unmarked ones below (Pruthi et al. 2020, section
+    4.1). The loss of each example is a reference that needs no gradient.
 
     Args:
         column: of the metadata; an example that has it (and not false or null) is marked.
@@ -32,7 +32,7 @@ class SelfInfluence(GroundTruth):
         """Find the marked examples.
 
         Raises:
-            DminError: none or all are.
+            DminError: none or all are marked.
         """
         train = context.train.store
         is_marked = np.array([bool(row.get(self.column)) for row in train.metadata])
@@ -49,10 +49,10 @@ class SelfInfluence(GroundTruth):
         self._losses = train.losses().mean((1, 2))[self.rows]
 
     def measure(self, scores: Array) -> Measures:
-        """Return the share of unmarked examples that score below each marked one."""
+        """Return the fraction of unmarked examples that score below each marked one."""
         marked, others = scores[self._marked, None], scores[None, ~self._marked]
         return {"AUROC": ((marked > others) + 0.5 * (marked == others)).mean(1)}
 
     def references(self) -> Mapping[str, Measures]:
-        """Return what the loss alone finds."""
+        """Return the AUROC of the loss."""
         return {"training loss": self.measure(self._losses)}
