@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -120,6 +120,13 @@ def describe_problems(problems: dict[str, str], images: int, where: str) -> str:
 def printable(name: str) -> str:
     """Return a file name that can be printed; Linux allows bytes that are not text."""
     return name.encode(errors="backslashreplace").decode()
+
+
+def not_read(parts: Iterable[str]) -> str:
+    """Return the line that names parts of a dataset that are not read; empty if there are none."""
+    kinds = [printable(part) for part in parts if not part.startswith("0 ")]
+    more = f", and {len(kinds) - 8} more" if len(kinds) > 8 else ""
+    return f"not read: {', '.join(kinds[:8])}{more}" if kinds else ""
 
 
 def require_captions(

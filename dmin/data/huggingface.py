@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal  # noqa: F401 (Literal is read from the annotations of Pixels)
 
 from dmin.data.base import SCHEMA, Example, Facts
-from dmin.data.checked import NO_CAPTION, Checked, describe_problems, require_same
+from dmin.data.checked import NO_CAPTION, Checked, describe_problems, not_read, require_same
 from dmin.data.masks import with_partner
 from dmin.data.metadata import split_row
 from dmin.data.pixels import Unreadable
@@ -26,7 +26,7 @@ class HFDataset(Checked):
     """A split of a dataset that ``datasets`` can read.
 
     Other columns of numbers, text and booleans become metadata of the example; the rest is not
-    read. If the label is a class, its name is added as ``<label>_name``.
+    read, and named. If the label is a class, its name is added as ``<label>_name``.
 
     Args:
         path: a folder that ``Dataset.save_to_disk`` wrote, a ``.parquet`` or ``.arrow`` file, a
@@ -40,6 +40,9 @@ class HFDataset(Checked):
             appended.
         name: configuration of a dataset on the Hub, if it has several.
         revision: commit, tag or branch of a dataset on the Hub; a commit never changes.
+
+    Attributes:
+        summary: the columns that are not read, on one line.
 
     Raises:
         DminError: ``datasets`` is not installed, the dataset cannot be loaded, or a column is
@@ -225,7 +228,13 @@ class HFDataset(Checked):
                 rows = rows.cast_column(name, datasets.Image(decode=False))
         named = [name for name in self._columns().values() if name]
         plain = [name for name, feature in rows.features.items() if _is_plain(feature)]
-        return rows.select_columns(list(dict.fromkeys([*named, *plain])))
+        used = list(dict.fromkeys([*named, *plain]))
+        self.summary: str = not_read(
+            f"column {name} ({getattr(feature, 'dtype', None) or type(feature).__name__})"
+            for name, feature in rows.features.items()
+            if name not in used
+        )
+        return rows.select_columns(used)
 
 
 def _row_id(index: int) -> str:

@@ -1,8 +1,10 @@
 """Read all files of a dataset once: what each contains, and whether it can be read at all."""
 
+import glob
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -209,3 +211,31 @@ def _save(path: Path, entries: dict[str, Any]) -> None:
         commit(path, json.dumps(entries).encode())
     except OSError:
         return  # on a full or read-only disk, files are read again next time
+
+
+def expand(pattern: str) -> list[Path]:
+    """Return the files of a pattern of shards, such as ``data/*.tar`` or ``data/{000..041}.tar``.
+
+    Raises:
+        DminError: there is none, or one that is listed in braces is missing.
+    """
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces:
+        head, tail = pattern[: braces.start()], pattern[braces.end() :]
+        inside = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+        if inside:
+            first, last = inside.groups()
+            numbers = range(int(first), int(last) + 1)
+            choices = [str(number).zfill(len(first)) for number in numbers]
+        else:
+            choices = braces[1].split(",")
+        return [path for choice in choices for path in expand(f"{head}{choice}{tail}")]
+    is_pattern = glob.has_magic(pattern) and not Path(pattern).is_file()
+    found = [Path(name) for name in sorted(glob.glob(pattern))] if is_pattern else [Path(pattern)]
+    absent = [path for path in found if not path.is_file()]
+    if absent or not found:
+        raise DminError(
+            f"data.shards: there is no {absent[0] if absent else pattern}. Give tar files, such as "
+            f"data/*.tar or data/{{000..041}}.tar."
+        )
+    return found

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Container, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple  # noqa: F401 (Literal: see the annotations of Pixels)
 
 from dmin.data.base import SCHEMA, Example, Facts
-from dmin.data.checked import NO_TEXT, Checked, printable, require_same
+from dmin.data.checked import NO_TEXT, Checked, not_read, printable, require_same
 from dmin.data.masks import NO_PARTNER, with_partner
 from dmin.data.metadata import split_row
 from dmin.data.pixels import Unreadable
-from dmin.data.survey import survey
+from dmin.data.survey import expand, survey
 from dmin.data.texts import decode_text, parse_json
 from dmin.runtime.errors import DminError
 
@@ -52,6 +52,7 @@ class TarShards(Checked):
 
     Attributes:
         ids: ids of the samples, by shard, then in its order.
+        summary: the files that are not read, on one line.
 
     Raises:
         DminError: there are no shards, two with the same name, or a truncated or compressed one;
@@ -69,7 +70,7 @@ class TarShards(Checked):
         super().__post_init__()
         patterns = [self.shards] if isinstance(self.shards, str) else self.shards
         self.paths: list[Path] = sorted(
-            {path for pattern in patterns for path in _expand(str(pattern))}
+            {path for pattern in patterns for path in expand(str(pattern))}
         )
         by_name: dict[str, Path] = {}
         for path in self.paths:
@@ -81,10 +82,12 @@ class TarShards(Checked):
                 )
         given = {f"{self.condition_image}.{kind}".lower(): f"{GIVEN}{kind}" for kind in IMAGES}
         named = {kind: kind for kind in _READ} | given
+        unread: Counter[str] = Counter()
         self._parts = {
-            path: {f"{path.stem}/{key}": parts for key, parts in _index(path, named).items()}
+            path: {f"{path.stem}/{key}": parts for key, parts in _index(path, named, unread)}
             for path in self.paths
         }
+        self.summary: str = not_read(f"{count:,} {kind}" for kind, count in unread.most_common())
         samples = {
             id: (path, parts) for path, some in self._parts.items() for id, parts in some.items()
         }
@@ -222,32 +225,10 @@ class TarShards(Checked):
         return digest, hashlib.sha256(json.dumps(rows).encode()).hexdigest(), problems, sums
 
 
-def _expand(pattern: str) -> list[Path]:
-    """Return the files of a pattern; those listed in braces must exist."""
-    braces = re.search(r"\{([^{}]*)\}", pattern)
-    if braces:
-        head, tail = pattern[: braces.start()], pattern[braces.end() :]
-        inside = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
-        if inside:
-            first, last = inside.groups()
-            numbers = range(int(first), int(last) + 1)
-            choices = [str(number).zfill(len(first)) for number in numbers]
-        else:
-            choices = braces[1].split(",")
-        return [path for choice in choices for path in _expand(f"{head}{choice}{tail}")]
-    is_pattern = glob.has_magic(pattern) and not Path(pattern).is_file()
-    found = [Path(name) for name in sorted(glob.glob(pattern))] if is_pattern else [Path(pattern)]
-    absent = [path for path in found if not path.is_file()]
-    if absent or not found:
-        raise DminError(
-            f"data.shards: there is no {absent[0] if absent else pattern}. Give tar files, such as "
-            f"data/*.tar or data/{{000..041}}.tar."
-        )
-    return found
-
-
-def _index(path: Path, named: Mapping[str, str]) -> dict[str, dict[str, Part]]:
-    """Return the position of each sample's files in a shard, by key and by new name of the kind."""
+def _index(
+    path: Path, named: Mapping[str, str], unread: Counter[str]
+) -> Iterator[tuple[str, dict[str, Part]]]:
+    """Yield the position of each sample's files in a shard, by key and by new name of the kind."""
     samples: dict[str, dict[str, Part]] = {}
     end = 0
     try:
@@ -257,12 +238,14 @@ def _index(path: Path, named: Mapping[str, str]) -> dict[str, dict[str, Part]]:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, kind = base.partition(".")
                 if not member.isreg() or not stem or not kind:
+                    unread["without a key or suffix"] += not member.isdir()
                     continue
                 key = f"{folder}/{stem}".removeprefix("./").removeprefix("/")
                 parts = samples.setdefault(key, {})
                 if kind.lower() in parts:
                     raise DminError(f"{path} holds {member.name} twice. Write the shard again.")
                 parts[kind.lower()] = Part(member.offset_data, member.size)
+                unread[f".{kind.lower()}"] += kind.lower() not in named
     except (tarfile.TarError, OSError) as error:
         raise DminError(
             f"{path} cannot be read as a tar file ({error}). Decompress it if it is compressed; "
@@ -275,8 +258,8 @@ def _index(path: Path, named: Mapping[str, str]) -> dict[str, dict[str, Part]]:
             raise DminError(f"{path} is truncated: a tar file ends in zeros. Download it again.")
     if not samples:
         raise DminError(f"{path} holds no samples: no files such as 000.jpg and 000.txt in it.")
-    read = named.items()
-    return {key: {n: parts[k] for k, n in read if k in parts} for key, parts in samples.items()}
+    for key, parts in samples.items():
+        yield key, {name: parts[kind] for kind, name in named.items() if kind in parts}
 
 
 def _read(file: BinaryIO, parts: dict[str, Part]) -> dict[str, bytes]:

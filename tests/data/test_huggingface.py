@@ -1,5 +1,6 @@
 """Hugging Face datasets in each form they have on a disk."""
 
+import datetime
 import sys
 
 import pytest
@@ -51,6 +52,17 @@ def test_every_form_holds_the_same(form, hub, tmp_path):
         assert (example.id, example.label, example.caption) == (dataset.ids[index], label, caption)
         names = ("cat", "dog", "elk")
         assert example.metadata == {"key": f"key-{index}", "label_name": names[label]}
+
+
+def test_columns_that_are_not_read_are_named(hub, tmp_path):
+    path = write("parquet", tmp_path / "x", hub)
+    assert HFDataset(path).summary == ""
+    found = table()
+    found = found.add_column("when", [datetime.date(2026, 1, 1)] * 7)
+    found = found.add_column("boxes", [[1, 2]] * 7).add_column("raw", [b"1"] * 7)
+    found.to_parquet(str(tmp_path / "y.parquet"))
+    summary = HFDataset(tmp_path / "y.parquet").summary
+    assert summary == "not read: column when (date32), column boxes (List), column raw (binary)"
 
 
 def test_a_folder_of_images(hub, tmp_path):

@@ -49,6 +49,15 @@ def test_json_gives_what_no_file_of_its_own_does(tmp_path):
     assert example.label == "cat" and example.metadata == {"url": "u"}
 
 
+def test_members_that_are_not_read_are_named(tmp_path):
+    members = [(f"{n}.png", PICTURE) for n in range(3)]
+    assert TarShards(str(write_tar(tmp_path / "a.tar", members))).summary == ""
+    members += [(f"{n}.embedding.npy", b"1") for n in range(2)]
+    members += [("0.caption", b"a"), ("._0.png", b"x"), ("LICENSE", b"x")]
+    summary = TarShards(str(write_tar(tmp_path / "x.tar", members))).summary
+    assert summary == "not read: 2 .embedding.npy, 2 without a key or suffix, 1 .caption"
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
