@@ -205,7 +205,7 @@ def _read(path: Path, manifest: Manifest, verify: bool) -> Entry:
     # A line of JSON has no raw line break, so line breaks separate the rows.
     texts = {name: text.replace(b",\n", b"\n") for name, text in texts.items()}
     if any(_line_count(text) != held for text in texts.values()):
-        raise Damaged("it has not one id and one line of metadata a row")
+        raise Damaged("it does not have one id and one line of metadata per row")
     for readout in layout.readouts:
         _look_at(path, readout, arrays, layout.dtype, verify)
     return Entry(stat, blocks, arrays, texts)

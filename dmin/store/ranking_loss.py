@@ -44,7 +44,7 @@ class RankingLoss:
             warnings.warn(
                 f"{self.dtype} changes rankings: of the ten rows nearest to each of {self.rows}"
                 f" that were compared, {100 * kept:.0f} % remain, less than "
-                f"{100 * STATED:.0f} %, because a few numbers are far larger than the others. "
+                f"{100 * STATED:.0f} %, because a few values are far larger than the others. "
                 f"Use {other} (collect.dtype).",
                 DminWarning,
                 stacklevel=3,

@@ -1,4 +1,4 @@
-// Rows come as lists of one order of columns; a text as [its place].
+// Rows are lists with a common order of columns; a text is stored as [its index].
 const unpack = ({ columns, texts, lines }) => lines.map((line) =>
   Object.fromEntries(columns.map((name, i) => [name, Array.isArray(line[i]) ? texts[line[i][0]] : line[i] ?? undefined])));
 const rows = unpack(data.rows).map((r) => ({ ...r, diff: [r.difference ?? null, r.differenceLow, r.differenceHigh] }));
@@ -72,7 +72,7 @@ function ticksOf(low, high, most) {
   return found;
 }
 
-// Labels along a horizontal axis: those that would touch the one before are left out.
+// Labels along a horizontal axis; those that would touch the previous one are omitted.
 function ticksBelow(root, values, x, y, width) {
   let end = -Infinity;
   for (const v of values) {
@@ -109,7 +109,7 @@ function forest(width) {
   const here = rows.filter((r) => r.key === state.key), metric = here[0].metric, shown = shownRows();
   if (!shown.length) return make("p", { class: "muted" }, "No method has this name.");
   const references = here.filter((r) => r.control === "reference").sort((a, b) => a.mean - b.mean);
-  // On a phone the name stands above its interval.
+  // On a phone the name is above its interval.
   const narrow = width < 620, high = narrow ? 40 : 23, top = 26;
   const values = shown.map((r) => spellHalf(r) + (r.diff[1] > 0 || r.diff[2] < 0 ? " *" : ""));
   const right = narrow ? 8 : 16 + Math.max(...values.map((text) => textWidth(text, true)));
@@ -128,7 +128,7 @@ function forest(width) {
   ticksBelow(root, ticks, x, 14, width);
   const base = here.find((r) => r.name === data.reference);
   if (base) root.append(svg("line", { class: "reference", x1: x(base.mean), x2: x(base.mean), y1: top - 4, y2: bottom }));
-  const ends = [];  // of each row of labels, how far it is taken
+  const ends = [];  // for each row of labels, the end of the last one
   for (const r of references) {
     root.append(svg("line", { class: "ceiling", "stroke-dasharray": r.method === "ceiling" ? "" : "3 3", x1: x(r.mean), x2: x(r.mean), y1: top - 6, y2: bottom + 2 }));
     const text = clipped(`${r.method} ${spell(r.mean, metric)}`, width - 8), long = textWidth(text);
@@ -168,7 +168,7 @@ function drawMeasure() {
     make("h3", {}, `${metric}, ${task}`), make("p", { class: "muted" }, `ground truth “${truth}”, mean over ${n}; the interval is 95 %`),
     make("div", { class: "tools" }, find, box("tuned", "with tuned settings"), box("controls", "with controls"), make("label", {}, "order ", order)),
     chart,
-    make("div", { class: "legend" }, sample("none", "looks at no gradient"), sample("gradient", "plain gradients"), sample("curvature", "through a curvature"),
+    make("div", { class: "legend" }, sample("none", "without gradients"), sample("gradient", "plain gradients"), sample("curvature", "with a curvature"),
       make("span", {}, swatch(null, "ring"), "control"),
       make("span", {}, `bold: no method is better beyond chance; *: differs from ${data.reference} (dashed) beyond chance`)));
   chart.again();
@@ -305,7 +305,7 @@ function costChart(key) {
       root.append(svg("line", { x1: cx, x2: cx, y1: y(r.low), y2: y(r.high), stroke: methodColour(r.method), opacity: .35 }),
         hover(svg("circle", { cx, cy, r: radius, fill: methodColour(r.method), opacity: .8, stroke: "var(--surface)" }), () => describe(r)));
     }
-    // Names where there is room: the reference's first, then from the best down.
+    // Names where there is room: first the reference, then from the best method down.
     const taken = discs.map(({ cx, cy, radius }) => ({ left: cx - radius, right: cx + radius, top: cy - radius, bottom: cy + radius }));
     for (const { r, cx, cy, radius } of discs.sort((a, b) => rank(b.r) - rank(a.r))) {
       const text = wide(r), long = textWidth(text), gap = radius + 4;
@@ -325,12 +325,12 @@ function costChart(key) {
 const section = (id, title, text, ...parts) => parts.length ? make("section", { id }, make("h2", {}, title), text ? make("p", {}, text) : null, ...parts) : null;
 const charts = (list) => list.length ? [make("div", { class: "charts" }, ...list)] : [];
 const notes = make("ul", { class: "notes" }, ...[
-  "Class detection rewards mere likeness: pixels do well by it, and on a class-conditional model an untrained network can reach 1.",
-  "A square or a soft-max of any score lifts LDS, though it knows nothing more: switch the controls on.",
-  "The ceiling of LDS is estimated from the agreement between retrained models that differ by chance alone.",
-  "Intervals are over queries (for LDS over subsets of the data as well), not over models, data sets or schedules of noise. With many rows in a table one in twenty differs by luck.",
-  "Tuned rows were set on queries that are in no number here, by the criterion they name; one that was tuned by retraining needs models trained anew, which one rarely has.",
-  "Seconds are those of one run on one machine: compare them with each other only.",
+  "Class detection rewards similarity of images: pixel distances score well, and on a class-conditional model an untrained network can reach 1.",
+  "A square or a soft-max of any score raises LDS without further information: switch the controls on.",
+  "The ceiling of LDS is estimated from the agreement between retrained models that differ only in their seeds.",
+  "Intervals are over queries (for LDS also over subsets of the data), not over models, datasets or noise schedules. With many rows in a table, one in twenty differs by chance.",
+  "Settings of tuned rows were chosen by the criterion that they name, on queries that are in no number here. Tuning by retraining needs retrained models, which are rarely available.",
+  "Seconds are those of one run on one machine: compare them only with each other.",
   ...Object.entries(data.fits).map(([name, text]) => `What fitting found: ${name}: ${text}`),
   ...Object.entries(data.leftOut).map(([name, text]) => `Left out: ${name}. ${text}`),
 ].map((text) => make("li", {}, text)));
@@ -338,12 +338,12 @@ document.body.append(
   make("header", {}, make("h1", {}, data.title), make("p", { class: "lead" }, data.summary[0]),
     data.summary.length > 1 ? make("details", {}, make("summary", {}, "For each purpose, in words"), make("ul", {}, ...data.summary.slice(1).map((text) => make("li", {}, text)))) : null, factList(Object.entries(data.notes))),
   make("main", {}, ...[
-    data.conclusions.length ? section("which", "Which method for what", "The leader by each ground truth, and what keeps it honest. Click one to see all methods.", cards) : null,
+    data.conclusions.length ? section("which", "Which method for what", "The best method by each ground truth, with its controls. Click one to see all methods.", cards) : null,
     section("measures", "Every measure", "All methods by one measure, with intervals.", make("div", { class: "panel explore" }, nav, view)),
-    section("glance", "All at a glance", "Darker is nearer the best of the column; bold: no method is better beyond chance. Click a head to sort by it.", glance()),
-    section("removal", "Without the examples that were named", "Rise of the loss of a group of queries when the examples it names are removed, less that of the other queries.", ...charts(curves(/^union@/))),
-    section("byk", "Detection by k", "Among the first k examples, how many are right.", ...charts(curves(/^(precision|recall)@/))),
-    section("path", "How damping and power were chosen", `Every point that was tried. Settings are chosen on the tasks that no table reports; dashed grey: ${data.reference}.`, ...charts(tried.length ? paths() : [])),
-    section("cost", "Quality against cost", "Seconds of one run; a larger disc takes more bytes of the store. Names stand where there is room, the rest under the pointer.", ...charts(unique(data.conclusions.map((c) => c.key)).slice(0, 6).map(costChart))),
+    section("glance", "All at a glance", "Darker: closer to the best of the column; bold: no method is better beyond chance. Click a header to sort by it.", glance()),
+    section("removal", "Loss without the top examples", "Rise of the loss of a group of queries when its top examples are removed, minus the rise for the other queries.", ...charts(curves(/^union@/))),
+    section("byk", "Detection by k", "How many of the first k examples are relevant.", ...charts(curves(/^(precision|recall)@/))),
+    section("path", "How damping and power were chosen", `All settings that were tried. They are chosen on tasks that no table reports; dashed grey: ${data.reference}.`, ...charts(tried.length ? paths() : [])),
+    section("cost", "Quality against cost", "Seconds of one run; a larger disc needs more bytes of the store. Names are shown where there is room, the others under the pointer.", ...charts(unique(data.conclusions.map((c) => c.key)).slice(0, 6).map(costChart))),
     section("distrust", "What to distrust", "", notes)].filter(Boolean)), tip);
 drawMeasure();

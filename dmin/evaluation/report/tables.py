@@ -163,7 +163,7 @@ def _spent(result: Result) -> tuple[str, str, str]:
 
 
 def _controls(results: Sequence[Result]) -> list[str]:
-    """Return, for each metric that a control changes, the control beside the method itself."""
+    """Return a table for each metric that a control changes, of methods and their controls."""
     lines = []
     for place in dict.fromkeys(r.place for r in results):
         task, _, metric = place
