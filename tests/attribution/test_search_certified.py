@@ -225,5 +225,6 @@ def test_where_no_index_helps(tmp_path):
     stores = pair(tmp_path, "random")
     with pytest.raises(DminError, match="grad_cos scores are not inner products"):
         retrieve(*stores, GradCos(), index=Certified(4))
-    with pytest.raises(DminError, match="1 direction or more"):
-        retrieve(*stores, index=Certified(0))
+    for directions in (0, 2.5, "4", None):
+        with pytest.raises(DminError, match=f"index.directions='?{directions}.*1 or more"):
+            Certified(directions)

@@ -211,3 +211,19 @@ def test_what_is_no_number_and_no_device_is_refused_by_name(stores, asked):
     ((name, value),) = asked.items()
     with pytest.raises(DminError, match=f"^{name}='?{value}"):
         retrieve(*stores, **{"k": 1, **asked})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("min_score", ("x", float("nan"), float("inf"), [1])),
+        ("group_by", (["artist"], "", 3)),
+        ("where", ("label=3", ["label"])),
+        ("order", ("best", None)),
+        ("group_score", ("median", 1)),
+    ],
+)
+def test_a_selection_of_another_type_is_refused_by_name(name, values):
+    for value in values:
+        with pytest.raises(DminError, match=f"^{name}"):
+            Selection(**{name: value})

@@ -19,7 +19,7 @@ from dmin.attribution.search.certified_bound import (
     of_kind,
 )
 from dmin.attribution.search.contenders import Contenders, ErrorBound, best_of, best_of_all
-from dmin.attribution.search.index import Found, Index
+from dmin.attribution.search.index import Found, Index, require_count
 from dmin.attribution.search.scan import row_factors, scores_of_rows
 from dmin.attribution.search.threads import in_threads
 from dmin.runtime.array_files import ArrayFile, warn_damaged
@@ -48,7 +48,8 @@ class Approximate(Index):
         recall_queries: queries that are also searched exactly; 0 for none.
 
     Raises:
-        DminError: faiss is not installed, or the factory or a parameter is unknown.
+        DminError: faiss is not installed, the factory or a parameter is unknown, or a number is no
+            whole one.
     """
 
     def __init__(
@@ -59,6 +60,9 @@ class Approximate(Index):
         candidates: int = 20,
         recall_queries: int = 16,
     ) -> None:
+        require_count("index.directions", directions)
+        require_count("index.candidates", candidates)
+        require_count("index.recall_queries", recall_queries, 0)
         self.factory = factory
         self.parameters: dict[str, float] = dict(search or {})
         self.directions = directions

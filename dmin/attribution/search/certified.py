@@ -13,7 +13,7 @@ from dmin.attribution.search.contenders import (
     best_of,
     contenders_of_all,
 )
-from dmin.attribution.search.index import Found, Index
+from dmin.attribution.search.index import Found, Index, require_count
 from dmin.attribution.search.scan import row_factors, scores_of_rows
 from dmin.attribution.search.threads import in_threads
 from dmin.runtime.errors import DminError
@@ -34,12 +34,11 @@ class Certified(Index):
             memory.
 
     Raises:
-        DminError: directions is below 1.
+        DminError: directions is no whole number of 1 or more.
     """
 
     def __init__(self, directions: int = 256) -> None:
-        if directions < 1:
-            raise DminError(f"index.directions={directions}: an index needs 1 direction or more.")
+        require_count("index.directions", directions)
         self.directions = directions
         self._index: ProjectionIndex | None = None
         self._read: list[np.ndarray] = []

@@ -1,12 +1,14 @@
 """The interface of an index: finding the best rows without reading all of them."""
 
 from abc import ABC, abstractmethod
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from dmin.attribution.inner_product import InnerProduct
+from dmin.runtime.errors import DminError
 from dmin.store import Store
 
 
@@ -51,3 +53,13 @@ class Index(ABC):
     @abstractmethod
     def note(self) -> str:
         """Return a remark about the answers so far."""
+
+
+def require_count(setting: str, value: object, least: int = 1) -> None:
+    """Refuse a setting that is no whole number, or too small.
+
+    Raises:
+        DminError: it names the setting.
+    """
+    if not isinstance(value, Integral) or value < least:
+        raise DminError(f"{setting}={value!r}: give a whole number, {least} or more.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +44,20 @@ class Selection:
     split: bool = False
 
     def __post_init__(self) -> None:
-        """Check the two choices."""
+        """Check the values."""
         for name, allowed in (
             ("order", ("proponents", "opponents")),
             ("group_score", ("sum", "mean", "max")),
         ):
             if getattr(self, name) not in allowed:
                 raise DminError(f"{name} is {getattr(self, name)!r}: use {' or '.join(allowed)}.")
+        low, by, where = self.min_score, self.group_by, self.where
+        if low is not None and not (isinstance(low, Real) and math.isfinite(low)):
+            raise DminError(f"min_score={low!r}: give a finite number, or None.")
+        if by is not None and not (isinstance(by, str) and by):
+            raise DminError(f"group_by={by!r}: give the name of one metadata column, or None.")
+        if where is not None and not isinstance(where, Mapping):
+            raise DminError(f"where={where!r}: give columns and values, such as {{'label': 3}}.")
 
     @property
     def sign(self) -> int:
