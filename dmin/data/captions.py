@@ -6,13 +6,17 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from dmin.data.metadata import read_table
 from dmin.data.texts import parse_json, read_text
 from dmin.runtime.errors import DminError
+
+Source = Literal["files", "names", "stems", "table", "text"]
+Lines = Literal["whole", "first", "each"]
+Missing = Literal["error", "drop", "text", "empty"]
 
 
 @dataclass(frozen=True)
@@ -127,15 +131,18 @@ class Captions:
         trigger: words to put before captions that do not contain them, followed by a space.
         prefix: text put before every caption, after the changes above.
         suffix: text put after every caption.
+
+    Raises:
+        DminError: ``source``, ``lines`` or ``missing`` is none of the above.
     """
 
-    source: Literal["files", "names", "stems", "table", "text"] = "files"
+    source: Source = "files"
     extensions: Sequence[str] = (".txt",)
-    lines: Literal["whole", "first", "each"] = "whole"
+    lines: Lines = "whole"
     table: str | Path | None = None
     key: str = "file_name"
     columns: Sequence[str] = ()
-    missing: Literal["error", "drop", "text", "empty"] = "error"
+    missing: Missing = "error"
     empty_is_missing: bool = False
     text: str | None = None
     others: Sequence[str] = ()
@@ -144,6 +151,15 @@ class Captions:
     trigger: str | None = None
     prefix: str = ""
     suffix: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse unknown choices."""
+        for name, kind in (("source", Source), ("lines", Lines), ("missing", Missing)):
+            value, allowed = getattr(self, name), get_args(kind)
+            if value not in allowed:
+                raise DminError(
+                    f"data.captions.{name}={value!r}: choose one of {', '.join(allowed)}."
+                )
 
     def choices(
         self,

@@ -34,6 +34,12 @@ def captions(root, **settings):
     return {e.id: e.caption for e in found}
 
 
+@pytest.mark.parametrize("name", ["source", "lines", "missing"])
+def test_an_unknown_choice_is_refused_by_name(name):
+    with pytest.raises(DminError, match=rf"data\.captions\.{name}='odd': choose one of \w+, "):
+        Captions(**{name: "odd"})
+
+
 @pytest.mark.parametrize(
     "settings, expected",
     [
