@@ -170,7 +170,10 @@ def check_image(example: Example) -> None:
     image = example.image
     if not isinstance(image, Tensor) or image.dtype != torch.float32 or image.ndim not in (3, 4):
         found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image)
-        raise DminError(f"image {example.id!r} is {found}; expected float32 [C, H, W] in [0, 1].")
+        raise DminError(
+            f"image {example.id!r} is {found}; expected float32 [C, H, W], or [C, F, H, W] for a "
+            f"clip, with values in [0, 1]."
+        )
     if not torch.isfinite(image).all():
         raise DminError(
             f"image {example.id!r} has NaN or infinite pixels. Fix it or leave it out of the data."

@@ -75,7 +75,8 @@ class LossSettings(NamedTuple):
         for name in ("noise_offset", "input_perturbation", "huber_c"):
             value = getattr(self, name)
             if not 0 <= value < math.inf or (name == "huber_c" and not value):
-                raise DminError(f"model.{name}={value}: give a positive number; 0.1 is usual.")
+                allowed = "a positive number" if name == "huber_c" else "0 or a positive number"
+                raise DminError(f"model.{name}={value}: give {allowed}; 0.1 is usual.")
         return self
 
     def describe(self) -> dict[str, Any]:

@@ -209,7 +209,7 @@ def test_describing_keeps_one_example_at_a_time():
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (torch.zeros(2, 2), r"float32 \(2, 2\)"),
+        (torch.zeros(2, 2), r"float32 \(2, 2\); expected float32 \[C, H, W\], or \[C, F, H, W\]"),
         (torch.zeros(1, 2, 2, dtype=torch.float64), "float64"),
         (torch.full((1, 2, 2), torch.nan), "NaN"),
         (torch.full((1, 2, 2), 2.0), "from 2 to 2"),

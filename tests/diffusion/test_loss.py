@@ -195,9 +195,9 @@ def test_what_is_off_its_default_is_described_and_nothing_else():
     [
         ({"weighting": "cosmap"}, r"model\.weighting=cosmap: this checkpoint is a DiscreteDiff"),
         ({"weighting": "mine"}, "allowed are None, x0, sigma_sqrt, cosmap"),
-        ({"noise_offset": -1}, "noise_offset=-1: give a positive"),
+        ({"noise_offset": -1}, "noise_offset=-1: give 0 or a positive"),
         ({"huber_c": 0}, "huber_c=0: give a positive"),
-        ({"input_perturbation": math.nan}, "input_perturbation=nan"),
+        ({"input_perturbation": math.nan}, "input_perturbation=nan: give 0 or a positive"),
         ({"loss_type": "l1"}, "allowed are l2, huber, smooth_l1"),
         ({"snr_gamma": 5, "weighting": "x0"}, "both weight timesteps"),
         ({"snr_gamma": 0}, "snr_gamma=0"),
