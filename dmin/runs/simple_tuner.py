@@ -109,7 +109,7 @@ def _folders(keys: Keys, places: Places) -> dict[str, dict[str, Any]]:
         captions = _captions(each, Path(root), draws, places)
         shape |= {"repeats": passes, "draws": draws}
         part = folder(root, captions, IMAGES, recursive=True, **shape)
-        each.note(run.taken, "instance_data_dir", root, f"data, {passes:g} passes an epoch")
+        each.note(run.taken, "instance_data_dir", root, f"data, {passes:g} passes per epoch")
         each.apply(table("simple_tuner", "backends"))
         add(parts, name, part, run)
     return parts
