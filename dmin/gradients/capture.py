@@ -14,22 +14,21 @@ one example at a time (:mod:`dmin.gradients.rerun`).
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any, Generic, Self
 
 import torch
 from torch import Tensor, nn
 
+from dmin.gradients.backward_pass import UNUSED, BackwardPass
 from dmin.gradients.calls import Call, Tap
 from dmin.gradients.examination import Examination, Prober, kind_of
-from dmin.gradients.factors import GradientFactors, Sum, wide_dtype
+from dmin.gradients.factors import wide_dtype
 from dmin.gradients.layers import features_of, layer_gradient
-from dmin.gradients.ownership import MAJOR, Ownership, RowOrder, Unsettled
+from dmin.gradients.ownership import Ownership, RowOrder, Unsettled
 from dmin.gradients.parameters import eager, named_parameters, some_of, uncompiled
 from dmin.gradients.rerun import OtherOutput, PerExampleRerun, differentiable, replaced
-from dmin.gradients.rows import Arrived, Ordered, factors_of
 from dmin.gradients.sink import Rows, Sink, State
 from dmin.gradients.usage import ParameterUsage, Use
 from dmin.runtime.errors import DminError
@@ -40,20 +39,6 @@ CPU_BUDGET, GPU_BUDGET = 8 << 20, 512 << 20
 
 # Parameters of layers with a closed form.
 _LOCAL = "weight", "bias"
-CLOSED_FORM, RERUN, UNUSED = "closed form", "per-example rerun", "unused"
-
-
-@dataclass
-class _Pass(Generic[State]):
-    """State of the backward pass that is running."""
-
-    batch: int
-    budget: int
-    state: State
-    orders: dict[int, RowOrder]  # of each output, by its number
-    arrived: dict[str, list[GradientFactors | Arrived]] = field(default_factory=dict)
-    empty: Counter[str] = field(default_factory=Counter)  # calls per parameter without gradient
-    doubt: Tensor | None = None  # whether a row of unknown owner has a gradient
 
 
 class Capture(Generic[State, Rows]):
@@ -101,8 +86,8 @@ class Capture(Generic[State, Rows]):
             self.ownership.by_network,
             self.ownership.changing,
         )
-        self._paths: dict[str, set[str]] = defaultdict(set)
-        self._pass: _Pass[State] | None = None
+        self._paths: defaultdict[str, set[str]] = defaultdict(set)
+        self._pass: BackwardPass[State, Rows] | None = None
         self._prober = Prober(self.ownership, self.network, self._backpropagate)
         self._forget()
 
@@ -180,12 +165,12 @@ class Capture(Generic[State, Rows]):
         if batch > 1 and (first or self.ownership.routed):
             orders = self._prober.orders(values, self._calls, self._examination)
         self._orders = orders
-        self._pass = _Pass(batch, budget, self.sink.begin(batch, like, budget), orders)
+        self._pass = BackwardPass(
+            self.sink, self._usage, self._uses, orders, like, batch, budget, self._paths
+        )
         try:
             self._backpropagate(values, keep_graph)
-            with self._usage.off():  # modules may be run again
-                for name in list(self._pass.arrived):  # values did not depend on some of its calls
-                    self._flush(name, {})
+            self._pass.flush_incomplete()
             self._require_known(self._pass.doubt, first)
             rows = self.sink.finish(self._pass.state)
         except OtherOutput as error:
@@ -289,65 +274,11 @@ class Capture(Generic[State, Rows]):
         return known or any(map(self._usage.sees_examples, inputs))
 
     def arrive(self, call: Call, inputs: Sequence[Tensor], gradients: Sequence[Any]) -> None:
-        """Receive the gradients of a call's outputs; flush parameters whose last call this was."""
+        """Receive the gradients of a call's outputs."""
         if self._prober.projector is not None:
             call.take(gradients, self._prober.projector)
-            return
-        if self._pass is None or not call.parameters:
-            return
-        if not any(g is not None and g.numel() for g in gradients):  # no rows: as if not called
-            self._pass.empty.update(call.parameters)
-            for name in call.parameters:
-                self._flush_complete(name, {})
-            return
-        batch, orders = self._pass.batch, self._pass.orders
-        order = [orders.get(call.number + i, MAJOR) for i in range(len(call.shapes))]
-        for doubt in call.doubts(order, gradients):
-            before = self._pass.doubt
-            self._pass.doubt = doubt if before is None else before | doubt
-        arrived: Mapping[str, GradientFactors | Arrived]
-        if isinstance(call.how, PerExampleRerun):
-            path = f"{RERUN} ({call.how.name})"
-            parameters = self._usage.now(call.parameters)
-            with self._usage.off():
-                arrived = call.how.factors(
-                    inputs, gradients, parameters, order, batch, self._pass.budget
-                )
-        elif order[0].axis == 0 and len(gradients[0]) % batch == 0:
-            path = CLOSED_FORM
-            parts = call.how(call.module, inputs[0], gradients[0], batch)
-            arrived = {n: parts[own] for own, n in call.own.items() if n in call.parameters}
-        else:
-            path = CLOSED_FORM
-            owners = order[0].owners
-            if order[0] is MAJOR:  # only assumed, in a Trial, which measures time and memory
-                owners = torch.arange(call.rows(0).numel()) % batch
-            waits = Arrived(call, inputs[0], gradients[0], owners)
-            arrived = dict.fromkeys(call.parameters, waits)
-        ordered: Ordered = {}
-        for name in sorted(call.parameters):
-            self._paths[name].add(path)
-            self._pass.arrived.setdefault(name, []).append(arrived[name])
-            self._flush_complete(name, ordered)
-
-    def _flush_complete(self, name: str, ordered: Ordered) -> None:
-        """Hand a parameter's gradients to the sink if its last call has arrived."""
-        assert self._pass is not None
-        parts = self._pass.arrived.get(name)
-        if parts and len(parts) + self._pass.empty[name] == self._uses[name]:
-            with self._usage.off():  # modules may be run again
-                self._flush(name, ordered)
-
-    def _flush(self, name: str, ordered: Ordered) -> None:
-        """Hand one parameter's gradients to the sink and forget them.
-
-        Args:
-            name: name of the parameter.
-            ordered: factors already sorted by example for other parameters of the same layer.
-        """
-        assert self._pass is not None
-        parts = factors_of(name, self._pass.arrived.pop(name), self._pass.batch, ordered)
-        self.sink.add(self._pass.state, name, parts[0] if len(parts) == 1 else Sum(parts))
+        elif self._pass is not None and call.parameters:
+            self._pass.arrive(call, inputs, gradients)
 
 
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
