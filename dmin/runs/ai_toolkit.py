@@ -9,7 +9,8 @@ from typing import Any
 from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places, load
 from dmin.runs.folders import add, bucket, folder, given, masks, of_paths, together
-from dmin.runs.keys import FLOWS, Keys, families, table
+from dmin.runs.keys import Keys
+from dmin.runs.trainer_tables import FLOWS, families, table
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 

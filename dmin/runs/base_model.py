@@ -6,7 +6,8 @@ from typing import Any
 
 from dmin.runs import wording as say
 from dmin.runs.files import Places, header, load, spelled
-from dmin.runs.keys import FLOWS, GIVEN, Keys
+from dmin.runs.keys import Keys
+from dmin.runs.trainer_tables import FLOWS, GIVEN
 from dmin.runs.training_run import Entry, TrainingRun, shown
 from dmin.runtime.errors import DminError
 

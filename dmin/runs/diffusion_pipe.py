@@ -9,7 +9,8 @@ from typing import Any
 from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places, load
 from dmin.runs.folders import IMAGES, add, folder, given, masks, ratios, sides, together
-from dmin.runs.keys import Keys, families, table
+from dmin.runs.keys import Keys
+from dmin.runs.trainer_tables import families, table
 from dmin.runs.training_run import TrainingRun, shown
 from dmin.runtime.errors import DminError
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from dmin.runs import wording as say
 from dmin.runs.files import Places, spelled
-from dmin.runs.keys import GIVEN, Keys
+from dmin.runs.keys import Keys
+from dmin.runs.trainer_tables import GIVEN
 from dmin.runs.training_run import Entry, TrainingRun, shown
 from dmin.runtime.errors import DminError
 

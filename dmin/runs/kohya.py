@@ -10,7 +10,8 @@ from typing import Any
 from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places, load
 from dmin.runs.folders import add, bucket, folder, masks, together
-from dmin.runs.keys import Keys, families, is_off, table
+from dmin.runs.keys import Keys, is_off
+from dmin.runs.trainer_tables import families, table
 from dmin.runs.training_run import Entry, TrainingRun
 from dmin.runtime.errors import DminError
 

@@ -9,7 +9,8 @@ from typing import Any
 from dmin.runs import adapter, base_model, checkpoints, kohya, wording as say
 from dmin.runs.files import Places
 from dmin.runs.folders import together
-from dmin.runs.keys import Keys, families, table
+from dmin.runs.keys import Keys
+from dmin.runs.trainer_tables import families, table
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 

@@ -8,8 +8,9 @@ from typing import Any
 from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places, load
 from dmin.runs.folders import add, bucket, folder, given, of_paths, sides, together
-from dmin.runs.keys import Keys, families, table
+from dmin.runs.keys import Keys
 from dmin.runs.kohya import SUFFIXES, flat
+from dmin.runs.trainer_tables import families, table
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 

@@ -10,7 +10,8 @@ from typing import Any
 from dmin.runs import adapter, base_model, checkpoints, wording as say
 from dmin.runs.files import Places, header, load, spelled
 from dmin.runs.folders import MASKS, add, folder, ratios, several_lines, sides, together
-from dmin.runs.keys import GIVEN, Keys, Setting, families, table
+from dmin.runs.keys import Keys
+from dmin.runs.trainer_tables import GIVEN, Setting, families, table
 from dmin.runs.training_run import Entry, TrainingRun
 from dmin.runtime.errors import DminError
 

@@ -19,7 +19,8 @@ from dmin.runs.folders import (
     sides,
     together,
 )
-from dmin.runs.keys import GIVEN, Keys, Setting, families, table
+from dmin.runs.keys import Keys
+from dmin.runs.trainer_tables import GIVEN, Setting, families, table
 from dmin.runs.training_run import TrainingRun
 from dmin.runtime.errors import DminError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from dmin.runs.keys import families, table
+from dmin.runs.trainer_tables import families, table
 
 TOP = Path(__file__).parents[2]
 PAGE, TABLES = TOP / "docs/trainers.md", TOP / "dmin/runs/tables"
