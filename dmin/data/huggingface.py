@@ -11,7 +11,7 @@ from typing import Any, Literal  # noqa: F401 (Literal is read from the annotati
 
 from dmin.data.base import SCHEMA, Example, Facts
 from dmin.data.checked import NO_CAPTION, Checked, describe_problems, not_read, require_same
-from dmin.data.masks import with_partner
+from dmin.data.masks import unlike, with_partner
 from dmin.data.metadata import split_row
 from dmin.data.pixels import Unreadable
 from dmin.data.survey import Rows, read_bytes, survey_rows
@@ -107,8 +107,9 @@ class HFDataset(Checked):
         try:
             row = self._rows[at]
             content = [_content(row[name], "") for name in self._images]
-            for each in content if self.check else ():
-                self.probe(each, "")
+            sizes = [self.probe(each, "") for each in content if self.check]
+            if reason := unlike(*sizes):
+                return "", reason
             known = self._facts(row, f"row {at}")
             if self.on_error == "skip" and self.text and known.caption is None:
                 return "", NO_CAPTION

@@ -19,7 +19,7 @@ from dmin.data.captions import Captions, Draws
 from dmin.data.checked import NO_TEXT, Checked, describe_problems, printable, require_same
 from dmin.data.formats import suffixes
 from dmin.data.layout import PLAIN, Folder
-from dmin.data.masks import NO_PARTNER, partners, with_partner
+from dmin.data.masks import NO_PARTNER, partners, unlike, with_partner
 from dmin.data.survey import Survey, read_bytes, survey
 from dmin.runtime.errors import DminError
 
@@ -73,6 +73,7 @@ class ImageFolder(Checked):
             raise DminError(f"data.root={self.root}: no such folder. Give a folder of images.")
         self._wrong: dict[str, str] = {}
         self._digests: dict[str, str] = {}
+        self._sizes: dict[str, Any] = {}  # height and width of each surveyed image
         self.summary: str = ""
         self._files: Folder | None = None
         facts = self._find()
@@ -87,7 +88,8 @@ class ImageFolder(Checked):
                 f"Give another folder. {self._files.summary({}) if self._files else ''}"
             )
         problems = self.lacking({name: known.caption for name, known in facts.items()})
-        problems |= self._problems(sorted(facts)) | self._problems_of_partners(facts) | self._wrong
+        own = self._problems(sorted(facts))
+        problems |= self._problems_beside(facts) | own | self._wrong
         self.leave_out(problems, len(facts.keys() | problems), f"data.root={self.root}")
         self.ids: list[str] = sorted(facts.keys() - self.skipped.keys())
         self._facts = [facts[name] for name in self.ids]
@@ -217,28 +219,33 @@ class ImageFolder(Checked):
                 problems[name] = NO_TEXT
         return problems
 
-    def _problems_of_partners(self, names: Iterable[str]) -> dict[str, str]:
-        """Return the images without a readable condition image, with reasons, if one is needed."""
+    def _problems_beside(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the images without a usable condition image, with reasons, if one is needed."""
         if self.condition_image is None:
             return {}
         found = self._problems(sorted(set(self._partners.values())))
         lacking = {name: NO_PARTNER for name in names if name not in self._partners}
-        why = {name: found[p] for name, p in self._partners.items() if p in found}
-        return lacking | {name: f"its condition image: {reason}" for name, reason in why.items()}
+        for name, partner in self._partners.items():
+            if partner in found:
+                lacking[name] = f"its condition image: {found[partner]}"
+            elif reason := unlike(self._sizes.get(name), self._sizes.get(partner)):
+                lacking[name] = reason
+        return lacking
 
     def _survey(self, names: list[str]) -> Survey:
         settings = {**self.settings(), "max_pixels": self.max_pixels} if self.check else {}
-        settings["checked"] = self.check
-        found = survey(Path(self.root), names, self._look, settings)
-        self.sums |= found.found
-        return found
+        settings |= {"checked": self.check, "sized": True}
+        found, problems = survey(Path(self.root), names, self._look, settings)
+        self._sizes |= {name: size for name, (_, size) in found.items()}
+        digests = {name: digest for name, (digest, _) in found.items()}
+        self.sums |= digests
+        return Survey(digests, problems)
 
-    def _look(self, path: Path, name: str) -> str:
-        """Return the digest of an image; with ``check``, refuse it if it cannot be decoded."""
+    def _look(self, path: Path, name: str) -> tuple[str, Any]:
+        """Return digest and size of an image; with ``check``, refuse it if it is not decodable."""
         content = self.content(path, name)
-        if self.check:
-            self.probe(content, name)
-        return hashlib.sha256(content).hexdigest()
+        size = self.probe(content, name) if self.check else None
+        return hashlib.sha256(content).hexdigest(), size
 
 
 def _as_kept(facts: Facts, kept: Mapping[str, Any]) -> Facts:

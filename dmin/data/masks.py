@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from dmin.data.formats import open_image
 from dmin.data.pixels import Picture, Pixels
 from dmin.data.survey import read_bytes
 from dmin.runtime.errors import DminError
+from dmin.runtime.files import naming
 
 NO_PARTNER = "it has no condition image"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -128,7 +130,8 @@ class Masks:
 def same_stem(folder: Path, stem: str, ends: Iterable[str]) -> Path | None:
     """Return the file with a stem and the first matching ending, in lower or upper case."""
     names = (f"{stem}{each}" for end in ends for each in (end, end.upper()))
-    return next((file for name in names if (file := folder / name).is_file()), None)
+    with naming("look for images in", folder):
+        return next((file for name in names if (file := folder / name).is_file()), None)
 
 
 def partners(
@@ -175,6 +178,19 @@ def _below(root: Path, file: Path) -> str:
     return (file.relative_to(root) if file.is_relative_to(root) else file.absolute()).as_posix()
 
 
+def unlike(*sizes: Any) -> str | None:
+    """Return why an image and its condition image, of these heights and widths, are no pair."""
+    if len(sizes) < 2 or None in sizes:
+        return None
+    (height, width), (down, across) = sizes
+    if abs(height * across - width * down) <= max(height, width, down, across):
+        return None
+    return (
+        f"its condition image is {across} × {down} pixels, the image {width} × {height}, which is "
+        f"another shape: crop it like the image"
+    )
+
+
 def with_partner(example: Example, partner: Picture | None = None) -> Example:
     """Return an example with its condition image, if it has one.
 
@@ -188,12 +204,8 @@ def with_partner(example: Example, partner: Picture | None = None) -> Example:
     """
     if partner is None or example.sizes is None:
         return example
-    (height, width), (down, across) = example.sizes.original, partner.sizes.original
-    if abs(height * across - width * down) > max(height, width, down, across):
-        raise DminError(
-            f"the condition image of {example.id!r} is {across} × {down} pixels, the image {width} "
-            f"× {height}, which is another shape. Crop it like the image."
-        )
+    if reason := unlike(example.sizes.original, partner.sizes.original):
+        raise DminError(f"{example.id!r}: {reason}.")
     return replace(example, condition_image=partner.image)
 
 

@@ -157,14 +157,15 @@ class Pixels:
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return Picture(torch.from_numpy(np.ascontiguousarray(pixels)), sizes)
 
-    def probe(self, content: bytes, name: str) -> None:
-        """Refuse what :meth:`decode` refuses, but faster; the same arguments."""
+    def probe(self, content: bytes, name: str) -> tuple[int, int] | None:
+        """Refuse what :meth:`decode` refuses, but faster; return height and width of an image."""
         with self._opened(content, name) as opened:
+            size = opened.size
             opened.draft(None, (1, 1))  # a JPEG is read completely, but decoded at a small size
             opened.load()
-            opened.getexif().get(_ORIENTATION)
             if opened.mode.startswith(("I", "F")):
                 _eight_bits(opened)
+            return size if opened.getexif().get(_ORIENTATION, 1) in range(5, 9) else size[::-1]
 
     @contextmanager
     def _opened(self, content: bytes, name: str) -> Iterator[Image.Image]:
@@ -202,8 +203,7 @@ class Pixels:
     def _coloured(self, image: Image.Image) -> Image.Image:
         if image.mode.startswith(("I", "F")):
             image = _eight_bits(image)
-        grey = image.mode in ("1", "L", "LA", "La")
-        mode = self.mode or ("L" if grey else "RGB")
+        mode = self.mode or ("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             if self.background is not None:

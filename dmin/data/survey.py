@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from dmin.data.pixels import Unreadable
 from dmin.runtime.errors import DminError
-from dmin.runtime.files import ENDLESS, commit, endless
+from dmin.runtime.files import ENDLESS, commit, endless, naming
 from dmin.runtime.fingerprint import fingerprint
 from dmin.runtime.progress import followed
 
@@ -230,9 +230,10 @@ def expand(pattern: str) -> list[Path]:
         else:
             choices = braces[1].split(",")
         return [path for choice in choices for path in expand(f"{head}{choice}{tail}")]
-    is_pattern = glob.has_magic(pattern) and not Path(pattern).is_file()
-    found = [Path(name) for name in sorted(glob.glob(pattern))] if is_pattern else [Path(pattern)]
-    absent = [path for path in found if not path.is_file()]
+    with naming("look for shards at", Path(pattern)):
+        is_pattern = glob.has_magic(pattern) and not Path(pattern).is_file()
+        found = [Path(n) for n in sorted(glob.glob(pattern))] if is_pattern else [Path(pattern)]
+        absent = [path for path in found if not path.is_file()]
     if absent or not found:
         raise DminError(
             f"data.shards: there is no {absent[0] if absent else pattern}. Give tar files, such as "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -50,13 +50,26 @@ class TrainingFolder(ImageFolder):
 
     def __post_init__(self) -> None:
         """Find the images, their captions and masks."""
-        super().__post_init__()
-        root = Path(self.root)
-        self._masks = {} if self.masks is None else self.masks.find(root, self.ids)
         self._said: dict[str, str] = {}
         self._cut = Pixels(**{**self.settings(), "mode": "RGB"})
+        super().__post_init__()
+        for image in self.skipped:
+            self._masks.pop(image, None)
+
+    def _problems_beside(self, names: Iterable[str]) -> dict[str, str]:
+        """Return also the images whose masks cannot be used, with reasons."""
+        problems, how, skip = super()._problems_beside(names), self.masks, self.on_error == "skip"
+        some = None if how is None else replace(how, required=how.required and not skip)
+        root = Path(self.root)
+        self._masks: dict[str, Path] = {} if some is None else some.find(root, sorted(names))
+        if how is not None and how.required:
+            problems |= {id: "it has no mask" for id in names if id not in self._masks}
         for image in self._masks if self.check else ():
-            self._mask(image)
+            try:
+                self._mask(image)
+            except DminError as error:
+                problems[image] = str(error).rstrip(".")
+        return problems
 
     def _mask(self, image: str) -> Tensor | None:
         if self.masks is None or image not in self._masks:

@@ -14,12 +14,13 @@ from typing import Any, BinaryIO, Literal, NamedTuple  # noqa: F401 (Literal: se
 
 from dmin.data.base import SCHEMA, Example, Facts
 from dmin.data.checked import NO_TEXT, Checked, not_read, printable, require_same
-from dmin.data.masks import NO_PARTNER, with_partner
+from dmin.data.masks import NO_PARTNER, unlike, with_partner
 from dmin.data.metadata import split_row
 from dmin.data.pixels import Unreadable
 from dmin.data.survey import expand, survey
 from dmin.data.texts import decode_text, parse_json
 from dmin.runtime.errors import DminError
+from dmin.runtime.files import naming
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 _TEXTS = {"txt": "text", "cls": "text", "json": "json"}
@@ -104,9 +105,7 @@ class TarShards(Checked):
         """Return one example."""
         name, (path, parts) = self.ids[index], self._samples[index]
         where = f"{name} ({path})"
-        # Opened anew each time, since loader processes would share the position in an open file.
-        with path.open("rb") as file:
-            content = _read(file, parts)
+        content = _read_sample(path, parts)
         facts = self._facts(content, where)
         row = _row(name, content, [facts.label, facts.caption])
         require_same(name, json.dumps(row).encode(), self.sums.get(name, ""))
@@ -117,9 +116,8 @@ class TarShards(Checked):
     def facts(self, index: int) -> Facts:
         """Return what is known about a sample besides its image, which is not read."""
         path, parts = self._samples[index]
-        with path.open("rb") as file:
-            said = {kind: part for kind, part in parts.items() if kind in _TEXTS}
-            return self._facts(_read(file, said), f"{self.ids[index]} ({path})")
+        said = {kind: part for kind, part in parts.items() if kind in _TEXTS}
+        return self._facts(_read_sample(path, said), f"{self.ids[index]} ({path})")
 
     def _facts(self, content: dict[str, bytes], where: str) -> Facts:
         """Return label, caption and metadata of a sample."""
@@ -211,8 +209,9 @@ class TarShards(Checked):
                         continue
                     try:
                         content = _read(file, parts)
-                        for each in _images(content) if self.check else ():
-                            self.probe(each, id)
+                        sizes = [self.probe(i, id) for i in _images(content) if self.check]
+                        if reason := unlike(*sizes):
+                            raise Unreadable(id, reason)
                         said = self._facts(content, id)[:2]
                         row = _row(id, content, said)
                         digits = hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]
@@ -268,6 +267,16 @@ def _read(file: BinaryIO, parts: dict[str, Part]) -> dict[str, bytes]:
     for kind, part in parts.items():
         file.seek(part.start)
         content[kind] = file.read(part.size)
+    return content
+
+
+def _read_sample(path: Path, parts: dict[str, Part]) -> dict[str, bytes]:
+    """Return the content of a sample's files; refuse a shard that is gone or became shorter."""
+    # Opened anew each time, since loader processes would share the position in an open file.
+    with naming("read", path), path.open("rb") as file:
+        content = _read(file, parts)
+    if any(len(content[kind]) < part.size for kind, part in parts.items()):
+        raise Unreadable(str(path), "it is shorter than when the data were surveyed")
     return content
 
 

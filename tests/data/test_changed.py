@@ -60,6 +60,21 @@ def test_an_image_that_changes_meanwhile_is_refused_at_its_turn(make, described,
     assert dataset[3].image.shape == (3, 8, 8)
 
 
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda file: file.unlink(), "Could not read .*part-000.tar .*No such file"),
+        (lambda file: os.truncate(file, 700), "part-000.tar cannot be read: it is shorter"),
+    ],
+)
+def test_a_shard_that_is_gone_or_shorter_is_refused_at_its_turn(change, named, tmp_path):
+    dataset, file = shards(tmp_path / "x")
+    change(file)
+    for look in (dataset.__getitem__, dataset.facts):
+        with pytest.raises(DminError, match=named):
+            look(3)
+
+
 def test_a_caption_in_a_tar_that_changes_is_refused_as_well(tmp_path):
     dataset, file = shards(tmp_path / "x")
     in_place(file, b"picture 3", b"painted 3")

@@ -96,10 +96,14 @@ def test_what_cannot_be_paired_is_refused_by_name_or_left_out(folder):
         found = ImageFolder(folder, condition_image="before", on_error="skip")
     assert found.ids == ["b.png"]
     picture(1, (8, 4)).save(folder / "before" / "b.png")
-    with pytest.warns(match="left out"):
-        found = ImageFolder(folder, condition_image="before", on_error="skip", size=8)
-    with pytest.raises(DminError, match=r"'b\.png' is 4 × 8 pixels, the image 8 × 8"):
-        found[0]
+    with pytest.raises(
+        DminError, match=r"b\.png \(its condition image is 4 × 8 pixels, the image 8"
+    ):
+        ImageFolder(folder, condition_image="before", on_error="skip", size=8)
+    picture(10).save(folder / "before" / "a.png")
+    found = ImageFolder(folder, condition_image="before", check=False, size=8)
+    with pytest.raises(DminError, match=r"'b\.png': its condition image is 4 × 8 pixels"):
+        found[1]
 
 
 @pytest.mark.skipif(not find_spec("datasets"), reason="needs datasets")
@@ -123,6 +127,24 @@ def test_a_column_of_a_table(tmp_path):
     assert plain.describe()["content"] != found.describe()["content"]
     with pytest.raises(DminError, match=r"data\.condition_image='mask' is not a column"):
         HFDataset(tmp_path / "table", condition_image="mask")
+
+
+def test_a_pair_of_two_shapes_is_left_out_of_a_tar_and_a_turned_one_is_a_pair(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    kept = io.BytesIO()
+    picture(10, (4, 8)).save(kept, "PNG", exif=turned)
+    given = [content(picture(10, (8, 4))), content(picture(10, (4, 8))), kept.getvalue()]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number, each in enumerate(given):
+            parts = {"png": content(picture(number, (8, 4))), "was.png": each}
+            for kind, image in parts.items():
+                told = tarfile.TarInfo(f"{number}.{kind}")
+                told.size = len(image)
+                tar.addfile(told, io.BytesIO(image))
+    with pytest.warns(match=r"0/1 \(its condition image is 8 × 4 pixels, the image 4 × 8"):
+        found = TarShards(str(tmp_path / "0.tar"), on_error="skip", condition_image="was")
+    assert [each.condition_image.shape for each in found] == [(3, 8, 4)] * 2
 
 
 def test_a_part_of_a_sample_in_a_tar(tmp_path):

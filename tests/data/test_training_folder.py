@@ -156,3 +156,22 @@ def test_a_mask_that_does_not_fit_is_refused_at_once(folder, tmp_path, size, gre
     put(tmp_path / "masks/a.png", grey, size)
     with pytest.raises(DminError, match=named):
         masked(folder, folder=tmp_path / "masks", **settings)
+
+
+@pytest.mark.parametrize(
+    "size, grey, settings, left, named",
+    [
+        ((4, 6), 255, {}, ["b.PNG", "c_big one.png"], "4 × 6, its image"),
+        ((8, 6), 0, {}, ["b.PNG", "c_big one.png"], "entirely black"),
+        ((8, 6), 255, {"required": True}, ["a.png"], r"b\.PNG \(it has no mask\)"),
+    ],
+)
+def test_an_image_whose_mask_does_not_fit_can_be_skipped(
+    folder, tmp_path, size, grey, settings, left, named
+):
+    put(tmp_path / "masks/a.png", grey, size)
+    masks = Masks(folder=tmp_path / "masks", **settings)
+    with pytest.warns(match=named):
+        found = TrainingFolder(folder, masks=masks, size=4, on_error="skip")
+    assert found.ids == left == [each.id for each in found]
+    assert set(found.describe()["masks"]) == {"a.png"} & set(left)
