@@ -189,9 +189,10 @@ class StoreWriter:
     def _create(self, manifest: Manifest) -> None:
         """Make the directory and the manifest, unless one exists: the first process wins."""
         self.path.mkdir(parents=True, exist_ok=True)
-        strangers = [name for name in os.listdir(self.path) if not name.endswith(".tmp")]
-        file = self.path / MANIFEST
-        if file.exists():  # checked after listing: another process may just have made it
+        # Heartbeats stay where a store was deleted while it was collected.
+        there = [name for name in os.listdir(self.path) if name != "progress"]
+        strangers = [name for name in there if not name.endswith(".tmp")]
+        if (file := self.path / MANIFEST).exists():  # after listing: another may just have made it
             return
         if strangers:
             raise DminError(

@@ -182,7 +182,9 @@ class Heartbeat:
                 # Whoever withdraws removes the folder: a claim that is not written would hold
                 # nothing, and its owner would not know.
                 with contextlib.suppress(FileNotFoundError):
-                    self.file.parent.mkdir(parents=True, exist_ok=True)
+                    # A store that was deleted meanwhile stays deleted.
+                    new = not self.kept or not self._said.beat
+                    self.file.parent.mkdir(parents=new, exist_ok=True)
                     commit(self.file, self._text(), durable=False)
                     break
             self._log()

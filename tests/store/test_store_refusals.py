@@ -112,6 +112,13 @@ def test_directories_that_are_refused(tmp_path, make_manifest):
         StoreWriter(tmp_path / "thesis.tex" / "a" / "b", make_manifest())
 
 
+def test_heartbeats_left_by_a_deleted_store_are_no_strangers(tmp_path, make_manifest):
+    (tmp_path / "s/progress").mkdir(parents=True)
+    (tmp_path / "s/progress/shard-0-of-1.rank-0-of-1.jsonl").write_text("{}\n")
+    with StoreWriter(tmp_path / "s", make_manifest()) as writer:
+        assert len(writer.pending()) == 8
+
+
 def test_directory_without_permission(tmp_path, make_manifest):
     tmp_path.chmod(0o500)
     user = os.geteuid()

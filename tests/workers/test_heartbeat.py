@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -179,3 +180,16 @@ def test_what_was_said_is_kept_line_by_line(tmp_path, quick):
     assert [line["state"] for line in told] == 2 * ["starting", "collecting", "waiting", "finished"]
     assert told[-1]["rows"] == 8 and len({line["run"] for line in told}) == 2
     assert len(reports(tmp_path)) == 1  # the log is no report
+
+
+def test_a_store_that_was_deleted_stays_deleted(tmp_path):
+    store = tmp_path / "s"
+    progress = Heartbeat(store, Shard())
+    progress.begin(4)
+    assert path_of(store).is_file()
+    shutil.rmtree(store)
+    progress.block_done(3)
+    assert not store.exists()
+    store.mkdir()  # made again by another
+    progress.say(state="collecting")
+    assert path_of(store).is_file()
