@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ REMEDIES = {
     errno.EDQUOT: "your disk quota is used up: free space, then run the same command again",
     errno.ENOENT: "it is not there, or was removed meanwhile: give the command again",
     errno.ESTALE: "it was removed meanwhile, by another machine: give the command again",
+    errno.EISDIR: "a folder of this name is in the way: choose another path",
+    errno.ENAMETOOLONG: "no name or path may be that long here: choose a shorter one",
     errno.EIO: "the disk or the network to it failed: check both, then give the command again",
     errno.EFBIG: "files may not grow that large here: raise `ulimit -f` or lower segment_bytes",
 }
@@ -56,6 +59,9 @@ def machine_failure(error: BaseException) -> DminError | None:
             "other programs, or lower collect.microbatch, collect.block_size, retrieve.rows or "
             "data.workers. Sealed blocks are kept."
         )
+    native = re.search(r"\(os error (\d+)\)", text)  # as safetensors says it
+    if native and int(native[1]) != errno.ENOENT:
+        error = OSError(int(native[1]), os.strerror(int(native[1])))
     if not isinstance(error, OSError) or error.errno not in REMEDIES:
         return None
     if error.filename is None and error.errno == errno.ENOENT:  # os.getcwd
@@ -66,7 +72,7 @@ def machine_failure(error: BaseException) -> DminError | None:
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
     if error.errno == errno.ENOENT and (path is None or path.parent.is_dir()):
         return None  # of a file that dmin should have made, or looked for
-    return os_failure("use", path or Path("a file"), error)
+    return os_failure("use", path or Path("a result, record or log of this command"), error)
 
 
 @contextlib.contextmanager
@@ -96,6 +102,9 @@ def replacing(path: Path, *, overwrite: bool = True, durable: bool = True) -> It
             os.rename(temporary, path)
         else:
             os.link(temporary, path)  # unlike a rename, this fails if the name is taken
+    except OSError as error:
+        error.filename = error.filename or str(path)  # what only writes knows no name
+        raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

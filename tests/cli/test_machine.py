@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 import dmin.store
 from dmin.cli.main import main
+from dmin.runtime.files import commit
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "/there/x")
 TORCH = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"
@@ -25,6 +27,9 @@ TORCH = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate
         (FileNotFoundError(errno.ENOENT, "No such file"), "folder that this command was started"),
         (MemoryError(), r"not enough memory \(an allocation failed\).*collect\.microbatch"),
         (RuntimeError(TORCH), "not enough memory .*you tried"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/there"), "choose a shorter one"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/there"), "folder of this name is in"),
     ],
 )
 def test_what_the_machine_refuses_is_a_paragraph(monkeypatch, error, message):
@@ -66,3 +71,42 @@ def test_a_folder_that_is_gone(tmp_path):
     )
     assert found.returncode == 1 and "Traceback" not in found.stderr, found.stderr
     assert "no longer exists: change to another" in found.stderr
+
+
+@pytest.mark.parametrize("at", ["hydra", "record", "command"])
+def test_a_full_disk_is_one_paragraph_wherever_it_strikes(at, tmp_path, monkeypatch, capsys):
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def refused(*_, **__):
+        raise full
+
+    monkeypatch.chdir(tmp_path)
+    where, named = {
+        "hydra": ("hydra.core.utils._save_config", "the run folder .* Set paths.outputs"),
+        "record": ("dmin.cli.jobs.record.write", "the run folder .* Set paths.outputs"),
+        "command": ("dmin.data.digits.Digits.__init__", "record or log .* disk is full: free"),
+    }[at]
+    monkeypatch.setattr(where, refused)
+    with pytest.raises(SystemExit) as end:
+        main(["train", "model=mlp", "train=digits_mlp", "data=digits", "model.path=m"])
+    assert re.search(named, end.value.code) and "\n" not in end.value.code.strip()
+    assert "Error executing job" not in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_saved_is_refused_before_it_is_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        SystemExit, match=r"Could not save a model at file/m \(Not a directory\): a"
+    ):
+        main(["train", "model=mlp", "train=digits_mlp", "data=digits", "model.path=file/m"])
+
+
+def test_what_only_writes_is_named_in_its_error(tmp_path, monkeypatch):
+    def refused(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.raises(OSError, match=r"No space.*'.*/a\.json'"):
+        commit(tmp_path / "a.json", b"x")
+    assert not list(tmp_path.iterdir())

@@ -29,6 +29,11 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
             return
         recipe = work.need("train")
         note_data(work)
+        partial = path.with_name(f"{path.name}.partial")
+        if work.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            with naming("save a model at", path):  # before it is trained
+                partial.mkdir(parents=True)
         trainer = work.trainer()
         told, read = kept(work.cfg)
         told = {name: told[name] for name in settings}
@@ -38,8 +43,6 @@ def train(work: Workspace, results: dict[str, Any]) -> None:
             return
         if read:  # values from the environment are not written, but the fingerprint covers them
             told["fingerprint"] = fingerprint(settings)
-        partial = path.with_name(f"{path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         (partial / "training.json").write_text(json.dumps(told, indent=2) + "\n")
         with naming("put the model at", path):  # fails if another user's run was first

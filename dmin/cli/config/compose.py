@@ -14,10 +14,8 @@ import hydra
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from dmin.cli.config import auto
 from dmin.cli.config.explain import explain, one_line
@@ -28,7 +26,7 @@ from dmin.cli.config.validate import validate
 from dmin.cli.jobs import sweep
 from dmin.cli.jobs.processes import follow_parent, is_main
 from dmin.cli.jobs.record import note_failure
-from dmin.runtime.errors import DminError, DminWarning
+from dmin.runtime.errors import DminWarning
 from dmin.runtime.escape import printable
 from dmin.runtime.progress import console
 
@@ -83,10 +81,12 @@ def run(
     except Exception as error:
         message = job.explained(error)
         # Before the step started, the only files touched are those of Hydra's run folder.
-        if message is None and isinstance(error, OSError) and error.filename and not job.started:
+        gone = isinstance(error, FileNotFoundError) and not error.filename  # the working folder
+        if not job.started and isinstance(error, OSError) and not gone:
             message = (
-                f"the run folder {error.filename} cannot be written ({error.strerror}). Set "
-                "paths.outputs to a folder with write permission and free space."
+                f"the run folder {error.filename or 'of this command'} cannot be "
+                f"written ({error.strerror}). Set paths.outputs to a folder with write permission "
+                "and free space."
             )
         if message is None:
             raise
@@ -113,7 +113,7 @@ class _Job:
             try:
                 with sweep.own_output():
                     self._attempt(cfg)
-            except (DminError, HydraException, OmegaConfBaseException) as error:
+            except Exception as error:
                 # Hydra's note on the error would only get in the way of the message, and a
                 # SystemExit passes it by.
                 if (message := self.explained(error)) is not None:

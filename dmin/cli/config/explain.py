@@ -22,6 +22,7 @@ from omegaconf.errors import (
 
 from dmin.cli.config.groups import did_you_mean, groups
 from dmin.runtime.errors import DminError
+from dmin.runtime.files import machine_failure
 
 
 def explain(error: BaseException) -> str | None:
@@ -42,6 +43,8 @@ def explain(error: BaseException) -> str | None:
         return one_line(error)
     if isinstance(error, OmegaConfBaseException):
         return _explain_setting(error)
+    if (failed := machine_failure(error)) is not None:
+        return str(failed)
     return _explain_launcher(error)
 
 
