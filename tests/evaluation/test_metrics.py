@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from dmin.evaluation.metrics import bootstrap, measure
+from dmin.evaluation.metrics import bootstrap, interval, measure, within_bounds
 from dmin.runtime.errors import DminError
 
 GENERATOR = np.random.default_rng(0)
@@ -95,3 +95,17 @@ def test_intervals_of_few_and_of_skewed_values_cover(draw, mean, count, least):
 def test_an_interval_of_equal_values_or_of_one_is_a_point():
     assert bootstrap(np.full(5, 0.3)) == pytest.approx((0.3, 0.3, 0.3))
     assert bootstrap(np.array([2.0])) == (2, 2, 2)
+
+
+def test_a_few_resamples_far_off_do_not_stretch_an_interval_without_end():
+    resampled = 0.64 - 0.02 * np.abs(GENERATOR.normal(size=1000)) ** 1.5
+    resampled[:20] -= 0.15
+    found = interval(0.64, resampled, 20)
+    plain = 2.1 * resampled.std()  # Student's, without a correction
+    assert found.high - 0.64 < plain < 0.64 - found.low < 2 * plain
+
+
+def test_an_interval_ends_where_its_metric_does():
+    assert within_bounds("precision@40", 1.02) == within_bounds("LDS", 1.02) == 1
+    assert within_bounds("mAP", -0.01) == 0 and within_bounds("leave-out ρ", -1.1) == -1
+    assert within_bounds("removal@50 %", 1.7) == 1.7

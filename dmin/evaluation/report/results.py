@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dmin.evaluation.metrics import Estimate, interval
+from dmin.evaluation.metrics import Estimate, interval, within_bounds
 from dmin.runtime.escape import read_csv, write_csv
 
 Array = np.ndarray
@@ -204,7 +204,7 @@ def compared(cells: Sequence[Cell], reference: str) -> list[Result]:
         best = _best_at_each_size([c for c in group if not c.row.control])
         for cell in group:
             is_method = cell.row.control != "reference"
-            mean, low, high = cell.interval()
+            mean, low, high = (within_bounds(cell.metric, each) for each in cell.interval())
             difference: tuple[float | None, ...] = (None, None, None)
             if base is not None and is_method and cell is not base:
                 difference = cell.interval(base)
