@@ -150,15 +150,13 @@ def require_captions(
     few = ", ".join(map(printable, list(lacking)[:3])) + (", …" if len(lacking) > 3 else "")
     text = Path(getattr(dataset, "root", ""), next(iter(lacking))).with_suffix(".txt")
     remedy = (
-        f"Give each one in the column text of metadata.jsonl ({setting}.text=COLUMN for another), "
-        f"or take its line out: images that no line names are left out."
+        "Add a caption for each to the column text of metadata.jsonl (another column: "
+        f"{setting}.text=COLUMN), or remove its line, which leaves the image out."
     )
     if setting == "data" and text.is_file():
-        remedy = (
-            f"They seem to stand in files such as {text.name}: data=training_folder reads these."
-        )
+        remedy = f"They seem to be in files such as {text.name}, which data=training_folder reads."
     elif setting == "queries":
-        remedy = "Say them: --prompt (queries.prompt=…), or text in a metadata.jsonl beside them."
+        remedy = "Give them: --prompt (queries.prompt=…), or text in a metadata.jsonl next to them."
     elif None not in lacking.values():
         remedy = "Add them, or set model.empty_captions=keep if it was trained without some."
     raise DminError(

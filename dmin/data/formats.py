@@ -85,7 +85,7 @@ def why_not_opened(name: str) -> str | None:
     package = next((package for *_, package, some in PLUGINS if suffix in some), None)
     if package is not None:
         return f"{suffix} need the plugin {package} (pip install {package})"
-    return f"{suffix} of a format that is not opened" if suffix in _NOT_OPENED else None
+    return f"{suffix} of a format that is not supported" if suffix in _NOT_OPENED else None
 
 
 def what_it_is(content: bytes) -> str:
@@ -94,5 +94,5 @@ def what_it_is(content: bytes) -> str:
     for name, (factory, accept) in Image.OPEN.items():
         if name not in formats() and accept is not None and accept(beginning):
             what = getattr(factory, "format_description", None) or name
-            return f"it is {what} ({name}), which is not opened: save it as PNG or JPEG"
-    return f"its content is in no image format that is opened ({', '.join(formats())})"
+            return f"it is {what} ({name}), which is not supported: save it as PNG or JPEG"
+    return f"its content is in none of the supported image formats ({', '.join(formats())})"

@@ -38,7 +38,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 PLAIN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 _MASKS, _MASK_FOLDER = ("-masklabel", "-condlabel"), re.compile("(^|/)masks?/")
-_MASK = "masks, no examples: data=masked_folder uses them"
+_MASK = "masks, not examples: data=masked_folder uses them"
 _NUMBERS = re.compile(r"(?=.*\s)[-+.\deE\s]+", re.DOTALL)  # such as bounding boxes
 
 
@@ -137,12 +137,12 @@ class Folder:
             facts = self._by_metadata(label, text, refuse)
             sure = layout != "auto" or any(f.caption is not None for f in facts.values())
             if not sure and (others := self._sources(text)):
-                self._ask(["metadata", *others], "the metadata say no captions, other files may")
+                self._ask(["metadata", *others], "the metadata have no captions, other files may")
             return facts
         told = self._by_table() if self.layout == "table" else self._by_files(label, text, refuse)
         texts = [each.caption or "" for each in told.values()]
         if layout == "auto" and texts and all(_NUMBERS.fullmatch(each) for each in texts):
-            self._ask([self.layout, "labels"], "the texts beside them are numbers, captions or not")
+            self._ask([self.layout, "labels"], "the texts beside them are only numbers")
         facts = {}
         for image in self.images:
             known, folder = told.get(image, Facts()), os.path.dirname(image)
@@ -179,7 +179,7 @@ class Folder:
         for file in dict.fromkeys([*self.files, *self._why]):
             if file not in examples and file not in self.used:
                 text = file.lower().endswith(BESIDE[:2])
-                other = "texts of no image" if text else "of no image format"
+                other = "texts without an image" if text else "not in an image format"
                 reason = reasons.get(file) or why_not_opened(file) or other
                 why.setdefault(reason, []).append(file)
         for reason, files in why.items():
@@ -202,7 +202,7 @@ class Folder:
             return "metadata"
         found = self._sources(text)
         if len(found) > 1:
-            self._ask(found, "captions stand beside them and in a table")
+            self._ask(found, "there are captions both in files next to the images and in a table")
         classes = {image.partition("/")[0]: _class_tokens(image) for image in self.images}
         if not classes or not all(classes.values()):
             return found[0] if found else "labels"
@@ -211,7 +211,7 @@ class Folder:
         counted = len(numbers) > 1 and numbers == [str(n + 1) for n in range(len(numbers))]
         zeros = any(n.startswith("0") for n in numbers)
         if found == ["table"] or (not found and (counted or zeros)):
-            reason = f"{next(iter(classes))} may be repeats and class tokens, or but a name"
+            reason = f"{next(iter(classes))} may mean repeats and class tokens, or be just a name"
             self._ask(["kohya", *(found or ["labels"])], reason)
         return "kohya"
 

@@ -166,9 +166,9 @@ def partners(
             found |= {} if file is None else {image: _below(root, file)}
     if not found:
         raise DminError(
-            f"data.condition_image={asked}: there is no such folder or picture, in {root} or "
-            f"elsewhere, with files of the images' names, and no column of the metadata that names "
-            f"files. Give the folder or column with the images to edit, masks or drawings."
+            f"data.condition_image={asked}: this is neither a folder (in {root} or elsewhere) with "
+            "files named like the images, nor a column of the metadata with file names. Give the "
+            "folder or column that has the images to edit, masks or drawings."
         )
     return found
 

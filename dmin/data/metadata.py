@@ -85,7 +85,7 @@ def read_table(path: Path, key: str, columns: Sequence[str] = ()) -> dict[str, A
         if name is None or str(name) in found:
             wrong = f"no {key}" if name is None else f"{name} is named twice"
             raise DminError(
-                f"{where}: {wrong}. Each row names its image there; columns: "
+                f"{where}: {wrong}. Each row must name its own image in this column; columns: "
                 f"{', '.join(map(str, row))}."
             )
         said = [row[column] for column in columns if row.get(column)]
@@ -176,8 +176,8 @@ def _file_name(path: Path, number: int, row: dict[str, Any]) -> PurePosixPath:
     inside = PurePosixPath(name)
     if inside.is_absolute() or ".." in inside.parts:
         raise DminError(
-            f"{path}, line {number}: file_name {name} leads out of the folder. Name images "
-            f"relative to the metadata file, so that their ids are the same on every machine."
+            f"{path}, line {number}: file_name {name} points outside of the folder. Name images "
+            "relative to the metadata file, so that their ids are the same on every machine."
         )
     return inside
 
@@ -209,7 +209,7 @@ def _csv(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         for row in reader:
             rows.append((reader.line_num, {k: v if v != "" else None for k, v in row.items()}))
     except csv.Error as error:
-        raise DminError(f"{path}, line {reader.line_num}: {error}. Mend it.") from error
+        raise DminError(f"{path}, line {reader.line_num}: {error}. Fix this line.") from error
     finally:
         csv.field_size_limit(limit)
     for column in reader.fieldnames or ():
@@ -224,7 +224,7 @@ def _csv(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 def _require_once(path: Path, columns: Sequence[str]) -> None:
     """Refuse a table in which two columns have the same name."""
     if (name := repeated(columns)) is not None:
-        raise DminError(f"{path} has two columns {name!r}. Give each a name of its own.")
+        raise DminError(f"{path} has two columns {name!r}. Rename one of them.")
 
 
 def _is_integer(value: str) -> bool:

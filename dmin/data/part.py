@@ -50,12 +50,12 @@ class Part:
             return
         numbers = [n for n in self.region if isinstance(n, int | float) and math.isfinite(n)]
         if len(numbers) != 4 or len(self.region) != 4 or min(numbers[:2]) < 0:
-            raise self._odd("give x, y, width and height, of which none is negative")
+            raise self._odd("give four numbers x, y, width and height, none of them negative")
         if min(numbers[2:]) <= 0:
             raise self._odd("width and height must be above zero")
         whole = all(float(n).is_integer() for n in numbers)
         if (max(numbers) <= 1) == whole:
-            raise self._odd("give whole numbers of pixels, or shares of which one is below 1")
+            raise self._odd("give whole numbers of pixels, or shares up to 1, one of them below 1")
 
     @property
     def in_shares(self) -> bool:
@@ -96,8 +96,8 @@ class Part:
         found = found.clamp(0, 1)
         if float(found.mean()) < LEFT * np.asarray(drawn).mean() / 255:
             raise self._odd(
-                f"next to nothing of it is left in {path}, of which the middle is cut out "
-                f"(data.crop=none keeps the whole picture)"
+                f"almost none of it is left after {path} is cropped to its centre (data.crop=none "
+                "keeps the whole picture)"
             )
         return found / found.mean()
 
@@ -108,9 +108,9 @@ class Part:
             x, across, y, down = x * width, across * width, y * height, down * height
         left, top, right, bottom = (round(n) for n in (x, y, x + across, y + down))
         if right > width or bottom > height:
-            raise self._odd(f"it does not lie in {path}, which is {width} × {height} pixels")
+            raise self._odd(f"it is not inside {path}, which is {width} × {height} pixels")
         if left == right or top == bottom:
-            raise self._odd(f"it is less than a pixel of {path}, which is {width} × {height}")
+            raise self._odd(f"it covers less than a pixel of {path}, which is {width} × {height}")
         found = Image.new("L", (width, height))
         found.paste(255, (left, top, right, bottom))
         return found
@@ -128,12 +128,12 @@ class Part:
         own = picture.shape[2] / picture.shape[1]
         if abs(own * height / width - 1) > ASPECT:
             raise DminError(
-                f"the mask {file} is {picture.shape[2]} × {picture.shape[1]}, and its picture "
-                f"{root / name} {width} × {height}, which is another shape. Crop it like the "
-                f"picture."
+                f"the mask {file} is {picture.shape[2]} × {picture.shape[1]}, but its picture "
+                f"{root / name} is {width} × {height}, a different aspect ratio. Crop it like the "
+                "picture."
             )
         if not float(picture.sum()):
-            raise DminError(f"the mask {file} is entirely black: the query is the white part.")
+            raise DminError(f"the mask {file} is entirely black. Make the part to ask about white.")
         grey = Image.fromarray((picture[0] * 255).round().to(torch.uint8).numpy())
         return grey.resize((width, height), Image.Resampling.BILINEAR)
 

@@ -92,7 +92,7 @@ class Pictures(ImageFolder):
             raise DminError(str(error).replace("data.root=", "queries.against=")) from error
         mine = set(self.file_digests().values())
         if twice := [id for id, digest in found.file_digests().items() if digest in mine]:
-            told = f"{twice[0]} is asked about as well, and would cancel itself. Leave it out."
+            told = f"{twice[0]} is also a query, and would cancel itself. Leave it out."
             raise DminError(f"queries.against={self.against}: {told}")
         return found
 

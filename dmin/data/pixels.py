@@ -39,7 +39,7 @@ class Unreadable(DminError):
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name} cannot be read: {reason}. Mend it or leave it out.")
+        super().__init__(f"{name} cannot be read: {reason}. Fix it or leave it out.")
         self.name = name
         self.reason = reason
 
@@ -193,8 +193,8 @@ class Pixels:
             return None
         if self.crop == "none" and not width == height == self.size:
             return (
-                f"it is {width} × {height}, not {self.size} × {self.size}, and resize=false with "
-                f"crop=none takes no other"
+                f"it is {width} × {height}, not {self.size} × {self.size}, which resize=false with "
+                "crop=none requires"
             )
         if min(width, height) < self.size:
             return f"it is {width} × {height}, smaller than size={self.size}, and resize=false"

@@ -58,11 +58,11 @@ def read_bytes(path: Path, name: str) -> bytes:
             return path.read_bytes()
         reason = f"it is a {ENDLESS}"
     except FileNotFoundError:
-        reason = "there is no such file, or it is a link that leads nowhere"
+        reason = "there is no such file, or it is a broken link"
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
     except ValueError:  # it holds a zero byte
-        reason = "no file can have that name"
+        reason = "this is not a valid file name"
     raise Unreadable(name, reason)
 
 

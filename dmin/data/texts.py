@@ -73,7 +73,7 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; refuse one with a repeated name."""
     if twice := repeated([name for name, _ in pairs]):
-        raise ValueError(f"{twice!r} stands twice in an object")
+        raise ValueError(f"{twice!r} occurs twice in an object")
     return dict(pairs)
 
 
@@ -98,10 +98,10 @@ def odd(value: Any, name: str = "it", depth: int = 0) -> str | None:
         if len(value) > _LONGEST:
             return f"{name} has {len(value):,} characters, more than {_LONGEST:,}"
         half = re.search("[\ud800-\udfff]", value)
-        return f"{name} holds half a character (a surrogate), which is no text" if half else None
+        return f"{name} has an unpaired surrogate, which is not valid text" if half else None
     if isinstance(value, float) and not math.isfinite(value):
-        return f"{name} is {value}, which JSON has no number for: write null"
+        return f"{name} is {value}, which JSON cannot represent: write null"
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return f"{name} is a number of more than 64 bits: write it as text"
     known = value is None or isinstance(value, int | float)
-    return None if known else f"{name} is a {type(value).__name__}, no JSON: write it as text"
+    return None if known else f"{name} is a {type(value).__name__}, not JSON: write it as text"

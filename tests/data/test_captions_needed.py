@@ -28,14 +28,15 @@ def test_half_a_folder_is_refused_with_counts_names_and_remedy(tmp_path):
     data = folder(tmp_path / "d", ["a", None] * 4)
     message = (
         r"4 of the 8 images of data have no caption \(1\.png, 3\.png, 5\.png, …\), and Flux is "
-        r"conditioned on captions\. Give each one in the column text of metadata\.jsonl .*, or take"
+        r"conditioned on captions\. Add a caption for each to the column text of "
+        r"metadata\.jsonl .*, or remove"
     )
     with pytest.raises(DminError, match=message):
         require_captions(data, "Flux")
     (tmp_path / "d" / "1.txt").write_text("b")
-    with pytest.raises(DminError, match=r"files such as 1\.txt: data=training_folder reads"):
+    with pytest.raises(DminError, match=r"files such as 1\.txt, which data=training_folder"):
         require_captions(data, "Flux")
-    with pytest.raises(DminError, match=r"of queries .*Say them: --prompt"):
+    with pytest.raises(DminError, match=r"of queries .*Give them: --prompt"):
         require_captions(data, "Flux", "queries")
     require_captions(Subset(data, ids=["0.png", "4.png"]), "Flux")
 
@@ -67,7 +68,7 @@ def test_images_of_a_hundred_megapixels_are_refused_or_left_out_by_name(tmp_path
     (tmp_path / "d" / "2.png").write_text("no picture")
     told = (
         r"2 of the 3 image\(s\) .*1\.png \(12000 × 9000 pixels are more than max_pixels=89478485\)"
-        r", 2\.png \(its content is in no image format that is opened"
+        r", 2\.png \(its content is in none of the supported image formats"
     )
     with pytest.raises(DminError, match=rf"{told}.*data\.on_error=skip"):
         ImageFolder(tmp_path / "d")

@@ -83,7 +83,7 @@ def test_a_column_names_files(folder):
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = ImageFolder(folder, condition_image="source")
     assert all(same(found[i], 10 + i) for i in range(3)) and found[0].caption == "a"
-    with pytest.raises(DminError, match=r"condition_image=sauce: there is no such folder.*column"):
+    with pytest.raises(DminError, match=r"condition_image=sauce: this is neither a folder.*column"):
         ImageFolder(folder, condition_image="sauce")
 
 

@@ -70,9 +70,9 @@ def test_links_are_followed_but_not_in_circles(folder, tmp_path):
 BAD = {
     "empty.png": (b"", "it is empty"),
     "cut.png": (PICTURE[:-35], "damaged"),
-    "text.jpg": (b"hello", "no image format"),
+    "text.jpg": (b"hello", "none of the supported image formats"),
     "link.png": (None, "symbolic links"),
-    "dangling.png": (None, "leads nowhere"),
+    "dangling.png": (None, "broken link"),
 }
 
 
@@ -228,8 +228,8 @@ ROW = {"file_name": "b.png"}
         ([ROW, {"filename": "x", "text": "y"}], {}, "line 2: no file_name.*there: filename, text"),
         ([{"file_name": 3}], {}, "line 1: no file_name"),
         ([ROW, "", {"file_name": "./b.png"}], {}, "line 3: b.png is listed twice"),
-        ([{"file_name": "../b.png"}], {}, "leads out of the folder"),
-        ([{"file_name": "/b.png"}], {}, "leads out of the folder"),
+        ([{"file_name": "../b.png"}], {}, "points outside of the folder"),
+        ([{"file_name": "/b.png"}], {}, "points outside of the folder"),
         ([ROW, {"file_name": "gone.png"}], {}, r"gone.png \(there is no such file"),
         ([ROW, {"file_name": "gone.png"}], {"check": False}, r"gone.png \(there is no such file"),
         ([{**ROW, "lable": 1}], {}, "no column 'label'. Did you mean lable"),

@@ -194,13 +194,13 @@ def test_every_file_is_told_of(tmp_path):
     assert dataset.ids == ["a.png", "f.jpg_large", "no_suffix", "sub/b.webp"]
     for told in (
         r"4 images · layout beside · 1 captions · 1 labels",
-        r" 1 masks, no examples: data=masked_folder uses them \(a-masklabel.png\)",
-        r"1 texts of no image \(lost\.txt\)",
+        r" 1 masks, not examples: data=masked_folder uses them \(a-masklabel.png\)",
+        r"1 texts without an image \(lost\.txt\)",
         r"1 \.heic need the plugin pillow-heif \(pip install pillow-heif\) \(c\.heic\)",
         r"1 \.jxl need the plugin pillow-jxl-plugin",
-        r"1 \.psd of a format that is not opened \(e\.psd\)",
+        r"1 \.psd of a format that is not supported \(e\.psd\)",
         r"2 hidden \(\.DS_Store, __pycache__\)",
-        r"ignored: 3 of no image format \(README\.md, cache\.npz, …\)",
+        r"ignored: 3 not in an image format \(README\.md, cache\.npz, …\)",
     ):
         assert re.search(told, dataset.summary), (told, dataset.summary)
     both = Together({"one": dataset, "two": TrainingFolder(tmp_path)})

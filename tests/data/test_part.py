@@ -36,7 +36,7 @@ def test_a_part_is_cut_and_scaled_as_its_picture(picture):
     (example,) = Pictures(picture, size=4, region=[0, 0, 8, 8])  # 8 × 8 in the middle: 4 to 12
     assert example.mask.shape == (1, 4, 4)
     assert example.mask[0, :, 0].min() > 1.9 and example.mask[0, :, 3].max() < 0.1
-    with pytest.raises(DminError, match=r"nothing of it is left .*data\.crop=none"):
+    with pytest.raises(DminError, match=r"almost none of it is left .*data\.crop=none"):
         Pictures(picture, size=4, region=[0, 0, 2, 8])
     (whole,) = Pictures(picture, size=4, crop="none", region=[0, 0, 4, 8])
     assert whole.mask[0, :, 0].min() > 3.5
@@ -63,14 +63,14 @@ def test_masks_of_any_size_have_soft_edges(picture, tmp_path):
         ({"region": [0, 0, 1, 1]}, "whole numbers of pixels, or shares"),
         ({"region": [0.5, 0, 4, 4]}, "whole numbers of pixels, or shares"),
         ({"region": [0, 0, 4]}, "x, y, width and height"),
-        ({"region": [-1, 0, 4, 4]}, "none is negative"),
+        ({"region": [-1, 0, 4, 4]}, "none of them negative"),
         ({"region": [0, 0, float("nan"), 4]}, "x, y, width and height"),
         ({"region": [0, 0, 4, 0]}, "above zero"),
-        ({"region": [12, 0, 5, 4]}, "does not lie in .* 16 × 8 pixels"),
+        ({"region": [12, 0, 5, 4]}, "it is not inside .* 16 × 8 pixels"),
         ({"region": [0.5, 0, 0.01, 0.01]}, "less than a pixel"),
         ({"region": [0, 0, 4, 4], "mask": "m.png"}, "both set"),
         ({"mask": "gone.png"}, "no such file"),
-        ({"mask": "square.png"}, "another shape"),
+        ({"mask": "square.png"}, "a different aspect ratio"),
         ({"mask": "black.png"}, "entirely black"),
         ({"mask": "text.png"}, "cannot be read"),
         ({"mask": "empty"}, "have no mask in empty.*set queries.mask=null"),

@@ -60,7 +60,7 @@ def test_prompts_are_part_of_what_a_store_is_made_of(folder):
         (["a.png", "a.png"], None, "given twice"),
         (["a.png", "b.png"], ["one"], "1 prompts, and there are 2"),
         ("", ["one"], "1 prompts"),
-        ("metadata.jsonl", None, "in no image format"),
+        ("metadata.jsonl", None, "none of the supported image formats"),
     ],
 )
 def test_what_cannot_be_asked_about_is_refused(folder, root, prompt, named):

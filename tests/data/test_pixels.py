@@ -239,7 +239,7 @@ def test_a_file_that_was_cut_off_is_refused(kind, share):
     ("content", "reason"),
     [
         (b"", "it is empty"),
-        (b"<html>not found</html>", "in no image format that is opened"),
+        (b"<html>not found</html>", "in none of the supported image formats"),
         (encoded(noise())[:-2000].ljust(5000, b"\0"), "damaged"),
     ],
 )
@@ -304,11 +304,11 @@ def test_of_all_formats_that_pillow_knows_only_those_listed_are_opened(kind, mon
         assert Pixels().decode(content, "x.png").image.shape == (3, 64, 64)
     else:
         named = kind in Image.OPEN and Image.OPEN[kind][1] is not None
-        refused(content, r"\(\w+\), which is not opened" if named else "cannot be read")
+        refused(content, r"\(\w+\), which is not supported" if named else "cannot be read")
 
 
 def test_postscript_in_a_png_is_refused_as_what_it_is():
-    refused(BEGINNINGS["EPS"], r"Encapsulated Postscript \(EPS\), which is not opened")
+    refused(BEGINNINGS["EPS"], r"Encapsulated Postscript \(EPS\), which is not supported")
 
 
 def test_images_are_opened_in_one_place():

@@ -23,10 +23,10 @@ PICTURE = encoded(np.full((4, 4, 3), 99, np.uint8))
 DEEP = "[" * 90 + "]" * 90
 # What is said of an image, as JSON, and what is wrong with it.
 ODD = {
-    "NaN": ('"more": NaN', "more is nan, which JSON has no number for: write null"),
+    "NaN": ('"more": NaN', "more is nan, which JSON cannot represent: write null"),
     "infinite": ('"more": {"x": [1, -1e999]}', "x is -inf"),
-    "half a character": ('"more": "\\ud800"', "more holds half a character"),
-    "a name": ('"\\udfff": 1', "a name in it holds half a character"),
+    "half a character": ('"more": "\\ud800"', "more has an unpaired surrogate"),
+    "a name": ('"\\udfff": 1', "a name in it has an unpaired surrogate"),
     "large number": ('"more": 1' + "0" * 20, "more is a number of more than 64 bits"),
     "larger number": ('"more": 1' + "0" * 5000, "not JSON"),
     "deep": (f'"more": {DEEP}', "more is nested more than 64 deep"),
@@ -35,7 +35,7 @@ ODD = {
     "broken": ('"more', "not JSON"),
     "label": ('"label": 1.5', "the label 1.5"),
     "large label": ('"label": 1e300', "the label 1e\\+300"),
-    "twice": ('"more": 1, "more": 2', "'more' stands twice in an object"),
+    "twice": ('"more": 1, "more": 2', "'more' occurs twice in an object"),
 }
 
 
@@ -85,7 +85,7 @@ def test_two_columns_of_one_name_are_refused(table, tmp_path):
         pyarrow, parquet = (pytest.importorskip(f"pyarrow{name}") for name in ("", ".parquet"))
         columns = pyarrow.table([[cell] for _, cell in cells], names=[name for name, _ in cells])
         parquet.write_table(columns, tmp_path / table)
-    with pytest.raises(DminError, match=f"{table} has two columns 'label'. Give each a name"):
+    with pytest.raises(DminError, match=f"{table} has two columns 'label'. Rename one"):
         ImageFolder(tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_what_has_no_end_is_never_read(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("b.png", "it is a pipe"), ("\0", "no file can have")]
+    ("name", "reason"), [("b.png", "it is a pipe"), ("\0", "not a valid file name")]
 )
 @pytest.mark.parametrize("check", [True, False])
 def test_a_row_that_names_no_file_is_refused_or_left_out(name, reason, check, tmp_path):

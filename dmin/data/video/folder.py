@@ -133,8 +133,8 @@ class VideoFolder(ImageFolder):
             gaps = np.diff(np.array(times, dtype=float)) if count > 1 else np.zeros(1)
             if gaps.max() - gaps.min() > 1.01 * found.tick + 1e-6:
                 low, high = 1000 * gaps.min(), 1000 * gaps.max()
-                uneven = f"its frames follow each other after {low:.0f} to {high:.0f} ms"
-                raise Unreadable(name, f"{uneven}, at no rate of its own: set data.fps")
+                uneven = f"its frames are {low:.0f} to {high:.0f} ms apart"
+                raise Unreadable(name, f"{uneven}, not at a constant rate: set data.fps")
         if count < (self.frames or 2):
             at = "" if self.fps is None else f" at data.fps={self.fps:g}"
             after = f" from data.start={self.start:g} s on" if self.start else ""
@@ -150,7 +150,7 @@ class VideoFolder(ImageFolder):
             if at is None and self.fps is not None:
                 at = number / self.fps
             if at is None and self.start:
-                raise Unreadable(name, "its frames tell no times: data.start needs data.fps")
+                raise Unreadable(name, "its frames have no timestamps: data.start needs data.fps")
             if at is None or self.fps is None:
                 if at is None or at >= self.start - 1e-6:
                     yield frame

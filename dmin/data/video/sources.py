@@ -125,7 +125,7 @@ def _video(content: bytes, name: str) -> Source:
     try:
         container = av.open(io.BytesIO(content), options={"format_whitelist": _FORMATS})
     except (av.error.FFmpegError, ValueError) as error:
-        what = "empty" if not content else f"no video that is opened, or damaged ({_told(error)})"
+        what = "empty" if not content else f"not a supported video, or damaged ({_told(error)})"
         raise Unreadable(name, f"it is {what}") from error
     if not container.streams.video:
         container.close()
@@ -150,10 +150,10 @@ def _decoded(container: Any, stream: Any, name: str, av: Any) -> Iterator[Frame]
         except av.error.FFmpegError as error:
             raise Unreadable(name, f"it is damaged at frame {count} ({_told(error)})") from error
         if count < stream.frames:
-            raise Unreadable(name, f"its header tells {stream.frames} frames, and it has {count}")
+            raise Unreadable(name, f"its header says {stream.frames} frames, but it has {count}")
         whole = (container.duration or 0) / av.time_base  # of all streams
         if len(container.streams) == 1 and whole - end > 3 / float(stream.average_rate or 1):
-            raise Unreadable(name, f"its header tells {whole:.2f} s, and it ends after {end:.2f} s")
+            raise Unreadable(name, f"its header says {whole:.2f} s, but it ends after {end:.2f} s")
 
 
 def _upright(frame: Any) -> Image.Image:
