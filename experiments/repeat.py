@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
         if "runs" not in record:
             raise DminError(f"{folder} is the run of a command: dmin repeat {folder}")
         commands = _commands(folder, record)
-        say("differs from then", since(record["runs"][-1]))
+        say("differs from the record", since(record["runs"][-1]))
         if asked.dry:
             say("would run", [f"python {' '.join(command)}" for command in commands])
         else:

@@ -188,7 +188,7 @@ class TestDemo:
         for words, told in (
             ([*those, "--against=those"], "would cancel itself"),
             ([*these, "--against=nowhere"], "queries.against=nowhere"),
-            ([*these, "queries.pool=max", "index=certified"], "maximum is no inner product"),
+            ([*these, "queries.pool=max", "index=certified"], "max is not an inner product"),
             ([*these, "queries.pool=mean", "retrieve.places=1"], "retrieve.places=1"),
             ([*these, "--against=those", "method=popularity"], "ignores the query"),
         ):

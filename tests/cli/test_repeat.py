@@ -41,7 +41,7 @@ def dry(place, command):
     before = sorted(place.rglob("*"))
     status, said = dmin("repeat", str(folder), "--dry", place=place)
     assert status == 0 and sorted(place.rglob("*")) == before
-    return said.partition("data and weights:\n")[2].partition("\nasks for")[0]
+    return said.partition("data and weights:\n")[2].partition("\nneeds --trust")[0]
 
 
 def test_data_weights_and_queries_are_compared(place):

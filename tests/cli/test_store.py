@@ -38,7 +38,7 @@ def test_every_operation(store, tmp_path, capsys):
     assert json.loads(dmin("info", store))["rows"] == 6
     assert "6 rows are sound" in dmin("verify", store)
     assert "6 of 6 rows" in dmin("merge", store, store, tmp_path / "m")
-    assert "KiB an example" in dmin("fold", store, tmp_path / "f", "dim=8", "dtype=int8")
+    assert "KiB per example" in dmin("fold", store, tmp_path / "f", "dim=8", "dtype=int8")
     assert Store(tmp_path / "f").layout.dim == 8
     dmin("convert", store, tmp_path / "c", "dtype=bfloat16")
     assert Store(tmp_path / "c").layout.dtype == "bfloat16"
@@ -67,8 +67,8 @@ def test_every_operation(store, tmp_path, capsys):
         (["fold", "{}", "t", "dim=x"], "give a whole number"),
         (["fold", "{}", "t", "dim=5"], "cannot be folded to 5"),
         (["info", "{}", "dim=5"], "dim is not a setting of dmin store info. It takes none."),
-        (["info"], "takes STORE, and got 0 paths"),
-        (["info", "{}", "t"], "takes STORE, and got 2 paths"),
+        (["info"], "takes STORE, but 0 paths"),
+        (["info", "{}", "t"], "takes STORE, but 2 paths"),
         (["info", "nowhere"], "There is no store at nowhere"),
         (["append", "{}", "{}"], "has 6 of the examples"),
         (["remove", "{}"], "nothing to remove"),
@@ -76,7 +76,7 @@ def test_every_operation(store, tmp_path, capsys):
         (["remove", "{}", "where=label:9"], "no example has label = 9"),
         (["remove", "{}", "ids=nowhere"], "ids=nowhere cannot be read"),
         (["import", "nowhere.npy", "t"], "cannot be imported"),
-        (["merge", "{}"], "takes SOURCE... TARGET, and got 1 paths"),
+        (["merge", "{}"], "takes SOURCE... TARGET, but 1 paths"),
     ],
 )
 def test_mistakes(store, tmp_path, monkeypatch, capsys, arguments, message):

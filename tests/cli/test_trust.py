@@ -119,7 +119,7 @@ def test_what_a_record_asks_for_beyond_settings_is_refused_and_shown(kind, folde
     refused = capsys.readouterr().err
     assert place.partition(".")[0] in refused and "--trust" in refused
     assert main(["repeat", str(folder), "--dry"]) == 0
-    _, _, shown = capsys.readouterr().out.partition("asks for more than dmin's own settings do:\n")
+    _, _, shown = capsys.readouterr().out.partition("needs --trust:\n")
     lines = [line.strip() for line in shown.splitlines()]
     assert lines and all(line in refused for line in lines)
 

@@ -185,7 +185,7 @@ class TestTargets:
             (f"{__name__}.Tyo", r"has no Tyo\. Did you mean Toy\b"),
             (f"{__name__}.Toy.laod", r"Toy has no laod\. Did you mean load\?"),
             ("dmin.runtime.eror.DminError", r"dmin.runtime has no eror\. Did you mean errors\?"),
-            ("no_such_package.Model", "there is no module no_such_package.*run dmin where it"),
+            ("no_such_package.Model", "there is no module no_such_package.*run dmin in its folder"),
             (f"{__name__}.NOT_CALLABLE", "not a class or a function"),
             (3, "3, not the dotted name"),
         ],

@@ -70,7 +70,7 @@ def test_metadata_are_taken_over(store, tmp_path, capsys):
     digest, _ = store.digest(), store.metadata
     data = folder(tmp_path / "images", artists="abc")
     assert main(["store", "metadata", str(store.path), str(tmp_path / "images")]) == 0
-    assert "7 rows have the metadata" in capsys.readouterr().out
+    assert "7 rows have the current metadata" in capsys.readouterr().out
     assert [row["artist"] for row in store.metadata[:2]] == ["x", "y"], "it was open before"
     found = Store(store.path)
     assert [row["artist"] for row in found.metadata] == list("abcabca")

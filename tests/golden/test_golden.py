@@ -241,7 +241,7 @@ def test_a_run_of_then_is_repeated(name, repeated):
     place, done = repeated
     now, printed = done[name] if name in done else again(name, place)
     then = json.loads((settings.RECORDS / name / "record.json").read_text())
-    assert "differs from then:" in printed and "results:" in printed
+    assert "differs from the record:" in printed and "results:" in printed
     assert now["outcome"] == then["outcome"] == "finished" and now["seed"] == then["seed"]
     # Where a process had more memory before, a collection has no peak to tell.
     assert {*now["results"], "peak"} == {*then["results"], "peak"}

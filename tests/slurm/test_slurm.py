@@ -63,7 +63,7 @@ def test_a_batch_job_is_signalled_requeued_cancelled_and_resumed(cluster, settin
     begun(path)
     cluster.run("scancel", "--signal=USR1", job)  # what SLURM sends before the time is up
     cluster.wait(job, ["PENDING"])
-    assert "is sealed; job" in cluster.log(job)
+    assert "are sealed; job" in cluster.log(job)
     there = len(Store(path))
     assert 0 < there < LONG and not list(path.glob("*.tmp"))
     status = cluster.run("dmin", "status", path).stdout
@@ -100,7 +100,7 @@ def test_an_array_of_shards_and_a_search_on_two_nodes(cluster, settings, digest)
     ask += ["queries=images", f"queries.root={asked}", "queries.mode=L"]
     srun = ["srun", "-N2", "-n2", "--ntasks-per-node=1", "--cpus-per-task=1"]
     said = cluster.run(*srun, *ask, "shard=slurm_task").stdout
-    assert said.count("ranking.csv") == 1 and "Whoever makes the last" in said
+    assert said.count("ranking.csv") == 1 and "The job that ranks the last" in said
     cluster.run(*ask)
     one, two = (list(csv.DictReader(file.open())) for file in rankings(cluster.folder))
     for key in ("query", "rank", "id", "row", "score"):  # what timesteps add agrees to rounding

@@ -204,8 +204,10 @@ def test_what_it_says(write, tmp_path, capsys):
     assert main(["store", "remove", str(store.path), *GONE]) == 0
     said = capsys.readouterr().out
     assert "2 removed, 12 rows are left" in said
-    assert f"rows and ids stay in {store.path} until `dmin store compact" in said
+    assert f"run `dmin store compact {store.path} NEW`, then delete {store.path}" in said
     copies = [tmp_path / name for name in ("half", "e", "half2")]
     assert known_copies(store.path) == copies
-    assert f"exports ({', '.join(map(str, copies))}; others it cannot know)" in said
+    assert (
+        f"exports of the store ({', '.join(map(str, copies))}; dmin cannot know of others)" in said
+    )
     assert "rankings, pages" in said

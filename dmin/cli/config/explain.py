@@ -62,8 +62,8 @@ def _explain_launcher(error: BaseException) -> str | None:
     kind = type(error).__name__
     if kind in ("UncompletedJobError", "FailedJobError", "TerminatedWorkerError"):
         return (
-            f"A job of the sweep was lost ({kind}: {one_line(error)}). What the others made is "
-            f"kept, and the same command finds it done."
+            f"A job of the sweep was lost ({kind}: {one_line(error)}). The results of the other "
+            "jobs are kept: run the same command again, it reuses them."
         )
     missing = re.search(
         r"Unknown plugin class : '(hydra_plugins\.hydra_(\w+?)_launcher\..*?)'", str(error)
@@ -84,8 +84,8 @@ def _explain_syntax(error: OverrideParseException) -> str:
         return f"{override} is not a setting: write key=value, as in {override}=..."
     reason = str(error.message).partition("\n")[0]
     return (
-        f"Cannot read {override}: {reason}. A value with spaces, commas, brackets or '=' wants "
-        "quotes that reach the program, as in \"prompt='a cat, sitting'\"."
+        f"Cannot read {override}: {reason}. Put quotes around a value with spaces, commas, "
+        "brackets or '=', and quote them for the shell too: \"prompt='a cat, sitting'\"."
     )
 
 

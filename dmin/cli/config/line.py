@@ -61,12 +61,12 @@ def parse(command: str, arguments: Sequence[str]) -> Line:
     clash = [word for word in rest if word in _OTHER_ROOT or word.startswith("experiment=")]
     if clash and (root or not clash[0].startswith("experiment=")):
         raise DminError(
-            f"{clash[0]} and {store or own[0]} both bring settings. Leave one of them out."
+            f"{clash[0]} and {store or own[0]} both have settings. Leave one of them out."
         )
     run = None
     if of_run:
         if root:
-            raise DminError(f"{store} and {of_run[0]} both bring settings. Leave one of them out.")
+            raise DminError(f"{store} and {of_run[0]} both have settings. Leave one of them out.")
         run = _read_run(of_run, _of_line(settings, options["model"]))
         sections = ("model", "collect", "name", *({"data", "noise"} - given))
         root = {key: _literals(getattr(run, key)) for key in sections}
@@ -111,8 +111,8 @@ def _read_run(words: Sequence[str], said_on_line: Mapping[str, str]) -> Training
     said = dict(word.split("=", 1) for word in words)
     if strange := said.keys() - {"run", "run.root", "run.ignore", "run.draws"}:
         raise DminError(
-            f"{strange.pop()} is not a setting of a run. There are run.root, run.ignore and "
-            f"run.draws."
+            f"{strange.pop()} is not a setting of a run, which are run.root, run.ignore and "
+            "run.draws."
         )
     if "run" not in said:
         raise DminError(f"{words[0]} needs run=PATH, which is missing.")
@@ -178,8 +178,8 @@ def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], li
     found, rest = parser.parse_known_args(arguments)
     if found.limit is not None and command not in OF_A_STORE:
         raise DminError(
-            f"--limit restricts the examples whose gradients are collected: "
-            f"{', '.join(OF_A_STORE)}. `dmin {command}` has none."
+            f"--limit={found.limit} is not an option of `dmin {command}`, only of commands that "
+            f"use the training examples: {', '.join(OF_A_STORE)}."
         )
     of_a_picture = ("region", "mask", "against", "places", "timesteps")
     for option in ("prompt", "concept", "without", *of_a_picture):
@@ -190,9 +190,9 @@ def _options(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], li
     said = [each for each in (found.concept, found.without) if each is not None]
     if said and (len(set(said)) < 2 or found.prompt):
         raise DminError(
-            f"--concept {found.concept!r} --without {found.without!r}"
-            f"{' and --prompt' if found.prompt else ''}: a concept is given by exactly "
-            f"two different prompts: --concept 'a red fox' --without 'a fox'."
+            f"--concept {found.concept!r} --without "
+            f"{found.without!r}{' and --prompt' if found.prompt else ''}: give a concept by "
+            "exactly two different prompts and no other: --concept 'a red fox' --without 'a fox'."
         )
     return vars(found), rest
 
@@ -230,7 +230,7 @@ def _store_and_pictures(
     absent = [path for path in others if not path.exists()]
     if absent or (others and command not in WITH_PICTURES):
         odd = (absent or others)[0]
-        what = "there is no such file or folder" if absent else "it is no store"
+        what = "there is no such file or folder" if absent else "it is not a store"
         pictures = f", {WITH_PICTURES[command]}" if command in WITH_PICTURES else ""
         raise DminError(
             f"{odd}: {what}. `dmin {command}` takes a store (a folder that `dmin collect` made)"

@@ -61,7 +61,7 @@ def _write(store: Path, settings: dict[str, Any]) -> None:
             commit(file, text)
     except OSError as error:
         reason = f"{os_failure('keep the settings in', store, error)} Without them, later commands "
-        reason += "need model=… and data=… on their lines."
+        reason += "need model=… and data=…"
         warnings.warn(reason, DminWarning, stacklevel=2)
 
 
@@ -129,8 +129,8 @@ def read(store: Path, command: str, chosen: Collection[str], trust: bool) -> dic
 def _moved(store: Path, setting: str, there: Path) -> str:
     say = "--model PATH" if setting == "model.path" else f"{setting}=PATH"
     return (
-        f"{store} was collected with {setting} at {os.path.normpath(there)}, and nothing is there "
-        f"now. Say where it is: {say} (it is held to what the store was made of)."
+        f"{store} was collected with {setting} at {os.path.normpath(there)}, which no longer "
+        f"exists. Give its new location: {say} (its content is checked against the store)."
     )
 
 
@@ -140,8 +140,8 @@ def _plain(store: Path) -> dict[str, Any]:
     found: Any = OmegaConf.to_container(read_settings(file))
     if found.get("format") != FORMAT:
         raise DminError(
-            f"{file} is of format {found.get('format')!r}, and this dmin reads format {FORMAT}. "
-            f"Remove it and give model=… and data=… on the command line."
+            f"{file} has format {found.get('format')!r}, but this dmin reads format {FORMAT}. "
+            "Remove it and give model=… and data=… on the command line."
         )
     known = {"format": int, "paths": list, "name": str, "seed": int, "collect": dict}
     known |= dict.fromkeys(GROUPS, dict)
@@ -153,8 +153,8 @@ def _plain(store: Path) -> dict[str, Any]:
         odd += [path for path in paths if not isinstance(select(found, path), str)]
     if odd:
         raise DminError(
-            f"{file} does not have {odd[0]} in the form that dmin writes. Remove the file and give "
-            f"model=… and data=… on the command line."
+            f"{file} does not have a valid {odd[0]}. Remove the file and give model=… and data=… "
+            "on the command line."
         )
     return dict(found)
 

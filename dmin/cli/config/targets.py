@@ -67,9 +67,8 @@ def _failed(error: Exception, name: str, key: str) -> str:
     own = name.partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and package == own == error.name:
         return (
-            f"{first}: there is no module {own}. If it is a file of yours, run dmin where it "
-            "stands, or add its folder to PYTHONPATH. "
-            f"If not: pip install {_INSTALL.get(own, own)}."
+            f"{first}: there is no module {own}. If it is your own file, run dmin in its folder, "
+            f"or add that folder to PYTHONPATH. Otherwise: pip install {_INSTALL.get(own, own)}."
         )
     if isinstance(error, ModuleNotFoundError) and package and package != own:
         return (

@@ -121,13 +121,11 @@ def _of_call(call: Mapping[str, Any]) -> str | None:
     """Describe what is not allowed in a call; None if it is as in the shipped files."""
     asked = call["_target_"]
     if not isinstance(asked, str) or (name := _listed(asked)) is None:
-        return f"builds {asked}, which is not among what dmin's own settings build"
+        return f"builds {asked}, which dmin's own settings never build"
     if name.startswith("dmin."):
         return None
     more = [str(key) for key in call if key not in shipped()[name] | _CALL]
-    return (
-        f"builds {asked} with {', '.join(more)}, which dmin's own settings leave" if more else None
-    )
+    return (f"builds {asked} with {', '.join(more)}, which dmin's own never set") if more else None
 
 
 def _listed(asked: str) -> str | None:

@@ -105,10 +105,10 @@ def check_devices(trainer: Mapping[str, Any]) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})"
         raise DminError(
-            f"trainer.accelerator={trainer.get('accelerator')} trainer.devices={wanted}, but "
-            f"{socket.gethostname()} shows {there} GPUs to this process{shown}. Request them "
-            f"(SLURM: --gpus-per-node={wanted}; all tasks of a node must see all of them), lower "
-            f"trainer.devices, or set trainer=cpu."
+            f"trainer.accelerator={trainer.get('accelerator')} trainer.devices={wanted}, but this "
+            f"process sees {there} GPUs on {socket.gethostname()}{shown}. Request them (SLURM: "
+            f"--gpus-per-node={wanted}; all tasks of a node must see all of them), lower "
+            "trainer.devices, or set trainer=cpu."
         )
 
 
@@ -215,8 +215,8 @@ def _watch(started: Sequence[subprocess.Popen[bytes]], trainer: lightning.Traine
         time.sleep(0.5)
     rank, process = dead[0], started[dead[0] - 1]
     print(
-        f"dmin: the process of rank {rank} ({process.pid}) ended with {process.returncode}. What "
-        f"was sealed is kept.",
+        f"dmin: the process of rank {rank} ({process.pid}) ended with {process.returncode}. Sealed "
+        "blocks are kept.",
         file=sys.stderr,
         flush=True,
     )

@@ -33,15 +33,15 @@ def after_stop(stopped: Stopped, asked: bool, is_main: bool, tell: Callable[[str
         return
     if not stopped.gained:
         raise DminError(
-            f"the job got {stopped.signum.name} before one block was finished. It would get "
-            f"no further next time, so it is not requeued. Request more time, send the signal "
-            f"later, or set collect.block_size lower (in a new store) and collect.workers higher."
+            f"the job got {stopped.signum.name} before one block was finished. It is not requeued, "
+            "as it would not get further next time. Request more time, send the signal later, or "
+            "set collect.block_size lower (in a new store) and collect.workers higher."
         )
     if submitit:
-        tell("what is finished is sealed; submitit decides whether the job goes on later")
+        tell("finished blocks are sealed; submitit decides whether to requeue the job")
         stopped.before(stopped.signum, None)
     elif is_main:
-        tell(f"what is finished is sealed; job {requeue()} goes on when its turn comes again")
+        tell(f"finished blocks are sealed; job {requeue()} is requeued")
     time.sleep(SECONDS)
 
 

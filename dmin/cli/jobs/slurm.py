@@ -100,9 +100,9 @@ def check_running(
     check_fit(processes, tasks, shards)
     if not processes.alone and "SLURM_NTASKS_PER_NODE" not in environ:
         raise DminError(
-            f"the job was given --ntasks={tasks.total} without --ntasks-per-node, from which the "
-            f"processes of a node are counted. Say --nodes={processes.nodes} --ntasks-per-node="
-            f"{processes.per_node} in their place."
+            f"the job was given --ntasks={tasks.total} without --ntasks-per-node, which sets the "
+            f"processes of a node. Use --nodes={processes.nodes} "
+            f"--ntasks-per-node={processes.per_node} instead."
         )
 
 
@@ -201,7 +201,7 @@ def _jobs(config: DictConfig) -> list[DictConfig]:
 def _mismatch(processes: Processes, tasks: Tasks) -> str:
     return (
         f"SLURM starts {tasks.per_node} tasks on each of {tasks.nodes} nodes, but {processes}. "
-        f"The tasks of a node are its devices: say trainer.devices={tasks.per_node} "
-        f"trainer.num_nodes={tasks.nodes}, or ask SLURM for --nodes={processes.nodes} "
+        f"Each task uses one device: set trainer.devices={tasks.per_node} "
+        f"trainer.num_nodes={tasks.nodes}, or request --nodes={processes.nodes} "
         f"--ntasks-per-node={processes.per_node}."
     )

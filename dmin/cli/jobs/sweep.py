@@ -96,7 +96,7 @@ def own_output() -> Iterator[None]:
             for number, terminal in enumerate(terminals, 1):
                 os.dup2(terminal, number)
                 os.close(terminal)
-            print(f"job {hydra.job.num} ended; what it said: {folder / 'output.log'}")
+            print(f"job {hydra.job.num} ended; its output: {folder / 'output.log'}")
 
 
 def jobs(folder: Path) -> list[Job]:
@@ -134,14 +134,14 @@ def conclude(console: Console) -> str | None:
     console.print(_table(found))
     _save(folder, found)
     _save_results(folder, found)
-    console.print(f"All of it is in\n  {folder / 'sweep.md'}", soft_wrap=True)
+    console.print(f"The whole table is in\n  {folder / 'sweep.md'}", soft_wrap=True)
     failed = [job.number for job in found if job.failed]
     if not failed:
         return None
     return (
-        f"{len(failed)} of {len(found)} jobs failed (number "
-        f"{', '.join(map(str, failed))}; why stands in the table). What the others made is kept, "
-        f"and the same command finds it done."
+        f"{len(failed)} of {len(found)} jobs failed (number {', '.join(map(str, failed))}; the "
+        "table has the reasons). The results of the others are kept: run the same command again, "
+        "it reuses them."
     )
 
 

@@ -10,8 +10,8 @@ from dmin.runtime.escape import printable
 PAGE = """
 usage: dmin models [PATH]
 
-Without a path: every family, the pipelines of diffusers it opens, the tensors by which a single
-file is known, and why the others are refused. With one: which family a folder or a file is of.
+Without a path: every family, the pipelines of diffusers it opens, the tensors that identify
+a single file, and why the others are refused. With a path: the family of that folder or file.
 
 examples:
   dmin models
@@ -20,7 +20,7 @@ examples:
 FAMILIES = ("`model=`", "opens", "network", "prompt", "trained as", "single file by")
 REFUSED = ("refused", "because")
 _INDENT = 24
-_UNKNOWN = "no family has its network yet (`dmin models PATH` prints what one would need)"
+_UNKNOWN = "no family supports its network yet (`dmin models PATH` prints the outline of one)"
 
 
 def run(arguments: Sequence[str]) -> None:

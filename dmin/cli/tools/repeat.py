@@ -26,14 +26,14 @@ usage: dmin repeat RUN_FOLDER [--dry] [--trust] [setting=value ...]
 
 RUN_FOLDER has the record.json and config.yaml of a run, as every command leaves them under
 outputs/runs/ (and each job of a sweep under outputs/sweeps/). The settings are those of the record,
-whatever the YAML files say by now; settings given here win over them. What differs today (commit,
-versions, machine) is said first, how the results differ is said at the end.
+even if the YAML files have changed; settings given here override them. First it prints what differs
+now (commit, versions, machine), at the end how the results differ.
 
-  --dry    say what differs, data and weights included, and what would run that is not dmin's; run
-           nothing
-  --trust  let the record name any code, as that of a model of your own: only if you know its source
+  --dry    only print what differs, data and weights included, and which code would run that is not
+           dmin's
+  --trust  allow the record to name any code, such as a model of your own: only if you trust it
 
-What a run made is found and not made again; to make it anew: paths.outputs=another/folder.
+Results that already exist are reused; to compute them again: paths.outputs=another/folder.
 
 examples:
   dmin repeat outputs/runs/collect/2025-01-31_12-00-00-000000
@@ -55,10 +55,10 @@ def run(arguments: Sequence[str]) -> None:
             f"{folder} is an experiment of a checkout: python experiments repeat {folder.name}"
         )
     repeated = _checked(folder, record, settings)
-    say("differs from then", since(record))
+    say("differs from the record", since(record))
     if asked.dry:
         say("data and weights", _read_again(record, repeated, settings, asked.trust))
-        say("asks for more than dmin's own settings do", repeated.demands or ["nothing"])
+        say("needs --trust", repeated.demands or ["nothing"])
     elif repeated.demands and not asked.trust:
         raise DminError(
             f"{folder / 'config.yaml'} names targets that dmin's own settings do not, which could "
@@ -127,7 +127,7 @@ def _read_again(
 
     then = _part(record, "made_of")
     if not then or (repeated.demands and not trust):
-        why = "that would run what is asked for below" if then else "the record does not tell them"
+        why = "that would run the code listed below" if then else "the record does not have them"
         return [f"not compared: {why}"]
     now: dict[str, Any] = {}
 
@@ -174,7 +174,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record: Any = json.loads(read_regular(folder / RECORD, MOST_BYTES))
         if not isinstance(record, dict):
-            raise ValueError("no mapping")
+            raise ValueError("it is not a mapping")
         if "runs" in record or (folder / "config.yaml").is_file():
             return record
     except (ValueError, RecursionError) as error:
@@ -209,8 +209,8 @@ def since(then: dict[str, Any]) -> list[str]:
         if now[part] != then.get(part, now[part]):
             lines.append(f"{part}: {now[part]} here, {then[part]} there")
     if _part(then, "git").get("changed"):
-        lines.append("git: the checkout there had changes that no commit has")
-    return _in_time(lines) or ["nothing: commit, versions and machine"]
+        lines.append("git: the checkout there had uncommitted changes")
+    return _in_time(lines) or ["nothing: commit, versions and machine are the same"]
 
 
 def _compared(record: dict[str, Any], found: dict[str, Any]) -> list[str]:
@@ -219,7 +219,7 @@ def _compared(record: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
     ours, theirs = (_essential(_part(each, "results")) for each in (found, record))
     if not theirs:
-        return [f"nothing to compare with: the run recorded was {record.get('outcome')}"]
+        return [f"nothing to compare: the recorded run was {record.get('outcome')}"]
     if made_of := _part(record, "made_of"):
         ours, theirs = {**ours, **_part(found, "made_of")}, {**theirs, **made_of}
     return _in_time(differences(ours, theirs)) or [f"the same as then ({', '.join(theirs)})"]

@@ -176,22 +176,22 @@ def lines(status: Status) -> list[Text]:
     running = status.running
     if running:
         left = status.seconds_left
-        rest = "time left not known yet" if left is None else f"{span(left)} left"
-        say(f"{len(running)} at work, {status.rate:,.2f} rows/s together, {rest}")
+        rest = "time left unknown" if left is None else f"{span(left)} left"
+        say(f"{len(running)} running, {status.rate:,.2f} rows/s together, {rest}")
     dead = [each for each in status.reports if not each.running and not each.ended]
     if dead:
         undone = sum(max(0, each.blocks - each.done) for each in dead)
-        lost = f" with up to {undone:,} blocks undone, and lost what they had not sealed"
+        lost = f" before finishing up to {undone:,} blocks; what they had not sealed is lost"
         say(f"{len(dead)} died", lost, "red")
     if status.unattended:
         which = f" (numbers {spans(status.unattended)})"
-        again = f"{which}: give the command again that began them, it resumes"
-        say(f"{len(status.unattended):,} missing blocks are nobody's", again, "red")
+        again = f"{which}: run the command that started them again, it resumes"
+        say(f"no process computes {len(status.unattended):,} missing blocks", again, "red")
     apart = [each for each in running if abs(each.ahead) > APART]
     if apart:
         far = max(apart, key=lambda each: abs(each.ahead))
-        by = f": {far.host} by {far.ahead:+.0f} s from the file system's"
-        say("clocks are apart", f"{by}. Nothing here depends on it.", "yellow")
+        by = f": that of {far.host} by {far.ahead:+.0f} s from the file system's"
+        say("clocks differ", f"{by}. Nothing here depends on it.", "yellow")
     return told
 
 

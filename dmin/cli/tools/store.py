@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 
 # operation -> paths it takes, settings it needs, settings it may have, what it does
 OPERATIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], str]] = {
-    "info": ("STORE", (), (), "say what a store holds, as JSON"),
-    "verify": ("STORE", (), (), "read every byte and every value"),
-    "merge": ("SOURCE... TARGET", (), (), "put parts of one collection together"),
-    "append": ("SOURCE TARGET", (), ("restore",), "put the rows of SOURCE behind those of TARGET"),
-    "remove": ("STORE [ID...]", (), ("ids", "where", "encodings"), "show some examples no more"),
+    "info": ("STORE", (), (), "print what a store contains, as JSON"),
+    "verify": ("STORE", (), (), "check every byte and every value"),
+    "merge": ("SOURCE... TARGET", (), (), "join parts of one collection"),
+    "append": ("SOURCE TARGET", (), ("restore",), "add the rows of SOURCE to TARGET"),
+    "remove": ("STORE [ID...]", (), ("ids", "where", "encodings"), "remove examples from answers"),
     "metadata": (
         "STORE [FOLDER]",
         (),
         ("label", "text", "layout", "condition_image", "same_images"),
-        "take over the metadata that the images have now",
+        "update metadata from the data",
     ),
     "import": (
         "SOURCE TARGET",
         (),
         ("sketch", "ids", "dtype"),
-        "read what export wrote, or sketches",
+        "read an export, or other sketches",
     ),
-    "fold": ("SOURCE TARGET", ("dim",), ("dtype",), "write the sketch of a smaller dim"),
-    "convert": ("SOURCE TARGET", ("dtype",), (), "write another type, such as dtype=int8_parts"),
-    "compact": ("SOURCE TARGET", (), (), "write few large segments, without what was removed"),
+    "fold": ("SOURCE TARGET", ("dim",), ("dtype",), "reduce the dimension of the sketch"),
+    "convert": ("SOURCE TARGET", ("dtype",), (), "change the type, such as dtype=int8_parts"),
+    "compact": ("SOURCE TARGET", (), (), "write few large segments, without removed rows"),
     "export": ("SOURCE TARGET", ("format",), (), "write numpy, safetensors or parquet"),
 }
 
@@ -48,12 +48,12 @@ for _name, (_paths, _needed, _allowed, _what) in OPERATIONS.items():
     _settings = [f"{key}=..." for key in _needed] + [f"[{key}=...]" for key in _allowed]
     PAGE += f"  {' '.join([_name, _paths, *_settings]):<56}{_what}\n"
 PAGE += """
-A TARGET is a new directory (or file), but for append: sources never change. An operation that was
-stopped goes on when it is given again, except export. What is removed is in no answer from then
-on, and nothing that is made of the store has it, unless restore=true; its bytes go when the store
-is compacted. ids=FILE has an id a line, where=COLUMN:VALUE names rows by their metadata. metadata
-changes no row: images, labels and captions have to be those that were collected; FOLDER is for
-stores that keep no settings, or where the images are now.
+A TARGET is a new directory (or file), except for append; sources never change. An operation that
+was interrupted continues when you run it again, except export. Removed examples are left out of
+all answers and of all stores made from this one, unless restore=true; compact deletes their bytes.
+ids=FILE has one id a line, where=COLUMN:VALUE selects rows by their metadata. metadata changes no
+row: images, labels and captions must be those that were collected. Give FOLDER if the store has no
+settings, or if the images have moved.
 
 examples:
   dmin store info outputs/stores/digits-train-0123456789abcdef
@@ -95,7 +95,7 @@ def _run(arguments: Sequence[str]) -> str:
 
         data = _data_of(Store(paths[0]), paths[1:], settings)
         done = refresh_metadata(paths[0], data, settings.get("same_images", False))
-        return f"{done.path}: {len(done):,} rows have the metadata of the data as it is now"
+        return f"{done.path}: {len(done):,} rows have the current metadata of the data"
     store = Store(paths[0])
     if name == "remove":
         return _remove(store, [str(path) for path in paths[1:]], settings)
@@ -113,7 +113,7 @@ def _run(arguments: Sequence[str]) -> str:
         done = operations.compact(store, paths[1])
     follow(paths[0], paths[1], changes)
     size = operations.info(done)["bytes an example"]
-    return f"{done.path}: {len(done):,} rows, {size / 1024:,.1f} KiB an example"
+    return f"{done.path}: {len(done):,} rows, {size / 1024:,.1f} KiB per example"
 
 
 def _remove(store: "Store", ids: list[str], settings: dict[str, str]) -> str:
@@ -132,13 +132,12 @@ def _remove(store: "Store", ids: list[str], settings: dict[str, str]) -> str:
     left = type(store)(store.path)
     copies = ", ".join(map(str, known_copies(store.path))) or "none that it knows of"
     return (
-        f"{file}: {len(store) - len(left):,} removed, {len(left):,} rows are left.\n"
-        f"No answer has them from now on; their indices and kept encodings are deleted. Their rows "
-        f"and ids stay in {store.path} until `dmin store compact {store.path} NEW` has written it "
-        f"without them and it is deleted.\n"
-        f"Not reached, remove them there too: copies of the store and exports ({copies}; others "
-        f"it cannot know), results written before (rankings, pages with their pictures), and "
-        f"the data."
+        f"{file}: {len(store) - len(left):,} removed, {len(left):,} rows are left.\nThey are left "
+        "out of all answers; indices and cached encodings with them are deleted. To delete their "
+        f"rows and ids too, run `dmin store compact {store.path} NEW`, then delete "
+        f"{store.path}.\nRemove them yourself from copies and exports of the store ({copies}; dmin "
+        "cannot know of others), from earlier results (rankings, pages with their pictures), and "
+        "from the data."
     )
 
 
@@ -188,7 +187,7 @@ def _parsed(words: Sequence[str]) -> tuple[str, list[Path], dict[str, Any]]:
     if name not in OPERATIONS:
         near = did_you_mean(name, OPERATIONS)
         known = f"Operations: {', '.join(OPERATIONS)}."
-        raise DminError(" ".join(filter(None, (f"there is no dmin store {name}.", near, known))))
+        raise DminError(" ".join(filter(None, (f"dmin store {name} does not exist.", near, known))))
     form, needed, allowed, _ = OPERATIONS[name]
     parser = Arguments(f"store {name}")
     parser.add_argument("paths", nargs="*", type=Path)
@@ -202,7 +201,7 @@ def _parsed(words: Sequence[str]) -> tuple[str, list[Path], dict[str, Any]]:
         raise DminError(f"dmin store {name} needs {lacking[0]}=..., see dmin store --help.")
     least = len([each for each in form.split() if not each.startswith("[")])
     if not least <= len(paths) <= (len(paths) if "..." in form else len(form.split())):
-        raise DminError(f"dmin store {name} takes {form}, and got {len(paths)} paths.")
+        raise DminError(f"dmin store {name} takes {form}, but {len(paths)} paths are given.")
     return name, paths, settings
 
 

@@ -61,8 +61,8 @@ def joined(
         commit(files[mine], content)
     if missing := [shard for shard, file in enumerate(files) if not file.is_file()]:
         work.console.print(
-            f"part {mine} is in {folder}; {shards - len(missing)} of {shards} parts are there. "
-            f"Whoever makes the last (now missing: {spans(missing)}) shows the answer.",
+            f"part {mine} is in {folder}; {shards - len(missing)} of {shards} parts are there. The "
+            f"job that ranks the last one (missing: {spans(missing)}) shows the answer.",
             soft_wrap=True,
         )
         return None

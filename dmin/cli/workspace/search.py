@@ -138,7 +138,7 @@ def pooling(work: Workspace, source: Any, methods: Iterable[Method]) -> str | No
     work.require_conditions(others, "queries")
     places = work.cfg.retrieve.get("places")
     odd = [f"retrieve.places={places}"] * bool(places)
-    odd += ["an index: a maximum is no inner product"] * (kind == "max" and bool(work.cfg.index))
+    odd += ["an index: a max is not an inner product"] * (kind == "max" and bool(work.cfg.index))
     odd += [f"method={m.name}, which ignores the query" for m in methods if not m.by_query]
     if odd:
         raise DminError(

@@ -114,7 +114,7 @@ class Stores(Built):
             if other.comparable() == manifest.comparable():
                 remedies.append(metadata_remedy(manifest, other, path))
         nearest = [told for _, told in sorted(found)[:2]]
-        told = f" The nearest there is: {'; and '.join(nearest)}." if nearest else ""
+        told = f" The most similar stores: {'; and '.join(nearest)}." if nearest else ""
         return told + next(filter(None, remedies), "")
 
     def _store_path(
@@ -167,7 +167,7 @@ class Stores(Built):
         options, collector = self.cfg.collect, collector or self.collector
         if role == "train" and options.grow and options.path is None:
             raise DminError(
-                "collect.grow=true needs collect.path=..., the path of the store that is to grow."
+                "collect.grow=true needs collect.path=..., the path of the store to extend."
             )
         known = (path / "manifest.json").is_file()
         self.notes.print(
