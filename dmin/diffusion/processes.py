@@ -146,8 +146,8 @@ class EDM(Process):
         self.sigma_data: float = float(sigma_data)
         if not self.sigma_data > 0:
             raise DminError(
-                f"scheduler.sigma_data={sigma_data}: give a positive number, the deviation of the "
-                f"data. Mend it in the checkpoint's scheduler/scheduler_config.json."
+                f"scheduler.sigma_data={sigma_data}: give a positive number, the standard "
+                "deviation of the data. Fix it in the checkpoint's scheduler/scheduler_config.json."
             )
         self.timesteps: Sequence[float] = ContinuousTimesteps(timesteps)
 

@@ -188,9 +188,9 @@ def _check_variant(source: Path, variant: str | None) -> None:
         say = f"model.variant={there[0]}" if there else "model.variant=null"
         raise DminError(
             f"model.variant={'null' if variant is None else variant}: the weights in "
-            f"{', '.join(lacking or sorted(found))} of {source} are of "
-            f"{f'the variant {there[0]}' if there else 'no variant'} alone. Say {say} (they are "
-            f"loaded in model.torch_dtype in any case)."
+            f"{', '.join(lacking or sorted(found))} of {source} exist only "
+            f"{f'as variant {there[0]}' if there else 'without a variant'}. Set {say} (they are "
+            "loaded in model.torch_dtype in any case)."
         )
 
 
@@ -205,9 +205,9 @@ def _why_not(path: str | Path, source: Path, pipeline_class: Any, error: Excepti
     wanted, index = pipeline_class.__name__, source / "model_index.json"
     if not index.is_file():
         return (
-            f"model.path={path}: there is no such folder here, and it cannot be had from the Hub. "
-            f"Give the folder that {wanted}.save_pretrained wrote, or check the name and the "
-            f"connection: {error}"
+            f"model.path={path}: there is no such folder here, and it cannot be downloaded from "
+            f"the Hub. Give the folder that {wanted}.save_pretrained wrote, or check the name and "
+            f"the connection: {error}"
         )
     return f"model.path={path}: diffusers cannot load a {wanted} from it: {error}"
 
@@ -244,9 +244,9 @@ def _from_single_file(pipeline_class: Any, file: Path, source: str, options: dic
         return pipeline_class.from_single_file(str(file), config=source, **{**options, **beside})
     except (SingleFileComponentError, KeyError, IndexError, RuntimeError) as error:
         raise DminError(
-            f"model.single_file={file}: diffusers cannot make a {pipeline_class.__name__} of it "
+            f"model.single_file={file}: diffusers cannot load it as a {pipeline_class.__name__} "
             f"with the configs of model.path={source} ({type(error).__name__}: {error}). Give a "
-            f"file of such a model, and a checkpoint of the same version and size as model.path."
+            "file of such a model, and a checkpoint of the same version and size as model.path."
         ) from error
 
 

@@ -37,8 +37,8 @@ def from_pipeline(pipeline: Any, **settings: Any) -> DiffusionModel:
         is_module = isinstance(component, nn.Module)
         if is_module and any(hasattr(module, "_hf_hook") for module in component.modules()):
             raise DminError(
-                f"the pipeline's {name} is moved in and out of the device while it runs "
-                f"(enable_model_cpu_offload and the like). Call pipe.remove_all_hooks() first."
+                f"the pipeline's {name} is moved between devices while it runs "
+                "(enable_model_cpu_offload and the like). Call pipe.remove_all_hooks() first."
             )
         if is_module and any(hasattr(module, "_diffusers_hook") for module in component.modules()):
             raise DminError(

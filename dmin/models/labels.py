@@ -38,7 +38,7 @@ def class_labels(prompts: Sequence[Any], classes: int, names: Sequence[str] = ()
     elif not names and isinstance(wrong[0], str):
         remedy = (
             "Use a column of numbers (data.label=COLUMN, of queries queries.label=COLUMN): only "
-            "models that `dmin train` trained on labels that are text know what these mean."
+            "models that `dmin train` trained on text labels know their meaning."
         )
     raise DminError(f"label {wrong[0]!r}: the model knows {told}. {remedy}")
 
@@ -53,13 +53,13 @@ def names_of(labels: Iterable[Any], classes: int) -> list[str]:
     odd = [label for label in found if not isinstance(label, str)]
     if odd:
         raise DminError(
-            f"some labels of the data are text ({spelled(sorted(found.difference(odd)))}), and one "
+            f"some labels of the data are text ({spelled(sorted(found.difference(odd)))}), but one "
             f"is {odd[0]!r}. Use either text or numbers for all images, in the column data.label."
         )
     names = sorted(found)
     if len(names) > classes:
         raise DminError(
-            f"the data have {len(names)} classes ({spelled(names)}), and the model is built for "
+            f"the data have {len(names)} classes ({spelled(names)}), but the model is built for "
             f"{classes}: set num_class_embeds={len(names)} (train.model.…), or another data.label."
         )
     return names

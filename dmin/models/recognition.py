@@ -198,10 +198,10 @@ def _refuse_part(folder: Path) -> NoReturn:
     except (OSError, ValueError, AttributeError):
         held = "model"
     of = sorted(name for name, family in all_families().items() if family.claims.network == held)
-    known = f", as {' and '.join(of)} have" if of else ", which no family has"
+    known = f" (as in model={' or model='.join(of)})" if of else " (which no family has)"
     base = folder.parent if (folder.parent / "model_index.json").is_file() else "PIPELINE"
     raise DminError(
-        f"model.path={folder} is a {held} alone{known}, without encoders and scheduler. Set "
+        f"model.path={folder} contains only a {held}{known}, without encoders and scheduler. Set "
         f"model.path={base}, the pipeline that it was trained in"
         + ("." if base == folder.parent else f", and model.ema={folder}, the trained weights.")
     )

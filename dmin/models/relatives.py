@@ -61,40 +61,40 @@ def claimants(pipeline: str) -> list[str]:
 
 
 REASONS = {
-    "ControlNet": "a second network steers the first by a drawing, which is no part of the data",
-    "Control": "its network is also given the latents of a drawing, which is no part of the data",
-    "Adapter": "a second network steers the first by a drawing, which is no part of the data",
-    "Kontext": "its network is also given the tokens of an image to change",
-    "Fill": "its network is also given a mask and the latents of a masked image",
-    "Inpaint": "its network is also given a mask and the latents of a masked image",
-    "InstructPix2Pix": "its network is also given the latents of an image to change",
-    "Depth2Img": "its network is also given a map of depths",
-    "Redux": "its network is told an image instead of a caption",
-    "ImageVariation": "its network is told an image instead of a caption",
-    "GLIGEN": "its network is also told boxes and what they hold",
-    "Upscale": "its network is also given a small image, and how noisy that is",
-    "SuperResolution": "its network is also given a small image",
+    "ControlNet": "a second network conditions it on a control image, which is not supported",
+    "Control": "its network also takes the latents of a control image, which is not supported",
+    "Adapter": "a second network conditions it on a control image, which is not supported",
+    "Kontext": "its network also takes the tokens of an image to edit",
+    "Fill": "its network also takes a mask and the latents of a masked image",
+    "Inpaint": "its network also takes a mask and the latents of a masked image",
+    "InstructPix2Pix": "its network also takes the latents of an image to edit",
+    "Depth2Img": "its network also takes a depth map",
+    "Redux": "its network takes an image instead of a caption",
+    "ImageVariation": "its network takes an image instead of a caption",
+    "GLIGEN": "its network also takes boxes and their content",
+    "Upscale": "its network also takes a small image and its noise level",
+    "SuperResolution": "its network also takes a small image",
     "LDM": "its latents are those of a VQ autoencoder",
     "Sprint": "it is distilled: its loss needs a derivative along the flow, and a teacher",
-    "Consistency": "it is distilled: its loss needs a teacher or two steps",
-    "KV": "its sampler keeps what the network made of images to change",
+    "Consistency": "it is distilled: its loss needs a teacher or two timesteps",
+    "KV": "its sampler reuses keys and values of images to edit",
     "QwenImageEditPlus": "its text encoder sees several images, at another size than its network",
-    "Edit": "its network is also given the tokens of an image to change",
-    "Layered": "its network makes several layers of an image at once",
-    "Omni": "its network is also given images to change",
-    "ImageToVideo": "its network is also given the latents of a first frame",
+    "Edit": "its network also takes the tokens of an image to edit",
+    "Layered": "its network generates several layers of an image at once",
+    "Omni": "its network also takes images to edit",
+    "ImageToVideo": "its network also takes the latents of a first frame",
     "ScoreSde": "its network predicts a score in continuous time",
     "Video": "it makes videos",
 }
 """Part of a pipeline's name → why no family supports it."""
 
 MORE_INPUTS = {
-    "class_embed_type": "classes, or noise levels in their place",
+    "class_embed_type": "classes or noise levels",
     "num_class_embeds": "classes",
-    "addition_embed_type": "more conditions than text",
+    "addition_embed_type": "conditions besides text",
     "encoder_hid_dim_type": "the embedding of an image",
-    "time_cond_proj_dim": "its guidance",
-    "guidance_embeds": "its guidance",
+    "time_cond_proj_dim": "the guidance scale",
+    "guidance_embeds": "the guidance scale",
     "image_dim": "the embedding of an image",
     "siglip_feat_dim": "the embedding of an image",
     "use_additional_t_cond": "which layers an image has",
@@ -137,11 +137,11 @@ def check_pipeline(held: str, family: str, what: str) -> None:
         rest = f"Choose model={found[0]}, the model=... that loads it (docs/models.md)."
     else:
         rest = (
-            f"dmin cannot take it for one: {reason(held) or 'no family is it'}. Give the text- or "
-            f"class-to-image checkpoint it comes from, or write a model of your own "
-            f"(docs/own_models.md)."
+            f"dmin does not support it: {reason(held) or 'no family opens it'}. Give the text- or "
+            "class-to-image checkpoint it was made from, or write your own model "
+            "(docs/own_models.md)."
         )
-    raise DminError(f"{what}: a {held}, where a {claims.pipelines[0]} is needed. {rest}")
+    raise DminError(f"{what}: a {held}, but model={family} needs a {claims.pipelines[0]}. {rest}")
 
 
 def reason(pipeline: str) -> str | None:
@@ -229,7 +229,7 @@ def _config(kind: Any, path: str, name: str, revision: str | None) -> Any:
 def _settings(found: Any) -> dict[str, Any]:
     if isinstance(found, dict):
         return found
-    raise ValueError(f"a config is a {type(found).__name__}, where settings by name are needed")
+    raise ValueError(f"a config is a {type(found).__name__}, not a mapping of settings")
 
 
 def check_component(name: str, component: str, family: str, what: str) -> None:
@@ -243,8 +243,8 @@ def check_component(name: str, component: str, family: str, what: str) -> None:
     wanted = {**dict.fromkeys(_NETWORKS, network), "vae": claims.vae}.get(name)
     if wanted and component not in wanted:
         raise DminError(
-            f"{what}: its {name} is a {component}, where {' or '.join(wanted)} is needed. Choose "
-            f"the model=... that has it, or write your own model (docs/own_models.md)."
+            f"{what}: its {name} is a {component}, but model={family} needs {' or '.join(wanted)}. "
+            "Choose the model=... that has it, or write your own model (docs/own_models.md)."
         )
 
 
@@ -288,9 +288,9 @@ def check_inputs(
     out = config.get("out_channels") or seen
     if out not in (channels, 2 * (channels or 0), (channels or 0) // claims.packing):
         raise DminError(
-            f"model.path: this {kind.__name__} returns {out} channels for {channels}: a prediction "
-            f"has as many, one with a learned variance twice as many. Give the checkpoint of a "
-            f"denoiser or a flow."
+            f"model.path: this {kind.__name__} returns {out} channels for {channels} channels of "
+            "x_t: a prediction has as many, or twice as many with a learned variance. Give the "
+            "checkpoint of a denoiser or a flow."
         )
 
 

@@ -20,7 +20,7 @@ _DISCRETE = (
 )
 _EDM = ("EDMEuler", "EDMDPMSolverMultistep")
 _FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete")
-_DISTILLED = "it samples networks distilled from another, whose loss needs a teacher or two steps"
+_DISTILLED = "it samples distilled networks, whose loss needs a teacher or two timesteps"
 _TOKENS = "it samples discrete tokens, whose loss is a cross entropy"
 _REFUSED = {
     "LCM": _DISTILLED,
@@ -37,12 +37,12 @@ _REFUSED = {
     "BlockRefinement": _TOKENS,
     "DiscreteDDIM": _TOKENS,
     "EntropyBound": _TOKENS,
-    "ScoreSdeVe": "a score −ε/σ of images in [0, 1] is predicted, which needs a process of its own",
-    "ScoreSdeVp": "a score in continuous time is predicted, which needs a process of its own",
-    "KarrasVe": "its scales of images and noise need a process of their own",
-    "IPNDM": "its noise levels are those of a network of sound, which need a process of their own",
-    "DDPMWuerstchen": "its time is a ratio of a cosine, which needs a process of its own",
-    "CosineDPMSolverMultistep": "its time is an arc tangent of σ, which needs a family of sound",
+    "ScoreSdeVe": "scores −ε/σ of images in [0, 1] are predicted, which is not supported",
+    "ScoreSdeVp": "its networks predict a score in continuous time, which is not supported",
+    "KarrasVe": "it scales images and noise in a way that is not supported",
+    "IPNDM": "its noise levels are those of audio networks, which are not supported",
+    "DDPMWuerstchen": "its time is a ratio of a cosine, which is not supported",
+    "CosineDPMSolverMultistep": "its time is an arc tangent of σ, which is not supported",
 }
 
 
@@ -64,7 +64,7 @@ def process_of(
     """
     name = diffusers_name(scheduler).removesuffix("Scheduler")
     if name not in (*_DISCRETE, *_EDM, *_FLOW):
-        why = _REFUSED.get(name, "dmin does not know what it samples was trained to predict")
+        why = _REFUSED.get(name, "dmin does not know the loss of the networks that it samples")
         raise DminError(
             f"scheduler {name}Scheduler: {why}. If this network was trained as a denoiser or a "
             f"flow, put the scheduler of its training (DDPMScheduler, EDMEulerScheduler, "
@@ -88,9 +88,9 @@ def _require_levels(process: Process, name: str) -> None:
     if not len(t) or not bool((signal.isfinite() & (signal > 0)).all()):
         raise DminError(
             f"scheduler {name}Scheduler: its settings give {len(t)} timesteps, "
-            f"{int((~signal.isfinite()).sum())} of them without a level of noise. Mend "
-            f"num_train_timesteps, betas (each between 0 and 1) or shift in the checkpoint's "
-            f"scheduler/scheduler_config.json."
+            f"{int((~signal.isfinite()).sum())} of them without a valid noise level. Fix "
+            "num_train_timesteps, betas (each between 0 and 1) or shift in the checkpoint's "
+            "scheduler/scheduler_config.json."
         )
 
 
@@ -127,9 +127,10 @@ def _one_way(scheduler: Any) -> Any:
     config = scheduler.config
     if config.get("invert_sigmas") or config["num_train_timesteps"] < 2:
         raise DminError(
-            f"scheduler.invert_sigmas={config.get('invert_sigmas')} with num_train_timesteps="
-            f"{config['num_train_timesteps']}: a flow with a direction or time unit that "
-            f"no family has. They need invert_sigmas false, and usually 1000 timesteps."
+            f"scheduler.invert_sigmas={config.get('invert_sigmas')} with "
+            f"num_train_timesteps={config['num_train_timesteps']}: no family supports an inverted "
+            "flow or a single timestep. Set invert_sigmas=false, and num_train_timesteps usually "
+            "to 1000."
         )
     return config
 

@@ -68,10 +68,10 @@ class TrainedModel(DiffusionModel):
         self.process: Any = process_of(scheduler, LossSettings(*loss, huber_schedule), shift)
         if not isinstance(self.process, self.processes):
             raise DminError(
-                f"model.path: the {type(scheduler).__name__} of this checkpoint is that of a "
-                f"{type(self.process).__name__}, where {type(self).__name__} is trained as "
+                f"model.path: the {type(scheduler).__name__} of this checkpoint belongs to a "
+                f"{type(self.process).__name__}, but {type(self).__name__} is trained as "
                 f"{' or '.join(kind.__name__ for kind in self.processes)}. Put the scheduler of "
-                f"its training in the checkpoint's folder scheduler."
+                "its training in the checkpoint's folder scheduler."
             )
         self.timesteps: Sequence[float] = self.process.timesteps
 

@@ -193,10 +193,13 @@ def test_layouts_that_are_not_known_are_refused_with_what_to_do(tmp_path):
     told = torch.tensor(list(json.dumps({"format": "nvfp4"}).encode())).byte()
     codes, many = torch.zeros(16, 16).to(torch.int8), torch.ones(7)
     for beside, named in (
-        ({"comfy_quant": told, "weight": codes}, "of the format nvfp4"),
-        ({"weight_scale": many, "weight": codes}, r"scales of shape \[7\] for \[16, 16\]"),
-        ({"SCB": many, "weight_format": torch.tensor(1).byte()}, "for one kind of GPU"),
-        ({"weight.quant_map": many, "weight": codes}, "int8 of a layout that dmin does not know"),
+        ({"comfy_quant": told, "weight": codes}, "its format is nvfp4"),
+        (
+            {"weight_scale": many, "weight": codes},
+            r"its scales \[7\] do not fit weights \[16, 16\]",
+        ),
+        ({"SCB": many, "weight_format": torch.tensor(1).byte()}, "for one type of GPU"),
+        ({"weight.quant_map": many, "weight": codes}, "int8 in an unknown layout"),
     ):
         save_file({**state, **{f"{layer}.{k}": v for k, v in beside.items()}}, file)
         with pytest.raises(DminError, match=rf"to_q\.weight cannot be read: .*{named}.*base_dtype"):

@@ -84,7 +84,7 @@ def test_what_is_no_pipeline_is_told_with_its_remedy(tmp_path):
         recognise(tmp_path)
     whole = checkpoint("flux")
     with pytest.raises(
-        DminError, match=rf"FluxTransformer2DModel alone, as .*flux.* model\.path={whole}"
+        DminError, match=rf"only a FluxTransformer2DModel \(as in .*flux.* model\.path={whole}"
     ):
         recognise(whole / "transformer")
     shutil.copytree(whole / "transformer", tmp_path / "step-500")
@@ -113,7 +113,7 @@ def test_a_class_of_no_family_is_refused_with_what_opens_and_a_skeleton(tmp_path
         for each in ("my_family", "another"):
             all_families().pop(each, None)
     pipeline_index(tmp_path, "ZImageInpaintPipeline")
-    with pytest.raises(DminError, match="also given a mask"):
+    with pytest.raises(DminError, match="also takes a mask"):
         recognise(tmp_path)
     assert "TheNetwork" in recognition.skeleton("NobodysPipeline")
 
@@ -122,12 +122,12 @@ def test_a_variant_on_disk_only_is_told(tmp_path):
     shutil.copytree(checkpoint("dit"), tmp_path / "dit")
     for file in (tmp_path / "dit").glob("*/diffusion_pytorch_model.safetensors"):
         file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    with pytest.raises(DminError, match=r"variant fp16 alone\. Say model\.variant=fp16"):
+    with pytest.raises(DminError, match=r"only as variant fp16\. Set model\.variant=fp16"):
         auto(tmp_path / "dit")
-    with pytest.raises(DminError, match=r"model\.variant=ema: .* Say model\.variant=fp16"):
+    with pytest.raises(DminError, match=r"model\.variant=ema: .* Set model\.variant=fp16"):
         auto(tmp_path / "dit", variant="ema")
     auto(tmp_path / "dit", variant="fp16")
-    with pytest.raises(DminError, match=r"of no variant alone\. Say model\.variant=null"):
+    with pytest.raises(DminError, match=r"exist only without a variant\. Set model\.variant=null"):
         auto(checkpoint("dit"), variant="fp16")
 
 

@@ -55,7 +55,7 @@ def test_it_is_known_by_its_flag_and_the_base_stays_what_it_was(tmp_path):
     with pytest.raises(DminError, match=r"Choose model=stable_diffusion_xl,"):
         StableDiffusionXLRefiner.from_pretrained(checkpoint("stable_diffusion_xl"))
     other = flagged(tmp_path / "x", NAME, {"_class_name": "StableDiffusionXLInpaintPipeline"})
-    with pytest.raises(DminError, match=r"with requires_aesthetics_score.*also given a mask"):
+    with pytest.raises(DminError, match=r"with requires_aesthetics_score.*also takes a mask"):
         recognise(other)
 
 
@@ -65,12 +65,12 @@ def test_it_is_known_by_its_flag_and_the_base_stays_what_it_was(tmp_path):
         (
             NAME,
             False,
-            r"takes 56 additional numbers, while 6 .* are 64\. Set requires_aesthetics_score",
+            r"takes 56 additional numbers, but 6 .* make 64\. Set requires_aesthetics_score",
         ),
         (
             "stable_diffusion_xl",
             True,
-            r"takes 64 additional numbers, while 5 .* are 56\. Set requires",
+            r"takes 64 additional numbers, but 5 .* make 56\. Set requires",
         ),
     ],
 )

@@ -73,7 +73,7 @@ def test_every_pipeline_of_diffusers_is_of_one_family_or_refused():
                 fits.append(family)
             except DminError as error:
                 first = CLAIMS[family].pipelines[0]
-                assert f"model.path=x: a {held}, where a {first} is needed" in str(error)
+                assert f"model.path=x: a {held}, but model={family} needs a {first}" in str(error)
                 of = [f for f, known in CLAIMS.items() if held in known.pipelines + known.own]
                 assert (f"Choose model={of[0]}" if of else "Give the text- or class-") in str(error)
         assert len(fits) <= 1
@@ -87,7 +87,7 @@ def test_the_class_is_compared_before_any_weight_is_read(family, copy):
         kind = pipeline_kind({**index, "_class_name": held})
         if kind in FAMILIES[family].pipelines + FAMILIES[family].own:
             continue
-        said = rf"a {kind}, wh"
+        said = rf"a {kind}, bu"
         with pytest.raises(DminError, match=said):
             LOADED[family].from_pretrained(folder)
 

@@ -272,7 +272,7 @@ def test_settings_that_contradict_a_class_are_refused(name, settings, message):
 )
 def test_settings_without_levels_of_noise_are_refused(name, settings):
     """They are checked with all timesteps, not where a collection would take its gradients."""
-    with pytest.raises(DminError, match=r"scheduler.*Mend|shift=(nan|0.0)"):
+    with pytest.raises(DminError, match=r"scheduler.*Fix|shift=(nan|0.0)"):
         process_of(made(name, settings))
 
 
@@ -295,9 +295,7 @@ def test_settings_of_another_process_are_refused():
 def test_a_process_that_a_family_does_not_have_is_refused(tmp_path):
     pipeline = Flux.from_pretrained(checkpoint("flux")).pipeline
     pipeline.scheduler = diffusers.DDIMScheduler()
-    with pytest.raises(
-        DminError, match=r"DDIMScheduler .* DiscreteDiffusion, where Flux is trained"
-    ):
+    with pytest.raises(DminError, match=r"DDIMScheduler .* DiscreteDiffusion, but Flux is trained"):
         Flux(pipeline)
 
 

@@ -157,7 +157,7 @@ ONES = torch.ones(16)
     [
         (SD, "cat", {"<x>": torch.ones(24)}, r"vectors of 24 .*text_encoder has 16"),
         ("dit", "cat", {"<x>": ONES}, r"vectors of 16 .*have none"),
-        (SD, "a", {"emb_params": ONES}, r"tokenizer has a already.*NAME=FILE"),
+        (SD, "a", {"emb_params": ONES}, r"tokenizer already has a.*NAME=FILE"),
         (SD, "cat", {"<y>": torch.ones(2, 16), "<y>_1": ONES}, "another of these words"),
         (SD, "cat", {"<x>": ONES.int()}, r"int32.*not a learned word"),
         (SD, "cat", {"<x>": ONES / 0}, "not finite"),

@@ -63,9 +63,9 @@ def _load(file: AdapterFile, name: str, network: nn.Module, encoders: dict[str, 
     if not modules:
         return  # it has only learned words
     if file.config.get("use_dora") and not any(MAGNITUDE in module.tensors for module in modules):
-        raise file.error("its adapter_config.json says use_dora, and it has no magnitudes")
+        raise file.error("its adapter_config.json says use_dora, but it has no magnitudes")
     if any(module.text is not None for module in modules) and not encoders:
-        raise file.error("it adapts a text encoder, and this model has none")
+        raise file.error("it adapts a text encoder, but this model has none")
     targets = [network, *encoders.values()]
     tables = [places(target) for target in targets]
     # kohya's split_qkv=True: joined matrices are block-diagonal.
@@ -80,7 +80,7 @@ def _load(file: AdapterFile, name: str, network: nn.Module, encoders: dict[str, 
             continue
         target, where = targets[at], tables[at].get(flat(module.name), [])
         if any((at, place.path) in taken for place in where):
-            raise file.error(f"{module.key} is of a layer that another of its modules is of")
+            raise file.error(f"{module.key} adapts a layer that another module adapts too")
         taken |= {(at, place.path) for place in where}
         parts = _split(file, module, where) if split and len(where) > 1 else [(module, where)]
         for part, its in parts:
@@ -118,32 +118,32 @@ def _split(
         yield replace(module, tensors=tensors), [Place(place.path)]
     if up.any() or r * len(where) != len(down):
         raise file.error(
-            f"its header says split_qkv=True, and {module.key} is not made of {len(where)} blocks"
+            f"its header says split_qkv=True, but {module.key} is not made of {len(where)} blocks"
         )
 
 
 def _misfit(module: FileModule, layers: Sequence[nn.Module]) -> str | None:
     """Return why a module's tensors do not fit the layers; None if they do."""
     if not layers:
-        return "not in it"
+        return "no such layer"
     shapes = [base_of(layer).weight.shape for layer in layers]
     wanted = (sum(shape[0] for shape in shapes), *shapes[0][1:])
     if "lora_diff" in module.tensors:
         return _misfit_whole(module, layers, wanted)
     if len(wanted) < 2:
-        return "a norm, of which it is no difference"
+        return "a norm, which needs a whole difference"
     factors = {key: value.to("meta") for key, value in module.factors.items()}
     try:
         found = difference(factors, wanted[2:]).shape
     except RuntimeError:
-        return "its tensors do not fit one another"
+        return "the shapes of its tensors do not match"
     plain = tuple(n for n in found[2:] if n != 1) == tuple(n for n in wanted[2:] if n != 1)
     joined = len(found) == 2 and found.numel() == torch.Size(wanted).numel()
     if found[0] != wanted[0] or not (joined or (found[1] == wanted[1] and plain)):
-        return f"{_sizes(found)} where it is {_sizes(wanted)}"
+        return f"{_sizes(found)}, but the layer is {_sizes(wanted)}"
     magnitude = module.tensors.get(MAGNITUDE)
     if magnitude is not None and magnitude.numel() not in wanted[:2]:
-        return f"{magnitude.numel()} magnitudes where it is {_sizes(wanted)}"
+        return f"{magnitude.numel()} magnitudes, but the layer is {_sizes(wanted)}"
     return None
 
 
@@ -152,12 +152,12 @@ def _misfit_whole(
 ) -> str | None:
     found, bias = module.tensors["lora_diff"].shape, module.tensors.get("lora_diff_b")
     if tuple(found) != tuple(wanted):
-        return f"{_sizes(found)} where it is {_sizes(wanted)}"
+        return f"{_sizes(found)}, but the layer is {_sizes(wanted)}"
     held = all(getattr(base_of(layer), "bias", None) is not None for layer in layers)
     if bias is not None and (bias.shape != found[:1] or not held):
-        return f"a difference of {_sizes(bias.shape)} biases, which it has not"
+        return f"a difference of {_sizes(bias.shape)} biases, which the layer does not have"
     if MAGNITUDE in module.tensors:
-        return "magnitudes of a whole difference"
+        return "magnitudes together with a whole difference"
     return None
 
 

@@ -102,7 +102,7 @@ def _write_part(part: Path, to: Path, dtype: torch.dtype) -> None:
     told = config.pop("quantization_config", {})
     files = sorted(part.glob("*.safetensors"))
     if not _needs(files):
-        method = told.get("quant_method", "a way unknown here")
+        method = told.get("quant_method", "an unknown method")
         raise _unread(part, f"its weights are quantised by {method}, which dmin does not read")
     to.mkdir()
     for each in part.iterdir():
@@ -162,7 +162,7 @@ def _numbers(
     if f"{layer}.comfy_quant" in names:
         told = json.loads(bytes(read(f"{layer}.comfy_quant").tolist()))
         if told.get("format") not in ("float8_e4m3fn", "float8_e5m2"):
-            raise DminError(f"of the format {told.get('format')}")
+            raise DminError(f"its format is {told.get('format')}, not float8")
     scales = (f"{layer}.scale_weight", f"{layer}.weight_scale", f"{plain_name}._scale")
     scale = next((read(each).float() for each in scales if each in names), None)
     bits = (f"{plain_name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
@@ -171,12 +171,12 @@ def _numbers(
         found = _four_bits(weight, plain_name, read, json.loads(bytes(read(state).tolist())))
     elif f"{layer}.SCB" in names and plain_name.endswith(".weight"):
         if read(f"{layer}.weight_format").item() != 0:
-            raise DminError("bitsandbytes stored it in a layout for one kind of GPU")
+            raise DminError("bitsandbytes stored it in a layout for one type of GPU")
         found = weight.float() * (read(f"{layer}.SCB").float() / 127)[:, None]
     elif weight.dtype in (*_FLOAT8, torch.int8) and scale is not None:
         found = _scaled(weight.float(), scale)
     elif weight.dtype in (torch.int8, torch.uint8):
-        raise DminError(f"{weight.dtype} of a layout that dmin does not know")
+        raise DminError(f"{weight.dtype} in an unknown layout")
     elif weight.dtype in _FLOAT8:
         found = weight
     else:
@@ -189,7 +189,7 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
     if scale.ndim == 3 and weight.ndim == 2:
         return (weight.unflatten(1, (scale.shape[1], -1)) * scale).flatten(1)
     if scale.numel() not in (1, len(weight)):
-        raise DminError(f"scales of shape {list(scale.shape)} for {list(weight.shape)}")
+        raise DminError(f"its scales {list(scale.shape)} do not fit weights {list(weight.shape)}")
     return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
 
 

@@ -44,9 +44,9 @@ _NETWORK = re.compile(
     r"(?:unet\.|transformer\.|(?:model\.)?diffusion_model\.)?"
 )
 _REFUSED = {
-    "oft_": "an OFT adapter, which turns weights and adds nothing to them",
-    "on_input": "an IA³ adapter, which scales weights and adds nothing to them",
-    "lora_B.bias": "biases of its own matrices",
+    "oft_": "of an OFT adapter, which rotates weights",
+    "on_input": "of an IA³ adapter, which scales weights",
+    "lora_B.bias": "a bias of the adapter itself",
 }
 
 
@@ -110,13 +110,13 @@ class AdapterFile:
             start, name = plain[: match.start()], match.expand(name)
             entry = found.setdefault(start, _module(start))
             if name in entry.tensors:
-                raise self.error(f"{key} and {entry.keys[name]} are the same of one module")
+                raise self.error(f"{key} and {entry.keys[name]} are the same tensor of one module")
             entry.tensors[name], entry.keys[name] = tensor, key
         for entry in found.values():
             if frozenset(entry.factors) not in KINDS:
                 raise self.error(
-                    f"{entry.key} has {', '.join(sorted(entry.tensors))}, which are not the "
-                    f"tensors of one adapter"
+                    f"{entry.key} has {', '.join(sorted(entry.tensors))}, which is not a supported "
+                    "set of tensors"
                 )
         if not found and not self.words():
             raise self.error("it has no tensors")
@@ -211,12 +211,12 @@ def read(path: Path) -> AdapterFile:
     found = AdapterFile(file, state, header, config)
     bad = [k for k, v in state.items() if not torch.isfinite(v.float()).all() and "alpha" not in k]
     if bad:
-        raise found.error(f"{bad[0]} has numbers that are infinite or none")
+        raise found.error(f"{bad[0]} has infinite or NaN values")
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(("pissa", "olora", "corda", "eva", "loftq", "lora_ga")):
         raise found.error(
-            f"it was begun by {start}, which changed the weights of the base model. Save it as a "
-            f"plain LoRA with peft's save_pretrained(path_initial_model_for_weight_conversion=…)"
+            f"it starts from {start}, which changed the weights of the base model. Save it as a "
+            "plain LoRA with peft's save_pretrained(path_initial_model_for_weight_conversion=…)"
         )
     return found
 
@@ -232,8 +232,8 @@ def _module(key: str) -> FileModule:
 
 
 def _what(key: str) -> str:
-    known = next((what for part, what in _REFUSED.items() if part in key), "none of an adapter's")
+    known = next((what for part, what in _REFUSED.items() if part in key), "not an adapter tensor")
     return (
-        f"{known}. dmin computes LoRA, LoCon, LoHa, LoKr, their Tucker forms, DoRA, and whole "
-        f"differences"
+        f"{known}. dmin supports LoRA, LoCon, LoHa, LoKr, their Tucker forms, DoRA, and whole "
+        "differences"
     )

@@ -195,7 +195,7 @@ def _encoder(word: Word, encoders: Mapping[str, Any], own: Mapping[str, list[Wor
     if not fits or encoders[fits[0]].embedding_dim != width:
         have = ", ".join(f"{n} has {e.embedding_dim}" for n, e in encoders.items())
         raise DminError(
-            f"{word.source}: {word.token} has vectors of {width} numbers, but this model's "
+            f"{word.source}: {word.token} has vectors of {width} dimensions, but this model's "
             f"encoders have {have or 'none'}. Give words that were learned for this model."
         )
     return fits[0]
@@ -211,9 +211,8 @@ def _add(pipeline: Any, name: str, embedding: Any, words: list[Word]) -> None:
     for word in words:
         if known & set(word.tokens) or any(tokens.count(token) > 1 for token in word.tokens):
             raise DminError(
-                f"{word.source}: the {key} has {word.token} already, or another of these words is "
-                f"called so. Call it otherwise, in the captions too: model.embeddings="
-                f"NAME=FILE."
+                f"{word.source}: the {key} already has {word.token}, or another of these words has "
+                "the same name. Rename it (model.embeddings=NAME=FILE), in the captions too."
             )
     end = plain.eos_token_id
     if name in _pooled(pipeline) and encoder.config.eos_token_id == 2 != end:

@@ -46,9 +46,9 @@ class StableDiffusionXL(SizeConditioning):
         if config.projection_class_embeddings_input_dim not in (None, told):
             raise DminError(
                 f"model.path: this network takes {config.projection_class_embeddings_input_dim} "
-                f"additional numbers, while {self.numbers} of the image (a refiner has five, the "
-                f"base model six) and the pooled text are {told}. Set {SCORED} of its "
-                f"model_index.json to true for a refiner, to false for others."
+                f"additional numbers, but {self.numbers} of the image (a refiner has five, the "
+                f"base model six) and the pooled text make {told}. Set {SCORED} of its "
+                "model_index.json to true for a refiner, to false for others."
             )
 
     def _no_prompt(self) -> Condition:
@@ -123,7 +123,7 @@ class StableDiffusionXLRefiner(StableDiffusionXL, SampledFromImages):
             )
         if pipeline.text_encoder is not None:
             raise DminError(
-                "model.path: this refiner has a text_encoder, and was trained with text_encoder_2 "
+                "model.path: this refiner has a text_encoder, but was trained with text_encoder_2 "
                 "alone. Set text_encoder and tokenizer of its model_index.json to [null, null]."
             )
         self.aesthetic_score, self.score_column = aesthetic_score, score_column

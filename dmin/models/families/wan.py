@@ -41,15 +41,15 @@ class Wan(Flow):
         ratio, second = pipeline.config.get("boundary_ratio"), pipeline.transformer_2
         if pipeline.config.get("expand_timesteps"):
             raise DminError(
-                "model.path: a Wan 2.2 of 5 billion weights (TI2V), which takes a time for every "
-                "token. Give a checkpoint of Wan 2.1, or of Wan 2.2 with its two networks."
+                "model.path: Wan 2.2 of 5 billion weights (TI2V) is not supported. Give a "
+                "checkpoint of Wan 2.1, or of Wan 2.2 with its two networks."
             )
         if pipeline.transformer is None or (second is None) != (ratio is None):
             raise DminError(
-                f"model.path: boundary_ratio={ratio} requires two networks, and this "
-                f"checkpoint has {HIGH} and {LOW} as "
+                f"model.path: boundary_ratio={ratio} requires two networks, but this checkpoint "
+                f"has {HIGH} and {LOW} as "
                 f"{[type(n).__name__ for n in (pipeline.transformer, second)]}. Give a complete "
-                f"checkpoint."
+                "checkpoint."
             )
         steps = pipeline.scheduler.config.num_train_timesteps
         self.boundary: float = 0.0 if ratio is None else ratio * steps
