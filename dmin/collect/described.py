@@ -131,8 +131,8 @@ def warn_if_stale(store: Store, dataset: Dataset, most: int = 1000) -> None:
         if lines := differences(now, store.metadata[row]):
             warnings.warn(
                 f"the metadata of {store.path} differ from those of the data now "
-                f"({store.ids[row]}: {lines[0]}; 'there' is the store): `dmin store metadata "
-                f"{store.path}` refreshes them.",
+                f"({store.ids[row]}: {lines[0]}; 'there' is the store). Update them: `dmin store "
+                f"metadata {store.path}`.",
                 DminWarning,
                 stacklevel=2,
             )

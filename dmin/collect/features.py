@@ -58,9 +58,9 @@ class Features(NamedTuple):
             row, _, step, _ = bad[0].tolist()
             raise DminError(
                 f"the gradient of {readout} for example {ids[row]!r} at timestep "
-                f"{timesteps[step]:g} is NaN or infinite ({len(bad)} such in this block). "
-                f"Look at that image and at the checkpoint's weights (`dmin doctor` does); in low "
-                f"precision, try trainer.precision=32-true. Finished blocks are kept."
+                f"{timesteps[step]:g} is NaN or infinite ({len(bad)} such gradients in this "
+                "block). Look at that image and at the checkpoint's weights (`dmin doctor` does); "
+                "in low precision, try trainer.precision=32-true. Finished blocks are kept."
             )
 
     @classmethod

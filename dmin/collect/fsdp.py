@@ -93,8 +93,8 @@ def explain_lost_peer(trainer: lightning.Trainer) -> Iterator[None]:
             raise
         raise DminError(
             f"another process of this job was lost, or did not answer ({_first_line(error)}): with "
-            f"trainer=fsdp none goes on without the others. Sealed blocks are kept: run the same "
-            f"command again. What became of the other stands in its own output."
+            "trainer=fsdp no process can continue alone. The output of the other process has the "
+            "reason; sealed blocks are kept, so run the same command again."
         ) from error
 
 

@@ -134,9 +134,9 @@ class Guard:
             off = self._scaled_off(batch, found, order.sort().values)
         if off > strict:
             raise self._unlike_itself(batch, found) or DminError(
-                "the rows of a pass do not scale as the losses of their examples do, or change "
-                "with their order: examples are mixed, or treated by their place. Set "
-                "collect.microbatch=1, which computes every pair alone."
+                "the gradients of a pass do not scale with the losses of their examples, or depend "
+                "on the order of the examples: the network mixes examples, or uses their position "
+                "in the batch. Set collect.microbatch=1, which computes every pair alone."
             )
 
     def _scaled_off(self, batch: NoisedBatch, found: Features, order: Tensor) -> float:
@@ -187,21 +187,21 @@ class Guard:
             return error
         if self._differs_alone(batch, found):
             return DminError(
-                "an example's gradient depends on which others share its pass, or on its place "
-                "there: the network decides something over the whole batch. Set "
+                "an example's gradient depends on the other examples of its pass, or on its "
+                "position there: the network computes something over the whole batch. Set "
                 "collect.microbatch=1, which computes every pair alone."
             )
         sketch, kernels = type(self.collector.sketch).__name__, self.collector.sketch.kernels
         return DminError(
-            f"the rows are not what {sketch} makes of autograd's gradient (collect.kernels="
-            f"{kernels}). Set collect.kernels=torch, and report this with `dmin doctor`'s output."
+            f"the stored rows are not the {sketch} of autograd's gradient "
+            f"(collect.kernels={kernels}). Set collect.kernels=torch, and report this with `dmin "
+            "doctor`'s output."
         )
 
 
 _REMEMBERS = (
-    "the network gives other gradients when it is run again on the same examples: it keeps "
-    "something from one pass to the next, such as a cache of features or a running average. Switch "
-    "that off."
+    "the network gives different gradients when it is run again on the same examples: it keeps a "
+    "state between passes, such as a cache of features or a running average. Switch that off."
 )
 
 

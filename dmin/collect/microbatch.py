@@ -106,7 +106,7 @@ def agree_on_microbatch(path: Path, find: Callable[[], int]) -> int:
         raise os_failure("note the size of the microbatch in", path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DminError(
-            f"{path} is damaged ({error!r}). Delete it: the size will be found again."
+            f"{path} is damaged ({error!r}). Delete it: the size is then determined again."
         ) from error
 
 

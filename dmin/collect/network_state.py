@@ -60,10 +60,9 @@ class NetworkState:
             )
         if not all(map(torch.equal, self._random, self._generators())):
             raise DminError(
-                "the network draws random numbers while it runs, so that no two examples, and no "
-                "query, are seen alike. Switch off dropout that stays on in eval mode; numbers "
-                "that are meant must be the same for all examples, drawn from a torch.Generator "
-                "of a fixed seed."
+                "the network draws random numbers while it runs, so gradients of examples and "
+                "queries cannot be compared. Switch off dropout in eval mode; draw intended noise, "
+                "the same for all examples, from a torch.Generator with a fixed seed."
             )
         changed = [
             n for n, p in self._network.named_parameters() if p._version != self._versions[n]
@@ -79,9 +78,9 @@ class NetworkState:
                 buffer.detach().copy_(kept)
         if changed:
             raise DminError(
-                f"the network changes what it holds while it runs: {some_of(changed)}. Have its "
-                f"forward leave that as it is: switch it off in eval mode, or (nn.Embedding's "
-                f"max_norm) do it once before, and set it to None."
+                f"the network's forward changes its own parameters or buffers: {some_of(changed)}. "
+                "Switch that off in eval mode; for max_norm of nn.Embedding, renormalise once "
+                "before and set it to None."
             )
 
     def _generators(self) -> list[torch.Tensor]:

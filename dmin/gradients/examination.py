@@ -123,8 +123,8 @@ class Examination:
             )
         )
         raise Coupled(
-            f"the examples of a pass see each other in this network: {where}. Set "
-            f"collect.microbatch=1, which computes every pair alone."
+            f"this network mixes the examples of a pass: {where}. Set collect.microbatch=1, which "
+            "computes every pair alone."
         )
 
 

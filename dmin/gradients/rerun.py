@@ -30,10 +30,10 @@ class OtherOutput(DminError):
 
     def __init__(self, call: "PerExampleRerun") -> None:
         super().__init__(
-            f"{call.name} ({type(call.module).__name__}) gives another output, or fails, when it "
-            f"is run again on the same arguments: dropout is on, or it keeps something from call "
-            f"to call. Put the network in eval mode, have what it computes depend on its arguments "
-            f"alone, or leave its parameters out with params=<regex>."
+            f"{call.name} ({type(call.module).__name__}) fails or returns a different output when "
+            "it is run again with the same arguments: dropout is on, or it keeps a state between "
+            "calls. Put the network in eval mode, remove that state, or leave its parameters out "
+            "with params=<regex>."
         )
         self.module = call.module
 

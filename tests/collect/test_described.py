@@ -162,7 +162,9 @@ def test_an_older_store_is_found_as_long_as_nothing_changed(tmp_path):
     assert as_found(here, data, tmp_path / "nowhere") is here
     now = folder(tmp_path / "images", artists="ab")
     assert as_found(here, now, store.path) is here
-    with pytest.raises(DminError, match=r"`dmin store metadata .*/store FOLDER`.*takes the new"):
+    with pytest.raises(
+        DminError, match=r"`dmin store metadata .*/store FOLDER`.*updates the store"
+    ):
         StoreWriter(store.path, here)
 
 

@@ -321,7 +321,7 @@ def test_the_remedy_works(network, tmp_path):
 
 
 def test_examples_that_see_each_other_are_refused_by_layer(tmp_path):
-    with pytest.raises(DminError, match=r"see each other.*behind a\..*collect\.microbatch=1"):
+    with pytest.raises(DminError, match=r"mixes the examples.*behind a\..*collect\.microbatch=1"):
         collect(BatchStatistics, tmp_path / "s", 4)
 
 
@@ -332,7 +332,7 @@ def test_a_decision_over_the_whole_batch_is_refused(tmp_path):
 
 @pytest.mark.parametrize("microbatch", [4, 16])
 def test_an_order_that_changes_from_run_to_run_is_refused(microbatch, tmp_path):
-    told = r"other gradients when it is run again|cannot be determined"
+    told = r"different gradients when it is run again|cannot be determined"
     with pytest.raises(DminError, match=told):
         collect(Counting, tmp_path / "s", microbatch)
 
@@ -349,7 +349,7 @@ def test_what_is_made_of_an_example_by_its_place_or_neighbours_is_refused(
     collector = GradientCollector(Denoiser(network), BlockCyclic(64, block=16), Stratified(4))
     guard = Guard(collector, collector.ownership)
     batch = collector.inputs(images, {}, [f"x{i}" for i in range(16)]).all()
-    with pytest.raises(DminError, match=r"(its place|by their place).*collect\.microbatch=1"):
+    with pytest.raises(DminError, match=r"(its position|their position).*collect\.microbatch=1"):
         guard.run(batch.rows(slice(0, microbatch)))
     guard.run(batch.rows(slice(0, 1)))
 
@@ -358,11 +358,11 @@ def test_what_is_made_of_an_example_by_its_place_or_neighbours_is_refused(
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (AddsToTheLast, "keeps something from one pass to the next"),
+        (AddsToTheLast, "keeps a state between passes"),
         (Random, r"draws random numbers.*eval mode.*torch\.Generator"),
-        (Averages, "changes what it holds while it runs: mean"),
-        (Counts, "changes what it holds while it runs: passes"),
-        (Renormalises, r"while it runs: table\.weight.*max_norm"),
+        (Averages, "changes its own parameters or buffers: mean"),
+        (Counts, "changes its own parameters or buffers: passes"),
+        (Renormalises, r"own parameters or buffers: table\.weight.*max_norm"),
     ],
 )
 def test_a_network_that_is_another_after_a_pass_is_refused(network, message, microbatch, tmp_path):
@@ -447,7 +447,7 @@ def test_rows_that_only_the_kernels_make_nan_are_refused_as_theirs(tmp_path, mon
         return found
 
     monkeypatch.setattr(GradientCollector, "run", broken)
-    with pytest.raises(DminError, match=r"what BlockCyclic makes of .*collect\.kernels=torch"):
+    with pytest.raises(DminError, match=r"not the BlockCyclic of .*collect\.kernels=torch"):
         collect(Tokens, tmp_path / "s", 16)
 
 

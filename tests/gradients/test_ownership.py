@@ -330,7 +330,7 @@ class MinibatchDeviation(Between):
 @pytest.mark.parametrize("kind", [BatchStatistics, MinibatchDeviation])
 def test_networks_whose_examples_see_each_other_are_refused_by_layer(kind, batch):
     network = made(kind, batch)
-    with pytest.raises(DminError, match=r"see each other.*\b(a|bn)\b.*collect\.microbatch=1"):
+    with pytest.raises(DminError, match=r"mixes the examples.*\b(a|bn)\b.*collect\.microbatch=1"):
         settled(
             network,
             Keep(choose_parameters(network)),
