@@ -104,8 +104,8 @@ def _checkpoint(side: FeatureSet, name: str, method: Method) -> FeatureSet:
     """Return the examples' features under a checkpoint."""
     if name not in side.checkpoints:
         raise DminError(
-            f"method={method.name} reads the checkpoint {name!r}, which {side.store.path} does "
-            f"not have ({', '.join(side.checkpoints) or 'by none'}). Collect it, and give "
+            f"method={method.name} reads the checkpoint {name!r}, which {side.store.path} does not "
+            f"have (only: {', '.join(side.checkpoints) or 'none'}). Collect it, and give "
             f"FeatureSet(store, checkpoints={{{name!r}: FeatureSet(…)}})."
         )
     other = side.checkpoints[name]

@@ -55,9 +55,9 @@ class Gap:
 
     def spell(self) -> str:
         """Return a description."""
-        told = f"the loss of {self.held:,} images held out is {self.mean:+.1%} beside the training"
+        told = f"the loss of {self.held:,} held-out images is {self.mean:+.1%} against the training"
         if self.low is None or self.high is None:
-            return f"{told} images'; from {FEW} on it is said how sure that is"
+            return f"{told} images'; an interval is given from {FEW} images on"
         sure = "over-fitted" if self.low > 0 else "no over-fitting is seen"
         return f"{told} images' (95 %: {self.low:+.1%} to {self.high:+.1%}): {sure}"
 
@@ -160,7 +160,7 @@ def over_fitting(train: LossTable, held: LossTable) -> Gap:
 
     if train.draws != held.draws:
         raise DminError(
-            "losses of training images and of held-out images have different noise draws."
+            "losses of training and held-out images have different noise.draws: use the same."
         )
     mean = float(held.relative.mean() - train.relative.mean())
     if len(held.relative) < FEW or len(train.relative) < FEW:

@@ -114,7 +114,7 @@ def check_places(method: Method, group_by: str | None = None) -> None:
     if method.requires.checkpoints or method.requires.images or not method.requires.readouts:
         odd = f"method={method.name} does not compare gradients of one model"
     if odd:
-        raise DminError(f"retrieve.places splits the score of an example, and {odd}. {_REMEDY}")
+        raise DminError(f"retrieve.places splits the score of an example, but {odd}. {_REMEDY}")
 
 
 _REMEDY = "Choose method=dmin, or another whose scores are inner products; or retrieve.places=0."

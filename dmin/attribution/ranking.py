@@ -137,12 +137,12 @@ class Ranking(Tabular):
             if parts is not None and parts.shape != expected:
                 _refuse(name, list(parts.shape), f"{list(expected)}, one a {what}")
         if (self.group_contributions is None) != (not self.groups):
-            _refuse("groups", list(self.groups), "names exactly where group_contributions are")
+            _refuse("groups", list(self.groups), "names, only with group_contributions")
 
     def _check_values(self) -> None:
         repeated = sorted(name for name, n in Counter(self.query_ids).items() if n > 1)
         if repeated:
-            _refuse("query_ids", repeated[:3], "every query under a name of its own")
+            _refuse("query_ids", repeated[:3], "a different name for each query")
         if len(set(self.timestep_names)) != len(self.timesteps):
             _refuse("timesteps", list(self.timesteps), "every timestep once")
         if not np.isfinite(self.scores).all():

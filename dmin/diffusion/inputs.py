@@ -81,8 +81,8 @@ class NoisedExamples:
         self._steps, self._drawn = len(timesteps), len(x0) // len(ids)
         if noise.draws % self._drawn:
             raise DminError(
-                f"the data have {self._drawn} draws of each example (run.draws, data.draws.number) "
-                f"and noise.draws={noise.draws}: set noise.draws={self._drawn}, or a multiple."
+                f"the data have {self._drawn} draws per example (run.draws, data.draws.number), "
+                f"but noise.draws={noise.draws}: set noise.draws={self._drawn}, or a multiple."
             )
         self._own = noise.per_example
         drawn = torch.stack(

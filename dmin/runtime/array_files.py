@@ -82,7 +82,7 @@ def unpacked(content: np.ndarray) -> ArrayFile:
     """
     first = content[:START].tobytes()
     if first != (MAGIC + _digest(content[START:].data)).ljust(START - 1) + b"\n":
-        raise ValueError("its digest is not that of its bytes")
+        raise ValueError("its digest does not match its bytes")
     try:
         place = START + 8 + int.from_bytes(content[START : START + 8].tobytes(), "little")
         head = json.loads(content[START + 8 : place].tobytes())
@@ -96,7 +96,7 @@ def unpacked(content: np.ndarray) -> ArrayFile:
             place = end
         return ArrayFile(dict(head["about"]), arrays)
     except (TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"it says what no file can hold: {error!r}") from error
+        raise ValueError(f"its header is not valid: {error!r}") from error
 
 
 def warn_damaged(path: Path, why: str) -> None:

@@ -76,8 +76,8 @@ def read_forgotten(path: Path) -> frozenset[str]:
         DminError: a file of tombstones is damaged.
     """
     remedy = (
-        "It says which examples were removed before and are not to come back: without a copy,"
-        " compact the store anew"
+        "It lists the removed examples that must not come back: without a copy, compact the store "
+        "again"
     )
     return frozenset(id for _, ids in _signed(path, FORGOTTEN_NAME, remedy) for id in ids)
 

@@ -42,9 +42,9 @@ def metadata_remedy(here: Manifest, there: Manifest, path: Path) -> str:
     if "schema" in there.dataset or "schema" not in here.dataset:
         return ""
     return (
-        f" The fingerprint of this older store covers all metadata: if nothing else of the data"
-        f" changed, `dmin store metadata {path} FOLDER`, the folder of the images, takes the new"
-        f" ones over, and the store is of these data then."
+        " The fingerprint of this older store covers all metadata: if only metadata changed, run "
+        f"`dmin store metadata {path} FOLDER` with the folder of the images, which updates the "
+        "store."
     )
 
 

@@ -53,13 +53,13 @@ def read_manifest(path: Path) -> Manifest:
         for entry in os.scandir(path) if path.is_dir() else ():
             known = entry.is_file() or entry.name.endswith((".kept", ".tmp"))
             if not known and endless(Path(entry.path)):
-                raise DminError(f"{entry.path} is a {ENDLESS}, no file of a store: move it away.")
+                raise DminError(f"{entry.path} is a {ENDLESS}, not a store's file: move it away.")
     file = path / MANIFEST
     manifest = Manifest.from_json(_text(path, file), str(file))
     for number, name in enumerate(sorted(filter(GROWTH_NAME.fullmatch, os.listdir(path))), 1):
         file = path / growth_name(number)
         if name != file.name:
-            raise DminError(f"{file} is missing, but {name} is there: restore it from a copy.")
+            raise DminError(f"{file} is missing, but {name} exists: restore it from a copy.")
         manifest = manifest.revised(_text(path, file), str(file))
     return manifest
 
@@ -119,7 +119,7 @@ def dataset(
     links = [file.get("/".join(parts[:end]), getlink=True) for end in range(1, len(parts) + 1)]
     found = file[name] if all(isinstance(link, h5py.HardLink) for link in links) else None
     if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
-        raise ValueError(f"{name} does not lie in this file")
+        raise ValueError(f"{name} is not in this file")
     if kind is not None and (found.dtype, found.shape) != (kind, shape):
         raise ValueError(f"{name} is {found.dtype} {found.shape}, not {kind} {shape}")
     return found

@@ -81,8 +81,7 @@ def hold(
         return (
             f"{path} is being made by another job ({rival.who}, since {rival.started}), and was "
             f"not done after {wait:g} s (collect.wait_seconds). Wait for it and run the same "
-            f"command again: what is finished is found and not done again. Or set "
-            f"collect.wait_seconds higher."
+            "command again, which reuses all results; or set collect.wait_seconds higher."
         )
 
     _wait_for_claim(heartbeat, None, wait, refusal, on_wait, stop, f"makes {path}")
@@ -104,11 +103,10 @@ def claim(heartbeat: Heartbeat, blocks: int, wait: float = 0.0) -> None:
 
     def refusal(rival: WorkerStatus) -> str:
         return (
-            f"{heartbeat.store} is being collected by {rival.who}, which does {rival.share} "
-            f"({rival.done} of {rival.blocks} blocks done) and with it blocks that this command "
-            f"({heartbeat.share}) would do again. Let it end, or stop it and give this command "
-            f"again. To share the work give every job a part of its own: shard.id=0 … n−1 with "
-            f"shard.num=n."
+            f"{heartbeat.store} is being collected by {rival.who}, which computes {rival.share} "
+            f"({rival.done} of {rival.blocks} blocks done) and so some blocks of this command "
+            f"({heartbeat.share}). Let it end, or stop it and run this command again; to share the "
+            "work, give each job its own part: shard.id=0 … n−1 with shard.num=n."
         )
 
     _wait_for_claim(heartbeat, blocks, wait, refusal)

@@ -40,8 +40,7 @@ class Shard:
         if not 0 <= self.shard < self.shards:
             raise DminError(
                 f"shard.id={self.shard}, shard.num={self.shards}: shards are numbered from 0 to "
-                f"{self.shards - 1}. An array job that counts from 1 wants --array=0-"
-                f"{self.shards - 1}."
+                f"{self.shards - 1}. Submit an array job with --array=0-{self.shards - 1}."
             )
 
     @property

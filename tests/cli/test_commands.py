@@ -98,7 +98,7 @@ class TestDemo:
         folders = (place / "outputs/queries").glob("debug-*")  # of the benchmark, and of `sample`
         folder = max(folders, key=lambda each: len(list(each.iterdir())))
         found = dmin("losses", *SMALLEST, "noise.draws=2", folder, "losses.k=5", cwd=place)
-        assert "100 images held out is" in found.stdout and "(95 %:" in found.stdout
+        assert "100 held-out images is" in found.stdout and "(95 %:" in found.stdout
         kept = Store(next((place / "outputs/stores").glob("debug-losses-*")))
         assert kept.layout.readouts == () and kept.losses().shape[1] == 2
         rows = list(csv.DictReader((records(place, "losses")[-1].parent / "losses.csv").open()))
@@ -148,7 +148,7 @@ class TestDemo:
         assert of_train.sum() == pytest.approx(half.scores[0, 0], abs=0.5)  # k is small here
         assert of_query[:, :4].any() and not of_query[:, 4:].any()
         refused = refusal("retrieve", *asked, *part, "retrieve.group_by=label", cwd=place)
-        assert "retrieve.places splits the score of an example, and groups" in refused
+        assert "retrieve.places splits the score of an example, but groups" in refused
         refused = refusal("retrieve", *asked, part[0], "method=pixel_l2", cwd=place)
         assert "compares whole pictures" in refused
         refused = refusal("retrieve", *asked, "--timesteps=1", cwd=place)

@@ -23,7 +23,7 @@ TORCH = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk quota is used up"),
         (OSError(errno.EROFS, "Read-only", "/there"), "read-only: choose another directory"),
         (OSError(errno.EIO, "Input/output error", "/there"), "the network to it failed"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "/gone/x"), "was removed meanwhile"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/gone/x"), "was just removed"),
         (FileNotFoundError(errno.ENOENT, "No such file"), "folder that this command was started"),
         (MemoryError(), r"not enough memory \(an allocation failed\).*collect\.microbatch"),
         (RuntimeError(TORCH), "not enough memory .*you tried"),

@@ -116,7 +116,7 @@ def test_a_part_of_a_picture_is_asked_about_and_the_command_gives_the_same(brows
         found, line = answered(page), page.inner_text(".again code")
         page.locator(".numbers input").fill("2, 2, 40, 4")
         ask(page)
-        refused(page, "it does not lie in a cat.png, which is 8 × 8 pixels")
+        refused(page, "it is not inside a cat.png, which is 8 × 8 pixels")
         page.get_by_text("Brush").click()
         ask(page)
         refused(page, "Nothing is painted")

@@ -74,7 +74,7 @@ def test_a_process_tells_how_far_it_is_and_how_it_ended(tmp_path):
 def test_a_second_process_at_the_same_blocks_is_refused_and_beside_it_not(tmp_path):
     first = Heartbeat(tmp_path, Shard(0, 2))
     claim(first, 4)
-    with pytest.raises(DminError, match=r"collected by .*does shard 0 of 2 .*\(the whole\)"):
+    with pytest.raises(DminError, match=r"collected by .*computes shard 0 of 2 .*\(the whole\)"):
         claim(Heartbeat(tmp_path, Shard()), 4)
     claim(Heartbeat(tmp_path, Shard(1, 2)), 4)
 

@@ -26,7 +26,7 @@ def places_of(timesteps: Sequence[float], known: Sequence[float]) -> list[int]:
     odd = [t for t, places in zip(timesteps, found, strict=True) if len(places) != 1]
     chosen = sorted({place for places in found for place in places})
     if odd or not chosen or len(chosen) < len(found):
-        wrong = f"t = {odd[0]:g} is none of the" if odd else "give each once, of the"
+        wrong = f"t = {odd[0]:g} is not among the" if odd else "give each once, of the"
         raise DminError(
             f"retrieve.timesteps={list(timesteps)}: {wrong} timesteps of the store, which are "
             f"{', '.join(f'{t:g}' for t in known)}."

@@ -41,7 +41,7 @@ def collect(work: Workspace, results: dict[str, Any]) -> None:
         f"gradients ({raw * len(store) / size:,.0f} times less)"
     )
     if seconds := work.collector.checks:  # zero if nothing was collected
-        told += f"\n  {seconds:,.1f} s of this checked which example each gradient belongs to"
+        told += f"\n  {seconds:,.1f} s to check which example each gradient belongs to"
     work.console.print(titled("store", f": {store.path}\n  {told}"))
     peak = work.collector.peak
     if peak.bytes:  # zero if nothing was collected, or memory did not grow

@@ -73,8 +73,8 @@ def column(store: Store, name: str) -> Array:
     if missing:
         there = sorted(set.intersection(*({*row} for row in store.metadata)))
         raise DminError(
-            f"{len(missing)} of {len(store)} examples in {store.path} have no {name!r}, such as "
-            f"{missing[0]!r}; which this ground truth compares. All examples have: "
+            f"{len(missing)} of {len(store)} examples in {store.path} have no {name!r}, which this "
+            f"ground truth compares, such as {missing[0]!r}. All examples have: "
             f"{', '.join(there) or '-'}. Choose one of these as the ground truth's column, or add "
             f"{name!r} to the metadata."
         )
