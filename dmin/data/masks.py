@@ -186,8 +186,8 @@ def unlike(*sizes: Any) -> str | None:
     if abs(height * across - width * down) <= max(height, width, down, across):
         return None
     return (
-        f"its condition image is {across} × {down} pixels, the image {width} × {height}, which is "
-        f"another shape: crop it like the image"
+        f"its condition image is {across} × {down} pixels, but the image is {width} × {height}, "
+        "another aspect ratio: crop it like the image"
     )
 
 

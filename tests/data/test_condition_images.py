@@ -97,7 +97,7 @@ def test_what_cannot_be_paired_is_refused_by_name_or_left_out(folder):
     assert found.ids == ["b.png"]
     picture(1, (8, 4)).save(folder / "before" / "b.png")
     with pytest.raises(
-        DminError, match=r"b\.png \(its condition image is 4 × 8 pixels, the image 8"
+        DminError, match=r"b\.png \(its condition image is 4 × 8 pixels, but the image is 8"
     ):
         ImageFolder(folder, condition_image="before", on_error="skip", size=8)
     picture(10).save(folder / "before" / "a.png")
