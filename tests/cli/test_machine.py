@@ -29,7 +29,10 @@ TORCH = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate
         (RuntimeError(TORCH), "not enough memory .*you tried"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "/there"), "choose a shorter one"),
-        (IsADirectoryError(errno.EISDIR, "Is a directory", "/there"), "folder of this name is in"),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", "/there"),
+            "folder of this name already",
+        ),
     ],
 )
 def test_what_the_machine_refuses_is_a_paragraph(monkeypatch, error, message):

@@ -142,7 +142,7 @@ def test_a_pair_of_two_shapes_is_left_out_of_a_tar_and_a_turned_one_is_a_pair(tm
                 told = tarfile.TarInfo(f"{number}.{kind}")
                 told.size = len(image)
                 tar.addfile(told, io.BytesIO(image))
-    with pytest.warns(match=r"0/1 \(its condition image is 8 × 4 pixels, the image 4 × 8"):
+    with pytest.warns(match=r"0/1 \(its condition image is 8 × 4 pixels, but the image is 4 × 8"):
         found = TarShards(str(tmp_path / "0.tar"), on_error="skip", condition_image="was")
     assert [each.condition_image.shape for each in found] == [(3, 8, 4)] * 2
 
