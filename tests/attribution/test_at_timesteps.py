@@ -151,7 +151,7 @@ def test_it_reaches_checkpoints_and_states_of_a_generation(sides, tmp_path):
 @pytest.mark.parametrize(
     ("timesteps", "told"),
     [
-        ((100, 250), "t = 250 is none of the timesteps of the store, which are 900, 500, 100"),
+        ((100, 250), "t = 250 is not among the timesteps of the store, which are 900, 500, 100"),
         ((), "give each once"),
         ((100, 100), "give each once"),
     ],

@@ -77,7 +77,7 @@ def test_a_gap_covers_what_is_there():
     worse = loss_table(1.3 * both[70:], usual=usual)
     assert "over-fitted" in over_fitting(train, worse).spell()
     few = over_fitting(train, loss_table(both[70:90], usual=usual[:20]))
-    assert few.low is None and "from 30 on" in few.spell()
+    assert few.low is None and "from 30 images on" in few.spell()
 
 
 def test_images_that_were_trained_on_are_not_held_out():

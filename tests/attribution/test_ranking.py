@@ -127,7 +127,7 @@ def test_numpy_metadata_becomes_json(tmp_path):
         ({"scores": -ranking().scores}, "descending"),
         ({"scores": np.full((QUERIES, K), np.nan), "contributions": None}, "finite"),
         ({"query_ids": ["a", "b"]}, "query_ids"),
-        ({"query_ids": ["a", "b", "a"]}, "name of its own"),
+        ({"query_ids": ["a", "b", "a"]}, "a different name for each query"),
         ({"query_metadata": []}, "query_metadata"),
         ({"train_rows": np.zeros((QUERIES, K + 1))}, "train_rows"),
         ({"train_ids": [["a"] * K, ["a"] * K, ["a"] * (K - 1)]}, "train_ids"),

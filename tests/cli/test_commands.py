@@ -152,7 +152,7 @@ class TestDemo:
         refused = refusal("retrieve", *asked, part[0], "method=pixel_l2", cwd=place)
         assert "compares whole pictures" in refused
         refused = refusal("retrieve", *asked, "--timesteps=1", cwd=place)
-        assert "t = 1 is none of the timesteps of the store" in refused
+        assert "t = 1 is not among the timesteps of the store" in refused
 
     def test_these_pictures_rather_than_those_are_one_query(self, place):
         folder = next((place / "outputs/queries").glob("debug-*"))
