@@ -51,7 +51,7 @@ class StepLines(ProgressBar):
         batch_idx: int,
     ) -> None:
         """Count a step; tell, if it is time to."""
-        line = self._lines.told(batch_idx + 1)
+        line = self._lines.due(batch_idx + 1)
         if self._on and line is not None:
             print(f"{line}, loss {trainer.callback_metrics['loss']:.3g}", flush=True)
 

@@ -66,8 +66,8 @@ def _main(argv: Sequence[str] | None) -> int:
         except DminError as error:
             raise SystemExit(printable(str(error))) from error
         # The first process speaks for the others.
-        if line.told and "++extras.quiet=true" not in line.settings and PARENT not in os.environ:
-            print(printable("\n".join(line.told)), flush=True)
+        if line.notes and "++extras.quiet=true" not in line.settings and PARENT not in os.environ:
+            print(printable("\n".join(line.notes)), flush=True)
         run(step_of(command), command, line.settings, config=register(line))
     return 0
 

@@ -100,14 +100,14 @@ class Forecast:
     def __init__(self, pairs: int, device: torch.device) -> None:
         self.pairs = pairs
         self.device = device
-        self.told: str | None = None  # what all passes take, once it is known
+        self.text: str | None = None  # what all passes take, once it is known
         self._kinds: set[Hashable] = set()
 
     @contextmanager
     def timed(self, batch: NoisedBatch) -> Iterator[None]:
         """Time a pass, waiting for the GPU until the rate is known."""
         kind: Hashable = (len(batch.t), *batch.x0.shape[1:])
-        if self.told is not None or kind not in self._kinds:
+        if self.text is not None or kind not in self._kinds:
             yield
             self._kinds.add(kind)
             return
@@ -118,7 +118,7 @@ class Forecast:
         seconds = (time.perf_counter() - start) * self.pairs / len(batch.t)
         memory = byte_size(peak_bytes(self.device))
         of = "GPU memory" if self.device.type == "cuda" else "memory"
-        self.told = f"about {span(seconds)} by the time of a pass; {memory} of {of} so far"
+        self.text = f"about {span(seconds)} by the time of a pass; {memory} of {of} so far"
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

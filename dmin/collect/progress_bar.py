@@ -96,7 +96,7 @@ class CollectionProgress(ProgressBar):
     def _show(self, done: float) -> None:
         if self._lines is None:
             return
-        line = self._lines.told(done)
+        line = self._lines.due(done)
         if self._bar is not None:
             rate, left = f"{self._lines.rate():,.3g}/s", self._lines.ahead()
             self._bar.update(self._task, completed=done, rate=rate, left=left)

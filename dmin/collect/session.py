@@ -192,12 +192,12 @@ class Session(lightning.LightningModule):
 
     def _pass(self, batch: NoisedBatch) -> Features:
         self.writer.between_passes()
-        run, known = partial(self.guard.run, peak=self.peak), self.forecast.told
+        run, known = partial(self.guard.run, peak=self.peak), self.forecast.text
         with self.forecast.timed(batch):
             found = run(batch) if self.lockstep is None else self.lockstep.padded(batch, run)
         self.shown.pass_done(len(batch.t))
-        if known != self.forecast.told:
-            self.shown.say(f"time: {self.forecast.told}")
+        if known != self.forecast.text:
+            self.shown.say(f"time: {self.forecast.text}")
         return found
 
     def _number(self, block: Block) -> int:

@@ -114,7 +114,7 @@ class Pictures(ImageFolder):
         if self._named is None:
             facts = super()._find()
         else:
-            facts = dict.fromkeys(self._named, Facts()) | self._told()
+            facts = dict.fromkeys(self._named, Facts()) | self._read_facts()
         prompts = self.prompt if isinstance(self.prompt, list | tuple) else None
         if prompts is None:
             return {name: self._asked(fact, self.prompt) for name, fact in facts.items()}
@@ -126,7 +126,7 @@ class Pictures(ImageFolder):
         asked = zip(self._named, prompts, strict=True)
         return {name: self._asked(facts[name], prompt) for name, prompt in asked}
 
-    def _told(self) -> dict[str, Facts]:
+    def _read_facts(self) -> dict[str, Facts]:
         """Return captions, labels and metadata from files next to the pictures."""
         root = Path(self.root)  # type: ignore[arg-type]
         folders = dict.fromkeys(Path(name).parent for name in self._named or ())

@@ -159,7 +159,7 @@ class Capture(Generic[State, Rows]):
         batch = len(values)
         first = self._orders is None
         if first:
-            self.ownership.latest = kind_of(batch, self._usage.told, self._calls)
+            self.ownership.latest = kind_of(batch, self._usage.scalars, self._calls)
             self.ownership.called = tuple(call.name for call in self._calls)
         orders = self._orders or {}
         if batch > 1 and (first or self.ownership.routed):

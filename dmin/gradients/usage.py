@@ -63,7 +63,7 @@ class ParameterUsage(Generic[Token]):
     Attributes:
         lost: parameters whose use no module could report, with the reason.
         batch: number of examples, according to the network's arguments; None before its call.
-        told: the integers, flags and strings among these arguments, over all calls.
+        scalars: the integers, flags and strings among these arguments, over all calls.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ParameterUsage(Generic[Token]):
         """Forget the forward passes so far."""
         self.lost: dict[str, str] = {}
         self.batch: int | None = None
-        self.told: list[int | str] = []
+        self.scalars: list[int | str] = []
         self._arguments: set[int] = set()  # memory addresses of the network's arguments
         self._running: list[Use[Token]] = []
 
@@ -225,7 +225,7 @@ class ParameterUsage(Generic[Token]):
         if use.module is self.network:
             leaves = pytree.tree_leaves((args, kwargs))
             tensors = [x for x in leaves if isinstance(x, Tensor)]
-            self.told += [x for x in leaves if isinstance(x, int | str)]
+            self.scalars += [x for x in leaves if isinstance(x, int | str)]
             sizes = Counter(len(x) for x in tensors if x.ndim)
             self.batch = sizes.most_common(1)[0][0] if sizes else None
             self._arguments = {_place(x) for x in tensors if x.ndim and len(x) == self.batch}

@@ -105,7 +105,7 @@ def _weights(files: list[Path], plan: Schedule) -> list[float] | str:
 
 def _ends(files: list[Path], plan: Schedule) -> list[float] | None:
     """Return the fraction of the run completed at each file; None if it is unknown."""
-    found = [_told(file) for file in files]
+    found = [_step_in_header(file) for file in files]
     total = found[-1] if plan.epochs or not plan.steps else plan.steps
     if None in found:  # by file names, which have steps or epochs
         names = (f"{file.parent.name}/{file.name}" for file in files)
@@ -119,7 +119,7 @@ def _ends(files: list[Path], plan: Schedule) -> list[float] | None:
     return ends if rising and ends[-1] <= 1 else None
 
 
-def _told(file: Path) -> int | None:
+def _step_in_header(file: Path) -> int | None:
     """Return the training step in the header of a file of kohya or ai-toolkit, or None."""
     told = header(file).get("__metadata__") or {}
     try:

@@ -90,7 +90,7 @@ class Lines:
         """Leave out of the rate what was done before."""
         self.done = self.found = done
 
-    def told(self, done: float) -> str | None:
+    def due(self, done: float) -> str | None:
         """Return a line, if one is due or all is done."""
         self.done = done
         if time.monotonic() < self._due and done < self.total:
@@ -141,6 +141,6 @@ def followed(
     lines = Lines(label, total, unit)
     for number, item in enumerate(items, 1):
         yield item
-        line = lines.told(number)
+        line = lines.due(number)
         if line is not None and not (transient and number == total):
             print(printable(line), flush=True)

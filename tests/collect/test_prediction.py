@@ -84,8 +84,8 @@ def test_a_pass_is_timed_once_one_like_it_was_checked(monkeypatch):
     for size, seconds in ((64, 100.0), (16, 7.0), (64, 2.0), (64, 50.0)):
         with forecast.timed(SimpleNamespace(t=torch.zeros(size), x0=torch.zeros(size, 1, 8, 8))):
             now[0] += seconds
-        assert (forecast.told is None) == (now[0] < 109)
-    assert forecast.told.startswith("about 2 min by the time of a pass")
+        assert (forecast.text is None) == (now[0] < 109)
+    assert forecast.text.startswith("about 2 min by the time of a pass")
 
 
 def test_quiet_commands_say_their_results_alone(ddpm_path, tmp_path):

@@ -642,7 +642,9 @@ def test_dropout_around_a_parameter_is_refused():
             return self.dropout(x * self.scale)
 
     network, inputs = nn.Sequential(Dropped()), {"input": torch.randn(4, 5, 6)}
-    with pytest.raises(DminError, match=r"^0 \(Dropped\) fails or returns a different output.*eval mode"):
+    with pytest.raises(
+        DminError, match=r"^0 \(Dropped\) fails or returns a different output.*eval mode"
+    ):
         captured(network, inputs)
     check(network.eval(), inputs)
 

@@ -121,4 +121,4 @@ def test_data_that_the_line_names_are_not_looked_for(place):
     lora(dataset_dirs=None, tag_frequency=None)
     line = ["run=out/mug.safetensors", "data=training_folder", "data.root=mine"]
     found = parse("collect", line)
-    assert "data" not in found.root and any("set by you" in told for told in found.told)
+    assert "data" not in found.root and any("set by you" in note for note in found.notes)

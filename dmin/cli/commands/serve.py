@@ -54,7 +54,7 @@ def serve(work: Workspace, results: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _explained() -> Iterator[None]:
     """Explain errors of building objects in terms of the command line."""
     try:
         yield
@@ -88,7 +88,7 @@ class Reader:
     @cached_property
     def train(self) -> FeatureSet:
         """The training examples; this loads the model."""
-        with _told():
+        with _explained():
             return self.work.train_side()
 
     def examples(self) -> FeatureSet:
@@ -96,7 +96,7 @@ class Reader:
         from dmin.attribution import FeatureSet
         from dmin.store import Store
 
-        with _told():
+        with _explained():
             return FeatureSet(Store(self.work.train_path), self.work.data)
 
     @cached_property

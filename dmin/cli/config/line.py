@@ -36,7 +36,7 @@ class Line(NamedTuple):
     words: list[str]  # store, pictures and options: another process of the same job needs them too
     settings: list[str]  # overrides and options of Hydra
     root: dict[str, Any] | None  # what Hydra composes; None: conf/dmin.yaml as it is
-    told: Sequence[str] = ()  # lines to be printed before anything is loaded
+    notes: Sequence[str] = ()  # lines to be printed before anything is loaded
 
 
 def parse(command: str, arguments: Sequence[str]) -> Line:

@@ -168,7 +168,7 @@ def _lines(work: Workspace) -> OnProgress:
         if known is None or again:
             lines[what] = Lines(what, total, unit="")
             lines[what].skip(done)
-        elif line := known.told(done):
+        elif line := known.due(done):
             text = f"{line}  {detail}" if done < total else line
             work.notes.print(text, soft_wrap=True, highlight=False)
 

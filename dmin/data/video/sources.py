@@ -125,7 +125,7 @@ def _video(content: bytes, name: str) -> Source:
     try:
         container = av.open(io.BytesIO(content), options={"format_whitelist": _FORMATS})
     except (av.error.FFmpegError, ValueError) as error:
-        what = "empty" if not content else f"not a supported video, or damaged ({_told(error)})"
+        what = "empty" if not content else f"not a supported video, or damaged ({_reason(error)})"
         raise Unreadable(name, f"it is {what}") from error
     if not container.streams.video:
         container.close()
@@ -148,7 +148,7 @@ def _decoded(container: Any, stream: Any, name: str, av: Any) -> Iterator[Frame]
                 yield Frame(frame.time - first, size, partial(_upright, frame))
                 count, end = count + 1, frame.time + float((frame.duration or 0) * frame.time_base)
         except av.error.FFmpegError as error:
-            raise Unreadable(name, f"it is damaged at frame {count} ({_told(error)})") from error
+            raise Unreadable(name, f"it is damaged at frame {count} ({_reason(error)})") from error
         if count < stream.frames:
             raise Unreadable(name, f"its header says {stream.frames} frames, but it has {count}")
         whole = (container.duration or 0) / av.time_base  # of all streams
@@ -162,5 +162,5 @@ def _upright(frame: Any) -> Image.Image:
     return image.rotate(frame.rotation, expand=True) if getattr(frame, "rotation", 0) else image
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
