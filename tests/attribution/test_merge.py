@@ -130,7 +130,7 @@ def test_shards_of_a_command_leave_their_parts_and_the_last_has_the_answer(
         part = retrieve_part(*stores, rows, DMin(), 3, None, selection)
         answers.append(joined(work, part, queries, train, DMin(), selection, 3))
     *others, answer = answers
-    assert set(others) == {None} and f"now missing: {order[-1]})" in told[-1]
+    assert set(others) == {None} and f"missing: {order[-1]})" in told[-1]
     whole = retrieve(*stores, DMin(), 3, None, selection)
     same(answer, replace(whole, scores=answer.scores))
     assert np.abs(answer.scores - whole.scores).max() < 1e-6
