@@ -1,6 +1,7 @@
 """Labels that are text: a mapping of them is recorded in training, and holds from then on."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -148,3 +149,18 @@ def test_the_column_of_the_data_reaches_the_queries(tmp_path):
     assert labels({"sort": "cat"}, "queries.label=sort") == "cat"
     with pytest.raises(DminError, match=r"no column 'kind'. Did you mean kinds.*queries\.label="):
         labels({"kinds": "cat"})
+
+
+@pytest.mark.parametrize(
+    "file", ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler"]
+)
+def test_a_saved_mlp_that_is_not_whole_is_refused(file, tmp_path):
+    MLP.small(width=8, depth=1, embedding=4, num_class_embeds=3).save_pretrained(tmp_path)
+    lost = tmp_path / file
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    with pytest.raises(DminError, match=r"model\.path=.* is no whole MLP \(.*Train it again"):
+        MLP.from_pretrained(tmp_path)
+    if lost.suffix:
+        lost.write_text("[")
+        with pytest.raises(DminError, match="is no whole MLP"):
+            MLP.from_pretrained(tmp_path)

@@ -137,8 +137,14 @@ class MLP(DDPM):
             raise DminError(
                 f"model.path={path}: there is no saved MLP (no unet/). Train one with `dmin train`."
             )
-        network: Any = FiLMNetwork.from_pretrained(str(Path(path) / "unet"))
-        scheduler = DDPMScheduler.from_pretrained(str(Path(path) / "scheduler"))
+        try:
+            network: Any = FiLMNetwork.from_pretrained(str(Path(path) / "unet"))
+            scheduler = DDPMScheduler.from_pretrained(str(Path(path) / "scheduler"))
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            why = " ".join(str(error).split())
+            raise DminError(
+                f"model.path={path} is no whole MLP ({why}). Train it again."
+            ) from error
         found = cls(network.eval(), scheduler, snr_gamma)
         found.label_names = load_names(Path(path), found.classes)
         return found
