@@ -38,7 +38,13 @@ def manifest_differences(
 
 
 def metadata_remedy(here: Manifest, there: Manifest, path: Path) -> str:
-    """Return a remedy for an old store whose dataset fingerprint covers metadata; else empty."""
+    """Return a remedy for data that have grown, or whose metadata changed; empty if neither."""
+    same = here.features == there.features and here.layout == there.layout
+    if same and here.num_examples > there.num_examples:
+        return (
+            f" If the data have only grown, `dmin collect {path} collect.grow=true` adds the new"
+            f" examples to the store."
+        )
     if "schema" in there.dataset or "schema" not in here.dataset:
         return ""
     return (

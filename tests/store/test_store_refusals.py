@@ -93,6 +93,17 @@ def test_resuming_with_other_settings_is_refused(tmp_path, make_manifest, make_r
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_data_that_have_grown_are_told_how_to_go_on(tmp_path, make_manifest, make_rows):
+    with StoreWriter(tmp_path / "s", make_manifest()):
+        pass
+    more = make_manifest(num_examples=33, dataset={"name": "digits", "content": "ef56"})
+    with pytest.raises(DminError, match=r"only grown, `dmin collect .*/s collect\.grow=true` adds"):
+        StoreWriter(tmp_path / "s", more)
+    with pytest.raises(DminError) as refused:
+        StoreWriter(tmp_path / "s", make_manifest(num_examples=33, dim=16))
+    assert "collect.grow" not in str(refused.value)
+
+
 def test_equal_settings_written_differently_resume(tmp_path, make_manifest, make_rows):
     for number, features in enumerate(({"scale": 1}, {"scale": 1.0})):
         manifest = make_manifest(features=features, timesteps=[1, 2, 3])
