@@ -131,9 +131,8 @@ class Session(lightning.LightningModule):
             blind = f"{socket.gethostname()} (rank {self.trainer.global_rank}) does not see"
             raise DminError(
                 f"{'another machine of this job cannot see' if seen else blind} the store that "
-                f"rank 0 made at {heartbeat.store}. All machines of a job must share that "
-                f"folder: set paths.outputs (or collect.path) to a shared file system that is "
-                f"mounted on every node."
+                f"rank 0 made at {heartbeat.store}. All machines of a job must share that folder: "
+                f"set paths.outputs (or collect.path) to a shared file system of all nodes."
             )
 
     def configure_model(self) -> None:
@@ -164,6 +163,8 @@ class Session(lightning.LightningModule):
             self.guard = Guard(collector, Ownership(agree), alone=False)
         if self.encodings is not None:
             self._encode_blocks(self.encodings, self.encodings.missing(mine))
+        else:
+            self._try_shapes()
         if collector.microbatch == "auto":
             self.pairs = self._find_microbatch(mine[0])
         if isinstance(strategy, DDPStrategy) and strategy.launcher is not None:
@@ -212,11 +213,16 @@ class Session(lightning.LightningModule):
         self._check_shapes(found, block)
         return found
 
+    @torch.no_grad()
     def _encode(self, block: Block) -> list[Encoded]:
-        with torch.no_grad():
-            found = [encoded(self.model, batch) for batch in block]
+        found = [encoded(self.model, batch) for batch in block]
         self._check_shapes(found, block)
         return found
+
+    def _try_shapes(self) -> None:
+        """Encode one example of each known shape first: what does not fit is refused at once."""
+        for block in self.data.one_of_each_shape():
+            self._encode(self.trainer.strategy.batch_to_device(block, self.device))
 
     def _check_shapes(self, encoded: Sequence[Encoded], block: Block) -> None:
         """Refuse a second shape unless noise.shapes says how shapes share noise."""
@@ -227,20 +233,19 @@ class Session(lightning.LightningModule):
                 raise DminError(
                     f"the noised tensors have several shapes: {self._first[1]!r} is "
                     f"{self._first[0]}, {name!r} {shape}. Choose how shapes share noise: "
-                    f"noise.shapes=field uses the same "
-                    f"noise at each position, so that scores between shapes are meaningful; "
-                    f"noise.shapes=own draws different noise for each shape. Or scale all images "
-                    f"to one size: data.size=<pixels> data.aspect=square."
+                    f"noise.shapes=field uses the same noise at each position, so that scores of "
+                    f"several shapes are meaningful; noise.shapes=own draws different noise for "
+                    f"each. Or scale all images to one size: data.size=<pixels> data.aspect=square."
                 )
 
     def _encode_blocks(self, encodings: EncodingsCache, blocks: list[int]) -> None:
         """Encode blocks one at a time, then move the encoders off the device."""
         trainer, encoders = self.trainer, self.collector.encoders.values()
         if not blocks:  # all encoded before; a trainer may have moved the encoders all the same
-            leave_device(encoders)
-            return
+            return leave_device(encoders)
         self.heartbeat.say(state="encoding", blocks=len(blocks))
         with on_device(encoders, self.device):
+            self._try_shapes()
             loader = self._load(blocks)
             if trainer.is_global_zero and trainer.progress_bar_callback is not None:
                 loader = followed(loader, "encoding", len(blocks), "blocks")
@@ -258,15 +263,10 @@ class Session(lightning.LightningModule):
 
     def _find_microbatch(self, block: int) -> int:
         """Return the size saved next to the store, or find it on one block and save it."""
-        collector = self.collector
-        note = note_of(
-            self.store.path,
-            self.device,
-            manifest=self.store.manifest.fingerprint,
-            memory=collector.memory,
-            budget=collector.budget,
-            gradient_checkpointing=collector.gradient_checkpointing,
-        )
+        names = ("memory", "budget", "gradient_checkpointing")
+        how: dict[str, Any] = {"manifest": self.store.manifest.fingerprint}
+        how |= {name: getattr(self.collector, name) for name in names}
+        note = note_of(self.store.path, self.device, **how)
         return agree_on_microbatch(note, partial(self._try_sizes, block))
 
     def _try_sizes(self, block: int) -> int:

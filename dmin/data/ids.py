@@ -28,6 +28,14 @@ def facts_at(dataset: Dataset, index: int) -> Facts:
     return known(index) if callable(known) else dataset[index].facts
 
 
+def one_of_each_shape(dataset: Dataset) -> list[int]:
+    """Return the position of the first example of each shape, if there are several known ones."""
+    known = getattr(dataset, "shape", None)
+    shapes = [known(index) for index in range(len(dataset))] if callable(known) else []
+    first = {shape: index for index, shape in reversed(list(enumerate(shapes))) if shape}
+    return sorted(first.values()) if len(first) > 1 else []
+
+
 def file_at(dataset: Dataset, index: int) -> Path | None:
     """Return the file of an example's image, if it has one."""
     find = getattr(dataset, "file", None)

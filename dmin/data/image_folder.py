@@ -153,6 +153,11 @@ class ImageFolder(Checked):
         """Return what is known about an image besides its pixels."""
         return self._facts[index]
 
+    def shape(self, index: int) -> tuple[int, int] | None:
+        """Return the width and height of an image's tensor, if it was surveyed."""
+        height, width = self._sizes.get(self.ids[index]) or (0, 0)
+        return self._size_of((width, height)) if width else None
+
     def file(self, index: int) -> Path:
         """Return the path of an image."""
         return Path(self.root) / self.ids[index]

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from dmin.data.base import Dataset, Example, by_shape, collate
+from dmin.data.ids import one_of_each_shape
 from dmin.runtime.errors import DminError
 
 
@@ -93,6 +94,11 @@ class CollectData(lightning.LightningDataModule):
         mine = self.mine(rank, world)
         starts = [block * self.block_size for block in mine.blocks[: mine.own]]
         return sum(min(self.block_size, len(self.dataset) - start) for start in starts)
+
+    def one_of_each_shape(self) -> list[list[dict[str, Any]]]:
+        """Return a block of one example for each shape, if the dataset knows of several."""
+        places = one_of_each_shape(self.dataset)
+        return [_collate_numbered([(place, self.dataset[place])]) for place in places]
 
     def predict_dataloader(self) -> DataLoader[Example]:
         """Return a loader of this process's blocks, each a list of batches of one shape."""

@@ -73,6 +73,11 @@ class Subset:
         """Return what is known about an example besides its pixels."""
         return facts_at(self.dataset, self.positions[index])
 
+    def shape(self, index: int) -> Any:
+        """Return the width and height of an example's tensor, if the whole dataset knows them."""
+        known = getattr(self.dataset, "shape", None)
+        return known(self.positions[index]) if callable(known) else None
+
     def file(self, index: int) -> Path | None:
         """Return the file of an example's image, if the whole dataset has such files."""
         return file_at(self.dataset, self.positions[index])

@@ -169,6 +169,12 @@ class Together:
         name, at = self._place(index)
         return facts_at(self.datasets[name], at)
 
+    def shape(self, index: int) -> Any:
+        """Return the width and height of an example's tensor, if its dataset knows them."""
+        name, at = self._place(index)
+        known = getattr(self.datasets[name], "shape", None)
+        return known(at) if callable(known) else None
+
     def _place(self, index: int) -> tuple[str, int]:
         """Return the name of an example's dataset, and its position in it."""
         number = bisect_right(self._ends, index)

@@ -1,5 +1,7 @@
 """Images of several shapes in one collection: blocks stay the unit, shapes are no matter."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,10 @@ from PIL import Image
 
 from dmin.collect import GradientCollector, predict_trainer
 from dmin.data import Example, Examples
+from dmin.data.ids import one_of_each_shape
 from dmin.data.image_folder import ImageFolder
+from dmin.data.subset import Subset
+from dmin.data.training_folder import Together
 from dmin.diffusion.noise import PerExampleNoise, SharedNoise
 from dmin.diffusion.timesteps import Stratified
 from dmin.doctor import diagnose
@@ -108,3 +113,20 @@ def test_a_folder_in_buckets(tmp_path):
     assert store.ids == [f"{n}.png" for n in range(5)]
     square = ImageFolder(tmp_path, size=32, mode="L", label=None)
     assert square.describe() != dataset.describe() and "aspect" not in square.describe()
+
+
+def test_an_image_that_does_not_fit_is_refused_before_the_first_block(tmp_path):
+    for number in range(13):
+        size = (8, 8) if number < 11 else (6, 12)
+        Image.new("L", size, 20 * number).save(tmp_path / f"{number:02}.png")
+    rows = [{"file_name": f"{number:02}.png", "label": 1} for number in range(13)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = ImageFolder(tmp_path, mode="L")
+    assert one_of_each_shape(folder) == [0, 11]
+    assert one_of_each_shape(ImageFolder(tmp_path, mode="L", size=8)) == []
+    together = Together({"a": Subset(folder, ids=["11.png", "12.png"]), "b": folder})
+    assert one_of_each_shape(together) == [0, 2]
+    with pytest.raises(DminError, match=r"several shapes: '00\.png' is .*'11\.png'"):
+        collect(make(SharedNoise()), folder, tmp_path / "s", segment_bytes=1)
+    assert not list((tmp_path / "s").glob("segment*"))
+    assert not list(tmp_path.glob("s.encodings/*/block*"))
