@@ -1,7 +1,10 @@
 """What a network holds between two passes, which must be the same after each."""
 
+import random
 from collections.abc import Collection, Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -35,7 +38,7 @@ class NetworkState:
             if buffer.numel() <= STATE
         }
         self._versions: dict[str, int] = {}
-        self._random: list[torch.Tensor] = []
+        self._random: list[Any] = []
 
     def begin(self) -> None:
         """Take the random numbers as they are before a pass, the parameters before the first."""
@@ -58,7 +61,7 @@ class NetworkState:
                 f"{some_of(stay)}. Their part of the gradient would be missing. Compute them in "
                 f"forward, or keep them as constants (.detach())."
             )
-        if not all(map(torch.equal, self._random, self._generators())):
+        if self._random != self._generators():
             raise DminError(
                 "the network draws random numbers while it runs, so gradients of examples and "
                 "queries cannot be compared. Switch off dropout in eval mode; draw intended noise, "
@@ -83,10 +86,14 @@ class NetworkState:
                 "before and set it to None."
             )
 
-    def _generators(self) -> list[torch.Tensor]:
+    def _generators(self) -> list[Any]:
+        """Return the states of the generators of torch, NumPy and Python that networks share."""
         device = next(self._network.parameters()).device
-        on_gpu = device.type == "cuda"
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_gpu else [])]
+        states = [torch.get_rng_state().numpy().tobytes()]
+        if device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
+        numbers: Any = np.random.get_state()
+        return [*states, hash(random.getstate()), numbers[1].tobytes(), *numbers[2:]]
 
 
 def _made_of(network: nn.Module, parameters: dict[int, str]) -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,7 @@
 """The guard of a collection: each row is its own example's gradient, or is refused by name."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +100,18 @@ class Random(Tokens):
 
     def between(self, h):
         return nn.functional.dropout(h, 0.5)
+
+
+class RandomOfPython(Tokens):
+    """Skips a layer now and then, by a number that the next pass draws anew."""
+
+    def between(self, h):
+        return h + self.b(h).detach().mean() * (random.random() < 0.5)
+
+
+class RandomOfNumPy(Tokens):
+    def between(self, h):
+        return h * float(np.random.rand() < 2)
 
 
 class OwnNumbers(Tokens):
@@ -359,6 +373,8 @@ def test_what_is_made_of_an_example_by_its_place_or_neighbours_is_refused(
     ("network", "message"),
     [
         (AddsToTheLast, "keeps a state between passes"),
+        (RandomOfPython, "draws random numbers"),
+        (RandomOfNumPy, "draws random numbers"),
         (Random, r"draws random numbers.*eval mode.*torch\.Generator"),
         (Averages, "changes its own parameters or buffers: mean"),
         (Counts, "changes its own parameters or buffers: passes"),
