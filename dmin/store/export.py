@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -46,11 +47,12 @@ def export(store: Store, target: str | os.PathLike[str], form: str) -> Path:
         raise DminError(f"A store cannot be exported as {form!r}: use {' or '.join(FORMS)}.")
     if target.exists():
         raise DminError(f"{target} is there already: choose another path, or delete it.")
-    partial = target.with_name(f"{target.name}.partial")
     with naming("export to", target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        FORMS[form](store, partial)
-        partial.rename(target)
+        with TemporaryDirectory(prefix=f"{target.name}.partial-", dir=target.parent) as folder:
+            partial = Path(folder, target.name)  # of this process alone
+            FORMS[form](store, partial)
+            partial.rename(target)
         note_copy(store, target)
     return target
 

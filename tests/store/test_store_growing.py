@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmin.runtime.errors import DminError
-from dmin.store import Store, StoreWriter
+from dmin.store import Store, StoreWriter, export as export_module
 from dmin.store.maintenance import compact, info
 from dmin.store.removal import remove
 from dmin.store.revisions import append, begin_revision
@@ -105,3 +105,34 @@ def test_every_answer_while_a_store_grows_is_of_a_complete_state(store, more, fo
     assert {digest for _, digest in seen} <= set(states) and len(seen) > 1
     assert {size for size, _ in seen} <= {30, 43}
     assert np.array_equal(store.features("loss"), Store(store.path).features("loss", 0, 30))
+
+
+@pytest.mark.parametrize("form", ["numpy", "safetensors"])
+def test_an_export_is_there_whole_or_not_at_all(store, tmp_path, monkeypatch, form):
+    def full(file, parts, dtype):
+        raise OSError(28, "No space left on device")
+
+    before = set(tmp_path.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(export_module, "_write", full)
+        with pytest.raises(DminError, match=r"Could not export to .*disk is full"):
+            export_module.export(store, tmp_path / "e", form)
+    assert set(tmp_path.iterdir()) == before, "what was begun does not keep the disk full"
+    write_part = export_module._write
+
+    def second(file, parts, dtype):
+        """Another process exports to the same path meanwhile."""
+        monkeypatch.setattr(export_module, "_write", write_part)
+        export_module.export(store, tmp_path / "e", form)
+        write_part(file, parts, dtype)
+
+    monkeypatch.setattr(export_module, "_write", second)
+    if form == "numpy":
+        with pytest.raises(DminError, match="Could not export to"):
+            export_module.export(store, tmp_path / "e", form)
+    else:
+        export_module.export(store, tmp_path / "e", form)
+    again = export_module.export(store, tmp_path / "f", form)
+    for file in again.iterdir() if again.is_dir() else [again]:
+        other = tmp_path / "e" / file.name if again.is_dir() else tmp_path / "e"
+        assert other.read_bytes() == file.read_bytes()
