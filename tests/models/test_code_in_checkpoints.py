@@ -62,7 +62,7 @@ def test_code_that_model_index_names_is_refused(entries, named, place):
     if entries == {"unet": ["diffusers", "UNet2DModel"]}:
         (place / "unet/diffusers.py").write_text(EVIL)
     index(place, **entries)
-    said = "a Evil, where" if named == "_class_name" else f"{named} needs code of"
+    said = "a Evil, but" if named == "_class_name" else f"{named} needs code of"
     with pytest.raises(DminError, match=said):
         DDPM.from_pretrained(place)
 

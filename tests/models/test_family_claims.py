@@ -100,7 +100,7 @@ def test_a_claim_that_is_wrong_is_found(name, claim, monkeypatch):
             return
         assert not sampling_error(model) <= SAMPLER_LIMIT
         (check,) = sampler(model)
-        assert not check.passed and "Sign, unit of time" in check.remedy
+        assert not check.passed and "sign, time unit" in check.remedy
 
 
 def test_a_family_by_hand_has_no_sampler_to_be_held_to(ddpm):
