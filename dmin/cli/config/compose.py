@@ -80,9 +80,10 @@ def run(
         raise
     except Exception as error:
         message = job.explained(error)
-        # Before the step started, the only files touched are those of Hydra's run folder.
+        # Before the step started, the only files touched are those of Hydra's run folder. Hydra's
+        # own OSErrors have no number.
         gone = isinstance(error, FileNotFoundError) and not error.filename  # the working folder
-        if not job.started and isinstance(error, OSError) and not gone:
+        if not job.started and isinstance(error, OSError) and error.errno and not gone:
             message = (
                 f"the run folder {error.filename or 'of this command'} cannot be "
                 f"written ({error.strerror}). Set paths.outputs to a folder with write permission "
