@@ -128,7 +128,7 @@ def test_examples_without_draws_stand_beside_those_that_have_some(folder, tmp_pa
 
 
 def test_the_noise_has_as_many_draws_or_a_multiple(folder, tmp_path):
-    with pytest.raises(DminError, match=r"3 draws of each example.*noise\.draws=3"):
+    with pytest.raises(DminError, match=r"3 draws per example.*noise\.draws=3"):
         collect(make(draws=2), data(folder), tmp_path / "s")
     collect(make(draws=6), data(folder), tmp_path / "t")
     for wrong in ({"number": 0}, {"flip": 1.5}, {"drop": -0.1}):

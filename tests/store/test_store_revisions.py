@@ -126,7 +126,7 @@ def test_a_damaged_growth_file_is_refused(store, more):
             continue
         assert json.loads(changed) == json.loads(text) and found.complete
     file.rename(store.path / "growth-0002.json")
-    with pytest.raises(DminError, match=r"growth-0001.json is missing, but growth-0002.json is"):
+    with pytest.raises(DminError, match=r"0001.json is missing, but growth-0002.json exists"):
         Store(store.path)
 
 
