@@ -10,7 +10,7 @@ from scipy.stats import t as student
 from dmin.runtime.errors import DminError
 
 # Hall's correction of a larger skewness makes intervals far longer, but the skewness of few values
-# is hardly known. Limited to this, they cover as often (experiments/coverage/intervals.csv).
+# is hardly known. Limited to this, they cover almost as often (experiments/coverage/intervals.csv).
 SKEWNESS = 0.4
 
 
@@ -124,8 +124,8 @@ def interval(center: float, resampled: np.ndarray, clusters: int) -> Estimate:
     ``center − s · h(±t)``, s the resamples' standard deviation times √(n/(n − 1)), t of Student
     with n − 1 degrees of freedom, and h Hall's correction of their skewness λ, ``h(t) = 3/λ ((1 +
     λ(t − λ/6))^⅓ − 1)`` (Hall 1992, "On the removal of skewness by transformation"), with λ
-    within ±:data:`SKEWNESS`. Percentile
-    intervals cover too little for few or skewed values (experiments/coverage/intervals.csv).
+    within ±:data:`SKEWNESS`. Percentile intervals cover too little for few or skewed values
+    (experiments/coverage/intervals.csv).
 
     Args:
         center: the value.
